@@ -1,0 +1,58 @@
+"""The errors a user can cause, each with the exit code that the command line returns for it.
+
+A message says what was expected, what was found, where, and what to do. Everything that is not a
+``PeftlabError`` is our own fault: exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class PeftlabError(ValueError):
+    """Base of the errors that are shown without a traceback.
+
+    Args:
+        message: what was expected, what was found, what to do.
+        key: the recipe key at fault, such as ``data.columns.text``; the public functions add its file and line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class RecipeError(PeftlabError):
+    """Wrong usage or a wrong recipe: unknown key, wrong type, unknown model, folder already in use."""
+
+    exit_code = 2
+
+
+class DataError(PeftlabError):
+    """Wrong data: missing or empty file, wrong column, missing label, zero trained tokens."""
+
+    exit_code = 3
+
+
+class ResourceError(PeftlabError):
+    """Does not fit: out of memory, or no room left on the disk."""
+
+    exit_code = 4
+
+
+class ArtifactError(PeftlabError):
+    """A checkpoint, adapter or model file is damaged, refused, or belongs to something else."""
+
+    exit_code = 5
+
+
+class VerificationError(PeftlabError):
+    """A check of a result failed: merge beyond its thresholds, non-finite loss."""
+
+    exit_code = 6
+
+
+class Interrupted(PeftlabError):
+    """Stopped by Ctrl-C after saving a checkpoint; the message says how to go on."""
+
+    exit_code = 130

@@ -1,0 +1,246 @@
+"""The recipe: one frozen pydantic model per section. Unknown keys are errors (contract C1)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+TaskName = Literal["causal_lm", "seq_cls"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section_is_defaults(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    def _reject_unless_default(self, names: list[str], reason: str) -> None:
+        """Nothing in a recipe is ever ignored: a key that would have no effect is an error."""
+        idle = [n for n in names if getattr(self, n) != type(self).model_fields[n].get_default()]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: has no effect {reason}; remove it")
+
+
+class ModelSection(Section):
+    name: str = Field(
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, or tiny:llama | tiny:bert"
+    )
+    revision: str | None = Field(None, description="commit, branch or tag of a hub model")
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="storage of the frozen linear weights (bitsandbytes)"
+    )
+    double_quant: bool = Field(True, description="nf4: quantize the block scales too")
+    compute_dtype: DType = Field(
+        "auto", description="nf4: dtype the weights are dequantized to for the matmul"
+    )
+    dtype: DType = Field(
+        "auto", description="dtype of the weights that are not quantized; auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="attention implementation of transformers"
+    )
+    chat_template: str | None = Field(
+        None, description="path of a Jinja file that replaces the tokenizer's chat template"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that ships with a hub model")
+
+    @model_validator(mode="after")
+    def _quantize_keys(self) -> Self:
+        if self.quantize != "nf4":
+            self._reject_unless_default(["double_quant", "compute_dtype"], "without quantize: nf4")
+        return self
+
+
+class AdapterSection(Section):
+    method: Literal["lora"] = Field("lora", description="adapter method")
+    rank: int = Field(8, ge=1, description="LoRA rank r")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: str | list[str] = Field(
+        "all-linear", description="all-linear, a list of module name endings, or one regular expression"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="weight-decomposed LoRA")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases to train")
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="modules trained in full and saved with the adapter"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_parse(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str) and value != "all-linear":
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a valid regular expression: {error}") from None
+        if isinstance(value, list) and not value:
+            raise ValueError("an empty list adapts nothing; write all-linear or module names")
+        return value
+
+
+class BinsSection(Section):
+    edges: list[float] = Field(min_length=1, description="ascending cut points; a value above an edge is in the next bin")
+    names: list[str] = Field(description="one class name per bin, len(edges) + 1")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.names) != len(self.edges) + 1:
+            raise ValueError(f"{len(self.edges)} edges make {len(self.edges) + 1} bins, found {len(self.names)} names")
+        if sorted(set(self.edges)) != self.edges:
+            raise ValueError("edges must be ascending and distinct")
+        return self
+
+
+class TemplateSection(Section):
+    """Text with ``{column}`` fields: either prompt + completion, or system / user / assistant turns."""
+
+    prompt: str | None = Field(None, description="raw text before the completion")
+    completion: str | None = Field(None, description="raw text that is trained")
+    system: str | None = Field(None, description="system message")
+    user: str | None = Field(None, description="user message")
+    assistant: str | None = Field(None, description="assistant message, trained")
+
+    @model_validator(mode="after")
+    def _one_style(self) -> Self:
+        raw = self.prompt is not None and self.completion is not None
+        chat = self.user is not None and self.assistant is not None
+        some_raw = self.prompt is not None or self.completion is not None
+        some_chat = self.user is not None or self.assistant is not None or self.system is not None
+        if not ((raw and not some_chat) or (chat and not some_raw)):
+            raise ValueError("give either prompt and completion, or user and assistant (and optionally system)")
+        return self
+
+
+class DataSection(Section):
+    train: str = Field(description="file, folder, package:IMPORT/PATH or hub data set; NAME#500 samples 500 rows")
+    eval: str | None = Field(None, description="held-out data, same forms; without it a part of train is held out")
+    eval_fraction: float = Field(0.1, gt=0, lt=1, description="share of train that is held out, without data.eval")
+    eval_rows: int | None = Field(None, ge=1, description="number of held-out rows instead of a share")
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text"] = Field(
+        "auto", description="file format; auto goes by the file ending"
+    )
+    encoding: str = Field("utf-8", description="text encoding of the files")
+    column_names: list[str] | None = Field(None, description="names for the columns of a csv or tsv file without a header")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    columns: dict[Literal["text", "label", "prompt", "completion", "messages"], str] = Field(
+        default_factory=dict, description="which column plays which part: {text: body, label: is_spam}"
+    )
+    template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
+    label_names: dict[str, str] = Field(default_factory=dict, description="value in the label column: class name")
+    bins: BinsSection | None = Field(None, description="cuts a numeric label column into classes")
+    max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: what the model allows")
+    too_long: Literal["error", "truncate", "drop"] = Field("error", description="what to do with longer rows")
+
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def _label_keys_are_text(cls, value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.eval is not None:
+            self._reject_unless_default(["eval_fraction", "eval_rows"], "when data.eval is given")
+        if self.eval_rows is not None and self.eval_fraction != 0.1:
+            raise ValueError("give eval_fraction or eval_rows, not both")
+        return self
+
+
+class TrainSection(Section):
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows (default 1)")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int | None = Field(None, ge=1, description="rows per batch (default 8)")
+    batch_tokens: int | None = Field(None, ge=1, description="tokens per batch, instead of batch_size")
+    accumulate: int = Field(1, ge=1, description="batches per optimizer step")
+    grouping: Literal["none", "step", "epoch"] = Field(
+        "step",
+        description="step: the rows of one optimizer step are cut into micro-batches of like length (same gradient, "
+        "less padding); epoch: rows of like length share a step; none: padded batches in data order",
+    )
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning-rate schedule after warm-up")
+    warmup: float = Field(0.03, ge=0, description="warm-up: below 1 a share of the steps, else a number of steps")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    max_grad_norm: float = Field(1.0, ge=0, description="clips the gradient norm; 0 turns clipping off")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    precision: DType = Field(
+        "auto", description="autocast dtype; auto: bfloat16 where the device multiplies it natively, else float32"
+    )
+    class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
+        "none", description="seq_cls: weight of each class in the loss"
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give epochs or max_steps, not both")
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ValueError("give batch_size or batch_tokens, not both")
+        return self
+
+
+class EvalSection(Section):
+    metrics: list[str] | None = Field(None, description="metric names; default: the task's own")
+    before: bool = Field(True, description="evaluate the untouched model first")
+    every: int | None = Field(None, ge=1, description="evaluate every so many steps (always at the end)")
+    batch_tokens: int = Field(4096, ge=1, description="padded tokens per evaluation batch")
+    choices: list[str] | None = Field(
+        None, min_length=2, description="causal_lm: the possible completions; gives accuracy and F1 over them"
+    )
+    best: str | None = Field(None, description="keep the checkpoint with the best value of this metric")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better eval.best")
+    prompts: list[str] = Field(default_factory=list, description="causal_lm: answered before and after training")
+    max_new_tokens: int = Field(64, ge=1, description="causal_lm: longest answer to a prompt")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.patience is not None and (self.best is None or self.every is None):
+            raise ValueError("patience needs eval.best and eval.every")
+        return self
+
+
+class RunSection(Section):
+    dir: str | None = Field(None, description="run folder; default runs/NAME, numbered")
+    seed: int = Field(0, ge=0, description="seed of the split, the order, the adapter and the dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
+    deterministic: bool = Field(True, description="deterministic algorithms: same machine, same adapter bytes")
+    log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="trackers beside metrics.jsonl"
+    )
+    save_every: int | None = Field(None, ge=1, description="checkpoint every so many steps")
+    keep: int = Field(2, ge=1, description="number of step checkpoints kept")
+    merge: Literal["none", "original", "dequantized"] = Field(
+        "none", description="merge after training into the original or the dequantized weights, and verify"
+    )
+
+
+class Recipe(Section):
+    task: TaskName = Field(description="what the model learns")
+    model: ModelSection = Field(description="the frozen backbone")
+    adapter: AdapterSection = Field(default_factory=AdapterSection, description="what is trained")
+    data: DataSection = Field(description="rows, columns and texts")
+    train: TrainSection = Field(default_factory=TrainSection, description="the training loop")
+    eval: EvalSection = Field(default_factory=EvalSection, description="metrics and when to take them")
+    run: RunSection = Field(default_factory=RunSection, description="where and how the run is kept")
+    lock: dict[str, Any] | None = Field(
+        None, description="written by a run: package versions and fingerprints, checked when the run is repeated"
+    )
+
+    @model_validator(mode="after")
+    def _task_keys(self) -> Self:
+        if self.task == "causal_lm":
+            self.train._reject_unless_default(["class_weights"], "for task: causal_lm")
+            self.data._reject_unless_default(["bins"], "for task: causal_lm")
+        else:
+            self.eval._reject_unless_default(["choices", "prompts", "max_new_tokens"], f"for task: {self.task}")
+            self.data._reject_unless_default(["template"], f"for task: {self.task}")
+            self.model._reject_unless_default(["chat_template"], f"for task: {self.task}")
+        if self.run.merge == "dequantized" and self.model.quantize == "none":
+            raise ValueError("run.merge: dequantized needs a quantized model; write run.merge: original")
+        return self
