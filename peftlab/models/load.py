@@ -1,0 +1,246 @@
+"""Backbones: resolved, loaded on the right device, frozen, optionally quantized by bitsandbytes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.errors import ArtifactError, RecipeError, ResourceError
+from peftlab.models.gguf import converted_folder
+from peftlab.models.source import ModelSource, resolve_model
+from peftlab.models.tiny import tiny_config, tiny_tokenizer
+
+# The output layers stay in full precision: they are few parameters and the loss is most sensitive to them.
+_NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model on disk or on the hub, ready to be loaded: ``location`` is what ``from_pretrained`` takes."""
+
+    source: ModelSource
+    location: str
+    fingerprint: str
+    revision: str | None
+    trust_remote_code: bool
+    local_files_only: bool = True
+
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
+        return {
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self.local_files_only,
+        }
+
+
+def find_pretrained(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Pretrained:
+    """Resolves ``name``, converting a GGUF file on first use (cached).
+
+    Raises: RecipeError (unknown), ArtifactError (pickled, damaged).
+    """
+    source = resolve_model(name, revision)
+    if source.kind == "hub":
+        return _find_on_hub(source, trust_remote_code)
+    fingerprint = source.weights_fingerprint()
+    location = source.path
+    if source.kind == "gguf":
+        with quiet():
+            location = str(converted_folder(Path(source.path), fingerprint))
+    return Pretrained(source, location, fingerprint, None, trust_remote_code)
+
+
+def _find_on_hub(source: ModelSource, trust_remote_code: bool) -> Pretrained:
+    """Asks the hub once, with a bounded wait: ``from_pretrained`` alone would retry an absent network for a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        commit = HfApi().model_info(source.path, revision=source.revision, timeout=10).sha
+    except Exception as error:  # httpx, offline mode and the hub's own errors share no base class
+        cached = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+        if not isinstance(cached, str):
+            raise RecipeError(
+                f"model {source.name!r} is neither a local folder or file, nor in the hub's cache on this machine, "
+                f"and the hub did not give it: {str(error).strip().splitlines()[0]}",
+                key="model.name",
+            ) from error
+        return Pretrained(source, source.path, f"{source.path}@{Path(cached).parent.name}", source.revision, trust_remote_code)
+    return Pretrained(source, source.path, f"{source.path}@{commit}", commit, trust_remote_code, local_files_only=False)
+
+
+def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) -> Any:
+    """The tokenizer, with a padding token (never a new vocabulary entry) and the template file if one is given.
+
+    Raises: RecipeError.
+    """
+    from transformers import AutoTokenizer
+
+    if pretrained.source.kind == "tiny":
+        tokenizer = tiny_tokenizer()
+    else:
+        with quiet(), _load_errors(pretrained, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
+    if not tokenizer.is_fast:
+        raise RecipeError(
+            f"the tokenizer of {pretrained.source.name!r} has no fast (Rust) version, which the loss mask needs",
+            key="model.name",
+        )
+    if tokenizer.pad_token_id is None:
+        # Padding is always masked out by position, so any existing token serves and the vocabulary stays as it is.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if chat_template is not None:
+        path = Path(chat_template)
+        if not path.is_file():
+            raise RecipeError(f"no such file: {chat_template!r}", key="model.chat_template")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 over the tokenizer's own serialisation and its chat template."""
+    text = tokenizer.backend_tokenizer.to_str() + "\0" + str(tokenizer.chat_template)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resolve_dtype(name: str, device: str) -> Any:
+    """torch dtype for a recipe's dtype name; ``auto`` is bfloat16 (else float16) on CUDA and float32 on the CPU."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def load_model(
+    pretrained: Pretrained,
+    *,
+    auto_class: str,
+    device: str,
+    quantize: str = "none",
+    double_quant: bool = True,
+    compute_dtype: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    **model_kwargs: Any,
+) -> Any:
+    """The frozen backbone on ``device``, in eval mode, no parameter requiring a gradient.
+
+    Args:
+        auto_class: name of a transformers auto class, such as ``AutoModelForCausalLM``.
+        quantize: ``none``, ``nf4`` or ``int8``: storage of the linear weights except output layers.
+        model_kwargs: passed to the config (``num_labels``, ``id2label``, ...).
+    Raises: RecipeError, ArtifactError, ResourceError.
+    """
+    import torch
+    import transformers
+
+    torch_dtype = resolve_dtype(dtype, device)
+    kwargs: dict[str, Any] = {"dtype": torch_dtype, **model_kwargs}
+    if attention != "auto":
+        kwargs["attn_implementation"] = attention
+    if quantize != "none":
+        kwargs["quantization_config"] = _quantization(quantize, double_quant, resolve_dtype(compute_dtype, device))
+        kwargs["device_map"] = {"": device}
+    auto = getattr(transformers, auto_class)
+    with quiet(), _load_errors(pretrained, "model"):
+        if pretrained.source.kind == "tiny":
+            model = _tiny_model(pretrained, auto, kwargs)
+        else:
+            model = auto.from_pretrained(
+                pretrained.location, use_safetensors=True, **pretrained.hub_kwargs, **kwargs
+            )
+    if quantize == "none":
+        model.to(device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> Any:
+    """A tiny model with fixed random weights; quantizing needs a checkpoint to load, so it goes through one."""
+    import tempfile
+
+    import torch
+
+    load = {k: kwargs.pop(k) for k in ("dtype", "quantization_config", "device_map", "attn_implementation") if k in kwargs}
+    config = tiny_config(pretrained.source.path, **kwargs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto.from_config(config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = auto.from_pretrained(folder, **load)
+    model.config.name_or_path = model.name_or_path = pretrained.source.path
+    return model
+
+
+def _quantization(quantize: str, double_quant: bool, compute_dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTIZED)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=_NOT_QUANTIZED,
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the libraries' progress bars and load reports off the terminal; errors still raise."""
+    from transformers.utils import logging as hf_logging
+
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
+    import torch
+    from safetensors import SafetensorError
+
+    name = pretrained.source.name
+    try:
+        yield
+    except SafetensorError as error:
+        raise ArtifactError(f"the weights of {name!r} are damaged: {error}; copy them again", key="model.name") from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{name!r} does not fit into the GPU's memory; try model.quantize=nf4 or a smaller model", key="model.name"
+        ) from error
+    except MemoryError as error:
+        raise ResourceError(f"{name!r} does not fit into memory", key="model.name") from error
+    except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not pretrained.trust_remote_code:
+            raise RecipeError(
+                f"{name!r} needs Python code that ships with it; read that code, then set model.trust_remote_code=true",
+                key="model.name",
+            ) from error
+        if "safetensors" in str(error):
+            raise ArtifactError(
+                f"{name!r} has no safetensors weights; pickled weights can run code when loaded and are refused",
+                key="model.name",
+            ) from error
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(f"the {what} of {name!r} cannot be loaded: {first}", key="model.name") from error

@@ -1,0 +1,49 @@
+"""Tiny random models and a byte-level tokenizer, built on the spot for tests and the smoke recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer with 260 entries (4 special ones) and a ChatML template: no files, no network."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(_SPECIAL + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", unk_token="<|unk|>", model_max_length=512
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_config(name: str, **kwargs: Any) -> Any:
+    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head) or ``tiny:bert`` (2 layers, hidden 64)."""
+    from transformers import BertConfig, LlamaConfig
+
+    shared = {
+        "vocab_size": 260,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+    }
+    if name == "tiny:bert":
+        return BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shared, **kwargs)
+    return LlamaConfig(
+        num_key_value_heads=2, eos_token_id=2, bos_token_id=1, tie_word_embeddings=True, **shared, **kwargs
+    )

@@ -1,0 +1,61 @@
+"""Where things are on this machine: files inside installed packages, and the cache folder."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+from peftlab.errors import PeftlabError
+
+PACKAGE_PREFIX = "package:"
+
+
+def cache_root() -> Path:
+    """The folder for converted models: ``$PEFTLAB_CACHE``, else ``$XDG_CACHE_HOME/peftlab``, else ``~/.cache/peftlab``."""
+    if own := os.environ.get("PEFTLAB_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "peftlab"
+
+
+def package_path(name: str, *, key: str, error: type[PeftlabError]) -> Path:
+    """The file or folder that ``package:IMPORT_NAME/RELATIVE/PATH`` names, without importing the package.
+
+    Raises: ``error`` when the form is wrong, the package is not installed, or has no such file.
+    """
+    import_name, _, relative = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not import_name or not relative:
+        raise error(f"expected package:IMPORT_NAME/RELATIVE/PATH, found {name!r}", key=key)
+    try:
+        spec = importlib.util.find_spec(import_name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise error(
+            f"no installed package {import_name!r} (from {name!r}); install it with pip, or give a local path", key=key
+        )
+    folders = list(spec.submodule_search_locations or [])
+    for folder in folders:
+        path = Path(folder) / relative
+        if path.exists():
+            return path
+    raise error(f"package {import_name!r} is installed but has no {relative!r}{_nearest(folders, relative)}", key=key)
+
+
+def _nearest(folders: list[str], relative: str) -> str:
+    parent, wanted = Path(relative).parent, Path(relative).name
+    names = [p.name for f in folders if (Path(f) / parent).is_dir() for p in (Path(f) / parent).iterdir()]
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
+    return f"; did you mean {(parent / near[0]).as_posix()!r}?" if near else ""
+
+
+def sha256_of_files(paths: list[Path]) -> str:
+    """Hex sha256 over the contents of ``paths`` in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
