@@ -83,4 +83,4 @@ constraints: ## rewrite constraints.txt with the newest versions (torch and trit
 
 clean: ## remove caches and build leftovers (.venv and runs stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find peftlab kernels recipes tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path ./.venv -o -path ./.git -o -path ./runs \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""peftlab adapts transformer models on one GPU or CPU: one recipe, one verb, a verified result."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Name -> module it comes from: importing peftlab does no work, torch is loaded by what needs it.
+_EXPORTS = {
+    "Chat": "peftlab.api.inference",
+    "PeftlabError": "peftlab.errors",
+    "Run": "peftlab.api.run",
+    "doctor": "peftlab.api.doctor",
+    "evaluate": "peftlab.api.inference",
+    "load_recipe": "peftlab.recipe",
+    "merge": "peftlab.api.merging",
+    "open_run": "peftlab.api.run",
+    "predict": "peftlab.api.inference",
+    "recipe_names": "peftlab.recipe",
+    "train": "peftlab.api.training",
+}
+__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from peftlab.api.doctor import doctor as doctor
+    from peftlab.api.inference import Chat as Chat
+    from peftlab.api.inference import evaluate as evaluate
+    from peftlab.api.inference import predict as predict
+    from peftlab.api.merging import merge as merge
+    from peftlab.api.run import Run as Run
+    from peftlab.api.run import open_run as open_run
+    from peftlab.api.training import train as train
+    from peftlab.errors import PeftlabError as PeftlabError
+    from peftlab.recipe import load_recipe as load_recipe
+    from peftlab.recipe import recipe_names as recipe_names
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'peftlab' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,21 +1,27 @@
 """Backbones: finding, loading, quantizing."""
 
+from peftlab.models.bnb import import_bitsandbytes
 from peftlab.models.load import (
     Pretrained,
     find_pretrained,
     load_model,
     load_tokenizer,
+    model_max_length,
     quiet,
     resolve_dtype,
+    resolve_precision,
     tokenizer_fingerprint,
 )
 
 __all__ = [
     "Pretrained",
     "find_pretrained",
+    "import_bitsandbytes",
     "load_model",
     "load_tokenizer",
+    "model_max_length",
     "quiet",
     "resolve_dtype",
+    "resolve_precision",
     "tokenizer_fingerprint",
 ]

@@ -102,6 +102,19 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
     return tokenizer
 
 
+def model_max_length(pretrained: Pretrained, tokenizer: Any) -> int:
+    """The longest input in tokens, by the model's position embeddings and its tokenizer."""
+    from transformers import AutoConfig
+
+    if pretrained.source.kind == "tiny":
+        config = tiny_config(pretrained.source.path)
+    else:
+        with quiet(), _load_errors(pretrained, "config"):
+            config = AutoConfig.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(int(positions or 2**31), int(min(tokenizer.model_max_length, 2**31)))
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 over the tokenizer's own serialisation and its chat template."""
     text = tokenizer.backend_tokenizer.to_str() + "\0" + str(tokenizer.chat_template)
@@ -117,6 +130,28 @@ def resolve_dtype(name: str, device: str) -> Any:
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float32
+
+
+def resolve_precision(name: str, device: str) -> Any:
+    """torch dtype of the matmuls: ``auto`` is bfloat16 where the device multiplies it natively, else float32.
+
+    On a CPU that means AMX tiles; without them bfloat16 is emulated and slower than float32.
+    """
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if cpu_has_amx() else torch.float32
+
+
+def cpu_has_amx() -> bool:
+    """Whether this Linux machine's processor lists AMX bfloat16 tiles."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
 
 
 def load_model(
@@ -147,7 +182,7 @@ def load_model(
     if attention != "auto":
         kwargs["attn_implementation"] = attention
     if quantize != "none":
-        kwargs["quantization_config"] = _quantization(quantize, double_quant, resolve_dtype(compute_dtype, device))
+        kwargs["quantization_config"] = _quantization(quantize, double_quant, resolve_precision(compute_dtype, device))
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, auto_class)
     with quiet(), _load_errors(pretrained, "model"):
@@ -159,9 +194,24 @@ def load_model(
             )
     if quantize == "none":
         model.to(device)
+    elif quantize == "nf4":
+        _keep_storage_layout(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def _keep_storage_layout(model: Any) -> None:
+    """Stops bitsandbytes (0.50) from repacking NF4 weights in place at the first forward in eval mode on a CPU.
+
+    The packed layout has no backward and dequantizes to garbage, so a model that is evaluated first could then
+    neither be trained nor merged.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> Any:

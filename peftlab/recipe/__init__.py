@@ -1,0 +1,41 @@
+"""The recipe: one YAML file that says what to train on what. Names are imported on first use; see ``__getattr__``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from peftlab.recipe.catalog import copy_recipe, recipe_names, recipe_schema, recipe_summary, recipe_text
+
+if TYPE_CHECKING:
+    from peftlab.recipe.load import LoadedRecipe, load_recipe
+    from peftlab.recipe.lock import check_lock, write_lock
+    from peftlab.recipe.schema import Recipe
+else:
+    _HOME = {
+        "Recipe": "schema",
+        "LoadedRecipe": "load",
+        "load_recipe": "load",
+        "write_lock": "lock",
+        "check_lock": "lock",
+    }
+
+    def __getattr__(name: str) -> object:
+        # Listing the shipped recipes must not wait for pydantic and PyYAML.
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+__all__ = [
+    "LoadedRecipe",
+    "Recipe",
+    "check_lock",
+    "copy_recipe",
+    "load_recipe",
+    "recipe_names",
+    "recipe_schema",
+    "recipe_summary",
+    "recipe_text",
+    "write_lock",
+]

@@ -21,23 +21,21 @@ class Section(BaseModel):
 
     def _reject_unless_default(self, names: list[str], reason: str) -> None:
         """Nothing in a recipe is ever ignored: a key that would have no effect is an error."""
-        idle = [n for n in names if getattr(self, n) != type(self).model_fields[n].get_default()]
+        idle = [
+            n for n in names if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)
+        ]
         if idle:
             raise ValueError(f"{', '.join(idle)}: has no effect {reason}; remove it")
 
 
 class ModelSection(Section):
-    name: str = Field(
-        description="hub id, local folder, .gguf file, package:IMPORT/PATH, or tiny:llama | tiny:bert"
-    )
+    name: str = Field(description="hub id, local folder, .gguf file, package:IMPORT/PATH, or tiny:llama | tiny:bert")
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none", description="storage of the frozen linear weights (bitsandbytes)"
     )
     double_quant: bool = Field(True, description="nf4: quantize the block scales too")
-    compute_dtype: DType = Field(
-        "auto", description="nf4: dtype the weights are dequantized to for the matmul"
-    )
+    compute_dtype: DType = Field("auto", description="nf4: dtype the weights are dequantized to for the matmul")
     dtype: DType = Field(
         "auto", description="dtype of the weights that are not quantized; auto: bfloat16 on CUDA, float32 on CPU"
     )
@@ -85,7 +83,9 @@ class AdapterSection(Section):
 
 
 class BinsSection(Section):
-    edges: list[float] = Field(min_length=1, description="ascending cut points; a value above an edge is in the next bin")
+    edges: list[float] = Field(
+        min_length=1, description="ascending cut points; a value above an edge is in the next bin"
+    )
     names: list[str] = Field(description="one class name per bin, len(edges) + 1")
 
     @model_validator(mode="after")
@@ -126,7 +126,9 @@ class DataSection(Section):
         "auto", description="file format; auto goes by the file ending"
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
-    column_names: list[str] | None = Field(None, description="names for the columns of a csv or tsv file without a header")
+    column_names: list[str] | None = Field(
+        None, description="names for the columns of a csv or tsv file without a header"
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set")
     columns: dict[Literal["text", "label", "prompt", "completion", "messages"], str] = Field(
         default_factory=dict, description="which column plays which part: {text: body, label: is_spam}"
@@ -163,7 +165,9 @@ class TrainSection(Section):
         "less padding); epoch: rows of like length share a step; none: padded batches in data order",
     )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning-rate schedule after warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning-rate schedule after warm-up"
+    )
     warmup: float = Field(0.03, ge=0, description="warm-up: below 1 a share of the steps, else a number of steps")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")

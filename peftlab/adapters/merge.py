@@ -1,0 +1,110 @@
+"""Folding an adapter into the weights, and the numbers that say what that cost (contract C6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """Merged weights against ``W + scaling * B A`` in float64, over all adapted modules.
+
+    Attributes:
+        max_error, mean_error: absolute, in units of the weights. relative: mean error / mean |update|: a merge that
+            lost its update has 1.
+    """
+
+    max_error: float
+    mean_error: float
+    relative: float
+    num_modules: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Merged model against base + adapter on held-out positions: mean and max KL in nats, share of equal top-1."""
+
+    kl_mean: float
+    kl_max: float
+    top1: float
+    num_positions: int
+
+
+def exact_updates(model: Any) -> dict[str, dict[str, Tensor]]:
+    """Per adapted module of a ``PeftModel`` the tensors that its merged weight follows from, on the CPU.
+
+    Written from the formulas (Hu et al. 2021, section 4.1; Liu et al. 2024, equation 5 for DoRA), not from PEFT's
+    merge code, so that the two check each other.
+    """
+    updates = {}
+    base = model.get_base_model()
+    for name, module in base.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            entry = {
+                "A": module.lora_A["default"].weight,
+                "B": module.lora_B["default"].weight,
+                "scaling": torch.tensor(module.scaling["default"], dtype=torch.float64),
+            }
+            if module.use_dora.get("default"):
+                entry["magnitude"] = module.lora_magnitude_vector["default"].weight
+            updates[name] = {k: v.detach().cpu().clone() for k, v in entry.items()}
+    return updates
+
+
+def expected_weight(weight: Tensor, update: dict[str, Tensor]) -> Tensor:
+    """``W + s B A`` in float64, [out, in]; with a DoRA magnitude m: ``m * (W + s B A) / ||W + s B A||_row``."""
+    delta = update["scaling"] * (update["B"].double() @ update["A"].double())
+    merged = weight.double() + delta
+    if "magnitude" in update:
+        merged = merged * (update["magnitude"].double() / merged.norm(dim=1))[:, None]
+    return merged
+
+
+def weight_error(
+    base_weights: dict[str, Tensor], merged_weights: dict[str, Tensor], updates: dict[str, dict[str, Tensor]]
+) -> WeightError:
+    """Compares merged weights with ``expected_weight`` of the base weights; all dicts are keyed by module name."""
+    worst, total, moved, count = 0.0, 0.0, 0.0, 0
+    for name, update in updates.items():
+        base = base_weights[name].cpu()
+        expected = expected_weight(base, update)
+        difference = (merged_weights[name].cpu().double() - expected).abs()
+        worst = max(worst, float(difference.max()))
+        total += float(difference.sum())
+        moved += float((expected - base.double()).abs().sum())
+        count += difference.numel()
+    return WeightError(worst, total / count, total / moved if moved else 0.0, len(updates))
+
+
+def agreement(reference: list[Tensor], merged: list[Tensor]) -> Agreement:
+    """KL(reference || merged) per position and top-1 agreement of two lists of [N, C] float32 logits."""
+    kl, same = [], []
+    for a, b in zip(reference, merged, strict=True):
+        log_p, log_q = F.log_softmax(a.float(), -1), F.log_softmax(b.float(), -1)
+        kl.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
+        same.append(a.argmax(-1) == b.argmax(-1))
+    all_kl, all_same = torch.cat(kl), torch.cat(same)
+    return Agreement(float(all_kl.mean()), float(all_kl.max()), float(all_same.float().mean()), len(all_kl))
+
+
+def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Float32 [out, in] weights of the bitsandbytes linears of ``model``, by module name, on the CPU."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            dense = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            stats = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+            dense = int8_vectorwise_dequant(module.weight.data, stats)
+        else:
+            continue
+        weights[name.removesuffix(".base_layer")] = dense.float().cpu()
+    return weights

@@ -1,0 +1,232 @@
+"""From a recipe to the parts of a run. The only place that reads recipe values; the parts take plain ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from peftlab.data import Rows, class_names, load_rows, read_labels, split_rows
+from peftlab.data.chat import Formatter
+from peftlab.errors import DataError, PeftlabError, RecipeError, ResourceError
+from peftlab.models import (
+    Pretrained,
+    find_pretrained,
+    import_bitsandbytes,
+    load_model,
+    load_tokenizer,
+    model_max_length,
+    resolve_precision,
+    tokenizer_fingerprint,
+)
+from peftlab.recipe import LoadedRecipe, Recipe
+from peftlab.tasks import CausalLM, Encoded, SequenceClassification, Task
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """Training and held-out rows, and what identifies them."""
+
+    train: Rows
+    eval: Rows
+    fingerprints: dict[str, str]
+
+
+@contextlib.contextmanager
+def located(loaded: LoadedRecipe | None) -> Iterator[None]:
+    """Adds the recipe's file and line to errors about a recipe key, and turns a full disk into a clear error."""
+    try:
+        yield
+    except PeftlabError as error:
+        if loaded is None:
+            raise
+        raise loaded.locate(error) from error.__cause__
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(f"the disk is full: {error}; free some room or choose another run.dir") from error
+    except Exception as error:
+        # safetensors reports a failed write as its own error with the system's text in it.
+        if "No space left on device" not in str(error):
+            raise
+        raise ResourceError(f"the disk is full: {error}; free some room or choose another run.dir") from error
+
+
+def prepare_libraries() -> None:
+    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, a guarded bitsandbytes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with contextlib.suppress(ImportError):  # only a quantized model needs it, and says so
+        import_bitsandbytes()
+
+
+def pick_device(name: str) -> str:
+    """``cpu`` or ``cuda``. Raises: RecipeError when cuda is asked for and absent."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("cuda was asked for, but torch finds no CUDA device; see `peftlab doctor`", key="run.device")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def pretrained_of(recipe: Recipe) -> Pretrained:
+    model = recipe.model
+    return find_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def tokenizer_of(recipe: Recipe, pretrained: Pretrained) -> Any:
+    return load_tokenizer(pretrained, chat_template=recipe.model.chat_template)
+
+
+def model_of(recipe: Recipe, pretrained: Pretrained, task: Task, device: str, **changes: Any) -> Any:
+    """The frozen backbone of the recipe; ``changes`` replace loading options, such as ``quantize="none"``."""
+    model = recipe.model
+    options: dict[str, Any] = {
+        "quantize": model.quantize,
+        "double_quant": model.double_quant,
+        "compute_dtype": model.compute_dtype,
+        "dtype": model.dtype,
+        "attention": model.attention,
+    }
+    return load_model(
+        pretrained, auto_class=task.auto_class, device=device, **(options | changes), **task.model_kwargs()
+    )
+
+
+def precision_of(recipe: Recipe, device: str) -> str:
+    """``no``, ``bf16`` or ``fp16``, as Accelerate calls the autocast dtypes."""
+    import torch
+
+    dtype = resolve_precision(recipe.train.precision, device)
+    if dtype == torch.float16 and device == "cpu":
+        raise RecipeError("float16 needs a GPU; use bfloat16 or float32 on a CPU", key="train.precision")
+    return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def load_data(recipe: Recipe) -> DataParts:
+    """Reads the rows and makes the split. Raises: DataError, RecipeError."""
+    data = recipe.data
+    _check_columns(recipe)
+    read = functools.partial(
+        load_rows,
+        format=data.format,
+        encoding=data.encoding,
+        column_names=data.column_names,
+        subset=data.subset,
+        seed=recipe.run.seed,
+    )
+    train = _with_labels(recipe, read(data.train, key="data.train"))
+    fingerprints = {"train data": train.fingerprint}
+    if data.eval is not None:
+        held_out = _with_labels(recipe, read(data.eval, key="data.eval", default_split="validation"))
+        return DataParts(train, held_out, fingerprints | {"eval data": held_out.fingerprint})
+    labels = read_class_labels(recipe, train) if recipe.task == "seq_cls" or "label" in data.columns else None
+    if recipe.task == "seq_cls":
+        class_names(labels or [])
+    kept, held = split_rows(
+        train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=recipe.run.seed, labels=labels
+    )
+    return DataParts(train.select(kept), train.select(held), fingerprints)
+
+
+def load_eval_rows(recipe: Recipe) -> Rows:
+    """The held-out rows alone."""
+    return load_data(recipe).eval
+
+
+def _check_columns(recipe: Recipe) -> None:
+    used = {"causal_lm": {"text", "prompt", "completion", "messages", "label"}, "seq_cls": {"text", "label"}}
+    for part in recipe.data.columns:
+        if part not in used[recipe.task]:
+            raise RecipeError(f"has no effect for task: {recipe.task}; remove it", key=f"data.columns.{part}")
+    if recipe.data.label_names and recipe.task == "causal_lm" and "label" not in recipe.data.columns:
+        raise RecipeError("names the values of a label column; say which with data.columns.label", key="data.label_names")
+
+
+def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
+    """Class name of each row, by the recipe's label column, names and bins."""
+    data = recipe.data
+    bins = (data.bins.edges, data.bins.names) if data.bins else None
+    if recipe.task == "causal_lm":  # the column holds the names already
+        return [str(v) for v in rows.column("label")]
+    return read_labels(rows, data.columns.get("label", "label"), label_names=data.label_names, bins=bins)
+
+
+def _with_labels(recipe: Recipe, rows: Rows) -> Rows:
+    """causal_lm: puts the class names into a column ``label`` that templates can use."""
+    column = recipe.data.columns.get("label")
+    if recipe.task != "causal_lm" or column is None:
+        return rows
+    labels = read_labels(rows, column, label_names=recipe.data.label_names)
+    return dataclasses.replace(rows, columns={**rows.columns, "label": labels})
+
+
+def build_task(recipe: Recipe, tokenizer: Any, rows: Rows | None, *, classes: list[str] | None = None) -> Task:
+    """The task object.
+
+    Args:
+        rows: training rows; their labels are the classes unless ``classes`` are given.
+    """
+    data = recipe.data
+    if recipe.task == "seq_cls":
+        if classes is None:
+            assert rows is not None
+            classes = class_names(read_class_labels(recipe, rows))
+        return SequenceClassification(
+            tokenizer,
+            class_names=classes,
+            text_column=data.columns.get("text", "text"),
+            label_column=data.columns.get("label", "label"),
+            label_names=data.label_names,
+            bins=(data.bins.edges, data.bins.names) if data.bins else None,
+            class_weights=recipe.train.class_weights,
+        )
+    template = data.template.model_dump(exclude_none=True) if data.template else None
+    columns = {part: name for part, name in data.columns.items() if part != "label"}
+    available = list(rows.columns) if rows is not None else _expected_columns(columns, template)
+    if rows is not None:
+        for part, name in columns.items():
+            _require_column(rows, part, name)
+    formatter = Formatter(tokenizer, columns=columns, template=template, available=available)
+    return CausalLM(tokenizer, formatter, choices=recipe.eval.choices)
+
+
+def _require_column(rows: Rows, part: str, name: str) -> None:
+    try:
+        rows.column(name)
+    except DataError as error:
+        raise DataError(str(error), key=f"data.columns.{part}") from None
+
+
+def _expected_columns(columns: dict[str, str], template: dict[str, str] | None) -> list[str]:
+    """Columns to reckon with when a run is opened for prediction and no data is at hand."""
+    import string
+
+    fields = [name for text in (template or {}).values() for _, name, _, _ in string.Formatter().parse(text) if name]
+    return sorted({*columns.values(), *fields}) or ["text", "prompt", "completion", "messages"]
+
+
+def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
+    """Longest row in tokens: data.max_length, at most what the model allows. Raises: RecipeError beyond that."""
+    allowed = model_max_length(pretrained, tokenizer)
+    wanted = recipe.data.max_length
+    if wanted is None:
+        return allowed
+    if wanted > allowed:
+        raise RecipeError(f"{recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length")
+    return wanted
+
+
+def encode(recipe: Recipe, task: Task, rows: Rows, *, limit: int, training: bool) -> Encoded:
+    return task.encode(rows, max_length=limit, too_long=recipe.data.too_long, training=training)
+
+
+def fingerprints_of(pretrained: Pretrained, tokenizer: Any, data: DataParts) -> dict[str, str]:
+    return {"model": pretrained.fingerprint, "tokenizer": tokenizer_fingerprint(tokenizer), **data.fingerprints}

@@ -1,0 +1,276 @@
+"""``merge``: folds an adapter into its base model and verifies the files that come out (contract C6)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftlab.adapters import load_adapter
+from peftlab.adapters.merge import agreement, dequantized_weights, exact_updates, weight_error
+from peftlab.api import build
+from peftlab.api.opening import Target, find_target, open_target
+from peftlab.api.run import LOCK_NAME, write_json
+from peftlab.data import Rows, eval_batches
+from peftlab.errors import RecipeError, VerificationError
+from peftlab.models import load_tokenizer, quiet
+from peftlab.tasks import Batch, Task
+from peftlab.train.progress import Progress, make_progress
+
+TARGETS = ("original", "dequantized")
+# Held-out positions that are compared: 512 x 49,152 float32 logits are 96 MiB.
+_POSITIONS = 512
+# Largest mean KL (nats) and smallest top-1 agreement by what was merged into. Folding into the very weights that were
+# trained on only rounds; folding into the original weights also takes the quantization error out of the model.
+_LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
+# Mean weight error relative to the mean update, for float32 files; a 16-bit file rounds the whole weight.
+_WEIGHT_LIMIT = 1e-3
+_PROBES = ["The quick brown fox.", "  spaces\tand\nlines", "0123456789 + - * /", "naive cafe \u00e9\u00fc \u4f60\u597d \U0001f600"]
+
+
+def merge(
+    target: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merges a run's adapter, writes a plain transformers folder, and compares it with base + adapter.
+
+    Args:
+        target: a run folder or an adapter folder of one.
+        base: ``original`` (weights as published) or ``dequantized`` (the quantized weights the adapter was trained on,
+            written out); default: dequantized for a quantized run. The report has the errors of both.
+        output: folder to write; default ``RUN/merged``.
+        dtype: of the written weights; auto: that of the original weights.
+        max_kl, min_top1: thresholds on mean KL in nats and on top-1 agreement, in place of the defaults.
+        replace: overwrite ``output``.
+
+    Returns: the report, also written to ``RUN/merge.json``.
+    Raises: VerificationError when the merged model is beyond a threshold: then nothing is written to ``output``.
+    """
+    build.prepare_libraries()
+    found = find_target(target)
+    if found.adapter is None:
+        raise RecipeError(f"{target} has no adapter to merge; name a run folder")
+    with build.located(found.loaded):
+        limits = {k: v for k, v in (("kl_mean", max_kl), ("top1", min_top1)) if v is not None}
+        return merge_run(
+            Path(target), target=base, output=Path(output) if output else None, dtype=dtype, limits=limits,
+            replace=replace, progress=progress or make_progress(),
+        )  # fmt: skip
+
+
+def merge_run(
+    folder: Path,
+    *,
+    target: str | None = None,
+    output: Path | None = None,
+    dtype: str = "auto",
+    limits: dict[str, float] | None = None,
+    replace: bool = False,
+    progress: Progress,
+) -> dict[str, Any]:
+    """See ``merge``."""
+    found = find_target(folder)
+    quantized = found.loaded.recipe.model.quantize != "none"
+    chosen = target or ("dequantized" if quantized else "original")
+    if chosen not in TARGETS or (chosen == "dequantized" and not quantized):
+        allowed = " or ".join(TARGETS) if quantized else "original (the base of this run is not quantized)"
+        raise RecipeError(f"expected a merge into {allowed}, found {chosen!r}", key="run.merge")
+    output = output or folder / "merged"
+    _check_output(output, replace)
+    progress.stage("merging: taking reference logits of base + adapter")
+    reference = _Reference.take(found, progress)
+    report: dict[str, Any] = {"target": chosen, "output": str(output), "dtype": dtype, "targets": {}}
+    for name in [t for t in TARGETS if quantized or t == "original"]:
+        progress.stage(f"merging into the {name} weights" + ("" if name == chosen else " (for comparison)"))
+        written = output.with_name(f".{output.name}.partial-{os.getpid()}") if name == chosen else None
+        try:
+            figures = _merge_one(found, reference, name, written, dtype)
+            report["targets"][name] = figures
+            if written is not None:
+                failures = _failures(figures, name, quantized, limits or {})
+                report["verified"] = not failures
+                write_json(folder / "merge.json", report)
+                if failures:
+                    raise VerificationError(
+                        f"the merged model was not kept: {'; '.join(failures)}. Figures are in {folder / 'merge.json'}"
+                        + (", and the dequantized target is exact: --base dequantized" if name == "original" and quantized else "")
+                    )
+                shutil.rmtree(output, ignore_errors=True)
+                os.replace(written, output)
+        finally:
+            if written is not None:
+                shutil.rmtree(written, ignore_errors=True)
+    write_json(folder / "merge.json", report)
+    return report
+
+
+def _check_output(output: Path, replace: bool) -> None:
+    if output.exists() and not replace:
+        raise RecipeError(f"{output} exists already; replace it with --replace or choose another --output")
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise RecipeError(f"{output} holds other files and no model; choose another --output")
+
+
+class _Reference:
+    """What the merged model is compared with, taken from base + adapter as trained."""
+
+    def __init__(self, found: Target, task: Task, rows: Rows, limit: int) -> None:
+        self.found, self.task, self.limit = found, task, limit
+        recipe = found.loaded.recipe
+        encoded = task.encode(rows, max_length=limit, too_long="truncate", training=False)
+        count, positions = 0, 0
+        while count < len(encoded.examples) and positions < _POSITIONS:
+            positions += int(encoded.examples[count].weight)
+            count += 1
+        examples = encoded.examples[:count]
+        device = build.pick_device(recipe.run.device)
+        self.batches: list[Batch] = [
+            task.collate([examples[i] for i in part], device)  # type: ignore[attr-defined]
+            for part in eval_batches([len(e) for e in examples], recipe.eval.batch_tokens)
+        ]
+        self.num_rows = count
+        self.logits: list[torch.Tensor] = []
+        self.updates: dict[str, dict[str, torch.Tensor]] = {}
+        self.dequantized: dict[str, torch.Tensor] = {}
+        self.tied = False
+
+    @classmethod
+    def take(cls, found: Target, progress: Progress) -> _Reference:
+        recipe = found.loaded.recipe
+        data = build.load_data(recipe)
+        # float32 matmuls: the comparison should see the merge, not bfloat16 noise.
+        exact = {"compute_dtype": "float32"} if recipe.model.quantize == "nf4" else {}
+        opened = open_target(found, progress, rows=data.train, **exact)
+        reference = cls(found, opened.task, data.eval, opened.limit)
+        reference.logits = reference.run(opened.model)
+        reference.updates = exact_updates(opened.model)
+        base = opened.model.get_base_model()
+        reference.dequantized = {
+            name.removeprefix("base_model.model."): weight for name, weight in dequantized_weights(opened.model).items()
+        }
+        reference.tied = _is_tied(base)
+        return reference
+
+    @torch.no_grad()
+    def run(self, model: Any) -> list[torch.Tensor]:
+        model.eval()
+        return [self.task.logits(model, batch).float().cpu() for batch in self.batches]
+
+
+def _merge_one(found: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:
+    """Merges into one kind of base weights; with ``written`` the result goes to disk and is verified from there."""
+    recipe = found.loaded.recipe
+    assert found.adapter is not None
+    pretrained = build.pretrained_of(recipe)
+    device = build.pick_device(recipe.run.device)
+    plain = build.model_of(recipe, pretrained, reference.task, device, quantize="none", dtype="float32")
+    if name == "dequantized":
+        _replace_weights(plain, reference.dequantized)
+    modules = dict(plain.named_modules())
+    base_weights = {module: modules[module].weight.detach().to("cpu", copy=True) for module in reference.updates}
+    merged = load_adapter(plain, found.adapter).merge_and_unload(safe_merge=True)
+    figures: dict[str, Any] = {"positions": sum(map(len, reference.logits)), "rows": reference.num_rows}
+    if written is not None:
+        save_dtype = _save_dtype(pretrained, dtype)
+        _save(merged.to(save_dtype), reference, written, found)
+        tokenizer_same = _same_tokenizer(build.tokenizer_of(recipe, pretrained), written)
+        del merged, plain, modules
+        gc.collect()
+        merged = _reload(written, reference.task, device)
+        figures |= {
+            "dtype": str(save_dtype).removeprefix("torch."),
+            "tied_head": _is_tied(merged),
+            "tied_head_kept": _is_tied(merged) == reference.tied,
+            "tokenizer_same": tokenizer_same,
+            "bytes": sum(p.stat().st_size for p in written.iterdir()),
+        }
+    by_name = dict(merged.named_modules())
+    figures["weights"] = asdict(
+        weight_error(base_weights, {m: by_name[m].weight.detach() for m in base_weights}, reference.updates)
+    )
+    figures["logits"] = asdict(agreement(reference.logits, reference.run(merged.float())))
+    return figures
+
+
+def _replace_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    modules = dict(model.named_modules())
+    for name, weight in weights.items():
+        module = modules[name]
+        module.weight.data.copy_(weight.reshape(module.weight.shape))
+
+
+def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    if pretrained.source.kind == "tiny":
+        return torch.float32
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _save(model: Any, reference: _Reference, written: Path, found: Target) -> None:
+    shutil.rmtree(written, ignore_errors=True)
+    with quiet():
+        model.save_pretrained(written)
+        reference.task.tokenizer.save_pretrained(written)  # type: ignore[attr-defined]
+    lock = next(p for p in [found.adapter, *found.adapter.resolve().parents] if p and (p / LOCK_NAME).is_file())
+    shutil.copy(lock / LOCK_NAME, written / LOCK_NAME)
+
+
+def _reload(folder: Path, task: Task, device: str) -> Any:
+    """The written files as any user of transformers loads them."""
+    import transformers
+
+    with quiet():
+        return getattr(transformers, task.auto_class).from_pretrained(folder, dtype="auto").to(device).eval()
+
+
+def _is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
+    """Whether the written tokenizer gives the same ids for probe texts and has the same template and special tokens."""
+    from peftlab.models import find_pretrained
+
+    again = load_tokenizer(find_pretrained(str(folder)))
+    return (
+        all(tokenizer(p)["input_ids"] == again(p)["input_ids"] for p in _PROBES)
+        and tokenizer.chat_template == again.chat_template
+        and tokenizer.special_tokens_map == again.special_tokens_map
+    )
+
+
+def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[str, float]) -> Iterable[str]:
+    """In words, every check of the written model that failed."""
+    allowed = _LIMITS["original" if quantized and name == "original" else "same"] | limits
+    logits, weights = figures["logits"], figures["weights"]
+    failures = []
+    if not logits["kl_mean"] <= allowed["kl_mean"]:
+        failures.append(f"mean KL to base + adapter is {logits['kl_mean']:.3g} nats, allowed {allowed['kl_mean']:g}")
+    if not logits["top1"] >= allowed["top1"]:
+        failures.append(f"top-1 agreement is {logits['top1']:.1%}, required {allowed['top1']:.1%}")
+    if figures["dtype"] == "float32" and not weights["relative"] <= _WEIGHT_LIMIT:
+        failures.append(f"merged weights miss {weights['relative']:.1%} of the update on average")
+    if not figures["tied_head_kept"]:
+        failures.append("the output head is no longer tied to the embeddings as it was")
+    if not figures["tokenizer_same"]:
+        failures.append("the written tokenizer gives other ids")
+    return failures

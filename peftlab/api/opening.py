@@ -1,0 +1,115 @@
+"""Opening what eval, predict, chat and merge are pointed at: a run, a merged model, an adapter, or a base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.adapters import check_adapter_files, load_adapter
+from peftlab.api import build
+from peftlab.api.run import LOCK_NAME
+from peftlab.errors import ArtifactError, RecipeError
+from peftlab.models import Pretrained
+from peftlab.recipe import LoadedRecipe, load_recipe
+from peftlab.tasks import Task
+from peftlab.train.progress import Progress
+
+RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A resolved target, nothing loaded yet.
+
+    Attributes:
+        loaded: its recipe, or the one given beside it. adapter: folder of the adapter, None for a plain model.
+        kind: ``run``, ``adapter``, ``merged`` or ``base``.
+    """
+
+    kind: str
+    loaded: LoadedRecipe
+    adapter: Path | None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names the head was trained with; None for a base model, whose classes come from the data."""
+        names = (self.loaded.recipe.lock or {}).get("environment", {}).get("class_names")
+        return list(names) if names and self.kind != "base" else None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A target with everything loaded, the model in eval mode."""
+
+    target: Target
+    model: Any
+    task: Task
+    tokenizer: Any
+    pretrained: Pretrained
+    device: str
+    limit: int
+
+
+def find_target(
+    target: str | os.PathLike[str], recipe: RecipeSource | None = None, overrides: Sequence[str] = ()
+) -> Target:
+    """What ``target`` is. Raises: RecipeError when it is nothing known, or a base model without a recipe."""
+    path = Path(target)
+    if (path / "adapter_config.json").is_file():
+        lock = next((p / LOCK_NAME for p in [path, *path.resolve().parents[:2]] if (p / LOCK_NAME).is_file()), None)
+        if recipe is None and lock is None:
+            raise RecipeError(f"{path} is an adapter without its run; say what it was trained for with --recipe")
+        return Target("adapter", load_recipe(recipe if recipe is not None else str(lock), overrides), path)
+    if (path / LOCK_NAME).is_file() and not (path / "config.json").is_file():
+        if not (path / "adapter").is_dir():
+            raise ArtifactError(f"the run in {path} has no adapter yet; continue it with: peftlab train {path} --resume")
+        return Target("run", load_recipe(recipe if recipe is not None else path / LOCK_NAME, overrides), path / "adapter")
+    if (path / LOCK_NAME).is_file():
+        merged = [f"model.name={path}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
+        merged += ["model.revision=", "run.merge=none"]
+        return Target("merged", load_recipe(recipe if recipe is not None else path / LOCK_NAME, [*merged, *overrides]), None)
+    if recipe is None:
+        raise RecipeError(
+            f"{str(target)!r} is neither a run nor a merged folder of one; for a base model say what to do with --recipe NAME"
+        )
+    return Target("base", load_recipe(recipe, [f"model.name={target}", *overrides]), None)
+
+
+def open_target(target: Target, progress: Progress, *, rows: Any = None, **model_changes: Any) -> Opened:
+    """Loads tokenizer, model and adapter of a target.
+
+    Args:
+        rows: data the classes and columns are taken from where the target does not fix them.
+        model_changes: loading options that differ from the recipe's.
+    Raises: RecipeError, ArtifactError (adapter damaged, or of another model).
+    """
+    recipe = target.loaded.recipe
+    device = build.pick_device(recipe.run.device)
+    if target.adapter is not None:
+        check_adapter_files(target.adapter)
+    pretrained = build.pretrained_of(recipe)
+    _check_same_model(target, pretrained)
+    tokenizer = build.tokenizer_of(recipe, pretrained)
+    if rows is None and recipe.task == "seq_cls" and target.classes is None:
+        rows = build.load_data(recipe).train
+    task = build.build_task(recipe, tokenizer, rows, classes=target.classes)
+    progress.stage(f"loading {recipe.model.name}")
+    model = build.model_of(recipe, pretrained, task, device, **model_changes)
+    if target.adapter is not None:
+        model = load_adapter(model, target.adapter)
+    limit = build.limit_of(recipe, pretrained, tokenizer)
+    return Opened(target, model.eval(), task, tokenizer, pretrained, device, limit)
+
+
+def _check_same_model(target: Target, pretrained: Pretrained) -> None:
+    """An adapter runs on the very weights it was trained on, or not at all."""
+    expected = (target.loaded.recipe.lock or {}).get("fingerprints", {}).get("model")
+    if target.adapter is not None and expected is not None and expected != pretrained.fingerprint:
+        raise ArtifactError(
+            f"the adapter in {target.adapter} was made for another model: it was trained on weights {expected[:12]}, and "
+            f"{pretrained.source.name!r} now has {pretrained.fingerprint[:12]}",
+            key="model.name",
+        )

@@ -1,0 +1,202 @@
+"""Which rows share a batch: a pure function of lengths, seed and epoch, so that a run can be repeated and resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peftlab.data.rows import Rows
+from peftlab.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+
+# grouping=epoch sorts by length within windows of this many optimizer steps, so that steps stay mixed in content.
+_WINDOW_STEPS = 50
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step: its micro-batches as arrays of example indices."""
+
+    epoch: int
+    micro_batches: list[Indices]
+
+
+class BatchPlan:
+    """The order of all optimizer steps of a run.
+
+    A step takes ``batch_size * accumulate`` rows (or about ``batch_tokens * accumulate`` tokens) in shuffled order.
+    With grouping ``step`` and ``epoch`` the rows of a step are sorted by length and cut into the micro-batches that
+    cost least, where a micro-batch costs its padded tokens plus ``split_cost``. The loss is normalised over the whole
+    step, so the cut does not change the gradient.
+
+    Args:
+        lengths: [N] tokens per example.
+        grouping: ``none`` (padded batches of ``batch_size`` in order), ``step``, or ``epoch`` (like lengths share
+            a step too).
+        split_cost: what one more micro-batch costs, in padded tokens.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | Indices,
+        *,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        accumulate: int = 1,
+        grouping: str = "step",
+        seed: int = 0,
+        epochs: float | None = None,
+        max_steps: int | None = None,
+        split_cost: int = 64,
+    ) -> None:
+        assert (batch_size is None) != (batch_tokens is None)
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
+        self._accumulate, self._grouping, self._seed = accumulate, grouping, seed
+        self._split_cost = split_cost
+        self._epoch_cache: dict[int, list[Indices]] = {}
+        self.total_steps = self._count_steps(epochs, max_steps)
+
+    def _count_steps(self, epochs: float | None, max_steps: int | None) -> int:
+        if max_steps is not None:
+            return max_steps
+        epochs = 1.0 if epochs is None else epochs
+        whole = math.floor(epochs)
+        steps = sum(len(self._epoch(e)) for e in range(whole))
+        if epochs > whole:
+            steps += math.ceil((epochs - whole) * len(self._epoch(whole)))
+        return max(1, steps)
+
+    def step(self, index: int) -> PlannedStep:
+        """The ``index``-th optimizer step of the run, counted from 0."""
+        epoch, first = 0, 0
+        while index >= first + len(self._epoch(epoch)):
+            first += len(self._epoch(epoch))
+            epoch += 1
+        rows = self._epoch(epoch)[index - first]
+        return PlannedStep(epoch, self._micro_batches(rows))
+
+    def _epoch(self, epoch: int) -> list[Indices]:
+        """Rows of each step of an epoch. Only the last two epochs asked for are kept."""
+        if epoch not in self._epoch_cache:
+            rng = np.random.default_rng([self._seed, epoch])
+            order = rng.permutation(len(self._lengths))
+            if self._grouping == "epoch":
+                order = self._sorted_in_windows(order)
+            steps = self._cut_into_steps(order)
+            if self._grouping == "epoch":
+                steps = [steps[i] for i in rng.permutation(len(steps))]
+            self._epoch_cache = {k: v for k, v in self._epoch_cache.items() if k == epoch - 1} | {epoch: steps}
+        return self._epoch_cache[epoch]
+
+    def _sorted_in_windows(self, order: Indices) -> Indices:
+        if self._batch_size is not None:
+            rows_per_step = self._batch_size * self._accumulate
+        else:
+            assert self._batch_tokens is not None
+            rows_per_step = max(1, int(self._batch_tokens * self._accumulate / max(1.0, self._lengths.mean())))
+        window = rows_per_step * _WINDOW_STEPS
+        parts = [order[i : i + window] for i in range(0, len(order), window)]
+        return np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])
+
+    def _cut_into_steps(self, order: Indices) -> list[Indices]:
+        if self._batch_size is not None:
+            size = self._batch_size * self._accumulate
+            return [order[i : i + size] for i in range(0, len(order), size)]
+        assert self._batch_tokens is not None
+        budget = self._batch_tokens * self._accumulate
+        step_of_row, tokens, step = np.empty(len(order), dtype=np.int64), 0, 0
+        for i, length in enumerate(self._lengths[order].tolist()):
+            if tokens and tokens + length > budget:
+                step, tokens = step + 1, 0
+            tokens += length
+            step_of_row[i] = step
+        return np.split(order, np.flatnonzero(np.diff(step_of_row)) + 1)
+
+    def _micro_batches(self, rows: Indices) -> list[Indices]:
+        if self._grouping == "none":
+            if self._batch_size is not None:
+                return [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+            assert self._batch_tokens is not None
+            return list(_padded_batches(rows, self._lengths, self._batch_tokens))
+        ordered = rows[np.argsort(-self._lengths[rows], kind="stable")]
+        lengths = self._lengths[ordered].tolist()
+        max_rows = self._batch_size or len(rows)
+        max_tokens = self._batch_tokens or max_rows * lengths[0]
+        cuts = _cheapest_cuts(lengths, max_rows=max_rows, max_tokens=max_tokens, split_cost=self._split_cost)
+        return [ordered[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def _cheapest_cuts(lengths: list[int], *, max_rows: int, max_tokens: int, split_cost: int) -> list[int]:
+    """Cut points of descending ``lengths`` that minimise padded tokens + ``split_cost`` per part (exact, O(N * rows)).
+
+    A single row longer than ``max_tokens`` still makes a part of its own.
+    """
+    best, back = [0.0] + [math.inf] * len(lengths), [0] * (len(lengths) + 1)
+    for start, longest in enumerate(lengths):
+        limit = min(len(lengths), start + max(1, min(max_rows, max_tokens // longest)))
+        for end in range(start + 1, limit + 1):
+            cost = best[start] + split_cost + longest * (end - start)
+            if cost < best[end]:
+                best[end], back[end] = cost, start
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(back[cuts[-1]])
+    return cuts[::-1]
+
+
+def _padded_batches(order: Indices, lengths: Indices, max_tokens: int) -> Iterator[Indices]:
+    """Consecutive rows of ``order`` in batches of at most ``max_tokens`` padded tokens (at least one row each)."""
+    first, longest = 0, 0
+    for i, row in enumerate(order):
+        grown = max(longest, int(lengths[row]))
+        if i > first and grown * (i + 1 - first) > max_tokens:
+            yield order[first:i]
+            first, grown = i, int(lengths[row])
+        longest = grown
+    if first < len(order):
+        yield order[first:]
+
+
+def eval_batches(lengths: Sequence[int] | Indices, batch_tokens: int) -> list[Indices]:
+    """Batches for evaluation: longest rows first, at most ``batch_tokens`` padded tokens each."""
+    array = np.asarray(lengths, dtype=np.int64)
+    return list(_padded_batches(np.argsort(-array, kind="stable"), array, batch_tokens))
+
+
+def fit_length(
+    ids: list[Any], rows: Rows, *, max_length: int, too_long: str, notes: list[str], keep_last: bool = False
+) -> Iterator[tuple[int, Any]]:
+    """Yields ``(row index, ids)`` of the rows that fit, after applying ``too_long``: error, truncate or drop.
+
+    Args:
+        ids: per row an array of token ids. notes: gets one line when rows were cut or dropped.
+        keep_last: a truncated row keeps its last token (the separator that encoder models end with).
+    Raises: DataError for the first row that is too long, with ``too_long="error"``.
+    """
+    changed = []
+    for i, row_ids in enumerate(ids):
+        if len(row_ids) <= max_length:
+            yield i, row_ids
+            continue
+        changed.append(i)
+        if too_long == "error":
+            raise DataError(
+                f"{rows.where(i)}: this row has {len(row_ids):,} tokens, more than the limit of {max_length:,}; set "
+                "data.too_long=truncate or data.too_long=drop, or raise data.max_length if the model allows it",
+                key="data.too_long",
+            )
+        if too_long == "truncate":
+            cut = row_ids[:max_length].copy()
+            if keep_last:
+                cut[-1] = row_ids[-1]
+            yield i, cut
+    if changed:
+        what = "truncated" if too_long == "truncate" else "dropped"
+        notes.append(f"{len(changed):,} of {len(ids):,} rows {what}: longer than {max_length:,} tokens")

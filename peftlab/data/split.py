@@ -1,0 +1,86 @@
+"""Cuts rows into a part to train on and a part that is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from peftlab.data.rows import IntArray, Rows
+from peftlab.errors import DataError
+
+
+def split_rows(
+    rows: Rows,
+    *,
+    fraction: float = 0.1,
+    num_rows: int | None = None,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
+) -> tuple[IntArray, IntArray]:
+    """The indices of the rows to train on and of the held-out rows, each ascending; together all rows, once.
+
+    The same arguments give the same split, on every machine. With labels, each class gives its share of the held-out
+    rows (largest remainder, so that the total is exact). A class of two rows or more is on both sides if there are
+    enough held-out rows for that; a class of one row is trained on, unless all others together are too few.
+
+    Args:
+        fraction: share of the held-out rows, between 0 and 1; at least one row, and never all.
+        num_rows: number of held-out rows, instead of the share.
+        seed: >= 0.
+        labels: [N] the class of each row.
+
+    Returns: two int64 arrays, train and eval.
+
+    Raises: DataError: fewer than two rows, or nothing would be left to train on.
+    """
+    num_eval = _num_eval(rows, fraction, num_rows)
+    rng = np.random.default_rng(seed)
+    if labels is None:
+        held_out = rng.permutation(len(rows))[:num_eval]
+    else:
+        assert len(labels) == len(rows)
+        # Not a numpy text array: that would pad each label to the longest one.
+        _, class_of_row = np.unique(np.array(labels, dtype=object), return_inverse=True)
+        sizes = np.bincount(class_of_row)
+        members = [np.flatnonzero(class_of_row == c) for c in range(len(sizes))]
+        counts = _eval_counts(sizes, num_eval)
+        held_out = np.concatenate([rng.permutation(m)[:n] for m, n in zip(members, counts, strict=True)])
+    is_eval = np.zeros(len(rows), dtype=bool)
+    is_eval[held_out] = True
+    return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
+
+
+def _num_eval(rows: Rows, fraction: float, num_rows: int | None) -> int:
+    if len(rows) < 2:
+        raise DataError(
+            f"{rows.name} has {len(rows)} row(s), too few to hold a part out; give data.eval", key="data.eval_fraction"
+        )
+    if num_rows is None:
+        if not 0 < fraction < 1:
+            raise DataError(f"expected a share between 0 and 1, found {fraction}", key="data.eval_fraction")
+        return min(max(int(len(rows) * fraction + 0.5), 1), len(rows) - 1)
+    if not 1 <= num_rows < len(rows):
+        raise DataError(
+            f"{num_rows} rows cannot be held out of the {len(rows)} rows of {rows.name}: "
+            f"expected 1 to {len(rows) - 1}, so that some are left to train on",
+            key="data.eval_rows",
+        )
+    return num_rows
+
+
+def _eval_counts(sizes: IntArray, num_eval: int) -> IntArray:
+    """[C] held-out rows of each class, from [C] its rows: the proportional share, rounded and within its bounds."""
+    share = sizes * num_eval / sizes.sum()
+    fewest = np.minimum(sizes - 1, 1)
+    most = sizes - 1
+    if fewest.sum() > num_eval:
+        fewest = np.zeros_like(sizes)
+    if most.sum() < num_eval:
+        most = sizes
+    counts: IntArray = np.clip(np.floor(share).astype(np.int64), fewest, most)
+    while (missing := num_eval - counts.sum()) != 0:
+        step = 1 if missing > 0 else -1
+        movable = counts < most if step > 0 else counts > fewest
+        counts[np.argmax(np.where(movable, step * (share - counts), -np.inf))] += step
+    return counts

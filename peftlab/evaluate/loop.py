@@ -1,0 +1,38 @@
+"""One pass over held-out examples: nothing of the logits is kept (contract C10)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peftlab.data import eval_batches
+from peftlab.evaluate.metrics import Scorer
+
+
+@torch.no_grad()
+def evaluate_examples(
+    model: Any, task: Any, encoded: Any, *, metrics: list[str], batch_tokens: int, device: Any, autocast: Any
+) -> dict[str, float]:
+    """Metrics of ``model`` on ``encoded`` examples, by flat name.
+
+    Args:
+        task: a ``tasks.Task``; its ``score`` is called per padded batch of at most ``batch_tokens`` tokens.
+        autocast: a zero-argument callable that gives the context the forward passes run in.
+    """
+    was_training = model.training
+    model.eval()
+    scorer = Scorer(metrics, class_names=task.class_names)
+    try:
+        for part in eval_batches(encoded.lengths, batch_tokens):
+            batch = task.collate([encoded.examples[i] for i in part], device)
+            with autocast():
+                scores = task.score(model, batch)
+            scorer.add_tokens(scores.nll_sum, scores.num_tokens, scores.num_correct)
+            if scores.exact:
+                scorer.add_rows(scores.exact)
+            if scores.predictions:
+                scorer.add_classes(scores.predictions, scores.references)
+    finally:
+        model.train(was_training)
+    return scorer.compute()

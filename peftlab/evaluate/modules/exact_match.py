@@ -1,0 +1,28 @@
+"""The share of rows whose prediction equals the reference exactly."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+from sklearn.metrics import accuracy_score
+
+
+class ExactMatch(evaluate.Metric):
+    """Share of rows that match; nothing is stripped, lowercased or otherwise normalised."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        # Text comes first: evaluate takes the first schema that fits, and "3" also fits int64.
+        schemas = [
+            datasets.Features({"predictions": datasets.Value(kind), "references": datasets.Value(kind)})
+            for kind in ("string", "int64")
+        ]
+        return evaluate.MetricInfo(
+            description="Share of rows that match exactly.",
+            citation="",
+            inputs_description="predictions, references: texts, or ints (a row is right: prediction 1, reference 1).",
+            features=schemas,
+        )
+
+    def _compute(self, *, predictions: list[str] | list[int], references: list[str] | list[int]) -> dict[str, float]:
+        """``exact_match`` in 0..1."""
+        return {"exact_match": float(accuracy_score(references, predictions))}

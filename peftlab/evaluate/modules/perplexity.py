@@ -1,0 +1,27 @@
+"""Perplexity from per-batch sums."""
+
+from __future__ import annotations
+
+import math
+
+import datasets
+import evaluate
+
+
+class Perplexity(evaluate.Metric):
+    """exp of the mean negative log-likelihood in nats per scored token."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="exp of the mean negative log-likelihood per token.",
+            citation="",
+            inputs_description="nll_sum: summed nats of each batch; num_tokens: scored tokens of each batch.",
+            features=datasets.Features({"nll_sum": datasets.Value("float64"), "num_tokens": datasets.Value("int64")}),
+        )
+
+    def _compute(self, *, nll_sum: list[float], num_tokens: list[int]) -> dict[str, float]:
+        """``perplexity``, at least 1; ``inf`` where exp exceeds float64 (above 709 nats per token)."""
+        try:
+            return {"perplexity": math.exp(math.fsum(nll_sum) / sum(num_tokens))}
+        except OverflowError:
+            return {"perplexity": math.inf}

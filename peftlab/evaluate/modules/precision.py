@@ -1,0 +1,30 @@
+"""Precision of each class and their macro average, computed by scikit-learn."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+from sklearn.metrics import precision_score
+
+
+class Precision(evaluate.Metric):
+    """Precision per class; a class never predicted scores 0.
+
+    The macro average is over the classes that occur in the references or the predictions.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Precision per class and its macro average, over scikit-learn.",
+            citation="",
+            inputs_description="predictions, references: class indices; class_names: one name per class index.",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, *, predictions: list[int], references: list[int], class_names: list[str]) -> dict[str, float]:
+        """``precision_macro`` and one ``precision_CLASS`` per class name, each in 0..1."""
+        macro = precision_score(references, predictions, average="macro", zero_division=0.0)
+        indices = list(range(len(class_names)))
+        values = precision_score(references, predictions, labels=indices, average=None, zero_division=0.0)
+        per_class = {f"precision_{class_name}": float(v) for class_name, v in zip(class_names, values, strict=True)}
+        return {"precision_macro": float(macro), **per_class}

@@ -1,0 +1,30 @@
+"""Recall of each class and their macro average, computed by scikit-learn."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+from sklearn.metrics import recall_score
+
+
+class Recall(evaluate.Metric):
+    """Recall per class; a class without references scores 0.
+
+    The macro average is over the classes that occur in the references or the predictions.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Recall per class and its macro average, over scikit-learn.",
+            citation="",
+            inputs_description="predictions, references: class indices; class_names: one name per class index.",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, *, predictions: list[int], references: list[int], class_names: list[str]) -> dict[str, float]:
+        """``recall_macro`` and one ``recall_CLASS`` per class name, each in 0..1."""
+        macro = recall_score(references, predictions, average="macro", zero_division=0.0)
+        indices = list(range(len(class_names)))
+        values = recall_score(references, predictions, labels=indices, average=None, zero_division=0.0)
+        per_class = {f"recall_{class_name}": float(v) for class_name, v in zip(class_names, values, strict=True)}
+        return {"recall_macro": float(macro), **per_class}

@@ -1,0 +1,36 @@
+"""Importing bitsandbytes without letting it fetch code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def import_bitsandbytes() -> Any:
+    """The ``bitsandbytes`` module; call this before anything else (PEFT, transformers) imports it.
+
+    On processors with AVX512-BF16 its import asks the package ``kernels``, where that is installed, for code from the
+    model hub (0.50.2, backends/cpu/ops.py). Nothing leaves this machine unasked (contract C12), so that package is
+    hidden for the duration. Raises: ImportError.
+    """
+    with _without_hub_kernels():
+        return importlib.import_module("bitsandbytes")
+
+
+@contextlib.contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    log = logging.getLogger("bitsandbytes")
+    level, known = log.level, "kernels" in sys.modules
+    log.setLevel(logging.ERROR)
+    if not known:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if not known:
+            del sys.modules["kernels"]

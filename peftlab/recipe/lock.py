@@ -1,0 +1,152 @@
+"""The lock file of a run: the resolved recipe with the versions and fingerprints it was made with."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from peftlab.errors import ArtifactError, PeftlabError, RecipeError, ResourceError
+from peftlab.recipe.load import LoadedRecipe
+from peftlab.recipe.yaml_lines import dump_yaml
+
+_PACKAGES = (
+    "peftlab",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "tokenizers",
+    "datasets",
+    "evaluate",
+    "numpy",
+    "scikit-learn",
+    "triton",
+)
+_HEADER = """\
+# Written by peftlab. `peftlab train` with this file repeats the run; every setting is explicit.
+# The section `lock` holds the versions and fingerprints the run was made with, which are checked then.
+"""
+_LOCAL_PATHS = (("model", "name"), ("model", "chat_template"), ("data", "train"), ("data", "eval"))
+_DATA_REMEDY = "restore the file it was made with"
+_REMEDIES = {
+    "model": "restore the weights it was made with, or set model.revision to their commit",
+    "tokenizer": "restore the tokenizer files it was made with, or set model.revision to their commit",
+    "train data": _DATA_REMEDY,
+    "eval data": _DATA_REMEDY,
+}
+
+
+def package_versions() -> dict[str, str]:
+    """Installed version of each package that can change a result; those not installed are left out."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_lock(
+    path: str | os.PathLike[str],
+    loaded: LoadedRecipe,
+    *,
+    fingerprints: Mapping[str, str | None],
+    environment: Mapping[str, Any],
+) -> None:
+    """Writes the lock file atomically: a reader sees the old file or the new one, never a part.
+
+    Args:
+        fingerprints: hash by what it belongs to: model, tokenizer, train data, eval data; None where there is none.
+        environment: plain values about the machine, for people; not checked.
+
+    Raises: RecipeError (the folder cannot be written), ResourceError (the disk is full).
+    """
+    settings = loaded.recipe.model_dump(exclude={"lock"})
+    settings["run"]["dir"] = None
+    for section, name in _LOCAL_PATHS:
+        settings[section][name] = _absolute(settings[section][name])
+    versions = package_versions()
+    settings["lock"] = {
+        "name": loaded.name,
+        "peftlab": versions.pop("peftlab", None),
+        "packages": versions,
+        "fingerprints": dict(fingerprints),
+        "environment": dict(environment),
+    }
+    _write_atomically(Path(path), _HEADER + dump_yaml(settings))
+
+
+def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None]) -> list[str]:
+    """Notes about package versions that differ from those of the lock; empty without a lock.
+
+    Args:
+        fingerprints: as for ``write_lock``, taken now. Only what is known on both sides is compared.
+
+    Raises: ArtifactError when the model, the tokenizer or the data are not those of the lock.
+    """
+    lock = loaded.recipe.lock
+    if lock is None:
+        return []
+    stored = _mapping(lock, "fingerprints")
+    changed = [
+        name for name, now in fingerprints.items() if None not in (now, stored.get(name)) and stored[name] != now
+    ]
+    if changed:
+        rows = "; ".join(
+            f"the {name} has changed: {_short(stored[name])} when the run was made, {_short(fingerprints[name])} now"
+            for name in changed
+        )
+        remedies = ", ".join(dict.fromkeys(_REMEDIES.get(name, f"restore the {name}") for name in changed))
+        key = f"lock.fingerprints.{changed[0]}" if len(changed) == 1 else "lock.fingerprints"
+        raise ArtifactError(
+            f"{rows}. To repeat the run, {remedies}; for a new run, add `lock=` to the command", key=key
+        )
+    then, now = _mapping(lock, "packages") | {"peftlab": lock.get("peftlab")}, package_versions()
+    return [
+        f"{name}: {then.get(name) or 'not installed'} when the run was made, {now.get(name, 'not installed')} now"
+        for name in _PACKAGES
+        if then.get(name) != now.get(name)
+    ]
+
+
+def _mapping(lock: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = lock.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise RecipeError(
+            f"expected a mapping, found {value!r}; restore the file as the run wrote it", key=f"lock.{name}"
+        )
+    return value or {}
+
+
+def _short(fingerprint: object) -> str:
+    return str(fingerprint).removeprefix("sha256:")[:12]
+
+
+def _absolute(name: str | None) -> str | None:
+    """``name`` made absolute when it is a path that exists here; a sampling suffix such as ``#500`` stays."""
+    if name is None or name.startswith(("package:", "tiny:")):
+        return name
+    if os.path.exists(name):
+        return os.path.abspath(name)
+    base, _, count = name.rpartition("#")
+    return f"{os.path.abspath(base)}#{count}" if count.isdigit() and os.path.exists(base) else name
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kind: type[PeftlabError] = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else RecipeError
+        raise kind(f"cannot write {path}: {error.strerror}") from error

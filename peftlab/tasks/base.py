@@ -1,0 +1,149 @@
+"""What a task is: rows become examples, examples become padded batches, batches become a loss or scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftlab.data import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded row.
+
+    Attributes:
+        ids: [T] int32 token ids.
+        row: index into the ``Rows`` it came from, for messages.
+        weight: its share of the step's normaliser: trained tokens (causal_lm) or class weight (seq_cls).
+        trained: [T] bool, tokens whose prediction is trained; None for classification.
+        label: class index; None for language modelling without choices.
+    """
+
+    ids: np.ndarray
+    row: int
+    weight: float
+    trained: np.ndarray | None = None
+    label: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples of one data set, and in words what happened to the rows that are not among them."""
+
+    examples: list[Example]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(e) for e in self.examples], dtype=np.int64)
+
+    @property
+    def weights(self) -> np.ndarray:
+        return np.array([e.weight for e in self.examples], dtype=np.float64)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of a micro-batch. ``attention_mask`` is None when no row is padded (attention then runs unmasked).
+
+    Attributes:
+        input_ids: [B, T] int64, padded on the right. attention_mask: [B, T] int64 or None.
+        trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float32 class weights.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    trained: Tensor | None
+    labels: Tensor | None
+    weights: Tensor
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        inputs = {"input_ids": self.input_ids}
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask
+        return inputs
+
+
+def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
+    """Pads ``examples`` on the right to the longest of them."""
+    longest = max(len(e) for e in examples)
+    ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(examples), longest), dtype=np.int64)
+    trained = np.zeros((len(examples), longest), dtype=bool)
+    for i, example in enumerate(examples):
+        ids[i, : len(example)] = example.ids
+        mask[i, : len(example)] = 1
+        if example.trained is not None:
+            trained[i, : len(example)] = example.trained
+
+    def tensor(array: Any) -> Tensor:
+        return torch.as_tensor(array).to(device)
+
+    labels = [e.label for e in examples]
+    return Batch(
+        input_ids=tensor(ids),
+        attention_mask=None if mask.all() else tensor(mask),
+        trained=tensor(trained) if examples[0].trained is not None else None,
+        labels=tensor(np.array(labels, dtype=np.int64)) if all(label is not None for label in labels) else None,
+        weights=tensor(np.array([e.weight for e in examples], dtype=np.float32)),
+    )
+
+
+@dataclass
+class Scores:
+    """What one evaluation batch adds to the metrics; a field is empty when the task has no such stream."""
+
+    nll_sum: float = 0.0
+    num_tokens: float = 0
+    num_correct: int = 0
+    exact: list[bool] = field(default_factory=list)
+    predictions: list[int] = field(default_factory=list)
+    references: list[int] = field(default_factory=list)
+
+
+class Task(Protocol):
+    """One file per task implements this; the loop, evaluation and prediction know nothing else about it.
+
+    ``auto_class`` is the transformers auto class; ``peft_type`` PEFT's task type; ``text_column`` the column that a
+    plain text given to ``predict`` stands for.
+    """
+
+    name: str
+    auto_class: str
+    peft_type: str
+    class_names: list[str] | None
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Config values the model is loaded with, such as ``num_labels``."""
+
+    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
+        """Rows to examples. Raises: DataError with file and line."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum of the weighted losses of ``batch``, float32 scalar, not divided by anything."""
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        """Loss and predictions of ``batch`` without keeping logits."""
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[N, C] float32 logits of the scored positions (merge verification compares them)."""
+
+    def row_from_text(self, text: str) -> dict[str, Any]:
+        """The row that a plain text given to ``predict`` stands for."""
+
+    def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **options: Any) -> Iterator[dict[str, Any]]:
+        """One result per row, in order."""

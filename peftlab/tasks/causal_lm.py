@@ -1,0 +1,289 @@
+"""Causal language modelling: plain text, prompt + completion, or chat, with the loss on the trained tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.data import Rows, eval_batches, fit_length
+from peftlab.data.chat import Formatter, trained_tokens
+from peftlab.errors import DataError
+from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate
+from peftlab.tasks.lm_head import LMHead
+
+# Positions scored at a time: 256 x 49,152 float32 logits are 48 MiB.
+_SCORE_CHUNK = 256
+
+
+class CausalLM:
+    """See ``base.Task``.
+
+    Args:
+        formatter: rows to text and trained spans.
+        choices: possible completions; every row then has a label, and ``score`` predicts by constrained decoding.
+    """
+
+    name = "causal_lm"
+    auto_class = "AutoModelForCausalLM"
+    peft_type = "CAUSAL_LM"
+
+    def __init__(self, tokenizer: Any, formatter: Formatter, *, choices: Sequence[str] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.formatter = formatter
+        self.class_names = list(choices) if choices else None
+        self._choice_ids: list[tuple[int, ...]] | None = None
+        added = tokenizer.added_tokens_decoder
+        self._stop_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self._head = LMHead()
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
+        notes: list[str] = []
+        ids, trained = self._tokenize(rows)
+        if self.class_names and len(rows):
+            self._choice_ids = self._encode_choices(rows)
+        examples, masked = [], 0
+        for i, row_ids in fit_length(ids, rows, max_length=max_length, too_long=too_long, notes=notes):
+            mask = trained[i][: len(row_ids)]
+            if not mask.any():
+                masked += 1
+                continue
+            label = self._label(rows, i, row_ids[mask]) if self.class_names else None
+            examples.append(Example(row_ids, i, float(mask.sum()), trained=mask, label=label))
+        if masked:
+            notes.append(f"{masked:,} of {len(rows):,} rows dropped: no trained token in them")
+        if not examples:
+            raise DataError(
+                f"{rows.name}: zero trained tokens in all {len(rows):,} rows: the completions are empty or cut off by "
+                f"data.max_length ({max_length:,}); look at data.columns and data.template",
+                key="data.template" if self.formatter.style != "text" else "data.columns",
+            )
+        total, num_trained = sum(map(len, examples)), int(sum(e.weight for e in examples))
+        notes.append(f"{self.formatter.style}: {num_trained:,} of {total:,} tokens are trained")
+        return Encoded(examples, notes)
+
+    def _tokenize(self, rows: Rows) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        rendered = [self.formatter.render(rows.row(i), rows.where(i)) for i in range(len(rows))]
+        encoded = self.tokenizer(
+            [r.text for r in rendered],
+            add_special_tokens=self.formatter.style != "chat",
+            return_offsets_mapping=True,
+            truncation=False,
+            verbose=False,
+        )
+        all_ids, all_trained = [], []
+        for row, row_ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            ids = np.asarray(row_ids, dtype=np.int32)
+            trained = trained_tokens(offsets, row.spans, ids, self._stop_ids)
+            ids, trained = self._end_of_text(ids, trained)
+            trained[:1] = False  # nothing comes before the first token, so nothing predicts it
+            all_ids.append(ids)
+            all_trained.append(trained)
+        return all_ids, all_trained
+
+    def _end_of_text(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends a completion with a trained end-of-text token where neither template nor tokenizer wrote one."""
+        if len(ids) and (trained & np.isin(ids, list(self._stop_ids))).any():
+            return ids, trained
+        if not trained.any() or self.tokenizer.eos_token_id is None:
+            return ids, trained
+        if ids[-1] == self.tokenizer.eos_token_id:
+            trained[-1] = True
+            return ids, trained
+        return np.append(ids, np.int32(self.tokenizer.eos_token_id)), np.append(trained, True)
+
+    def _encode_choices(self, rows: Rows) -> list[tuple[int, ...]]:
+        """Token ids of each choice as they follow a prompt, ended by a stop token so that none is another's prefix."""
+        assert self.class_names is not None
+        prompt = self.formatter.render_prompt(rows.row(0), rows.where(0))
+        before = self._prompt_ids([prompt])[0]
+        choice_ids = []
+        for choice in self.class_names:
+            ids = self._prompt_ids([prompt + choice])[0]
+            if ids[: len(before)].tolist() != before.tolist():
+                raise DataError(
+                    f"the choice {choice!r} merges with the end of the prompt when tokenized; end the prompt with a "
+                    "line break or begin the choice with a space",
+                    key="eval.choices",
+                )
+            choice_ids.append((*ids[len(before) :].tolist(), -1))
+        return choice_ids
+
+    def _label(self, rows: Rows, i: int, answer: np.ndarray) -> int:
+        assert self._choice_ids is not None and self.class_names is not None
+        tokens = tuple(t for t in answer.tolist() if t not in self._stop_ids)
+        for index, choice in enumerate(self._choice_ids):
+            if choice[:-1] == tokens:
+                return index
+        raise DataError(
+            f"{rows.where(i)}: the completion {self.tokenizer.decode(tokens)!r} is none of eval.choices: "
+            f"{', '.join(map(repr, self.class_names))}",
+            key="eval.choices",
+        )
+
+    def _prompt_ids(self, prompts: list[str]) -> list[np.ndarray]:
+        encoded = self.tokenizer(prompts, add_special_tokens=self.formatter.style != "chat", verbose=False)
+        ids = [np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]
+        if self.formatter.style != "chat":  # some tokenizers end every text with eos: a prompt goes on
+            eos = self.tokenizer.eos_token_id
+            ids = [row[:-1] if len(row) > 1 and row[-1] == eos else row for row in ids]
+        return ids
+
+    def collate(self, examples: list[Example], device: Any) -> Batch:
+        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+
+    def _selected(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, H] that predict a trained token, and those tokens [N]."""
+        hidden = self._head.hidden_states(model, batch.model_inputs)
+        chosen = batch.trained[:, 1:]
+        return hidden[:, :-1][chosen], batch.input_ids[:, 1:][chosen]
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        hidden, targets = self._selected(model, batch)
+        return self._head.cross_entropy(model, hidden, targets).sum()
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        hidden, _ = self._selected(model, batch)
+        return self._head.logits(model, hidden)
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        hidden, targets = self._selected(model, batch)
+        nll, hit = [], []
+        for part, target in zip(hidden.split(_SCORE_CHUNK), targets.split(_SCORE_CHUNK), strict=True):
+            logits = self._head.logits(model, part)
+            nll.append(F.cross_entropy(logits, target, reduction="sum"))
+            hit.append(logits.argmax(-1) == target)
+        hits = torch.cat(hit)
+        row_of = batch.trained[:, 1:].nonzero()[:, 0]
+        misses = torch.bincount(row_of[~hits], minlength=len(batch.input_ids))
+        scores = Scores(
+            nll_sum=float(torch.stack(nll).sum()),
+            num_tokens=len(targets),
+            num_correct=int(hits.sum()),
+            exact=(misses == 0).tolist(),
+        )
+        if self.class_names:
+            prefixes = [
+                row[: int(mask.to(torch.uint8).argmax())] for row, mask in zip(batch.input_ids, batch.trained, strict=True)
+            ]
+            first = torch.cat([row_of.new_tensor([True]).bool(), row_of[1:] != row_of[:-1]])
+            chosen = self._choose(model, prefixes, self._head.logits(model, hidden[first]))
+            scores.predictions = [index for index, _ in chosen]
+            scores.references = batch.labels.tolist()
+        return scores
+
+    def _choose(self, model: nn.Module, prefixes: list[Tensor], logits: Tensor) -> list[tuple[int, float]]:
+        """Per row the choice that greedy decoding constrained to the choices gives, with its probability.
+
+        Args: prefixes: token ids before the answer. logits: [B, V] at the last of them. When the choices begin with
+        different tokens, as they mostly do, no further forward pass is needed.
+        """
+        assert self._choice_ids is not None
+        results = []
+        for prefix, row_logits in zip(prefixes, logits, strict=True):
+            alive, depth, probability = list(range(len(self._choice_ids))), 0, 1.0
+            while True:
+                tokens = sorted({self._choice_ids[c][depth] for c in alive})
+                if len(tokens) > 1:
+                    index = [self.tokenizer.eos_token_id if t == -1 else t for t in tokens]
+                    probs = row_logits[index].softmax(-1)
+                    best = int(probs.argmax())
+                    probability *= float(probs[best])
+                    alive = [c for c in alive if self._choice_ids[c][depth] == tokens[best]]
+                if len(alive) == 1:
+                    results.append((alive[0], probability))
+                    break
+                prefix = torch.cat([prefix, prefix.new_tensor([self._choice_ids[alive[0]][depth]])])
+                depth += 1
+                hidden = self._head.hidden_states(model, {"input_ids": prefix[None]})
+                row_logits = self._head.logits(model, hidden[0, -1:])[0]
+        return results
+
+    def row_from_text(self, text: str) -> dict[str, Any]:
+        return self.formatter.prompt_row(text)
+
+    @torch.no_grad()
+    def predict(
+        self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **sampling: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Yields ``{"label", "probability"}`` per row with choices, else ``{"text"}``, as ``generate`` does."""
+        if not self.class_names:
+            yield from self.generate(model, rows, batch_tokens=batch_tokens, max_length=max_length, **sampling)
+            return
+        ids = [row[-max_length:] for row in self._rows_prompt_ids(rows)]
+        self._choice_ids = self._choice_ids or self._encode_choices(rows)
+        yield from self._predict_choices(model, ids, batch_tokens)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        *,
+        batch_tokens: int,
+        max_length: int,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Iterator[dict[str, Any]]:
+        """Yields ``{"text": answer}`` per row, written freely also where the task has choices.
+
+        Args: temperature: 0 decodes greedily. A prompt that leaves no room for the answer loses its beginning.
+        """
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        ids = [row[-max(1, max_length - max_new_tokens) :] for row in self._rows_prompt_ids(rows)]
+        results: dict[int, dict[str, Any]] = {}
+        for part in eval_batches([len(row) + max_new_tokens for row in ids], batch_tokens):
+            for i, text in zip(part, self._generate(model, [ids[i] for i in part], max_new_tokens, sampling), strict=True):
+                results[int(i)] = {"text": text}
+        yield from (results[i] for i in range(len(ids)))
+
+    def _rows_prompt_ids(self, rows: Rows) -> list[np.ndarray]:
+        return self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
+
+    def _predict_choices(self, model: nn.Module, ids: list[np.ndarray], batch_tokens: int) -> Iterator[dict[str, Any]]:
+        assert self.class_names is not None
+        device = next(model.parameters()).device
+        results: dict[int, dict[str, Any]] = {}
+        for part in eval_batches([len(row) for row in ids], batch_tokens):
+            batch = self.collate([Example(ids[i], int(i), 1.0) for i in part], device)
+            hidden = self._head.hidden_states(model, batch.model_inputs)
+            last = torch.tensor([len(ids[i]) - 1 for i in part], device=device)
+            logits = self._head.logits(model, hidden[torch.arange(len(part), device=device), last])
+            prefixes = [torch.as_tensor(ids[i], device=device, dtype=torch.int64) for i in part]
+            for i, (choice, probability) in zip(part, self._choose(model, prefixes, logits), strict=True):
+                results[int(i)] = {"label": self.class_names[choice], "probability": probability}
+        yield from (results[i] for i in range(len(ids)))
+
+    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of ``generate`` that stop at every token that can end an answer."""
+        return {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": sorted(self._stop_ids - {self.tokenizer.unk_token_id}),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            **sampling,
+        }
+
+    def _generate(
+        self, model: nn.Module, ids: list[np.ndarray], max_new_tokens: int, sampling: Mapping[str, Any]
+    ) -> list[str]:
+        device = next(model.parameters()).device
+        longest = max(map(len, ids))
+        tokens = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for i, row in enumerate(ids):
+            tokens[i, longest - len(row) :] = torch.as_tensor(row, dtype=torch.int64)
+            mask[i, longest - len(row) :] = 1
+        out = model.generate(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            **self.generation_kwargs(max_new_tokens, sampling),
+        )
+        return [t.strip() for t in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]

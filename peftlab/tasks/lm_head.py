@@ -1,0 +1,91 @@
+"""The output head of a causal language model, applied to chosen positions only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.ops import linear_cross_entropy
+
+
+class LMHead:
+    """Runs decoder and head of a transformers causal LM apart, so that logits exist for chosen positions only.
+
+    The first call compares one row with the model's own forward; an architecture whose logits are not
+    ``cap(scale * head(hidden))`` is an error rather than a silently different loss.
+    """
+
+    def __init__(self) -> None:
+        self._verified: set[int] = set()
+
+    def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """[B, T, H] last hidden states, before the head."""
+        base = _base(model)
+        if id(base) not in self._verified:
+            self._verify(model, base, inputs)
+            self._verified.add(id(base))
+        return _decoder(base)(**inputs, use_cache=False)[0]
+
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """[N, V] float32 logits of ``hidden`` [N, H]."""
+        base = _base(model)
+        head = base.get_output_embeddings()
+        softcap, scale = _logit_transform(base.config)
+        logits = head(hidden.to(_head_dtype(head, hidden))).float() * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def cross_entropy(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        """[N] float32 nats."""
+        base = _base(model)
+        head = base.get_output_embeddings()
+        if type(head) is not nn.Linear:  # quantized, or carrying an adapter
+            return F.cross_entropy(self.logits(model, hidden), targets, reduction="none")
+        softcap, scale = _logit_transform(base.config)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear_cross_entropy(
+                hidden.to(head.weight.dtype), head.weight, targets, head.bias, softcap=softcap, scale=scale
+            )
+
+    @torch.no_grad()
+    def _verify(self, model: nn.Module, base: Any, inputs: dict[str, Tensor]) -> None:
+        row = {name: value[:1] for name, value in inputs.items()}
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with torch.autocast(row["input_ids"].device.type, enabled=False):
+                want = base(**row, use_cache=False).logits[0].float()
+                ours = self.logits(model, _decoder(base)(**row, use_cache=False)[0][0])
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        error, size = float((want - ours).abs().max()), float(want.abs().max())
+        if not error <= 0.01 * max(size, 1.0):
+            raise NotImplementedError(
+                f"{type(base).__name__}: logits of chosen positions differ from the model's own by {error:.3g} "
+                f"(largest logit {size:.3g}); this architecture transforms its logits in a way peftlab does not know"
+            )
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _decoder(base: Any) -> nn.Module:
+    decoder: nn.Module = getattr(base, base.base_model_prefix)
+    return decoder
+
+
+def _head_dtype(head: nn.Module, hidden: Tensor) -> torch.dtype:
+    return head.weight.dtype if type(head) is nn.Linear else hidden.dtype
+
+
+def _logit_transform(config: Any) -> tuple[float | None, float]:
+    """Soft-cap and scale as the transformers families name them: Gemma 2, Cohere, Granite."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    if divisor := getattr(text, "logits_scaling", None):
+        scale /= float(divisor)
+    return getattr(text, "final_logit_softcapping", None), scale

@@ -1,0 +1,141 @@
+"""Sequence classification: one label per text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.data import Rows, eval_batches, fit_length, read_labels
+from peftlab.errors import DataError, RecipeError
+from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate
+
+
+class SequenceClassification:
+    """See ``base.Task``.
+
+    Args:
+        class_names: the labels, in index order.
+        class_weights: weight of each class in the loss, by name, or ``balanced`` (inverse frequency of the training
+            rows, mean 1 over them), or ``none``.
+    """
+
+    name = "seq_cls"
+    auto_class = "AutoModelForSequenceClassification"
+    peft_type = "SEQ_CLS"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        class_names: list[str],
+        text_column: str = "text",
+        label_column: str = "label",
+        label_names: Mapping[str, str] | None = None,
+        bins: tuple[list[float], list[str]] | None = None,
+        class_weights: str | Mapping[str, float] = "none",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.class_names = class_names
+        self.text_column, self.label_column = text_column, label_column
+        self._label_names, self._bins = dict(label_names or {}), bins
+        self._class_weights = class_weights
+        if isinstance(class_weights, Mapping) and set(class_weights) != set(class_names):
+            raise RecipeError(
+                f"expected a weight for each of the classes {class_names}, found {sorted(class_weights)}",
+                key="train.class_weights",
+            )
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {
+            "num_labels": len(self.class_names),
+            "id2label": dict(enumerate(self.class_names)),
+            "label2id": {name: i for i, name in enumerate(self.class_names)},
+        }
+
+    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
+        labels = read_labels(rows, self.label_column, label_names=self._label_names, bins=self._bins)
+        index = {name: i for i, name in enumerate(self.class_names)}
+        for i, label in enumerate(labels):
+            if label not in index:
+                raise DataError(
+                    f"{rows.where(i)}: label {label!r} does not occur in the training data, whose labels are "
+                    f"{', '.join(self.class_names)}",
+                    key="data.columns.label",
+                )
+        weights = self._weights(labels) if training else dict.fromkeys(self.class_names, 1.0)
+        notes: list[str] = []
+        examples = []
+        fitted = fit_length(
+            self._tokenize(rows), rows, max_length=max_length, too_long=too_long, notes=notes, keep_last=True
+        )
+        for i, ids in fitted:
+            label = labels[i]
+            examples.append(Example(ids, i, weights[label], label=index[label]))
+        counts = Counter(labels)
+        notes.append("labels: " + ", ".join(f"{name} {counts[name]:,}" for name in self.class_names))
+        return Encoded(examples, notes)
+
+    def _tokenize(self, rows: Rows) -> list[np.ndarray]:
+        texts = rows.column(self.text_column)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"{rows.where(i)}: expected text, found {text!r}", key="data.columns.text")
+        encoded = self.tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def _weights(self, labels: list[str]) -> dict[str, float]:
+        if isinstance(self._class_weights, Mapping):
+            return dict(self._class_weights)
+        if self._class_weights == "none":
+            return dict.fromkeys(self.class_names, 1.0)
+        counts = Counter(labels)
+        return {name: len(labels) / (len(self.class_names) * max(1, counts[name])) for name in self.class_names}
+
+    def collate(self, examples: list[Example], device: Any) -> Batch:
+        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch.model_inputs).logits.float()
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses = F.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
+        return (losses * batch.weights).sum()
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        logits = self.logits(model, batch)
+        nll = F.cross_entropy(logits, batch.labels, reduction="sum")
+        return Scores(
+            nll_sum=float(nll),
+            num_tokens=len(logits),
+            predictions=logits.argmax(-1).tolist(),
+            references=batch.labels.tolist(),
+        )
+
+    def row_from_text(self, text: str) -> dict[str, Any]:
+        return {self.text_column: text}
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any) -> Iterator[dict[str, Any]]:
+        """Yields ``{"label", "probability", "probabilities": {name: p}}`` per row; longer texts are truncated."""
+        fitted = fit_length(
+            self._tokenize(rows), rows, max_length=max_length, too_long="truncate", notes=[], keep_last=True
+        )
+        examples = [Example(ids, i, 1.0, label=0) for i, ids in fitted]
+        device = next(model.parameters()).device
+        results: dict[int, dict[str, Any]] = {}
+        for part in eval_batches([len(e) for e in examples], batch_tokens):
+            batch = self.collate([examples[i] for i in part], device)
+            for i, probs in zip(part, self.logits(model, batch).softmax(-1).tolist(), strict=True):
+                best = max(range(len(probs)), key=probs.__getitem__)
+                results[i] = {
+                    "label": self.class_names[best],
+                    "probability": probs[best],
+                    "probabilities": dict(zip(self.class_names, probs, strict=True)),
+                }
+        yield from (results[i] for i in range(len(examples)))

@@ -1,0 +1,168 @@
+"""Step checkpoints: everything a run needs to go on, without pickles, published by one rename.
+
+    step-00000040/
+      adapter_config.json, adapter_model.safetensors    PEFT's format
+      optimizer.safetensors                             state of every trained parameter, by name
+      rng.safetensors                                   torch generators as bytes
+      state.json                                        step, best value, Python and NumPy generators, plan
+      manifest.json                                     sha256 of the files above, written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peftlab.adapters import save_adapter
+from peftlab.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class RngState:
+    """States of all generators a step may draw from."""
+
+    torch_cpu: torch.Tensor
+    torch_cuda: list[torch.Tensor]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls) -> RngState:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.torch_cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+def save_checkpoint(
+    root: Path, *, step: int, model: Any, optimizer: torch.optim.Optimizer, rng: RngState, state: dict[str, Any], keep: int
+) -> Path:
+    """Writes ``root/step-XXXXXXXX`` and removes all but the newest ``keep``.
+
+    Args:
+        step: optimizer steps done. state: JSON values of the loop (best metric, plan fingerprint, ...).
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{step:08d}"
+    partial = root / f".partial-{step:08d}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_adapter(model, partial)
+        save_file(_optimizer_tensors(model, optimizer), str(partial / "optimizer.safetensors"))
+        generators = {"torch_cpu": rng.torch_cpu} | {f"torch_cuda_{i}": t for i, t in enumerate(rng.torch_cuda)}
+        save_file(generators, str(partial / "rng.safetensors"))
+        numpy_state = [v.tolist() if isinstance(v, np.ndarray) else v for v in rng.numpy]
+        document = {**state, "step": step, "rng_python": rng.python, "rng_numpy": numpy_state}
+        (partial / "state.json").write_text(json.dumps(document))
+        _publish(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Adds hashes, forces the files to disk and renames the folder: a torn save never looks like a checkpoint."""
+    files = sorted(p for p in partial.iterdir() if p.is_file())
+    (partial / "manifest.json").write_text(json.dumps({p.name: _sha256(p) for p in files}, indent=1))
+    for path in partial.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    return sorted(p for p in root.glob("step-*") if (p / "manifest.json").is_file())
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises ArtifactError when a file of the checkpoint is missing or differs from its recorded hash."""
+    earlier = [p.name for p in list_checkpoints(folder.parent) if p.name < folder.name]
+    remedy = f"; remove this folder to resume from {earlier[-1]}" if earlier else "; there is no earlier one"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"checkpoint {folder} has no readable manifest.json ({error}){remedy}") from error
+    for name, digest in manifest.items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"checkpoint {folder} is damaged: {name} is missing{remedy}")
+        if _sha256(folder / name) != digest:
+            raise ArtifactError(f"checkpoint {folder} is damaged: {name} does not have its recorded hash{remedy}")
+
+
+def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], RngState]:
+    """Puts weights and optimizer state in place; returns the loop's state (with ``step``) and the generators.
+
+    Raises: ArtifactError when the checkpoint is damaged or does not belong to this model.
+    """
+    from peft import set_peft_model_state_dict
+
+    check_checkpoint(folder)
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    _load_optimizer(model, optimizer, load_file(str(folder / "optimizer.safetensors")), folder)
+    state = json.loads((folder / "state.json").read_text())
+    generators = load_file(str(folder / "rng.safetensors"))
+    version, words, gauss = state.pop("rng_python")
+    name, keys, *rest = state.pop("rng_numpy")
+    rng = RngState(
+        torch_cpu=generators.pop("torch_cpu"),
+        torch_cuda=[generators[k] for k in sorted(generators)],
+        python=(version, tuple(words), gauss),
+        numpy=(name, np.array(keys, dtype=np.uint32), *rest),
+    )
+    return state, rng
+
+
+def _trained_names(model: nn.Module) -> dict[torch.nn.Parameter, str]:
+    return {p: name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = _trained_names(model)
+    return {
+        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def _load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], folder: Path
+) -> None:
+    names = _trained_names(model)
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        by_parameter.setdefault(name, {})[entry] = value
+    if set(by_parameter) != set(names.values()):
+        raise ArtifactError(f"checkpoint {folder} belongs to a run with other trained parameters; start a new run")
+    for parameter, name in names.items():
+        optimizer.state[parameter] = {
+            key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
+            for key, value in by_parameter[name].items()
+        }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,350 @@
+"""The training loop, the only one.
+
+Per optimizer step: the micro-batches of the plan, each adding the gradient of its loss sum divided by the weight of
+the *whole* step (contract C3), a finite check, clipping, AdamW. Everything it needs is passed in as plain values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.adapters import save_adapter
+from peftlab.data.batching import BatchPlan
+from peftlab.errors import Interrupted, ResourceError, VerificationError
+from peftlab.evaluate.metrics import higher_is_better
+from peftlab.tasks import Encoded, Task
+from peftlab.train.checkpoint import RngState, load_checkpoint, save_checkpoint
+from peftlab.train.memory import memory_bytes, peak_memory_bytes
+from peftlab.train.metrics_log import MetricsLog
+from peftlab.train.optim import learning_rate, make_optimizer
+from peftlab.train.progress import Progress
+
+# A float16 loss scaler skips a step whose scaled gradients overflow and halves its scale; more in a row is divergence.
+_MAX_SKIPPED_STEPS = 25
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Plain values of the loop; see the recipe schema for their meaning."""
+
+    lr: float = 2e-4
+    schedule: str = "linear"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    best: str | None = None
+    patience: int | None = None
+
+
+@dataclass
+class LoopResult:
+    """What the loop did. ``seconds`` is training time without evaluation; memory in bytes."""
+
+    steps: int
+    seconds: float = 0.0
+    tokens: int = 0
+    trained_tokens: float = 0.0
+    rows: int = 0
+    last_loss: float = math.nan
+    peak_memory_bytes: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    stopped_early: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class LossModule(nn.Module):
+    """Model and task as one module, so that DDP sees its forward and autocast covers it."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.task.loss_sum(self.model, batch)
+
+
+class _StopRequested(Exception):
+    """Ctrl-C arrived; raised between micro-batches, where nothing is half done."""
+
+
+class TrainingLoop:
+    """Runs a ``BatchPlan`` to its end.
+
+    Args:
+        where: example row index -> place in the data, for messages.
+        evaluate: returns the metrics of the current model, or None for no evaluation in between.
+        folder: the run folder; checkpoints go to ``checkpoints/``, the best adapter to ``best/``.
+        resume_hint: the command that continues the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        task: Task,
+        train: Encoded,
+        plan: BatchPlan,
+        settings: LoopSettings,
+        accelerator: Any,
+        folder: Path,
+        log: MetricsLog,
+        progress: Progress,
+        where: Callable[[int], str],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        resume_hint: str = "",
+    ) -> None:
+        self._model, self._task, self._train, self._plan = model, task, train, plan
+        self._settings, self._accelerator = settings, accelerator
+        self._folder, self._log, self._progress = folder, log, progress
+        self._where, self._evaluate, self._resume_hint = where, evaluate, resume_hint
+        self._optimizer = make_optimizer(
+            model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self._module, self._optimizer = accelerator.prepare(LossModule(model, task), self._optimizer)
+        self._step = 0
+        self._evals_without_better = 0
+        self._skipped = 0
+        self._stop = False
+        self._rng = RngState.capture()
+        self._result = LoopResult(steps=plan.total_steps)
+
+    def resume(self, checkpoint: Path) -> int:
+        """Continues from a checkpoint; returns the number of steps already done. Raises: ArtifactError."""
+        state, rng = load_checkpoint(checkpoint, model=self._model, optimizer=self._inner_optimizer())
+        self._step = int(state["step"])
+        self._result.best_step, self._result.best_value = state["best_step"], state["best_value"]
+        self._evals_without_better = state["evals_without_better"]
+        rng.restore()
+        return self._step
+
+    def run(self) -> LoopResult:
+        """Trains to the end of the plan, or until patience runs out.
+
+        Raises: VerificationError (non-finite loss or gradient), Interrupted (Ctrl-C, after saving), ResourceError.
+        """
+        settings, progress = self._settings, self._progress
+        self._model.train()
+        progress.start(self._plan.total_steps, self._step)
+        try:
+            with self._sigint_sets_flag():
+                while self._step < self._plan.total_steps:
+                    self._one_step()
+                    last = self._step == self._plan.total_steps
+                    if settings.eval_every and self._step % settings.eval_every == 0 and not last:
+                        self._evaluate_now()
+                    if settings.save_every and self._step % settings.save_every == 0 and not last:
+                        self._rng = RngState.capture()
+                        self.save()
+                    if settings.patience and self._evals_without_better >= settings.patience:
+                        self._result.stopped_early = True
+                        progress.note(
+                            f"stopped after step {self._step}: {settings.best} has not improved for "
+                            f"{self._evals_without_better} evaluations"
+                        )
+                        break
+        finally:
+            progress.stop()
+        self._result.steps = self._step
+        self._result.peak_memory_bytes = peak_memory_bytes(self._accelerator.device.type)
+        return self._result
+
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Takes the final evaluation into account for the best checkpoint."""
+        if not self._result.history or self._result.history[-1]["step"] != self._step:
+            self._keep_best(metrics)
+
+    @property
+    def result(self) -> LoopResult:
+        return self._result
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the last completed step."""
+        return save_checkpoint(
+            self._folder / "checkpoints",
+            step=self._step,
+            model=self._model,
+            optimizer=self._inner_optimizer(),
+            rng=self._rng,
+            state={
+                "best_step": self._result.best_step,
+                "best_value": self._result.best_value,
+                "evals_without_better": self._evals_without_better,
+                "total_steps": self._plan.total_steps,
+            },
+            keep=self._settings.keep,
+        )
+
+    def _inner_optimizer(self) -> Any:
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        self._rng = RngState.capture()
+        planned = self._plan.step(self._step)
+        rows = [[self._train.examples[i] for i in part] for part in planned.micro_batches]
+        weight = sum(e.weight for part in rows for e in part)
+        try:
+            loss = self._accumulate(rows, weight)
+        except _StopRequested:
+            self._rng.restore()
+            self._interrupt()
+        except torch.cuda.OutOfMemoryError as error:
+            longest = max(len(part) * max(map(len, part)) for part in rows)
+            raise ResourceError(
+                f"out of GPU memory in step {self._step + 1} with micro-batches of up to {longest:,} tokens; lower "
+                "train.batch_size or train.batch_tokens and raise train.accumulate, set train.gradient_checkpointing=true "
+                "or model.quantize=nf4"
+            ) from error
+        lr = self._set_learning_rate()
+        grad_norm = self._clip_and_check(rows, loss)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+        self._record(rows, planned.epoch, weight, loss, lr, grad_norm, time.perf_counter() - started)
+
+    def _accumulate(self, rows: list[list[Any]], weight: float) -> float:
+        """Gradients of the whole step; returns its loss (weighted mean over all ranks)."""
+        accelerator, world = self._accelerator, self._accelerator.num_processes
+        mine = rows[accelerator.process_index :: world]
+        factor = world / weight  # DDP averages over ranks; the step's loss is a sum over them
+        if not mine:  # fewer micro-batches than ranks: take part in the gradient exchange with a zero
+            mine, factor = rows[:1], 0.0
+        sums = []
+        for number, part in enumerate(mine, start=1):
+            if self._stop:
+                raise _StopRequested
+            batch = self._task.collate(part, accelerator.device)
+            last = number == len(mine)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
+                loss_sum = self._module(batch)
+                accelerator.backward(loss_sum * factor)
+            sums.append(loss_sum.detach())
+        if self._stop:
+            raise _StopRequested
+        total = torch.stack(sums).sum() * factor
+        return float(accelerator.reduce(total, reduction="mean")) if world > 1 else float(total)
+
+    def _clip_and_check(self, rows: list[list[Any]], loss: float) -> float:
+        """Gradient norm before clipping. Raises: VerificationError before anything is changed by a non-finite value."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        limit = self._settings.max_grad_norm or math.inf
+        norm = float(self._accelerator.clip_grad_norm_(trained, limit))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._skipped = 0
+            return norm
+        if math.isfinite(loss) and self._accelerator.scaler is not None and self._skipped < _MAX_SKIPPED_STEPS:
+            self._skipped += 1
+            return norm
+        self._optimizer.zero_grad(set_to_none=True)
+        self._rng.restore()
+        path = self.save() if self._step else None
+        places = [self._where(e.row) for part in rows for e in part]
+        shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        saved = f"; the state before this step is in {path}" if path else ""
+        raise VerificationError(
+            f"the {what} of step {self._step + 1} is {loss if what == 'loss' else norm}, so the weights were not updated. "
+            f"Rows of this step: {shown}. Lower train.lr, raise train.warmup, or set train.precision=float32{saved}"
+        )
+
+    def _set_learning_rate(self) -> float:
+        s = self._settings
+        lr = learning_rate(
+            self._step, total_steps=self._plan.total_steps, peak=s.lr, schedule=s.schedule, warmup=s.warmup
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _record(
+        self, rows: list[list[Any]], epoch: int, weight: float, loss: float, lr: float, norm: float, seconds: float
+    ) -> None:
+        examples = [e for part in rows for e in part]
+        tokens = sum(map(len, examples))
+        trained = sum(int(e.trained.sum()) for e in examples if e.trained is not None)
+        result = self._result
+        result.seconds += seconds
+        result.tokens += tokens
+        result.trained_tokens += trained
+        result.rows += len(examples)
+        result.last_loss = loss
+        values = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "epoch": epoch,
+            "rows": len(examples),
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "micro_batches": len(rows),
+            "tokens_per_s": tokens / seconds,
+            "memory_bytes": memory_bytes(self._accelerator.device.type),
+        }
+        if self._accelerator.is_main_process:
+            self._log.write({"step": self._step, **values})
+        self._accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self._step)
+        self._progress.step(self._step, values)
+
+    def _evaluate_now(self) -> None:
+        assert self._evaluate is not None
+        metrics = self._evaluate()
+        if self._accelerator.is_main_process:
+            self._log.write({"step": self._step, "eval": metrics})
+        self._accelerator.log({f"eval/{k}": v for k, v in metrics.items()}, step=self._step)
+        self._progress.evaluated(self._step, metrics)
+        self._result.history.append({"step": self._step, **metrics})
+        self._keep_best(metrics)
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        name = self._settings.best
+        if name is None:
+            return
+        value, best = metrics[name], self._result.best_value
+        if best is None or (value > best if higher_is_better(name) else value < best):
+            self._result.best_step, self._result.best_value = self._step, value
+            self._evals_without_better = 0
+            save_adapter(self._model, self._folder / "best")
+        else:
+            self._evals_without_better += 1
+
+    def _interrupt(self) -> None:
+        if not self._step:
+            raise Interrupted("interrupted before the first step was done; there is nothing to resume")
+        path = self.save()
+        raise Interrupted(f"interrupted; step {self._step} is saved in {path}. Continue with: {self._resume_hint}")
+
+    @contextlib.contextmanager
+    def _sigint_sets_flag(self) -> Iterator[None]:
+        """The first Ctrl-C asks the loop to stop at the next micro-batch, a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handler(signum: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            self._progress.note("stopping after this micro-batch and saving a checkpoint (Ctrl-C again: stop now)")
+
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

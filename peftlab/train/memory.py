@@ -1,0 +1,43 @@
+"""Memory in use now and at the peak: of the CUDA allocator, or of this process on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def memory_bytes(device_type: str) -> int:
+    """Bytes in use now.
+
+    Args:
+        device_type: "cuda": held by tensors on the current device; any other: resident memory of this process.
+    """
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_allocated())
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes(device_type: str) -> int:
+    """The most bytes in use at once, since ``torch.cuda.reset_peak_memory_stats`` ("cuda") or the start (others)."""
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":
+        # Not ru_maxrss: it survives exec, so a child of a large process begins with the peak of its parent
+        # (measured: 598 MB instead of 11 MB under a 600 MB parent).
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,112 @@
+"""The words and numbers of the progress lines, and the clockwork behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+Clock = Callable[[], float]
+
+_MAX_SHOWN_METRICS = 8
+_MIN_STAGE_S = 0.05
+
+
+class Stage:
+    """The stage that is under way, if any."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._text: str | None = None
+        self._began = 0.0
+
+    def begin(self, text: str) -> None:
+        self._text, self._began = text, self._clock()
+
+    def running(self) -> str | None:
+        """The line to show now, with the seconds so far; None if no stage is under way."""
+        return None if self._text is None else f"{self._text} ... {self._clock() - self._began:.0f} s"
+
+    def end(self) -> str | None:
+        """Ends it; the line to show, or None if none was under way or it took no time worth telling."""
+        text, self._text = self._text, None
+        elapsed = self._clock() - self._began
+        return None if text is None or elapsed < _MIN_STAGE_S else f"{text}: {elapsed:.1f} s"
+
+
+class Pace:
+    """Steps done and the time they take. Read by Rich's thread while the training loop writes it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.begin(0, 0)
+
+    def begin(self, total_steps: int, first_step: int) -> None:
+        self.total_steps, self.first_step, self.done = total_steps, first_step, first_step
+        self._began = self._last = self._clock()
+        # Measured from the end of the first step: that one holds the compilation and the first allocations.
+        self._origin: tuple[int, float] | None = None
+
+    def advance(self, step: int) -> None:
+        self._last = self._clock()
+        if self._origin is None:
+            self._origin = (step, self._last)
+        self.done = step
+
+    def step_text(self) -> str:
+        return f"step {self.done:,}/{self.total_steps:,}"
+
+    def time_text(self) -> str:
+        """The time left, or taken when all steps are done; empty until two steps are done."""
+        origin, done = self._origin, self.done
+        if done >= self.total_steps:
+            return f"took {format_duration(self._last - self._began)}"
+        if origin is None or done <= origin[0]:
+            return ""
+        left = (self._last - origin[1]) / (done - origin[0]) * (self.total_steps - done)
+        return f"{format_duration(max(0.0, left - (self._clock() - self._last)))} left"
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, such as 12.34, 0.01234, 1.234e-05; whole with commas from 1,000 to 10 million."""
+    return f"{value:,.0f}" if 999.95 <= abs(value) < 1e7 else f"{value:#.4g}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Decimal units: 2.1 GB is 2.1e9 bytes."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 999.5e6 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, rounded up: 0:45, 1:23, 1:02:03, 50:00:00."""
+    minutes, seconds_left = divmod(math.ceil(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours}:{minutes_left:02}:{seconds_left:02}" if hours else f"{minutes}:{seconds_left:02}"
+
+
+def value_texts(values: Mapping[str, float | None], *, with_optimizer: bool) -> list[str]:
+    """The known values of a step, most important first; with_optimizer adds lr and grad_norm."""
+    formats: dict[str, Callable[[float], str]] = {"loss": lambda v: f"loss {format_number(v)}"}
+    if with_optimizer:
+        formats |= {"lr": lambda v: f"lr {v:.1e}", "grad_norm": lambda v: f"grad {v:.2g}"}
+    formats |= {"tokens_per_s": lambda v: f"{v:,.0f} tok/s", "memory_bytes": format_bytes}
+    known = ((text, values.get(name)) for name, text in formats.items())
+    return [text(value) for text, value in known if value is not None]
+
+
+def metrics_text(step: int, metrics: Mapping[str, float], width: int | None = None) -> str:
+    """The first eight metrics, in lines of at most width columns where the names allow; None: one line."""
+    shown = [f"{name} {format_number(value)}" for name, value in list(metrics.items())[:_MAX_SHOWN_METRICS]]
+    if len(metrics) > len(shown):
+        shown.append(f"and {len(metrics) - len(shown)} more")
+    return _wrap_items(f"eval at step {step:,}:", shown, width)
+
+
+def _wrap_items(head: str, items: Sequence[str], width: int | None) -> str:
+    lines = [head]
+    for index, item in enumerate(items):
+        text = item if index == len(items) - 1 else f"{item},"
+        if width is None or len(lines[-1]) + 1 + len(text) <= width:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(f"  {text}")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftlab.data import Rows, split_rows
+from peftlab.data.rows import Origin
+from peftlab.errors import DataError
+
+
+def rows_of(count: int) -> Rows:
+    return Rows(
+        name="a.csv",
+        columns={"text": ["x"] * count},
+        fingerprint="",
+        origins=(Origin("a.csv", "line"),),
+        origin_index=np.zeros(count, dtype=np.int64),
+        positions=np.arange(2, count + 2),
+    )
+
+
+def labels_of(sizes: list[int], seed: int = 0) -> list[str]:
+    labels = [f"class {c}" for c, size in enumerate(sizes) for _ in range(size)]
+    return [labels[i] for i in np.random.default_rng(seed).permutation(len(labels))]
+
+
+def assert_is_partition(train: np.ndarray, held_out: np.ndarray, count: int) -> None:
+    assert train.dtype == held_out.dtype == np.int64
+    assert np.all(np.diff(train) > 0)
+    assert np.all(np.diff(held_out) > 0)
+    assert len(train) > 0
+    assert len(held_out) > 0
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(count))
+
+
+@settings(max_examples=100, deadline=None)
+@given(count=st.integers(2, 300), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**32))
+def test_is_a_partition_of_the_right_size(count: int, fraction: float, seed: int) -> None:
+    train, held_out = split_rows(rows_of(count), fraction=fraction, seed=seed)
+    assert_is_partition(train, held_out, count)
+    assert abs(len(held_out) - count * fraction) <= 1
+    again = split_rows(rows_of(count), fraction=fraction, seed=seed)
+    assert np.array_equal(again[0], train)
+    assert np.array_equal(again[1], held_out)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), data=st.data(), seed=st.integers(0, 99))
+def test_stratified_split_keeps_the_proportions(sizes: list[int], data: st.DataObject, seed: int) -> None:
+    count = sum(sizes)
+    if count < 2:
+        return
+    num_rows = data.draw(st.integers(1, count - 1))
+    labels = labels_of(sizes, seed)
+    train, held_out = split_rows(rows_of(count), num_rows=num_rows, seed=seed, labels=labels)
+    assert_is_partition(train, held_out, count)
+    assert len(held_out) == num_rows
+
+    counts = Counter(labels[i] for i in held_out)
+    of_class = [(counts[f"class {c}"], size, size * num_rows / count) for c, size in enumerate(sizes)]
+    several = sum(size > 1 for size in sizes)
+    if several <= num_rows <= count - len(sizes):
+        assert all(1 <= n < size for n, size, _ in of_class if size > 1)
+        assert all(n == 0 for n, size, _ in of_class if size == 1)
+    # Within one row of the exact share, unless "at least one on each side" needs more than that.
+    if all(share >= 1 and size - share >= 1 for _, size, share in of_class):
+        assert all(abs(n - share) < 1 for n, _, share in of_class)
+
+
+def test_largest_remainder_by_hand() -> None:
+    # Shares of 10 of 100 rows: 6.1, 2.7, 1.2; the one row left over goes to the share with the largest remainder.
+    labels = labels_of([61, 27, 12])
+    _, held_out = split_rows(rows_of(100), labels=labels)
+    assert Counter(labels[i] for i in held_out) == {"class 0": 6, "class 1": 3, "class 2": 1}
+
+
+def test_a_rare_class_is_on_both_sides() -> None:
+    labels = labels_of([98, 2])
+    train, held_out = split_rows(rows_of(100), labels=labels)
+    assert Counter(labels[i] for i in held_out) == {"class 0": 9, "class 1": 1}
+    assert Counter(labels[i] for i in train) == {"class 0": 89, "class 1": 1}
+
+
+def test_a_class_of_one_row_is_trained_on() -> None:
+    labels = labels_of([3, 1])
+    train, held_out = split_rows(rows_of(4), num_rows=2, labels=labels)
+    assert labels.index("class 1") in train
+    assert len(held_out) == 2
+
+
+def test_the_seed_changes_the_split() -> None:
+    rows, labels = rows_of(100), labels_of([50, 50])
+    for given_labels in (None, labels):
+        splits = {tuple(split_rows(rows, seed=seed, labels=given_labels)[1].tolist()) for seed in range(20)}
+        assert len(splits) == 20
+
+
+def test_rows_are_drawn_evenly() -> None:
+    hits = np.zeros(20)
+    for seed in range(500):
+        hits[split_rows(rows_of(20), fraction=0.5, seed=seed)[1]] += 1
+    assert np.abs(hits - 250).max() < 5 * np.sqrt(500 * 0.25)  # five standard deviations
+
+
+def test_is_the_same_under_any_hash_seed() -> None:
+    program = (
+        "from test_split import rows_of, labels_of, split_rows;"
+        "print(split_rows(rows_of(40), labels=labels_of([20, 15, 5]))[1].tolist())"
+    )
+    results = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parent,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    }
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_rows(count: int) -> None:
+    with pytest.raises(DataError, match=rf"^a.csv has {count} row\(s\), too few to hold a part out; give data.eval$"):
+        split_rows(rows_of(count))
+
+
+@pytest.mark.parametrize("num_rows", [0, 5, 6])
+def test_wrong_number_of_rows(num_rows: int) -> None:
+    with pytest.raises(DataError, match=r"rows cannot be held out of the 5 rows of a.csv: expected 1 to 4") as info:
+        split_rows(rows_of(5), num_rows=num_rows)
+    assert info.value.key == "data.eval_rows"
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
+def test_wrong_share(fraction: float) -> None:
+    with pytest.raises(DataError, match="expected a share between 0 and 1") as info:
+        split_rows(rows_of(5), fraction=fraction)
+    assert info.value.key == "data.eval_fraction"

@@ -1,0 +1,268 @@
+"""Metrics against hand-computed values, naive implementations and scikit-learn called directly."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+import peftlab.evaluate.metrics as metrics
+from peftlab.errors import DataError, RecipeError
+from peftlab.evaluate.metrics import METRICS, Scorer, check_metrics, default_metrics, headline, higher_is_better
+
+NAMES = ["ham", "spam", "other"]
+REFERENCES = [0, 0, 0, 0, 1, 1, 1, 2]
+PREDICTIONS = [0, 0, 0, 1, 1, 1, 0, 1]
+
+
+def _score_classes(names: list[str], predictions: list[int], references: list[int]) -> dict[str, float]:
+    scorer = Scorer(names, class_names=NAMES)
+    scorer.add_classes(predictions, references)
+    return scorer.compute()
+
+
+def test_class_metrics_match_the_values_counted_by_hand() -> None:
+    values = _score_classes(["accuracy", "precision", "recall", "f1"], PREDICTIONS, REFERENCES)
+    # ham: 3 right of 4 predicted, 4 true; spam: 2 right of 4 predicted, 3 true; other: never predicted, 1 true.
+    assert values == pytest.approx(
+        {
+            "accuracy": 5 / 8,
+            "precision_macro": (3 / 4 + 2 / 4 + 0) / 3,
+            "recall_macro": (3 / 4 + 2 / 3 + 0) / 3,
+            "f1_macro": (6 / 8 + 4 / 7 + 0) / 3,
+            "precision_ham": 3 / 4,
+            "precision_spam": 2 / 4,
+            "precision_other": 0.0,
+            "recall_ham": 3 / 4,
+            "recall_spam": 2 / 3,
+            "recall_other": 0.0,
+            "f1_ham": 6 / 8,
+            "f1_spam": 4 / 7,
+            "f1_other": 0.0,
+        }
+    )
+    assert list(values)[:4] == ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
+    assert all(type(value) is float for value in values.values())
+
+
+def test_class_metrics_match_scikit_learn_called_directly() -> None:
+    rng = np.random.default_rng(0)
+    references, predictions = rng.integers(0, 3, 200).tolist(), rng.integers(0, 3, 200).tolist()
+    values = _score_classes(["precision", "recall", "f1"], predictions, references)
+    for name, function in [("precision", precision_score), ("recall", recall_score), ("f1", f1_score)]:
+        assert values[f"{name}_macro"] == function(references, predictions, average="macro")
+        assert [values[f"{name}_{c}"] for c in NAMES] == function(references, predictions, average=None).tolist()
+
+
+def test_a_class_that_never_occurs_does_not_lower_the_macro_average() -> None:
+    values = _score_classes(["f1"], [0, 1, 1], [0, 1, 1])
+    assert values == {"f1_macro": 1.0, "f1_ham": 1.0, "f1_spam": 1.0, "f1_other": 0.0}
+
+
+def _naive_macro_f1(predictions: list[int], references: list[int]) -> float:
+    scores = []
+    for c in set(predictions) | set(references):
+        hits = sum(p == c and r == c for p, r in zip(predictions, references, strict=True))
+        scores.append(2 * hits / (predictions.count(c) + references.count(c)))
+    return sum(scores) / len(scores)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60), st.integers(1, 9))
+def test_random_labels_in_chunks_match_a_naive_implementation(pairs: list[tuple[int, int]], chunk: int) -> None:
+    predictions, references = [p for p, _ in pairs], [r for _, r in pairs]
+    scorer = Scorer(["accuracy", "f1_macro"], class_names=NAMES)
+    for i in range(0, len(pairs), chunk):
+        scorer.add_classes(predictions[i : i + chunk], references[i : i + chunk])
+    values = scorer.compute()
+    assert list(values) == ["accuracy", "f1_macro"]
+    assert values["accuracy"] == pytest.approx(sum(p == r for p, r in pairs) / len(pairs))
+    assert values["f1_macro"] == pytest.approx(_naive_macro_f1(predictions, references))
+    assert values == _score_classes(["accuracy", "f1_macro"], predictions, references)
+
+
+def test_confusion_counts_by_reference_and_prediction() -> None:
+    values = _score_classes(["confusion"], PREDICTIONS, REFERENCES)
+    assert len(values) == 9
+    assert {name: value for name, value in values.items() if value} == {
+        "confusion_ham_as_ham": 3.0,
+        "confusion_ham_as_spam": 1.0,
+        "confusion_spam_as_ham": 1.0,
+        "confusion_spam_as_spam": 2.0,
+        "confusion_other_as_spam": 1.0,
+    }
+
+
+def test_token_metrics_weigh_batches_by_their_tokens() -> None:
+    scorer = Scorer(["loss", "perplexity", "token_accuracy"])
+    scorer.add_tokens(nll_sum=2.0, num_tokens=1, num_correct=0)
+    scorer.add_tokens(nll_sum=4.0, num_tokens=5, num_correct=3)
+    scorer.add_tokens(nll_sum=0.0, num_tokens=0, num_correct=0)
+    assert scorer.compute() == {"loss": 1.0, "perplexity": pytest.approx(math.e), "token_accuracy": 0.5}
+
+
+def test_a_perplexity_beyond_float64_is_inf_and_nan_stays_nan() -> None:
+    scorer = Scorer(["perplexity"])
+    scorer.add_tokens(1e6, 10, 0)
+    assert scorer.compute() == {"perplexity": math.inf}
+    scorer.add_tokens(math.nan, 10, 0)
+    assert math.isnan(scorer.compute()["perplexity"])
+
+
+def test_exact_match_counts_rows_or_compares_texts(tmp_path: Path) -> None:
+    scorer = Scorer(["exact_match"])
+    scorer.add_rows([True, False])
+    scorer.add_rows([True, True])
+    assert scorer.compute() == {"exact_match": 0.75}
+
+    from peftlab.evaluate.modules import MODULES
+
+    module = MODULES["exact_match"](keep_in_memory=True, cache_dir=str(tmp_path))
+    texts = module.compute(predictions=["4", "yes", "no "], references=["4", "yes", "no"])
+    assert texts == {"exact_match": pytest.approx(2 / 3)}
+
+
+def test_scorers_alive_together_keep_their_own_rows_and_compute_repeatedly() -> None:
+    first, second = Scorer(["accuracy"], class_names=NAMES), Scorer(["accuracy"], class_names=NAMES)
+    first.add_classes([0, 1], [0, 1])
+    second.add_classes([0, 1], [1, 0])
+    state = np.random.get_state()[1].copy()
+    assert (first.compute(), second.compute()) == ({"accuracy": 1.0}, {"accuracy": 0.0})
+    second.add_classes([2, 2], [2, 2])
+    assert (first.compute(), second.compute()) == ({"accuracy": 1.0}, {"accuracy": 0.5})
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
+def test_class_names_become_distinct_flat_names() -> None:
+    assert metrics.class_slugs(["World News", "World_News", "macro", "a/b"]) == [
+        "World_News",
+        "World_News_1",
+        "macro_2",
+        "a/b",
+    ]
+
+
+def test_add_classes_refuses_what_is_not_a_class() -> None:
+    scorer = Scorer(["f1"], class_names=NAMES)
+    with pytest.raises(ValueError, match=r"0\.\.2, found \[-1, 3\]"):
+        scorer.add_classes([0, 3], [0, -1])
+    with pytest.raises(ValueError, match="found 1, 2"):
+        scorer.add_classes([0], [0, 1])
+
+
+@pytest.mark.parametrize("name", ["loss", "exact_match", "f1"])
+def test_nothing_to_score_is_an_error(name: str) -> None:
+    with pytest.raises(DataError, match="found none"):
+        Scorer([name], class_names=NAMES).compute()
+
+
+def test_scorer_says_which_streams_it_needs() -> None:
+    assert Scorer(["loss", "f1_spam"], class_names=NAMES).streams == {"tokens", "classes"}
+
+
+def test_scorer_checks_per_class_names() -> None:
+    with pytest.raises(RecipeError, match="unknown metric 'f1_spma', did you mean 'f1_spam'") as caught:
+        Scorer(["f1_spma"], class_names=NAMES)
+    assert caught.value.key == "eval.metrics"
+    with pytest.raises(RecipeError, match="'f1_spam' needs classes"):
+        Scorer(["f1_spam"])
+
+
+@pytest.mark.parametrize(
+    ("names", "task", "has_choices", "message"),
+    [
+        (["acuracy"], "seq_cls", False, "unknown metric 'acuracy', did you mean 'accuracy'"),
+        (["acuracy"], "causal_lm", False, "unknown metric 'acuracy', did you mean 'accuracy'"),
+        (["perplexity"], "seq_cls", False, "'perplexity' does not apply to task: seq_cls"),
+        (["f1_macro"], "causal_lm", False, "'f1_macro' needs eval.choices"),
+        (["zzz", "qqq"], "seq_cls", False, "'zzz'; unknown metric 'qqq'; metrics for task seq_cls: loss, accuracy"),
+        ([], "seq_cls", False, "no metric is named"),
+    ],
+)
+def test_wrong_metric_names(names: list[str], task: str, has_choices: bool, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        check_metrics(names, task, has_choices)
+    assert caught.value.key == "eval.metrics"
+
+
+def test_check_metrics_knows_classes_once_they_are_given() -> None:
+    check_metrics(["f1", "f1_macro", "f1_spma"], "seq_cls", False)
+    check_metrics(["f1_spam"], "causal_lm", True, class_names=NAMES)
+    with pytest.raises(RecipeError, match="did you mean 'f1_spam'"):
+        check_metrics(["f1_spma"], "seq_cls", False, class_names=NAMES)
+
+
+def test_defaults_are_valid_and_cover_the_task() -> None:
+    assert default_metrics("seq_cls", False) == ["loss", "accuracy", "precision", "recall", "f1"]
+    assert default_metrics("causal_lm", False) == ["loss", "perplexity", "token_accuracy", "exact_match"]
+    assert default_metrics("causal_lm", True)[4:] == ["accuracy", "precision", "recall", "f1"]
+    for task, has_choices in [("seq_cls", False), ("causal_lm", False), ("causal_lm", True)]:
+        check_metrics(default_metrics(task, has_choices), task, has_choices)
+
+
+def test_direction_and_headline() -> None:
+    assert [higher_is_better(n) for n in ("loss", "perplexity", "f1", "f1_spam")] == [False, False, True, True]
+    assert [headline(n) for n in ("loss", "f1", "f1_spam")] == ["loss", "f1_macro", "f1_spam"]
+    for name, message in [("confusion", "no best value"), ("los", "did you mean 'loss'")]:
+        with pytest.raises(RecipeError, match=message) as caught:
+            higher_is_better(name)
+        assert caught.value.key == "eval.best"
+
+
+def test_checking_names_imports_nothing_heavy() -> None:
+    program = """
+        import sys
+        from peftlab.evaluate.metrics import check_metrics, default_metrics
+        check_metrics(default_metrics("seq_cls", False), "seq_cls", False)
+        print(sorted({"evaluate", "sklearn", "torch", "datasets", "numpy"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_offline_the_scorer_writes_nothing_and_each_module_loads_by_path(tmp_path: Path) -> None:
+    program = """
+        import pathlib, socket, sys
+        def no_network(*args, **kwargs):
+            raise AssertionError("network used")
+        socket.socket.connect = socket.getaddrinfo = no_network
+        home, modules = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+        from peftlab.evaluate.metrics import METRICS, Scorer
+        scorer = Scorer(["accuracy", "loss"], class_names=["a", "b"])
+        scorer.add_tokens(1.0, 2, 1)
+        scorer.add_classes([0, 1], [0, 0])
+        assert scorer.compute() == {"accuracy": 0.5, "loss": 0.5}
+        written = [p for p in home.rglob("*") if p.is_file()]
+        assert not written, written
+        import evaluate
+        names = sorted(p.stem for p in modules.glob("[a-z]*.py"))
+        assert names == sorted(METRICS), names
+        columns = {"predictions": [0, 1], "references": [0, 0], "nll_sum": [1.0], "num_tokens": [2], "num_correct": [1]}
+        for name in names:
+            spec = METRICS[name]
+            arguments = {key: columns[key] for key in spec.inputs}
+            if spec.averaged or name == "confusion":
+                arguments["class_names"] = ["a", "b"]
+            module = evaluate.load(str(modules / f"{name}.py"), keep_in_memory=True)
+            print(name, module.name, module.compute(**arguments))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(Path(metrics.__file__).parent / "modules")],
+        capture_output=True,
+        text=True,
+        cwd=Path(metrics.__file__).parents[2],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(METRICS)
+    assert "f1 f1 {'f1_macro': 0.3333333333333333, 'f1_a': 0.6666666666666666, 'f1_b': 0.0}" in lines
+    assert "confusion confusion {'confusion': [[1, 1], [0, 0]]}" in lines

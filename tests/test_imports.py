@@ -1,0 +1,211 @@
+"""Who may import whom (DESIGN section 4), read from the syntax trees: nothing is imported to check it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The left unit may import the right ones. "<root>" is peftlab/__init__.py; "recipe.catalog" allows that module alone.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "paths": {"errors"},
+    "recipe": {"errors"},
+    "ops": {"errors"},
+    "data": {"errors", "paths"},
+    "models": {"errors", "paths"},
+    "tasks": {"errors", "data"},
+    "evaluate": {"errors", "data"},
+    "adapters": {"errors", "ops"},
+    "distill": {"errors", "ops"},
+    "train": {"errors", "ops", "data", "models", "adapters", "tasks", "evaluate", "distill"},
+    "doctor": {"errors", "paths", "ops"},
+    "api": {
+        "errors",
+        "paths",
+        "recipe",
+        "ops",
+        "data",
+        "models",
+        "tasks",
+        "evaluate",
+        "adapters",
+        "distill",
+        "train",
+        "doctor",
+    },
+    "cli": {"api", "errors", "recipe.catalog"},
+    "__main__": {"cli"},
+    "<root>": {"api", "errors"},
+}
+# Only the version may be taken from the package itself; the rest of its names lead to api, and so in a circle.
+FROM_ROOT_FOR_ALL = "peftlab.__version__"
+FROM_ROOT = {"cli", "__main__"}
+# doctor only tries whether triton imports.
+MAY_TRY_TRITON = {"doctor"}
+HEAVY_FOR_CLI = {"torch", "transformers"}
+
+
+@dataclass(frozen=True)
+class Import:
+    name: str  # absolute dotted name; the imported name is the last part of `from module import name`
+    line: int
+    at_module_level: bool
+
+
+def imports_of(path: Path, package: str) -> Iterator[Import]:
+    """Every import statement of a file, also inside functions and under TYPE_CHECKING, and importlib with a literal."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        level = id(node) not in inside
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, level) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (Import(f"{module}.{alias.name}", node.lineno, level) for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in {"importlib.import_module", "import_module", "__import__"}
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+        ):
+            name = node.args[0].value
+            yield Import(f"{package}{name}" if name.startswith(".") else name, node.lineno, level)
+
+
+def _module_part(name: str, root: Path) -> str:
+    """``name`` without its last part when that part is an object of a module and not a module."""
+    path = root / Path(*name.split("."))
+    is_module = path.with_suffix(".py").exists() or path.is_dir()
+    return name if is_module or "." not in name else name.rpartition(".")[0]
+
+
+def _peftlab_violation(unit: str, name: str, root: Path) -> str | None:
+    if name == FROM_ROOT_FOR_ALL:
+        return None
+    module = _module_part(name, root)
+    if module == "peftlab":
+        return None if unit in FROM_ROOT else f"{unit} takes {name} from the package itself: import where it is defined"
+    target = module.removeprefix("peftlab.")
+    if target.split(".")[0] == unit:
+        return None
+    if any(target == ok or target.startswith(f"{ok}.") for ok in ALLOWED[unit]):
+        return None
+    return f"{unit} must not import {module}"
+
+
+def violations(root: Path) -> list[str]:
+    """One line, ``file:line: what is wrong``, for each import under ``root`` that breaks the rules."""
+    found: list[str] = []
+    for path in sorted(
+        p for folder in ("peftlab", "kernels", "recipes", "tests", "bench") for p in root.glob(f"{folder}/**/*.py")
+    ):
+        relative = path.relative_to(root)
+        owner = relative.parts[0]
+        package = ".".join(relative.parent.parts).removeprefix("kernels.")
+        unit = relative.parts[1].removesuffix(".py") if owner == "peftlab" else ""
+        unit = "<root>" if unit == "__init__" else unit
+        if owner == "peftlab" and unit not in ALLOWED:
+            found.append(
+                f"{relative.as_posix()}:1: {unit} is not in ALLOWED of tests/test_imports.py; say what it may import"
+            )
+            continue
+        for item in imports_of(path, package):
+            top = item.name.split(".")[0]
+            problem: str | None = None
+            if top == "kernels":
+                problem = "nobody imports the top-level name kernels"
+            elif top == "triton" and owner in {"peftlab", "recipes"} and unit not in MAY_TRY_TRITON:
+                problem = "triton is imported only under kernels/"
+            elif top in {"tests", "bench"} and owner != top:
+                problem = f"nobody imports {top}"
+            elif top == "peftlab_kernels" and owner == "peftlab" and unit != "ops":
+                problem = "only peftlab/ops.py imports peftlab_kernels"
+            elif top == "peftlab" and owner == "kernels":
+                problem = "peftlab_kernels never imports peftlab"
+            elif top in HEAVY_FOR_CLI and unit == "cli" and item.at_module_level:
+                problem = f"cli imports {top} at module level: --help would take seconds"
+            elif top == "peftlab" and owner == "peftlab":
+                problem = _peftlab_violation(unit, item.name, root)
+            if problem:
+                found.append(f"{relative.as_posix()}:{item.line}: {problem}")
+    return found
+
+
+def test_the_tree_keeps_the_rules() -> None:
+    found = violations(ROOT)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_the_map_has_no_circle() -> None:
+    reached: set[str] = set()
+    remaining = {unit: {ok.split(".")[0] for ok in allowed} for unit, allowed in ALLOWED.items()}
+    while ready := {unit for unit, needs in remaining.items() if needs <= reached}:
+        reached |= ready
+        remaining = {unit: needs for unit, needs in remaining.items() if unit not in ready}
+    assert not remaining
+
+
+def _plant(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def test_planted_violations_are_found(tmp_path: Path) -> None:
+    planted = {
+        "peftlab/data/a.py": "from peftlab.models import load\n",
+        "peftlab/data/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peftlab.train.loop\n",
+        "peftlab/data/c.py": "def f():\n    from ..recipe.schema import Recipe\n    return Recipe\n",
+        "peftlab/data/d.py": "import importlib\nx = importlib.import_module('peftlab.tasks')\n",
+        "peftlab/train/e.py": "from peftlab import recipe\n",
+        "peftlab/train/f.py": "from peftlab import Recipe\n",
+        "peftlab/train/ff.py": "import peftlab\n",
+        "peftlab/adapters/g.py": "from peftlab.distill import losses\n",
+        "peftlab/distill/h.py": "from peftlab.adapters import lora\n",
+        "peftlab/adapters/i.py": "import peftlab_kernels\n",
+        "peftlab/adapters/j.py": "import triton.language as tl\n",
+        "peftlab/errors.py": "from peftlab.paths import cache_root\n",
+        "peftlab/cli/k.py": "import torch\n",
+        "peftlab/cli/l.py": "from peftlab.recipe.schema import Recipe\n",
+        "peftlab/cli/m.py": "from peftlab.train import loop\n",
+        "peftlab/tasks/n.py": "from tests.helpers import x\n",
+        "peftlab/tasks/o.py": "import kernels\n",
+        "peftlab/surprise/p.py": "",
+        "kernels/peftlab_kernels/q.py": "from peftlab.errors import DataError\n",
+        "bench/r.py": "from tests import helpers\n",
+        "tests/s.py": "import kernels.peftlab_kernels\n",
+    }
+    _plant(tmp_path, {**planted, "peftlab/recipe/__init__.py": ""})
+    assert {line.split(":")[0] for line in violations(tmp_path)} == set(planted)
+
+
+def test_allowed_imports_pass(tmp_path: Path) -> None:
+    allowed = {
+        "peftlab/__init__.py": "def __getattr__(name):\n    from peftlab import api\n    return getattr(api, name)\n",
+        "peftlab/__main__.py": "from peftlab.cli import main\n",
+        "peftlab/api/build.py": "from peftlab import __version__, train\nfrom peftlab.recipe import load\n",
+        "peftlab/cli/__init__.py": "from peftlab import Recipe\nfrom peftlab.recipe.catalog import names\n"
+        "def main():\n    import torch\n    from .. import api\n    return torch, api, Recipe, names\n",
+        "peftlab/ops.py": "import peftlab_kernels\nfrom .errors import RecipeError\n",
+        "peftlab/recipe/catalog.py": "from peftlab.recipe.schema import Recipe\n",
+        "peftlab/tasks/base.py": "from peftlab.data import sources\nfrom . import other\n",
+        "peftlab/train/loop.py": "import torch\nfrom peftlab.tasks.base import Task\n",
+        "kernels/peftlab_kernels/op.py": "import triton\nfrom peftlab_kernels.launch import a\nfrom .launch import b\n",
+        "tests/test_x.py": "import peftlab_kernels\nfrom tests.helpers import y\nimport triton\n",
+    }
+    _plant(tmp_path, allowed)
+    assert violations(tmp_path) == []

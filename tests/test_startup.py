@@ -1,0 +1,44 @@
+"""`peftlab --help` and `peftlab recipes` answer at once: neither torch nor transformers is imported for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(sys.executable).parent / "peftlab"
+BOUND_S = 0.5
+# The minimum of several runs measures the command; a mean or a median would measure the load of the machine as well.
+NUM_RUNS = 7
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "bitsandbytes", "sklearn", "triton"}
+
+
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    assert COMMAND.exists(), f"{COMMAND} is missing: install the project with `pip install -e .`"
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("argument", ["--help", "recipes"])
+def test_answers_within_half_a_second(argument: str) -> None:
+    seconds = []
+    for _ in range(NUM_RUNS):
+        start = time.perf_counter()
+        done = _run(COMMAND, argument)
+        seconds.append(time.perf_counter() - start)
+        assert done.stdout
+        if min(seconds) < BOUND_S:
+            return
+    pytest.fail(f"peftlab {argument}: {min(seconds):.2f} s at best of {NUM_RUNS} runs, at most {BOUND_S} s are allowed")
+
+
+@pytest.mark.parametrize("argument", ["--help", "recipes"])
+def test_imports_nothing_heavy(argument: str) -> None:
+    report = _run(sys.executable, "-X", "importtime", COMMAND, argument).stderr
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in report.splitlines() if "|" in line}
+    assert "peftlab" in imported
+    assert not imported & HEAVY
