@@ -21,7 +21,7 @@ _EXPORTS = {
     "recipe_names": "peftlab.recipe",
     "train": "peftlab.api.training",
 }
-__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
+__all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from peftlab.api.doctor import doctor as doctor

@@ -18,11 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "paths"},
     "models": {"errors", "paths"},
     "tasks": {"errors", "data"},
-    "evaluate": {"errors", "data"},
+    "evaluation": {"errors", "data"},
     "adapters": {"errors", "ops"},
     "distill": {"errors", "ops"},
-    "train": {"errors", "ops", "data", "models", "adapters", "tasks", "evaluate", "distill"},
-    "doctor": {"errors", "paths", "ops"},
+    "training": {"errors", "ops", "data", "models", "adapters", "tasks", "evaluation", "distill"},
     "api": {
         "errors",
         "paths",
@@ -31,11 +30,10 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "models",
         "tasks",
-        "evaluate",
+        "evaluation",
         "adapters",
         "distill",
-        "train",
-        "doctor",
+        "training",
     },
     "cli": {"api", "errors", "recipe.catalog"},
     "__main__": {"cli"},
@@ -45,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 FROM_ROOT_FOR_ALL = "peftlab.__version__"
 FROM_ROOT = {"cli", "__main__"}
 # doctor only tries whether triton imports.
-MAY_TRY_TRITON = {"doctor"}
+MAY_TRY_TRITON = {"api"}
 HEAVY_FOR_CLI = {"torch", "transformers"}
 
 
@@ -168,12 +166,12 @@ def _plant(root: Path, files: dict[str, str]) -> None:
 def test_planted_violations_are_found(tmp_path: Path) -> None:
     planted = {
         "peftlab/data/a.py": "from peftlab.models import load\n",
-        "peftlab/data/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peftlab.train.loop\n",
+        "peftlab/data/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peftlab.training.loop\n",
         "peftlab/data/c.py": "def f():\n    from ..recipe.schema import Recipe\n    return Recipe\n",
         "peftlab/data/d.py": "import importlib\nx = importlib.import_module('peftlab.tasks')\n",
-        "peftlab/train/e.py": "from peftlab import recipe\n",
-        "peftlab/train/f.py": "from peftlab import Recipe\n",
-        "peftlab/train/ff.py": "import peftlab\n",
+        "peftlab/training/e.py": "from peftlab import recipe\n",
+        "peftlab/training/f.py": "from peftlab import Recipe\n",
+        "peftlab/training/ff.py": "import peftlab\n",
         "peftlab/adapters/g.py": "from peftlab.distill import losses\n",
         "peftlab/distill/h.py": "from peftlab.adapters import lora\n",
         "peftlab/adapters/i.py": "import peftlab_kernels\n",
@@ -181,7 +179,7 @@ def test_planted_violations_are_found(tmp_path: Path) -> None:
         "peftlab/errors.py": "from peftlab.paths import cache_root\n",
         "peftlab/cli/k.py": "import torch\n",
         "peftlab/cli/l.py": "from peftlab.recipe.schema import Recipe\n",
-        "peftlab/cli/m.py": "from peftlab.train import loop\n",
+        "peftlab/cli/m.py": "from peftlab.training import loop\n",
         "peftlab/tasks/n.py": "from tests.helpers import x\n",
         "peftlab/tasks/o.py": "import kernels\n",
         "peftlab/surprise/p.py": "",
@@ -203,7 +201,7 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
         "peftlab/ops.py": "import peftlab_kernels\nfrom .errors import RecipeError\n",
         "peftlab/recipe/catalog.py": "from peftlab.recipe.schema import Recipe\n",
         "peftlab/tasks/base.py": "from peftlab.data import sources\nfrom . import other\n",
-        "peftlab/train/loop.py": "import torch\nfrom peftlab.tasks.base import Task\n",
+        "peftlab/training/loop.py": "import torch\nfrom peftlab.tasks.base import Task\n",
         "kernels/peftlab_kernels/op.py": "import triton\nfrom peftlab_kernels.launch import a\nfrom .launch import b\n",
         "tests/test_x.py": "import peftlab_kernels\nfrom tests.helpers import y\nimport triton\n",
     }

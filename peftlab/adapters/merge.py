@@ -85,7 +85,7 @@ def agreement(reference: list[Tensor], merged: list[Tensor]) -> Agreement:
     """KL(reference || merged) per position and top-1 agreement of two lists of [N, C] float32 logits."""
     kl, same = [], []
     for a, b in zip(reference, merged, strict=True):
-        log_p, log_q = F.log_softmax(a.float(), -1), F.log_softmax(b.float(), -1)
+        log_p, log_q = F.log_softmax(a.double(), -1), F.log_softmax(b.double(), -1)
         kl.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
         same.append(a.argmax(-1) == b.argmax(-1))
     all_kl, all_same = torch.cat(kl), torch.cat(same)

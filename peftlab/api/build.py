@@ -24,6 +24,7 @@ from peftlab.models import (
     resolve_precision,
     tokenizer_fingerprint,
 )
+from peftlab.ops import linear_cross_entropy
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.tasks import CausalLM, Encoded, SequenceClassification, Task
 
@@ -147,7 +148,9 @@ def _check_columns(recipe: Recipe) -> None:
         if part not in used[recipe.task]:
             raise RecipeError(f"has no effect for task: {recipe.task}; remove it", key=f"data.columns.{part}")
     if recipe.data.label_names and recipe.task == "causal_lm" and "label" not in recipe.data.columns:
-        raise RecipeError("names the values of a label column; say which with data.columns.label", key="data.label_names")
+        raise RecipeError(
+            "names the values of a label column; say which with data.columns.label", key="data.label_names"
+        )
 
 
 def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
@@ -195,7 +198,7 @@ def build_task(recipe: Recipe, tokenizer: Any, rows: Rows | None, *, classes: li
         for part, name in columns.items():
             _require_column(rows, part, name)
     formatter = Formatter(tokenizer, columns=columns, template=template, available=available)
-    return CausalLM(tokenizer, formatter, choices=recipe.eval.choices)
+    return CausalLM(tokenizer, formatter, linear_loss=linear_cross_entropy, choices=recipe.eval.choices)
 
 
 def _require_column(rows: Rows, part: str, name: str) -> None:
@@ -220,7 +223,9 @@ def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
     if wanted is None:
         return allowed
     if wanted > allowed:
-        raise RecipeError(f"{recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length")
+        raise RecipeError(
+            f"{recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length"
+        )
     return wanted
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import logging
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from peftlab.models import import_bitsandbytes
 from peftlab.paths import cache_root
 
 Status = Literal["ok", "note", "problem"]

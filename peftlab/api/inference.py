@@ -12,9 +12,9 @@ from peftlab.api import build
 from peftlab.api.opening import Opened, RecipeSource, Target, find_target, open_target
 from peftlab.data import Rows, load_rows
 from peftlab.errors import RecipeError
-from peftlab.evaluate.loop import evaluate_examples
-from peftlab.evaluate.metrics import check_metrics, default_metrics
-from peftlab.train.progress import Progress, SilentProgress, make_progress
+from peftlab.evaluation.loop import evaluate_examples
+from peftlab.evaluation.metrics import check_metrics, default_metrics
+from peftlab.training.progress import Progress, SilentProgress, make_progress
 
 # Rows predicted together: enough to group by length, few enough that the first results come soon.
 _WINDOW = 256
@@ -215,4 +215,6 @@ def _chat_target(target: str | os.PathLike[str], recipe: RecipeSource | None, ov
     except RecipeError:
         if recipe is not None or (Path(target).is_dir() and not (Path(target) / "config.json").is_file()):
             raise
-        return find_target(target, {"task": "causal_lm", "model": {"name": str(target)}, "data": {"train": "-"}}, overrides)
+        return find_target(
+            target, {"task": "causal_lm", "model": {"name": str(target)}, "data": {"train": "-"}}, overrides
+        )

@@ -21,7 +21,7 @@ from peftlab.data import Rows, eval_batches
 from peftlab.errors import RecipeError, VerificationError
 from peftlab.models import load_tokenizer, quiet
 from peftlab.tasks import Batch, Task
-from peftlab.train.progress import Progress, make_progress
+from peftlab.training.progress import Progress, make_progress
 
 TARGETS = ("original", "dequantized")
 # Held-out positions that are compared: 512 x 49,152 float32 logits are 96 MiB.
@@ -31,7 +31,12 @@ _POSITIONS = 512
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
 # Mean weight error relative to the mean update, for float32 files; a 16-bit file rounds the whole weight.
 _WEIGHT_LIMIT = 1e-3
-_PROBES = ["The quick brown fox.", "  spaces\tand\nlines", "0123456789 + - * /", "naive cafe \u00e9\u00fc \u4f60\u597d \U0001f600"]
+_PROBES = [
+    "The quick brown fox.",
+    "  spaces\tand\nlines",
+    "0123456789 + - * /",
+    "naive cafe \u00e9\u00fc \u4f60\u597d \U0001f600",
+]
 
 
 def merge(
@@ -106,7 +111,11 @@ def merge_run(
                 if failures:
                     raise VerificationError(
                         f"the merged model was not kept: {'; '.join(failures)}. Figures are in {folder / 'merge.json'}"
-                        + (", and the dequantized target is exact: --base dequantized" if name == "original" and quantized else "")
+                        + (
+                            ", and the dequantized target is exact: --base dequantized"
+                            if name == "original" and quantized
+                            else ""
+                        )
                     )
                 shutil.rmtree(output, ignore_errors=True)
                 os.replace(written, output)

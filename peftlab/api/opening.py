@@ -15,7 +15,7 @@ from peftlab.errors import ArtifactError, RecipeError
 from peftlab.models import Pretrained
 from peftlab.recipe import LoadedRecipe, load_recipe
 from peftlab.tasks import Task
-from peftlab.train.progress import Progress
+from peftlab.training.progress import Progress
 
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -65,12 +65,18 @@ def find_target(
         return Target("adapter", load_recipe(recipe if recipe is not None else str(lock), overrides), path)
     if (path / LOCK_NAME).is_file() and not (path / "config.json").is_file():
         if not (path / "adapter").is_dir():
-            raise ArtifactError(f"the run in {path} has no adapter yet; continue it with: peftlab train {path} --resume")
-        return Target("run", load_recipe(recipe if recipe is not None else path / LOCK_NAME, overrides), path / "adapter")
+            raise ArtifactError(
+                f"the run in {path} has no adapter yet; continue it with: peftlab train {path} --resume"
+            )
+        return Target(
+            "run", load_recipe(recipe if recipe is not None else path / LOCK_NAME, overrides), path / "adapter"
+        )
     if (path / LOCK_NAME).is_file():
         merged = [f"model.name={path}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
         merged += ["model.revision=", "run.merge=none"]
-        return Target("merged", load_recipe(recipe if recipe is not None else path / LOCK_NAME, [*merged, *overrides]), None)
+        return Target(
+            "merged", load_recipe(recipe if recipe is not None else path / LOCK_NAME, [*merged, *overrides]), None
+        )
     if recipe is None:
         raise RecipeError(
             f"{str(target)!r} is neither a run nor a merged folder of one; for a base model say what to do with --recipe NAME"

@@ -41,7 +41,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        from peftlab.train.metrics_log import read_metrics
+        from peftlab.training.metrics_log import read_metrics
 
         return read_metrics(self.folder / "metrics.jsonl")
 

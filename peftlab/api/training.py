@@ -18,14 +18,14 @@ from peftlab.api.merging import merge_run
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, check_run_folder, free_run_folder, open_run, write_json
 from peftlab.data import BatchPlan, Rows
 from peftlab.errors import Interrupted, RecipeError, ResourceError
-from peftlab.evaluate.loop import evaluate_examples
-from peftlab.evaluate.metrics import check_metrics, default_metrics, flat_names
+from peftlab.evaluation.loop import evaluate_examples
+from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock, load_recipe, write_lock
 from peftlab.tasks import Encoded, Task
-from peftlab.train.checkpoint import list_checkpoints
-from peftlab.train.loop import LoopResult, LoopSettings, TrainingLoop
-from peftlab.train.metrics_log import MetricsLog
-from peftlab.train.progress import Progress, make_progress
+from peftlab.training.checkpoint import list_checkpoints
+from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
+from peftlab.training.metrics_log import MetricsLog
+from peftlab.training.progress import Progress, make_progress
 
 # What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size.
 # Measured with bench/cpu_vs_peft.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
@@ -242,7 +242,9 @@ def _storage(recipe: Recipe) -> str:
 
 
 def _tell(which: str, encoded: Encoded, progress: Progress) -> None:
-    progress.note(f"{which}: {len(encoded.examples):,} rows, {encoded.num_tokens:,} tokens; " + "; ".join(encoded.notes))
+    progress.note(
+        f"{which}: {len(encoded.examples):,} rows, {encoded.num_tokens:,} tokens; " + "; ".join(encoded.notes)
+    )
 
 
 def _execute(
@@ -449,9 +451,7 @@ def _finish(parts: _Parts, folder: Path, progress: Progress) -> None:
     if merge != "none":
         parts.model = None  # merging loads the base again: two copies would double the peak
         try:
-            summary["merge"] = merge_run(
-                folder, target=merge, replace=True, progress=progress
-            )
+            summary["merge"] = merge_run(folder, target=merge, replace=True, progress=progress)
         except BaseException:
             _write_status(parts, folder, "trained", started)
             raise

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peftlab.data.rows import Rows
 from peftlab.errors import DataError, RecipeError
 
 Style = Literal["text", "completion", "chat"]
@@ -35,7 +34,12 @@ class Formatter:
     """
 
     def __init__(
-        self, tokenizer: Any, *, columns: Mapping[str, str], template: Mapping[str, str] | None, available: Sequence[str]
+        self,
+        tokenizer: Any,
+        *,
+        columns: Mapping[str, str],
+        template: Mapping[str, str] | None,
+        available: Sequence[str],
     ) -> None:
         self._tokenizer = tokenizer
         self._columns = dict(columns)
@@ -46,7 +50,8 @@ class Formatter:
             for name in _fields(text):
                 if name not in self._available:
                     raise DataError(
-                        f"the template uses {{{name}}}, but the columns are {', '.join(self._available)}", key="data.template"
+                        f"the template uses {{{name}}}, but the columns are {', '.join(self._available)}",
+                        key="data.template",
                     )
         if self.style == "chat" and not tokenizer.chat_template:
             raise DataError(
@@ -58,7 +63,9 @@ class Formatter:
     def _find_style(self) -> Style:
         if self._template:
             return "completion" if "prompt" in self._template else "chat"
-        have = self._columns or {name: name for name in ("messages", "prompt", "completion", "text") if name in self._available}
+        have = self._columns or {
+            name: name for name in ("messages", "prompt", "completion", "text") if name in self._available
+        }
         self._columns = have
         if "messages" in have:
             return "chat"
@@ -122,7 +129,9 @@ class Formatter:
             return _fill(self._template[part], row, where)
         value = row[self._columns[part]]
         if not isinstance(value, str):
-            raise DataError(f"{where}: expected text in column {self._columns[part]!r}, found {value!r}", key=f"data.columns.{part}")
+            raise DataError(
+                f"{where}: expected text in column {self._columns[part]!r}, found {value!r}", key=f"data.columns.{part}"
+            )
         return value
 
     def _turns(self, row: Mapping[str, Any], where: str, roles: Sequence[str]) -> list[dict[str, str]]:
@@ -134,7 +143,11 @@ class Formatter:
         messages = row[self._columns["messages"]]
         if hasattr(messages, "tolist"):
             messages = messages.tolist()
-        ok = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
+        ok = (
+            isinstance(messages, list)
+            and messages
+            and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
+        )
         if not ok:
             raise DataError(
                 f"{where}: expected a list of messages with role and content, found {str(messages)[:80]!r}",
@@ -146,7 +159,9 @@ class Formatter:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # Jinja templates raise what they like, raise_exception() included
-            raise DataError(f"{where}: the chat template refused these messages: {error}", key="model.chat_template") from error
+            raise DataError(
+                f"{where}: the chat template refused these messages: {error}", key="model.chat_template"
+            ) from error
 
     def _render_chat(self, messages: list[dict[str, Any]], where: str) -> Rendered:
         """The assistant's spans: what the template adds to the text up to the generation prompt of each turn."""
@@ -171,7 +186,9 @@ def _fields(template: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise RecipeError(f"not a valid template: {error}; write literal braces as {{{{ and }}}}", key="data.template") from None
+        raise RecipeError(
+            f"not a valid template: {error}; write literal braces as {{{{ and }}}}", key="data.template"
+        ) from None
 
 
 def _fill(template: str, row: Mapping[str, Any], where: str) -> str:

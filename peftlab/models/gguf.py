@@ -58,7 +58,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     except NotImplementedError as error:
         raise RecipeError(f"{gguf}: {error}", key="model.name") from error
     except Exception as error:  # the reader indexes into the file, so a damaged one raises almost anything
-        raise ArtifactError(f"{gguf} is damaged or not supported: {type(error).__name__}: {error}", key="model.name") from error
+        raise ArtifactError(
+            f"{gguf} is damaged or not supported: {type(error).__name__}: {error}", key="model.name"
+        ) from error
     # save_pretrained refuses a model that carries the GGUF quantization config: its weights are plain by now.
     config = loaded.config
     del config.quantization_config

@@ -70,7 +70,9 @@ def _find_on_hub(source: ModelSource, trust_remote_code: bool) -> Pretrained:
                 f"and the hub did not give it: {str(error).strip().splitlines()[0]}",
                 key="model.name",
             ) from error
-        return Pretrained(source, source.path, f"{source.path}@{Path(cached).parent.name}", source.revision, trust_remote_code)
+        return Pretrained(
+            source, source.path, f"{source.path}@{Path(cached).parent.name}", source.revision, trust_remote_code
+        )
     return Pretrained(source, source.path, f"{source.path}@{commit}", commit, trust_remote_code, local_files_only=False)
 
 
@@ -174,7 +176,6 @@ def load_model(
         model_kwargs: passed to the config (``num_labels``, ``id2label``, ...).
     Raises: RecipeError, ArtifactError, ResourceError.
     """
-    import torch
     import transformers
 
     torch_dtype = resolve_dtype(dtype, device)
@@ -189,9 +190,7 @@ def load_model(
         if pretrained.source.kind == "tiny":
             model = _tiny_model(pretrained, auto, kwargs)
         else:
-            model = auto.from_pretrained(
-                pretrained.location, use_safetensors=True, **pretrained.hub_kwargs, **kwargs
-            )
+            model = auto.from_pretrained(pretrained.location, use_safetensors=True, **pretrained.hub_kwargs, **kwargs)
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
@@ -220,7 +219,9 @@ def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> An
 
     import torch
 
-    load = {k: kwargs.pop(k) for k in ("dtype", "quantization_config", "device_map", "attn_implementation") if k in kwargs}
+    load = {
+        k: kwargs.pop(k) for k in ("dtype", "quantization_config", "device_map", "attn_implementation") if k in kwargs
+    }
     config = tiny_config(pretrained.source.path, **kwargs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -274,7 +275,9 @@ def _load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ArtifactError(f"the weights of {name!r} are damaged: {error}; copy them again", key="model.name") from error
+        raise ArtifactError(
+            f"the weights of {name!r} are damaged: {error}; copy them again", key="model.name"
+        ) from error
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"{name!r} does not fit into the GPU's memory; try model.quantize=nf4 or a smaller model", key="model.name"

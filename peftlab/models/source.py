@@ -72,8 +72,12 @@ def _local(name: str, path: Path) -> ModelSource:
         raise RecipeError(f"{path} is not a model folder: it has no config.json{hint}", key="model.name")
     if not list(path.glob("*.safetensors")):
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLED)
-        found = f"only pickled weights ({', '.join(pickled)}), which can run code when loaded" if pickled else "no weights"
-        raise ArtifactError(f"expected *.safetensors in {path}, found {found}; convert to safetensors", key="model.name")
+        found = (
+            f"only pickled weights ({', '.join(pickled)}), which can run code when loaded" if pickled else "no weights"
+        )
+        raise ArtifactError(
+            f"expected *.safetensors in {path}, found {found}; convert to safetensors", key="model.name"
+        )
     return ModelSource("folder", name, str(path.resolve()))
 
 

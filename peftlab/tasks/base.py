@@ -108,7 +108,7 @@ class Scores:
     """What one evaluation batch adds to the metrics; a field is empty when the task has no such stream."""
 
     nll_sum: float = 0.0
-    num_tokens: float = 0
+    num_tokens: int = 0
     num_correct: int = 0
     exact: list[bool] = field(default_factory=list)
     predictions: list[int] = field(default_factory=list)

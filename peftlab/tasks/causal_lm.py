@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class CausalLM:
 
     Args:
         formatter: rows to text and trained spans.
+        linear_loss: per-token cross-entropy of a dense linear head, as ``ops.linear_cross_entropy``.
         choices: possible completions; every row then has a label, and ``score`` predicts by constrained decoding.
     """
 
@@ -32,14 +33,21 @@ class CausalLM:
     auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
 
-    def __init__(self, tokenizer: Any, formatter: Formatter, *, choices: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        formatter: Formatter,
+        *,
+        linear_loss: Callable[..., Tensor],
+        choices: Sequence[str] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.formatter = formatter
         self.class_names = list(choices) if choices else None
         self._choice_ids: list[tuple[int, ...]] | None = None
         added = tokenizer.added_tokens_decoder
         self._stop_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self._head = LMHead()
+        self._head = LMHead(linear_loss)
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -171,7 +179,8 @@ class CausalLM:
         )
         if self.class_names:
             prefixes = [
-                row[: int(mask.to(torch.uint8).argmax())] for row, mask in zip(batch.input_ids, batch.trained, strict=True)
+                row[: int(mask.to(torch.uint8).argmax())]
+                for row, mask in zip(batch.input_ids, batch.trained, strict=True)
             ]
             first = torch.cat([row_of.new_tensor([True]).bool(), row_of[1:] != row_of[:-1]])
             chosen = self._choose(model, prefixes, self._head.logits(model, hidden[first]))
@@ -237,11 +246,15 @@ class CausalLM:
 
         Args: temperature: 0 decodes greedily. A prompt that leaves no room for the answer loses its beginning.
         """
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        )
         ids = [row[-max(1, max_length - max_new_tokens) :] for row in self._rows_prompt_ids(rows)]
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(row) + max_new_tokens for row in ids], batch_tokens):
-            for i, text in zip(part, self._generate(model, [ids[i] for i in part], max_new_tokens, sampling), strict=True):
+            for i, text in zip(
+                part, self._generate(model, [ids[i] for i in part], max_new_tokens, sampling), strict=True
+            ):
                 results[int(i)] = {"text": text}
         yield from (results[i] for i in range(len(ids)))
 

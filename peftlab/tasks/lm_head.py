@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from peftlab.ops import linear_cross_entropy
 
 
 class LMHead:
@@ -16,9 +15,13 @@ class LMHead:
 
     The first call compares one row with the model's own forward; an architecture whose logits are not
     ``cap(scale * head(hidden))`` is an error rather than a silently different loss.
+
+    Args:
+        linear_loss: per-token cross-entropy of a dense linear head, as ``ops.linear_cross_entropy``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, linear_loss: Callable[..., Tensor]) -> None:
+        self._linear_loss = linear_loss
         self._verified: set[int] = set()
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -45,7 +48,7 @@ class LMHead:
             return F.cross_entropy(self.logits(model, hidden), targets, reduction="none")
         softcap, scale = _logit_transform(base.config)
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear_cross_entropy(
+            return self._linear_loss(
                 hidden.to(head.weight.dtype), head.weight, targets, head.bias, softcap=softcap, scale=scale
             )
 

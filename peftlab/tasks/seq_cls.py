@@ -121,7 +121,9 @@ class SequenceClassification:
         return {self.text_column: text}
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any
+    ) -> Iterator[dict[str, Any]]:
         """Yields ``{"label", "probability", "probabilities": {name: p}}`` per row; longer texts are truncated."""
         fitted = fit_length(
             self._tokenize(rows), rows, max_length=max_length, too_long="truncate", notes=[], keep_last=True

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-import peftlab.evaluate.metrics as metrics
+import peftlab.evaluation.metrics as metrics
 from peftlab.errors import DataError, RecipeError
-from peftlab.evaluate.metrics import METRICS, Scorer, check_metrics, default_metrics, headline, higher_is_better
+from peftlab.evaluation.metrics import METRICS, Scorer, check_metrics, default_metrics, headline, higher_is_better
 
 NAMES = ["ham", "spam", "other"]
 REFERENCES = [0, 0, 0, 0, 1, 1, 1, 2]
@@ -123,7 +123,7 @@ def test_exact_match_counts_rows_or_compares_texts(tmp_path: Path) -> None:
     scorer.add_rows([True, True])
     assert scorer.compute() == {"exact_match": 0.75}
 
-    from peftlab.evaluate.modules import MODULES
+    from peftlab.evaluation.modules import MODULES
 
     module = MODULES["exact_match"](keep_in_memory=True, cache_dir=str(tmp_path))
     texts = module.compute(predictions=["4", "yes", "no "], references=["4", "yes", "no"])
@@ -220,7 +220,7 @@ def test_direction_and_headline() -> None:
 def test_checking_names_imports_nothing_heavy() -> None:
     program = """
         import sys
-        from peftlab.evaluate.metrics import check_metrics, default_metrics
+        from peftlab.evaluation.metrics import check_metrics, default_metrics
         check_metrics(default_metrics("seq_cls", False), "seq_cls", False)
         print(sorted({"evaluate", "sklearn", "torch", "datasets", "numpy"} & set(sys.modules)))
     """
@@ -235,7 +235,7 @@ def test_offline_the_scorer_writes_nothing_and_each_module_loads_by_path(tmp_pat
             raise AssertionError("network used")
         socket.socket.connect = socket.getaddrinfo = no_network
         home, modules = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-        from peftlab.evaluate.metrics import METRICS, Scorer
+        from peftlab.evaluation.metrics import METRICS, Scorer
         scorer = Scorer(["accuracy", "loss"], class_names=["a", "b"])
         scorer.add_tokens(1.0, 2, 1)
         scorer.add_classes([0, 1], [0, 0])

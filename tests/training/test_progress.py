@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from peftlab.train import progress as progress_module
-from peftlab.train.progress import PlainProgress, Progress, RichProgress, SilentProgress, make_progress
-from peftlab.train.progress_text import format_bytes, format_duration, format_number
+from peftlab.training import progress as progress_module
+from peftlab.training.progress import PlainProgress, Progress, RichProgress, SilentProgress, make_progress
+from peftlab.training.progress_text import format_bytes, format_duration, format_number
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 VALUES = {"loss": 1.23456, "lr": 2e-4, "grad_norm": 0.512, "tokens_per_s": 1234.4, "memory_bytes": 2.1e9}
@@ -262,7 +262,7 @@ def test_bytes_and_durations() -> None:
 
 
 def test_importing_progress_imports_neither_rich_nor_torch() -> None:
-    program = "import sys, peftlab.train.progress; print(sorted({'rich', 'torch'} & set(sys.modules)))"
+    program = "import sys, peftlab.training.progress; print(sorted({'rich', 'torch'} & set(sys.modules)))"
     root = Path(progress_module.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

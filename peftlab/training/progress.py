@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from peftlab.train.progress_text import Clock, Pace, Stage, metrics_text, value_texts
+from peftlab.training.progress_text import Clock, Pace, Stage, metrics_text, value_texts
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

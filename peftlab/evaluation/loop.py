@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peftlab.data import eval_batches
-from peftlab.evaluate.metrics import Scorer
+from peftlab.evaluation.metrics import Scorer
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Which metrics exist, which a recipe may ask for, and the Scorer that computes them from streamed counts.
 
 A metric is a family (``f1``) that gives one or more flat values (``f1_macro``, ``f1_spam``). The numbers come from the
-``evaluate`` modules in ``peftlab/evaluate/modules``; importing those takes seconds, so only ``Scorer.compute`` does.
+``evaluate`` modules in ``peftlab/evaluation/modules``; importing those takes seconds, so only ``Scorer.compute`` does.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Scorer:
         Raises:
             DataError: a stream that is needed got no tokens or rows.
         """
-        from peftlab.evaluate.modules import MODULES
+        from peftlab.evaluation.modules import MODULES
 
         columns = self._columns()
         values: dict[str, float] = {}

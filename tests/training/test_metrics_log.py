@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from peftlab.errors import ArtifactError
-from peftlab.train import memory
-from peftlab.train.metrics_log import MetricsLog, read_metrics
+from peftlab.training import memory
+from peftlab.training.metrics_log import MetricsLog, read_metrics
 
 
 def _write(path: Path, steps: range, resume_step: int | None = None) -> None:
@@ -129,7 +129,7 @@ def test_a_killed_writer_leaves_all_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     program = f"""
         import os, signal
-        from peftlab.train.metrics_log import MetricsLog
+        from peftlab.training.metrics_log import MetricsLog
         log = MetricsLog({str(path)!r})
         for step in range(50):
             log.write({{"step": step}})
@@ -151,7 +151,7 @@ def test_memory_readings_of_this_process_are_bytes() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_peak_of_a_child_is_not_that_of_its_parent() -> None:
     block = np.ones(40_000_000)
-    program = "from peftlab.train.memory import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
+    program = "from peftlab.training.memory import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(memory.__file__).parents[2],

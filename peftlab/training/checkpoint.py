@@ -1,11 +1,11 @@
 """Step checkpoints: everything a run needs to go on, without pickles, published by one rename.
 
-    step-00000040/
-      adapter_config.json, adapter_model.safetensors    PEFT's format
-      optimizer.safetensors                             state of every trained parameter, by name
-      rng.safetensors                                   torch generators as bytes
-      state.json                                        step, best value, Python and NumPy generators, plan
-      manifest.json                                     sha256 of the files above, written last
+step-00000040/
+  adapter_config.json, adapter_model.safetensors    PEFT's format
+  optimizer.safetensors                             state of every trained parameter, by name
+  rng.safetensors                                   torch generators as bytes
+  state.json                                        step, best value, Python and NumPy generators, plan
+  manifest.json                                     sha256 of the files above, written last
 """
 
 from __future__ import annotations
@@ -51,7 +51,14 @@ class RngState:
 
 
 def save_checkpoint(
-    root: Path, *, step: int, model: Any, optimizer: torch.optim.Optimizer, rng: RngState, state: dict[str, Any], keep: int
+    root: Path,
+    *,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    rng: RngState,
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Writes ``root/step-XXXXXXXX`` and removes all but the newest ``keep``.
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from peftlab.adapters import save_adapter
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
-from peftlab.evaluate.metrics import higher_is_better
+from peftlab.evaluation.metrics import higher_is_better
 from peftlab.tasks import Encoded, Task
-from peftlab.train.checkpoint import RngState, load_checkpoint, save_checkpoint
-from peftlab.train.memory import memory_bytes, peak_memory_bytes
-from peftlab.train.metrics_log import MetricsLog
-from peftlab.train.optim import learning_rate, make_optimizer
-from peftlab.train.progress import Progress
+from peftlab.training.checkpoint import RngState, load_checkpoint, save_checkpoint
+from peftlab.training.memory import memory_bytes, peak_memory_bytes
+from peftlab.training.metrics_log import MetricsLog
+from peftlab.training.optim import learning_rate, make_optimizer
+from peftlab.training.progress import Progress
 
 # A float16 loss scaler skips a step whose scaled gradients overflow and halves its scale; more in a row is divergence.
 _MAX_SKIPPED_STEPS = 25
