@@ -123,10 +123,12 @@ def load_data(recipe: Recipe) -> DataParts:
         subset=data.subset,
         seed=recipe.run.seed,
     )
-    train = _with_labels(recipe, read(data.train, key="data.train"))
+    train = _with_labels(recipe, read(data.train, key="data.train"), all_names_used=True)
     fingerprints = {"train data": train.fingerprint}
     if data.eval is not None:
-        held_out = _with_labels(recipe, read(data.eval, key="data.eval", default_split="validation"))
+        held_out = _with_labels(
+            recipe, read(data.eval, key="data.eval", default_split="validation"), all_names_used=False
+        )
         return DataParts(train, held_out, fingerprints | {"eval data": held_out.fingerprint})
     labels = read_class_labels(recipe, train) if recipe.task == "seq_cls" or "label" in data.columns else None
     if recipe.task == "seq_cls":
@@ -162,12 +164,12 @@ def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
     return read_labels(rows, data.columns.get("label", "label"), label_names=data.label_names, bins=bins)
 
 
-def _with_labels(recipe: Recipe, rows: Rows) -> Rows:
+def _with_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool) -> Rows:
     """causal_lm: puts the class names into a column ``label`` that templates can use."""
     column = recipe.data.columns.get("label")
     if recipe.task != "causal_lm" or column is None:
         return rows
-    labels = read_labels(rows, column, label_names=recipe.data.label_names)
+    labels = read_labels(rows, column, label_names=recipe.data.label_names, all_names_used=all_names_used)
     return dataclasses.replace(rows, columns={**rows.columns, "label": labels})
 
 

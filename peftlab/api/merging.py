@@ -189,7 +189,7 @@ def _merge_one(found: Target, reference: _Reference, name: str, written: Path | 
     if name == "dequantized":
         _replace_weights(plain, reference.dequantized)
     modules = dict(plain.named_modules())
-    base_weights = {module: modules[module].weight.detach().to("cpu", copy=True) for module in reference.updates}
+    base_weights = _base_weights(modules, reference, name)
     merged = load_adapter(plain, found.adapter).merge_and_unload(safe_merge=True)
     figures: dict[str, Any] = {"positions": sum(map(len, reference.logits)), "rows": reference.num_rows}
     if written is not None:
@@ -212,6 +212,12 @@ def _merge_one(found: Target, reference: _Reference, name: str, written: Path | 
     )
     figures["logits"] = asdict(agreement(reference.logits, reference.run(merged.float())))
     return figures
+
+
+def _base_weights(modules: dict[str, Any], reference: _Reference, name: str) -> dict[str, torch.Tensor]:
+    """The adapted modules' weights before the merge, which works in place. Dequantized ones are at hand already."""
+    ready = reference.dequantized if name == "dequantized" else {}
+    return {m: ready[m] if m in ready else modules[m].weight.detach().to("cpu", copy=True) for m in reference.updates}
 
 
 def _replace_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:

@@ -142,12 +142,17 @@ class DataSection(Section):
     @field_validator("label_names", mode="before")
     @classmethod
     def _label_keys_are_text(cls, value: Any) -> Any:
-        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        # Labels are compared as the text they are read as, in which booleans are lower case.
+        return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in value.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.eval is not None:
             self._reject_unless_default(["eval_fraction", "eval_rows"], "when data.eval is given")
+        if self.bins is not None and self.label_names:
+            raise ValueError("bins name the classes themselves; remove label_names")
         if self.eval_rows is not None and self.eval_fraction != 0.1:
             raise ValueError("give eval_fraction or eval_rows, not both")
         return self
@@ -173,9 +178,7 @@ class TrainSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
     max_grad_norm: float = Field(1.0, ge=0, description="clips the gradient norm; 0 turns clipping off")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
-    precision: DType = Field(
-        "auto", description="autocast dtype; auto: bfloat16 where the device multiplies it natively, else float32"
-    )
+    precision: DType = Field("auto", description="autocast dtype; auto: bfloat16 on a GPU that has it, else float32")
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
         "none", description="seq_cls: weight of each class in the loss"
     )

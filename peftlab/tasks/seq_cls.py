@@ -59,7 +59,9 @@ class SequenceClassification:
         }
 
     def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
-        labels = read_labels(rows, self.label_column, label_names=self._label_names, bins=self._bins)
+        labels = read_labels(
+            rows, self.label_column, label_names=self._label_names, bins=self._bins, all_names_used=training
+        )
         index = {name: i for i, name in enumerate(self.class_names)}
         for i, label in enumerate(labels):
             if label not in index:

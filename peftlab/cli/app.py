@@ -1,0 +1,116 @@
+"""The Typer application, and the one place where exceptions become exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from peftlab import __version__
+from peftlab.cli import chat, doctor, evaluate, merge, predict, recipes, train
+from peftlab.cli.failures import EXIT_CODES, handle, usage_error
+from peftlab.cli.options import Debug, Json
+from peftlab.cli.output import Output
+
+_TABLE = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+_EPILOG = f"""\b
+Start here:
+  peftlab doctor                         does this machine work?
+  peftlab recipes                        what can be trained?
+  peftlab train smoke                    a tiny model, in seconds
+  peftlab train quickstart train.lr=5e-4
+
+\b
+Exit codes:
+{_TABLE}"""
+
+
+class Verbs(TyperGroup):
+    """A group whose unknown verbs get the nearest known one suggested."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            names = self.list_commands(ctx)
+            near = get_close_matches(name, names, n=1, cutoff=0.5)
+            guess = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}"
+            usage_error(f"unknown verb {name!r}, {guess}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"peftlab {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Adapt a transformer model with one recipe, and prove the result.
+
+    peftlab VERB ARGUMENT [section.key=value ...] [--json] [--debug]
+    """
+
+
+app.command("train", epilog="Example: peftlab train quickstart train.lr=5e-4 run.dir=runs/first")(train.train)
+app.command("eval", epilog="Example: peftlab eval runs/quickstart data.eval=other.csv")(evaluate.evaluate)
+app.command("predict", epilog='Example: peftlab predict runs/quickstart "You won a prize"')(predict.predict)
+app.command("chat", epilog="Example: peftlab chat runs/quickstart --temperature 0.7")(chat.chat)
+app.command("merge", epilog="Example: peftlab merge runs/quickstart --base original")(merge.merge)
+recipes_app = typer.Typer(cls=Verbs, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes", epilog="Example: peftlab recipes copy quickstart mine.yaml")
+recipes_app.callback(invoke_without_command=True)(recipes.recipes)
+recipes_app.command("list", epilog="Example: peftlab recipes list")(recipes.list_recipes)
+recipes_app.command("show", epilog="Example: peftlab recipes show quickstart")(recipes.show)
+recipes_app.command("copy", epilog="Example: peftlab recipes copy quickstart mine.yaml")(recipes.copy)
+recipes_app.command("schema", epilog="Example: peftlab recipes schema > recipe.schema.json")(recipes.schema)
+app.command("doctor", epilog="Example: peftlab doctor --json")(doctor.doctor)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Does what the arguments say; the exit code. Prints, never raises."""
+    options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    out = Output(json="--json" in options, debug="--debug" in options)
+    command = typer.main.get_command(app)
+    try:
+        if not arguments:
+            with command.make_context("peftlab", [], resilient_parsing=True) as context:
+                typer.echo(context.get_help(), err=True)
+            return 2
+        # Not app(): Click's own main would take Ctrl-C, a closed pipe and usage errors away from `handle`.
+        with command.make_context("peftlab", list(arguments), obj=out) as context:
+            command.invoke(context)
+            out.stdout.flush()
+        return 0
+    except BaseException as error:
+        return handle(error, out)
+
+
+def main() -> NoReturn:
+    """The console entry."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets its code, not a crash.
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(run(sys.argv[1:]))

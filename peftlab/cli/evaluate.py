@@ -1,0 +1,34 @@
+"""``peftlab eval``."""
+
+from __future__ import annotations
+
+import typer
+
+from peftlab.cli.metrics_tables import class_table, confusion_lines, metric_table
+from peftlab.cli.options import Debug, Json, Overrides, RecipeOption, Target, check_overrides
+from peftlab.cli.output import output_of
+
+
+def evaluate(
+    context: typer.Context,
+    target: Target,
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Compute the metrics of a run or a model on held-out rows."""
+    out = output_of(context)
+    settings = check_overrides(overrides, context, subject=target)
+    with out.working():
+        from peftlab.api.inference import evaluate as measure
+
+        report = measure(target, recipe=recipe, overrides=settings)
+    if out.json:
+        out.document(report)
+        return
+    out.line(f"{report['target']} ({report['kind']}) on {report['rows']:,} held-out rows")
+    out.show(metric_table(report["metrics"]))
+    if (table := class_table(report["metrics"])) is not None:
+        out.show(table)
+    out.show(*confusion_lines(report["metrics"]))

@@ -1,0 +1,90 @@
+"""Where results go: tables and texts on stdout for people, or exactly one JSON document there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+WIDTH = 80
+_MAX_WIDTH = 100
+
+
+class Output:
+    """One invocation's output.
+
+    Attributes:
+        json: one JSON document instead of tables. debug: tracebacks.
+        written: whether the JSON document is out already; there is never a second one.
+    """
+
+    def __init__(self, *, json: bool = False, debug: bool = False) -> None:
+        self.json, self.debug = json, debug
+        self.written = False
+        self.stdout: TextIO = sys.stdout
+        self._console: Console | None = None
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Sends what libraries print to stderr: stdout is for the result."""
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+
+    @property
+    def console(self) -> Console:
+        """The console of the result: 80 columns where the width is not that of a terminal."""
+        if self._console is None:
+            self._console = make_console(self.stdout)
+        return self._console
+
+    @property
+    def styled(self) -> bool:
+        return self.console.is_terminal
+
+    def show(self, *renderables: RenderableType) -> None:
+        for renderable in renderables:
+            self.console.print(renderable, markup=False, highlight=False)
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        """A line that is never broken: paths and commands stay whole for copying."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def write(self, text: str) -> None:
+        """Text as it is, at once."""
+        self.stdout.write(text)
+        self.stdout.flush()
+
+    def document(self, value: Any) -> None:
+        """The JSON document."""
+        self.written = True
+        self.write(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def output_of(context: typer.Context) -> Output:
+    found = context.find_object(Output)
+    assert found is not None
+    return found
+
+
+def make_console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False)
+    width = min(console.width, _MAX_WIDTH) if stream.isatty() else WIDTH
+    return Console(file=stream, highlight=False, width=width)
+
+
+def _finite(value: Any) -> Any:
+    """As ``peftlab.api.run.finite``, which is imported only when there is a float to look at."""
+    if isinstance(value, str | int | bool | None):
+        return value
+    from peftlab.api.run import finite
+
+    return finite(value)

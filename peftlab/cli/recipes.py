@@ -1,0 +1,77 @@
+"""``peftlab recipes``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from peftlab.cli.options import Debug, Json
+from peftlab.cli.output import output_of
+from peftlab.recipe import catalog
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]
+
+
+def recipes(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
+    """List, show and copy the recipes that ship with peftlab."""
+    if context.invoked_subcommand is None:
+        list_recipes(context)
+
+
+def list_recipes(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
+    """List the shipped recipes."""
+    out = output_of(context)
+    summaries = {name: catalog.recipe_summary(name) for name in catalog.recipe_names()}
+    if out.json:
+        out.document({"recipes": [{"name": name, "summary": text} for name, text in summaries.items()]})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in summaries.items():
+        table.add_row(name, text)
+    out.show(table)
+    out.line()
+    out.line("peftlab train NAME runs one; peftlab recipes copy NAME makes it yours", style="dim")
+
+
+def show(context: typer.Context, name: Name, _json: Json = False, _debug: Debug = False) -> None:
+    """Print a shipped recipe, comments included."""
+    out = output_of(context)
+    text = catalog.recipe_text(name)
+    if out.json:
+        out.document({"name": name, "summary": catalog.recipe_summary(name), "text": text})
+    elif out.styled:
+        from rich.syntax import Syntax
+
+        out.show(Syntax(text.rstrip(), "yaml", theme="ansi_dark", background_color="default", word_wrap=True))
+    else:
+        out.write(text if text.endswith("\n") else text + "\n")
+
+
+def copy(
+    context: typer.Context,
+    name: Name,
+    path: Annotated[str | None, typer.Argument(metavar="[PATH]", help="File or folder; default NAME.yaml.")] = None,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Copy a shipped recipe to a file of yours."""
+    out = output_of(context)
+    target = catalog.copy_recipe(name, path)
+    if out.json:
+        out.document({"name": name, "path": str(target)})
+    else:
+        out.line(f"{target}")
+        out.line(f"edit it, then: peftlab train {target}", style="dim")
+
+
+def schema(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    out = output_of(context)
+    out.written = True
+    out.write(json.dumps(catalog.recipe_schema(), indent=2) + "\n")

@@ -1,0 +1,91 @@
+"""Shared fixtures: the error-budget rule, tiny models that need no files, and an Accelerator on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Before any library reads them: a test that reaches for the network fails at once instead of waiting.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Tiny models gain nothing from threads, and on a busy machine waiting for them costs 20 x the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+AUTO_CLASS = {"tiny:llama": "AutoModelForCausalLM", "tiny:bert": "AutoModelForSequenceClassification"}
+
+
+def _assert_within_budget(actual: Any, eager: Any, truth: Any, *, slack: float) -> None:
+    """The error budget of Cut Cross Entropy: a fast path may err as much as eager code of its dtype, plus a little.
+
+    Args:
+        actual: what is tested. eager: the plain program in the same dtype. truth: the plain program in float64.
+        slack: allowed beyond the eager error, relative to the largest |truth|.
+    """
+    import torch
+
+    assert actual.shape == eager.shape == truth.shape
+    assert truth.dtype == torch.float64
+    assert torch.isfinite(actual).all()
+    if not truth.numel():
+        return
+    scale = float(truth.abs().max())
+    error, allowed = (float((x.double() - truth).abs().max()) for x in (actual, eager))
+    mean_error, mean_allowed = (float((x.double() - truth).abs().mean()) for x in (actual, eager))
+    assert error <= allowed + slack * scale, f"max error {error:.3g}, eager {allowed:.3g}, scale {scale:.3g}"
+    assert mean_error <= mean_allowed + slack * scale, f"mean error {mean_error:.3g}, eager {mean_allowed:.3g}"
+
+
+@pytest.fixture(scope="session")
+def assert_within_budget() -> Callable[..., None]:
+    return _assert_within_budget
+
+
+def _tiny(name: str, *, adapter: bool = True, dropout: float = 0.0, seed: int = 0, **options: Any) -> Any:
+    """A tiny model; with ``adapter`` it carries LoRA whose matrices are all non-zero, so every gradient is."""
+    import torch
+
+    from peftlab.adapters import add_lora
+    from peftlab.models import find_pretrained, load_model
+
+    rank = options.pop("rank", 4)
+    lora = {k: options.pop(k) for k in ("targets", "rslora", "dora", "bias", "modules_to_save") if k in options}
+    model = load_model(find_pretrained(name), auto_class=AUTO_CLASS[name], device="cpu", **options)
+    if not adapter:
+        return model
+    peft_type = "CAUSAL_LM" if name == "tiny:llama" else "SEQ_CLS"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = add_lora(model, peft_type=peft_type, rank=rank, alpha=8, dropout=dropout, **lora)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    return _tiny
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of() -> Callable[[str], Any]:
+    def load(name: str) -> Any:
+        from peftlab.models import find_pretrained, load_tokenizer
+
+        return load_tokenizer(find_pretrained(name))
+
+    return load
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,194 @@
+"""Rows to text and trained characters, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peftlab.data.chat import Formatter, trained_tokens
+from peftlab.errors import DataError, RecipeError
+
+# As templates that drop the thoughts of earlier turns: a later turn changes how an earlier one is written.
+REWRITING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m['content'] if loop.last or m['role'] == 'user' else '(past)' }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REFUSING = "{{ raise_exception('only user turns, please') }}"
+
+
+@pytest.fixture
+def tokenizer(tokenizer_of: Callable[[str], Any]) -> Any:
+    return tokenizer_of("tiny:llama")
+
+
+def formatter(tokenizer: Any, available: list[str], **options: Any) -> Formatter:
+    return Formatter(
+        tokenizer, columns=options.get("columns", {}), template=options.get("template"), available=available
+    )
+
+
+def trained_text(rendered: Any) -> list[str]:
+    return [rendered.text[a:b] for a, b in rendered.spans]
+
+
+def test_text(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["text", "other"])
+    assert f.style == "text"
+    r = f.render({"text": "hello", "other": 1}, "here")
+    assert (r.text, trained_text(r)) == ("hello", ["hello"])
+    assert f.render_prompt({"text": "hello"}, "here") == "hello"
+
+
+def test_prompt_and_completion(tokenizer: Any) -> None:
+    f = formatter(
+        tokenizer, ["question", "completion", "prompt"], columns={"prompt": "question", "completion": "completion"}
+    )
+    assert f.style == "completion"
+    r = f.render({"question": "Q: ", "completion": "A", "prompt": "no"}, "here")
+    assert (r.text, trained_text(r)) == ("Q: A", ["A"])
+    assert f.render_prompt({"question": "Q: "}, "here") == "Q: "
+    assert f.prompt_row("Q?") == {"question": "Q?"}
+
+
+def test_completion_template(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["q", "a"], template={"prompt": "{{Q}} {q}\n", "completion": "{a}!"})
+    r = f.render({"q": "1+1", "a": 2}, "here")
+    assert (r.text, trained_text(r)) == ("{Q} 1+1\n2!", ["2!"])
+    assert f.prompt_column == "q"
+    assert f.prompt_row("3+3") == {"q": "3+3"}
+
+
+def test_chat_template_fields(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["q", "a"], template={"system": "Be kind.", "user": "{q}", "assistant": "{a}"})
+    r = f.render({"q": "hi", "a": "yo"}, "here")
+    prompt = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert r.text == prompt + "yo<|im_end|>\n"
+    assert trained_text(r) == ["yo<|im_end|>\n"]
+    assert f.render_prompt({"q": "hi"}, "here") == prompt
+    assert f.prompt_row("hi") == {"q": "hi"}
+
+
+def test_messages_with_many_turns(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["messages"])
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "u1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "u2"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "u3"},
+        {"role": "assistant", "content": "a3"},
+    ]
+    r = f.render({"messages": messages}, "here")
+    assert trained_text(r) == ["a1<|im_end|>\n", "<|im_end|>\n", "a3<|im_end|>\n"]
+    assert f.render_prompt({"messages": messages}, "here") == r.text.removesuffix("a3<|im_end|>\n")
+    assert f.render_prompt({"messages": messages[:4]}, "here").endswith("u2<|im_end|>\n<|im_start|>assistant\n")
+    assert r.text.startswith(f.render_prompt({"messages": messages[:3]}, "here"))
+
+
+def test_messages_may_come_as_an_array(tokenizer: Any) -> None:
+    messages = np.array([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], dtype=object)
+    r = formatter(tokenizer, ["messages"]).render({"messages": messages}, "here")
+    assert trained_text(r) == ["a<|im_end|>\n"]
+
+
+def test_a_row_without_assistant_trains_nothing(tokenizer: Any) -> None:
+    r = formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "here")
+    assert r.spans == []
+
+
+@pytest.mark.parametrize("value", [None, "text", [], {}, [{"role": "user"}], ["hi"]])
+def test_what_is_no_list_of_messages(tokenizer: Any, value: Any) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:3: expected a list of messages") as caught:
+        formatter(tokenizer, ["messages"]).render({"messages": value}, "a.jsonl:3")
+    assert caught.value.key == "data.columns.messages"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = REWRITING
+    f = formatter(tokenizer, ["messages"])
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
+    f.render({"messages": turns[:2]}, "here")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*turn 2 differently") as caught:
+        f.render({"messages": turns}, "a.jsonl:1")
+    assert caught.value.key == "model.chat_template"
+
+
+def test_a_template_that_raises_names_the_row(tokenizer: Any) -> None:
+    tokenizer.chat_template = REFUSING
+    with pytest.raises(DataError, match=r"a\.jsonl:9: the chat template refused .*only user turns"):
+        formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "a.jsonl:9")
+
+
+def test_no_chat_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        formatter(tokenizer, ["messages"])
+    with pytest.raises(DataError, match="no chat template") as caught:
+        formatter(tokenizer, ["q"], template={"user": "{q}", "assistant": "{q}"})
+    assert caught.value.key == "data.template"
+
+
+def test_columns_that_are_not_there(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="found 'a', 'b'"):
+        formatter(tokenizer, ["a", "b"])
+    with pytest.raises(DataError, match=r"uses \{qq\}, but the columns are q, a"):
+        formatter(tokenizer, ["q", "a"], template={"prompt": "{qq}", "completion": "{a}"})
+
+
+def test_a_broken_template_is_a_recipe_error(tokenizer: Any) -> None:
+    with pytest.raises(RecipeError, match="not a valid template"):
+        formatter(tokenizer, ["q", "a"], template={"prompt": "{q", "completion": "{a}"})
+
+
+@pytest.mark.parametrize("template", ["{q.upper}", "{q[0]}", "{}", "{0}"])
+def test_template_fields_are_column_names_only(tokenizer: Any, template: str) -> None:
+    """str.format would otherwise reach into attributes of the values, or fail with an IndexError."""
+    with pytest.raises((DataError, RecipeError)):
+        formatter(tokenizer, ["q", "a"], template={"prompt": template, "completion": "{a}"}).render(
+            {"q": "x", "a": "y"}, "h"
+        )
+
+
+def test_an_empty_cell_names_row_and_column(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["q", "a"], template={"prompt": "{q}", "completion": "{a}"})
+    with pytest.raises(DataError, match=r"a\.csv:7: column 'a' is empty"):
+        f.render({"q": "x", "a": None}, "a.csv:7")
+    with pytest.raises(DataError, match=r"a\.csv:7: expected text in column 'text', found 3"):
+        formatter(tokenizer, ["text"]).render({"text": 3}, "a.csv:7")
+
+
+def test_braces_in_the_data_are_data(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["q", "a"], template={"prompt": "{q}", "completion": "{a}"})
+    assert f.render({"q": "{a} {", "a": "}"}, "here").text == "{a} {}"
+
+
+def test_a_prompt_of_several_columns_cannot_be_typed(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["q", "c", "a"], template={"prompt": "{c}: {q}", "completion": "{a}"})
+    assert f.prompt_column is None
+    with pytest.raises(RecipeError, match="several columns"):
+        f.prompt_row("hello")
+
+
+OFFSETS = [(0, 2), (2, 3), (3, 6), (6, 6), (6, 8), (8, 9)]
+
+
+@pytest.mark.parametrize(
+    ("spans", "ids", "expected"),
+    [
+        ([(0, 9)], [5] * 6, [1, 1, 1, 0, 1, 1]),
+        ([(3, 8)], [5] * 6, [0, 0, 1, 0, 1, 0]),
+        ([(4, 7)], [5] * 6, [0, 0, 1, 0, 1, 0]),
+        ([(3, 9)], [5, 5, 5, 5, 2, 5], [0, 0, 1, 0, 1, 0]),
+        ([(0, 3), (6, 9)], [5, 2, 5, 5, 2, 5], [1, 1, 0, 0, 1, 0]),
+        ([(3, 3)], [5] * 6, [0] * 6),
+        ([], [5] * 6, [0] * 6),
+    ],
+)
+def test_trained_tokens(spans: Any, ids: list[int], expected: list[int]) -> None:
+    got = trained_tokens(OFFSETS, spans, np.array(ids, dtype=np.int32), {2})
+    assert got.astype(int).tolist() == expected

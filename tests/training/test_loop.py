@@ -1,0 +1,488 @@
+"""The training loop: exact normalisation, stops that lose nothing, and runs that go on bit by bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peftlab.adapters import save_adapter
+from peftlab.data import BatchPlan, Rows
+from peftlab.data.chat import Formatter
+from peftlab.data.rows import Origin
+from peftlab.errors import ArtifactError, Interrupted, VerificationError
+from peftlab.ops import linear_cross_entropy
+from peftlab.tasks import CausalLM
+from peftlab.training.checkpoint import list_checkpoints
+from peftlab.training.loop import LoopSettings, TrainingLoop
+from peftlab.training.metrics_log import MetricsLog, read_metrics
+from peftlab.training.progress import SilentProgress
+
+QUIET = LoopSettings(max_grad_norm=0.0, schedule="constant", warmup=0, lr=1e-2)
+
+
+class Recorder(SilentProgress):
+    """Keeps what the loop reports, and calls back after every step."""
+
+    def __init__(self, after_step: Callable[[int], None] | None = None) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self._after_step = after_step
+
+    def step(self, step: int, values: Any) -> None:
+        self.steps.append({"step": step, **values})
+        if self._after_step:
+            self._after_step(step)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def make_rows(count: int, marked: int | None = None) -> Rows:
+    """Rows of unequal length, as lines 2, 3, ... of a.csv; ``marked`` has an @ in its completion."""
+    rng = np.random.default_rng(0)
+    prompts = ["why " * int(rng.integers(0, 6)) + str(i) for i in range(count)]
+    completions = ["because " * int(rng.integers(0, 4)) + ("@" if i == marked else "so") for i in range(count)]
+    return Rows(
+        name="a.csv",
+        columns={"prompt": prompts, "completion": completions},
+        fingerprint="",
+        origins=(Origin("a.csv", "line"),),
+        origin_index=np.zeros(count, dtype=np.int64),
+        positions=np.arange(2, count + 2),
+    )
+
+
+class Bench:
+    """What a loop is made of, so that a test says only what it is about."""
+
+    def __init__(self, tiny: Any, tokenizer: Any, accelerator: Any, folder: Path, **options: Any) -> None:
+        self.rows = make_rows(options.pop("count", 12), options.pop("marked", None))
+        formatter = Formatter(tokenizer, columns={}, template=None, available=list(self.rows.columns))
+        self.task: Any = CausalLM(tokenizer, formatter, linear_loss=linear_cross_entropy)
+        self.train = self.task.encode(self.rows, max_length=512, too_long="error", training=True)
+        self.folder = folder
+        self._tiny, self._accelerator, self._options = tiny, accelerator, options
+
+    def loop(
+        self,
+        settings: LoopSettings = QUIET,
+        *,
+        progress: Any = None,
+        evaluate: Any = None,
+        folder: Path | None = None,
+        **plan: Any,
+    ) -> TrainingLoop:
+        folder = folder or self.folder
+        if "batch_tokens" not in plan:
+            plan = {"batch_size": 4} | plan
+        self.model = self._tiny("tiny:llama", **self._options)
+        torch.manual_seed(0)
+        return TrainingLoop(
+            model=self.model,
+            task=self.task,
+            train=self.train,
+            plan=BatchPlan(self.train.lengths, **plan),
+            settings=settings,
+            accelerator=self._accelerator,
+            folder=folder,
+            log=MetricsLog(folder / "metrics.jsonl"),
+            progress=progress or SilentProgress(),
+            where=self.rows.where,
+            evaluate=evaluate,
+            resume_hint="peftlab train RUN --resume",
+        )
+
+    def adapter_bytes(self, name: str = "out") -> bytes:
+        save_adapter(self.model, self.folder / name)
+        return (self.folder / name / "adapter_model.safetensors").read_bytes()
+
+    def weights(self) -> dict[str, Any]:
+        return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def bench(tiny: Any, tokenizer_of: Any, accelerator: Any, tmp_path: Path) -> Callable[..., Bench]:
+    return lambda **options: Bench(tiny, tokenizer_of("tiny:llama"), accelerator, tmp_path, **options)
+
+
+def gradients_of_steps(bench: Bench, **plan: Any) -> tuple[list[dict[str, Any]], list[float]]:
+    """Gradients as the optimizer sees them, and the reported losses, with weights that never move."""
+    recorder, found = Recorder(), []
+    loop = bench.loop(LoopSettings(max_grad_norm=0.0, schedule="constant", warmup=0, lr=0.0), progress=recorder, **plan)
+    names = {p: n for n, p in bench.model.named_parameters() if p.requires_grad}
+
+    def take(optimizer: Any, args: Any, kwargs: Any) -> None:
+        found.append({names[p]: p.grad.clone() for group in optimizer.param_groups for p in group["params"]})
+
+    loop._inner_optimizer().register_step_pre_hook(take)
+    loop.run()
+    return found, [s["loss"] for s in recorder.steps]
+
+
+def assert_close(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None:
+    assert got.keys() == want.keys() and got
+    for name, gradient in want.items():
+        size = float(gradient.abs().max())
+        assert size > 0, name
+        assert float((got[name] - gradient).abs().max()) <= tolerance * size, name
+
+
+def textbook(bench: Bench, indices: list[int]) -> tuple[dict[str, Any], float]:
+    """Gradient of the mean over the trained tokens of ``indices``, one unpadded row at a time, all logits, float64."""
+    model = bench.model
+    model.zero_grad()
+    total, count = 0.0, 0
+    for i in indices:
+        example = bench.train.examples[i]
+        ids = torch.tensor(example.ids, dtype=torch.int64)[None]
+        labels = ids.masked_fill(~torch.tensor(example.trained)[None], -100)
+        logits = model(input_ids=ids).logits
+        total = total + F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+        count += int(example.trained.sum())
+    (total / count).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, float((total / count).detach())
+
+
+# One step over all 12 rows, however it is split.
+SPLITS = [
+    {"batch_size": 12, "grouping": "step"},
+    {"batch_size": 12, "grouping": "step", "split_cost": 0},
+    {"batch_size": 6, "accumulate": 2, "grouping": "none"},
+    {"batch_size": 5, "accumulate": 3, "grouping": "none"},
+    {"batch_size": 4, "accumulate": 3, "grouping": "step"},
+    {"batch_size": 1, "accumulate": 12, "grouping": "none"},
+    {"batch_tokens": 100, "accumulate": 30, "grouping": "none"},
+    {"batch_tokens": 200, "accumulate": 15, "grouping": "step"},
+    {"batch_tokens": 10_000, "grouping": "epoch"},
+]
+
+
+def test_any_split_of_a_step_gives_the_same_gradient(bench: Callable[..., Bench]) -> None:
+    b = bench(dtype="float64")
+    (want,), (want_loss,) = gradients_of_steps(b, batch_size=12, grouping="none")
+    truth, true_loss = textbook(b, list(range(12)))
+    assert want_loss == pytest.approx(true_loss, rel=1e-6)
+    assert_close(want, truth, 1e-6)
+    for split in SPLITS:
+        (got,), (loss,) = gradients_of_steps(b, **split)
+        assert loss == pytest.approx(want_loss, rel=1e-6), split
+        assert_close(got, want, 1e-9)
+
+
+def test_the_last_partial_step_is_normalised_by_its_own_tokens(bench: Callable[..., Bench]) -> None:
+    b = bench(dtype="float64", count=14)
+    for grouping in ("none", "step"):
+        steps, losses = gradients_of_steps(b, batch_size=2, accumulate=2, grouping=grouping)
+        plan = BatchPlan(b.train.lengths, batch_size=2, accumulate=2, grouping=grouping, epochs=1)
+        assert len(steps) == 4
+        for i in (0, 3):
+            rows = [int(r) for part in plan.step(i).micro_batches for r in part]
+            assert len(rows) == (4, 2)[i == 3]
+            truth, loss = textbook(b, rows)
+            assert losses[i] == pytest.approx(loss, rel=1e-6)
+            assert_close(steps[i], truth, 1e-6)
+
+
+def test_a_mean_per_micro_batch_is_caught(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug of many trainers: every micro-batch counts the same, whatever it holds."""
+    b = bench(dtype="float64")
+    (want,), _ = gradients_of_steps(b, batch_size=12, grouping="none")
+    total, right = sum(int(e.trained.sum()) for e in b.train.examples), CausalLM.loss_sum
+
+    def mean(self: Any, model: Any, batch: Any) -> Any:
+        return right(self, model, batch) / batch.trained.sum() * (total / 3)
+
+    monkeypatch.setattr(CausalLM, "loss_sum", mean)
+    (got,), _ = gradients_of_steps(b, batch_size=4, accumulate=3, grouping="none")
+    with pytest.raises(AssertionError, match="lora"):
+        assert_close(got, want, 1e-3)
+
+
+def test_learning_rate_and_log(bench: Callable[..., Bench]) -> None:
+    b, recorder = bench(), Recorder()
+    settings = LoopSettings(lr=3.0e-3, schedule="linear", warmup=2, max_grad_norm=1.0)
+    result = b.loop(settings, progress=recorder, max_steps=5).run()
+    assert [s["lr"] for s in recorder.steps] == pytest.approx([1e-3, 2e-3, 3e-3, 2e-3, 1e-3])
+    assert result.steps == 5
+    records = read_metrics(b.folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    assert [r["loss"] for r in records] == [s["loss"] for s in recorder.steps]
+    assert [r["rows"] for r in records] == [4] * 5
+    assert sum(r["trained_tokens"] for r in records[:3]) == sum(int(e.trained.sum()) for e in b.train.examples)
+    assert sum(r["tokens"] for r in records) == result.tokens
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.25, 1e6])
+def test_clipping(bench: Callable[..., Bench], limit: float) -> None:
+    b, recorder, norms = bench(), Recorder(), []
+    settings = LoopSettings(lr=1e-3, schedule="constant", warmup=0, max_grad_norm=limit)
+    loop = b.loop(settings, progress=recorder, max_steps=1)
+
+    def take(optimizer: Any, args: Any, kwargs: Any) -> None:
+        grads = [p.grad.double() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()))
+
+    loop._inner_optimizer().register_step_pre_hook(take)
+    loop.run()
+    before = recorder.steps[0]["grad_norm"]
+    assert before > 0.25
+    assert norms[0] == pytest.approx(0.25 if limit == 0.25 else before, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [4, 12])
+def test_a_nan_stops_before_the_weights_change(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, tokenizer_of: Any, batch_size: int
+) -> None:
+    b = bench(marked=7)
+    (at,) = tokenizer_of("tiny:llama")("@")["input_ids"]
+    right, snapshots = CausalLM.loss_sum, {}
+
+    def poisoned(self: Any, model: Any, batch: Any) -> Any:
+        return right(self, model, batch) * (float("nan") if (batch.input_ids == at).any() else 1.0)
+
+    monkeypatch.setattr(CausalLM, "loss_sum", poisoned)
+    loop = b.loop(progress=Recorder(lambda step: snapshots.update({step: b.weights()})), batch_size=batch_size)
+    snapshots[0] = b.weights()
+    with pytest.raises(VerificationError) as caught:
+        loop.run()
+    bad = max(snapshots)
+    for name, value in b.weights().items():
+        assert torch.equal(value, snapshots[bad][name]), name
+    assert f"the loss of step {bad + 1} is nan" in str(caught.value)
+    assert "a.csv:9" in str(caught.value), "the row with the NaN is on line 9"
+    assert caught.value.exit_code == 6
+    saved = list_checkpoints(b.folder / "checkpoints")
+    assert [p.name for p in saved] == ([f"step-{bad:08d}"] if bad else [])
+    assert all(str(p) in str(caught.value) for p in saved)
+
+
+def test_an_infinite_gradient_stops_too(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    loop = b.loop()
+    before = b.weights()
+    next(p for p in b.model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
+    with pytest.raises(VerificationError, match="the gradient norm of step 1 is"):
+        loop.run()
+    assert all(torch.equal(before[n], w) for n, w in b.weights().items())
+
+
+def interrupt_at(step: int) -> Recorder:
+    return Recorder(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(bench: Callable[..., Bench]) -> None:
+    b, handler = bench(), signal.getsignal(signal.SIGINT)
+    recorder = interrupt_at(3)
+    loop = b.loop(progress=recorder, max_steps=9)
+    with pytest.raises(
+        Interrupted, match=r"step 3 is saved in .*step-00000003\. Continue with: peftlab train RUN --resume"
+    ):
+        loop.run()
+    assert [p.name for p in list_checkpoints(b.folder / "checkpoints")] == ["step-00000003"]
+    assert len(recorder.steps) == 3
+    assert any("Ctrl-C" in note for note in recorder.notes)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_before_the_first_step(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    b, right = bench(), CausalLM.loss_sum
+
+    def impatient(self: Any, model: Any, batch: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return right(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "loss_sum", impatient)
+    with pytest.raises(Interrupted, match="nothing to resume"):
+        b.loop().run()
+    assert not (b.folder / "checkpoints").exists()
+
+
+def test_ctrl_c_within_a_step_loses_only_that_step(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the micro-batches of step 3 are done: neither their gradients nor their random numbers may stay."""
+    b, right, calls = bench(dropout=0.3), CausalLM.loss_sum, []
+    plan = {"batch_size": 2, "accumulate": 2, "grouping": "none", "max_steps": 6}
+    b.loop(**plan).run()
+    want = b.adapter_bytes("whole")
+
+    def impatient(self: Any, model: Any, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return right(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "loss_sum", impatient)
+        with pytest.raises(Interrupted, match="step 2 is saved"):
+            b.loop(**plan).run()
+    assert len(calls) == 5
+    loop = b.loop(**plan)
+    torch.manual_seed(99)
+    assert loop.resume(b.folder / "checkpoints/step-00000002") == 2
+    loop.run()
+    assert b.adapter_bytes("resumed") == want
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_resumed_run_ends_with_the_same_bytes(bench: Callable[..., Bench], stop: int) -> None:
+    b = bench(dropout=0.3)
+    settings = LoopSettings(lr=1e-2, schedule="cosine", warmup=2, save_every=3)
+    b.loop(settings, max_steps=8).run()
+    want = b.adapter_bytes("whole")
+    for path in list_checkpoints(b.folder / "checkpoints"):
+        assert path.name in ("step-00000003", "step-00000006")
+    other = b.folder / "stopped"
+    with pytest.raises(Interrupted):
+        b.loop(settings, progress=interrupt_at(stop), folder=other, max_steps=8).run()
+    recorder = Recorder()
+    loop = b.loop(settings, folder=other, progress=recorder, max_steps=8)
+    torch.manual_seed(99)
+    newest = list_checkpoints(other / "checkpoints")[-1]
+    assert loop.resume(newest) == stop
+    loop.run()
+    assert [s["step"] for s in recorder.steps] == list(range(stop + 1, 9))
+    assert b.adapter_bytes("resumed") == want
+
+
+def test_a_resume_without_the_generators_is_caught(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftlab.training.checkpoint import RngState
+
+    monkeypatch.setattr(RngState, "restore", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_a_resumed_run_ends_with_the_same_bytes(bench, 3)
+
+
+def test_a_damaged_checkpoint_is_refused_on_resume(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    settings = LoopSettings(lr=1e-2, save_every=2, keep=3)
+    b.loop(settings, max_steps=6).run()
+    early, late = list_checkpoints(b.folder / "checkpoints")
+    path = late / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ArtifactError, match=rf"optimizer.safetensors .*resume from {early.name}"):
+        b.loop(settings, max_steps=6).resume(late)
+
+
+def test_best_and_patience(bench: Callable[..., Bench]) -> None:
+    b, seen = bench(), {}
+    values = iter([3.0, 2.0, 2.5, 2.0, 9.0])
+
+    def evaluate() -> dict[str, float]:
+        seen[len(seen) + 1] = b.weights()
+        return {"loss": next(values)}
+
+    recorder = Recorder()
+    settings = LoopSettings(lr=1e-2, eval_every=2, best="loss", patience=2)
+    loop = b.loop(settings, evaluate=evaluate, progress=recorder, max_steps=20)
+    result = loop.run()
+    assert (result.steps, result.stopped_early) == (8, True)
+    assert (result.best_step, result.best_value) == (4, 2.0)
+    assert any("stopped after step 8" in note for note in recorder.notes)
+    loop.finish({"loss": 0.1})
+    assert result.best_step == 4, "the last step was evaluated already"
+    from safetensors.torch import load_file
+
+    best = load_file(str(b.folder / "best/adapter_model.safetensors"))
+    for name, value in seen[2].items():
+        assert torch.equal(best[name.replace(".default", "")], value), name
+
+
+def test_best_of_a_metric_that_should_grow(bench: Callable[..., Bench]) -> None:
+    b, values = bench(), iter([0.5, 0.7, 0.6])
+    settings = LoopSettings(lr=1e-2, eval_every=1, best="accuracy")
+    loop = b.loop(settings, evaluate=lambda: {"accuracy": next(values)}, max_steps=4)
+    assert loop.run().best_step == 2
+    loop.finish({"accuracy": 0.9})
+    assert loop.result.best_step == 4
+
+
+def test_patience_survives_a_resume(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    settings = LoopSettings(lr=1e-2, eval_every=1, best="loss", patience=3, save_every=1)
+    values = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    whole, first, second = iter(values), iter(values), iter(values[2:])
+    assert b.loop(settings, evaluate=lambda: {"loss": next(whole)}, folder=b.folder / "a", max_steps=6).run().steps == 4
+    with pytest.raises(Interrupted):
+        b.loop(settings, evaluate=lambda: {"loss": next(first)}, progress=interrupt_at(2), max_steps=6).run()
+    loop = b.loop(settings, evaluate=lambda: {"loss": next(second)}, max_steps=6)
+    loop.resume(list_checkpoints(b.folder / "checkpoints")[-1])
+    result = loop.run()
+    assert (result.steps, result.best_step) == (4, 1)
+
+
+RANKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from accelerate import Accelerator
+from conftest import _tiny
+from test_loop import Bench
+from peftlab.models import find_pretrained, load_tokenizer
+from peftlab.training.loop import LoopSettings
+
+model = _tiny("tiny:llama", dtype="float64")
+accelerator = Accelerator(cpu=True)
+folder = Path({folder!r}) / f"world-{{accelerator.num_processes}}-rank-{{accelerator.process_index}}"
+folder.mkdir(parents=True)
+tokenizer = load_tokenizer(find_pretrained("tiny:llama"))
+bench = Bench(lambda name: model, tokenizer, accelerator, folder, count=11)
+loop = bench.loop(LoopSettings(lr=1e-2, warmup=1), batch_size=3, accumulate=2, max_steps=5, grouping="none")
+loop.run()
+bench.adapter_bytes()
+(folder / "loss").write_text(repr(loop.result.last_loss))
+"""
+
+
+def test_two_ranks_train_the_same_adapter(tmp_path: Path) -> None:
+    """Three micro-batches, two, then (the last step of an epoch has 5 rows) 2: ranks have unequal and no work."""
+    import socket
+
+    from safetensors.torch import load_file
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
+    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernels")])
+    running = []
+    for world in (1, 2):
+        for rank in range(world):
+            env = {**os.environ, "PYTHONPATH": here}
+            if world > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+                env |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                )
+            )
+    try:
+        outputs = [process.communicate(timeout=90)[0].decode() for process in running]
+        assert [process.returncode for process in running] == [0, 0, 0], "\n".join(outputs)
+    finally:
+        for process in running:
+            process.kill()
+    one, *two = (
+        load_file(str(tmp_path / name / "out/adapter_model.safetensors"))
+        for name in ("world-1-rank-0", "world-2-rank-0", "world-2-rank-1")
+    )
+    start = {k: v.abs().max() for k, v in one.items()}
+    for other in two:
+        for name, value in one.items():
+            assert float((other[name] - value).abs().max()) <= 1e-6 * float(start[name]), name
+    losses = {float(p.read_text()) for p in tmp_path.glob("world-*/loss")}
+    assert max(losses) == pytest.approx(min(losses), rel=1e-6)
