@@ -195,8 +195,8 @@ def _spread(figure: dict[str, float], digits: int, unit: float = 1) -> str:
 def split_cost_table(result: dict[str, Any]) -> str:
     """What one more micro-batch costs, per model."""
     lines = [
-        f"**Cost of one more micro-batch**: seconds = a + b x padded tokens, forward and backward. {_where(result)}. "
-        f"`{result['command']}`",
+        f"**Cost of one more micro-batch**: seconds = a + b x padded tokens, forward and backward. {_where(result)}, "
+        f"{next(iter(result['models'].values()))['threads']} threads. `{result['command']}`",
         "",
         "| model | a, ms | b, ms a token | a / b, tokens | largest relative residual |",
         "|---|---|---|---|---|",

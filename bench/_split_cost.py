@@ -85,11 +85,12 @@ def measure(settings: dict[str, Any], *, budget_s: float) -> dict[str, Any]:
             model.zero_grad(set_to_none=True)
         rounds += 1
     return {
+        "threads": torch.get_num_threads(),
         "rounds": rounds - 1,
         "shapes": [[*shape, seconds] for shape, seconds in zip(shapes, best, strict=True)],
         **fit([r * n for r, n in shapes], best),
     }
 
 
-def measure_all(*, budget_s: float = 25.0) -> dict[str, dict[str, Any]]:
+def measure_all(*, budget_s: float = 20.0) -> dict[str, dict[str, Any]]:
     return {name: measure(settings, budget_s=budget_s) for name, settings in MODELS.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +68,9 @@ def expected_weight(weight: Tensor, update: dict[str, Tensor]) -> Tensor:
 
 
 def weight_error(
-    base_weights: dict[str, Tensor], merged_weights: dict[str, Tensor], updates: dict[str, dict[str, Tensor]]
+    base_weights: Mapping[str, Tensor], merged_weights: Mapping[str, Tensor], updates: dict[str, dict[str, Tensor]]
 ) -> WeightError:
-    """Compares merged weights with ``expected_weight`` of the base weights; all dicts are keyed by module name."""
+    """Compares merged weights with ``expected_weight`` of the base weights; all are keyed by module name."""
     worst, total, moved, count = 0.0, 0.0, 0.0, 0
     for name, update in updates.items():
         base = base_weights[name].cpu()
@@ -92,19 +94,31 @@ def agreement(reference: list[Tensor], merged: list[Tensor]) -> Agreement:
     return Agreement(float(all_kl.mean()), float(all_kl.max()), float(all_same.float().mean()), len(all_kl))
 
 
-def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Float32 [out, in] weights of the bitsandbytes linears of ``model``, by module name, on the CPU."""
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+class DequantizedWeights(Mapping[str, Tensor]):
+    """The bitsandbytes linears of a model as float32 [out, in] weights on the CPU, by module name.
 
-    weights = {}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            dense = dequantize_4bit(module.weight.data, module.weight.quant_state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            stats = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-            dense = int8_vectorwise_dequant(module.weight.data, stats)
-        else:
-            continue
-        weights[name.removesuffix(".base_layer")] = dense.float().cpu()
-    return weights
+    Each is dequantized when it is asked for: what is kept is the quantized storage, an eighth of the size.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        import bitsandbytes as bnb
+
+        self._stored: dict[str, Callable[[], Tensor]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                read = functools.partial(bnb.functional.dequantize_4bit, module.weight.data, module.weight.quant_state)
+            elif isinstance(module, bnb.nn.Linear8bitLt):
+                scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+                read = functools.partial(bnb.functional.int8_vectorwise_dequant, module.weight.data, scale)
+            else:
+                continue
+            self._stored[name.removesuffix(".base_layer").removeprefix("base_model.model.")] = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name]().float().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)

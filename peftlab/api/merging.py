@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peftlab.adapters import load_adapter
-from peftlab.adapters.merge import agreement, dequantized_weights, exact_updates, weight_error
+from peftlab.adapters.merge import DequantizedWeights, agreement, exact_updates, weight_error
 from peftlab.api import build
 from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME, write_json
@@ -21,6 +21,7 @@ from peftlab.data import Rows, eval_batches
 from peftlab.errors import RecipeError, VerificationError
 from peftlab.models import load_tokenizer, quiet
 from peftlab.tasks import Batch, Task
+from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, make_progress
 
 TARGETS = ("original", "dequantized")
@@ -97,12 +98,14 @@ def merge_run(
     _check_output(output, replace)
     progress.stage("merging: taking reference logits of base + adapter")
     reference = _Reference.take(found, progress)
+    release_memory()
     report: dict[str, Any] = {"target": chosen, "output": str(output), "dtype": dtype, "targets": {}}
     for name in [t for t in TARGETS if quantized or t == "original"]:
         progress.stage(f"merging into the {name} weights" + ("" if name == chosen else " (for comparison)"))
         written = output.with_name(f".{output.name}.partial-{os.getpid()}") if name == chosen else None
         try:
             figures = _merge_one(found, reference, name, written, dtype)
+            release_memory()
             report["targets"][name] = figures
             if written is not None:
                 failures = _failures(figures, name, quantized, limits or {})
@@ -153,7 +156,7 @@ class _Reference:
         self.num_rows = count
         self.logits: list[torch.Tensor] = []
         self.updates: dict[str, dict[str, torch.Tensor]] = {}
-        self.dequantized: dict[str, torch.Tensor] = {}
+        self.dequantized: Mapping[str, torch.Tensor] = {}
         self.tied = False
 
     @classmethod
@@ -167,9 +170,7 @@ class _Reference:
         reference.logits = reference.run(opened.model)
         reference.updates = exact_updates(opened.model)
         base = opened.model.get_base_model()
-        reference.dequantized = {
-            name.removeprefix("base_model.model."): weight for name, weight in dequantized_weights(opened.model).items()
-        }
+        reference.dequantized = DequantizedWeights(base)
         reference.tied = _is_tied(base)
         return reference
 
@@ -197,7 +198,7 @@ def _merge_one(found: Target, reference: _Reference, name: str, written: Path | 
         _save(merged.to(save_dtype), reference, written, found)
         tokenizer_same = _same_tokenizer(build.tokenizer_of(recipe, pretrained), written)
         del merged, plain, modules
-        gc.collect()
+        release_memory()
         merged = _reload(written, reference.task, device)
         figures |= {
             "dtype": str(save_dtype).removeprefix("torch."),
@@ -208,19 +209,20 @@ def _merge_one(found: Target, reference: _Reference, name: str, written: Path | 
         }
     by_name = dict(merged.named_modules())
     figures["weights"] = asdict(
-        weight_error(base_weights, {m: by_name[m].weight.detach() for m in base_weights}, reference.updates)
+        weight_error(base_weights, {m: by_name[m].weight.detach() for m in reference.updates}, reference.updates)
     )
     figures["logits"] = asdict(agreement(reference.logits, reference.run(merged.float())))
     return figures
 
 
-def _base_weights(modules: dict[str, Any], reference: _Reference, name: str) -> dict[str, torch.Tensor]:
+def _base_weights(modules: dict[str, Any], reference: _Reference, name: str) -> Mapping[str, torch.Tensor]:
     """The adapted modules' weights before the merge, which works in place. Dequantized ones are at hand already."""
     ready = reference.dequantized if name == "dequantized" else {}
-    return {m: ready[m] if m in ready else modules[m].weight.detach().to("cpu", copy=True) for m in reference.updates}
+    copied = {m: modules[m].weight.detach().to("cpu", copy=True) for m in reference.updates if m not in ready}
+    return ChainMap(copied, ready)  # type: ignore[arg-type]  # read only
 
 
-def _replace_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+def _replace_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     modules = dict(model.named_modules())
     for name, weight in weights.items():
         module = modules[name]

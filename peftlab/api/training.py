@@ -24,6 +24,7 @@ from peftlab.recipe import LoadedRecipe, Recipe, check_lock, load_recipe, write_
 from peftlab.tasks import Encoded, Task
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
+from peftlab.training.memory import release_memory
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.progress import Progress, make_progress
 
@@ -210,6 +211,7 @@ def _prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> _Par
         bias=a.bias,
         modules_to_save=a.modules_to_save,
     )
+    release_memory()  # quantizing went through every weight in full precision
     adapted = report(model)
     progress.note(f"LoRA rank {a.rank}: {adapted}")
     if recipe.train.gradient_checkpointing:
@@ -250,35 +252,49 @@ def _tell(which: str, encoded: Encoded, progress: Progress) -> None:
 def _execute(
     parts: _Parts, accelerator: Any, folder: Path, checkpoint: Path | None, progress: Progress, *, replace: bool
 ) -> Run:
-    recipe, summary = parts.recipe, parts.summary
-    evaluate = _evaluator(parts, accelerator)
-    earlier = open_run(folder).summary if checkpoint else {}
     with _input_casts(parts):
-        summary["before"] = earlier.get("before")
-        if recipe.eval.before and not earlier.get("before"):
-            progress.stage(f"evaluating the untouched model on {len(parts.eval.examples):,} held-out rows")
-            summary["before"] = evaluate()
-            summary["samples"] = [{"prompt": p, "before": a} for p, a in _answers(parts)]
-        summary.setdefault("samples", earlier.get("samples", []))
+        _before(parts, accelerator, open_run(folder).summary if checkpoint else {}, progress)
         _check_room(parts, folder)
         with _folder(parts, folder, replace=replace and checkpoint is None, resumed=checkpoint is not None) as log:
-            accelerator.init_trackers("peftlab", config={"recipe": parts.loaded.name})
-            loop = _loop(parts, accelerator, folder, log, progress, evaluate)
-            if checkpoint:
-                progress.note(f"continuing after step {loop.resume(checkpoint)}")
-            progress.stage(f"training for {parts.plan.total_steps:,} steps")
-            result = loop.run()
-            progress.stage("evaluating the trained model")
-            final = evaluate()
-            loop.finish(final)
-            _keep_adapter(parts, folder, result, progress)
-            summary["after"] = final if result.best_step in (None, result.steps) else evaluate()
-            for sample, (_, answer) in zip(summary["samples"], _answers(parts), strict=False):
-                sample["after"] = answer
-            summary["training"] = _figures(result)
-            log.write({"step": result.steps, "eval": summary["after"], "final": True})
+            _train_and_score(parts, accelerator, folder, checkpoint, log, progress)
+    accelerator.free_memory()
     _finish(parts, folder, progress)
     return open_run(folder)
+
+
+def _before(parts: _Parts, accelerator: Any, earlier: dict[str, Any], progress: Progress) -> None:
+    """Metrics and answers of the untouched model; a resumed run has them already."""
+    summary = parts.summary
+    summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
+    if parts.recipe.eval.before and summary["before"] is None:
+        progress.stage(f"evaluating the untouched model on {len(parts.eval.examples):,} held-out rows")
+        summary["before"] = _evaluator(parts, accelerator)()
+        summary["samples"] = [{"prompt": p, "before": a} for p, a in _answers(parts)]
+        release_memory()
+
+
+def _train_and_score(
+    parts: _Parts, accelerator: Any, folder: Path, checkpoint: Path | None, log: MetricsLog, progress: Progress
+) -> None:
+    summary, evaluate = parts.summary, _evaluator(parts, accelerator)
+    accelerator.init_trackers("peftlab", config={"recipe": parts.loaded.name})
+    loop = _loop(parts, accelerator, folder, log, progress, evaluate)
+    if checkpoint:
+        progress.note(f"continuing after step {loop.resume(checkpoint)}")
+    progress.stage(f"training for {parts.plan.total_steps:,} steps")
+    result = loop.run()
+    progress.stage("evaluating the trained model")
+    final = evaluate()
+    loop.finish(final)
+    _keep_adapter(parts, folder, result, progress)
+    summary["after"] = final if result.best_step in (None, result.steps) else evaluate()
+    answers = list(_answers(parts))
+    if not summary["samples"]:
+        summary["samples"] = [{"prompt": p} for p, _ in answers]
+    for sample, (_, answer) in zip(summary["samples"], answers, strict=True):
+        sample["after"] = answer
+    summary["training"] = _figures(result)
+    log.write({"step": result.steps, "eval": summary["after"], "final": True})
 
 
 def _evaluator(parts: _Parts, accelerator: Any) -> Callable[[], dict[str, float]]:
@@ -450,6 +466,7 @@ def _finish(parts: _Parts, folder: Path, progress: Progress) -> None:
     summary, merge = parts.summary, parts.recipe.run.merge
     if merge != "none":
         parts.model = None  # merging loads the base again: two copies would double the peak
+        release_memory()
         try:
             summary["merge"] = merge_run(folder, target=merge, replace=True, progress=progress)
         except BaseException:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 from dataclasses import dataclass
+from typing import NoReturn
 
 import typer
 
@@ -83,8 +85,8 @@ def describe(error: BaseException) -> Failure:
     return Failure(kind, message, 1)
 
 
-def usage_error(message: str, context: typer.Context) -> BaseException:
-    """An error in how the command was written: exit code 2, with a pointer to its help."""
+def usage_error(message: str, context: typer.Context) -> NoReturn:
+    """Raises an error in how the command was written: exit code 2, with a pointer to its help."""
     raise _UsageError(message, ctx=context)
 
 
@@ -109,7 +111,5 @@ def _print_error(message: str) -> None:
 
 def _silence_stdout() -> None:
     """Points stdout at nothing, so that the flush at exit does not complain."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # under a test it is no real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # not a real file, as under a test
-        pass

@@ -49,12 +49,18 @@ class Output:
         return self.console.is_terminal
 
     def show(self, *renderables: RenderableType) -> None:
-        for renderable in renderables:
-            self.console.print(renderable, markup=False, highlight=False)
+        with contextlib.nullcontext() if self.styled else self.console.capture() as captured:
+            for renderable in renderables:
+                self.console.print(renderable, markup=False, highlight=False)
+        if captured is not None:
+            self.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """A line that is never broken: paths and commands stay whole for copying."""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        if self.styled:
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self.write(f"{text}\n")
 
     def write(self, text: str) -> None:
         """Text as it is, at once."""

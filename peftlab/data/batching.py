@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ class BatchPlan:
         max_rows = self._batch_size or len(rows)
         max_tokens = self._batch_tokens or max_rows * lengths[0]
         cuts = _cheapest_cuts(lengths, max_rows=max_rows, max_tokens=max_tokens, split_cost=self._split_cost)
-        return [ordered[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [ordered[a:b] for a, b in pairwise(cuts)]
 
 
 def _cheapest_cuts(lengths: list[int], *, max_rows: int, max_tokens: int, split_cost: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -41,3 +42,22 @@ def peak_memory_bytes(device_type: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_memory() -> None:
+    """Gives freed memory back: Python's cycles, CUDA's cache, and on Linux the C heap.
+
+    Between training and merging glibc otherwise keeps over 1 GB of freed activations as its own (measured: peak of the
+    quickstart 4.1 GB).
+    """
+    import ctypes
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)

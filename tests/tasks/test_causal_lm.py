@@ -183,8 +183,8 @@ def test_too_long(tokenizer: Any) -> None:
     cut = encode(task, rows, max_length=4, too_long="truncate")
     assert split_by_mask(tokenizer, cut.examples[1]) == [(False, "Q"), (True, "yes")]
     assert any("1 of 2 rows truncated" in note for note in cut.notes)
+    long = rows_of([{"prompt": "Q" * 9, "completion": "y"}])
     with pytest.raises(DataError, match="zero trained tokens"):
-        long = rows_of([{"prompt": "Q" * 9, "completion": "y"}])
         encode(task, long, max_length=4, too_long="truncate")
 
 
@@ -340,7 +340,7 @@ def constrained_decoding(model: Any, prompt: list[int], choices: list[list[int]]
     written, probability = [], 1.0
     while True:
         logits = model(input_ids=torch.tensor([prompt + written])).logits[0, -1].double()
-        allowed = {(c + [end])[len(written)] for c in choices if c[: len(written)] == written}
+        allowed = {([*c, end])[len(written)] for c in choices if c[: len(written)] == written}
         shares = {t: float(logits[t].exp()) for t in allowed}
         best = max(shares, key=shares.__getitem__)
         probability *= shares[best] / sum(shares.values())

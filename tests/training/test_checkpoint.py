@@ -113,7 +113,7 @@ def test_a_damaged_manifest(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     folder = save(tmp_path, model, optimizer)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ArtifactError, match="no readable manifest.json.*there is no earlier one"):
+    with pytest.raises(ArtifactError, match=r"no readable manifest\.json.*there is no earlier one"):
         check_checkpoint(folder)
 
 

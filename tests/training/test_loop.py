@@ -446,6 +446,7 @@ bench.adapter_bytes()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_adapter(tmp_path: Path) -> None:
     """Three micro-batches, two, then (the last step of an epoch has 5 rows) 2: ranks have unequal and no work."""
     import socket

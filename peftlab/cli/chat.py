@@ -1,0 +1,120 @@
+"""``peftlab chat``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Generator
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from peftlab.cli import numbers
+from peftlab.cli.failures import usage_error
+from peftlab.cli.options import Debug, Json, RecipeOption, Target, Temperature, TopP, split_overrides
+from peftlab.cli.output import output_of
+
+_PROMPT = "> "
+_HELP = """  /reset  forget the conversation
+  /help   these lines
+  /quit   leave; so does Ctrl-D, and Ctrl-C at the prompt
+  Ctrl-C  while the model answers: stop the answer"""
+
+
+def chat(
+    context: typer.Context,
+    target: Target,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings in place of the recipe's."),
+    ] = None,
+    recipe: RecipeOption = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System message; default: the recipe's.")
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.95,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer.")] = 256,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Talk with a run or a model that has a chat template."""
+    out = output_of(context)
+    settings, rest = split_overrides(overrides)
+    if rest:
+        usage_error(f"unexpected argument {rest[0]!r}; start without a text, it is asked for", context)
+    out_of_band = sys.stderr if out.json else out.stdout
+    sys.stderr.write(f"loading {target} ...\n")
+    with out.working():
+        from peftlab.api.inference import Chat
+
+        session = Chat(
+            target,
+            recipe=recipe,
+            overrides=settings,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+    manner = f"temperature {temperature:g}" if temperature else "greedy"
+    sys.stderr.write(f"{manner}, at most {max_new_tokens:,} tokens an answer; /help lists the commands\n")
+    talk(session, out_of_band, interactive=sys.stdin.isatty())
+    if out.json:
+        out.document({"target": target, "messages": session.messages})
+
+
+def talk(session: Any, stream: TextIO, *, interactive: bool) -> None:
+    """The loop of one conversation.
+
+    Args:
+        session: has ``reply(text)``, a generator of pieces, and ``reset()``.
+        stream: where answers go. interactive: prompts are shown and lines can be edited.
+    """
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() its line editing and history
+    while (text := _ask(stream, interactive)) is not None:
+        text = text.strip()
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/reset":
+            session.reset()
+            stream.write("(the conversation is forgotten)\n")
+        elif text == "/help":
+            stream.write(f"{_HELP}\n")
+        elif text.startswith("/") and " " not in text:
+            stream.write(f"unknown command {text}\n{_HELP}\n")
+        elif text:
+            _answer(session.reply(text), stream)
+        stream.flush()
+
+
+def _ask(stream: TextIO, interactive: bool) -> str | None:
+    """The next line; None when there is none, or the person leaves."""
+    try:
+        if not interactive:
+            line = sys.stdin.readline()
+            return line if line else None
+        # input() edits lines only when it prompts on the real stdout.
+        if stream is sys.stdout:
+            return input(_PROMPT)
+        stream.write(_PROMPT)
+        stream.flush()
+        return input()
+    except (EOFError, KeyboardInterrupt):
+        stream.write("\n")
+        return None
+
+
+def _answer(pieces: Generator[str, None, None], stream: TextIO) -> None:
+    """Prints the pieces as they come; Ctrl-C stops them."""
+    clean = numbers.printable if stream.isatty() else str
+    try:
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                stream.write(clean(piece))
+                stream.flush()
+    except KeyboardInterrupt:
+        stream.write(" [stopped]")
+    stream.write("\n")

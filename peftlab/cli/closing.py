@@ -1,0 +1,159 @@
+"""What a training run ends with on the screen: gains, answers, speed, the merge, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peftlab.cli import numbers
+from peftlab.cli.metrics_tables import before_after, class_names, new_table
+from peftlab.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+_MAX_SAMPLES = 5
+_MAX_ANSWER_LINES = 6
+_MAX_PROMPT_LINES = 3
+
+
+def show_training(out: Output, folder: str, summary: Mapping[str, Any]) -> None:
+    """Prints the summary of a finished run."""
+    out.line()
+    rows = summary.get("eval_rows")
+    if summary.get("after"):
+        out.line(f"on {rows:,} held-out rows" if rows else "on the held-out rows", style="dim")
+        out.show(before_after(summary.get("before"), summary["after"]))
+    samples = summary.get("samples") or []
+    if samples:
+        out.line()
+        out.show(samples_table(samples, out.console.width))
+        if len(samples) > _MAX_SAMPLES:
+            out.line(f"and {len(samples) - _MAX_SAMPLES} more in {folder}/run.json", style="dim")
+    out.line()
+    for line in figure_lines(summary, out.console.width):
+        out.line(line)
+    if summary.get("merge"):
+        out.line()
+        out.show(*merge_table(summary["merge"]))
+    out.line()
+    out.show(next_steps(folder, summary))
+
+
+def samples_table(samples: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """Each prompt, and under it the answers before and after, side by side."""
+    from rich.table import Table
+    from rich.text import Text
+
+    column = (width - 2) // 2
+    whole = Table.grid()
+    for sample in samples[:_MAX_SAMPLES]:
+        prompt = Text.assemble(("prompt  ", "dim"), numbers.printable(str(sample["prompt"])).strip())
+        if whole.rows:
+            whole.add_row("")
+        whole.add_row(_clipped(prompt, width, _MAX_PROMPT_LINES))
+        one = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        one.add_column("before", width=column - 1)
+        one.add_column("after", width=column - 1)
+        one.add_row(*(_answer(sample.get(when), column - 1) for when in ("before", "after")))
+        whole.add_row(one)
+    return whole
+
+
+def _answer(text: Any, width: int) -> Text:
+    from rich.text import Text
+
+    if text is None:
+        return Text("-", style="dim")
+    said = numbers.printable(str(text)).strip()
+    return _clipped(Text(said), width, _MAX_ANSWER_LINES) if said else Text("(empty)", style="dim")
+
+
+def _clipped(text: Text, width: int, max_lines: int) -> Text:
+    """At most ``max_lines`` lines of ``width`` characters, the last one ending in ``...`` if there were more."""
+    from rich.console import Console
+    from rich.text import Text
+
+    lines = text.wrap(Console(width=width), width)
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        last.truncate(width - 4)
+        lines = [*lines[: max_lines - 1], Text.assemble(last, (" ...", "dim"))]
+    return Text("\n").join(lines)
+
+
+def figure_lines(summary: Mapping[str, Any], width: int) -> Sequence[str]:
+    """Steps, speed, size and time of the training, in as few lines as hold them."""
+    figures = summary.get("training") or {}
+    adapter = summary.get("adapter") or {}
+    parts = []
+    if adapter.get("num_total"):
+        share = 100 * adapter["num_trained"] / adapter["num_total"]
+        parts.append(f"{adapter['num_trained']:,} parameters trained ({share:.2g} %)")
+    if figures:
+        parts.append(f"{figures['steps']:,} steps in {numbers.duration(figures['seconds'])}")
+        if figures.get("stopped_early"):
+            parts[-1] += " (stopped early)"
+        if figures.get("best_step") is not None:
+            parts.append(f"best at step {figures['best_step']:,}")
+        parts.append(f"{numbers.rate(figures['rows_per_s'])} rows/s")
+        parts.append(f"{numbers.rate(figures['tokens_per_s'])} tokens/s")
+        if figures.get("trained_tokens"):
+            parts.append(f"{figures['trained_tokens']:,.0f} of {figures['tokens']:,.0f} tokens trained")
+        if figures.get("peak_memory_bytes"):
+            parts.append(f"peak memory {numbers.size(figures['peak_memory_bytes'])}")
+    return numbers.joined(parts, width=width)
+
+
+def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
+    """One row per base weights that were merged into, and where the kept one lies."""
+    from rich.text import Text
+
+    table = new_table()
+    table.add_column("merged into", no_wrap=True)
+    for title in ("mean KL, nats", "same top-1", "weight error", "kept"):
+        table.add_column(title, justify="right")
+    verified = bool(report.get("verified"))
+    for name, figures in report["targets"].items():
+        kept = name == report["target"]
+        said = (
+            Text("verified", "green") if kept and verified else Text("failed" if kept else "no", "red" if kept else "")
+        )
+        logits, weights = figures["logits"], figures["weights"]
+        table.add_row(
+            name,
+            numbers.small(logits["kl_mean"]),
+            f"{100 * numbers.number(logits['top1']):.1f} %",
+            numbers.small(weights["relative"]),
+            said,
+        )
+    chosen = report["targets"].get(report["target"], {})
+    parts = [str(report["output"]), str(chosen.get("dtype", report.get("dtype", "")))]
+    if chosen.get("bytes"):
+        parts.append(numbers.size(chosen["bytes"]))
+    note = "compared with base + adapter on held-out rows; weight error relative to the update"
+    return [table, Text(note, style="dim"), Text("merged model: " + ", ".join(p for p in parts if p))]
+
+
+def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
+    """The commands that make sense for this run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    where = shlex.quote(folder)
+    metrics = summary.get("after") or {}
+    steps = [f'peftlab predict {where} "some text"', f"peftlab eval {where}"]
+    if not class_names(metrics) and "accuracy" not in metrics:
+        steps.insert(0, f"peftlab chat {where}")
+    if not summary.get("merge"):
+        steps.append(f"peftlab merge {where}")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("run", Text(folder))
+    for index, step in enumerate(steps):
+        table.add_row("next" if index == 0 else "", Text(step, style="cyan"))
+    return table

@@ -1,0 +1,152 @@
+"""Tables of metrics: before and after, class by class, and what was mistaken for what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from peftlab.cli import numbers
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_FIRST = (
+    "loss",
+    "perplexity",
+    "token_accuracy",
+    "exact_match",
+    "accuracy",
+    "precision_macro",
+    "recall_macro",
+    "f1_macro",
+)
+_PER_CLASS = ("precision", "recall", "f1")
+_CONFUSION = re.compile(r"confusion_(.+)_as_\1")
+# Beyond this many the worst classes are shown; --json has them all.
+_MAX_CLASSES = 20
+_MAX_MATRIX = 8
+_STYLES = {1: "green", -1: "red", 0: "dim"}
+
+Metrics = Mapping[str, Any]
+
+
+def new_table(**options: Any) -> Table:
+    """The one look of all tables."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, **{"show_edge": False, "header_style": "bold"} | options)
+
+
+def order(metrics: Metrics) -> list[str]:
+    """The names, most telling first; the counts of a confusion matrix are not among them."""
+    names = [name for name in _FIRST if name in metrics]
+    names += [f"{f}_{c}" for c in class_names(metrics) for f in _PER_CLASS if f"{f}_{c}" in metrics]
+    return names + [n for n in metrics if n not in names and not n.startswith("confusion_")]
+
+
+def class_names(metrics: Metrics) -> list[str]:
+    """The classes that have values of their own."""
+    prefixes = tuple(f"{family}_" for family in _PER_CLASS)
+    found = [n.partition("_")[2] for n in metrics if n.startswith(prefixes) and n not in _FIRST]
+    return list(dict.fromkeys(found))
+
+
+def before_after(before: Metrics | None, after: Metrics) -> Table:
+    """metric, before, after, change; per-class rows show F1 alone when there are many."""
+    from rich.text import Text
+
+    table = new_table()
+    table.add_column("metric", overflow="fold")
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    shown, hidden = _shown(after)
+    for name in shown:
+        old = None if before is None else before.get(name)
+        text, better = numbers.change(name, old, after[name])
+        table.add_row(
+            Text(name), numbers.metric(name, old), numbers.metric(name, after[name]), Text(text, style=_STYLES[better])
+        )
+    if hidden:
+        table.add_row(Text(f"and {hidden} more", style="dim"), "", "", "")
+    return table
+
+
+def _shown(metrics: Metrics) -> tuple[list[str], int]:
+    """What fits a screen of the ordered names, and how many do not."""
+    names = order(metrics)
+    if len(names) <= len(_FIRST) + 12:
+        return names, 0
+    kept = [n for n in names if n in _FIRST or n.startswith("f1_")][: len(_FIRST) + _MAX_CLASSES]
+    return kept, len(names) - len(kept)
+
+
+def metric_table(metrics: Metrics) -> Table:
+    """metric, value; without the per-class values, which ``class_table`` has."""
+    from rich.text import Text
+
+    table = new_table()
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    own = {f"{family}_{name}" for family in _PER_CLASS for name in class_names(metrics)}
+    for name in order(metrics):
+        if name not in own:
+            table.add_row(Text(name), numbers.metric(name, metrics[name]))
+    return table
+
+
+def class_table(metrics: Metrics) -> Table | None:
+    """One row per class with its precision, recall and F1; the worst ones first when there are many."""
+    from rich.text import Text
+
+    names = class_names(metrics)
+    if not names:
+        return None
+    families = [f for f in _PER_CLASS if any(f"{f}_{name}" in metrics for name in names)]
+    shown, judge = names, families[-1]
+    if len(names) > _MAX_CLASSES:
+        shown = sorted(names, key=lambda n: numbers.number(metrics.get(f"{judge}_{n}")))[:_MAX_CLASSES]
+    table = new_table()
+    table.add_column("class" if shown is names else f"class (lowest {judge})", overflow="fold")
+    for family in families:
+        table.add_column(family, justify="right", no_wrap=True)
+    for name in shown:
+        table.add_row(Text(name), *(numbers.metric(f, metrics.get(f"{f}_{name}")) for f in families))
+    if len(shown) < len(names):
+        table.add_row(Text(f"and {len(names) - len(shown)} more", style="dim"), *[""] * len(families))
+    return table
+
+
+def confusion_lines(metrics: Metrics) -> list[RenderableType]:
+    """The confusion matrix, or the most frequent confusions when it is too wide; nothing without its counts."""
+    classes = [found[1] for name in metrics if (found := _CONFUSION.fullmatch(name))]
+    if not classes:
+        return []
+    counts = {(a, b): round(numbers.number(metrics[f"confusion_{a}_as_{b}"])) for a in classes for b in classes}
+    if len(classes) > _MAX_MATRIX:
+        return [_worst_confusions(counts)]
+    from rich.text import Text
+
+    table = new_table()
+    table.add_column("is \\ predicted", overflow="fold")
+    for name in classes:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for actual in classes:
+        cells = [Text(f"{counts[actual, b]:,}", style="bold" if actual == b else "") for b in classes]
+        table.add_row(Text(actual), *cells)
+    return [table]
+
+
+def _worst_confusions(counts: Mapping[tuple[str, str], int]) -> Table:
+    from rich.text import Text
+
+    table = new_table()
+    table.add_column("is", overflow="fold")
+    table.add_column("predicted", overflow="fold")
+    table.add_column("rows", justify="right", no_wrap=True)
+    wrong = sorted(((n, a, b) for (a, b), n in counts.items() if a != b and n), key=lambda item: -item[0])
+    for count, actual, predicted in wrong[:10]:
+        table.add_row(Text(actual), Text(predicted), f"{count:,}")
+    return table

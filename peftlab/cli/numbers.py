@@ -1,0 +1,91 @@
+"""Numbers and texts as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Values without an upper bound; all other metrics are shares between 0 and 1.
+UNBOUNDED = {"loss", "perplexity"}
+LOWER_IS_BETTER = UNBOUNDED
+
+
+def number(value: Any) -> float:
+    """A float; run.json holds non-finite ones as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def metric(name: str, value: Any) -> str:
+    """Four decimals for shares, four significant digits for values without a bound; ``-`` for None."""
+    if value is None:
+        return "-"
+    value = number(value)
+    if not math.isfinite(value):
+        return str(value)
+    if name not in UNBOUNDED:
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:#.4g}".removesuffix(".")
+
+
+def change(name: str, before: Any, after: Any) -> tuple[str, int]:
+    """The difference with its sign, and whether it is better (1), worse (-1) or neither (0)."""
+    if before is None or after is None:
+        return "", 0
+    difference = number(after) - number(before)
+    if not math.isfinite(difference):
+        return "", 0
+    text = metric(name, abs(difference))
+    if not text.strip("0.,"):
+        return "=", 0
+    better = (difference < 0) == (name in LOWER_IS_BETTER)
+    return f"{'+' if difference > 0 else '-'}{text}", 1 if better else -1
+
+
+def small(value: Any) -> str:
+    """Two significant digits for errors and divergences: 0.013, 2.1e-15."""
+    value = number(value)
+    return f"{value:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """``4.2 s``, ``1 min 05 s``, ``2 h 03 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def size(num_bytes: float) -> str:
+    """Decimal units, as the progress line shows them: 2.1 GB is 2.1e9 bytes."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 999.5e6 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters: a model's answer must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
+
+
+def one_line(text: str, width: int | None = None) -> str:
+    """``text`` in one line, clipped to ``width`` characters."""
+    flat = " ".join(printable(text).split())
+    return flat if width is None or len(flat) <= width else f"{flat[: max(0, width - 3)]}..."
+
+
+def joined(parts: Iterable[str], *, width: int, gap: str = ",  ") -> Sequence[str]:
+    """The parts in as few lines of ``width`` characters as hold them."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(gap) + len(part) <= width:
+            lines[-1] += gap + part
+        else:
+            lines.append(part)
+    return lines

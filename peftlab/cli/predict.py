@@ -1,0 +1,162 @@
+"""``peftlab predict``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftlab.cli import numbers
+from peftlab.cli.failures import usage_error
+from peftlab.cli.options import Debug, Json, RecipeOption, Replace, Target, Temperature, TopP, split_overrides
+from peftlab.cli.output import Output, output_of
+from peftlab.cli.prediction_files import PredictionFile, check_destination
+from peftlab.errors import DataError
+
+_LABEL_WIDTH = 16
+
+
+def predict(
+    context: typer.Context,
+    target: Target,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT]...", help="Texts, or - for stdin, one a line; settings may stand among them."),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="F", help="csv, jsonl, txt, ... with the recipe's columns.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="F", help="Write the predictions to F, .jsonl or .csv.")
+    ] = None,
+    recipe: RecipeOption = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest generated answer.")
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    replace: Replace = False,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Predict labels or answers for texts, a file, or standard input."""
+    out = output_of(context)
+    overrides, given = split_overrides(texts)
+    inputs = _inputs(given, file, context)
+    destination = check_destination(output, replace=replace) if output else None
+    with out.working():
+        from peftlab.api.inference import predict as infer
+
+        results = infer(
+            target,
+            Path(file) if file else inputs or [],
+            recipe=recipe,
+            overrides=overrides,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+    records = _records(results, inputs, out)
+    if destination is not None:
+        _write(records, destination, target, out)
+    elif out.json:
+        out.document({"target": target, "predictions": list(records)})
+    else:
+        _print(records, out, single=inputs is not None and len(inputs) == 1 and given != ["-"] and bool(given))
+
+
+def _inputs(given: list[str], file: str | None, context: typer.Context) -> list[str] | None:
+    """The texts; None when a file is read in their place."""
+    if file is not None:
+        if given:
+            usage_error(f"give texts or --file, not both: found {given[0]!r} and --file {file}", context)
+        return None
+    if given and given != ["-"]:
+        if "-" in given:
+            usage_error("- stands for standard input and takes no other text beside it", context)
+        return given
+    if not given and (sys.stdin is None or sys.stdin.isatty()):
+        usage_error("nothing to predict: give a TEXT, --file F, or pipe in one text a line", context)
+    return _read_stdin()
+
+
+def _read_stdin() -> list[str]:
+    """The lines of standard input that are not blank."""
+    try:
+        raw = getattr(sys.stdin, "buffer", None)
+        text = raw.read().decode("utf-8-sig") if raw is not None else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise DataError(f"standard input, line {line}: not UTF-8 text; convert it first") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise DataError("standard input has no text; expected one text a line")
+    blank = len(lines) - len(texts) - (lines[-1] == "")
+    if blank:
+        sys.stderr.write(f"blank lines of standard input are skipped: {blank:,}\n")
+    return texts
+
+
+def _records(results: Iterable[dict[str, Any]], inputs: list[str] | None, out: Output) -> Iterator[dict[str, Any]]:
+    """The results one by one, each with its input where that is known, else with its number in the file."""
+    stream = iter(results)
+    index = 0
+    while True:
+        with out.working():  # the work happens in here: a result is computed when it is asked for
+            result = next(stream, None)
+        if result is None:
+            return
+        head = {"row": index + 1} if inputs is None else {"input": inputs[index]}
+        yield head | result
+        index += 1
+
+
+def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> None:
+    """For one text just the answer, else a line each: tab-separated where a program may read it."""
+    for record in records:
+        if single:
+            _print_one(record, out)
+        elif "label" not in record:
+            out.line(numbers.one_line(record["text"]) if out.styled else _escaped(record["text"]))
+        elif not out.styled:
+            out.line(f"{record['label']}\t{record['probability']:.6f}")
+        else:
+            label = numbers.one_line(record["label"], _LABEL_WIDTH)
+            head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
+            about = record.get("input") or f"row {record['row']:,}"
+            out.line(head + numbers.one_line(about, out.console.width - len(head) - 1))
+
+
+def _print_one(record: dict[str, Any], out: Output) -> None:
+    if "label" not in record:
+        out.line(numbers.printable(record["text"]) if out.styled else record["text"])
+    elif out.styled:
+        out.line(f"{record['label']}  {100 * record['probability']:.1f} %")
+    else:
+        out.line(f"{record['label']}\t{record['probability']:.6f}")
+
+
+def _escaped(text: str) -> str:
+    """One line from which the text can be had back."""
+    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _write(records: Iterable[dict[str, Any]], destination: Path, target: str, out: Output) -> None:
+    counts: dict[str, int] = {}
+    with PredictionFile(destination) as file:
+        for record in records:
+            file.add(record)
+            if "label" in record:
+                counts[record["label"]] = counts.get(record["label"], 0) + 1
+    if out.json:
+        document = {"target": target, "output": str(destination), "rows": file.num_rows}
+        out.document(document | ({"labels": counts} if counts else {}))
+        return
+    out.line(f"{file.num_rows:,} predictions in {destination}")
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    for line in numbers.joined([f"{numbers.one_line(k)} {n:,}" for k, n in ranked], width=out.console.width):
+        out.line(line, style="dim")

@@ -1,0 +1,89 @@
+"""Writing predictions to a file that appears only when it is complete."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from peftlab.errors import RecipeError, ResourceError
+
+_FORMATS = (".jsonl", ".csv")
+
+
+def check_destination(output: str, *, replace: bool) -> Path:
+    """The path, after all that can be checked before the work. Raises: RecipeError."""
+    path = Path(output)
+    if path.suffix.lower() not in _FORMATS:
+        raise RecipeError(f"--output {output}: expected a name that ends in {' or '.join(_FORMATS)}")
+    if path.is_dir():
+        raise RecipeError(f"--output {output}: that is a folder, expected a file")
+    if not path.parent.is_dir():
+        raise RecipeError(f"--output {output}: there is no folder {path.parent}; create it first")
+    if path.exists() and not replace:
+        raise RecipeError(f"--output {output}: exists already; replace it with --replace or choose another name")
+    return path
+
+
+class PredictionFile:
+    """Collects records and publishes them by a rename; after an error nothing is left behind."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
+        self._is_csv = path.suffix.lower() == ".csv"
+        self._columns: list[str] = []
+        self.num_rows = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = open(self._partial, "w", encoding="utf-8", newline="")
+        except OSError as error:
+            raise RecipeError(f"cannot write {self._path}: {error.strerror}") from error
+        return self
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Writes one record; those of one file have the same keys."""
+        try:
+            self._file.write(
+                self._csv_line(_flat(record)) if self._is_csv else json.dumps(record, ensure_ascii=False) + "\n"
+            )
+        except OSError as error:
+            raise ResourceError(f"cannot write {self._path}: {error.strerror}") from error
+        self.num_rows += 1
+
+    def _csv_line(self, record: dict[str, Any]) -> str:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        if not self._columns:
+            self._columns = list(record)
+            writer.writerow(self._columns)
+        writer.writerow([record.get(name, "") for name in self._columns])
+        return buffer.getvalue()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+            if error is None:
+                os.replace(self._partial, self._path)
+        except OSError as failure:
+            raise ResourceError(f"cannot write {self._path}: {failure.strerror}") from failure
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """``{"probabilities": {"a": p}}`` becomes ``{"probability_a": p}``."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= {f"probability_{inner}": number for inner, number in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,314 @@
+"""The verbs that work with a model, with the functions they call replaced."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftlab.api.run import Run
+from peftlab.cli.app import run
+from peftlab.cli.chat import talk
+
+LONG = "A sentence that is repeated until it is far too long for one line of any terminal. " * 12
+LABELS = [
+    {"label": "spam", "probability": 0.9, "probabilities": {"ham": 0.1, "spam": 0.9}},
+    {"label": "ham", "probability": 0.75, "probabilities": {"ham": 0.75, "spam": 0.25}},
+]
+
+
+def _metrics(loss: Any, share: float, classes: list[str]) -> dict[str, Any]:
+    flat = {"loss": loss, "accuracy": share, "precision_macro": share, "recall_macro": share, "f1_macro": share}
+    return flat | {f"{family}_{name}": share for family in ("precision", "recall", "f1") for name in classes}
+
+
+def _summary(classes: list[str]) -> dict[str, Any]:
+    target = {
+        "dtype": "float32",
+        "bytes": 91582912,
+        "weights": {"relative": 2e-6},
+        "logits": {"kl_mean": 4e-15, "top1": 1.0},
+    }
+    return {
+        "name": "x",
+        "eval_rows": 1234,
+        "adapter": {"num_trained": 16384, "num_total": 107072},
+        "before": _metrics("nan", 0.25, classes),
+        "after": _metrics(0.37, 0.875, classes),
+        "samples": [{"prompt": LONG, "before": "", "after": LONG}, {"prompt": "[b]?", "before": "\x1b[31mred"}],
+        "training": {
+            "steps": 1200, "seconds": 3723.0, "rows": 384, "tokens": 9587, "trained_tokens": 512.0, "rows_per_s": 3.01,
+            "tokens_per_s": 12345.6, "peak_memory_bytes": 1056432128, "best_step": 40, "stopped_early": True,
+        },
+        "merge": {
+            "target": "dequantized", "output": "runs/x/merged", "dtype": "auto", "verified": True,
+            "targets": {"original": target, "dequantized": target},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def train_result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    calls: dict[str, Any] = {"classes": ["ham", "spam"]}
+
+    def train(recipe: str, overrides: list[str], **options: Any) -> Run:
+        print("a library greets")
+        calls.update(recipe=recipe, overrides=overrides, **options)
+        return Run(Path("runs/x"), _summary(calls["classes"]))
+
+    monkeypatch.setattr("peftlab.api.training.train", train)
+    return calls
+
+
+def test_train_passes_its_arguments_and_closes_with_tables(
+    train_result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "smoke", "train.lr=1", "--replace", "eval.choices=[a, b]"]) == 0
+    assert train_result["recipe"] == "smoke"
+    assert train_result["overrides"] == ["train.lr=1", "eval.choices=[a, b]"]
+    assert train_result["replace"] and not train_result["resume"]
+    shown = capsys.readouterr()
+    assert "library" in shown.err and "library" not in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80
+    assert "\x1b" not in shown.out
+    for text in (
+        "1,234 held-out rows",
+        "+0.6250",
+        "f1_spam",
+        "[b]?",
+        "(empty)",
+        "1,200 steps in 1 h 02 min (stopped early)",
+        "peak memory 1.06 GB",
+        "dequantized",
+        "verified",
+        "runs/x/merged",
+        'peftlab predict runs/x "',
+    ):
+        assert text in shown.out
+    assert shown.out.count("A sentence") <= 6 + 3
+    assert "peftlab chat" not in shown.out
+
+
+def test_train_with_many_classes_stays_short(train_result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    train_result["classes"] = [f"a rather long class name number {i}".replace(" ", "_") for i in range(77)]
+    run(["train", "smoke"])
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 80
+    assert "more" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_train_json(train_result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "smoke", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["run"] == "runs/x"
+    assert document["before"]["loss"] == "nan"
+
+
+def test_eval_shows_classes_and_confusions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = _metrics(float("inf"), 0.5, ["ham", "spam"])
+    metrics |= {f"confusion_{a}_as_{b}": 1000.0 for a in ("ham", "spam") for b in ("ham", "spam")}
+    report = {"target": "runs/x", "kind": "run", "rows": 4000, "metrics": metrics}
+    monkeypatch.setattr("peftlab.api.inference.evaluate", lambda *_, **__: report)
+    assert run(["eval", "runs/x", "data.eval=o.csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["class", "precision", "recall", "f1"] for line in lines)
+    assert any(line.split() == ["ham", "0.5000", "0.5000", "0.5000"] for line in lines)
+    assert any(line.split() == ["ham", "1,000", "1,000"] for line in lines)
+    assert run(["eval", "runs/x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["loss"] == "inf"
+
+
+def test_merge_passes_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: dict[str, Any] = {}
+
+    def merge(target: str, **options: Any) -> dict[str, Any]:
+        calls.update(options, target=target)
+        merged: dict[str, Any] = _summary([])["merge"]
+        return merged
+
+    monkeypatch.setattr("peftlab.api.merging.merge", merge)
+    assert run(["merge", "runs/x", "--base", "original", "--max-kl", "0.1", "--dtype", "bfloat16"]) == 0
+    assert calls == {
+        "target": "runs/x", "base": "original", "output": None, "dtype": "bfloat16", "max_kl": 0.1, "min_top1": None,
+        "replace": False,
+    }  # fmt: skip
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_doctor_puts_problems_last(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = [
+        {"name": "torch", "value": "missing", "status": "problem", "detail": "[bold] nothing works"},
+        {"name": "Python", "value": "3.12", "status": "ok", "detail": "/usr/bin/python"},
+    ]
+    report = {"sections": [{"title": "software", "facts": facts}], "problems": 1}
+    monkeypatch.setattr("peftlab.api.doctor.doctor", lambda: report)
+    assert run(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 problem" in lines[-2]
+    assert "torch" in lines[-1] and "[bold] nothing works" in lines[-1]
+    assert run(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+
+
+@pytest.fixture
+def predicted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    calls: dict[str, Any] = {"results": LABELS}
+
+    def predict(target: str, inputs: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        calls.update(options, inputs=inputs)
+        print("a library greets")
+        yield from calls["results"]
+
+    monkeypatch.setattr("peftlab.api.inference.predict", predict)
+    return calls
+
+
+def _stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_predict_one_text(predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    predicted["results"] = LABELS[:1]
+    assert run(["predict", "runs/x", "a text with a.b=c", "eval.batch_tokens=9", "--temperature", "0.5"]) == 0
+    assert capsys.readouterr().out == "spam\t0.900000\n"
+    assert predicted["inputs"] == ["a text with a.b=c"]
+    assert predicted["overrides"] == ["eval.batch_tokens=9"]
+    assert predicted["temperature"] == 0.5
+
+
+@pytest.mark.parametrize("argument", [[], ["-"]])
+def test_predict_stdin(
+    argument: list[str],
+    predicted: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _stdin(monkeypatch, b"\xef\xbb\xbfone\r\n\ntwo")
+    assert run(["predict", "runs/x", *argument]) == 0
+    assert predicted["inputs"] == ["one", "two"]
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["spam\t0.900000", "ham\t0.750000"]
+    assert "blank lines" in shown.err
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"ok\n\xff\n"])
+def test_predict_wrong_stdin(
+    content: bytes,
+    predicted: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _stdin(monkeypatch, content)
+    assert run(["predict", "runs/x"]) == 3
+    assert "standard input" in capsys.readouterr().err
+
+
+def test_predict_generated_texts_keep_to_a_line(predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    predicted["results"] = [{"text": "a\nb"}, {"text": "[red]c[/red]"}]
+    run(["predict", "runs/x", "one", "two"])
+    assert capsys.readouterr().out == "a\\nb\n[red]c[/red]\n"
+    predicted["results"] = [{"text": "a\nb"}]
+    run(["predict", "runs/x", "one"])
+    assert capsys.readouterr().out == "a\nb\n"
+
+
+def test_predict_json(predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["predict", "runs/x", "one", "two", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["predictions"] == [{"input": "one"} | LABELS[0], {"input": "two"} | LABELS[1]]
+
+
+def test_predict_file_to_files(predicted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("out.jsonl", "out.csv"):
+        assert run(["predict", "runs/x", "--file", "in.csv", "--output", str(tmp_path / name)]) == 0
+        assert "2 predictions in" in capsys.readouterr().out
+    assert predicted["inputs"] == Path("in.csv")
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"row": 1} | LABELS[0], {"row": 2} | LABELS[1]]
+    with (tmp_path / "out.csv").open() as file:
+        assert list(csv.DictReader(file))[1] == {
+            "row": "2", "label": "ham", "probability": "0.75", "probability_ham": "0.75", "probability_spam": "0.25",
+        }  # fmt: skip
+    assert run(["predict", "runs/x", "a", "--output", str(tmp_path / "out.csv")]) == 2
+    assert "--replace" in capsys.readouterr().err
+    assert run(["predict", "runs/x", "a", "b", "--output", str(tmp_path / "out.csv"), "--replace"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "out.jsonl"]
+
+
+def test_predict_leaves_no_part_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predict(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield LABELS[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peftlab.api.inference.predict", predict)
+    assert run(["predict", "runs/x", "a", "b", "--output", str(tmp_path / "out.csv")]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakeChat:
+    """Answers word by word; after "stop" it is interrupted."""
+
+    def __init__(self, *_: Any, **options: Any) -> None:
+        self.options = options
+        self.messages: list[dict[str, str]] = []
+        self.closed = 0
+
+    def reset(self) -> None:
+        self.messages = []
+
+    def reply(self, text: str) -> Iterator[str]:
+        self.messages.append({"role": "user", "content": text})
+        try:
+            yield "well, "
+            if text == "stop":
+                raise KeyboardInterrupt
+            yield text
+        finally:
+            self.closed += 1
+
+
+def test_chat_streams_resets_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, stream = FakeChat(), io.StringIO()
+    lines = "hello\n/reset\n\nstop\nagain\n/help\n/what\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    talk(session, stream, interactive=False)
+    said = stream.getvalue()
+    assert said.startswith("well, hello\n")
+    assert "well,  [stopped]\n" in said
+    assert "well, again\n" in said
+    assert "Ctrl-D" in said and "unknown command /what" in said
+    assert [m["content"] for m in session.messages] == ["stop", "again"]
+    assert session.closed == 3
+
+
+@pytest.mark.parametrize("leaving", [EOFError, KeyboardInterrupt])
+def test_chat_is_left_at_the_prompt(leaving: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["hello"])
+
+    def ask(_: str = "") -> str:
+        for text in answers:
+            return text
+        raise leaving
+
+    monkeypatch.setattr("builtins.input", ask)
+    stream = io.StringIO()
+    talk(FakeChat(), stream, interactive=True)
+    assert "well, hello\n" in stream.getvalue()
+
+
+def test_chat_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("peftlab.api.inference.Chat", FakeChat)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert run(["chat", "runs/x", "--json", "--system", "Be brief."]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["messages"] == [{"role": "user", "content": "hello"}]
+    assert "well, hello" in shown.err
