@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from peftlab import __version__
 from peftlab.cli import chat, doctor, evaluate, merge, predict, recipes, train
@@ -28,6 +29,15 @@ Start here:
 \b
 Exit codes:
 {_TABLE}"""
+
+
+class Verb(TyperCommand):
+    """A command whose help says RECIPE, not {RECIPE} <str>: that every argument is a text is no news."""
+
+    def get_help(self, ctx: Any) -> str:
+        text = re.sub(r"\{([A-Z]+)\}", r"\1", super().get_help(ctx))
+        text = re.sub(r" <(?:str|list\[str\])>", lambda found: " " * len(found[0]), text)
+        return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 class Verbs(TyperGroup):
@@ -73,19 +83,19 @@ def _root(
     """
 
 
-app.command("train", epilog="Example: peftlab train quickstart train.lr=5e-4 run.dir=runs/first")(train.train)
-app.command("eval", epilog="Example: peftlab eval runs/quickstart data.eval=other.csv")(evaluate.evaluate)
-app.command("predict", epilog='Example: peftlab predict runs/quickstart "You won a prize"')(predict.predict)
-app.command("chat", epilog="Example: peftlab chat runs/quickstart --temperature 0.7")(chat.chat)
-app.command("merge", epilog="Example: peftlab merge runs/quickstart --base original")(merge.merge)
+app.command("train", cls=Verb, epilog="Example: peftlab train quickstart train.lr=5e-4 run.dir=runs/first")(train.train)
+app.command("eval", cls=Verb, epilog="Example: peftlab eval runs/quickstart data.eval=other.csv")(evaluate.evaluate)
+app.command("predict", cls=Verb, epilog='Example: peftlab predict runs/quickstart "You won a prize"')(predict.predict)
+app.command("chat", cls=Verb, epilog="Example: peftlab chat runs/quickstart --temperature 0.7")(chat.chat)
+app.command("merge", cls=Verb, epilog="Example: peftlab merge runs/quickstart --base original")(merge.merge)
 recipes_app = typer.Typer(cls=Verbs, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes", epilog="Example: peftlab recipes copy quickstart mine.yaml")
 recipes_app.callback(invoke_without_command=True)(recipes.recipes)
-recipes_app.command("list", epilog="Example: peftlab recipes list")(recipes.list_recipes)
-recipes_app.command("show", epilog="Example: peftlab recipes show quickstart")(recipes.show)
-recipes_app.command("copy", epilog="Example: peftlab recipes copy quickstart mine.yaml")(recipes.copy)
-recipes_app.command("schema", epilog="Example: peftlab recipes schema > recipe.schema.json")(recipes.schema)
-app.command("doctor", epilog="Example: peftlab doctor --json")(doctor.doctor)
+recipes_app.command("list", cls=Verb, epilog="Example: peftlab recipes list")(recipes.list_recipes)
+recipes_app.command("show", cls=Verb, epilog="Example: peftlab recipes show quickstart")(recipes.show)
+recipes_app.command("copy", cls=Verb, epilog="Example: peftlab recipes copy quickstart mine.yaml")(recipes.copy)
+recipes_app.command("schema", cls=Verb, epilog="Example: peftlab recipes schema > recipe.schema.json")(recipes.schema)
+app.command("doctor", cls=Verb, epilog="Example: peftlab doctor --json")(doctor.doctor)
 
 
 def run(arguments: Sequence[str]) -> int:

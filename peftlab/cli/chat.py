@@ -26,7 +26,7 @@ def chat(
     target: Target,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings in place of the recipe's."),
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings in place of the recipe's."),
     ] = None,
     recipe: RecipeOption = None,
     system: Annotated[

@@ -52,7 +52,7 @@ def handle(error: BaseException, out: Output) -> int:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("\n")
-    _print_error(failure.message)
+    _print_error(failure)
     if out.json and not out.written:
         out.document(
             {
@@ -81,7 +81,8 @@ def describe(error: BaseException) -> Failure:
         detail = str(error).strip().split("\n")[0]
         message = "out of memory" + (f": {detail}" if detail else "")
         return Failure(kind, f"{message}; try a smaller train.batch_size, eval.batch_tokens or data.max_length", 4)
-    message = f"internal error: {kind}: {error}. This is a bug in peftlab; run again with --debug for the traceback"
+    message = f"internal error: {kind}: {error}".rstrip(" .:")
+    message += ". This is a bug in peftlab; run again with --debug for the traceback"
     return Failure(kind, message, 1)
 
 
@@ -97,15 +98,16 @@ def _usage_message(error: BaseException) -> str:
     return f"{message}; see: {context.command_path} --help" if context else message
 
 
-def _print_error(message: str) -> None:
+def _print_error(failure: Failure) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    label = "" if message == "interrupted" or message.startswith("internal error") else "error: "
-    text = Text.assemble((label, "bold red"), message)
-    if not label:
-        text.stylize("bold red", 0, len(message.split(":")[0]))
+    text = Text(failure.message)
+    if failure.exit_code == 1:
+        text.stylize("bold red", 0, len("internal error"))
+    elif failure.exit_code != 130:  # who stops a run has made no error
+        text = Text.assemble(("error: ", "bold red"), text)
     console.print(text)
 
 

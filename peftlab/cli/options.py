@@ -25,7 +25,7 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="Run folder, merged model, adapter folder, or base model.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings in place of the recipe's.")
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings in place of the recipe's.")
 ]
 RecipeOption = Annotated[
     str | None,

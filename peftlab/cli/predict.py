@@ -24,7 +24,7 @@ def predict(
     target: Target,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Texts, or - for stdin, one a line; settings may stand among them."),
+        typer.Argument(metavar="TEXT", help="Texts, or - for stdin, one a line; settings may stand among them."),
     ] = None,
     file: Annotated[
         str | None, typer.Option("--file", metavar="F", help="csv, jsonl, txt, ... with the recipe's columns.")

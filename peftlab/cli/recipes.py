@@ -56,7 +56,7 @@ def show(context: typer.Context, name: Name, _json: Json = False, _debug: Debug 
 def copy(
     context: typer.Context,
     name: Name,
-    path: Annotated[str | None, typer.Argument(metavar="[PATH]", help="File or folder; default NAME.yaml.")] = None,
+    path: Annotated[str | None, typer.Argument(metavar="PATH", help="File or folder; default NAME.yaml.")] = None,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
