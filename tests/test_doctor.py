@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from peftlab.doctor import GIB, PACKAGES, _gpus, doctor
+from peftlab.api.doctor import GIB, PACKAGES, _gpus, doctor
 
 TITLES = ["software", "device", "memory and disk", "quantization", "attention", "kernels", "model hub"]
 

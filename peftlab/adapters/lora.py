@@ -182,7 +182,9 @@ def check_adapter_files(folder: Path) -> None:
             found = "found adapter_model.bin, a pickle, which can run code when loaded" if pickled else "it is missing"
             raise ArtifactError(f"expected {folder / name}; {found}")
     try:
-        json.loads((folder / ADAPTER_FILES[0]).read_text())
+        config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or "peft_type" not in config:
+            raise ValueError("it has no peft_type")
     except ValueError as error:
         raise ArtifactError(f"{folder / ADAPTER_FILES[0]} is damaged: {error}; restore it from a checkpoint") from error
     try:

@@ -46,7 +46,14 @@ def exact_updates(model: Any) -> dict[str, dict[str, Tensor]]:
     updates = {}
     base = model.get_base_model()
     for name, module in base.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
+        if "default" in getattr(module, "lora_embedding_A", {}):  # W is [vocabulary, hidden]: the update is transposed
+            entry = {
+                "A": module.lora_embedding_B["default"].T,
+                "B": module.lora_embedding_A["default"].T,
+                "scaling": torch.tensor(module.scaling["default"], dtype=torch.float64),
+            }
+            updates[name] = {k: v.detach().cpu().clone() for k, v in entry.items()}
+        elif "default" in getattr(module, "lora_A", {}):
             entry = {
                 "A": module.lora_A["default"].weight,
                 "B": module.lora_B["default"].weight,

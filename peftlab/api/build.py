@@ -49,6 +49,10 @@ def located(loaded: LoadedRecipe | None) -> Iterator[None]:
         if loaded is None:
             raise
         raise loaded.locate(error) from error.__cause__
+    except MemoryError as error:
+        raise ResourceError("out of memory; use a smaller model, model.quantize=nf4, or smaller batches") from error
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise RecipeError(f"cannot write here: {error}; choose another run.dir", key="run.dir") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

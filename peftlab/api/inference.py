@@ -11,7 +11,7 @@ from typing import Any
 from peftlab.api import build
 from peftlab.api.opening import Opened, RecipeSource, Target, find_target, open_target
 from peftlab.data import Rows, load_rows
-from peftlab.errors import RecipeError
+from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.evaluation.metrics import check_metrics, default_metrics
 from peftlab.training.progress import Progress, SilentProgress, make_progress
@@ -95,8 +95,10 @@ def predict(
     found = find_target(target, recipe, overrides)
     with build.located(found.loaded):
         settings = found.loaded.recipe
+        rows = _rows_of_file(inputs, settings.data.encoding) if isinstance(inputs, Path) else None
         opened = open_target(found, progress)
-        rows = _input_rows(inputs, opened.task, settings)
+        _check_room_to_answer(max_new_tokens or settings.eval.max_new_tokens, opened)
+        rows = rows if rows is not None else _input_rows(inputs, opened.task)
         progress.stop()
         autocast = _autocast(opened)
         for start in range(0, len(rows), _WINDOW):
@@ -113,9 +115,23 @@ def predict(
                 )
 
 
-def _input_rows(inputs: Any, task: Any, settings: Any) -> Rows:
-    if isinstance(inputs, Path):
-        return load_rows(str(inputs), key="input", format="auto", encoding=settings.data.encoding)
+def _rows_of_file(path: Path, encoding: str) -> Rows:
+    try:
+        return load_rows(str(path), encoding=encoding)
+    except DataError as error:
+        raise DataError(str(error)) from None  # the fault is in the input, not in a key of the recipe
+
+
+def _check_room_to_answer(max_new_tokens: int, opened: Opened) -> None:
+    if opened.target.loaded.recipe.task == "causal_lm" and max_new_tokens >= opened.limit:
+        raise RecipeError(
+            f"the model reads at most {opened.limit:,} tokens, which leaves no room for a prompt beside an answer of "
+            f"{max_new_tokens:,}",
+            key="eval.max_new_tokens",
+        )
+
+
+def _input_rows(inputs: Any, task: Any) -> Rows:
     items = [inputs] if isinstance(inputs, str) else list(inputs)
     if not items:
         raise RecipeError("there is nothing to predict: the input is empty")
@@ -148,6 +164,7 @@ class Chat:
             if found.loaded.recipe.task != "causal_lm":
                 raise RecipeError(f"chat needs a language model; this is a {found.loaded.recipe.task} run: use predict")
             self._opened = open_target(found, progress or SilentProgress())
+            _check_room_to_answer(max_new_tokens, self._opened)
             if not self._opened.tokenizer.chat_template:
                 raise RecipeError("the tokenizer has no chat template; use predict", key="model.chat_template")
         template = found.loaded.recipe.data.template
@@ -172,8 +189,8 @@ class Chat:
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         opened = self._opened
-        self.messages.append({"role": "user", "content": text})
-        prompt = opened.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = opened.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         inputs = opened.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(opened.device)
         room = opened.limit - self._max_new_tokens
         inputs = {name: value[:, -room:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
@@ -203,7 +220,8 @@ class Chat:
         finally:
             stop.set()
             thread.join()
-            self.messages.append({"role": "assistant", "content": "".join(said).strip()})
+            if not failure:
+                self.messages = [*asked, {"role": "assistant", "content": "".join(said).strip()}]
         if failure:
             raise failure[0]
 

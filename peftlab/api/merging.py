@@ -158,6 +158,7 @@ class _Reference:
         self.updates: dict[str, dict[str, torch.Tensor]] = {}
         self.dequantized: Mapping[str, torch.Tensor] = {}
         self.tied = False
+        self.untie = False
 
     @classmethod
     def take(cls, found: Target, progress: Progress) -> _Reference:
@@ -171,7 +172,7 @@ class _Reference:
         reference.updates = exact_updates(opened.model)
         base = opened.model.get_base_model()
         reference.dequantized = DequantizedWeights(base)
-        reference.tied = _is_tied(base)
+        reference.tied, reference.untie = _tied_head(base)
         return reference
 
     @torch.no_grad()
@@ -189,6 +190,8 @@ def _merge_one(found: Target, reference: _Reference, name: str, written: Path | 
     plain = build.model_of(recipe, pretrained, reference.task, device, quantize="none", dtype="float32")
     if name == "dequantized":
         _replace_weights(plain, reference.dequantized)
+    if reference.untie:
+        _untie(plain)
     modules = dict(plain.named_modules())
     base_weights = _base_weights(modules, reference, name)
     merged = load_adapter(plain, found.adapter).merge_and_unload(safe_merge=True)
@@ -256,6 +259,25 @@ def _reload(folder: Path, task: Task, device: str) -> Any:
 
     with quiet():
         return getattr(transformers, task.auto_class).from_pretrained(folder, dtype="auto").to(device).eval()
+
+
+def _tied_head(base: Any) -> tuple[bool, bool]:
+    """Whether the merged head must be tied to the embeddings, and whether it was and the adapter parts them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head is not None and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    adapted = any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in (head, embedding))
+    return tied and not adapted, tied and adapted
+
+
+def _untie(model: Any) -> None:
+    """Gives the head a tensor of its own: an update of head or embedding alone must not reach the other."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
 
 
 def _is_tied(model: Any) -> bool:

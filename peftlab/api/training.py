@@ -20,7 +20,7 @@ from peftlab.data import BatchPlan, Rows
 from peftlab.errors import Interrupted, RecipeError, ResourceError
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
-from peftlab.recipe import LoadedRecipe, Recipe, check_lock, load_recipe, write_lock
+from peftlab.recipe import LoadedRecipe, Recipe, check_lock, check_same_settings, load_recipe, write_lock
 from peftlab.tasks import Encoded, Task
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
@@ -84,6 +84,8 @@ def train(
         stack.callback(progress.stop)
         folder = folder or _choose_folder(loaded, resume=resume, replace=replace)
         checkpoint = _newest_checkpoint(folder) if resume else None
+        if resume:
+            check_same_settings(loaded, open_run(folder).recipe())
         _check_settings(loaded.recipe)
         accelerator = stack.enter_context(_accelerator(loaded.recipe, folder))
         parts = _prepare(loaded, accelerator, progress)
@@ -283,6 +285,7 @@ def _train_and_score(
         progress.note(f"continuing after step {loop.resume(checkpoint)}")
     progress.stage(f"training for {parts.plan.total_steps:,} steps")
     result = loop.run()
+    save_adapter(parts.model, folder / "adapter")  # now: whatever fails from here on, the training is kept
     progress.stage("evaluating the trained model")
     final = evaluate()
     loop.finish(final)
@@ -370,7 +373,7 @@ def _folder(parts: _Parts, folder: Path, *, replace: bool, resumed: bool) -> Ite
         yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
         _write_status(parts, folder, "trained", started)
     except BaseException as error:
-        if list_checkpoints(folder / "checkpoints"):
+        if list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir():
             status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):
                 _write_status(parts, folder, status, started)

@@ -77,7 +77,7 @@ def _clipped(text: Text, width: int, max_lines: int) -> Text:
     from rich.console import Console
     from rich.text import Text
 
-    lines = text.wrap(Console(width=width), width)
+    lines = list(text.wrap(Console(width=width), width))
     if len(lines) > max_lines:
         last = lines[max_lines - 1]
         last.truncate(width - 4)
@@ -134,7 +134,7 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
     parts = [str(report["output"]), str(chosen.get("dtype", report.get("dtype", "")))]
     if chosen.get("bytes"):
         parts.append(numbers.size(chosen["bytes"]))
-    note = "compared with base + adapter on held-out rows; weight error relative to the update"
+    note = "against base + adapter on held-out rows; weight error relative to the update"
     return [table, Text(note, style="dim"), Text("merged model: " + ", ".join(p for p in parts if p))]
 
 

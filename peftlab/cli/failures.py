@@ -102,7 +102,7 @@ def _print_error(failure: Failure) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     text = Text(failure.message)
     if failure.exit_code == 1:
         text.stylize("bold red", 0, len("internal error"))

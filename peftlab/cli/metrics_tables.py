@@ -32,12 +32,12 @@ _STYLES = {1: "green", -1: "red", 0: "dim"}
 Metrics = Mapping[str, Any]
 
 
-def new_table(**options: Any) -> Table:
+def new_table() -> Table:
     """The one look of all tables."""
     from rich import box
     from rich.table import Table
 
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, **{"show_edge": False, "header_style": "bold"} | options)
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
 
 
 def order(metrics: Metrics) -> list[str]:

@@ -51,7 +51,7 @@ class Output:
     def show(self, *renderables: RenderableType) -> None:
         with contextlib.nullcontext() if self.styled else self.console.capture() as captured:
             for renderable in renderables:
-                self.console.print(renderable, markup=False, highlight=False)
+                self.console.print(renderable, markup=False, highlight=False, emoji=False)
         if captured is not None:
             self.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
@@ -82,9 +82,9 @@ def output_of(context: typer.Context) -> Output:
 def make_console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    console = Console(file=stream, highlight=False)
+    console = Console(file=stream, highlight=False, emoji=False)
     width = min(console.width, _MAX_WIDTH) if stream.isatty() else WIDTH
-    return Console(file=stream, highlight=False, width=width)
+    return Console(file=stream, highlight=False, emoji=False, width=width)
 
 
 def _finite(value: Any) -> Any:

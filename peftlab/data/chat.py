@@ -99,17 +99,25 @@ class Formatter:
             return Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
         return self._render_chat(self._messages(row, where), where)
 
+    def render_answer(self, row: Mapping[str, Any], where: str, answer: str) -> Rendered:
+        """The prompt of ``row`` answered with ``answer``, whatever its own completion is."""
+        if self.style == "chat":
+            asked = self._prompt_messages(row, where)
+            return self._render_chat([*asked, {"role": "assistant", "content": answer}], where)
+        prompt = self.render_prompt(row, where)
+        return Rendered(prompt + answer, [(len(prompt), len(prompt) + len(answer))])
+
     def render_prompt(self, row: Mapping[str, Any], where: str) -> str:
         """Text up to where the model answers. A ``messages`` row is cut before its last assistant turn."""
         if self.style != "chat":
             return self._text(row, "text" if self.style == "text" else "prompt", where)
+        return self._apply(self._prompt_messages(row, where), where, add_generation_prompt=True)
+
+    def _prompt_messages(self, row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if self._template:
-            messages = self._turns(row, where, ("system", "user"))
-        else:
-            messages = self._messages(row, where)
-            if messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-        return self._apply(messages, where, add_generation_prompt=True)
+            return self._turns(row, where, ("system", "user"))
+        messages = self._messages(row, where)
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
     def prompt_row(self, prompt: str) -> dict[str, Any]:
         """The row that a plain text typed by a person stands for. Raises: RecipeError when that is not determined."""
@@ -153,7 +161,7 @@ class Formatter:
                 f"{where}: expected a list of messages with role and content, found {str(messages)[:80]!r}",
                 key="data.columns.messages",
             )
-        return messages
+        return list(messages)
 
     def _apply(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
         try:
@@ -200,9 +208,9 @@ def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
 
 
 def trained_tokens(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], ids: npt.NDArray[np.int32], stop_ids: set[int]
+    rendered: Rendered, offsets: Sequence[tuple[int, int]], ids: npt.NDArray[np.int32], stop_ids: set[int]
 ) -> npt.NDArray[np.bool_]:
-    """[T] bool: tokens whose characters lie in a span, each span cut after its last stop token.
+    """[T] bool: tokens whose characters lie in a span; white space after the stop token that ends a span does not.
 
     A template often writes a newline after the end-of-turn token; the model never has to produce that, so it is not
     trained. A token that straddles the start of a span belongs to it.
@@ -211,10 +219,10 @@ def trained_tokens(
     ends = np.array([o[1] for o in offsets], dtype=np.int64)
     trained = np.zeros(len(ids), dtype=bool)
     stops = np.isin(ids, list(stop_ids))
-    for start, end in spans:
+    for start, end in rendered.spans:
         inside = (ends > start) & (starts < end) & (ends > starts)
         at = np.flatnonzero(inside & stops)
-        if len(at):
+        if len(at) and not rendered.text[ends[at[-1]] : end].strip():
             inside[at[-1] + 1 :] = False
         trained |= inside
     return trained

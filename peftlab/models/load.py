@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftlab.errors import ArtifactError, RecipeError, ResourceError
+from peftlab.errors import ArtifactError, PeftlabError, RecipeError, ResourceError
 from peftlab.models.gguf import converted_folder
 from peftlab.models.source import ModelSource, resolve_model
 from peftlab.models.tiny import tiny_config, tiny_tokenizer
 
 # The output layers stay in full precision: they are few parameters and the loss is most sensitive to them.
-_NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler"]
+_NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler.dense"]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,10 @@ def load_model(
         if pretrained.source.kind == "tiny":
             model = _tiny_model(pretrained, auto, kwargs)
         else:
-            model = auto.from_pretrained(pretrained.location, use_safetensors=True, **pretrained.hub_kwargs, **kwargs)
+            model, loading = auto.from_pretrained(
+                pretrained.location, use_safetensors=True, output_loading_info=True, **pretrained.hub_kwargs, **kwargs
+            )
+            _check_nothing_made_up(pretrained, model, loading["missing_keys"])
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
@@ -191,6 +194,20 @@ def load_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: Any) -> None:
+    """transformers fills tensors that the files lack with random values; only a new task head may be new."""
+    inner = f"{model.base_model_prefix}."
+    lost = sorted(name for name in missing if name.startswith(inner) and "pooler" not in name)
+    if "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__:
+        lost = sorted(missing)
+    if lost:
+        raise ArtifactError(
+            f"the weights of {pretrained.source.name!r} are incomplete: {len(lost)} tensors are missing, such as {lost[0]}; "
+            "copy them again",
+            key="model.name",
+        )
 
 
 def _keep_storage_layout(model: Any) -> None:
@@ -220,7 +237,7 @@ def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> An
         torch.manual_seed(0)
         model = auto.from_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, is_main_process=True)  # each rank has a folder of its own
         model = auto.from_pretrained(folder, **load)
     model.config.name_or_path = model.name_or_path = pretrained.source.path
     return model
@@ -267,6 +284,8 @@ def _load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
     name = pretrained.source.name
     try:
         yield
+    except PeftlabError:
+        raise
     except SafetensorError as error:
         raise ArtifactError(
             f"the weights of {name!r} are damaged: {error}; copy them again", key="model.name"
@@ -277,6 +296,13 @@ def _load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise ResourceError(f"{name!r} does not fit into memory", key="model.name") from error
+    except RuntimeError as error:
+        if "size" not in str(error) and "shape" not in str(error):
+            raise
+        raise ArtifactError(
+            f"the weights of {name!r} do not fit its config.json: {str(error).strip().splitlines()[-1].strip()}",
+            key="model.name",
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         if "trust_remote_code" in str(error) and not pretrained.trust_remote_code:
             raise RecipeError(

@@ -9,7 +9,7 @@ from peftlab.recipe.catalog import copy_recipe, recipe_names, recipe_schema, rec
 
 if TYPE_CHECKING:
     from peftlab.recipe.load import LoadedRecipe, load_recipe
-    from peftlab.recipe.lock import check_lock, write_lock
+    from peftlab.recipe.lock import check_lock, check_same_settings, write_lock
     from peftlab.recipe.schema import Recipe
 else:
     _HOME = {
@@ -18,6 +18,7 @@ else:
         "load_recipe": "load",
         "write_lock": "lock",
         "check_lock": "lock",
+        "check_same_settings": "lock",
     }
 
     def __getattr__(name: str) -> object:
@@ -31,6 +32,7 @@ __all__ = [
     "LoadedRecipe",
     "Recipe",
     "check_lock",
+    "check_same_settings",
     "copy_recipe",
     "load_recipe",
     "recipe_names",

@@ -32,6 +32,8 @@ _HEADER = """\
 # The section `lock` holds the versions and fingerprints the run was made with, which are checked then.
 """
 _LOCAL_PATHS = (("model", "name"), ("model", "chat_template"), ("data", "train"), ("data", "eval"))
+# Settings that do not change what a run computes.
+_FREE_ON_RESUME = {"run.log", "run.save_every", "run.keep", "run.merge", "eval.prompts", "eval.max_new_tokens"}
 _DATA_REMEDY = "restore the file it was made with"
 _REMEDIES = {
     "model": "restore the weights it was made with, or set model.revision to their commit",
@@ -67,10 +69,7 @@ def write_lock(
 
     Raises: RecipeError (the folder cannot be written), ResourceError (the disk is full).
     """
-    settings = loaded.recipe.model_dump(exclude={"lock"})
-    settings["run"]["dir"] = None
-    for section, name in _LOCAL_PATHS:
-        settings[section][name] = _absolute(settings[section][name])
+    settings = _settings(loaded)
     versions = package_versions()
     settings["lock"] = {
         "name": loaded.name,
@@ -80,6 +79,35 @@ def write_lock(
         "environment": dict(environment),
     }
     _write_atomically(Path(path), _HEADER + dump_yaml(settings))
+
+
+def _settings(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Every setting by section, local paths absolute, without the run folder and the lock."""
+    settings = loaded.recipe.model_dump(exclude={"lock"})
+    settings["run"]["dir"] = None
+    for section, name in _LOCAL_PATHS:
+        settings[section][name] = _absolute(settings[section][name])
+    return settings
+
+
+def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
+    """Raises RecipeError when a run would be continued with settings that change what it computes."""
+    now, then = _settings(loaded), _settings(stored)
+    changed = [
+        f"{section}.{name}"
+        for section, values in then.items()
+        if isinstance(values, dict)
+        for name in values
+        if values[name] != now[section][name] and f"{section}.{name}" not in _FREE_ON_RESUME
+    ]
+    if now["task"] != then["task"]:
+        changed.insert(0, "task")
+    if changed:
+        raise RecipeError(
+            f"the run was made with other settings ({', '.join(changed)}), and resuming continues it as it was; "
+            "resume without these changes, or start a new run",
+            key=changed[0],
+        )
 
 
 def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.data import Rows, eval_batches, fit_length
-from peftlab.data.chat import Formatter, trained_tokens
+from peftlab.data.chat import Formatter, Rendered, trained_tokens
 from peftlab.errors import DataError
 from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate
 from peftlab.tasks.lm_head import LMHead
@@ -46,7 +46,10 @@ class CausalLM:
         self.class_names = list(choices) if choices else None
         self._choice_ids: list[tuple[int, ...]] | None = None
         added = tokenizer.added_tokens_decoder
-        self._stop_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        # Tokens that can end an answer: a chat template may end turns with another special token than eos.
+        never = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
+        self._stop_ids = (special - never) | ({tokenizer.eos_token_id} - {None})
         self._head = LMHead(linear_loss)
 
     def model_kwargs(self) -> dict[str, Any]:
@@ -78,7 +81,9 @@ class CausalLM:
         return Encoded(examples, notes)
 
     def _tokenize(self, rows: Rows) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        rendered = [self.formatter.render(rows.row(i), rows.where(i)) for i in range(len(rows))]
+        return self._tokenize_rendered([self.formatter.render(rows.row(i), rows.where(i)) for i in range(len(rows))])
+
+    def _tokenize_rendered(self, rendered: list[Rendered]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         encoded = self.tokenizer(
             [r.text for r in rendered],
             add_special_tokens=self.formatter.style != "chat",
@@ -89,49 +94,44 @@ class CausalLM:
         all_ids, all_trained = [], []
         for row, row_ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids = np.asarray(row_ids, dtype=np.int32)
-            trained = trained_tokens(offsets, row.spans, ids, self._stop_ids)
-            ids, trained = self._end_of_text(ids, trained)
+            ids, trained = self._end_of_text(ids, trained_tokens(row, offsets, ids, self._stop_ids))
             trained[:1] = False  # nothing comes before the first token, so nothing predicts it
             all_ids.append(ids)
             all_trained.append(trained)
         return all_ids, all_trained
 
     def _end_of_text(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ends a completion with a trained end-of-text token where neither template nor tokenizer wrote one."""
-        if len(ids) and (trained & np.isin(ids, list(self._stop_ids))).any():
+        """Ends the answer with a trained end-of-text token where neither template nor tokenizer wrote an end."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None or not trained.any() or ids[trained][-1] in self._stop_ids:
             return ids, trained
-        if not trained.any() or self.tokenizer.eos_token_id is None:
-            return ids, trained
-        if ids[-1] == self.tokenizer.eos_token_id:
+        if ids[-1] == eos:  # written by the tokenizer, outside the text
             trained[-1] = True
             return ids, trained
-        return np.append(ids, np.int32(self.tokenizer.eos_token_id)), np.append(trained, True)
+        return np.append(ids, np.int32(eos)), np.append(trained, True)
 
     def _encode_choices(self, rows: Rows) -> list[tuple[int, ...]]:
-        """Token ids of each choice as they follow a prompt, ended by a stop token so that none is another's prefix."""
+        """Token ids of each choice after a prompt, with the token that ends it, so that none is another's prefix."""
         assert self.class_names is not None
-        prompt = self.formatter.render_prompt(rows.row(0), rows.where(0))
-        before = self._prompt_ids([prompt])[0]
-        choice_ids = []
-        for choice in self.class_names:
-            ids = self._prompt_ids([prompt + choice])[0]
-            if ids[: len(before)].tolist() != before.tolist():
+        row, where = rows.row(0), rows.where(0)
+        before = self._prompt_ids([self.formatter.render_prompt(row, where)])[0]
+        ids, trained = self._tokenize_rendered([self.formatter.render_answer(row, where, c) for c in self.class_names])
+        for choice, choice_ids in zip(self.class_names, ids, strict=True):
+            if choice_ids[: len(before)].tolist() != before.tolist():
                 raise DataError(
                     f"the choice {choice!r} merges with the end of the prompt when tokenized; end the prompt with a "
                     "line break or begin the choice with a space",
                     key="eval.choices",
                 )
-            choice_ids.append((*ids[len(before) :].tolist(), -1))
-        return choice_ids
+        return [tuple(i[t].tolist()) for i, t in zip(ids, trained, strict=True)]
 
     def _label(self, rows: Rows, i: int, answer: np.ndarray) -> int:
         assert self._choice_ids is not None and self.class_names is not None
-        tokens = tuple(t for t in answer.tolist() if t not in self._stop_ids)
-        for index, choice in enumerate(self._choice_ids):
-            if choice[:-1] == tokens:
-                return index
+        tokens = tuple(answer.tolist())
+        if tokens in self._choice_ids:
+            return self._choice_ids.index(tokens)
         raise DataError(
-            f"{rows.where(i)}: the completion {self.tokenizer.decode(tokens)!r} is none of eval.choices: "
+            f"{rows.where(i)}: the completion {self.tokenizer.decode(tokens, skip_special_tokens=True)!r} is none of eval.choices: "
             f"{', '.join(map(repr, self.class_names))}",
             key="eval.choices",
         )
@@ -201,8 +201,7 @@ class CausalLM:
             while True:
                 tokens = sorted({self._choice_ids[c][depth] for c in alive})
                 if len(tokens) > 1:
-                    index = [self.tokenizer.eos_token_id if t == -1 else t for t in tokens]
-                    probs = row_logits[index].softmax(-1)
+                    probs = row_logits[tokens].softmax(-1)
                     best = int(probs.argmax())
                     probability *= float(probs[best])
                     alive = [c for c in alive if self._choice_ids[c][depth] == tokens[best]]
@@ -279,7 +278,7 @@ class CausalLM:
         """Arguments of ``generate`` that stop at every token that can end an answer."""
         return {
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": sorted(self._stop_ids - {self.tokenizer.unk_token_id}),
+            "eos_token_id": sorted(self._stop_ids),
             "pad_token_id": self.tokenizer.pad_token_id,
             **sampling,
         }

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftlab.errors import RecipeError
+
 
 class LMHead:
     """Runs decoder and head of a transformers causal LM apart, so that logits exist for chosen positions only.
@@ -66,9 +68,10 @@ class LMHead:
                 module.training = training
         error, size = float((want - ours).abs().max()), float(want.abs().max())
         if not error <= 0.01 * max(size, 1.0):
-            raise NotImplementedError(
+            raise RecipeError(
                 f"{type(base).__name__}: logits of chosen positions differ from the model's own by {error:.3g} "
-                f"(largest logit {size:.3g}); this architecture transforms its logits in a way peftlab does not know"
+                f"(largest logit {size:.3g}); this architecture transforms its logits in a way peftlab does not know",
+                key="model.name",
             )
 
 

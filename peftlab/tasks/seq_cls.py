@@ -89,6 +89,9 @@ class SequenceClassification:
             if not isinstance(text, str):
                 raise DataError(f"{rows.where(i)}: expected text, found {text!r}", key="data.columns.text")
         encoded = self.tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        for i, ids in enumerate(encoded):
+            if not ids:
+                raise DataError(f"{rows.where(i)}: the text is empty", key="data.columns.text")
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
     def _weights(self, labels: list[str]) -> dict[str, float]:

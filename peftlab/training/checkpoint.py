@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftlab.adapters import save_adapter
+from peftlab.adapters import ADAPTER_FILES, save_adapter
 from peftlab.errors import ArtifactError
 
 
@@ -110,6 +110,9 @@ def check_checkpoint(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ArtifactError(f"checkpoint {folder} has no readable manifest.json ({error}){remedy}") from error
+    expected = {*ADAPTER_FILES, "optimizer.safetensors", "rng.safetensors", "state.json"}
+    if not isinstance(manifest, dict) or not expected <= set(manifest):
+        raise ArtifactError(f"checkpoint {folder} has an incomplete manifest.json{remedy}")
     for name, digest in manifest.items():
         if not (folder / name).is_file():
             raise ArtifactError(f"checkpoint {folder} is damaged: {name} is missing{remedy}")
@@ -125,7 +128,10 @@ def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimize
     from peft import set_peft_model_state_dict
 
     check_checkpoint(folder)
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    try:
+        set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    except RuntimeError as error:
+        raise ArtifactError(f"checkpoint {folder} belongs to a run with another adapter; start a new run") from error
     _load_optimizer(model, optimizer, load_file(str(folder / "optimizer.safetensors")), folder)
     state = json.loads((folder / "state.json").read_text())
     generators = load_file(str(folder / "rng.safetensors"))

@@ -176,8 +176,11 @@ class TrainingLoop:
 
     def save(self) -> Path:
         """Writes a checkpoint of the last completed step."""
+        root = self._folder / "checkpoints"
+        if not self._accelerator.is_main_process:
+            return root / f"step-{self._step:08d}"
         return save_checkpoint(
-            self._folder / "checkpoints",
+            root,
             step=self._step,
             model=self._model,
             optimizer=self._inner_optimizer(),
@@ -201,7 +204,7 @@ class TrainingLoop:
         rows = [[self._train.examples[i] for i in part] for part in planned.micro_batches]
         weight = sum(e.weight for part in rows for e in part)
         try:
-            loss = self._accumulate(rows, weight)
+            loss, bad = self._accumulate(rows, weight)
         except _StopRequested:
             self._rng.restore()
             self._interrupt()
@@ -213,14 +216,16 @@ class TrainingLoop:
                 "or model.quantize=nf4"
             ) from error
         lr = self._set_learning_rate()
-        grad_norm = self._clip_and_check(rows, loss)
+        grad_norm = self._clip_and_check(rows[bad] if bad is not None else [e for part in rows for e in part], loss)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
         self._record(rows, planned.epoch, weight, loss, lr, grad_norm, time.perf_counter() - started)
 
-    def _accumulate(self, rows: list[list[Any]], weight: float) -> float:
-        """Gradients of the whole step; returns its loss (weighted mean over all ranks)."""
+    def _accumulate(self, rows: list[list[Any]], weight: float) -> tuple[float, int | None]:
+        """Gradients of the whole step; returns its loss (weighted mean over all ranks) and the first micro-batch,
+        by index, whose loss is not finite.
+        """
         accelerator, world = self._accelerator, self._accelerator.num_processes
         mine = rows[accelerator.process_index :: world]
         factor = world / weight  # DDP averages over ranks; the step's loss is a sum over them
@@ -238,10 +243,15 @@ class TrainingLoop:
             sums.append(loss_sum.detach())
         if self._stop:
             raise _StopRequested
-        total = torch.stack(sums).sum() * factor
-        return float(accelerator.reduce(total, reduction="mean")) if world > 1 else float(total)
+        losses = torch.stack(sums)
+        total = losses.sum() * factor
+        loss = float(accelerator.reduce(total, reduction="mean")) if world > 1 else float(total)
+        if math.isfinite(loss):
+            return loss, None
+        finite = torch.isfinite(losses).tolist()
+        return loss, accelerator.process_index + world * finite.index(False) if not all(finite) else None
 
-    def _clip_and_check(self, rows: list[list[Any]], loss: float) -> float:
+    def _clip_and_check(self, suspects: list[Any], loss: float) -> float:
         """Gradient norm before clipping. Raises: VerificationError before anything is changed by a non-finite value."""
         trained = [p for p in self._model.parameters() if p.requires_grad]
         limit = self._settings.max_grad_norm or math.inf
@@ -255,13 +265,13 @@ class TrainingLoop:
         self._optimizer.zero_grad(set_to_none=True)
         self._rng.restore()
         path = self.save() if self._step else None
-        places = [self._where(e.row) for part in rows for e in part]
+        places = [self._where(e.row) for e in suspects]
         shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         what = "loss" if not math.isfinite(loss) else "gradient norm"
         saved = f"; the state before this step is in {path}" if path else ""
         raise VerificationError(
             f"the {what} of step {self._step + 1} is {loss if what == 'loss' else norm}, so the weights were not updated. "
-            f"Rows of this step: {shown}. Lower train.lr, raise train.warmup, or set train.precision=float32{saved}"
+            f"Rows of the batch: {shown}. Lower train.lr, raise train.warmup, or set train.precision=float32{saved}"
         )
 
     def _set_learning_rate(self) -> float:
@@ -322,7 +332,8 @@ class TrainingLoop:
         elif best is None or (value > best if higher_is_better(name) else value < best):
             self._result.best_step, self._result.best_value = self._step, value
             self._evals_without_better = 0
-            save_adapter(self._model, self._folder / "best")
+            if self._accelerator.is_main_process:
+                save_adapter(self._model, self._folder / "best")
         else:
             self._evals_without_better += 1
 

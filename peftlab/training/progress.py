@@ -227,7 +227,7 @@ class RichProgress:
 
     def _print(self, text: str, style: str | None = None) -> None:
         # Paths must stay whole for copying, and [brackets] of user data are not markup.
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
         from rich.console import Group

@@ -43,8 +43,8 @@ def test_pefts_merge_has_no_error(tiny: Callable[..., Any], options: Any) -> Non
 
 
 def test_every_adapted_module_is_compared(tiny: Callable[..., Any]) -> None:
-    for options in ({}, {"targets": ["q_proj", "embed_tokens"]}):
-        model = tiny("tiny:llama", **options)
+    for name, options in (("tiny:llama", {}), ("tiny:bert", {"targets": ["query", "word_embeddings"]})):
+        model = tiny(name, **options)
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         adapted = {n for n, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}

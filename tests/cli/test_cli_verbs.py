@@ -14,7 +14,6 @@ import pytest
 
 from peftlab.api.run import Run
 from peftlab.cli.app import run
-from peftlab.cli.chat import talk
 
 LONG = "A sentence that is repeated until it is far too long for one line of any terminal. " * 12
 LABELS = [
@@ -254,61 +253,14 @@ def test_predict_leaves_no_part_of_a_file(
     assert list(tmp_path.iterdir()) == []
 
 
-class FakeChat:
-    """Answers word by word; after "stop" it is interrupted."""
-
-    def __init__(self, *_: Any, **options: Any) -> None:
-        self.options = options
-        self.messages: list[dict[str, str]] = []
-        self.closed = 0
-
-    def reset(self) -> None:
-        self.messages = []
-
-    def reply(self, text: str) -> Iterator[str]:
-        self.messages.append({"role": "user", "content": text})
-        try:
-            yield "well, "
-            if text == "stop":
-                raise KeyboardInterrupt
-            yield text
-        finally:
-            self.closed += 1
-
-
-def test_chat_streams_resets_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    session, stream = FakeChat(), io.StringIO()
-    lines = "hello\n/reset\n\nstop\nagain\n/help\n/what\n/quit\nnever\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    talk(session, stream, interactive=False)
-    said = stream.getvalue()
-    assert said.startswith("well, hello\n")
-    assert "well,  [stopped]\n" in said
-    assert "well, again\n" in said
-    assert "Ctrl-D" in said and "unknown command /what" in said
-    assert [m["content"] for m in session.messages] == ["stop", "again"]
-    assert session.closed == 3
-
-
-@pytest.mark.parametrize("leaving", [EOFError, KeyboardInterrupt])
-def test_chat_is_left_at_the_prompt(leaving: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter(["hello"])
-
-    def ask(_: str = "") -> str:
-        for text in answers:
-            return text
-        raise leaving
-
-    monkeypatch.setattr("builtins.input", ask)
-    stream = io.StringIO()
-    talk(FakeChat(), stream, interactive=True)
-    assert "well, hello\n" in stream.getvalue()
-
-
-def test_chat_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("peftlab.api.inference.Chat", FakeChat)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    assert run(["chat", "runs/x", "--json", "--system", "Be brief."]) == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out)["messages"] == [{"role": "user", "content": "hello"}]
-    assert "well, hello" in shown.err
+def test_names_are_not_turned_into_pictures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    report = {"target": "tiny:llama: [b]", "kind": "base", "rows": 4, "metrics": {"loss": 1.0, "f1_:llama:": 0.5}}
+    monkeypatch.setattr("peftlab.api.inference.evaluate", lambda *_, **__: report)
+    assert run(["eval", "x"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny:llama: [b] (base)" in shown
+    assert ":llama:" in shown.split("(base)")[1]
+    assert "\x1b[1m" in shown

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftlab.data.chat import Formatter, trained_tokens
+from peftlab.data.chat import Formatter, Rendered, trained_tokens
 from peftlab.errors import DataError, RecipeError
 
 # As templates that drop the thoughts of earlier turns: a later turn changes how an earlier one is written.
@@ -190,5 +190,5 @@ OFFSETS = [(0, 2), (2, 3), (3, 6), (6, 6), (6, 8), (8, 9)]
     ],
 )
 def test_trained_tokens(spans: Any, ids: list[int], expected: list[int]) -> None:
-    got = trained_tokens(OFFSETS, spans, np.array(ids, dtype=np.int32), {2})
+    got = trained_tokens(Rendered("abcdefgh\n", spans), OFFSETS, np.array(ids, dtype=np.int32), {2})
     assert got.astype(int).tolist() == expected

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from peftlab.data import Rows
 from peftlab.data.chat import Formatter
 from peftlab.data.rows import Origin
-from peftlab.errors import DataError
+from peftlab.errors import DataError, RecipeError
 from peftlab.ops import linear_cross_entropy
 from peftlab.tasks import CausalLM
 from peftlab.tasks.base import Batch
@@ -292,7 +292,7 @@ def test_a_head_that_transforms_its_logits_is_refused(
 
     monkeypatch.setattr(base, "forward", doubled)
     task, batch = mixed_batch(tokenizer, linear_cross_entropy)
-    with pytest.raises(NotImplementedError, match="LlamaForCausalLM: logits of chosen positions differ"):
+    with pytest.raises(RecipeError, match="LlamaForCausalLM: logits of chosen positions differ"):
         task.loss_sum(model, batch)
 
 

@@ -49,7 +49,9 @@ def linear_cross_entropy(
         return linear_cross_entropy_reference(hidden_NH, weight_VH, target_N, bias_V, softcap=softcap, scale=scale)
     if chunk is None:
         chunk = max(1, _CHUNK_BYTES // (4 * weight_VH.shape[0]))
-    result: Tensor = _LinearCrossEntropy.apply(hidden_NH, weight_VH, target_N, bias_V, softcap, scale, chunk)
+    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, weight_VH, target_N, bias_V, softcap, scale, chunk
+    )
     return result
 
 
@@ -75,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV.mul_(scale)
             if softcap is not None:
                 logits_CV.div_(softcap).tanh_()
-                slope_CV = (1 - logits_CV.square()) if needs_grad else None
+                slope_CV = 1 - logits_CV.square()
                 logits_CV.mul_(softcap)
             index_C1 = target_N[part, None]
             lse_C = torch.logsumexp(logits_CV, dim=-1)
