@@ -150,7 +150,7 @@ class _Reference:
         examples = encoded.examples[:count]
         device = build.pick_device(recipe.run.device)
         self.batches: list[Batch] = [
-            task.collate([examples[i] for i in part], device)  # type: ignore[attr-defined]
+            task.collate([examples[i] for i in part], device)
             for part in eval_batches([len(e) for e in examples], recipe.eval.batch_tokens)
         ]
         self.num_rows = count

@@ -164,12 +164,18 @@ def _accelerator(recipe: Recipe, folder: Path) -> Iterator[Any]:
     before = torch.are_deterministic_algorithms_enabled()
     set_seed(recipe.run.seed)
     torch.use_deterministic_algorithms(recipe.run.deterministic, warn_only=True)
+    # Deterministic mode also fills every new tensor with NaN, a pass over memory that hides no randomness here.
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
             yield accelerator
     finally:
         torch.use_deterministic_algorithms(before, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
         accelerator.end_training()
         accelerator.free_memory()
 

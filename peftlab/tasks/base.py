@@ -133,6 +133,9 @@ class Task(Protocol):
     def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
         """Rows to examples. Raises: DataError with file and line."""
 
+    def collate(self, examples: list[Example], device: Any) -> Batch:
+        """Padded tensors of ``examples`` on ``device``."""
+
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the weighted losses of ``batch``, float32 scalar, not divided by anything."""
 

@@ -112,7 +112,7 @@ def test_a_mistake(here: Path, capsys: pytest.CaptureFixture[str], name: str) ->
     task, sections, content, code, parts = CASES[name]
     if content is not None:
         (here / "data.csv").write_text(content)
-    before = sorted(p.name for p in here.iterdir()) + ["r.yaml"]
+    before = {p.name for p in here.iterdir()} | {"r.yaml"}
     assert cli(["train", write(here, task, **sections)]) == code
     out, err = capsys.readouterr()
     assert "Traceback" not in err + out
@@ -120,7 +120,8 @@ def test_a_mistake(here: Path, capsys: pytest.CaptureFixture[str], name: str) ->
     for part in parts:
         assert part in message
     assert message.count("error:") == 1
-    assert sorted(p.name for p in here.iterdir()) == sorted(before)
+    left = {p.name for p in here.iterdir()}
+    assert left == before | ({"runs"} if name == "NaN loss" else set())  # the steps before the bad one are kept
 
 
 def test_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
