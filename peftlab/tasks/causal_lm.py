@@ -63,13 +63,14 @@ class CausalLM:
         examples, masked = [], 0
         for i, row_ids in fit_length(ids, rows, max_length=max_length, too_long=too_long, notes=notes):
             mask = trained[i][: len(row_ids)]
-            if not mask.any():
+            # A choice that was cut off is no longer one of the choices.
+            if not mask.any() or (self.class_names and mask.sum() < trained[i].sum()):
                 masked += 1
                 continue
             label = self._label(rows, i, row_ids[mask]) if self.class_names else None
             examples.append(Example(row_ids, i, float(mask.sum()), trained=mask, label=label))
         if masked:
-            notes.append(f"{masked:,} of {len(rows):,} rows dropped: no trained token in them")
+            notes.append(f"{masked:,} of {len(rows):,} rows dropped: no trained token left in them")
         if not examples:
             raise DataError(
                 f"{rows.name}: zero trained tokens in all {len(rows):,} rows: the completions are empty or cut off by "

@@ -1,0 +1,130 @@
+"""Every shipped recipe trains on a tiny model; with `slow`, on its real model to the figure its header promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import peftlab
+from peftlab.recipe import load_recipe, recipe_names, recipe_text
+from peftlab.training.progress import SilentProgress
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_trains_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(name).recipe
+    source = recipe.data.train.partition("#")[0]
+    overrides = [f"model.name={TINY[recipe.task]}", "train.epochs=", "train.max_steps=2"]
+    if not source.endswith("smoke.jsonl"):
+        overrides += [f"data.train={source}#90", "data.too_long=truncate", "data.max_length=400"]
+        overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
+    run = peftlab.train(name, overrides, progress=SilentProgress())
+    summary = json.loads((run.folder / "run.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["training"]["steps"] == 2
+    assert summary["merge"]["verified"]
+    assert (run.merged / "model.safetensors").is_file()
+    prompts = recipe.eval.prompts
+    assert [s["prompt"] for s in summary["samples"]] == prompts
+    assert all("before" in s and "after" in s for s in summary["samples"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_header_says_what_to_expect(name: str) -> None:
+    header = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
+    text = " ".join(header).lower()
+    for word in ("cores", "memory", "expect"):
+        assert word in text, f"{name}: the header does not state {word}"
+
+
+def test_the_recipe_in_the_readme_is_valid() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    load_recipe(yaml.safe_load(block))
+
+
+def test_the_commands_in_the_readme_exist() -> None:
+    from peftlab.cli.app import run
+
+    readme = (ROOT / "README.md").read_text()
+    verbs = set(re.findall(r"^    peftlab ([a-z]+)", readme, flags=re.MULTILINE)) | set(
+        re.findall(r"^\| `([a-z]+)", readme, flags=re.MULTILINE)
+    )
+    assert {"train", "eval", "predict", "chat", "merge", "doctor", "recipes"} <= verbs
+    for verb in verbs:
+        assert run([verb, "--help"]) == 0
+
+
+def _measured(name: str, folder: Path) -> tuple[dict[str, object], float, int]:
+    """Summary, seconds and peak bytes of a recipe run in a process of its own, as the command line runs it."""
+    code = (
+        "import sys, json\nfrom peftlab.cli.app import run\nstatus = run(['train', sys.argv[1], 'run.dir=run', '--json'])\n"
+        "from peftlab.training.memory import peak_memory_bytes\n"
+        "open('peak', 'w').write(str(peak_memory_bytes('cpu')))\nsys.exit(status)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", code, name],
+        cwd=folder,
+        env=environment,
+        check=True,
+        timeout=1200,
+        stdout=subprocess.DEVNULL,
+    )
+    seconds = time.monotonic() - started
+    return json.loads((folder / "run/run.json").read_text()), seconds, int((folder / "peak").read_text())
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_figures(tmp_path: Path) -> None:
+    summary, seconds, peak = _measured("quickstart", tmp_path)
+    before, after = summary["before"], summary["after"]
+    assert isinstance(before, dict) and isinstance(after, dict)
+    assert before["accuracy"] < 0.5
+    assert after["accuracy"] >= 0.95
+    assert peak <= 3.0 * 2**30
+    assert seconds <= 300
+
+
+@pytest.mark.slow
+def test_sms_spam_reaches_its_figures(tmp_path: Path) -> None:
+    summary, seconds, _ = _measured("sms-spam", tmp_path)
+    after = summary["after"]
+    assert isinstance(after, dict)
+    assert after["accuracy"] >= 0.98
+    assert after["f1_macro"] >= 0.95
+    assert seconds <= 180
+
+
+@pytest.mark.slow
+def test_film_sentiment_and_dialog_improve(tmp_path: Path) -> None:
+    for name, metric in (("film-sentiment", "accuracy"), ("dialog", "loss")):
+        folder = tmp_path / name
+        folder.mkdir()
+        summary, _, _ = _measured(name, folder)
+        before, after = summary["before"], summary["after"]
+        assert isinstance(before, dict) and isinstance(after, dict)
+        gain = after[metric] - before[metric]
+        assert gain > 0.2 if metric == "accuracy" else gain < -0.5
+
+
+@pytest.mark.slow
+def test_quickstart_repeats_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["train.max_steps=3", "train.epochs=", "data.eval_rows=20", "run.merge=none", "eval.prompts=[]"]
+    first = peftlab.train("quickstart", overrides, progress=SilentProgress())
+    second = peftlab.train(first.folder / "recipe.lock.yaml", progress=SilentProgress())
+    name = "adapter/adapter_model.safetensors"
+    assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
