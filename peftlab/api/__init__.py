@@ -3,6 +3,7 @@
 import os
 
 # Read when torch is first imported, which every module here does. By default OpenMP threads spin for milliseconds
-# before they sleep; when another process needs the cores, that turns a shared machine to a crawl: two SmolLM2 steps
-# side by side on 2 cores ran at 6 tokens/s each, and at 170 with a short spin (bench/README.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# before they sleep; when another process needs the cores, that turns a shared machine to a crawl. Measured on 2 cores
+# with bench/spin.py's step: 5,000 costs nothing alone (421 tokens/s) and leaves two processes side by side 140 each,
+# 1,000 costs 7 % alone, 20,000 leaves 83 each.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
