@@ -25,7 +25,7 @@ import numpy as np
 
 import peftlab
 from peftlab.api import build
-from peftlab.api.training import load_adapter_weights, make_plan
+from peftlab.api.parts import make_plan
 from peftlab.data import BatchPlan
 from peftlab.recipe import Recipe
 from peftlab.tasks import Encoded, Task
@@ -252,9 +252,8 @@ def _ordered(p: Prepared) -> list[Any]:
 
 def _plain_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
     from datasets import Dataset
+    from peft import PeftModel
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
-
-    from peftlab.adapters import load_adapter
 
     model = build.model_of(p.recipe, p.pretrained, p.task, "cpu")
     rows = _ordered(p)
@@ -267,7 +266,7 @@ def _plain_trainer(p: Prepared, adapter: Path, work: Path, recording: type, time
     )
     trainer_class = type("RecordingTrainer", (recording, Trainer), {})
     return trainer_class(
-        model=load_adapter(model, adapter, trainable=True),
+        model=PeftModel.from_pretrained(model, str(adapter), is_trainable=True),
         args=TrainingArguments(**_arguments(p, work)),
         train_dataset=dataset,
         data_collator=DataCollatorWithPadding(p.tokenizer),
@@ -280,6 +279,8 @@ def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
+
+    from peftlab.adapters import load_adapter_weights
 
     config = LoraConfig.from_pretrained(str(adapter))
     config.inference_mode = False

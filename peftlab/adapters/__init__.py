@@ -5,7 +5,10 @@ from peftlab.adapters.lora import (
     AdapterReport,
     add_lora,
     check_adapter_files,
+    check_targets,
     load_adapter,
+    load_adapter_weights,
+    planned_modules,
     report,
     save_adapter,
 )
@@ -15,7 +18,10 @@ __all__ = [
     "AdapterReport",
     "add_lora",
     "check_adapter_files",
+    "check_targets",
     "load_adapter",
+    "load_adapter_weights",
+    "planned_modules",
     "report",
     "save_adapter",
 ]

@@ -45,15 +45,19 @@ def add_lora(
     dora: bool = False,
     bias: str = "none",
     modules_to_save: Sequence[str] = (),
+    kernels: str = "auto",
 ) -> Any:
     """The model with LoRA injected by PEFT (a ``PeftModel``), only the adapter requiring gradients.
 
     Args:
         peft_type: PEFT task type, such as ``CAUSAL_LM``.
         targets: ``all-linear``, module name endings, or one regular expression over full module names.
+        kernels: auto, triton or reference; see ``fused.set_kernels``.
     Raises: RecipeError when a target or a module to save matches nothing.
     """
     from peft import LoraConfig, get_peft_model
+
+    from peftlab.adapters import fused
 
     check_targets(model, targets)
     check_modules_to_save(model, modules_to_save)
@@ -71,7 +75,23 @@ def add_lora(
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5 for an attribute under its old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, fused.register(config))
+    fused.set_kernels(peft_model, kernels)
+    return peft_model
+
+
+def planned_modules(model: nn.Module, *, peft_type: str, targets: str | Sequence[str]) -> list[str]:
+    """Full names of the modules of a model without adapters that ``targets`` stands for, by PEFT's own rules."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    config = LoraConfig(task_type=peft_type, target_modules=targets if isinstance(targets, str) else list(targets))
+    config = _maybe_include_all_linear_layers(config, model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if _adaptable(module) and check_target_module_exists(config, name)
+    ]
 
 
 def report(model: Any) -> AdapterReport:
@@ -147,19 +167,24 @@ def _trains_embeddings(model: Any) -> bool:
     return any(str(name).endswith(("embed_tokens", "lm_head", "wte", "word_embeddings")) for name in named)
 
 
-def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> Any:
-    """``model`` with a saved adapter, every tensor of which was used.
+def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, kernels: str = "auto") -> Any:
+    """``model`` with a saved adapter, every tensor of which was used; ``kernels`` as in ``add_lora``.
 
     Raises: ArtifactError when files are missing, damaged, or made for another model.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from safetensors import SafetensorError
 
+    from peftlab.adapters import fused
+
     check_adapter_files(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config, LoraConfig):
+        fused.register(config)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     except SafetensorError as error:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
     except (RuntimeError, ValueError, KeyError) as error:
@@ -169,7 +194,16 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
             f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model)}: {detail}"
         ) from error
     _check_complete(peft_model, folder, model)
+    fused.set_kernels(peft_model, kernels)
     return peft_model
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Puts saved adapter tensors into a model that carries the same adapter."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
 
 
 def check_adapter_files(folder: Path) -> None:

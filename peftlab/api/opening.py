@@ -105,7 +105,7 @@ def open_target(target: Target, progress: Progress, *, rows: Any = None, **model
     progress.stage(f"loading {recipe.model.name}")
     model = build.model_of(recipe, pretrained, task, device, **model_changes)
     if target.adapter is not None:
-        model = load_adapter(model, target.adapter)
+        model = load_adapter(model, target.adapter, kernels=recipe.run.kernels)
     limit = build.limit_of(recipe, pretrained, tokenizer)
     return Opened(target, model.eval(), task, tokenizer, pretrained, device, limit)
 

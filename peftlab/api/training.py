@@ -8,53 +8,25 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peftlab.adapters import add_lora, report, save_adapter
+from peftlab.adapters import load_adapter_weights, save_adapter
 from peftlab.api import build
 from peftlab.api.merging import merge_run
+from peftlab.api.parts import Parts, check_room, check_settings, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, check_run_folder, free_run_folder, open_run, write_json
-from peftlab.data import BatchPlan, Rows
-from peftlab.errors import Interrupted, RecipeError, ResourceError
+from peftlab.data import Rows
+from peftlab.errors import Interrupted, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
-from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
-from peftlab.recipe import LoadedRecipe, Recipe, check_lock, check_same_settings, load_recipe, write_lock
-from peftlab.tasks import Encoded, Task
+from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
 from peftlab.training.memory import release_memory
 from peftlab.training.metrics_log import MetricsLog
+from peftlab.training.parity import check_parity
 from peftlab.training.progress import Progress, make_progress
-
-# What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size.
-# Measured with bench/cpu_vs_peft.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
-_SPLIT_COST = {"cpu": 48, "cuda": 2048}
-_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-
-
-@dataclass
-class _Parts:
-    """Everything a run is made of, after all that can be checked was checked."""
-
-    loaded: LoadedRecipe
-    device: str
-    precision: str
-    task: Task
-    model: Any
-    train: Encoded
-    eval: Encoded
-    plan: BatchPlan
-    metrics: list[str]
-    limit: int
-    data: build.DataParts
-    fingerprints: dict[str, str]
-    summary: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.loaded.recipe
 
 
 def train(
@@ -86,9 +58,9 @@ def train(
         checkpoint = _newest_checkpoint(folder) if resume else None
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
-        _check_settings(loaded.recipe)
-        accelerator = stack.enter_context(_accelerator(loaded.recipe, folder))
-        parts = _prepare(loaded, accelerator, progress)
+        check_settings(loaded.recipe)
+        accelerator = stack.enter_context(run_accelerator(loaded.recipe, folder))
+        parts = prepare(loaded, accelerator, progress)
         return _execute(parts, accelerator, folder, checkpoint, progress, replace=replace)
 
 
@@ -131,138 +103,13 @@ def _newest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def _check_settings(recipe: Recipe) -> None:
-    """What can be found wrong without data or model."""
-    if recipe.eval.metrics is not None:
-        check_metrics(recipe.eval.metrics, recipe.task, bool(recipe.eval.choices))
-    for name in recipe.run.log:
-        import importlib.util
-
-        if importlib.util.find_spec(_TRACKERS[name]) is None:
-            raise RecipeError(f"{name} is not installed; run: pip install 'peftlab[{name}]'", key="run.log")
-
-
-@contextlib.contextmanager
-def _accelerator(recipe: Recipe, folder: Path) -> Iterator[Any]:
-    """An Accelerator for this run; seeds and deterministic mode are set for its duration."""
-    import warnings
-
-    import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
-
-    device = build.pick_device(recipe.run.device)
-    if AcceleratorState._shared_state:  # an earlier run of this process may have used another precision
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision=build.precision_of(recipe, device),
-        cpu=device == "cpu",
-        log_with=list(recipe.run.log) or None,
-        project_dir=str(folder),
-    )
-    before = torch.are_deterministic_algorithms_enabled()
-    set_seed(recipe.run.seed)
-    torch.use_deterministic_algorithms(recipe.run.deterministic, warn_only=True)
-    # Deterministic mode also fills every new tensor with NaN, a pass over memory that hides no randomness here.
-    filled, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        False,
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-            yield accelerator
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-        accelerator.end_training()
-        accelerator.free_memory()
-
-
-def _prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> _Parts:
-    """Data, then model: the cheap half first, so that most mistakes show within seconds."""
-    recipe, device = loaded.recipe, accelerator.device.type
-    progress.stage("reading data")
-    data = build.load_data(recipe)
-    progress.stage(f"loading tokenizer of {recipe.model.name}")
-    pretrained = build.pretrained_of(recipe)
-    tokenizer = build.tokenizer_of(recipe, pretrained)
-    fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
-    for line in check_lock(loaded, fingerprints=fingerprints):
-        progress.note(line)
-    task = build.build_task(recipe, tokenizer, data.train)
-    metrics = recipe.eval.metrics or default_metrics(recipe.task, bool(recipe.eval.choices))
-    if recipe.eval.best is not None and recipe.eval.best not in flat_names(metrics, task.class_names):
-        raise RecipeError(
-            f"{recipe.eval.best!r} is not among this run's metrics: {', '.join(flat_names(metrics, task.class_names))}",
-            key="eval.best",
-        )
-    limit = build.limit_of(recipe, pretrained, tokenizer)
-    encoded = build.encode(recipe, task, data.train, limit=limit, training=True)
-    held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
-    _tell("train", encoded, progress)
-    _tell("held out", held_out, progress)
-    plan = make_plan(recipe, encoded, device)
-    progress.stage(f"loading {recipe.model.name} ({_storage(recipe)}) on {device}")
-    model = build.model_of(recipe, pretrained, task, device)
-    a = recipe.adapter
-    model = add_lora(
-        model,
-        peft_type=task.peft_type,
-        rank=a.rank,
-        alpha=a.alpha,
-        dropout=a.dropout,
-        targets=a.targets,
-        rslora=a.rslora,
-        dora=a.dora,
-        bias=a.bias,
-        modules_to_save=a.modules_to_save,
-    )
-    release_memory()  # quantizing went through every weight in full precision
-    adapted = report(model)
-    progress.note(f"LoRA rank {a.rank}: {adapted}")
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    summary = {"adapter": asdict(adapted), "train_rows": len(encoded.examples), "eval_rows": len(held_out.examples)}
-    return _Parts(
-        loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
-        fingerprints, summary,
-    )  # fmt: skip
-
-
-def make_plan(recipe: Recipe, encoded: Encoded, device: str) -> BatchPlan:
-    """The batch plan of a recipe for its encoded training rows."""
-    t = recipe.train
-    return BatchPlan(
-        encoded.lengths,
-        batch_size=None if t.batch_tokens else (t.batch_size or 8),
-        batch_tokens=t.batch_tokens,
-        accumulate=t.accumulate,
-        grouping=t.grouping,
-        seed=recipe.run.seed,
-        epochs=t.epochs,
-        max_steps=t.max_steps,
-        split_cost=_SPLIT_COST[device],
-    )
-
-
-def _storage(recipe: Recipe) -> str:
-    return recipe.model.quantize if recipe.model.quantize != "none" else "unquantized"
-
-
-def _tell(which: str, encoded: Encoded, progress: Progress) -> None:
-    progress.note(
-        f"{which}: {len(encoded.examples):,} rows, {encoded.num_tokens:,} tokens; " + "; ".join(encoded.notes)
-    )
-
-
 def _execute(
-    parts: _Parts, accelerator: Any, folder: Path, checkpoint: Path | None, progress: Progress, *, replace: bool
+    parts: Parts, accelerator: Any, folder: Path, checkpoint: Path | None, progress: Progress, *, replace: bool
 ) -> Run:
     with _input_casts(parts):
+        _gate(parts, accelerator, progress)
         _before(parts, accelerator, open_run(folder).summary if checkpoint else {}, progress)
-        _check_room(parts, folder)
+        check_room(parts, folder)
         with _folder(parts, folder, replace=replace and checkpoint is None, resumed=checkpoint is not None) as log:
             _train_and_score(parts, accelerator, folder, checkpoint, log, progress)
     accelerator.free_memory()
@@ -270,7 +117,25 @@ def _execute(
     return open_run(folder)
 
 
-def _before(parts: _Parts, accelerator: Any, earlier: dict[str, Any], progress: Progress) -> None:
+def _gate(parts: Parts, accelerator: Any, progress: Progress) -> None:
+    """The parity gate on the first micro-batch; its result goes into the run's summary."""
+    progress.stage("comparing the training path with the reference path")
+    found = check_parity(
+        parts.model,
+        parts.task,
+        [parts.train.examples[i] for i in parts.plan.step(0).micro_batches[0]],
+        planned=parts.planned,
+        kernels=parts.recipe.run.kernels,
+        device=accelerator.device,
+        where=parts.data.train.where,
+        autocast=accelerator.autocast,
+    )
+    parts.summary["parity"] = asdict(found)
+    release_memory()
+    progress.note(str(found))
+
+
+def _before(parts: Parts, accelerator: Any, earlier: dict[str, Any], progress: Progress) -> None:
     """Metrics and answers of the untouched model; a resumed run has them already."""
     summary = parts.summary
     summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
@@ -282,7 +147,7 @@ def _before(parts: _Parts, accelerator: Any, earlier: dict[str, Any], progress: 
 
 
 def _train_and_score(
-    parts: _Parts, accelerator: Any, folder: Path, checkpoint: Path | None, log: MetricsLog, progress: Progress
+    parts: Parts, accelerator: Any, folder: Path, checkpoint: Path | None, log: MetricsLog, progress: Progress
 ) -> None:
     summary, evaluate = parts.summary, _evaluator(parts, accelerator)
     accelerator.init_trackers("peftlab", config={"recipe": parts.loaded.name})
@@ -306,7 +171,7 @@ def _train_and_score(
     log.write({"step": result.steps, "eval": summary["after"], "final": True})
 
 
-def _evaluator(parts: _Parts, accelerator: Any) -> Callable[[], dict[str, float]]:
+def _evaluator(parts: Parts, accelerator: Any) -> Callable[[], dict[str, float]]:
     def evaluate() -> dict[str, float]:
         return evaluate_examples(
             parts.model,
@@ -321,14 +186,14 @@ def _evaluator(parts: _Parts, accelerator: Any) -> Callable[[], dict[str, float]
     return evaluate
 
 
-def _input_casts(parts: _Parts) -> contextlib.AbstractContextManager[Any]:
+def _input_casts(parts: Parts) -> contextlib.AbstractContextManager[Any]:
     """Under autocast PEFT's cast of every adapter input to float32 is undone by the next matmul: leave it out."""
     from peft.helpers import disable_input_dtype_casting
 
     return contextlib.nullcontext() if parts.precision == "no" else disable_input_dtype_casting(parts.model)
 
 
-def _answers(parts: _Parts) -> Iterator[tuple[str, str]]:
+def _answers(parts: Parts) -> Iterator[tuple[str, str]]:
     """The model's own answers to eval.prompts."""
     prompts, options = parts.recipe.eval.prompts, parts.recipe.eval
     if not prompts:
@@ -344,24 +209,8 @@ def _answers(parts: _Parts) -> Iterator[tuple[str, str]]:
     yield from zip(prompts, (a["text"] for a in answers), strict=True)
 
 
-def _check_room(parts: _Parts, folder: Path) -> None:
-    """Raises ResourceError when the disk cannot hold what the run will write: better now than in the last minute."""
-    trained = sum(p.numel() * p.element_size() for p in parts.model.parameters() if p.requires_grad)
-    checkpoints = (parts.recipe.run.keep + 1) * 3 * trained if parts.recipe.run.save_every else 3 * trained
-    merged = 4 * parts.summary["adapter"]["num_total"] if parts.recipe.run.merge != "none" else 0
-    needed = 2 * trained + checkpoints + merged + 2**20
-    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ResourceError(
-            f"the run needs about {needed / 2**20:,.0f} MiB in {existing}, and {free / 2**20:,.0f} MiB are free; free some "
-            "room, or choose another run.dir",
-            key="run.dir",
-        )
-
-
 @contextlib.contextmanager
-def _folder(parts: _Parts, folder: Path, *, replace: bool, resumed: bool) -> Iterator[MetricsLog]:
+def _folder(parts: Parts, folder: Path, *, replace: bool, resumed: bool) -> Iterator[MetricsLog]:
     """The run folder with its lock file and status; one that ends without a checkpoint is removed again."""
     if replace and folder.exists():
         shutil.rmtree(folder)
@@ -388,7 +237,7 @@ def _folder(parts: _Parts, folder: Path, *, replace: bool, resumed: bool) -> Ite
         raise
 
 
-def _environment(parts: _Parts) -> dict[str, Any]:
+def _environment(parts: Parts) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
@@ -398,13 +247,13 @@ def _environment(parts: _Parts) -> dict[str, Any]:
     return environment
 
 
-def _write_status(parts: _Parts, folder: Path, status: str, started: float) -> None:
+def _write_status(parts: Parts, folder: Path, status: str, started: float) -> None:
     when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
     write_json(folder / RUN_NAME, {"name": parts.loaded.name, "status": status, "started": when, **parts.summary})
 
 
 def _loop(
-    parts: _Parts, accelerator: Any, folder: Path, log: MetricsLog, progress: Progress, evaluate: Callable[[], Any]
+    parts: Parts, accelerator: Any, folder: Path, log: MetricsLog, progress: Progress, evaluate: Callable[[], Any]
 ) -> TrainingLoop:
     t, e, r = parts.recipe.train, parts.recipe.eval, parts.recipe.run
     return TrainingLoop(
@@ -435,21 +284,13 @@ def _loop(
     )
 
 
-def _keep_adapter(parts: _Parts, folder: Path, result: LoopResult, progress: Progress) -> None:
+def _keep_adapter(parts: Parts, folder: Path, result: LoopResult, progress: Progress) -> None:
     """Saves the final adapter: the best one when eval.best asks for it, which then is also the model's."""
     if result.best_step is not None and result.best_step != result.steps:
         progress.note(f"keeping step {result.best_step}: {parts.recipe.eval.best} {result.best_value:.4g} is the best")
         load_adapter_weights(parts.model, folder / "best")
     save_adapter(parts.model, folder / "adapter")
     shutil.rmtree(folder / "best", ignore_errors=True)
-
-
-def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Puts saved adapter tensors into a model that carries the same adapter."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:
@@ -469,7 +310,7 @@ def _figures(result: LoopResult) -> dict[str, Any]:
     }
 
 
-def _finish(parts: _Parts, folder: Path, progress: Progress) -> None:
+def _finish(parts: Parts, folder: Path, progress: Progress) -> None:
     """Merges if the recipe asks for it, and writes the final status."""
     started = time.time()
     summary, merge = parts.summary, parts.recipe.run.merge

@@ -29,7 +29,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: str = Field(description="hub id, local folder, .gguf file, package:IMPORT/PATH, or tiny:llama | tiny:bert")
+    name: str = Field(
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert, "
+        "or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
+    )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none", description="storage of the frozen linear weights (bitsandbytes)"
@@ -217,6 +220,11 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="seed of the split, the order, the adapter and the dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
     deterministic: bool = Field(True, description="deterministic algorithms: same machine, same adapter bytes")
+    kernels: Literal["auto", "triton", "reference"] = Field(
+        "auto",
+        description="adapter path: auto is fused (Triton on a GPU, PyTorch on a CPU), triton insists on Triton, "
+        "reference is PEFT's own",
+    )
     log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="trackers beside metrics.jsonl"
     )

@@ -103,6 +103,17 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
     )
 
 
+def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` [B, T] by transformers' conventions, row by row."""
+    longest = max(len(e) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = torch.from_numpy(example.ids.astype(np.int64))
+        mask[row, : len(example)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
 @dataclass
 class Scores:
     """What one evaluation batch adds to the metrics; a field is empty when the task has no such stream."""
@@ -138,6 +149,10 @@ class Task(Protocol):
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the weighted losses of ``batch``, float32 scalar, not divided by anything."""
+
+    def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
+        """The same sum the long way, for the parity gate: from the examples to the model's own logits, sharing neither
+        ``collate`` nor the loss with ``loss_sum``."""
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Loss and predictions of ``batch`` without keeping logits."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from peftlab.data import Rows, eval_batches, fit_length
 from peftlab.data.chat import Formatter, Rendered, trained_tokens
 from peftlab.errors import DataError
-from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate
+from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate, padded_inputs
 from peftlab.tasks.lm_head import LMHead
 
 # Positions scored at a time: 256 x 49,152 float32 logits are 48 MiB.
@@ -157,6 +157,18 @@ class CausalLM:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         hidden, targets = self._selected(model, batch)
         return self._head.cross_entropy(model, hidden, targets).sum()
+
+    def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
+        inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for row, example in enumerate(examples):
+            assert example.trained is not None
+            for at in example.trained.nonzero()[0].tolist():
+                labels[row, at] = int(example.ids[at])
+        logits = model(**inputs, use_cache=False).logits.float()
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         hidden, _ = self._selected(model, batch)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from peftlab.data import Rows, eval_batches, fit_length, read_labels
 from peftlab.errors import DataError, RecipeError
-from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate
+from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate, padded_inputs
 
 
 class SequenceClassification:
@@ -111,6 +111,12 @@ class SequenceClassification:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         losses = F.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
         return (losses * batch.weights).sum()
+
+    def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
+        logits = model(**padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)).logits.float()
+        log_probs = logits.log_softmax(-1)
+        picked = [-log_probs[row, e.label] * e.weight for row, e in enumerate(examples)]
+        return torch.stack(picked).sum()
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         logits = self.logits(model, batch)

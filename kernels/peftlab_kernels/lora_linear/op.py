@@ -1,0 +1,318 @@
+"""LoRA linear as one autograd node: checks, choice of path, launches.
+
+Eager calls take ``torch.autograd.Function``; inside ``torch.compile`` the same two functions are called through
+registered operators (their dispatch costs about as much as a small matrix product on a CPU).
+"""
+
+# Shape suffixes: M rows of x, N out features, K in features, R rank, P packed bytes of a mask row (ceil(K / 8)).
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlab_kernels import runtime
+from peftlab_kernels.lora_linear import passes, plan
+from peftlab_kernels.lora_linear.base import (
+    BaseWeight,
+    DenseWeight,
+    Int8Weight,
+    as_float,
+    base_linear,
+    kind_of,
+)
+from peftlab_kernels.lora_linear.reference import keep_threshold
+from peftlab_kernels.nf4_dequant import NF4Weight
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call is, apart from the tensors that autograd follows."""
+
+    base: BaseWeight
+    scale: float
+    dropout: float
+    backend: str
+    plan: plan.Plan
+
+
+def lora_linear(
+    x: Tensor,
+    base: BaseWeight,
+    A_RK: Tensor,
+    B_NR: Tensor,
+    *,
+    scale: float,
+    bias_N: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``x W^T + bias + scale * dropout(x) A^T B^T`` over a frozen W, with gradients for x, A, B and the bias.
+
+    Nothing of the size of x is saved but x itself: under dropout one bit per element, otherwise nothing.
+    No input is written to. Differentiable once.
+
+    Args:
+        x: [..., K] float32, float16 or bfloat16 (and float64 without Triton). base: the frozen [N, K] weight.
+        A_RK, B_NR: any of these types; their gradients have their types. dropout: probability of a zero.
+        seed: [] int64 on the CPU (``new_seed()``); needed with dropout: one seed gives one mask for one shape.
+        backend: auto (Triton on CUDA), triton or torch.
+    Returns: [..., N] in the type of x.
+    Raises: ValueError on shapes that do not fit together, a dropout outside [0, 1), or a backend that cannot run.
+    """
+    N, K = base.shape
+    R = A_RK.shape[0]
+    if x.shape[-1] != K or A_RK.shape != (R, K) or B_NR.shape != (N, R):
+        raise ValueError(
+            f"expected x [..., {K}], A [R, {K}] and B [{N}, R] for a weight [{N}, {K}], found {list(x.shape)}, "
+            f"{list(A_RK.shape)} and {list(B_NR.shape)}"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"expected a dropout in [0, 1), found {dropout}")
+    if dropout and seed is None:
+        raise ValueError("dropout needs a seed: pass new_seed()")
+    if torch.compiler.is_compiling():
+        return _compiled(x, base, A_RK, B_NR, bias_N, scale, dropout, seed, backend)
+    backend = runtime.choose_backend(backend, x)
+    x_MK = x.reshape(-1, K)
+    chosen = plan.choose(
+        kind_of(base), x.device, M=x_MK.shape[0], N=N, K=K, dropout=dropout > 0, backend=backend
+    )  # fmt: skip
+    call = _Call(base, float(scale), float(dropout), backend, chosen)
+    y_MN = _LoraLinear.apply(x_MK, A_RK, B_NR, bias_N, seed, call)  # type: ignore[no-untyped-call]
+    result: Tensor = y_MN.view(*x.shape[:-1], N)
+    return result
+
+
+def dropout_mask(
+    x: Tensor, A_RK: Tensor, dropout: float, seed: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, float]:
+    """The keep mask [..., K] bool that ``lora_linear`` draws for ``x`` from ``seed``, and 1 / (share kept)."""
+    x_MK = x.detach().reshape(-1, x.shape[-1])
+    _, mask_MP = passes.dropout_down(x_MK, A_RK, dropout, int(seed), runtime.choose_backend(backend, x))
+    return passes.unpack_mask(mask_MP, x.shape[-1]).view(x.shape), keep_threshold(dropout)[1]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MK: Tensor,
+        A_RK: Tensor,
+        B_NR: Tensor,
+        bias_N: Tensor | None,
+        seed: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        ctx.call = call
+        y_MN, S_MR, mask_MP = _forward(x_MK, A_RK, B_NR, bias_N, seed, call, save=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x_MK, A_RK, B_NR, S_MR, mask_MP)
+        ctx.bias_dtype = bias_N.dtype if bias_N is not None else None
+        return y_MN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dY_MN: Tensor) -> tuple[Tensor | None, ...]:
+        x_MK, A_RK, B_NR, S_MR, mask_MP = ctx.saved_tensors
+        need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]
+        dX, dA, dB = _backward(dY_MN, x_MK, A_RK, B_NR, S_MR, mask_MP, ctx.call, need_x, need_a or need_b)
+        bias = dY_MN.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+        return dX, dA if need_a else None, dB if need_b else None, bias, None, None
+
+
+def _forward(
+    x_MK: Tensor,
+    A_RK: Tensor,
+    B_NR: Tensor,
+    bias_N: Tensor | None,
+    seed: Tensor | None,
+    call: _Call,
+    *,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype, how = x_MK.dtype, call.plan.forward
+    mask_MP = None
+    if call.dropout:
+        assert seed is not None
+        S_MR, mask_MP = passes.dropout_down(x_MK, A_RK, call.dropout, int(seed), call.backend)
+    elif how == "merged":
+        W_NK = as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.backend)
+        bias = bias_N.to(dtype) if bias_N is not None else None
+        y_MN = torch.nn.functional.linear(x_MK, W_NK, bias)
+        return y_MN, (x_MK @ A_RK.t().to(dtype)) if save else None, None
+    else:
+        S_MR = x_MK @ A_RK.t().to(dtype)
+    y_MN = base_linear(x_MK, call.base, bias_N, how=how, backend=call.backend)
+    y_MN.addmm_(S_MR, B_NR.t().to(dtype), alpha=call.scale)
+    return y_MN, S_MR if save else None, mask_MP
+
+
+def _backward(
+    dY_MN: Tensor,
+    x_MK: Tensor,
+    A_RK: Tensor,
+    B_NR: Tensor,
+    S_MR: Tensor,
+    mask_MP: Tensor | None,
+    call: _Call,
+    need_x: bool,
+    need_adapter: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dX_MK = dA_RK = dB_NR = dS_MR = None
+    dtype = x_MK.dtype
+    merged = call.plan.backward == "merged"
+    if need_adapter or (need_x and not merged):
+        dS_MR, dB_NR = passes.up_backward(dY_MN, B_NR, S_MR, call.scale, call.backend)
+    if need_x:
+        low_rank = (A_RK, B_NR, call.scale) if merged else None
+        dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=low_rank, backend=call.backend)
+    if dS_MR is not None and dB_NR is not None:
+        dA_RK = passes.down_backward(
+            x_MK, A_RK, dS_MR, mask_MP, call.dropout, call.backend,
+            dX_MK=None if merged else dX_MK, need_dA=need_adapter,
+        )  # fmt: skip
+        dA_RK = dA_RK.to(A_RK.dtype) if dA_RK is not None else None
+        dB_NR = dB_NR.to(B_NR.dtype)
+    return dX_MK, dA_RK, dB_NR
+
+
+def _pack(base: BaseWeight) -> tuple[list[Tensor], str, list[int], float]:
+    """A base weight as the plain values that an operator schema can hold."""
+    numbers = [*base.shape]
+    threshold = 0.0
+    if isinstance(base, NF4Weight):
+        numbers += [base.blocksize, base.nested_blocksize]
+    if isinstance(base, Int8Weight):
+        threshold = base.threshold
+    return base.tensors(), kind_of(base), numbers, threshold
+
+
+def _unpack(tensors: list[Tensor], kind: str, numbers: list[int], threshold: float) -> BaseWeight:
+    if kind == "dense":
+        return DenseWeight(tensors[0])
+    if kind == "int8":
+        return Int8Weight(tensors[0], tensors[1], threshold)
+    nested = (tensors[3], tensors[4], tensors[5]) if len(tensors) > 3 else None
+    return NF4Weight(
+        tensors[0], tensors[1], tensors[2], (numbers[0], numbers[1]), numbers[2], nested, numbers[3]
+    )  # fmt: skip
+
+
+def _call_of(
+    x_MK: Tensor, base: BaseWeight, scale: float, dropout: float, backend: str
+) -> _Call:  # fmt: skip
+    backend = runtime.choose_backend(backend, x_MK)
+    N, K = base.shape
+    chosen = plan.choose(
+        kind_of(base), x_MK.device, M=x_MK.shape[0], N=N, K=K, dropout=dropout > 0, backend=backend
+    )  # fmt: skip
+    return _Call(base, scale, dropout, backend, chosen)
+
+
+@torch.library.custom_op("peftlab::lora_linear", mutates_args=())
+def lora_linear_forward(
+    x_MK: Tensor,
+    A_RK: Tensor,
+    B_NR: Tensor,
+    bias_N: Tensor | None,
+    seed: Tensor | None,
+    base: list[Tensor],
+    kind: str,
+    numbers: list[int],
+    threshold: float,
+    scale: float,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Operator behind ``lora_linear``: y [M, N], S [M, R], mask [M, ceil(K / 8)] uint8 (no columns without dropout)."""
+    call = _call_of(x_MK, _unpack(base, kind, numbers, threshold), scale, dropout, backend)
+    y_MN, S_MR, mask_MP = _forward(x_MK, A_RK, B_NR, bias_N, seed, call, save=True)
+    assert S_MR is not None
+    if mask_MP is None:
+        mask_MP = torch.empty((x_MK.shape[0], 0), dtype=torch.uint8, device=x_MK.device)
+    return y_MN, S_MR, mask_MP
+
+
+@lora_linear_forward.register_fake
+def _(x_MK, A_RK, B_NR, bias_N, seed, base, kind, numbers, threshold, scale, dropout, backend):  # type: ignore[no-untyped-def]
+    width = -(-x_MK.shape[1] // 8) if dropout else 0
+    return (
+        x_MK.new_empty((x_MK.shape[0], numbers[0])),
+        x_MK.new_empty((x_MK.shape[0], A_RK.shape[0])),
+        x_MK.new_empty((x_MK.shape[0], width), dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("peftlab::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    dY_MN: Tensor,
+    x_MK: Tensor,
+    A_RK: Tensor,
+    B_NR: Tensor,
+    S_MR: Tensor,
+    mask_MP: Tensor,
+    base: list[Tensor],
+    kind: str,
+    numbers: list[int],
+    threshold: float,
+    scale: float,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Operator behind the gradient of ``lora_linear``: dX [M, K], dA [R, K], dB [N, R]."""
+    call = _call_of(x_MK, _unpack(base, kind, numbers, threshold), scale, dropout, backend)
+    mask = mask_MP if dropout else None
+    dX, dA, dB = _backward(dY_MN.contiguous(), x_MK, A_RK, B_NR, S_MR, mask, call, True, True)
+    assert dX is not None and dA is not None and dB is not None
+    return dX, dA, dB
+
+
+@lora_linear_backward.register_fake
+def _(dY_MN, x_MK, A_RK, B_NR, S_MR, mask_MP, base, kind, numbers, threshold, scale, dropout, backend):  # type: ignore[no-untyped-def]
+    return (
+        x_MK.new_empty(x_MK.shape),
+        A_RK.new_empty(A_RK.shape),
+        B_NR.new_empty(B_NR.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x_MK, A_RK, B_NR, bias_N, _, base, *ctx.rest = inputs
+    ctx.num_base = len(base)
+    ctx.bias_dtype = bias_N.dtype if bias_N is not None else None
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(x_MK, A_RK, B_NR, output[1], output[2], *base)
+
+
+def _op_backward(ctx: Any, dY_MN: Tensor, dS: Tensor | None, dmask: Tensor | None) -> tuple[Any, ...]:
+    x_MK, A_RK, B_NR, S_MR, mask_MP, *base = ctx.saved_tensors
+    dX, dA, dB = lora_linear_backward(dY_MN, x_MK, A_RK, B_NR, S_MR, mask_MP, base, *ctx.rest)
+    bias = dY_MN.sum(0, dtype=ctx.bias_dtype) if ctx.bias_dtype is not None and ctx.needs_input_grad[3] else None
+    return (dX, dA, dB, bias, None, [None] * ctx.num_base, *[None] * len(ctx.rest))
+
+
+lora_linear_forward.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _compiled(
+    x: Tensor,
+    base: BaseWeight,
+    A_RK: Tensor,
+    B_NR: Tensor,
+    bias_N: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    tensors, kind, numbers, threshold = _pack(base)
+    x_MK = x.reshape(-1, base.shape[1]).contiguous()
+    y_MN, _, _ = lora_linear_forward(
+        x_MK, A_RK, B_NR, bias_N, seed, tensors, kind, numbers, threshold, scale, dropout, backend
+    )
+    result: Tensor = y_MN.view(*x.shape[:-1], base.shape[0])
+    return result

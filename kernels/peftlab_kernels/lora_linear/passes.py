@@ -1,0 +1,209 @@
+"""The steps of a LoRA linear around its large matrix products, on Triton or in PyTorch.
+
+The PyTorch versions go through rows in pieces that stay in cache, so that no temporary has the size of x.
+"""
+
+# Shape suffixes: M rows of x, N out features, K in features, R rank, P packed bytes of a mask row (ceil(K / 8)).
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftlab_kernels import runtime
+from peftlab_kernels.lora_linear.reference import MASK_ROUNDS, keep_threshold
+from peftlab_kernels.runtime import cdiv, next_power_of_2
+
+_PIECE = 2**18  # elements of x at a time: 1 MiB in float32
+
+
+def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: int, backend: str) -> tuple[Tensor, Tensor]:
+    """S [M, R] = (mask * x / share kept) A^T in the type of x, and the mask as bits, [M, P] uint8."""
+    M, K = x_MK.shape
+    R = A_RK.shape[0]
+    threshold, keep_scale = keep_threshold(dropout)
+    if backend == "triton":
+        from peftlab_kernels.lora_linear.kernel import dropout_down_kernel
+
+        S_MR = torch.empty((M, R), dtype=x_MK.dtype, device=x_MK.device)
+        mask_MP = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x_MK.device)
+        if M:
+            options = down_options(R, x_MK.dtype)
+            grid = (cdiv(M, options["BLOCK_M"]), cdiv(R, options["BLOCK_R"]))
+            dropout_down_kernel[grid](
+                x_MK.contiguous(), A_RK.contiguous(), S_MR, mask_MP, M, K, R, seed, threshold, keep_scale,
+                DOT=runtime.dot_dtype(x_MK.dtype), ROUNDS=MASK_ROUNDS, **options,
+            )  # fmt: skip
+        return S_MR, mask_MP
+    mask_MP = _draw(M, K, threshold, seed).to(x_MK.device)
+    A_KR = A_RK.t().to(x_MK.dtype)
+    S_MR = x_MK.new_empty((M, R))
+    for rows in _pieces(M, K):
+        torch.mm(x_MK[rows] * _factors(mask_MP[rows], K, x_MK.dtype), A_KR, out=S_MR[rows])
+    return S_MR.mul_(keep_scale), mask_MP
+
+
+def up_backward(dY_MN: Tensor, B_NR: Tensor, S_MR: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """dS [M, R] = scale * dY B in the type of dY, dB [N, R] = scale * dY^T S, float32 from Triton."""
+    M, N = dY_MN.shape
+    R = B_NR.shape[1]
+    if backend != "triton" or not M:
+        dY_MN, dtype = dY_MN.contiguous(), dY_MN.dtype
+        return (dY_MN @ B_NR.to(dtype)).mul_(scale), (dY_MN.t() @ S_MR).mul_(scale)
+    from peftlab_kernels.lora_linear.kernel import up_backward_kernel
+
+    options = up_options(R, dY_MN.dtype)
+    group = _rows_per_group(M, cdiv(N, options["BLOCK_N"]), options["BLOCK_M"], dY_MN.device)
+    dS = torch.empty((cdiv(N, options["BLOCK_N"]), M, R), dtype=torch.float32, device=dY_MN.device)
+    dB = torch.empty((cdiv(M, group), N, R), dtype=torch.float32, device=dY_MN.device)
+    up_backward_kernel[(dS.shape[0], dB.shape[0], cdiv(R, options["BLOCK_R"]))](
+        dY_MN.contiguous(), B_NR.contiguous(), S_MR, dS, dB, M, N, R, scale, group,
+        DOT=runtime.dot_dtype(dY_MN.dtype), **options,
+    )  # fmt: skip
+    return dS.sum(0).to(dY_MN.dtype), dB.sum(0)
+
+
+def down_backward(
+    x_MK: Tensor,
+    A_RK: Tensor,
+    dS_MR: Tensor,
+    mask_MP: Tensor | None,
+    dropout: float,
+    backend: str,
+    *,
+    dX_MK: Tensor | None,
+    need_dA: bool,
+) -> Tensor | None:
+    """What the lower factor gives back: dA [R, K] = dS^T D(x), and D(dS A) added to ``dX_MK`` in place.
+
+    D multiplies by mask / share kept. dA is float32 from Triton. ``dX_MK`` None: not wanted, or it has its part.
+    """
+    dA_RK = None
+    if backend == "triton" and len(x_MK):
+        if need_dA:
+            dA_RK = _down_backward_launch(x_MK, mask_MP, dS_MR, dropout)
+        if dX_MK is not None and mask_MP is not None:
+            _dropout_dx_launch(dX_MK, dS_MR, A_RK, mask_MP, dropout)
+        elif dX_MK is not None:
+            dX_MK.addmm_(dS_MR, A_RK.to(dX_MK.dtype))
+        return dA_RK
+    A_RK = A_RK.to(x_MK.dtype)
+    if mask_MP is None:
+        if dX_MK is not None:
+            dX_MK.addmm_(dS_MR, A_RK)
+        return dS_MR.t() @ x_MK if need_dA else None
+    _, keep_scale = keep_threshold(dropout)
+    M, K = x_MK.shape
+    dA_RK = x_MK.new_zeros(A_RK.shape) if need_dA else None
+    for rows in _pieces(M, K):
+        keep = _factors(mask_MP[rows], K, x_MK.dtype)
+        if dA_RK is not None:
+            dA_RK.addmm_(dS_MR[rows].t(), x_MK[rows] * keep, alpha=keep_scale)
+        if dX_MK is not None:
+            dX_MK[rows].addcmul_(dS_MR[rows] @ A_RK, keep, value=keep_scale)
+    return dA_RK
+
+
+def _down_backward_launch(x_MK: Tensor, mask_MP: Tensor | None, dS_MR: Tensor, dropout: float) -> Tensor:
+    from peftlab_kernels.lora_linear.kernel import down_backward_kernel
+
+    (M, K), R = x_MK.shape, dS_MR.shape[1]
+    _, keep_scale = keep_threshold(dropout)
+    options = down_backward_options(R, x_MK.dtype)
+    group = _rows_per_group(M, cdiv(K, options["BLOCK_K"]), options["BLOCK_M"], x_MK.device)
+    dA = torch.empty((cdiv(M, group), R, K), dtype=torch.float32, device=x_MK.device)
+    down_backward_kernel[(cdiv(K, options["BLOCK_K"]), dA.shape[0], cdiv(R, options["BLOCK_R"]))](
+        x_MK.contiguous(), mask_MP if mask_MP is not None else dS_MR, dS_MR.contiguous(), dA, M, K, R,
+        keep_scale, group, DOT=runtime.dot_dtype(x_MK.dtype), HAS_MASK=mask_MP is not None, **options,
+    )  # fmt: skip
+    return dA.sum(0)
+
+
+def _dropout_dx_launch(dX_MK: Tensor, dS_MR: Tensor, A_RK: Tensor, mask_MP: Tensor, dropout: float) -> None:
+    from peftlab_kernels.lora_linear.kernel import dropout_dx_kernel
+
+    (M, K), R = dX_MK.shape, A_RK.shape[0]
+    _, keep_scale = keep_threshold(dropout)
+    options = dropout_dx_options(R, dX_MK.dtype)
+    dropout_dx_kernel[(cdiv(K, options["BLOCK_K"]), cdiv(M, options["BLOCK_M"]))](
+        dX_MK, mask_MP, dS_MR.contiguous(), A_RK.contiguous(), M, K, R, keep_scale,
+        DOT=runtime.dot_dtype(dX_MK.dtype), **options,
+    )  # fmt: skip
+
+
+def unpack_mask(mask_MP: Tensor, K: int) -> Tensor:
+    """[M, K] bool from bits; bit i of a byte is column 8 * byte + i."""
+    if mask_MP.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(mask_MP.numpy(), axis=1, count=K, bitorder="little").view(np.bool_))
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask_MP.device)
+    return ((mask_MP[:, :, None] >> shifts) & 1).view(mask_MP.shape[0], -1)[:, :K].bool()
+
+
+def _factors(mask_MP: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """The mask as zeros and ones: PyTorch multiplies equal types ten times as fast as float by bool."""
+    return unpack_mask(mask_MP, K).to(dtype)
+
+
+def _draw(M: int, K: int, threshold: int, seed: int) -> Tensor:
+    """[M, P] uint8 keep bits. NumPy's SFC64 is several times as fast as Philox on a CPU; the masks of a seed differ
+    between devices, as PyTorch's own do."""
+    source = np.random.SFC64(seed)
+    mask = np.empty((M, cdiv(K, 8)), dtype=np.uint8)
+    for rows in _pieces(M, K):
+        num = rows.stop - rows.start
+        lanes = source.random_raw(cdiv(num * K, 4)).view(np.uint16)[: num * K].reshape(num, K)
+        mask[rows] = np.packbits(lanes >= threshold, axis=1, bitorder="little")
+    return torch.from_numpy(mask)
+
+
+def _pieces(M: int, K: int) -> Iterator[slice]:
+    step = max(1, _PIECE // max(1, K))
+    for start in range(0, M, step):
+        yield slice(start, min(M, start + step))
+
+
+def _rows_per_group(M: int, tiles: int, block: int, device: torch.device) -> int:
+    """Rows that one program walks, a multiple of ``block``: about four programs a processor over ``tiles`` columns of
+    programs, and at least four blocks each so that the workspace stays small beside the input."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    groups = max(1, min(cdiv(M, 4 * block), cdiv(4 * processors, tiles)))
+    return cdiv(cdiv(M, groups), block) * block
+
+
+def _rank_block(rank: int) -> int:
+    return min(64, max(16, next_power_of_2(rank)))
+
+
+def down_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time values and launch options of ``dropout_down_kernel``.
+
+    Float32 products run without the matrix unit and hold their operands in registers: the tiles of 16 bits would
+    spill there, and need more shared memory than a block may have on sm_89 and sm_120.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 2}
+    # Eight warps share the random numbers, which take more registers than the product.
+    return {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 4}
+
+
+def up_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    """As ``down_options``, for ``up_backward_kernel``. 128 columns: dB's tile has them as rows."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 3}
+
+
+def down_backward_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    """As ``down_options``, for ``down_backward_kernel``."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 3}
+
+
+def dropout_dx_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    """As ``down_options``, for ``dropout_dx_kernel``."""
+    return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 1}

@@ -1,0 +1,123 @@
+"""Which way a LoRA linear goes: from a table of measurements where there is one, else by rule."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftlab_kernels.runtime import next_power_of_2
+
+SHIPPED_TABLE = Path(__file__).with_name("plans.json")
+FORWARD, BACKWARD = ("merged", "split", "library"), ("merged", "split")
+_extra_tables: list[Path] = []
+_planned_rows: list[int] = []
+
+# Rows from which bitsandbytes' fused NF4 product is slower than dequantizing once and a dense product, by compute
+# capability (bitsandbytes 0.50 switches at the same sizes for most weights).
+_NF4_LIBRARY_ROWS = {(8, 9): 256, (9, 0): 48, (8, 0): 128}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """forward: ``merged`` (one product with W + s B A), ``split`` (product with W, then the adapter) or ``library``
+    (as split, the base product by bitsandbytes). backward (dX): ``merged`` or ``split``."""
+
+    forward: str
+    backward: str
+
+
+def choose(
+    kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: bool, backend: str
+) -> Plan:  # fmt: skip
+    """The plan for [M, K] inputs to a [N, K] weight of ``kind`` (dense, nf4, int8)."""
+    M = _planned_rows[-1] if _planned_rows else M
+    return _choose(_device_key(device.type, device.index), kind, next_power_of_2(max(M, 1)), N, K, dropout, backend)
+
+
+@contextlib.contextmanager
+def planned_for(rows: int) -> Iterator[None]:
+    """Within it, plans are those of ``rows`` rows, however many there are: a small sample then takes the paths of
+    the real batch."""
+    _planned_rows.append(rows)
+    try:
+        yield
+    finally:
+        _planned_rows.pop()
+
+
+def use_table(path: Path) -> None:
+    """Measurements in ``path`` win over the shipped ones from now on. Raises: ValueError when it is not such a table."""
+    read_table(path)
+    _extra_tables.insert(0, path)
+    _choose.cache_clear()
+    _rows_of.cache_clear()
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows ``{device, kind, m, n, k, dropout, forward, backward}``. Raises: ValueError naming the first wrong row."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["plans"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a table of kernel plans: {error}") from error
+    for number, row in enumerate(rows):
+        missing = {"device", "kind", "m", "n", "k", "dropout", "forward", "backward"} - set(row)
+        if missing or row["forward"] not in FORWARD or row["backward"] not in BACKWARD:
+            raise ValueError(f"{path}, plan {number + 1}: expected {FORWARD} and {BACKWARD}, found {row}")
+    return list(rows)
+
+
+@functools.cache
+def _choose(device: str, kind: str, M: int, N: int, K: int, dropout: bool, backend: str) -> Plan:
+    for path in [*_extra_tables, SHIPPED_TABLE]:
+        row = _rows_of(path).get((device, kind, M, N, K, dropout))
+        if row is not None:
+            return row
+    return rule(device, kind, M=M, N=N, K=K, dropout=dropout)
+
+
+@functools.cache
+def _rows_of(path: Path) -> dict[tuple[Any, ...], Plan]:
+    if not path.is_file():
+        return {}
+    return {
+        (r["device"], r["kind"], r["m"], r["n"], r["k"], r["dropout"]): Plan(r["forward"], r["backward"])
+        for r in read_table(path)
+    }
+
+
+def rule(device: str, kind: str, *, M: int, N: int, K: int, dropout: bool) -> Plan:
+    """The plan without measurements.
+
+    Merging costs a pass over the weight and saves passes over x and y. A quantized weight is written out anyway, so
+    there it is nearly free; a dense one is copied for it, which pays above about 0.67 N rows (bytes: 4NK against
+    4MN + 2MK at K near N). Dropout acts on x, so nothing can be merged.
+    """
+    cuda = device != "cpu"
+    small = kind == "nf4" and cuda and _NF4_LIBRARY_ROWS.get(_capability(device), 64) >= M
+    if dropout:
+        return Plan("library" if small or (kind == "int8" and cuda) else "split", "split")
+    # On 2 CPU cores the copy of a dense weight was never worth it.
+    pays = cuda and M > 0.67 * N if kind == "dense" else cuda or max(N, K) <= M
+    backward = "merged" if pays else "split"
+    if kind == "int8" and cuda:
+        return Plan("library", backward)  # the int8 product is twice as fast as a dense one
+    return Plan("library" if small else backward, backward)
+
+
+@functools.cache
+def _device_key(kind: str, index: int | None) -> str:
+    if kind != "cuda":
+        return kind
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+def _capability(device: str) -> tuple[int, int]:
+    number = device.removeprefix("sm_")
+    return (int(number[:-1]), int(number[-1])) if number.isdigit() else (0, 0)

@@ -1,0 +1,141 @@
+"""Checks and launches of NF4 dequantization."""
+
+# Shape suffixes: N out features, K in features, R rank.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlab_kernels import runtime
+from peftlab_kernels.runtime import cdiv, next_power_of_2
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """bitsandbytes' storage of a [N, K] weight.
+
+    Attributes:
+        packed: uint8, two values a byte, the first in the high half. absmax: float32 [blocks], or with ``nested``
+            uint8 indices into its code. code: [16] float32. nested: (code [256], absmax [blocks / nested_blocksize],
+            offset []), all float32, for double quantization.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    shape: tuple[int, int]
+    blocksize: int = 64
+    nested: tuple[Tensor, Tensor, Tensor] | None = None
+    nested_blocksize: int = 256
+
+    def tensors(self) -> list[Tensor]:
+        return [self.packed, self.absmax, self.code, *(self.nested or ())]
+
+
+def nf4_dequant(
+    weight: NF4Weight,
+    *,
+    dtype: torch.dtype,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The weight as ``dtype``, or ``dtype(W + s * B @ A)`` with one rounding.
+
+    Without ``low_rank`` the result equals bitsandbytes' own, bit for bit.
+
+    Args:
+        dtype: float32, float16 or bfloat16. low_rank: (A [R, K], B [N, R], s). out: [N, K] contiguous, written to.
+        backend: auto, triton or torch.
+    Returns: [N, K], ``out`` if given.
+    Raises: ValueError on tensors that do not fit together.
+    """
+    N, K = weight.shape
+    numel = N * K
+    if weight.packed.dtype != torch.uint8 or weight.packed.numel() != cdiv(numel, 2):
+        raise ValueError(
+            f"expected {cdiv(numel, 2)} uint8 values for a [{N}, {K}] weight, found {weight.packed.numel()} of "
+            f"{weight.packed.dtype}"
+        )
+    if weight.absmax.numel() != cdiv(numel, weight.blocksize):
+        raise ValueError(f"expected {cdiv(numel, weight.blocksize)} block scales, found {weight.absmax.numel()}")
+    if out is None:
+        out = torch.empty((N, K), dtype=dtype, device=weight.packed.device)
+    elif out.shape != (N, K) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"expected out as contiguous [{N}, {K}] {dtype}, found {list(out.shape)} {out.dtype}")
+    if numel == 0:
+        return out
+    if runtime.choose_backend(backend, out) == "triton":
+        _launch(weight, low_rank, out)
+    else:
+        _torch(weight, low_rank, out)
+    return out
+
+
+def _torch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, out: Tensor) -> None:
+    import bitsandbytes  # noqa: F401  # registers the ops
+
+    absmax = weight.absmax
+    if weight.nested is not None:
+        code2, absmax2, offset = weight.nested
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            absmax, absmax2, code2, weight.nested_blocksize, torch.float32
+        )
+        absmax += offset
+    values = torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.packed.view(-1, 1), absmax, weight.blocksize, "nf4", weight.shape, out.dtype
+    )
+    if low_rank is None:
+        out.copy_(values)
+        return
+    A_RK, B_NR, scale = low_rank
+    if out.dtype == torch.float32:
+        torch.addmm(values, B_NR.float(), A_RK.float(), alpha=scale, out=out)
+    else:
+        out.copy_(torch.addmm(values.float(), B_NR.float(), A_RK.float(), alpha=scale))
+
+
+def _launch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, out: Tensor) -> None:
+    from peftlab_kernels.nf4_dequant.kernel import nf4_dequant_kernel, nf4_merge_kernel
+
+    N, K = weight.shape
+    code2, absmax2, offset = weight.nested or (weight.absmax,) * 3
+    stored = (weight.packed, weight.absmax, weight.code, code2, absmax2, offset)
+    nested = {"NESTED": weight.nested is not None, "BLOCK2": weight.nested_blocksize}
+    if low_rank is None:
+        options = dequant_options(weight.blocksize)
+        grid = (cdiv(N * K, weight.blocksize * options["ROWS"]),)
+        nf4_dequant_kernel[grid](*stored, out, N * K, BLOCKSIZE=weight.blocksize, **nested, **options)
+        return
+    A_RK, B_NR, scale = low_rank
+    options = merge_options(K, A_RK.shape[0], weight.blocksize)
+    tiles = (cdiv(K, options["BLOCK_K"]), cdiv(N, options["BLOCK_N"]))
+    nf4_merge_kernel[tiles](
+        *stored, A_RK.contiguous(), B_NR.contiguous(), out, N, K, A_RK.shape[0], float(scale),
+        BLOCKSIZE=weight.blocksize, DOT=runtime.dot_dtype(out.dtype), **nested, **options,
+    )  # fmt: skip
+
+
+def dequant_options(blocksize: int) -> dict[str, Any]:
+    """Compile-time values and launch options: 4,096 elements a program, 32 a thread."""
+    return {"ROWS": max(1, 4096 // blocksize), "num_warps": 4, "enable_fp_fusion": False}
+
+
+def merge_options(K: int, rank: int, blocksize: int) -> dict[str, Any]:
+    """As ``dequant_options``. 64 rows are what Hopper's matrix unit takes; at 128 the two sums of a tile leave two
+    programs a processor, and blocks of 128 or unaligned ones spill. One stage: up to rank 64 there is one step.
+    """
+    aligned = K % blocksize == 0 and blocksize <= 128
+    return {
+        "ALIGNED": aligned,
+        "BLOCK_N": 64,
+        "BLOCK_K": blocksize if aligned else 64,
+        "BLOCK_R": min(64, max(16, next_power_of_2(rank))),
+        "num_warps": 4 if aligned and blocksize <= 64 else 8,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }

@@ -1,0 +1,101 @@
+"""What all ops share: whether Triton can run on a tensor's device, reused scratch memory, the seed of a mask."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton reads it when a kernel is defined; its interpreter multiplies bfloat16 wrongly (bit patterns), so kernels
+# then cast up before every arithmetic step.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MIN_CAPABILITY = (7, 5)
+
+
+@functools.cache
+def triton_problem(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on this kind of device, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if capability < _MIN_CAPABILITY:
+            return f"the GPU has compute capability {capability[0]}.{capability[1]}, and 7.5 is needed"
+        return None
+    if device_type == "cpu" and INTERPRETED:
+        return None
+    return f"Triton has no {device_type} backend"
+
+
+def choose_backend(backend: str, tensor: Tensor) -> str:
+    """``triton`` or ``torch`` for ``backend`` (auto, triton, torch). Raises: ValueError when triton cannot run."""
+    if backend == "torch":
+        return "torch"
+    problem = triton_problem(tensor.device.type)
+    if problem is None and tensor.dtype not in TRITON_DTYPES:
+        problem = f"the kernels take float32, float16 and bfloat16, not {tensor.dtype}"
+    if backend == "auto":
+        return "torch" if problem or not tensor.is_cuda else "triton"
+    if backend != "triton":
+        raise ValueError(f"expected backend auto, triton or torch, found {backend!r}")
+    if problem:
+        raise ValueError(f"backend triton cannot run: {problem}")
+    return "triton"
+
+
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.held: dict[Any, Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialized memory that the next call on the same thread and stream hands out again.
+
+    It must be consumed by work queued on the current stream before then, and never returned to a caller or saved.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.empty(shape, dtype=dtype, device=device)  # a graph replays into memory of its own
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    numel = 1
+    for size in shape:
+        numel *= size
+    held = _buffers.held.get((device, stream, dtype))
+    if held is None or held.numel() < numel:
+        _buffers.held[device, stream, dtype] = held = torch.empty(numel, dtype=dtype, device=device)
+    return held[:numel].view(shape)
+
+
+def release_scratch() -> None:
+    """Frees this thread's scratch memory."""
+    _buffers.held.clear()
+
+
+def new_seed() -> Tensor:
+    """[] int64 on the CPU, drawn from torch's default generator: activation checkpointing replays it."""
+    return torch.randint(0, 2**62, (), dtype=torch.int64)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """Triton's type of the operands of ``tl.dot`` for tensors of ``dtype``."""
+    import triton.language as tl
+
+    if INTERPRETED:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]

@@ -1,0 +1,199 @@
+"""Everything a training run is made of, built from a recipe after all that can be checked was checked."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftlab import ops
+from peftlab.adapters import add_lora, check_targets, planned_modules, report
+from peftlab.adapters.fused import fusion_report
+from peftlab.api import build
+from peftlab.data import BatchPlan
+from peftlab.errors import RecipeError, ResourceError
+from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
+from peftlab.recipe import LoadedRecipe, Recipe, check_lock
+from peftlab.tasks import Encoded, Task
+from peftlab.training.memory import release_memory
+from peftlab.training.progress import Progress
+
+# What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size.
+# Measured with bench/cpu_vs_peft.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
+_SPLIT_COST = {"cpu": 48, "cuda": 2048}
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of, after all that can be checked was checked."""
+
+    loaded: LoadedRecipe
+    device: str
+    precision: str
+    task: Task
+    model: Any
+    train: Encoded
+    eval: Encoded
+    plan: BatchPlan
+    metrics: list[str]
+    limit: int
+    data: build.DataParts
+    fingerprints: dict[str, str]
+    planned: list[str]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+
+def check_settings(recipe: Recipe) -> None:
+    """What can be found wrong without data or model."""
+    if recipe.run.kernels == "triton" and (problem := ops.triton_problem(build.pick_device(recipe.run.device))):
+        raise RecipeError(f"run.kernels=triton cannot run here: {problem}; use auto", key="run.kernels")
+    if recipe.eval.metrics is not None:
+        check_metrics(recipe.eval.metrics, recipe.task, bool(recipe.eval.choices))
+    for name in recipe.run.log:
+        import importlib.util
+
+        if importlib.util.find_spec(_TRACKERS[name]) is None:
+            raise RecipeError(f"{name} is not installed; run: pip install 'peftlab[{name}]'", key="run.log")
+
+
+@contextlib.contextmanager
+def run_accelerator(recipe: Recipe, folder: Path) -> Iterator[Any]:
+    """An Accelerator for this run; seeds and deterministic mode are set for its duration."""
+    import warnings
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+
+    device = build.pick_device(recipe.run.device)
+    if AcceleratorState._shared_state:  # an earlier run of this process may have used another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision=build.precision_of(recipe, device),
+        cpu=device == "cpu",
+        log_with=list(recipe.run.log) or None,
+        project_dir=str(folder),
+    )
+    before = torch.are_deterministic_algorithms_enabled()
+    set_seed(recipe.run.seed)
+    torch.use_deterministic_algorithms(recipe.run.deterministic, warn_only=True)
+    # Deterministic mode also fills every new tensor with NaN, a pass over memory that hides no randomness here.
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield accelerator
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        accelerator.end_training()
+        accelerator.free_memory()
+
+
+def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts:
+    """Data, then model: the cheap half first, so that most mistakes show within seconds."""
+    recipe, device = loaded.recipe, accelerator.device.type
+    progress.stage("reading data")
+    data = build.load_data(recipe)
+    progress.stage(f"loading tokenizer of {recipe.model.name}")
+    pretrained = build.pretrained_of(recipe)
+    tokenizer = build.tokenizer_of(recipe, pretrained)
+    fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
+    for line in check_lock(loaded, fingerprints=fingerprints):
+        progress.note(line)
+    task = build.build_task(recipe, tokenizer, data.train)
+    metrics = recipe.eval.metrics or default_metrics(recipe.task, bool(recipe.eval.choices))
+    if recipe.eval.best is not None and recipe.eval.best not in flat_names(metrics, task.class_names):
+        raise RecipeError(
+            f"{recipe.eval.best!r} is not among this run's metrics: {', '.join(flat_names(metrics, task.class_names))}",
+            key="eval.best",
+        )
+    limit = build.limit_of(recipe, pretrained, tokenizer)
+    encoded = build.encode(recipe, task, data.train, limit=limit, training=True)
+    held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
+    _tell("train", encoded, progress)
+    _tell("held out", held_out, progress)
+    plan = make_plan(recipe, encoded, device)
+    progress.stage(f"loading {recipe.model.name} ({_storage(recipe)}) on {device}")
+    model = build.model_of(recipe, pretrained, task, device)
+    a = recipe.adapter
+    check_targets(model, a.targets)
+    planned = planned_modules(model, peft_type=task.peft_type, targets=a.targets)
+    model = add_lora(
+        model,
+        peft_type=task.peft_type,
+        rank=a.rank,
+        alpha=a.alpha,
+        dropout=a.dropout,
+        targets=a.targets,
+        rslora=a.rslora,
+        dora=a.dora,
+        bias=a.bias,
+        modules_to_save=a.modules_to_save,
+        kernels=recipe.run.kernels,
+    )
+    release_memory()  # quantizing went through every weight in full precision
+    adapted = report(model)
+    progress.note(f"LoRA rank {a.rank}: {adapted}")
+    progress.note(str(fusion_report(model)))
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    summary = {"adapter": asdict(adapted), "train_rows": len(encoded.examples), "eval_rows": len(held_out.examples)}
+    return Parts(
+        loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
+        fingerprints, planned, summary,
+    )  # fmt: skip
+
+
+def make_plan(recipe: Recipe, encoded: Encoded, device: str) -> BatchPlan:
+    """The batch plan of a recipe for its encoded training rows."""
+    t = recipe.train
+    return BatchPlan(
+        encoded.lengths,
+        batch_size=None if t.batch_tokens else (t.batch_size or 8),
+        batch_tokens=t.batch_tokens,
+        accumulate=t.accumulate,
+        grouping=t.grouping,
+        seed=recipe.run.seed,
+        epochs=t.epochs,
+        max_steps=t.max_steps,
+        split_cost=_SPLIT_COST[device],
+    )
+
+
+def _storage(recipe: Recipe) -> str:
+    return recipe.model.quantize if recipe.model.quantize != "none" else "unquantized"
+
+
+def _tell(which: str, encoded: Encoded, progress: Progress) -> None:
+    progress.note(
+        f"{which}: {len(encoded.examples):,} rows, {encoded.num_tokens:,} tokens; " + "; ".join(encoded.notes)
+    )
+
+
+def check_room(parts: Parts, folder: Path) -> None:
+    """Raises ResourceError when the disk cannot hold what the run will write: better now than in the last minute."""
+    trained = sum(p.numel() * p.element_size() for p in parts.model.parameters() if p.requires_grad)
+    checkpoints = (parts.recipe.run.keep + 1) * 3 * trained if parts.recipe.run.save_every else 3 * trained
+    merged = 4 * parts.summary["adapter"]["num_total"] if parts.recipe.run.merge != "none" else 0
+    needed = 2 * trained + checkpoints + merged + 2**20
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"the run needs about {needed / 2**20:,.0f} MiB in {existing}, and {free / 2**20:,.0f} MiB are free; free some "
+            "room, or choose another run.dir",
+            key="run.dir",
+        )

@@ -1,0 +1,263 @@
+"""The parity gate (contract C7): the reference path against the path that will train, on the first micro-batch.
+
+The reference is transformers' own forward with PEFT's own layers and full logits; the fast path is what the loop runs.
+Both draw the same dropout masks. Loss, gradients and the adapted modules must agree before anything is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlab import ops
+from peftlab.adapters.fused import fusion_report, set_kernels
+from peftlab.errors import VerificationError
+from peftlab.tasks import Example, Task
+from peftlab.training.checkpoint import RngState
+
+# The sample of the first micro-batch: enough rows to mean something, few enough to take a moment.
+_MAX_TOKENS = {"cpu": 256, "cuda": 512}
+
+
+_NOTHING_DONE = "Nothing was trained; with run.kernels=reference the fused layers take no part"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative difference of the loss, smallest cosine and largest relative norm difference of a gradient."""
+
+    loss: float
+    cosine: float
+    norm: float
+
+
+# Rounding alone stays within these (float32: sums in another order; 16 bits: through all layers of a deep model). A
+# dropped scaling factor or mask is off by tens of percent.
+TOLERANCES = {
+    torch.float32: Tolerance(loss=1e-4, cosine=0.9999, norm=1e-2),
+    torch.float16: Tolerance(loss=1e-2, cosine=0.99, norm=0.1),
+    torch.bfloat16: Tolerance(loss=2e-2, cosine=0.97, norm=0.15),
+}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What the gate saw. ``worst_*``: the parameter that agrees least; None when the loss is not finite on either
+    path, which is for the loop to report."""
+
+    loss_reference: float
+    loss_fast: float
+    num_planned: int
+    num_adapted: int
+    num_fused: int
+    slow: dict[str, str]
+    num_parameters: int
+    num_zero_gradients: int
+    worst_cosine: float | None
+    worst_cosine_at: str | None
+    worst_norm_ratio: float | None
+    worst_norm_ratio_at: str | None
+    rows: int
+    tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        if self.worst_cosine is None:
+            return f"parity: not compared, the loss of the first micro-batch is {self.loss_fast}"
+        return (
+            f"parity: loss {self.loss_fast:.6g}, on the reference path {self.loss_reference:.6g}; smallest cosine of "
+            f"{self.num_parameters} gradients {self.worst_cosine:.6f} ({self.seconds:.1f} s)"
+        )
+
+
+def check_parity(
+    model: nn.Module,
+    task: Task,
+    micro_batch: Sequence[Example],
+    *,
+    planned: Collection[str],
+    kernels: str,
+    device: Any,
+    where: Callable[[int], str],
+    autocast: Any = contextlib.nullcontext,
+) -> ParityReport:
+    """Compares the two paths; the model, its gradients and all random state are as before afterwards.
+
+    Args:
+        micro_batch: the first one; a part of it is taken where it is large. planned: names of the modules to adapt.
+        kernels: the mode of run.kernels that will train. where: row index -> place in the data, for messages.
+        autocast: context the loop runs in.
+    Raises: VerificationError naming the module, the parameter or the loss that differs.
+    """
+    started = time.perf_counter()
+    adapted = {_base_name(name) for name in _adapted(model)}
+    if missing := sorted(set(planned) - adapted) or sorted(adapted - set(planned)):
+        state = "was to be adapted and is not" if missing[0] in planned else "is adapted and was not to be"
+        raise VerificationError(
+            f"{missing[0]} {state} ({len(adapted)} of {len(planned)} planned modules are adapted): the adapter would not be "
+            "what the recipe says. This is a fault of peftlab or PEFT; nothing was trained"
+        )
+    sample = _sample(micro_batch, _MAX_TOKENS.get(torch.device(device).type, 256))
+    rows = len(micro_batch) * max(map(len, micro_batch))
+    rng = RngState.capture()
+    with _woken(model):
+        try:
+            set_kernels(model, "compared")
+            reference = _pass(model, lambda: task.reference_loss_sum(model, sample, device), autocast, sample)
+            set_kernels(model, kernels)
+            with ops.planned_for(rows):
+                fast = _pass(model, lambda: task.loss_sum(model, task.collate(sample, device)), autocast, sample)
+        finally:
+            set_kernels(model, kernels)
+            rng.restore()
+    fusion = fusion_report(model)
+    tolerance = TOLERANCES[_coarsest_dtype(model, autocast, device)]
+    compared = _compare(reference, fast, tolerance, [where(example.row) for example in sample])
+    return ParityReport(
+        loss_reference=reference[0],
+        loss_fast=fast[0],
+        num_planned=len(planned),
+        num_adapted=len(adapted),
+        num_fused=len(fusion.fused),
+        slow={_base_name(name): reason for name, reason in fusion.slow.items()},
+        num_parameters=len(reference[1]),
+        num_zero_gradients=sum(not g.any() for g in fast[1].values()),
+        **compared,
+        rows=len(sample),
+        tokens=sum(map(len, sample)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _adapted(model: nn.Module) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _sample(micro_batch: Sequence[Example], max_tokens: int) -> list[Example]:
+    """Rows of the micro-batch up to ``max_tokens`` padded tokens; a longer row is cut to what ends with its last
+    trained token."""
+    cut = [_cut(example, max_tokens) for example in micro_batch]
+    chosen = cut[:1]
+    for example in cut[1:]:
+        if (len(chosen) + 1) * max(len(example), *map(len, chosen)) > max_tokens:
+            break
+        chosen.append(example)
+    return chosen
+
+
+def _cut(example: Example, max_tokens: int) -> Example:
+    if len(example) <= max_tokens:
+        return example
+    if example.trained is None:
+        return replace(example, ids=example.ids[:max_tokens])
+    end = int(example.trained.nonzero()[0][-1]) + 1
+    window = slice(max(0, end - max_tokens), end)
+    trained = example.trained[window].copy()
+    trained[0] = False  # nothing precedes it, so it cannot be predicted
+    return replace(example, ids=example.ids[window], trained=trained, weight=float(trained.sum()))
+
+
+@contextlib.contextmanager
+def _woken(model: nn.Module) -> Iterator[None]:
+    """LoRA starts with B = 0, where neither the adapter's output nor A's gradient would show a fault: for the
+    comparison such a B gets values that change a layer's output by a few percent."""
+    held: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(model.named_parameters())
+    training = model.training
+    model.train()
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if ".lora_B." in name and parameter.dim() == 2 and not parameter.any():
+                    held[name] = parameter.detach().clone()
+                    noise = torch.randn(parameter.shape, generator=generator) * (0.02 / parameter.shape[1] ** 0.5)
+                    parameter.copy_(noise)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in held.items():
+                parameters[name].copy_(value)
+        model.train(training)
+
+
+def _pass(model: nn.Module, loss_sum: Any, autocast: Any, sample: list[Example]) -> tuple[float, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weight = sum(e.weight for e in sample)
+    with autocast():
+        loss = loss_sum() / weight
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return float(loss.detach()), {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), gradients, strict=True)
+    }
+
+
+def _coarsest_dtype(model: nn.Module, autocast: Any, device: Any) -> torch.dtype:
+    """The type with the fewest digits that takes part in a forward."""
+    kind = torch.device(device).type
+    with autocast():
+        found = {torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else set()
+    found |= {p.dtype for p in model.parameters() if p.is_floating_point()}
+    found |= {
+        module.compute_dtype
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and hasattr(module, "compute_dtype")
+    }
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
+
+
+def _compare(
+    reference: tuple[float, dict[str, Tensor]],
+    fast: tuple[float, dict[str, Tensor]],
+    tolerance: Tolerance,
+    places: Sequence[str],
+) -> dict[str, Any]:
+    """The ``worst_*`` fields of the report. Raises: VerificationError beyond ``tolerance``."""
+    want, got = reference[0], fast[0]
+    if not math.isfinite(want) and not math.isfinite(got):
+        return dict.fromkeys(("worst_cosine", "worst_cosine_at", "worst_norm_ratio", "worst_norm_ratio_at"))
+    if not abs(got - want) <= tolerance.loss * max(abs(want), 1e-3):
+        raise VerificationError(
+            f"the loss of the first micro-batch is {got:.6g} on the training path and {want:.6g} on the reference path "
+            f"(allowed difference {tolerance.loss:g}, relative): mask, labels, adapters or head of the training path are "
+            f"wrong. Rows: {', '.join(places[:4])}{', ...' if len(places) > 4 else ''}. {_NOTHING_DONE}"
+        )
+    floor = 1e-6 * max((float(g.norm()) for g in reference[1].values()), default=0.0)
+    cosines, ratios = {}, {}
+    for name, wanted in reference[1].items():
+        found = fast[1][name].double()
+        norm, found_norm = float(wanted.double().norm()), float(found.norm())
+        if max(norm, found_norm) <= floor:
+            continue
+        cosine = float((wanted.double() * found).sum()) / max(norm * found_norm, 1e-300)
+        counts = int(wanted.count_nonzero()), int(found.count_nonzero())
+        cosines[name], ratios[name] = cosine, found_norm / max(norm, 1e-300)
+        if not cosine >= tolerance.cosine or not abs(ratios[name] - 1) <= tolerance.norm or counts[1] < 0.9 * counts[0]:
+            raise VerificationError(
+                f"the gradient of {_base_name(name)} differs between the training path and the reference path: cosine "
+                f"{cosine:.4f} (at least {tolerance.cosine:g}), norm {found_norm:.4g} against {norm:.4g} (within "
+                f"{100 * tolerance.norm:g} %), {counts[1]:,} against {counts[0]:,} non-zero values of {wanted.numel():,}. "
+                f"{_NOTHING_DONE}"
+            )
+    lowest = min(cosines, key=cosines.__getitem__, default="")
+    furthest = max(ratios, key=lambda name: abs(ratios[name] - 1), default="")
+    return {
+        "worst_cosine": cosines.get(lowest, 1.0),
+        "worst_cosine_at": _base_name(lowest),
+        "worst_norm_ratio": ratios.get(furthest, 1.0),
+        "worst_norm_ratio_at": _base_name(furthest),
+    }
