@@ -120,6 +120,13 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
                 f"{names[len(names) // 2]!r} (the whole name has to match)",
                 key="adapter.targets",
             )
+        for name, module in model.named_modules():
+            if re.fullmatch(targets, name) and not _adaptable(module):
+                raise RecipeError(
+                    f"the regular expression {targets!r} also matches {name!r}, a {type(module).__name__}, which takes no "
+                    r"adapter; let it end in the names of linear layers, such as (q_proj|v_proj)",
+                    key="adapter.targets",
+                )
         return
     for target in targets:
         _match_ending(target, names, "adapter.targets")

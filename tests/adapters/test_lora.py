@@ -54,6 +54,11 @@ def test_a_list_of_endings(base: Any) -> None:
     }
 
 
+def test_a_regular_expression_that_matches_more_than_linears(base: Any) -> None:
+    with pytest.raises(RecipeError, match=r"also matches 'model.layers.1.self_attn', a LlamaAttention, which takes no"):
+        lora(base, targets=r".*layers\.1\..*")
+
+
 def test_a_regular_expression_matches_whole_names(base: Any) -> None:
     assert adapted(lora(base, targets=r".*layers\.1\..*[qv]_proj")) == {
         "model.layers.1.self_attn.q_proj",

@@ -1,0 +1,193 @@
+"""The parity gate: what it lets through, what each injected fault is called, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import peftlab
+from peftlab import ops
+from peftlab.adapters import lora as lora_module
+from peftlab.api import parts as parts_module
+from peftlab.errors import VerificationError
+from peftlab.tasks import CausalLM, SequenceClassification, causal_lm, seq_cls
+from peftlab.training import parity
+from peftlab.training.progress import SilentProgress
+
+RIGHT_LORA_LINEAR = ops.lora_linear
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{word} {i},{kind}" for i in range(8) for word, kind in (("red", "colour"), ("a cat", "animal"))]
+    (tmp_path / "data.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    return tmp_path
+
+
+def recipe(task: str = "causal_lm", **changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {"train": "data.csv", "eval_rows": 4}
+    if task == "causal_lm":
+        data["template"] = {"user": "{text}", "assistant": "{label}"}
+    return {
+        "task": task,
+        "model": {"name": "tiny:llama" if task == "causal_lm" else "tiny:bert", **changes.get("model", {})},
+        "data": data,
+        "adapter": {"rank": 4, "alpha": 8, **changes.get("adapter", {})},
+        "train": {"max_steps": 2, "batch_size": 8},
+        "eval": {"before": False},
+        "run": {"dir": "run", **changes.get("run", {})},
+    }
+
+
+def train(**changes: Any) -> Any:
+    return peftlab.train(recipe(**changes), progress=SilentProgress())
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_result_is_in_the_run_folder(here: Path, task: str, quantize: str, dropout: float) -> None:
+    train(task=task, model={"quantize": quantize}, adapter={"dropout": dropout})
+    found = json.loads((here / "run" / "run.json").read_text())["parity"]
+    assert found["num_planned"] == found["num_adapted"] == found["num_fused"] > 0
+    assert found["loss_fast"] == pytest.approx(found["loss_reference"], rel=1e-4)
+    assert found["worst_cosine"] > 0.9999
+    assert found["worst_norm_ratio"] == pytest.approx(1, abs=1e-3)
+    assert found["num_zero_gradients"] == 0, "B is woken for the comparison, so A has a gradient too"
+    assert found["slow"] == {}
+    assert found["seconds"] < 30
+
+
+def test_pefts_own_path_is_a_choice_and_is_listed(here: Path) -> None:
+    train(run={"kernels": "reference"})
+    found = json.loads((here / "run" / "run.json").read_text())["parity"]
+    assert found["num_fused"] == 0
+    assert set(found["slow"].values()) == {"run.kernels=reference"}
+
+
+def test_the_gate_leaves_no_trace(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(adapter={"dropout": 0.1})
+    gated = (here / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    fake = dataclasses.make_dataclass("Report", [])()
+    monkeypatch.setattr("peftlab.api.training.check_parity", lambda *_, **__: fake)
+    peftlab.train(recipe(adapter={"dropout": 0.1}, run={"dir": "other"}), progress=SilentProgress())
+    assert (here / "other" / "adapter" / "adapter_model.safetensors").read_bytes() == gated
+
+
+def lost_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "lora_linear", lambda *a, **k: RIGHT_LORA_LINEAR(*a, **{**k, "scale": 1.0}))
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(grad)
+
+
+def zeroed_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def broken(x: Any, base: Any, A: Any, B: Any, **options: Any) -> Any:
+        calls.append(1)
+        return RIGHT_LORA_LINEAR(x, base, _ZeroGradient.apply(A) if len(calls) % 14 == 3 else A, B, **options)
+
+    monkeypatch.setattr(ops, "lora_linear", broken)
+
+
+def module_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(*args: Any, **options: Any) -> Any:
+        model = lora_module.add_lora(*args, **options)
+        attention = model.base_model.model.model.layers[1].self_attn
+        attention.o_proj = attention.o_proj.base_layer
+        return model
+
+    monkeypatch.setattr(parts_module, "add_lora", add)
+
+
+def mask_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def collate(examples: Any, **options: Any) -> Any:
+        wide = [dataclasses.replace(e, trained=np.ones(len(e), dtype=bool)) for e in examples]
+        return right(wide, **options)
+
+    right = causal_lm.collate
+    monkeypatch.setattr(causal_lm, "collate", collate)
+
+
+def padding_attended(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (causal_lm, seq_cls):
+        right = module.collate
+        monkeypatch.setattr(
+            module, "collate", lambda *a, _right=right, **k: dataclasses.replace(_right(*a, **k), attention_mask=None)
+        )
+
+
+def dropout_lost_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftlab_kernels.lora_linear import passes
+
+    right = passes.down_backward
+    monkeypatch.setattr(
+        passes,
+        "down_backward",
+        lambda x, A, dS, mask, *rest, **k: right(x, A, dS, mask.flip(0) if mask is not None else None, *rest, **k),
+    )
+
+
+def head_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = CausalLM._selected
+    monkeypatch.setattr(
+        CausalLM, "_selected", lambda self, model, batch: (lambda h, t: (h, t.roll(1)))(*right(self, model, batch))
+    )
+
+
+def weights_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = SequenceClassification.loss_sum
+    monkeypatch.setattr(SequenceClassification, "loss_sum", lambda self, model, batch: 1.05 * right(self, model, batch))
+
+
+FAULTS: dict[Callable[..., None], tuple[str, str]] = {
+    lost_scaling: ("causal_lm", r"the loss of the first micro-batch is .* adapters"),
+    zeroed_gradient: ("causal_lm", r"gradient of model\.layers\.0\.self_attn\.v_proj\.lora_A.* 0 against .* non-zero"),
+    module_left_out: ("causal_lm", r"model\.layers\.1\.self_attn\.o_proj was to be adapted and is not \(13 of 14"),
+    mask_too_wide: ("causal_lm", r"the loss of the first micro-batch is .* mask, labels.*data\.csv:\d+"),
+    padding_attended: ("seq_cls", r"the gradient of bert\..* differs"),
+    dropout_lost_in_backward: ("causal_lm", r"the gradient of model\.layers\.\d\..*lora_A\.default\.weight differs"),
+    head_shifted: ("causal_lm", r"the loss of the first micro-batch is .* head of the training path"),
+    weights_ignored: ("seq_cls", r"the loss of the first micro-batch is"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_each_fault_stops_the_run_and_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None]
+) -> None:
+    task, message = FAULTS[fault]
+    fault(monkeypatch)
+    with pytest.raises(VerificationError, match=message):
+        train(task=task, adapter={"dropout": 0.3})
+    assert not (here / "run").exists(), "nothing was trained, so nothing is kept"
+
+
+def test_a_long_row_is_cut_to_its_last_trained_token() -> None:
+    from peftlab.tasks import Example
+
+    trained = np.zeros(1000, dtype=bool)
+    trained[600:700] = True
+    long = Example(np.arange(1000, dtype=np.int32), 0, 100.0, trained=trained)
+    (cut,) = parity._sample([long], 256)
+    assert cut.ids[-1] == 699
+    assert len(cut) == 256
+    assert cut.weight == cut.trained.sum() == 100
+    short = Example(np.arange(60, dtype=np.int32), 1, 60.0, trained=np.ones(60, dtype=bool))
+    assert len(parity._sample([short] * 10, 256)) == 4
