@@ -9,10 +9,24 @@ from peftlab_kernels.lora_linear import (
     Int8Weight,
     dropout_mask,
     lora_linear,
+    lora_linear_reference,
     planned_for,
 )
 from peftlab_kernels.nf4_dequant import NF4Weight
 from peftlab_kernels.runtime import new_seed, release_scratch, triton_problem
+
+_TRITON_OPS = ("int8_dequant", "lora_linear", "nf4_dequant")
+
+
+def kernel_paths(device_type: str) -> dict[str, tuple[str, str]]:
+    """Per operation what runs on this kind of device with ``run.kernels: auto``, and why not something faster."""
+    problem = triton_problem(device_type) or (None if device_type == "cuda" else "run.kernels=triton asks for it")
+    fused = ("Triton", "") if problem is None else ("PyTorch, fused", problem)
+    return {
+        **dict.fromkeys(_TRITON_OPS, fused),
+        "linear_cross_entropy": ("PyTorch, in chunks", "it has no Triton kernel in this release"),
+    }
+
 
 __all__ = [
     "BaseWeight",
@@ -20,8 +34,10 @@ __all__ = [
     "Int8Weight",
     "NF4Weight",
     "dropout_mask",
+    "kernel_paths",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_linear_reference",
     "new_seed",
     "planned_for",
     "release_scratch",

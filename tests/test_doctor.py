@@ -55,11 +55,25 @@ def test_this_environment_is_in_order(report: dict[str, Any]) -> None:
     assert facts["model hub: reachable"]["value"] == "not tried"
 
 
-def test_names_every_op_and_its_backend(report: dict[str, Any]) -> None:
-    import peftlab.ops
+def test_names_every_op_what_runs_it_and_tries_one(report: dict[str, Any]) -> None:
+    import peftlab_kernels
 
     facts = _facts(report)
-    assert {facts[f"kernels: {name}"]["value"] for name in peftlab.ops.__all__} == {"reference (PyTorch)"}
+    folders = {p.name for p in Path(peftlab_kernels.__path__[0]).iterdir() if (p / "op.py").is_file()}
+    assert folders == {"int8_dequant", "linear_cross_entropy", "lora_linear", "nf4_dequant"}
+    for name in folders:
+        assert facts[f"kernels: {name}"]["value"].startswith(("PyTorch", "Triton"))
+    assert facts["kernels: lora_linear trial"]["status"] == "ok"
+
+
+def test_a_wrong_kernel_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftlab import ops
+
+    right = ops.lora_linear
+    monkeypatch.setattr(ops, "lora_linear", lambda *a, **k: right(*a, **{**k, "scale": 1.0}))
+    fact = _facts(doctor())["kernels: lora_linear trial"]
+    assert fact["status"] == "problem"
+    assert "train with run.kernels=reference" in fact["detail"]
 
 
 def test_opens_no_connection_and_prints_nothing(

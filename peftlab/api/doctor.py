@@ -40,6 +40,8 @@ GIB = 1024**3
 LOW_DISK_BYTES = 10 * GIB
 # Root mean square error over root mean square of normally distributed values; 2 x what a working build shows.
 ROUND_TRIP_BOUNDS = {"nf4": 0.2, "int8": 0.02}
+# Largest relative error of a small adapted linear in float32; on a GPU its products may run in TF32.
+LORA_TRIAL_BOUND = 5e-3
 
 
 class Fact(TypedDict):
@@ -61,19 +63,20 @@ def doctor() -> dict[str, Any]:
         except Exception as error:
             # A broken installation raises OSError and others: the doctor reports what it meets.
             device = [_fact("torch", "does not import", "problem", _reason(error)), *_cpu()]
-            quantization = attention = [_fact("all", "unknown", "note", "torch does not import")]
+            quantization = attention = kernels = [_fact("all", "unknown", "note", "torch does not import")]
         else:
             threads = _fact("CPU threads of torch", str(torch.get_num_threads()))
             device = [*_gpus(torch), *_cpu(), threads]
             quantization = [_round_trip(torch, kind) for kind in ROUND_TRIP_BOUNDS]
             attention = _attention(torch)
+            kernels = _kernels(torch)
         sections = {
             "software": _software(),
             "device": device,
             "memory and disk": _space(),
             "quantization": quantization,
             "attention": attention,
-            "kernels": _kernels(),
+            "kernels": kernels,
             "model hub": [_hub()],
         }
     return {
@@ -267,18 +270,35 @@ def _flash_attention(device: str) -> Fact:
     return _fact(name, "usable", detail=f"flash-attn {getattr(module, '__version__', 'of unknown version')}")
 
 
-def _kernels() -> list[Fact]:
+def _kernels(torch: Any) -> list[Fact]:
     try:
-        names = sorted(importlib.import_module("peftlab.ops").__all__)
-        facts = [_fact(name, "reference (PyTorch)", detail="no Triton kernel in this release") for name in names]
+        ops = importlib.import_module("peftlab.ops")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        facts = [_fact(name, path, detail=why) for name, (path, why) in sorted(ops.kernel_paths(device).items())]
+        facts.append(_lora_trial(torch, ops, device))
     except Exception as error:
-        facts = [_fact("ops", "do not import", "problem", _reason(error))]
+        facts = [_fact("ops", "do not work", "problem", _reason(error))]
     try:
-        module = importlib.import_module("triton")
-        facts.append(_fact("triton", "imports", detail=f"version {module.__version__}; not used in this release"))
+        facts.append(_fact("triton", "imports", detail=f"version {importlib.import_module('triton').__version__}"))
     except Exception as error:
         facts.append(_fact("triton", "does not import", "note", _reason(error)))
     return facts
+
+
+def _lora_trial(torch: Any, ops: Any, device: str) -> Fact:
+    """One small adapted linear, forward and backward, against the formula."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b = (
+        torch.randn(shape, generator=generator).to(device) for shape in ((64, 128), (96, 128), (16, 128), (96, 16))
+    )
+    a.requires_grad_()
+    fast = ops.lora_linear(x, ops.DenseWeight(weight), a, b, scale=0.5)
+    plain = ops.lora_linear_reference(x, weight, a, b, scale=0.5)
+    pairs = [(fast, plain), *zip(torch.autograd.grad(fast.sum(), a), torch.autograd.grad(plain.sum(), a), strict=True)]
+    error = max(float((y - want).detach().abs().max() / want.detach().abs().max()) for y, want in pairs)
+    good = error < LORA_TRIAL_BOUND
+    detail = "" if good else f"expected at most {LORA_TRIAL_BOUND:g}; train with run.kernels=reference"
+    return _fact("lora_linear trial", f"error {error:.1g}", "ok" if good else "problem", detail)
 
 
 def _hub() -> Fact:

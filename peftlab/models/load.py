@@ -13,6 +13,7 @@ from typing import Any
 
 from peftlab.errors import ArtifactError, PeftlabError, RecipeError, ResourceError
 from peftlab.models.gguf import converted_folder
+from peftlab.models.presets import build_preset, config_folder, preset_tokenizer
 from peftlab.models.source import ModelSource, resolve_model
 from peftlab.models.tiny import tiny_config, tiny_tokenizer
 
@@ -53,6 +54,8 @@ def find_pretrained(name: str, *, revision: str | None = None, trust_remote_code
     if source.kind == "gguf":
         with quiet():
             location = str(converted_folder(Path(source.path), fingerprint))
+    elif source.kind == "shape":
+        location = str(config_folder(source.path, fingerprint))
     return Pretrained(source, location, fingerprint, None, trust_remote_code)
 
 
@@ -85,6 +88,8 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
 
     if pretrained.source.kind == "tiny":
         tokenizer = tiny_tokenizer()
+    elif pretrained.source.kind == "shape":
+        tokenizer = preset_tokenizer(pretrained.source.path)
     else:
         with quiet(), _load_errors(pretrained, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
@@ -182,6 +187,8 @@ def load_model(
     with quiet(), _load_errors(pretrained, "model"):
         if pretrained.source.kind == "tiny":
             model = _tiny_model(pretrained, auto, kwargs)
+        elif pretrained.source.kind == "shape":
+            model = build_preset(pretrained.source.path, auto, device=device, **kwargs)
         else:
             model, loading = auto.from_pretrained(
                 pretrained.location, use_safetensors=True, output_loading_info=True, **pretrained.hub_kwargs, **kwargs

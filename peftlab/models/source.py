@@ -1,4 +1,4 @@
-"""Which model a name means: hub id, local folder, GGUF file, file inside a package, or a tiny built-in one."""
+"""Which model a name means: hub id, local folder, GGUF file, file inside a package, or a built-in one (tiny, shape)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from peftlab.errors import ArtifactError, RecipeError
+from peftlab.models.presets import PREFIX as SHAPE_PREFIX
+from peftlab.models.presets import check_preset, preset_fingerprint
 from peftlab.paths import PACKAGE_PREFIX, package_path, sha256_of_files
 
 TINY = ("tiny:llama", "tiny:bert")
@@ -18,20 +20,22 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A resolved model name. ``path`` is a folder, a .gguf file, a hub id or a ``tiny:`` name."""
+    """A resolved model name. ``path`` is a folder, a .gguf file, a hub id or a ``tiny:`` or ``shape:`` name."""
 
-    kind: Literal["hub", "folder", "gguf", "tiny"]
+    kind: Literal["hub", "folder", "gguf", "tiny", "shape"]
     name: str
     path: str
     revision: str | None = None
 
     def weights_fingerprint(self) -> str:
-        """sha256 of the weight files and config of a local model, the name of a tiny one."""
+        """sha256 of the weight files and config of a local model, the name of a tiny one, or of a shape's name and config."""
         if self.kind == "gguf":
             return sha256_of_files([Path(self.path)])
         if self.kind == "folder":
             folder = Path(self.path)
             return sha256_of_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+        if self.kind == "shape":
+            return preset_fingerprint(self.path)
         return self.path
 
 
@@ -44,6 +48,9 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         if name not in TINY:
             raise RecipeError(f"unknown built-in model {name!r}; there are {' and '.join(TINY)}", key="model.name")
         source = ModelSource("tiny", name, name)
+    elif name.startswith(SHAPE_PREFIX):
+        check_preset(name)
+        source = ModelSource("shape", name, name)
     elif name.startswith(PACKAGE_PREFIX):
         source = _local(name, package_path(name, key="model.name", error=RecipeError))
     elif (path := Path(name).expanduser()).exists():

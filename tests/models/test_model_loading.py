@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from peftlab.adapters.fused import set_kernels
 from peftlab.models import find_pretrained, load_tokenizer, model_max_length, resolve_dtype, tokenizer_fingerprint
 from peftlab.models import load as load_module
 
@@ -70,10 +71,12 @@ def gradients(model: Any) -> dict[str, Any]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_evaluating_first_does_not_change_the_gradients(tiny: Callable[..., Any], quantize: str) -> None:
+def test_evaluating_first_does_not_change_the_gradients(tiny: Callable[..., Any], quantize: str, kernels: str) -> None:
     want = gradients(tiny("tiny:llama", quantize=quantize))
     model = tiny("tiny:llama", quantize=quantize).eval()
+    set_kernels(model, kernels)
     with torch.no_grad():
         model(input_ids=IDS)
     got = gradients(model)
@@ -91,7 +94,7 @@ def test_without_the_guard_evaluating_first_breaks_training(
 ) -> None:
     monkeypatch.setattr(load_module, "_keep_storage_layout", lambda model: None)
     with pytest.raises((AssertionError, RuntimeError)):
-        test_evaluating_first_does_not_change_the_gradients(tiny, "nf4")
+        test_evaluating_first_does_not_change_the_gradients(tiny, "nf4", "reference")
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
