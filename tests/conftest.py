@@ -14,6 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, which it takes or not when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 AUTO_CLASS = {"tiny:llama": "AutoModelForCausalLM", "tiny:bert": "AutoModelForSequenceClassification"}
 

@@ -70,7 +70,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         numel *= size
     held = _buffers.held.get((device, stream, dtype))
     if held is None or held.numel() < numel:
-        _buffers.held[device, stream, dtype] = held = torch.empty(numel, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
+            _buffers.held[device, stream, dtype] = held = torch.empty(numel, dtype=dtype, device=device)
     return held[:numel].view(shape)
 
 

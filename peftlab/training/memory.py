@@ -55,6 +55,9 @@ def release_memory() -> None:
 
     import torch
 
+    from peftlab.ops import release_scratch
+
+    release_scratch()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peftlab_kernels.linear_cross_entropy import linear_cross_entropy_reference
 from peftlab_kernels.linear_cross_entropy import op as op_module
@@ -68,7 +68,9 @@ def check(budget: Budget, function: Callable[..., Tensor], case: Any, softcap: f
     assert loss.dtype == torch.float32
     assert grad.dtype == h.dtype
     budget(loss, eager_loss, true_loss, slack=slack)
-    budget(grad, eager_grad, true_grad, slack=slack)
+    # A likely target leaves p - 1 small, but rounded like p: the error goes with the weights it is multiplied by.
+    largest = float(true_grad.abs().max()) if true_grad.numel() else 1.0
+    budget(grad, eager_grad, true_grad, slack=slack * max(1.0, abs(scale) * float(w.abs().max()) / max(largest, 1e-30)))
 
 
 @pytest.mark.parametrize(("bias", "softcap", "scale"), VARIANTS)
@@ -89,6 +91,7 @@ def test_agrees_with_the_formula(
 
 
 @settings(max_examples=40, deadline=None)
+@example(N=1, H=3, V=2, chunk=1, seed=0, variant=(False, None, 1.0))
 @given(
     N=st.integers(0, 9),
     H=st.integers(1, 17),

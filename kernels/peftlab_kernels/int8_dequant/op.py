@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from peftlab_kernels import runtime
+from peftlab_kernels.nf4_dequant.op import check_low_rank
 from peftlab_kernels.runtime import cdiv, next_power_of_2
 
 
+@torch.no_grad()
 def int8_dequant(
     weight_NK: Tensor,
     row_absmax_N: Tensor,
@@ -38,6 +40,7 @@ def int8_dequant(
     N, K = weight_NK.shape
     if row_absmax_N.numel() != N:
         raise ValueError(f"expected {N} row scales, found {row_absmax_N.numel()}")
+    check_low_rank(low_rank, N, K)
     if out is None:
         out = torch.empty((N, K), dtype=dtype, device=weight_NK.device)
     elif out.shape != (N, K) or out.dtype != dtype or not out.is_contiguous():
@@ -84,7 +87,7 @@ def tile_options(rank: int) -> dict[str, Any]:
         "BLOCK_N": 64,
         "BLOCK_K": 64,
         "BLOCK_R": min(64, max(16, next_power_of_2(rank))),
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 1,
         "enable_fp_fusion": False,
     }

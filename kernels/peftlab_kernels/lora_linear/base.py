@@ -76,7 +76,8 @@ def as_float(base: BaseWeight, dtype: torch.dtype, *, low_rank: LowRank | None =
         A_RK, B_NR, scale = low_rank
         if weight.dtype == dtype:
             return torch.addmm(weight, B_NR.to(dtype), A_RK.to(dtype), alpha=scale, out=out)
-        return out.copy_(torch.addmm(weight.float(), B_NR.float(), A_RK.float(), alpha=scale))
+        # addmm_, not addmm: autocast would round the operands of the latter.
+        return out.copy_(weight.to(torch.float32, copy=True).addmm_(B_NR.float(), A_RK.float(), alpha=scale))
     out = runtime.scratch(base.shape, dtype, base.tensors()[0].device)
     if isinstance(base, NF4Weight):
         return nf4_dequant(base, dtype=dtype, low_rank=low_rank, out=out, backend=backend)
@@ -115,7 +116,10 @@ def _nf4_library(x_MK: Tensor, base: NF4Weight, bias_N: Tensor | None) -> Tensor
 def _int8_library(x_MK: Tensor, base: Int8Weight, bias_N: Tensor | None) -> Tensor:
     from bitsandbytes import functional as bnb
 
-    quantized, x_scale, outliers = bnb.int8_vectorwise_quant(x_MK.to(torch.float16), threshold=base.threshold)
+    quantized, x_scale, outliers = bnb.int8_vectorwise_quant(
+        x_MK.to(torch.float16, copy=True),  # it sets outliers to zero for a moment, in place
+        threshold=base.threshold,
+    )
     weight, scale = base.weight, base.row_absmax
     out: Tensor
     if base.threshold > 0:

@@ -71,6 +71,8 @@ def lora_linear(
             f"expected x [..., {K}], A [R, {K}] and B [{N}, R] for a weight [{N}, {K}], found {list(x.shape)}, "
             f"{list(A_RK.shape)} and {list(B_NR.shape)}"
         )
+    if bias_N is not None and bias_N.shape != (N,):
+        raise ValueError(f"expected a bias [{N}], found {list(bias_N.shape)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"expected a dropout in [0, 1), found {dropout}")
     if dropout and seed is None:
@@ -115,13 +117,30 @@ class _LoraLinear(torch.autograd.Function):
         return y_MN
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dY_MN: Tensor) -> tuple[Tensor | None, ...]:
         x_MK, A_RK, B_NR, S_MR, mask_MP = ctx.saved_tensors
         need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]
-        dX, dA, dB = _backward(dY_MN, x_MK, A_RK, B_NR, S_MR, mask_MP, ctx.call, need_x, need_a or need_b)
-        bias = dY_MN.sum(0, dtype=ctx.bias_dtype) if need_bias else None
-        return dX, dA if need_a else None, dB if need_b else None, bias, None, None
+        with torch.no_grad():
+            dX, dA, dB = _backward(dY_MN, x_MK, A_RK, B_NR, S_MR, mask_MP, ctx.call, need_x, need_a or need_b)
+            bias = dY_MN.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+        gradients = [dX, dA if need_a else None, dB if need_b else None, bias]
+        if torch.is_grad_enabled():  # create_graph=True
+            once: Any = _DifferentiableOnce.apply
+            gradients = [g if g is None else once(g, dY_MN, x_MK, A_RK, B_NR) for g in gradients]
+        return *gradients, None, None
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """Ties a gradient to what it depends on. ``once_differentiable`` refuses a second derivative only where dY has a
+    gradient itself, and drops it silently where x, A or B alone have one."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("lora_linear can be differentiated once; for second derivatives use run.kernels=reference")
 
 
 def _forward(

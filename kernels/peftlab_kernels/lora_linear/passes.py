@@ -181,29 +181,29 @@ def _rank_block(rank: int) -> int:
 def down_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time values and launch options of ``dropout_down_kernel``.
 
-    Float32 products run without the matrix unit and hold their operands in registers: the tiles of 16 bits would
-    spill there, and need more shared memory than a block may have on sm_89 and sm_120.
+    With four warps the random numbers, and in the other passes the sums of rank 64, spill registers. Float32 products
+    run without the matrix unit and hold their operands in registers, so they take smaller tiles; larger ones also need
+    more shared memory than a block may have on sm_89 and sm_120 (99 KiB).
     """
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 2}
-    # Eight warps share the random numbers, which take more registers than the product.
+        return {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 4}
 
 
 def up_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
     """As ``down_options``, for ``up_backward_kernel``. 128 columns: dB's tile has them as rows."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 3}
 
 
 def down_backward_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
     """As ``down_options``, for ``down_backward_kernel``."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 3}
 
 
 def dropout_dx_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
     """As ``down_options``, for ``dropout_dx_kernel``."""
-    return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": _rank_block(rank), "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 1}

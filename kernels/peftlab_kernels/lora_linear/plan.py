@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,10 @@ from peftlab_kernels.runtime import next_power_of_2
 
 SHIPPED_TABLE = Path(__file__).with_name("plans.json")
 FORWARD, BACKWARD = ("merged", "split", "library"), ("merged", "split")
-_extra_tables: list[Path] = []
-_planned_rows: list[int] = []
+# What a row of a table must have; a measurement may say more.
+_FIELDS = {
+    "device": str, "kind": str, "m": int, "n": int, "k": int, "dropout": bool, "forward": str, "backward": str,
+}  # fmt: skip
 
 # Rows from which bitsandbytes' fused NF4 product is slower than dequantizing once and a dense product, by compute
 # capability (bitsandbytes 0.50 switches at the same sizes for most weights).
@@ -33,12 +35,35 @@ class Plan:
     backward: str
 
 
+class Key(NamedTuple):
+    """What a plan is chosen by. device: ``cpu`` or ``sm_90``; m: rows of the input, up to the next power of two."""
+
+    device: str
+    kind: str
+    m: int
+    n: int
+    k: int
+    dropout: bool
+
+
+_Table = dict[Key, Plan]
+_extra_tables: list[_Table] = []
+_planned_rows: list[int] = []
+_forced: list[Plan] = []
+
+
+def key_of(kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: bool) -> Key:
+    return Key(_device_key(device.type, device.index), kind, next_power_of_2(max(M, 1)), N, K, dropout)
+
+
 def choose(
     kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: bool, backend: str
 ) -> Plan:  # fmt: skip
     """The plan for [M, K] inputs to a [N, K] weight of ``kind`` (dense, nf4, int8)."""
+    if _forced:
+        return _forced[-1]
     M = _planned_rows[-1] if _planned_rows else M
-    return _choose(_device_key(device.type, device.index), kind, next_power_of_2(max(M, 1)), N, K, dropout, backend)
+    return _choose(key_of(kind, device, M=M, N=N, K=K, dropout=dropout), backend)
 
 
 @contextlib.contextmanager
@@ -52,44 +77,58 @@ def planned_for(rows: int) -> Iterator[None]:
         _planned_rows.pop()
 
 
-def use_table(path: Path) -> None:
-    """Measurements in ``path`` win over the shipped ones from now on. Raises: ValueError when it is not such a table."""
-    read_table(path)
-    _extra_tables.insert(0, path)
+@contextlib.contextmanager
+def forced(plan: Plan) -> Iterator[None]:
+    """Within it every call takes ``plan``: for measuring it."""
+    _forced.append(plan)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def use_table(path: Path | None) -> None:
+    """Measurements in ``path`` win over the shipped ones from now on, in place of those of an earlier call; None: the
+    shipped ones alone. Raises: ValueError when it is not such a table, and nothing has changed then."""
+    tables = [] if path is None else [_table_of(read_table(path))]
+    _extra_tables[:] = tables
     _choose.cache_clear()
-    _rows_of.cache_clear()
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows ``{device, kind, m, n, k, dropout, forward, backward}``. Raises: ValueError naming the first wrong row."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["plans"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a table of kernel plans: {error}") from error
+        if not isinstance(rows, list):
+            raise TypeError(f"its plans are no list but {type(rows).__name__}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a table of kernel plans: {type(error).__name__}: {error}") from error
     for number, row in enumerate(rows):
-        missing = {"device", "kind", "m", "n", "k", "dropout", "forward", "backward"} - set(row)
-        if missing or row["forward"] not in FORWARD or row["backward"] not in BACKWARD:
-            raise ValueError(f"{path}, plan {number + 1}: expected {FORWARD} and {BACKWARD}, found {row}")
-    return list(rows)
+        where = f"{path}, plan {number + 1}"
+        if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in _FIELDS.items()):
+            raise ValueError(f"{where}: expected {', '.join(_FIELDS)}, found {row}")
+        if row["forward"] not in FORWARD or row["backward"] not in BACKWARD:
+            raise ValueError(f"{where}: expected {FORWARD} and {BACKWARD}, found {row}")
+        if row["dropout"] and "merged" in (row["forward"], row["backward"]):
+            raise ValueError(f"{where}: dropout acts on x, so nothing can be merged, found {row}")
+    return rows
+
+
+def _table_of(rows: list[dict[str, Any]]) -> _Table:
+    return {Key(*(row[name] for name in Key._fields)): Plan(row["forward"], row["backward"]) for row in rows}
 
 
 @functools.cache
-def _choose(device: str, kind: str, M: int, N: int, K: int, dropout: bool, backend: str) -> Plan:
-    for path in [*_extra_tables, SHIPPED_TABLE]:
-        row = _rows_of(path).get((device, kind, M, N, K, dropout))
-        if row is not None:
-            return row
-    return rule(device, kind, M=M, N=N, K=K, dropout=dropout)
+def _choose(key: Key, backend: str) -> Plan:
+    for table in [*_extra_tables, _shipped_table()]:
+        if key in table:
+            return table[key]
+    return rule(key.device, key.kind, M=key.m, N=key.n, K=key.k, dropout=key.dropout)
 
 
 @functools.cache
-def _rows_of(path: Path) -> dict[tuple[Any, ...], Plan]:
-    if not path.is_file():
-        return {}
-    return {
-        (r["device"], r["kind"], r["m"], r["n"], r["k"], r["dropout"]): Plan(r["forward"], r["backward"])
-        for r in read_table(path)
-    }
+def _shipped_table() -> _Table:
+    return _table_of(read_table(SHIPPED_TABLE)) if SHIPPED_TABLE.is_file() else {}
 
 
 def rule(device: str, kind: str, *, M: int, N: int, K: int, dropout: bool) -> Plan:

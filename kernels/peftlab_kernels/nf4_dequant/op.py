@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftlab_kernels import runtime
+from peftlab_kernels.nf4_dequant.reference import nf4_dequant_reference
 from peftlab_kernels.runtime import cdiv, next_power_of_2
 
 
@@ -36,6 +37,7 @@ class NF4Weight:
         return [self.packed, self.absmax, self.code, *(self.nested or ())]
 
 
+@torch.no_grad()
 def nf4_dequant(
     weight: NF4Weight,
     *,
@@ -56,13 +58,8 @@ def nf4_dequant(
     """
     N, K = weight.shape
     numel = N * K
-    if weight.packed.dtype != torch.uint8 or weight.packed.numel() != cdiv(numel, 2):
-        raise ValueError(
-            f"expected {cdiv(numel, 2)} uint8 values for a [{N}, {K}] weight, found {weight.packed.numel()} of "
-            f"{weight.packed.dtype}"
-        )
-    if weight.absmax.numel() != cdiv(numel, weight.blocksize):
-        raise ValueError(f"expected {cdiv(numel, weight.blocksize)} block scales, found {weight.absmax.numel()}")
+    _check(weight)
+    check_low_rank(low_rank, N, K)
     if out is None:
         out = torch.empty((N, K), dtype=dtype, device=weight.packed.device)
     elif out.shape != (N, K) or out.dtype != dtype or not out.is_contiguous():
@@ -76,9 +73,63 @@ def nf4_dequant(
     return out
 
 
+def _check(weight: NF4Weight) -> None:
+    """Sizes: kernels index by them, so a wrong one would read foreign memory."""
+    (N, K), numel = weight.shape, weight.shape[0] * weight.shape[1]
+    if weight.packed.dtype != torch.uint8 or weight.packed.numel() != cdiv(numel, 2):
+        raise ValueError(
+            f"expected {cdiv(numel, 2)} uint8 values for a [{N}, {K}] weight, found {weight.packed.numel()} of "
+            f"{weight.packed.dtype}"
+        )
+    blocks = cdiv(numel, weight.blocksize)
+    expected = {"block scales": (weight.absmax, blocks), "code": (weight.code, 16)}
+    if weight.nested is not None:
+        code2, absmax2, offset = weight.nested
+        expected["nested code"] = (code2, 256)
+        expected["nested scales"] = (absmax2, cdiv(blocks, weight.nested_blocksize))
+        expected["nested offset"] = (offset, 1)
+    for name, (tensor, size) in expected.items():
+        if tensor.numel() != size:
+            raise ValueError(f"expected {size} values of {name} for a [{N}, {K}] weight, found {tensor.numel()}")
+
+
+def check_low_rank(low_rank: tuple[Tensor, Tensor, float] | None, N: int, K: int) -> None:
+    """Raises ValueError unless ``low_rank`` is None or (A [R, K], B [N, R], s)."""
+    if low_rank is None:
+        return
+    A, B, _ = low_rank
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or A.shape[0] != B.shape[1]:
+        raise ValueError(
+            f"expected A [R, {K}] and B [{N}, R] for a [{N}, {K}] weight, found {list(A.shape)} and {list(B.shape)}"
+        )
+
+
 def _torch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, out: Tensor) -> None:
+    wide = out.dtype if out.dtype == torch.float64 else torch.float32
+    if low_rank is None:
+        out.copy_(_values(weight, out.dtype))
+        return
+    A_RK, B_NR, scale = low_rank
+    # addmm_, not addmm: autocast would round the operands of the latter.
+    merged = _values(weight, torch.float32).to(wide).addmm_(B_NR.to(wide), A_RK.to(wide), alpha=scale)
+    out.copy_(merged)
+
+
+def _values(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """A new [N, K] tensor; float32 stands in for types that bitsandbytes does not write."""
     import bitsandbytes  # noqa: F401  # registers the ops
 
+    dtype = dtype if dtype in runtime.TRITON_DTYPES else torch.float32
+    N, K = weight.shape
+    # bitsandbytes 0.50.2 on a CPU takes a row's scales from the wrong blocks where blocks span rows: give it rows that
+    # are whole blocks, and take the formula where there are none.
+    shape = (N, K) if K % weight.blocksize == 0 else (N * K // weight.blocksize, weight.blocksize)
+    if shape[0] * shape[1] != N * K:
+        values = nf4_dequant_reference(
+            weight.packed, weight.absmax, weight.code, weight.shape,
+            blocksize=weight.blocksize, nested=weight.nested, nested_blocksize=weight.nested_blocksize,
+        )  # fmt: skip
+        return values.to(dtype)
     absmax = weight.absmax
     if weight.nested is not None:
         code2, absmax2, offset = weight.nested
@@ -87,16 +138,10 @@ def _torch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, out
         )
         absmax += offset
     values = torch.ops.bitsandbytes.dequantize_4bit.default(
-        weight.packed.view(-1, 1), absmax, weight.blocksize, "nf4", weight.shape, out.dtype
+        weight.packed.view(-1, 1), absmax, weight.blocksize, "nf4", shape, dtype
     )
-    if low_rank is None:
-        out.copy_(values)
-        return
-    A_RK, B_NR, scale = low_rank
-    if out.dtype == torch.float32:
-        torch.addmm(values, B_NR.float(), A_RK.float(), alpha=scale, out=out)
-    else:
-        out.copy_(torch.addmm(values.float(), B_NR.float(), A_RK.float(), alpha=scale))
+    result: Tensor = values.view(N, K)
+    return result
 
 
 def _launch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, out: Tensor) -> None:
@@ -112,7 +157,7 @@ def _launch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, ou
         nf4_dequant_kernel[grid](*stored, out, N * K, BLOCKSIZE=weight.blocksize, **nested, **options)
         return
     A_RK, B_NR, scale = low_rank
-    options = merge_options(K, A_RK.shape[0], weight.blocksize)
+    options = merge_options(K, A_RK.shape[0], weight.blocksize, out.dtype)
     tiles = (cdiv(K, options["BLOCK_K"]), cdiv(N, options["BLOCK_N"]))
     nf4_merge_kernel[tiles](
         *stored, A_RK.contiguous(), B_NR.contiguous(), out, N, K, A_RK.shape[0], float(scale),
@@ -125,17 +170,18 @@ def dequant_options(blocksize: int) -> dict[str, Any]:
     return {"ROWS": max(1, 4096 // blocksize), "num_warps": 4, "enable_fp_fusion": False}
 
 
-def merge_options(K: int, rank: int, blocksize: int) -> dict[str, Any]:
-    """As ``dequant_options``. 64 rows are what Hopper's matrix unit takes; at 128 the two sums of a tile leave two
-    programs a processor, and blocks of 128 or unaligned ones spill. One stage: up to rank 64 there is one step.
+def merge_options(K: int, rank: int, blocksize: int, dtype: torch.dtype) -> dict[str, Any]:
+    """As ``dequant_options``. From 64 rows on Hopper's matrix unit takes the tile; at 128 unaligned tiles and those of
+    blocks of 128 spill registers. One stage: up to rank 64 there is one step, so nothing to fetch ahead.
     """
     aligned = K % blocksize == 0 and blocksize <= 128
+    small = aligned and blocksize <= 64 and dtype != torch.float32
     return {
         "ALIGNED": aligned,
         "BLOCK_N": 64,
         "BLOCK_K": blocksize if aligned else 64,
         "BLOCK_R": min(64, max(16, next_power_of_2(rank))),
-        "num_warps": 4 if aligned and blocksize <= 64 else 8,
+        "num_warps": 4 if small else 8,
         "num_stages": 1,
         "enable_fp_fusion": False,
     }
