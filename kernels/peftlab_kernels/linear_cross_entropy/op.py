@@ -80,10 +80,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope_CV = 1 - logits_CV.square()
                 logits_CV.mul_(softcap)
             index_C1 = target_N[part, None]
-            lse_C = torch.logsumexp(logits_CV, dim=-1)
-            loss_N[part] = lse_C - logits_CV.gather(1, index_C1).squeeze(1)
+            # Relative to the largest logit, so that a small loss is not the difference of two large numbers.
+            logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
+            target_C = logits_CV.gather(1, index_C1).squeeze(1)
+            probs_CV = logits_CV.exp_()
+            sum_C = probs_CV.sum(dim=-1)
+            loss_N[part] = sum_C.log() - target_C
             if grad_NH is not None:
-                probs_CV = logits_CV.sub_(lse_C[:, None]).exp_()
+                probs_CV.div_(sum_C[:, None])
                 probs_CV.scatter_add_(1, index_C1, probs_CV.new_full(index_C1.shape, -1.0))
                 if softcap is not None:
                     probs_CV.mul_(slope_CV)
