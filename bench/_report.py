@@ -209,12 +209,12 @@ def split_cost_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rewrite_readme(path: Path, folder: Path) -> None:
-    """Puts the tables of the result files between the two markers of the file."""
-    begin, end = "<!-- cpu_vs_peft -->", "<!-- /cpu_vs_peft -->"
+def replace_section(path: Path, name: str, body: str) -> None:
+    """Puts ``body`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of the file."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
         raise SystemExit(f"expected {begin} and {end} once each in {path.name}")
     head, rest = text.split(begin)
     tail = rest.split(end)[1]
-    path.write_text(f"{head}{begin}\n{tables(folder)}\n{end}{tail}", encoding="utf-8")
+    path.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")

@@ -294,7 +294,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.table:
-        _report.rewrite_readme(HERE / "README.md", options.out)
+        _report.replace_section(HERE / "README.md", "cpu_vs_peft", _report.tables(options.out))
         return 0
     if options.split_cost:
         split_cost(options.out)

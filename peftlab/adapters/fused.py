@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ class FusedLora:
     kernels = "auto"
     kept_slow: str | None = None
     """Set by the layer: why its last forward was PEFT's own; None when it was fused."""
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Fused")  # what PEFT's tools and tests read in a printed model
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reason = self.slow_reason(x, args, kwargs)
@@ -249,8 +252,17 @@ def _fused_8bit() -> type:
 
 def register(config: Any) -> Any:
     """``config`` (a LoraConfig), with the fused layers in its custom-module mapping; nothing of it is saved."""
-    config._register_custom_module(fused_classes())
+    config._register_custom_module({base: _maker(layer) for base, layer in fused_classes().items()})
     return config
+
+
+def _maker(layer: type) -> Callable[..., Any]:
+    def make(target: nn.Module, adapter_name: str, **options: Any) -> Any:
+        if options.get("parameter_name") is not None:
+            return None  # an adapter on a bare parameter: PEFT goes on to its own layers
+        return layer(target, adapter_name, **options)
+
+    return make
 
 
 def set_kernels(model: nn.Module, kernels: str) -> None:

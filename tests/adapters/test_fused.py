@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -237,6 +238,22 @@ def test_other_libraries_linears_are_left_to_peft() -> None:
     assert not isinstance(nn.Embedding(4, 4), key)
 
 
+def test_adapters_on_bare_parameters_are_left_to_peft(tiny: Callable[..., Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from peftlab.adapters.fused import register
+
+    base = tiny("tiny:llama", adapter=False)
+    model = get_peft_model(base, register(LoraConfig(target_parameters=["q_proj.weight"])))
+    assert not fused_layers(model)
+    assert "lora.ParamWrapper" in repr(model)
+
+
+def test_a_printed_model_reads_as_pefts(tiny: Callable[..., Any]) -> None:
+    assert "(q_proj): lora.Linear(" in repr(tiny("tiny:llama"))
+    assert "(q_proj): lora.Linear4bit(" in repr(tiny("tiny:llama", quantize="nf4"))
+
+
 def test_mixed_batches_of_adapters(tiny: Callable[..., Any]) -> None:
     from peft import LoraConfig
 
@@ -317,3 +334,33 @@ def test_the_plan_of_modules_is_what_gets_adapted(tiny: Callable[..., Any], name
 def test_an_unknown_mode_is_refused(tiny: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="expected kernels as one of auto, triton, reference, compared, found 'fast'"):
         set_kernels(tiny("tiny:llama"), "fast")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["none", "nf4", "int8"])
+def test_twenty_steps_of_a_real_model_equal_pefts(tmp_path: Path, storage: str) -> None:
+    """SmolLM2: losses and the trained updates B A; AdamW turns rounding of near-zero gradients into whole steps."""
+    import peftlab
+    from peftlab.training.metrics_log import read_metrics
+    from peftlab.training.progress import SilentProgress
+
+    shared = [
+        "train.epochs=", "train.max_steps=20", "train.batch_tokens=160", "train.accumulate=1", "data.eval_rows=10",
+        "eval.before=false", "eval.prompts=[]", "run.merge=none", f"model.quantize={storage}",
+    ]  # fmt: skip
+    losses, updates = {}, {}
+    for kernels in ("auto", "reference"):
+        folder = tmp_path / kernels
+        run = peftlab.train(
+            "quickstart", [*shared, f"run.kernels={kernels}", f"run.dir={folder}"], progress=SilentProgress()
+        )
+        assert run.summary["parity"]["num_fused"] == (210 if kernels == "auto" else 0)
+        losses[kernels] = [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+        tensors = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
+        updates[kernels] = [tensors[n.replace("lora_A", "lora_B")] @ tensors[n] for n in tensors if "lora_A" in n]
+    assert len(losses["auto"]) == 20
+    assert losses["auto"][-1] < 0.8 * losses["auto"][0], "nothing was learned, so nothing is compared"
+    torch.testing.assert_close(torch.tensor(losses["auto"]), torch.tensor(losses["reference"]), rtol=1e-3, atol=0)
+    gap = sum(float((a - b).square().sum()) for a, b in zip(updates["auto"], updates["reference"], strict=True))
+    size = sum(float(b.square().sum()) for b in updates["reference"])
+    assert (gap / size) ** 0.5 < 0.02
