@@ -77,7 +77,8 @@ def run(checkout: Path, files: list[str], *, fused: bool) -> tuple[dict[str, str
             kinds = {child.tag for child in case}
             outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
             outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
-        return outcomes, "\n".join(done.stdout.strip().splitlines()[-2:])
+        lines = done.stdout.strip().splitlines()
+        return outcomes, "; ".join([*(line for line in lines if line.startswith("fused forwards")), lines[-1]])
 
 
 def main() -> int:

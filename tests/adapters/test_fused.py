@@ -244,7 +244,7 @@ def test_adapters_on_bare_parameters_are_left_to_peft(tiny: Callable[..., Any]) 
     from peftlab.adapters.fused import register
 
     base = tiny("tiny:llama", adapter=False)
-    model = get_peft_model(base, register(LoraConfig(target_parameters=["q_proj.weight"])))
+    model = get_peft_model(base, register(LoraConfig(target_modules=[], target_parameters=["q_proj.weight"])))
     assert not fused_layers(model)
     assert "lora.ParamWrapper" in repr(model)
 
