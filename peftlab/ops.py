@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from peftlab_kernels.linear_cross_entropy import linear_cross_entropy
 from peftlab_kernels.lora_linear import (
     BaseWeight,
@@ -10,10 +13,20 @@ from peftlab_kernels.lora_linear import (
     dropout_mask,
     lora_linear,
     lora_linear_reference,
+    plan,
     planned_for,
 )
-from peftlab_kernels.nf4_dequant import NF4Weight
+from peftlab_kernels.lora_linear.plan import BACKWARD as BACKWARD_PLANS
+from peftlab_kernels.lora_linear.plan import FORWARD as FORWARD_PLANS
+from peftlab_kernels.lora_linear.plan import Key as PlanKey
+from peftlab_kernels.lora_linear.plan import Plan
+from peftlab_kernels.lora_linear.plan import forced as forced_plan
+from peftlab_kernels.lora_linear.plan import in_use as plans_in_use
+from peftlab_kernels.lora_linear.plan import key_of as plan_key
+from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant_reference
 from peftlab_kernels.runtime import new_seed, release_scratch, triton_problem
+
+from peftlab.errors import ArtifactError
 
 _TRITON_OPS = ("int8_dequant", "lora_linear", "nf4_dequant")
 
@@ -28,18 +41,57 @@ def kernel_paths(device_type: str) -> dict[str, tuple[str, str]]:
     }
 
 
+def plan_by_rule(key: PlanKey) -> Plan:
+    """The plan without measurements."""
+    return plan.rule(key.device, key.kind, M=key.m, N=key.n, K=key.k, dropout=key.dropout)
+
+
+def read_plans(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table of measured plans. Raises: ArtifactError when ``path`` is not one."""
+    try:
+        return plan.read_table(path)
+    except ValueError as error:
+        raise _not_a_table(error) from error
+
+
+def use_plans(path: Path | None) -> None:
+    """Plans measured in ``path`` are used from now on, in place of those of an earlier call; None: none are.
+
+    Raises: ArtifactError when ``path`` is not such a table.
+    """
+    try:
+        plan.use_table(path)
+    except ValueError as error:
+        raise _not_a_table(error) from error
+
+
+def _not_a_table(error: ValueError) -> ArtifactError:
+    return ArtifactError(f"{error}; `peftlab bench tune-kernels` rewrites it, or delete it")
+
+
 __all__ = [
+    "BACKWARD_PLANS",
     "BaseWeight",
     "DenseWeight",
+    "FORWARD_PLANS",
     "Int8Weight",
     "NF4Weight",
+    "Plan",
+    "PlanKey",
     "dropout_mask",
+    "forced_plan",
     "kernel_paths",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_reference",
     "new_seed",
+    "nf4_dequant_reference",
+    "plan_by_rule",
+    "plan_key",
+    "plans_in_use",
     "planned_for",
+    "read_plans",
     "release_scratch",
     "triton_problem",
+    "use_plans",
 ]

@@ -20,6 +20,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "peftlab"
 
 
+def kernel_plans_file() -> Path:
+    """Where ``peftlab bench tune-kernels`` writes by default and every run looks."""
+    return cache_root() / "kernel-plans.json"
+
+
 def package_path(name: str, *, key: str, error: type[PeftlabError]) -> Path:
     """The file or folder that ``package:IMPORT_NAME/RELATIVE/PATH`` names, without importing the package.
 

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "data"},
     "adapters": {"errors", "ops"},
     "distill": {"errors", "ops"},
+    "bench": {"errors", "paths", "ops", "models"},
     "training": {"errors", "ops", "data", "models", "adapters", "tasks", "evaluation", "distill"},
     "api": {
         "errors",
@@ -34,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
         "adapters",
         "distill",
         "training",
+        "bench",
     },
-    "cli": {"api", "errors", "recipe.catalog"},
+    "cli": {"api", "errors", "recipe.catalog", "bench"},
     "__main__": {"cli"},
     "<root>": {"api", "errors", "recipe"},
 }

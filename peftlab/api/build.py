@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peftlab.data import Rows, class_names, load_rows, read_labels, split_rows
@@ -24,7 +25,8 @@ from peftlab.models import (
     resolve_precision,
     tokenizer_fingerprint,
 )
-from peftlab.ops import linear_cross_entropy
+from peftlab.ops import linear_cross_entropy, use_plans
+from peftlab.paths import kernel_plans_file
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.tasks import CausalLM, Encoded, SequenceClassification, Task
 
@@ -64,12 +66,25 @@ def located(loaded: LoadedRecipe | None) -> Iterator[None]:
         raise ResourceError(f"the disk is full: {error}; free some room or choose another run.dir") from error
 
 
-def prepare_libraries() -> None:
-    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, a guarded bitsandbytes."""
+def prepare_libraries(*, measured_plans: bool = True) -> None:
+    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, a guarded bitsandbytes, the
+    kernel plans measured on this machine.
+
+    Raises: ArtifactError when the file of measured plans is damaged.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with contextlib.suppress(ImportError):  # only a quantized model needs it, and says so
         import_bitsandbytes()
+    if measured_plans:
+        use_plans(_plans_here())
+
+
+def _plans_here() -> Path | None:
+    with contextlib.suppress(RuntimeError):  # without a home folder there is no cache
+        file = kernel_plans_file()
+        return file if os.path.exists(file) else None
+    return None
 
 
 def pick_device(name: str) -> str:

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from peftlab.errors import ArtifactError
 from peftlab.models import import_bitsandbytes
-from peftlab.paths import cache_root
+from peftlab.paths import cache_root, kernel_plans_file
 
 Status = Literal["ok", "note", "problem"]
 
@@ -275,7 +276,7 @@ def _kernels(torch: Any) -> list[Fact]:
         ops = importlib.import_module("peftlab.ops")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         facts = [_fact(name, path, detail=why) for name, (path, why) in sorted(ops.kernel_paths(device).items())]
-        facts.append(_lora_trial(torch, ops, device))
+        facts += [_plans(torch, ops, device), _lora_trial(torch, ops, device)]
     except Exception as error:
         facts = [_fact("ops", "do not work", "problem", _reason(error))]
     try:
@@ -283,6 +284,22 @@ def _kernels(torch: Any) -> list[Fact]:
     except Exception as error:
         facts.append(_fact("triton", "does not import", "note", _reason(error)))
     return facts
+
+
+def _plans(torch: Any, ops: Any, device: str) -> Fact:
+    """Whether plans of the adapted linears were measured for this device."""
+    file = kernel_plans_file()
+    if not os.path.exists(file):
+        return _fact("plans", "by rule", detail=f"`peftlab bench tune-kernels` writes measured ones to {file}")
+    try:
+        rows = ops.read_plans(file)
+    except ArtifactError as error:
+        return _fact("plans", "damaged", "problem", str(error))
+    own = ops.plan_key("dense", torch.device(device), M=1, N=1, K=1, dropout=False).device
+    here = sum(row["device"] == own for row in rows)
+    if not here:
+        return _fact("plans", "by rule", detail=f"{file} has none for {own}")
+    return _fact("plans", f"{here} measured plan{'' if here == 1 else 's'}", detail=str(file))
 
 
 def _lora_trial(torch: Any, ops: Any, device: str) -> Fact:

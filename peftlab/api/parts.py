@@ -113,6 +113,11 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
     fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
     for line in check_lock(loaded, fingerprints=fingerprints):
         progress.note(line)
+    plans = ((recipe.lock or {}).get("environment") or {}).get("kernel_plans", ops.plans_in_use())
+    if plans != ops.plans_in_use():
+        progress.note(
+            f"kernel plans: {plans} when the run was made, {ops.plans_in_use()} now: the last bits may differ"
+        )
     task = build.build_task(recipe, tokenizer, data.train)
     metrics = recipe.eval.metrics or default_metrics(recipe.task, bool(recipe.eval.choices))
     if recipe.eval.best is not None and recipe.eval.best not in flat_names(metrics, task.class_names):

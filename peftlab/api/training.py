@@ -20,6 +20,7 @@ from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, check_run_folder, free_run
 from peftlab.data import Rows
 from peftlab.errors import Interrupted, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
+from peftlab.ops import plans_in_use
 from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
@@ -242,6 +243,7 @@ def _environment(parts: Parts) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
     environment: dict[str, Any] = {"device": name, "precision": parts.precision, "threads": torch.get_num_threads()}
+    environment["kernel_plans"] = plans_in_use()
     if parts.task.class_names and parts.recipe.task == "seq_cls":
         environment["class_names"] = parts.task.class_names
     return environment

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from peftlab import __version__
-from peftlab.cli import chat, doctor, evaluate, merge, predict, recipes, train
+from peftlab.cli import bench, chat, doctor, evaluate, merge, predict, recipes, train
 from peftlab.cli.failures import EXIT_CODES, handle, usage_error
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output
@@ -95,6 +95,11 @@ recipes_app.command("list", cls=Verb, epilog="Example: peftlab recipes list")(re
 recipes_app.command("show", cls=Verb, epilog="Example: peftlab recipes show quickstart")(recipes.show)
 recipes_app.command("copy", cls=Verb, epilog="Example: peftlab recipes copy quickstart mine.yaml")(recipes.copy)
 recipes_app.command("schema", cls=Verb, epilog="Example: peftlab recipes schema > recipe.schema.json")(recipes.schema)
+bench_app = typer.Typer(cls=Verbs, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench", epilog="Example: peftlab bench tune-kernels --model shape:llama-3-8b")
+bench_app.callback()(bench.bench)
+_EXAMPLE = "Example: peftlab bench tune-kernels --kinds nf4 --rows 2048"
+bench_app.command("tune-kernels", cls=Verb, epilog=_EXAMPLE)(bench.tune_kernels)
 app.command("doctor", cls=Verb, epilog="Example: peftlab doctor --json")(doctor.doctor)
 
 

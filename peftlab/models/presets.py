@@ -203,6 +203,16 @@ def preset_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def linear_shapes(name: str) -> list[tuple[int, int]]:
+    """The distinct (out features, in features) of the linears in a preset's decoder; its output layer is none of them."""
+    values = PRESETS[name.removeprefix(PREFIX)][1]
+    hidden, inner, num_heads = values["hidden_size"], values["intermediate_size"], values["num_attention_heads"]
+    head = values.get("head_dim", hidden // num_heads)
+    query, key = num_heads * head, values["num_key_value_heads"] * head
+    shapes = [(query, hidden), (key, hidden), (hidden, query), (inner, hidden), (hidden, inner)]
+    return list(dict.fromkeys(shapes))
+
+
 def config_folder(name: str, fingerprint: str) -> Path:
     """A folder in the cache with the preset's config.json and nothing else, for what reads a model's config from files."""
     folder = cache_root() / "shapes" / f"{name.removeprefix(PREFIX)}-{fingerprint[:16]}"

@@ -17,7 +17,7 @@ import peftlab
 from peftlab.errors import RecipeError
 from peftlab.models import find_pretrained, load_model, load_tokenizer, model_max_length, quiet
 from peftlab.models import presets as presets_module
-from peftlab.models.presets import PRESETS, preset_config, random_weight
+from peftlab.models.presets import PRESETS, linear_shapes, preset_config, random_weight
 from peftlab.models.source import resolve_model
 from peftlab.training.progress import SilentProgress
 
@@ -83,6 +83,18 @@ def test_the_parameter_counts_are_the_published_ones(name: str, parameters: int)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(preset_config(f"shape:{name}"))
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_linear_shapes_are_those_of_the_decoder(name: str) -> None:
+    config = preset_config(f"shape:{name}")
+    config.num_hidden_layers = 1
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linears = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    shapes = linear_shapes(f"shape:{name}")
+    assert len(shapes) == len(set(shapes))
+    assert set(shapes) == {tuple(m.weight.shape) for m in linears}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

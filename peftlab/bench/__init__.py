@@ -1,0 +1,1 @@
+"""Measuring on this machine what later runs then use."""

@@ -1,0 +1,134 @@
+"""One adapted linear to measure: its tensors, its formula in float32, and whether a plan computes that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftlab import ops
+from peftlab.errors import RecipeError
+from peftlab.models import import_bitsandbytes
+
+SCALE = 0.5
+# Largest error allowed, relative in the Euclidean norm. Three or four roundings to bfloat16 give 3e-3. A dropped scale,
+# mask or term is off by tens of percent, because base and adapter are equally large.
+TOLERANCE = 1e-2
+# LLM.int8 rounds x to 8 bits: 1 % for normal values, a little more in longer rows.
+INT8_LIBRARY_TOLERANCE = 2e-2
+# transformers' default: columns of x that reach it are multiplied in 16 bits.
+_INT8_THRESHOLD = 6.0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A frozen weight of one kind. values: [N, K] float32, what it stands for."""
+
+    kind: str
+    base: ops.BaseWeight
+    values: Tensor
+
+
+def make_weight(kind: str, values: Tensor, dtype: torch.dtype) -> Weight:
+    """``values`` [N, K] float32 as a model stores them. dtype: of a dense weight.
+
+    Raises: RecipeError when a quantized one is asked for and bitsandbytes does not import.
+    """
+    if kind == "dense":
+        dense = values.to(dtype)
+        return Weight(kind, ops.DenseWeight(dense), dense.float())
+    try:
+        bnb = import_bitsandbytes().functional
+    except ImportError as error:
+        raise RecipeError(
+            f"--kinds: {kind} needs bitsandbytes, which does not import ({error}); give --kinds dense"
+        ) from error
+    if kind == "int8":
+        stored, row_absmax, _ = bnb.int8_vectorwise_quant(values.half())
+        int8 = ops.Int8Weight(stored, row_absmax, _INT8_THRESHOLD)
+        return Weight(kind, int8, stored.float() * row_absmax.float()[:, None] / 127)
+    packed, state = bnb.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    nested = (state.state2.code, state.state2.absmax, state.offset)
+    shape = (values.shape[0], values.shape[1])
+    sizes = {"blocksize": state.blocksize, "nested": nested, "nested_blocksize": state.state2.blocksize}
+    # Not by bitsandbytes, whose values are wrong on a CPU where an even K is no multiple of 64 (0.50.2).
+    meant = ops.nf4_dequant_reference(packed, state.absmax, state.code, shape, **sizes)
+    return Weight(kind, ops.NF4Weight(packed, state.absmax, state.code, shape, **sizes), meant)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of ``lora_linear`` as a layer inside a model makes it: x needs a gradient.
+
+    Attributes:
+        leaves: x [M, K], A [R, K] and B [N, R], the factors in float32. dy: [M, N], what flows back. seed: of the
+            dropout mask.
+    """
+
+    weight: Weight
+    dropout: float
+    leaves: tuple[Tensor, Tensor, Tensor]
+    dy: Tensor
+    seed: Tensor
+
+    def forward(self, plan: ops.Plan) -> Tensor:
+        x, a, b = self.leaves
+        with ops.forced_plan(plan):
+            return ops.lora_linear(x, self.weight.base, a, b, scale=SCALE, dropout=self.dropout, seed=self.seed)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        """dx, dA and dB; may be called again."""
+        return torch.autograd.grad(y, self.leaves, self.dy, retain_graph=True)
+
+    def formula(self) -> tuple[Tensor, ...]:
+        """y, dx, dA and dB in float32, with the mask that the operation draws."""
+        keep, keep_scale = None, 1.0
+        if self.dropout:
+            x, a, _ = (leaf.detach() for leaf in self.leaves)
+            keep, keep_scale = ops.dropout_mask(x, a, self.dropout, self.seed)
+        leaves = [leaf.detach().float().requires_grad_() for leaf in self.leaves]
+        x, a, b = leaves
+        y = ops.lora_linear_reference(x, self.weight.values, a, b, scale=SCALE, keep=keep, keep_scale=keep_scale)
+        return y.detach(), *torch.autograd.grad(y, leaves, self.dy.float())
+
+    def fault(self, plan: ops.Plan, want: tuple[Tensor, ...]) -> str:
+        """What ``plan`` gets wrong, compared with ``want``, the formula; "" when nothing."""
+        y = self.forward(plan)
+        for name, found, wanted in zip(("y", "dx", "dA", "dB"), (y.detach(), *self.backward(y)), want, strict=True):
+            rounds_x = name == "y" and self.weight.kind == "int8" and plan.forward == "library"
+            allowed = INT8_LIBRARY_TOLERANCE if rounds_x else TOLERANCE
+            error = float((found.float() - wanted).norm() / wanted.norm())
+            if not error <= allowed:  # nan is wrong, too
+                return f"{name} is {error:.2g} away from the formula in float32, at most {allowed:g} is allowed"
+        return ""
+
+
+def make_case(weight: Weight, *, rows: int, rank: int, dropout: float, dtype: torch.dtype, device: str) -> Case:
+    """Random inputs, the same each time. ``scale * B A`` is as large as the weight."""
+    num_out, num_in = weight.base.shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(shape: tuple[int, int], std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(std)
+
+    b_std = float(weight.values.std()) / SCALE * (num_in / rank) ** 0.5
+    x = normal((rows, num_in), dtype=dtype).requires_grad_()
+    a = normal((rank, num_in), num_in**-0.5).requires_grad_()
+    b = normal((num_out, rank), b_std).requires_grad_()
+    return Case(weight, dropout, (x, a, b), normal((rows, num_out), dtype=dtype), torch.tensor(1))
+
+
+def candidates(kind: str, device: str, *, dropout: bool) -> tuple[list[str], list[str]]:
+    """The forward and the backward plans that compute the same layer here."""
+    forward, backward = list(ops.FORWARD_PLANS), list(ops.BACKWARD_PLANS)
+    if dropout:  # it acts on x, so nothing can be merged
+        forward.remove("merged")
+        backward.remove("merged")
+    # A dense weight has no product of the library's own. bitsandbytes rounds x to 8 bits under int8, in training on CUDA
+    # only: where its layer does, the fused one does too, and the parity gate compares the two.
+    if kind == "int8":
+        forward = ["split"] if device == "cpu" and dropout else ["merged", "split"] if device == "cpu" else ["library"]
+    elif kind == "dense":
+        forward.remove("library")
+    return forward, backward

@@ -1,0 +1,135 @@
+"""``peftlab bench``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from peftlab.cli.failures import usage_error
+from peftlab.cli.options import Debug, Json
+from peftlab.cli.output import make_console, output_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_LINE_EVERY_S = 10.0
+Number = TypeVar("Number", int, float)
+
+
+def bench(_json: Json = False, _debug: Debug = False) -> None:
+    """Measure what is fast on this machine."""
+
+
+def tune_kernels(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="SHAPE", help="Whose linears; default shape:llama-3-8b, on a CPU smollm2-135m."
+        ),
+    ] = None,
+    rows: Annotated[str, typer.Option("--rows", metavar="N,..", help="Rows of the input.")] = "512,2048,8192",
+    rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the adapter.")] = 16,
+    kinds: Annotated[str, typer.Option("--kinds", metavar="KIND,..", help="Kinds of weights.")] = "dense,nf4,int8",
+    dropout: Annotated[str, typer.Option("--dropout", metavar="P,..", help="0, and one for any other.")] = "0,0.05",
+    out_file: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="Default: kernel-plans.json in the cache, used by all runs."),
+    ] = None,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Measure which plan of an adapted linear is fastest here, for later runs."""
+    out = output_of(context)
+    options = {
+        "model": model,
+        "rows": _numbers(rows, int, "--rows", "whole numbers such as 512,2048", context),
+        "rank": rank,
+        "kinds": _split(kinds),
+        "dropout": _numbers(dropout, float, "--dropout", "numbers such as 0,0.05", context),
+        "out": None if out_file is None else Path(out_file).expanduser(),
+    }
+    with out.working():
+        from peftlab.api.build import prepare_libraries
+        from peftlab.bench.tune_kernels import tune_kernels as tune
+
+        prepare_libraries(measured_plans=False)  # a damaged file of them is replaced here
+        with _progress() as progress:
+            report = tune(**options, progress=progress)
+    console = make_console(sys.stderr)
+    console.print(_table(report["plans"]), markup=False)
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if out.json:
+        out.document(report)
+        return
+    changed = sum({k: plan[k] for k in plan["rule"]} != plan["rule"] for plan in report["plans"])
+    kept = f", {report['kept']} kept from before" if report["kept"] else ""
+    out.line(f"{len(report['plans'])} plans, {changed} of them not by rule{kept}: {report['file']}")
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(
+    text: str, parse: Callable[[str], Number], option: str, form: str, context: typer.Context
+) -> list[Number]:  # fmt: skip
+    try:
+        return [parse(part) for part in _split(text)]
+    except ValueError:
+        usage_error(f"{option}: expected {form}, found {text!r}", context)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Tells on stderr which case is measured: a live line in a terminal, else a line now and then."""
+    console = make_console(sys.stderr)
+    started = told = time.monotonic()
+
+    def text(done: int, total: int, case: str) -> str:
+        left = (time.monotonic() - started) / done * (total - done) if done else 0
+        return f"measuring {min(done + 1, total)} of {total}: {case}" + (f", about {left:.0f} s left" if left else "")
+
+    if console.is_terminal:
+        with console.status("measuring", spinner="line") as status:
+            yield lambda done, total, case: status.update(text(done, total, case))
+        return
+
+    def tell(done: int, total: int, case: str) -> None:
+        nonlocal told
+        if case and (done == 0 or time.monotonic() - told >= _LINE_EVERY_S):
+            told = time.monotonic()
+            console.print(text(done, total, case), markup=False, soft_wrap=True)
+
+    yield tell
+
+
+def _table(plans: list[dict[str, Any]]) -> Table:
+    """One line for each choice: a plan has two, under dropout one."""
+    from rich.table import Table
+
+    hows = ("merged", "split", "library")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("kind", "rows", "N x K", "dropout", "pass"):
+        table.add_column(name, justify="left" if name in ("kind", "pass") else "right", no_wrap=True)
+    for name in hows:
+        table.add_column(f"{name}\nms", justify="right", no_wrap=True)
+    table.add_column("chosen", no_wrap=True)
+    for plan in plans:
+        for direction in ("forward", "backward"):
+            times = plan[f"{direction}_ms"]
+            if not times:
+                continue
+            cells = [f"{times[how]['median']:.4g}" if how in times else "-" for how in hows]
+            chosen = plan[direction] + ("" if plan[direction] == plan["rule"][direction] else " *")
+            size = f"{plan['n']} x {plan['k']}"
+            table.add_row(plan["kind"], str(plan["rows"]), size, f"{plan['probability']:g}", direction, *cells, chosen)
+    table.caption = "* not what the rule takes: at least 3 % faster beyond noise"
+    return table
