@@ -157,7 +157,7 @@ def _launch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, ou
         nf4_dequant_kernel[grid](*stored, out, N * K, BLOCKSIZE=weight.blocksize, **nested, **options)
         return
     A_RK, B_NR, scale = low_rank
-    options = merge_options(K, A_RK.shape[0], weight.blocksize, out.dtype)
+    options = merge_options(K, A_RK.shape[0], weight.blocksize)
     tiles = (cdiv(K, options["BLOCK_K"]), cdiv(N, options["BLOCK_N"]))
     nf4_merge_kernel[tiles](
         *stored, A_RK.contiguous(), B_NR.contiguous(), out, N, K, A_RK.shape[0], float(scale),
@@ -170,18 +170,18 @@ def dequant_options(blocksize: int) -> dict[str, Any]:
     return {"ROWS": max(1, 4096 // blocksize), "num_warps": 4, "enable_fp_fusion": False}
 
 
-def merge_options(K: int, rank: int, blocksize: int, dtype: torch.dtype) -> dict[str, Any]:
-    """As ``dequant_options``. From 64 rows on Hopper's matrix unit takes the tile; at 128 unaligned tiles and those of
-    blocks of 128 spill registers. One stage: up to rank 64 there is one step, so nothing to fetch ahead.
+def merge_options(K: int, rank: int, blocksize: int) -> dict[str, Any]:
+    """As ``dequant_options``. Hopper's matrix unit takes tiles from 64 rows on; with 128 an unaligned tile spills
+    registers, and one of blocks of 128 leaves room for one program a processor. One stage: up to rank 64 the product
+    has one step, so there is nothing to fetch ahead.
     """
     aligned = K % blocksize == 0 and blocksize <= 128
-    small = aligned and blocksize <= 64 and dtype != torch.float32
     return {
         "ALIGNED": aligned,
-        "BLOCK_N": 64,
+        "BLOCK_N": 128 if aligned and blocksize <= 64 else 64,
         "BLOCK_K": blocksize if aligned else 64,
         "BLOCK_R": min(64, max(16, next_power_of_2(rank))),
-        "num_warps": 4 if small else 8,
+        "num_warps": 8,
         "num_stages": 1,
         "enable_fp_fusion": False,
     }

@@ -1,0 +1,268 @@
+"""Compiles every Triton kernel for every supported GPU, without one, and reads what came out.
+
+    python bench/compile_kernels.py [--json FILE] [--table] [--quick] [--arch 90] [--only REGEX] [--set BLOCK_M=128]
+
+Triton ships ptxas. A case has a problem when a kernel does not compile, spills registers, needs more shared memory than
+a block may have, or leaves a product of 16-bit matrices off the matrix unit (wgmma on sm_90, mma.sync elsewhere).
+``--table`` rewrites the tables in the READMEs of the ops. Exit codes: 0 no case has a problem, 1 some have, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from peftlab_kernels import runtime
+from peftlab_kernels.int8_dequant.op import tile_options
+from peftlab_kernels.lora_linear import passes
+from peftlab_kernels.nf4_dequant.op import dequant_options, merge_options
+
+FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "peftlab_kernels"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RANKS = (8, 16, 64)
+# What one block may have, by architecture (CUDA programming guide, technical specifications per compute capability).
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way in which an op launches a kernel.
+
+    Attributes:
+        signature: types of the arguments that are no compile-time values, in order. T stands for the op's type, A for
+            that of the adapter's factors, R for the rank; i16 is an int32 that is a multiple of 16, as most sizes are.
+        values: the op's compile-time values and launch options for a type and a rank; DOT is added.
+        matrix: it multiplies matrices, and so is compiled for each rank.
+        wide: in 16 bits once more with float32 factors, which PEFT keeps beside a quantized model.
+    """
+
+    op: str
+    kernel: str
+    variant: str
+    signature: str
+    values: Callable[[torch.dtype, int], dict[str, Any]]
+    matrix: bool = True
+    wide: bool = False
+
+
+def _nf4(nested: bool, options: dict[str, Any], *, blocksize: int = 64) -> dict[str, Any]:
+    return {"NESTED": nested, "BLOCK2": 256, "BLOCKSIZE": blocksize, **options}
+
+
+NESTED, FLAT = "*u8 *u8 *fp32 *fp32 *fp32 *fp32", "*u8 *fp32 *fp32 *fp32 *fp32 *fp32"
+MERGE, UNALIGNED = "*A *A *T i16 i16 R fp32", "*A *A *T i16 i32 R fp32"
+CASES = [
+    Case("nf4_dequant", "nf4_dequant_kernel", "nested", f"{NESTED} *T i16",
+         lambda dtype, rank: _nf4(True, dequant_options(64)), matrix=False),
+    Case("nf4_dequant", "nf4_dequant_kernel", "flat", f"{FLAT} *T i16",
+         lambda dtype, rank: _nf4(False, dequant_options(64)), matrix=False),
+    Case("nf4_dequant", "nf4_merge_kernel", "nested", f"{NESTED} {MERGE}",
+         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 64)), wide=True),
+    Case("nf4_dequant", "nf4_merge_kernel", "flat", f"{FLAT} {MERGE}",
+         lambda dtype, rank: _nf4(False, merge_options(4096, rank, 64)), wide=True),
+    Case("nf4_dequant", "nf4_merge_kernel", "nested, blocks of 128", f"{NESTED} {MERGE}",
+         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 128), blocksize=128)),
+    Case("nf4_dequant", "nf4_merge_kernel", "nested, unaligned", f"{NESTED} {UNALIGNED}",
+         lambda dtype, rank: _nf4(True, merge_options(4100, rank, 64)), wide=True),
+    Case("nf4_dequant", "nf4_merge_kernel", "flat, unaligned", f"{FLAT} {UNALIGNED}",
+         lambda dtype, rank: _nf4(False, merge_options(4100, rank, 64)), wide=True),
+    Case("int8_dequant", "int8_dequant_kernel", "alone", "*i8 *fp32 *fp32 *fp32 *T i16 i16 i16 fp32",
+         lambda dtype, rank: {"MERGE": False, **tile_options(0)}, matrix=False),
+    Case("int8_dequant", "int8_dequant_kernel", "merge", f"*i8 *fp32 {MERGE}",
+         lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
+    Case("int8_dequant", "int8_dequant_kernel", "merge, unaligned", f"*i8 *fp32 {UNALIGNED}",
+         lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
+    Case("lora_linear", "dropout_down_kernel", "", "*T *A *T *u8 i16 i16 R i64 i32 fp32",
+         lambda dtype, rank: {"ROUNDS": passes.MASK_ROUNDS, **passes.down_options(rank, dtype)}, wide=True),
+    Case("lora_linear", "up_backward_kernel", "", "*T *A *T *fp32 *fp32 i16 i16 R fp32 i16",
+         lambda dtype, rank: passes.up_options(rank, dtype), wide=True),
+    Case("lora_linear", "down_backward_kernel", "dropout", "*T *u8 *T *fp32 i16 i16 R fp32 i16",
+         lambda dtype, rank: {"HAS_MASK": True, **passes.down_backward_options(rank, dtype)}),
+    Case("lora_linear", "down_backward_kernel", "no dropout", "*T *T *T *fp32 i16 i16 R fp32 i16",
+         lambda dtype, rank: {"HAS_MASK": False, **passes.down_backward_options(rank, dtype)}),
+    Case("lora_linear", "dropout_dx_kernel", "", "*T *u8 *T *A i16 i16 R fp32",
+         lambda dtype, rank: passes.dropout_dx_options(rank, dtype), wide=True),
+]  # fmt: skip
+
+
+def jobs(*, quick: bool, only: str, archs: list[int]) -> list[tuple[int, str, str, int, int]]:
+    """(number of the case, type, type of the factors, rank, architecture)."""
+    return [
+        (number, dtype, factors, rank, arch)
+        for number, case in enumerate(CASES)
+        if re.search(only, f"{case.op} {case.kernel} {case.variant}")
+        for dtype in DTYPES
+        for factors in ((dtype, "fp32") if case.wide and dtype != "fp32" else (dtype,))
+        for rank in (RANKS if case.matrix else (16,))
+        for arch in archs
+        if not quick
+        or (rank == 16 and (factors == "fp32") == case.wide and (dtype == "bf16" or (dtype == "fp16" and arch == 90)))
+    ]
+
+
+def compile_case(number: int, dtype: str, factors: str, rank: int, arch: int, changes: dict[str, int]) -> Row:
+    """What the compiler made of a case; ``problems`` is empty when all is as it should be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    case = CASES[number]
+    kernel = getattr(importlib.import_module(f"peftlab_kernels.{case.op}.kernel"), case.kernel)
+    values = case.values(DTYPES[dtype], rank)
+    if "DOT" in kernel.arg_names:
+        values["DOT"] = runtime.dot_dtype(DTYPES[dtype])
+    values.update({name: value for name, value in changes.items() if name in values})
+    options = {name: values.pop(name) for name in LAUNCH_OPTIONS if name in values}
+    words = {"T": dtype, "A": factors, "R": "i16" if rank % 16 == 0 else "i32"}
+    types = [re.sub("[TAR]", lambda m: words[m[0]], word) for word in case.signature.split()]
+    arguments = dict(zip([name for name in kernel.arg_names if name not in values], types, strict=True))
+    aligned = [name for name, t in arguments.items() if t == "i16" or t.startswith("*")]  # as torch allocates memory
+    source = ASTSource(
+        kernel,
+        {name: t.replace("i16", "i32") for name, t in arguments.items()} | dict.fromkeys(values, "constexpr"),
+        values,
+        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    row: Row = {
+        "op": case.op, "kernel": case.kernel, "variant": case.variant, "matrix": case.matrix, "dtype": dtype,
+        "factors": factors, "rank": rank if case.matrix else None, "arch": arch,
+    }  # fmt: skip
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # a kernel from the cache has no log
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # of any kind: the other cases are worth knowing too
+        last_line = str(error).strip().rpartition("\n")[2]
+        return {**row, "problems": [f"does not compile: {type(error).__name__}: {last_line}"]}
+    row |= {
+        "num_warps": compiled.metadata.num_warps,
+        "registers": _logged(log.getvalue(), r"Used (\d+) registers"),
+        "spill_bytes": _logged(log.getvalue(), r"(\d+) bytes spill"),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_unit": _matrix_unit(compiled),
+    }
+    return {**row, "problems": _problems(row)}
+
+
+def _logged(log: str, pattern: str) -> int:
+    """The sum of a number in the log of ptxas, which must be there."""
+    found = re.findall(pattern, log)
+    assert found, f"no {pattern!r} in the log of ptxas:\n{log}"
+    return sum(map(int, found))
+
+
+def _matrix_unit(compiled: Any) -> str:
+    """What the products run on; fma: on the ordinary units."""
+    units = [unit for unit in ("wgmma", "mma.sync") if f"{unit}." in compiled.asm["ptx"]]
+    if re.search(r"= tt\.dot .*-> tensor<[^>]*#(?!mma)", compiled.asm["ttgir"]):
+        units.append("fma")
+    return " and ".join(units)
+
+
+def _problems(row: Row) -> list[str]:
+    problems, limit = [], SHARED_LIMIT_BYTES[row["arch"]]
+    if row["spill_bytes"]:
+        problems.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > limit:
+        problems.append(f"needs {row['shared_bytes']} bytes of shared memory, a block may have {limit}")
+    wanted = "wgmma" if row["arch"] == 90 else "mma.sync"
+    if row["matrix"] and row["dtype"] != "fp32" and row["matrix_unit"] != wanted:
+        problems.append(f"expected {wanted}, found {row['matrix_unit'] or 'no product'}")
+    return problems
+
+
+def table(rows: list[Row]) -> str:
+    """Registers a thread, KiB of shared memory a block and the matrix unit, one column an architecture."""
+    archs = list(SHARED_LIMIT_BYTES)
+    lines = ["| kernel | type | rank | warps |" + "".join(f" sm_{arch} |" for arch in archs), "|---" * 8 + "|"]
+    names = ("kernel", "variant", "dtype", "factors", "rank")
+    for (kernel, variant, dtype, factors, rank), group in groupby(rows, key=lambda row: [row[name] for name in names]):
+        of_arch = {row["arch"]: row for row in group}
+        warps = str(next(iter(of_arch.values())).get("num_warps", ""))
+        kernel = f"`{kernel}`" + (f" {variant}" if variant else "")
+        dtype += f", {factors} factors" if factors != dtype else ""
+        cells = [_cell(of_arch[arch]) if arch in of_arch else "" for arch in archs]
+        lines.append(f"| {' | '.join([kernel, dtype, str(rank or ''), warps, *cells])} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    if row["problems"]:
+        return "**" + "; ".join(row["problems"]).replace("|", "/") + "**"
+    unit = f", {row['matrix_unit']}" if row["matrix_unit"] else ""
+    return f"{row['registers']} regs, {row['shared_bytes'] / 1024:.0f} KiB{unit}"
+
+
+def rewrite_readme(op: str, rows: list[Row], versions: str) -> None:
+    """The part between the markers. Only bf16 is shown: fp16 differs in the name of the instructions."""
+    path = FOLDER / op / "README.md"
+    if not path.exists():
+        path.write_text(f"# {op}\n\n<!-- compiled -->\n<!-- /compiled -->\n", encoding="utf-8")
+    bad = sum(bool(row["problems"]) for row in rows)
+    text = table([row for row in rows if row["dtype"] == "bf16" and row["rank"] != 8])
+    text += f"\n\n{len(rows)} compilations (with fp16, fp32 and rank 8), {bad} with problems; {versions}.\n"
+    pattern, old = "(?s)(<!-- compiled -->\n).*(<!-- /compiled -->)", path.read_text(encoding="utf-8")
+    new, found = re.subn(pattern, lambda m: m[1] + text + m[2], old)
+    assert found == 1, f"{path} lacks the lines <!-- compiled --> and <!-- /compiled -->"
+    path.write_text(new, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--json", type=Path, help="write one row a case to this file")
+    parser.add_argument("--table", action="store_true", help="rewrite the tables in the READMEs of the ops")
+    parser.add_argument("--quick", action="store_true", help="rank 16, bf16 and on sm_90 fp16, one type of factors")
+    parser.add_argument("--arch", type=int, choices=SHARED_LIMIT_BYTES, action="append", help="only this one")
+    parser.add_argument("--only", default="", help="cases whose op, kernel and variant match this expression")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=INT", help="instead of the op's own value")
+    arguments = parser.parse_args()
+    changes = {name: int(value) for name, value in (change.split("=") for change in arguments.set)}
+    if arguments.table and (arguments.quick or arguments.arch or arguments.only or changes):
+        parser.error("--table needs all cases with the ops' own values")
+    if "TRITON_INTERPRET" in os.environ:  # Triton reads it when a kernel is defined, and then there is none to compile
+        del os.environ["TRITON_INTERPRET"]
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    work = jobs(quick=arguments.quick, only=arguments.only, archs=arguments.arch or list(SHARED_LIMIT_BYTES))
+    if not work:
+        parser.error(f"no case matches {arguments.only!r}")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        with ProcessPoolExecutor() as pool:
+            rows = list(pool.map(compile_case, *zip(*work, strict=True), [changes] * len(work)))
+    import triton
+
+    nvidia = triton.knobs.nvidia  # from sm_100 on Triton takes another ptxas
+    versions = f"Triton {triton.__version__}, ptxas {nvidia.ptxas.version} and {nvidia.ptxas_blackwell.version}"
+    for op, group in groupby(rows, key=lambda row: str(row["op"])):
+        of_op = list(group)
+        print(f"\n## {op}\n\n{table(of_op)}")
+        if arguments.table:
+            rewrite_readme(op, of_op, versions)
+    bad = sum(bool(row["problems"]) for row in rows)
+    print(f"\n{len(rows)} compilations, {bad} with problems; {versions}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"versions": versions, "cases": rows}, indent=1) + "\n", encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
