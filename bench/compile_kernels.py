@@ -69,9 +69,9 @@ def _nf4(nested: bool, options: dict[str, Any], *, blocksize: int = 64) -> dict[
 NESTED, FLAT = "*u8 *u8 *fp32 *fp32 *fp32 *fp32", "*u8 *fp32 *fp32 *fp32 *fp32 *fp32"
 MERGE, UNALIGNED = "*A *A *T i16 i16 R fp32", "*A *A *T i16 i32 R fp32"
 CASES = [
-    Case("nf4_dequant", "nf4_dequant_kernel", "nested", f"{NESTED} *T i16",
+    Case("nf4_dequant", "nf4_dequant_kernel", "nested", f"{NESTED} *T i16 i16",
          lambda dtype, rank: _nf4(True, dequant_options(64)), matrix=False),
-    Case("nf4_dequant", "nf4_dequant_kernel", "flat", f"{FLAT} *T i16",
+    Case("nf4_dequant", "nf4_dequant_kernel", "flat", f"{FLAT} *T i16 i16",
          lambda dtype, rank: _nf4(False, dequant_options(64)), matrix=False),
     Case("nf4_dequant", "nf4_merge_kernel", "nested", f"{NESTED} {MERGE}",
          lambda dtype, rank: _nf4(True, merge_options(4096, rank, 64)), wide=True),
@@ -89,15 +89,15 @@ CASES = [
          lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
     Case("int8_dequant", "int8_dequant_kernel", "merge, unaligned", f"*i8 *fp32 {UNALIGNED}",
          lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
-    Case("lora_linear", "dropout_down_kernel", "", "*T *A *T *u8 i16 i16 R i64 i32 fp32",
+    Case("lora_linear", "dropout_down_kernel", "", "*T *A *fp32 *u8 i32 i16 R i16 i64 i32 fp32 i16",
          lambda dtype, rank: {"ROUNDS": passes.MASK_ROUNDS, **passes.down_options(rank, dtype)}, wide=True),
-    Case("lora_linear", "up_backward_kernel", "", "*T *A *T *fp32 *fp32 i16 i16 R fp32 i16",
+    Case("lora_linear", "up_backward_kernel", "", "*T *A *T *fp32 *fp32 i32 i16 R fp32 i16",
          lambda dtype, rank: passes.up_options(rank, dtype), wide=True),
-    Case("lora_linear", "down_backward_kernel", "dropout", "*T *u8 *T *fp32 i16 i16 R fp32 i16",
+    Case("lora_linear", "down_backward_kernel", "dropout", "*T *u8 *T *fp32 i32 i16 R i16 fp32 i16",
          lambda dtype, rank: {"HAS_MASK": True, **passes.down_backward_options(rank, dtype)}),
-    Case("lora_linear", "down_backward_kernel", "no dropout", "*T *T *T *fp32 i16 i16 R fp32 i16",
+    Case("lora_linear", "down_backward_kernel", "no dropout", "*T *T *T *fp32 i32 i16 R i16 fp32 i16",
          lambda dtype, rank: {"HAS_MASK": False, **passes.down_backward_options(rank, dtype)}),
-    Case("lora_linear", "dropout_dx_kernel", "", "*T *u8 *T *A i16 i16 R fp32",
+    Case("lora_linear", "dropout_dx_kernel", "", "*T *u8 *T *A i32 i16 R i16 fp32",
          lambda dtype, rank: passes.dropout_dx_options(rank, dtype), wide=True),
 ]  # fmt: skip
 

@@ -32,7 +32,7 @@ def draw_mask_bytes(seed, byte_index, threshold, ROUNDS: tl.constexpr):
     return byte
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "threshold", "M"])
 def dropout_down_kernel(
     x_ptr,
     a_ptr,
@@ -41,36 +41,42 @@ def dropout_down_kernel(
     M,
     K,
     R,
+    num_bytes,
     seed,
     threshold,
     keep_scale,
+    GROUP_K,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DOT: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """S[M, R] = keep_scale * (mask * x) @ A^T; draws the mask and stores it, one bit per element."""
+    """S[M, R] = keep_scale * (mask * x) @ A^T; draws the mask and stores it, one bit per element.
+
+    Drawing is what takes the time, so a row's columns are spread over programs. s_ptr: [groups of columns, M, R] float32
+    partial sums. num_bytes: ceil(K / 8), an argument because the compiler then knows what divides it.
+    """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    num_bytes = (K + 7) // 8
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * GROUP_K
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first, tl.minimum(first + GROUP_K, K), BLOCK_K):
         j = start // 8 + tl.arange(0, BLOCK_K // 8)
         at = m[:, None] * num_bytes + j[None, :]
         byte = draw_mask_bytes(seed, at.to(tl.uint32), threshold, ROUNDS=ROUNDS)
-        if tl.program_id(1) == 0:
+        if tl.program_id(2) == 0:
             tl.store(mask_ptr + at, byte.to(tl.uint8), mask=(m[:, None] < M) & (j[None, :] < num_bytes))
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0).to(DOT)
         x = tl.where(unpack_bits(byte, BLOCK_M, BLOCK_K) == 1, x, 0.0)
         a = tl.load(a_ptr + r[None, :] * K + k[:, None], mask=(r[None, :] < R) & (k[:, None] < K), other=0.0)
         acc = tl.dot(x.to(DOT), a.to(DOT), acc, input_precision="ieee")
-    to = m[:, None] * R + r[None, :]
-    tl.store(s_ptr + to, (acc * keep_scale).to(s_ptr.dtype.element_ty), mask=(m[:, None] < M) & (r[None, :] < R))
+    to = (tl.program_id(1).to(tl.int64) * M + m[:, None]) * R + r[None, :]
+    tl.store(s_ptr + to, acc * keep_scale, mask=(m[:, None] < M) & (r[None, :] < R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def up_backward_kernel(
     dy_ptr,
     b_ptr,
@@ -112,7 +118,7 @@ def up_backward_kernel(
     tl.store(db_ptr + to, db * scale, mask=(n[:, None] < N) & in_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def down_backward_kernel(
     x_ptr,
     mask_ptr,
@@ -121,6 +127,7 @@ def down_backward_kernel(
     M,
     K,
     R,
+    num_bytes,
     keep_scale,
     GROUP_M,
     BLOCK_M: tl.constexpr,
@@ -135,7 +142,6 @@ def down_backward_kernel(
     j = tl.program_id(0) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first = tl.program_id(1).to(tl.int64) * GROUP_M
-    num_bytes = (K + 7) // 8
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     for start in range(0, GROUP_M, BLOCK_M):
         m = first + start + tl.arange(0, BLOCK_M)
@@ -152,7 +158,7 @@ def down_backward_kernel(
     tl.store(da_ptr + to, acc * keep_scale, mask=(k[:, None] < K) & (r[None, :] < R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def dropout_dx_kernel(
     dx_ptr,
     mask_ptr,
@@ -161,6 +167,7 @@ def dropout_dx_kernel(
     M,
     K,
     R,
+    num_bytes,
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -171,7 +178,6 @@ def dropout_dx_kernel(
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     j = tl.program_id(0) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-    num_bytes = (K + 7) // 8
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)

@@ -19,6 +19,9 @@ from peftlab_kernels.lora_linear.reference import MASK_ROUNDS, keep_threshold
 from peftlab_kernels.runtime import cdiv, next_power_of_2
 
 _PIECE = 2**18  # elements of x at a time: 1 MiB in float32
+# The partial sums of dS that up_backward_kernel writes and reads again are 8R / (2 * 128) of dY: above this rank reading
+# dY twice, for two plain products, is less.
+_MAX_SHARED_READ_RANK = 32
 
 
 def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -29,16 +32,18 @@ def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: int, backend:
     if backend == "triton":
         from peftlab_kernels.lora_linear.kernel import dropout_down_kernel
 
-        S_MR = torch.empty((M, R), dtype=x_MK.dtype, device=x_MK.device)
         mask_MP = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x_MK.device)
-        if M:
-            options = down_options(R, x_MK.dtype)
-            grid = (cdiv(M, options["BLOCK_M"]), cdiv(R, options["BLOCK_R"]))
-            dropout_down_kernel[grid](
-                x_MK.contiguous(), A_RK.contiguous(), S_MR, mask_MP, M, K, R, seed, threshold, keep_scale,
-                DOT=runtime.dot_dtype(x_MK.dtype), ROUNDS=MASK_ROUNDS, **options,
-            )  # fmt: skip
-        return S_MR, mask_MP
+        if not M:
+            return x_MK.new_empty((0, R)), mask_MP
+        options = down_options(R, x_MK.dtype)
+        tiles = cdiv(M, options["BLOCK_M"])
+        group = _per_group(K, tiles, options["BLOCK_K"], x_MK.device)
+        S = torch.empty((cdiv(K, group), M, R), dtype=torch.float32, device=x_MK.device)
+        dropout_down_kernel[(tiles, S.shape[0], cdiv(R, options["BLOCK_R"]))](
+            x_MK.contiguous(), A_RK.contiguous(), S, mask_MP, M, K, R, cdiv(K, 8), seed, threshold, keep_scale, group,
+            DOT=runtime.dot_dtype(x_MK.dtype), ROUNDS=MASK_ROUNDS, **options,
+        )  # fmt: skip
+        return S.sum(0).to(x_MK.dtype), mask_MP
     mask_MP = _draw(M, K, threshold, seed).to(x_MK.device)
     A_KR = A_RK.t().to(x_MK.dtype)
     S_MR = x_MK.new_empty((M, R))
@@ -48,16 +53,16 @@ def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: int, backend:
 
 
 def up_backward(dY_MN: Tensor, B_NR: Tensor, S_MR: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """dS [M, R] = scale * dY B in the type of dY, dB [N, R] = scale * dY^T S, float32 from Triton."""
+    """dS [M, R] = scale * dY B in the type of dY; dB [N, R] = scale * dY^T S, float32 or the type of B."""
     M, N = dY_MN.shape
     R = B_NR.shape[1]
-    if backend != "triton" or not M:
+    if backend != "triton" or not M or R > _MAX_SHARED_READ_RANK:
         dY_MN, dtype = dY_MN.contiguous(), dY_MN.dtype
         return (dY_MN @ B_NR.to(dtype)).mul_(scale), (dY_MN.t() @ S_MR).mul_(scale)
     from peftlab_kernels.lora_linear.kernel import up_backward_kernel
 
     options = up_options(R, dY_MN.dtype)
-    group = _rows_per_group(M, cdiv(N, options["BLOCK_N"]), options["BLOCK_M"], dY_MN.device)
+    group = _per_group(M, cdiv(N, options["BLOCK_N"]), options["BLOCK_M"], dY_MN.device)
     dS = torch.empty((cdiv(N, options["BLOCK_N"]), M, R), dtype=torch.float32, device=dY_MN.device)
     dB = torch.empty((cdiv(M, group), N, R), dtype=torch.float32, device=dY_MN.device)
     up_backward_kernel[(dS.shape[0], dB.shape[0], cdiv(R, options["BLOCK_R"]))](
@@ -114,11 +119,11 @@ def _down_backward_launch(x_MK: Tensor, mask_MP: Tensor | None, dS_MR: Tensor, d
     (M, K), R = x_MK.shape, dS_MR.shape[1]
     _, keep_scale = keep_threshold(dropout)
     options = down_backward_options(R, x_MK.dtype)
-    group = _rows_per_group(M, cdiv(K, options["BLOCK_K"]), options["BLOCK_M"], x_MK.device)
+    group = _per_group(M, cdiv(K, options["BLOCK_K"]), options["BLOCK_M"], x_MK.device)
     dA = torch.empty((cdiv(M, group), R, K), dtype=torch.float32, device=x_MK.device)
     down_backward_kernel[(cdiv(K, options["BLOCK_K"]), dA.shape[0], cdiv(R, options["BLOCK_R"]))](
         x_MK.contiguous(), mask_MP if mask_MP is not None else dS_MR, dS_MR.contiguous(), dA, M, K, R,
-        keep_scale, group, DOT=runtime.dot_dtype(x_MK.dtype), HAS_MASK=mask_MP is not None, **options,
+        cdiv(K, 8), keep_scale, group, DOT=runtime.dot_dtype(x_MK.dtype), HAS_MASK=mask_MP is not None, **options,
     )  # fmt: skip
     return dA.sum(0)
 
@@ -130,7 +135,7 @@ def _dropout_dx_launch(dX_MK: Tensor, dS_MR: Tensor, A_RK: Tensor, mask_MP: Tens
     _, keep_scale = keep_threshold(dropout)
     options = dropout_dx_options(R, dX_MK.dtype)
     dropout_dx_kernel[(cdiv(K, options["BLOCK_K"]), cdiv(M, options["BLOCK_M"]))](
-        dX_MK, mask_MP, dS_MR.contiguous(), A_RK.contiguous(), M, K, R, keep_scale,
+        dX_MK, mask_MP, dS_MR.contiguous(), A_RK.contiguous(), M, K, R, cdiv(K, 8), keep_scale,
         DOT=runtime.dot_dtype(dX_MK.dtype), **options,
     )  # fmt: skip
 
@@ -166,12 +171,12 @@ def _pieces(M: int, K: int) -> Iterator[slice]:
         yield slice(start, min(M, start + step))
 
 
-def _rows_per_group(M: int, tiles: int, block: int, device: torch.device) -> int:
-    """Rows that one program walks, a multiple of ``block``: about four programs a processor over ``tiles`` columns of
-    programs, and at least four blocks each so that the workspace stays small beside the input."""
+def _per_group(size: int, tiles: int, block: int, device: torch.device) -> int:
+    """How many of ``size`` rows or columns one program walks, a multiple of ``block``: about four programs a processor
+    beside ``tiles`` programs, and at least four blocks each so that the workspace stays small beside the input."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    groups = max(1, min(cdiv(M, 4 * block), cdiv(4 * processors, tiles)))
-    return cdiv(cdiv(M, groups), block) * block
+    groups = max(1, min(cdiv(size, 4 * block), cdiv(4 * processors, tiles)))
+    return cdiv(cdiv(size, groups), block) * block
 
 
 def _rank_block(rank: int) -> int:
