@@ -33,11 +33,12 @@ SMALL = ("model.compute_dtype=bfloat16", "train.precision=bf16", "train.lr=1e-4"
 
 def train(work: Path, name: str, steps: int, *overrides: str, plan: tuple[str, str] | None = None) -> dict[str, Any]:
     """Losses of every step, the held-out loss, and the trained adapter of one run."""
+    from safetensors.torch import load_file
+
     import peftlab
     from peftlab import ops
     from peftlab.training.metrics_log import read_metrics
     from peftlab.training.progress import SilentProgress
-    from safetensors.torch import load_file
 
     folder = work / name
     forced = ops.forced_plan(ops.Plan(*plan)) if plan else contextlib.nullcontext()
