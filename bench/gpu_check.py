@@ -1,247 +1,217 @@
 """``make gpu-check``: what a machine with a CUDA device can confirm, in priority order, each row written when measured.
 
-    python bench/gpu_check.py [--out DIR] [--minutes 9]
+    python bench/gpu_check.py [--out DIR] [--minutes 9] [--skip SECTION ...] [--only SECTION ...] [--dry-run-cpu]
 
-First correctness of every op in float16 and bfloat16 against float64, then quantized loading, then the op's time and
-memory against plain PyTorch, then training steps end to end on models built on the spot (nothing is downloaded).
-Rows go to ``DIR/gpu_check.jsonl`` (default bench/results). A red correctness row ends the run before any timing.
+First correctness on CUDA: every kernel in float32, float16 and bfloat16 against float64, whole tiny models, the tests. A
+red row there ends the run before any timing. Then the ops against bitsandbytes and PEFT, then training steps of an 8B
+model, then the training loop. Nothing is downloaded; what an absent package would be needed for is said and left out.
+
+Rows go to ``DIR/gpu_check.jsonl`` (default bench/results): ``ok`` true, false or null (not run), ``met`` for targets,
+``above_limit`` for figures beyond what the hardware can do. Groups of sections run in processes of their own, those
+without timing side by side: a crash of one costs its rows only. ``--dry-run-cpu`` runs the same code on a CPU, in
+Triton's interpreter, at shapes that prove nothing but that it runs.
+
+Exit codes: 0 no row is red, 2 no CUDA device, 6 at least one row is red.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import importlib.util
 import json
 import os
-import statistics
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from _gpu_base import Deadline, Device, Row, Section, Task
+from _gpu_conduct import Conductor
+from _gpu_report import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-Row = dict[str, Any]
-
-
-def op_correctness() -> Iterator[Row]:
-    """linear_cross_entropy: error against float64, at most that of eager code in the same dtype plus slack."""
-    import torch
-    from torch.nn import functional as F
-
-    from peftlab.ops import linear_cross_entropy
-
-    for dtype, slack in ((torch.float32, 5e-4), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)):
-        for num_tokens, hidden, vocab in ((63, 96, 1009), (257, 576, 49152), (1, 64, 300)):
-            torch.manual_seed(0)
-            x = torch.randn(num_tokens, hidden, device="cuda").to(dtype)
-            w = (torch.randn(vocab, hidden, device="cuda") / hidden**0.5).to(dtype)
-            t = torch.randint(0, vocab, (num_tokens,), device="cuda")
-
-            def run(loss: Callable[..., Any], xs: Any, ws: Any, t: Any = t) -> tuple[Any, Any]:
-                leaf = xs.detach().clone().requires_grad_()
-                value = loss(leaf, ws, t)
-                (grad,) = torch.autograd.grad(value.sum(), leaf)
-                return value.double(), grad.double()
-
-            def eager(a: Any, b: Any, t: Any) -> Any:
-                return F.cross_entropy(
-                    F.linear(a, b).float() if a.dtype != torch.float64 else F.linear(a, b), t, reduction="none"
-                )
-
-            truth, ours, plain = run(eager, x.double(), w.double()), run(linear_cross_entropy, x, w), run(eager, x, w)
-            for name, want, got, base in zip(("loss", "grad"), truth, ours, plain, strict=True):
-                error, allowed = float((got - want).abs().max()), float((base - want).abs().max())
-                limit = allowed + slack * float(want.abs().max())
-                yield {
-                    "check": f"linear_cross_entropy {name}",
-                    "dtype": str(dtype)[6:],
-                    "shape": [num_tokens, hidden, vocab],
-                    "error": error,
-                    "limit": limit,
-                    "ok": error <= limit,
-                }
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "unsloth")
+RECIPES = ("bitsandbytes", "peft", "accelerate", "pydantic", "datasets", "evaluate", "sklearn")
 
 
-def quantized_loading() -> Iterator[Row]:
-    """NF4 and int8 on CUDA: loads, trains a step, and the dequantized weights explain the forward pass."""
-    import torch
-
-    from peftlab.adapters import add_lora
-    from peftlab.models import find_pretrained, load_model
-
-    ids = torch.randint(4, 200, (4, 24), device="cuda")
-    for quantize in ("none", "nf4", "int8"):
-        model = load_model(
-            find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cuda", quantize=quantize
-        )
-        model = add_lora(model, peft_type="CAUSAL_LM", rank=4, alpha=8)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        norms = [float(p.grad.norm()) for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n]
-        ok = bool(torch.isfinite(loss)) and all(0 < n < float("inf") for n in norms)
-        yield {"check": f"train step on {quantize}", "loss": float(loss), "num_gradients": len(norms), "ok": ok}
-
-
-def end_to_end() -> Iterator[Row]:
-    """The smoke recipe on CUDA: trained, merged, verified; the same recipe twice gives the same adapter bytes."""
-    import peftlab
-
-    with tempfile.TemporaryDirectory() as folder:
-        for quantize in ("none", "nf4"):
-            merge = "original" if quantize == "none" else "dequantized"
-            runs = [
-                peftlab.train(
-                    "smoke",
-                    [
-                        f"run.dir={folder}/{quantize}-{i}",
-                        f"model.quantize={quantize}",
-                        f"run.merge={merge}",
-                        "run.device=cuda",
-                    ],
-                )
-                for i in range(2)
-            ]
-            same = len({(r.adapter / "adapter_model.safetensors").read_bytes() for r in runs}) == 1
-            summary = runs[0].summary
-            yield {
-                "check": f"smoke recipe, {quantize}",
-                "accuracy": summary["after"]["accuracy"],
-                "merge": summary["merge"]["targets"][merge]["logits"],
-                "same_bytes_twice": same,
-                "ok": same and summary["merge"]["verified"],
-            }
+SECTIONS = [
+    Section("dequant", "dequant", "_gpu_kernels:dequant_correctness", 120, gate=True),
+    *[
+        Section(f"lora_linear {dtype}", f"lora {dtype}", f"_gpu_lora:lora_correctness:{dtype}", 150, gate=True)
+        for dtype in ("bfloat16", "float16", "float32")
+    ],
+    Section("small adapters, masks, determinism", "behaviour", "_gpu_behaviour:adapter_behaviour", 120, gate=True),
+    Section("linear_cross_entropy", "models", "_gpu_models:loss_correctness", 60, gate=True),
+    Section("tiny models", "models", "_gpu_models:tiny_models", 90, ("bitsandbytes", "peft")),
+    Section("tests", "tests", "_gpu_models:gpu_tests", 170, ("pytest", "bitsandbytes", "peft")),
+    Section("smoke recipe", "recipe", "_gpu_models:smoke_recipe", 120, RECIPES),
+    Section("ceilings", "ops", "_gpu_speed:ceilings", 15, timing=True),
+    Section("dequant speed", "ops", "_gpu_speed:dequant_speed", 45, ("bitsandbytes",), timing=True),
+    Section("lora_linear speed", "ops", "_gpu_lora_speed:lora_speed", 170, ("bitsandbytes", "peft"), timing=True),
+    Section("order of addition", "ops", "_gpu_speed:addition_order", 12, timing=True),
+    Section("loss speed", "ops", "_gpu_loss_speed:loss_speed", 25, timing=True),
+    Section("training steps", "steps", "_gpu_steps:training_steps", 140, ("bitsandbytes", "peft"), timing=True),
+    Section("training loop", "rest", "_gpu_loss_speed:recipe_speed", 60, RECIPES, timing=True),
+    Section(
+        "unsloth", "unsloth", "_gpu_lora_speed:unsloth_speed", 40, ("unsloth", "bitsandbytes", "peft"), timing=True
+    ),
+]
 
 
-def op_speed() -> Iterator[Row]:
-    """Time and extra memory of linear_cross_entropy against full logits in bfloat16, interleaved, medians of 20."""
-    import torch
-    from torch.nn import functional as F
+class Rows:
+    """Appends rows to the file that all processes share; what each row carries is read once."""
 
-    from peftlab.ops import linear_cross_entropy
+    def __init__(self, path: Path, device: Device) -> None:
+        self.path, self.device = path, device
+        self._stamp: Row | None = None
 
-    def full(x: Any, w: Any, t: Any) -> Any:
-        return F.cross_entropy(F.linear(x, w).float(), t, reduction="none")
-
-    for num_tokens, hidden, vocab in ((4096, 576, 49152), (4096, 4096, 128256)):
-        x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        w = torch.randn(vocab, hidden, device="cuda", dtype=torch.bfloat16) / hidden**0.5
-        t = torch.randint(0, vocab, (num_tokens,), device="cuda")
-        times: dict[str, list[float]] = {"peftlab": [], "full logits": []}
-        memory: dict[str, int] = {}
-        for repetition in range(23):
-            for name, loss in (("peftlab", linear_cross_entropy), ("full logits", full)):
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before, start = torch.cuda.memory_allocated(), time.perf_counter()
-                torch.autograd.grad(loss(x, w, t).sum(), x)
-                torch.cuda.synchronize()
-                if repetition >= 3:
-                    times[name].append(time.perf_counter() - start)
-                memory[name] = torch.cuda.max_memory_allocated() - before
-        medians = {k: statistics.median(v) for k, v in times.items()}
-        yield {
-            "benchmark": "linear_cross_entropy forward + backward, frozen head",
-            "shape": [num_tokens, hidden, vocab],
-            "median_s": medians,
-            "quartiles_s": {k: statistics.quantiles(v, n=4) for k, v in times.items()},
-            "extra_bytes": memory,
-            "time_ratio": medians["peftlab"] / medians["full logits"],
-            "ok": True,
-        }
+    def write(self, section: str, row: Row) -> None:
+        if self._stamp is None:
+            self._stamp = stamp(self.device)
+        line = json.dumps({"section": section, **row, **self._stamp}, default=str)
+        with self.path.open("a", encoding="utf-8") as stream:  # one short write in append mode stays whole
+            stream.write(line + "\n")
 
 
-def step_speed() -> Iterator[Row]:
-    """Tokens/s of training steps on a Llama of SmolLM2's shape with random weights, batch 32, by storage."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import peftlab
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = LlamaConfig(
-            vocab_size=260, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, eos_token_id=2,
-        )  # fmt: skip
-        from peftlab.models.tiny import tiny_tokenizer
-
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(f"{folder}/model")
-        tiny_tokenizer().save_pretrained(f"{folder}/model")
-        for quantize in ("none", "nf4", "int8"):
-            run = peftlab.train(
-                "smoke",
-                [f"model.name={folder}/model", f"model.quantize={quantize}", f"run.dir={folder}/{quantize}", "run.merge=none",
-                 "train.batch_size=32", "train.max_steps=30", "train.lr=1e-4", "run.device=cuda", "eval.before=false"],
-            )  # fmt: skip
-            steps = [m["tokens_per_s"] for m in run.metrics() if "tokens_per_s" in m][10:]
-            yield {
-                "benchmark": f"training step, Llama 106M shape, {quantize}",
-                "tokens_per_s_median": statistics.median(steps),
-                "tokens_per_s_quartiles": statistics.quantiles(steps, n=4),
-                "peak_memory_bytes": run.summary["training"]["peak_memory_bytes"],
-                "ok": True,
-            }
-
-
-def machine() -> Row:
+def stamp(device: Device) -> Row:
+    """Machine and versions."""
     import importlib.metadata as metadata
 
     import torch
 
-    names = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes")
     versions = {}
-    for name in names:
-        try:
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    if device.dry:
+        return {"device": "cpu (dry run)", "versions": versions}
     properties = torch.cuda.get_device_properties(0)
-    return {
-        "machine": properties.name,
-        "capability": f"sm_{properties.major}{properties.minor}",
-        "memory_bytes": properties.total_memory,
-        "versions": versions,
-    }
+    return {"device": properties.name, "capability": f"sm_{properties.major}{properties.minor}", "versions": versions}
+
+
+def run_group(sections: list[Section], rows: Rows, deadline: Deadline) -> None:
+    """In a process of its own: every task of every section; an exception becomes a red row."""
+    broken = ""
+    for section in sections:
+        missing = [name for name in section.needs if importlib.util.find_spec(name) is None]
+        if missing or broken:
+            reason = broken or f"not installed: {', '.join(missing)}"
+            rows.write(section.name, {"not_run": reason, "ok": False if section.gate else None})
+            continue
+        broken = _run_section(section, rows, deadline.part(section.seconds))
+        if not broken:
+            rows.device.release()
+
+
+def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
+    """What made the device unusable for the rest of the process, or nothing."""
+    device = rows.device
+    device.found["until"] = deadline.until
+    left_out: list[Row] = []
+    try:
+        for task in tasks_of(section, device):
+            if deadline.left() < task.seconds:
+                left_out.append(task.what)
+                continue
+            started = time.perf_counter()
+            try:
+                found = task.run()
+                device.synchronize()
+            except Exception as error:  # of any kind: the other rows are worth having too
+                found = {"failed": _told(error), "ok": False}
+            seconds = round(time.perf_counter() - started, 3)
+            for row in found if isinstance(found, list) else [found]:
+                if device.dry:  # its figures mean nothing
+                    row |= {key: None for key in ("target", "met", "held_met") if key in row}
+                rows.write(section.name, {"ok": True, **task.what, **row, "seconds": seconds})
+            if broken := _broken(device, found):
+                return broken
+    except Exception as error:
+        rows.write(section.name, {"failed": _told(error), "ok": False})
+    if left_out:
+        row = {"stopped": f"{len(left_out)} rows did not fit the time", "left_out": left_out[:40]}
+        rows.write(section.name, {**row, "ok": False if section.gate else None})
+    return ""
+
+
+def tasks_of(section: Section, device: Device) -> Iterator[Task]:
+    module, name, *arguments = section.source.split(":")
+    tasks: Iterator[Task] = getattr(importlib.import_module(module), name)(device, *arguments)
+    return tasks
+
+
+def _told(error: Exception) -> str:
+    lines = traceback.format_exception(error)
+    return f"{type(error).__name__}: {error}"[:1500] + "\n" + "".join(lines[-4:])[-1500:]
+
+
+def _broken(device: Device, found: Any) -> str:
+    """After a failure: whether CUDA still answers. An illegal access breaks it for the rest of the process."""
+    if not (isinstance(found, dict) and "failed" in found):
+        return ""
+    try:
+        device.release()
+        device.synchronize()
+    except Exception as error:
+        return f"CUDA is unusable after a failure in this process: {error}".splitlines()[0]
+    return ""
+
+
+def has_cuda() -> bool:
+    """Asked in another process: this one stays without a CUDA context."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
+
+
+def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Section]:
+    names = [s.name for s in SECTIONS]
+    if unknown := sorted({*options.only, *options.skip} - set(names)):
+        parser.error(f"no section is called {', '.join(unknown)}; there are {', '.join(names)}")
+    chosen = [s for s in SECTIONS if (not options.only or s.name in options.only) and s.name not in options.skip]
+    if not options.dry_run_cpu:
+        return chosen
+    # On few cores importing the libraries is most of it: two processes for correctness, then one.
+    models = ("models", "tests", "recipe")
+    return [replace(s, group="timing" if s.timing else "models" if s.group in models else "kernels") for s in chosen]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no new row is begun after this time")
+    parser.add_argument("--minutes", type=float, default=9.0, help="the whole ends within this time")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these sections and no other")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION", help="all sections but these")
+    parser.add_argument("--dry-run-cpu", action="store_true", help="the same code on a CPU at tiny shapes")
+    parser.add_argument("--child", type=float, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    import torch
-
-    if not torch.cuda.is_available():
+    deadline, sections = Deadline(time.time() + 60 * options.minutes), chosen_sections(options, parser)
+    if options.dry_run_cpu:
+        # Triton reads the first when a kernel is defined; more threads than that only wait for each other.
+        os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    path = options.out / "gpu_check.jsonl"
+    if options.child is not None:
+        device = Device("cpu" if options.dry_run_cpu else "cuda")
+        run_group(sections, Rows(path, device), Deadline(options.child))
+        return 0
+    if not options.dry_run_cpu and not has_cuda():
         print("gpu-check needs a CUDA device, and torch finds none; nothing was checked", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline, red = time.monotonic() + 60 * options.minutes, 0
-    with (options.out / "gpu_check.jsonl").open("w", encoding="utf-8") as stream:
-
-        def write(row: Row) -> None:
-            print(json.dumps(row), flush=True)
-            stream.write(json.dumps(row) + "\n")
-            stream.flush()
-
-        write(machine())
-        for part in (op_correctness, quantized_loading, end_to_end, op_speed, step_speed):
-            if red and part in (op_speed, step_speed):
-                write({"skipped": part.__name__, "reason": f"{red} correctness rows are red"})
-                continue
-            try:
-                for row in part():
-                    write(row)
-                    red += not row["ok"]
-                    if time.monotonic() > deadline:
-                        write({"stopped": part.__name__, "reason": f"{options.minutes:g} minutes are over"})
-                        return 6
-            except Exception as error:  # a part that breaks must not take the rows after it along
-                red += 1
-                write({"failed": part.__name__, "error": f"{type(error).__name__}: {error}", "ok": False})
-    return 6 if red else 0
+    path.write_text("", encoding="utf-8")
+    conductor = Conductor(path, sections, deadline, dry=options.dry_run_cpu)
+    conductor.run()
+    rows = conductor.rows()
+    print(summary(rows, seconds=60 * options.minutes - deadline.left()), file=sys.stderr)
+    return 6 if any(row["ok"] is False for row in rows) else 0
 
 
 if __name__ == "__main__":
