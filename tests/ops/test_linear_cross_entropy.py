@@ -68,7 +68,10 @@ def check(budget: Budget, function: Callable[..., Tensor], case: Any, softcap: f
     assert loss.dtype == torch.float32
     assert grad.dtype == h.dtype
     budget(loss, eager_loss, true_loss, slack=slack)
-    budget(grad, eager_grad, true_grad, slack=slack)
+    # The gradient is a weighted mean of rows of w less one of them: where they cancel, the rounding is that of the rows.
+    largest = float(true_grad.abs().max()) if true_grad.numel() else 1.0
+    rows = 2.0 * abs(scale) * float(w.abs().max())
+    budget(grad, eager_grad, true_grad, slack=slack * max(1.0, rows / max(largest, 1e-30)))
 
 
 @pytest.mark.parametrize(("bias", "softcap", "scale"), VARIANTS)
@@ -89,6 +92,7 @@ def test_agrees_with_the_formula(
 
 
 @settings(max_examples=40, deadline=None)
+@example(N=1, H=1, V=30, chunk=1, seed=3, variant=(False, None, 1.0))
 @example(N=1, H=3, V=2, chunk=1, seed=0, variant=(False, None, 1.0))
 @given(
     N=st.integers(0, 9),
