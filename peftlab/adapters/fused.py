@@ -34,7 +34,7 @@ class FusedLora:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reason = self.slow_reason(x, args, kwargs)
-        if reason != self.kept_slow:
+        if reason != self.kept_slow:  # nn.Module's __setattr__ is slow: not on every forward
             self.kept_slow = reason
         if reason is None:
             return self._fused(x)
@@ -304,7 +304,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         if isinstance(module, FusedLora):
             reason = module.slow_reason() or module.kept_slow
         else:
-            reason = f"LoRA on a {type(module.get_base_layer()).__name__} has no fused form"
+            reason = f"{type(module.get_base_layer()).__name__} has no fused form"
         if reason is None:
             fused.append(name)
         else:

@@ -188,9 +188,9 @@ def test_what_is_not_covered_says_why_and_stays_right(tiny: Callable[..., Any]) 
 
     embedded = tiny("tiny:llama", targets=["q_proj", "embed_tokens"])
     report = fusion_report(embedded)
-    assert report.slow == {"base_model.model.model.embed_tokens": "LoRA on a Embedding has no fused form"}
+    assert report.slow == {"base_model.model.model.embed_tokens": "Embedding has no fused form"}
     assert str(report) == (
-        "2 of 3 adapted modules run fused; 1 through PEFT, because LoRA on a Embedding has no fused form "
+        "2 of 3 adapted modules run fused; 1 through PEFT, because Embedding has no fused form "
         "(base_model.model.model.embed_tokens)"
     )
 

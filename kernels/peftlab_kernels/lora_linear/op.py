@@ -79,12 +79,8 @@ def lora_linear(
         raise ValueError("dropout needs a seed: pass new_seed()")
     if torch.compiler.is_compiling():
         return _compiled(x, base, A_RK, B_NR, bias_N, scale, dropout, seed, backend)
-    backend = runtime.choose_backend(backend, x)
     x_MK = x.reshape(-1, K)
-    chosen = plan.choose(
-        kind_of(base), x.device, M=x_MK.shape[0], N=N, K=K, dropout=dropout > 0, backend=backend
-    )  # fmt: skip
-    call = _Call(base, float(scale), float(dropout), backend, chosen)
+    call = _call_of(x_MK, base, float(scale), float(dropout), backend)
     y_MN = _LoraLinear.apply(x_MK, A_RK, B_NR, bias_N, seed, call)  # type: ignore[no-untyped-call]
     result: Tensor = y_MN.view(*x.shape[:-1], N)
     return result
