@@ -27,8 +27,8 @@ def adapter_behaviour(device: Device) -> Iterator[Task]:
 def _gain(device: Device, kind: str) -> Row:
     """Share of an adapter of |sBA| = 1e-3 |W| that arrives in a bfloat16 output, by way.
 
-    A quantized weight is rounded once, after merging, so nearly all of it must arrive. Where the weight has 16 bits
-    already, or the output is rounded before the addition, about half is lost, in PEFT too: no more than there.
+    Where one rounding ends it, of a merged weight or of an output to which the product was added, nearly all of it must
+    arrive. Where the output is rounded before the addition, or the adapter merged into 16 bits, about half is lost.
     """
     import torch
 
@@ -49,8 +49,8 @@ def _gain(device: Device, kind: str) -> Row:
             gains[way] = gain(fused(case, device.backend(torch.bfloat16))["y"])
     # The dry run's few elements say little.
     margin, spare = device.pick((0.05, 0.02), (0.5, 0.5))
-    lossless = kind == "dense" or abs(gains["merged"] - 1) <= margin
-    ok = lossless and all(gains[way] >= gains["unfused"] - spare for way in ("merged", "split"))
+    lossless = ["split"] if kind == "dense" else ["split", "merged"]
+    ok = all(abs(gains[way] - 1) <= margin for way in lossless) and gains["merged"] >= gains["unfused"] - spare
     return {"shape": [M, N, K, R], "size": 1e-3, "gain": gains, "ok": ok}
 
 

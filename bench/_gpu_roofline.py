@@ -49,7 +49,8 @@ def base_bytes(kind: str, M: int, N: int, K: int, *, passes: int = 2) -> float:
 
 def adapter_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropout: bool, merged: bool) -> float:
     """Bytes beside the base products. who: ``PEFT``, ``limit`` (the floor of kernels.md), ``built`` (what the passes of
-    lora_linear move, their workspaces and the additions into y and dX counted)."""
+    lora_linear move, their workspaces counted, and the adapter's parts of y and dX written once: reading them again hides in
+    the product that is added)."""
     MN, MK = 1.0 * M * N, 1.0 * M * K
     if who == "PEFT":
         return 24 * MN + 12 * MK + (10 * MK if dropout else 0)
@@ -60,7 +61,7 @@ def adapter_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropou
     partial = 8.0 * R * K * _groups(M, tiles_k)
     partial += 8.0 * R * (tiles_n * M + N * _groups(M, tiles_n)) if R <= SHARED_READ_RANK else 2 * MN
     partial += 8.0 * R * M * _groups(K, tiles_m) if dropout else 0.0
-    added = 0.0 if merged else 4 * MN + 4 * MK
+    added = 0.0 if merged else 2 * MN + 2 * MK
     copied = 8.0 * N * K if merged and kind == "dense" else 0.0
     return floor + partial + added + copied
 
@@ -74,7 +75,7 @@ def forward_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropou
     if who == "limit":
         return floor
     partial = 8.0 * R * M * _groups(K, -(-M // 64)) if dropout else 0.0
-    return floor + partial + (4.0 * N * K if merged and kind == "dense" else 0.0) + (0.0 if merged else 4 * MN)
+    return floor + partial + (4.0 * N * K if merged and kind == "dense" else 0.0) + (0.0 if merged else 2 * MN)
 
 
 def _groups(size: int, tiles: int) -> int:

@@ -150,6 +150,11 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
+def _is_sharded(weight: Tensor) -> bool:
+    """FSDP2 keeps a DTensor, which is a plain parameter while the module runs."""
+    return hasattr(weight, "placements")
+
+
 class _PlainLinear(type):
     """What PEFT's mapping is asked with ``isinstance``: an nn.Linear itself, whose weight is an ordinary tensor.
 
@@ -179,8 +184,10 @@ def _fused_dense() -> type:
 
     class FusedLinear(FusedLora, lora.Linear):  # type: ignore[misc]
         def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
-            if not isinstance(base, PlainLinear):
+            if type(base) is not nn.Linear:
                 return f"its base layer is a {type(base).__name__}"
+            if type(base.weight) is not nn.Parameter and not (x is None and _is_sharded(base.weight)):
+                return f"its base weight is a {type(base.weight).__name__}"
             if x is not None and not torch.is_autocast_enabled(x.device.type) and x.dtype != base.weight.dtype:
                 return f"its input is {x.dtype}, its weight {base.weight.dtype}"
             return None

@@ -119,10 +119,11 @@ def make_case(weight: Weight, *, rows: int, rank: int, dropout: float, dtype: to
     return Case(weight, dropout, (x, a, b), normal((rows, num_out), dtype=dtype), torch.tensor(1))
 
 
-def candidates(kind: str, device: str, *, dropout: bool) -> tuple[list[str], list[str]]:
-    """The forward and the backward plans that compute the same layer here."""
+def candidates(kind: str, device: str, *, dropout: bool, dtype: torch.dtype) -> tuple[list[str], list[str]]:
+    """The forward and the backward plans that compute the same layer here. dtype: of x and of a dense weight."""
     forward, backward = list(ops.FORWARD_PLANS), list(ops.BACKWARD_PLANS)
-    if dropout:  # it acts on x, so nothing can be merged
+    # Dropout acts on x, so nothing can be merged; into 16 bits a small adapter would be rounded away.
+    if dropout or (kind == "dense" and dtype.itemsize == 2):
         forward.remove("merged")
         backward.remove("merged")
     # A dense weight has no product of the library's own. bitsandbytes rounds x to 8 bits under int8, in training on CUDA

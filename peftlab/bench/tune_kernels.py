@@ -69,7 +69,7 @@ def tune_kernels(
     dtype = resolve_precision("auto", device)
     _check(rows, rank, kinds, dropout)
     shapes = _shapes(model or MODELS[device])
-    jobs, notes = _jobs(device, shapes, rows, list(dict.fromkeys(kinds)), dropout)
+    jobs, notes = _jobs(device, dtype, shapes, rows, list(dict.fromkeys(kinds)), dropout)
     _check_memory(jobs, rank, dtype, device)
     file = kernel_plans_file() if out is None else out
     notes += check_file(file)
@@ -122,13 +122,18 @@ def _shapes(model: str) -> list[tuple[int, int]]:
 
 
 def _jobs(
-    device: str, shapes: list[tuple[int, int]], rows: Sequence[int], kinds: list[str], dropout: Sequence[float]
+    device: str,
+    dtype: torch.dtype,
+    shapes: list[tuple[int, int]],
+    rows: Sequence[int],
+    kinds: list[str],
+    dropout: Sequence[float],
 ) -> tuple[list[_Job], list[str]]:
     """Every combination that leaves a choice; notes on those that do not."""
     jobs: dict[ops.PlanKey, _Job] = {}
     notes = []
     for kind, p in itertools.product(kinds, dict.fromkeys(dropout)):
-        forward, backward = candidates(kind, device, dropout=p > 0)
+        forward, backward = candidates(kind, device, dropout=p > 0, dtype=dtype)
         if len(forward) == len(backward) == 1:
             notes.append(f"{kind}, dropout {p:g}: {forward[0]} is the only plan, there is nothing to choose")
             continue

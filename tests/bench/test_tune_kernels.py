@@ -126,7 +126,7 @@ def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyP
     count = 0
     for kind in tune_kernels.KINDS:
         for dropout in (False, True):
-            forward, backward = candidates(kind, DEVICE.type, dropout=dropout)
+            forward, backward = candidates(kind, DEVICE.type, dropout=dropout, dtype=tune_kernels.resolve_precision("auto", DEVICE.type))
             found = [p for p in report["plans"] if p["kind"] == kind and p["dropout"] == dropout]
             choices = len(forward) > 1 or len(backward) > 1
             assert len(found) == (4 if choices else 0)
@@ -191,7 +191,7 @@ def test_every_candidate_is_the_formula_in_bfloat16_too(kind: str, dropout: floa
     options: dict[str, Any] = {"rows": 64, "rank": 8, "dropout": dropout, "dtype": torch.bfloat16}
     case = make_case(weight, **options, device=DEVICE.type)
     want = tuple(t * 1.0 for t in case.formula())
-    forward, backward = candidates(kind, "cuda", dropout=dropout > 0)
+    forward, backward = candidates(kind, "cuda", dropout=dropout > 0, dtype=torch.bfloat16)
     for plan in [ops.Plan(f, b) for f in forward for b in backward]:
         assert case.fault(plan, want) == ""
         y = case.forward(plan)

@@ -309,7 +309,10 @@ def test_errs_no_more_than_the_unfused_formula(
             )
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "dense-fp32"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*((kind, "merged") for kind in ("nf4", "int8", "dense-fp32")), *((k, "split") for k in ("dense", "nf4", "int8"))],
+)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     ("backend", "dtype", "ratio"),
@@ -320,25 +323,33 @@ def test_errs_no_more_than_the_unfused_formula(
     ],
 )
 def test_a_small_adapter_is_not_rounded_away(
-    device: torch.device, force_plan: Any, backend: str, dtype: torch.dtype, ratio: float, autocast: bool, kind: str
-) -> None:
+    device: torch.device, force_plan: Any, backend: str, dtype: torch.dtype, ratio: float, autocast: bool, kind: str,
+    how: str,
+) -> None:  # fmt: skip
     """|BA| is an eighth to a quarter of the spacing of 16-bit numbers near W. Added to an output that was rounded before,
-    half of the adapter is lost; a weight merged in float32 and rounded once carries all of it on average."""
+    half of the adapter is lost; a weight merged in float32 and rounded once carries all of it on average, and so does
+    an output that is rounded once."""
     case = problem(kind, (512, 512, 512, 16), dtype, device)
     B = case.B.double() * (ratio / SCALE * case.W.norm() / (case.B.double() @ case.A.double()).norm())
     case = replace(case, B=B.to(dtype), bias=torch.zeros_like(case.bias))
-    base = case.x.double() @ case.W.T
-    adapter = SCALE * case.x.double() @ case.A.double().T @ case.B.double().T
+    BA, W = SCALE * case.B.double() @ case.A.double(), case.W.double()
+    parts = {
+        "y": (case.x.double() @ W.T, case.x.double() @ BA.T),
+        "x": (case.grad.double() @ W, case.grad.double() @ BA),
+    }
 
-    def gain(y: Tensor) -> float:
-        return float(((y.double() - base) * adapter).sum() / adapter.square().sum())
+    def gain(found: dict[str, Tensor], name: str) -> float:
+        base, adapter = parts[name]
+        return float(((found[name].double() - base) * adapter).sum() / adapter.square().sum())
 
-    force_plan("merged", "merged")
+    force_plan(how, how)
     with torch.autocast(device.type, dtype=dtype, enabled=autocast):
-        merged = gain(call(case, case.inputs(), backend))
-    added = gain(run_unfused(case)["y"])
-    assert 0.9 <= merged <= 1.1, f"merged passes {merged:.3f} of the adapter, base then add {added:.3f}"
-    assert abs(merged - 1) < abs(added - 1)
+        fused = run_op(case, backend)
+    unfused = run_unfused(case)
+    for name in parts:
+        passed, added = gain(fused, name), gain(unfused, name)
+        assert 0.9 <= passed <= 1.1, f"{name}: {how} passes {passed:.3f} of the adapter, base then add {added:.3f}"
+        assert abs(passed - 1) < abs(added - 1)
 
 
 def test_reference_passes_gradcheck() -> None:
@@ -722,22 +733,22 @@ def _dropped_scale_merged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _zeroed_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def down_backward(*args: Any, **kwargs: Any) -> Tensor | None:
-        dA = _DOWN(*args, **kwargs)
-        return None if dA is None else dA * 0
+    def down_backward(*args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+        dX, dA = _DOWN(*args, **kwargs)
+        return dX, None if dA is None else dA * 0
 
     monkeypatch.setattr(passes, "down_backward", down_backward)
 
 
 def _unmasked_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    def down_backward(x: Tensor, A: Tensor, dS: Tensor, packed: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    def down_backward(x: Tensor, A: Tensor, dS: Tensor, packed: Any, *args: Any, **kwargs: Any) -> Any:
         return _DOWN(x, A, dS, packed if packed is None else torch.full_like(packed, 255), *args, **kwargs)
 
     monkeypatch.setattr(passes, "down_backward", down_backward)
 
 
 def _other_mask_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    def down_backward(x: Tensor, A: Tensor, dS: Tensor, packed: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    def down_backward(x: Tensor, A: Tensor, dS: Tensor, packed: Any, *args: Any, **kwargs: Any) -> Any:
         return _DOWN(x, A, dS, packed if packed is None else packed.roll(1, 0), *args, **kwargs)
 
     monkeypatch.setattr(passes, "down_backward", down_backward)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftlab_kernels import runtime
 from peftlab_kernels.int8_dequant import int8_dequant
@@ -86,16 +85,13 @@ def as_float(base: BaseWeight, dtype: torch.dtype, *, low_rank: LowRank | None =
     )  # fmt: skip
 
 
-def base_linear(x_MK: Tensor, base: BaseWeight, bias_N: Tensor | None, *, how: str, backend: str) -> Tensor:
-    """[M, N] = x W^T + bias without an adapter. how: ``library`` is bitsandbytes' own product (NF4 on few rows, int8
-    on CUDA), anything else a dense product with the dequantized weight."""
-    if bias_N is not None:
-        bias_N = bias_N.to(x_MK.dtype)
-    if how == "library" and isinstance(base, NF4Weight):
+def library_linear(x_MK: Tensor, base: BaseWeight, bias_N: Tensor | None) -> Tensor:
+    """[M, N] = x W^T + bias by bitsandbytes' own product: NF4 for few rows, int8 on CUDA. bias_N: in the type of x."""
+    if isinstance(base, NF4Weight):
         return _nf4_library(x_MK, base, bias_N)
-    if how == "library" and isinstance(base, Int8Weight):
+    if isinstance(base, Int8Weight):
         return _int8_library(x_MK, base, bias_N)
-    return F.linear(x_MK, as_float(base, x_MK.dtype, backend=backend), bias_N)
+    raise TypeError(f"bitsandbytes has no product with a {type(base).__name__}")
 
 
 def _nf4_library(x_MK: Tensor, base: NF4Weight, bias_N: Tensor | None) -> Tensor:

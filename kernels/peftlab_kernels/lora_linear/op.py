@@ -21,8 +21,8 @@ from peftlab_kernels.lora_linear.base import (
     DenseWeight,
     Int8Weight,
     as_float,
-    base_linear,
     kind_of,
+    library_linear,
 )
 from peftlab_kernels.lora_linear.reference import keep_threshold
 from peftlab_kernels.nf4_dequant import NF4Weight
@@ -151,18 +151,24 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype, how = x_MK.dtype, call.plan.forward
     mask_MP = None
+    bias_N = bias_N.to(dtype) if bias_N is not None else None
     if call.dropout:
         assert seed is not None
         S_MR, mask_MP = passes.dropout_down(x_MK, A_RK, call.dropout, int(seed), call.backend)
     elif how == "merged":
         W_NK = as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.backend)
-        bias = bias_N.to(dtype) if bias_N is not None else None
-        y_MN = torch.nn.functional.linear(x_MK, W_NK, bias)
+        y_MN = torch.nn.functional.linear(x_MK, W_NK, bias_N)
         return y_MN, (x_MK @ A_RK.t().to(dtype)) if save else None, None
     else:
         S_MR = x_MK @ A_RK.t().to(dtype)
-    y_MN = base_linear(x_MK, call.base, bias_N, how=how, backend=call.backend)
-    y_MN.addmm_(S_MR, B_NR.t().to(dtype), alpha=call.scale)
+    if how == "library":
+        y_MN = library_linear(x_MK, call.base, bias_N)
+        y_MN.addmm_(S_MR, B_NR.t().to(dtype), alpha=call.scale)
+    else:
+        # The small part first: the product is then added to it before its one rounding. The other way round the base
+        # is on the 16-bit grid already, and an adapter below half its step is lost.
+        y_MN = torch.nn.functional.linear(S_MR, (call.scale * B_NR).to(dtype), bias_N)
+        y_MN.addmm_(x_MK, as_float(call.base, dtype, backend=call.backend).t())
     return y_MN, S_MR if save else None, mask_MP
 
 
@@ -182,16 +188,17 @@ def _backward(
     merged = call.plan.backward == "merged"
     if need_adapter or (need_x and not merged):
         dS_MR, dB_NR = passes.up_backward(dY_MN, B_NR, S_MR, call.scale, call.backend)
-    if need_x:
-        low_rank = (A_RK, B_NR, call.scale) if merged else None
-        dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=low_rank, backend=call.backend)
     if dS_MR is not None and dB_NR is not None:
-        dA_RK = passes.down_backward(
+        dX_MK, dA_RK = passes.down_backward(
             x_MK, A_RK, dS_MR, mask_MP, call.dropout, call.backend,
-            dX_MK=None if merged else dX_MK, need_dA=need_adapter,
+            need_dX=need_x and not merged, need_dA=need_adapter,
         )  # fmt: skip
         dA_RK = dA_RK.to(A_RK.dtype) if dA_RK is not None else None
         dB_NR = dB_NR.to(B_NR.dtype)
+    if dX_MK is not None:
+        dX_MK.addmm_(dY_MN, as_float(call.base, dtype, backend=call.backend))
+    elif need_x:
+        dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.backend)
     return dX_MK, dA_RK, dB_NR
 
 
@@ -221,9 +228,10 @@ def _call_of(
     x_MK: Tensor, base: BaseWeight, scale: float, dropout: float, backend: str
 ) -> _Call:  # fmt: skip
     backend = runtime.choose_backend(backend, x_MK)
-    N, K = base.shape
+    (M, K), N = x_MK.shape, base.shape[0]
+    on_grid = isinstance(base, DenseWeight) and base.weight.dtype == x_MK.dtype and x_MK.dtype.itemsize == 2
     chosen = plan.choose(
-        kind_of(base), x_MK.device, M=x_MK.shape[0], N=N, K=K, dropout=dropout > 0, backend=backend
+        kind_of(base), x_MK.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=on_grid, backend=backend
     )  # fmt: skip
     return _Call(base, scale, dropout, backend, chosen)
 

@@ -80,37 +80,38 @@ def down_backward(
     dropout: float,
     backend: str,
     *,
-    dX_MK: Tensor | None,
+    need_dX: bool,
     need_dA: bool,
-) -> Tensor | None:
-    """What the lower factor gives back: dA [R, K] = dS^T D(x), and D(dS A) added to ``dX_MK`` in place.
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the lower factor gives back: its part of dX [M, K] = D(dS A), and dA [R, K] = dS^T D(x).
 
-    D multiplies by mask / share kept. dA is float32 from Triton. ``dX_MK`` None: not wanted, or it has its part.
+    D multiplies by mask / share kept. dA is float32 from Triton. None for what is not needed.
     """
-    dA_RK = None
-    if backend == "triton" and len(x_MK):
-        if need_dA:
-            dA_RK = _down_backward_launch(x_MK, mask_MP, dS_MR, dropout)
-        if dX_MK is not None and mask_MP is not None:
-            _dropout_dx_launch(dX_MK, dS_MR, A_RK, mask_MP, dropout)
-        elif dX_MK is not None:
-            dX_MK.addmm_(dS_MR, A_RK.to(dX_MK.dtype))
-        return dA_RK
-    A_RK = A_RK.to(x_MK.dtype)
-    if mask_MP is None:
-        if dX_MK is not None:
-            dX_MK.addmm_(dS_MR, A_RK)
-        return dS_MR.t() @ x_MK if need_dA else None
-    _, keep_scale = keep_threshold(dropout)
     M, K = x_MK.shape
+    if mask_MP is None:
+        dX_MK = dS_MR @ A_RK.to(x_MK.dtype) if need_dX else None
+        if not need_dA:
+            return dX_MK, None
+        if backend == "triton" and M:
+            return dX_MK, _down_backward_launch(x_MK, None, dS_MR, dropout)
+        return dX_MK, dS_MR.t() @ x_MK
+    if backend == "triton" and M:
+        return (
+            _dropout_dx_launch(dS_MR, A_RK, mask_MP, dropout) if need_dX else None,
+            _down_backward_launch(x_MK, mask_MP, dS_MR, dropout) if need_dA else None,
+        )
+    _, keep_scale = keep_threshold(dropout)
+    scaled_MR = dS_MR * keep_scale
+    A_RK = A_RK.to(x_MK.dtype)
+    dX_MK = x_MK.new_empty((M, K)) if need_dX else None
     dA_RK = x_MK.new_zeros(A_RK.shape) if need_dA else None
     for rows in _pieces(M, K):
         keep = _factors(mask_MP[rows], K, x_MK.dtype)
-        if dA_RK is not None:
-            dA_RK.addmm_(dS_MR[rows].t(), x_MK[rows] * keep, alpha=keep_scale)
         if dX_MK is not None:
-            dX_MK[rows].addcmul_(dS_MR[rows] @ A_RK, keep, value=keep_scale)
-    return dA_RK
+            torch.mm(scaled_MR[rows], A_RK, out=dX_MK[rows]).mul_(keep)
+        if dA_RK is not None:
+            dA_RK.addmm_(scaled_MR[rows].t(), keep.mul_(x_MK[rows]))
+    return dX_MK, dA_RK
 
 
 def _down_backward_launch(x_MK: Tensor, mask_MP: Tensor | None, dS_MR: Tensor, dropout: float) -> Tensor:
@@ -128,16 +129,18 @@ def _down_backward_launch(x_MK: Tensor, mask_MP: Tensor | None, dS_MR: Tensor, d
     return dA.sum(0)
 
 
-def _dropout_dx_launch(dX_MK: Tensor, dS_MR: Tensor, A_RK: Tensor, mask_MP: Tensor, dropout: float) -> None:
+def _dropout_dx_launch(dS_MR: Tensor, A_RK: Tensor, mask_MP: Tensor, dropout: float) -> Tensor:
     from peftlab_kernels.lora_linear.kernel import dropout_dx_kernel
 
-    (M, K), R = dX_MK.shape, A_RK.shape[0]
+    M, (R, K) = dS_MR.shape[0], A_RK.shape
+    dX_MK = dS_MR.new_empty((M, K))
     _, keep_scale = keep_threshold(dropout)
     options = dropout_dx_options(R, dX_MK.dtype)
     dropout_dx_kernel[(cdiv(K, options["BLOCK_K"]), cdiv(M, options["BLOCK_M"]))](
         dX_MK, mask_MP, dS_MR.contiguous(), A_RK.contiguous(), M, K, R, cdiv(K, 8), keep_scale,
         DOT=runtime.dot_dtype(dX_MK.dtype), **options,
     )  # fmt: skip
+    return dX_MK
 
 
 def unpack_mask(mask_MP: Tensor, K: int) -> Tensor:

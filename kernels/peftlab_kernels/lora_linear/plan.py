@@ -29,8 +29,8 @@ _NF4_LIBRARY_ROWS = {(8, 9): 256, (9, 0): 48, (8, 0): 128}
 
 @dataclass(frozen=True)
 class Plan:
-    """forward: ``merged`` (one product with W + s B A), ``split`` (product with W, then the adapter) or ``library``
-    (as split, the base product by bitsandbytes). backward (dX): ``merged`` or ``split``."""
+    """forward: ``merged`` (one product with W + s B A), ``split`` (the adapter, and the product with W added onto it) or
+    ``library`` (the base product by bitsandbytes, then the adapter). backward (dX): ``merged`` or ``split``."""
 
     forward: str
     backward: str
@@ -47,6 +47,7 @@ class Key(NamedTuple):
     dropout: bool
 
 
+_UNMERGED = Plan("split", "split")
 _Table = dict[Key, Plan]
 _extra_tables: list[_Table] = []
 _planned_rows: list[int] = []
@@ -58,13 +59,18 @@ def key_of(kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: 
 
 
 def choose(
-    kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: bool, backend: str
-) -> Plan:  # fmt: skip
-    """The plan for [M, K] inputs to a [N, K] weight of ``kind`` (dense, nf4, int8)."""
+    kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: bool, on_grid: bool, backend: str
+) -> Plan:
+    """The plan for [M, K] inputs to a [N, K] weight of ``kind`` (dense, nf4, int8).
+
+    on_grid: W is in the 16-bit type of x as it is stored. Adding an adapter to it would round most of a small one away,
+    so it is never merged, whatever was measured.
+    """
     if _forced:
         return _forced[-1]
     M = _planned_rows[-1] if _planned_rows else M
-    return _choose(key_of(kind, device, M=M, N=N, K=K, dropout=dropout), backend)
+    chosen = _choose(key_of(kind, device, M=M, N=N, K=K, dropout=dropout), backend)
+    return _UNMERGED if on_grid and "merged" in (chosen.forward, chosen.backward) else chosen
 
 
 @contextlib.contextmanager
@@ -116,6 +122,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: expected {', '.join(_FIELDS)}, found {row}")
         if row["forward"] not in FORWARD or row["backward"] not in BACKWARD:
             raise ValueError(f"{where}: expected {FORWARD} and {BACKWARD}, found {row}")
+        if row["kind"] == "dense" and row["forward"] == "library":
+            raise ValueError(f"{where}: bitsandbytes has no product with a dense weight, found {row}")
         if row["dropout"] and "merged" in (row["forward"], row["backward"]):
             raise ValueError(f"{where}: dropout acts on x, so nothing can be merged, found {row}")
     return rows
@@ -141,17 +149,15 @@ def _shipped_table() -> _Table:
 def rule(device: str, kind: str, *, M: int, N: int, K: int, dropout: bool) -> Plan:
     """The plan without measurements.
 
-    Merging costs a pass over the weight and saves passes over x and y. A quantized weight is written out anyway, so
-    there it is nearly free; a dense one is copied for it, which pays above about 0.67 N rows (bytes: 4NK against
-    4MN + 2MK at K near N). Dropout acts on x, so nothing can be merged.
+    Merging saves passes over x and y, and costs nothing extra where a quantized weight is written out anyway. A dense
+    one would be copied for it, 8NK bytes against 2MN + 2MK: with no gain in time up to 2N rows, and a loss in precision
+    (``choose``). Dropout acts on x, so nothing can be merged.
     """
     cuda = device != "cpu"
     small = kind == "nf4" and cuda and _NF4_LIBRARY_ROWS.get(_capability(device), 64) >= M
     if dropout:
         return Plan("library" if small or (kind == "int8" and cuda) else "split", "split")
-    # On 2 CPU cores the copy of a dense weight was never worth it.
-    pays = cuda and M > 0.67 * N if kind == "dense" else cuda or max(N, K) <= M
-    backward = "merged" if pays else "split"
+    backward = "merged" if kind != "dense" and (cuda or max(N, K) <= M) else "split"
     if kind == "int8" and cuda:
         return Plan("library", backward)  # the int8 product is twice as fast as a dense one
     return Plan("library" if small else backward, backward)
