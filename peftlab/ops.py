@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab_kernels.linear_cross_entropy import linear_cross_entropy
+from peftlab_kernels.linear_kl import DIVERGENCES, check_divergence, token_divergence
 from peftlab_kernels.lora_linear import (
     BaseWeight,
     DenseWeight,
@@ -72,12 +73,14 @@ def _not_a_table(error: ValueError) -> ArtifactError:
 __all__ = [
     "BACKWARD_PLANS",
     "BaseWeight",
+    "DIVERGENCES",
     "DenseWeight",
     "FORWARD_PLANS",
     "Int8Weight",
     "NF4Weight",
     "Plan",
     "PlanKey",
+    "check_divergence",
     "dropout_mask",
     "forced_plan",
     "kernel_paths",
@@ -92,6 +95,7 @@ __all__ = [
     "planned_for",
     "read_plans",
     "release_scratch",
+    "token_divergence",
     "triton_problem",
     "use_plans",
 ]

@@ -94,7 +94,7 @@ def test_rows_of_other_keys_are_kept(file: Path, monkeypatch: pytest.MonkeyPatch
     old = [
         key(M=4096)._asdict() | {"forward": "merged", "backward": "merged", "note": "older"},
         key()._asdict() | {"device": "sm_123", "forward": "split", "backward": "merged"},
-        key()._asdict() | {"forward": "library", "backward": "merged"},
+        key()._asdict() | {"forward": "merged", "backward": "split"},
     ]
     file.parent.mkdir()
     file.write_text(json.dumps({"plans": old}))
@@ -256,6 +256,7 @@ DAMAGED = {
     "a row without a key": json.dumps({"plans": [{"forward": "split", "backward": "split"}]}),
     "a wrong type": json.dumps({"plans": [key()._asdict() | {"m": "64", "forward": "split", "backward": "split"}]}),
     "an unknown plan": json.dumps({"plans": [key()._asdict() | {"forward": "magic", "backward": "split"}]}),
+    "a dense library product": json.dumps({"plans": [key()._asdict() | {"forward": "library", "backward": "split"}]}),
     "merged dropout": json.dumps({"plans": [key(dropout=True)._asdict() | {"forward": "split", "backward": "merged"}]}),
 }
 

@@ -717,6 +717,44 @@ def test_a_measured_plan_cannot_merge_dropout(
         plan._choose.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("weight_dtype", "dtype", "merged"),
+    [
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float16, torch.float16, False),
+        (torch.float32, torch.bfloat16, True),
+        (torch.float32, torch.float32, True),
+    ],
+)
+def test_sixteen_bit_weights_are_never_merged(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    weight_dtype: torch.dtype,
+    dtype: torch.dtype,
+    merged: bool,
+) -> None:
+    """A measured plan asks for it; only where W is not on the 16-bit grid of x does it get it."""
+    row = plan.key_of("dense", device, M=63, N=130, K=50, dropout=False)._asdict()
+    table = tmp_path / "plans.json"
+    table.write_text(json.dumps({"plans": [row | {"forward": "merged", "backward": "merged"}]}), encoding="utf-8")
+    asked: list[bool] = []
+
+    def as_float(*args: Any, low_rank: Any = None, **kwargs: Any) -> Tensor:
+        asked.append(low_rank is not None)
+        return _AS_FLOAT(*args, low_rank=low_rank, **kwargs)
+
+    monkeypatch.setattr(op, "as_float", as_float)
+    case = problem("dense", (63, 50, 130, 8), weight_dtype, device)
+    case = replace(case, x=case.x.to(dtype), grad=case.grad.to(dtype))
+    plan.use_table(table)
+    try:
+        run_op(case, "torch")
+    finally:
+        plan.use_table(None)
+    assert asked == [merged, merged]
+
+
 def _dropped_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "_Call", lambda base, scale, *rest: _CALL(base, 1.0, *rest))
 
