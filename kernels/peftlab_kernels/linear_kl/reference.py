@@ -68,4 +68,5 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _mix(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """log(share p + (1 - share) q)."""
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+    lowest = torch.finfo(log_p.dtype).min / 4  # of two -inf the gradient would be NaN
+    return torch.logaddexp(log_p.clamp_min(lowest) + math.log(share), log_q.clamp_min(lowest) + math.log1p(-share))
