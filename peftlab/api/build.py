@@ -29,6 +29,7 @@ from peftlab.ops import linear_cross_entropy, use_plans
 from peftlab.paths import kernel_plans_file
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.tasks import CausalLM, Encoded, SequenceClassification, Task
+from peftlab.training.memory import share_one_heap
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,13 +68,14 @@ def located(loaded: LoadedRecipe | None) -> Iterator[None]:
 
 
 def prepare_libraries(*, measured_plans: bool = True) -> None:
-    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, a guarded bitsandbytes, the
-    kernel plans measured on this machine.
+    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, one heap, a guarded
+    bitsandbytes, the kernel plans measured on this machine.
 
     Raises: ArtifactError when the file of measured plans is damaged.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    share_one_heap()
     with contextlib.suppress(ImportError):  # only a quantized model needs it, and says so
         import_bitsandbytes()
     if measured_plans:

@@ -41,6 +41,8 @@ class BatchPlan:
         grouping: ``none`` (padded batches of ``batch_size`` in order), ``step``, or ``epoch`` (like lengths share
             a step too).
         split_cost: what one more micro-batch costs, in padded tokens.
+        most_tokens: padded tokens a micro-batch has at most (one longer row still makes one), whatever the batch size;
+            None: no limit. Not with grouping ``none``.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class BatchPlan:
         epochs: float | None = None,
         max_steps: int | None = None,
         split_cost: int = 64,
+        most_tokens: int | None = None,
     ) -> None:
         assert (batch_size is None) != (batch_tokens is None)
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._accumulate, self._grouping, self._seed = accumulate, grouping, seed
-        self._split_cost = split_cost
+        self._split_cost, self._most_tokens = split_cost, most_tokens
         self._epoch_cache: dict[int, list[Indices]] = {}
         self.total_steps = self._count_steps(epochs, max_steps)
 
@@ -129,7 +132,7 @@ class BatchPlan:
         ordered = rows[np.argsort(-self._lengths[rows], kind="stable")]
         lengths = self._lengths[ordered].tolist()
         max_rows = self._batch_size or len(rows)
-        max_tokens = self._batch_tokens or max_rows * lengths[0]
+        max_tokens = min(self._batch_tokens or max_rows * lengths[0], self._most_tokens or sum(lengths))
         cuts = _cheapest_cuts(lengths, max_rows=max_rows, max_tokens=max_tokens, split_cost=self._split_cost)
         return [ordered[a:b] for a, b in pairwise(cuts)]
 

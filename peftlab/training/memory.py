@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
+
+_M_ARENA_MAX = -8  # malloc.h of glibc
 
 
 def memory_bytes(device_type: str) -> int:
@@ -42,6 +45,19 @@ def peak_memory_bytes(device_type: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def share_one_heap() -> None:
+    """Makes all threads allocate from one heap of glibc, which is a setting of the whole process.
+
+    Otherwise what the forward pass frees in its thread is of no use to the backward pass in autograd's (measured: 40 MB
+    of 460 for MiniLM). A user's own MALLOC_ARENA_MAX wins.
+    """
+    import ctypes
+
+    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(OSError, AttributeError):  # musl has no such setting
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def release_memory() -> None:
