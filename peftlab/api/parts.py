@@ -21,9 +21,9 @@ from peftlab.tasks import Encoded, Task
 from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress
 
-# What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size.
-# Measured with bench/cpu_vs_peft.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
-_SPLIT_COST = {"cpu": 48, "cuda": 2048}
+# What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size, and
+# dequantization. Measured with bench/cpu_vs_peft.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
+_SPLIT_COST = {"cpu": {"none": 64, "nf4": 128, "int8": 128}, "cuda": {"none": 2048, "nf4": 2048, "int8": 2048}}
 # Twice as many rows at once are no faster on 2 cores, and take 200 MB more for MiniLM (bench/README.md).
 _MOST_TOKENS = {"cpu": 1024, "cuda": None}
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -176,7 +176,7 @@ def make_plan(recipe: Recipe, encoded: Encoded, device: str) -> BatchPlan:
         seed=recipe.run.seed,
         epochs=t.epochs,
         max_steps=t.max_steps,
-        split_cost=_SPLIT_COST[device],
+        split_cost=_SPLIT_COST[device][recipe.model.quantize],
         most_tokens=_MOST_TOKENS[device],
     )
 
