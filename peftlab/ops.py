@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftlab_kernels.linear_cross_entropy import linear_cross_entropy
-from peftlab_kernels.linear_kl import DIVERGENCES, check_divergence, token_divergence
+from peftlab_kernels.heads import Head
+from peftlab_kernels.linear_cross_entropy import LinearLoss, linear_cross_entropy
+from peftlab_kernels.linear_kl import (
+    DIVERGENCES,
+    DenseTeacher,
+    DistilledLoss,
+    OnlineTeacher,
+    SparseTeacher,
+    check_divergence,
+    linear_kl,
+    token_divergence,
+)
 from peftlab_kernels.lora_linear import (
     BaseWeight,
     DenseWeight,
@@ -29,17 +39,13 @@ from peftlab_kernels.runtime import new_seed, release_scratch, triton_problem
 
 from peftlab.errors import ArtifactError
 
-_TRITON_OPS = ("int8_dequant", "lora_linear", "nf4_dequant")
+_TRITON_OPS = ("int8_dequant", "linear_cross_entropy", "linear_kl", "lora_linear", "nf4_dequant")
 
 
 def kernel_paths(device_type: str) -> dict[str, tuple[str, str]]:
     """Per operation what runs on this kind of device with ``run.kernels: auto``, and why not something faster."""
     problem = triton_problem(device_type) or (None if device_type == "cuda" else "run.kernels=triton asks for it")
-    fused = ("Triton", "") if problem is None else ("PyTorch, fused", problem)
-    return {
-        **dict.fromkeys(_TRITON_OPS, fused),
-        "linear_cross_entropy": ("PyTorch, in chunks", "it has no Triton kernel in this release"),
-    }
+    return dict.fromkeys(_TRITON_OPS, ("Triton", "") if problem is None else ("PyTorch, fused", problem))
 
 
 def plan_by_rule(key: PlanKey) -> Plan:
@@ -74,17 +80,24 @@ __all__ = [
     "BACKWARD_PLANS",
     "BaseWeight",
     "DIVERGENCES",
+    "DenseTeacher",
     "DenseWeight",
+    "DistilledLoss",
     "FORWARD_PLANS",
+    "Head",
     "Int8Weight",
+    "LinearLoss",
     "NF4Weight",
+    "OnlineTeacher",
     "Plan",
     "PlanKey",
+    "SparseTeacher",
     "check_divergence",
     "dropout_mask",
     "forced_plan",
     "kernel_paths",
     "linear_cross_entropy",
+    "linear_kl",
     "lora_linear",
     "lora_linear_reference",
     "new_seed",

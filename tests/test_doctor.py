@@ -60,7 +60,7 @@ def test_names_every_op_what_runs_it_and_tries_one(report: dict[str, Any]) -> No
 
     facts = _facts(report)
     folders = {p.name for p in Path(peftlab_kernels.__path__[0]).iterdir() if (p / "op.py").is_file()}
-    assert folders == {"int8_dequant", "linear_cross_entropy", "lora_linear", "nf4_dequant"}
+    assert folders == {"int8_dequant", "linear_cross_entropy", "linear_kl", "lora_linear", "nf4_dequant"}
     for name in folders:
         assert facts[f"kernels: {name}"]["value"].startswith(("PyTorch", "Triton"))
     assert facts["kernels: lora_linear trial"]["status"] == "ok"

@@ -85,6 +85,20 @@ def new_seed() -> Tensor:
     return torch.randint(0, 2**62, (), dtype=torch.int64)
 
 
+class DifferentiableOnce(torch.autograd.Function):
+    """Ties a gradient to what it depends on. ``once_differentiable`` refuses a second derivative only where the upstream
+    gradient has one itself, and drops it silently where the inputs alone have."""
+
+    @staticmethod
+    def forward(ctx: Any, what: str, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        ctx.what = what
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.what} can be differentiated once; for second derivatives use run.kernels=reference")
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

@@ -35,3 +35,41 @@ def unpack_bits(byte, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     shifts = tl.arange(0, 8)
     bits = (byte.to(tl.int32)[:, :, None] >> shifts[None, None, :]) & 1
     return tl.reshape(bits, (ROWS, COLUMNS))
+
+
+@triton.jit
+def capped(z, scale, softcap, HAS_CAP: tl.constexpr):
+    """``cap(scale * z)`` and its derivative; tanh through exp, which the interpreter has."""
+    z = z * scale
+    slope = scale
+    if HAS_CAP:
+        u = z / softcap
+        e = tl.exp(-2.0 * tl.abs(u))
+        t = (1.0 - e) / (1.0 + e)
+        t = tl.where(u < 0, -t, t)
+        z = softcap * t
+        slope = scale * (1.0 - t * t)
+    return z, slope
+
+
+@triton.jit
+def log_sum_exp(z_ptr, V, scale, softcap, inverse_temperature, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest value of ``cap(scale * z) / T`` of a row, and the sum of exp(value - largest), in one pass.
+
+    Logits of -inf are no classes, not even under a cap; of none at all the sum is 0.
+    """
+    tops = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        z, _ = capped(raw, scale, softcap, HAS_CAP)
+        z = tl.where(raw == -float("inf"), raw, z * inverse_temperature)
+        higher = tl.maximum(tops, z)
+        # -inf less -inf is NaN: a lane that has seen nothing yet counts from 0.
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        totals = totals * tl.exp(tops - base) + tl.exp(z - base)
+        tops = higher
+    top = tl.max(tops, axis=0)
+    total = tl.sum(totals * tl.exp(tops - tl.where(top == -float("inf"), 0.0, top)), axis=0)
+    return top, total

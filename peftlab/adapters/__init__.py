@@ -1,5 +1,6 @@
 """Adapters: recipe values to PEFT, saving, loading, merging."""
 
+from peftlab.adapters.head import HeadLoss
 from peftlab.adapters.lora import (
     ADAPTER_FILES,
     AdapterReport,
@@ -16,6 +17,7 @@ from peftlab.adapters.lora import (
 __all__ = [
     "ADAPTER_FILES",
     "AdapterReport",
+    "HeadLoss",
     "add_lora",
     "check_adapter_files",
     "check_targets",

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ from peftlab import ops
 
 # The value of run.kernels a layer runs under; "compared" is PEFT's forward with the dropout masks of the fused one.
 MODES = ("auto", "triton", "reference", "compared")
+
+
+class Factors(NamedTuple):
+    """A LoRA adapter: A [R, K], B [N, R], scaling, and the probability of a zero in its input now."""
+
+    A_RK: Tensor
+    B_NR: Tensor
+    scale: float
+    dropout: float
 
 
 class FusedLora:
@@ -72,7 +81,7 @@ class FusedLora:
         if not isinstance(layer.scaling[name], int | float):
             return "its scaling is a tensor"
         base = layer.get_base_layer()
-        if any(_is_hooked(part) for part in (base, *parts)):
+        if any(is_hooked(part) for part in (base, *parts)):
             return "a hook is registered inside it"
         if base.weight.requires_grad:
             return "its base weight is trained"
@@ -90,23 +99,32 @@ class FusedLora:
     def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
         raise NotImplementedError
 
-    def _base_weight(self, base: Any) -> ops.BaseWeight:
-        raise NotImplementedError
+    def factors(self) -> Factors:
+        """Those of the one active adapter."""
+        layer: Any = self
+        name = next(name for name in layer.active_adapters if name in layer.lora_A)
+        dropout = layer.lora_dropout[name]
+        return Factors(
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+            dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        )
 
     def _fused(self, x: Tensor) -> Tensor:
         layer: Any = self
-        name = next(name for name in layer.active_adapters if name in layer.lora_A)
-        base, dropout = layer.get_base_layer(), layer.lora_dropout[name]
-        probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        base, factors = layer.get_base_layer(), self.factors()
+        weight = frozen_weight(base)
+        assert weight is not None
         return ops.lora_linear(
             x.to(compute_dtype(x)),
-            self._base_weight(base),
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
-            scale=layer.scaling[name],
+            weight,
+            factors.A_RK,
+            factors.B_NR,
+            scale=factors.scale,
             bias_N=base.bias,
-            dropout=probability,
-            seed=ops.new_seed() if probability else None,
+            dropout=factors.dropout,
+            seed=ops.new_seed() if factors.dropout else None,
             backend="triton" if self.kernels == "triton" else "auto",
         )
 
@@ -144,7 +162,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or (
         "forward" in module.__dict__  # accelerate's offloading replaces it
     )
@@ -192,9 +210,6 @@ def _fused_dense() -> type:
                 return f"its input is {x.dtype}, its weight {base.weight.dtype}"
             return None
 
-        def _base_weight(self, base: Any) -> ops.BaseWeight:
-            return ops.DenseWeight(base.weight)
-
     return FusedLinear
 
 
@@ -204,31 +219,11 @@ def _fused_4bit() -> type:
 
     class FusedLinear4bit(FusedLora, Linear4bit):  # type: ignore[misc]
         def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
-            state = getattr(base.weight, "quant_state", None)
-            if state is None:
-                return "its weight is not quantized yet"
-            if state.quant_type != "nf4":
-                return f"its weight is {state.quant_type}, not nf4"
-            if getattr(state, "packing_format_for_cpu", False):
-                return "its weight was repacked for AVX512"
-            if len(state.shape) != 2 or tuple(state.shape) != (base.out_features, base.in_features):
-                return f"its weight was quantized as {list(state.shape)}"
+            if reason := _nf4_reason(base):
+                return reason
             if x is not None and base.compute_dtype not in (None, compute_dtype(x)):
                 return f"its compute type is {base.compute_dtype}, that of its input {compute_dtype(x)}"
             return None
-
-        def _base_weight(self, base: Any) -> ops.BaseWeight:
-            state = base.weight.quant_state
-            nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else None
-            return ops.NF4Weight(
-                base.weight.data,
-                state.absmax,
-                state.code,
-                (base.out_features, base.in_features),
-                state.blocksize,
-                nested,
-                state.state2.blocksize if state.nested else 256,
-            )
 
     return FusedLinear4bit
 
@@ -239,22 +234,62 @@ def _fused_8bit() -> type:
 
     class FusedLinear8bitLt(FusedLora, Linear8bitLt):  # type: ignore[misc]
         def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
-            if base.state.has_fp16_weights:
-                return "its weight is kept in 16 bits"
-            if base.weight.CB is None and base.state.CB is None:
-                return "its weight is not quantized yet"
+            if reason := _int8_reason(base):
+                return reason
             if not base.training and base.weight.device.type == "cpu":
                 return "bitsandbytes multiplies int8 by int8 on a CPU outside training"
             return None
 
-        def _base_weight(self, base: Any) -> ops.BaseWeight:
-            if base.weight.CB is not None:
-                base.init_8bit_state()
-            weight = ops.Int8Weight(base.state.CB, base.state.SCB, float(base.state.threshold))
-            base.weight.data = base.state.CB  # as bitsandbytes does, so that the weight is still what gets saved
-            return weight
-
     return FusedLinear8bitLt
+
+
+def frozen_weight(base: Any) -> ops.BaseWeight | None:
+    """The weight of a linear as the operations take it; None for a linear they do not know."""
+    bnb = sys.modules.get("bitsandbytes")
+    if isinstance(base, PlainLinear):
+        return ops.DenseWeight(base.weight)  # type: ignore[attr-defined]
+    if bnb is None:
+        return None
+    if type(base) is bnb.nn.Linear4bit and _nf4_reason(base) is None:
+        state = base.weight.quant_state
+        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else None
+        return ops.NF4Weight(
+            base.weight.data,
+            state.absmax,
+            state.code,
+            (base.out_features, base.in_features),
+            state.blocksize,
+            nested,
+            state.state2.blocksize if state.nested else 256,
+        )
+    if type(base) is bnb.nn.Linear8bitLt and _int8_reason(base) is None:
+        if base.weight.CB is not None:
+            base.init_8bit_state()
+        weight = ops.Int8Weight(base.state.CB, base.state.SCB, float(base.state.threshold))
+        base.weight.data = base.state.CB  # as bitsandbytes does, so that the weight is still what gets saved
+        return weight
+    return None
+
+
+def _nf4_reason(base: Any) -> str | None:
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return "its weight is not quantized yet"
+    if state.quant_type != "nf4":
+        return f"its weight is {state.quant_type}, not nf4"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "its weight was repacked for AVX512"
+    if len(state.shape) != 2 or tuple(state.shape) != (base.out_features, base.in_features):
+        return f"its weight was quantized as {list(state.shape)}"
+    return None
+
+
+def _int8_reason(base: Any) -> str | None:
+    if base.state.has_fp16_weights:
+        return "its weight is kept in 16 bits"
+    if base.weight.CB is None and base.state.CB is None:
+        return "its weight is not quantized yet"
+    return None
 
 
 def register(config: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peftlab.adapters import HeadLoss
 from peftlab.data import Rows, class_names, load_rows, read_labels, split_rows
 from peftlab.data.chat import Formatter
 from peftlab.errors import DataError, PeftlabError, RecipeError, ResourceError
@@ -25,7 +26,7 @@ from peftlab.models import (
     resolve_precision,
     tokenizer_fingerprint,
 )
-from peftlab.ops import linear_cross_entropy, use_plans
+from peftlab.ops import use_plans
 from peftlab.paths import kernel_plans_file
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.tasks import CausalLM, Encoded, SequenceClassification, Task
@@ -221,7 +222,7 @@ def build_task(recipe: Recipe, tokenizer: Any, rows: Rows | None, *, classes: li
         for part, name in columns.items():
             _require_column(rows, part, name)
     formatter = Formatter(tokenizer, columns=columns, template=template, available=available)
-    return CausalLM(tokenizer, formatter, linear_loss=linear_cross_entropy, choices=recipe.eval.choices)
+    return CausalLM(tokenizer, formatter, head_loss=HeadLoss(recipe.run.kernels), choices=recipe.eval.choices)
 
 
 def _require_column(rows: Rows, part: str, name: str) -> None:

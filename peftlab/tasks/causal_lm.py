@@ -25,7 +25,7 @@ class CausalLM:
 
     Args:
         formatter: rows to text and trained spans.
-        linear_loss: per-token cross-entropy of a dense linear head, as ``ops.linear_cross_entropy``.
+        head_loss: see ``LMHead``.
         choices: possible completions; every row then has a label, and ``score`` predicts by constrained decoding.
     """
 
@@ -38,7 +38,7 @@ class CausalLM:
         tokenizer: Any,
         formatter: Formatter,
         *,
-        linear_loss: Callable[..., Tensor],
+        head_loss: Callable[..., Tensor | None],
         choices: Sequence[str] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -50,7 +50,7 @@ class CausalLM:
         # Tokens that can end an answer: a chat template may end turns with another special token than eos.
         never = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
         self._stop_ids = (special - never) | ({tokenizer.eos_token_id} - {None})
-        self._head = LMHead(linear_loss)
+        self._head = LMHead(head_loss)
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -156,7 +156,7 @@ class CausalLM:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         hidden, targets = self._selected(model, batch)
-        return self._head.cross_entropy(model, hidden, targets).sum()
+        return self._head.cross_entropy_sum(model, hidden, targets)
 
     def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
         inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)

@@ -19,11 +19,12 @@ class LMHead:
     ``cap(scale * head(hidden))`` is an error rather than a silently different loss.
 
     Args:
-        linear_loss: per-token cross-entropy of a dense linear head, as ``ops.linear_cross_entropy``.
+        head_loss: summed cross-entropy of the head module on chosen hidden states, without their logits in memory, or None
+            for a head that it does not know, as ``adapters.HeadLoss``.
     """
 
-    def __init__(self, linear_loss: Callable[..., Tensor]) -> None:
-        self._linear_loss = linear_loss
+    def __init__(self, head_loss: Callable[..., Tensor | None]) -> None:
+        self._head_loss = head_loss
         self._verified: set[int] = set()
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -42,17 +43,12 @@ class LMHead:
         logits = head(hidden.to(_head_dtype(head, hidden))).float() * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def cross_entropy(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[N] float32 nats."""
+    def cross_entropy_sum(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        """[] float32 nats over the tokens of ``hidden`` [N, H]."""
         base = _base(model)
-        head = base.get_output_embeddings()
-        if type(head) is not nn.Linear:  # quantized, or carrying an adapter
-            return F.cross_entropy(self.logits(model, hidden), targets, reduction="none")
         softcap, scale = _logit_transform(base.config)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self._linear_loss(
-                hidden.to(head.weight.dtype), head.weight, targets, head.bias, softcap=softcap, scale=scale
-            )
+        loss = self._head_loss(base.get_output_embeddings(), hidden, targets, softcap=softcap, scale=scale)
+        return F.cross_entropy(self.logits(model, hidden), targets, reduction="sum") if loss is None else loss
 
     @torch.no_grad()
     def _verify(self, model: nn.Module, base: Any, inputs: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-RANK = '''
+RANK = """
 import sys
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ for name, gradient in want.items():
     error = float((got[name] - gradient).norm() / gradient.norm())
     assert error <= 1e-5, f"{name}: {error:.1e} away from one process"
 dist.destroy_process_group()
-'''
+"""
 
 
 @pytest.mark.parametrize("options", [["ddp"], ["fsdp2"], ["fsdp2", "checkpointing"]], ids=" ".join)

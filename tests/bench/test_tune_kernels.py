@@ -126,7 +126,9 @@ def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyP
     count = 0
     for kind in tune_kernels.KINDS:
         for dropout in (False, True):
-            forward, backward = candidates(kind, DEVICE.type, dropout=dropout, dtype=tune_kernels.resolve_precision("auto", DEVICE.type))
+            forward, backward = candidates(
+                kind, DEVICE.type, dropout=dropout, dtype=tune_kernels.resolve_precision("auto", DEVICE.type)
+            )
             found = [p for p in report["plans"] if p["kind"] == kind and p["dropout"] == dropout]
             choices = len(forward) > 1 or len(backward) > 1
             assert len(found) == (4 if choices else 0)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from peftlab.adapters import HeadLoss
 from peftlab.data import Rows
 from peftlab.data.chat import Formatter
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError, RecipeError
-from peftlab.ops import linear_cross_entropy
 from peftlab.tasks import CausalLM
 from peftlab.tasks.base import Batch
 from peftlab.tasks.lm_head import LMHead
@@ -41,9 +41,9 @@ def tokenizer(tokenizer_of: Callable[[str], Any]) -> Any:
     return tokenizer_of("tiny:llama")
 
 
-def make(tokenizer: Any, rows: Rows, *, loss: Any = linear_cross_entropy, **options: Any) -> CausalLM:
+def make(tokenizer: Any, rows: Rows, **options: Any) -> CausalLM:
     formatter = Formatter(tokenizer, columns={}, template=options.pop("template", None), available=list(rows.columns))
-    return CausalLM(tokenizer, formatter, linear_loss=loss, **options)
+    return CausalLM(tokenizer, formatter, head_loss=HeadLoss(), **options)
 
 
 def encode(task: CausalLM, rows: Rows, **options: Any) -> Any:
@@ -191,11 +191,6 @@ def test_too_long(tokenizer: Any) -> None:
 MIXED = [{"q": "how", "a": "yes"}, {"q": "what is it", "a": "no, it is longer"}, {"q": "", "a": ""}]
 
 
-def float64_loss(h: Any, w: Any, t: Any, b: Any, *, softcap: Any, scale: float) -> Any:
-    assert softcap is None and scale == 1.0
-    return F.cross_entropy(F.linear(h, w, b), t, reduction="none")
-
-
 def full_logits_loss(model: Any, batch: Batch) -> Any:
     """The textbook loss: all logits, labels -100 where nothing is trained, shifted by one."""
     labels = batch.input_ids.masked_fill(~batch.trained, -100)
@@ -217,32 +212,28 @@ def assert_same_gradients(got: dict[str, Any], want: dict[str, Any], tolerance: 
         assert error <= tolerance * float(gradient.abs().max()), f"{name}: {error:.3g}"
 
 
-def mixed_batch(tokenizer: Any, loss: Any) -> tuple[CausalLM, Batch]:
+def mixed_batch(tokenizer: Any) -> tuple[CausalLM, Batch]:
     rows = rows_of(MIXED)
-    task = make(tokenizer, rows, loss=loss, template=CHAT)
+    task = make(tokenizer, rows, template=CHAT)
     return task, task.collate(encode(task, rows).examples, "cpu")
 
 
-@pytest.mark.parametrize(("loss", "tolerance"), [(float64_loss, 1e-9), (linear_cross_entropy, 1e-6)], ids=["f64", "op"])
-def test_loss_and_gradients_equal_those_of_all_logits(
-    tokenizer: Any, tiny: Callable[..., Any], loss: Any, tolerance: float
-) -> None:
-    """With a float64 loss to 1e-9; the op itself computes the softmax in float32."""
+def test_loss_and_gradients_equal_those_of_all_logits(tokenizer: Any, tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama", dtype="float64")
-    task, batch = mixed_batch(tokenizer, loss)
+    task, batch = mixed_batch(tokenizer)
     assert batch.attention_mask is not None
     ours, theirs = task.loss_sum(model, batch), full_logits_loss(model, batch)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=tolerance)
-    assert_same_gradients(gradients(model, ours), gradients(model, theirs), tolerance)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-9)
+    assert_same_gradients(gradients(model, ours), gradients(model, theirs), 1e-9)
 
 
 @pytest.mark.parametrize("options", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_loss_with_a_head_that_is_trained(tokenizer: Any, tiny: Callable[..., Any], options: Any) -> None:
     model = tiny("tiny:llama", dtype="float64", **options)
-    task, batch = mixed_batch(tokenizer, linear_cross_entropy)
+    task, batch = mixed_batch(tokenizer)
     ours, theirs = task.loss_sum(model, batch), full_logits_loss(model, batch)
     assert any("lm_head" in n for n, p in model.named_parameters() if p.requires_grad)
-    assert_same_gradients(gradients(model, ours), gradients(model, theirs), 1e-6)
+    assert_same_gradients(gradients(model, ours), gradients(model, theirs), 1e-9)
 
 
 def _shifted_targets(self: CausalLM, model: Any, batch: Batch) -> Any:
@@ -263,12 +254,12 @@ def test_a_wrong_selection_is_caught(
 ) -> None:
     monkeypatch.setattr(CausalLM, "_selected", fault)
     with pytest.raises(AssertionError):
-        test_loss_and_gradients_equal_those_of_all_logits(tokenizer, tiny, float64_loss, 1e-9)
+        test_loss_and_gradients_equal_those_of_all_logits(tokenizer, tiny)
 
 
 def test_score_counts_what_the_loss_trains(tokenizer: Any, tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama", dtype="float64")
-    task, batch = mixed_batch(tokenizer, linear_cross_entropy)
+    task, batch = mixed_batch(tokenizer)
     scores = task.score(model, batch)
     logits = model(**batch.model_inputs).logits[:, :-1]
     hits = (logits.argmax(-1) == batch.input_ids[:, 1:]) & batch.trained[:, 1:]
@@ -291,7 +282,7 @@ def test_a_head_that_transforms_its_logits_is_refused(
         return out
 
     monkeypatch.setattr(base, "forward", doubled)
-    task, batch = mixed_batch(tokenizer, linear_cross_entropy)
+    task, batch = mixed_batch(tokenizer)
     with pytest.raises(RecipeError, match="LlamaForCausalLM: logits of chosen positions differ"):
         task.loss_sum(model, batch)
 
@@ -316,14 +307,14 @@ def test_the_head_knows_how_families_transform_logits(family: str) -> None:
         parameter.data.mul_(4.0)
         parameter.requires_grad_(False)
     ids = torch.randint(3, 50, (2, 7))
-    head = LMHead(linear_cross_entropy)
+    head = LMHead(HeadLoss())
     hidden = head.hidden_states(model, {"input_ids": ids})
     logits = model(input_ids=ids).logits
     torch.testing.assert_close(
         head.logits(model, hidden.flatten(0, 1)), logits.flatten(0, 1).float(), rtol=1e-5, atol=1e-5
     )
-    want = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
-    got = head.cross_entropy(model, hidden.flatten(0, 1), ids.flatten())
+    want = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
+    got = head.cross_entropy_sum(model, hidden.flatten(0, 1), ids.flatten())
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 

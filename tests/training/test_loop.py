@@ -16,12 +16,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peftlab.adapters import save_adapter
+from peftlab.adapters import HeadLoss, save_adapter
 from peftlab.data import BatchPlan, Rows
 from peftlab.data.chat import Formatter
 from peftlab.data.rows import Origin
 from peftlab.errors import ArtifactError, Interrupted, VerificationError
-from peftlab.ops import linear_cross_entropy
 from peftlab.tasks import CausalLM
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopSettings, TrainingLoop
@@ -69,7 +68,7 @@ class Bench:
     def __init__(self, tiny: Any, tokenizer: Any, accelerator: Any, folder: Path, **options: Any) -> None:
         self.rows = make_rows(options.pop("count", 12), options.pop("marked", None))
         formatter = Formatter(tokenizer, columns={}, template=None, available=list(self.rows.columns))
-        self.task: Any = CausalLM(tokenizer, formatter, linear_loss=linear_cross_entropy)
+        self.task: Any = CausalLM(tokenizer, formatter, head_loss=HeadLoss())
         self.train = self.task.encode(self.rows, max_length=512, too_long="error", training=True)
         self.folder = folder
         self._tiny, self._accelerator, self._options = tiny, accelerator, options

@@ -1,6 +1,6 @@
-"""Cross-entropy of a linear head, without the logits of all tokens in memory."""
+"""Cross-entropy of an output head, without the logits of all tokens in memory."""
 
-from peftlab_kernels.linear_cross_entropy.op import linear_cross_entropy
-from peftlab_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from peftlab_kernels.linear_cross_entropy.op import LinearLoss, linear_cross_entropy
+from peftlab_kernels.linear_cross_entropy.reference import head_logits_reference, linear_cross_entropy_reference
 
-__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
+__all__ = ["LinearLoss", "head_logits_reference", "linear_cross_entropy", "linear_cross_entropy_reference"]

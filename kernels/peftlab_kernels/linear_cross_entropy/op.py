@@ -1,104 +1,207 @@
-"""Checks, chunking and autograd of ``linear_cross_entropy``."""
+"""Checks, chunks and autograd of ``linear_cross_entropy``."""
 
-# Shape suffixes: N tokens, H hidden, V vocabulary, C tokens of one chunk.
+# Shape suffixes: N tokens, C of a chunk, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from peftlab_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from peftlab_kernels import runtime
+from peftlab_kernels.heads import (
+    Head,
+    HeadPass,
+    Wanted,
+    chunks,
+    empty_gradients,
+    num_tokens_per_chunk,
+    pack_head,
+    spread_gradients,
+    unpack_head,
+    wanted_gradients,
+)
 
-# Logits of one chunk in float32: 64 MiB keeps a 49k vocabulary at 341 tokens, far beyond where the GEMM is efficient.
-_CHUNK_BYTES = 64 * 2**20
+_PIECE_BYTES = 2**20  # of float32 logits that the CPU goes through at a time: they stay in cache
+
+
+class LinearLoss(NamedTuple):
+    """total: [] float32, the weighted sum, differentiable. per_token: [N] float32 nats, neither."""
+
+    total: Tensor
+    per_token: Tensor
 
 
 def linear_cross_entropy(
     hidden_NH: Tensor,
-    weight_VH: Tensor,
+    head: Head,
     target_N: Tensor,
-    bias_V: Tensor | None = None,
     *,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
+    adapter_hidden: Tensor | None = None,
     chunk: int | None = None,
-) -> Tensor:
-    """Per-token cross-entropy of a linear head, in nats.
+    backend: str = "auto",
+) -> LinearLoss:
+    """Cross-entropy of an output head, summed over tokens, without the logits of all of them in memory.
 
-    Equals ``F.cross_entropy(softcap * tanh(scale * F.linear(h, w, b).float() / softcap), target, reduction="none")``
-    (without ``softcap``: ``scale * F.linear(...)``), but holds the logits of ``chunk`` tokens at a time: the gradient
-    for ``hidden`` is computed in the forward pass, so no ``[N, V]`` tensor outlives its chunk. A head that is trained
-    itself takes the reference path.
+    ``F.cross_entropy(logits.float(), target, reduction="none")`` with the head's logits, times ``weights``. The gradient
+    is computed in the forward pass, for the hidden states and for what is trained of the head; of a frozen head nothing
+    is computed. Differentiable once.
 
     Args:
-        hidden_NH: [N, H] float. weight_VH: [V, H], same dtype. target_N: [N] int64 in [0, V). bias_V: [V] or None.
-        softcap: > 0 or None. scale: factor on the logits before the cap. chunk: tokens per chunk, default by size.
-    Returns: [N] float32.
-    Raises: ValueError on shapes that do not fit together.
+        hidden_NH: [N, H] float32, float16 or bfloat16 (float64 without Triton); products run in this type.
+        target_N: [N] int64 in [0, number of classes). weights: [N] factors, known beforehand; None: ones.
+        adapter_hidden: [N, H] what the head's adapter reads (its dropped input), None: ``hidden_NH``.
+        chunk: tokens whose logits exist at a time, default by the device's memory.
+        backend: auto (Triton on CUDA), triton or torch.
+    Raises: ValueError on shapes that do not fit together, or a backend that cannot run.
     """
-    if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
-        raise ValueError(
-            f"expected hidden [N, H] and weight [V, H], found {list(hidden_NH.shape)} and {list(weight_VH.shape)}"
-        )
-    if target_N.shape != hidden_NH.shape[:1]:
-        raise ValueError(f"expected targets [{hidden_NH.shape[0]}], found {list(target_N.shape)}")
-    if weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad):
-        return linear_cross_entropy_reference(hidden_NH, weight_VH, target_N, bias_V, softcap=softcap, scale=scale)
-    if chunk is None:
-        chunk = max(1, _CHUNK_BYTES // (4 * weight_VH.shape[0]))
-    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, weight_VH, target_N, bias_V, softcap, scale, chunk
+    head.check(hidden_NH)
+    N = hidden_NH.shape[0]
+    for name, tensor in (("targets", target_N), ("weights", weights)):
+        if tensor is not None and tensor.shape != (N,):
+            raise ValueError(f"expected {name} [{N}], found {list(tensor.shape)}")
+    if adapter_hidden is not None and adapter_hidden.shape != hidden_NH.shape:
+        raise ValueError(f"expected adapter_hidden {list(hidden_NH.shape)}, found {list(adapter_hidden.shape)}")
+    wanted = wanted_gradients(head, hidden_NH, adapter_hidden)
+    total, per_token, _ = linear_cross_entropy_op(
+        hidden_NH, adapter_hidden, *pack_head(head), target_N, weights, wanted.flags(), chunk, backend
     )
-    return result
+    return LinearLoss(total, per_token)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        target_N: Tensor,
-        bias_V: Tensor | None,
-        softcap: float | None,
-        scale: float,
-        chunk: int,
-    ) -> Tensor:
-        needs_grad = hidden_NH.requires_grad
-        loss_N = torch.empty(hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
-        grad_NH = torch.empty_like(hidden_NH) if needs_grad else None
-        for start in range(0, hidden_NH.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits_CV = F.linear(hidden_NH[part], weight_VH, bias_V).float()
-            if scale != 1.0:
-                logits_CV.mul_(scale)
-            if softcap is not None:
-                logits_CV.div_(softcap).tanh_()
-                slope_CV = 1 - logits_CV.square()
-                logits_CV.mul_(softcap)
-            index_C1 = target_N[part, None]
-            # Relative to the largest logit, so that a small loss is not the difference of two large numbers.
-            logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
-            target_C = logits_CV.gather(1, index_C1).squeeze(1)
-            probs_CV = logits_CV.exp_()
-            sum_C = probs_CV.sum(dim=-1)
-            loss_N[part] = sum_C.log() - target_C
-            if grad_NH is not None:
-                probs_CV.div_(sum_C[:, None])
-                probs_CV.scatter_add_(1, index_C1, probs_CV.new_full(index_C1.shape, -1.0))
-                if softcap is not None:
-                    probs_CV.mul_(slope_CV)
-                if scale != 1.0:
-                    probs_CV.mul_(scale)
-                grad_NH[part] = probs_CV.to(weight_VH.dtype) @ weight_VH
-        ctx.save_for_backward(*([] if grad_NH is None else [grad_NH]))
-        return loss_N
+@torch.library.custom_op("peftlab::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    hidden_NH: Tensor,
+    adapter_NH: Tensor | None,
+    tensors: list[Tensor],
+    kind: str,
+    numbers: list[int],
+    factors: list[float],
+    target_N: Tensor,
+    weight_N: Tensor | None,
+    wanted: list[bool],
+    chunk: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Operator behind ``linear_cross_entropy``: the sum, the loss of each token, and the gradients of the sum."""
+    head = unpack_head(tensors, kind, numbers, factors)
+    backend = runtime.choose_backend(backend, hidden_NH)
+    N, V, device = hidden_NH.shape[0], head.num_logits, hidden_NH.device
+    wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+    loss_N = torch.empty(N, dtype=wide, device=device)
+    size = chunk or num_tokens_per_chunk(N, V * hidden_NH.element_size(), device)
+    with torch.autocast(device.type, enabled=False):
+        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend)
+        for part in chunks(N, size):
+            logits_CV = walk.logits(part)
+            weight_C = weight_N[part] if weight_N is not None else None
+            cross_entropy_rows(logits_CV, target_N[part], weight_C, loss_N[part], head, any(wanted), backend)
+            if any(wanted):
+                walk.backward(part, logits_CV)
+    total = loss_N.sum() if weight_N is None else torch.dot(loss_N, weight_N.to(wide))
+    return total, loss_N, walk.gradients(head)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_NH,) = ctx.saved_tensors
-        return (grad_NH * grad_N[:, None].to(grad_NH.dtype), None, None, None, None, None, None)
+
+def cross_entropy_rows(
+    logits_CV: Tensor,
+    target_C: Tensor,
+    weight_C: Tensor | None,
+    loss_C: Tensor,
+    head: Head,
+    gradient: bool,
+    backend: str,
+) -> None:
+    """Fills ``loss_C``; with ``gradient`` the logits (before scale and cap) are overwritten with weight * their gradient."""
+    if backend == "triton":
+        from peftlab_kernels.linear_cross_entropy.kernel import cross_entropy_rows_kernel
+
+        C, V = logits_CV.shape
+        cross_entropy_rows_kernel[(C,)](
+            logits_CV, target_C, weight_C if weight_C is not None else loss_C, loss_C, V, logits_CV.stride(0),
+            head.scale, head.softcap or 1.0,
+            HAS_WEIGHT=weight_C is not None, HAS_CAP=head.softcap is not None, HAS_GRAD=gradient, **rows_options(V),
+        )  # fmt: skip
+        return
+    for rows in row_pieces(logits_CV):
+        z_CV, slope_CV = wide_logits(logits_CV[rows], head, slope=gradient)
+        index_C1 = target_C[rows, None]
+        # Relative to the largest logit, so that a small loss is no difference of two large numbers.
+        z_CV.sub_(z_CV.amax(dim=-1, keepdim=True))
+        at_target_C = z_CV.gather(1, index_C1).squeeze(1)
+        probs_CV = z_CV.exp_()
+        sum_C = probs_CV.sum(dim=-1)
+        loss_C[rows] = sum_C.log() - at_target_C
+        if not gradient:
+            continue
+        weight = probs_CV.new_ones(len(sum_C)) if weight_C is None else weight_C[rows].to(probs_CV.dtype)
+        probs_CV.mul_((weight / sum_C)[:, None]).scatter_add_(1, index_C1, -weight[:, None])
+        write_gradient(logits_CV[rows], probs_CV, slope_CV, head)
+
+
+def rows_options(V: int) -> dict[str, Any]:
+    """Compile-time values and launch options of the kernels that walk rows of logits."""
+    return {"BLOCK": min(4096, max(16, runtime.next_power_of_2(V))), "num_warps": 8}
+
+
+def row_pieces(logits_CV: Tensor) -> Any:
+    """Slices of rows that a CPU's cache holds in float32; on a GPU all rows at once."""
+    C, V = logits_CV.shape
+    threads = torch.get_num_threads()
+    step = C if logits_CV.is_cuda else max(threads, _PIECE_BYTES // (4 * V) // threads * threads)
+    return chunks(C, max(1, step))
+
+
+def wide_logits(raw_CV: Tensor, head: Head, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits after scale and cap in float32 (or float64), in the memory of ``raw_CV`` where that is their type; and the
+    derivative of the cap."""
+    z_CV = raw_CV if raw_CV.dtype == torch.float64 else raw_CV.float()
+    if head.scale != 1.0:
+        z_CV.mul_(head.scale)
+    if head.softcap is None:
+        return z_CV, None
+    z_CV.div_(head.softcap).tanh_()
+    slope_CV = 1 - z_CV.square() if slope else None
+    return z_CV.mul_(head.softcap), slope_CV
+
+
+def write_gradient(out_CV: Tensor, dz_CV: Tensor, slope_CV: Tensor | None, head: Head) -> None:
+    """The gradient before scale and cap, to ``out_CV``; ``dz_CV`` is used up."""
+    if slope_CV is not None:
+        dz_CV.mul_(slope_CV)
+    if head.scale != 1.0:
+        dz_CV.mul_(head.scale)
+    if out_CV.data_ptr() != dz_CV.data_ptr() or out_CV.dtype != dz_CV.dtype:
+        out_CV.copy_(dz_CV)
+
+
+@linear_cross_entropy_op.register_fake
+def _(hidden_NH, adapter_NH, tensors, kind, numbers, factors, target_N, weight_N, wanted, chunk, backend):  # type: ignore[no-untyped-def]
+    wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+    return (
+        hidden_NH.new_empty((), dtype=wide),
+        hidden_NH.new_empty((hidden_NH.shape[0],), dtype=wide),
+        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    hidden_NH, _, tensors, _, ctx.numbers, _, _, _, wanted, _, _ = inputs
+    ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
+    ctx.mark_non_differentiable(output[1], *output[2])
+    ctx.save_for_backward(hidden_NH, *output[2])
+
+
+def backward_of_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
+    """The gradients of a sum, made in its forward pass, times what flows back."""
+    hidden_NH, *found = ctx.saved_tensors
+    found = [g * dtotal.to(g.dtype) for g in found]
+    if torch.is_grad_enabled():  # create_graph=True
+        once: Any = runtime.DifferentiableOnce.apply
+        found = [once("the fused losses", g, dtotal, hidden_NH) for g in found]
+    dhidden, dadapter, dhead = spread_gradients(found, ctx.wanted, ctx.num_tensors, ctx.numbers)
+    return (dhidden, dadapter, dhead, *[None] * (ctx.num_inputs - 3))
+
+
+linear_cross_entropy_op.register_autograd(backward_of_sum, setup_context=_setup_context)

@@ -121,22 +121,9 @@ class _LoraLinear(torch.autograd.Function):
             bias = dY_MN.sum(0, dtype=ctx.bias_dtype) if need_bias else None
         gradients = [dX, dA if need_a else None, dB if need_b else None, bias]
         if torch.is_grad_enabled():  # create_graph=True
-            once: Any = _DifferentiableOnce.apply
-            gradients = [g if g is None else once(g, dY_MN, x_MK, A_RK, B_NR) for g in gradients]
+            once: Any = runtime.DifferentiableOnce.apply
+            gradients = [g if g is None else once("lora_linear", g, dY_MN, x_MK, A_RK, B_NR) for g in gradients]
         return *gradients, None, None
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """Ties a gradient to what it depends on. ``once_differentiable`` refuses a second derivative only where dY has a
-    gradient itself, and drops it silently where x, A or B alone have one."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("lora_linear can be differentiated once; for second derivatives use run.kernels=reference")
 
 
 def _forward(

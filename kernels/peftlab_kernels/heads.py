@@ -1,0 +1,281 @@
+"""The output head under a loss: logits of a chunk of tokens, and the gradients that come back from them.
+
+No tensor has a row for every token and a column for every class; gradients are made while the logits of a chunk exist.
+"""
+
+# Shape suffixes: N tokens of a call, C of a chunk, H hidden, V vocabulary, R rank.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftlab_kernels.int8_dequant import int8_dequant
+from peftlab_kernels.lora_linear.base import BaseWeight, DenseWeight, Int8Weight, LowRank, kind_of
+from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant
+
+# Logits of a chunk, in bytes. On a CPU 64 MiB keep a vocabulary of 49k at 341 tokens, far beyond where the product is
+# efficient. A GPU takes a share of its memory: W is read again for every chunk, and dW written.
+_CPU_CHUNK_BYTES = 64 * 2**20
+_GPU_SHARE = 1 / 64
+_FEWEST, _MOST = 256, 4096  # tokens of a chunk on a GPU
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits ``cap(scale * (h W^T + bias + s a A^T B^T))``, with ``cap(z) = softcap * tanh(z / softcap)``.
+
+    Attributes:
+        weight: [V, H] dense, NF4 or int8. A dense one may be trained. bias: [V] or None. low_rank: (A [R, H],
+            B [V, R], s) of a LoRA adapter, or None; a is the hidden state, or its dropped copy (``adapter_hidden``
+            of the losses). softcap: > 0 or None. scale: factor on the logits before the cap.
+        num_classes: leading rows of W that are classes; what comes after them is padding, and has no part in anything.
+    """
+
+    weight: BaseWeight
+    bias: Tensor | None = None
+    low_rank: LowRank | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    num_classes: int | None = None
+
+    @property
+    def num_logits(self) -> int:
+        return self.weight.shape[0] if self.num_classes is None else self.num_classes
+
+    def check(self, hidden_NH: Tensor) -> None:
+        """Raises: ValueError on sizes that do not fit together."""
+        V, H = self.weight.shape
+        if hidden_NH.dim() != 2 or hidden_NH.shape[1] != H:
+            raise ValueError(f"expected hidden [N, {H}] for a head [{V}, {H}], found {list(hidden_NH.shape)}")
+        if self.bias is not None and self.bias.shape != (V,):
+            raise ValueError(f"expected a bias [{V}], found {list(self.bias.shape)}")
+        if self.low_rank is not None:
+            A_RH, B_VR, _ = self.low_rank
+            R = A_RH.shape[0]
+            if A_RH.shape != (R, H) or B_VR.shape != (V, R):
+                raise ValueError(
+                    f"expected A [R, {H}] and B [{V}, R] for a head [{V}, {H}], found {list(A_RH.shape)} and "
+                    f"{list(B_VR.shape)}"
+                )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"expected a softcap above 0, found {self.softcap}")
+        if not 0 < self.num_logits <= V:
+            raise ValueError(f"expected 1 to {V} classes for a head [{V}, {H}], found {self.num_logits}")
+
+
+def num_tokens_per_chunk(num_tokens: int, bytes_per_token: int, device: torch.device) -> int:
+    """Tokens of a chunk whose logits (``bytes_per_token``) fit the budget of the device.
+
+    The budget is a share of all memory, not of what is free at the moment, so that a repeated run computes the same
+    bytes; only where not even a part of that is free, chunks get smaller.
+    """
+    if device.type != "cuda":
+        return max(1, min(num_tokens, _CPU_CHUNK_BYTES // bytes_per_token))
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    chunk = _MOST
+    while chunk > _FEWEST and chunk * bytes_per_token > total * _GPU_SHARE:
+        chunk //= 2
+    while chunk > 16 and chunk * bytes_per_token > free / 2:
+        chunk //= 2
+    return min(num_tokens, chunk)
+
+
+def chunks(num_tokens: int, size: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(num_tokens, start + size))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are asked for; ``weight`` and ``bias`` of a trained head, ``factors`` of an adapter on it."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    factors: bool = False
+    adapter_hidden: bool = False
+
+    def flags(self) -> list[bool]:
+        return [self.hidden, self.weight, self.bias, self.factors, self.adapter_hidden]
+
+
+class HeadPass:
+    """One pass of N tokens through a head, chunk by chunk, and back.
+
+    Args: hidden_NH: in the type that products run in. adapter_NH: what the adapter reads where it is not ``hidden_NH``.
+    """
+
+    def __init__(self, head: Head, hidden_NH: Tensor, adapter_NH: Tensor | None, wanted: Wanted, backend: str) -> None:
+        V, dtype = head.num_logits, hidden_NH.dtype
+        self._hidden_NH, self._adapter_NH = hidden_NH, adapter_NH
+        self._wanted = wanted
+        low_rank = head.low_rank
+        if low_rank is not None:
+            low_rank = (low_rank[0], low_rank[1][:V], low_rank[2])
+        # A quantized weight is written out anyway: there the adapter is merged in the same pass, before its one rounding.
+        merged = low_rank is not None and adapter_NH is None and not isinstance(head.weight, DenseWeight)
+        self._W_VH = _as_float(head.weight, dtype, head.low_rank if merged else None, backend)[:V]
+        self._bias_V = head.bias[:V].to(dtype) if head.bias is not None else None
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        like: dict[str, Any] = {"device": hidden_NH.device, "dtype": wide}
+        self._split = low_rank is not None and not merged
+        if low_rank is not None:
+            self._A_RH, self._sB_VR = low_rank[0].to(dtype), (low_rank[2] * low_rank[1].to(wide)).to(dtype)
+            self._scale = low_rank[2]
+        self.dH_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if wanted.hidden else None
+        self.dW_VH = torch.zeros(head.weight.shape, **like) if wanted.weight else None
+        self.dbias_V = torch.zeros(head.weight.shape[0], **like) if wanted.bias else None
+        self.dA_RH = torch.zeros(low_rank[0].shape, **like) if low_rank is not None and wanted.factors else None
+        self.dB_VR = torch.zeros(head.low_rank[1].shape, **like) if head.low_rank and wanted.factors else None
+        self.dadapter_NH = torch.empty_like(hidden_NH) if wanted.adapter_hidden else None
+
+    def logits(self, part: slice) -> Tensor:
+        """[C, V] before scale and cap, in the type of the hidden states; a new tensor."""
+        h_CH = self._hidden_NH[part]
+        if not self._split:
+            return F.linear(h_CH, self._W_VH, self._bias_V)
+        # The small part first, as in lora_linear: one rounding after the sum.
+        return F.linear(self._down(part), self._sB_VR, self._bias_V).addmm_(h_CH, self._W_VH.t())
+
+    def _down(self, part: slice) -> Tensor:
+        return (self._hidden_NH if self._adapter_NH is None else self._adapter_NH)[part] @ self._A_RH.t()
+
+    def backward(self, part: slice, dz_CV: Tensor) -> None:
+        """Takes the gradient of a chunk's logits and adds to, or fills in, every gradient that is wanted."""
+        h_CH, V = self._hidden_NH[part], len(self._W_VH)
+        if self._split or self.dA_RH is not None:
+            dS_CR = dz_CV @ self._sB_VR
+            if self.dA_RH is not None and self.dB_VR is not None:
+                self.dA_RH += dS_CR.t() @ (h_CH if self._adapter_NH is None else self._adapter_NH[part])
+                self.dB_VR[:V] += (dz_CV.t() @ self._down(part)).mul_(self._scale)
+            if self.dadapter_NH is not None:
+                torch.mm(dS_CR, self._A_RH, out=self.dadapter_NH[part])
+        if self.dH_NH is not None:
+            if self._split and self._adapter_NH is None:
+                torch.mm(dS_CR, self._A_RH, out=self.dH_NH[part]).addmm_(dz_CV, self._W_VH)
+            else:
+                torch.mm(dz_CV, self._W_VH, out=self.dH_NH[part])
+        if self.dbias_V is not None:
+            self.dbias_V[:V] += dz_CV.sum(0, dtype=self.dbias_V.dtype)
+        if self.dW_VH is not None:
+            _add_product(self.dW_VH[:V], dz_CV.t(), h_CH)
+
+    def gradients(self, head: Head) -> list[Tensor]:
+        """Those that are wanted, in the types of their tensors: hidden, adapter_hidden, weight, bias, A, B."""
+        found = [t for t in (self.dH_NH, self.dadapter_NH) if t is not None]
+        if self.dW_VH is not None:
+            found.append(self.dW_VH.to(head.weight.tensors()[0].dtype))
+        if self.dbias_V is not None and head.bias is not None:
+            found.append(self.dbias_V.to(head.bias.dtype))
+        if self.dA_RH is not None and self.dB_VR is not None and head.low_rank is not None:
+            found += [self.dA_RH.to(head.low_rank[0].dtype), self.dB_VR.to(head.low_rank[1].dtype)]
+        return found
+
+
+def _add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
+    """out += one @ other, summed in the type of ``out``."""
+    if out.dtype == one.dtype:
+        out.addmm_(one, other)
+    elif out.is_cuda:
+        torch.addmm(out, one, other, out_dtype=out.dtype, out=out)
+    else:
+        out += one @ other
+
+
+def _as_float(weight: BaseWeight, dtype: torch.dtype, low_rank: LowRank | None, backend: str) -> Tensor:
+    """[V, H] in ``dtype``; new memory for a quantized weight: two heads may be in use at once."""
+    if isinstance(weight, NF4Weight):
+        return nf4_dequant(weight, dtype=dtype, low_rank=low_rank, backend=backend)
+    if isinstance(weight, Int8Weight):
+        return int8_dequant(weight.weight, weight.row_absmax, dtype=dtype, low_rank=low_rank, backend=backend)
+    return weight.weight.detach().to(dtype)
+
+
+def wanted_gradients(head: Head, hidden_NH: Tensor, adapter_NH: Tensor | None) -> Wanted:
+    """What autograd will ask for."""
+    if not torch.is_grad_enabled():
+        return Wanted()
+    return Wanted(
+        hidden=hidden_NH.requires_grad,
+        weight=isinstance(head.weight, DenseWeight) and head.weight.weight.requires_grad,
+        bias=head.bias is not None and head.bias.requires_grad,
+        factors=head.low_rank is not None and any(t.requires_grad for t in head.low_rank[:2]),
+        adapter_hidden=adapter_NH is not None and adapter_NH.requires_grad,
+    )
+
+
+def empty_gradients(
+    wanted: Wanted, hidden_NH: Tensor, adapter_NH: Tensor | None, tensors: list[Tensor], numbers: list[int]
+) -> list[Tensor]:
+    """Uninitialized tensors as ``HeadPass.gradients`` returns them: what an operator's fake implementation needs."""
+    stored, has_bias = numbers[3], numbers[4]
+    chosen = [hidden_NH] if wanted.hidden else []
+    chosen += [adapter_NH] if wanted.adapter_hidden and adapter_NH is not None else []
+    chosen += [tensors[0]] if wanted.weight else []
+    chosen += [tensors[stored]] if wanted.bias else []
+    chosen += tensors[stored + has_bias :] if wanted.factors else []
+    return [t.new_empty(t.shape) for t in chosen]
+
+
+def spread_gradients(
+    found: list[Tensor], wanted: Wanted, num_tensors: int, numbers: list[int]
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of hidden, adapter_hidden and each tensor of ``pack_head`` from those of ``HeadPass.gradients``."""
+    rest = list(found)
+    hidden = rest.pop(0) if wanted.hidden else None
+    adapter = rest.pop(0) if wanted.adapter_hidden else None
+    stored, has_bias = numbers[3], numbers[4]
+    head: list[Tensor | None] = [None] * num_tensors
+    if wanted.weight:
+        head[0] = rest.pop(0)
+    if wanted.bias:
+        head[stored] = rest.pop(0)
+    if wanted.factors:
+        head[stored + has_bias :] = rest
+    return hidden, adapter, head
+
+
+def pack_head(head: Head) -> tuple[list[Tensor], str, list[int], list[float]]:
+    """A head as the plain values that an operator schema can hold; ``unpack_head`` undoes it."""
+    weight, tensors = head.weight, list(head.weight.tensors())
+    numbers = [
+        *weight.shape,
+        head.num_logits,
+        len(tensors),
+        int(head.bias is not None),
+        int(head.low_rank is not None),
+    ]
+    numbers += [weight.blocksize, weight.nested_blocksize] if isinstance(weight, NF4Weight) else [0, 0]
+    factors = [head.scale, head.softcap or 0.0, head.low_rank[2] if head.low_rank is not None else 0.0]
+    if head.bias is not None:
+        tensors.append(head.bias)
+    if head.low_rank is not None:
+        tensors += [head.low_rank[0], head.low_rank[1]]
+    return tensors, kind_of(weight), numbers, factors
+
+
+def unpack_head(tensors: list[Tensor], kind: str, numbers: list[int], factors: list[float]) -> Head:
+    V, H, num_classes, stored, has_bias, has_low_rank, blocksize, nested_blocksize = numbers
+    rest = tensors[stored:]
+    weight: BaseWeight
+    if kind == "nf4":
+        nested = (tensors[3], tensors[4], tensors[5]) if stored > 3 else None
+        weight = NF4Weight(tensors[0], tensors[1], tensors[2], (V, H), blocksize, nested, nested_blocksize)
+    elif kind == "int8":
+        weight = Int8Weight(tensors[0], tensors[1])
+    else:
+        weight = DenseWeight(tensors[0])
+    scale, softcap, low_rank_scale = factors
+    head = Head(weight, None, None, softcap or None, scale, num_classes)
+    if has_bias:
+        head = replace(head, bias=rest.pop(0))
+    if has_low_rank:
+        head = replace(head, low_rank=(rest[0], rest[1], low_rank_scale))
+    return head

@@ -1,0 +1,239 @@
+"""Divergence of rows of student logits from a teacher, and its gradient written over them."""
+
+import triton
+import triton.language as tl
+
+from peftlab_kernels.tiles import capped, log_sum_exp
+
+# The values of KIND, in the order of reference.DIVERGENCES.
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
+SKEW_FORWARD_KL = tl.constexpr(2)
+SKEW_REVERSE_KL = tl.constexpr(3)
+JSD = tl.constexpr(4)
+# The values of TAIL, in the order of op.TAILS.
+BUCKET = tl.constexpr(1)
+RENORMALIZED = tl.constexpr(2)
+
+
+@triton.jit
+def terms(log_q, log_p, share, KIND: tl.constexpr):
+    """Per class the summand of the divergence, and its derivative by q up to a constant over the row."""
+    # Of two -inf (a class that does not exist) the difference has to be 0.
+    log_q = tl.maximum(log_q, -1e30)
+    log_p = tl.maximum(log_p, -1e30)
+    q = tl.exp(log_q)
+    p = tl.exp(log_p)
+    if KIND == FORWARD_KL:
+        return p * (log_p - log_q), p
+    elif KIND == REVERSE_KL:
+        return q * (log_q - log_p), log_q - log_p
+    elif KIND == SKEW_FORWARD_KL:
+        log_m = log_mix(log_p, log_q, share)
+        return p * (log_p - log_m), -(1.0 - share) * tl.exp(log_p - log_m)
+    elif KIND == SKEW_REVERSE_KL:
+        log_m = log_mix(log_q, log_p, share)
+        return q * (log_q - log_m), log_q - log_m - share * tl.exp(log_q - log_m)
+    elif KIND == JSD:
+        log_m = log_mix(log_p, log_q, share)
+        term = share * p * (log_p - log_m) + (1.0 - share) * q * (log_q - log_m)
+        return term, (1.0 - share) * (log_q - log_m)
+    else:
+        return 0.5 * tl.abs(p - q), tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+
+
+@triton.jit
+def log_mix(log_a, log_b, share):
+    """log(share a + (1 - share) b)."""
+    one = log_a + tl.log(share)
+    other = log_b + tl.log(1.0 - share)
+    top = tl.maximum(one, other)
+    return top + tl.log(1.0 + tl.exp(tl.minimum(one, other) - top))
+
+
+@triton.jit
+def divergence_rows_kernel(
+    z_ptr,
+    teacher_ptr,
+    target_ptr,
+    weight_ptr,
+    soft_ptr,
+    hard_ptr,
+    V,
+    stride,
+    teacher_stride,
+    scale,
+    softcap,
+    teacher_scale,
+    teacher_softcap,
+    inverse_temperature,
+    share,
+    soft_factor,
+    hard_factor,
+    KIND: tl.constexpr,
+    HAS_HARD: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    TEACHER_HAS_CAP: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row a program: divergence and cross-entropy, and weight * (soft_factor * dD + hard_factor * dCE) in place.
+
+    Two passes over the row for forward and reverse KL, three for the others, whose gradient has an expectation of
+    logarithms of both normalised rows in it. z_ptr, teacher_ptr: [C, V] logits before scale and cap. soft_ptr: [C] nats
+    without any factor; hard_ptr: [C] nats.
+    """
+    row = tl.program_id(0)
+    z_ptr += row.to(tl.int64) * stride
+    teacher_ptr += row.to(tl.int64) * teacher_stride
+    teacher_top, teacher_total = log_sum_exp(
+        teacher_ptr, V, teacher_scale, teacher_softcap, inverse_temperature, TEACHER_HAS_CAP, BLOCK
+    )
+    top, total = log_sum_exp(z_ptr, V, scale, softcap, inverse_temperature, HAS_CAP, BLOCK)
+    lse = top + tl.log(total)
+    teacher_lse = teacher_top + tl.log(teacher_total)
+    hard_lse = 0.0
+    target = 0
+    if HAS_HARD:
+        target = tl.load(target_ptr + row)
+        hard_top, hard_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
+        at_target, _ = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
+        tl.store(hard_ptr + row, tl.log(hard_total) - (at_target - hard_top))
+        hard_lse = hard_top + tl.log(hard_total)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+    expected = 0.0
+    loss = tl.zeros((BLOCK,), dtype=tl.float32)
+    if KIND != FORWARD_KL:
+        mean = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            z, _ = capped(raw, scale, softcap, HAS_CAP)
+            t = tl.load(teacher_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            t, _ = capped(t, teacher_scale, teacher_softcap, TEACHER_HAS_CAP)
+            log_q = z * inverse_temperature - lse
+            term, derivative = terms(log_q, t * inverse_temperature - teacher_lse, share, KIND)
+            loss += tl.where(v < V, term, 0.0)
+            mean += tl.where(v < V, tl.exp(log_q) * derivative, 0.0)
+        expected = tl.sum(mean, axis=0)
+    if HAS_GRAD or KIND == FORWARD_KL:
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            z, slope = capped(raw, scale, softcap, HAS_CAP)
+            t = tl.load(teacher_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            t, _ = capped(t, teacher_scale, teacher_softcap, TEACHER_HAS_CAP)
+            log_q = z * inverse_temperature - lse
+            term, derivative = terms(log_q, t * inverse_temperature - teacher_lse, share, KIND)
+            if KIND == FORWARD_KL:
+                loss += tl.where(v < V, term, 0.0)
+                dz = tl.exp(log_q) - derivative
+            else:
+                dz = tl.exp(log_q) * (derivative - expected)
+            if HAS_GRAD:
+                dz = dz * (soft_factor * inverse_temperature)
+                if HAS_HARD:
+                    dz += hard_factor * (tl.exp(z - hard_lse) - tl.where(v == target, 1.0, 0.0))
+                tl.store(z_ptr + v, (dz * slope * weight).to(z_ptr.dtype.element_ty), mask=v < V)
+    tl.store(soft_ptr + row, tl.sum(loss, axis=0))
+
+
+@triton.jit
+def sparse_rows_kernel(
+    z_ptr,
+    id_ptr,
+    prob_ptr,
+    target_ptr,
+    weight_ptr,
+    soft_ptr,
+    hard_ptr,
+    V,
+    K,
+    stride,
+    scale,
+    softcap,
+    inverse_temperature,
+    soft_factor,
+    hard_factor,
+    TAIL: tl.constexpr,
+    HAS_HARD: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As ``divergence_rows_kernel``, forward KL from K stored classes: two passes over the student's row alone.
+
+    The stored classes are taken out of the row first (-inf), so that the tail's mass is a sum over the tail: one less
+    the mass of the stored classes has no digits left where the student is confident. id_ptr: [C, K] distinct classes.
+    """
+    row = tl.program_id(0)
+    z_ptr += row.to(tl.int64) * stride
+    j = tl.arange(0, BLOCK_K)
+    stored = j < K
+    ids = tl.load(id_ptr + row.to(tl.int64) * K + j, mask=stored, other=0)
+    p = tl.load(prob_ptr + row.to(tl.int64) * K + j, mask=stored, other=0.0).to(tl.float32)
+    z_stored, slope_stored = capped(
+        tl.load(z_ptr + ids, mask=stored, other=-float("inf")).to(tl.float32), scale, softcap, HAS_CAP
+    )
+    z_stored = tl.where(stored, z_stored, -float("inf"))
+    target = 0
+    at_target = 0.0
+    if HAS_HARD:
+        target = tl.load(target_ptr + row)
+        at_target, _ = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+    tl.debug_barrier()
+    tl.store(z_ptr + ids, tl.full((BLOCK_K,), -float("inf"), dtype=z_ptr.dtype.element_ty), mask=stored)
+    tl.debug_barrier()
+    tail_top, tail_total = log_sum_exp(z_ptr, V, scale, softcap, inverse_temperature, HAS_CAP, BLOCK)
+    stored_top = tl.max(z_stored * inverse_temperature, axis=0)
+    top = tl.maximum(tail_top, stored_top)
+    stored_total = tl.sum(tl.exp(z_stored * inverse_temperature - top), axis=0)
+    lse = top + tl.log(tail_total * tl.exp(tail_top - top) + stored_total)
+    log_q = tl.where(stored, z_stored * inverse_temperature - lse, 0.0)
+    mass = tl.sum(p, axis=0)
+    if TAIL == RENORMALIZED:
+        p = p / mass
+        log_q = tl.where(stored, z_stored * inverse_temperature - top - tl.log(stored_total), 0.0)
+    # 0 log 0 = 0
+    loss = tl.sum(tl.where(p > 0, p * (tl.log(tl.where(p > 0, p, 1.0)) - log_q), 0.0), axis=0)
+    q = tl.where(stored, tl.exp(log_q), 0.0)
+    tail_factor = mass
+    dz_stored = mass * q - p
+    if TAIL == BUCKET:
+        rest = tl.where(K < V, tl.maximum(1.0 - mass, 0.0), 0.0)
+        log_tail = tail_top + tl.log(tl.where(K < V, tail_total, 1.0)) - lse
+        loss += tl.where(rest > 0, rest * (tl.log(tl.where(rest > 0, rest, 1.0)) - log_tail), 0.0)
+        dz_stored = (mass + rest) * q - p
+        tail_factor = mass + rest - tl.where(rest > 0, rest * tl.exp(-log_tail), 0.0)
+    elif TAIL == RENORMALIZED:
+        dz_stored = q - p
+        tail_factor = 0.0
+    tl.store(soft_ptr + row, loss)
+    dz_stored = dz_stored * (soft_factor * inverse_temperature)
+    hard_lse = 0.0
+    if HAS_HARD:
+        hard_tail_top, hard_tail_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
+        hard_top = tl.maximum(hard_tail_top, tl.max(z_stored, axis=0))
+        hard_total = hard_tail_total * tl.exp(hard_tail_top - hard_top) + tl.sum(tl.exp(z_stored - hard_top), axis=0)
+        tl.store(hard_ptr + row, tl.log(hard_total) - (at_target - hard_top))
+        hard_lse = hard_top + tl.log(hard_total)
+        dz_stored += hard_factor * (tl.exp(z_stored - hard_lse) - tl.where(ids == target, 1.0, 0.0))
+    if HAS_GRAD:
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            z, slope = capped(raw, scale, softcap, HAS_CAP)
+            dz = tail_factor * (soft_factor * inverse_temperature) * tl.exp(z * inverse_temperature - lse)
+            if HAS_HARD:
+                dz += hard_factor * (tl.exp(z - hard_lse) - tl.where(v == target, 1.0, 0.0))
+            tl.store(z_ptr + v, (dz * slope * weight).to(z_ptr.dtype.element_ty), mask=v < V)
+        tl.debug_barrier()
+        tl.store(z_ptr + ids, (dz_stored * slope_stored * weight).to(z_ptr.dtype.element_ty), mask=stored)

@@ -1,0 +1,457 @@
+"""Checks, chunks and autograd of ``linear_kl``."""
+
+# Shape suffixes: N tokens, C of a chunk, H hidden, V vocabulary, k stored classes of a sparse target.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftlab_kernels import runtime
+from peftlab_kernels.heads import (
+    Head,
+    HeadPass,
+    Wanted,
+    chunks,
+    empty_gradients,
+    num_tokens_per_chunk,
+    pack_head,
+    unpack_head,
+    wanted_gradients,
+)
+from peftlab_kernels.linear_cross_entropy import linear_cross_entropy
+from peftlab_kernels.linear_cross_entropy.op import (
+    backward_of_sum,
+    row_pieces,
+    rows_options,
+    wide_logits,
+    write_gradient,
+)
+from peftlab_kernels.linear_kl.reference import DIVERGENCES, check_divergence
+
+TAILS = ("none", "bucket", "renormalized")
+_LOWEST = -1e30  # stands for -inf where a difference of two of them has to be 0
+
+
+@dataclass(frozen=True)
+class OnlineTeacher:
+    """The teacher's own hidden states of the same tokens, [N, its width], and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """The teacher's logits, [N, V] of any float type, as the teacher gives them (scaled and capped)."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class SparseTeacher:
+    """Probabilities of a few classes, taken at the temperature of the loss. Forward KL only.
+
+    Attributes:
+        ids: [N, k] int64, distinct within a row. probs: [N, k] float32.
+        tail: ``bucket``: what is missing to 1 is the mass of all other classes together, on both sides;
+            ``renormalized``: KL between both sides restricted to the k classes (a biased approximation: the mass outside is
+            free); ``none``: the values are weights as they stand (sampled targets), sum w (log w - log q).
+    """
+
+    ids: Tensor
+    probs: Tensor
+    tail: str = "bucket"
+
+
+Teacher = OnlineTeacher | DenseTeacher | SparseTeacher
+
+
+class DistilledLoss(NamedTuple):
+    """total: [] float32, the weighted sum, differentiable. soft: [N] divergence in nats, without any factor; hard: [N]
+    cross-entropy in nats, None without targets; neither is differentiable."""
+
+    total: Tensor
+    soft: Tensor | None
+    hard: Tensor | None
+
+
+def linear_kl(
+    hidden_NH: Tensor,
+    head: Head,
+    teacher: Teacher,
+    target_N: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    share: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+    hard_weight: float = 0.0,
+    weights: Tensor | None = None,
+    adapter_hidden: Tensor | None = None,
+    chunk: int | None = None,
+    backend: str = "auto",
+) -> DistilledLoss:
+    """Sum over tokens of ``hard_weight * CE + (1 - hard_weight) * T^2 * D(teacher, student)``, without the logits of all.
+
+    The gradient is computed in the forward pass, for the hidden states and for what is trained of the student's head; of
+    a frozen head nothing is computed, nothing ever of the teacher. Differentiable once.
+
+    Args:
+        hidden_NH: [N, H] of the student, at positions whose next token counts. head: the student's.
+        teacher: online, dense or sparse. target_N: [N] int64, needed with ``hard_weight`` above 0.
+        divergence, share, temperature: see ``token_divergence``. scale_by_t2: False leaves the factor T^2 away.
+        weights: [N] factors of tokens, known beforehand. adapter_hidden, chunk, backend: see ``linear_cross_entropy``.
+    Returns: with ``hard_weight=1`` exactly what ``linear_cross_entropy`` gives, without a look at the teacher.
+    Raises: ValueError on sizes that do not fit together or arguments out of range.
+    """
+    head.check(hidden_NH)
+    check_divergence(divergence, share, temperature)
+    if not 0 <= hard_weight <= 1:
+        raise ValueError(f"expected hard_weight in [0, 1], found {hard_weight}")
+    if hard_weight and target_N is None:
+        raise ValueError("hard_weight needs targets")
+    N = hidden_NH.shape[0]
+    for name, tensor in (("targets", target_N), ("weights", weights)):
+        if tensor is not None and tensor.shape != (N,):
+            raise ValueError(f"expected {name} [{N}], found {list(tensor.shape)}")
+    if hard_weight == 1:
+        assert target_N is not None
+        loss = linear_cross_entropy(
+            hidden_NH, head, target_N, weights=weights, adapter_hidden=adapter_hidden, chunk=chunk, backend=backend
+        )
+        return DistilledLoss(loss.total, None, loss.per_token)
+    _check_teacher(teacher, N, head.num_logits, divergence)
+    wanted = wanted_gradients(head, hidden_NH, adapter_hidden)
+    total, soft_N, hard_N, _ = linear_kl_op(
+        hidden_NH, adapter_hidden, *pack_head(head), *_pack_teacher(teacher), target_N, weights,
+        [float(share), float(temperature), float(scale_by_t2), float(hard_weight)], divergence, wanted.flags(), chunk,
+        backend,
+    )  # fmt: skip
+    return DistilledLoss(total, soft_N, hard_N if target_N is not None else None)
+
+
+def _check_teacher(teacher: Teacher, N: int, V: int, divergence: str) -> None:
+    if isinstance(teacher, OnlineTeacher):
+        teacher.head.check(teacher.hidden)
+        found = [teacher.hidden.shape[0], teacher.head.num_logits]
+    elif isinstance(teacher, DenseTeacher):
+        found = list(teacher.logits.shape)
+    else:
+        if teacher.tail not in TAILS:
+            raise ValueError(f"expected a tail out of {', '.join(TAILS)}, found {teacher.tail!r}")
+        if divergence != "forward_kl":
+            raise ValueError(f"a sparse teacher knows forward_kl only, found {divergence}")
+        ids, probs = teacher.ids.shape, teacher.probs.shape
+        if len(ids) != 2 or ids != probs or ids[0] != N or not 1 <= ids[1] <= V:
+            raise ValueError(f"expected ids and probs [{N}, 1 to {V}], found {list(ids)} and {list(probs)}")
+        return
+    if found != [N, V]:
+        raise ValueError(
+            f"expected teacher logits [{N}, {V}], found {found}; where one vocabulary is padded, num_classes says "
+            "how many classes there are"
+        )
+
+
+def _pack_teacher(teacher: Teacher) -> tuple[list[Tensor], str, list[int], list[float]]:
+    if isinstance(teacher, OnlineTeacher):
+        tensors, kind, numbers, factors = pack_head(teacher.head)
+        detached = [t.detach() for t in (teacher.hidden, *tensors)]
+        return detached, f"online {kind}", numbers, factors
+    if isinstance(teacher, DenseTeacher):
+        return [teacher.logits.detach()], "dense", [0], [0.0]  # an empty list would count as one of tensors
+    return [teacher.ids, teacher.probs.detach()], f"sparse {teacher.tail}", [0], [0.0]
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What a row's loss is made of, apart from tensors."""
+
+    divergence: str
+    share: float
+    temperature: float
+    soft_factor: float
+    hard_factor: float
+
+    @property
+    def kind(self) -> str:
+        """The divergence without its special cases."""
+        if self.divergence == "jsd" and self.share in (0, 1):
+            return "reverse_kl" if self.share else "forward_kl"
+        return self.divergence.removeprefix("skew_") if self.share == 0 else self.divergence
+
+
+@torch.library.custom_op("peftlab::linear_kl", mutates_args=())
+def linear_kl_op(
+    hidden_NH: Tensor,
+    adapter_NH: Tensor | None,
+    tensors: list[Tensor],
+    kind: str,
+    numbers: list[int],
+    factors: list[float],
+    teacher: list[Tensor],
+    teacher_kind: str,
+    teacher_numbers: list[int],
+    teacher_factors: list[float],
+    target_N: Tensor | None,
+    weight_N: Tensor | None,
+    settings: list[float],
+    divergence: str,
+    wanted: list[bool],
+    chunk: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Operator behind ``linear_kl``: the sum, divergence and cross-entropy of each token, and the gradients of the sum."""
+    head = unpack_head(tensors, kind, numbers, factors)
+    share, temperature, scale_by_t2, hard_weight = settings
+    soft_factor = (1 - hard_weight) * (temperature**2 if scale_by_t2 else 1.0)
+    terms = _Terms(divergence, share, temperature, soft_factor, hard_weight)
+    backend = runtime.choose_backend(backend, hidden_NH)
+    N, V, device = hidden_NH.shape[0], head.num_logits, hidden_NH.device
+    wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+    soft_N = torch.empty(N, dtype=wide, device=device)
+    hard_N = torch.empty(N if target_N is not None else 0, dtype=wide, device=device)
+    num_sides = 2 if teacher_kind.startswith("online") else 1
+    size = chunk or num_tokens_per_chunk(N, num_sides * V * hidden_NH.element_size(), device)
+    way, _, what = teacher_kind.partition(" ")
+    with torch.autocast(device.type, enabled=False):
+        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend)
+        teacher_head = unpack_head(teacher[1:], what, teacher_numbers, teacher_factors) if way == "online" else None
+        taught = HeadPass(teacher_head, teacher[0], None, Wanted(), backend) if teacher_head is not None else None
+        for part in chunks(N, size):
+            logits_CV = walk.logits(part)
+            rows = _Rows(
+                logits_CV,
+                target_N[part] if target_N is not None else None,
+                weight_N[part] if weight_N is not None else None,
+                soft_N[part],
+                hard_N[part],
+                head,
+                any(wanted),
+                backend,
+            )
+            if way == "sparse":
+                _sparse_rows(rows, teacher[0][part], teacher[1][part], what, terms)
+            else:
+                teacher_CV = taught.logits(part) if taught is not None else teacher[0][part]
+                _dense_rows(rows, teacher_CV, teacher_head, terms)
+            if any(wanted):
+                walk.backward(part, logits_CV)
+    loss_N = soft_factor * soft_N
+    if target_N is not None and hard_weight:
+        loss_N = loss_N + hard_weight * hard_N
+    total = loss_N.sum() if weight_N is None else torch.dot(loss_N, weight_N.to(wide))
+    return total, soft_N, hard_N, walk.gradients(head)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of student logits, before scale and cap, and where their losses go; with ``gradient`` they are overwritten."""
+
+    logits: Tensor
+    target: Tensor | None
+    weight: Tensor | None
+    soft: Tensor
+    hard: Tensor
+    head: Head
+    gradient: bool
+    backend: str
+
+    def launch_options(self) -> dict[str, Any]:
+        return {
+            "HAS_HARD": self.target is not None,
+            "HAS_WEIGHT": self.weight is not None,
+            "HAS_CAP": self.head.softcap is not None,
+            "HAS_GRAD": self.gradient,
+            **rows_options(self.logits.shape[1]),
+        }
+
+    def add_hard(self, rows: slice, z_CV: Tensor, dz_CV: Tensor | None, factor: float) -> None:
+        """Cross-entropy of final logits ``z_CV``; its gradient times ``factor`` is added to ``dz_CV``."""
+        if self.target is None:
+            return
+        index_C1 = self.target[rows, None]
+        top_C1 = z_CV.amax(dim=-1, keepdim=True)
+        at_target_C1 = z_CV.gather(1, index_C1) - top_C1
+        probs_CV = (z_CV - top_C1).exp_()
+        sum_C1 = probs_CV.sum(dim=-1, keepdim=True)
+        self.hard[rows] = (sum_C1.log() - at_target_C1).squeeze(1)
+        if dz_CV is not None and factor:
+            dz_CV.addcmul_(probs_CV, factor / sum_C1)
+            dz_CV.scatter_add_(1, index_C1, dz_CV.new_full(index_C1.shape, -factor))
+
+    def finish(self, rows: slice, dz_CV: Tensor, slope_CV: Tensor | None) -> None:
+        if self.weight is not None:
+            dz_CV.mul_(self.weight[rows, None].to(dz_CV.dtype))
+        write_gradient(self.logits[rows], dz_CV, slope_CV, self.head)
+
+
+def _dense_rows(rows: _Rows, teacher_CV: Tensor, teacher_head: Head | None, terms: _Terms) -> None:
+    """teacher_head: whose scale and cap the teacher's logits still need, or None."""
+    if rows.backend == "triton":
+        from peftlab_kernels.linear_kl.kernel import divergence_rows_kernel
+
+        C, V = rows.logits.shape
+        if teacher_CV.stride(1) != 1:
+            teacher_CV = teacher_CV.contiguous()
+        cap = teacher_head.softcap if teacher_head is not None else None
+        divergence_rows_kernel[(C,)](
+            rows.logits, teacher_CV,
+            rows.target if rows.target is not None else rows.soft,
+            rows.weight if rows.weight is not None else rows.soft,
+            rows.soft, rows.hard, V, rows.logits.stride(0), teacher_CV.stride(0),
+            rows.head.scale, rows.head.softcap or 1.0, teacher_head.scale if teacher_head is not None else 1.0, cap or 1.0,
+            1.0 / terms.temperature, terms.share, terms.soft_factor, terms.hard_factor,
+            KIND=DIVERGENCES.index(terms.kind), TEACHER_HAS_CAP=cap is not None, **rows.launch_options(),
+        )  # fmt: skip
+        return
+    for part in row_pieces(rows.logits):
+        z_CV, slope_CV = wide_logits(rows.logits[part], rows.head, slope=rows.gradient)
+        raw_CV = teacher_CV[part].to(z_CV.dtype, copy=teacher_head is None)
+        t_CV = wide_logits(raw_CV, teacher_head, slope=False)[0] if teacher_head is not None else raw_CV
+        log_p = (t_CV.div_(terms.temperature) if terms.temperature != 1 else t_CV).log_softmax(-1)
+        log_q = (z_CV / terms.temperature).log_softmax(-1) if terms.temperature != 1 else z_CV.log_softmax(-1)
+        loss_C, dz_CV = _divergence(log_p, log_q, terms, gradient=rows.gradient)
+        rows.soft[part] = loss_C
+        if dz_CV is not None:
+            dz_CV.mul_(terms.soft_factor / terms.temperature)
+        rows.add_hard(part, z_CV, dz_CV, terms.hard_factor)
+        if dz_CV is not None:
+            rows.finish(part, dz_CV, slope_CV)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, terms: _Terms, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Divergence of each row, and its derivative by the student's logits over T. Both inputs are used up."""
+    log_p.clamp_(min=_LOWEST)
+    log_q.clamp_(min=_LOWEST)
+    kind, share = terms.kind, terms.share
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward_kl":
+        loss = log_p.sub_(log_q).mul_(p).sum(-1)
+        return loss, q.sub_(p) if gradient else None
+    if kind == "reverse_kl":
+        derivative = log_q.sub_(log_p)
+        loss = torch.linalg.vecdot(q, derivative)
+        return loss, derivative.sub_(loss[:, None]).mul_(q) if gradient else None
+    if kind == "tvd":
+        difference = q - p
+        derivative, loss = difference.sign().mul_(0.5), difference.abs_().sum(-1).mul_(0.5)
+    elif kind == "skew_forward_kl":
+        log_m = _log_mix(log_p, log_q, share)
+        log_p.sub_(log_m)
+        loss = torch.linalg.vecdot(p, log_p)
+        derivative = log_p.exp_().mul_(share - 1)
+    elif kind == "skew_reverse_kl":
+        log_m = _log_mix(log_q, log_p, share)
+        log_q.sub_(log_m)
+        loss = torch.linalg.vecdot(q, log_q)
+        derivative = log_q.sub_(log_q.exp().mul_(share))
+    else:
+        log_m = _log_mix(log_p, log_q, share)
+        loss = share * torch.linalg.vecdot(p, log_p.sub_(log_m))
+        derivative = log_q.sub_(log_m).mul_(1 - share)
+        loss = loss + torch.linalg.vecdot(q, derivative)
+    if not gradient:
+        return loss, None
+    return loss, derivative.sub_(torch.linalg.vecdot(q, derivative)[:, None]).mul_(q)
+
+
+def _log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def _sparse_rows(rows: _Rows, ids_Ck: Tensor, probs_Ck: Tensor, tail: str, terms: _Terms) -> None:
+    C, V = rows.logits.shape
+    k = ids_Ck.shape[1]
+    if rows.backend == "triton":
+        from peftlab_kernels.linear_kl.kernel import sparse_rows_kernel
+
+        sparse_rows_kernel[(C,)](
+            rows.logits, ids_Ck.contiguous(), probs_Ck.contiguous(),
+            rows.target if rows.target is not None else rows.soft,
+            rows.weight if rows.weight is not None else rows.soft,
+            rows.soft, rows.hard, V, k, rows.logits.stride(0), rows.head.scale, rows.head.softcap or 1.0,
+            1.0 / terms.temperature, terms.soft_factor, terms.hard_factor,
+            TAIL=TAILS.index(tail), BLOCK_K=max(16, runtime.next_power_of_2(k)), **rows.launch_options(),
+        )  # fmt: skip
+        return
+    for part in row_pieces(rows.logits):
+        z_CV, slope_CV = wide_logits(rows.logits[part], rows.head, slope=rows.gradient)
+        loss_C, dz_CV = _sparse_divergence(
+            z_CV / terms.temperature, ids_Ck[part], probs_Ck[part].to(z_CV.dtype), tail, gradient=rows.gradient
+        )
+        rows.soft[part] = loss_C
+        if dz_CV is not None:
+            dz_CV.mul_(terms.soft_factor / terms.temperature)
+        rows.add_hard(part, z_CV, dz_CV, terms.hard_factor)
+        if dz_CV is not None:
+            rows.finish(part, dz_CV, slope_CV)
+
+
+def _sparse_divergence(
+    z_CV: Tensor, ids_Ck: Tensor, p_Ck: Tensor, tail: str, *, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As ``_divergence``, from student logits over T, which are used up."""
+    stored_Ck = z_CV.gather(1, ids_Ck)
+    top_C1 = z_CV.amax(dim=-1, keepdim=True)
+    # The tail's mass is a sum over the tail: 1 less the others has no digits left where the student is confident.
+    rest_CV = z_CV.sub_(top_C1).exp_().scatter_(1, ids_Ck, 0.0)
+    tail_C1 = rest_CV.sum(-1, keepdim=True)
+    stored_sum_C1 = (stored_Ck - top_C1).exp().sum(-1, keepdim=True)
+    log_total_C1 = (tail_C1 + stored_sum_C1).log()
+    mass_C1 = p_Ck.sum(-1, keepdim=True)
+    log_q_Ck = stored_Ck - top_C1 - (stored_sum_C1.log() if tail == "renormalized" else log_total_C1)
+    if tail == "renormalized":
+        p_Ck, mass_C1 = p_Ck / mass_C1, torch.ones_like(mass_C1)
+    loss_C1 = (torch.xlogy(p_Ck, p_Ck) - p_Ck * log_q_Ck).sum(-1, keepdim=True)
+    tail_factor_C1 = mass_C1
+    if tail == "bucket" and ids_Ck.shape[1] < z_CV.shape[1]:
+        missing_C1 = (1 - mass_C1).clamp_(min=0)
+        log_tail_C1 = tail_C1.log() - log_total_C1
+        some_C1 = missing_C1 > 0
+        loss_C1 = loss_C1 + torch.where(some_C1, torch.xlogy(missing_C1, missing_C1) - missing_C1 * log_tail_C1, 0.0)
+        mass_C1 = mass_C1 + missing_C1
+        tail_factor_C1 = mass_C1 - torch.where(some_C1, missing_C1 * (-log_tail_C1).exp(), 0.0)
+    loss_C = loss_C1.squeeze(1)
+    if not gradient:
+        return loss_C, None
+    if tail == "renormalized":
+        rest_CV.zero_()
+    else:
+        rest_CV.mul_(tail_factor_C1 * (-log_total_C1).exp())
+    return loss_C, rest_CV.scatter_(1, ids_Ck, mass_C1 * log_q_Ck.exp() - p_Ck)
+
+
+@linear_kl_op.register_fake
+def _(  # type: ignore[no-untyped-def]
+    hidden_NH, adapter_NH, tensors, kind, numbers, factors, teacher, teacher_kind, teacher_numbers, teacher_factors,
+    target_N, weight_N, settings, divergence, wanted, chunk, backend,
+):  # fmt: skip
+    N, wide = hidden_NH.shape[0], torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+    return (
+        hidden_NH.new_empty((), dtype=wide),
+        hidden_NH.new_empty((N,), dtype=wide),
+        hidden_NH.new_empty((N if target_N is not None else 0,), dtype=wide),
+        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, list[Tensor]]) -> None:
+    hidden_NH, _, tensors, _, ctx.numbers, *_, wanted, _, _ = inputs
+    ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
+    ctx.teacher_at, ctx.num_teacher = 6, len(inputs[6])
+    ctx.mark_non_differentiable(output[1], output[2], *output[3])
+    ctx.save_for_backward(hidden_NH, *output[3])
+
+
+def _backward(ctx: Any, dtotal: Tensor, *rest: Any) -> tuple[Any, ...]:
+    found = list(backward_of_sum(ctx, dtotal, *rest))
+    found[ctx.teacher_at] = [None] * ctx.num_teacher
+    return tuple(found)
+
+
+linear_kl_op.register_autograd(_backward, setup_context=_setup_context)

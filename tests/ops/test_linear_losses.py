@@ -1,0 +1,754 @@
+"""linear_cross_entropy and linear_kl against formulas in float64: values, every gradient, rounding, memory, compilation."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from peftlab_kernels import heads
+from peftlab_kernels import linear_kl as kl
+from peftlab_kernels.heads import Head
+from peftlab_kernels.linear_cross_entropy import head_logits_reference, linear_cross_entropy
+from peftlab_kernels.linear_cross_entropy import op as ce_op
+from peftlab_kernels.linear_kl import DIVERGENCES, DenseTeacher, OnlineTeacher, SparseTeacher, linear_kl
+from peftlab_kernels.linear_kl import op as kl_op
+from peftlab_kernels.lora_linear import DenseWeight, Int8Weight
+from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant_reference
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from peftlab.models.bnb import import_bitsandbytes
+
+Budget = Callable[..., None]
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+# Triton's interpreter multiplies the bit patterns of bfloat16 (triton#11584); these kernels compute in float32 only.
+BACKENDS = [
+    pytest.param("torch", torch.float64, id="torch-fp64"),
+    pytest.param("torch", torch.float32, id="torch-fp32"),
+    pytest.param("torch", torch.bfloat16, id="torch-bf16"),
+    pytest.param("triton", torch.float32, id="triton-fp32", marks=NEEDS_TRITON),
+    pytest.param("triton", torch.float16, id="triton-fp16", marks=NEEDS_TRITON),
+]
+if torch.cuda.is_available():
+    BACKENDS.append(pytest.param("triton", torch.bfloat16, id="triton-bf16", marks=NEEDS_TRITON))
+EACH_BACKEND = pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+EACH_DIVERGENCE = pytest.mark.parametrize("divergence", DIVERGENCES)
+# Beyond the eager error, relative to the largest value. Eager 16-bit code rounds logits as often as the fused one, but its
+# softmax gradient never in 16 bits when it flows through float(): the fused gradient of the logits is rounded once more.
+SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+N, H, V, R, HT = 13, 24, 131, 4, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A head, the float64 values of its weight, and what goes in. trained: which of the leaves want a gradient."""
+
+    head: Head
+    W: Tensor
+    hidden: Tensor
+    target: Tensor
+    adapter_hidden: Tensor | None = None
+    trained: tuple[str, ...] = ("hidden",)
+    weights: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def leaves(self) -> dict[str, Tensor]:
+        A, B, _ = self.head.low_rank or (None, None, 0.0)
+        weight = self.head.weight.weight if isinstance(self.head.weight, DenseWeight) else None
+        found = {
+            "hidden": self.hidden, "adapter_hidden": self.adapter_hidden, "weight": weight, "bias": self.head.bias,
+            "A": A, "B": B,
+        }  # fmt: skip
+        return {name: found[name] for name in self.trained}  # type: ignore[misc]
+
+    def with_leaves(self, leaves: dict[str, Tensor]) -> Case:
+        head = self.head
+        if "weight" in leaves:
+            head = replace(head, weight=DenseWeight(leaves["weight"]))
+        if "bias" in leaves:
+            head = replace(head, bias=leaves["bias"])
+        if "A" in leaves:
+            assert head.low_rank is not None
+            head = replace(head, low_rank=(leaves["A"], leaves["B"], head.low_rank[2]))
+        return replace(
+            self,
+            head=head,
+            hidden=leaves.get("hidden", self.hidden),
+            adapter_hidden=leaves.get("adapter_hidden", self.adapter_hidden),
+        )
+
+    def logits(self, dtype: torch.dtype | None) -> Tensor:
+        """By the reference in the type of the hidden states, or in ``dtype`` throughout."""
+        head, cast = self.head, (lambda t: t) if dtype is None else (lambda t: t if t is None else t.to(dtype))
+        weight = head.weight.weight if isinstance(head.weight, DenseWeight) else self.W.to(self.hidden.dtype)
+        if dtype is not None and not isinstance(head.weight, DenseWeight):
+            weight = self.W
+        low_rank = head.low_rank
+        if low_rank is not None:
+            low_rank = (cast(low_rank[0]), cast(low_rank[1]), low_rank[2])
+        z = head_logits_reference(
+            cast(self.hidden), cast(weight).to(cast(self.hidden).dtype), cast(head.bias), low_rank,
+            softcap=head.softcap, scale=head.scale, adapter_hidden=cast(self.adapter_hidden),
+        )  # fmt: skip
+        return z[:, : head.num_logits]
+
+
+@functools.cache
+def stored(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> tuple[Any, Tensor]:
+    values = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5 * 3).to(DEVICE)
+    bnb = import_bitsandbytes().functional
+    if kind == "dense":
+        return DenseWeight(values.to(dtype)), values.to(dtype).double()
+    if kind == "int8":
+        q, row_absmax, _ = bnb.int8_vectorwise_quant(values.half())
+        return Int8Weight(q, row_absmax), q.double() * row_absmax.double()[:, None] / 127
+    packed, state = bnb.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    second = (state.state2.code, state.state2.absmax, state.offset)
+    W = nf4_dequant_reference(
+        packed, state.absmax, state.code.double(), (rows, columns), nested=tuple(x.double() for x in second),
+        dtype=torch.float64,
+    )  # fmt: skip
+    return NF4Weight(packed, state.absmax, state.code, (rows, columns), 64, second), W
+
+
+def make_case(name: str, dtype: torch.dtype, *, n: int = N, seed: int = 0, std: float = 1.0) -> Case:
+    """By name: the storage, and what is on the head, joined by ``+``."""
+    kind, *extras = name.split("+")
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape, generator=g) * scale).to(dtype).to(DEVICE)
+
+    weight, W = stored(kind, V, H, dtype)
+    head, trained = Head(weight), ["hidden"]
+    adapter_hidden = None
+    hidden = normal(n, H, scale=std)
+    if "bias" in extras:
+        head, trained = replace(head, bias=normal(V)), [*trained, "bias"]
+    if "lora" in extras or "dropped" in extras:
+        factors = (normal(R, H, scale=H**-0.5, dtype=torch.float32), normal(V, R, dtype=torch.float32), 0.7)
+        head, trained = replace(head, low_rank=factors), [*trained, "A", "B"]
+    if "dropped" in extras:
+        adapter_hidden, trained = (
+            hidden * (torch.rand(n, H, generator=g) > 0.3).to(DEVICE),
+            [*trained, "adapter_hidden"],
+        )
+    if "softcap" in extras:
+        head = replace(head, softcap=4.0, scale=1.5)
+    if "padded" in extras:
+        head = replace(head, num_classes=V - 9)
+    if "trained" in extras:
+        trained.append("weight")
+    target = torch.randint(head.num_logits, (n,), generator=g).to(DEVICE)
+    weights = (torch.rand(n, generator=g) + 0.5).to(DEVICE)
+    return Case(head, W, hidden, target, adapter_hidden, tuple(trained), weights)
+
+
+HEADS = [
+    "dense", "dense+bias+softcap", "dense+trained", "dense+trained+bias+softcap+padded", "dense+lora+softcap",
+    "dense+lora+dropped+padded", "nf4", "nf4+bias+lora", "int8+softcap", "int8+lora+padded",
+]  # fmt: skip
+EACH_HEAD = pytest.mark.parametrize("name", HEADS)
+
+
+def gradients(case: Case, total: Callable[[Case], Tensor]) -> dict[str, Tensor]:
+    """The value and, by name, the gradients of ``total``, times 0.5: what flows back is not always 1."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in case.leaves().items()}
+    value = total(case.with_leaves(leaves))
+    found = torch.autograd.grad(0.5 * value, list(leaves.values()))
+    return {"total": value.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def check(
+    budget: Budget, case: Case, op: Callable[[Case], Tensor], formula: Callable[[Case, torch.dtype | None], Tensor]
+) -> None:
+    """``formula``: the sum from the reference's logits, in the type of the case, and (float64) as the truth."""
+    actual, eager = gradients(case, op), gradients(case, lambda c: formula(c, None))
+    truth = {name: t.double() for name, t in gradients(case, lambda c: formula(c, torch.float64)).items()}
+    assert actual.keys() == truth.keys()
+    for name, want in truth.items():
+        assert name == "total" or actual[name].dtype == case.leaves()[name].dtype
+        slack = SLACK[case.hidden.dtype]
+        if case.hidden.dtype == torch.float64 and not isinstance(case.head.weight, DenseWeight):
+            slack = SLACK[torch.float32]  # decoded in float32, whatever the hidden states are
+        elif name == "total" and case.hidden.dtype.itemsize == 2:
+            slack /= 4  # a sum, in which eager errors of 16-bit logits may cancel by luck
+        budget(actual[name].reshape(-1), eager[name].reshape(-1), want.reshape(-1), slack=slack)
+
+
+def ce(case: Case, **options: Any) -> Any:
+    return linear_cross_entropy(
+        case.hidden, case.head, case.target, weights=case.weights, adapter_hidden=case.adapter_hidden, **options
+    )
+
+
+def ce_formula(case: Case, dtype: torch.dtype | None) -> Tensor:
+    """Minus the weighted sum of log softmax at the targets, written out."""
+    z = case.logits(dtype)
+    log_q = z - (z - z.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True).log() - z.amax(-1, keepdim=True)
+    factors = torch.ones(len(z)).to(z) if case.weights is None else case.weights.to(z)
+    return -(log_q[torch.arange(len(z)), case.target] * factors).sum()
+
+
+def divergence_of(p: Tensor, q: Tensor, kind: str, share: float) -> Tensor:
+    """From probabilities, as the definitions are written."""
+
+    def kullback(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1)
+
+    m = share * p + (1 - share) * q
+    return {
+        "forward_kl": lambda: kullback(p, q),
+        "reverse_kl": lambda: kullback(q, p),
+        "skew_forward_kl": lambda: kullback(p, m),
+        "skew_reverse_kl": lambda: kullback(q, (1 - share) * p + share * q),
+        "jsd": lambda: share * kullback(p, m) + (1 - share) * kullback(q, m),
+        "tvd": lambda: (p - q).abs().sum(-1) / 2,
+    }[kind]()
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher and its final logits in float64."""
+
+    teacher: Any
+    logits: Tensor
+
+
+def make_teacher(case: Case, way: str, *, temperature: float = 1.0, k: int = 5, tail: str = "bucket") -> Taught:
+    dtype, n, classes = case.hidden.dtype, len(case.hidden), case.head.num_logits
+    weight, W = stored("dense", V, HT, dtype, seed=5)
+    hidden = torch.randn(n, HT, generator=torch.Generator().manual_seed(9)).to(dtype).to(DEVICE)
+    head = Head(weight, softcap=case.head.softcap, scale=0.8, num_classes=case.head.num_classes)
+    z = 0.8 * (hidden.double() @ W.T)[:, :classes]
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    if way == "online":
+        return Taught(OnlineTeacher(hidden, head), z)
+    if way == "dense":
+        z = z.to(dtype)
+        return Taught(DenseTeacher(z), z.double())
+    probs, ids = (z / temperature).softmax(-1).topk(min(k, classes))
+    return Taught(SparseTeacher(ids, probs.float(), tail), z)
+
+
+def distilled(case: Case, taught: Taught, **options: Any) -> Any:
+    return linear_kl(
+        case.hidden, case.head, taught.teacher, case.target, weights=case.weights, adapter_hidden=case.adapter_hidden,
+        **options,
+    )  # fmt: skip
+
+
+def kl_formula(
+    case: Case, dtype: torch.dtype | None, taught: Taught, *, chunk: int | None = None, **options: Any
+) -> Tensor:
+    o = {
+        "divergence": "forward_kl",
+        "share": 0.5,
+        "temperature": 1.0,
+        "scale_by_t2": True,
+        "hard_weight": 0.0,
+    } | options
+    T, z = o["temperature"], case.logits(dtype)
+    q = (z / T).softmax(-1)
+    if isinstance(taught.teacher, SparseTeacher):
+        soft = sparse_formula(q, taught.teacher)
+    else:
+        soft = divergence_of((taught.logits.to(z) / T).softmax(-1), q, o["divergence"], o["share"])
+    hard = -z.log_softmax(-1)[torch.arange(len(z)), case.target]
+    per_token = o["hard_weight"] * hard + (1 - o["hard_weight"]) * (T**2 if o["scale_by_t2"] else 1) * soft
+    return (per_token * (1 if case.weights is None else case.weights.to(z))).sum()
+
+
+def sparse_formula(q: Tensor, teacher: SparseTeacher) -> Tensor:
+    p, stored_q = teacher.probs.to(q), q.gather(1, teacher.ids)
+    if teacher.tail == "renormalized":
+        p, stored_q = p / p.sum(-1, keepdim=True), stored_q / stored_q.sum(-1, keepdim=True)
+    loss = (p * (p / stored_q).log()).sum(-1)
+    if teacher.tail == "bucket" and p.shape[1] < q.shape[1]:
+        missing = 1 - p.sum(-1)
+        rest = q.scatter(1, teacher.ids, 0.0).sum(-1)
+        loss = loss + missing * (missing / rest).log()
+    return loss
+
+
+@EACH_HEAD
+@EACH_BACKEND
+def test_cross_entropy_agrees_with_the_formula(
+    assert_within_budget: Budget, name: str, backend: str, dtype: torch.dtype
+) -> None:
+    case = make_case(name, dtype)
+    check(assert_within_budget, case, lambda c: ce(c, chunk=5, backend=backend).total, ce_formula)
+
+
+@EACH_DIVERGENCE
+@pytest.mark.parametrize(
+    ("way", "hard_weight", "temperature"), [("online", 0.0, 2.0), ("online", 0.3, 1.0), ("dense", 0.3, 2.0)]
+)
+@EACH_BACKEND
+def test_divergences_agree_with_the_formula(
+    assert_within_budget: Budget, divergence: str, way: str, hard_weight: float, temperature: float, backend: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    if divergence == "tvd" and dtype.itemsize == 2:
+        way = "dense"  # its gradient jumps where p = q: only with equal teacher logits do both sides jump alike
+    case = make_case("dense+trained+softcap" if way == "online" else "dense+padded", dtype)
+    taught = make_teacher(case, way)
+    options: dict[str, Any] = {
+        "divergence": divergence, "share": 0.3, "temperature": temperature, "hard_weight": hard_weight, "chunk": 5,
+    }  # fmt: skip
+    check(
+        assert_within_budget,
+        case,
+        lambda c: distilled(c, taught, backend=backend, **options).total,
+        lambda c, d: kl_formula(c, d, taught, **options),
+    )
+
+
+@EACH_HEAD
+@EACH_BACKEND
+def test_distilling_every_head(assert_within_budget: Budget, name: str, backend: str, dtype: torch.dtype) -> None:
+    case = make_case(name, dtype)
+    taught = make_teacher(case, "online")
+    options: dict[str, Any] = {"temperature": 1.5, "hard_weight": 0.2, "chunk": 6}
+    check(
+        assert_within_budget,
+        case,
+        lambda c: distilled(c, taught, backend=backend, **options).total,
+        lambda c, d: kl_formula(c, d, taught, **options),
+    )
+
+
+@pytest.mark.parametrize("tail", kl.TAILS)
+@pytest.mark.parametrize(("k", "temperature", "hard_weight"), [(5, 1.0, 0.0), (1, 2.0, 0.3), (V, 1.0, 0.3)])
+@EACH_BACKEND
+def test_sparse_teachers_agree_with_the_formula(
+    assert_within_budget: Budget, tail: str, k: int, temperature: float, hard_weight: float, backend: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    case = make_case("dense+bias+softcap" if k == 5 else "dense+trained", dtype)
+    taught = make_teacher(case, "sparse", temperature=temperature, k=k, tail=tail)
+    options: dict[str, Any] = {"temperature": temperature, "hard_weight": hard_weight, "chunk": 5}
+    check(
+        assert_within_budget,
+        case,
+        lambda c: distilled(c, taught, backend=backend, **options).total,
+        lambda c, d: kl_formula(c, d, taught, **options),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@example(n=1, chunk=1, seed=3, name="dense+softcap")
+@given(
+    n=st.integers(1, 9),
+    chunk=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    name=st.sampled_from(["dense+softcap", "dense+trained+bias", "nf4+lora"]),
+)
+def test_chunks_and_order_change_nothing(n: int, chunk: int, seed: int, name: str) -> None:
+    case = replace(make_case(name, torch.float64, n=n, seed=seed))
+    taught = make_teacher(case, "online")
+    whole = gradients(case, lambda c: distilled(c, taught, hard_weight=0.4, chunk=n).total)
+    parts = gradients(case, lambda c: distilled(c, taught, hard_weight=0.4, chunk=chunk).total)
+    for key, want in whole.items():
+        torch.testing.assert_close(parts[key], want, rtol=1e-5 if "nf4" in name else 1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_tokens(n: int, backend: str) -> None:
+    case = make_case("dense+trained+bias", torch.float32, n=n)
+    for total in (
+        lambda c: ce(c, backend=backend).total,
+        lambda c: distilled(c, make_teacher(c, "online"), backend=backend).total,
+        lambda c: distilled(c, make_teacher(c, "sparse"), backend=backend).total,
+    ):
+        found = gradients(case, total)
+        assert found["hidden"].shape == (n, H)
+        assert all(torch.isfinite(t).all() for t in found.values())
+        assert n or not found["weight"].any()
+
+
+@EACH_BACKEND
+def test_extreme_logits_stay_finite_and_right(assert_within_budget: Budget, backend: str, dtype: torch.dtype) -> None:
+    std = 300.0 if dtype == torch.float16 else 3000.0
+    case = make_case("dense", dtype, std=std)
+    assert float(case.logits(torch.float64).abs().max()) > 3 * std
+    check(assert_within_budget, case, lambda c: ce(c, backend=backend).total, ce_formula)
+    taught = make_teacher(case, "online")
+    for divergence in DIVERGENCES:
+        options = {"divergence": divergence, "share": 0.3, "hard_weight": 0.5}
+        found = gradients(case, lambda c, o=options: distilled(c, taught, backend=backend, **o).total)
+        want = kl.token_divergence(case.logits(torch.float64), taught.logits, kind=divergence, share=0.3)
+        soft = distilled(case, taught, backend=backend, **options).soft
+        assert soft is not None and all(torch.isfinite(t).all() for t in found.values())
+        if dtype.itemsize > 2:  # 16-bit logits of this size are whole nats apart
+            torch.testing.assert_close(soft.double(), want, rtol=1e-5, atol=1e-5 * float(want.max()))
+
+
+@EACH_DIVERGENCE
+@EACH_BACKEND
+def test_a_perfect_student_has_nothing_to_learn(divergence: str, backend: str, dtype: torch.dtype) -> None:
+    case = make_case("dense+softcap", dtype)
+    taught = Taught(OnlineTeacher(case.hidden, case.head), case.logits(torch.float64))
+    for share in (0.3, 0.0, *([1.0] if divergence == "jsd" else [])):
+        options = {"divergence": divergence, "share": share, "temperature": 2.0, "backend": backend}
+        found = gradients(case, lambda c, o=options: distilled(c, taught, **o).total)
+        assert float(found["total"].abs()) <= 2e-6 * N
+        assert float(found["hidden"].abs().max()) <= 2e-6
+
+
+@EACH_BACKEND
+def test_hard_weight_one_is_cross_entropy_to_the_bit(backend: str, dtype: torch.dtype) -> None:
+    case = make_case("dense+trained+softcap", dtype)
+    one = gradients(case, lambda c: distilled(c, make_teacher(c, "online"), hard_weight=1, backend=backend).total)
+    other = gradients(case, lambda c: ce(c, backend=backend).total)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@EACH_BACKEND
+def test_every_class_stored_is_a_dense_teacher(backend: str, dtype: torch.dtype) -> None:
+    case = make_case("dense", dtype)
+    dense = gradients(case, lambda c: distilled(c, make_teacher(c, "dense"), backend=backend).total)
+    for tail in kl.TAILS:
+        taught = make_teacher(case, "sparse", k=V, tail=tail)
+        found = gradients(case, lambda c, t=taught: distilled(c, t, backend=backend).total)
+        for name, want in dense.items():
+            slack = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5)  # the dense logits are rounded
+            torch.testing.assert_close(found[name], want, rtol=slack, atol=slack * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_the_tail_of_a_confident_student_keeps_its_digits(backend: str) -> None:
+    """Student tail mass about 1e-9: 1 less the mass of the stored classes would be 0 in float32."""
+    case = make_case("dense", torch.float32, n=4)
+    logits = torch.full((4, V), -25.0)
+    logits[:, :3] = torch.tensor([3.0, 2.0, 1.0])
+    head = Head(DenseWeight(logits[0][:, None].to(DEVICE)))
+    case = replace(case, head=head, W=logits[0][:, None].double().to(DEVICE), hidden=torch.ones(4, 1, device=DEVICE))
+    probs = torch.tensor([[0.5, 0.3, 0.1]]).expand(4, 3).to(DEVICE)
+    ids = torch.tensor([[0, 1, 2]]).expand(4, 3).to(DEVICE)
+    taught = Taught(SparseTeacher(ids, probs, "bucket"), logits.double())
+    soft = distilled(case, taught, backend=backend).soft
+    want = sparse_formula(case.logits(torch.float64).softmax(-1), taught.teacher)
+    torch.testing.assert_close(soft.double(), want, rtol=1e-6, atol=0)
+    short, mass = (1 - case.logits(d).softmax(-1)[0, :3].sum() for d in (torch.float32, torch.float64))
+    assert abs(float(short / mass) - 1) > 0.5, "the case must need it"
+
+
+FAULTS: dict[str, Callable[[Case, Taught, dict[str, Any]], Any]] = {
+    "scale dropped": lambda c, t, o: distilled(replace(c, head=replace(c.head, scale=1.0)), t, **o),
+    "softcap dropped": lambda c, t, o: distilled(replace(c, head=replace(c.head, softcap=None)), t, **o),
+    "weights dropped": lambda c, t, o: distilled(replace(c, weights=None), t, **o),
+    "no T^2": lambda c, t, o: distilled(c, t, scale_by_t2=False, **o),
+    "T on the student alone": lambda c, t, o: distilled(
+        c, replace(t, teacher=replace(t.teacher, head=replace(t.teacher.head, scale=0.8 * o["temperature"]))), **o
+    ),
+    "reversed": lambda c, t, o: distilled(c, t, **{**o, "divergence": "reverse_kl"}),
+    "targets shifted": lambda c, t, o: distilled(replace(c, target=c.target.roll(1)), t, **o),
+    "teacher shifted": lambda c, t, o: distilled(
+        c, replace(t, teacher=replace(t.teacher, hidden=t.teacher.hidden.roll(1, 0))), **o
+    ),
+    "padding counted": lambda c, t, o: distilled(
+        replace(c, head=replace(c.head, num_classes=None)),
+        replace(t, teacher=replace(t.teacher, head=replace(t.teacher.head, num_classes=None))),
+        **o,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@EACH_BACKEND
+def test_deliberate_faults_are_caught(
+    assert_within_budget: Budget, fault: str, backend: str, dtype: torch.dtype
+) -> None:
+    case = make_case("dense+softcap+padded", dtype)
+    taught = make_teacher(case, "online")
+    options: dict[str, Any] = {"temperature": 2.0, "hard_weight": 0.4}
+
+    def formula(c: Case, d: torch.dtype | None) -> Tensor:
+        return kl_formula(c, d, taught, **options)
+
+    with pytest.raises(AssertionError, match="error"):
+        check(
+            assert_within_budget,
+            case,
+            lambda c: FAULTS[fault](c, taught, {**options, "backend": backend}).total,
+            formula,
+        )
+
+
+def _gradient_without_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ce_op.write_gradient
+    for module in (ce_op, kl_op):
+        monkeypatch.setattr(module, "write_gradient", lambda out, dz, slope, head: right(out, dz, None, head))
+
+
+def _adapter_gradient_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = heads.HeadPass.gradients
+    monkeypatch.setattr(
+        heads.HeadPass, "gradients", lambda self, head: [g * (g.shape[-1] != R) for g in right(self, head)]
+    )
+
+
+def _last_chunk_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = heads.HeadPass.backward
+    monkeypatch.setattr(
+        heads.HeadPass, "backward", lambda self, part, dz: right(self, part, dz if part.stop < N else dz * 0)
+    )
+
+
+@pytest.mark.parametrize("fault", [_gradient_without_slope, _adapter_gradient_lost, _last_chunk_lost])
+def test_deliberate_faults_inside_are_caught(
+    assert_within_budget: Budget, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    case = make_case("dense+lora+softcap", torch.float32)
+    check(assert_within_budget, case, lambda c: ce(c, chunk=5).total, ce_formula)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match="error"):
+        check(assert_within_budget, case, lambda c: ce(c, chunk=5).total, ce_formula)
+
+
+def test_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    right = heads.HeadPass.__init__
+    monkeypatch.setattr(
+        heads.HeadPass, "__init__", lambda self, *args: (passes.append(self), right(self, *args))[0] and None
+    )
+    case = make_case("dense+bias", torch.float32)
+    case.hidden.requires_grad_()
+    ce(replace(case)).total.backward()
+    (walk,) = passes
+    assert walk.dH_NH is not None
+    assert walk.dW_VH is walk.dbias_V is walk.dA_RH is walk.dB_VR is None
+
+
+def test_nothing_is_computed_backward_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("dense+trained", torch.float32)
+    case.head.weight.weight.requires_grad_()
+    try:
+        monkeypatch.setattr(heads.HeadPass, "backward", None)
+        with torch.no_grad():
+            assert not ce(case).total.requires_grad
+            assert not distilled(case, make_teacher(case, "online")).total.requires_grad
+    finally:
+        case.head.weight.weight.requires_grad_(False)
+
+
+def test_a_teacher_gets_no_gradient() -> None:
+    case = make_case("dense", torch.float32)
+    taught = make_teacher(case, "dense")
+    taught.teacher.logits.requires_grad_()
+    case.hidden.requires_grad_()
+    distilled(case, taught).total.backward()
+    assert taught.teacher.logits.grad is None
+    assert case.hidden.grad is not None
+
+
+def test_second_backward_gives_the_same_gradient_and_second_derivatives_are_refused() -> None:
+    case = make_case("dense+softcap", torch.float32)
+    case.hidden.requires_grad_()
+    for loss in (ce(case).total, distilled(case, make_teacher(case, "online")).total):
+        (first,) = torch.autograd.grad(loss, case.hidden, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, case.hidden, retain_graph=True)
+        assert torch.equal(first, second)
+        (first,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(first.square().sum(), case.hidden)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_inputs_are_left_alone(backend: str) -> None:
+    case = make_case("dense+trained+bias+lora+dropped+softcap", torch.float32)
+    for way in ("online", "dense", "sparse"):
+        taught = make_teacher(case, way)
+        values = [v for v in vars(taught.teacher).values() if isinstance(v, Tensor)]
+        tensors = [*case.leaves().values(), case.target, case.weights, *values]
+        before = [t.detach().clone() for t in tensors]
+        gradients(case, lambda c, t=taught: distilled(c, t, hard_weight=0.5, backend=backend).total)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_non_contiguous_inputs(assert_within_budget: Budget) -> None:
+    case = make_case("dense", torch.float32)
+    wide = torch.stack([case.hidden, case.hidden * 0], dim=-1)[..., 0]
+    weight = case.head.weight.weight.T.contiguous().T
+    assert not wide.is_contiguous() and not weight.is_contiguous()
+    case = replace(case, hidden=wide, head=replace(case.head, weight=DenseWeight(weight)))
+    check(assert_within_budget, case, lambda c: ce(c).total, ce_formula)
+    taught = make_teacher(case, "dense")
+    strided = Taught(DenseTeacher(taught.teacher.logits.T.contiguous().T), taught.logits)
+    for backend in ["torch", *(["triton"] if importlib.util.find_spec("triton") else [])]:
+        check(
+            assert_within_budget,
+            case,
+            lambda c, b=backend: distilled(c, strided, backend=b).total,
+            lambda c, d: kl_formula(c, d, taught),
+        )
+
+
+class LargestOutput(TorchDispatchMode):
+    """Number of elements of the largest tensor any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def test_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at inside the operators: from outside each is one call."""
+    for module in (ce_op, kl_op):
+        name = "linear_cross_entropy_op" if module is ce_op else "linear_kl_op"
+        monkeypatch.setattr(module, name, torch.no_grad()(getattr(module, name)._init_fn))
+    case = make_case("dense", torch.float32, n=64)
+    case.hidden.requires_grad_()
+    taught = make_teacher(case, "online")
+    for total in (ce, lambda c, **o: distilled(c, taught, **o)):
+        with LargestOutput() as largest:
+            total(case, chunk=8)
+        assert largest.numel == max(8 * V, V * H)
+        with LargestOutput() as largest:
+            total(case, chunk=64)
+        assert largest.numel == 64 * V, "the measure must see the logits"
+
+
+def _options(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Each operator with the arguments of a call."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def recorder(op: Any) -> Callable[..., Any]:
+        return lambda *args: (calls.append((op, args)), op(*args))[1]
+
+    ce_right, kl_right = ce_op.linear_cross_entropy_op, kl_op.linear_kl_op
+    try:
+        ce_op.linear_cross_entropy_op, kl_op.linear_kl_op = recorder(ce_right), recorder(kl_right)
+        ce(case, chunk=5)
+        for way in ("online", "dense", "sparse"):
+            distilled(case, make_teacher(case, way), hard_weight=0.3, chunk=5)
+    finally:
+        ce_op.linear_cross_entropy_op, kl_op.linear_kl_op = ce_right, kl_right
+    return calls
+
+
+@pytest.mark.parametrize("name", ["dense+trained+bias+lora+dropped+softcap", "nf4+lora"])
+def test_operators_are_registered_as_they_behave(name: str) -> None:
+    case = make_case(name, torch.float32)
+    case = case.with_leaves({k: t.detach().clone().requires_grad_() for k, t in case.leaves().items()})
+    calls = _options(case)
+    assert len(calls) == 4
+    for op, args in calls:
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("name", ["dense+softcap", "dense+trained+bias", "nf4+lora"])
+def test_compiled_whole(name: str) -> None:
+    case = make_case(name, torch.float32)
+    taught = make_teacher(case, "online")
+
+    def both(c: Case) -> Tensor:
+        return ce(c).total + distilled(c, taught, hard_weight=0.3, temperature=2.0).total
+
+    leaves = {k: t.detach().clone().requires_grad_() for k, t in case.leaves().items()}
+    want = torch.autograd.grad(both(case.with_leaves(leaves)), list(leaves.values()))
+    compiled = torch.compile(
+        lambda *ts: both(case.with_leaves(dict(zip(leaves, ts, strict=True)))), fullgraph=True, backend="aot_eager"
+    )
+    found = torch.autograd.grad(compiled(*leaves.values()), list(leaves.values()))
+    for got, wanted in zip(found, want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+    torch._dynamo.reset()
+
+
+def test_checkpointing() -> None:
+    case = make_case("dense+softcap", torch.float32)
+    case.hidden.requires_grad_()
+    (want,) = torch.autograd.grad(ce(case).total, case.hidden)
+    (found,) = torch.autograd.grad(
+        checkpoint(lambda h: ce(replace(case, hidden=h)).total, case.hidden, use_reentrant=False), case.hidden
+    )
+    assert torch.equal(found, want)
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make_case("dense+lora", torch.float32)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        inside = gradients(case, lambda c: ce(c).total)
+    outside = gradients(case, lambda c: ce(c).total)
+    assert all(torch.equal(inside[name], outside[name]) for name in outside)
+
+
+@pytest.mark.parametrize(
+    ("total_gib", "free_gib", "bytes_per_token", "expected"),
+    [
+        (80, 70, 2 * 128256, 4096),
+        (24, 20, 2 * 128256, 1024),
+        (24, 20, 4 * 128256, 512),
+        (24, 0.05, 4 * 128256, 32),
+        (8, 7, 2 * 256000, 256),
+    ],
+)
+def test_tokens_per_chunk_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, total_gib: float, free_gib: float, bytes_per_token: int, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), int(total_gib * 2**30)))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    assert heads.num_tokens_per_chunk(100_000, bytes_per_token, torch.device("cuda")) == expected
+
+
+def test_tokens_per_chunk_on_a_cpu() -> None:
+    assert heads.num_tokens_per_chunk(10_000, 4 * 49152, torch.device("cpu")) == 341
+    assert heads.num_tokens_per_chunk(7, 4 * 49152, torch.device("cpu")) == 7
+
+
+def _bad() -> Iterator[Any]:
+    case = make_case("dense", torch.float32)
+    hidden, head, t = case.hidden, case.head, case.target
+    sparse = make_teacher(case, "sparse").teacher
+    online = make_teacher(case, "online").teacher
+    yield lambda: linear_cross_entropy(hidden[:, :-1], head, t), rf"hidden \[N, {H}\].*found \[{N}, {H - 1}\]"
+    yield lambda: linear_cross_entropy(hidden[None], head, t), rf"found \[1, {N}, {H}\]"
+    yield lambda: linear_cross_entropy(hidden, head, t[:-1]), rf"targets \[{N}\], found \[{N - 1}\]"
+    yield lambda: linear_cross_entropy(hidden, head, t, weights=t[:2].float()), r"weights .* found \[2\]"
+    yield lambda: linear_cross_entropy(hidden, replace(head, bias=torch.zeros(5)), t), rf"bias \[{V}\], found \[5\]"
+    yield lambda: linear_cross_entropy(hidden, replace(head, softcap=0.0), t), "softcap above 0"
+    yield lambda: linear_cross_entropy(hidden, replace(head, num_classes=V + 1), t), f"1 to {V} classes"
+    yield lambda: linear_cross_entropy(hidden, head, t, adapter_hidden=hidden[:2]), "adapter_hidden"
+    yield lambda: linear_kl(hidden, head, online, divergence="kl"), "forward_kl, reverse_kl"
+    yield lambda: linear_kl(hidden, head, online, temperature=0.0), "temperature above 0"
+    yield lambda: linear_kl(hidden, head, online, divergence="jsd", share=1.5), r"share in \[0, 1\]"
+    yield lambda: linear_kl(hidden, head, online, hard_weight=0.5), "hard_weight needs targets"
+    yield lambda: linear_kl(hidden, head, online, t, hard_weight=1.5), r"hard_weight in \[0, 1\]"
+    yield lambda: linear_kl(hidden, head, sparse, divergence="reverse_kl"), "forward_kl only"
+    yield lambda: linear_kl(hidden, head, replace(sparse, tail="cut")), "none, bucket, renormalized"
+    yield lambda: linear_kl(hidden, head, replace(sparse, probs=sparse.probs[:, :2])), "ids and probs"
+    yield (
+        lambda: linear_kl(hidden, head, DenseTeacher(torch.zeros(N, V + 1))),
+        rf"\[{N}, {V}\], found \[{N}, {V + 1}\]; .* num_classes",
+    )
+    yield lambda: linear_kl(hidden, head, replace(online, hidden=online.hidden[:2])), rf"found \[2, {V}\]"
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_what_does_not_fit_is_named(number: int) -> None:
+    bad = list(_bad())
+    assert len(bad) == 18
+    call, found = bad[number]
+    with pytest.raises(ValueError, match=found):
+        call()
