@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from peftlab_kernels import runtime
 from peftlab_kernels.int8_dequant.op import tile_options
+from peftlab_kernels.linear_cross_entropy.op import rows_options
+from peftlab_kernels.linear_kl import DIVERGENCES, TAILS
 from peftlab_kernels.lora_linear import passes
 from peftlab_kernels.nf4_dequant.op import dequant_options, merge_options
 
@@ -36,7 +38,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64)
 # What one block may have, by architecture (CUDA programming guide, technical specifications per compute capability).
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 Row = dict[str, Any]
 
@@ -67,6 +69,8 @@ def _nf4(nested: bool, options: dict[str, Any], *, blocksize: int = 64) -> dict[
 
 
 NESTED, FLAT = "*u8 *u8 *fp32 *fp32 *fp32 *fp32", "*u8 *fp32 *fp32 *fp32 *fp32 *fp32"
+ROWS = {"HAS_WEIGHT": True, "HAS_CAP": True, "HAS_GRAD": True}
+HARD = {"HAS_HARD": True, **ROWS}
 MERGE, UNALIGNED = "*A *A *T i16 i16 R fp32", "*A *A *T i16 i32 R fp32"
 CASES = [
     Case("nf4_dequant", "nf4_dequant_kernel", "nested", f"{NESTED} *T i16 i16",
@@ -99,6 +103,16 @@ CASES = [
          lambda dtype, rank: {"HAS_MASK": False, **passes.down_backward_options(rank, dtype)}),
     Case("lora_linear", "dropout_dx_kernel", "", "*T *u8 *T *A i32 i16 R i16 fp32",
          lambda dtype, rank: passes.dropout_dx_options(rank, dtype), wide=True),
+    Case("linear_cross_entropy", "cross_entropy_rows_kernel", "", f"*T *i64 *fp32 *fp32 i16 i16 {2 * ' fp32'}",
+         lambda dtype, rank: {**ROWS, **rows_options(128256)}, matrix=False),
+    *(Case("linear_kl", "divergence_rows_kernel", name, f"*T *T *i64 {3 * ' *fp32'} i16 i16 i16 {8 * ' fp32'}",
+           lambda dtype, rank, kind=kind: {"KIND": kind, "TEACHER_HAS_CAP": True, **HARD, **rows_options(128256)},
+           matrix=False)
+      for kind, name in enumerate(DIVERGENCES)),
+    *(Case("linear_kl", "sparse_rows_kernel", f"{name}, 64 classes",
+           f"*T *i64 *fp32 *i64 {3 * ' *fp32'} i16 i16 i16 {5 * ' fp32'}",
+           lambda dtype, rank, tail=tail: {"TAIL": tail, "BLOCK_K": 64, **HARD, **rows_options(128256)}, matrix=False)
+      for tail, name in enumerate(TAILS)),
 ]  # fmt: skip
 
 

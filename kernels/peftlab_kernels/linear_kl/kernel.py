@@ -98,7 +98,7 @@ def divergence_rows_kernel(
     if HAS_HARD:
         target = tl.load(target_ptr + row)
         hard_top, hard_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
-        at_target, _ = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
+        at_target, at_slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
         tl.store(hard_ptr + row, tl.log(hard_total) - (at_target - hard_top))
         hard_lse = hard_top + tl.log(hard_total)
     weight = 1.0
@@ -169,14 +169,15 @@ def sparse_rows_kernel(
     """As ``divergence_rows_kernel``, forward KL from K stored classes: two passes over the student's row alone.
 
     The stored classes are taken out of the row first (-inf), so that the tail's mass is a sum over the tail: one less
-    the mass of the stored classes has no digits left where the student is confident. id_ptr: [C, K] distinct classes.
+    the mass of the stored classes has no digits left where the student is confident. id_ptr: [C, K] classes, distinct
+    where prob_ptr is above 0; the others fill up a row and count for nothing.
     """
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * stride
     j = tl.arange(0, BLOCK_K)
-    stored = j < K
-    ids = tl.load(id_ptr + row.to(tl.int64) * K + j, mask=stored, other=0)
-    p = tl.load(prob_ptr + row.to(tl.int64) * K + j, mask=stored, other=0.0).to(tl.float32)
+    ids = tl.load(id_ptr + row.to(tl.int64) * K + j, mask=j < K, other=0)
+    p = tl.load(prob_ptr + row.to(tl.int64) * K + j, mask=j < K, other=0.0).to(tl.float32)
+    stored = p > 0
     z_stored, slope_stored = capped(
         tl.load(z_ptr + ids, mask=stored, other=-float("inf")).to(tl.float32), scale, softcap, HAS_CAP
     )
@@ -185,7 +186,7 @@ def sparse_rows_kernel(
     at_target = 0.0
     if HAS_HARD:
         target = tl.load(target_ptr + row)
-        at_target, _ = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
+        at_target, at_slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
     weight = 1.0
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + row).to(tl.float32)
@@ -202,22 +203,23 @@ def sparse_rows_kernel(
     if TAIL == RENORMALIZED:
         p = p / mass
         log_q = tl.where(stored, z_stored * inverse_temperature - top - tl.log(stored_total), 0.0)
-    # 0 log 0 = 0
-    loss = tl.sum(tl.where(p > 0, p * (tl.log(tl.where(p > 0, p, 1.0)) - log_q), 0.0), axis=0)
+    loss = tl.sum(tl.where(stored, p * (tl.log(tl.where(stored, p, 1.0)) - log_q), 0.0), axis=0)
     q = tl.where(stored, tl.exp(log_q), 0.0)
-    tail_factor = mass
-    dz_stored = mass * q - p
+    # In the tail the derivative is tail_mass * q - tail_target * (q less the stored classes, renormalized).
+    tail_mass = mass
+    tail_target = 0.0
     if TAIL == BUCKET:
-        rest = tl.where(K < V, tl.maximum(1.0 - mass, 0.0), 0.0)
-        log_tail = tail_top + tl.log(tl.where(K < V, tail_total, 1.0)) - lse
+        has_tail = tl.sum(stored.to(tl.int32), axis=0) < V
+        rest = tl.where(has_tail, tl.maximum(1.0 - mass, 0.0), 0.0)
+        log_tail = tail_top + tl.log(tl.where(has_tail, tail_total, 1.0)) - lse
         loss += tl.where(rest > 0, rest * (tl.log(tl.where(rest > 0, rest, 1.0)) - log_tail), 0.0)
-        dz_stored = (mass + rest) * q - p
-        tail_factor = mass + rest - tl.where(rest > 0, rest * tl.exp(-log_tail), 0.0)
+        tail_mass = mass + rest
+        tail_target = tl.where(rest > 0, rest / tl.where(has_tail, tail_total, 1.0), 0.0)
     elif TAIL == RENORMALIZED:
-        dz_stored = q - p
-        tail_factor = 0.0
+        tail_mass = 0.0
     tl.store(soft_ptr + row, loss)
-    dz_stored = dz_stored * (soft_factor * inverse_temperature)
+    soft = soft_factor * inverse_temperature
+    dz_stored = ((q if TAIL == RENORMALIZED else tail_mass * q) - p) * soft
     hard_lse = 0.0
     if HAS_HARD:
         hard_tail_top, hard_tail_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
@@ -231,7 +233,10 @@ def sparse_rows_kernel(
             v = start + tl.arange(0, BLOCK)
             raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
             z, slope = capped(raw, scale, softcap, HAS_CAP)
-            dz = tail_factor * (soft_factor * inverse_temperature) * tl.exp(z * inverse_temperature - lse)
+            z_soft = z * inverse_temperature
+            dz = soft * tail_mass * tl.exp(z_soft - lse)
+            if TAIL == BUCKET:
+                dz -= soft * tail_target * tl.exp(z_soft - tail_top)
             if HAS_HARD:
                 dz += hard_factor * (tl.exp(z - hard_lse) - tl.where(v == target, 1.0, 0.0))
             tl.store(z_ptr + v, (dz * slope * weight).to(z_ptr.dtype.element_ty), mask=v < V)

@@ -57,7 +57,7 @@ class SparseTeacher:
     """Probabilities of a few classes, taken at the temperature of the loss. Forward KL only.
 
     Attributes:
-        ids: [N, k] int64, distinct within a row. probs: [N, k] float32.
+        ids: [N, k] int64. probs: [N, k] float32; ids are distinct where it is above 0, and elsewhere count for nothing.
         tail: ``bucket``: what is missing to 1 is the mass of all other classes together, on both sides;
             ``renormalized``: KL between both sides restricted to the k classes (a biased approximation: the mass outside is
             free); ``none``: the values are weights as they stand (sampled targets), sum w (log w - log q).
@@ -396,34 +396,38 @@ def _sparse_divergence(
     z_CV: Tensor, ids_Ck: Tensor, p_Ck: Tensor, tail: str, *, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As ``_divergence``, from student logits over T, which are used up."""
+    counts_Ck = p_Ck > 0  # the others fill up a row, with a class that it may have already
     stored_Ck = z_CV.gather(1, ids_Ck)
-    top_C1 = z_CV.amax(dim=-1, keepdim=True)
     # The tail's mass is a sum over the tail: 1 less the others has no digits left where the student is confident.
-    rest_CV = z_CV.sub_(top_C1).exp_().scatter_(1, ids_Ck, 0.0)
-    tail_C1 = rest_CV.sum(-1, keepdim=True)
-    stored_sum_C1 = (stored_Ck - top_C1).exp().sum(-1, keepdim=True)
-    log_total_C1 = (tail_C1 + stored_sum_C1).log()
+    tail_CV = z_CV.scatter_reduce_(1, ids_Ck, torch.where(counts_Ck, -math.inf, stored_Ck), "amin")
+    tail_top_C1 = tail_CV.amax(dim=-1, keepdim=True).clamp_(min=_LOWEST)
+    tail_sum_C1 = tail_CV.sub_(tail_top_C1).exp_().sum(-1, keepdim=True)
+    log_tail_C1 = tail_top_C1 + tail_sum_C1.log()
+    log_stored_C1 = torch.where(counts_Ck, stored_Ck, -math.inf).logsumexp(-1, keepdim=True)
+    log_total_C1 = torch.logaddexp(log_tail_C1, log_stored_C1)
     mass_C1 = p_Ck.sum(-1, keepdim=True)
-    log_q_Ck = stored_Ck - top_C1 - (stored_sum_C1.log() if tail == "renormalized" else log_total_C1)
     if tail == "renormalized":
-        p_Ck, mass_C1 = p_Ck / mass_C1, torch.ones_like(mass_C1)
+        p_Ck, log_total_C1 = p_Ck / mass_C1, log_stored_C1
+    log_q_Ck = stored_Ck - log_total_C1
     loss_C1 = (torch.xlogy(p_Ck, p_Ck) - p_Ck * log_q_Ck).sum(-1, keepdim=True)
-    tail_factor_C1 = mass_C1
-    if tail == "bucket" and ids_Ck.shape[1] < z_CV.shape[1]:
-        missing_C1 = (1 - mass_C1).clamp_(min=0)
-        log_tail_C1 = tail_C1.log() - log_total_C1
+    # In the tail the derivative is tail_mass * q - tail_target * (q less the stored classes, renormalized).
+    tail_mass_C1, tail_target_C1 = mass_C1, torch.zeros_like(mass_C1)
+    if tail == "bucket":
+        has_tail_C1 = counts_Ck.sum(-1, keepdim=True) < z_CV.shape[1]
+        missing_C1 = torch.where(has_tail_C1, (1 - mass_C1).clamp(min=0), 0.0)
         some_C1 = missing_C1 > 0
-        loss_C1 = loss_C1 + torch.where(some_C1, torch.xlogy(missing_C1, missing_C1) - missing_C1 * log_tail_C1, 0.0)
-        mass_C1 = mass_C1 + missing_C1
-        tail_factor_C1 = mass_C1 - torch.where(some_C1, missing_C1 * (-log_tail_C1).exp(), 0.0)
+        parting_C1 = torch.xlogy(missing_C1, missing_C1) - missing_C1 * (log_tail_C1 - log_total_C1)
+        loss_C1 = loss_C1 + torch.where(some_C1, parting_C1, 0.0)
+        tail_mass_C1 = mass_C1 + missing_C1
+        tail_target_C1 = torch.where(some_C1, missing_C1 / tail_sum_C1, 0.0)
+    elif tail == "renormalized":
+        tail_mass_C1 = torch.zeros_like(mass_C1)
     loss_C = loss_C1.squeeze(1)
     if not gradient:
         return loss_C, None
-    if tail == "renormalized":
-        rest_CV.zero_()
-    else:
-        rest_CV.mul_(tail_factor_C1 * (-log_total_C1).exp())
-    return loss_C, rest_CV.scatter_(1, ids_Ck, mass_C1 * log_q_Ck.exp() - p_Ck)
+    tail_CV.mul_(tail_mass_C1 * (tail_top_C1 - log_total_C1).exp() - tail_target_C1)
+    q_Ck = log_q_Ck.exp() if tail == "renormalized" else tail_mass_C1 * log_q_Ck.exp()
+    return loss_C, tail_CV.scatter_add_(1, ids_Ck, torch.where(counts_Ck, q_Ck - p_Ck, 0.0))
 
 
 @linear_kl_op.register_fake
