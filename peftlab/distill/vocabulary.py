@@ -63,26 +63,26 @@ def compare(student_tokenizer: Any, teacher_tokenizer: Any) -> Comparison:
     that were added later. An id that means a special token here and something else there is one.
     """
     student, teacher = _special_ids(student_tokenizer), _special_ids(teacher_tokenizer)
-    sizes = _num_ids(student_tokenizer), _num_ids(teacher_tokenizer)
-    shared = sorted(student.keys() & teacher.keys())
-    difference = _first_difference([*PROBES, *shared], student_tokenizer, teacher_tokenizer)
+    difference = _first_difference(
+        [*PROBES, *sorted(student.keys() & teacher.keys())], student_tokenizer, teacher_tokenizer
+    )
     notes = []
-    for name, own, other, tokenizer in (
+    for name, own, other, other_tokenizer in (
         ("student", student, teacher, teacher_tokenizer),
         ("teacher", teacher, student, student_tokenizer),
     ):
-        alone = {token: i for token, i in own.items() if token not in other}
-        for token, i in sorted(alone.items(), key=lambda item: item[1]):
-            found = tokenizer.convert_ids_to_tokens(i) if i < _num_ids(tokenizer) else None
-            if found not in (None, token):
-                difference = (
-                    difference or f"id {i:,} is the special token {token!r} of the {name} and {found!r} of the other"
-                )
+        alone = []
+        for token, i in sorted(own.items(), key=lambda item: item[1]):
+            there = other_tokenizer.convert_ids_to_tokens(i) if i < _num_ids(other_tokenizer) else None
+            if token in other or there == token:
+                continue
+            if there is not None and difference is None:
+                difference = f"id {i:,} is the special token {token!r} of the {name} and {there!r} of the other"
+            alone.append(f"{token} ({i:,})")
         if alone:
-            notes.append(
-                f"special tokens of the {name} alone: {', '.join(f'{t} ({i:,})' for t, i in sorted(alone.items()))}"
-            )
-    return Comparison(min(sizes), difference, tuple(notes))
+            notes.append(f"special tokens of the {name} alone: {', '.join(alone)}")
+    num_shared = min(_num_ids(student_tokenizer), _num_ids(teacher_tokenizer))
+    return Comparison(num_shared, difference, tuple(notes))
 
 
 def require_same(student_tokenizer: Any, teacher_tokenizer: Any) -> Comparison:

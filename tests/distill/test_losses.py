@@ -185,7 +185,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("kind", "share"), [c for c in CASES if c[1] == 0.1 or c[0].endswith("_kl") and c[1] == 0.5])
+@pytest.mark.parametrize(("kind", "share"), [CASES[0], CASES[1], CASES[2], CASES[4], CASES[7]])
 def test_deliberate_faults_are_caught(fault: Loss, kind: str, share: float) -> None:
     with pytest.raises(AssertionError):
         check(fault, kind, share, 2.0)
@@ -229,13 +229,12 @@ def test_a_perfect_student_has_no_loss_and_no_gradient(
         assert gradient.abs().max() <= 1e-12
 
 
-def test_a_perfect_student_is_0_to_the_bit_in_float32() -> None:
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tvd"])
+def test_a_perfect_student_is_0_to_the_bit_in_float32(kind: str) -> None:
     student, _ = logits(7, 1000)
-    for kind, share in CASES:
-        loss, gradient = loss_and_grad(divergence, student, student.clone(), kind=kind, share=share)
-        bits = share == 0.5 or kind.endswith("_kl") and "skew" not in kind
-        assert loss.abs().max() <= (0.0 if bits and kind != "jsd" else 1e-6), kind
-        assert gradient.abs().max() <= 1e-7, kind
+    loss, gradient = loss_and_grad(divergence, student, student.clone(), kind=kind)
+    assert not loss.any()
+    assert gradient.abs().max() <= 1e-7
 
 
 def test_the_teacher_gets_no_gradient() -> None:
