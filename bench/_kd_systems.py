@@ -1,0 +1,87 @@
+"""The systems of kd_conformance.py, and peftlab among them."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from _kd_peers import distillkit_on_logits, distillkit_step, liger_step, torchtune_step
+from _kd_problems import IGNORED, Outcome, Problem, accumulated
+from _kd_trl import trl_distillation_step, trl_gkd_step, trl_gold_step, trl_jsd_on_logits, trl_tail_on_logits
+from torch import Tensor
+
+Step = Callable[[Problem], Outcome]
+OnLogits = Callable[[Tensor, Tensor, int | None], Tensor]
+
+
+@dataclass(frozen=True)
+class System:
+    """Args: module: has to be importable. step: a whole optimizer step; None where the system has only a loss.
+    on_logits: per-token losses, or their sum, of logits as they are."""
+
+    name: str
+    module: str
+    step: Step | None = None
+    on_logits: OnLogits | None = None
+    packages: tuple[str, ...] = ()
+
+    def version(self) -> str | None:
+        """None where it is not installed. A source tree on PYTHONPATH gives its commit."""
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError:
+            return None
+        package = self.module.split(".")[0]
+        for name in (*self.packages, package):
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        folder = Path(str(module.__file__)).parent
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=9", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() or "source tree"
+
+
+def peftlab_step(problem: Problem) -> Outcome:
+    from peftlab.distill import Objective, as_teacher, num_targets, select, select_targets
+    from peftlab.distill.vocabulary import Comparison, shared_width
+
+    chosen = problem.settings
+    goal = Objective(chosen.kind, chosen.temperature, chosen.share, chosen.hard_weight, chosen.t2)
+    masks = [batch["labels"] != IGNORED for batch in problem.batches()]
+    weight = sum(map(num_targets, masks))
+    widths = [model.head.weight.shape[0] for model in (problem.student, problem.teacher)]
+    columns, _ = shared_width(Comparison(problem.student.base_model.weight.shape[0], None), *widths)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        ids, trained = batch["input_ids"], batch["labels"] != IGNORED
+        with as_teacher(problem.teacher):
+            taught = select(problem.teacher(ids).logits, trained)[:, :columns]
+        own = select(problem.student(ids).logits, trained)[:, :columns]
+        return goal.loss_sum(own, select_targets(ids, trained), taught) / weight
+
+    return accumulated(problem, loss)
+
+
+def peftlab_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> Tensor:
+    from peftlab.distill import Objective, SparseTarget
+
+    return Objective().soft_losses(student, teacher if k is None else SparseTarget.from_logits(teacher, k))
+
+
+SYSTEMS = (
+    System("peftlab", "peftlab.distill", peftlab_step, peftlab_on_logits),
+    System("TRL GKD", "trl.experimental.gkd", trl_gkd_step, trl_jsd_on_logits),
+    System("TRL GOLD", "trl.experimental.gold", trl_gold_step),
+    System("TRL Distillation", "trl.trainer.distillation_trainer", trl_distillation_step),
+    System("TRL SDFT loss", "trl.experimental.sdft", None, trl_tail_on_logits),
+    System("Liger JSD", "liger_kernel.chunked_loss", liger_step, packages=("liger-kernel",)),
+    System("torchtune KL", "torchtune.modules.loss", torchtune_step),
+    System("DistillKit", "distillkit.trainer", distillkit_step, distillkit_on_logits),
+)

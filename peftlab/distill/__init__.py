@@ -1,0 +1,26 @@
+"""Distillation: the loss contract. Losses and targets are pure functions; models, data and recipes are elsewhere."""
+
+from peftlab.distill.doctor import GradientReport, gradient_report
+from peftlab.distill.losses import cross_entropy, divergence, sparse_divergence
+from peftlab.distill.objective import Objective, as_teacher, combine, num_targets, select, select_targets
+from peftlab.distill.targets import SparseTarget
+from peftlab.distill.vocabulary import compare, fingerprint, require_same, shared_width
+
+__all__ = [
+    "GradientReport",
+    "Objective",
+    "SparseTarget",
+    "as_teacher",
+    "combine",
+    "compare",
+    "cross_entropy",
+    "divergence",
+    "fingerprint",
+    "gradient_report",
+    "num_targets",
+    "require_same",
+    "select",
+    "select_targets",
+    "shared_width",
+    "sparse_divergence",
+]

@@ -1,0 +1,142 @@
+"""The step loss: hard_weight * CE + (1 - hard_weight) * T^2 * D on the positions that predict a trained token.
+
+Everything here returns sums. Each sum is divided by ``num_targets`` of the whole optimizer step, over all micro-batches
+and ranks (contract C3), so that a step does not depend on how it is cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.distill.losses import cross_entropy, divergence, sparse_divergence
+from peftlab.distill.targets import SparseTarget
+from peftlab.errors import RecipeError
+from peftlab.ops import check_divergence
+
+
+def select(values: Tensor, trained: Tensor) -> Tensor:
+    """[N, ...] rows of ``values`` [B, T, ...] at positions whose *next* token is trained, text by text in order.
+
+    Values are hidden states or logits of either model, each of its own width. With ``trained`` [B, T] bool the first
+    trained token is predicted by the position before it and the last by the one before the last; a token at position 0
+    has no prediction. ``trained`` is False for prompts, padding and the first token of each packed text.
+    """
+    _check(values, trained)
+    return values[:, :-1][trained[:, 1:]]
+
+
+def select_targets(input_ids: Tensor, trained: Tensor) -> Tensor:
+    """[N] the tokens that ``select``'s rows predict. Args: input_ids: [B, T] int64. trained: [B, T] bool."""
+    _check(input_ids, trained)
+    return input_ids[:, 1:][trained[:, 1:]]
+
+
+def num_targets(trained: Tensor) -> int:
+    """How many rows ``select`` gives: what a micro-batch adds to the divisor of its step."""
+    return int(trained[:, 1:].sum())
+
+
+@contextlib.contextmanager
+def as_teacher(model: nn.Module) -> Iterator[None]:
+    """Within it ``model`` has no dropout and builds no graph; after it every module is in the mode it was in.
+
+    The teacher may share its modules with the student, as the base under an adapter does.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def combine(hard: Tensor | None, soft: Tensor | None, *, hard_weight: float) -> Tensor:
+    """Sum over rows of ``hard_weight * hard + (1 - hard_weight) * soft``; a part of weight 0 is left out unseen.
+
+    Args: hard: [N] per-token CE in nats, None at weight 0. soft: [N] per-token T^2 D, None at weight 1.
+    hard_weight: 0 to 1; at 1 the result is ``hard.sum()`` to the bit.
+    Raises: ValueError when a part that has a weight is missing, or the two are of different rows.
+    """
+    if (hard is None and hard_weight > 0) or (soft is None and hard_weight < 1):
+        raise ValueError(f"expected losses of both parts, or a weight of 0 for the missing one, found {hard_weight}")
+    if hard_weight == 1:
+        assert hard is not None
+        return hard.sum()
+    assert soft is not None
+    if hard_weight == 0:
+        return soft.sum()
+    assert hard is not None
+    if hard.shape != soft.shape:
+        raise ValueError(f"expected losses of the same rows, found {list(hard.shape)} and {list(soft.shape)}")
+    return hard_weight * hard.sum() + (1.0 - hard_weight) * soft.sum()
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The step loss with its settings.
+
+    Args:
+        kind, share, temperature: see ``losses.divergence``. scale_by_t2: the factor T^2 on D; CE never has it.
+        hard_weight: share of CE, 0 to 1.
+    Raises: RecipeError on a value out of its range.
+    """
+
+    kind: str = "forward_kl"
+    temperature: float = 1.0
+    share: float = 0.5
+    hard_weight: float = 0.0
+    scale_by_t2: bool = True
+
+    def __post_init__(self) -> None:
+        try:
+            check_divergence(self.kind, self.share, self.temperature)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        if not 0 <= self.hard_weight <= 1:
+            raise RecipeError(
+                f"expected a hard_weight from 0 (teacher only) to 1 (labels only), found {self.hard_weight}"
+            )
+
+    def soft_losses(self, student_logits: Tensor, teacher: Tensor | SparseTarget) -> Tensor:
+        """[N] per-token T^2 D in nats. Raises: RecipeError for stored classes with another kind than forward KL."""
+        if isinstance(teacher, Tensor):
+            return divergence(
+                student_logits,
+                teacher,
+                kind=self.kind,
+                temperature=self.temperature,
+                share=self.share,
+                scale_by_t2=self.scale_by_t2,
+            )
+        if self.kind != "forward_kl":
+            raise RecipeError(
+                f"stored classes of the teacher give forward_kl only, found {self.kind}: the others need the teacher's "
+                "probability of every class; store hidden states, or run the teacher beside the student"
+            )
+        return sparse_divergence(student_logits, teacher, temperature=self.temperature, scale_by_t2=self.scale_by_t2)
+
+    def loss_sum(self, student_logits: Tensor, targets: Tensor | None, teacher: Tensor | SparseTarget | None) -> Tensor:
+        """The step loss summed over rows; no rows give a 0 that backward passes through.
+
+        Args:
+            student_logits: [N, V] as ``select`` gives them, soft-cap and logit scale applied, cut to the shared width.
+            targets: [N] int64; None at hard_weight 0. teacher: logits [N, V] or stored classes; None at hard_weight 1.
+        """
+        hard = cross_entropy(student_logits, targets) if self.hard_weight and targets is not None else None
+        soft = self.soft_losses(student_logits, teacher) if self.hard_weight < 1 and teacher is not None else None
+        return combine(hard, soft, hard_weight=self.hard_weight)
+
+
+def _check(values: Tensor, trained: Tensor) -> None:
+    if trained.dim() != 2 or values.shape[:2] != trained.shape or trained.dtype != torch.bool:
+        raise ValueError(
+            f"expected values [B, T, ...] and trained [B, T] bool, found {list(values.shape)} and {list(trained.shape)} "
+            f"{trained.dtype}"
+        )

@@ -1,0 +1,91 @@
+"""Distillation between different tokenizers: universal logit distillation on byte-aligned positions.
+
+Two tokenizers cut one text at different places. Where both begin a token at the same byte, both models have read the
+same text, and what they expect next can be compared; the other positions take no part. Their classes have no common
+names, so the sorted probabilities are compared. Source: Boizard et al. 2024 (ULD), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftlab.errors import DataError
+
+Offsets = Sequence[tuple[int, int]]
+
+
+def byte_starts(text: str, offsets: Offsets) -> list[int | None]:
+    """Per token the number of UTF-8 bytes of ``text`` before it; None for a token that begins inside a character.
+
+    A token starts where the one before it ends: whether the blank before a word is counted to it differs between
+    tokenizers that do the same. A token without text, such as one for the beginning or the end, starts there too.
+
+    Args: offsets: characters [begin, end) per token, as ``offset_mapping`` of a fast tokenizer.
+    Raises: DataError where offsets are not those of ``text``.
+    """
+    bytes_before = [0]
+    for character in text:
+        bytes_before.append(bytes_before[-1] + len(character.encode("utf-8", "surrogatepass")))
+    starts: list[int | None] = []
+    end = 0
+    for first, last in offsets:
+        if not 0 <= first <= last <= len(text):
+            raise DataError(
+                f"expected token offsets within the {len(text):,} characters of the text, found {first}..{last}"
+            )
+        if first == last:
+            starts.append(bytes_before[end])
+            continue
+        # A character of several tokens is given whole to each of them: all but the first begin inside it.
+        starts.append(bytes_before[end] if first >= end else None)
+        end = max(end, last)
+    return starts
+
+
+def aligned_tokens(text: str, student_offsets: Offsets, teacher_offsets: Offsets) -> list[tuple[int, int]]:
+    """Pairs (student token, teacher token) that begin at the same byte, in the order of the text.
+
+    The pair's predictions are in the position *before* each. Among tokens at one byte the one with text counts, and
+    at the end of the text the first without: end is compared with end, and a beginning that one side has alone is not
+    compared with anything.
+    """
+    student, teacher = (_token_at(text, offsets) for offsets in (student_offsets, teacher_offsets))
+    return [(student[at], teacher[at]) for at in sorted(student.keys() & teacher.keys())]
+
+
+def uld(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """[N] L1 distance of the sorted probabilities, in probability (0 to 2), not nats; no factor T^2.
+
+    The narrower vocabulary is filled up with classes of probability 0. Wasserstein distance with a cost of 1 between
+    any two classes. Zero does not mean equal models: only the shapes of their distributions are compared.
+
+    Args: student_logits: [N, V_s] at aligned positions. teacher_logits: [N, V_t], -inf or cut where padded.
+    temperature: above 0, of both sides. Returns: [N] float32 (float64 stays). Raises: ValueError on shapes.
+    """
+    if student_logits.dim() != 2 or teacher_logits.dim() != 2 or len(student_logits) != len(teacher_logits):
+        raise ValueError(
+            f"expected logits [N, V] of aligned rows, found {list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"expected a temperature above 0, found {temperature}")
+    dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    q, p = (
+        (z.to(dtype) / temperature).softmax(-1).sort(-1, descending=True).values
+        for z in (student_logits, teacher_logits.detach())
+    )
+    width = max(q.shape[-1], p.shape[-1])
+    q, p = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (q, p))
+    return (p - q).abs().sum(-1)
+
+
+def _token_at(text: str, offsets: Offsets) -> dict[int, int]:
+    """Byte -> index of the token that begins there."""
+    end = len(text.encode("utf-8", "surrogatepass"))
+    found: dict[int, int] = {}
+    for i, ((first, last), start) in enumerate(zip(offsets, byte_starts(text, offsets), strict=True)):
+        if start is not None and (first < last or start == end):
+            found.setdefault(start, i)
+    return found

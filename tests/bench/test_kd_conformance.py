@@ -1,0 +1,57 @@
+"""bench/kd_conformance.py on peftlab itself, and that its cases notice what they are there for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Each fault replaces a function of the contract; the cases named have to fail, and the exit code has to say so.
+FAULTS = {
+    "import peftlab.distill.losses as m; f = m.token_divergence; "
+    "m.token_divergence = lambda s, t, **kw: f(t, s, **kw)": ["forward KL", "first and last token"],
+    "import peftlab.distill.losses as m; f = m.token_divergence; "
+    "m.token_divergence = lambda s, t, **kw: f(s, t, **{**kw, 'temperature': 1.0})": ["temperature"],
+    "import peftlab.distill as m; m.select = lambda v, trained: v[:, 1:][trained[:, 1:]]": ["first and last token"],
+    "import contextlib, peftlab.distill as m; m.as_teacher = lambda t: contextlib.nullcontext()": [
+        "teacher left in train mode"
+    ],
+    "import peftlab.distill as m; m.num_targets = lambda trained: trained.numel()": ["padding", "accumulation"],
+    "import peftlab.distill.losses as m; m._rest = lambda z, s, t: z.sum(-1) * 0": [
+        "top-k with tail",
+        "tail below 6e-8",
+    ],
+}
+
+
+def run(before: str = "") -> tuple[int, dict[str, str]]:
+    """Exit code and the cell of each case."""
+    code = f"import sys; sys.path.insert(0, 'bench'); {before}\nimport kd_conformance; sys.exit(kd_conformance.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--only", "peftlab", "--no-write"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows, done.stderr
+    return done.returncode, {row[0].split(":")[0]: row[1] for row in rows[1:]}
+
+
+def test_peftlab_passes_every_case() -> None:
+    code, cells = run()
+    assert code == 0, cells
+    assert all(cell.startswith("pass") for name, cell in cells.items() if not name.startswith("**"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_cases_notice(fault: str) -> None:
+    code, cells = run(fault)
+    assert code == 6
+    for name in FAULTS[fault]:
+        assert "fail" in cells[name], cells
