@@ -16,66 +16,132 @@ from _gpu_roofline import GEMM_FLOPS, gemm_flops
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# By case: the contestant, how many times as fast ours has to be, and how many times less memory it may take beside the inputs.
+TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
+    "cross-entropy, frozen head": {"full logits": (2.0, None)},
+    "cross-entropy, trained head": {"full logits": (2.0, None), "Liger": (4.0, None)},
+    "distillation, frozen head": {"full logits": (4.0, 15.0), "Liger": (1.45, 3.0)},
+    "top-64 + tail, frozen head": {"Liger": (2.0, None)},
+}
+
+
 def loss_speed(device: Device) -> Iterator[Task]:
-    """linear_cross_entropy with a frozen head against full logits, and against Liger where it is installed."""
-    for shape in device.pick([(4096, 4096, 128256), (4096, 576, 49152)], [(32, 64, 300)]):
-        what = {"case": "linear_cross_entropy, forward + backward, frozen head", "shape": list(shape)}
-        yield Task(what, partial(_loss_speed, device, shape), seconds=6)
+    """The fused linear losses against full logits and Liger's counterparts, and the floor of their products."""
+    for case in TARGETS:
+        num_tokens = 4096 if case.startswith("cross") else 8192
+        for shape in device.pick([(num_tokens, 4096, 128256)], [(32, 64, 300)]):
+            yield Task(
+                {"case": f"{case}, forward + backward", "shape": list(shape)},
+                partial(_loss_speed, device, case, shape),
+                seconds=12,
+            )
+    for shape in device.pick([(4096, 576, 49152)], []):
+        case = "cross-entropy, frozen head"
+        yield Task(
+            {"case": f"{case}, forward + backward", "shape": list(shape)},
+            partial(_loss_speed, device, case, shape),
+            seconds=5,
+        )
 
 
-def _loss_speed(device: Device, shape: tuple[int, int, int]) -> Row:
+def _loss_speed(device: Device, case: str, shape: tuple[int, int, int]) -> Row:
     import torch
     from torch.nn import functional as F
 
-    from peftlab.ops import linear_cross_entropy
+    from peftlab import ops
 
     num_tokens, hidden, vocab = shape
-    dtype = torch.bfloat16
+    dtype, trained, distils = torch.bfloat16, "trained" in case, not case.startswith("cross")
     x = device.randn(num_tokens, hidden, seed=0, dtype=dtype).requires_grad_()
-    w = (device.randn(vocab, hidden, seed=1) / hidden**0.5).to(dtype)
+    w = (device.randn(vocab, hidden, seed=1) / hidden**0.5).to(dtype).requires_grad_(trained)
     t = torch.randint(0, vocab, (num_tokens,), device=device.kind)
+    leaves = [x, w] if trained else [x]
+    if distils:
+        tx = device.randn(num_tokens, hidden, seed=2, dtype=dtype)
+        tw = (device.randn(vocab, hidden, seed=3) / hidden**0.5).to(dtype)
 
-    def full(x: Any, w: Any, t: Any) -> Any:
-        return F.cross_entropy(F.linear(x, w).float(), t, reduction="none")
+    def ours() -> Any:
+        head = ops.Head(ops.DenseWeight(w))
+        if not distils:
+            return ops.linear_cross_entropy(x, head, t).total
+        teacher = sparse if case.startswith("top") else ops.OnlineTeacher(tx, ops.Head(ops.DenseWeight(tw)))
+        return ops.linear_kl(x, head, teacher).total
 
-    losses: dict[str, Callable[..., Any]] = {"peftlab": linear_cross_entropy, "full logits": full}
-    liger, state = _liger(device)
+    def full() -> Any:
+        logits = F.linear(x, w).float()
+        if not distils:
+            return F.cross_entropy(logits, t, reduction="sum")
+        with torch.no_grad():
+            p = F.linear(tx, tw).float().softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), p, reduction="sum")
+
+    if case.startswith("top"):
+        with torch.no_grad():  # in parts: the teacher's logits are not what is measured
+            found_top = [F.linear(part, tw).float().softmax(-1).topk(min(64, vocab)) for part in tx.split(1024)]
+        sparse = ops.SparseTeacher(torch.cat([f.indices for f in found_top]), torch.cat([f.values for f in found_top]))
+        del found_top
+    losses: dict[str, Callable[[], Any]] = {"peftlab": ours, "full logits": full}
+    liger, state = _liger(device, distils)
     if liger is not None:
-        losses["Liger"] = liger
+        losses["Liger"] = (lambda: liger(x, w, tx, tw, t)) if distils else (lambda: liger(w, x, t))
     runs: dict[str, Run] = {
-        name: lambda mark, loss=loss: torch.autograd.grad(loss(x, w, t).sum(), x) for name, loss in losses.items()
+        name: lambda mark, loss=loss: torch.autograd.grad(loss(), leaves) for name, loss in losses.items()
     }
-    peaks = {name: device.peak(lambda run=run: run(lambda phase: None)) for name, run in runs.items()}
+    peaks = {}
+    for name in list(runs):
+        try:
+            peaks[name] = device.peak(lambda run=runs[name]: run(lambda phase: None))
+        except torch.OutOfMemoryError:
+            del runs[name]
+            device.release()
     found = interleaved(device, runs, seconds=3.0)
-    ours = found.times["peftlab"]["time"].median
-    floor = 1e6 * 2 * gemm_flops(num_tokens, vocab, hidden) / device.found.get("gemm", GEMM_FLOPS)
+    time_of = {name: phases["time"].median for name, phases in found.times.items()}
+    products = (3 if trained or (distils and not case.startswith("top")) else 2) * gemm_flops(num_tokens, vocab, hidden)
+    floor = 1e6 * products / device.found.get("gemm", GEMM_FLOPS)
+    ratios = {name: found.ratio(name, "peftlab", "time") for name in runs if name != "peftlab"}
+    met = {}
+    for name, (faster, smaller) in TARGETS[case].items():
+        if name in ratios and not device.dry:
+            met[name] = ratios[name]["ratio"] >= faster and (
+                smaller is None or peaks[name] >= smaller * peaks["peftlab"]
+            )
     return {
         "us": {name: phases["time"] for name, phases in found.spreads().items()},
-        "ratios": {name: found.ratio(name, "peftlab", "time") for name in losses if name != "peftlab"},
+        "ratios": ratios,
         "extra_bytes": peaks,
         "liger": state,
         "floor_us": floor,
-        "above_limit": not device.dry and ours < 0.9 * floor,
+        "over_floor": time_of["peftlab"] / floor,
+        "target": {name: list(pair) for name, pair in TARGETS[case].items()},
+        "met": all(met.values()) if met else None,
+        "above_limit": not device.dry and time_of["peftlab"] < 0.9 * floor,
         **found.protocol(),
     }
 
 
-def _liger(device: Device) -> tuple[Callable[..., Any] | None, str]:
-    """Liger's fused loss, after it has worked once, and why not where it has not."""
+def _liger(device: Device, distils: bool) -> tuple[Callable[..., Any] | None, str]:
+    """Liger's counterpart, after it has worked once, and why not where it has not."""
     import torch
 
     if importlib.util.find_spec("liger_kernel") is None or device.dry:
         return None, "not installed"
+    x = torch.ones(8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w, t = torch.ones(128, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(8, device="cuda", dtype=torch.long)
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        if distils:
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        x = torch.ones(8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        w, t = torch.ones(128, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(8, device="cuda", dtype=torch.long)
-        torch.autograd.grad(fused(w, x, t), x)
+            # beta 0 is forward KL; its own mean over tokens.
+            fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+            torch.autograd.grad(fused(x, w, x.detach(), w, t), x)
+        else:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+            torch.autograd.grad(fused(w, x, t), x)
     except Exception as error:  # of any kind: the other figures are worth having too
         return None, f"failed: {type(error).__name__}: {str(error)[:200]}"
-    return lambda x, w, t: fused(w, x, t), "measured"
+    return fused, "measured"
 
 
 def recipe_speed(device: Device) -> Iterator[Task]:

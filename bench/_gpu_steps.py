@@ -123,20 +123,18 @@ def step_runs(device: Device, model: Any, ids: Any, targets: Any) -> dict[str, R
     """A training step each, on one model: what differs is the forward of the adapted layers, and the loss of the last."""
     import torch
 
+    from peftlab.adapters import HeadLoss
     from peftlab.adapters.fused import set_kernels
-    from peftlab.ops import linear_cross_entropy
 
     trained = [p for p in model.parameters() if p.requires_grad]
     # A learning rate that leaves the loss where it is: every contestant trains from nearly the same weights.
     optimizer = torch.optim.AdamW(trained, lr=1e-8, fused=True)
-    base = model.get_base_model()
+    base, head_loss = model.get_base_model(), HeadLoss()
 
     def chunked() -> Any:
         hidden = base.model(input_ids=ids, use_cache=False)[0]
-        with torch.autocast(device.kind, enabled=False):
-            head = base.lm_head.weight
-            flat = hidden.reshape(-1, hidden.shape[-1]).to(head.dtype)
-            return linear_cross_entropy(flat, head, targets.reshape(-1)).mean()
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return head_loss(base.lm_head, flat, targets.reshape(-1), softcap=None, scale=1.0) / targets.numel()
 
     def full() -> Any:
         logits = base(input_ids=ids, use_cache=False).logits

@@ -50,7 +50,7 @@ SECTIONS = [
         for dtype in ("bfloat16", "float16", "float32")
     ],
     Section("small adapters, masks, determinism", "behaviour", "_gpu_behaviour:adapter_behaviour", 120, gate=True),
-    Section("linear_cross_entropy", "models", "_gpu_models:loss_correctness", 60, gate=True),
+    Section("linear losses", "losses", "_gpu_models:loss_correctness", 60, gate=True),
     Section("tiny models", "models", "_gpu_models:tiny_models", 90, ("bitsandbytes", "peft")),
     Section("tests", "tests", "_gpu_models:gpu_tests", 170, ("pytest", "bitsandbytes", "peft")),
     Section("smoke recipe", "recipe", "_gpu_models:smoke_recipe", 120, RECIPES),
@@ -58,7 +58,7 @@ SECTIONS = [
     Section("dequant speed", "ops", "_gpu_speed:dequant_speed", 45, ("bitsandbytes",), timing=True),
     Section("lora_linear speed", "ops", "_gpu_lora_speed:lora_speed", 170, ("bitsandbytes", "peft"), timing=True),
     Section("order of addition", "ops", "_gpu_speed:addition_order", 12, timing=True),
-    Section("loss speed", "ops", "_gpu_loss_speed:loss_speed", 25, timing=True),
+    Section("loss speed", "ops", "_gpu_loss_speed:loss_speed", 60, timing=True),
     Section("training steps", "steps", "_gpu_steps:training_steps", 140, ("bitsandbytes", "peft"), timing=True),
     Section("training loop", "rest", "_gpu_loss_speed:recipe_speed", 60, RECIPES, timing=True),
     Section(

@@ -98,7 +98,7 @@ def divergence_rows_kernel(
     if HAS_HARD:
         target = tl.load(target_ptr + row)
         hard_top, hard_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
-        at_target, at_slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
+        at_target, _slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
         tl.store(hard_ptr + row, tl.log(hard_total) - (at_target - hard_top))
         hard_lse = hard_top + tl.log(hard_total)
     weight = 1.0
@@ -186,7 +186,7 @@ def sparse_rows_kernel(
     at_target = 0.0
     if HAS_HARD:
         target = tl.load(target_ptr + row)
-        at_target, at_slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
+        at_target, _slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
     weight = 1.0
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + row).to(tl.float32)
