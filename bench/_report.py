@@ -169,14 +169,14 @@ def _case_table(r: dict[str, Any]) -> str:
         [
             f"**`{r['case']}`**: {r['title']}; {first['steps']:,} steps, {len(r['rows']) // 2} repetitions. Gate: losses "
             f"within {r['gate']['first']:.1e} at step 1 and {r['gate']['largest']:.1e} over {len(r['gate']['losses']['hf'])} "
-            f"steps. {_where(r)}, {first['threads']} threads. `{r['command']}`",
+            f"steps. {where(r)}, {first['threads']} threads. `{r['command']}`",
             "",
             *lines,
         ]
     )
 
 
-def _where(r: dict[str, Any]) -> str:
+def where(r: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{k} {r['versions'][k]}" for k in ("torch", "transformers", "peft", "trl") if k in r["versions"]
     )
@@ -195,7 +195,7 @@ def _spread(figure: dict[str, float], digits: int, unit: float = 1) -> str:
 def split_cost_table(result: dict[str, Any]) -> str:
     """What one more micro-batch costs, per model."""
     lines = [
-        f"**Cost of one more micro-batch**: seconds = a + b x padded tokens, forward and backward. {_where(result)}, "
+        f"**Cost of one more micro-batch**: seconds = a + b x padded tokens, forward and backward. {where(result)}, "
         f"{next(iter(result['models'].values()))['threads']} threads. `{result['command']}`",
         "",
         "| model | a, ms | b, ms a token | a / b, tokens | largest relative residual |",

@@ -28,7 +28,7 @@ LOSS_BUDGET, ADAPTER_BUDGET = 1e-3, 2e-2
 COMMON = (
     "train.epochs=", "eval.before=false", "eval.prompts=[]", "data.eval_rows=40", "run.merge=none", "run.device=cpu",
 )  # fmt: skip
-SMALL = ("model.compute_dtype=bfloat16", "train.precision=bf16", "train.lr=1e-4", "train.schedule=constant")
+SMALL = ("model.compute_dtype=bfloat16", "train.precision=bfloat16", "train.lr=1e-4", "train.schedule=constant")
 
 
 def train(work: Path, name: str, steps: int, *overrides: str, plan: tuple[str, str] | None = None) -> dict[str, Any]:

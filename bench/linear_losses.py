@@ -1,0 +1,192 @@
+"""The fused linear losses against full logits on a CPU: time in one process, peak memory in a process each.
+
+    python bench/linear_losses.py [--tokens 512] [--vocab 128256] [--hidden 1024] [--repeats 5] [--out DIR]
+    python bench/linear_losses.py --table          rewrites the table in bench/README.md
+
+First the losses and gradients of both have to agree (exit code 6 otherwise). Then the contestants take turns; a ratio is
+that of the medians. Memory is what a process needs at its highest beyond its inputs, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _report
+
+HERE = Path(__file__).resolve().parent
+# Case: (trained head, teacher).
+CASES: dict[str, tuple[bool, str | None]] = {
+    "cross-entropy, frozen head": (False, None),
+    "cross-entropy, trained head": (True, None),
+    "distillation, frozen head": (False, "online"),
+    "distillation, trained head": (True, "online"),
+    "top-64 + tail, frozen head": (False, "sparse"),
+}
+MOST_MEMORY, MOST_TIME, AGREEMENT = 0.25, 1.0, 1e-5
+_MIB = 2**20
+
+
+def contestants(case: str, tokens: int, vocab: int, hidden: int) -> tuple[dict[str, Callable[[], Any]], list[Any]]:
+    """By name, the loss of a case; and the tensors whose gradients are asked for."""
+    import torch
+    from torch.nn import functional as F
+
+    from peftlab import ops
+
+    trained, way = CASES[case]
+    torch.manual_seed(0)
+    x = torch.randn(tokens, hidden).requires_grad_()
+    w = (torch.randn(vocab, hidden) / hidden**0.5).requires_grad_(trained)
+    t = torch.randint(vocab, (tokens,))
+    tx, tw = torch.randn(tokens, hidden // 2), torch.randn(vocab, hidden // 2) / (hidden // 2) ** 0.5
+    sparse = None
+    if way == "sparse":
+        parts = [F.linear(part, tw).softmax(-1).topk(64) for part in tx.split(64)]
+        sparse = ops.SparseTeacher(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
+
+    def fused() -> Any:
+        head = ops.Head(ops.DenseWeight(w))
+        if way is None:
+            return ops.linear_cross_entropy(x, head, t).total
+        teacher = sparse if sparse is not None else ops.OnlineTeacher(tx, ops.Head(ops.DenseWeight(tw)))
+        return ops.linear_kl(x, head, teacher).total
+
+    def full() -> Any:
+        logits = F.linear(x, w).float()
+        if way is None:
+            return F.cross_entropy(logits, t, reduction="sum")
+        log_q = logits.log_softmax(-1)
+        if sparse is None:
+            with torch.no_grad():
+                log_p = F.linear(tx, tw).float().log_softmax(-1)
+            return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+        rest = (1 - sparse.probs.sum(-1)).clamp_min(1e-30)
+        log_rest = log_q.scatter(1, sparse.ids, -torch.inf).logsumexp(-1)
+        listed = (sparse.probs * (sparse.probs.log() - log_q.gather(1, sparse.ids))).sum()
+        return listed + (rest * (rest.log() - log_rest)).sum()
+
+    return {"peftlab": fused, "full logits": full}, [x, w] if trained else [x]
+
+
+def extra_memory(case: str, name: str, sizes: tuple[int, int, int]) -> int:
+    """Bytes of this process at its highest beyond its inputs."""
+    import torch
+
+    from peftlab.training.memory import memory_bytes, peak_memory_bytes, release_memory, share_one_heap
+
+    share_one_heap()
+    losses, leaves = contestants(case, *sizes)
+    small, few = contestants(case, 2, 64, 16)  # what libraries allocate at their first call is not the loss's
+    torch.autograd.grad(small[name](), few)
+    release_memory()
+    before = memory_bytes("cpu")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    torch.autograd.grad(losses[name](), leaves)
+    return peak_memory_bytes("cpu") - before
+
+
+def measure(case: str, sizes: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+    import torch
+
+    losses, leaves = contestants(case, *sizes)
+    values, gradients = {}, {}
+    for name, loss in losses.items():
+        value = loss()
+        values[name], gradients[name] = value.detach(), torch.autograd.grad(value, leaves)
+    gap = abs(float(values["peftlab"] / values["full logits"]) - 1)
+    for ours, theirs in zip(*gradients.values(), strict=True):
+        gap = max(gap, float((ours - theirs).norm() / theirs.norm()))
+    del gradients, ours, theirs
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for repetition in range(repeats):
+        for name in list(losses)[:: 1 if repetition % 2 == 0 else -1]:
+            start = time.perf_counter()
+            torch.autograd.grad(losses[name](), leaves)
+            times[name].append(time.perf_counter() - start)
+    command = [sys.executable, __file__, "--memory-of", case, *map(str, sizes)]
+    memory = {
+        name: int(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout) for name in losses
+    }
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {
+        "case": case,
+        "largest_relative_difference": gap,
+        "agree": gap <= AGREEMENT,
+        "seconds": {name: sorted(seconds) for name, seconds in times.items()},
+        "time_ratio": median["peftlab"] / median["full logits"],
+        "pair_ratios": sorted(a / b for a, b in zip(times["peftlab"], times["full logits"], strict=True)),
+        "extra_bytes": memory,
+        "memory_ratio": memory["peftlab"] / memory["full logits"],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    sizes = result["sizes"]
+    lines = [
+        f"{sizes[0]} tokens, vocabulary {sizes[1]:,}, width {sizes[2]:,} (teacher {sizes[2] // 2:,}), float32, "
+        f"{_report.where(result)}. `{result['command']}`",
+        "",
+        "| case | seconds, ours | full logits | time, ratio (range of pairs) | extra MiB, ours | full logits | memory, ratio | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["cases"]:
+        ours, full = (statistics.median(row["seconds"][name]) for name in ("peftlab", "full logits"))
+        pairs = row["pair_ratios"]
+        memory = row["extra_bytes"]
+        lines.append(
+            f"| {row['case']} | {ours:.2f} | {full:.2f} | {row['time_ratio']:.2f} ({pairs[0]:.2f}..{pairs[-1]:.2f}) | "
+            f"{memory['peftlab'] / _MIB:,.0f} | {memory['full logits'] / _MIB:,.0f} | {row['memory_ratio']:.2f} | "
+            f"{row['largest_relative_difference']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--memory-of", nargs=5, metavar=("CASE", "TOKENS", "VOCAB", "HIDDEN", "NAME"))
+    options = parser.parse_args()
+    if options.memory_of:
+        case, *sizes, name = options.memory_of
+        print(extra_memory(case, name, tuple(map(int, sizes))))
+        return 0
+    if not options.table:
+        sizes = (options.tokens, options.vocab, options.hidden)
+        rows = []
+        for case in CASES:
+            rows.append(measure(case, sizes, options.repeats))
+            print(
+                f"{case}: time {rows[-1]['time_ratio']:.2f}, memory {rows[-1]['memory_ratio']:.2f}, "
+                f"difference {rows[-1]['largest_relative_difference']:.1e}",
+                file=sys.stderr,
+            )
+        command = "python bench/linear_losses.py" + "".join(f" {a}" for a in sys.argv[1:] if not a.startswith("--out"))
+        _report.write_json(
+            options.out / "linear_losses.json", {"sizes": sizes, "cases": rows, **_report.provenance(command)}
+        )
+        if not all(row["agree"] for row in rows):
+            return 6
+    result = json.loads((options.out / "linear_losses.json").read_text())
+    print(table(result))
+    if options.table:
+        _report.replace_section(HERE / "README.md", "linear_losses", table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
