@@ -115,7 +115,8 @@ def measure(case: str, sizes: tuple[int, int, int], repeats: int) -> dict[str, A
             times[name].append(time.perf_counter() - start)
     command = [sys.executable, __file__, "--memory-of", case, *map(str, sizes)]
     memory = {
-        name: int(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout) for name in losses
+        name: int(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout)
+        for name in losses
     }
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {
@@ -136,7 +137,8 @@ def table(result: dict[str, Any]) -> str:
         f"{sizes[0]} tokens, vocabulary {sizes[1]:,}, width {sizes[2]:,} (teacher {sizes[2] // 2:,}), float32, "
         f"{_report.where(result)}. `{result['command']}`",
         "",
-        "| case | seconds, ours | full logits | time, ratio (range of pairs) | extra MiB, ours | full logits | memory, ratio | largest difference |",
+        "| case | seconds, ours | full logits | time, ratio (range of pairs) | extra MiB, ours | full logits | memory, "
+        "ratio | largest difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["cases"]:

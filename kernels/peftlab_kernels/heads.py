@@ -69,14 +69,15 @@ class Head:
             raise ValueError(f"expected 1 to {V} classes for a head [{V}, {H}], found {self.num_logits}")
 
 
-def num_tokens_per_chunk(num_tokens: int, bytes_per_token: int, device: torch.device) -> int:
+def num_tokens_per_chunk(num_tokens: int, bytes_per_token: int, device: torch.device, *, dW_bytes: int = 0) -> int:
     """Tokens of a chunk whose logits (``bytes_per_token``) fit the budget of the device.
 
     The budget is a share of all memory, not of what is free at the moment, so that a repeated run computes the same
-    bytes; only where not even a part of that is free, chunks get smaller.
+    bytes; only where not even a part of that is free, chunks get smaller. dW_bytes: of a trained head's gradient, which
+    each chunk reads and writes once.
     """
     if device.type != "cuda":
-        return max(1, min(num_tokens, _CPU_CHUNK_BYTES // bytes_per_token))
+        return max(1, min(num_tokens, max(_CPU_CHUNK_BYTES, dW_bytes // 4) // bytes_per_token))
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     chunk = _MOST

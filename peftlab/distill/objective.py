@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftlab import ops
 from peftlab.distill.losses import cross_entropy, divergence, sparse_divergence
 from peftlab.distill.targets import SparseTarget
 from peftlab.errors import RecipeError
-from peftlab.ops import check_divergence
 
 
 def select(values: Tensor, trained: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         try:
-            check_divergence(self.kind, self.share, self.temperature)
+            ops.check_divergence(self.kind, self.share, self.temperature)
         except ValueError as error:
             raise RecipeError(str(error)) from error
         if not 0 <= self.hard_weight <= 1:
@@ -132,6 +132,43 @@ class Objective:
         hard = cross_entropy(student_logits, targets) if self.hard_weight and targets is not None else None
         soft = self.soft_losses(student_logits, teacher) if self.hard_weight < 1 and teacher is not None else None
         return combine(hard, soft, hard_weight=self.hard_weight)
+
+    def linear_loss_sum(
+        self,
+        hidden: Tensor,
+        head: ops.Head,
+        targets: Tensor | None,
+        teacher: ops.OnlineTeacher | Tensor | SparseTarget | None,
+        *,
+        backend: str = "auto",
+    ) -> Tensor:
+        """As ``loss_sum``, on the fused operation: the logits of all rows never exist together.
+
+        Args: hidden: [N, H] of the student as ``select`` gives them. head: the student's, with soft-cap, scale and
+        ``num_classes`` of the shared width. teacher: also its own hidden states and head. backend: auto, triton or torch.
+        """
+        if self.hard_weight == 1:
+            assert targets is not None
+            return ops.linear_cross_entropy(hidden, head, targets, backend=backend).total
+        assert teacher is not None
+        taught: ops.OnlineTeacher | ops.DenseTeacher | ops.SparseTeacher
+        if isinstance(teacher, SparseTarget):
+            teacher.require_temperature(self.temperature)
+            taught = ops.SparseTeacher(teacher.ids, teacher.probs, teacher.tail)
+        else:
+            taught = ops.DenseTeacher(teacher) if isinstance(teacher, Tensor) else teacher
+        return ops.linear_kl(
+            hidden,
+            head,
+            taught,
+            targets if self.hard_weight else None,
+            divergence=self.kind,
+            share=self.share,
+            temperature=self.temperature,
+            scale_by_t2=self.scale_by_t2,
+            hard_weight=self.hard_weight,
+            backend=backend,
+        ).total
 
 
 def _check(values: Tensor, trained: Tensor) -> None:

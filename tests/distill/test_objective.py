@@ -22,7 +22,7 @@ from peftlab.distill import losses, objective
 from peftlab.distill.objective import Objective
 from peftlab.distill.targets import SparseTarget
 from peftlab.errors import RecipeError
-from peftlab.ops import token_divergence
+from peftlab.ops import DIVERGENCES, DenseWeight, Head, OnlineTeacher, token_divergence
 
 V = 13
 PAD = 0
@@ -486,3 +486,35 @@ def test_a_missing_part_is_an_error() -> None:
             Objective(hard_weight=hard_weight).loss_sum(torch.zeros(2, V), *arguments)
     with pytest.raises(ValueError, match="trained"):
         objective.select(torch.zeros(2, 3, 4), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("kind", [*DIVERGENCES, "bucket", "renormalized", "none"])
+@pytest.mark.parametrize("hard_weight", [0.0, 0.4, 1.0])
+def test_the_fused_operation_computes_the_same_step_loss(kind: str, hard_weight: float) -> None:
+    """Soft-cap, logit scale and a padded vocabulary on both heads: the losses, and the gradients of hidden and head."""
+    g = torch.Generator().manual_seed(0)
+    hidden, taught = torch.randn(9, 6, generator=g).double(), torch.randn(9, 4, generator=g).double()
+    W, TW = torch.randn(V + 3, 6, generator=g).double(), torch.randn(V + 5, 4, generator=g).double()
+    targets = torch.randint(V, (9,), generator=g)
+    teacher_logits = 3.0 * torch.tanh(0.8 * (taught @ TW.T)[:, :V] / 3.0)
+    sparse = kind not in DIVERGENCES
+    choice = Objective("forward_kl" if sparse else kind, temperature=2.0, share=0.3, hard_weight=hard_weight)
+    teacher = SparseTarget.from_logits(teacher_logits, 4, temperature=2.0, tail="bucket") if sparse else teacher_logits
+    if isinstance(teacher, SparseTarget):
+        teacher = SparseTarget(teacher.ids, teacher.probs, 2.0, kind)
+    online = OnlineTeacher(taught, Head(DenseWeight(TW), softcap=3.0, scale=0.8, num_classes=V))
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        return choice.loss_sum(3.0 * torch.tanh(1.5 * (h @ w.T)[:, :V] / 3.0), targets, teacher)
+
+    def fused(h: Tensor, w: Tensor) -> Tensor:
+        head = Head(DenseWeight(w), softcap=3.0, scale=1.5, num_classes=V)
+        return choice.linear_loss_sum(h, head, targets, teacher if sparse else online)
+
+    results = []
+    for loss in (plain, fused):
+        leaves = [t.clone().requires_grad_() for t in (hidden, W)]
+        value = loss(*leaves)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    for want, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-6 if sparse else 1e-10, atol=1e-7 if sparse else 1e-12)

@@ -427,6 +427,25 @@ def test_every_class_stored_is_a_dense_teacher(backend: str, dtype: torch.dtype)
             torch.testing.assert_close(found[name], want, rtol=slack, atol=slack * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("tail", kl.TAILS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_classes_of_probability_zero_fill_up_a_row(tail: str, backend: str) -> None:
+    """Rows of fewer classes, as sampling gives: the rest of the row repeats a class that is there already."""
+    case = make_case("dense+softcap", torch.float32)
+    teacher = make_teacher(case, "sparse", k=4, tail=tail).teacher
+    filled = SparseTeacher(
+        torch.cat([teacher.ids, teacher.ids[:, 1:2], teacher.ids[:, :1]], 1),
+        torch.cat([teacher.probs, torch.zeros(N, 2, device=DEVICE)], 1),
+        tail,
+    )
+    want, found = (
+        gradients(case, lambda c, t=t: distilled(c, Taught(t, t.probs), hard_weight=0.2, backend=backend).total)
+        for t in (teacher, filled)
+    )
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
 def test_the_tail_of_a_confident_student_keeps_its_digits(backend: str) -> None:
     """Student tail mass about 1e-9: 1 less the mass of the stored classes would be 0 in float32."""
@@ -715,6 +734,8 @@ def test_tokens_per_chunk_on_a_gpu(
 def test_tokens_per_chunk_on_a_cpu() -> None:
     assert heads.num_tokens_per_chunk(10_000, 4 * 49152, torch.device("cpu")) == 341
     assert heads.num_tokens_per_chunk(7, 4 * 49152, torch.device("cpu")) == 7
+    dW_bytes = 4 * 128256 * 4096
+    assert heads.num_tokens_per_chunk(10_000, 4 * 128256, torch.device("cpu"), dW_bytes=dW_bytes) == 1024
 
 
 def _bad() -> Iterator[Any]:

@@ -91,7 +91,8 @@ def linear_cross_entropy_op(
     N, V, device = hidden_NH.shape[0], head.num_logits, hidden_NH.device
     wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     loss_N = torch.empty(N, dtype=wide, device=device)
-    size = chunk or num_tokens_per_chunk(N, V * hidden_NH.element_size(), device)
+    dW_bytes = 4 * V * hidden_NH.shape[1] * Wanted(*wanted).weight
+    size = chunk or num_tokens_per_chunk(N, V * hidden_NH.element_size(), device, dW_bytes=dW_bytes)
     with torch.autocast(device.type, enabled=False):
         walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend)
         for part in chunks(N, size):

@@ -52,6 +52,43 @@ def log_mix(log_a, log_b, share):
 
 
 @triton.jit
+def log_sum_exp_and_mean(
+    z_ptr,
+    teacher_ptr,
+    V,
+    scale,
+    softcap,
+    teacher_scale,
+    teacher_softcap,
+    inverse_temperature,
+    HAS_CAP: tl.constexpr,
+    TEACHER_HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As ``log_sum_exp``, and the mean under q of the difference of the logits over T, student less teacher."""
+    tops = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    means = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        z, slope = capped(raw, scale, softcap, HAS_CAP)
+        z = tl.where(raw == -float("inf"), raw, z * inverse_temperature)
+        t = tl.load(teacher_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+        t, teacher_slope = capped(t, teacher_scale, teacher_softcap, TEACHER_HAS_CAP)
+        higher = tl.maximum(tops, z)
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        before, now = tl.exp(tops - base), tl.exp(z - base)
+        totals = totals * before + now
+        means = means * before + tl.where(now > 0, now * (z - t * inverse_temperature), 0.0)
+        tops = higher
+    top = tl.max(tops, axis=0)
+    factors = tl.exp(tops - top)
+    total = tl.sum(totals * factors, axis=0)
+    return top, total, tl.sum(means * factors, axis=0) / total
+
+
+@triton.jit
 def divergence_rows_kernel(
     z_ptr,
     teacher_ptr,
@@ -90,9 +127,18 @@ def divergence_rows_kernel(
     teacher_top, teacher_total = log_sum_exp(
         teacher_ptr, V, teacher_scale, teacher_softcap, inverse_temperature, TEACHER_HAS_CAP, BLOCK
     )
-    top, total = log_sum_exp(z_ptr, V, scale, softcap, inverse_temperature, HAS_CAP, BLOCK)
-    lse = top + tl.log(total)
     teacher_lse = teacher_top + tl.log(teacher_total)
+    expected = 0.0
+    if KIND == REVERSE_KL:
+        top, total, expected = log_sum_exp_and_mean(
+            z_ptr, teacher_ptr, V, scale, softcap, teacher_scale, teacher_softcap, inverse_temperature,
+            HAS_CAP, TEACHER_HAS_CAP, BLOCK,
+        )  # fmt: skip
+        lse = top + tl.log(total)
+        expected -= lse - teacher_lse
+    else:
+        top, total = log_sum_exp(z_ptr, V, scale, softcap, inverse_temperature, HAS_CAP, BLOCK)
+        lse = top + tl.log(total)
     hard_lse = 0.0
     target = 0
     if HAS_HARD:
@@ -104,9 +150,8 @@ def divergence_rows_kernel(
     weight = 1.0
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + row).to(tl.float32)
-    expected = 0.0
     loss = tl.zeros((BLOCK,), dtype=tl.float32)
-    if KIND != FORWARD_KL:
+    if KIND > REVERSE_KL:
         mean = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
@@ -119,7 +164,7 @@ def divergence_rows_kernel(
             loss += tl.where(v < V, term, 0.0)
             mean += tl.where(v < V, tl.exp(log_q) * derivative, 0.0)
         expected = tl.sum(mean, axis=0)
-    if HAS_GRAD or KIND == FORWARD_KL:
+    if HAS_GRAD or KIND <= REVERSE_KL:
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
@@ -128,8 +173,9 @@ def divergence_rows_kernel(
             t, _ = capped(t, teacher_scale, teacher_softcap, TEACHER_HAS_CAP)
             log_q = z * inverse_temperature - lse
             term, derivative = terms(log_q, t * inverse_temperature - teacher_lse, share, KIND)
-            if KIND == FORWARD_KL:
+            if KIND <= REVERSE_KL:
                 loss += tl.where(v < V, term, 0.0)
+            if KIND == FORWARD_KL:
                 dz = tl.exp(log_q) - derivative
             else:
                 dz = tl.exp(log_q) * (derivative - expected)

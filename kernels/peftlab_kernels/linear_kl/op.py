@@ -216,7 +216,8 @@ def linear_kl_op(
     soft_N = torch.empty(N, dtype=wide, device=device)
     hard_N = torch.empty(N if target_N is not None else 0, dtype=wide, device=device)
     num_sides = 2 if teacher_kind.startswith("online") else 1
-    size = chunk or num_tokens_per_chunk(N, num_sides * V * hidden_NH.element_size(), device)
+    dW_bytes = 4 * V * hidden_NH.shape[1] * Wanted(*wanted).weight
+    size = chunk or num_tokens_per_chunk(N, num_sides * V * hidden_NH.element_size(), device, dW_bytes=dW_bytes)
     way, _, what = teacher_kind.partition(" ")
     with torch.autocast(device.type, enabled=False):
         walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend)
