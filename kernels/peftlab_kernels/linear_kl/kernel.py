@@ -72,10 +72,10 @@ def log_sum_exp_and_mean(
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         raw = tl.load(z_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        z, slope = capped(raw, scale, softcap, HAS_CAP)
+        z, _slope = capped(raw, scale, softcap, HAS_CAP)
         z = tl.where(raw == -float("inf"), raw, z * inverse_temperature)
         t = tl.load(teacher_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-        t, teacher_slope = capped(t, teacher_scale, teacher_softcap, TEACHER_HAS_CAP)
+        t, _teacher_slope = capped(t, teacher_scale, teacher_softcap, TEACHER_HAS_CAP)
         higher = tl.maximum(tops, z)
         base = tl.where(higher == -float("inf"), 0.0, higher)
         before, now = tl.exp(tops - base), tl.exp(z - base)
@@ -175,10 +175,7 @@ def divergence_rows_kernel(
             term, derivative = terms(log_q, t * inverse_temperature - teacher_lse, share, KIND)
             if KIND <= REVERSE_KL:
                 loss += tl.where(v < V, term, 0.0)
-            if KIND == FORWARD_KL:
-                dz = tl.exp(log_q) - derivative
-            else:
-                dz = tl.exp(log_q) * (derivative - expected)
+            dz = tl.exp(log_q) - derivative if KIND == FORWARD_KL else tl.exp(log_q) * (derivative - expected)
             if HAS_GRAD:
                 dz = dz * (soft_factor * inverse_temperature)
                 if HAS_HARD:
