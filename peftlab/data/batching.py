@@ -132,7 +132,9 @@ class BatchPlan:
         ordered = rows[np.argsort(-self._lengths[rows], kind="stable")]
         lengths = self._lengths[ordered].tolist()
         max_rows = self._batch_size or len(rows)
-        max_tokens = min(self._batch_tokens or max_rows * lengths[0], self._most_tokens or sum(lengths))
+        max_tokens = self._batch_tokens or max_rows * lengths[0]
+        if self._most_tokens is not None:
+            max_tokens = min(max_tokens, self._most_tokens)
         cuts = _cheapest_cuts(lengths, max_rows=max_rows, max_tokens=max_tokens, split_cost=self._split_cost)
         return [ordered[a:b] for a, b in pairwise(cuts)]
 

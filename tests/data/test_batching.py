@@ -182,6 +182,19 @@ def test_cuts_are_the_cheapest(lengths: list[int], max_rows: int, max_tokens: in
     assert_cuts_are_cheapest(sorted(lengths, reverse=True), max_rows, max_tokens, split_cost)
 
 
+def test_micro_batches_have_at_most_so_many_tokens_whatever_the_batch_size() -> None:
+    lengths = [64] * 40 + [7] * 40 + [300]
+    kept = {}
+    for most in (None, 1024, 256):
+        plan = BatchPlan(lengths, batch_size=32, max_steps=3, most_tokens=most)
+        steps = [plan.step(i).micro_batches for i in range(3)]
+        kept[most] = [sorted(int(row) for part in step for row in part) for step in steps]
+        padded = [len(part) * max(lengths[row] for row in part) for step in steps for part in step]
+        assert max(padded) <= max(most or 32 * 300, 300)  # one longer row makes a micro-batch of its own
+        assert most is None or max(padded) > most // 2
+    assert kept[None] == kept[1024] == kept[256], "the rows of a step, and so its gradient, are the same"
+
+
 def test_greedy_cuts_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy(lengths: list[int], *, max_rows: int, max_tokens: int, split_cost: int) -> list[int]:
         return _cheapest_cuts(lengths, max_rows=max_rows, max_tokens=max_tokens, split_cost=10**9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -160,3 +161,30 @@ def test_the_peak_of_a_child_is_not_that_of_its_parent() -> None:
         check=True,
     )
     assert int(done.stdout) < 0.5 * block.nbytes
+
+
+IN_A_THREAD = """
+import ctypes, sys, threading
+from peftlab.training.memory import share_one_heap
+if sys.argv[1] == "one":
+    share_one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+found = []
+thread = threading.Thread(target=lambda: found.append(libc.malloc(1000)))
+thread.start(); thread.join()
+heap = next(line for line in open("/proc/self/maps") if "[heap]" in line)
+start, end = (int(x, 16) for x in heap.split()[0].split("-"))
+print(start <= found[0] < end)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_all_threads_allocate_from_one_heap() -> None:
+    def inside(how: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
+        command = [sys.executable, "-c", IN_A_THREAD, how]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    assert inside("one") == "True"
+    assert inside("own") == "False", "the test must see a heap of the thread's own"
