@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from peftlab import ops
@@ -55,10 +56,9 @@ def head_input(
     weight = frozen_weight(base)
     if weight is None or is_hooked(base):
         return None
-    dtype = compute_dtype(hidden)
-    if isinstance(weight, ops.DenseWeight) and dtype == hidden.dtype:
-        dtype = base.weight.dtype
-    hidden = hidden.to(dtype)
+    # As the module itself would: in autocast's type where that is on, else in the weight's.
+    as_stored = isinstance(weight, ops.DenseWeight) and not torch.is_autocast_enabled(hidden.device.type)
+    hidden = hidden.to(base.weight.dtype if as_stored else compute_dtype(hidden))
     if adapted:
         factors = layer.factors()
         low_rank = (factors.A_RK, factors.B_NR, factors.scale)

@@ -86,11 +86,12 @@ def lora_linear(
     return result
 
 
+@torch.no_grad()
 def dropout_mask(
     x: Tensor, A_RK: Tensor, dropout: float, seed: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, float]:
     """The keep mask [..., K] bool that ``lora_linear`` draws for ``x`` from ``seed``, and 1 / (share kept)."""
-    x_MK = x.detach().reshape(-1, x.shape[-1])
+    x_MK = x.reshape(-1, x.shape[-1])
     _, mask_MP = passes.dropout_down(x_MK, A_RK, dropout, int(seed), runtime.choose_backend(backend, x))
     return passes.unpack_mask(mask_MP, x.shape[-1]).view(x.shape), keep_threshold(dropout)[1]
 
