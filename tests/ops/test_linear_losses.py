@@ -773,3 +773,17 @@ def test_what_does_not_fit_is_named(number: int) -> None:
     call, found = bad[number]
     with pytest.raises(ValueError, match=found):
         call()
+
+
+@EACH_DIVERGENCE
+def test_references_pass_gradcheck(divergence: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    sizes = ((3, 5), (7, 5), (7,), (2, 5), (7, 2), (3, 7))
+    inputs = [torch.randn(size, generator=g, dtype=torch.float64).requires_grad_() for size in sizes]
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, A: Tensor, B: Tensor, teacher: Tensor) -> Tensor:
+        z = head_logits_reference(h, w, b, (A, B, 0.7), softcap=4.0, scale=0.9)
+        soft = kl.token_divergence(z, teacher, kind=divergence, temperature=1.5, share=0.3)
+        return soft + F.cross_entropy(z, torch.arange(3), reduction="none")
+
+    assert torch.autograd.gradcheck(loss, inputs)
