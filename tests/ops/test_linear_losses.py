@@ -22,6 +22,7 @@ from peftlab_kernels.linear_kl import op as kl_op
 from peftlab_kernels.lora_linear import DenseWeight, Int8Weight
 from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant_reference
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
