@@ -260,7 +260,9 @@ def _as_in_use(device: Device, kind: str, dtype_name: str, dropout: float) -> Ro
     shape = device.pick((2048, 4096, 4096, 16), DRY_SHAPES[0])
     M, N, K = shape[:3]
     case = make_case(device, kind, shape, dtype, dropout=dropout, wide=True)
-    chosen = plan.choose(kind, case.x.device, M=M, N=N, K=K, dropout=dropout > 0, backend="triton")
+    chosen = plan.choose(
+        kind, case.x.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=kind == "dense", backend="triton"
+    )
     settings = torch.backends.cuda.matmul
     settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = True
     try:

@@ -169,7 +169,7 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
     target = TARGET[dropout > 0] if M >= 2048 else None
     floor = _floor_us(device, kind, M, N, K)
     ours = found.times["peftlab"]["both"].median
-    chosen = plan.choose(kind, x.device, M=M, N=N, K=K, dropout=dropout > 0, backend="triton")
+    chosen = plan.choose(kind, x.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=kind == "dense", backend="triton")
     row: Row = {
         "us": found.spreads(),
         "ratio": ratios,
