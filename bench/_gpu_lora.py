@@ -261,7 +261,14 @@ def _as_in_use(device: Device, kind: str, dtype_name: str, dropout: float) -> Ro
     M, N, K = shape[:3]
     case = make_case(device, kind, shape, dtype, dropout=dropout, wide=True)
     chosen = plan.choose(
-        kind, case.x.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=kind == "dense", backend="triton"
+        kind,
+        case.x.device,
+        M=M,
+        N=N,
+        K=K,
+        dropout=dropout > 0,
+        on_grid=kind == "dense" and dtype.itemsize == 2,
+        backend="triton",
     )
     settings = torch.backends.cuda.matmul
     settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = True
