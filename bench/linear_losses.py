@@ -31,7 +31,8 @@ CASES: dict[str, tuple[bool, str | None]] = {
     "distillation, trained head": (True, "online"),
     "top-64 + tail, frozen head": (False, "sparse"),
 }
-MOST_MEMORY, MOST_TIME, AGREEMENT = 0.25, 1.0, 1e-5
+# Relative. Beside a tail, gradients of listed classes and tail nearly cancel.
+LOSS_AGREEMENT, GRADIENT_AGREEMENT = 1e-5, 1e-4
 _MIB = 2**20
 
 
@@ -103,9 +104,9 @@ def measure(case: str, sizes: tuple[int, int, int], repeats: int) -> dict[str, A
     for name, loss in losses.items():
         value = loss()
         values[name], gradients[name] = value.detach(), torch.autograd.grad(value, leaves)
-    gap = abs(float(values["peftlab"] / values["full logits"]) - 1)
+    loss_gap, gradient_gap = abs(float(values["peftlab"] / values["full logits"]) - 1), 0.0
     for ours, theirs in zip(*gradients.values(), strict=True):
-        gap = max(gap, float((ours - theirs).norm() / theirs.norm()))
+        gradient_gap = max(gradient_gap, float((ours - theirs).norm() / theirs.norm()))
     del gradients, ours, theirs
     times: dict[str, list[float]] = {name: [] for name in losses}
     for repetition in range(repeats):
@@ -121,8 +122,8 @@ def measure(case: str, sizes: tuple[int, int, int], repeats: int) -> dict[str, A
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {
         "case": case,
-        "largest_relative_difference": gap,
-        "agree": gap <= AGREEMENT,
+        "largest_relative_difference": max(loss_gap, gradient_gap),
+        "agree": loss_gap <= LOSS_AGREEMENT and gradient_gap <= GRADIENT_AGREEMENT,
         "seconds": {name: sorted(seconds) for name, seconds in times.items()},
         "time_ratio": median["peftlab"] / median["full logits"],
         "pair_ratios": sorted(a / b for a, b in zip(times["peftlab"], times["full logits"], strict=True)),
