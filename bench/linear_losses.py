@@ -178,7 +178,8 @@ def main() -> int:
                 f"difference {rows[-1]['largest_relative_difference']:.1e}",
                 file=sys.stderr,
             )
-        command = "python bench/linear_losses.py" + "".join(f" {a}" for a in sys.argv[1:] if not a.startswith("--out"))
+        chosen = {k: v for k, v in vars(options).items() if v != parser.get_default(k) and k != "out"}
+        command = " ".join(["python bench/linear_losses.py", *(f"--{k} {v}" for k, v in chosen.items())])
         _report.write_json(
             options.out / "linear_losses.json", {"sizes": sizes, "cases": rows, **_report.provenance(command)}
         )
