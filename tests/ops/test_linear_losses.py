@@ -46,6 +46,7 @@ EACH_DIVERGENCE = pytest.mark.parametrize("divergence", DIVERGENCES)
 # softmax gradient never in 16 bits when it flows through float(): the fused gradient of the logits is rounded once more.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts the CPU's allocations")
 N, H, V, R, HT = 13, 24, 131, 4, 16
 
 
@@ -646,6 +647,52 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
         with LargestOutput() as largest:
             total(case, chunk=64)
         assert largest.numel == 64 * V, "the measure must see the logits"
+
+
+def _large_allocations(step: Callable[[], Any], numel: int) -> list[int]:
+    """Bytes of each allocation of at least ``numel`` float32, and minus them where it is freed, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return [e.nbytes() for e in events if e.name() == "[memory]" and abs(e.nbytes()) >= 4 * numel]
+
+
+@ON_CPU
+@pytest.mark.parametrize("way", ["cross-entropy", "online"])
+def test_gradient_of_a_trained_head_exists_once(way: str) -> None:
+    """Not again as zeros for the operator's own outputs, nor as a product with what flows back."""
+    classes, width = 4096, 64
+    head = Head(DenseWeight(torch.randn(classes, width).requires_grad_()))
+    hidden, target = torch.randn(8, width), torch.randint(classes, (8,))
+    teacher = OnlineTeacher(torch.randn(8, 16), Head(DenseWeight(torch.randn(classes, 16))))
+
+    def total() -> Tensor:
+        if way == "online":
+            return linear_kl(hidden, head, teacher, chunk=2).total
+        return linear_cross_entropy(hidden, head, target, chunk=2).total
+
+    (expected,) = torch.autograd.grad(total(), head.weight.tensors())
+    found: list[Tensor] = []
+    sizes = _large_allocations(
+        lambda: found.extend(torch.autograd.grad(0.5 * total(), head.weight.tensors())), classes * width
+    )
+    assert sizes == [4 * classes * width]
+    assert torch.equal(found[0], 0.5 * expected)
+    loss = total()
+    kept = torch.autograd.grad(loss, head.weight.tensors(), retain_graph=True)[0].clone()
+    assert torch.equal(kept, torch.autograd.grad(2.0 * loss, head.weight.tensors())[0] / 2)
+
+
+@ON_CPU
+def test_logits_of_one_chunk_exist_at_a_time() -> None:
+    classes, width, chunk = 8192, 8, 4
+    head = Head(DenseWeight(torch.randn(classes, width)))
+    hidden = torch.randn(16, width).requires_grad_()
+    sizes = _large_allocations(
+        lambda: linear_cross_entropy(hidden, head, torch.randint(classes, (16,)), chunk=chunk), chunk * classes
+    )
+    held = torch.tensor(sizes).cumsum(0)
+    assert len(sizes) >= 8 and held.max() == 4 * chunk * classes
 
 
 def _options(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:

@@ -101,6 +101,7 @@ def linear_cross_entropy_op(
             cross_entropy_rows(logits_CV, target_N[part], weight_C, loss_N[part], head, any(wanted), backend)
             if any(wanted):
                 walk.backward(part, logits_CV)
+            del logits_CV  # before the next chunk's are made
     total = loss_N.sum() if weight_N is None else torch.dot(loss_N, weight_N.to(wide))
     return total, loss_N, walk.gradients(head)
 
@@ -191,14 +192,20 @@ def _(hidden_NH, adapter_NH, tensors, kind, numbers, factors, target_N, weight_N
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     hidden_NH, _, tensors, _, ctx.numbers, _, _, _, wanted, _, _ = inputs
     ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
+    ctx.set_materialize_grads(False)  # else zeros as large as dW come back for what is not differentiable
     ctx.mark_non_differentiable(output[1], *output[2])
     ctx.save_for_backward(hidden_NH, *output[2])
 
 
-def backward_of_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
+def backward_of_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """The gradients of a sum, made in its forward pass, times what flows back."""
+    if dtotal is None:
+        return (None, None, [None] * ctx.num_tensors, *[None] * (ctx.num_inputs - 3))
     hidden_NH, *found = ctx.saved_tensors
-    found = [g * dtotal.to(g.dtype) for g in found]
+    # In place where this is the last use: dW of a trained head would else be there twice. Not while it is traced (its
+    # tensors are of other types then).
+    last = not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    found = [(g.mul_ if last and type(g) is Tensor else g.mul)(dtotal.to(g.dtype)) for g in found]
     if torch.is_grad_enabled():  # create_graph=True
         once: Any = runtime.DifferentiableOnce.apply
         found = [once("the fused losses", g, dtotal, hidden_NH) for g in found]

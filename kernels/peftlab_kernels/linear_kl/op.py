@@ -240,8 +240,10 @@ def linear_kl_op(
             else:
                 teacher_CV = taught.logits(part) if taught is not None else teacher[0][part]
                 _dense_rows(rows, teacher_CV, teacher_head, terms)
+                del teacher_CV
             if any(wanted):
                 walk.backward(part, logits_CV)
+            del rows, logits_CV  # before the next chunk's are made
     loss_N = soft_factor * soft_N
     if target_N is not None and hard_weight:
         loss_N = loss_N + hard_weight * hard_N
@@ -449,6 +451,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     hidden_NH, _, tensors, _, ctx.numbers, *_, wanted, _, _ = inputs
     ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
     ctx.teacher_at, ctx.num_teacher = 6, len(inputs[6])
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2], *output[3])
     ctx.save_for_backward(hidden_NH, *output[3])
 
