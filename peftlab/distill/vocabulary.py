@@ -85,13 +85,16 @@ def compare(student_tokenizer: Any, teacher_tokenizer: Any) -> Comparison:
     return Comparison(num_shared, difference, tuple(notes))
 
 
-def require_same(student_tokenizer: Any, teacher_tokenizer: Any) -> Comparison:
+def require_same(student_tokenizer: Any, teacher_tokenizer: Any, *, cross_tokenizer: str | None = None) -> Comparison:
     """``compare``, and an error where the tokenizers differ.
 
+    Args: cross_tokenizer: ``uld`` allows it, for a loss that compares no class with the one of the same number.
     Raises: RecipeError naming the first probe that differs, both encodings and the way out.
     """
+    if cross_tokenizer not in (None, "uld"):
+        raise RecipeError(f"expected cross_tokenizer uld or none at all, found {cross_tokenizer!r}")
     comparison = compare(student_tokenizer, teacher_tokenizer)
-    if not comparison.same:
+    if not comparison.same and cross_tokenizer is None:
         raise RecipeError(
             f"the student's tokenizer is not the teacher's: {comparison.difference}. The same column of their logits means "
             "different tokens, so their distributions cannot be compared class by class. Take a teacher with the student's "

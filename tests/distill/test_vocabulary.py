@@ -46,6 +46,13 @@ def test_bug_equal_width_and_different_ids() -> None:
     assert str(first)[:-1] in message
 
 
+def test_other_tokenizers_where_asked_for(tokenizer_of: Callable[[str], Any]) -> None:
+    pair = tokenizer_of("tiny:llama"), byte_level()
+    assert not require_same(*pair, cross_tokenizer="uld").same
+    with pytest.raises(RecipeError, match="found 'udl'"):
+        require_same(*pair, cross_tokenizer="udl")
+
+
 def test_a_cache_of_another_tokenizer_has_another_fingerprint() -> None:
     others = [byte_level(rotate=1), byte_level(merges=(("t", "h"),)), byte_level(special=("<pad>", "</s>"))]
     assert len({fingerprint(t) for t in [byte_level(), *others]}) == 4
