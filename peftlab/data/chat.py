@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -15,12 +15,21 @@ from peftlab.errors import DataError, RecipeError
 Style = Literal["text", "completion", "chat"]
 
 
+# Stands for an answer where only what a template writes around it is of interest.
+_PROBE = "peftlab probe"
+
+
 @dataclass(frozen=True)
 class Rendered:
-    """Text of one row and the ``[start, end)`` character spans that are trained."""
+    """Text of one row, the ``[start, end)`` character spans that are trained, and which part each span of it plays.
+
+    roles: ``(start, end, role)`` in order; text in between was written by the template. A trained span includes the end
+    of its turn.
+    """
 
     text: str
     spans: list[tuple[int, int]]
+    roles: list[tuple[int, int, str]] = field(default_factory=list)
 
 
 class Formatter:
@@ -45,6 +54,7 @@ class Formatter:
         self._columns = dict(columns)
         self._template = dict(template or {})
         self._available = list(available)
+        self._ending: str | None = None
         self.style: Style = self._find_style()
         for text in self._template.values():
             for name in _fields(text):
@@ -92,11 +102,11 @@ class Formatter:
         """Text and trained spans of a training row. Raises: DataError naming ``where``."""
         if self.style == "text":
             text = self._text(row, "text", where)
-            return Rendered(text, [(0, len(text))])
+            return Rendered(text, [(0, len(text))], [(0, len(text), "text")])
         if self.style == "completion":
             prompt = self._text(row, "prompt", where)
             completion = self._text(row, "completion", where)
-            return Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
+            return _completed(prompt, completion)
         return self._render_chat(self._messages(row, where), where)
 
     def render_answer(self, row: Mapping[str, Any], where: str, answer: str) -> Rendered:
@@ -104,8 +114,7 @@ class Formatter:
         if self.style == "chat":
             asked = self._prompt_messages(row, where)
             return self._render_chat([*asked, {"role": "assistant", "content": answer}], where)
-        prompt = self.render_prompt(row, where)
-        return Rendered(prompt + answer, [(len(prompt), len(prompt) + len(answer))])
+        return _completed(self.render_prompt(row, where), answer)
 
     def render_prompt(self, row: Mapping[str, Any], where: str) -> str:
         """Text up to where the model answers. A ``messages`` row is cut before its last assistant turn."""
@@ -174,20 +183,66 @@ class Formatter:
     def _render_chat(self, messages: list[dict[str, Any]], where: str) -> Rendered:
         """The assistant's spans: what the template adds to the text up to the generation prompt of each turn."""
         text = self._apply(messages, where)
-        spans = []
+        spans: list[tuple[int, int]] = []
+        roles: list[tuple[int, int, str]] = []
+        cursor = 0
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._apply(messages[:i], where, add_generation_prompt=True)
-            through = self._apply(messages[: i + 1], where)
-            if not (text.startswith(before) and text.startswith(through) and len(through) > len(before)):
-                raise DataError(
-                    f"{where}: the chat template writes turn {i + 1} differently when more turns follow, so the "
-                    "assistant's part cannot be told apart; give a template for training with model.chat_template",
-                    key="model.chat_template",
-                )
-            spans.append((len(before), len(through)))
-        return Rendered(text, spans)
+            if message["role"] == "assistant":
+                found = self._answer_span(messages, i, text, cursor, where)
+                spans.append(found)
+            else:
+                found = _content_span(message["content"], text, cursor)
+            if found is not None:
+                roles.append((*found, str(message["role"])))
+                cursor = found[1]
+        return Rendered(text, spans, roles)
+
+    def _answer_span(
+        self, messages: list[dict[str, Any]], i: int, text: str, cursor: int, where: str
+    ) -> tuple[int, int]:
+        """Where the answer ``messages[i]`` and the end of its turn stand in ``text``."""
+        before = self._apply(messages[:i], where, add_generation_prompt=True)
+        through = text if i == len(messages) - 1 else self._apply(messages[: i + 1], where)
+        if text.startswith(before) and text.startswith(through) and len(through) > len(before):
+            return len(before), len(through)
+        # Templates of thinking models drop the thoughts of earlier turns, so that no shorter conversation is a prefix.
+        # What stands around an answer stays the same.
+        opening = before.removeprefix(self._apply(messages[:i], where))
+        ending = self._turn_end(where)
+        start = text.find(opening, cursor) + len(opening) if opening in text[cursor:] else -1
+        end = text.find(ending, max(0, start)) + len(ending) if ending.strip() else -1
+        said = _words(messages[i]["content"]).split("</think>")[-1].strip()
+        if not opening or start < 0 or end <= start or said not in text[start:end]:
+            raise DataError(
+                f"{where}: the chat template writes turn {i + 1} differently when more turns follow, so the "
+                "assistant's part cannot be told apart; give a template for training with model.chat_template",
+                key="model.chat_template",
+            )
+        return start, end
+
+    def _turn_end(self, where: str) -> str:
+        """What the template writes after an answer."""
+        if self._ending is None:
+            probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+            text = self._apply(probe, where)
+            self._ending = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
+        return self._ending
+
+
+def _words(content: Any) -> str:
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _content_span(content: Any, text: str, cursor: int) -> tuple[int, int] | None:
+    """Where a message's own words stand; templates strip them. None where they are empty or rewritten."""
+    words = _words(content)
+    at = text.find(words, cursor) if words else -1
+    return (at, at + len(words)) if at >= 0 else None
+
+
+def _completed(prompt: str, completion: str) -> Rendered:
+    cut, end = len(prompt), len(prompt) + len(completion)
+    return Rendered(prompt + completion, [(cut, end)], [(0, cut, "prompt"), (cut, end, "completion")])
 
 
 def _fields(template: str) -> list[str]:
