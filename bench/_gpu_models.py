@@ -19,6 +19,7 @@ from _gpu_base import Deadline, Device, Row, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["tests/ops", "tests/adapters/test_fused.py"]
+DRY_TESTS = ["tests/ops/test_linear_losses.py", "-k", "left_alone"]
 # The first compiles for GPUs that are not there, with the pinned Triton; slow tests train real models.
 NOT_HERE = ("--ignore=tests/ops/test_compiled_kernels.py", "-m", "not slow")
 
@@ -189,7 +190,7 @@ def gpu_tests(device: Device) -> Iterator[Task]:
 def _tests(device: Device) -> Row:
     limit_s = Deadline(device.found.get("until", 0)).left() - 5
     workers = ["-n", "6"] if importlib.util.find_spec("xdist") and not device.dry else []
-    chosen = device.pick(TESTS, ["tests/ops/test_linear_cross_entropy.py", "-k", "left_alone"])
+    chosen = device.pick(TESTS, DRY_TESTS)
     command = [
         sys.executable,
         "-m",

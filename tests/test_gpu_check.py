@@ -40,7 +40,7 @@ def test_without_a_gpu_nothing_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_few_sections_dry(tmp_path: Path) -> None:
-    names = ["dequant", "linear losses", "ceilings", "order of addition"]
+    names = ["dequant", "linear losses", "tests", "ceilings", "order of addition"]
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", *names)
     assert code == 0, said
     assert {row["section"] for row in rows} == set(names)
