@@ -23,6 +23,7 @@ from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant
 # efficient. A GPU takes a share of its memory: W is read again for every chunk, and dW written.
 _CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_SHARE = 1 / 64
+_CPU_PRODUCT_ROWS = 8192
 _FEWEST, _MOST = 256, 4096  # tokens of a chunk on a GPU
 
 
@@ -186,8 +187,10 @@ def _add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
         out.addmm_(one, other)
     elif out.is_cuda:
         torch.addmm(out, one, other, out_dtype=out.dtype, out=out)
-    else:
-        out += one @ other
+    else:  # piece by piece: neither a product nor a copy of its size
+        wide = other.to(out.dtype)
+        for rows in chunks(len(out), _CPU_PRODUCT_ROWS):
+            out[rows].addmm_(one[rows].to(out.dtype), wide)
 
 
 def _as_float(weight: BaseWeight, dtype: torch.dtype, low_rank: LowRank | None, backend: str) -> Tensor:

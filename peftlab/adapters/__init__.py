@@ -1,6 +1,6 @@
 """Adapters: recipe values to PEFT, saving, loading, merging."""
 
-from peftlab.adapters.head import HeadLoss
+from peftlab.adapters.head import HeadLoss, head_reason
 from peftlab.adapters.lora import (
     ADAPTER_FILES,
     AdapterReport,
@@ -21,6 +21,7 @@ __all__ = [
     "add_lora",
     "check_adapter_files",
     "check_targets",
+    "head_reason",
     "load_adapter",
     "load_adapter_weights",
     "planned_modules",

@@ -23,21 +23,21 @@ class HeadInput(NamedTuple):
 class HeadLoss:
     """Summed cross-entropy of an output head: ``(module, hidden, targets, softcap, scale) -> [] or None``.
 
-    None where the head is something the fused operation does not know (a variant of LoRA, a hook inside it): the caller
-    then takes the logits. Args: kernels: the value of run.kernels.
+    None where ``head_reason`` has a reason, and with ``reference``: the caller then takes the logits.
+    Args: kernels: the value of run.kernels.
     """
 
     def __init__(self, kernels: str = "auto") -> None:
-        self._backend = {"triton": "triton", "reference": "torch"}.get(kernels, "auto")
+        self._kernels = kernels
 
     def __call__(
         self, module: nn.Module, hidden: Tensor, targets: Tensor, *, softcap: float | None, scale: float
     ) -> Tensor | None:
-        found = head_input(module, hidden, softcap=softcap, scale=scale)
+        found = None if self._kernels == "reference" else head_input(module, hidden, softcap=softcap, scale=scale)
         if found is None:
             return None
         return ops.linear_cross_entropy(
-            found.hidden, found.head, targets, adapter_hidden=found.adapter_hidden, backend=self._backend
+            found.hidden, found.head, targets, adapter_hidden=found.adapter_hidden, backend=self._kernels
         ).total
 
 
@@ -45,17 +45,12 @@ def head_input(
     module: nn.Module, hidden: Tensor, *, softcap: float | None = None, scale: float = 1.0
 ) -> HeadInput | None:
     """What the fused losses take for the head ``module`` and hidden states [N, H]; None where it is not covered."""
-    layer: Any = _active_module(module)
-    low_rank = adapter_hidden = None
-    if isinstance(layer, FusedLora):
-        base, adapted = layer.get_base_layer(), not (layer.disable_adapters or layer.merged)
-        if adapted and layer.slow_reason(hidden) is not None:
-            return None
-    else:
-        base, adapted = layer, False
-    weight = frozen_weight(base)
-    if weight is None or is_hooked(base):
+    if head_reason(module, hidden) is not None:
         return None
+    layer, base, adapted = _layers(module)
+    weight = frozen_weight(base)
+    assert weight is not None
+    low_rank = adapter_hidden = None
     # As the module itself would: in autocast's type where that is on, else in the weight's.
     as_stored = isinstance(weight, ops.DenseWeight) and not torch.is_autocast_enabled(hidden.device.type)
     hidden = hidden.to(base.weight.dtype if as_stored else compute_dtype(hidden))
@@ -66,6 +61,24 @@ def head_input(
             keep, keep_scale = ops.dropout_mask(hidden, factors.A_RK, factors.dropout, ops.new_seed())
             adapter_hidden = hidden * keep * keep_scale
     return HeadInput(ops.Head(weight, base.bias, low_rank, softcap, scale), hidden, adapter_hidden)
+
+
+def head_reason(module: nn.Module, hidden: Tensor | None = None) -> str | None:
+    """Why the fused losses do not take the head ``module`` (for these hidden states), in words; None where they do."""
+    layer, base, adapted = _layers(module)
+    if adapted and (reason := layer.slow_reason(hidden)):
+        return str(reason)
+    if frozen_weight(base) is None:
+        return f"it is a {type(base).__name__} that the fused loss does not know"
+    return "a hook is registered inside it" if is_hooked(base) else None
+
+
+def _layers(module: nn.Module) -> tuple[Any, Any, bool]:
+    """What is called, the linear in it, and whether an adapter is at work on it."""
+    layer: Any = _active_module(module)
+    if isinstance(layer, FusedLora):
+        return layer, layer.get_base_layer(), not (layer.disable_adapters or layer.merged)
+    return layer, layer, False
 
 
 def _active_module(module: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab import ops
-from peftlab.adapters import add_lora, check_targets, planned_modules, report
+from peftlab.adapters import add_lora, check_targets, head_reason, planned_modules, report
 from peftlab.adapters.fused import fusion_report
 from peftlab.api import build
 from peftlab.data import BatchPlan
@@ -155,13 +155,25 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
     adapted = report(model)
     progress.note(f"LoRA rank {a.rank}: {adapted}")
     progress.note(str(fusion_report(model)))
+    full_logits = _full_logits_reason(recipe, model)
+    if full_logits:
+        progress.note(f"output head: the loss takes full logits: {full_logits}")
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     summary = {"adapter": asdict(adapted), "train_rows": len(encoded.examples), "eval_rows": len(held_out.examples)}
+    summary["full_logits"] = full_logits
     return Parts(
         loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
         fingerprints, planned, summary,
     )  # fmt: skip
+
+
+def _full_logits_reason(recipe: Recipe, model: Any) -> str | None:
+    """Why the loss of a language model's head does not run fused; None where it does, or where there is no such head."""
+    head = model.get_base_model().get_output_embeddings() if recipe.task == "causal_lm" else None
+    if head is None:
+        return None
+    return "run.kernels=reference" if recipe.run.kernels == "reference" else head_reason(head)
 
 
 def make_plan(recipe: Recipe, encoded: Encoded, device: str) -> BatchPlan:

@@ -188,8 +188,8 @@ class Formatter:
         cursor = 0
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                found = self._answer_span(messages, i, text, cursor, where)
-                spans.append(found)
+                spans.append(self._answer_span(messages, i, text, cursor, where))
+                found: tuple[int, int] | None = spans[-1]
             else:
                 found = _content_span(message["content"], text, cursor)
             if found is not None:

@@ -140,16 +140,18 @@ class Objective:
         targets: Tensor | None,
         teacher: ops.OnlineTeacher | Tensor | SparseTarget | None,
         *,
+        adapter_hidden: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
         """As ``loss_sum``, on the fused operation: the logits of all rows never exist together.
 
         Args: hidden: [N, H] of the student as ``select`` gives them. head: the student's, with soft-cap, scale and
-        ``num_classes`` of the shared width. teacher: also its own hidden states and head. backend: auto, triton or torch.
+        ``num_classes`` of the shared width. teacher: also its own hidden states and head. adapter_hidden: [N, H] what an
+        adapter on the head reads, as ``adapters.head.head_input`` gives it. backend: auto, triton or torch.
         """
         if self.hard_weight == 1:
             assert targets is not None
-            return ops.linear_cross_entropy(hidden, head, targets, backend=backend).total
+            return ops.linear_cross_entropy(hidden, head, targets, adapter_hidden=adapter_hidden, backend=backend).total
         assert teacher is not None
         taught: ops.OnlineTeacher | ops.DenseTeacher | ops.SparseTeacher
         if isinstance(teacher, SparseTarget):
@@ -167,6 +169,7 @@ class Objective:
             temperature=self.temperature,
             scale_by_t2=self.scale_by_t2,
             hard_weight=self.hard_weight,
+            adapter_hidden=adapter_hidden,
             backend=backend,
         ).total
 

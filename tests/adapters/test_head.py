@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peftlab.adapters import HeadLoss
+from peftlab import ops
+from peftlab.adapters import HeadLoss, head_reason
 from peftlab.adapters.fused import set_kernels
 from peftlab.adapters.head import head_input
 from peftlab.ops import DenseWeight, Int8Weight, NF4Weight
@@ -90,6 +91,15 @@ def test_computes_in_the_type_the_module_would(tiny: Callable[..., Any]) -> None
     assert isinstance(inside.head.weight, DenseWeight)
 
 
+def test_reference_is_the_modules_own_logits(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("tiny:llama", **HEADS["frozen"])
+    hidden, targets = torch.randn(3, model.get_base_model().config.hidden_size), torch.tensor([1, 2, 3])
+    monkeypatch.setattr(ops, "linear_cross_entropy", None)
+    assert HeadLoss("reference")(head_of(model), hidden, targets, softcap=None, scale=1.0) is None
+    with pytest.raises(TypeError):
+        HeadLoss()(head_of(model), hidden, targets, softcap=None, scale=1.0)
+
+
 def test_what_is_not_covered_is_left_to_the_logits(tiny: Callable[..., Any]) -> None:
     def known(model: Any) -> bool:
         return head_input(head_of(model), torch.randn(3, model.get_base_model().config.hidden_size)) is not None
@@ -106,3 +116,6 @@ def test_what_is_not_covered_is_left_to_the_logits(tiny: Callable[..., Any]) -> 
         assert inside is not None and inside.head.low_rank is None
     head_of(model).get_base_layer().register_forward_hook(lambda *_: None)
     assert not known(model)
+    assert head_reason(head_of(model)) == "a hook is registered inside it"
+    own = type("OwnLinear", (torch.nn.Linear,), {})(4, 8)
+    assert head_reason(own) == "it is a OwnLinear that the fused loss does not know"
