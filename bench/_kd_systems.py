@@ -6,11 +6,13 @@ import importlib
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from _kd_peers import distillkit_on_logits, distillkit_step, liger_step, torchtune_step
-from _kd_problems import IGNORED, Outcome, Problem, accumulated
+from _kd_problems import IGNORED, LM, Outcome, Problem, accumulated
 from _kd_trl import trl_distillation_step, trl_gkd_step, trl_gold_step, trl_jsd_on_logits, trl_tail_on_logits
 from torch import Tensor
 
@@ -48,9 +50,10 @@ class System:
         return done.stdout.strip() or "source tree"
 
 
-def peftlab_step(problem: Problem) -> Outcome:
+def peftlab_step(problem: Problem, *, fused: bool = False) -> Outcome:
     from peftlab.distill import Objective, as_teacher, num_targets, select, select_targets
     from peftlab.distill.vocabulary import Comparison, shared_width
+    from peftlab.ops import DenseWeight, Head, OnlineTeacher
 
     chosen = problem.settings
     goal = Objective(chosen.kind, chosen.temperature, chosen.share, chosen.hard_weight, chosen.t2)
@@ -59,8 +62,23 @@ def peftlab_step(problem: Problem) -> Outcome:
     widths = [model.head.weight.shape[0] for model in (problem.student, problem.teacher)]
     columns, _ = shared_width(Comparison(problem.student.base_model.weight.shape[0], None), *widths)
 
+    def hidden_and_head(model: LM, ids: Tensor, trained: Tensor) -> tuple[Tensor, Head]:
+        config = model.config
+        head = Head(
+            DenseWeight(model.head.weight),
+            softcap=config.final_logit_softcapping,
+            scale=config.logit_scale or 1.0,
+            num_classes=columns,
+        )
+        return select(model.base_model(ids).last_hidden_state, trained), head
+
     def loss(batch: dict[str, Tensor]) -> Tensor:
         ids, trained = batch["input_ids"], batch["labels"] != IGNORED
+        if fused:
+            with as_teacher(problem.teacher):
+                taught_online = OnlineTeacher(*hidden_and_head(problem.teacher, ids, trained))
+            own_hidden, head = hidden_and_head(problem.student, ids, trained)
+            return goal.linear_loss_sum(own_hidden, head, select_targets(ids, trained), taught_online) / weight
         with as_teacher(problem.teacher):
             taught = select(problem.teacher(ids).logits, trained)[:, :columns]
         own = select(problem.student(ids).logits, trained)[:, :columns]
@@ -75,8 +93,22 @@ def peftlab_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> Tensor
     return Objective().soft_losses(student, teacher if k is None else SparseTarget.from_logits(teacher, k))
 
 
+def peftlab_fused_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> Tensor:
+    """Logits are hidden states of a head that is the identity; a token at a time, as the operation gives sums."""
+    from peftlab.distill import Objective, SparseTarget
+    from peftlab.ops import DenseWeight, Head
+
+    head = Head(DenseWeight(torch.eye(student.shape[-1], dtype=student.dtype)))
+    losses = []
+    for own, their in zip(student.split(1), teacher.split(1), strict=True):
+        taught = their if k is None else SparseTarget.from_logits(their, k)
+        losses.append(Objective().linear_loss_sum(own, head, None, taught))
+    return torch.stack(losses)
+
+
 SYSTEMS = (
     System("peftlab", "peftlab.distill", peftlab_step, peftlab_on_logits),
+    System("peftlab fused", "peftlab.distill", partial(peftlab_step, fused=True), peftlab_fused_on_logits),
     System("TRL GKD", "trl.experimental.gkd", trl_gkd_step, trl_jsd_on_logits),
     System("TRL GOLD", "trl.experimental.gold", trl_gold_step),
     System("TRL Distillation", "trl.trainer.distillation_trainer", trl_distillation_step),
