@@ -132,7 +132,7 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
     _tell("train", encoded, progress)
     _tell("held out", held_out, progress)
-    plan = make_plan(recipe, encoded, device)
+    plan = make_plan(recipe, encoded, device, packing=limit if recipe.data.packing else None)
     progress.stage(f"loading {recipe.model.name} ({_storage(recipe)}) on {device}")
     model = build.model_of(recipe, pretrained, task, device)
     a = recipe.adapter
@@ -176,8 +176,8 @@ def _full_logits_reason(recipe: Recipe, model: Any) -> str | None:
     return "run.kernels=reference" if recipe.run.kernels == "reference" else head_reason(head)
 
 
-def make_plan(recipe: Recipe, encoded: Encoded, device: str) -> BatchPlan:
-    """The batch plan of a recipe for its encoded training rows."""
+def make_plan(recipe: Recipe, encoded: Encoded, device: str, *, packing: int | None = None) -> BatchPlan:
+    """The batch plan of a recipe for its encoded training rows, in packs of up to ``packing`` tokens or padded."""
     t = recipe.train
     return BatchPlan(
         encoded.lengths,
@@ -190,7 +190,18 @@ def make_plan(recipe: Recipe, encoded: Encoded, device: str) -> BatchPlan:
         max_steps=t.max_steps,
         split_cost=_SPLIT_COST[device][recipe.model.quantize],
         most_tokens=_MOST_TOKENS[device],
+        packing=packing,
     )
+
+
+def padded_instead(parts: Parts) -> BatchPlan:
+    """The plan of a packing recipe whose model cannot pack: steps and micro-batches of as many tokens, padded."""
+    t = parts.recipe.train
+    if t.batch_tokens is None:
+        t = t.model_copy(
+            update={"batch_size": None, "batch_tokens": parts.limit, "accumulate": (t.batch_size or 8) * t.accumulate}
+        )
+    return make_plan(parts.recipe.model_copy(update={"train": t}), parts.train, parts.device)
 
 
 def _storage(recipe: Recipe) -> str:

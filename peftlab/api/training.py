@@ -15,9 +15,9 @@ from typing import Any
 from peftlab.adapters import load_adapter_weights, save_adapter
 from peftlab.api import build
 from peftlab.api.merging import merge_run
-from peftlab.api.parts import Parts, check_room, check_settings, prepare, run_accelerator
+from peftlab.api.parts import Parts, check_room, check_settings, padded_instead, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, check_run_folder, free_run_folder, open_run, write_json
-from peftlab.data import Rows
+from peftlab.data import Rows, pack
 from peftlab.errors import Interrupted, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.ops import plans_in_use
@@ -26,6 +26,7 @@ from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
 from peftlab.training.memory import release_memory
 from peftlab.training.metrics_log import MetricsLog
+from peftlab.training.packing_check import check_packing
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import Progress, make_progress
 
@@ -108,6 +109,8 @@ def _execute(
     parts: Parts, accelerator: Any, folder: Path, checkpoint: Path | None, progress: Progress, *, replace: bool
 ) -> Run:
     with _input_casts(parts):
+        if parts.plan.packed:
+            _check_packing(parts, accelerator, progress)
         _gate(parts, accelerator, progress)
         _before(parts, accelerator, open_run(folder).summary if checkpoint else {}, progress)
         check_room(parts, folder)
@@ -116,6 +119,27 @@ def _execute(
     accelerator.free_memory()
     _finish(parts, folder, progress)
     return open_run(folder)
+
+
+def _check_packing(parts: Parts, accelerator: Any, progress: Progress) -> None:
+    """The leak test; a model that mixes packed rows gets a padded plan. Its result goes into the run's summary."""
+    progress.stage("checking that packed rows stay apart")
+    problem = check_packing(
+        parts.model, parts.task, parts.train.examples, device=accelerator.device, autocast=accelerator.autocast
+    )
+    release_memory()
+    if problem is not None:
+        parts.plan = padded_instead(parts)
+        parts.summary["packing"] = {"off": problem}
+        progress.note(f"packing is off: {problem}; rows are padded instead")
+        return
+    packs = len(pack(parts.train.lengths, parts.limit))
+    empty = 1 - parts.train.num_tokens / (packs * parts.limit)
+    parts.summary["packing"] = {"off": None, "capacity": parts.limit, "packs": packs, "empty": empty}
+    progress.note(
+        f"packing: {len(parts.train.examples):,} rows in {packs:,} sequences of up to {parts.limit:,} tokens, "
+        f"{100 * empty:.1f} % of the room stays empty"
+    )
 
 
 def _gate(parts: Parts, accelerator: Any, progress: Progress) -> None:
@@ -130,6 +154,7 @@ def _gate(parts: Parts, accelerator: Any, progress: Progress) -> None:
         device=accelerator.device,
         where=parts.data.train.where,
         autocast=accelerator.autocast,
+        packed=parts.plan.packed,
     )
     parts.summary["parity"] = asdict(found)
     release_memory()

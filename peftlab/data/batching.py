@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from peftlab.data.packing import pack
 from peftlab.data.rows import Rows
 from peftlab.errors import DataError
 
@@ -36,6 +37,10 @@ class BatchPlan:
     cost least, where a micro-batch costs its padded tokens plus ``split_cost``. The loss is normalised over the whole
     step, so the cut does not change the gradient.
 
+    With ``packing`` the shuffled rows of an epoch are packed, the packs are shuffled, and a step takes
+    ``batch_size * accumulate`` packs (or the packs of about ``batch_tokens * accumulate`` tokens). Each pack is one
+    micro-batch of one sequence, so nothing is padded.
+
     Args:
         lengths: [N] tokens per example.
         grouping: ``none`` (padded batches of ``batch_size`` in order), ``step``, or ``epoch`` (like lengths share
@@ -43,6 +48,8 @@ class BatchPlan:
         split_cost: what one more micro-batch costs, in padded tokens.
         most_tokens: padded tokens a micro-batch has at most (one longer row still makes one), whatever the batch size;
             None: no limit. Not with grouping ``none``.
+        packing: tokens a pack has at most; None: rows are padded. ``grouping``, ``split_cost`` and ``most_tokens`` have
+            no effect on packs.
     """
 
     def __init__(
@@ -58,14 +65,21 @@ class BatchPlan:
         max_steps: int | None = None,
         split_cost: int = 64,
         most_tokens: int | None = None,
+        packing: int | None = None,
     ) -> None:
         assert (batch_size is None) != (batch_tokens is None)
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._accumulate, self._grouping, self._seed = accumulate, grouping, seed
         self._split_cost, self._most_tokens = split_cost, most_tokens
-        self._epoch_cache: dict[int, list[Indices]] = {}
+        self._packing = packing
+        self._epoch_cache: dict[int, list[list[Indices]]] = {}
         self.total_steps = self._count_steps(epochs, max_steps)
+
+    @property
+    def packed(self) -> bool:
+        """Whether each micro-batch is one sequence of several rows."""
+        return self._packing is not None
 
     def _count_steps(self, epochs: float | None, max_steps: int | None) -> int:
         if max_steps is not None:
@@ -83,21 +97,31 @@ class BatchPlan:
         while index >= first + len(self._epoch(epoch)):
             first += len(self._epoch(epoch))
             epoch += 1
-        rows = self._epoch(epoch)[index - first]
-        return PlannedStep(epoch, self._micro_batches(rows))
+        groups = self._epoch(epoch)[index - first]
+        return PlannedStep(epoch, groups if self.packed else self._micro_batches(groups[0]))
 
-    def _epoch(self, epoch: int) -> list[Indices]:
-        """Rows of each step of an epoch. Only the last two epochs asked for are kept."""
+    def _epoch(self, epoch: int) -> list[list[Indices]]:
+        """Rows of each step of an epoch, in one array, or one per pack. Only the last two epochs asked for are kept."""
         if epoch not in self._epoch_cache:
             rng = np.random.default_rng([self._seed, epoch])
             order = rng.permutation(len(self._lengths))
-            if self._grouping == "epoch":
-                order = self._sorted_in_windows(order)
-            steps = self._cut_into_steps(order)
-            if self._grouping == "epoch":
-                steps = [steps[i] for i in rng.permutation(len(steps))]
+            steps = self._packed_steps(order, rng) if self.packed else self._row_steps(order, rng)
             self._epoch_cache = {k: v for k, v in self._epoch_cache.items() if k == epoch - 1} | {epoch: steps}
         return self._epoch_cache[epoch]
+
+    def _row_steps(self, order: Indices, rng: np.random.Generator) -> list[list[Indices]]:
+        if self._grouping == "epoch":
+            order = self._sorted_in_windows(order)
+        steps = self._cut_into_steps(order, self._lengths)
+        if self._grouping == "epoch":
+            steps = [steps[i] for i in rng.permutation(len(steps))]
+        return [[rows] for rows in steps]
+
+    def _packed_steps(self, order: Indices, rng: np.random.Generator) -> list[list[Indices]]:
+        assert self._packing is not None
+        packs = [order[part] for part in pack(self._lengths[order], self._packing)]
+        totals = np.array([self._lengths[rows].sum() for rows in packs], dtype=np.int64)
+        return [[packs[i] for i in step] for step in self._cut_into_steps(rng.permutation(len(packs)), totals)]
 
     def _sorted_in_windows(self, order: Indices) -> Indices:
         if self._batch_size is not None:
@@ -109,14 +133,14 @@ class BatchPlan:
         parts = [order[i : i + window] for i in range(0, len(order), window)]
         return np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])
 
-    def _cut_into_steps(self, order: Indices) -> list[Indices]:
+    def _cut_into_steps(self, order: Indices, lengths: Indices) -> list[Indices]:
         if self._batch_size is not None:
             size = self._batch_size * self._accumulate
             return [order[i : i + size] for i in range(0, len(order), size)]
         assert self._batch_tokens is not None
         budget = self._batch_tokens * self._accumulate
         step_of_row, tokens, step = np.empty(len(order), dtype=np.int64), 0, 0
-        for i, length in enumerate(self._lengths[order].tolist()):
+        for i, length in enumerate(lengths[order].tolist()):
             if tokens and tokens + length > budget:
                 step, tokens = step + 1, 0
             tokens += length

@@ -43,6 +43,7 @@ _FOREIGN_NAMES = {
     "data.label_names": "id2label label2id class_names",
     "data.max_length": "max_seq_length max_seq_len sequence_len seq_length cutoff_len model_max_length block_size",
     "data.too_long": "truncation",
+    "data.packing": "sample_packing neat_packing packed use_packing pack_sequences",
     "train.epochs": "num_train_epochs num_epochs n_epochs max_epochs total_epochs",
     "train.max_steps": "max_train_steps num_train_steps total_steps num_steps max_iters",
     "train.batch_size": "per_device_train_batch_size per_gpu_train_batch_size train_batch_size micro_batch_size "

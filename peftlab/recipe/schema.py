@@ -141,6 +141,11 @@ class DataSection(Section):
     bins: BinsSection | None = Field(None, description="cuts a numeric label column into classes")
     max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: what the model allows")
     too_long: Literal["error", "truncate", "drop"] = Field("error", description="what to do with longer rows")
+    packing: bool = Field(
+        False,
+        description="causal_lm: several rows in one sequence of up to max_length tokens; attention stays within each row. "
+        "train.batch_size then counts such sequences",
+    )
 
     @field_validator("label_names", mode="before")
     @classmethod
@@ -164,7 +169,9 @@ class DataSection(Section):
 class TrainSection(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the training rows (default 1)")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    batch_size: int | None = Field(None, ge=1, description="rows per batch (default 8)")
+    batch_size: int | None = Field(
+        None, ge=1, description="rows per batch, with data.packing packed sequences (default 8)"
+    )
     batch_tokens: int | None = Field(None, ge=1, description="tokens per batch, instead of batch_size")
     accumulate: int = Field(1, ge=1, description="batches per optimizer step")
     grouping: Literal["none", "step", "epoch"] = Field(
@@ -254,8 +261,10 @@ class Recipe(Section):
             self.data._reject_unless_default(["bins"], "for task: causal_lm")
         else:
             self.eval._reject_unless_default(["choices", "prompts", "max_new_tokens"], f"for task: {self.task}")
-            self.data._reject_unless_default(["template"], f"for task: {self.task}")
+            self.data._reject_unless_default(["template", "packing"], f"for task: {self.task}")
             self.model._reject_unless_default(["chat_template"], f"for task: {self.task}")
+        if self.data.packing:
+            self.train._reject_unless_default(["grouping"], "with data.packing")
         if self.run.merge == "dequantized" and self.model.quantize == "none":
             raise ValueError("run.merge: dequantized needs a quantized model; write run.merge: original")
         return self

@@ -57,11 +57,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of a micro-batch. ``attention_mask`` is None when no row is padded (attention then runs unmasked).
+    """Tensors of a micro-batch, padded or packed.
+
+    ``attention_mask`` is None when no row is padded (attention then runs unmasked). Packed documents are one row, B = 1;
+    transformers keeps them apart by their position ids, if there is neither a mask nor a cache.
 
     Attributes:
         input_ids: [B, T] int64, padded on the right. attention_mask: [B, T] int64 or None.
         trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float32 class weights.
+        position_ids: [1, T] int64, from 0 for each packed document; None: not packed.
     """
 
     input_ids: Tensor
@@ -69,12 +73,15 @@ class Batch:
     trained: Tensor | None
     labels: Tensor | None
     weights: Tensor
+    position_ids: Tensor | None = None
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
         inputs = {"input_ids": self.input_ids}
         if self.attention_mask is not None:
             inputs["attention_mask"] = self.attention_mask
+        if self.position_ids is not None:
+            inputs["position_ids"] = self.position_ids
         return inputs
 
 
@@ -100,6 +107,27 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
         trained=tensor(trained) if examples[0].trained is not None else None,
         labels=tensor(np.array(labels, dtype=np.int64)) if all(label is not None for label in labels) else None,
         weights=tensor(np.array([e.weight for e in examples], dtype=np.float32)),
+    )
+
+
+def collate_packed(examples: Sequence[Example], *, device: Any) -> Batch:
+    """``examples`` one after the other as one row: a language model's documents, whose first token is never trained,
+    so that none predicts the start of the next."""
+    trained = []
+    for example in examples:
+        assert example.trained is not None and not example.trained[0]
+        trained.append(example.trained)
+
+    def row(parts: list[np.ndarray]) -> Tensor:
+        return torch.as_tensor(np.concatenate(parts)[None]).to(device)
+
+    return Batch(
+        input_ids=row([e.ids.astype(np.int64) for e in examples]),
+        attention_mask=None,
+        trained=row(trained),
+        labels=None,
+        weights=torch.tensor([e.weight for e in examples], dtype=torch.float32).to(device),
+        position_ids=row([np.arange(len(e), dtype=np.int64) for e in examples]),
     )
 
 

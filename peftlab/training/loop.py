@@ -23,7 +23,7 @@ from peftlab.adapters import save_adapter
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
-from peftlab.tasks import Encoded, Task
+from peftlab.tasks import Batch, Encoded, Task, collate_packed
 from peftlab.training.checkpoint import RngState, load_checkpoint, save_checkpoint
 from peftlab.training.memory import memory_bytes, peak_memory_bytes
 from peftlab.training.metrics_log import MetricsLog
@@ -209,11 +209,11 @@ class TrainingLoop:
             self._rng.restore()
             self._interrupt()
         except torch.cuda.OutOfMemoryError as error:
-            longest = max(len(part) * max(map(len, part)) for part in rows)
+            longest = max(self._num_tokens(part) for part in rows)
             raise ResourceError(
                 f"out of GPU memory in step {self._step + 1} with micro-batches of up to {longest:,} tokens; lower "
-                "train.batch_size or train.batch_tokens and raise train.accumulate, set train.gradient_checkpointing=true "
-                "or model.quantize=nf4"
+                f"{'data.max_length' if self._plan.packed else 'train.batch_size or train.batch_tokens'} and raise "
+                "train.accumulate, set train.gradient_checkpointing=true or model.quantize=nf4"
             ) from error
         lr = self._set_learning_rate()
         grad_norm = self._clip_and_check(rows[bad] if bad is not None else [e for part in rows for e in part], loss)
@@ -235,7 +235,7 @@ class TrainingLoop:
         for number, part in enumerate(mine, start=1):
             if self._stop:
                 raise _StopRequested
-            batch = self._task.collate(part, accelerator.device)
+            batch = self._collate(part)
             last = number == len(mine)
             with contextlib.nullcontext() if last else accelerator.no_sync(self._module):
                 loss_sum = self._module(batch)
@@ -250,6 +250,14 @@ class TrainingLoop:
             return loss, None
         finite = torch.isfinite(losses).tolist()
         return loss, accelerator.process_index + world * finite.index(False) if not all(finite) else None
+
+    def _collate(self, part: list[Any]) -> Batch:
+        device = self._accelerator.device
+        return collate_packed(part, device=device) if self._plan.packed else self._task.collate(part, device)
+
+    def _num_tokens(self, part: list[Any]) -> int:
+        """Tokens of a micro-batch, with its padding."""
+        return sum(map(len, part)) if self._plan.packed else len(part) * max(map(len, part))
 
     def _clip_and_check(self, suspects: list[Any], loss: float) -> float:
         """Gradient norm before clipping. Raises: VerificationError before anything is changed by a non-finite value."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftlab import ops
 from peftlab.adapters.fused import fusion_report, set_kernels
 from peftlab.errors import VerificationError
-from peftlab.tasks import Example, Task
+from peftlab.tasks import Example, Task, collate_packed
 from peftlab.training.checkpoint import RngState
 
 # The sample of the first micro-batch: enough rows to mean something, few enough to take a moment.
@@ -87,13 +87,15 @@ def check_parity(
     device: Any,
     where: Callable[[int], str],
     autocast: Any = contextlib.nullcontext,
+    packed: bool = False,
 ) -> ParityReport:
     """Compares the two paths; the model, its gradients and all random state are as before afterwards.
 
     Args:
         micro_batch: the first one; a part of it is taken where it is large. planned: names of the modules to adapt.
         kernels: the mode of run.kernels that will train. where: row index -> place in the data, for messages.
-        autocast: context the loop runs in.
+        autocast: context the loop runs in. packed: the micro-batch is trained as one packed sequence; the reference
+        is padded.
     Raises: VerificationError naming the module, the parameter or the loss that differs.
     """
     started = time.perf_counter()
@@ -105,20 +107,26 @@ def check_parity(
             "what the recipe says. This is a fault of peftlab or PEFT; nothing was trained"
         )
     sample = _sample(micro_batch, _MAX_TOKENS.get(torch.device(device).type, 256))
-    rows = len(micro_batch) * max(map(len, micro_batch))
+    rows = sum(map(len, micro_batch)) if packed else len(micro_batch) * max(map(len, micro_batch))
+
+    def loss_sum() -> Tensor:
+        return task.loss_sum(model, collate_packed(sample, device=device) if packed else task.collate(sample, device))
+
     rng = RngState.capture()
     with _woken(model):
         try:
+            if packed and _draws(loss_sum, autocast):  # one row has the same dropout masks packed and padded
+                sample = sample[:1]
             set_kernels(model, "compared")
             reference = _pass(model, lambda: task.reference_loss_sum(model, sample, device), autocast, sample)
             set_kernels(model, kernels)
             with ops.planned_for(rows):
-                fast = _pass(model, lambda: task.loss_sum(model, task.collate(sample, device)), autocast, sample)
+                fast = _pass(model, loss_sum, autocast, sample)
         finally:
             set_kernels(model, kernels)
             rng.restore()
     fusion = fusion_report(model)
-    tolerance = TOLERANCES[_coarsest_dtype(model, autocast, device)]
+    tolerance = TOLERANCES[coarsest_dtype(model, autocast, device)]
     compared = _compare(reference, fast, tolerance, [where(example.row) for example in sample])
     return ParityReport(
         loss_reference=reference[0],
@@ -206,7 +214,18 @@ def _pass(model: nn.Module, loss_sum: Any, autocast: Any, sample: list[Example])
     }
 
 
-def _coarsest_dtype(model: nn.Module, autocast: Any, device: Any) -> torch.dtype:
+@torch.no_grad()
+def _draws(loss_sum: Callable[[], Tensor], autocast: Any) -> bool:
+    """Whether the loss depends on the seed, as it does with dropout."""
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with autocast():
+            losses.append(float(loss_sum()))
+    return losses[0] != losses[1]
+
+
+def coarsest_dtype(model: nn.Module, autocast: Any, device: Any) -> torch.dtype:
     """The type with the fewest digits that takes part in a forward."""
     kind = torch.device(device).type
     with autocast():

@@ -1,0 +1,52 @@
+"""Which documents share one packed sequence: best-fit decreasing, a pure function of the lengths and their order."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def pack(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[npt.NDArray[np.int64]]:
+    """Indices of the documents of each pack: every document once, longest first, ``capacity`` tokens per pack at most.
+
+    Best-fit decreasing: each document goes into the pack with the least room that still takes it. Among documents of
+    one length the earlier comes first. One longer than ``capacity`` gets a pack of its own.
+
+    Args: lengths: [N] tokens per document, positive.
+    """
+    array = np.asarray(lengths, dtype=np.int64)
+    assert not len(array) or array.min() > 0
+    order = np.argsort(-array, kind="stable")
+    pack_of = np.empty(len(order), dtype=np.int64)
+    packs_with: dict[int, list[int]] = {}  # room -> packs that have exactly that much left
+    rooms: list[int] = []  # the keys of packs_with, ascending
+    num_packs = 0
+    values, counts = np.unique(-array, return_counts=True)
+    start = 0
+    for length, count in zip((-values).tolist(), counts.tolist(), strict=True):
+        end = start + count
+        while start < end:
+            at = bisect_left(rooms, length)
+            if at < len(rooms):
+                room = rooms[at]
+                chosen = packs_with[room].pop()
+                if not packs_with[room]:
+                    del packs_with[room], rooms[at]
+            else:
+                room, chosen = capacity, num_packs
+                num_packs += 1
+            # What is left of the room, if it takes this length again, is then the least that does.
+            taken = min(end - start, max(1, room // length))
+            pack_of[start : start + taken] = chosen
+            start += taken
+            left = room - taken * length
+            if left > 0:
+                if left not in packs_with:
+                    packs_with[left] = []
+                    insort(rooms, left)
+                packs_with[left].append(chosen)
+    by_pack = np.argsort(pack_of, kind="stable")
+    return np.split(order[by_pack], np.flatnonzero(np.diff(pack_of[by_pack])) + 1) if num_packs else []
