@@ -61,7 +61,8 @@ class Batch:
 
     Attributes:
         input_ids: [B, T] int64, padded on the right. attention_mask: [B, T] int64 or None.
-        trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float32 class weights.
+        trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float64 class weights, as the divisor of
+            the step sums them.
     """
 
     input_ids: Tensor
@@ -99,8 +100,12 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
         attention_mask=None if mask.all() else tensor(mask),
         trained=tensor(trained) if examples[0].trained is not None else None,
         labels=tensor(np.array(labels, dtype=np.int64)) if all(label is not None for label in labels) else None,
-        weights=tensor(np.array([e.weight for e in examples], dtype=np.float32)),
+        weights=tensor(np.array([e.weight for e in examples], dtype=np.float64)),
     )
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any) -> dict[str, Tensor]:
@@ -148,7 +153,7 @@ class Task(Protocol):
         """Padded tensors of ``examples`` on ``device``."""
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sum of the weighted losses of ``batch``, float32 scalar, not divided by anything."""
+        """Sum of the weighted losses of ``batch``, float32 scalar (float64 stays), not divided by anything."""
 
     def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
         """The same sum the long way, for the parity gate: from the examples to the model's own logits, sharing neither
@@ -158,7 +163,7 @@ class Task(Protocol):
         """Loss and predictions of ``batch`` without keeping logits."""
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[N, C] float32 logits of the scored positions (merge verification compares them)."""
+        """[N, C] float32 logits (float64 stays) of the scored positions (merge verification compares them)."""
 
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row that a plain text given to ``predict`` stands for."""
