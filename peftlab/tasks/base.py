@@ -64,7 +64,8 @@ class Batch:
 
     Attributes:
         input_ids: [B, T] int64, padded on the right. attention_mask: [B, T] int64 or None.
-        trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float32 class weights.
+        trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float64 class weights, as the divisor of
+            the step sums them.
         position_ids: [1, T] int64, from 0 for each packed document; None: not packed.
     """
 
@@ -106,7 +107,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
         attention_mask=None if mask.all() else tensor(mask),
         trained=tensor(trained) if examples[0].trained is not None else None,
         labels=tensor(np.array(labels, dtype=np.int64)) if all(label is not None for label in labels) else None,
-        weights=tensor(np.array([e.weight for e in examples], dtype=np.float32)),
+        weights=tensor(np.array([e.weight for e in examples], dtype=np.float64)),
     )
 
 
@@ -126,9 +127,13 @@ def collate_packed(examples: Sequence[Example], *, device: Any) -> Batch:
         attention_mask=None,
         trained=row(trained),
         labels=None,
-        weights=torch.tensor([e.weight for e in examples], dtype=torch.float32).to(device),
+        weights=torch.tensor([e.weight for e in examples], dtype=torch.float64).to(device),
         position_ids=row([np.arange(len(e), dtype=np.int64) for e in examples]),
     )
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any) -> dict[str, Tensor]:
@@ -176,7 +181,7 @@ class Task(Protocol):
         """Padded tensors of ``examples`` on ``device``."""
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sum of the weighted losses of ``batch``, float32 scalar, not divided by anything."""
+        """Sum of the weighted losses of ``batch``, float32 scalar (float64 stays), not divided by anything."""
 
     def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
         """The same sum the long way, for the parity gate: from the examples to the model's own logits, sharing neither
@@ -186,7 +191,7 @@ class Task(Protocol):
         """Loss and predictions of ``batch`` without keeping logits."""
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[N, C] float32 logits of the scored positions (merge verification compares them)."""
+        """[N, C] float32 logits (float64 stays) of the scored positions (merge verification compares them)."""
 
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row that a plain text given to ``predict`` stands for."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.errors import RecipeError
+from peftlab.tasks.base import at_least_float32
 
 
 class LMHead:
@@ -36,15 +37,15 @@ class LMHead:
         return _decoder(base)(**inputs, use_cache=False)[0]
 
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """[N, V] float32 logits of ``hidden`` [N, H]."""
+        """[N, V] float32 logits (float64 stays) of ``hidden`` [N, H]."""
         base = _base(model)
         head = base.get_output_embeddings()
         softcap, scale = _logit_transform(base.config)
-        logits = head(hidden.to(_head_dtype(head, hidden))).float() * scale
+        logits = at_least_float32(head(hidden.to(_head_dtype(head, hidden)))) * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def cross_entropy_sum(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[] float32 nats over the tokens of ``hidden`` [N, H]."""
+        """[] float32 nats (float64 stays) over the tokens of ``hidden`` [N, H]."""
         base = _base(model)
         softcap, scale = _logit_transform(base.config)
         loss = self._head_loss(base.get_output_embeddings(), hidden, targets, softcap=softcap, scale=scale)

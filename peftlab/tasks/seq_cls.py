@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from peftlab.data import Rows, eval_batches, fit_length, read_labels
 from peftlab.errors import DataError, RecipeError
-from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate, padded_inputs
+from peftlab.tasks.base import Batch, Encoded, Example, Scores, at_least_float32, collate, padded_inputs
 
 
 class SequenceClassification:
@@ -106,11 +106,11 @@ class SequenceClassification:
         return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**batch.model_inputs).logits.float()
+        return at_least_float32(model(**batch.model_inputs).logits)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         losses = F.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
-        return (losses * batch.weights).sum()
+        return (losses * batch.weights.to(losses.dtype)).sum()
 
     def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
         logits = model(**padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)).logits.float()

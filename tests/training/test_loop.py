@@ -1,12 +1,10 @@
-"""The training loop: exact normalisation, stops that lose nothing, and runs that go on bit by bit."""
+"""The training loop (its normalisation: test_normalisation.py): stops that lose nothing, and runs that go on bit by bit."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from peftlab.adapters import HeadLoss, save_adapter
 from peftlab.data import BatchPlan, Rows
@@ -113,99 +110,6 @@ class Bench:
 @pytest.fixture
 def bench(tiny: Any, tokenizer_of: Any, accelerator: Any, tmp_path: Path) -> Callable[..., Bench]:
     return lambda **options: Bench(tiny, tokenizer_of("tiny:llama"), accelerator, tmp_path, **options)
-
-
-def gradients_of_steps(bench: Bench, **plan: Any) -> tuple[list[dict[str, Any]], list[float]]:
-    """Gradients as the optimizer sees them, and the reported losses, with weights that never move."""
-    recorder, found = Recorder(), []
-    loop = bench.loop(LoopSettings(max_grad_norm=0.0, schedule="constant", warmup=0, lr=0.0), progress=recorder, **plan)
-    names = {p: n for n, p in bench.model.named_parameters() if p.requires_grad}
-
-    def take(optimizer: Any, args: Any, kwargs: Any) -> None:
-        found.append({names[p]: p.grad.clone() for group in optimizer.param_groups for p in group["params"]})
-
-    loop._inner_optimizer().register_step_pre_hook(take)
-    loop.run()
-    return found, [s["loss"] for s in recorder.steps]
-
-
-def assert_close(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None:
-    assert got.keys() == want.keys() and got
-    for name, gradient in want.items():
-        size = float(gradient.abs().max())
-        assert size > 0, name
-        assert float((got[name] - gradient).abs().max()) <= tolerance * size, name
-
-
-def textbook(bench: Bench, indices: list[int]) -> tuple[dict[str, Any], float]:
-    """Gradient of the mean over the trained tokens of ``indices``, one unpadded row at a time, all logits, float64."""
-    model = bench.model
-    model.zero_grad()
-    total, count = 0.0, 0
-    for i in indices:
-        example = bench.train.examples[i]
-        ids = torch.tensor(example.ids, dtype=torch.int64)[None]
-        labels = ids.masked_fill(~torch.tensor(example.trained)[None], -100)
-        logits = model(input_ids=ids).logits
-        total = total + F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
-        count += int(example.trained.sum())
-    (total / count).backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, float((total / count).detach())
-
-
-# One step over all 12 rows, however it is split.
-SPLITS = [
-    {"batch_size": 12, "grouping": "step"},
-    {"batch_size": 12, "grouping": "step", "split_cost": 0},
-    {"batch_size": 6, "accumulate": 2, "grouping": "none"},
-    {"batch_size": 5, "accumulate": 3, "grouping": "none"},
-    {"batch_size": 4, "accumulate": 3, "grouping": "step"},
-    {"batch_size": 1, "accumulate": 12, "grouping": "none"},
-    {"batch_tokens": 100, "accumulate": 30, "grouping": "none"},
-    {"batch_tokens": 200, "accumulate": 15, "grouping": "step"},
-    {"batch_tokens": 10_000, "grouping": "epoch"},
-]
-
-
-def test_any_split_of_a_step_gives_the_same_gradient(bench: Callable[..., Bench]) -> None:
-    b = bench(dtype="float64")
-    (want,), (want_loss,) = gradients_of_steps(b, batch_size=12, grouping="none")
-    truth, true_loss = textbook(b, list(range(12)))
-    assert want_loss == pytest.approx(true_loss, rel=1e-6)
-    assert_close(want, truth, 1e-6)
-    for split in SPLITS:
-        (got,), (loss,) = gradients_of_steps(b, **split)
-        assert loss == pytest.approx(want_loss, rel=1e-6), split
-        assert_close(got, want, 1e-9)
-
-
-def test_the_last_partial_step_is_normalised_by_its_own_tokens(bench: Callable[..., Bench]) -> None:
-    b = bench(dtype="float64", count=14)
-    for grouping in ("none", "step"):
-        steps, losses = gradients_of_steps(b, batch_size=2, accumulate=2, grouping=grouping)
-        plan = BatchPlan(b.train.lengths, batch_size=2, accumulate=2, grouping=grouping, epochs=1)
-        assert len(steps) == 4
-        for i in (0, 3):
-            rows = [int(r) for part in plan.step(i).micro_batches for r in part]
-            assert len(rows) == (4, 2)[i == 3]
-            truth, loss = textbook(b, rows)
-            assert losses[i] == pytest.approx(loss, rel=1e-6)
-            assert_close(steps[i], truth, 1e-6)
-
-
-def test_a_mean_per_micro_batch_is_caught(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bug of many trainers: every micro-batch counts the same, whatever it holds."""
-    b = bench(dtype="float64")
-    (want,), _ = gradients_of_steps(b, batch_size=12, grouping="none")
-    total, right = sum(int(e.trained.sum()) for e in b.train.examples), CausalLM.loss_sum
-
-    def mean(self: Any, model: Any, batch: Any) -> Any:
-        return right(self, model, batch) / batch.trained.sum() * (total / 3)
-
-    monkeypatch.setattr(CausalLM, "loss_sum", mean)
-    (got,), _ = gradients_of_steps(b, batch_size=4, accumulate=3, grouping="none")
-    with pytest.raises(AssertionError, match="lora"):
-        assert_close(got, want, 1e-3)
 
 
 def test_learning_rate_and_log(bench: Callable[..., Bench]) -> None:
@@ -421,69 +325,3 @@ def test_patience_survives_a_resume(bench: Callable[..., Bench]) -> None:
     loop.resume(list_checkpoints(b.folder / "checkpoints")[-1])
     result = loop.run()
     assert (result.steps, result.best_step) == (4, 1)
-
-
-RANKS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from accelerate import Accelerator
-from conftest import _tiny
-from test_loop import Bench
-from peftlab.models import find_pretrained, load_tokenizer
-from peftlab.training.loop import LoopSettings
-
-model = _tiny("tiny:llama", dtype="float64")
-accelerator = Accelerator(cpu=True)
-folder = Path({folder!r}) / f"world-{{accelerator.num_processes}}-rank-{{accelerator.process_index}}"
-folder.mkdir(parents=True)
-tokenizer = load_tokenizer(find_pretrained("tiny:llama"))
-bench = Bench(lambda name: model, tokenizer, accelerator, folder, count=11)
-loop = bench.loop(LoopSettings(lr=1e-2, warmup=1), batch_size=3, accumulate=2, max_steps=5, grouping="none")
-loop.run()
-bench.adapter_bytes()
-(folder / "loss").write_text(repr(loop.result.last_loss))
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_train_the_same_adapter(tmp_path: Path) -> None:
-    """Three micro-batches, two, then (the last step of an epoch has 5 rows) 2: ranks have unequal and no work."""
-    import socket
-
-    from safetensors.torch import load_file
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
-    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernels")])
-    running = []
-    for world in (1, 2):
-        for rank in range(world):
-            env = {**os.environ, "PYTHONPATH": here}
-            if world > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-                env |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        outputs = [process.communicate(timeout=90)[0].decode() for process in running]
-        assert [process.returncode for process in running] == [0, 0, 0], "\n".join(outputs)
-    finally:
-        for process in running:
-            process.kill()
-    one, *two = (
-        load_file(str(tmp_path / name / "out/adapter_model.safetensors"))
-        for name in ("world-1-rank-0", "world-2-rank-0", "world-2-rank-1")
-    )
-    start = {k: v.abs().max() for k, v in one.items()}
-    for other in two:
-        for name, value in one.items():
-            assert float((other[name] - value).abs().max()) <= 1e-6 * float(start[name]), name
-    losses = {float(p.read_text()) for p in tmp_path.glob("world-*/loss")}
-    assert max(losses) == pytest.approx(min(losses), rel=1e-6)

@@ -1,0 +1,495 @@
+"""Contract C3: the loss of a step is its sum over trained tokens divided once by their number, however the step is cut.
+
+The reference knows no batches: each row alone and unpadded, PEFT's own layers, all logits, float64. A step is the sum over
+its rows divided by what they weigh together; the weights do not move, so every row is computed once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.adapters import HeadLoss
+from peftlab.adapters.fused import fusion_report, set_kernels
+from peftlab.data import BatchPlan, Rows
+from peftlab.data.chat import Formatter
+from peftlab.tasks import CausalLM, SequenceClassification
+from peftlab.training.loop import LoopSettings, TrainingLoop
+from peftlab.training.metrics_log import MetricsLog, read_metrics
+from peftlab.training.progress import SilentProgress
+
+# The head too, so that PEFT's own path takes its logits.
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+LM_MODEL = {"dtype": "float64", "rank": 2, "targets": TARGETS}
+CLASS_WEIGHTS = {"mid": 1.0, "neg": 0.3, "pos": 7.1}
+NAMES = list(CLASS_WEIGHTS)
+
+Gradient = dict[str, Tensor]
+# What the optimizer got in each step, and what the metrics say of it.
+Steps = list[tuple[Gradient, dict[str, Any]]]
+
+
+class Seen(SilentProgress):
+    """What the loop reports on a rank that writes no metrics."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def step(self, step: int, values: Any) -> None:
+        self.seen.append(dict(values))
+
+
+class Lab:
+    """One model, and the real loop over rows made to measure; ``row_sum`` is the reference."""
+
+    task: Any
+    kernels = "auto"
+
+    def __init__(self, model: Any, accelerator: Any, folder: Path) -> None:
+        self.model, self._accelerator, self._folder = model, accelerator, folder
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._start = {n: p.detach().clone() for n, p in self.trained.items()}
+        self._known: dict[Any, tuple[Gradient, float]] = {}
+        self._runs = 0
+
+    def rows(self, shapes: Any) -> Rows:
+        raise NotImplementedError
+
+    def share(self, shape: Any) -> float:
+        """What a row adds to the divisor of its step."""
+        raise NotImplementedError
+
+    def row_sum(self, shape: Any, ids: Tensor) -> Tensor:
+        """Summed loss of one row, ids [1, T]."""
+        raise NotImplementedError
+
+    def steps(self, shapes: Any, plan: dict[str, Any], lr: float = 0.0) -> Steps:
+        """Trains, then puts the weights back."""
+        rows, gradients, progress = self.rows(shapes), [], Seen()
+        self._runs += 1
+        path = self._folder / f"{self._runs}.jsonl"
+        train = self.task.encode(rows, max_length=512, too_long="error", training=True)
+        loop = TrainingLoop(
+            model=self.model,
+            task=self.task,
+            train=train,
+            plan=BatchPlan(train.lengths, **plan),
+            settings=LoopSettings(lr=lr, max_grad_norm=0.0, schedule="constant", warmup=0),
+            accelerator=self._accelerator,
+            folder=self._folder,
+            log=MetricsLog(path),
+            progress=progress,
+            where=rows.where,
+        )
+
+        def take(optimizer: Any, args: Any, kwargs: Any) -> None:
+            gradients.append({n: p.grad.clone() for n, p in self.trained.items()})
+
+        loop._inner_optimizer().register_step_pre_hook(take)
+        loop.run()
+        self.fusion = fusion_report(self.model)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(self._start[name])
+        records = read_metrics(path) if self._accelerator.is_main_process else progress.seen
+        return list(zip(gradients, records, strict=True))
+
+    def check(self, shapes: Any, plan: dict[str, Any]) -> None:
+        self.assert_right(shapes, plan, self.steps(shapes, plan))
+
+    def assert_right(self, shapes: Any, plan: dict[str, Any], got: Steps) -> None:
+        examples = self.task.encode(self.rows(shapes), max_length=512, too_long="error", training=True).examples
+        order = BatchPlan([len(e) for e in examples], **plan)
+        want = []
+        for step in map(order.step, range(order.total_steps)):
+            chosen = [int(i) for part in step.micro_batches for i in part]
+            sums = [self._row(shapes[i], examples[i].ids) for i in chosen]
+            weight = sum(self.share(shapes[i]) for i in chosen)
+            gradient = {n: sum(s[0][n] for s in sums) / weight for n in self.trained}
+            want.append((gradient, {"loss": sum(s[1] for s in sums) / weight}))
+        assert_same(got, want)
+
+    def _row(self, shape: Any, ids: np.ndarray) -> tuple[Gradient, float]:
+        key = (shape, ids.tobytes())
+        if key not in self._known:
+            set_kernels(self.model, "reference")
+            loss = self.row_sum(shape, torch.tensor(ids, dtype=torch.int64)[None])
+            found = torch.autograd.grad(loss, list(self.trained.values()))
+            set_kernels(self.model, self.kernels)
+            self._known[key] = dict(zip(self.trained, found, strict=True)), float(loss.detach())
+        return self._known[key]
+
+
+def assert_same(got: Steps, want: Steps, tolerance: float = 1e-9) -> None:
+    assert len(got) == len(want)
+    for number, ((gradient, record), (right, reported)) in enumerate(zip(got, want, strict=True)):
+        assert record["loss"] == pytest.approx(reported["loss"], rel=tolerance), f"loss of step {number}"
+        assert gradient.keys() == right.keys()
+        largest = max(float(g.abs().max()) for g in right.values())
+        assert largest > 0
+        for name, value in right.items():
+            # Where a sum cancels to nothing (attention to a single token), rounding is all there is.
+            allowed = tolerance * (float(value.abs().max()) + 1e-5 * largest)
+            assert float((gradient[name] - value).abs().max()) <= allowed, f"{name} of step {number}"
+
+
+class LanguageLab(Lab):
+    """Shapes are (tokens before the answer, trained tokens)."""
+
+    def __init__(self, model: Any, tokenizer: Any, accelerator: Any, folder: Path, kernels: str = "auto") -> None:
+        exact_norms(model)
+        super().__init__(model, accelerator, folder)
+        formatter = Formatter(tokenizer, columns={}, template=None, available=["prompt", "completion"])
+        self.task, self.kernels = CausalLM(tokenizer, formatter, head_loss=HeadLoss(kernels)), kernels
+        set_kernels(model, kernels)
+
+    def rows(self, shapes: Any) -> Rows:
+        # One byte is one token; the end of the text is a trained one.
+        texts = [
+            {"prompt": letters(before, i), "completion": letters(trained - 1, before + i) + "<|im_end|>"}
+            for i, (before, trained) in enumerate(shapes)
+        ]
+        return Rows.from_dicts(texts, name="a.csv")
+
+    def share(self, shape: Any) -> float:
+        return float(shape[1])
+
+    def row_sum(self, shape: Any, ids: Tensor) -> Tensor:
+        assert ids.shape[1] == sum(shape)
+        labels = ids[0].clone()
+        labels[: shape[0]] = -100
+        return F.cross_entropy(self.model(input_ids=ids).logits[0, :-1], labels[1:], reduction="sum")
+
+
+class ClassLab(Lab):
+    """Shapes are (tokens, class)."""
+
+    def __init__(self, tiny: Any, tokenizer: Any, accelerator: Any, folder: Path) -> None:
+        self.task = SequenceClassification(tokenizer, class_names=NAMES, class_weights=CLASS_WEIGHTS)
+        super().__init__(tiny("tiny:bert", dtype="float64", **self.task.model_kwargs()), accelerator, folder)
+
+    def rows(self, shapes: Any) -> Rows:
+        return Rows.from_dicts([{"text": letters(n, i), "label": name} for i, (n, name) in enumerate(shapes)], name="b")
+
+    def share(self, shape: Any) -> float:
+        return CLASS_WEIGHTS[shape[1]]
+
+    def row_sum(self, shape: Any, ids: Tensor) -> Tensor:
+        weight = torch.tensor([CLASS_WEIGHTS[n] for n in NAMES], dtype=torch.float64)
+        label = torch.tensor([NAMES.index(shape[1])])
+        return F.cross_entropy(self.model(input_ids=ids).logits, label, weight=weight, reduction="sum")
+
+
+def letters(count: int, seed: int) -> str:
+    return "".join(chr(97 + (seed + i * i) % 26) for i in range(count))
+
+
+def exact_norms(model: Any) -> None:
+    """Llama's norms compute in float32 whatever the model is; in float64 a rounding there is no error of 1e-9."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__ == "LlamaRMSNorm":
+                exact = nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+
+
+def fresh_accelerator() -> Iterator[Any]:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# Hypothesis runs a test many times within one setting-up, so nothing here is per test.
+module_accelerator = pytest.fixture(scope="module", name="module_accelerator")(fresh_accelerator)
+
+
+@pytest.fixture(scope="module")
+def labs(tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path_factory: Any) -> dict[str, Lab]:
+    folder = partial(tmp_path_factory.mktemp, "lab")
+    made = {
+        kernels: LanguageLab(
+            tiny("tiny:llama", **LM_MODEL), tokenizer_of("tiny:llama"), module_accelerator, folder(), kernels
+        )
+        for kernels in ("auto", "reference")
+    }
+    return {**made, "classes": ClassLab(tiny, tokenizer_of("tiny:bert"), module_accelerator, folder())}
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> dict[str, Any]:
+    size = draw(st.sampled_from(["batch_size", "batch_tokens"]))
+    plan: dict[str, Any] = {
+        size: draw(st.integers(1, 5) if size == "batch_size" else st.integers(1, 60)),
+        "accumulate": draw(st.integers(1, 4)),
+        "grouping": draw(st.sampled_from(["none", "step", "epoch"])),
+        "split_cost": draw(st.sampled_from([0, 8, 64])),
+        "epochs": draw(st.sampled_from([1.0, 1.5])),
+        "seed": draw(st.integers(0, 3)),
+    }
+    if plan["grouping"] != "none":
+        plan["most_tokens"] = draw(st.none() | st.integers(1, 60))
+    return plan
+
+
+# One trained token beside many: where a mean of means is far from the mean.
+TRAINED = st.just(1) | st.integers(1, 9)
+TEXTS = st.lists(st.tuples(st.integers(1, 12), TRAINED), min_size=1, max_size=9)
+CLASSIFIED = st.lists(st.tuples(st.integers(1, 16), st.sampled_from(NAMES)), min_size=1, max_size=9)
+UNEVEN = [(3, 1), (9, 9), (1, 4), (6, 1), (2, 7), (12, 2), (5, 1), (4, 8), (7, 3)]
+# Two micro-batches a step; the last of 5 steps is one row.
+PARTIAL = {"batch_size": 1, "accumulate": 2, "grouping": "none"}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"], ids=["fused", "peft"])
+@settings(max_examples=40, deadline=None)
+@given(shapes=TEXTS, plan=plans())
+@example(shapes=UNEVEN, plan=PARTIAL)
+@example(shapes=UNEVEN, plan={"batch_tokens": 1000, "grouping": "step", "split_cost": 0})
+def test_any_cut_gives_the_mean_over_trained_tokens(labs: Any, kernels: str, shapes: Any, plan: Any) -> None:
+    lab = labs[kernels]
+    lab.check(shapes, plan)
+    # The fused loss enters the head without its forward, which last ran for the reference.
+    slow = [name for name in lab.fusion.slow if not name.endswith("lm_head")]
+    assert len(slow) == (0 if kernels == "auto" else 14), str(lab.fusion)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes=CLASSIFIED, plan=plans())
+@example(shapes=[(n, NAMES[n % 3]) for n in range(1, 10)], plan=PARTIAL)
+def test_any_cut_gives_the_mean_weighted_by_class(labs: Any, shapes: Any, plan: Any) -> None:
+    labs["classes"].check(shapes, plan)
+
+
+def divide_by(patch: Any, weight_of: Callable[[Any, Any, float], float]) -> None:
+    """A loop whose steps are divided by something else than what their rows weigh."""
+    right = TrainingLoop._accumulate
+    patch.setattr(
+        TrainingLoop, "_accumulate", lambda self, rows, weight: right(self, rows, weight_of(self, rows, weight))
+    )
+
+
+def mean_of_means(patch: Any) -> None:
+    right = CausalLM.loss_sum
+    patch.setattr(CausalLM, "loss_sum", lambda self, model, batch: right(self, model, batch) / batch.trained.sum())
+    divide_by(patch, lambda loop, rows, weight: len(rows))
+
+
+def all_tokens(patch: Any) -> None:
+    divide_by(patch, lambda loop, rows, weight: sum(len(e) for part in rows for e in part))
+
+
+def size_of_a_full_step(patch: Any) -> None:
+    """As if every window held as many rows as a full one."""
+    full = PARTIAL["batch_size"] * PARTIAL["accumulate"]
+    divide_by(patch, lambda loop, rows, weight: weight * full / sum(map(len, rows)))
+
+
+def forgotten_world(patch: Any) -> None:
+    divide_by(patch, lambda loop, rows, weight: weight * loop._accelerator.num_processes)
+
+
+FAULTS = {f.__name__: f for f in (mean_of_means, all_tokens, size_of_a_full_step, forgotten_world)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "step"), [("mean_of_means", 0), ("all_tokens", 0), ("size_of_a_full_step", 4)], ids=str
+)
+def test_a_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
+    FAULTS[fault](monkeypatch)
+    with pytest.raises(AssertionError, match=f"loss of step {step}"):
+        labs["auto"].check(UNEVEN, PARTIAL)
+
+
+def test_a_wrong_gradient_is_caught_under_a_right_loss(labs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and the gradient are compared each for itself."""
+    right = CausalLM.loss_sum
+
+    def mean(self: Any, model: Any, batch: Any) -> Any:
+        loss = right(self, model, batch)
+        share = loss / batch.trained.sum()
+        return loss.detach() + share - share.detach()
+
+    monkeypatch.setattr(CausalLM, "loss_sum", mean)
+    with pytest.raises(AssertionError, match=r"lora_A.* of step 0"):
+        labs["auto"].check(UNEVEN, PARTIAL)
+
+
+RANK = """
+import sys
+import pytest
+import torch
+from pathlib import Path
+from accelerate import Accelerator
+from conftest import _tiny
+from test_normalisation import FAULTS, LM_MODEL, RANK_CASES, LanguageLab
+from peftlab.models import find_pretrained, load_tokenizer
+
+folder = Path(sys.argv[1])
+model = _tiny("tiny:llama", **LM_MODEL)
+accelerator = Accelerator(cpu=True)
+lab = LanguageLab(model, load_tokenizer(find_pretrained("tiny:llama")), accelerator, folder)
+assert accelerator.num_processes == 2
+found = {}
+for name, (fault, shapes, plan, lr) in RANK_CASES.items():
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            FAULTS[fault](patch)
+        found[name] = lab.steps(shapes, plan, lr)
+torch.save(found, folder / f"{accelerator.process_index}.pt")
+"""
+
+ONE_BY_ONE = {"batch_size": 1, "grouping": "none"}
+# Name -> (fault, rows, plan, learning rate).
+RANK_CASES: dict[str, tuple[str | None, Any, dict[str, Any], float]] = {
+    "more micro-batches than ranks": (None, UNEVEN[:4], {**ONE_BY_ONE, "accumulate": 4}, 0.0),
+    "an odd number, then one": (None, UNEVEN[:4], {**ONE_BY_ONE, "accumulate": 3}, 0.0),
+    "fewer than ranks": (None, UNEVEN[:3], {"batch_size": 3}, 0.0),
+    "cut by cost": (None, UNEVEN, {"batch_size": 8, "split_cost": 0, "epochs": 2}, 0.0),
+    "mean_of_means": ("mean_of_means", UNEVEN, {**ONE_BY_ONE, "accumulate": 4}, 0.0),
+    "forgotten_world": ("forgotten_world", UNEVEN, {**ONE_BY_ONE, "accumulate": 4}, 0.0),
+    "moving weights": (None, UNEVEN, {"batch_size": 2, "accumulate": 2, "epochs": 2}, 1e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: Any) -> list[dict[str, Steps]]:
+    """What two processes over gloo found for ``RANK_CASES``."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "rank.py").write_text(RANK)
+    tests = Path(__file__).parents[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(map(str, [tests.parent, tests.parent / "kernels", tests, Path(__file__).parent])),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    running = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as out:
+            command = [sys.executable, str(folder / "rank.py"), str(folder)]
+            rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            running.append(subprocess.Popen(command, env=rank_env, stdout=out, stderr=subprocess.STDOUT))
+    deadline = time.monotonic() + 120
+    try:
+        # A rank that fails leaves the other one waiting for it.
+        while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        codes = [p.poll() for p in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    if codes != [0, 0]:
+        tails = "\n".join(f"rank {rank}:\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
+        pytest.fail(f"exit codes {codes} (None: still running after 120 s or when the other failed)\n{tails}")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if not case[0] and not case[3]])
+def test_two_ranks_get_the_mean_of_the_whole_step(labs: Any, ranks: Any, name: str) -> None:
+    _, shapes, plan, _ = RANK_CASES[name]
+    for found in ranks:
+        labs["auto"].assert_right(shapes, plan, found[name])
+
+
+def test_two_ranks_train_as_one_process_does(labs: Any, ranks: Any) -> None:
+    _, shapes, plan, lr = RANK_CASES["moving weights"]
+    one = labs["auto"].steps(shapes, plan, lr)
+    assert len(one) == 6
+    for found in ranks:
+        assert_same(found["moving weights"], one)
+
+
+@pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if case[0]])
+def test_a_wrong_divisor_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
+    _, shapes, plan, _ = RANK_CASES[name]
+    with pytest.raises(AssertionError, match="loss of step 0"):
+        labs["auto"].assert_right(shapes, plan, ranks[0][name])
+
+
+@pytest.mark.slow
+def test_equals_transformers_trainer(tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path: Path) -> None:
+    """Its ``num_items_in_batch`` on one process, PEFT's own layers, float32; the last of 3 steps has 3 micro-batches."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model = tiny("tiny:llama", **LM_MODEL | {"dtype": "float32"})
+    lab = LanguageLab(model, tokenizer_of("tiny:llama"), module_accelerator, tmp_path, "reference")
+    shapes = [*UNEVEN, *UNEVEN[:5], *UNEVEN[2:9]]
+    plan = {"batch_size": 2, "accumulate": 4, "grouping": "none"}
+    ours = lab.steps(shapes, plan)
+    examples = lab.task.encode(lab.rows(shapes), max_length=512, too_long="error", training=True).examples
+    order = BatchPlan([len(e) for e in examples], **plan)
+    parts = [part for i in range(order.total_steps) for part in order.step(i).micro_batches]
+    assert [len(parts), len(ours)] == [11, 3]
+
+    def collate(items: list[tuple[int, Any]]) -> dict[str, Tensor]:
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(e.ids, dtype=torch.int64) for _, e in items], batch_first=True)
+        labels = torch.full_like(ids, -100)
+        for label, row, (i, e) in zip(labels, ids, items, strict=True):
+            label[shapes[i][0] : len(e)] = row[shapes[i][0] : len(e)]
+        lengths = torch.tensor([len(e) for _, e in items])[:, None]
+        return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long()}
+
+    losses: list[float] = []
+    theirs: Steps = []
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(float(loss))
+            return loss
+
+    class Take(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            theirs.append(({n: p.grad.clone() for n, p in lab.trained.items()}, {"loss": sum(losses)}))
+            losses.clear()
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        average_tokens_across_devices=True,
+        num_train_epochs=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    rows = [(int(i), examples[i]) for part in parts for i in part]
+    InOrder(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Take()]).train()
+    assert_same(ours, theirs, 1e-6)
