@@ -310,9 +310,7 @@ def test_the_head_knows_how_families_transform_logits(family: str) -> None:
     head = LMHead(HeadLoss())
     hidden = head.hidden_states(model, {"input_ids": ids})
     logits = model(input_ids=ids).logits
-    torch.testing.assert_close(
-        head.logits(model, hidden.flatten(0, 1)), logits.flatten(0, 1).float(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(head.logits(model, hidden.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-5, atol=1e-5)
     want = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
     got = head.cross_entropy_sum(model, hidden.flatten(0, 1), ids.flatten())
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
