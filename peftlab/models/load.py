@@ -235,6 +235,7 @@ def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> An
     import tempfile
 
     import torch
+    from safetensors.torch import save_file
 
     load = {
         k: kwargs.pop(k) for k in ("dtype", "quantization_config", "device_map", "attn_implementation") if k in kwargs
@@ -244,7 +245,10 @@ def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> An
         torch.manual_seed(0)
         model = auto.from_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, is_main_process=True)  # each rank has a folder of its own
+        # save_pretrained writes on the first rank only; each rank has a folder of its own.
+        config.save_pretrained(folder)
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}  # a tied one under both names
+        save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
         model = auto.from_pretrained(folder, **load)
     model.config.name_or_path = model.name_or_path = pretrained.source.path
     return model

@@ -344,8 +344,8 @@ from test_normalisation import FAULTS, LM_MODEL, RANK_CASES, LanguageLab
 from peftlab.models import find_pretrained, load_tokenizer
 
 folder = Path(sys.argv[1])
+accelerator = Accelerator(cpu=True)  # first, as train does: a model has to load on every rank of a process group
 model = _tiny("tiny:llama", **LM_MODEL)
-accelerator = Accelerator(cpu=True)
 lab = LanguageLab(model, load_tokenizer(find_pretrained("tiny:llama")), accelerator, folder)
 assert accelerator.num_processes == 2
 found = {}
