@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,15 +21,10 @@ _PROBE = "peftlab probe"
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text of one row, the ``[start, end)`` character spans that are trained, and which part each span of it plays.
-
-    roles: ``(start, end, role)`` in order; text in between was written by the template. A trained span includes the end
-    of its turn.
-    """
+    """Text of one row and the ``[start, end)`` character spans that are trained; an answer's includes the end of its turn."""
 
     text: str
     spans: list[tuple[int, int]]
-    roles: list[tuple[int, int, str]] = field(default_factory=list)
 
 
 class Formatter:
@@ -102,7 +97,7 @@ class Formatter:
         """Text and trained spans of a training row. Raises: DataError naming ``where``."""
         if self.style == "text":
             text = self._text(row, "text", where)
-            return Rendered(text, [(0, len(text))], [(0, len(text), "text")])
+            return Rendered(text, [(0, len(text))])
         if self.style == "completion":
             prompt = self._text(row, "prompt", where)
             completion = self._text(row, "completion", where)
@@ -184,18 +179,14 @@ class Formatter:
         """The assistant's spans: what the template adds to the text up to the generation prompt of each turn."""
         text = self._apply(messages, where)
         spans: list[tuple[int, int]] = []
-        roles: list[tuple[int, int, str]] = []
         cursor = 0
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 spans.append(self._answer_span(messages, i, text, cursor, where))
-                found: tuple[int, int] | None = spans[-1]
+                cursor = spans[-1][1]
             else:
-                found = _content_span(message["content"], text, cursor)
-            if found is not None:
-                roles.append((*found, str(message["role"])))
-                cursor = found[1]
-        return Rendered(text, spans, roles)
+                cursor = _content_end(message["content"], text, cursor)
+        return Rendered(text, spans)
 
     def _answer_span(
         self, messages: list[dict[str, Any]], i: int, text: str, cursor: int, where: str
@@ -233,16 +224,15 @@ def _words(content: Any) -> str:
     return content.strip() if isinstance(content, str) else ""
 
 
-def _content_span(content: Any, text: str, cursor: int) -> tuple[int, int] | None:
-    """Where a message's own words stand; templates strip them. None where they are empty or rewritten."""
+def _content_end(content: Any, text: str, cursor: int) -> int:
+    """Where a message's own words end (templates strip them); ``cursor`` where they are empty or rewritten."""
     words = _words(content)
-    at = text.find(words, cursor) if words else -1
-    return (at, at + len(words)) if at >= 0 else None
+    at = text.find(words, cursor)
+    return at + len(words) if at >= 0 else cursor
 
 
 def _completed(prompt: str, completion: str) -> Rendered:
-    cut, end = len(prompt), len(prompt) + len(completion)
-    return Rendered(prompt + completion, [(cut, end)], [(0, cut, "prompt"), (cut, end, "completion")])
+    return Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
 
 
 def _fields(template: str) -> list[str]:
