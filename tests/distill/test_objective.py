@@ -518,3 +518,20 @@ def test_the_fused_operation_computes_the_same_step_loss(kind: str, hard_weight:
         results.append((value.detach(), *torch.autograd.grad(value, leaves)))
     for want, found in zip(*results, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-6 if sparse else 1e-10, atol=1e-7 if sparse else 1e-12)
+
+
+@pytest.mark.parametrize("hard_weight", [0.0, 0.4, 1.0])
+def test_an_adapter_on_the_head_reads_its_own_input(hard_weight: float) -> None:
+    """Dropout before the adapter changes what it reads, and not what the head itself does."""
+    g = torch.Generator().manual_seed(0)
+    hidden, dropped, W, A, B, teacher = (
+        torch.randn(*shape, generator=g, dtype=torch.float64)
+        for shape in ((5, 4), (5, 4), (V, 4), (2, 4), (V, 2), (5, V))
+    )
+    targets = torch.randint(V, (5,), generator=g)
+    choice = Objective(hard_weight=hard_weight)
+    head = Head(DenseWeight(W), low_rank=(A, B, 0.5))
+    found = choice.linear_loss_sum(hidden, head, targets, teacher, adapter_hidden=dropped)
+    want = choice.loss_sum(hidden @ W.T + 0.5 * dropped @ A.T @ B.T, targets, teacher)
+    torch.testing.assert_close(found, want)
+    assert not torch.isclose(choice.linear_loss_sum(hidden, head, targets, teacher), want)
