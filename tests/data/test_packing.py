@@ -68,6 +68,8 @@ def dialog_lengths(tokenizer_of: Callable[[str], Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("capacity", [1024, 2048])
 def test_at_most_two_percent_stay_empty_for_film_dialogs(dialog_lengths: np.ndarray, capacity: int) -> None:
+    """From 1,024 tokens on. Best-fit decreasing misses it below, 2.5 % at 512 and 5 % at 256: no row is shorter than 32
+    tokens, so none fits what is left."""
     lengths = dialog_lengths[dialog_lengths <= capacity]
     assert len(lengths) > 10_000
     assert 1 - lengths.sum() / (len(pack(lengths, capacity)) * capacity) <= 0.02

@@ -466,6 +466,13 @@ def test_the_tail_of_a_confident_student_keeps_its_digits(backend: str) -> None:
     assert abs(float(short / mass) - 1) > 0.5, "the case must need it"
 
 
+def assert_caught(
+    budget: Budget, case: Case, op: Callable[[Case], Tensor], formula: Callable[[Case, torch.dtype | None], Tensor]
+) -> None:
+    with pytest.raises(AssertionError, match="error"):
+        check(budget, case, op, formula)
+
+
 FAULTS: dict[str, Callable[[Case, Taught, dict[str, Any]], Any]] = {
     "scale dropped": lambda c, t, o: distilled(replace(c, head=replace(c.head, scale=1.0)), t, **o),
     "softcap dropped": lambda c, t, o: distilled(replace(c, head=replace(c.head, softcap=None)), t, **o),
@@ -499,13 +506,12 @@ def test_deliberate_faults_are_caught(
     def formula(c: Case, d: torch.dtype | None) -> Tensor:
         return kl_formula(c, d, taught, **options)
 
-    with pytest.raises(AssertionError, match="error"):
-        check(
-            assert_within_budget,
-            case,
-            lambda c: FAULTS[fault](c, taught, {**options, "backend": backend}).total,
-            formula,
-        )
+    assert_caught(
+        assert_within_budget,
+        case,
+        lambda c: FAULTS[fault](c, taught, {**options, "backend": backend}).total,
+        formula,
+    )
 
 
 CE_FAULTS: dict[str, Callable[[Case], Case]] = {
@@ -522,8 +528,7 @@ def test_deliberate_faults_of_the_cross_entropy_are_caught(
     assert_within_budget: Budget, fault: str, backend: str, dtype: torch.dtype
 ) -> None:
     case = make_case("dense+softcap+padded", dtype)
-    with pytest.raises(AssertionError, match="error"):
-        check(assert_within_budget, case, lambda c: ce(CE_FAULTS[fault](c), backend=backend).total, ce_formula)
+    assert_caught(assert_within_budget, case, lambda c: ce(CE_FAULTS[fault](c), backend=backend).total, ce_formula)
 
 
 @EACH_DIVERGENCE
@@ -535,13 +540,12 @@ def test_a_shifted_teacher_is_caught_in_every_divergence(
     taught = make_teacher(case, "dense")
     shifted = replace(taught, teacher=DenseTeacher(taught.teacher.logits.roll(1, 0)))
     options: dict[str, Any] = {"divergence": divergence, "share": 0.3}
-    with pytest.raises(AssertionError, match="error"):
-        check(
-            assert_within_budget,
-            case,
-            lambda c: distilled(c, shifted, backend=backend, **options).total,
-            lambda c, d: kl_formula(c, d, taught, **options),
-        )
+    assert_caught(
+        assert_within_budget,
+        case,
+        lambda c: distilled(c, shifted, backend=backend, **options).total,
+        lambda c, d: kl_formula(c, d, taught, **options),
+    )
 
 
 SPARSE_FAULTS: dict[str, Callable[[SparseTeacher], SparseTeacher]] = {
@@ -560,13 +564,12 @@ def test_deliberate_faults_of_stored_classes_are_caught(
     case = make_case("dense+softcap", dtype)
     taught = make_teacher(case, "sparse")
     wrong = replace(taught, teacher=SPARSE_FAULTS[fault](taught.teacher))
-    with pytest.raises(AssertionError, match="error"):
-        check(
-            assert_within_budget,
-            case,
-            lambda c: distilled(c, wrong, backend=backend).total,
-            lambda c, d: kl_formula(c, d, taught),
-        )
+    assert_caught(
+        assert_within_budget,
+        case,
+        lambda c: distilled(c, wrong, backend=backend).total,
+        lambda c, d: kl_formula(c, d, taught),
+    )
 
 
 def _gradient_without_slope(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,8 +599,7 @@ def test_deliberate_faults_inside_are_caught(
     case = make_case("dense+lora+softcap", torch.float32)
     check(assert_within_budget, case, lambda c: ce(c, chunk=5).total, ce_formula)
     fault(monkeypatch)
-    with pytest.raises(AssertionError, match="error"):
-        check(assert_within_budget, case, lambda c: ce(c, chunk=5).total, ce_formula)
+    assert_caught(assert_within_budget, case, lambda c: ce(c, chunk=5).total, ce_formula)
 
 
 def test_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
