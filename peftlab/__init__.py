@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Name -> module it comes from: importing peftlab does no work, torch is loaded by what needs it.
 _EXPORTS = {
     "Chat": "peftlab.api.inference",
+    "check": "peftlab.api.check",
     "PeftlabError": "peftlab.errors",
     "Run": "peftlab.api.run",
     "doctor": "peftlab.api.doctor",
@@ -24,6 +25,7 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from peftlab.api.check import check as check
     from peftlab.api.doctor import doctor as doctor
     from peftlab.api.inference import Chat as Chat
     from peftlab.api.inference import evaluate as evaluate

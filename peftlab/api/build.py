@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from peftlab.adapters import HeadLoss
-from peftlab.data import Rows, class_names, load_rows, read_labels, split_rows
+from peftlab.data import Rows, class_names, load_rows, read_labels, require, split_rows
 from peftlab.data.chat import Formatter
 from peftlab.errors import DataError, PeftlabError, RecipeError, ResourceError
 from peftlab.models import (
@@ -254,7 +254,10 @@ def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
 
 
 def encode(recipe: Recipe, task: Task, rows: Rows, *, limit: int, training: bool) -> Encoded:
-    return task.encode(rows, max_length=limit, too_long=recipe.data.too_long, training=training)
+    """The examples of ``rows``. Raises: DataError with all that the ledger refuses."""
+    encoded = task.encode(rows, max_length=limit, too_long=recipe.data.too_long, training=training)
+    require(encoded.ledger, allow=recipe.data.allow, structure=training)
+    return encoded
 
 
 def fingerprints_of(pretrained: Pretrained, tokenizer: Any, data: DataParts) -> dict[str, str]:

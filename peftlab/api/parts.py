@@ -9,11 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from peftlab import ops
 from peftlab.adapters import add_lora, check_targets, head_reason, planned_modules, report
 from peftlab.adapters.fused import fusion_report
 from peftlab.api import build
-from peftlab.data import BatchPlan
+from peftlab.api.findings import findings, previews, shared_rows
+from peftlab.api.ledger_text import PreviewText, finding_line, opening_lines, shared_line
+from peftlab.data import BatchPlan, Ledger
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
@@ -26,6 +31,8 @@ from peftlab.training.progress import Progress
 _SPLIT_COST = {"cpu": {"none": 64, "nf4": 128, "int8": 128}, "cuda": {"none": 2048, "nf4": 2048, "int8": 2048}}
 # Twice as many rows at once are no faster on 2 cores, and take 200 MB more for MiniLM (bench/README.md).
 _MOST_TOKENS = {"cpu": 1024, "cuda": None}
+# Rows that run.json names for each reason to leave rows out; `check --json` names all.
+_MOST_PLACES = 20
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -130,9 +137,8 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
     limit = build.limit_of(recipe, pretrained, tokenizer)
     encoded = build.encode(recipe, task, data.train, limit=limit, training=True)
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
-    _tell("train", encoded, progress)
-    _tell("held out", held_out, progress)
-    plan = make_plan(recipe, encoded, device, packing=limit if recipe.data.packing else None)
+    ledger = _tell_ledger(recipe, task, encoded.ledger, held_out.ledger, progress)
+    plan = make_plan(recipe, encoded.lengths, device, packing=limit if recipe.data.packing else None)
     progress.stage(f"loading {recipe.model.name} ({_storage(recipe)}) on {device}")
     model = build.model_of(recipe, pretrained, task, device)
     a = recipe.adapter
@@ -160,8 +166,12 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
         progress.note(f"output head: the loss takes full logits: {full_logits}")
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    summary = {"adapter": asdict(adapted), "train_rows": len(encoded.examples), "eval_rows": len(held_out.examples)}
-    summary["full_logits"] = full_logits
+    summary: dict[str, Any] = {
+        "adapter": asdict(adapted),
+        "train_rows": len(encoded.examples),
+        "eval_rows": len(held_out.examples),
+    }
+    summary |= {"full_logits": full_logits, "ledger": ledger}
     return Parts(
         loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
         fingerprints, planned, summary,
@@ -176,11 +186,11 @@ def _full_logits_reason(recipe: Recipe, model: Any) -> str | None:
     return "run.kernels=reference" if recipe.run.kernels == "reference" else head_reason(head)
 
 
-def make_plan(recipe: Recipe, encoded: Encoded, device: str, *, packing: int | None = None) -> BatchPlan:
-    """The batch plan of a recipe for its encoded training rows, in packs of up to ``packing`` tokens or padded."""
+def make_plan(recipe: Recipe, lengths: npt.NDArray[np.int64], device: str, *, packing: int | None = None) -> BatchPlan:
+    """The batch plan of a recipe for training rows of [N] ``lengths``, in packs of up to ``packing`` tokens or padded."""
     t = recipe.train
     return BatchPlan(
-        encoded.lengths,
+        lengths,
         batch_size=None if t.batch_tokens else (t.batch_size or 8),
         batch_tokens=t.batch_tokens,
         accumulate=t.accumulate,
@@ -201,17 +211,28 @@ def padded_instead(parts: Parts) -> BatchPlan:
         t = t.model_copy(
             update={"batch_size": None, "batch_tokens": parts.limit, "accumulate": (t.batch_size or 8) * t.accumulate}
         )
-    return make_plan(parts.recipe.model_copy(update={"train": t}), parts.train, parts.device)
+    return make_plan(parts.recipe.model_copy(update={"train": t}), parts.train.lengths, parts.device)
 
 
 def _storage(recipe: Recipe) -> str:
     return recipe.model.quantize if recipe.model.quantize != "none" else "unquantized"
 
 
-def _tell(which: str, encoded: Encoded, progress: Progress) -> None:
-    progress.note(
-        f"{which}: {len(encoded.examples):,} rows, {encoded.num_tokens:,} tokens; " + "; ".join(encoded.notes)
-    )
+def _tell_ledger(recipe: Recipe, task: Task, train: Ledger, held_out: Ledger, progress: Progress) -> dict[str, Any]:
+    """Says what is trained, with one row as an example; the account for the run's summary."""
+    reports = {"train": train.report(most_places=_MOST_PLACES), "held_out": held_out.report(most_places=_MOST_PLACES)}
+    for line in [*opening_lines("train", reports["train"]), *opening_lines("held out", reports["held_out"])]:
+        progress.note(line)
+    shared = shared_rows(train, held_out)
+    if shared:
+        progress.warn(f"{shared_line(shared)}: the metrics count what was trained on")
+    found = findings(train, held_out, allow=recipe.data.allow)
+    for finding in found:
+        progress.warn(finding_line(finding))
+    for row in previews(task, train, 1):
+        progress.show(PreviewText(asdict(row), longest=160))
+    kinds = {"kinds": [f["kind"] for f in found], "shared": len(shared)}
+    return {**reports, "findings": kinds}
 
 
 def check_room(parts: Parts, folder: Path) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from peftlab.api.ledger_text import printable as printable
+
 # Values without an upper bound; all other metrics are shares between 0 and 1.
 UNBOUNDED = {"loss", "perplexity"}
 LOWER_IS_BETTER = UNBOUNDED
@@ -67,11 +69,6 @@ def size(num_bytes: float) -> str:
 
 def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters: a model's answer must not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
 def one_line(text: str, width: int | None = None) -> str:

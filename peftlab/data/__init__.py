@@ -1,20 +1,28 @@
 """Data: from the sources that a recipe names to rows, their classes, the held-out part, and batches."""
 
-from peftlab.data.batching import BatchPlan, eval_batches, fit_length
+from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.labels import class_names, read_labels
+from peftlab.data.ledger import Finding, Ledger, require
 from peftlab.data.packing import pack
 from peftlab.data.rows import Rows
 from peftlab.data.sources import load_rows
 from peftlab.data.split import split_rows
+from peftlab.data.tokens import Tokens, pieces, tokenize
 
 __all__ = [
     "BatchPlan",
+    "Finding",
+    "Ledger",
     "Rows",
+    "Tokens",
     "class_names",
     "eval_batches",
-    "fit_length",
+    "fit_lengths",
     "load_rows",
     "pack",
+    "pieces",
     "read_labels",
+    "require",
     "split_rows",
+    "tokenize",
 ]

@@ -6,14 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from peftlab.data.packing import pack
-from peftlab.data.rows import Rows
-from peftlab.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 
@@ -80,6 +77,11 @@ class BatchPlan:
     def packed(self) -> bool:
         """Whether each micro-batch is one sequence of several rows."""
         return self._packing is not None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the first epoch; the others have about as many."""
+        return len(self._epoch(0))
 
     def _count_steps(self, epochs: float | None, max_steps: int | None) -> int:
         if max_steps is not None:
@@ -200,33 +202,8 @@ def eval_batches(lengths: Sequence[int] | Indices, batch_tokens: int) -> list[In
     return list(_padded_batches(np.argsort(-array, kind="stable"), array, batch_tokens))
 
 
-def fit_length(
-    ids: list[Any], rows: Rows, *, max_length: int, too_long: str, notes: list[str], keep_last: bool = False
-) -> Iterator[tuple[int, Any]]:
-    """Yields ``(row index, ids)`` of the rows that fit, after applying ``too_long``: error, truncate or drop.
-
-    Args:
-        ids: per row an array of token ids. notes: gets one line when rows were cut or dropped.
-        keep_last: a truncated row keeps its last token (the separator that encoder models end with).
-    Raises: DataError for the first row that is too long, with ``too_long="error"``.
-    """
-    changed = []
-    for i, row_ids in enumerate(ids):
-        if len(row_ids) <= max_length:
-            yield i, row_ids
-            continue
-        changed.append(i)
-        if too_long == "error":
-            raise DataError(
-                f"{rows.where(i)}: this row has {len(row_ids):,} tokens, more than the limit of {max_length:,}; set "
-                "data.too_long=truncate or data.too_long=drop, or raise data.max_length if the model allows it",
-                key="data.too_long",
-            )
-        if too_long == "truncate":
-            cut = row_ids[:max_length].copy()
-            if keep_last:
-                cut[-1] = row_ids[-1]
-            yield i, cut
-    if changed:
-        what = "truncated" if too_long == "truncate" else "dropped"
-        notes.append(f"{len(changed):,} of {len(ids):,} rows {what}: longer than {max_length:,} tokens")
+def fit_lengths(lengths: Indices, *, max_length: int, too_long: str) -> Indices:
+    """[N] tokens that are kept of rows of ``lengths``: with ``truncate`` at most ``max_length``, else 0 of a longer row."""
+    if too_long == "truncate":
+        return np.minimum(lengths, max_length)
+    return np.where(lengths > max_length, 0, lengths)

@@ -111,15 +111,27 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
 
 def model_max_length(pretrained: Pretrained, tokenizer: Any) -> int:
     """The longest input in tokens, by the model's position embeddings and its tokenizer."""
+    positions = getattr(_config(pretrained).get_text_config(), "max_position_embeddings", None)
+    return min(int(positions or 2**31), int(min(tokenizer.model_max_length, 2**31)))
+
+
+def _config(pretrained: Pretrained, **kwargs: Any) -> Any:
     from transformers import AutoConfig
 
     if pretrained.source.kind == "tiny":
-        config = tiny_config(pretrained.source.path)
-    else:
-        with quiet(), _load_errors(pretrained, "config"):
-            config = AutoConfig.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(int(positions or 2**31), int(min(tokenizer.model_max_length, 2**31)))
+        return tiny_config(pretrained.source.path, **kwargs)
+    with quiet(), _load_errors(pretrained, "config"):
+        return AutoConfig.from_pretrained(pretrained.location, **pretrained.hub_kwargs, **kwargs)
+
+
+def load_skeleton(pretrained: Pretrained, *, auto_class: str, **model_kwargs: Any) -> Any:
+    """The model without weights, on the meta device: its modules and shapes. Arguments and errors as ``load_model``."""
+    import torch
+    import transformers
+
+    with quiet(), _load_errors(pretrained, "model"), torch.device("meta"):
+        options = {"trust_remote_code": True} if pretrained.trust_remote_code else {}
+        return getattr(transformers, auto_class).from_config(_config(pretrained, **model_kwargs), **options)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

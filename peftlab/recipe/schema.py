@@ -147,6 +147,10 @@ class DataSection(Section):
         "train.batch_size then counts such sequences",
     )
 
+    allow: list[Literal["untrained_terminator", "answer_not_trained", "pad_is_eos", "template_family"]] = Field(
+        default_factory=list, description="causal_lm: errors of `peftlab check` that are meant to be so"
+    )
+
     @field_validator("label_names", mode="before")
     @classmethod
     def _label_keys_are_text(cls, value: Any) -> Any:
@@ -261,7 +265,7 @@ class Recipe(Section):
             self.data._reject_unless_default(["bins"], "for task: causal_lm")
         else:
             self.eval._reject_unless_default(["choices", "prompts", "max_new_tokens"], f"for task: {self.task}")
-            self.data._reject_unless_default(["template", "packing"], f"for task: {self.task}")
+            self.data._reject_unless_default(["template", "packing", "allow"], f"for task: {self.task}")
             self.model._reject_unless_default(["chat_template"], f"for task: {self.task}")
         if self.data.packing:
             self.train._reject_unless_default(["grouping"], "with data.packing")

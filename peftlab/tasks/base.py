@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.data import Rows
+from peftlab.data import Ledger, Rows, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples of one data set, and in words what happened to the rows that are not among them."""
+    """Examples of one data set, and the account of all its rows."""
 
     examples: list[Example]
-    notes: list[str] = field(default_factory=list)
+    ledger: Ledger
 
     @property
     def lengths(self) -> np.ndarray:
@@ -53,6 +53,35 @@ class Encoded:
     @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row as it is trained.
+
+    Attributes:
+        segments: ``(text, role, trained)`` of neighbouring tokens that share both. label: of a classification row.
+        cut: tokens that truncation takes off its end.
+    """
+
+    where: str
+    segments: list[tuple[str, str, bool]]
+    label: str | None = None
+    cut: int = 0
+
+
+def preview(where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None) -> Preview:
+    """The preview of the only row of ``tokens``."""
+    ids, trained, roles = tokens.ids[:max_length], tokens.trained[:max_length], tokens.roles[:max_length]
+    changes = np.flatnonzero((np.diff(trained.astype(np.int8)) != 0) | (np.diff(roles) != 0)) + 1
+    segments, shown = [], ""
+    for part in np.split(np.arange(len(ids)), changes):
+        if len(part):
+            # As the end of all that came before: decoded alone, a token may lose the space in front of it.
+            text = tokenizer.decode(ids[: part[-1] + 1], clean_up_tokenization_spaces=False)
+            segments.append((text[len(shown) :], tokens.role_names[roles[part[0]]], bool(trained[part[0]])))
+            shown = text
+    return Preview(where, segments, label, len(tokens.ids) - len(ids))
 
 
 @dataclass(frozen=True)
@@ -174,8 +203,11 @@ class Task(Protocol):
     def model_kwargs(self) -> dict[str, Any]:
         """Config values the model is loaded with, such as ``num_labels``."""
 
-    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
-        """Rows to examples. Raises: DataError with file and line."""
+    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True) -> Encoded:
+        """Rows to examples, or with ``keep=False`` to their account alone. Raises: DataError with file and line."""
+
+    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+        """One row as it is trained, without what ``max_length`` cuts off."""
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         """Padded tensors of ``examples`` on ``device``."""

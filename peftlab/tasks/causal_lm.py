@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Rows, eval_batches, fit_length
-from peftlab.data.chat import Formatter, Rendered, trained_tokens
+from peftlab.data import Ledger, Rows, Tokens, eval_batches, fit_lengths, pieces, tokenize
+from peftlab.data.chat import Formatter, Rendered
 from peftlab.errors import DataError
-from peftlab.tasks.base import Batch, Encoded, Example, Scores, collate, padded_inputs
+from peftlab.tasks.base import Batch, Encoded, Example, Preview, Scores, collate, padded_inputs, preview
 from peftlab.tasks.lm_head import LMHead
 
 # Positions scored at a time: 256 x 49,152 float32 logits are 48 MiB.
@@ -55,80 +55,65 @@ class CausalLM:
     def model_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
-        notes: list[str] = []
-        ids, trained = self._tokenize(rows)
+    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True) -> Encoded:
+        ledger = Ledger(
+            rows,
+            self.tokenizer,
+            max_length=max_length,
+            too_long=too_long,
+            formatter=self.formatter,
+            class_names=self.class_names,
+            stop_ids=self._stop_ids,
+        )
         if self.class_names and len(rows):
             self._choice_ids = self._encode_choices(rows)
-        examples, masked = [], 0
-        for i, row_ids in fit_length(ids, rows, max_length=max_length, too_long=too_long, notes=notes):
-            mask = trained[i][: len(row_ids)]
+        examples: list[Example] = []
+        for first, rendered in pieces(rows, self.formatter.render_all):
+            tokens = self._tokenize(rendered)
+            kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
+            trained = tokens.num_trained(kept)
             # A choice that was cut off is no longer one of the choices.
-            if not mask.any() or (self.class_names and mask.sum() < trained[i].sum()):
-                masked += 1
-                continue
-            label = self._label(rows, i, row_ids[mask]) if self.class_names else None
-            examples.append(Example(row_ids, i, float(mask.sum()), trained=mask, label=label))
-        if masked:
-            notes.append(f"{masked:,} of {len(rows):,} rows dropped: no trained token left in them")
-        if not examples:
-            raise DataError(
-                f"{rows.name}: zero trained tokens in all {len(rows):,} rows: the completions are empty or cut off by "
-                f"data.max_length ({max_length:,}); look at data.columns and data.template",
-                key="data.template" if self.formatter.style != "text" else "data.columns",
-            )
-        total, num_trained = sum(map(len, examples)), int(sum(e.weight for e in examples))
-        notes.append(f"{self.formatter.style}: {num_trained:,} of {total:,} tokens are trained")
-        return Encoded(examples, notes)
+            kept[(trained == 0) | (bool(self.class_names) & (trained < tokens.num_trained(tokens.lengths)))] = 0
+            labels = self._labels(rows, first, tokens, kept) if self.class_names else None
+            ledger.add(first, tokens, kept, labels)
+            if keep:
+                examples += _examples(first, tokens, kept, trained, labels)
+        return Encoded(examples, ledger)
 
-    def _tokenize(self, rows: Rows) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        return self._tokenize_rendered([self.formatter.render(rows.row(i), rows.where(i)) for i in range(len(rows))])
+    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+        rendered = self.formatter.render(rows.row(index), rows.where(index))
+        return preview(rows.where(index), self._tokenize([rendered]), self.tokenizer, max_length=max_length)
 
-    def _tokenize_rendered(self, rendered: list[Rendered]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        encoded = self.tokenizer(
-            [r.text for r in rendered],
-            add_special_tokens=self.formatter.style != "chat",
-            return_offsets_mapping=True,
-            truncation=False,
-            verbose=False,
-        )
-        all_ids, all_trained = [], []
-        for row, row_ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids = np.asarray(row_ids, dtype=np.int32)
-            ids, trained = self._end_of_text(ids, trained_tokens(row, offsets, ids, self._stop_ids))
-            trained[:1] = False  # nothing comes before the first token, so nothing predicts it
-            all_ids.append(ids)
-            all_trained.append(trained)
-        return all_ids, all_trained
-
-    def _end_of_text(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ends the answer with a trained end-of-text token where neither template nor tokenizer wrote an end."""
-        eos = self.tokenizer.eos_token_id
-        if eos is None or not trained.any() or ids[trained][-1] in self._stop_ids:
-            return ids, trained
-        if ids[-1] == eos:  # written by the tokenizer, outside the text
-            trained[-1] = True
-            return ids, trained
-        return np.append(ids, np.int32(eos)), np.append(trained, True)
+    def _tokenize(self, rendered: list[Rendered]) -> Tokens:
+        return tokenize(self.tokenizer, rendered, chat=self.formatter.style == "chat", stop_ids=self._stop_ids)
 
     def _encode_choices(self, rows: Rows) -> list[tuple[int, ...]]:
         """Token ids of each choice after a prompt, with the token that ends it, so that none is another's prefix."""
         assert self.class_names is not None
         row, where = rows.row(0), rows.where(0)
         before = self._prompt_ids([self.formatter.render_prompt(row, where)])[0]
-        ids, trained = self._tokenize_rendered([self.formatter.render_answer(row, where, c) for c in self.class_names])
-        for choice, choice_ids in zip(self.class_names, ids, strict=True):
+        tokens = self._tokenize([self.formatter.render_answer(row, where, c) for c in self.class_names])
+        for i, choice in enumerate(self.class_names):
+            choice_ids = tokens.ids[tokens.row(i)]
             if choice_ids[: len(before)].tolist() != before.tolist():
                 raise DataError(
                     f"the choice {choice!r} merges with the end of the prompt when tokenized; end the prompt with a "
                     "line break or begin the choice with a space",
                     key="eval.choices",
                 )
-        return [tuple(i[t].tolist()) for i, t in zip(ids, trained, strict=True)]
+        spans = [tokens.row(i) for i in range(len(tokens))]
+        return [tuple(tokens.ids[span][tokens.trained[span]].tolist()) for span in spans]
 
-    def _label(self, rows: Rows, i: int, answer: np.ndarray) -> int:
+    def _labels(self, rows: Rows, first: int, tokens: Tokens, kept: np.ndarray) -> np.ndarray:
+        """[N] the choice that each row's answer is; -1 for rows that are left out."""
+        labels = np.full(len(tokens), -1, dtype=np.int64)
+        for i in np.flatnonzero(kept).tolist():
+            span = tokens.row(i)
+            labels[i] = self._label(rows, first + i, tuple(tokens.ids[span][tokens.trained[span]].tolist()))
+        return labels
+
+    def _label(self, rows: Rows, i: int, tokens: tuple[int, ...]) -> int:
         assert self._choice_ids is not None and self.class_names is not None
-        tokens = tuple(answer.tolist())
         if tokens in self._choice_ids:
             return self._choice_ids.index(tokens)
         raise DataError(
@@ -312,3 +297,12 @@ class CausalLM:
             **self.generation_kwargs(max_new_tokens, sampling),
         )
         return [t.strip() for t in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def _examples(
+    first: int, tokens: Tokens, kept: np.ndarray, trained: np.ndarray, labels: np.ndarray | None
+) -> Iterator[Example]:
+    for i in np.flatnonzero(kept).tolist():
+        span = tokens.row(i, int(kept[i]))
+        label = int(labels[i]) if labels is not None else None
+        yield Example(tokens.ids[span], first + i, float(trained[i]), trained=tokens.trained[span], label=label)

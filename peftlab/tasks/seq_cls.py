@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Rows, eval_batches, fit_length, read_labels
+from peftlab.data import Ledger, Rows, Tokens, eval_batches, fit_lengths, pieces, read_labels, tokenize
+from peftlab.data.chat import Part, Rendered
 from peftlab.errors import DataError, RecipeError
-from peftlab.tasks.base import Batch, Encoded, Example, Scores, at_least_float32, collate, padded_inputs
+from peftlab.tasks.base import (
+    Batch,
+    Encoded,
+    Example,
+    Preview,
+    Scores,
+    at_least_float32,
+    collate,
+    padded_inputs,
+    preview,
+)
 
 
 class SequenceClassification:
@@ -58,10 +69,9 @@ class SequenceClassification:
             "label2id": {name: i for i, name in enumerate(self.class_names)},
         }
 
-    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool) -> Encoded:
-        labels = read_labels(
-            rows, self.label_column, label_names=self._label_names, bins=self._bins, all_names_used=training
-        )
+    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True) -> Encoded:
+        rows.column(self.text_column, key="data.columns.text")
+        labels = self._read_labels(rows, all_names_used=training)
         index = {name: i for i, name in enumerate(self.class_names)}
         for i, label in enumerate(labels):
             if label not in index:
@@ -71,28 +81,50 @@ class SequenceClassification:
                     key="data.columns.label",
                 )
         weights = self._weights(labels) if training else dict.fromkeys(self.class_names, 1.0)
-        notes: list[str] = []
-        examples = []
-        fitted = fit_length(
-            self._tokenize(rows), rows, max_length=max_length, too_long=too_long, notes=notes, keep_last=True
+        ledger = Ledger(
+            rows,
+            self.tokenizer,
+            max_length=max_length,
+            too_long=too_long,
+            keep_last=True,
+            class_names=self.class_names,
         )
-        for i, ids in fitted:
-            label = labels[i]
-            examples.append(Example(ids, i, weights[label], label=index[label]))
-        counts = Counter(labels)
-        notes.append("labels: " + ", ".join(f"{name} {counts[name]:,}" for name in self.class_names))
-        return Encoded(examples, notes)
+        examples: list[Example] = []
+        for first, rendered in pieces(rows, self._texts):
+            tokens = self._tokenize(rows, first, rendered)
+            kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
+            here = labels[first : first + len(tokens)]
+            ledger.add(first, tokens, kept, np.array([index[label] for label in here], dtype=np.int64))
+            if keep:
+                for i, ids in _fitted(tokens, kept):
+                    examples.append(Example(ids, first + i, weights[here[i]], label=index[here[i]]))
+        return Encoded(examples, ledger)
 
-    def _tokenize(self, rows: Rows) -> list[np.ndarray]:
-        texts = rows.column(self.text_column)
-        for i, text in enumerate(texts):
+    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+        rendered = self._texts([rows.row(index)], [rows.where(index)])
+        (label,) = self._read_labels(rows.select([index]), all_names_used=False)
+        tokens = self._tokenize(rows, index, rendered)
+        return preview(rows.where(index), tokens, self.tokenizer, max_length=max_length, label=label)
+
+    def _read_labels(self, rows: Rows, *, all_names_used: bool) -> list[str]:
+        return read_labels(
+            rows, self.label_column, label_names=self._label_names, bins=self._bins, all_names_used=all_names_used
+        )
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
+        rendered = []
+        for row, where in zip(rows, wheres, strict=True):
+            text = row.get(self.text_column)
             if not isinstance(text, str):
-                raise DataError(f"{rows.where(i)}: expected text, found {text!r}", key="data.columns.text")
-        encoded = self.tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        for i, ids in enumerate(encoded):
-            if not ids:
-                raise DataError(f"{rows.where(i)}: the text is empty", key="data.columns.text")
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+                raise DataError(f"{where}: expected text, found {text!r}", key="data.columns.text")
+            rendered.append(Rendered(text, [Part(0, len(text), "text")]))
+        return rendered
+
+    def _tokenize(self, rows: Rows, first: int, rendered: list[Rendered]) -> Tokens:
+        tokens = tokenize(self.tokenizer, rendered, chat=False, stop_ids=())
+        for i in np.flatnonzero(tokens.lengths == 0).tolist():
+            raise DataError(f"{rows.where(first + i)}: the text is empty", key="data.columns.text")
+        return tokens
 
     def _weights(self, labels: list[str]) -> dict[str, float]:
         if isinstance(self._class_weights, Mapping):
@@ -136,10 +168,11 @@ class SequenceClassification:
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"label", "probability", "probabilities": {name: p}}`` per row; longer texts are truncated."""
-        fitted = fit_length(
-            self._tokenize(rows), rows, max_length=max_length, too_long="truncate", notes=[], keep_last=True
-        )
-        examples = [Example(ids, i, 1.0, label=0) for i, ids in fitted]
+        examples = []
+        for first, rendered in pieces(rows, self._texts):
+            tokens = self._tokenize(rows, first, rendered)
+            kept = fit_lengths(tokens.lengths, max_length=max_length, too_long="truncate")
+            examples += [Example(ids, first + i, 1.0, label=0) for i, ids in _fitted(tokens, kept)]
         device = next(model.parameters()).device
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):
@@ -152,3 +185,12 @@ class SequenceClassification:
                     "probabilities": dict(zip(self.class_names, probs, strict=True)),
                 }
         yield from (results[i] for i in range(len(examples)))
+
+
+def _fitted(tokens: Tokens, kept: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Index and ids of the rows that stay; a truncated one keeps its last token, the separator encoder models end with."""
+    for i in np.flatnonzero(kept).tolist():
+        ids = tokens.ids[tokens.row(i, int(kept[i]))]
+        if kept[i] < tokens.lengths[i]:
+            ids = np.append(ids[:-1], tokens.ids[tokens.bounds[i + 1] - 1])
+        yield i, ids

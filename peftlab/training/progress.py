@@ -21,6 +21,7 @@ _FIRST_STEPS = (1, 2, 5, 10)
 _MIN_INTERVAL_S = 5.0
 _MAX_INTERVAL_S = 60.0
 _MIN_BAR_WIDTH = 8
+_PLAIN_WIDTH = 80
 
 
 class Progress(Protocol):
@@ -35,6 +36,9 @@ class Progress(Protocol):
 
     def warn(self, text: str) -> None:
         """A line that needs attention."""
+
+    def show(self, renderable: RenderableType) -> None:
+        """Something for Rich to lay out, such as a coloured text."""
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
         """Training begins; first_step steps were done before a resume."""
@@ -74,6 +78,8 @@ class SilentProgress:
     def note(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
+
+    def show(self, renderable: RenderableType) -> None: ...
 
     def start(self, total_steps: int, first_step: int = 0) -> None: ...
 
@@ -116,6 +122,14 @@ class PlainProgress:
 
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}")
+
+    def show(self, renderable: RenderableType) -> None:
+        from rich.console import Console
+
+        console = Console(width=_PLAIN_WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
+        with console.capture() as captured:
+            console.print(renderable, markup=False)
+        self._print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
         self._end_stage()
@@ -190,6 +204,9 @@ class RichProgress:
 
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}", style="yellow")
+
+    def show(self, renderable: RenderableType) -> None:
+        self._console.print(renderable, markup=False, emoji=False, highlight=False)
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
         self._end_stage()

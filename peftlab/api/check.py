@@ -1,0 +1,94 @@
+"""``check``: what a recipe would train, from tokenizer and data alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from peftlab.api import build
+from peftlab.api.estimate import estimate_seconds
+from peftlab.api.findings import findings, previews, shared_rows
+from peftlab.api.parts import check_settings, make_plan
+from peftlab.data import Ledger
+from peftlab.recipe import Recipe, load_recipe
+from peftlab.tasks import Task
+from peftlab.training.progress import Progress, make_progress
+
+
+def check(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    show: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The loss ledger of a recipe: nothing is trained, no weights are loaded, nothing is written.
+
+    Args:
+        recipe: path, shipped name, or dict.
+        overrides: ``section.key=value``.
+        show: number of training rows to preview.
+        progress: where progress goes; default: stderr.
+
+    Returns: plain values. ``ok``: no error that ``data.allow`` does not name. ``train``, ``held_out``: rows, tokens,
+        roles, special tokens, answers, lengths, labels, and the rows left out with reason and place. ``shared``: rows
+        in both. ``findings``: errors and notes with the rows concerned. ``estimate``: steps, tokens and seconds.
+        ``preview``: segments of text with role and whether they are trained.
+    Raises: RecipeError, DataError where the data cannot be read or turned into text at all.
+    """
+    build.prepare_libraries(measured_plans=False)
+    progress = progress or make_progress()
+    loaded = load_recipe(recipe, overrides)
+    with build.located(loaded), progress:
+        settings = loaded.recipe
+        check_settings(settings)
+        progress.stage("reading data")
+        data = build.load_data(settings)
+        progress.stage(f"loading tokenizer of {settings.model.name}")
+        pretrained = build.pretrained_of(settings)
+        tokenizer = build.tokenizer_of(settings, pretrained)
+        task = build.build_task(settings, tokenizer, data.train)
+        limit = build.limit_of(settings, pretrained, tokenizer)
+        progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
+        options = {"max_length": limit, "too_long": settings.data.too_long, "keep": False}
+        train = task.encode(data.train, training=True, **options).ledger
+        held_out = task.encode(data.eval, training=False, **options).ledger
+        progress.stage("estimating steps and time")
+        found = findings(train, held_out, allow=settings.data.allow)
+        return {
+            "ok": not any(f["level"] == "error" for f in found),
+            "recipe": loaded.name,
+            "task": settings.task,
+            "model": settings.model.name,
+            "style": train.style,
+            "findings": found,
+            "train": train.report(),
+            "held_out": held_out.report(),
+            "shared": shared_rows(train, held_out),
+            "estimate": _estimate(settings, pretrained, task, train, limit),
+            "preview": [asdict(p) for p in previews(task, train, show)],
+        }
+
+
+def _estimate(recipe: Recipe, pretrained: Any, task: Task, train: Ledger, limit: int) -> dict[str, Any] | None:
+    """Steps, tokens and time; None where no row is left to train on."""
+    lengths = train.lengths
+    if not len(lengths):
+        return None
+    device = build.pick_device(recipe.run.device)
+    plan = make_plan(recipe, lengths, device, packing=limit if recipe.data.packing else None)
+    epochs = plan.total_steps / plan.steps_per_epoch
+    share = train.num_trained / train.num_tokens if train.style != "labels" else 0.0
+    tokens = round(epochs * float(lengths.sum()))
+    return {
+        "steps": plan.total_steps,
+        "epochs": epochs,
+        "rows": round(epochs * len(lengths)),
+        "tokens": tokens,
+        "trained_tokens": round(tokens * share) if train.style != "labels" else None,
+        **estimate_seconds(
+            recipe, pretrained, task, lengths=lengths, epochs=epochs, trained_share=share, device=device
+        ),
+    }

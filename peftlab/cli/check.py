@@ -1,0 +1,37 @@
+"""``peftlab check``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftlab.cli.ledger_tables import show_check
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.output import output_of
+
+# Wrong data; see peftlab.errors.DataError.
+_REFUSED = 3
+
+
+def check(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")],
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Training rows to show.")] = 1,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Show what a recipe would train, token by token, without training."""
+    out = output_of(context)
+    settings = check_overrides(overrides, context, subject=recipe)
+    with out.working():
+        from peftlab.api.check import check as examine
+
+        report = examine(recipe, settings, show=show)
+    if out.json:
+        out.document(report)
+    else:
+        show_check(out, report)
+    if not report["ok"]:
+        raise typer.Exit(_REFUSED)

@@ -1,0 +1,191 @@
+"""The loss ledger on the screen: tables of what is trained, the lengths, what is wrong, and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peftlab.api.ledger_text import PreviewText, answers_line, finding_line, left_out_lines, share, shared_line
+from peftlab.cli import numbers
+from peftlab.cli.metrics_tables import new_table
+from peftlab.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+_BAR = 24
+_MAX_LABELS = 12
+_STYLES = {"error": "bold red", "allowed": "yellow", "note": "yellow"}
+_TITLES = {"train": "train", "held_out": "held out"}
+
+Report = Mapping[str, Any]
+
+
+def show_check(out: Output, report: Report) -> None:
+    """Prints the report of ``peftlab.api.check``."""
+    train, held_out = report["train"], report["held_out"]
+    out.line(f"{report['recipe']}: {report['task']} on {report['model']}", style="bold")
+    same = train["name"] == held_out["name"]
+    out.line(f"data: {train['name']}, {'a part of it' if same else held_out['name']} held out")
+    out.line()
+    out.show(_data_table(report))
+    if train["labels"] is not None:
+        out.line()
+        out.show(_label_table(train["labels"], held_out["labels"]))
+    if train["trained"] is not None:
+        out.line()
+        out.show(_count_table("written by", "role", train["roles"], held_out["roles"]))
+        if train["special_tokens"] or held_out["special_tokens"]:
+            out.line()
+            out.show(_count_table("special token", "token", train["special_tokens"], held_out["special_tokens"]))
+        for name, title in _TITLES.items():
+            if line := answers_line(report[name]):
+                out.line(f"{title}: {line}")
+    out.line()
+    out.show(*_length_lines(train["lengths"], train["max_length"], unicode=_draws(out)))
+    _show_rows(out, report)
+    if report["estimate"] is not None:
+        out.line()
+        for line in _estimate_lines(report["estimate"], out.console.width):
+            out.line(line)
+    for preview in report["preview"]:
+        out.line()
+        out.show(PreviewText(preview))
+    out.line()
+    _show_findings(out, report)
+
+
+def _data_table(report: Report) -> Table:
+    table = new_table()
+    table.add_column("data", overflow="fold")
+    for title in ("rows", "kept", "tokens", "trained", "share"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, title in _TITLES.items():
+        data = report[name]
+        trained = data["trained"]
+        table.add_row(
+            title,
+            f"{data['rows']:,}",
+            f"{data['kept']:,}",
+            f"{data['tokens']:,}",
+            "-" if trained is None else f"{trained:,}",
+            "-" if trained is None else share(trained, data["tokens"]),
+        )
+    return table
+
+
+def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequence[Report]) -> Table:
+    """Tokens seen and trained per role or special token, of both data sets."""
+    table = new_table()
+    table.add_column(title, overflow="fold")
+    for column in ("tokens", "trained", "share", "held out", "trained"):
+        table.add_column(column, justify="right", no_wrap=True)
+    others = {entry[key]: entry for entry in held_out}
+    known = {entry[key] for entry in train}
+    nothing = {"seen": 0, "trained": 0}
+    for entry in [*train, *({key: e[key], **nothing} for e in held_out if e[key] not in known)]:
+        other = others.get(entry[key], nothing)
+        table.add_row(
+            numbers.printable(entry[key]),
+            f"{entry['seen']:,}",
+            f"{entry['trained']:,}",
+            share(entry["trained"], entry["seen"]),
+            f"{other['seen']:,}",
+            f"{other['trained']:,}",
+            style="green" if entry["trained"] else None,
+        )
+    return table
+
+
+def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
+    table = new_table()
+    table.add_column("label", overflow="fold")
+    for title in ("train", "share", "held out", "share"):
+        table.add_column(title, justify="right", no_wrap=True)
+    totals = [sum(entry["rows"] for entry in entries) for entries in (train, held_out)]
+    pairs = sorted(zip(train, held_out, strict=True), key=lambda pair: -pair[0]["rows"])
+    for one, other in pairs[:_MAX_LABELS]:
+        table.add_row(
+            numbers.printable(one["label"]),
+            f"{one['rows']:,}",
+            share(one["rows"], totals[0]),
+            f"{other['rows']:,}",
+            share(other["rows"], totals[1]),
+        )
+    if len(pairs) > _MAX_LABELS:
+        rest = pairs[_MAX_LABELS:]
+        counts = [sum(pair[side]["rows"] for pair in rest) for side in (0, 1)]
+        table.add_row(
+            f"{len(rest):,} more",
+            f"{counts[0]:,}",
+            share(counts[0], totals[0]),
+            f"{counts[1]:,}",
+            share(counts[1], totals[1]),
+        )
+    return table
+
+
+def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table | Text]:
+    from rich.text import Text
+
+    summary = (
+        f"tokens per row: {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, mean "
+        f"{lengths['mean']:,.0f}, 95 % up to {lengths['p95']:,.0f}; limit {limit:,}"
+    )
+    table = new_table()
+    table.show_header, table.box = False, None
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    most = max((entry["rows"] for entry in lengths["histogram"]), default=1)
+    for entry in lengths["histogram"]:
+        filled = round(_BAR * entry["rows"] / most)
+        bar = ("\u2588" if unicode else "#") * (filled or (1 if entry["rows"] else 0))
+        over = entry["from"] > limit
+        table.add_row(
+            f"{entry['from']:,} to {entry['to']:,}", f"{entry['rows']:,}", Text(bar, "red" if over else "cyan")
+        )
+    return [Text(summary), table]
+
+
+def _draws(out: Output) -> bool:
+    encoding = (getattr(out.stdout, "encoding", None) or "ascii").lower()
+    return encoding.startswith("utf")
+
+
+def _show_rows(out: Output, report: Report) -> None:
+    """Rows that are cut, left out, or in both data sets."""
+    lines = [f"{title}: {line}" for name, title in _TITLES.items() for line in left_out_lines(report[name])]
+    if shared := report["shared"]:
+        lines.append(shared_line(shared))
+    if lines:
+        out.line()
+        for line in lines:
+            out.line(line, style="yellow")
+
+
+def _estimate_lines(estimate: Report, width: int) -> Sequence[str]:
+    parts = [
+        f"{estimate['steps']:,} step{'' if estimate['steps'] == 1 else 's'}",
+        f"{estimate['epochs']:.3g} epoch{'' if estimate['epochs'] == 1 else 's'}",
+        f"{estimate['tokens']:,} tokens",
+    ]
+    if estimate["trained_tokens"] is not None:
+        parts.append(f"{estimate['trained_tokens']:,} of them trained")
+    parts.append(f"about {numbers.duration(estimate['seconds'])} of training here, within a factor of two")
+    return numbers.joined(parts, width=width)
+
+
+def _show_findings(out: Output, report: Report) -> None:
+    from rich.text import Text
+
+    for finding in report["findings"]:
+        where = f" ({_TITLES['held_out']})" if finding["data"] == _TITLES["held_out"] else ""
+        title = Text(f"{finding['level']}{where}: ", style=_STYLES[finding["level"]])
+        out.show(Text.assemble(title, finding_line(finding)))
+    errors = sum(finding["level"] == "error" for finding in report["findings"])
+    if errors:
+        out.line(f"{errors} error{'' if errors == 1 else 's'}: this recipe would not be trained", style="bold red")
+    else:
+        out.line("ready to train", style="bold green")

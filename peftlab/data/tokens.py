@@ -1,0 +1,200 @@
+"""Rows as tokens: which of them are trained, who wrote them, and how each answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peftlab.data.chat import Rendered
+from peftlab.data.rows import Rows
+
+# So many rows, or characters, are text and tokens at the same time: the lists in between take far more room than tokens.
+_PIECE_ROWS = 4096
+_PIECE_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """N rows of T tokens in all, one after the other.
+
+    Attributes:
+        ids: [T] int32 token ids. bounds: [N + 1] int64; row i is ``bounds[i]:bounds[i + 1]``.
+        trained: [T] bool, tokens whose prediction is trained.
+        roles: [T] int16, index into ``role_names`` of who wrote the token.
+        answer_rows: [A] int64, the row of each part that is to be trained. answer_starts, answer_ends: [A] int64, its
+            tokens.
+        answer_ended: [A] bool, whether the last of them can end an answer.
+        answer_said: [A] bool, whether the words of its message are in it.
+    """
+
+    ids: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int64]
+    trained: npt.NDArray[np.bool_]
+    roles: npt.NDArray[np.int16]
+    role_names: tuple[str, ...]
+    answer_rows: npt.NDArray[np.int64]
+    answer_starts: npt.NDArray[np.int64]
+    answer_ends: npt.NDArray[np.int64]
+    answer_ended: npt.NDArray[np.bool_]
+    answer_said: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[N] tokens of each row."""
+        return np.diff(self.bounds)
+
+    def num_trained(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[N] trained tokens among the first ``lengths`` of each row."""
+        before = np.concatenate([[0], np.cumsum(self.trained)])
+        starts = self.bounds[:-1]
+        inside: npt.NDArray[np.int64] = before[starts + np.minimum(lengths, self.lengths)] - before[starts]
+        return inside
+
+    def row(self, index: int, length: int | None = None) -> slice:
+        """Where row ``index``, or its first ``length`` tokens, stands in ``ids``, ``trained`` and ``roles``."""
+        start, end = int(self.bounds[index]), int(self.bounds[index + 1])
+        return slice(start, end if length is None else min(end, start + length))
+
+
+def pieces(
+    rows: Rows, render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Rendered]]
+) -> Iterator[tuple[int, list[Rendered]]]:
+    """Yields ``(index of the first row, rendered rows)`` for consecutive rows, some thousand or a few megabytes at a time."""
+    for first in range(0, len(rows), _PIECE_ROWS):
+        part = range(first, min(first + _PIECE_ROWS, len(rows)))
+        rendered = render([rows.row(i) for i in part], [rows.where(i) for i in part])
+        start = characters = 0
+        for i, row in enumerate(rendered):
+            if characters and characters + len(row.text) > _PIECE_CHARACTERS:
+                yield first + start, rendered[start:i]
+                start, characters = i, 0
+            characters += len(row.text)
+        yield first + start, rendered[start:]
+
+
+def tokenize(tokenizer: Any, rendered: Sequence[Rendered], *, chat: bool, stop_ids: Collection[int]) -> Tokens:
+    """Tokens of ``rendered``, each row closed by a trained end-of-text token where neither it nor the tokenizer ends it.
+
+    A token that straddles the start of a part belongs to it. White space after the stop token that ends a trained part is
+    not trained: a template often writes a newline there, which the model never has to produce. The first token of a row
+    is not trained either, since nothing comes before it to predict it.
+
+    Args:
+        chat: a chat template wrote the text, with all the special tokens it needs.
+        stop_ids: tokens that can end an answer.
+    """
+    encoded = tokenizer(
+        [row.text for row in rendered],
+        add_special_tokens=not chat,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        truncation=False,
+        verbose=False,
+    )
+    lengths = np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64, count=len(rendered))
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32, count=int(bounds[-1]))
+    # Each row's characters are numbered after those of the rows before it, so that one search serves all rows.
+    bases = np.concatenate([[0], np.cumsum([len(row.text) + 1 for row in rendered])]).astype(np.int64)
+    offsets = np.array([o for e in encoded.encodings or [] for o in e.offsets], dtype=np.int64).reshape(-1, 2)
+    starts, ends = (offsets + np.repeat(bases[:-1], lengths)[:, None]).T
+    real = ends > starts
+    ends = np.maximum.accumulate(ends)
+    starts = np.maximum.accumulate(np.where(real, starts, ends))
+    tokens = _owned(rendered, bases, ids, bounds, starts, ends, real, stop_ids, "template" if chat else "tokenizer")
+    tokens = _closed(tokens, tokenizer.eos_token_id, stop_ids)
+    tokens.trained[tokens.bounds[:-1][tokens.lengths > 0]] = False
+    return tokens
+
+
+def _owned(
+    rendered: Sequence[Rendered],
+    bases: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int32],
+    bounds: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+    real: npt.NDArray[np.bool_],
+    stop_ids: Collection[int],
+    rest: str,
+) -> Tokens:
+    """The tokens with their roles and the mask, by the characters each part covers; ``rest`` wrote what none does."""
+    parts = [(i, part) for i, row in enumerate(rendered) for part in row.parts]
+    names = (rest, *dict.fromkeys(part.role for _, part in parts if part.role != rest))
+    number = {name: i for i, name in enumerate(names)}
+    rows = np.array([i for i, _ in parts], dtype=np.int64)
+    role = np.array([number[part.role] for _, part in parts], dtype=np.int16)
+    answers = np.array([part.trained for _, part in parts], dtype=bool)
+    said = np.array([part.said for _, part in parts], dtype=bool)
+    first = np.searchsorted(ends, bases[rows] + [part.start for _, part in parts], side="right")
+    last = np.searchsorted(starts, bases[rows] + [part.end for _, part in parts], side="left")
+    last = np.maximum(first, last)
+
+    stops = np.flatnonzero(np.isin(ids, list(stop_ids)) & real)
+    ended = np.zeros(len(parts), dtype=bool)
+    for k in np.flatnonzero(answers & (last > first)).tolist():
+        at = np.searchsorted(stops, last[k]) - 1
+        if at < 0 or stops[at] < first[k]:
+            continue
+        i, part = parts[k]
+        after = stops[at] + 1
+        if not rendered[i].text[ends[after - 1] - bases[i] : part.end].strip():
+            last[k], ended[k] = after, True
+
+    counts = last - first
+    covered = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    roles = np.zeros(len(ids), dtype=np.int16)
+    roles[covered] = np.repeat(role, counts)
+    trained = np.zeros(len(ids), dtype=bool)
+    trained[covered] = np.repeat(answers, counts)
+    trained &= real
+    return Tokens(
+        ids, bounds, trained, roles, names, rows[answers], first[answers], last[answers], ended[answers], said[answers]
+    )
+
+
+def _closed(tokens: Tokens, eos: int | None, stop_ids: Collection[int]) -> Tokens:
+    """Ends the answer with a trained end-of-text token where neither template nor tokenizer wrote an end."""
+    if eos is None or not tokens.trained.any():
+        return tokens
+    at = np.flatnonzero(tokens.trained)
+    row_of = np.searchsorted(tokens.bounds, at, side="right") - 1
+    final = at[np.append(row_of[1:] != row_of[:-1], True)]  # the last trained token of each row that has one
+    open_ = final[~np.isin(tokens.ids[final], list(stop_ids))]
+    rows = np.searchsorted(tokens.bounds, open_, side="right") - 1
+    ends = tokens.bounds[rows + 1]
+    written = tokens.ids[ends - 1] == eos  # by the tokenizer, outside the text
+    trained, roles = tokens.trained.copy(), tokens.roles.copy()
+    trained[ends[written] - 1] = True
+    roles[ends[written] - 1] = roles[open_[written]]
+
+    insert = ends[~written]
+    shift = np.zeros(len(tokens), dtype=np.int64)
+    shift[rows[~written]] = 1
+    moved = np.concatenate([[0], np.cumsum(shift)])
+    answer_ends = tokens.answer_ends + moved[tokens.answer_rows]
+    answer_ended = tokens.answer_ended.copy()
+    if len(tokens.answer_rows):
+        # The last answer of a row is the one that was closed.
+        is_last = np.append(tokens.answer_rows[1:] != tokens.answer_rows[:-1], True)
+        closing = np.flatnonzero(is_last & np.isin(tokens.answer_rows, rows))
+        answer_ended[closing] = True
+        answer_ends[closing] = tokens.bounds[tokens.answer_rows[closing] + 1] + moved[tokens.answer_rows[closing] + 1]
+    return replace(
+        tokens,
+        ids=np.insert(tokens.ids, insert, np.int32(eos)),
+        bounds=tokens.bounds + moved,
+        trained=np.insert(trained, insert, True),
+        roles=np.insert(roles, insert, roles[open_[~written]]),
+        answer_starts=tokens.answer_starts + moved[tokens.answer_rows],
+        answer_ends=answer_ends,
+        answer_ended=answer_ended,
+    )
