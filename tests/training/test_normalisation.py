@@ -1,11 +1,13 @@
 """Contract C3: the loss of a step is its sum over trained tokens divided once by their number, however the step is cut.
 
 The reference knows no batches: each row alone and unpadded, PEFT's own layers, all logits, float64. A step is the sum over
-its rows divided by what they weigh together; the weights do not move, so every row is computed once.
+its rows divided by what they weigh together; the weights do not move, so every row is computed once. Packed steps are
+compared with all their rows in one padded batch as well.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -28,7 +30,8 @@ from peftlab.adapters import HeadLoss
 from peftlab.adapters.fused import fusion_report, set_kernels
 from peftlab.data import BatchPlan, Rows
 from peftlab.data.chat import Formatter
-from peftlab.tasks import CausalLM, SequenceClassification
+from peftlab.tasks import Batch, CausalLM, Example, SequenceClassification, collate_packed
+from peftlab.training import loop as loop_module
 from peftlab.training.loop import LoopSettings, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog, read_metrics
 from peftlab.training.progress import SilentProgress
@@ -113,16 +116,24 @@ class Lab:
         self.assert_right(shapes, plan, self.steps(shapes, plan))
 
     def assert_right(self, shapes: Any, plan: dict[str, Any], got: Steps) -> None:
-        examples = self.task.encode(self.rows(shapes), max_length=512, too_long="error", training=True).examples
-        order = BatchPlan([len(e) for e in examples], **plan)
+        examples, steps = self.planned(shapes, plan)
         want = []
-        for step in map(order.step, range(order.total_steps)):
-            chosen = [int(i) for part in step.micro_batches for i in part]
+        for chosen in steps:
             sums = [self._row(shapes[i], examples[i].ids) for i in chosen]
             weight = sum(self.share(shapes[i]) for i in chosen)
             gradient = {n: sum(s[0][n] for s in sums) / weight for n in self.trained}
             want.append((gradient, {"loss": sum(s[1] for s in sums) / weight}))
         assert_same(got, want)
+
+    def planned(self, shapes: Any, plan: dict[str, Any]) -> tuple[list[Example], list[list[int]]]:
+        """The examples, and by index those of each step."""
+        examples = self.task.encode(self.rows(shapes), max_length=512, too_long="error", training=True).examples
+        order = BatchPlan([len(e) for e in examples], **plan)
+        planned = map(order.step, range(order.total_steps))
+        steps = [[int(i) for part in step.micro_batches for i in part] for step in planned]
+        first_epoch = [i for chosen in steps for i in chosen][: len(examples)]
+        assert sorted(first_epoch) == list(range(len(examples))), "the plan loses a row, and the reference with it"
+        return examples, steps
 
     def _row(self, shape: Any, ids: np.ndarray) -> tuple[Gradient, float]:
         key = (shape, ids.tobytes())
@@ -174,6 +185,30 @@ class LanguageLab(Lab):
         labels = ids[0].clone()
         labels[: shape[0]] = -100
         return F.cross_entropy(self.model(input_ids=ids).logits[0, :-1], labels[1:], reduction="sum")
+
+    def assert_as_one_padded_batch(self, shapes: Any, plan: dict[str, Any], got: Steps) -> None:
+        """Compares each step with the plain mean over the labels of all its rows."""
+        examples, steps = self.planned(shapes, plan)
+        set_kernels(self.model, "reference")
+        want = []
+        for chosen in steps:
+            inputs = padded([(shapes[i], examples[i]) for i in chosen])
+            labels = inputs.pop("labels")
+            loss = F.cross_entropy(self.model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            found = torch.autograd.grad(loss, list(self.trained.values()))
+            want.append((dict(zip(self.trained, found, strict=True)), {"loss": float(loss.detach())}))
+        set_kernels(self.model, self.kernels)
+        assert_same(got, want)
+
+
+def padded(rows: list[tuple[Any, Example]]) -> dict[str, Tensor]:
+    """Rows of one batch as transformers takes them, with labels made from their shapes."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(e.ids, dtype=torch.int64) for _, e in rows], batch_first=True)
+    labels = torch.full_like(ids, -100)
+    for label, row, (shape, e) in zip(labels, ids, rows, strict=True):
+        label[shape[0] : len(e)] = row[shape[0] : len(e)]
+    lengths = torch.tensor([len(e) for _, e in rows])[:, None]
+    return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long()}
 
 
 class ClassLab(Lab):
@@ -235,16 +270,21 @@ def labs(tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path_factory
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> dict[str, Any]:
+def plans(draw: st.DrawFn, *, packed: bool = False) -> dict[str, Any]:
     size = draw(st.sampled_from(["batch_size", "batch_tokens"]))
+    # Packs are fewer than rows: with as many of them in a step, most epochs would be one step.
+    most, windows = (2, 3) if packed else (5, 4)
     plan: dict[str, Any] = {
-        size: draw(st.integers(1, 5) if size == "batch_size" else st.integers(1, 60)),
-        "accumulate": draw(st.integers(1, 4)),
-        "grouping": draw(st.sampled_from(["none", "step", "epoch"])),
-        "split_cost": draw(st.sampled_from([0, 8, 64])),
+        size: draw(st.integers(1, most) if size == "batch_size" else st.integers(1, 60)),
+        "accumulate": draw(st.integers(1, windows)),
         "epochs": draw(st.sampled_from([1.0, 1.5])),
         "seed": draw(st.integers(0, 3)),
     }
+    if packed:
+        # From less than one long row (it is then alone in its pack) to several rows.
+        return plan | {"packing": draw(st.integers(8, 48))}
+    plan["grouping"] = draw(st.sampled_from(["none", "step", "epoch"]))
+    plan["split_cost"] = draw(st.sampled_from([0, 8, 64]))
     if plan["grouping"] != "none":
         plan["most_tokens"] = draw(st.none() | st.integers(1, 60))
     return plan
@@ -252,11 +292,16 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
 
 # One trained token beside many: where a mean of means is far from the mean.
 TRAINED = st.just(1) | st.integers(1, 9)
-TEXTS = st.lists(st.tuples(st.integers(1, 12), TRAINED), min_size=1, max_size=9)
+TEXT = st.tuples(st.integers(1, 12), TRAINED)
+TEXTS = st.lists(TEXT, min_size=1, max_size=9)
+# Enough for several packs of several rows.
+MORE_TEXTS = st.lists(TEXT, min_size=5, max_size=11)
 CLASSIFIED = st.lists(st.tuples(st.integers(1, 16), st.sampled_from(NAMES)), min_size=1, max_size=9)
 UNEVEN = [(3, 1), (9, 9), (1, 4), (6, 1), (2, 7), (12, 2), (5, 1), (4, 8), (7, 3)]
 # Two micro-batches a step; the last of 5 steps is one row.
 PARTIAL = {"batch_size": 1, "accumulate": 2, "grouping": "none"}
+# Three packs, then one; each holds two or three rows.
+PACKED_PARTIAL = {"batch_size": 1, "accumulate": 3, "packing": 24}
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"], ids=["fused", "peft"])
@@ -270,6 +315,19 @@ def test_any_cut_gives_the_mean_over_trained_tokens(labs: Any, kernels: str, sha
     # The fused loss enters the head without its forward, which last ran for the reference.
     slow = [name for name in lab.fusion.slow if not name.endswith("lm_head")]
     assert len(slow) == (0 if kernels == "auto" else 14), str(lab.fusion)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"], ids=["fused", "peft"])
+@settings(max_examples=40, deadline=None)
+@given(shapes=MORE_TEXTS, plan=plans(packed=True))
+@example(shapes=UNEVEN, plan=PACKED_PARTIAL)
+@example(shapes=UNEVEN, plan={"batch_tokens": 25, "accumulate": 2, "packing": 24})
+@example(shapes=UNEVEN, plan={"batch_size": 1, "packing": 1000})
+def test_any_packing_gives_the_mean_over_trained_tokens(labs: Any, kernels: str, shapes: Any, plan: Any) -> None:
+    lab = labs[kernels]
+    got = lab.steps(shapes, plan)
+    lab.assert_right(shapes, plan, got)
+    lab.assert_as_one_padded_batch(shapes, plan, got)
 
 
 @settings(max_examples=40, deadline=None)
@@ -298,16 +356,81 @@ def all_tokens(patch: Any) -> None:
 
 
 def size_of_a_full_step(patch: Any) -> None:
-    """As if every window held as many rows as a full one."""
-    full = PARTIAL["batch_size"] * PARTIAL["accumulate"]
-    divide_by(patch, lambda loop, rows, weight: weight * full / sum(map(len, rows)))
+    """As if every window held as many rows, or packs, as a full one."""
+
+    def of_a_full_step(loop: Any, rows: Any, weight: float) -> float:
+        held = len(rows) if loop._plan.packed else sum(map(len, rows))
+        return weight * loop._plan._batch_size * loop._plan._accumulate / held
+
+    divide_by(patch, of_a_full_step)
 
 
 def forgotten_world(patch: Any) -> None:
     divide_by(patch, lambda loop, rows, weight: weight * loop._accelerator.num_processes)
 
 
-FAULTS = {f.__name__: f for f in (mean_of_means, all_tokens, size_of_a_full_step, forgotten_world)}
+def own_divisor(patch: Any) -> None:
+    """Each rank divides by what its own rows weigh, and the ranks are averaged."""
+
+    def own(loop: Any, rows: Any, weight: float) -> float:
+        world = loop._accelerator.num_processes
+        return world * sum(e.weight for part in rows[loop._accelerator.process_index :: world] for e in part)
+
+    divide_by(patch, own)
+
+
+def idle_rank_trains(patch: Any) -> None:
+    """A rank for which no micro-batch is left adds the first one again."""
+    right = TrainingLoop._accumulate
+
+    def again(self: Any, rows: Any, weight: float) -> Any:
+        return right(self, [*rows, *rows[: max(0, self._accelerator.num_processes - len(rows))]], weight)
+
+    patch.setattr(TrainingLoop, "_accumulate", again)
+
+
+def full_packs(patch: Any) -> None:
+    divide_by(patch, lambda loop, rows, weight: len(rows) * loop._plan._packing)
+
+
+def change_packs(patch: Any, changes: Callable[[Batch], dict[str, Any]]) -> None:
+    """A loop that gives the model other tensors for its packs than it should."""
+
+    def changed(examples: Any, *, device: Any) -> Batch:
+        batch = collate_packed(examples, device=device)
+        return dataclasses.replace(batch, **changes(batch))
+
+    patch.setattr(loop_module, "collate_packed", changed)
+
+
+def positions_go_on(patch: Any) -> None:
+    change_packs(patch, lambda batch: {"position_ids": torch.arange(batch.input_ids.shape[1])[None]})
+
+
+def documents_see_each_other(patch: Any) -> None:
+    """Positions start anew, but transformers separates by them only where there is no mask."""
+    change_packs(patch, lambda batch: {"attention_mask": torch.ones_like(batch.input_ids)})
+
+
+def first_tokens_trained(patch: Any) -> None:
+    change_packs(patch, lambda batch: {"trained": batch.trained | (batch.position_ids == 0)})
+
+
+FAULTS = {
+    f.__name__: f
+    for f in (
+        mean_of_means,
+        all_tokens,
+        size_of_a_full_step,
+        forgotten_world,
+        own_divisor,
+        idle_rank_trains,
+        full_packs,
+        positions_go_on,
+        documents_see_each_other,
+        first_tokens_trained,
+    )
+}
 
 
 @pytest.mark.parametrize(
@@ -317,6 +440,29 @@ def test_a_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, f
     FAULTS[fault](monkeypatch)
     with pytest.raises(AssertionError, match=f"loss of step {step}"):
         labs["auto"].check(UNEVEN, PARTIAL)
+
+
+@pytest.mark.parametrize(
+    ("fault", "step"),
+    [
+        ("mean_of_means", 0),
+        ("all_tokens", 0),
+        ("full_packs", 0),
+        ("size_of_a_full_step", 1),
+        ("positions_go_on", 0),
+        ("documents_see_each_other", 0),
+        ("first_tokens_trained", 0),
+    ],
+    ids=str,
+)
+def test_a_fault_of_packing_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
+    lab = labs["auto"]
+    FAULTS[fault](monkeypatch)
+    got = lab.steps(UNEVEN, PACKED_PARTIAL)
+    assert [record["micro_batches"] for _, record in got] == [3, 1]
+    for compare in (lab.assert_right, lab.assert_as_one_padded_batch):
+        with pytest.raises(AssertionError, match=f"loss of step {step}"):
+            compare(UNEVEN, PACKED_PARTIAL, got)
 
 
 def test_a_wrong_gradient_is_caught_under_a_right_loss(labs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +500,7 @@ for name, (fault, shapes, plan, lr) in RANK_CASES.items():
         if fault:
             FAULTS[fault](patch)
         found[name] = lab.steps(shapes, plan, lr)
+found["drawn"] = [(shapes, plan, lab.steps(shapes, plan)) for shapes, plan in torch.load(folder / "drawn.pt")]
 torch.save(found, folder / f"{accelerator.process_index}.pt")
 """
 
@@ -367,13 +514,34 @@ RANK_CASES: dict[str, tuple[str | None, Any, dict[str, Any], float]] = {
     "mean_of_means": ("mean_of_means", UNEVEN, {**ONE_BY_ONE, "accumulate": 4}, 0.0),
     "forgotten_world": ("forgotten_world", UNEVEN, {**ONE_BY_ONE, "accumulate": 4}, 0.0),
     "moving weights": (None, UNEVEN, {"batch_size": 2, "accumulate": 2, "epochs": 2}, 1e-2),
+    "an odd number of packs, then one": (None, UNEVEN, PACKED_PARTIAL, 0.0),
+    "one pack for both ranks": (None, UNEVEN, {"batch_size": 2, "packing": 1000}, 0.0),
+    "packs of so many tokens": (None, UNEVEN, {"batch_tokens": 25, "accumulate": 2, "packing": 24}, 0.0),
+    "own_divisor": ("own_divisor", UNEVEN, {**PACKED_PARTIAL, "accumulate": 2}, 0.0),
+    "idle_rank_trains": ("idle_rank_trains", UNEVEN, {"batch_size": 2, "packing": 1000}, 0.0),
+    "positions_go_on": ("positions_go_on", UNEVEN, PACKED_PARTIAL, 0.0),
+    "moving weights, packed": (None, UNEVEN, {**PACKED_PARTIAL, "epochs": 3}, 1e-2),
 }
 
 
+def drawn(count: int, *, packed: bool) -> list[tuple[Any, dict[str, Any]]]:
+    """Rows and plans for the ranks, which hypothesis cannot run: the same in every run of the tests."""
+    cases: list[tuple[Any, dict[str, Any]]] = []
+
+    @settings(max_examples=count, derandomize=True, database=None)
+    @given(shapes=MORE_TEXTS, plan=plans(packed=packed))
+    def take(shapes: Any, plan: dict[str, Any]) -> None:
+        cases.append((shapes, plan))
+
+    take()
+    return cases
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: Any) -> list[dict[str, Steps]]:
-    """What two processes over gloo found for ``RANK_CASES``."""
+def ranks(tmp_path_factory: Any) -> list[dict[str, Any]]:
+    """What two processes over gloo found for ``RANK_CASES``, and with its rows and plan for each ``drawn`` case."""
     folder = tmp_path_factory.mktemp("ranks")
+    torch.save(drawn(6, packed=False) + drawn(24, packed=True), folder / "drawn.pt")
     (folder / "rank.py").write_text(RANK)
     tests = Path(__file__).parents[1]
     with socket.socket() as s:
@@ -419,21 +587,37 @@ def test_two_ranks_get_the_mean_of_the_whole_step(labs: Any, ranks: Any, name: s
     _, shapes, plan, _ = RANK_CASES[name]
     for found in ranks:
         labs["auto"].assert_right(shapes, plan, found[name])
+        labs["auto"].assert_as_one_padded_batch(shapes, plan, found[name])
 
 
-def test_two_ranks_train_as_one_process_does(labs: Any, ranks: Any) -> None:
-    _, shapes, plan, lr = RANK_CASES["moving weights"]
-    one = labs["auto"].steps(shapes, plan, lr)
-    assert len(one) == 6
+def test_two_ranks_get_the_mean_of_any_step(labs: Any, ranks: Any) -> None:
+    packs = set()
     for found in ranks:
-        assert_same(found["moving weights"], one)
+        for shapes, plan, got in found["drawn"]:
+            try:
+                labs["auto"].assert_right(shapes, plan, got)
+                labs["auto"].assert_as_one_padded_batch(shapes, plan, got)
+            except AssertionError as error:
+                raise AssertionError(f"{error} with shapes={shapes}, plan={plan}") from error
+            packs |= {record["micro_batches"] for _, record in got if "packing" in plan}
+    assert {1, 2, 3} <= packs, "no step in which a rank had no pack, as many as the other, or fewer"
+
+
+@pytest.mark.parametrize(("name", "num_steps"), [("moving weights", 6), ("moving weights, packed", 6)])
+def test_two_ranks_train_as_one_process_does(labs: Any, ranks: Any, name: str, num_steps: int) -> None:
+    _, shapes, plan, lr = RANK_CASES[name]
+    one = labs["auto"].steps(shapes, plan, lr)
+    assert len(one) == num_steps
+    for found in ranks:
+        assert_same(found[name], one)
 
 
 @pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if case[0]])
-def test_a_wrong_divisor_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
+def test_a_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
     _, shapes, plan, _ = RANK_CASES[name]
-    with pytest.raises(AssertionError, match="loss of step 0"):
-        labs["auto"].assert_right(shapes, plan, ranks[0][name])
+    for compare in (labs["auto"].assert_right, labs["auto"].assert_as_one_padded_batch):
+        with pytest.raises(AssertionError, match="loss of step 0"):
+            compare(shapes, plan, ranks[0][name])
 
 
 @pytest.mark.slow
@@ -446,18 +630,10 @@ def test_equals_transformers_trainer(tiny: Any, tokenizer_of: Any, module_accele
     shapes = [*UNEVEN, *UNEVEN[:5], *UNEVEN[2:9]]
     plan = {"batch_size": 2, "accumulate": 4, "grouping": "none"}
     ours = lab.steps(shapes, plan)
-    examples = lab.task.encode(lab.rows(shapes), max_length=512, too_long="error", training=True).examples
+    examples, _ = lab.planned(shapes, plan)
     order = BatchPlan([len(e) for e in examples], **plan)
     parts = [part for i in range(order.total_steps) for part in order.step(i).micro_batches]
     assert [len(parts), len(ours)] == [11, 3]
-
-    def collate(items: list[tuple[int, Any]]) -> dict[str, Tensor]:
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(e.ids, dtype=torch.int64) for _, e in items], batch_first=True)
-        labels = torch.full_like(ids, -100)
-        for label, row, (i, e) in zip(labels, ids, items, strict=True):
-            label[shapes[i][0] : len(e)] = row[shapes[i][0] : len(e)]
-        lengths = torch.tensor([len(e) for _, e in items])[:, None]
-        return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long()}
 
     losses: list[float] = []
     theirs: Steps = []
@@ -490,6 +666,6 @@ def test_equals_transformers_trainer(tiny: Any, tokenizer_of: Any, module_accele
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    rows = [(int(i), examples[i]) for part in parts for i in part]
-    InOrder(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Take()]).train()
+    rows = [(shapes[i], examples[i]) for part in parts for i in part]
+    InOrder(model=model, args=arguments, train_dataset=rows, data_collator=padded, callbacks=[Take()]).train()
     assert_same(ours, theirs, 1e-6)
