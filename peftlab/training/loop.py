@@ -227,10 +227,11 @@ class TrainingLoop:
         by index, whose loss is not finite.
         """
         accelerator, world = self._accelerator, self._accelerator.num_processes
-        mine = rows[accelerator.process_index :: world]
+        first = accelerator.process_index
+        mine = rows[first::world]
         factor = world / weight  # DDP averages over ranks; the step's loss is a sum over them
         if not mine:  # fewer micro-batches than ranks: take part in the gradient exchange with a zero
-            mine, factor = rows[:1], 0.0
+            first, mine, factor = 0, rows[:1], 0.0
         sums = []
         for number, part in enumerate(mine, start=1):
             if self._stop:
@@ -249,7 +250,7 @@ class TrainingLoop:
         if math.isfinite(loss):
             return loss, None
         finite = torch.isfinite(losses).tolist()
-        return loss, accelerator.process_index + world * finite.index(False) if not all(finite) else None
+        return loss, first + world * finite.index(False) if not all(finite) else None
 
     def _collate(self, part: list[Any]) -> Batch:
         device = self._accelerator.device

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +170,22 @@ def test_a_nan_stops_before_the_weights_change(
     saved = list_checkpoints(b.folder / "checkpoints")
     assert [p.name for p in saved] == ([f"step-{bad:08d}"] if bad else [])
     assert all(str(p) in str(caught.value) for p in saved)
+
+
+def test_a_rank_without_a_micro_batch_names_the_first(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes part with the first one, and a NaN times 0 is one."""
+    b = bench()
+    loop = b.loop(batch_size=12)
+    right = CausalLM.loss_sum
+    monkeypatch.setattr(CausalLM, "loss_sum", lambda *args: right(*args) * float("nan"))
+    idle = SimpleNamespace(
+        num_processes=2, process_index=1, device="cpu", backward=torch.Tensor.backward, reduce=lambda x, reduction: x
+    )
+    loop._accelerator = idle
+    loss, bad = loop._accumulate([b.train.examples], 1.0)
+    assert math.isnan(loss) and bad == 0
 
 
 def test_an_infinite_gradient_stops_too(bench: Callable[..., Bench]) -> None:
