@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -68,16 +69,21 @@ def pieces(
     rows: Rows, render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Rendered]]
 ) -> Iterator[tuple[int, list[Rendered]]]:
     """Yields ``(index of the first row, rendered rows)`` for consecutive rows, some thousand or a few megabytes at a time."""
-    for first in range(0, len(rows), _PIECE_ROWS):
-        part = range(first, min(first + _PIECE_ROWS, len(rows)))
-        rendered = render([rows.row(i) for i in part], [rows.where(i) for i in part])
-        start = characters = 0
-        for i, row in enumerate(rendered):
-            if characters and characters + len(row.text) > _PIECE_CHARACTERS:
-                yield first + start, rendered[start:i]
-                start, characters = i, 0
-            characters += len(row.text)
-        yield first + start, rendered[start:]
+
+    gc.freeze()  # or the collector would look through all rows again and again
+    try:
+        for first in range(0, len(rows), _PIECE_ROWS):
+            part = range(first, min(first + _PIECE_ROWS, len(rows)))
+            rendered = render([rows.row(i) for i in part], [rows.where(i) for i in part])
+            start = characters = 0
+            for i, row in enumerate(rendered):
+                if characters and characters + len(row.text) > _PIECE_CHARACTERS:
+                    yield first + start, rendered[start:i]
+                    start, characters = i, 0
+                characters += len(row.text)
+            yield first + start, rendered[start:]
+    finally:
+        gc.unfreeze()
 
 
 def tokenize(tokenizer: Any, rendered: Sequence[Rendered], *, chat: bool, stop_ids: Collection[int]) -> Tokens:
@@ -104,7 +110,8 @@ def tokenize(tokenizer: Any, rendered: Sequence[Rendered], *, chat: bool, stop_i
     ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32, count=int(bounds[-1]))
     # Each row's characters are numbered after those of the rows before it, so that one search serves all rows.
     bases = np.concatenate([[0], np.cumsum([len(row.text) + 1 for row in rendered])]).astype(np.int64)
-    offsets = np.array([o for e in encoded.encodings or [] for o in e.offsets], dtype=np.int64).reshape(-1, 2)
+    flat = chain.from_iterable(chain.from_iterable(e.offsets for e in encoded.encodings or []))
+    offsets = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
     starts, ends = (offsets + np.repeat(bases[:-1], lengths)[:, None]).T
     real = ends > starts
     ends = np.maximum.accumulate(ends)
