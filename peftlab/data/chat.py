@@ -102,6 +102,11 @@ class Formatter:
         )
 
     @property
+    def key(self) -> str:
+        """The recipe key that the texts come from."""
+        return "data.template" if self._template else "data.columns"
+
+    @property
     def prompt_column(self) -> str | None:
         """The one column that the prompt is made from, when there is exactly one."""
         if self._template:

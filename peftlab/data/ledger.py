@@ -227,7 +227,7 @@ class Ledger:
                 "zero_trained",
                 f"{self.rows.name}: zero trained tokens in all {len(self.rows):,} rows ({why}); look at data.columns and "
                 f"data.template, and at data.max_length ({self.max_length:,})",
-                "data.columns" if self.style == "text" else "data.template",
+                self._formatter.key if self._formatter else "data.columns",
                 error=True,
             )
         ]
@@ -292,7 +292,7 @@ class Ledger:
                     f"{len(unended):,} of {self._num_answers:,} {what} do not end with a trained "
                     f"end-of-turn token{wrote}, so the model does not learn to stop there; tokens that can end a turn "
                     f"here: {own}. Correct the template (model.chat_template), or data.allow=[untrained_terminator]",
-                    "model.chat_template" if self.style == "chat" else "data.template",
+                    "model.chat_template" if self.style == "chat" else "model.name",
                     unended,
                     error=self.style != "text",
                 )

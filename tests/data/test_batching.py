@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftlab.data import BatchPlan, Rows, eval_batches, fit_length
+from peftlab.data import BatchPlan, eval_batches, fit_lengths
 from peftlab.data import batching as batching_module
 from peftlab.data.batching import _cheapest_cuts
-from peftlab.errors import DataError
 
 GROUPINGS = ("none", "step", "epoch")
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=40)
@@ -253,23 +252,10 @@ def test_eval_batches_are_a_partition_within_budget(lengths: list[int], budget: 
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), limit=st.integers(2, 25))
-def test_fit_length(lengths: list[int], limit: int) -> None:
-    rows = Rows.from_dicts([{"x": i} for i in range(len(lengths))], name="data")
-    ids = [np.arange(n) for n in lengths]
-    too_long = [i for i, n in enumerate(lengths) if n > limit]
-    kept, notes = {}, []
-    for i, row in fit_length(ids, rows, max_length=limit, too_long="drop", notes=notes):
-        kept[i] = row
-    assert sorted(kept) == [i for i in range(len(lengths)) if i not in too_long]
-    assert bool(notes) == bool(too_long)
-    for keep_last in (False, True):
-        for i, row in fit_length(ids, rows, max_length=limit, too_long="truncate", notes=[], keep_last=keep_last):
-            expected = list(range(min(lengths[i], limit)))
-            if keep_last and i in too_long:
-                expected[-1] = lengths[i] - 1
-            assert row.tolist() == expected
-    assume(too_long)
-    assert notes[0].startswith(f"{len(too_long)} of {len(lengths)} rows dropped")
-    with pytest.raises(DataError, match=f"data, record {too_long[0] + 1}: this row has {lengths[too_long[0]]} tokens"):
-        list(fit_length(ids, rows, max_length=limit, too_long="error", notes=[]))
-    assert all(len(row) == n for row, n in zip(ids, lengths, strict=True)), "the callers' arrays stay whole"
+def test_fit_lengths(lengths: list[int], limit: int) -> None:
+    array = np.array(lengths)
+    assert fit_lengths(array, max_length=limit, too_long="truncate").tolist() == [min(n, limit) for n in lengths]
+    for too_long in ("drop", "error"):
+        kept = fit_lengths(array, max_length=limit, too_long=too_long)
+        assert kept.tolist() == [n if n <= limit else 0 for n in lengths]
+    assert array.tolist() == lengths, "the caller's array stays as it was"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftlab.data.chat import Formatter, Rendered, trained_tokens
+from peftlab.data.chat import Formatter
 from peftlab.errors import DataError, RecipeError
 
 # As templates that drop the thoughts of earlier turns: a later turn changes how an earlier one is written.
@@ -32,7 +32,7 @@ def formatter(tokenizer: Any, available: list[str], **options: Any) -> Formatter
 
 
 def trained_text(rendered: Any) -> list[str]:
-    return [rendered.text[a:b] for a, b in rendered.spans]
+    return [rendered.text[part.start : part.end] for part in rendered.parts if part.trained]
 
 
 def test_text(tokenizer: Any) -> None:
@@ -98,7 +98,7 @@ def test_messages_may_come_as_an_array(tokenizer: Any) -> None:
 
 def test_a_row_without_assistant_trains_nothing(tokenizer: Any) -> None:
     r = formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "here")
-    assert r.spans == []
+    assert trained_text(r) == []
 
 
 @pytest.mark.parametrize("value", [None, "text", [], {}, [{"role": "user"}], ["hi"]])
@@ -172,23 +172,3 @@ def test_a_prompt_of_several_columns_cannot_be_typed(tokenizer: Any) -> None:
     assert f.prompt_column is None
     with pytest.raises(RecipeError, match="several columns"):
         f.prompt_row("hello")
-
-
-OFFSETS = [(0, 2), (2, 3), (3, 6), (6, 6), (6, 8), (8, 9)]
-
-
-@pytest.mark.parametrize(
-    ("spans", "ids", "expected"),
-    [
-        ([(0, 9)], [5] * 6, [1, 1, 1, 0, 1, 1]),
-        ([(3, 8)], [5] * 6, [0, 0, 1, 0, 1, 0]),
-        ([(4, 7)], [5] * 6, [0, 0, 1, 0, 1, 0]),
-        ([(3, 9)], [5, 5, 5, 5, 2, 5], [0, 0, 1, 0, 1, 0]),
-        ([(0, 3), (6, 9)], [5, 2, 5, 5, 2, 5], [1, 1, 0, 0, 1, 0]),
-        ([(3, 3)], [5] * 6, [0] * 6),
-        ([], [5] * 6, [0] * 6),
-    ],
-)
-def test_trained_tokens(spans: Any, ids: list[int], expected: list[int]) -> None:
-    got = trained_tokens(Rendered("abcdefgh\n", spans), OFFSETS, np.array(ids, dtype=np.int32), {2})
-    assert got.astype(int).tolist() == expected

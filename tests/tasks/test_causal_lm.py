@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from peftlab.adapters import HeadLoss
-from peftlab.data import Rows
+from peftlab.data import Rows, require
 from peftlab.data.chat import Formatter
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError, RecipeError
@@ -103,9 +104,9 @@ def test_every_assistant_turn_is_trained_with_its_end(tokenizer: Any) -> None:
 def test_an_untrained_end_of_turn_is_caught(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = CausalLM._tokenize
 
-    def faulty(self: Any, rows: Rows) -> Any:
-        ids, trained = right(self, rows)
-        return ids, [t & (i != tokenizer.eos_token_id) for i, t in zip(ids, trained, strict=True)]
+    def faulty(self: Any, rendered: Any) -> Any:
+        tokens = right(self, rendered)
+        return replace(tokens, trained=tokens.trained & (tokens.ids != tokenizer.eos_token_id))
 
     monkeypatch.setattr(CausalLM, "_tokenize", faulty)
     with pytest.raises(AssertionError):
@@ -163,7 +164,7 @@ def test_the_prompt_at_prediction_is_the_beginning_of_the_training_row(tokenizer
 def test_zero_trained_tokens(tokenizer: Any) -> None:
     empty = rows_of([{"messages": [{"role": "user", "content": "u"}]}] * 2)
     with pytest.raises(DataError, match="zero trained tokens in all 2 rows"):
-        encode(make(tokenizer, empty), empty)
+        require(encode(make(tokenizer, empty), empty).ledger)
 
 
 def test_rows_without_trained_tokens_are_dropped_and_told(tokenizer: Any) -> None:
@@ -171,21 +172,25 @@ def test_rows_without_trained_tokens_are_dropped_and_told(tokenizer: Any) -> Non
     rows = rows_of([{"messages": user}, {"messages": [*user, {"role": "assistant", "content": "a"}]}])
     encoded = encode(make(tokenizer, rows), rows)
     assert [e.row for e in encoded.examples] == [1]
-    assert any("1 of 2 rows dropped: no trained token" in note for note in encoded.notes)
+    assert encoded.ledger.report()["left_out"] == [
+        {"reason": "dropped: no assistant turn in it", "rows": 1, "where": ["a.csv:2"]}
+    ]
 
 
 def test_too_long(tokenizer: Any) -> None:
     rows = rows_of([{"prompt": "Q", "completion": "y"}, {"prompt": "Q", "completion": "yes!"}])
     task = make(tokenizer, rows)
-    with pytest.raises(DataError, match=r"a\.csv:3: this row has 6 tokens, more than the limit of 4"):
-        encode(task, rows, max_length=4)
+    with pytest.raises(DataError, match=r"a\.csv:3: 1 row has more tokens than the limit of 4 \(up to 6\)"):
+        require(encode(task, rows, max_length=4).ledger)
     assert [e.row for e in encode(task, rows, max_length=4, too_long="drop").examples] == [0]
     cut = encode(task, rows, max_length=4, too_long="truncate")
     assert split_by_mask(tokenizer, cut.examples[1]) == [(False, "Q"), (True, "yes")]
-    assert any("1 of 2 rows truncated" in note for note in cut.notes)
+    assert cut.ledger.report()["left_out"] == [
+        {"reason": "truncated: longer than data.max_length (4 tokens)", "rows": 1, "where": ["a.csv:3"]}
+    ]
     long = rows_of([{"prompt": "Q" * 9, "completion": "y"}])
     with pytest.raises(DataError, match="zero trained tokens"):
-        encode(task, long, max_length=4, too_long="truncate")
+        require(encode(task, long, max_length=4, too_long="truncate").ledger)
 
 
 MIXED = [{"q": "how", "a": "yes"}, {"q": "what is it", "a": "no, it is longer"}, {"q": "", "a": ""}]

@@ -94,7 +94,8 @@ def test_held_out_rows_are_not_weighted(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer, class_names=NAMES, class_weights="balanced")
     encoded = encode(task, rows_of(TEXTS, LABELS), training=False)
     assert {e.weight for e in encoded.examples} == {1.0}
-    assert "labels: mid 2, neg 2, pos 3" in encoded.notes
+    counts = {entry["label"]: entry["rows"] for entry in encoded.ledger.report()["labels"]}
+    assert counts == {"mid": 2, "neg": 2, "pos": 3}
 
 
 def test_weights_must_name_every_class(tokenizer: Any) -> None:
