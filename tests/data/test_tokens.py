@@ -29,7 +29,7 @@ class Scripted:
 
     def __call__(self, texts: list[str], **_: Any) -> Any:
         encodings = [SimpleNamespace(offsets=[offset for _, offset in self.script[t]]) for t in texts]
-        return BatchEncoding({"input_ids": [[i for i, _ in self.script[t]] for t in texts]}, encodings)
+        return BatchEncoding({"input_ids": [[i for i, _ in self.script[t]] for t in texts]}, encodings, n_sequences=1)
 
 
 def by_loop(row: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[bool], list[str]]:
