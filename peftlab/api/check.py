@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from peftlab.api import build
 from peftlab.api.estimate import estimate_seconds
 from peftlab.api.findings import findings, previews, shared_rows
@@ -79,16 +81,22 @@ def _estimate(recipe: Recipe, pretrained: Any, task: Task, train: Ledger, limit:
         return None
     device = build.pick_device(recipe.run.device)
     plan = make_plan(recipe, lengths, device, packing=limit if recipe.data.packing else None)
-    epochs = plan.total_steps / plan.steps_per_epoch
-    share = train.num_trained / train.num_tokens if train.style != "labels" else 0.0
-    tokens = round(epochs * float(lengths.sum()))
+    seen = plan.times_seen()
+    rows, tokens, trained = int(seen.sum()), int(seen @ lengths), int(seen @ train.trained)
+    scored = trained if train.style != "labels" else rows  # positions whose logits are computed
     return {
         "steps": plan.total_steps,
-        "epochs": epochs,
-        "rows": round(epochs * len(lengths)),
+        "epochs": rows / len(lengths),
+        "rows": rows,
         "tokens": tokens,
-        "trained_tokens": round(tokens * share) if train.style != "labels" else None,
+        "trained_tokens": trained if train.style != "labels" else None,
         **estimate_seconds(
-            recipe, pretrained, task, lengths=lengths, epochs=epochs, trained_share=share, device=device
+            recipe,
+            pretrained,
+            task,
+            tokens=tokens,
+            squares=float(seen @ lengths.astype(np.float64) ** 2),
+            scored=scored,
+            device=device,
         ),
     }

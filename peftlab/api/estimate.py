@@ -6,9 +6,6 @@ import statistics
 import time
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from peftlab.models import Pretrained, load_skeleton, resolve_precision
 from peftlab.recipe import Recipe
 from peftlab.tasks import Task
@@ -26,23 +23,20 @@ def estimate_seconds(
     pretrained: Pretrained,
     task: Task,
     *,
-    lengths: npt.NDArray[np.int64],
-    epochs: float,
-    trained_share: float,
+    tokens: int,
+    squares: float,
+    scored: int,
     device: str,
 ) -> dict[str, Any]:
     """``seconds`` of the training steps alone, without loading and evaluation, and the ``flops_per_s`` they rest on.
 
-    Args:
-        lengths: [N] tokens of each training row.
-        trained_share: share of the tokens whose logits a language model's head computes.
+    Args: tokens: trained on in the whole run. squares: sum of the squared row lengths. scored: positions with logits.
     """
     shape = _shape_of(load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs()))
-    tokens, squares = epochs * float(lengths.sum()), epochs * float((lengths.astype(np.float64) ** 2).sum())
     # Forward and the gradient of the input; the frozen weight itself has none. Recomputing is one more forward.
     passes = 3 if recipe.train.gradient_checkpointing else 2
-    flops = 2 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
-    flops += 4 * tokens * shape["head"] * (trained_share or 1 / float(lengths.mean()))
+    flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
+    flops += 4.0 * scored * shape["head"]
     dtype = resolve_precision(recipe.train.precision, device)
     speed = _matmul_speed(shape["widest"], dtype, device)
     return {"seconds": _OVERHEAD[recipe.model.quantize] * flops / speed, "flops": flops, "flops_per_s": speed}

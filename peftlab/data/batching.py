@@ -78,10 +78,14 @@ class BatchPlan:
         """Whether each micro-batch is one sequence of several rows."""
         return self._packing is not None
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of the first epoch; the others have about as many."""
-        return len(self._epoch(0))
+    def times_seen(self) -> Indices:
+        """[N] how often each row is trained on in the whole run."""
+        counts, left, epoch = np.zeros(len(self._lengths), dtype=np.int64), self.total_steps, 0
+        while left > 0:
+            steps = self._epoch(epoch)[:left]
+            counts += np.bincount(np.concatenate([rows for step in steps for rows in step]), minlength=len(counts))
+            left, epoch = left - len(steps), epoch + 1
+        return counts
 
     def _count_steps(self, epochs: float | None, max_steps: int | None) -> int:
         if max_steps is not None:

@@ -77,6 +77,7 @@ class Ledger:
         self._stop_ids = set(stop_ids)
         self._lengths: list[Indices] = []
         self._kept: list[Indices] = []
+        self._learnt: list[Indices] = []
         self._hashes: list[Indices] = []
         self._labels: list[Indices] = []
         self._seen = np.zeros(len(tokenizer), dtype=np.int64)
@@ -99,6 +100,7 @@ class Ledger:
         lengths, in_row = tokens.lengths, first + np.arange(len(tokens), dtype=np.int64)
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(kept.astype(np.int32))
+        self._learnt.append(tokens.num_trained(kept).astype(np.int32))
         raw, at = tokens.ids.tobytes(), (4 * tokens.bounds).tolist()
         self._hashes.append(np.array([hash(raw[a:b]) for a, b in pairwise(at)], dtype=np.int64))
         if labels is not None:
@@ -175,6 +177,11 @@ class Ledger:
         """[N] tokens of each row that is trained on, in order, as ``Encoded.lengths``."""
         kept = _joined(self._kept)
         return kept[kept > 0]
+
+    @property
+    def trained(self) -> Indices:
+        """[N] trained tokens of each row that is trained on, in order."""
+        return _joined(self._learnt)[self.kept_rows]
 
     @property
     def kept_rows(self) -> Indices:
@@ -500,5 +507,7 @@ def _histogram(lengths: Indices) -> list[dict[str, int]]:
             break
     if edges[-1] < most:
         edges.append(most)
+    if lengths.min() == 0:
+        edges[0] = -1
     counts = np.histogram(lengths, bins=np.array(edges) + 0.5)[0].tolist()
     return [{"from": a + 1, "to": b, "rows": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)]

@@ -222,6 +222,15 @@ def test_max_steps_goes_on_into_further_epochs(plan: Any, max_steps: int, groupi
     assert len(rows_of(planned.step(max_steps - 1))) > 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(plan=plans(), max_steps=st.integers(1, 60), packing=st.sampled_from([None, 40, 64]))
+def test_times_seen_counts_the_planned_steps(plan: Any, max_steps: int, packing: int | None) -> None:
+    lengths, options = plan
+    planned = BatchPlan(lengths, max_steps=max_steps, packing=packing, **options)
+    planned_rows = np.concatenate([np.array(rows_of(planned.step(i))) for i in range(max_steps)])
+    assert planned.times_seen().tolist() == np.bincount(planned_rows, minlength=len(lengths)).tolist()
+
+
 def test_random_access_is_cheap_after_a_far_jump() -> None:
     """Resuming at epoch 40 and then reading on must give what reading from the start gives."""
     near, far = (BatchPlan([3, 5, 8, 2, 2], batch_size=2, epochs=50, grouping="epoch") for _ in range(2))

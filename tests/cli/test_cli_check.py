@@ -1,0 +1,226 @@
+"""``peftlab check`` as people and programs see it, and the first lines of ``train``."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import peftlab
+from peftlab.api.ledger_text import PreviewText, places, share
+from peftlab.cli.app import run
+from peftlab.training.progress import PlainProgress, RichProgress, SilentProgress
+
+NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chats = [
+        [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}] * (1 + i % 2)
+        for i in range(20)
+    ]
+    lines = [json.dumps({"messages": chat}) for chat in [*chats, chats[3]]]
+    Path("chats.jsonl").write_text("\n".join(lines) + "\n")
+    Path("texts.csv").write_text("text,label\n" + "".join(f"text {i % 9},{'ab'[i % 3 == 0]}\n" for i in range(30)))
+    Path("bad.jinja").write_text(NO_END)
+    write("chat.yaml", "causal_lm", "tiny:llama", "chats.jsonl, eval_rows: 5")
+    write("labels.yaml", "seq_cls", "tiny:bert", "texts.csv, eval_rows: 6")
+
+
+def write(name: str, task: str, model: str, data: str) -> None:
+    Path(name).write_text(f"task: {task}\nmodel: {{name: {model}}}\ndata: {{train: {data}}}\ntrain: {{max_steps: 2}}\n")
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(["check", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_chats(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = told(capsys, "chat.yaml", "--show", "2")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    for line in (
+        r"chat: causal_lm on tiny:llama",
+        r"data: chats.jsonl, a part of it held out",
+        r"train +16 +16 +1,\d\d\d +\d\d\d +\d\d %",
+        r"user +\d+ +0 +0 % +\d+ +0",
+        r"assistant +(\d+) +\1 +100 % +(\d+) +\2",
+        r"<\|im_end\|> +(\d+) +\d+ +50 % ",
+        r"train: \d+ assistant turns, each ends with a trained <\|im_end\|>",
+        r"tokens per row: \d+ to \d+, median \d+, mean \d+, 95 % up to \d+; limit 512",
+        r"2 steps,  1 epoch,  .* tokens,  \d+ of them trained",
+        r"chats.jsonl:\d+  \(trained between \{\+ and \+\}\)",
+        r"  \{\+answer \d+<\|im_end\|>\+\}",
+        r"ready to train",
+    ):
+        assert re.search(f"^{line}", out, re.MULTILINE), f"{line}\n{out}"
+    assert len(re.findall(r"^chats.jsonl:\d+  ", out, re.MULTILINE)) == 2
+    assert "reading data" in err and "reading data" not in out
+
+
+def test_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = told(capsys, "labels.yaml", "--show", "0")
+    assert code == 0
+    assert re.search(r"^b +8 +33 % +2 +33 %$", out, re.MULTILINE)
+    assert re.search(r"held-out rows are also among the training rows: texts.csv:\d+", out)
+    assert "note: " in out and "repeat an earlier one (texts.csv:" in out
+
+
+def test_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = told(capsys, "chat.yaml", "--show", "3", "--json", "data.max_length=80", "data.too_long=truncate")
+    report = json.loads(out)
+    assert code == 0 and report["ok"]
+    assert len(report["preview"]) == 3 and report["preview"][0]["segments"][0][1:] == ["template", False]
+    assert set(report) == {
+        "ok", "recipe", "task", "model", "style", "findings", "train", "held_out", "shared", "estimate", "preview",
+    }  # fmt: skip
+    (cut,) = report["train"]["left_out"]
+    assert len(cut["where"]) == cut["rows"] and all(w.startswith("chats.jsonl:") for w in cut["where"])
+    assert report["estimate"]["steps"] == 2 and report["estimate"]["seconds"] > 0
+
+
+def test_an_error_ends_with_exit_code_3_after_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja")
+    assert code == 3
+    assert "written by" in out
+    assert re.search(r"^error: \d+ of \d+ assistant turns do not end with a trained", out, re.MULTILINE)
+    assert out.rstrip().endswith("1 error: this recipe would not be trained")
+    code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja", "--json")
+    assert code == 3 and not json.loads(out)["ok"]
+    allowed = ["model.chat_template=bad.jinja", "data.allow=[untrained_terminator]"]
+    code, out, _ = told(capsys, "chat.yaml", *allowed)
+    assert code == 0 and "allowed: " in out
+
+
+def test_train_refuses_what_check_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "chat.yaml", "model.chat_template=bad.jinja"]) == 3
+    err = capsys.readouterr().err
+    assert re.search(
+        r"error: `model.chat_template` \(command line\): chats.jsonl:\d+.* assistant turns do not end with a trained end-of-turn token",
+        err,
+    )
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nope.yaml"], ["chat.yaml", "data.allow=[typo]"], ["chat.yaml", "--show", "-1"]]
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = told(capsys, *arguments)
+    assert code == 2 and not out and err.startswith("error: ")
+
+
+def test_allow_has_no_effect_on_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = told(capsys, "labels.yaml", "data.allow=[pad_is_eos]")
+    assert code == 2 and "allow: has no effect for task: seq_cls" in err
+
+
+def test_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = told(capsys, "chat.yaml", "data.max_length=4")
+    assert code == 3
+    assert "16 rows refused: longer than data.max_length (4 tokens): chats.jsonl:" in out
+    assert "error: 16 rows have more tokens than the limit of 4" in out
+    assert "steps" not in out
+
+
+class Recorder(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        self.lines.append(f"warning: {text}")
+
+    def show(self, renderable: Any) -> None:
+        console = Console(file=io.StringIO(), width=80, color_system=None)
+        console.print(renderable)
+        self.lines.append(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_the_first_lines_of_train() -> None:
+    recorder = Recorder()
+    finished = peftlab.train("chat.yaml", ["eval.before=false"], progress=recorder)
+    text = "\n".join(recorder.lines)
+    for line in (
+        r"train: 16 rows, [\d,]+ tokens, \d+ trained \(\d\d %\)",
+        r"  trained by role: user 0 of \d+, assistant (\d+) of \1, template 0 of [\d,]+",
+        r"  trained special tokens: <\|im_start\|> 0 of \d+, <\|im_end\|> \d+ of \d+",
+        r"  \d+ assistant turns, each ends with a trained <\|im_end\|>",
+        r"held out: 5 rows, ",
+        r"  \{\+answer \d+<\|im_end\|>\+\}",
+    ):
+        assert re.search(f"^{line}", text, re.MULTILINE), f"{line}\n{text}"
+    ledger = finished.summary["ledger"]
+    assert ledger["train"]["trained"] == sum(r["trained"] for r in ledger["train"]["roles"])
+    assert finished.summary["training"]["tokens"] <= ledger["train"]["tokens"]
+
+
+def test_the_same_numbers_before_and_after() -> None:
+    """What the ledger promises for an epoch is what the loop then counts."""
+    recorder = Recorder()
+    options = ["eval.before=false", "train.max_steps=null", "train.epochs=2", "train.batch_tokens=300"]
+    promised = peftlab.check("chat.yaml", options, progress=recorder)["estimate"]
+    trained = peftlab.train("chat.yaml", options, progress=recorder).summary["training"]
+    assert (promised["steps"], promised["tokens"], promised["trained_tokens"]) == (
+        trained["steps"], trained["tokens"], trained["trained_tokens"],
+    )  # fmt: skip
+    assert promised["rows"] == trained["rows"]
+
+
+PREVIEW: Mapping[str, Any] = {
+    "where": "/some/where/data.jsonl:7",
+    "segments": [("ask\x1b[31m", "user", False), ("tell", "assistant", True), ("<|im_end|>", "assistant", True)],
+    "label": None,
+    "cut": 3,
+}
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+def test_the_preview_in_colours_and_without(environment: dict[str, str]) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard", _environ=environment)
+    console.print(PreviewText(PREVIEW))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[31m" not in text, "data must not steer the terminal"
+    if environment:
+        assert "{+tell<|im_end|>+}" in text
+    else:
+        assert "\x1b[32mtell<|im_end|>" in text and "\x1b[2mask" in text
+    assert "3 tokens cut off" in text
+
+
+def test_a_long_stretch_shows_its_ends() -> None:
+    console = Console(file=io.StringIO(), width=2000, color_system=None)
+    segments = [("a" * 5000 + "b", "user", False), ("c", "assistant", True)]
+    console.print(PreviewText({**PREVIEW, "segments": segments}, longest=10))
+    assert "aaaaa [... 4,991 characters ...] aaaab{+c+}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_progress_shows_renderables() -> None:
+    stream = io.StringIO()
+    PlainProgress(stream).show(PreviewText(PREVIEW))
+    assert "{+tell<|im_end|>+}" in stream.getvalue() and "\x1b" not in stream.getvalue()
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system="standard", _environ={})
+    RichProgress(console).show(PreviewText(PREVIEW))
+    assert "\x1b[32mtell" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_shares_and_places() -> None:
+    assert [share(p, 1000) for p in (0, 0.1, 46, 370, 995, 999.99, 1000)] == [
+        "0 %", "0.1 %", "4.6 %", "37 %", "99.5 %", "99.9 %", "100 %",
+    ]  # fmt: skip
+    assert share(0, 0) == "0 %"
+    assert places(["/x/a.csv:1", "/x/a.csv:20", "/x/b.csv:3", "/x/b.csv:4"]) == "a.csv:1, 20, b.csv:3 and 1 more"
+    assert places(["d/a.json, record 1", "d/a.json, record 2"]) == "a.json, record 1, 2"
+    assert places([]) == ""

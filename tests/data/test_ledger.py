@@ -1,0 +1,301 @@
+"""The loss ledger: every total against the examples that training gets, and every finding with the fault it is for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftlab.adapters import HeadLoss
+from peftlab.data import Ledger, Rows, require
+from peftlab.data import ledger as module
+from peftlab.data.chat import Formatter
+from peftlab.errors import DataError
+from peftlab.tasks import CausalLM, Encoded, SequenceClassification
+
+END = "<|im_end|>"
+
+
+@pytest.fixture
+def tokenizer(tokenizer_of: Callable[[str], Any]) -> Any:
+    return tokenizer_of("tiny:llama")
+
+
+def turns(*contents: str, roles: str = "ua") -> dict[str, Any]:
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    order = (roles * len(contents))[: len(contents)]
+    return {"messages": [{"role": names[r], "content": c} for r, c in zip(order, contents, strict=True)]}
+
+
+def encode(tokenizer: Any, rows: list[dict[str, Any]], *, choices: list[str] | None = None, **options: Any) -> Encoded:
+    data = Rows.from_dicts(rows, name="data")
+    formatter = Formatter(tokenizer, columns={}, template=None, available=list(data.columns))
+    task = CausalLM(tokenizer, formatter, head_loss=HeadLoss(), choices=choices)
+    return task.encode(data, **{"max_length": 512, "too_long": "error", "training": True, **options})
+
+
+def kinds(ledger: Ledger, *, errors: bool = True) -> list[str]:
+    return [f.kind for f in ledger.findings() if f.error or not errors]
+
+
+def roles(ledger: Ledger) -> dict[str, tuple[int, int]]:
+    return {entry["role"]: (entry["seen"], entry["trained"]) for entry in ledger.report()["roles"]}
+
+
+def test_by_hand(tokenizer: Any) -> None:
+    """One token is one byte, or one special token."""
+    rows = [
+        turns("be", "ask", "answer", roles="sua"),
+        turns("ab", "", "c", "de", "t1", "f", roles="uauata"),
+        turns("only a question"),
+    ]
+    report = encode(tokenizer, rows).ledger.report()
+    # Each turn has <|im_start|>, its role, a newline, its words, <|im_end|>, a newline.
+    first = {"system": 2, "user": 3, "assistant": len("answer") + 1}
+    second = {"user": 2 + 1, "assistant": (0 + 1) + (2 + 1) + (1 + 1), "tool": 2}
+    seen = Counter(first) + Counter(second)
+    heads = [f"system{0}", "user0", "assistant0", *["user0", "assistant0"] * 2, "tool0", "assistant0"]
+    headers = sum(1 + len(h) for h in heads)
+    newlines, ends = len(heads), sum(not h.startswith("assistant") for h in heads)
+    assert roles_of(report) == {
+        "system": (seen["system"], 0),
+        "user": (seen["user"], 0),
+        "assistant": (seen["assistant"], seen["assistant"]),
+        "tool": (seen["tool"], 0),
+        "template": (headers + newlines + ends, 0),
+    }
+    assert [entry["role"] for entry in report["roles"]] == ["system", "user", "assistant", "tool", "template"]
+    assert {e["token"]: (e["seen"], e["trained"]) for e in report["special_tokens"]} == {
+        "<|im_start|>": (9, 0),
+        END: (9, 4),
+    }
+    assert report["answers"] == {"count": 4, "ended": 4, "terminators": {END: 4}}
+    assert (report["rows"], report["kept"], report["trained"]) == (3, 2, seen["assistant"])
+    assert report["left_out"] == [
+        {"reason": "dropped: no assistant turn in it", "rows": 1, "where": ["data, record 3"]}
+    ]
+    json.dumps(report)
+
+
+def roles_of(report: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    return {entry["role"]: (entry["seen"], entry["trained"]) for entry in report["roles"]}
+
+
+words = st.text("ab <|im_end>\n", max_size=12) | st.sampled_from(["", END, f"x{END}", "user", "assistant"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(words, min_size=1, max_size=4).map(lambda c: turns(*c)), min_size=1, max_size=6)
+    | st.lists(st.builds(lambda p, c: {"prompt": p, "completion": c}, words, words), min_size=1, max_size=6)
+    | st.lists(words.map(lambda t: {"text": t}), min_size=1, max_size=6),
+    limit=st.integers(3, 60),
+    too_long=st.sampled_from(["truncate", "drop"]),
+)
+def test_totals_are_those_of_the_examples(tokenizer_of: Any, rows: Any, limit: int, too_long: str) -> None:
+    tokenizer = tokenizer_of("tiny:llama")
+    encoded = encode(tokenizer, rows, max_length=limit, too_long=too_long)
+    ledger, examples = encoded.ledger, encoded.examples
+    report = ledger.report()
+    ids = np.concatenate([e.ids for e in examples]) if examples else np.zeros(0, np.int32)
+    trained = np.concatenate([e.trained for e in examples]) if examples else np.zeros(0, bool)
+    assert (report["tokens"], report["trained"]) == (len(ids), int(trained.sum()))
+    assert report["kept"] == len(examples) and ledger.kept_rows.tolist() == [e.row for e in examples]
+    assert ledger.lengths.tolist() == encoded.lengths.tolist()
+    assert sum(r["seen"] for r in report["roles"]) == len(ids)
+    assert sum(r["trained"] for r in report["roles"]) == trained.sum()
+    for entry in report["special_tokens"]:
+        assert entry["seen"] == (ids == entry["id"]).sum()
+        assert entry["trained"] == (trained & (ids == entry["id"])).sum()
+    assert sum(b["rows"] for b in report["lengths"]["histogram"]) == len(rows)
+    left_out = Counter(place for entry in report["left_out"] for place in entry["where"])
+    lost = {f"data, record {i + 1}" for i in range(len(rows))} - {f"data, record {e.row + 1}" for e in examples}
+    assert lost <= set(left_out) and max(left_out.values(), default=1) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 100_000) | st.integers(0, 50), min_size=1, max_size=30))
+def test_the_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None:
+    bins = module._histogram(np.array(lengths))
+    assert len(bins) <= 9
+    assert all(a["to"] + 1 == b["from"] for a, b in pairwise(bins))
+    for entry in bins:
+        assert entry["rows"] == sum(entry["from"] <= n <= entry["to"] for n in lengths)
+    assert sum(entry["rows"] for entry in bins) == len(lengths)
+
+
+def test_a_clean_data_set_has_nothing_to_say(tokenizer: Any) -> None:
+    ledger = encode(tokenizer, [turns("a", "b"), turns("c", "d", "e", "f")]).ledger
+    assert ledger.findings() == []
+    require(ledger)
+
+
+def test_nothing_is_trained(tokenizer: Any) -> None:
+    ledger = encode(tokenizer, [turns("a"), turns("b")]).ledger
+    with pytest.raises(DataError, match=r"zero trained tokens in all 2 rows \(2 dropped: no assistant turn"):
+        require(ledger, structure=False)
+    assert kinds(ledger) == ["zero_trained"]
+
+
+def masked(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
+    """The fault of masking tokens by their id, as peers do that mark padding with the id of another token."""
+    right = CausalLM._tokenize
+
+    def faulty(self: Any, rendered: Any) -> Any:
+        tokens = right(self, rendered)
+        return replace(tokens, trained=tokens.trained & ~np.isin(tokens.ids, ids))
+
+    monkeypatch.setattr(CausalLM, "_tokenize", faulty)
+
+
+@pytest.mark.parametrize(
+    "rows", [[turns("a", "b", "c", "d")], [{"prompt": "a", "completion": "b"}]], ids=["chat", "completion"]
+)
+def test_an_untrained_end_of_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
+    masked(monkeypatch, tokenizer.eos_token_id)
+    ledger = encode(tokenizer, rows).ledger
+    assert kinds(ledger) == ["untrained_terminator"]
+    with pytest.raises(DataError, match=r"data, record 1.* do not end with a trained end-of-turn token"):
+        require(ledger)
+    require(ledger, allow=["untrained_terminator"])
+    require(ledger, structure=False)
+
+
+def test_padding_that_masks_the_end_of_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [turns("a", "b")]
+    require(encode(tokenizer, rows).ledger)  # our mask goes by position
+    masked(monkeypatch, tokenizer.pad_token_id)
+    ledger = encode(tokenizer, rows).ledger
+    assert kinds(ledger) == ["pad_is_eos", "untrained_terminator"]
+    with pytest.raises(DataError, match=r"1 of them inside assistant turns are not trained, as if they were padding"):
+        require(ledger, allow=["untrained_terminator"])
+    require(ledger, allow=["untrained_terminator", "pad_is_eos"])
+
+
+def test_a_template_without_an_end_of_turn(tokenizer: Any) -> None:
+    """The last turn of a row is closed by the end of text; those before it are not."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    single = encode(tokenizer, [turns("a", "b")]).ledger
+    assert kinds(single) == [] and single.report()["answers"]["ended"] == 1
+    ledger = encode(tokenizer, [turns("a", "b"), turns("a", "b", "c", "d")]).ledger
+    assert kinds(ledger) == ["untrained_terminator"]
+    with pytest.raises(DataError, match=r"data, record 2: 1 of 3 assistant turns .*writes '\\n' after it"):
+        require(ledger)
+
+
+def chatml(start: str, end: str) -> str:
+    return (
+        f"{{% for m in messages %}}{start}{{{{ m.role }}}}\n{{{{ m.content }}}}{end}\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{start}assistant\n{{% endif %}}"
+    )
+
+
+@pytest.mark.parametrize(
+    "end", ["<|eot_id|>", "<end_of_turn>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end|>"]
+)
+def test_a_template_of_another_family(tokenizer: Any, end: str) -> None:
+    tokenizer.chat_template = chatml("<|im_start|>", end)
+    ledger = encode(tokenizer, [turns("a", "b")]).ledger
+    assert "template_family" in kinds(ledger)
+    with pytest.raises(DataError, match=f"ends a turn with {end!r}".replace("|", r"\|")) as error:
+        require(ledger)
+    assert error.value.key == "model.chat_template"
+    require(ledger, allow=["template_family"])
+
+
+def test_headers_of_plain_text_are_no_error(tokenizer: Any) -> None:
+    """Zephyr's <|user|> is ordinary text of its tokenizer."""
+    tokenizer.chat_template = chatml("<|turn|>", END)
+    ledger = encode(tokenizer, [turns("a", "b")]).ledger
+    assert kinds(ledger) == [] and kinds(ledger, errors=False) == ["ordinary_markers"]
+
+
+@pytest.mark.parametrize("written", ["{{ m.content | upper }}", "{{ m.content[:3] }}", ""])
+def test_a_template_that_does_not_write_what_was_said(tokenizer: Any, written: str) -> None:
+    tokenizer.chat_template = chatml("<|im_start|>", END).replace(
+        "{{ m.content }}", f"{{% if m.role == 'assistant' %}}{written}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    )
+    ledger = encode(tokenizer, [turns("question", "the answer"), turns("question", "")]).ledger
+    assert kinds(ledger) == ["answer_not_trained"]
+    with pytest.raises(DataError, match=r"data, record 1: in 1 of 2 assistant turns the trained tokens do not hold"):
+        require(ledger)
+    require(ledger, allow=["answer_not_trained"])
+
+
+def test_too_long(tokenizer: Any) -> None:
+    rows = [{"prompt": "q", "completion": "a" * n} for n in (3, 30, 20)]
+    ledger = encode(tokenizer, rows, max_length=10).ledger
+    (finding,) = ledger.findings()
+    assert finding.kind == "too_long" and finding.rows is not None and finding.rows.tolist() == [1, 2]
+    with pytest.raises(
+        DataError, match=r"data, record 2, data, record 3: 2 rows have more tokens .* of 10 \(up to 32\)"
+    ):
+        require(ledger, structure=False)
+    cut = encode(tokenizer, rows, max_length=10, too_long="truncate").ledger
+    require(cut)
+    (note,) = cut.findings()
+    assert note.kind == "answer_cut" and note.rows is not None and note.rows.tolist() == [1, 2]
+    assert cut.report()["answers"] == {"count": 3, "ended": 3, "terminators": {END: 3}}
+
+
+def test_repeated_rows_and_rows_of_both_sets(tokenizer: Any) -> None:
+    texts = ["one", "two", "one", "three", "one"]
+    ledger = encode(tokenizer, [{"text": t} for t in texts]).ledger
+    (note,) = ledger.findings()
+    assert note.kind == "repeated" and note.rows is not None and note.rows.tolist() == [2, 4]
+    other = encode(tokenizer, [{"text": t} for t in ("new", "three", "one")]).ledger
+    assert other.shared_with(ledger) == [(1, 3), (2, 0)]
+    assert ledger.shared_with(other) == [(0, 2), (2, 2), (3, 1), (4, 2)]
+
+
+def test_the_beginning_written_twice(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.bos_token = "<|im_start|>"
+    start = ("<|im_start|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[start])
+    ledger = encode(tokenizer, [{"text": "fine"}, {"text": "<|im_start|>twice"}]).ledger
+    (note,) = ledger.findings()
+    assert note.kind == "doubled_bos" and note.rows is not None and note.rows.tolist() == [1]
+    assert roles(ledger)["tokenizer"] == (2, 0)
+
+
+def test_labels_and_texts_with_two_of_them(tokenizer_of: Callable[[str], Any]) -> None:
+    texts, labels = ["a", "b", "a", "c", "b", "dddddd"], ["x", "y", "y", "x", "y", "x"]
+    rows = Rows.from_dicts([{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)], name="data")
+    task = SequenceClassification(tokenizer_of("tiny:bert"), class_names=["x", "y"])
+    ledger = task.encode(rows, max_length=4, too_long="drop", training=True).ledger
+    report = ledger.report()
+    assert report["labels"] == [{"label": "x", "rows": 2}, {"label": "y", "rows": 3}]
+    assert report["trained"] is None and report["answers"]["count"] == 0
+    found = {f.kind: f.rows.tolist() for f in ledger.findings() if f.rows is not None}
+    assert found == {"repeated": [2, 4], "contradicting": [0, 2]}
+    none = task.encode(rows.select([5]), max_length=4, too_long="drop", training=True).ledger
+    with pytest.raises(DataError, match="none of the 1 rows is left"):
+        require(none)
+
+
+def test_choices_that_truncation_cuts(tokenizer: Any) -> None:
+    rows = [{"prompt": "p:", "completion": " yes"}, {"prompt": "ppppp:", "completion": " yes"}]
+    ledger = encode(tokenizer, rows, choices=[" yes", " no"], max_length=8, too_long="truncate").ledger
+    assert [entry["reason"] for entry in ledger.report()["left_out"]] == ["dropped: truncation leaves no whole answer"]
+    assert ledger.report()["labels"] == [{"label": " yes", "rows": 1}, {"label": " no", "rows": 0}]
+
+
+def test_an_account_that_forgets_truncation_is_caught(tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Ledger._count
+    monkeypatch.setattr(Ledger, "_count", lambda self, tokens, kept, lengths: right(self, tokens, lengths, lengths))
+    with pytest.raises(AssertionError):
+        test_totals_are_those_of_the_examples(tokenizer_of)
