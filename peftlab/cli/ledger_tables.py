@@ -156,13 +156,14 @@ def _draws(out: Output) -> bool:
 
 def _show_rows(out: Output, report: Report) -> None:
     """Rows that are cut, left out, or in both data sets."""
+    from rich.text import Text
+
     lines = [f"{title}: {line}" for name, title in _TITLES.items() for line in left_out_lines(report[name])]
     if shared := report["shared"]:
         lines.append(shared_line(shared))
     if lines:
         out.line()
-        for line in lines:
-            out.line(line, style="yellow")
+        out.show(*(Text(line, style="yellow") for line in lines))
 
 
 def _estimate_lines(estimate: Report, width: int) -> Sequence[str]:
