@@ -12,7 +12,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -190,15 +190,27 @@ def _read_delimited(records: Iterator[tuple[int, list[str]]], path: Path, option
 
 
 def _read_jsonl(text: str, path: Path, options: Options) -> Table:
-    records: list[dict[str, Any]] = []
     lines: list[int] = []
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            records.append(_checked_record(_parse_json(content, line, path, options), f"{path}:{line}", options))
-            if _may_hold_half_characters(content):
-                _reject_half_characters(records[-1], f"{path}:{line}", options)
-            lines.append(line)
-    return Table(_columns_of(records), np.array(lines, dtype=np.int64), "line")
+
+    def records() -> Iterator[dict[str, Any]]:
+        for line, content in enumerate(_lines_of(text), 1):
+            if content.strip():
+                record = _checked_record(_parse_json(content, line, path, options), f"{path}:{line}", options)
+                if _may_hold_half_characters(content):
+                    _reject_half_characters(record, f"{path}:{line}", options)
+                lines.append(line)
+                yield record
+
+    return Table(_columns_of(records()), np.array(lines, dtype=np.int64), "line")
+
+
+def _lines_of(text: str) -> Iterator[str]:
+    """``text.split("\\n")`` without a second copy of the whole text."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def _read_json(text: str, path: Path, options: Options) -> Table:
@@ -252,9 +264,16 @@ def _reject_half_characters(record: dict[str, Any], where: str, options: Options
         raise DataError(f"{where}: {half} is half of a surrogate pair, not a character", key=options.key) from None
 
 
-def _columns_of(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    names = {name: None for record in records for name in record}
-    return {name: [record.get(name) for record in records] for name in names}
+def _columns_of(records: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The values by name; None where a record lacks one."""
+    columns: dict[str, list[Any]] = {}
+    for i, record in enumerate(records):
+        for name in record:
+            if name not in columns:
+                columns[name] = [None] * i
+        for name, values in columns.items():
+            values.append(record.get(name))
+    return columns
 
 
 def _read_text(text: str, path: Path, options: Options) -> Table:

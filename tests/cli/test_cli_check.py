@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import random
 import re
+import resource
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -224,3 +230,46 @@ def test_shares_and_places() -> None:
     assert places(["/x/a.csv:1", "/x/a.csv:20", "/x/b.csv:3", "/x/b.csv:4"]) == "a.csv:1, 20, b.csv:3 and 1 more"
     assert places(["d/a.json, record 1", "d/a.json, record 2"]) == "a.json, record 1, 2"
     assert places([]) == ""
+
+
+@pytest.mark.slow
+def test_a_million_short_chats_in_three_minutes() -> None:
+    """On two cores that do nothing else, with the tokenizer of a real model."""
+    rng = random.Random(0)
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "lazy",
+        "dog",
+        "train",
+        "model",
+        "token",
+        "answer",
+        "question",
+        "please",
+        "what",
+        "how",
+        "why",
+    ]
+    with open("million.jsonl", "w") as file:
+        for i in range(1_000_000):
+            asked, said = (" ".join(rng.choices(words, k=rng.randint(4, 12))) for _ in range(2))
+            turns = [{"role": "user", "content": f"{asked}?"}, {"role": "assistant", "content": f"{said} {i}."}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    write("million.yaml", "causal_lm", SMOLLM2, "million.jsonl, eval_rows: 1000")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "peftlab", "check", "million.yaml", "--json"],
+        capture_output=True, text=True, check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(f"{seconds:.0f} s, {peak:.2f} GB")
+    report = json.loads(done.stdout)
+    assert report["train"]["kept"] == report["train"]["answers"]["ended"] == 999_000
+    assert seconds < 180
+    assert peak < 2.0, "the rows take 0.9 GB, the libraries 0.5"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from peftlab.adapters import HeadLoss
 from peftlab.data import Ledger, Rows, require
 from peftlab.data import ledger as module
+from peftlab.data import tokens as tokens_module
 from peftlab.data.chat import Formatter
 from peftlab.errors import DataError
 from peftlab.tasks import CausalLM, Encoded, SequenceClassification
@@ -299,3 +301,20 @@ def test_an_account_that_forgets_truncation_is_caught(tokenizer_of: Any, monkeyp
     monkeypatch.setattr(Ledger, "_count", lambda self, tokens, kept, lengths: right(self, tokens, lengths, lengths))
     with pytest.raises(AssertionError):
         test_totals_are_those_of_the_examples(tokenizer_of)
+
+
+def test_memory_does_not_grow_with_the_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the rows themselves: some numbers a row, and the tokens of one piece."""
+    monkeypatch.setattr(tokens_module, "_PIECE_ROWS", 250)
+
+    def peak(count: int) -> int:
+        rows = [turns(f"question {i} " * 4, f"answer {i} " * 8) for i in range(count)]
+        tracemalloc.start()
+        encoded = encode(tokenizer, rows, keep=False)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert encoded.examples == [] and encoded.ledger.num_tokens > 100 * count
+        return used
+
+    peak(250)  # what the first time leaves in caches
+    assert (peak(4000) - peak(1000)) / 3000 < 100
