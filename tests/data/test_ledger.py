@@ -308,7 +308,7 @@ def test_memory_does_not_grow_with_the_tokens(tokenizer: Any, monkeypatch: pytes
     monkeypatch.setattr(tokens_module, "_PIECE_ROWS", 250)
 
     def peak(count: int) -> int:
-        rows = [turns(f"question {i} " * 4, f"answer {i} " * 8) for i in range(count)]
+        rows = [turns(f"question {i:05} " * 4, f"answer {i:05} " * 8) for i in range(count)]
         tracemalloc.start()
         encoded = encode(tokenizer, rows, keep=False)
         used = tracemalloc.get_traced_memory()[1]
