@@ -235,6 +235,34 @@ def test_packed_gradients_are_padded_gradients(task: CausalLM, family: str, atte
     assert float(plain) == pytest.approx(float(padded_loss.detach()), rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_pack_is_what_transformers_collator_makes_of_it(task: CausalLM, family: str) -> None:
+    """Loss and gradients of DataCollatorWithFlattening and the model's own loss: packing as transformers and TRL do it."""
+    from transformers import DataCollatorWithFlattening
+
+    model = make_model(family, "sdpa", torch.float64).eval()
+    examples = documents(20, 7, 1, 13, 30)
+    features = []
+    for example in examples:
+        assert example.trained is not None
+        labels = np.where(example.trained, example.ids, -100)
+        features.append({"input_ids": example.ids.tolist(), "labels": labels.tolist()})
+    flat = DataCollatorWithFlattening()(features)
+    packed = collate_packed(examples, device="cpu")
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(packed.model_inputs[name], flat[name])
+    # With a cache, its default, transformers would not look at the position ids, and the documents would see each other.
+    theirs = model(**flat, use_cache=False).loss
+    want = gradients(model, theirs)
+    assert packed.trained is not None
+    ours = task.loss_sum(model, packed) / packed.trained.sum()
+    got = gradients(model, ours)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)  # theirs is taken in float32
+    size = max(float(g.abs().max()) for g in want.values())
+    for name, gradient in want.items():
+        assert float((got[name] - gradient).abs().max()) <= 1e-6 * size, name
+
+
 class Notes(SilentProgress):
     def __init__(self, stop_after: int | None = None) -> None:
         self.notes: list[str] = []
