@@ -70,7 +70,6 @@ class SequenceClassification:
         }
 
     def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True) -> Encoded:
-        rows.column(self.text_column, key="data.columns.text")
         labels = self._read_labels(rows, all_names_used=training)
         index = {name: i for i, name in enumerate(self.class_names)}
         for i, label in enumerate(labels):
@@ -90,8 +89,7 @@ class SequenceClassification:
             class_names=self.class_names,
         )
         examples: list[Example] = []
-        for first, rendered in pieces(rows, self._texts):
-            tokens = self._tokenize(rows, first, rendered)
+        for first, tokens in self._pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
             here = labels[first : first + len(tokens)]
             ledger.add(first, tokens, kept, np.array([index[label] for label in here], dtype=np.int64))
@@ -103,8 +101,7 @@ class SequenceClassification:
     def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
         rendered = self._texts([rows.row(index)], [rows.where(index)])
         (label,) = self._read_labels(rows.select([index]), all_names_used=False)
-        tokens = self._tokenize(rows, index, rendered)
-        return preview(rows.where(index), tokens, self.tokenizer, max_length=max_length, label=label)
+        return preview(rows.where(index), self._tokenize(rendered), self.tokenizer, max_length=max_length, label=label)
 
     def _read_labels(self, rows: Rows, *, all_names_used: bool) -> list[str]:
         return read_labels(
@@ -120,11 +117,17 @@ class SequenceClassification:
             rendered.append(Rendered(text, [Part(0, len(text), "text")]))
         return rendered
 
-    def _tokenize(self, rows: Rows, first: int, rendered: list[Rendered]) -> Tokens:
-        tokens = tokenize(self.tokenizer, rendered, chat=False, stop_ids=())
-        for i in np.flatnonzero(tokens.lengths == 0).tolist():
-            raise DataError(f"{rows.where(first + i)}: the text is empty", key="data.columns.text")
-        return tokens
+    def _pieces(self, rows: Rows) -> Iterator[tuple[int, Tokens]]:
+        """``(index of the first row, tokens)`` for some thousand rows at a time. Raises: DataError for an empty text."""
+        rows.column(self.text_column)
+        for first, rendered in pieces(rows, self._texts):
+            tokens = self._tokenize(rendered)
+            for i in np.flatnonzero(tokens.lengths == 0).tolist():
+                raise DataError(f"{rows.where(first + i)}: the text is empty", key="data.columns.text")
+            yield first, tokens
+
+    def _tokenize(self, rendered: list[Rendered]) -> Tokens:
+        return tokenize(self.tokenizer, rendered, chat=False, stop_ids=())
 
     def _weights(self, labels: list[str]) -> dict[str, float]:
         if isinstance(self._class_weights, Mapping):
@@ -169,8 +172,7 @@ class SequenceClassification:
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"label", "probability", "probabilities": {name: p}}`` per row; longer texts are truncated."""
         examples = []
-        for first, rendered in pieces(rows, self._texts):
-            tokens = self._tokenize(rows, first, rendered)
+        for first, tokens in self._pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long="truncate")
             examples += [Example(ids, first + i, 1.0, label=0) for i, ids in _fitted(tokens, kept)]
         device = next(model.parameters()).device
