@@ -256,7 +256,7 @@ def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
 def encode(recipe: Recipe, task: Task, rows: Rows, *, limit: int, training: bool) -> Encoded:
     """The examples of ``rows``. Raises: DataError with all that the ledger refuses."""
     encoded = task.encode(rows, max_length=limit, too_long=recipe.data.too_long, training=training)
-    require(encoded.ledger, allow=recipe.data.allow, structure=training)
+    require(encoded.ledger, allow=recipe.data.allow, training=training)
     return encoded
 
 

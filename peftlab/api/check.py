@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peftlab.adapters import check_targets
 from peftlab.api import build
 from peftlab.api.estimate import estimate_seconds
 from peftlab.api.findings import findings, previews, shared_rows
-from peftlab.api.parts import check_settings, make_plan
+from peftlab.api.parts import check_settings, make_plan, metrics_of
+from peftlab.api.run import LOCK_NAME, open_run
 from peftlab.data import Ledger
+from peftlab.models import load_skeleton
 from peftlab.recipe import Recipe, load_recipe
-from peftlab.tasks import Task
 from peftlab.training.progress import Progress, make_progress
 
 
@@ -29,7 +32,7 @@ def check(
     """The loss ledger of a recipe: nothing is trained, no weights are loaded, nothing is written.
 
     Args:
-        recipe: path, shipped name, or dict.
+        recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used).
         overrides: ``section.key=value``.
         show: number of training rows to preview.
         progress: where progress goes; default: stderr.
@@ -42,6 +45,8 @@ def check(
     """
     build.prepare_libraries(measured_plans=False)
     progress = progress or make_progress()
+    if not isinstance(recipe, Mapping) and Path(recipe).is_dir():
+        recipe = open_run(recipe).folder / LOCK_NAME
     loaded = load_recipe(recipe, overrides)
     with build.located(loaded), progress:
         settings = loaded.recipe
@@ -52,6 +57,9 @@ def check(
         pretrained = build.pretrained_of(settings)
         tokenizer = build.tokenizer_of(settings, pretrained)
         task = build.build_task(settings, tokenizer, data.train)
+        metrics_of(settings, task)
+        skeleton = load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs())
+        check_targets(skeleton, settings.adapter.targets)
         limit = build.limit_of(settings, pretrained, tokenizer)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
         options = {"max_length": limit, "too_long": settings.data.too_long, "keep": False}
@@ -66,18 +74,19 @@ def check(
             "model": settings.model.name,
             "style": train.style,
             "findings": found,
+            "split": settings.data.eval is None,
             "train": train.report(),
             "held_out": held_out.report(),
             "shared": shared_rows(train, held_out),
-            "estimate": _estimate(settings, pretrained, task, train, limit),
+            "estimate": _estimate(settings, skeleton, train, limit),
             "preview": [asdict(p) for p in previews(task, train, show)],
         }
 
 
-def _estimate(recipe: Recipe, pretrained: Any, task: Task, train: Ledger, limit: int) -> dict[str, Any] | None:
-    """Steps, tokens and time; None where no row is left to train on."""
+def _estimate(recipe: Recipe, skeleton: Any, train: Ledger, limit: int) -> dict[str, Any] | None:
+    """Steps, tokens and time; None where no row is left to train on, or rows are refused."""
     lengths = train.lengths
-    if not len(lengths):
+    if not len(lengths) or any(reason.startswith("refused") for reason in train.left_out):
         return None
     device = build.pick_device(recipe.run.device)
     plan = make_plan(recipe, lengths, device, packing=limit if recipe.data.packing else None)
@@ -92,8 +101,8 @@ def _estimate(recipe: Recipe, pretrained: Any, task: Task, train: Ledger, limit:
         "trained_tokens": trained if train.style != "labels" else None,
         **estimate_seconds(
             recipe,
-            pretrained,
-            task,
+            skeleton,
+            steps=plan.total_steps,
             tokens=tokens,
             squares=float(seen @ lengths.astype(np.float64) ** 2),
             scored=scored,

@@ -6,13 +6,14 @@ import statistics
 import time
 from typing import Any
 
-from peftlab.models import Pretrained, load_skeleton, resolve_precision
+from peftlab.models import resolve_precision
 from peftlab.recipe import Recipe
-from peftlab.tasks import Task
 
 # Time of a training step over that of its matmuls alone, by storage of the frozen weights, measured on 2 CPU cores with
 # the shipped recipes: norms, activations, softmax, optimizer, and dequantizing.
 _OVERHEAD = {"none": 1.5, "nf4": 1.9, "int8": 1.9}
+# Of each adapted linear in each step, whatever its size: Python and launches, forward and backward.
+_LAUNCH_SECONDS = 1e-3
 # Rows of the measured matmul: enough to fill the device, as micro-batches do.
 _PROBE_ROWS = {"cpu": 512, "cuda": 8192}
 _PROBE_REPEATS = 5
@@ -20,9 +21,9 @@ _PROBE_REPEATS = 5
 
 def estimate_seconds(
     recipe: Recipe,
-    pretrained: Pretrained,
-    task: Task,
+    skeleton: Any,
     *,
+    steps: int,
     tokens: int,
     squares: float,
     scored: int,
@@ -30,16 +31,19 @@ def estimate_seconds(
 ) -> dict[str, Any]:
     """``seconds`` of the training steps alone, without loading and evaluation, and the ``flops_per_s`` they rest on.
 
-    Args: tokens: trained on in the whole run. squares: sum of the squared row lengths. scored: positions with logits.
+    Args:
+        skeleton: the model on the meta device.
+        tokens: trained on in the whole run. squares: sum of the squared row lengths. scored: positions with logits.
     """
-    shape = _shape_of(load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs()))
+    shape = _shape_of(skeleton)
     # Forward and the gradient of the input; the frozen weight itself has none. Recomputing is one more forward.
     passes = 3 if recipe.train.gradient_checkpointing else 2
     flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
     flops += 4.0 * scored * shape["head"]
     dtype = resolve_precision(recipe.train.precision, device)
     speed = _matmul_speed(shape["widest"], dtype, device)
-    return {"seconds": _OVERHEAD[recipe.model.quantize] * flops / speed, "flops": flops, "flops_per_s": speed}
+    seconds = _OVERHEAD[recipe.model.quantize] * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
+    return {"seconds": seconds, "flops": flops, "flops_per_s": speed}
 
 
 def _shape_of(model: Any) -> dict[str, Any]:
@@ -50,6 +54,7 @@ def _shape_of(model: Any) -> dict[str, Any]:
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     config = model.config.get_text_config()
     return {
+        "linears": len(linears),
         "body": sum(m.weight.numel() for m in linears),
         "head": head.weight.numel() if head is not None else 0,
         "attention_width": config.num_hidden_layers * config.hidden_size,

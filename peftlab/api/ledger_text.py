@@ -45,14 +45,19 @@ def _file_and_row(place: str) -> tuple[str, str, str]:
 
 def answers_line(report: Mapping[str, Any]) -> str:
     """How the answers of a data set end, in a sentence; empty where there are none."""
-    answers, what = report["answers"], "assistant turns" if report["style"] == "chat" else "answers"
-    if not answers["count"]:
+    answers, count = report["answers"], report["answers"]["count"]
+    what = {"chat": "assistant turn", "text": "text"}.get(report["style"], "answer")
+    if not count:
         return ""
-    ends = " or ".join(printable(token) for token in answers["terminators"])
-    if answers["ended"] == answers["count"]:
-        return f"{answers['count']:,} {what}, each ends with a trained {ends}"
-    some = f" ({ends})" if ends else ""
-    return f"{answers['ended']:,} of {answers['count']:,} {what} end with a trained end-of-turn token{some}"
+    ends = " or ".join(printable(token) for token in answers["terminators"]) or "end-of-turn token"
+    if answers["ended"] == count:
+        return (
+            f"1 {what}, it ends with a trained {ends}"
+            if count == 1
+            else f"{count:,} {what}s, each ends with a trained {ends}"
+        )
+    cut = f"; truncation cuts {answers['cut']:,}" if answers["cut"] else ""
+    return f"{answers['ended']:,} of {count:,} {what}s end with a trained {ends}{cut}"
 
 
 def left_out_lines(report: Mapping[str, Any]) -> list[str]:
@@ -64,14 +69,18 @@ def left_out_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def finding_line(finding: Mapping[str, Any]) -> str:
-    """A finding of ``check`` with the rows it is about."""
-    return finding["message"] + (f" ({places(finding['where'])})" if finding["where"] else "")
+    """A finding of ``check`` with its kind and the rows it is about."""
+    held_out = f" ({finding['data']})" if finding["data"] != "train" else ""
+    kind = f" {finding['kind']}" if finding["level"] != "note" else ""
+    where = f" ({places(finding['where'])})" if finding["where"] else ""
+    return f"{finding['level']}{kind}{held_out}: {finding['message']}{where}"
 
 
 def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
     """The shared rows in a line."""
-    count = f"{len(shared):,} held-out row{' is' if len(shared) == 1 else 's are'} also"
-    return f"{count} among the training rows: {places([s['held_out'] for s in shared])}"
+    count = f"{len(shared):,} held-out row{' is' if len(shared) == 1 else 's are'} also among the training rows"
+    first = shared[0]
+    return f"{count}: {places([s['held_out'] for s in shared])} (the first is {places([first['train']])})"
 
 
 def opening_lines(name: str, report: Mapping[str, Any]) -> list[str]:
@@ -119,7 +128,7 @@ class PreviewText:
         body.rstrip()
         if preview["cut"]:
             body.append(f" ... {preview['cut']:,} tokens cut off", "yellow")
-        yield Padding(body, (0, 0, 0, 2))
+        yield Padding(body, (0, 0, 0, 2), expand=False)
 
     def _body(self, coloured: bool, classified: bool) -> Text:
         from rich.text import Text

@@ -73,6 +73,17 @@ def check_settings(recipe: Recipe) -> None:
             raise RecipeError(f"{name} is not installed; run: pip install 'peftlab[{name}]'", key="run.log")
 
 
+def metrics_of(recipe: Recipe, task: Task) -> list[str]:
+    """Names of the run's metrics. Raises: RecipeError when eval.best is none of them."""
+    metrics = recipe.eval.metrics or default_metrics(recipe.task, bool(recipe.eval.choices))
+    if recipe.eval.best is not None and recipe.eval.best not in flat_names(metrics, task.class_names):
+        raise RecipeError(
+            f"{recipe.eval.best!r} is not among this run's metrics: {', '.join(flat_names(metrics, task.class_names))}",
+            key="eval.best",
+        )
+    return metrics
+
+
 @contextlib.contextmanager
 def run_accelerator(recipe: Recipe, folder: Path) -> Iterator[Any]:
     """An Accelerator for this run; seeds and deterministic mode are set for its duration."""
@@ -128,12 +139,7 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
             f"kernel plans: {plans} when the run was made, {ops.plans_in_use()} now: the last bits may differ"
         )
     task = build.build_task(recipe, tokenizer, data.train)
-    metrics = recipe.eval.metrics or default_metrics(recipe.task, bool(recipe.eval.choices))
-    if recipe.eval.best is not None and recipe.eval.best not in flat_names(metrics, task.class_names):
-        raise RecipeError(
-            f"{recipe.eval.best!r} is not among this run's metrics: {', '.join(flat_names(metrics, task.class_names))}",
-            key="eval.best",
-        )
+    metrics = metrics_of(recipe, task)
     limit = build.limit_of(recipe, pretrained, tokenizer)
     encoded = build.encode(recipe, task, data.train, limit=limit, training=True)
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
@@ -225,10 +231,10 @@ def _tell_ledger(recipe: Recipe, task: Task, train: Ledger, held_out: Ledger, pr
         progress.note(line)
     shared = shared_rows(train, held_out)
     if shared:
-        progress.warn(f"{shared_line(shared)}: the metrics count what was trained on")
+        progress.warn(f"{shared_line(shared)}: the metrics count what was trained on too")
     found = findings(train, held_out, allow=recipe.data.allow)
     for finding in found:
-        progress.warn(finding_line(finding))
+        progress.note(finding_line(finding))
     for row in previews(task, train, 1):
         progress.show(PreviewText(asdict(row), longest=160))
     kinds = {"kinds": [f["kind"] for f in found], "shared": len(shared)}

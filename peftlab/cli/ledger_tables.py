@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _BAR = 24
+# Columns that names keep in a narrow terminal.
+_NAME = 9
 _MAX_LABELS = 12
 _STYLES = {"error": "bold red", "allowed": "yellow", "note": "yellow"}
 _TITLES = {"train": "train", "held_out": "held out"}
@@ -26,16 +28,17 @@ def show_check(out: Output, report: Report) -> None:
     """Prints the report of ``peftlab.api.check``."""
     train, held_out = report["train"], report["held_out"]
     out.line(f"{report['recipe']}: {report['task']} on {report['model']}", style="bold")
-    same = train["name"] == held_out["name"]
-    out.line(f"data: {train['name']}, {'a part of it' if same else held_out['name']} held out")
+    out.line(f"data: {train['name']}, {'a part of it' if report['split'] else held_out['name']} held out")
+    _show_findings(out, [f for f in report["findings"] if f["level"] == "error"])
     out.line()
     out.show(_data_table(report))
     if train["labels"] is not None:
         out.line()
         out.show(_label_table(train["labels"], held_out["labels"]))
     if train["trained"] is not None:
-        out.line()
-        out.show(_count_table("written by", "role", train["roles"], held_out["roles"]))
+        if train["roles"] or held_out["roles"]:
+            out.line()
+            out.show(_count_table("written by", "role", train["roles"], held_out["roles"]))
         if train["special_tokens"] or held_out["special_tokens"]:
             out.line()
             out.show(_count_table("special token", "token", train["special_tokens"], held_out["special_tokens"]))
@@ -53,12 +56,18 @@ def show_check(out: Output, report: Report) -> None:
         out.line()
         out.show(PreviewText(preview))
     out.line()
-    _show_findings(out, report)
+    _show_findings(out, [f for f in report["findings"] if f["level"] != "error"])
+    errors = sum(finding["level"] == "error" for finding in report["findings"])
+    if errors:
+        verdict = f"{errors} error{'' if errors == 1 else 's'} (above): this recipe would not be trained"
+        out.line(verdict, style="bold red")
+    else:
+        out.line("ready to train", style="bold green")
 
 
 def _data_table(report: Report) -> Table:
     table = new_table()
-    table.add_column("data", overflow="fold")
+    table.add_column("data", overflow="fold", min_width=_NAME)
     for title in ("rows", "kept", "tokens", "trained", "share"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, title in _TITLES.items():
@@ -78,8 +87,8 @@ def _data_table(report: Report) -> Table:
 def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequence[Report]) -> Table:
     """Tokens seen and trained per role or special token, of both data sets."""
     table = new_table()
-    table.add_column(title, overflow="fold")
-    for column in ("tokens", "trained", "share", "held out", "trained"):
+    table.add_column(f"\n{title}", overflow="fold", min_width=_NAME)
+    for column in ("train\ntokens", "\ntrained", "\nshare", "held out\ntokens", "\ntrained"):
         table.add_column(column, justify="right", no_wrap=True)
     others = {entry[key]: entry for entry in held_out}
     known = {entry[key] for entry in train}
@@ -100,7 +109,7 @@ def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequen
 
 def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
     table = new_table()
-    table.add_column("label", overflow="fold")
+    table.add_column("label", overflow="fold", min_width=_NAME)
     for title in ("train", "share", "held out", "share"):
         table.add_column(title, justify="right", no_wrap=True)
     totals = [sum(entry["rows"] for entry in entries) for entries in (train, held_out)]
@@ -130,7 +139,7 @@ def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table |
     from rich.text import Text
 
     summary = (
-        f"tokens per row: {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, mean "
+        f"tokens per row (uncut): {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, mean "
         f"{lengths['mean']:,.0f}, 95 % up to {lengths['p95']:,.0f}; limit {limit:,}"
     )
     table = new_table()
@@ -143,9 +152,8 @@ def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table |
         filled = round(_BAR * entry["rows"] / most)
         bar = ("\u2588" if unicode else "#") * (filled or (1 if entry["rows"] else 0))
         over = entry["from"] > limit
-        table.add_row(
-            f"{entry['from']:,} to {entry['to']:,}", f"{entry['rows']:,}", Text(bar, "red" if over else "cyan")
-        )
+        span = f"{entry['from']:,} to {entry['to']:,}" if entry["from"] < entry["to"] else f"{entry['to']:,}"
+        table.add_row(span, f"{entry['rows']:,}", Text(bar, "red" if over else "cyan"))
     return [Text(summary), table]
 
 
@@ -174,19 +182,15 @@ def _estimate_lines(estimate: Report, width: int) -> Sequence[str]:
     ]
     if estimate["trained_tokens"] is not None:
         parts.append(f"{estimate['trained_tokens']:,} of them trained")
-    parts.append(f"about {numbers.duration(estimate['seconds'])} of training here, within a factor of two")
+    seconds = estimate["seconds"]
+    about = f"about {numbers.duration(seconds)}, within a factor of two," if seconds >= 1 else "a few seconds"
+    parts.append(f"{about} of training here")
     return numbers.joined(parts, width=width)
 
 
-def _show_findings(out: Output, report: Report) -> None:
+def _show_findings(out: Output, findings: Sequence[Report]) -> None:
     from rich.text import Text
 
-    for finding in report["findings"]:
-        where = f" ({_TITLES['held_out']})" if finding["data"] == _TITLES["held_out"] else ""
-        title = Text(f"{finding['level']}{where}: ", style=_STYLES[finding["level"]])
-        out.show(Text.assemble(title, finding_line(finding)))
-    errors = sum(finding["level"] == "error" for finding in report["findings"])
-    if errors:
-        out.line(f"{errors} error{'' if errors == 1 else 's'}: this recipe would not be trained", style="bold red")
-    else:
-        out.line("ready to train", style="bold green")
+    for finding in findings:
+        title, colon, message = finding_line(finding).partition(": ")
+        out.show(Text.assemble((f"{title}{colon}", _STYLES[finding["level"]]), message))

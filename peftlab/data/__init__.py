@@ -1,8 +1,9 @@
 """Data: from the sources that a recipe names to rows, their classes, the held-out part, and batches."""
 
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
+from peftlab.data.findings import Finding, find, require
 from peftlab.data.labels import class_names, read_labels
-from peftlab.data.ledger import Finding, Ledger, require
+from peftlab.data.ledger import Ledger
 from peftlab.data.packing import pack
 from peftlab.data.rows import Rows
 from peftlab.data.sources import load_rows
@@ -17,6 +18,7 @@ __all__ = [
     "Tokens",
     "class_names",
     "eval_batches",
+    "find",
     "fit_lengths",
     "load_rows",
     "pack",

@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from peftlab.data.chat_template import ChatTemplate, Part, Rendered
+from peftlab.data.rows import Rows
 from peftlab.errors import DataError, RecipeError
 
 Style = Literal["text", "completion", "chat"]
-
-
-# Stands for an answer where only what a template writes around it is of interest.
-_PROBE = "peftlab probe"
-# Characters of a header that tell it from the words of a message.
-_OPENING = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Characters ``start:end`` of a row's text that one role wrote; an answer's include the end of its turn.
-
-    Attributes:
-        trained: whether the model learns to write it.
-        said: whether the words of its message are in it.
-    """
-
-    start: int
-    end: int
-    role: str
-    trained: bool = False
-    said: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """Text of one row and its parts in order; what no part holds the template wrote."""
-
-    text: str
-    parts: list[Part]
 
 
 class Formatter:
@@ -64,9 +35,7 @@ class Formatter:
         self._columns = dict(columns)
         self._template = dict(template or {})
         self._available = list(available)
-        self._ending: str | None = None
-        self._openings: dict[str, str] = {}
-        self._outlines: dict[tuple[str, ...], list[_Turn] | None] = {}
+        self.chat_template = ChatTemplate(tokenizer)
         self.style: Style = self._find_style()
         for text in self._template.values():
             for name in _fields(text):
@@ -129,20 +98,22 @@ class Formatter:
                 _completed(self._text(row, "prompt", where), self._text(row, "completion", where))
                 for row, where in zip(rows, wheres, strict=True)
             ]
-        return self._render_chats([self._messages(row, where) for row, where in zip(rows, wheres, strict=True)], wheres)
+        return self.chat_template.render(
+            [self._messages(row, where) for row, where in zip(rows, wheres, strict=True)], wheres
+        )
 
     def render_answer(self, row: Mapping[str, Any], where: str, answer: str) -> Rendered:
         """The prompt of ``row`` answered with ``answer``, whatever its own completion is."""
         if self.style == "chat":
             asked = self._prompt_messages(row, where)
-            return self._render_chats([[*asked, {"role": "assistant", "content": answer}]], [where])[0]
+            return self.chat_template.render([[*asked, {"role": "assistant", "content": answer}]], [where])[0]
         return _completed(self.render_prompt(row, where), answer)
 
     def render_prompt(self, row: Mapping[str, Any], where: str) -> str:
         """Text up to where the model answers. A ``messages`` row is cut before its last assistant turn."""
         if self.style != "chat":
             return self._text(row, "text" if self.style == "text" else "prompt", where)
-        return self._apply(self._prompt_messages(row, where), where, add_generation_prompt=True)
+        return self.chat_template.text(self._prompt_messages(row, where), where, add_generation_prompt=True)
 
     def _prompt_messages(self, row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if self._template:
@@ -182,178 +153,27 @@ class Formatter:
         messages = row[self._columns["messages"]]
         if hasattr(messages, "tolist"):
             messages = messages.tolist()
-        ok = (
-            isinstance(messages, list)
-            and messages
-            and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            return list(messages)
+        odd = next((m for m in messages if not _is_message(m)), messages) if isinstance(messages, list) else messages
+        hint = ""
+        if isinstance(odd, Mapping) and {"from", "value"} <= odd.keys():
+            hint = "; this is ShareGPT's form: rename from to role (human: user, gpt: assistant) and value to content"
+        raise DataError(
+            f"{where}: expected a list of messages with role and content, found {str(odd)[:80]!r}{hint}",
+            key="data.columns.messages",
         )
-        if not ok:
-            raise DataError(
-                f"{where}: expected a list of messages with role and content, found {str(messages)[:80]!r}",
-                key="data.columns.messages",
-            )
-        return list(messages)
 
-    def _apply(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
-        try:
-            (text,) = self._tokenizer.apply_chat_template([messages], tokenize=False, **options)
-        except Exception as error:  # Jinja templates raise what they like, raise_exception() included
-            raise DataError(
-                f"{where}: the chat template refused these messages: {error}", key="model.chat_template"
-            ) from error
-        return str(text)
-
-    def _apply_all(self, chats: list[list[dict[str, Any]]], wheres: Sequence[str], **options: Any) -> list[str]:
-        if not chats:
-            return []
-        try:
-            return list(self._tokenizer.apply_chat_template(chats, tokenize=False, **options))
-        except Exception:  # one by one, to name the row
-            return [self._apply(messages, where, **options) for messages, where in zip(chats, wheres, strict=True)]
-
-    def _render_chats(self, chats: list[list[dict[str, Any]]], wheres: Sequence[str]) -> list[Rendered]:
-        """Text and parts of conversations, the parts by the outline of their roles where that gives the same text."""
-        texts = self._apply_all(chats, wheres)
-        rendered = [self._outlined(chat, text) for chat, text in zip(chats, texts, strict=True)]
-        for row, found in enumerate(rendered):
-            if found is None:
-                rendered[row] = self._searched(chats[row], texts[row], wheres[row])
-        return [row for row in rendered if row is not None]
-
-    def _outlined(self, chat: list[dict[str, Any]], text: str) -> Rendered | None:
-        """None where ``text`` is not what the template writes around the words of ``chat``, as they are or stripped."""
-        roles = tuple(str(m["role"]) for m in chat)
-        if roles not in self._outlines:
-            self._outlines[roles] = self._outline(roles)
-        outline = self._outlines[roles]
-        contents = [m["content"] for m in chat]
-        if outline is None or any(len(m) > 2 for m in chat) or not all(isinstance(c, str) for c in contents):
-            return None
-        return _laid_out(text, outline, contents) or _laid_out(text, outline, [c.strip() for c in contents])
-
-    def _outline(self, roles: tuple[str, ...]) -> list[_Turn] | None:
-        """What the template writes around the words of each message; None where that changes with the messages after it."""
-        chat = [{"role": role, "content": f"{_PROBE} {i};"} for i, role in enumerate(roles)]
-        turns, at = [], 0
-        try:
-            text = self._apply(chat, "")
-            for i, message in enumerate(chat):
-                start = text.index(message["content"], at)
-                end = start + len(message["content"])
-                if message["role"] == "assistant":
-                    before = self._apply(chat[:i], "", add_generation_prompt=True)
-                    through = self._apply(chat[: i + 1], "")
-                    if not (text.startswith(before) and text.startswith(through) and at <= len(before) <= start):
-                        return None
-                    turns.append(
-                        _Turn(
-                            message["role"], text[at : len(before)], text[len(before) : start], text[end : len(through)]
-                        )
-                    )
-                    at = len(through)
-                else:
-                    ending = text[end:] if i == len(chat) - 1 else ""
-                    turns.append(_Turn(message["role"], text[at:start], "", ending))
-                    at = end
-        except (DataError, ValueError):  # refused, or rewritten
-            return None
-        return turns
-
-    def _searched(self, chat: list[dict[str, Any]], text: str, where: str) -> Rendered:
-        """An answer is what the template adds to the conversation up to the generation prompt of its turn."""
-        parts: list[Part] = []
-        cursor = 0
-        for i, message in enumerate(chat):
-            found = self._answer(chat, i, text, cursor, where) if message["role"] == "assistant" else None
-            part = found or self._asked(message, text, cursor)
-            if part.end > part.start:
-                parts.append(part)
-            cursor = part.end
-        return Rendered(text, parts)
-
-    def _asked(self, message: Mapping[str, Any], text: str, cursor: int) -> Part:
-        """Where the words of a message that is no answer stand after ``cursor``: an empty part if they do not."""
-        role, words = str(message["role"]), _words(message["content"])
-        opening = self._opening(role)
-        at = text.find(opening + words, cursor)  # without the opening "user" would be found in a header
-        at = at + len(opening) if at >= 0 else text.find(words, cursor)
-        return Part(at, at + len(words), role) if at >= 0 else Part(cursor, cursor, role)
-
-    def _opening(self, role: str) -> str:
-        """The end of what the chat template writes before a message of this role; empty where it refuses one alone."""
-        if role not in self._openings:
-            try:
-                text = self._apply([{"role": role, "content": _PROBE}], "")
-            except DataError:
-                text = ""
-            self._openings[role] = text.partition(_PROBE)[0][-_OPENING:] if _PROBE in text else ""
-        return self._openings[role]
-
-    def _answer(self, messages: list[dict[str, Any]], i: int, text: str, cursor: int, where: str) -> Part:
-        """Where the answer ``messages[i]`` and the end of its turn stand in ``text``."""
-        before = self._apply(messages[:i], where, add_generation_prompt=True)
-        through = text if i == len(messages) - 1 else self._apply(messages[: i + 1], where)
-        said = _words(messages[i]["content"]).split("</think>")[-1].strip()
-        if text.startswith(before) and text.startswith(through) and len(through) > len(before):
-            start, end = len(before), len(through)
-            return Part(start, end, "assistant", trained=True, said=said in text[start:end])
-        # Templates of thinking models drop the thoughts of earlier turns, so that no shorter conversation is a prefix.
-        # What stands around an answer stays the same.
-        opening = before.removeprefix(self._apply(messages[:i], where))
-        ending = self.turn_end(where)
-        start = text.find(opening, cursor) + len(opening) if opening in text[cursor:] else -1
-        end = text.find(ending, max(0, start)) + len(ending) if ending.strip() else -1
-        if not opening or start < 0 or end <= start or said not in text[start:end]:
-            raise DataError(
-                f"{where}: the chat template writes turn {i + 1} differently when more turns follow, so the "
-                "assistant's part cannot be told apart; give a template for training with model.chat_template",
-                key="model.chat_template",
-            )
-        return Part(start, end, "assistant", trained=True)
-
-    def turn_end(self, where: str) -> str:
-        """What the chat template writes after an answer; empty where it rewrites answers."""
-        if self._ending is None:
-            text = self.probe_text(where)
-            self._ending = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
-        return self._ending
-
-    def probe_text(self, where: str) -> str:
-        """A question and an answer as the chat template writes them."""
-        return self._apply([{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}], where)
+    def chats(self, rows: Rows) -> Iterator[list[dict[str, Any]]]:
+        """The conversations of ``rows``, one by one."""
+        return (self._messages(rows.row(i), rows.where(i)) for i in range(len(rows)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """What a template writes before a message, between the start of its part and its words, and after them."""
-
-    role: str
-    opening: str
-    lead: str
-    ending: str
-
-
-def _laid_out(text: str, outline: list[_Turn], contents: Sequence[str]) -> Rendered | None:
-    """``text`` in parts, if it is ``contents`` in this outline."""
-    pieces = [
-        piece for t, words in zip(outline, contents, strict=True) for piece in (t.opening, t.lead, words, t.ending)
-    ]
-    if "".join(pieces) != text:
-        return None
-    parts: list[Part] = []
-    at = 0
-    for turn, words in zip(outline, contents, strict=True):
-        answer = turn.role == "assistant"
-        start = at + len(turn.opening)
-        at = start + len(turn.lead) + len(words) + len(turn.ending)
-        end = at if answer else start + len(words)
-        if end > start:
-            parts.append(Part(start, end, turn.role, trained=answer))
-    return Rendered(text, parts)
-
-
-def _words(content: Any) -> str:
-    return content.strip() if isinstance(content, str) else ""
+def _is_message(message: Any) -> bool:
+    """With role and content; the content may be absent or null where tools are called."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return message.get("content") is not None or bool(message.get("tool_calls"))
 
 
 def _completed(prompt: str, completion: str) -> Rendered:
@@ -377,4 +197,7 @@ def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
     for name in names:
         if row.get(name) is None:
             raise DataError(f"{where}: column {name!r} is empty in this row", key="data.template")
-    return template.format(**{name: row[name] for name in names})
+    try:
+        return template.format(**{name: row[name] for name in names})
+    except (ValueError, TypeError) as error:  # a format specification that the value does not have
+        raise RecipeError(f"{where}: the template cannot be filled: {error}", key="data.template") from None

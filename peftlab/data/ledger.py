@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,34 +13,10 @@ import numpy.typing as npt
 from peftlab.data.chat import Formatter
 from peftlab.data.rows import Rows
 from peftlab.data.tokens import Tokens
-from peftlab.errors import DataError
 
 Indices = npt.NDArray[np.int64]
-Allowable = Literal["untrained_terminator", "answer_not_trained", "pad_is_eos", "template_family"]
 
-_SHOWN_ROWS = 3
 _MAX_BINS = 8
-# What templates of all families write around turns: <|im_end|>, <end_of_turn>, </s>, [INST], <<SYS>>, with the wide bars
-# of DeepSeek's (U+FF5C) too.
-_MARKER = re.compile(r"<[|\uff5c][^<>\s]{1,40}?[|\uff5c]>|</?[A-Za-z_][\w:-]{0,30}>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something to know before training.
-
-    Attributes:
-        kind: its name; ``data.allow`` takes those of ``Allowable``.
-        message: what was found and what to do; where, the rows say.
-        key: the recipe key to look at. rows: indices of the rows concerned, where it concerns single rows.
-        error: whether training refuses it.
-    """
-
-    kind: str
-    message: str
-    key: str | None = None
-    rows: Indices | None = None
-    error: bool = False
 
 
 class Ledger:
@@ -73,24 +47,23 @@ class Ledger:
         self.rows, self.max_length, self.too_long = rows, max_length, too_long
         self.style = formatter.style if formatter else "labels"
         self.class_names = list(class_names) if class_names else None
-        self._tokenizer, self._formatter, self._keep_last = tokenizer, formatter, keep_last
-        self._stop_ids = set(stop_ids)
+        self.tokenizer, self.formatter, self._keep_last = tokenizer, formatter, keep_last
+        self.stop_ids = set(stop_ids)
         self._lengths: list[Indices] = []
         self._kept: list[Indices] = []
         self._learnt: list[Indices] = []
         self._hashes: list[Indices] = []
+        self._asked: list[Indices] = []
         self._labels: list[Indices] = []
         self._seen = np.zeros(len(tokenizer), dtype=np.int64)
         self._trained = np.zeros(len(tokenizer), dtype=np.int64)
         self._role_seen: Counter[str] = Counter()
         self._role_trained: Counter[str] = Counter()
         self._terminators: Counter[int] = Counter()
-        self._num_answers = self._num_ended = self._eos_masked = 0
-        self._unended: list[Indices] = []
-        self._unsaid: list[Indices] = []
-        self._cut: list[Indices] = []
-        self._doubled_bos: list[Indices] = []
+        self.num_answers = self.num_ended = self.num_masked_eos = 0
+        self._marks: dict[str, list[Indices]] = {}
         self._left_out: dict[str, list[Indices]] = {}
+        self._writers: dict[str, None] = {}
 
     def add(self, first: int, tokens: Tokens, kept: Indices, labels: Indices | None = None) -> None:
         """Enters the rows ``first``, ``first + 1``, ...
@@ -105,15 +78,24 @@ class Ledger:
         self._hashes.append(np.array([hash(raw[a:b]) for a, b in pairwise(at)], dtype=np.int64))
         if labels is not None:
             self._labels.append(labels.astype(np.int32))
+            # The prompt of an answer that is a label, or the whole text.
+            ends = [
+                4 * (bounds.start + _first(tokens.trained[bounds])) for bounds in map(tokens.row, range(len(tokens)))
+            ]
+            self._asked.append(np.array([hash(raw[a:b]) for a, b in zip(at, ends, strict=False)], dtype=np.int64))
         self._leave_out(tokens, kept, lengths, in_row)
         self._count(tokens, kept, lengths)
         self._read_answers(tokens, kept, first)
-        bos = self._tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id
         twice = np.flatnonzero(lengths > 1)
         if bos is not None and len(twice):
             starts = tokens.bounds[:-1][twice]
             doubled = (tokens.ids[starts] == bos) & (tokens.ids[starts + 1] == bos)
-            self._doubled_bos.append(in_row[twice[doubled]])
+            self._mark("doubled_bos", in_row[twice[doubled]])
+        for row, role in tokens.unwritten:
+            if kept[row]:
+                self._mark(f"unwritten {role}", in_row[row : row + 1])
+        self._writers.update(dict.fromkeys(tokens.role_names[1:]))
 
     def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
         long = lengths > self.max_length
@@ -125,9 +107,12 @@ class Ledger:
             f"truncated: {limit}": long & (kept > 0),
             f"dropped: {limit}": long & (self.too_long == "drop"),
             f"refused: {limit}": long & (self.too_long == "error"),
-            "dropped: no assistant turn in it": masked & ~answers,
-            "dropped: the answer is empty": masked & answers & ~trained,
-            "dropped: truncation leaves no whole answer": masked & trained,
+            "dropped: no assistant turn in it": masked & ~answers & (self.style == "chat"),
+            f"dropped: the {'text' if self.style == 'text' else 'answer'} is empty": masked
+            & ~trained
+            & (answers | (self.style != "chat")),
+            f"dropped: truncation leaves no {'whole choice' if self.class_names else 'trained token'}": masked
+            & trained,
         }.items():
             if chosen.any():
                 self._left_out.setdefault(reason, []).append(in_row[chosen])
@@ -159,18 +144,52 @@ class Ledger:
             return
         last = np.maximum(ends - 1, 0)
         ended = tokens.answer_ended[here] & tokens.trained[last] & (ends > starts)
-        self._num_answers += len(rows)
-        self._num_ended += int(ended.sum())
-        self._terminators.update(tokens.ids[last[ended]].tolist())
-        self._unended.append(first + rows[~ended])
-        trained = np.concatenate([[0], np.cumsum(tokens.trained)])
-        nothing = (ends > starts) & (trained[ends] == trained[starts])
-        self._unsaid.append(first + rows[nothing | ~tokens.answer_said[here]])
-        self._cut.append(first + rows[ends > tokens.bounds[rows] + kept[rows]])
-        masked = (tokens.ids == self._tokenizer.eos_token_id) & ~tokens.trained
+        cut = ends > tokens.bounds[rows] + kept[rows]
+        trained = _cumulated(tokens.trained)
+        flaws = tokens.answer_flaws[here]
+        stops = _cumulated(tokens.trained & np.isin(tokens.ids, list(self.stop_ids)))
+        self.num_answers += len(rows)
+        self.num_ended += int((ended & ~cut).sum())
+        self._terminators.update(tokens.ids[last[ended & ~cut]].tolist())
+        self._mark("unended", first + rows[~ended])
+        self._mark("cut", first + rows[cut])
+        self._mark("words", first + rows[(flaws == "words") | ((ends > starts) & (trained[ends] == trained[starts]))])
+        self._mark("header", first + rows[flaws == "header"])
+        self._mark("empty", first + rows[ended & (ends - starts == 1)])
+        self._mark("inner_end", first + rows[ended & (stops[last] > stops[starts])])
+        masked = (tokens.ids == self.tokenizer.eos_token_id) & ~tokens.trained
         masked[tokens.bounds[:-1][tokens.lengths > 0]] = False  # nothing predicts the first token of a row
-        eos = np.concatenate([[0], np.cumsum(masked)])
-        self._eos_masked += int((eos[ends] - eos[starts]).sum())
+        eos = _cumulated(masked)
+        self.num_masked_eos += int((eos[ends] - eos[starts]).sum())
+
+    def _mark(self, what: str, rows: Indices) -> None:
+        if len(rows):
+            self._marks.setdefault(what, []).append(rows)
+
+    def marked(self, what: str) -> Indices:
+        """The row of each answer or message of which ``what`` holds: ``unended``, ``cut`` (by truncation), ``words`` (not in
+        what is trained), ``header`` (is trained), ``empty``, ``inner_end`` (an end before its end), ``doubled_bos``, and
+        ``unwritten ROLE`` (a message whose words are not in the text)."""
+        return _joined(self._marks.get(what, []))
+
+    @property
+    def marks(self) -> list[str]:
+        return list(self._marks)
+
+    @property
+    def writers(self) -> list[str]:
+        """Who wrote a part of any row, kept or not."""
+        return list(self._writers)
+
+    @property
+    def left_out(self) -> dict[str, Indices]:
+        """Rows that were changed, dropped or refused, by reason."""
+        return {reason: _joined(parts) for reason, parts in self._left_out.items()}
+
+    @property
+    def row_lengths(self) -> Indices:
+        """[number of rows] tokens of every row, before anything is cut."""
+        return _joined(self._lengths)
 
     @property
     def lengths(self) -> Indices:
@@ -196,200 +215,38 @@ class Ledger:
     def num_trained(self) -> int:
         return int(self._trained.sum())
 
-    def findings(self) -> list[Finding]:
-        """What to know about this data set, errors first."""
-        found = [*self._too_long_finding(), *self._zero_finding()]
-        if self.style != "labels":
-            found += [*self._template_findings(), *self._answer_findings()]
-        return sorted([*found, *self._notes()], key=lambda f: not f.error)
-
-    def _too_long_finding(self) -> list[Finding]:
-        refused = next((_joined(r) for reason, r in self._left_out.items() if reason.startswith("refused")), None)
-        if refused is None:
-            return []
-        longest = int(_joined(self._lengths)[refused].max())
-        return [
-            Finding(
-                "too_long",
-                f"{_rows(len(refused))} {'has' if len(refused) == 1 else 'have'} more tokens than "
-                f"the limit of {self.max_length:,} (up to {longest:,}); set data.too_long=truncate or data.too_long=drop, "
-                "or raise data.max_length if the model allows it",
-                "data.too_long",
-                refused,
-                error=True,
-            )
-        ]
-
-    def _zero_finding(self) -> list[Finding]:
-        if self.style == "labels":
-            if len(self.lengths):
-                return []
-            message = f"{self.rows.name}: none of the {len(self.rows):,} rows is left"
-            return [Finding("no_rows", message, "data.too_long", error=True)]
-        if self.num_trained or any(reason.startswith("refused") for reason in self._left_out):
-            return []
-        why = "; ".join(f"{len(_joined(rows)):,} {reason}" for reason, rows in self._left_out.items())
-        return [
-            Finding(
-                "zero_trained",
-                f"{self.rows.name}: zero trained tokens in all {len(self.rows):,} rows ({why}); look at data.columns and "
-                f"data.template, and at data.max_length ({self.max_length:,})",
-                self._formatter.key if self._formatter else "data.columns",
-                error=True,
-            )
-        ]
-
-    def _template_findings(self) -> list[Finding]:
-        formatter = self._formatter
-        if formatter is None or self.style != "chat":
-            return []
-        end = formatter.turn_end(self.rows.where(0))
-        strange = [marker for marker in _markers(end) if not self._is_token(marker)]
-        if strange and not any(self._tokenizer.convert_tokens_to_ids(m) in self._stop_ids for m in _markers(end)):
-            pieces = len(self._tokenizer(strange[0], add_special_tokens=False)["input_ids"])
-            own = ", ".join(self._tokenizer.convert_ids_to_tokens(sorted(self._stop_ids))) or "none"
-            return [
-                Finding(
-                    "template_family",
-                    f"the chat template ends a turn with {strange[0]!r}, which this tokenizer does not know ({pieces} "
-                    f"pieces of text): a template of another model family. Tokens that end a turn here: {own}. Take the "
-                    "model's own template, or give one with model.chat_template; data.allow=[template_family] trains it "
-                    "all the same",
-                    "model.chat_template",
-                    error=True,
-                )
-            ]
-        return []
-
-    def _answer_findings(self) -> list[Finding]:
-        found = []
-        what = "assistant turns" if self.style == "chat" else "answers"
-        unsaid, unended = _joined(self._unsaid), _joined(self._unended)
-        if len(unsaid):
-            found.append(
-                Finding(
-                    "answer_not_trained",
-                    f"in {len(unsaid):,} of {self._num_answers:,} {what} the trained tokens do not "
-                    "hold the words of the message, so the chat template drops or rewrites what the model should learn; "
-                    "correct it (model.chat_template), or data.allow=[answer_not_trained]",
-                    "model.chat_template",
-                    unsaid,
-                    error=True,
-                )
-            )
-        tokenizer = self._tokenizer
-        if self._eos_masked and tokenizer.pad_token_id == tokenizer.eos_token_id:
-            found.append(
-                Finding(
-                    "pad_is_eos",
-                    f"the padding token is the end-of-text token {tokenizer.eos_token!r}, and {self._eos_masked:,} of them "
-                    f"inside {what} are not trained, as if they were padding: the model would not learn to stop; give the "
-                    "tokenizer another padding token, or data.allow=[pad_is_eos]",
-                    "model.name",
-                    error=True,
-                )
-            )
-        if len(unended):
-            written = self._formatter.turn_end("") if self._formatter and self.style == "chat" else ""
-            wrote = f" (the chat template writes {written!r} after it)" if self.style == "chat" else ""
-            own = ", ".join(tokenizer.convert_ids_to_tokens(sorted(self._stop_ids))) or "none"
-            found.append(
-                Finding(
-                    "untrained_terminator",
-                    f"{len(unended):,} of {self._num_answers:,} {what} do not end with a trained "
-                    f"end-of-turn token{wrote}, so the model does not learn to stop there; tokens that can end a turn "
-                    f"here: {own}. Correct the template (model.chat_template), or data.allow=[untrained_terminator]",
-                    "model.chat_template" if self.style == "chat" else "model.name",
-                    unended,
-                    error=self.style != "text",
-                )
-            )
-        return found
-
-    def _notes(self) -> list[Finding]:
-        notes = []
-        repeated = self._repeated_rows()
-        if len(repeated):
-            verb = "repeats an earlier one" if len(repeated) == 1 else "repeat an earlier one"
-            notes.append(Finding("repeated", f"{_rows(len(repeated))} {verb}", "data.train", repeated))
-        clash = self._contradicting_rows()
-        if len(clash):
-            notes.append(
-                Finding(
-                    "contradicting",
-                    f"{_rows(len(clash))} with a text that has another label elsewhere",
-                    "data.columns.label",
-                    clash,
-                )
-            )
-        doubled, cut = _joined(self._doubled_bos), np.unique(_joined(self._cut))
-        if len(doubled):
-            notes.append(
-                Finding(
-                    "doubled_bos",
-                    f"{_rows(len(doubled))} beginning with {self._tokenizer.bos_token!r} twice: the text or its template "
-                    f"writes it, and so does the tokenizer",
-                    "data.template",
-                    doubled,
-                )
-            )
-        if len(cut) and self.style != "labels":
-            notes.append(
-                Finding(
-                    "answer_cut",
-                    f"truncation cuts an answer in {_rows(len(cut))}",
-                    "data.too_long",
-                    cut,
-                )
-            )
-        if self._formatter is not None and self.style == "chat":
-            ordinary = [m for m in self._template_markers() if not self._is_token(m)]
-            if ordinary:
-                notes.append(
-                    Finding(
-                        "ordinary_markers",
-                        f"the chat template writes {', '.join(map(repr, ordinary))}, which this tokenizer reads as ordinary "
-                        "text",
-                        "model.chat_template",
-                    )
-                )
-        return notes
-
-    def _template_markers(self) -> list[str]:
-        """Markers among what the template writes around a question and an answer."""
-        assert self._formatter is not None
-        return _markers(self._formatter.probe_text(self.rows.where(0)))
-
-    def _is_token(self, marker: str) -> bool:
-        return len(self._tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
-
-    def _repeated_rows(self) -> Indices:
-        hashes = _joined(self._hashes)
-        _, first = np.unique(hashes, return_index=True)
-        again = np.ones(len(hashes), dtype=bool)
+    def repeated_rows(self) -> Indices:
+        """Kept rows whose tokens are those of an earlier kept row."""
+        rows = self.kept_rows
+        _, first = np.unique(_joined(self._hashes)[rows], return_index=True)
+        again = np.ones(len(rows), dtype=bool)
         again[first] = False
-        return np.flatnonzero(again)
+        return rows[again]
 
-    def _contradicting_rows(self) -> Indices:
-        if not self._labels:
+    def contradicting_rows(self) -> Indices:
+        """Kept rows whose text, or prompt, has another label in another kept row."""
+        rows = self.kept_rows
+        if not self._labels or not len(rows):
             return np.zeros(0, dtype=np.int64)
-        labels = _joined(self._labels)
-        _, text = np.unique(_joined(self._hashes), return_inverse=True)
-        low = np.full(text.max(initial=-1) + 1, 2**31, dtype=np.int64)
+        labels = _joined(self._labels)[rows]
+        _, text = np.unique(_joined(self._asked)[rows], return_inverse=True)
+        low = np.full(text.max() + 1, 2**31, dtype=np.int64)
         high = np.full(len(low), -1, dtype=np.int64)
         np.minimum.at(low, text, labels)
         np.maximum.at(high, text, labels)
-        return np.flatnonzero(low[text] != high[text])
+        clash: Indices = rows[low[text] != high[text]]
+        return clash
 
     def shared_with(self, other: Ledger) -> list[tuple[int, int]]:
-        """``(row here, row there)`` for each row here whose tokens are also a row of ``other``."""
-        mine, theirs = _joined(self._hashes), _joined(other._hashes)
+        """``(row here, row there)`` for each kept row here whose tokens are also those of a kept row of ``other``."""
+        here, there = self.kept_rows, other.kept_rows
+        mine, theirs = _joined(self._hashes)[here], _joined(other._hashes)[there]
         values, first = np.unique(theirs, return_index=True)
         if not len(values):
             return []
         at = np.minimum(np.searchsorted(values, mine), len(values) - 1)
         same = np.flatnonzero(values[at] == mine)
-        return list(zip(same.tolist(), first[at[same]].tolist(), strict=True))
+        return list(zip(here[same].tolist(), there[first[at[same]]].tolist(), strict=True))
 
     def report(self, *, most_places: int | None = None) -> dict[str, Any]:
         """All of it as plain values; ``where`` lists name every row concerned, or the first ``most_places``."""
@@ -410,11 +267,10 @@ class Ledger:
             ],
             "special_tokens": special,
             "answers": {
-                "count": self._num_answers,
-                "ended": self._num_ended,
-                "terminators": {
-                    self._tokenizer.convert_ids_to_tokens(i): n for i, n in self._terminators.most_common()
-                },
+                "count": self.num_answers,
+                "ended": self.num_ended,
+                "cut": len(self.marked("cut")),
+                "terminators": {self.tokenizer.convert_ids_to_tokens(i): n for i, n in self._terminators.most_common()},
             },
             "lengths": {
                 "min": int(lengths.min(initial=2**31)) if len(lengths) else 0,
@@ -424,24 +280,24 @@ class Ledger:
                 "max": int(lengths.max(initial=0)),
                 "histogram": _histogram(lengths),
             },
-            "labels": self._label_rows(),
+            "labels": self.label_counts(),
             "left_out": [
                 {
                     "reason": reason,
                     "rows": len(found),
                     "where": [self.rows.where(i) for i in found[:most_places].tolist()],
                 }
-                for reason, found in ((reason, _joined(parts)) for reason, parts in self._left_out.items())
+                for reason, found in self.left_out.items()
             ],
         }
 
     def _special_rows(self) -> list[dict[str, Any]]:
-        added = self._tokenizer.added_tokens_decoder
-        ids = set(self._tokenizer.all_special_ids) | {i for i, token in added.items() if token.special} | self._stop_ids
+        added = self.tokenizer.added_tokens_decoder
+        ids = set(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special} | self.stop_ids
         used = sorted(i for i in ids if i < len(self._seen) and self._seen[i])
         return [
             {
-                "token": self._tokenizer.convert_ids_to_tokens(i),
+                "token": self.tokenizer.convert_ids_to_tokens(i),
                 "id": i,
                 "seen": int(self._seen[i]),
                 "trained": int(self._trained[i]),
@@ -449,29 +305,12 @@ class Ledger:
             for i in used
         ]
 
-    def _label_rows(self) -> list[dict[str, Any]] | None:
+    def label_counts(self) -> list[dict[str, Any]] | None:
+        """Kept rows of each class; None without classes."""
         if not self._labels or self.class_names is None:
             return None
         counts = np.bincount(_joined(self._labels)[_joined(self._kept) > 0], minlength=len(self.class_names)).tolist()
         return [{"label": name, "rows": count} for name, count in zip(self.class_names, counts, strict=True)]
-
-
-def require(ledger: Ledger, *, allow: Collection[str] = (), structure: bool = True) -> None:
-    """Raises DataError with every error of the ledger that is not allowed.
-
-    Args: structure: False leaves out what concerns training alone, for data that is only evaluated.
-    """
-    always = {"too_long", "zero_trained", "no_rows"}
-    errors = [f for f in ledger.findings() if f.error and f.kind not in allow and (structure or f.kind in always)]
-    if errors:
-        raise DataError("\n".join(_located(f, ledger.rows) for f in errors), key=errors[0].key)
-
-
-def _located(finding: Finding, rows: Rows) -> str:
-    if finding.rows is None:
-        return finding.message
-    shown = [rows.where(int(i)) for i in finding.rows[:_SHOWN_ROWS]]
-    return ", ".join(shown) + (", ..." if len(finding.rows) > _SHOWN_ROWS else "") + f": {finding.message}"
 
 
 def _role_order(role: str) -> int:
@@ -480,12 +319,14 @@ def _role_order(role: str) -> int:
     return order.index(role) if role in order else 3
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+def _cumulated(mask: npt.NDArray[np.bool_]) -> Indices:
+    """[T + 1] how many are true before each position."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(mask, dtype=np.int64)])
 
 
-def _markers(text: str) -> list[str]:
-    return list(dict.fromkeys(_MARKER.findall(text)))
+def _first(mask: npt.NDArray[np.bool_]) -> int:
+    """Index of the first true value, or the length."""
+    return int(mask.argmax()) if mask.any() else len(mask)
 
 
 def _joined(parts: Sequence[Indices]) -> Indices:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peftlab.data.chat import Rendered
+from peftlab.data.chat_template import Rendered
 from peftlab.data.rows import Rows
 
 # So many rows, or characters, are text and tokens at the same time: the lists in between take far more room than tokens.
@@ -30,7 +30,8 @@ class Tokens:
         answer_rows: [A] int64, the row of each part that is to be trained. answer_starts, answer_ends: [A] int64, its
             tokens.
         answer_ended: [A] bool, whether the last of them can end an answer.
-        answer_said: [A] bool, whether the words of its message are in it.
+        answer_flaws: for each what ``Part.flaw`` says.
+        unwritten: ``(row, role)`` of each other message whose words are not in the text.
     """
 
     ids: npt.NDArray[np.int32]
@@ -42,7 +43,8 @@ class Tokens:
     answer_starts: npt.NDArray[np.int64]
     answer_ends: npt.NDArray[np.int64]
     answer_ended: npt.NDArray[np.bool_]
-    answer_said: npt.NDArray[np.bool_]
+    answer_flaws: npt.NDArray[np.str_]
+    unwritten: tuple[tuple[int, str], ...]
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -86,7 +88,14 @@ def pieces(
         gc.unfreeze()
 
 
-def tokenize(tokenizer: Any, rendered: Sequence[Rendered], *, chat: bool, stop_ids: Collection[int]) -> Tokens:
+def tokenize(
+    tokenizer: Any,
+    rendered: Sequence[Rendered],
+    *,
+    chat: bool,
+    stop_ids: Collection[int],
+    special_ids: Collection[int] = (),
+) -> Tokens:
     """Tokens of ``rendered``, each row closed by a trained end-of-text token where neither it nor the tokenizer ends it.
 
     A token that straddles the start of a part belongs to it. White space after the stop token that ends a trained part is
@@ -95,7 +104,7 @@ def tokenize(tokenizer: Any, rendered: Sequence[Rendered], *, chat: bool, stop_i
 
     Args:
         chat: a chat template wrote the text, with all the special tokens it needs.
-        stop_ids: tokens that can end an answer.
+        stop_ids: tokens that can end an answer. special_ids: all that are no text.
     """
     encoded = tokenizer(
         [row.text for row in rendered],
@@ -116,7 +125,9 @@ def tokenize(tokenizer: Any, rendered: Sequence[Rendered], *, chat: bool, stop_i
     real = ends > starts
     ends = np.maximum.accumulate(ends)
     starts = np.maximum.accumulate(np.where(real, starts, ends))
-    tokens = _owned(rendered, bases, ids, bounds, starts, ends, real, stop_ids, "template" if chat else "tokenizer")
+    tokens = _owned(
+        rendered, bases, ids, bounds, starts, ends, real, stop_ids, special_ids, "template" if chat else "tokenizer"
+    )
     tokens = _closed(tokens, tokenizer.eos_token_id, stop_ids)
     tokens.trained[tokens.bounds[:-1][tokens.lengths > 0]] = False
     return tokens
@@ -131,6 +142,7 @@ def _owned(
     ends: npt.NDArray[np.int64],
     real: npt.NDArray[np.bool_],
     stop_ids: Collection[int],
+    special_ids: Collection[int],
     rest: str,
 ) -> Tokens:
     """The tokens with their roles and the mask, by the characters each part covers; ``rest`` wrote what none does."""
@@ -140,21 +152,28 @@ def _owned(
     rows = np.array([i for i, _ in parts], dtype=np.int64)
     role = np.array([number[part.role] for _, part in parts], dtype=np.int16)
     answers = np.array([part.trained for _, part in parts], dtype=bool)
-    said = np.array([part.said for _, part in parts], dtype=bool)
+    flaws = np.array([part.flaw for _, part in parts], dtype="U6")
+    unwritten = tuple((i, part.role) for i, part in parts if part.flaw and not part.trained)
     first = np.searchsorted(ends, bases[rows] + [part.start for _, part in parts], side="right")
     last = np.searchsorted(starts, bases[rows] + [part.end for _, part in parts], side="left")
     last = np.maximum(first, last)
 
     stops = np.flatnonzero(np.isin(ids, list(stop_ids)) & real)
+    special = np.isin(ids, list(special_ids))
     ended = np.zeros(len(parts), dtype=bool)
     for k in np.flatnonzero(answers & (last > first)).tolist():
         at = np.searchsorted(stops, last[k]) - 1
         if at < 0 or stops[at] < first[k]:
             continue
         i, part = parts[k]
-        after = stops[at] + 1
-        if not rendered[i].text[ends[after - 1] - bases[i] : part.end].strip():
+        text, after = rendered[i].text, stops[at] + 1
+        if not text[ends[after - 1] - bases[i] : part.end].strip():
             last[k], ended[k] = after, True
+        elif special[after : last[k]].any() and all(
+            special[t] or not text[starts[t] - bases[i] : ends[t] - bases[i]].strip() for t in range(after, last[k])
+        ):
+            # Some templates write two ends; the model learns both.
+            last[k], ended[k] = after + np.flatnonzero(special[after : last[k]])[-1] + 1, True
 
     counts = last - first
     covered = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
@@ -164,7 +183,17 @@ def _owned(
     trained[covered] = np.repeat(answers, counts)
     trained &= real
     return Tokens(
-        ids, bounds, trained, roles, names, rows[answers], first[answers], last[answers], ended[answers], said[answers]
+        ids,
+        bounds,
+        trained,
+        roles,
+        names,
+        answer_rows=rows[answers],
+        answer_starts=first[answers],
+        answer_ends=last[answers],
+        answer_ended=ended[answers],
+        answer_flaws=flaws[answers],
+        unwritten=unwritten,
     )
 
 
@@ -175,8 +204,13 @@ def _closed(tokens: Tokens, eos: int | None, stop_ids: Collection[int]) -> Token
     at = np.flatnonzero(tokens.trained)
     row_of = np.searchsorted(tokens.bounds, at, side="right") - 1
     final = at[np.append(row_of[1:] != row_of[:-1], True)]  # the last trained token of each row that has one
-    open_ = final[~np.isin(tokens.ids[final], list(stop_ids))]
+    ended = tokens.answer_ends[tokens.answer_ended] - 1
+    open_ = final[~np.isin(tokens.ids[final], list(stop_ids)) & ~np.isin(final, ended)]
     rows = np.searchsorted(tokens.bounds, open_, side="right") - 1
+    # Not where a message follows: the end would stand behind that one.
+    written_by = np.flatnonzero(tokens.roles)
+    closes = written_by[np.searchsorted(written_by, tokens.bounds[rows + 1]) - 1] == open_
+    open_, rows = open_[closes], rows[closes]
     ends = tokens.bounds[rows + 1]
     written = tokens.ids[ends - 1] == eos  # by the tokenizer, outside the text
     trained, roles = tokens.trained.copy(), tokens.roles.copy()

@@ -105,7 +105,12 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
         path = Path(chat_template)
         if not path.is_file():
             raise RecipeError(f"no such file: {chat_template!r}", key="model.chat_template")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} cannot be read as utf-8 text: {error}", key="model.chat_template") from None
+        if not tokenizer.chat_template.strip():
+            raise RecipeError(f"{path} is empty; expected a Jinja chat template", key="model.chat_template")
     return tokenizer
 
 

@@ -147,7 +147,7 @@ class DataSection(Section):
         "train.batch_size then counts such sequences",
     )
 
-    allow: list[Literal["untrained_terminator", "answer_not_trained", "pad_is_eos", "template_family"]] = Field(
+    allow: list[Literal["untrained_terminator", "wrong_mask", "pad_is_eos", "template_family"]] = Field(
         default_factory=list, description="causal_lm: errors of `peftlab check` that are meant to be so"
     )
 
@@ -221,6 +221,8 @@ class EvalSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.choices is not None and len(set(self.choices)) < len(self.choices):
+            raise ValueError("choices: the same one stands there twice")
         if self.patience is not None and (self.best is None or self.every is None):
             raise ValueError("patience needs eval.best and eval.every")
         return self

@@ -70,9 +70,14 @@ class Preview:
     cut: int = 0
 
 
-def preview(where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None) -> Preview:
-    """The preview of the only row of ``tokens``."""
-    ids, trained, roles = tokens.ids[:max_length], tokens.trained[:max_length], tokens.roles[:max_length]
+def preview(
+    where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None, keep_last: bool = False
+) -> Preview:
+    """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``."""
+    here = np.arange(min(max_length, len(tokens.ids)))
+    if keep_last:
+        here[-1] = len(tokens.ids) - 1
+    ids, trained, roles = tokens.ids[here], tokens.trained[here], tokens.roles[here]
     changes = np.flatnonzero((np.diff(trained.astype(np.int8)) != 0) | (np.diff(roles) != 0)) + 1
     segments, shown = [], ""
     for part in np.split(np.arange(len(ids)), changes):

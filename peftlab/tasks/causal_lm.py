@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.data import Ledger, Rows, Tokens, eval_batches, fit_lengths, pieces, tokenize
-from peftlab.data.chat import Formatter, Rendered
+from peftlab.data.chat import Formatter
+from peftlab.data.chat_template import Rendered
 from peftlab.errors import DataError
 from peftlab.tasks.base import Batch, Encoded, Example, Preview, Scores, collate, padded_inputs, preview
 from peftlab.tasks.lm_head import LMHead
@@ -50,6 +51,7 @@ class CausalLM:
         # Tokens that can end an answer: a chat template may end turns with another special token than eos.
         never = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
         self._stop_ids = (special - never) | ({tokenizer.eos_token_id} - {None})
+        self._special_ids = special
         self._head = LMHead(head_loss)
 
     def model_kwargs(self) -> dict[str, Any]:
@@ -85,7 +87,13 @@ class CausalLM:
         return preview(rows.where(index), self._tokenize([rendered]), self.tokenizer, max_length=max_length)
 
     def _tokenize(self, rendered: list[Rendered]) -> Tokens:
-        return tokenize(self.tokenizer, rendered, chat=self.formatter.style == "chat", stop_ids=self._stop_ids)
+        return tokenize(
+            self.tokenizer,
+            rendered,
+            chat=self.formatter.style == "chat",
+            stop_ids=self._stop_ids,
+            special_ids=self._special_ids,
+        )
 
     def _encode_choices(self, rows: Rows) -> list[tuple[int, ...]]:
         """Token ids of each choice after a prompt, with the token that ends it, so that none is another's prefix."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.data import Ledger, Rows, Tokens, eval_batches, fit_lengths, pieces, read_labels, tokenize
-from peftlab.data.chat import Part, Rendered
+from peftlab.data.chat_template import Part, Rendered
 from peftlab.errors import DataError, RecipeError
 from peftlab.tasks.base import (
     Batch,
@@ -101,7 +101,14 @@ class SequenceClassification:
     def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
         rendered = self._texts([rows.row(index)], [rows.where(index)])
         (label,) = self._read_labels(rows.select([index]), all_names_used=False)
-        return preview(rows.where(index), self._tokenize(rendered), self.tokenizer, max_length=max_length, label=label)
+        return preview(
+            rows.where(index),
+            self._tokenize(rendered),
+            self.tokenizer,
+            max_length=max_length,
+            label=label,
+            keep_last=True,
+        )
 
     def _read_labels(self, rows: Rows, *, all_names_used: bool) -> list[str]:
         return read_labels(

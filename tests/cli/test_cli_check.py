@@ -64,7 +64,7 @@ def test_chats(capsys: pytest.CaptureFixture[str]) -> None:
         r"assistant +(\d+) +\1 +100 % +(\d+) +\2",
         r"<\|im_end\|> +(\d+) +\d+ +50 % ",
         r"train: \d+ assistant turns, each ends with a trained <\|im_end\|>",
-        r"tokens per row: \d+ to \d+, median \d+, mean \d+, 95 % up to \d+; limit 512",
+        r"tokens per row \(uncut\): \d+ to \d+, median \d+, mean \d+, 95 % up to \d+; limit 512",
         r"2 steps,  1 epoch,  .* tokens,  \d+ of them trained",
         r"chats.jsonl:\d+  \(trained between \{\+ and \+\}\)",
         r"  \{\+answer \d+<\|im_end\|>\+\}",
@@ -89,7 +89,7 @@ def test_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture[str])
     assert code == 0 and report["ok"]
     assert len(report["preview"]) == 3 and report["preview"][0]["segments"][0][1:] == ["template", False]
     assert set(report) == {
-        "ok", "recipe", "task", "model", "style", "findings", "train", "held_out", "shared", "estimate", "preview",
+        "ok", "recipe", "task", "model", "style", "findings", "train", "held_out", "shared", "estimate", "preview", "split",
     }  # fmt: skip
     (cut,) = report["train"]["left_out"]
     assert len(cut["where"]) == cut["rows"] and all(w.startswith("chats.jsonl:") for w in cut["where"])
@@ -100,13 +100,15 @@ def test_an_error_ends_with_exit_code_3_after_the_tables(capsys: pytest.CaptureF
     code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja")
     assert code == 3
     assert "written by" in out
-    assert re.search(r"^error: \d+ of \d+ assistant turns do not end with a trained", out, re.MULTILINE)
-    assert out.rstrip().endswith("1 error: this recipe would not be trained")
+    assert re.search(
+        r"^error untrained_terminator: \d+ of \d+ assistant turns do not end with a trained", out, re.MULTILINE
+    )
+    assert out.rstrip().endswith("1 error (above): this recipe would not be trained")
     code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja", "--json")
     assert code == 3 and not json.loads(out)["ok"]
     allowed = ["model.chat_template=bad.jinja", "data.allow=[untrained_terminator]"]
     code, out, _ = told(capsys, "chat.yaml", *allowed)
-    assert code == 0 and "allowed: " in out
+    assert code == 0 and "allowed untrained_terminator: " in out
 
 
 def test_train_refuses_what_check_refuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +138,7 @@ def test_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = told(capsys, "chat.yaml", "data.max_length=4")
     assert code == 3
     assert "16 rows refused: longer than data.max_length (4 tokens): chats.jsonl:" in out
-    assert "error: 16 rows have more tokens than the limit of 4" in out
+    assert "error too_long: 16 rows have more tokens than the limit of 4" in out
     assert "steps" not in out
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftlab.adapters import HeadLoss
-from peftlab.data import Ledger, Rows, require
+from peftlab.data import Ledger, Rows, find, require
 from peftlab.data import ledger as module
 from peftlab.data import tokens as tokens_module
 from peftlab.data.chat import Formatter
@@ -45,7 +45,7 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]], *, choices: list[str] | N
 
 
 def kinds(ledger: Ledger, *, errors: bool = True) -> list[str]:
-    return [f.kind for f in ledger.findings() if f.error or not errors]
+    return [f.kind for f in find(ledger) if f.error or not errors]
 
 
 def roles(ledger: Ledger) -> dict[str, tuple[int, int]]:
@@ -79,7 +79,7 @@ def test_by_hand(tokenizer: Any) -> None:
         "<|im_start|>": (9, 0),
         END: (9, 4),
     }
-    assert report["answers"] == {"count": 4, "ended": 4, "terminators": {END: 4}}
+    assert report["answers"] == {"count": 4, "ended": 4, "cut": 0, "terminators": {END: 4}}
     assert (report["rows"], report["kept"], report["trained"]) == (3, 2, seen["assistant"])
     assert report["left_out"] == [
         {"reason": "dropped: no assistant turn in it", "rows": 1, "where": ["data, record 3"]}
@@ -136,14 +136,14 @@ def test_the_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None
 
 def test_a_clean_data_set_has_nothing_to_say(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a", "b"), turns("c", "d", "e", "f")]).ledger
-    assert ledger.findings() == []
+    assert find(ledger) == []
     require(ledger)
 
 
 def test_nothing_is_trained(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a"), turns("b")]).ledger
     with pytest.raises(DataError, match=r"zero trained tokens in all 2 rows \(2 dropped: no assistant turn"):
-        require(ledger, structure=False)
+        require(ledger, training=False)
     assert kinds(ledger) == ["zero_trained"]
 
 
@@ -168,7 +168,7 @@ def test_an_untrained_end_of_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DataError, match=r"data, record 1.* do not end with a trained end-of-turn token"):
         require(ledger)
     require(ledger, allow=["untrained_terminator"])
-    require(ledger, structure=False)
+    require(ledger, training=False)
 
 
 def test_padding_that_masks_the_end_of_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_a_template_without_an_end_of_turn(tokenizer: Any) -> None:
     assert kinds(single) == [] and single.report()["answers"]["ended"] == 1
     ledger = encode(tokenizer, [turns("a", "b"), turns("a", "b", "c", "d")]).ledger
     assert kinds(ledger) == ["untrained_terminator"]
-    with pytest.raises(DataError, match=r"data, record 2: 1 of 3 assistant turns .*writes '\\n' after it"):
+    with pytest.raises(DataError, match=r"data, record 2: 1 of 3 assistant turns .*writes '\\n' after them"):
         require(ledger)
 
 
@@ -230,32 +230,111 @@ def test_a_template_that_does_not_write_what_was_said(tokenizer: Any, written: s
         "{{ m.content }}", f"{{% if m.role == 'assistant' %}}{written}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
     )
     ledger = encode(tokenizer, [turns("question", "the answer"), turns("question", "")]).ledger
-    assert kinds(ledger) == ["answer_not_trained"]
+    assert kinds(ledger) == ["wrong_mask"]
     with pytest.raises(DataError, match=r"data, record 1: in 1 of 2 assistant turns the trained tokens do not hold"):
         require(ledger)
-    require(ledger, allow=["answer_not_trained"])
+    require(ledger, allow=["wrong_mask"])
+
+
+def test_a_header_that_is_trained(tokenizer: Any) -> None:
+    """Without a generation prompt the header of an answer cannot be told from the answer."""
+    tokenizer.chat_template = chatml("<|im_start|>", END).partition("{% if add_generation_prompt %}")[0]
+    ledger = encode(tokenizer, [turns("a", "b"), turns("a", "")]).ledger
+    assert kinds(ledger) == ["wrong_mask"]
+    with pytest.raises(DataError, match=r"in 2 of 2 assistant turns the header of the answer is trained too"):
+        require(ledger)
+
+
+def test_messages_that_the_template_drops(tokenizer: Any) -> None:
+    tokenizer.chat_template = chatml("<|im_start|>", END).replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+    )
+    ledger = encode(tokenizer, [turns("rules", "a", "b", roles="sua"), turns("c", "d")]).ledger
+    (note,) = find(ledger)
+    assert note.kind == "unwritten_message" and note.rows is not None and note.rows.tolist() == [0]
+    assert note.message.startswith("the words of 1 system message are not in the text")
+
+
+def calling(name: str, **more: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": {"city": "Oslo"}}}
+    chat = turns("weather?", "", "rain", "It rains.", roles="uata")["messages"]
+    chat[1] = {"role": "assistant", "tool_calls": [call], **more}
+    return {"messages": chat}
+
+
+@pytest.mark.parametrize("more", [{"content": ""}, {"content": None}, {}])
+def test_tool_calls(tokenizer: Any, more: dict[str, Any]) -> None:
+    """A template that does not write them would teach silence where a tool should be called."""
+    rows = [calling("get_weather", **more)]
+    tokenizer.chat_template = chatml("<|im_start|>", END).replace("m.content", "m.content or ''")
+    ledger = encode(tokenizer, rows).ledger
+    assert kinds(ledger) == ["wrong_mask"] and "empty_answer" in kinds(ledger, errors=False)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content", "{% for c in m.tool_calls or [] %}call {{ c.function.name }}{% endfor %}{{ m.content"
+    )
+    right = encode(tokenizer, rows)
+    assert find(right.ledger) == []
+    (example,) = right.examples
+    assert "call get_weather" + END in tokenizer.decode(example.ids[example.trained])
+
+
+def test_a_template_that_refuses_other_conversations(tokenizer: Any) -> None:
+    """What is looked up about a template goes by a conversation it takes, not by one of ours."""
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+        + chatml("<|im_start|>", END)
+    )
+    require(encode(tokenizer, [turns("s", "a", "b", roles="sua")] * 2).ledger)
+
+
+def test_an_end_that_is_added_is_told(tokenizer: Any) -> None:
+    tokenizer.chat_template = chatml("<|im_start|>", "")
+    ledger = encode(tokenizer, [turns("a", "b")]).ledger
+    (note,) = find(ledger)
+    assert note.kind == "added_end" and not note.error
+
+
+def test_two_ends_after_each_other_are_an_end(tokenizer: Any) -> None:
+    tokenizer.chat_template = chatml("<|im_start|>", END + "<|unk|>")
+    encoded = encode(tokenizer, [turns("a", "b", "c", "d")])
+    require(encoded.ledger)
+    (example,) = encoded.examples
+    assert tokenizer.decode(example.ids[example.trained]) == f"b{END}<|unk|>d{END}<|unk|>"
+
+
+def test_answers_that_are_empty_or_end_in_the_middle(tokenizer: Any) -> None:
+    ledger = encode(tokenizer, [turns("a", ""), turns("a", f"one{END}two"), turns("a", "fine")]).ledger
+    found = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
+    assert found == {"empty_answer": [0], "inner_end": [1]}
+
+
+def test_an_unended_turn_before_a_last_question_is_not_closed_behind_it(tokenizer: Any) -> None:
+    tokenizer.chat_template = chatml("<|im_start|>", "")
+    encoded = encode(tokenizer, [turns("a", "b", "c"), turns("d", "e")])
+    assert encoded.examples[0].ids[-1] != tokenizer.eos_token_id
+    assert kinds(encoded.ledger) == ["untrained_terminator"]
 
 
 def test_too_long(tokenizer: Any) -> None:
     rows = [{"prompt": "q", "completion": "a" * n} for n in (3, 30, 20)]
     ledger = encode(tokenizer, rows, max_length=10).ledger
-    (finding,) = ledger.findings()
+    (finding,) = find(ledger)
     assert finding.kind == "too_long" and finding.rows is not None and finding.rows.tolist() == [1, 2]
     with pytest.raises(
         DataError, match=r"data, record 2, data, record 3: 2 rows have more tokens .* of 10 \(up to 32\)"
     ):
-        require(ledger, structure=False)
+        require(ledger, training=False)
     cut = encode(tokenizer, rows, max_length=10, too_long="truncate").ledger
     require(cut)
-    (note,) = cut.findings()
+    (note,) = find(cut)
     assert note.kind == "answer_cut" and note.rows is not None and note.rows.tolist() == [1, 2]
-    assert cut.report()["answers"] == {"count": 3, "ended": 3, "terminators": {END: 3}}
+    assert cut.report()["answers"] == {"count": 3, "ended": 1, "cut": 2, "terminators": {END: 1}}
 
 
 def test_repeated_rows_and_rows_of_both_sets(tokenizer: Any) -> None:
     texts = ["one", "two", "one", "three", "one"]
     ledger = encode(tokenizer, [{"text": t} for t in texts]).ledger
-    (note,) = ledger.findings()
+    (note,) = find(ledger)
     assert note.kind == "repeated" and note.rows is not None and note.rows.tolist() == [2, 4]
     other = encode(tokenizer, [{"text": t} for t in ("new", "three", "one")]).ledger
     assert other.shared_with(ledger) == [(1, 3), (2, 0)]
@@ -269,7 +348,7 @@ def test_the_beginning_written_twice(tokenizer: Any) -> None:
     start = ("<|im_start|>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[start])
     ledger = encode(tokenizer, [{"text": "fine"}, {"text": "<|im_start|>twice"}]).ledger
-    (note,) = ledger.findings()
+    (note,) = find(ledger)
     assert note.kind == "doubled_bos" and note.rows is not None and note.rows.tolist() == [1]
     assert roles(ledger)["tokenizer"] == (2, 0)
 
@@ -282,18 +361,29 @@ def test_labels_and_texts_with_two_of_them(tokenizer_of: Callable[[str], Any]) -
     report = ledger.report()
     assert report["labels"] == [{"label": "x", "rows": 2}, {"label": "y", "rows": 3}]
     assert report["trained"] is None and report["answers"]["count"] == 0
-    found = {f.kind: f.rows.tolist() for f in ledger.findings() if f.rows is not None}
+    found = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
     assert found == {"repeated": [2, 4], "contradicting": [0, 2]}
     none = task.encode(rows.select([5]), max_length=4, too_long="drop", training=True).ledger
-    with pytest.raises(DataError, match="none of the 1 rows is left"):
+    with pytest.raises(DataError, match="no row is left"):
         require(none)
 
 
 def test_choices_that_truncation_cuts(tokenizer: Any) -> None:
     rows = [{"prompt": "p:", "completion": " yes"}, {"prompt": "ppppp:", "completion": " yes"}]
     ledger = encode(tokenizer, rows, choices=[" yes", " no"], max_length=8, too_long="truncate").ledger
-    assert [entry["reason"] for entry in ledger.report()["left_out"]] == ["dropped: truncation leaves no whole answer"]
+    assert [entry["reason"] for entry in ledger.report()["left_out"]] == ["dropped: truncation leaves no whole choice"]
     assert ledger.report()["labels"] == [{"label": " yes", "rows": 1}, {"label": " no", "rows": 0}]
+
+
+def test_prompts_with_two_answers_and_choices_nobody_gives(tokenizer: Any) -> None:
+    rows = [{"prompt": "good?", "completion": c} for c in (" yes", " no", " yes")] + [
+        {"prompt": "x", "completion": " no"}
+    ]
+    ledger = encode(tokenizer, rows, choices=[" yes", " no", " maybe"]).ledger
+    found = {f.kind: (f.rows.tolist() if f.rows is not None else f.message) for f in find(ledger)}
+    assert found == {
+        "repeated": [2], "contradicting": [0, 1, 2], "absent_label": "no row with the label ' maybe'",
+    }  # fmt: skip
 
 
 def test_an_account_that_forgets_truncation_is_caught(tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

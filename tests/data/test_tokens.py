@@ -15,7 +15,7 @@ from transformers import BatchEncoding
 
 from peftlab.data import Rows, pieces, tokenize
 from peftlab.data import tokens as module
-from peftlab.data.chat import Part, Rendered
+from peftlab.data.chat_template import Part, Rendered
 
 EOS = 2
 

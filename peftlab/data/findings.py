@@ -1,0 +1,275 @@
+"""What a ledger shows to be wrong, or worth knowing, before training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from peftlab.data.ledger import Indices, Ledger
+from peftlab.errors import DataError
+
+_SHOWN_ROWS = 3
+_SHOWN_TOKENS = 3
+# What templates of all families write around turns: <|im_end|>, <end_of_turn>, </s>, [INST], <<SYS>>, with the wide bars
+# of DeepSeek's (U+FF5C) too.
+_MARKER = re.compile(r"<[|\uff5c][^<>\s]{1,40}?[|\uff5c]>|</?[A-Za-z_][\w:-]{0,30}>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
+# What makes data unfit for anything, not for training alone.
+_ALWAYS = ("too_long", "zero_trained", "no_rows")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know before training.
+
+    Attributes:
+        kind: its name; the recipe's ``data.allow`` takes those of errors in how answers are trained.
+        message: what was found and what to do; where, the rows say.
+        key: the recipe key to look at. rows: indices of the rows concerned, where it concerns single rows.
+        error: whether training refuses it.
+    """
+
+    kind: str
+    message: str
+    key: str | None = None
+    rows: Indices | None = None
+    error: bool = False
+
+
+def find(ledger: Ledger) -> list[Finding]:
+    """Errors, then notes."""
+    found = [
+        *_unfit(ledger),
+        *_template(ledger),
+        *_answers(ledger),
+        *_messages(ledger),
+        *_rows_found(ledger),
+        *_labels(ledger),
+    ]
+    return sorted(found, key=lambda finding: not finding.error)
+
+
+def require(ledger: Ledger, *, allow: Collection[str] = (), training: bool = True) -> None:
+    """Raises DataError with every error of the ledger that is not allowed.
+
+    Args: training: False leaves out what concerns training alone, for data that is only evaluated.
+    """
+    errors = [f for f in find(ledger) if f.error and f.kind not in allow and (training or f.kind in _ALWAYS)]
+    if errors:
+        raise DataError("\n".join(_located(finding, ledger) for finding in errors), key=errors[0].key)
+
+
+def _located(finding: Finding, ledger: Ledger) -> str:
+    if finding.rows is None:
+        return finding.message
+    rows = np.unique(finding.rows)
+    shown = [ledger.rows.where(int(i)) for i in rows[:_SHOWN_ROWS]]
+    return ", ".join(shown) + (", ..." if len(rows) > _SHOWN_ROWS else "") + f": {finding.message}"
+
+
+def _unfit(ledger: Ledger) -> Iterator[Finding]:
+    refused = next((rows for reason, rows in ledger.left_out.items() if reason.startswith("refused")), None)
+    if refused is not None:
+        has = "has" if len(refused) == 1 else "have"
+        yield Finding(
+            "too_long",
+            f"{_rows(len(refused))} {has} more tokens than the limit of {ledger.max_length:,} (up to "
+            f"{int(ledger.row_lengths[refused].max()):,}); set data.too_long=truncate or data.too_long=drop, or raise "
+            "data.max_length if the model allows it",
+            "data.too_long",
+            refused,
+            error=True,
+        )
+    elif ledger.style == "labels" and not len(ledger.lengths):
+        yield Finding("no_rows", f"{ledger.rows.name}: no row is left", "data.too_long", error=True)
+    elif ledger.style != "labels" and not ledger.num_trained:
+        why = "; ".join(f"{len(rows):,} {reason}" for reason, rows in ledger.left_out.items())
+        wrote = ", ".join(map(repr, ledger.writers))
+        roles = (
+            f"; turns are written by {wrote}, and what the model learns by 'assistant'"
+            if ledger.style == "chat"
+            else ""
+        )
+        yield Finding(
+            "zero_trained",
+            f"{ledger.rows.name}: zero trained tokens in all {_rows(len(ledger.rows))} ({why}){roles}; look at data.columns, "
+            f"data.template and data.max_length ({ledger.max_length:,})",
+            ledger.formatter.key if ledger.formatter else "data.columns",
+            error=True,
+        )
+
+
+def _turn_end(ledger: Ledger) -> str | None:
+    """What the chat template writes after an answer; None without one, or where it cannot be found out."""
+    if ledger.formatter is None or ledger.style != "chat":
+        return None
+    return ledger.formatter.chat_template.turn_end(ledger.formatter.chats(ledger.rows))
+
+
+def _of_another_family(ledger: Ledger) -> str | None:
+    """The marker that ends a turn and that the tokenizer does not know."""
+    markers = _markers(_turn_end(ledger) or "")
+    if any(ledger.tokenizer.convert_tokens_to_ids(marker) in ledger.stop_ids for marker in markers):
+        return None
+    return next((marker for marker in markers if not _is_token(ledger, marker)), None)
+
+
+def _template(ledger: Ledger) -> Iterator[Finding]:
+    marker = _of_another_family(ledger)
+    if marker is not None:
+        pieces = len(ledger.tokenizer(marker, add_special_tokens=False)["input_ids"])
+        yield Finding(
+            "template_family",
+            f"the chat template ends a turn with {marker!r}, which this tokenizer does not know ({pieces} pieces of text): a "
+            f"template of another model family; {_own_ends(ledger)}. Take the model's own template, or give one with "
+            "model.chat_template; data.allow=[template_family] trains it all the same",
+            "model.chat_template",
+            error=True,
+        )
+        return
+    end = _turn_end(ledger)
+    if end is not None and not any(
+        t in ledger.stop_ids for t in ledger.tokenizer(end, add_special_tokens=False)["input_ids"]
+    ):
+        yield Finding(
+            "added_end",
+            f"the chat template writes no end-of-turn token after an answer, but {end!r}; {ledger.tokenizer.eos_token!r} is "
+            "added after the last turn of each row",
+            "model.chat_template",
+        )
+    if end is not None and ledger.formatter is not None:
+        probed = ledger.formatter.chat_template.probe(()) or ""
+        ordinary = [marker for marker in _markers(probed) if not _is_token(ledger, marker)]
+        if ordinary:
+            yield Finding(
+                "ordinary_markers",
+                f"the chat template writes {', '.join(map(repr, ordinary))}, which this tokenizer reads as ordinary text",
+                "model.chat_template",
+            )
+
+
+def _answers(ledger: Ledger) -> Iterator[Finding]:
+    what, tokenizer = "assistant turns" if ledger.style == "chat" else "answers", ledger.tokenizer
+    words, header, unended = (ledger.marked(name) for name in ("words", "header", "unended"))
+    total = f"{ledger.num_answers:,} {what}"
+    if len(words):
+        yield Finding(
+            "wrong_mask",
+            f"in {len(words):,} of {total} the trained tokens do not hold what the message says: the chat template drops or "
+            "rewrites what the model should learn; correct it (model.chat_template), or data.allow=[wrong_mask]",
+            "model.chat_template",
+            words,
+            error=True,
+        )
+    if len(header):
+        yield Finding(
+            "wrong_mask",
+            f"in {len(header):,} of {total} the header of the answer is trained too, because the chat template writes none "
+            "when it is asked for a generation prompt (add_generation_prompt); correct it (model.chat_template), or "
+            "data.allow=[wrong_mask]",
+            "model.chat_template",
+            header,
+            error=True,
+        )
+    if ledger.num_masked_eos and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        yield Finding(
+            "pad_is_eos",
+            f"the padding token is the end-of-text token {tokenizer.eos_token!r}, and {ledger.num_masked_eos:,} of them inside "
+            f"{what} are not trained, as if they were padding: the model would not learn to stop; give the tokenizer another "
+            "padding token, or data.allow=[pad_is_eos]",
+            "model.name",
+            error=True,
+        )
+    # A template of another family ends no turn: that was said.
+    if len(unended) and _of_another_family(ledger) is None:
+        end = _turn_end(ledger)
+        wrote = f" (the chat template writes {end!r} after them)" if end is not None else ""
+        yield Finding(
+            "untrained_terminator",
+            f"{len(unended):,} of {total} do not end with a trained end-of-turn token{wrote}, so the model does not learn to "
+            f"stop there; {_own_ends(ledger)}. Correct the template (model.chat_template), or "
+            "data.allow=[untrained_terminator]",
+            "model.chat_template" if ledger.style == "chat" else "model.name",
+            unended,
+            error=ledger.style != "text",
+        )
+    empty, inner, cut = (ledger.marked(name) for name in ("empty", "inner_end", "cut"))
+    if len(empty):
+        yield Finding("empty_answer", f"{len(empty):,} of {total} are empty: their end alone is trained", None, empty)
+    if len(inner):
+        yield Finding(
+            "inner_end", f"{len(inner):,} of {total} hold a token that ends an answer before their end", None, inner
+        )
+    if len(cut):
+        yield Finding("answer_cut", f"truncation cuts {len(cut):,} of {total}", "data.too_long", cut)
+
+
+def _messages(ledger: Ledger) -> Iterator[Finding]:
+    for mark in ledger.marks:
+        kind, _, role = mark.partition(" ")
+        if kind == "unwritten":
+            rows = ledger.marked(mark)
+            yield Finding(
+                "unwritten_message",
+                f"the words of {len(rows):,} {role} message{'' if len(rows) == 1 else 's'} are not in the text: the chat "
+                "template drops or rewrites them",
+                "model.chat_template",
+                rows,
+            )
+    if ledger.style == "chat" and "tools" in ledger.rows.columns:
+        yield Finding("unused_tools", "the column 'tools' is not given to the chat template", "data.columns")
+
+
+def _rows_found(ledger: Ledger) -> Iterator[Finding]:
+    repeated, doubled = ledger.repeated_rows(), ledger.marked("doubled_bos")
+    if len(repeated):
+        verb = "repeats" if len(repeated) == 1 else "repeat"
+        yield Finding("repeated", f"{_rows(len(repeated))} {verb} an earlier one", "data.train", repeated)
+    if len(doubled):
+        verb = "begins" if len(doubled) == 1 else "begin"
+        yield Finding(
+            "doubled_bos",
+            f"{_rows(len(doubled))} {verb} with {ledger.tokenizer.bos_token!r} twice: the text or its template writes it, and so "
+            "does the tokenizer",
+            "data.template",
+            doubled,
+        )
+
+
+def _labels(ledger: Ledger) -> Iterator[Finding]:
+    clash = ledger.contradicting_rows()
+    if len(clash):
+        verb = "has a text that has" if len(clash) == 1 else "have a text that has"
+        yield Finding(
+            "contradicting", f"{_rows(len(clash))} {verb} another label elsewhere", "data.columns.label", clash
+        )
+    absent = [entry["label"] for entry in ledger.label_counts() or [] if not entry["rows"]]
+    if absent:
+        yield Finding("absent_label", f"no row with the label {', '.join(map(repr, absent))}", "data.columns.label")
+
+
+def _own_ends(ledger: Ledger) -> str:
+    """The tokens that can end a turn, the end-of-text token first."""
+    tokens = ledger.tokenizer.convert_ids_to_tokens(
+        sorted(ledger.stop_ids, key=lambda i: (i != ledger.tokenizer.eos_token_id, i))
+    )
+    more = ", ..." if len(tokens) > _SHOWN_TOKENS else ""
+    return (
+        f"tokens that end a turn here: {', '.join(tokens[:_SHOWN_TOKENS])}{more}"
+        if tokens
+        else "this tokenizer has none"
+    )
+
+
+def _is_token(ledger: Ledger, marker: str) -> bool:
+    return len(ledger.tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
+
+
+def _markers(text: str) -> list[str]:
+    return list(dict.fromkeys(_MARKER.findall(text)))
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
