@@ -83,8 +83,8 @@ def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
     return f"{count}: {places([s['held_out'] for s in shared])} (the first is {places([first['train']])})"
 
 
-def opening_lines(name: str, report: Mapping[str, Any]) -> list[str]:
-    """What ``train`` says about a data set before it begins."""
+def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
+    """What ``train`` says about a data set before it begins, with ``counts`` also per role and special token."""
     rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
     if report["labels"] is not None and report["trained"] is None:
         labels = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in report["labels"])
@@ -95,8 +95,8 @@ def opening_lines(name: str, report: Mapping[str, Any]) -> list[str]:
         roles = [(r["role"], r) for r in report["roles"]]
         tokens = [(printable(t["token"]), t) for t in report["special_tokens"]]
         for what, entries in (("by role", roles), ("special tokens", tokens)):
-            counts = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
-            lines += [f"  trained {what}: {counts}"] if counts else []
+            said = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
+            lines += [f"  trained {what}: {said}"] if said and counts else []
         lines += [f"  {line}" for line in [answers_line(report)] if line]
     return [*lines, *(f"  {line}" for line in left_out_lines(report))]
 

@@ -227,7 +227,10 @@ def _storage(recipe: Recipe) -> str:
 def _tell_ledger(recipe: Recipe, task: Task, train: Ledger, held_out: Ledger, progress: Progress) -> dict[str, Any]:
     """Says what is trained, with one row as an example; the account for the run's summary."""
     reports = {"train": train.report(most_places=_MOST_PLACES), "held_out": held_out.report(most_places=_MOST_PLACES)}
-    for line in [*opening_lines("train", reports["train"]), *opening_lines("held out", reports["held_out"])]:
+    for line in [
+        *opening_lines("train", reports["train"], counts=True),
+        *opening_lines("held out", reports["held_out"], counts=False),
+    ]:
         progress.note(line)
     shared = shared_rows(train, held_out)
     if shared:

@@ -255,7 +255,7 @@ def _own_ends(ledger: Ledger) -> str:
     tokens = ledger.tokenizer.convert_ids_to_tokens(
         sorted(ledger.stop_ids, key=lambda i: (i != ledger.tokenizer.eos_token_id, i))
     )
-    more = ", ..." if len(tokens) > _SHOWN_TOKENS else ""
+    more = " and others" if len(tokens) > _SHOWN_TOKENS else ""
     return (
         f"tokens that end a turn here: {', '.join(tokens[:_SHOWN_TOKENS])}{more}"
         if tokens
