@@ -59,7 +59,7 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder.values()
         self._special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         self._probed: str | None = None
-        self._openings: dict[str, str] = {}
+        self._openings: dict[tuple[str, str | None], str] = {}
         self._outlines: dict[tuple[str, ...], list[_Turn] | None] = {}
 
     def text(self, messages: list[Message], where: str, **options: Any) -> str:
@@ -159,29 +159,42 @@ class ChatTemplate:
         cursor = 0
         for i, message in enumerate(chat):
             found = self._answer(chat, i, text, cursor, where) if message["role"] == "assistant" else None
-            part = found or self._asked(message, text, cursor)
+            part = found or self._asked(chat, i, text, cursor)
             if part.end > part.start or part.flaw:
                 parts.append(part)
             cursor = part.end
         return Rendered(text, parts)
 
-    def _asked(self, message: Mapping[str, Any], text: str, cursor: int) -> Part:
-        """Where the words of a message that is no answer stand after ``cursor``: an empty part if they do not."""
-        role, words = str(message["role"]), _words(message.get("content"))
-        opening = self._opening(role)
-        at = text.find(opening + words, cursor)  # without the opening "user" would be found in a header
+    def _asked(self, chat: list[Message], i: int, text: str, cursor: int) -> Part:
+        """Where the words of ``chat[i]``, which is no answer, stand after ``cursor``: an empty part if they do not."""
+        role, content = str(chat[i]["role"]), chat[i].get("content")
+        before = str(chat[i - 1]["role"]) if i else None
+        opening = self._opening(role, before)  # without it "user" would be found in a header
+        stripped = _words(content)
+        # As they are and stripped: what the template did not write of the two may still open a later message.
+        said = (content, stripped) if isinstance(content, str) else (stripped,)
+        # The end of an answer's turn is in its part, and in the opening after it.
+        start = max(0, cursor - len(opening)) if before == "assistant" else cursor
+        found = [(at, words) for words in said if (at := text.find(opening + words, start)) >= 0]
+        at, words = min(found, key=lambda place: place[0], default=(-1, stripped))
         at = at + len(opening) if at >= 0 else text.find(words, cursor)
         return Part(at, at + len(words), role) if at >= 0 else Part(cursor, cursor, role, flaw="words")
 
-    def _opening(self, role: str) -> str:
-        """The end of what the chat template writes before a message of this role; empty where it refuses one alone."""
-        if role not in self._openings:
-            try:
-                text = self.text([{"role": role, "content": _PROBE}], "")
-            except DataError:
-                text = ""
-            self._openings[role] = text.partition(_PROBE)[0][-_OPENING:] if _PROBE in text else ""
-        return self._openings[role]
+    def _opening(self, role: str, before: str | None) -> str:
+        """The end of what the chat template writes before a message of this role, between its words and those of the message
+        before it, if there is one; empty where it refuses the two."""
+        if (role, before) not in self._openings:
+            opening = ""
+            for roles in [[]] if before is None else [[before], ["user", before], ["user", "assistant", before]]:
+                try:
+                    text = self.text([{"role": r, "content": _PROBE} for r in (*roles, role)], "")
+                except DataError:
+                    continue
+                if _PROBE in text:
+                    opening = text.split(_PROBE)[-2][-_OPENING:]
+                    break
+            self._openings[role, before] = opening
+        return self._openings[role, before]
 
     def _answer(self, messages: list[Message], i: int, text: str, cursor: int, where: str) -> Part:
         """Where the answer ``messages[i]`` and the end of its turn stand in ``text``."""
@@ -199,8 +212,11 @@ class ChatTemplate:
         opening = before.removeprefix(self.text(messages[:i], where)) if i else ""
         ending = self.turn_end([messages]) or ""
         start = text.find(opening, cursor) + len(opening) if opening in text[cursor:] else -1
-        end = text.find(ending, max(0, start)) + len(ending) if ending.strip() else -1
-        if not opening or start < 0 or end <= start or not all(words in text[start:end] for words in said):
+        at = text.find(said[0], max(0, start))
+        # The words may hold what ends a turn. With such an end before them they are those of a later turn.
+        end = text.find(ending, at + len(said[0])) + len(ending) if ending.strip() else -1
+        within = at >= 0 and ending not in text[start:at] and all(words in text[start:end] for words in said)
+        if not opening or start < 0 or end <= start or not within:
             raise DataError(
                 f"{where}: the assistant's part cannot be told apart: the chat template {_why(text, said, messages, i)}; "
                 "give a template for training with model.chat_template",

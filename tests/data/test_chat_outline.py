@@ -97,24 +97,31 @@ def lab_of(tokenizer_of: Callable[[str], Any]) -> Callable[[str], Lab]:
     return lab
 
 
-def check(lab: Lab, chat: Chat) -> bool:
-    """Whether there is an outline for ``chat``; all parts are where the template wrote them."""
+def check_parts(lab: Lab, chat: Chat, found: Rendered) -> None:
+    """All parts are in order, and the answers where the template wrote them."""
     text = lab.write(chat)
-    outlined = lab.template._outlined(chat, text)
-    if outlined is None:
-        return False
-    assert outlined.text == text
-    assert all(part.start < part.end for part in outlined.parts)
-    assert all(one.end <= next_.start for one, next_ in pairwise(outlined.parts))
-    assert not any(part.flaw for part in outlined.parts)
-    answers = [part for part in outlined.parts if part.trained]
+    assert found.text == text
+    assert all(part.start < part.end for part in found.parts)
+    assert all(one.end <= next_.start for one, next_ in pairwise(found.parts))
+    answers = [part for part in found.parts if part.trained]
     marks = lab.marks(chat)
     assert [part.start for part in answers] == [start for start, _ in marks]
     # A line break after the end of the turn is in the part, and no trained token.
     assert [text[end : part.end].strip() for part, (_, end) in zip(answers, marks, strict=True)] == [""] * len(marks)
+
+
+def check(lab: Lab, chat: Chat) -> bool:
+    """Whether there is an outline for ``chat``; all parts are where the template wrote them, also by search."""
+    text = lab.write(chat)
+    searched = lab.template._searched(chat, text, "here")
+    check_parts(lab, chat, searched)
+    outlined = lab.template._outlined(chat, text)
+    if outlined is None:
+        return False
+    check_parts(lab, chat, outlined)
+    assert not any(part.flaw for part in outlined.parts)
     assert [part for part in outlined.parts if not part.trained] == lab.asked(chat, text)
-    searched = [part for part in lab.template._searched(chat, text, "here").parts if part.trained]
-    assert [(part.start, part.end) for part in answers] == [(part.start, part.end) for part in searched]
+    assert [replace(part, flaw="") for part in searched.parts] == outlined.parts
     return True
 
 

@@ -260,6 +260,23 @@ def test_thoughts_of_the_last_answer_are_trained_those_of_earlier_ones_are_gone(
     assert trained(make("qwen 3"), turns) == ["yes<|im_end|>", "<think>\nwell\n</think>\n\nno<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (" b?", "yes"),  # with the space it is not the "b?" that opens the last question
+        ("a?", "no<|im_end|>\nyes"),  # the end of a turn in the words of one
+    ],
+)
+def test_earlier_answers_are_found_among_the_like(make: Callable[[str], Any], question: str, answer: str) -> None:
+    turns = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "b?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    assert trained(make("qwen 3"), turns) == [f"{answer}<|im_end|>", "<think>\n\n</think>\n\nyes<|im_end|>"]
+
+
 def test_tool_messages_are_not_trained(make: Callable[[str], Any]) -> None:
     turns = [
         {"role": "user", "content": "time?"},
