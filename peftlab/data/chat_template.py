@@ -59,6 +59,7 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder.values()
         self._special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         self._probed: str | None = None
+        self._has_prompt: bool | None = None
         self._openings: dict[tuple[str, str | None], str] = {}
         self._outlines: dict[tuple[str, ...], list[_Turn] | None] = {}
 
@@ -206,6 +207,10 @@ class ChatTemplate:
             if not all(words in part for words in said):
                 return Part(len(before), len(through), "assistant", trained=True, flaw="words")
             lead = part[: part.find(said[0])] if said[0] else part.removesuffix(self.turn_end([messages]) or part)
+            if self._flaw(lead):
+                # Thoughts and calls may hold special tokens too: a header is what an answer without them has.
+                plain = [*messages[:i], {"role": "assistant", "content": _PROBE}]
+                lead = self.text(plain, where).removeprefix(before).partition(_PROBE)[0]
             return Part(len(before), len(through), "assistant", trained=True, flaw=self._flaw(lead))
         # Templates of thinking models drop the thoughts of earlier turns, so that no shorter conversation is a prefix.
         # What stands around an answer stays the same.
@@ -238,8 +243,19 @@ class ChatTemplate:
             ) from None
 
     def _flaw(self, lead: str) -> Flaw:
-        """Whether what the template writes in an answer before its words is a header: only those have special tokens."""
-        return "header" if any(token in lead for token in self._special) else ""
+        """Whether ``lead``, what any answer begins with, is a header: it has special tokens, and no generation prompt is
+        written. After one they are the model's to write, as the channel of an answer is."""
+        return "header" if any(token in lead for token in self._special) and not self._prompts() else ""
+
+    def _prompts(self) -> bool:
+        """Whether the template writes a generation prompt."""
+        if self._has_prompt is None:
+            asked = [{"role": "user", "content": "?"}]
+            try:
+                self._has_prompt = self.text(asked, "", add_generation_prompt=True) != self.text(asked, "")
+            except DataError:
+                self._has_prompt = False
+        return self._has_prompt
 
     def _laid_out(self, text: str, outline: list[_Turn], contents: Sequence[str]) -> Rendered | None:
         """``text`` in parts, if it is ``contents`` in this outline."""

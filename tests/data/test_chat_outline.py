@@ -121,7 +121,7 @@ def check(lab: Lab, chat: Chat) -> bool:
     check_parts(lab, chat, outlined)
     assert not any(part.flaw for part in outlined.parts)
     assert [part for part in outlined.parts if not part.trained] == lab.asked(chat, text)
-    assert [replace(part, flaw="") for part in searched.parts] == outlined.parts
+    assert searched.parts == outlined.parts
     return True
 
 
@@ -196,6 +196,42 @@ def test_only_the_search_refuses(
     assert rendered.parts == parts
     with pytest.raises(DataError, match="another header before an answer"):
         wrapped._searched(chat, rendered.text, "here")
+
+
+# As Mistral: no generation prompt, and a special token before a call. As gpt-oss: special tokens after the prompt.
+CALLING = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.tool_calls is defined %}"
+    "[TOOL_CALLS] {{ m.tool_calls | tojson }}</s>{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' else '' }}<|message|>"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+HEADED = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+SAYING = {"role": "assistant", "content": "one"}
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "flaw"),
+    [
+        (CALLING, SAYING, ""),
+        (CALLING, CALL, ""),
+        (CALLING, {"role": "assistant", "content": "<think>[TOOL_CALLS]</think>one"}, ""),
+        (CHANNELS, SAYING, ""),
+        (HEADED, SAYING, "header"),
+    ],
+)
+def test_special_tokens_that_are_no_header(
+    tokenizer_of: Callable[[str], Any], template: str, answer: dict[str, Any], flaw: str
+) -> None:
+    tokenizer = tokenizer_of("tiny:llama")
+    codes = ["[INST]", "[/INST]", "[TOOL_CALLS]", "</s>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": codes})
+    tokenizer.chat_template = template
+    chat, wrapped = [{"role": "user", "content": "time?"}, answer], ChatTemplate(tokenizer)
+    (rendered,) = wrapped.render([chat], ["here"])
+    assert rendered.parts[-1].flaw == wrapped._searched(chat, rendered.text, "here").parts[-1].flaw == flaw
 
 
 def _with(change: Callable[[list[Any]], list[Any]]) -> Callable[[pytest.MonkeyPatch], None]:
