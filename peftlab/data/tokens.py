@@ -123,6 +123,9 @@ def tokenize(
     offsets = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
     starts, ends = (offsets + np.repeat(bases[:-1], lengths)[:, None]).T
     real = ends > starts
+    if not real.all():  # those the tokenizer adds, and white space where it takes that out of the offsets
+        added = chain.from_iterable(e.special_tokens_mask for e in encoded.encodings or [])
+        real |= ~np.fromiter(added, dtype=np.bool_, count=len(ids))
     ends = np.maximum.accumulate(ends)
     starts = np.maximum.accumulate(np.where(real, starts, ends))
     tokens = _owned(

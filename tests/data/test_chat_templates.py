@@ -333,6 +333,12 @@ def test_an_answer_whose_first_character_no_token_has() -> None:
     assert trained(tokenizer, turns) == [" one<|im_end|>", " one<|im_end|>"]
 
 
+def test_white_space_that_is_not_in_the_offsets_is_trained() -> None:
+    tokenizer = equipped(merging(trim_offsets=True), FAMILIES["chatml"])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "if a:\n    b c"}]
+    assert trained(tokenizer, turns) == ["if a:\n    b c<|im_end|>"]
+
+
 def _shifted(by: int) -> Callable[..., Tokens]:
     def fault(*args: Any, **options: Any) -> Tokens:
         tokens = tokenize(*args, **options)

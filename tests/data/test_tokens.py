@@ -28,7 +28,9 @@ class Scripted:
     eos_token_id: int | None = None
 
     def __call__(self, texts: list[str], **_: Any) -> Any:
-        encodings = [SimpleNamespace(offsets=[offset for _, offset in self.script[t]]) for t in texts]
+        offsets = [[offset for _, offset in self.script[t]] for t in texts]
+        # Tokens without characters are those a tokenizer adds.
+        encodings = [SimpleNamespace(offsets=o, special_tokens_mask=[int(a == b) for a, b in o]) for o in offsets]
         return BatchEncoding({"input_ids": [[i for i, _ in self.script[t]] for t in texts]}, encodings, n_sequences=1)
 
 
