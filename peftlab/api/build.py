@@ -69,14 +69,13 @@ def located(loaded: LoadedRecipe | None) -> Iterator[None]:
 
 
 def prepare_libraries(*, measured_plans: bool = True) -> None:
-    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, one heap, a guarded
-    bitsandbytes, the kernel plans measured on this machine.
+    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, a guarded bitsandbytes,
+    the kernel plans measured on this machine.
 
     Raises: ArtifactError when the file of measured plans is damaged.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    share_one_heap()
     with contextlib.suppress(ImportError):  # only a quantized model needs it, and says so
         import_bitsandbytes()
     if measured_plans:
@@ -110,6 +109,8 @@ def tokenizer_of(recipe: Recipe, pretrained: Pretrained) -> Any:
 
 def model_of(recipe: Recipe, pretrained: Pretrained, task: Task, device: str, **changes: Any) -> Any:
     """The frozen backbone of the recipe; ``changes`` replace loading options, such as ``quantize="none"``."""
+    # Not before the rows are encoded: the tokenizer's threads would wait for each other (measured: twice the time).
+    share_one_heap()
     model = recipe.model
     options: dict[str, Any] = {
         "quantize": model.quantize,
