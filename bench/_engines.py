@@ -120,7 +120,7 @@ def prepare(settings: dict[str, Any]) -> Prepared:
     limit = build.limit_of(recipe, pretrained, tokenizer)
     train = build.encode(recipe, task, data.train, limit=limit, training=True)
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
-    plan = make_plan(recipe, train, "cpu")
+    plan = make_plan(recipe, train.lengths, "cpu")
     planned = [plan.step(i) for i in range(plan.total_steps)]
     if any(p.epoch for p in planned) or len(planned) < 2:
         # Trainer starts a new batch at the end of an epoch, so only within one are its steps those of the plan.
