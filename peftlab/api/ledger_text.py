@@ -80,7 +80,7 @@ def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
     """The shared rows in a line."""
     count = f"{len(shared):,} held-out row{' is' if len(shared) == 1 else 's are'} also among the training rows"
     first = shared[0]
-    return f"{count}: {places([s['held_out'] for s in shared])} (the first is {places([first['train']])})"
+    return f"{count}: {places([s['held_out'] for s in shared])} (the first equals {places([first['train']])})"
 
 
 def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:

@@ -17,7 +17,7 @@ from peftlab.adapters.merge import DequantizedWeights, agreement, exact_updates,
 from peftlab.api import build
 from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME, write_json
-from peftlab.data import Rows, eval_batches
+from peftlab.data import Rows, eval_batches, require
 from peftlab.errors import RecipeError, VerificationError
 from peftlab.models import load_tokenizer, quiet
 from peftlab.tasks import Batch, Task
@@ -143,6 +143,7 @@ class _Reference:
         self.found, self.task, self.limit = found, task, limit
         recipe = found.loaded.recipe
         encoded = task.encode(rows, max_length=limit, too_long="truncate", training=False)
+        require(encoded.ledger, training=False)
         count, positions = 0, 0
         while count < len(encoded.examples) and positions < _POSITIONS:
             positions += int(encoded.examples[count].weight)

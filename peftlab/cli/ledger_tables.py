@@ -42,6 +42,7 @@ def show_check(out: Output, report: Report) -> None:
         if train["special_tokens"] or held_out["special_tokens"]:
             out.line()
             out.show(_count_table("special token", "token", train["special_tokens"], held_out["special_tokens"]))
+        out.line()
         for name, title in _TITLES.items():
             if line := answers_line(report[name]):
                 out.line(f"{title}: {line}")
@@ -139,8 +140,8 @@ def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table |
     from rich.text import Text
 
     summary = (
-        f"tokens per row (uncut): {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, mean "
-        f"{lengths['mean']:,.0f}, 95 % up to {lengths['p95']:,.0f}; limit {limit:,}"
+        f"tokens per row, uncut (limit {limit:,}): {lengths['min']:,} to {lengths['max']:,}, median "
+        f"{lengths['median']:,.0f}, 95 % up to {lengths['p95']:,.0f}"
     )
     table = new_table()
     table.show_header, table.box = False, None

@@ -64,7 +64,7 @@ def test_chats(capsys: pytest.CaptureFixture[str]) -> None:
         r"assistant +(\d+) +\1 +100 % +(\d+) +\2",
         r"<\|im_end\|> +(\d+) +\d+ +50 % ",
         r"train: \d+ assistant turns, each ends with a trained <\|im_end\|>",
-        r"tokens per row \(uncut\): \d+ to \d+, median \d+, mean \d+, 95 % up to \d+; limit 512",
+        r"tokens per row, uncut \(limit 512\): \d+ to \d+, median \d+, 95 % up to \d+",
         r"2 steps,  1 epoch,  .* tokens,  \d+ of them trained",
         r"chats.jsonl:\d+  \(trained between \{\+ and \+\}\)",
         r"  \{\+answer \d+<\|im_end\|>\+\}",
