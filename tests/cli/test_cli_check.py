@@ -142,6 +142,70 @@ def test_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
     assert "steps" not in out
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (b"{{ m['content' }}", "line 1 of the chat template: "),
+        (b"\xff\xfe", "cannot be read as utf-8 text"),
+        (b" \n", "is empty; expected a Jinja chat template"),
+    ],
+)
+def test_a_file_that_is_no_template(template: bytes, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.jinja").write_bytes(template)
+    code, out, err = told(capsys, "chat.yaml", "model.chat_template=t.jinja")
+    assert code == 2 and not out and says in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "says"),
+    [
+        ("eval.best=nope", 2, "'nope' is not among this run's metrics"),
+        ("adapter.targets=[nope]", 2, "nope"),
+        ("eval.choices=[a, b, a]", 2, "the same one stands there twice"),
+        ("data.template={user: hi, assistant: '{messages:5d}'}", 2, "the template cannot be filled"),
+        ("data.columns={messages: nope}", 3, "no column 'nope'"),
+    ],
+)
+def test_what_training_would_refuse(setting: str, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found, out, err = told(capsys, "chat.yaml", setting)
+    assert found == code and not out and says in err, err
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"from": "human", "value": "hi"}, "ShareGPT's form: rename from to role"),
+        ({"role": "assistant", "content": None}, "expected a list of messages with role and content"),
+        ({"role": "user"}, "expected a list of messages with role and content"),
+    ],
+)
+def test_messages_in_another_form(message: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("chats.jsonl").write_text(json.dumps({"messages": [message]}) + "\n" * 8)
+    code, _, err = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
+    assert code == 3 and "chats.jsonl:1: " in err and says in err
+
+
+def test_roles_of_others_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    chat = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "ho"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    code, out, _ = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
+    assert code == 3
+    assert "turns are written by 'human', 'gpt', and what the model learns by 'assistant'" in " ".join(out.split())
+
+
+def test_a_run_folder_is_checked_by_its_lock_file(capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder = peftlab.train("chat.yaml", ["eval.before=false"], progress=SilentProgress()).folder
+    code, out, _ = told(capsys, str(run_folder))
+    assert code == 0 and "ready to train" in out
+
+
+def test_a_narrow_terminal_keeps_the_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("peftlab.cli.output.WIDTH", 40)
+    code, out, _ = told(capsys, "chat.yaml")
+    assert code == 0
+    assert all(name in out for name in ("train", "held out", "assistant", "user"))
+
+
 class Recorder(SilentProgress):
     def __init__(self) -> None:
         self.lines: list[str] = []
