@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tracemalloc
 from collections import Counter
@@ -373,6 +374,41 @@ def test_choices_that_truncation_cuts(tokenizer: Any) -> None:
     ledger = encode(tokenizer, rows, choices=[" yes", " no"], max_length=8, too_long="truncate").ledger
     assert [entry["reason"] for entry in ledger.report()["left_out"]] == ["dropped: truncation leaves no whole choice"]
     assert ledger.report()["labels"] == [{"label": " yes", "rows": 1}, {"label": " no", "rows": 0}]
+
+
+def test_a_cut_text_keeps_its_separator_in_account_and_preview(tokenizer_of: Callable[[str], Any]) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_of("tiny:bert")
+    ends = [("<|im_start|>", 1), (END, 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"<|im_start|> $A {END}", special_tokens=ends
+    )
+    rows = Rows.from_dicts([{"text": t, "label": n} for t, n in (("abcdefgh", "x"), ("ab", "y"))], name="data")
+    task = SequenceClassification(tokenizer, class_names=["x", "y"])
+    encoded = task.encode(rows, max_length=5, too_long="truncate", training=True)
+    ids = np.concatenate([e.ids for e in encoded.examples])
+    for entry in encoded.ledger.report()["special_tokens"]:
+        assert entry["seen"] == (ids == entry["id"]).sum() == 2
+    shown = task.preview(rows, 0, max_length=5)
+    assert "".join(text for text, _, _ in shown.segments) == tokenizer.decode(encoded.examples[0].ids)
+    assert (shown.label, shown.cut) == ("x", 5)
+
+
+def test_rows_that_are_left_out_are_not_shared_or_repeated(tokenizer: Any) -> None:
+    long = {"text": "x" * 40}
+    ledger = encode(tokenizer, [long, {"text": "one"}, long, {"text": "two"}], max_length=20, too_long="drop").ledger
+    other = encode(tokenizer, [long, long, {"text": "two"}], max_length=20, too_long="drop").ledger
+    assert other.shared_with(ledger) == [(2, 3)]
+    assert ledger.repeated_rows().tolist() == []
+
+
+def test_the_garbage_collector_sees_the_rows_again(tokenizer: Any) -> None:
+    before = gc.get_freeze_count()
+    encode(tokenizer, [turns("a", "b")])
+    with pytest.raises(DataError):
+        encode(tokenizer, [turns("a", "b"), {"messages": None}])
+    assert gc.get_freeze_count() == before
 
 
 def test_prompts_with_two_answers_and_choices_nobody_gives(tokenizer: Any) -> None:
