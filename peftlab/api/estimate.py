@@ -49,9 +49,10 @@ def estimate_seconds(
 def _shape_of(model: Any) -> dict[str, Any]:
     """Weights of the linear layers in the body and in the head, summed width of all attention layers, widest weight."""
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     config = model.config.get_text_config()
     return {
         "linears": len(linears),
