@@ -16,7 +16,7 @@ from peftlab.api.estimate import estimate_seconds
 from peftlab.api.findings import findings, previews, shared_rows
 from peftlab.api.parts import check_settings, make_plan, metrics_of
 from peftlab.api.run import LOCK_NAME, open_run
-from peftlab.data import Ledger
+from peftlab.data import Ledger, packing_figures
 from peftlab.models import load_skeleton
 from peftlab.recipe import Recipe, load_recipe
 from peftlab.training.progress import Progress, make_progress
@@ -99,6 +99,7 @@ def _estimate(recipe: Recipe, skeleton: Any, train: Ledger, limit: int) -> dict[
         "rows": rows,
         "tokens": tokens,
         "trained_tokens": trained if train.style != "labels" else None,
+        "packing": packing_figures(lengths, limit) if recipe.data.packing else None,
         **estimate_seconds(
             recipe,
             skeleton,

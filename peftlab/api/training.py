@@ -17,7 +17,7 @@ from peftlab.api import build
 from peftlab.api.merging import merge_run
 from peftlab.api.parts import Parts, check_room, check_settings, padded_instead, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, check_run_folder, free_run_folder, open_run, write_json
-from peftlab.data import Rows, pack
+from peftlab.data import Rows, packing_figures
 from peftlab.errors import Interrupted, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.ops import plans_in_use
@@ -133,12 +133,11 @@ def _check_packing(parts: Parts, accelerator: Any, progress: Progress) -> None:
         parts.summary["packing"] = {"off": problem}
         progress.note(f"packing is off: {problem}; rows are padded instead")
         return
-    packs = len(pack(parts.train.lengths, parts.limit))
-    empty = 1 - parts.train.num_tokens / (packs * parts.limit)
-    parts.summary["packing"] = {"off": None, "capacity": parts.limit, "packs": packs, "empty": empty}
+    figures = packing_figures(parts.train.lengths, parts.limit)
+    parts.summary["packing"] = {"off": None, **figures}
     progress.note(
-        f"packing: {len(parts.train.examples):,} rows in {packs:,} sequences of up to {parts.limit:,} tokens, "
-        f"{100 * empty:.1f} % of the room stays empty"
+        f"packing: {len(parts.train.examples):,} rows in {figures['packs']:,} sequences of up to {parts.limit:,} tokens, "
+        f"{100 * figures['empty']:.1f} % of the room stays empty"
     )
 
 

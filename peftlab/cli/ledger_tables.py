@@ -183,6 +183,10 @@ def _estimate_lines(estimate: Report, width: int) -> Sequence[str]:
     ]
     if estimate["trained_tokens"] is not None:
         parts.append(f"{estimate['trained_tokens']:,} of them trained")
+    if (packing := estimate["packing"]) is not None:
+        parts.append(
+            f"{packing['packs']:,} packs of up to {packing['capacity']:,} tokens, {100 * packing['empty']:.1f} % empty"
+        )
     seconds = estimate["seconds"]
     about = f"about {numbers.duration(seconds)}, within a factor of two," if seconds >= 1 else "a few seconds"
     parts.append(f"{about} of training here")

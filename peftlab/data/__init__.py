@@ -4,7 +4,7 @@ from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, find, require
 from peftlab.data.labels import class_names, read_labels
 from peftlab.data.ledger import Ledger
-from peftlab.data.packing import pack
+from peftlab.data.packing import pack, packing_figures
 from peftlab.data.rows import Rows
 from peftlab.data.sources import load_rows
 from peftlab.data.split import split_rows
@@ -22,6 +22,7 @@ __all__ = [
     "fit_lengths",
     "load_rows",
     "pack",
+    "packing_figures",
     "pieces",
     "read_labels",
     "require",

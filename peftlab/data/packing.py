@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,3 +51,9 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[
                 packs_with[left].append(chosen)
     by_pack = np.argsort(pack_of, kind="stable")
     return np.split(order[by_pack], np.flatnonzero(np.diff(pack_of[by_pack])) + 1) if num_packs else []
+
+
+def packing_figures(lengths: npt.NDArray[np.int64], capacity: int) -> dict[str, Any]:
+    """``capacity``, the number of ``packs`` for rows of [N] ``lengths``, and the share of their room that stays ``empty``."""
+    packs = len(pack(lengths, capacity))
+    return {"capacity": capacity, "packs": packs, "empty": 1 - int(lengths.sum()) / (packs * capacity)}

@@ -75,6 +75,16 @@ def test_chats(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reading data" in err and "reading data" not in out
 
 
+def test_packing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Sixteen rows of 39 to 82 tokens; the leak test needs the model, and comes with training."""
+    code, out, _ = told(capsys, "chat.yaml", "data.packing=true", "data.max_length=170", "--show", "0")
+    assert code == 0
+    found = re.search(r"(\d+) packs of up to 170 tokens, (\d+\.\d) % empty", " ".join(out.split()))
+    assert found is not None
+    tokens = int(re.search(r"^train +16 +16 +([\d,]+)", out, re.MULTILINE)[1].replace(",", ""))  # type: ignore[index]
+    assert float(found[2]) == round(100 * (1 - tokens / (int(found[1]) * 170)), 1)
+
+
 def test_labels(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = told(capsys, "labels.yaml", "--show", "0")
     assert code == 0
