@@ -59,7 +59,7 @@ def test_the_commands_in_the_readme_exist() -> None:
 
     readme = (ROOT / "README.md").read_text()
     verbs = set(re.findall(r"^    peftlab ([a-z]+)", readme, flags=re.MULTILINE)) | set(
-        re.findall(r"^\| `([a-z]+)", readme, flags=re.MULTILINE)
+        re.findall(r"^\| `([a-z]+)[ `]", readme, flags=re.MULTILINE)
     )
     assert {"train", "eval", "predict", "chat", "merge", "doctor", "recipes"} <= verbs
     for verb in verbs:
