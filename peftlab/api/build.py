@@ -162,11 +162,6 @@ def load_data(recipe: Recipe) -> DataParts:
     return DataParts(train.select(kept), train.select(held), fingerprints)
 
 
-def load_eval_rows(recipe: Recipe) -> Rows:
-    """The held-out rows alone."""
-    return load_data(recipe).eval
-
-
 def _check_columns(recipe: Recipe) -> None:
     used = {"causal_lm": {"text", "prompt", "completion", "messages", "label"}, "seq_cls": {"text", "label"}}
     for part in recipe.data.columns:

@@ -184,16 +184,16 @@ def _answers(ledger: Ledger) -> Iterator[Finding]:
         )
     # A template of another family ends no turn: that was said.
     if len(unended) and _of_another_family(ledger) is None:
-        end = _turn_end(ledger)
+        end, is_text = _turn_end(ledger), ledger.style == "text"
+        remedy = "Correct the template (model.chat_template), or data.allow=[untrained_terminator]"
         wrote = f" (the chat template writes {end!r} after them)" if end is not None else ""
         yield Finding(
             "untrained_terminator",
             f"{len(unended):,} of {total} do not end with a trained end-of-turn token{wrote}, so the model does not learn to "
-            f"stop there; {_own_ends(ledger)}. Correct the template (model.chat_template), or "
-            "data.allow=[untrained_terminator]",
+            f"stop there; {_own_ends(ledger)}" + ("" if is_text else f". {remedy}"),
             "model.chat_template" if ledger.style == "chat" else "model.name",
             unended,
-            error=ledger.style != "text",
+            error=not is_text,
         )
     empty, inner, cut = (ledger.marked(name) for name in ("empty", "inner_end", "cut"))
     if len(empty):

@@ -46,14 +46,6 @@ class Encoded:
     def lengths(self) -> np.ndarray:
         return np.array([len(e) for e in self.examples], dtype=np.int64)
 
-    @property
-    def weights(self) -> np.ndarray:
-        return np.array([e.weight for e in self.examples], dtype=np.float64)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.lengths.sum())
-
 
 @dataclass(frozen=True)
 class Preview:
