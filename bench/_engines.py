@@ -280,7 +280,7 @@ def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from peftlab.adapters import load_adapter_weights
+    from peftlab.adapters import load_trained
 
     config = LoraConfig.from_pretrained(str(adapter))
     config.inference_mode = False
@@ -302,7 +302,7 @@ def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer:
         peft_config=config,
         callbacks=[timer],
     )
-    load_adapter_weights(trainer.model, adapter)
+    load_trained(trainer.model, adapter)
     return trainer
 
 

@@ -1,5 +1,6 @@
 """Adapters: recipe values to PEFT, saving, loading, merging."""
 
+from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
 from peftlab.adapters.head import HeadLoss, head_reason
 from peftlab.adapters.lora import (
     ADAPTER_FILES,
@@ -8,7 +9,6 @@ from peftlab.adapters.lora import (
     check_adapter_files,
     check_targets,
     load_adapter,
-    load_adapter_weights,
     planned_modules,
     report,
     save_adapter,
@@ -23,8 +23,11 @@ __all__ = [
     "check_targets",
     "head_reason",
     "load_adapter",
-    "load_adapter_weights",
+    "load_trained",
     "planned_modules",
     "report",
     "save_adapter",
+    "save_trained",
+    "train_all",
+    "trained_files",
 ]

@@ -129,17 +129,18 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
                 )
         return
     for target in targets:
-        _match_ending(target, names, "adapter.targets")
+        match_ending(target, names, "adapter.targets")
 
 
 def check_modules_to_save(model: nn.Module, modules: Sequence[str]) -> None:
     """Raises RecipeError for the first of ``modules`` that names no module."""
     names = [name for name, _ in model.named_modules() if name]
     for target in modules:
-        _match_ending(target, names, "adapter.modules_to_save")
+        match_ending(target, names, "adapter.modules_to_save")
 
 
-def _match_ending(target: str, names: list[str], key: str) -> None:
+def match_ending(target: str, names: list[str], key: str) -> None:
+    """Raises RecipeError where ``target`` is the end of none of the module ``names``."""
     if any(name == target or name.endswith("." + target) for name in names):
         return
     endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})

@@ -116,7 +116,8 @@ def model_of(recipe: Recipe, pretrained: Pretrained, task: Task, device: str, **
         "quantize": model.quantize,
         "double_quant": model.double_quant,
         "compute_dtype": model.compute_dtype,
-        "dtype": model.dtype,
+        # Weights that are trained take many small steps, each below what 16 bits can hold.
+        "dtype": "float32" if recipe.adapter.method == "none" and model.dtype == "auto" else model.dtype,
         "attention": model.attention,
     }
     return load_model(

@@ -59,7 +59,8 @@ def check(
         task = build.build_task(settings, tokenizer, data.train)
         metrics_of(settings, task)
         skeleton = load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs())
-        check_targets(skeleton, settings.adapter.targets)
+        if settings.adapter.method != "none":
+            check_targets(skeleton, settings.adapter.targets)
         limit = build.limit_of(settings, pretrained, tokenizer)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
         options = {"max_length": limit, "too_long": settings.data.too_long, "keep": False}

@@ -36,8 +36,8 @@ def estimate_seconds(
         tokens: trained on in the whole run. squares: sum of the squared row lengths. scored: positions with logits.
     """
     shape = _shape_of(skeleton)
-    # Forward and the gradient of the input; the frozen weight itself has none. Recomputing is one more forward.
-    passes = 3 if recipe.train.gradient_checkpointing else 2
+    # Forward and the gradient of the input; of the weight itself only where it is trained. Recomputing is a forward more.
+    passes = 2 + recipe.train.gradient_checkpointing + (recipe.adapter.method == "none")
     flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
     flops += 4.0 * scored * shape["head"]
     dtype = resolve_precision(recipe.train.precision, device)

@@ -19,7 +19,7 @@ from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME, write_json
 from peftlab.data import Rows, eval_batches, require
 from peftlab.errors import RecipeError, VerificationError
-from peftlab.models import load_tokenizer, quiet
+from peftlab.models import load_tokenizer, quiet, save_plain
 from peftlab.tasks import Batch, Task
 from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, make_progress
@@ -68,7 +68,8 @@ def merge(
     build.prepare_libraries()
     found = find_target(target)
     if found.adapter is None:
-        raise RecipeError(f"{target} has no adapter to merge; name a run folder")
+        full = f": {Path(target) / 'model'} is its trained model" if found.kind == "run" else "; name a run folder"
+        raise RecipeError(f"{target} has no adapter to merge{full}")
     with build.located(found.loaded):
         limits = {k: v for k, v in (("kl_mean", max_kl), ("top1", min_top1)) if v is not None}
         return merge_run(
@@ -246,12 +247,8 @@ def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
 
 
 def _save(model: Any, reference: _Reference, written: Path, found: Target) -> None:
-    shutil.rmtree(written, ignore_errors=True)
-    with quiet():
-        model.save_pretrained(written)
-        reference.task.tokenizer.save_pretrained(written)  # type: ignore[attr-defined]
     lock = next(p for p in [found.adapter, *found.adapter.resolve().parents] if p and (p / LOCK_NAME).is_file())
-    shutil.copy(lock / LOCK_NAME, written / LOCK_NAME)
+    save_plain(model, reference.task.tokenizer, written, beside=lock / LOCK_NAME)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:

@@ -25,7 +25,8 @@ class Target:
     """A resolved target, nothing loaded yet.
 
     Attributes:
-        loaded: its recipe, or the one given beside it. adapter: folder of the adapter, None for a plain model.
+        loaded: its recipe, or the one given beside it, with ``model.name`` as it is to be loaded. adapter: folder of the
+            adapter, None for a plain model.
         kind: ``run``, ``adapter``, ``merged`` or ``base``.
     """
 
@@ -63,25 +64,32 @@ def find_target(
         if recipe is None and lock is None:
             raise RecipeError(f"{path} is an adapter without its run; say what it was trained for with --recipe")
         return Target("adapter", load_recipe(recipe if recipe is not None else str(lock), overrides), path)
-    if (path / LOCK_NAME).is_file() and not (path / "config.json").is_file():
-        if not (path / "adapter").is_dir():
-            raise ArtifactError(
-                f"the run in {path} has no adapter yet; continue it with: peftlab train {path} --resume"
-            )
-        return Target(
-            "run", load_recipe(recipe if recipe is not None else path / LOCK_NAME, overrides), path / "adapter"
-        )
+    if (path / LOCK_NAME).is_file() and (path / "config.json").is_file():
+        return _plain_target("merged", path, recipe if recipe is not None else path / LOCK_NAME, overrides)
     if (path / LOCK_NAME).is_file():
-        merged = [f"model.name={path}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
-        merged += ["model.revision=", "run.merge=none"]
-        return Target(
-            "merged", load_recipe(recipe if recipe is not None else path / LOCK_NAME, [*merged, *overrides]), None
-        )
+        return _run_target(path, recipe if recipe is not None else path / LOCK_NAME, overrides)
     if recipe is None:
         raise RecipeError(
             f"{str(target)!r} is neither a run nor a merged folder of one; for a base model say what to do with --recipe NAME"
         )
     return Target("base", load_recipe(recipe, [f"model.name={target}", *overrides]), None)
+
+
+def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
+    loaded = load_recipe(recipe, overrides)
+    name = "model" if loaded.recipe.adapter.method == "none" else "adapter"
+    if not (path / name).is_dir():
+        raise ArtifactError(f"the run in {path} has no {name} yet; continue it with: peftlab train {path} --resume")
+    if name == "model":
+        return _plain_target("run", path / name, recipe, overrides)
+    return Target("run", loaded, path / name)
+
+
+def _plain_target(kind: str, folder: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
+    """A model folder that a run wrote: its weights hold all that was trained."""
+    settings = [f"model.name={folder}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
+    settings += ["model.revision=", "run.merge=none"]
+    return Target(kind, load_recipe(recipe, [*settings, *overrides]), None)
 
 
 def open_target(target: Target, progress: Progress, *, rows: Any = None, **model_changes: Any) -> Opened:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftlab import ops
-from peftlab.adapters import add_lora, check_targets, head_reason, planned_modules, report
+from peftlab.adapters import AdapterReport, add_lora, check_targets, head_reason, planned_modules, report, train_all
 from peftlab.adapters.fused import fusion_report
 from peftlab.api import build
 from peftlab.api.findings import findings, previews, shared_rows
@@ -147,7 +147,33 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
     plan = make_plan(recipe, encoded.lengths, device, packing=limit if recipe.data.packing else None)
     progress.stage(f"loading {recipe.model.name} ({_storage(recipe)}) on {device}")
     model = build.model_of(recipe, pretrained, task, device)
+    model, planned, trained = _trainable(recipe, model, task)
+    release_memory()  # quantizing went through every weight in full precision
+    progress.note(f"{_method(recipe)}: {trained}")
+    if recipe.adapter.method != "none":
+        progress.note(str(fusion_report(model)))
+    full_logits = _full_logits_reason(recipe, model)
+    if full_logits:
+        progress.note(f"output head: the loss takes full logits: {full_logits}")
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    summary: dict[str, Any] = {
+        "adapter": asdict(trained),
+        "train_rows": len(encoded.examples),
+        "eval_rows": len(held_out.examples),
+    }
+    summary |= {"full": recipe.adapter.method == "none", "full_logits": full_logits, "ledger": ledger}
+    return Parts(
+        loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
+        fingerprints, planned, summary,
+    )  # fmt: skip
+
+
+def _trainable(recipe: Recipe, model: Any, task: Task) -> tuple[Any, list[str], AdapterReport]:
+    """The model with what the recipe trains, the names of the modules that were to be adapted, and the counts."""
     a = recipe.adapter
+    if a.method == "none":
+        return model, [], train_all(model, freeze=a.freeze)
     check_targets(model, a.targets)
     planned = planned_modules(model, peft_type=task.peft_type, targets=a.targets)
     model = add_lora(
@@ -163,30 +189,17 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
         modules_to_save=a.modules_to_save,
         kernels=recipe.run.kernels,
     )
-    release_memory()  # quantizing went through every weight in full precision
-    adapted = report(model)
-    progress.note(f"LoRA rank {a.rank}: {adapted}")
-    progress.note(str(fusion_report(model)))
-    full_logits = _full_logits_reason(recipe, model)
-    if full_logits:
-        progress.note(f"output head: the loss takes full logits: {full_logits}")
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    summary: dict[str, Any] = {
-        "adapter": asdict(adapted),
-        "train_rows": len(encoded.examples),
-        "eval_rows": len(held_out.examples),
-    }
-    summary |= {"full_logits": full_logits, "ledger": ledger}
-    return Parts(
-        loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
-        fingerprints, planned, summary,
-    )  # fmt: skip
+    return model, planned, report(model)
+
+
+def _method(recipe: Recipe) -> str:
+    return "full fine-tuning" if recipe.adapter.method == "none" else f"LoRA rank {recipe.adapter.rank}"
 
 
 def _full_logits_reason(recipe: Recipe, model: Any) -> str | None:
     """Why the loss of a language model's head does not run fused; None where it does, or where there is no such head."""
-    head = model.get_base_model().get_output_embeddings() if recipe.task == "causal_lm" else None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if recipe.task == "causal_lm" else None
     if head is None:
         return None
     return "run.kernels=reference" if recipe.run.kernels == "reference" else head_reason(head)

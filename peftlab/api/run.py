@@ -20,7 +20,8 @@ class Run:
     """A finished or interrupted training run.
 
     Attributes:
-        folder: holds recipe.lock.yaml, metrics.jsonl, run.json, adapter/ and, if asked for, checkpoints/ and merged/.
+        folder: holds recipe.lock.yaml, metrics.jsonl, run.json, adapter/ (or model/, without an adapter) and, if asked
+            for, checkpoints/ and merged/.
         summary: contents of run.json: status, metrics before and after, training figures, samples, merge report.
     """
 
@@ -30,6 +31,10 @@ class Run:
     @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
 
     @property
     def merged(self) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peftlab.adapters import load_adapter_weights, save_adapter
+from peftlab.adapters import load_trained, save_trained
 from peftlab.api import build
 from peftlab.api.merging import merge_run
 from peftlab.api.parts import Parts, check_room, check_settings, padded_instead, prepare, run_accelerator
@@ -20,6 +20,7 @@ from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, check_run_folder, free_run
 from peftlab.data import Rows, packing_figures
 from peftlab.errors import Interrupted, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
+from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
 from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, write_lock
 from peftlab.training.checkpoint import list_checkpoints
@@ -181,11 +182,11 @@ def _train_and_score(
         progress.note(f"continuing after step {loop.resume(checkpoint)}")
     progress.stage(f"training for {parts.plan.total_steps:,} steps")
     result = loop.run()
-    save_adapter(parts.model, folder / "adapter")  # now: whatever fails from here on, the training is kept
+    _save_result(parts, folder)  # now: whatever fails from here on, the training is kept
     progress.stage("evaluating the trained model")
     final = evaluate()
     loop.finish(final)
-    _keep_adapter(parts, folder, result, progress)
+    _keep_best(parts, folder, result, progress)
     summary["after"] = final if result.best_step in (None, result.steps) else evaluate()
     answers = list(_answers(parts))
     if not summary["samples"]:
@@ -215,7 +216,9 @@ def _input_casts(parts: Parts) -> contextlib.AbstractContextManager[Any]:
     """Under autocast PEFT's cast of every adapter input to float32 is undone by the next matmul: leave it out."""
     from peft.helpers import disable_input_dtype_casting
 
-    return contextlib.nullcontext() if parts.precision == "no" else disable_input_dtype_casting(parts.model)
+    if parts.precision == "no" or parts.recipe.adapter.method == "none":
+        return contextlib.nullcontext()
+    return disable_input_dtype_casting(parts.model)
 
 
 def _answers(parts: Parts) -> Iterator[tuple[str, str]]:
@@ -253,7 +256,7 @@ def _folder(parts: Parts, folder: Path, *, replace: bool, resumed: bool) -> Iter
         yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
         _write_status(parts, folder, "trained", started)
     except BaseException as error:
-        if list_checkpoints(folder / "checkpoints") or (folder / "adapter").is_dir():
+        if list_checkpoints(folder / "checkpoints") or any((folder / name).is_dir() for name in ("adapter", "model")):
             status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):
                 _write_status(parts, folder, status, started)
@@ -310,13 +313,21 @@ def _loop(
     )
 
 
-def _keep_adapter(parts: Parts, folder: Path, result: LoopResult, progress: Progress) -> None:
-    """Saves the final adapter: the best one when eval.best asks for it, which then is also the model's."""
+def _keep_best(parts: Parts, folder: Path, result: LoopResult, progress: Progress) -> None:
+    """Goes back to the best evaluated step when eval.best asks for it."""
     if result.best_step is not None and result.best_step != result.steps:
         progress.note(f"keeping step {result.best_step}: {parts.recipe.eval.best} {result.best_value:.4g} is the best")
-        load_adapter_weights(parts.model, folder / "best")
-    save_adapter(parts.model, folder / "adapter")
+        load_trained(parts.model, folder / "best")
+        _save_result(parts, folder)
     shutil.rmtree(folder / "best", ignore_errors=True)
+
+
+def _save_result(parts: Parts, folder: Path) -> None:
+    """The adapter, or without one the model as a plain transformers folder."""
+    if parts.recipe.adapter.method != "none":
+        save_trained(parts.model, folder / "adapter")
+        return
+    save_plain(parts.model, parts.task.tokenizer, folder / "model", beside=folder / LOCK_NAME)
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def figure_lines(summary: Mapping[str, Any], width: int) -> Sequence[str]:
     parts = []
     if adapter.get("num_total"):
         share = 100 * adapter["num_trained"] / adapter["num_total"]
-        parts.append(f"{adapter['num_trained']:,} parameters trained ({share:.2g} %)")
+        parts.append(f"{adapter['num_trained']:,} parameters trained ({float(f'{share:.2g}'):g} %)")
     if figures:
         parts.append(f"{figures['steps']:,} steps in {numbers.duration(figures['seconds'])}")
         if figures.get("stopped_early"):
@@ -148,7 +148,7 @@ def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
     steps = [f'peftlab predict {where} "some text"', f"peftlab eval {where}"]
     if not class_names(metrics) and "accuracy" not in metrics:
         steps.insert(0, f"peftlab chat {where}")
-    if not summary.get("merge"):
+    if not summary.get("merge") and not summary.get("full"):
         steps.append(f"peftlab merge {where}")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

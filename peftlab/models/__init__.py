@@ -13,6 +13,7 @@ from peftlab.models.load import (
     resolve_precision,
     tokenizer_fingerprint,
 )
+from peftlab.models.save import save_plain
 
 __all__ = [
     "Pretrained",
@@ -25,5 +26,6 @@ __all__ = [
     "quiet",
     "resolve_dtype",
     "resolve_precision",
+    "save_plain",
     "tokenizer_fingerprint",
 ]

@@ -58,7 +58,9 @@ class ModelSection(Section):
 
 
 class AdapterSection(Section):
-    method: Literal["lora"] = Field("lora", description="adapter method")
+    method: Literal["lora", "none"] = Field(
+        "lora", description="adapter method; none trains the model's own weights (full fine-tuning)"
+    )
     rank: int = Field(8, ge=1, description="LoRA rank r")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
@@ -70,6 +72,10 @@ class AdapterSection(Section):
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases to train")
     modules_to_save: list[str] = Field(
         default_factory=list, description="modules trained in full and saved with the adapter"
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="method none: module name endings whose weights stay as they are: [embeddings]",
     )
 
     @field_validator("targets")
@@ -83,6 +89,15 @@ class AdapterSection(Section):
         if isinstance(value, list) and not value:
             raise ValueError("an empty list adapts nothing; write all-linear or module names")
         return value
+
+    @model_validator(mode="after")
+    def _method_keys(self) -> Self:
+        if self.method == "none":
+            lora = [name for name in type(self).model_fields if name not in ("method", "freeze")]
+            self._reject_unless_default(lora, "without an adapter")
+        else:
+            self._reject_unless_default(["freeze"], "with an adapter, which leaves all other weights as they are")
+        return self
 
 
 class BinsSection(Section):
@@ -273,4 +288,11 @@ class Recipe(Section):
             self.train._reject_unless_default(["grouping"], "with data.packing")
         if self.run.merge == "dequantized" and self.model.quantize == "none":
             raise ValueError("run.merge: dequantized needs a quantized model; write run.merge: original")
+        if self.adapter.method == "none":
+            if self.model.quantize != "none":
+                raise ValueError(
+                    f"adapter.method: none trains the weights themselves, and {self.model.quantize} weights cannot be trained; "
+                    "write model.quantize: none, or train an adapter"
+                )
+            self.run._reject_unless_default(["merge"], "without an adapter: the run's model/ is the trained model")
         return self

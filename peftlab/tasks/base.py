@@ -195,6 +195,7 @@ class Task(Protocol):
     name: str
     auto_class: str
     peft_type: str
+    tokenizer: Any
     class_names: list[str] | None
 
     def model_kwargs(self) -> dict[str, Any]:

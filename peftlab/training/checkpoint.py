@@ -1,7 +1,7 @@
 """Step checkpoints: everything a run needs to go on, without pickles, published by one rename.
 
 step-00000040/
-  adapter_config.json, adapter_model.safetensors    PEFT's format
+  adapter_config.json, adapter_model.safetensors    PEFT's format; without an adapter trained.safetensors
   optimizer.safetensors                             state of every trained parameter, by name
   rng.safetensors                                   torch generators as bytes
   state.json                                        step, best value, Python and NumPy generators, plan
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftlab.adapters import ADAPTER_FILES, save_adapter
+from peftlab.adapters import load_trained, save_trained, trained_files
 from peftlab.errors import ArtifactError
 
 
@@ -70,7 +71,7 @@ def save_checkpoint(
     partial = root / f".partial-{step:08d}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_adapter(model, partial)
+        save_trained(model, partial)
         save_file(_optimizer_tensors(model, optimizer), str(partial / "optimizer.safetensors"))
         generators = {"torch_cpu": rng.torch_cpu} | {f"torch_cuda_{i}": t for i, t in enumerate(rng.torch_cuda)}
         save_file(generators, str(partial / "rng.safetensors"))
@@ -102,15 +103,18 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if (p / "manifest.json").is_file())
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises ArtifactError when a file of the checkpoint is missing or differs from its recorded hash."""
+def check_checkpoint(folder: Path, *, trained: Sequence[str] = ()) -> None:
+    """Raises ArtifactError when a file of the checkpoint is missing or differs from its recorded hash.
+
+    Args: trained: names of the files that hold what is trained.
+    """
     earlier = [p.name for p in list_checkpoints(folder.parent) if p.name < folder.name]
     remedy = f"; remove this folder to resume from {earlier[-1]}" if earlier else "; there is no earlier one"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ArtifactError(f"checkpoint {folder} has no readable manifest.json ({error}){remedy}") from error
-    expected = {*ADAPTER_FILES, "optimizer.safetensors", "rng.safetensors", "state.json"}
+    expected = {*trained, "optimizer.safetensors", "rng.safetensors", "state.json"}
     if not isinstance(manifest, dict) or not expected <= set(manifest):
         raise ArtifactError(f"checkpoint {folder} has an incomplete manifest.json{remedy}")
     for name, digest in manifest.items():
@@ -125,13 +129,8 @@ def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimize
 
     Raises: ArtifactError when the checkpoint is damaged or does not belong to this model.
     """
-    from peft import set_peft_model_state_dict
-
-    check_checkpoint(folder)
-    try:
-        set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
-    except RuntimeError as error:
-        raise ArtifactError(f"checkpoint {folder} belongs to a run with another adapter; start a new run") from error
+    check_checkpoint(folder, trained=trained_files(model))
+    load_trained(model, folder)
     _load_optimizer(model, optimizer, load_file(str(folder / "optimizer.safetensors")), folder)
     state = json.loads((folder / "state.json").read_text())
     generators = load_file(str(folder / "rng.safetensors"))

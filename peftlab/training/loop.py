@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters import save_adapter
+from peftlab.adapters import save_trained
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
@@ -90,7 +90,7 @@ class TrainingLoop:
     Args:
         where: example row index -> place in the data, for messages.
         evaluate: returns the metrics of the current model, or None for no evaluation in between.
-        folder: the run folder; checkpoints go to ``checkpoints/``, the best adapter to ``best/``.
+        folder: the run folder; checkpoints go to ``checkpoints/``, the best weights to ``best/``.
         resume_hint: the command that continues the run.
     """
 
@@ -342,7 +342,7 @@ class TrainingLoop:
             self._result.best_step, self._result.best_value = self._step, value
             self._evals_without_better = 0
             if self._accelerator.is_main_process:
-                save_adapter(self._model, self._folder / "best")
+                save_trained(self._model, self._folder / "best")
         else:
             self._evals_without_better += 1
 

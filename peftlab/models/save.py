@@ -1,0 +1,29 @@
+"""Writing a model as a plain transformers folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peftlab.models.load import quiet
+
+
+def save_plain(model: Any, tokenizer: Any, folder: Path, *, beside: Path | None = None) -> None:
+    """Writes config, safetensors and tokenizer so that ``from_pretrained(folder)`` loads them; a rename publishes them.
+
+    What was in ``folder`` is replaced. Args: beside: a file that is copied into it.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with quiet():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        if beside is not None:
+            shutil.copy(beside, partial / beside.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
