@@ -180,7 +180,7 @@ class _Reference:
     @torch.no_grad()
     def run(self, model: Any) -> list[torch.Tensor]:
         model.eval()
-        return [self.task.logits(model, batch).float().cpu() for batch in self.batches]
+        return [self.task.outputs(model, batch).logits().float().cpu() for batch in self.batches]
 
 
 def _merge_one(found: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tasks: one file each, behind the protocol in ``base``."""
 
-from peftlab.tasks.base import Batch, Encoded, Example, Preview, Scores, Task, collate_packed
+from peftlab.tasks.base import Batch, Encoded, Example, OutputHead, Outputs, Preview, Scores, Task, collate_packed
 from peftlab.tasks.causal_lm import CausalLM
 from peftlab.tasks.seq_cls import SequenceClassification
 
@@ -9,6 +9,8 @@ __all__ = [
     "CausalLM",
     "Encoded",
     "Example",
+    "OutputHead",
+    "Outputs",
     "Preview",
     "Scores",
     "SequenceClassification",

@@ -22,7 +22,7 @@ class Example:
         row: index into the ``Rows`` it came from, for messages.
         weight: its share of the step's normaliser: trained tokens (causal_lm) or class weight (seq_cls).
         trained: [T] bool, tokens whose prediction is trained; None for classification.
-        label: class index; None for language modelling without choices.
+        label: class index; None for language modelling without choices, and for a row without a label.
     """
 
     ids: np.ndarray
@@ -93,6 +93,7 @@ class Batch:
         trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float64 class weights, as the divisor of
             the step sums them.
         position_ids: [1, T] int64, from 0 for each packed document; None: not packed.
+        examples: what it was made of, in order.
     """
 
     input_ids: Tensor
@@ -101,6 +102,7 @@ class Batch:
     labels: Tensor | None
     weights: Tensor
     position_ids: Tensor | None = None
+    examples: tuple[Example, ...] = ()
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
@@ -134,6 +136,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
         trained=tensor(trained) if examples[0].trained is not None else None,
         labels=tensor(np.array(labels, dtype=np.int64)) if all(label is not None for label in labels) else None,
         weights=tensor(np.array([e.weight for e in examples], dtype=np.float64)),
+        examples=tuple(examples),
     )
 
 
@@ -155,6 +158,7 @@ def collate_packed(examples: Sequence[Example], *, device: Any) -> Batch:
         labels=None,
         weights=torch.tensor([e.weight for e in examples], dtype=torch.float64).to(device),
         position_ids=row([np.arange(len(e), dtype=np.int64) for e in examples]),
+        examples=tuple(examples),
     )
 
 
@@ -171,6 +175,52 @@ def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any) -> d
         ids[row, : len(example)] = torch.from_numpy(example.ids.astype(np.int64))
         mask[row, : len(example)] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The layer that turns hidden states into logits, ``cap(scale * module(h))``; softcap: None without a cap."""
+
+    module: nn.Module
+    softcap: float | None
+    scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 logits (float64 stays) of ``hidden`` [N, H]."""
+        as_stored = type(self.module) is nn.Linear
+        logits = self.module(hidden.to(self.module.weight.dtype) if as_stored else hidden)
+        logits = at_least_float32(logits) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says at the N scored positions of a batch, example by example. The loss, distillation and the
+    comparison of models are made of it, so that a task which gives it has all three.
+
+    Attributes:
+        values: [N, H] hidden states that ``head`` turns into logits; [N, C] logits without one; or [N, H] vectors.
+        head: of a language model, whose logits are many and are made a part at a time.
+        vectors: whether the values themselves are the answer, as with sentence embeddings.
+        targets: [N] int64; None where the rows have no labels. weights: [N] factors of the losses; None: all 1.
+        counts: positions of each example of the batch.
+    """
+
+    values: Tensor
+    counts: Sequence[int]
+    head: OutputHead | None = None
+    vectors: bool = False
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def logits(self, chosen: slice = slice(None)) -> Tensor:
+        """[n, C] float32 logits (float64 stays) of the ``chosen`` positions."""
+        assert not self.vectors
+        values = self.values[chosen]
+        return at_least_float32(values) if self.head is None else self.head.logits(values)
 
 
 @dataclass
@@ -201,8 +251,13 @@ class Task(Protocol):
     def model_kwargs(self) -> dict[str, Any]:
         """Config values the model is loaded with, such as ``num_labels``."""
 
-    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True) -> Encoded:
-        """Rows to examples, or with ``keep=False`` to their account alone. Raises: DataError with file and line."""
+    def encode(
+        self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
+    ) -> Encoded:
+        """Rows to examples, or with ``keep=False`` to their account alone. Raises: DataError with file and line.
+
+        Args: labelled: False for rows whose labels, if there are any, are not to be read.
+        """
 
     def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
         """One row as it is trained, without what ``max_length`` cuts off."""
@@ -213,15 +268,15 @@ class Task(Protocol):
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the weighted losses of ``batch``, float32 scalar (float64 stays), not divided by anything."""
 
-    def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
-        """The same sum the long way, for the parity gate: from the examples to the model's own logits, sharing neither
-        ``collate`` nor the loss with ``loss_sum``."""
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """What ``model`` says at the scored positions of ``batch``."""
+
+    def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
+        """The same the long way, for the parity gate: from the examples to the model's own logits (or vectors), sharing
+        nothing with ``collate`` and ``outputs``."""
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Loss and predictions of ``batch`` without keeping logits."""
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[N, C] float32 logits (float64 stays) of the scored positions (merge verification compares them)."""
 
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row that a plain text given to ``predict`` stands for."""

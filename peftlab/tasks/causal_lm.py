@@ -14,7 +14,7 @@ from peftlab.data import Ledger, Rows, Tokens, eval_batches, fit_lengths, pieces
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.errors import DataError
-from peftlab.tasks.base import Batch, Encoded, Example, Preview, Scores, collate, padded_inputs, preview
+from peftlab.tasks.base import Batch, Encoded, Example, Outputs, Preview, Scores, collate, padded_inputs, preview
 from peftlab.tasks.lm_head import LMHead
 
 # Positions scored at a time: 256 x 49,152 float32 logits are 48 MiB.
@@ -57,7 +57,9 @@ class CausalLM:
     def model_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True) -> Encoded:
+    def encode(
+        self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
+    ) -> Encoded:
         ledger = Ledger(
             rows,
             self.tokenizer,
@@ -151,21 +153,23 @@ class CausalLM:
         hidden, targets = self._selected(model, batch)
         return self._head.cross_entropy_sum(model, hidden, targets)
 
-    def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        hidden, targets = self._selected(model, batch)
+        counts = [int(e.trained.sum()) for e in batch.examples if e.trained is not None]
+        return Outputs(hidden, counts, head=self._head.output_head(model), targets=targets)
+
+    def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
-        labels = torch.full_like(inputs["input_ids"], -100)
+        logits = model(**inputs, use_cache=False).logits
+        rows, before, targets = [], [], []
         for row, example in enumerate(examples):
             assert example.trained is not None
             for at in example.trained.nonzero()[0].tolist():
-                labels[row, at] = int(example.ids[at])
-        logits = model(**inputs, use_cache=False).logits.float()
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-        )
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        hidden, _ = self._selected(model, batch)
-        return self._head.logits(model, hidden)
+                rows.append(row)
+                before.append(at - 1)
+                targets.append(int(example.ids[at]))
+        counts = [rows.count(row) for row in range(len(examples))]
+        return Outputs(logits[rows, before], counts, targets=torch.tensor(targets, device=device))
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         hidden, targets = self._selected(model, batch)

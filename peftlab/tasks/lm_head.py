@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.errors import RecipeError
-from peftlab.tasks.base import at_least_float32
+from peftlab.tasks.base import OutputHead
 
 
 class LMHead:
@@ -36,20 +36,20 @@ class LMHead:
             self._verified.add(id(base))
         return _decoder(base)(**inputs, use_cache=False)[0]
 
+    def output_head(self, model: nn.Module) -> OutputHead:
+        base = _base(model)
+        softcap, scale = _logit_transform(base.config)
+        return OutputHead(base.get_output_embeddings(), softcap, scale)
+
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """[N, V] float32 logits (float64 stays) of ``hidden`` [N, H]."""
-        base = _base(model)
-        head = base.get_output_embeddings()
-        softcap, scale = _logit_transform(base.config)
-        logits = at_least_float32(head(hidden.to(_head_dtype(head, hidden)))) * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return self.output_head(model).logits(hidden)
 
     def cross_entropy_sum(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         """[] float32 nats (float64 stays) over the tokens of ``hidden`` [N, H]."""
-        base = _base(model)
-        softcap, scale = _logit_transform(base.config)
-        loss = self._head_loss(base.get_output_embeddings(), hidden, targets, softcap=softcap, scale=scale)
-        return F.cross_entropy(self.logits(model, hidden), targets, reduction="sum") if loss is None else loss
+        head = self.output_head(model)
+        loss = self._head_loss(head.module, hidden, targets, softcap=head.softcap, scale=head.scale)
+        return F.cross_entropy(head.logits(hidden), targets, reduction="sum") if loss is None else loss
 
     @torch.no_grad()
     def _verify(self, model: nn.Module, base: Any, inputs: dict[str, Tensor]) -> None:
@@ -79,10 +79,6 @@ def _base(model: nn.Module) -> Any:
 def _decoder(base: Any) -> nn.Module:
     decoder: nn.Module = getattr(base, base.base_model_prefix)
     return decoder
-
-
-def _head_dtype(head: nn.Module, hidden: Tensor) -> torch.dtype:
-    return head.weight.dtype if type(head) is nn.Linear else hidden.dtype
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:

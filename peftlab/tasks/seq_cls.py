@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +17,9 @@ from peftlab.tasks.base import (
     Batch,
     Encoded,
     Example,
+    Outputs,
     Preview,
     Scores,
-    at_least_float32,
     collate,
     padded_inputs,
     preview,
@@ -69,17 +68,11 @@ class SequenceClassification:
             "label2id": {name: i for i, name in enumerate(self.class_names)},
         }
 
-    def encode(self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True) -> Encoded:
-        labels = self._read_labels(rows, all_names_used=training)
-        index = {name: i for i, name in enumerate(self.class_names)}
-        for i, label in enumerate(labels):
-            if label not in index:
-                raise DataError(
-                    f"{rows.where(i)}: label {label!r} does not occur in the training data, whose labels are "
-                    f"{', '.join(self.class_names)}",
-                    key="data.columns.label",
-                )
-        weights = self._weights(labels) if training else dict.fromkeys(self.class_names, 1.0)
+    def encode(
+        self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
+    ) -> Encoded:
+        labels = self._label_indices(rows, training=training) if labelled else None
+        weights = self._weights(labels) if training and labels is not None else [1.0] * len(self.class_names)
         ledger = Ledger(
             rows,
             self.tokenizer,
@@ -91,12 +84,25 @@ class SequenceClassification:
         examples: list[Example] = []
         for first, tokens in self._pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
-            here = labels[first : first + len(tokens)]
-            ledger.add(first, tokens, kept, np.array([index[label] for label in here], dtype=np.int64))
+            ledger.add(first, tokens, kept, None if labels is None else labels[first : first + len(tokens)])
             if keep:
                 for i, ids in _fitted(tokens, kept):
-                    examples.append(Example(ids, first + i, weights[here[i]], label=index[here[i]]))
+                    label = None if labels is None else int(labels[first + i])
+                    examples.append(Example(ids, first + i, 1.0 if label is None else weights[label], label=label))
         return Encoded(examples, ledger)
+
+    def _label_indices(self, rows: Rows, *, training: bool) -> np.ndarray:
+        """[N] class index of each row. Raises: DataError for a label that is none of the classes."""
+        index = {name: i for i, name in enumerate(self.class_names)}
+        labels = self._read_labels(rows, all_names_used=training)
+        for i, label in enumerate(labels):
+            if label not in index:
+                raise DataError(
+                    f"{rows.where(i)}: label {label!r} does not occur in the training data, whose labels are "
+                    f"{', '.join(self.class_names)}",
+                    key="data.columns.label",
+                )
+        return np.array([index[label] for label in labels], dtype=np.int64)
 
     def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
         rendered = self._texts([rows.row(index)], [rows.where(index)])
@@ -136,32 +142,35 @@ class SequenceClassification:
     def _tokenize(self, rendered: list[Rendered]) -> Tokens:
         return tokenize(self.tokenizer, rendered, chat=False, stop_ids=())
 
-    def _weights(self, labels: list[str]) -> dict[str, float]:
+    def _weights(self, labels: np.ndarray) -> list[float]:
+        """Weight of each class."""
         if isinstance(self._class_weights, Mapping):
-            return dict(self._class_weights)
+            return [self._class_weights[name] for name in self.class_names]
         if self._class_weights == "none":
-            return dict.fromkeys(self.class_names, 1.0)
-        counts = Counter(labels)
-        return {name: len(labels) / (len(self.class_names) * max(1, counts[name])) for name in self.class_names}
+            return [1.0] * len(self.class_names)
+        counts = np.bincount(labels, minlength=len(self.class_names))
+        return [len(labels) / (len(counts) * max(1, int(count))) for count in counts]
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return at_least_float32(model(**batch.model_inputs).logits)
-
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        losses = F.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
+        losses = F.cross_entropy(self.outputs(model, batch).logits(), batch.labels, reduction="none")
         return (losses * batch.weights.to(losses.dtype)).sum()
 
-    def reference_loss_sum(self, model: nn.Module, examples: list[Example], device: Any) -> Tensor:
-        logits = model(**padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)).logits.float()
-        log_probs = logits.log_softmax(-1)
-        picked = [-log_probs[row, e.label] * e.weight for row, e in enumerate(examples)]
-        return torch.stack(picked).sum()
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        logits = model(**batch.model_inputs).logits
+        return Outputs(logits, [1] * len(logits), targets=batch.labels, weights=batch.weights)
+
+    def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
+        logits = model(**padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)).logits
+        labels = [e.label for e in examples]
+        targets = None if None in labels else torch.tensor(labels, device=device)
+        weights = torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device)
+        return Outputs(logits, [1] * len(examples), targets=targets, weights=weights)
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
-        logits = self.logits(model, batch)
+        logits = self.outputs(model, batch).logits()
         nll = F.cross_entropy(logits, batch.labels, reduction="sum")
         return Scores(
             nll_sum=float(nll),
@@ -186,7 +195,7 @@ class SequenceClassification:
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             batch = self.collate([examples[i] for i in part], device)
-            for i, probs in zip(part, self.logits(model, batch).softmax(-1).tolist(), strict=True):
+            for i, probs in zip(part, self.outputs(model, batch).logits().softmax(-1).tolist(), strict=True):
                 best = max(range(len(probs)), key=probs.__getitem__)
                 results[i] = {
                     "label": self.class_names[best],

@@ -58,10 +58,10 @@ def check_packing(
     model.eval()
     try:
         with torch.no_grad(), autocast():
-            alone = task.logits(model, task.collate(documents, device))
+            alone = task.outputs(model, task.collate(documents, device)).logits()
             try:
                 packed, after_first, before_last = (
-                    task.logits(model, collate_packed(part, device=device))
+                    task.outputs(model, collate_packed(part, device=device)).logits()
                     for part in (documents, [first, *documents[1:]], [*documents[:-1], last])
                 )
             except TypeError as error:

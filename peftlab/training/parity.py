@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftlab import ops
 from peftlab.adapters.fused import fusion_report, set_kernels
 from peftlab.errors import VerificationError
-from peftlab.tasks import Example, Task, collate_packed
+from peftlab.tasks import Batch, Example, Task, collate_packed
 from peftlab.training.checkpoint import RngState
 
 # The sample of the first micro-batch: enough rows to mean something, few enough to take a moment.
@@ -88,6 +88,8 @@ def check_parity(
     where: Callable[[int], str],
     autocast: Any = contextlib.nullcontext,
     packed: bool = False,
+    loss_sum: Callable[[nn.Module, Batch], Tensor] | None = None,
+    reference_loss_sum: Callable[[nn.Module, list[Example], Any], Tensor] | None = None,
 ) -> ParityReport:
     """Compares the two paths; the model, its gradients and all random state are as before afterwards.
 
@@ -95,7 +97,8 @@ def check_parity(
         micro_batch: the first one; a part of it is taken where it is large. planned: names of the modules to adapt.
         kernels: the mode of run.kernels that will train. where: row index -> place in the data, for messages.
         autocast: context the loop runs in. packed: the micro-batch is trained as one packed sequence; the reference
-        is padded.
+        is padded. loss_sum: the loss of the loop, default the task's. reference_loss_sum: the same from the examples the
+        long way, default the cross-entropy of the labels on ``task.reference_outputs``.
     Raises: VerificationError naming the module, the parameter or the loss that differs.
     """
     started = time.perf_counter()
@@ -109,19 +112,21 @@ def check_parity(
     sample = _sample(micro_batch, _MAX_TOKENS.get(torch.device(device).type, 256))
     rows = sum(map(len, micro_batch)) if packed else len(micro_batch) * max(map(len, micro_batch))
 
-    def loss_sum() -> Tensor:
-        return task.loss_sum(model, collate_packed(sample, device=device) if packed else task.collate(sample, device))
+    trained_loss, reference_loss = loss_sum or task.loss_sum, reference_loss_sum or _labels_loss_sum(task)
+
+    def fast_loss() -> Tensor:
+        return trained_loss(model, collate_packed(sample, device=device) if packed else task.collate(sample, device))
 
     rng = RngState.capture()
     with _woken(model):
         try:
-            if packed and _draws(loss_sum, autocast):  # one row has the same dropout masks packed and padded
+            if packed and _draws(fast_loss, autocast):  # one row has the same dropout masks packed and padded
                 sample = sample[:1]
             set_kernels(model, "compared")
-            reference = _pass(model, lambda: task.reference_loss_sum(model, sample, device), autocast, sample)
+            reference = _pass(model, lambda: reference_loss(model, sample, device), autocast, sample)
             set_kernels(model, kernels)
             with ops.planned_for(rows):
-                fast = _pass(model, loss_sum, autocast, sample)
+                fast = _pass(model, fast_loss, autocast, sample)
         finally:
             set_kernels(model, kernels)
             rng.restore()
@@ -142,6 +147,16 @@ def check_parity(
         tokens=sum(map(len, sample)),
         seconds=time.perf_counter() - started,
     )
+
+
+def _labels_loss_sum(task: Task) -> Callable[[nn.Module, list[Example], Any], Tensor]:
+    def loss_sum(model: nn.Module, examples: list[Example], device: Any) -> Tensor:
+        said = task.reference_outputs(model, examples, device)
+        log_probs = said.values.float().log_softmax(-1)
+        picked = -log_probs[torch.arange(len(said)), said.targets]
+        return (picked if said.weights is None else picked * said.weights.to(picked.dtype)).sum()
+
+    return loss_sum
 
 
 def _adapted(model: nn.Module) -> list[str]:

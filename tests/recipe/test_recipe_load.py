@@ -361,7 +361,11 @@ def test_problems_of_a_dict_have_no_line() -> None:
         ("adapter", {"dropout": 1}, "adapter.dropout: expected a number of at least 0 and below 1, found 1"),
         ("adapter", {"rank": 1.5}, "adapter.rank: expected a whole number of at least 1, found 1.5"),
         ("adapter", {"dora": "maybe"}, "adapter.dora: expected true or false, found 'maybe'"),
-        ("adapter", {"method": "lorra"}, "adapter.method: expected one of lora, none, found 'lorra'; did you mean `lora`?"),
+        (
+            "adapter",
+            {"method": "lorra"},
+            "adapter.method: expected one of lora, none, found 'lorra'; did you mean `lora`?",
+        ),
         ("adapter", {"targets": 5}, "adapter.targets: expected text or a list of texts, found 5; put it in quotes"),
         ("adapter", {"targets": ["a", 5]}, "adapter.targets.1: expected text, found 5; put it in quotes"),
         ("adapter", {"targets": "("}, "adapter.targets: not a valid regular expression: missing ), "),
