@@ -57,25 +57,28 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def combine(hard: Tensor | None, soft: Tensor | None, *, hard_weight: float) -> Tensor:
+def combine(hard: Tensor | None, soft: Tensor | None, *, hard_weight: float, weights: Tensor | None = None) -> Tensor:
     """Sum over rows of ``hard_weight * hard + (1 - hard_weight) * soft``; a part of weight 0 is left out unseen.
 
     Args: hard: [N] per-token CE in nats, None at weight 0. soft: [N] per-token T^2 D, None at weight 1.
-    hard_weight: 0 to 1; at 1 the result is ``hard.sum()`` to the bit.
+    hard_weight: 0 to 1; at 1 the result is ``hard.sum()`` to the bit. weights: [N] factors of the rows, None: all 1.
     Raises: ValueError when a part that has a weight is missing, or the two are of different rows.
     """
     if (hard is None and hard_weight > 0) or (soft is None and hard_weight < 1):
         raise ValueError(f"expected losses of both parts, or a weight of 0 for the missing one, found {hard_weight}")
-    if hard_weight == 1:
-        assert hard is not None
-        return hard.sum()
-    assert soft is not None
-    if hard_weight == 0:
-        return soft.sum()
-    assert hard is not None
-    if hard.shape != soft.shape:
+    if hard is not None and soft is not None and hard.shape != soft.shape:
         raise ValueError(f"expected losses of the same rows, found {list(hard.shape)} and {list(soft.shape)}")
-    return hard_weight * hard.sum() + (1.0 - hard_weight) * soft.sum()
+    hard_sum, soft_sum = (
+        None if x is None else x.sum() if weights is None else (x * weights.to(x.dtype)).sum() for x in (hard, soft)
+    )
+    if hard_weight == 1:
+        assert hard_sum is not None
+        return hard_sum
+    assert soft_sum is not None
+    if hard_weight == 0:
+        return soft_sum
+    assert hard_sum is not None
+    return hard_weight * hard_sum + (1.0 - hard_weight) * soft_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +125,24 @@ class Objective:
             )
         return sparse_divergence(student_logits, teacher, temperature=self.temperature, scale_by_t2=self.scale_by_t2)
 
-    def loss_sum(self, student_logits: Tensor, targets: Tensor | None, teacher: Tensor | SparseTarget | None) -> Tensor:
+    def loss_sum(
+        self,
+        student_logits: Tensor,
+        targets: Tensor | None,
+        teacher: Tensor | SparseTarget | None,
+        *,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """The step loss summed over rows; no rows give a 0 that backward passes through.
 
         Args:
             student_logits: [N, V] as ``select`` gives them, soft-cap and logit scale applied, cut to the shared width.
             targets: [N] int64; None at hard_weight 0. teacher: logits [N, V] or stored classes; None at hard_weight 1.
+            weights: [N] factors of the rows, None: all 1.
         """
         hard = cross_entropy(student_logits, targets) if self.hard_weight and targets is not None else None
         soft = self.soft_losses(student_logits, teacher) if self.hard_weight < 1 and teacher is not None else None
-        return combine(hard, soft, hard_weight=self.hard_weight)
+        return combine(hard, soft, hard_weight=self.hard_weight, weights=weights)
 
     def linear_loss_sum(
         self,
@@ -140,6 +151,7 @@ class Objective:
         targets: Tensor | None,
         teacher: ops.OnlineTeacher | Tensor | SparseTarget | None,
         *,
+        weights: Tensor | None = None,
         adapter_hidden: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
@@ -151,7 +163,9 @@ class Objective:
         """
         if self.hard_weight == 1:
             assert targets is not None
-            return ops.linear_cross_entropy(hidden, head, targets, adapter_hidden=adapter_hidden, backend=backend).total
+            return ops.linear_cross_entropy(
+                hidden, head, targets, weights=weights, adapter_hidden=adapter_hidden, backend=backend
+            ).total
         assert teacher is not None
         taught: ops.OnlineTeacher | ops.DenseTeacher | ops.SparseTeacher
         if isinstance(teacher, SparseTarget):
@@ -169,6 +183,7 @@ class Objective:
             temperature=self.temperature,
             scale_by_t2=self.scale_by_t2,
             hard_weight=self.hard_weight,
+            weights=weights,
             adapter_hidden=adapter_hidden,
             backend=backend,
         ).total

@@ -158,7 +158,7 @@ def nearest_keys(section: str, name: str) -> list[str]:
     """Dotted keys that ``name``, found in ``section``, may have been meant for; best guess first, may be empty."""
     sections, foreign = known_keys(), _foreign()
     spelt = name.lower().replace("-", "_").replace(" ", "_")
-    siblings = sections.get(section, [])
+    siblings = _siblings(section)
     if spelt in siblings:
         return [join(section, spelt)]
     if spelt in foreign:
@@ -173,12 +173,18 @@ def nearest_keys(section: str, name: str) -> list[str]:
     return [everywhere[match] for match in get_close_matches(spelt, everywhere, n=1, cutoff=0.8)]
 
 
+def _siblings(section: str) -> list[str]:
+    """The names in a section, also in one that is an item of a list: ``distill.teachers.1``."""
+    spec = spec_at(section.split(".") if section else [])
+    return names_in(spec.kind) if spec else []
+
+
 def did_you_mean(section: str, name: str) -> str:
     """``"; did you mean `lr`?"``, or nothing when no key is near."""
     if any(name == join(other, key) for other, names in known_keys().items() for key in names) and "." in name:
         parent, _, last = name.rpartition(".")
         return f"; sections are nested: write `{last}:` indented under `{parent}:`"
     guesses = nearest_keys(section, name)
-    siblings = {join(section, key): key for key in known_keys().get(section, [])}
+    siblings = {join(section, key): key for key in _siblings(section)}
     shown = [siblings.get(guess, guess) for guess in guesses]
     return f"; did you mean {' or '.join(f'`{guess}`' for guess in shown)}?" if shown else ""

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from peftlab.errors import PeftlabError, RecipeError
 from peftlab.recipe.catalog import nearest_recipes, recipe_file, recipe_names
+from peftlab.recipe.distillation import expand_names
 from peftlab.recipe.keys import did_you_mean, is_free_mapping, is_section, spec_at
 from peftlab.recipe.problems import COMMAND_LINE, misread_numbers, report, translate
 from peftlab.recipe.schema import Recipe
@@ -74,9 +75,11 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     """
     origin = _read(source)
     data, lines = origin.parsed.data, origin.parsed.lines
+    expand_names(data, lines)
     problems = list(origin.parsed.problems)
     for override in overrides:
         problems += _override(data, lines, override)
+    expand_names(data, lines)  # an override may have put a name there again
     problems += misread_numbers(data)
     recipe = None
     try:

@@ -87,6 +87,12 @@ def _settings(loaded: LoadedRecipe) -> dict[str, Any]:
     settings["run"]["dir"] = None
     for section, name in _LOCAL_PATHS:
         settings[section][name] = _absolute(settings[section][name])
+    distill = settings["distill"]
+    if distill is not None:
+        distill["transfer"] = _absolute(distill["transfer"])
+        distill["cache"] = distill["cache"] and os.path.abspath(distill["cache"])
+        for teacher in filter(None, [distill["teacher"], *distill["teachers"]]):
+            teacher["name"], teacher["adapter"] = _absolute(teacher["name"]), _absolute(teacher["adapter"])
     return settings
 
 
@@ -98,10 +104,11 @@ def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
         for section, values in then.items()
         if isinstance(values, dict)
         for name in values
-        if values[name] != now[section][name] and f"{section}.{name}" not in _FREE_ON_RESUME
+        if values[name] != (now[section] or {}).get(name) and f"{section}.{name}" not in _FREE_ON_RESUME
     ]
-    if now["task"] != then["task"]:
-        changed.insert(0, "task")
+    changed += [
+        name for name in ("task", "distill") if (now[name] is None or name == "task") and now[name] != then[name]
+    ]
     if changed:
         raise RecipeError(
             f"the run was made with other settings ({', '.join(changed)}), and resuming continues it as it was; "

@@ -97,7 +97,8 @@ def _value_at(path: KeyPath, data: Any) -> Any:
 
 def _unknown(path: KeyPath) -> str:
     section, name = ".".join(map(str, path[:-1])), str(path[-1])
-    names = ", ".join(known_keys()[section])
+    spec = spec_at(path[:-1])
+    names = ", ".join(names_in(spec.kind) if spec else ())
     listed = f"keys of {section}: {names}" if section else f"top-level keys: {names}"
     return f"unknown key{did_you_mean(section, name)} ({listed})"
 

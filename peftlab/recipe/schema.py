@@ -5,27 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from peftlab.recipe.distillation import SELF, DistillSection
+from peftlab.recipe.section import DType, Section
 
 TaskName = Literal["causal_lm", "seq_cls"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_section_is_defaults(cls, value: Any) -> Any:
-        return {} if value is None else value
-
-    def _reject_unless_default(self, names: list[str], reason: str) -> None:
-        """Nothing in a recipe is ever ignored: a key that would have no effect is an error."""
-        idle = [
-            n for n in names if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)
-        ]
-        if idle:
-            raise ValueError(f"{', '.join(idle)}: has no effect {reason}; remove it")
 
 
 class ModelSection(Section):
@@ -270,6 +255,7 @@ class Recipe(Section):
     data: DataSection = Field(description="rows, columns and texts")
     train: TrainSection = Field(default_factory=TrainSection, description="the training loop")
     eval: EvalSection = Field(default_factory=EvalSection, description="metrics and when to take them")
+    distill: DistillSection | None = Field(None, description="teacher and student, for `teach` and `distill`")
     run: RunSection = Field(default_factory=RunSection, description="where and how the run is kept")
     lock: dict[str, Any] | None = Field(
         None, description="written by a run: package versions and fingerprints, checked when the run is repeated"
@@ -295,4 +281,25 @@ class Recipe(Section):
                     "write model.quantize: none, or train an adapter"
                 )
             self.run._reject_unless_default(["merge"], "without an adapter: the run's model/ is the trained model")
+        if self.distill is not None:
+            self._check_distill(self.distill)
         return self
+
+    def _check_distill(self, distill: DistillSection) -> None:
+        self.run._reject_unless_default(["merge"], "in a distillation, which writes the student as a model of its own")
+        if self.adapter.method == "none" and any(t.name == SELF for t in distill.all_teachers):
+            raise ValueError(
+                "distill.teacher: self is the backbone without its adapter, and adapter.method: none trains the backbone; train an "
+                "adapter, or name the model again as the teacher"
+            )
+        if distill.student_init is not None and any(t.name == SELF for t in distill.all_teachers):
+            raise ValueError(
+                "distill.student_init cuts the backbone that teacher: self would be; name the whole model as the teacher"
+            )
+        for loss in distill.losses:
+            if loss.kind.startswith(("hidden", "similarity")):
+                raise ValueError(
+                    f"distill.losses: {loss.kind} compares vectors, and task: {self.task} has none; take forward_kl"
+                )
+        if self.task != "causal_lm":
+            distill._reject_unless_default(["cross_tokenizer"], f"for task: {self.task}")

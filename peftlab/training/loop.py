@@ -68,16 +68,19 @@ class LoopResult:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-class LossModule(nn.Module):
-    """Model and task as one module, so that DDP sees its forward and autocast covers it."""
+LossSum = Callable[[nn.Module, Batch], Tensor]
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+
+class LossModule(nn.Module):
+    """Model and loss as one module, so that DDP sees its forward and autocast covers it."""
+
+    def __init__(self, model: nn.Module, loss_sum: LossSum) -> None:
         super().__init__()
         self.model = model
-        self.task = task
+        self.loss_sum = loss_sum
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.task.loss_sum(self.model, batch)
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss_sum(self.model, batch)
 
 
 class _StopRequested(Exception):
@@ -89,6 +92,7 @@ class TrainingLoop:
 
     Args:
         where: example row index -> place in the data, for messages.
+        loss_sum: sum of the losses of a micro-batch, each counted with its example's weight; default the task's own.
         evaluate: returns the metrics of the current model, or None for no evaluation in between.
         folder: the run folder; checkpoints go to ``checkpoints/``, the best weights to ``best/``.
         resume_hint: the command that continues the run.
@@ -107,6 +111,7 @@ class TrainingLoop:
         log: MetricsLog,
         progress: Progress,
         where: Callable[[int], str],
+        loss_sum: LossSum | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         resume_hint: str = "",
     ) -> None:
@@ -117,7 +122,9 @@ class TrainingLoop:
         self._optimizer = make_optimizer(
             model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
-        self._module, self._optimizer = accelerator.prepare(LossModule(model, task), self._optimizer)
+        self._module, self._optimizer = accelerator.prepare(
+            LossModule(model, loss_sum or task.loss_sum), self._optimizer
+        )
         self._step = 0
         self._evals_without_better = 0
         self._skipped = 0

@@ -1,0 +1,172 @@
+"""The section ``distill``: teachers, how the student begins, the losses, the cache."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from peftlab.recipe.section import DType, Section
+
+LossName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "jsd",
+    "tvd",
+    "hidden_cosine",
+    "hidden_mse",
+    "similarity_mse",
+    "similarity_kl",
+]
+SELF = "self"
+
+
+class TeacherSection(Section):
+    name: str = Field(
+        description="run folder, or a model as in model.name; self: the student's own backbone without its adapter"
+    )
+    adapter: str | None = Field(
+        None, description="folder of a PEFT adapter to put on that model; with name: self beside the student's own"
+    )
+    revision: str | None = Field(None, description="commit, branch or tag of a hub model")
+    quantize: Literal["none", "nf4", "int8"] | None = Field(
+        None, description="storage of the teacher's linear weights; default none, of a run the run's own"
+    )
+    dtype: DType = Field("auto", description="dtype of the teacher's other weights")
+    device: Literal["auto", "cpu"] = Field("auto", description="cpu keeps the teacher out of the GPU's memory")
+    weight: float = Field(1.0, gt=0, description="of its loss, among several teachers")
+    rows: dict[str, str | list[str]] = Field(
+        default_factory=dict, description="only rows with this value in this column: {language: de}"
+    )
+
+    @model_validator(mode="after")
+    def _self_keys(self) -> Self:
+        if self.name == SELF:
+            self._reject_unless_default(
+                ["revision", "quantize", "dtype", "device"], "with name: self, which is the student's backbone"
+            )
+        return self
+
+
+class StudentInitSection(Section):
+    layers: list[int] | None = Field(None, description="layers of model.name to keep, counted from 0")
+    num_layers: int | None = Field(None, ge=1, description="how many layers to keep, instead of a list")
+    choose: Literal["even", "first", "importance"] = Field(
+        "even",
+        description="which num_layers: evenly spaced, the first ones, or those whose removal changes the output most",
+    )
+    search: Literal["greedy", "once"] = Field(
+        "greedy", description="importance: measure again after each removed layer, or rank all layers once"
+    )
+    hidden_size: int | None = Field(None, ge=1, description="width of the hidden states")
+    num_heads: int | None = Field(None, ge=1, description="attention heads of each layer")
+    num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads of each layer")
+    intermediate_size: int | None = Field(None, ge=1, description="width inside the feed-forward blocks")
+    sample_rows: int = Field(64, ge=1, description="training rows that importance is measured on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        widths = (self.hidden_size, self.num_heads, self.num_key_value_heads, self.intermediate_size)
+        if self.layers is not None and self.num_layers is not None:
+            raise ValueError("give layers or num_layers, not both")
+        if self.num_layers is None:
+            self._reject_unless_default(["choose"], "without num_layers")
+        if self.choose != "importance":
+            self._reject_unless_default(["search"], "without choose: importance")
+        if self.layers is None and self.num_layers is None and not any(widths):
+            raise ValueError("cuts nothing: give layers, num_layers or a width")
+        if self.choose != "importance" and not any(widths):
+            self._reject_unless_default(["sample_rows"], "where nothing is measured")
+        return self
+
+
+class LossSection(Section):
+    kind: LossName = Field(description="what is compared, and how")
+    weight: float = Field(1.0, gt=0, description="of this loss among the list")
+
+
+class TargetsSection(Section):
+    fill: Literal["topk", "sampled", "mixed", "hidden"] = Field(
+        "topk",
+        description="what is stored of the teacher per token: its k likeliest classes and the mass of all others; classes drawn "
+        "from it; k likeliest and draws from the rest; its last hidden state",
+    )
+    k: int = Field(50, ge=1, description="topk, mixed: classes per token")
+    draws: int = Field(50, ge=1, le=255, description="sampled, mixed: draws per token")
+    values: Literal["float16", "float32"] = Field("float16", description="topk, mixed: of the log-probabilities")
+    states: Literal["bfloat16", "int8", "float32"] = Field("bfloat16", description="hidden: of the stored states")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        used = {"topk": {"k", "values"}, "sampled": {"draws"}, "mixed": {"k", "draws", "values"}, "hidden": {"states"}}
+        idle = [name for name in ("k", "draws", "values", "states") if name not in used[self.fill]]
+        self._reject_unless_default(idle, f"for fill: {self.fill}")
+        return self
+
+
+class DistillSection(Section):
+    teacher: TeacherSection | None = Field(None, description="the model to learn from; a name alone will do")
+    teachers: list[TeacherSection] = Field(
+        default_factory=list, description="several of them, weighted or each for its own rows"
+    )
+    student_init: StudentInitSection | None = Field(
+        None, description="cuts the student out of model.name; without it model.name is the student"
+    )
+    losses: list[LossSection] = Field(
+        default_factory=list,
+        description="default forward_kl; for task: embedding hidden_cosine, or similarity_kl where the widths differ",
+    )
+    share: float = Field(0.5, ge=0, le=1, description="skew_*, jsd: the share of the teacher's distribution")
+    temperature: float = Field(
+        1.0, gt=0, description="of both softmaxes; 1 for language models, 2 to 8 for few classes"
+    )
+    scale_by_t2: bool = Field(True, description="multiply the divergence by the squared temperature")
+    hard_weight: float = Field(0.0, ge=0, le=1, description="share of the labels' cross-entropy in the loss")
+    transfer: str | None = Field(
+        None, description="rows without labels that the student learns from instead of data.train"
+    )
+    cache: str | None = Field(
+        None, description="folder of stored teacher targets; made by `peftlab teach`, or by distill where it is missing"
+    )
+    targets: TargetsSection = Field(default_factory=TargetsSection, description="what the cache stores")
+    cross_tokenizer: Literal["uld"] | None = Field(
+        None, description="uld compares sorted probabilities at shared text positions of different tokenizers"
+    )
+    baseline: bool = Field(True, description="also train the same student on the labels alone, with the same budget")
+    seeds: int = Field(1, ge=1, description="number of repetitions with seeds run.seed, run.seed + 1, ...")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("give teacher, or teachers for several of them")
+        if self.cache is None:
+            self._reject_unless_default(["targets"], "without distill.cache")
+        if self.transfer is not None and self.hard_weight:
+            raise ValueError("transfer rows have no labels; remove hard_weight or transfer")
+        names = [loss.kind for loss in self.losses]
+        if len(set(names)) < len(names):
+            raise ValueError("losses: the same kind stands there twice")
+        if not {"jsd", "skew_forward_kl", "skew_reverse_kl"} & set(names):
+            self._reject_unless_default(["share"], "without jsd or a skewed divergence among the losses")
+        return self
+
+    @property
+    def all_teachers(self) -> list[TeacherSection]:
+        return [self.teacher] if self.teacher is not None else self.teachers
+
+
+def expand_names(data: Any, lines: dict[str, Any]) -> None:
+    """Writes a teacher or a loss that is given by its name alone as the section it stands for, in place."""
+    section = data.get("distill") if isinstance(data, dict) else None
+    if not isinstance(section, dict):
+        return
+    if isinstance(section.get("teacher"), str):
+        section["teacher"] = {"name": section["teacher"]}
+        if "distill.teacher" in lines:
+            lines["distill.teacher.name"] = lines["distill.teacher"]
+    for key, name in (("teachers", "name"), ("losses", "kind")):
+        items = section.get(key)
+        if isinstance(items, list):
+            section[key] = [{name: item} if isinstance(item, str) else item for item in items]

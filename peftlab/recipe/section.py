@@ -1,0 +1,26 @@
+"""What every section of a recipe has in common."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section_is_defaults(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    def _reject_unless_default(self, names: list[str], reason: str) -> None:
+        """Nothing in a recipe is ever ignored: a key that would have no effect is an error."""
+        idle = [
+            n for n in names if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)
+        ]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: has no effect {reason}; remove it")
