@@ -1,0 +1,215 @@
+"""The sentences that say whether distillation helped, and what the student is worth."""
+
+from __future__ import annotations
+
+import math
+
+from peftlab.evaluation.card_shape import Card, MetricRow, Outcome, Verdict
+from peftlab.evaluation.intervals import MIN_ROWS, IntervalDict
+
+_SAME = 0.02
+
+
+def verdict(card: Card, *, no_baseline: str | None) -> Verdict:
+    """The outcome and its sentences; they claim a difference only where the 95 % interval excludes 0.
+
+    Args: no_baseline: why there is no baseline, for the sentence that says so.
+    """
+    head = card["metrics"][0]
+    outcome = _outcome(head)
+    if outcome == "not_compared":
+        sentences = _not_compared(head, no_baseline or "no baseline was trained")
+    else:
+        sentences = [_comparison(head, outcome, card), *_contradictions(card, outcome), *_teacher(card, outcome)]
+    return {"outcome": outcome, "text": " ".join([*sentences, *_kept(card)])}
+
+
+def excludes_zero(interval: IntervalDict) -> bool:
+    """Whether the interval is known and lies on one side of 0."""
+    low, high = interval["low"], interval["high"]
+    return low is not None and high is not None and (low > 0 or high < 0)
+
+
+def _outcome(row: MetricRow) -> Outcome:
+    gain = row["gain"]
+    if row["baseline"] is None or gain is None:
+        return "not_compared"
+    if gain["low"] is None or math.isnan(gain["value"]):
+        return "undecided"
+    if not excludes_zero(gain):
+        return "no_difference"
+    return "helped" if (gain["value"] > 0) == row["higher_is_better"] else "did_not_help"
+
+
+def _comparison(row: MetricRow, outcome: Outcome, card: Card) -> str:
+    student, baseline, gain = row["student"], row["baseline"], row["gain"]
+    assert student is not None and baseline is not None and gain is not None
+    against = (
+        f"{_phrase(row)} {_figure(row, student['value'])} against {_figure(row, baseline['value'])} for the same student "
+        "trained on the labels alone"
+    )
+    if outcome == "undecided":
+        if not math.isfinite(gain["value"]):
+            return f"No verdict: {against}; the difference is not a finite number."
+        return (
+            f"Too few held-out rows to tell ({card['num_rows']:,}; an interval needs {MIN_ROWS}): {against} "
+            f"({_change(row, gain['value'], unit=True)})."
+        )
+    said = {
+        "helped": "Distillation helped",
+        "did_not_help": "Distillation did not help, the student is worse for it",
+        "no_difference": "No difference",
+    }[outcome]
+    contains = ", which contains 0" if outcome == "no_difference" else ""
+    return f"{said}: {against} ({_with_interval(row, gain)}{contains}{_seeds(card, gain)})."
+
+
+def _with_interval(row: MetricRow, difference: IntervalDict) -> str:
+    """``+22.3 points, 95 % interval +20.1 to +24.6``."""
+    text = _change(row, difference["value"], unit=True)
+    if difference["low"] is None or difference["high"] is None:
+        return text
+    low, high = (_change(row, bound, unit=False) for bound in (difference["low"], difference["high"]))
+    over = " over held-out rows" if difference["over"] == "rows" else ""
+    return f"{text}, 95 % interval {low} to {high}{over}"
+
+
+def _seeds(card: Card, gain: IntervalDict) -> str:
+    """What the interval is over and how many seeds agree."""
+    num = card["num_seeds"]
+    if num == 1:
+        return "; one seed: training noise is not in it"
+    better = sum(bool(line["better"]) for line in card["seeds"])
+    if gain["over"] == "rows":
+        return f"; all {num} seeds gave the same difference: training noise is not in it"
+    few = "; few seeds make a wide interval" if num < 4 and not excludes_zero(gain) else ""
+    return f"; better in {better} of {num} seeds{few}"
+
+
+def _contradictions(card: Card, outcome: Outcome) -> list[str]:
+    """Metrics that say the opposite of the headline, or that something differs where the headline does not."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for row in card["metrics"][1:]:
+        said = _outcome(row)
+        if said not in ("helped", "did_not_help") or said == outcome:
+            continue
+        assert row["student"] is not None and row["baseline"] is not None
+        values = " against ".join(_figure(row, row[who]["value"]) for who in ("student", "baseline"))  # type: ignore[index]
+        found[said == "helped"].append(f"{_phrase(row)} ({values})")
+    return [
+        f"But against labels alone it is {word} in {_joined(names)}."
+        for word, names in (("better", found[True]), ("worse", found[False]))
+        if names
+    ]
+
+
+def _teacher(card: Card, outcome: Outcome) -> list[str]:
+    """Says so when the teacher is not better than the baseline, by the first metric that both have."""
+    row = next((row for row in card["metrics"] if row["lead"] and row["kept_as"]), None)
+    if row is None or row["lead"] is None or row["teacher"] is None or row["baseline"] is None:
+        return []
+    lead = row["lead"]
+    if lead["low"] is None or (excludes_zero(lead) and (lead["value"] > 0) == row["higher_is_better"]):
+        return []
+    values = " against ".join(_figure(row, side["value"]) for side in (row["teacher"], row["baseline"]))
+    where = f"({_phrase(row)} {values})"
+    if excludes_zero(lead):
+        if outcome == "helped":
+            return [f"And yet the teacher itself is worse than the baseline {where}."]
+        return [f"The teacher is worse than the baseline {where}: there was nothing to learn from it."]
+    if outcome == "helped":
+        return []
+    return [f"The teacher is no better than the baseline {where}: there was little to learn from it."]
+
+
+def _not_compared(row: MetricRow, reason: str) -> list[str]:
+    student, progress, cut = row["student"], row["progress"], row["cut"]
+    assert student is not None
+    interval = ""
+    if student["low"] is not None and student["high"] is not None:
+        low, high = (_figure(row, bound) for bound in (student["low"], student["high"]))
+        interval = f" (95 % interval {low} to {high} over {_over(student)})"
+    sentences = [
+        f"Not compared with labels alone ({reason}): the student has {_phrase(row)} "
+        f"{_figure(row, student['value'])}{interval}; whether the labels alone would have done as well is not known."
+    ]
+    if progress is not None and cut is not None:
+        sentences.append(
+            f"Its training took it there from {_figure(row, cut['value'])} ({_with_interval(row, progress)})."
+        )
+    return sentences
+
+
+def _kept(card: Card) -> list[str]:
+    """What the student keeps of the teacher, and at what size and speed."""
+    rows = [row for row in card["metrics"] if row["kept"] is not None and math.isfinite(row["kept"]["value"])]
+    shares = [row for row in rows if row["kept_as"] == "share"]
+    size, speed = _size(card), _speed(card)
+    if shares:
+        assert shares[0]["kept"] is not None
+        share = shares[0]["kept"]["value"]
+        verb = "keeps" if share <= 1 else "reaches"
+        said = f"The student {verb} {100 * share:.1f} % of the teacher's {_phrase(shares[0])}"
+        at = _joined([text for text in (size, speed) if text])
+        sentences = [f"{said} at {at}." if at else f"{said}."]
+    else:
+        has = [text for text in (size, speed) if text]
+        sentences = [f"The student works at {_joined(has)} compared with the teacher."] if has else []
+        sentences += [
+            f"Its {_phrase(row)} is {_times(row['kept']['value'])} the teacher's." for row in rows[:1] if row["kept"]
+        ]
+    if card["ratios"].get("num_parameters", 1.0) > 1 + _SAME:
+        times = _times(card["ratios"]["num_parameters"])
+        sentences.append(f"The student is larger than the teacher ({times} its parameters): nothing was compressed.")
+    return sentences
+
+
+def _size(card: Card) -> str:
+    ratio = card["ratios"].get("num_parameters")
+    if ratio is None:
+        return ""
+    if abs(ratio - 1) <= _SAME:
+        return "the same number of parameters"
+    return f"{100 * ratio:.0f} % of its parameters" if ratio >= 0.1 else f"{100 * ratio:.2g} % of its parameters"
+
+
+def _speed(card: Card) -> str:
+    speed = card["costs"]["student"].get("speed")
+    if speed is None or not math.isfinite(speed["value"]):
+        return ""
+    low, high = speed["low"], speed["high"]
+    if low is not None and high is not None and low <= 1 <= high:
+        return "no measurable difference in speed"
+    return f"{_times(speed['value'])} its speed"
+
+
+def _phrase(row: MetricRow) -> str:
+    return "KL to the teacher" if row["name"] == "kl" else row["label"]
+
+
+def _figure(row: MetricRow, value: float) -> str:
+    """Three decimals below 1, four significant digits above."""
+    if row["in_points"] or not math.isfinite(value) or 0.1 <= abs(value) < 1 or value == 0:
+        return f"{value:.3f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def _change(row: MetricRow, value: float, *, unit: bool) -> str:
+    if row["in_points"]:
+        return f"{100 * value:+.1f}{' points' if unit else ''}"
+    text = f"{'-' if value < 0 else '+'}{_figure(row, abs(value))}"
+    return f"{text} nats" if unit and row["name"] in ("kl", "loss") else text
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2g}x" if ratio < 1 else f"{ratio:.1f}x"
+
+
+def _over(interval: IntervalDict) -> str:
+    return "held-out rows" if interval["over"] == "rows" else f"{interval['n']} seeds"
+
+
+def _joined(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}" if parts else ""
