@@ -25,11 +25,11 @@ _KNOWN: dict[str, CardMetric] = {
     "accuracy": CardMetric("accuracy", True, True, "share", "share of the rows answered right"),
     "f1_macro": CardMetric("macro F1", True, True, "share", "F1 averaged over classes, rare ones counting as much"),
     "exact_match": CardMetric("exact match", True, True, "share", "share of the rows with every token right"),
-    "token_accuracy": CardMetric("token accuracy", True, True, "share", "share of the tokens that were the top guess"),
     "perplexity": CardMetric(
-        "perplexity", False, kept_as="times", note="among how many tokens it hesitates, so to speak; lower is better"
+        "perplexity", False, kept_as="times", note="as unsure as a free choice among so many tokens; lower is better"
     ),
-    "loss": CardMetric("loss", False, note="nats per right answer; lower is better"),
+    "token_accuracy": CardMetric("token accuracy", True, True, "share", "share of the tokens that were the top guess"),
+    "loss": CardMetric("loss", False, note="its surprise at what is right, in nats; lower is better"),
     "spearman": CardMetric(
         "Spearman", True, note=f"whether pairs of texts are as similar, in order, as for the teacher; {_ALIKE}"
     ),

@@ -18,7 +18,7 @@ class Costs(TypedDict, total=False):
 
     num_parameters: of the whole model; num_trained: of them with a gradient. file_bytes: of its saved weights.
     latency_ms, latency_low_ms, latency_high_ms: median and quartiles of one forward pass. tokens_per_s: of the median.
-    speed: how many times as fast as the teacher; the teacher has none.
+    speed: how many times as fast as the teacher, whose own is 1.
     peak_memory_bytes, seconds, steps: of its training in this run; a teacher that was not trained in it has none.
     """
 

@@ -70,8 +70,7 @@ def _with_interval(row: MetricRow, difference: IntervalDict) -> str:
     if difference["low"] is None or difference["high"] is None:
         return text
     low, high = (_change(row, bound, unit=False) for bound in (difference["low"], difference["high"]))
-    over = " over held-out rows" if difference["over"] == "rows" else ""
-    return f"{text}, 95 % interval {low} to {high}{over}"
+    return f"{text}, 95 % interval {low} to {high} over {'held-out rows' if difference['over'] == 'rows' else 'seeds'}"
 
 
 def _seeds(card: Card, gain: IntervalDict) -> str:
@@ -83,7 +82,7 @@ def _seeds(card: Card, gain: IntervalDict) -> str:
     if gain["over"] == "rows":
         return f"; all {num} seeds gave the same difference: training noise is not in it"
     few = "; few seeds make a wide interval" if num < 4 and not excludes_zero(gain) else ""
-    return f"; better in {better} of {num} seeds{few}"
+    return f"; better in {better} of {num}{few}"
 
 
 def _contradictions(card: Card, outcome: Outcome) -> list[str]:
@@ -105,7 +104,8 @@ def _contradictions(card: Card, outcome: Outcome) -> list[str]:
 
 def _teacher(card: Card, outcome: Outcome) -> list[str]:
     """Says so when the teacher is not better than the baseline, by the first metric that both have."""
-    row = next((row for row in card["metrics"] if row["lead"] and row["kept_as"]), None)
+    tasks = [row for row in card["metrics"] if row["kept_as"] or row["name"] == "loss"]
+    row = next((row for row in tasks if row["lead"]), None)
     if row is None or row["lead"] is None or row["teacher"] is None or row["baseline"] is None:
         return []
     lead = row["lead"]
@@ -130,47 +130,46 @@ def _not_compared(row: MetricRow, reason: str) -> list[str]:
         low, high = (_figure(row, bound) for bound in (student["low"], student["high"]))
         interval = f" (95 % interval {low} to {high} over {_over(student)})"
     sentences = [
-        f"Not compared with labels alone ({reason}): the student has {_phrase(row)} "
-        f"{_figure(row, student['value'])}{interval}; whether the labels alone would have done as well is not known."
+        f"Not compared with labels alone ({reason}), so what the teacher added is not known: the student has "
+        f"{_phrase(row)} {_figure(row, student['value'])}{interval}."
     ]
     if progress is not None and cut is not None:
         sentences.append(
-            f"Its training took it there from {_figure(row, cut['value'])} ({_with_interval(row, progress)})."
+            f"Before its training it had {_figure(row, cut['value'])}: a change of {_with_interval(row, progress)}."
         )
     return sentences
 
 
 def _kept(card: Card) -> list[str]:
     """What the student keeps of the teacher, and at what size and speed."""
-    rows = [row for row in card["metrics"] if row["kept"] is not None and math.isfinite(row["kept"]["value"])]
-    shares = [row for row in rows if row["kept_as"] == "share"]
-    size, speed = _size(card), _speed(card)
-    if shares:
-        assert shares[0]["kept"] is not None
-        share = shares[0]["kept"]["value"]
-        verb = "keeps" if share <= 1 else "reaches"
-        said = f"The student {verb} {100 * share:.1f} % of the teacher's {_phrase(shares[0])}"
-        at = _joined([text for text in (size, speed) if text])
-        sentences = [f"{said} at {at}." if at else f"{said}."]
-    else:
-        has = [text for text in (size, speed) if text]
-        sentences = [f"The student works at {_joined(has)} compared with the teacher."] if has else []
-        sentences += [
-            f"Its {_phrase(row)} is {_times(row['kept']['value'])} the teacher's." for row in rows[:1] if row["kept"]
-        ]
+    sentences = []
+    row = next((row for row in card["metrics"] if row["kept"] and math.isfinite(row["kept"]["value"])), None)
+    costs = _joined([text for text in (_size(card, named=row is not None), _speed(card)) if text])
+    if row is not None and row["kept"] is not None:
+        ratio = row["kept"]["value"]
+        if row["kept_as"] == "share":
+            said = f"{'keeps' if ratio <= 1 else 'reaches'} {100 * ratio:.1f} % of the teacher's {_phrase(row)}"
+            sentences.append(f"The student {said}{f' at {costs}' if costs else ''}.")
+        else:
+            said = f"The student's {_phrase(row)} is {ratio:.2f}x the teacher's"
+            sentences.append(f"{said}{f', at {costs}' if costs else ''}.")
+    elif costs:
+        sentences.append(f"The student has {costs}.")
     if card["ratios"].get("num_parameters", 1.0) > 1 + _SAME:
         times = _times(card["ratios"]["num_parameters"])
         sentences.append(f"The student is larger than the teacher ({times} its parameters): nothing was compressed.")
     return sentences
 
 
-def _size(card: Card) -> str:
+def _size(card: Card, *, named: bool) -> str:
+    """``50 % of its parameters``, of a teacher that the sentence has named already or not."""
     ratio = card["ratios"].get("num_parameters")
     if ratio is None:
         return ""
+    whose = "its" if named else "the teacher's"
     if abs(ratio - 1) <= _SAME:
-        return "the same number of parameters"
-    return f"{100 * ratio:.0f} % of its parameters" if ratio >= 0.1 else f"{100 * ratio:.2g} % of its parameters"
+        return "the same number of parameters" if named else "as many parameters as the teacher"
+    return f"{f'{100 * ratio:.0f}' if ratio >= 0.1 else f'{100 * ratio:.2g}'} % of {whose} parameters"
 
 
 def _speed(card: Card) -> str:
@@ -179,8 +178,12 @@ def _speed(card: Card) -> str:
         return ""
     low, high = speed["low"], speed["high"]
     if low is not None and high is not None and low <= 1 <= high:
-        return "no measurable difference in speed"
-    return f"{_times(speed['value'])} its speed"
+        return "the same speed as far as can be measured"
+    return (
+        f"{_times(speed['value'])} its speed"
+        if card["ratios"].get("num_parameters")
+        else (f"{_times(speed['value'])} the teacher's speed")
+    )
 
 
 def _phrase(row: MetricRow) -> str:
@@ -193,7 +196,7 @@ def _figure(row: MetricRow, value: float) -> str:
         return f"{value:.3f}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:.3g}"
+    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:#.3g}"
 
 
 def _change(row: MetricRow, value: float, *, unit: bool) -> str:
