@@ -19,7 +19,7 @@ _WHO = {"teacher": "teacher", "cut": "untrained", "baseline": "labels alone", "s
 _WHO_NOTES = {
     "teacher": "",
     "cut": "the student before its training",
-    "baseline": "the same student and the same number of steps, trained without the teacher",
+    "baseline": "the same student, trained on the labels without the teacher",
     "student": "the student, trained on what the teacher says",
 }
 _STYLES = {"helped": "bold green", "did_not_help": "bold red", "no_difference": "bold yellow"}

@@ -144,7 +144,7 @@ def _kept(card: Card) -> list[str]:
     """What the student keeps of the teacher, and at what size and speed."""
     sentences = []
     row = next((row for row in card["metrics"] if row["kept"] and math.isfinite(row["kept"]["value"])), None)
-    costs = _joined([text for text in (_size(card, named=row is not None), _speed(card)) if text])
+    costs = _size_and_speed(card, named=row is not None)
     if row is not None and row["kept"] is not None:
         ratio = row["kept"]["value"]
         if row["kept_as"] == "share":
@@ -161,29 +161,21 @@ def _kept(card: Card) -> list[str]:
     return sentences
 
 
-def _size(card: Card, *, named: bool) -> str:
-    """``50 % of its parameters``, of a teacher that the sentence has named already or not."""
+def _size_and_speed(card: Card, *, named: bool) -> str:
+    """``50 % of its parameters and 2.1x its speed``; ``named``: the sentence has named the teacher already."""
+    parts, whose = [], "its" if named else "the teacher's"
     ratio = card["ratios"].get("num_parameters")
-    if ratio is None:
-        return ""
-    whose = "its" if named else "the teacher's"
-    if abs(ratio - 1) <= _SAME:
-        return "the same number of parameters" if named else "as many parameters as the teacher"
-    return f"{f'{100 * ratio:.0f}' if ratio >= 0.1 else f'{100 * ratio:.2g}'} % of {whose} parameters"
-
-
-def _speed(card: Card) -> str:
+    if ratio is not None and abs(ratio - 1) <= _SAME:
+        parts.append("the same number of parameters")
+    elif ratio is not None:
+        parts.append(f"{f'{100 * ratio:.0f}' if ratio >= 0.1 else f'{100 * ratio:.2g}'} % of {whose} parameters")
+        whose = "its"
     speed = card["costs"]["student"].get("speed")
-    if speed is None or not math.isfinite(speed["value"]):
-        return ""
-    low, high = speed["low"], speed["high"]
-    if low is not None and high is not None and low <= 1 <= high:
-        return "the same speed as far as can be measured"
-    return (
-        f"{_times(speed['value'])} its speed"
-        if card["ratios"].get("num_parameters")
-        else (f"{_times(speed['value'])} the teacher's speed")
-    )
+    if speed is not None and math.isfinite(speed["value"]):
+        low, high = speed["low"], speed["high"]
+        same = low is not None and high is not None and low <= 1 <= high
+        parts.append("the same speed, as far as can be measured" if same else f"{_times(speed['value'])} {whose} speed")
+    return _joined(parts)
 
 
 def _phrase(row: MetricRow) -> str:
