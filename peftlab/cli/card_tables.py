@@ -50,7 +50,9 @@ Card = Mapping[str, Any]
 
 def show_card(out: Output, card: Card) -> None:
     """Prints the card: two tables with their explanations, the verdict, and one line per seed when there are several."""
-    out.show(quality_table(card), notes_table(quality_notes(card)))
+    rows = _shown_metrics(card)
+    who = _columns(rows, out.console.width)
+    out.show(quality_table(rows, who), notes_table(quality_notes(card, rows, who)))
     if any(card["costs"].values()):
         out.line()
         out.show(cost_table(card), notes_table(cost_notes(card)))
@@ -61,12 +63,10 @@ def show_card(out: Output, card: Card) -> None:
         out.show(seed_table(card))
 
 
-def quality_table(card: Card) -> Table:
-    """metric, teacher, untrained, labels alone, distilled, kept: the value, and its interval in the line below."""
+def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Table:
+    """metric, the models of ``who``, kept: the value, and its interval in the line below; ``rows`` are the card's metrics."""
     from rich.text import Text
 
-    rows = _shown_metrics(card)
-    who = _columns(rows)
     kept = any(row["kept"] for row in rows)
     table = new_table()
     table.add_column("metric", overflow="fold")
@@ -88,11 +88,10 @@ def quality_table(card: Card) -> Table:
     return table
 
 
-def quality_notes(card: Card) -> list[tuple[str, str]]:
+def quality_notes(card: Card, rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> list[tuple[str, str]]:
     """What the second lines, the columns and the metrics mean."""
-    rows = _shown_metrics(card)
     notes = [("second line", f"95 % interval over {_over(card)}")]
-    notes += [(_WHO[name], _WHO_NOTES[name]) for name in _columns(rows) if _WHO_NOTES[name]]
+    notes += [(_WHO[name], _WHO_NOTES[name]) for name in who if _WHO_NOTES[name]]
     ways = {row["kept_as"] for row in rows if row["kept"]}
     if ways:
         below = "; where less is better, 1.00x is as good" if "times" in ways else ""
@@ -107,8 +106,13 @@ def _shown_metrics(card: Card) -> list[Mapping[str, Any]]:
     return [row for row in card["metrics"] if row["name"] not in hidden]
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in _WHO if any(row[name] for row in rows)]
+def _columns(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """Who has values; the untrained student only where no word of the table must be broken for it."""
+    from rich.console import Console
+
+    who = [name for name in _WHO if any(row[name] for row in rows)]
+    fits = Console(width=1000).measure(quality_table(rows, who)).minimum <= width
+    return who if fits or "baseline" not in who else [name for name in who if name != "cut"]
 
 
 def cost_table(card: Card) -> Table:
@@ -245,8 +249,9 @@ def _change(head: Mapping[str, Any], line: Mapping[str, Any]) -> Text:
     if line["gain"] is None:
         return Text("-", style="dim")
     gain = numbers.number(line["gain"])
-    text = f"{100 * gain:+.1f} points" if head["in_points"] else f"{'-' if gain < 0 else '+'}{_figure(head, abs(gain))}"
-    return Text(text, style="green" if line["better"] else "red" if gain else "dim")
+    return Text(
+        f"{100 * gain:+.1f} points" if head["in_points"] else f"{'-' if gain < 0 else '+'}{_figure(head, abs(gain))}"
+    )
 
 
 def _over(card: Card) -> str:

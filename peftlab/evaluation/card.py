@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from peftlab.evaluation.card_metrics import card_metric, in_order
+from peftlab.evaluation.card_metrics import CardMetric, card_metric, in_order
 from peftlab.evaluation.card_shape import WHO, Card, Costs, Figures, MetricRow, Paired, Seed, SeedLine, Side
 from peftlab.evaluation.intervals import Estimate, IntervalDict, over_seeds
 from peftlab.evaluation.verdict import excludes_zero, verdict
@@ -103,11 +103,20 @@ def _mean(found: Iterable[IntervalDict | None]) -> IntervalDict | None:
     return intervals[0] if len(set(values)) == 1 else over_seeds(values).as_dict()
 
 
+def _possible(interval: IntervalDict | None, about: CardMetric) -> IntervalDict | None:
+    """Without the part of the interval that no value can be in: Student's t knows nothing of an error below 0."""
+    if interval is None or interval["low"] is None or interval["high"] is None:
+        return interval
+    low, high = max(interval["low"], about.lowest), min(interval["high"], about.highest)
+    return {**interval, "low": low, "high": high}
+
+
 def _row(name: str, seeds: Sequence[Seed]) -> MetricRow:
     about = card_metric(name)
 
     def of(who: str) -> IntervalDict | None:
-        return _mean(_sides(seed)[who]["metrics"].get(name) if who in _sides(seed) else None for seed in seeds)
+        found = (_sides(seed)[who]["metrics"].get(name) if who in _sides(seed) else None for seed in seeds)
+        return _possible(_mean(found), about)
 
     gain, lead, progress = (_mean(_difference(name, seed, *who) for seed in seeds) for who in _DIFFERENCES)
     return {

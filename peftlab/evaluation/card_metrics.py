@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from peftlab.evaluation.card_shape import Ratio
 from peftlab.evaluation.metrics import higher_is_better
@@ -10,13 +11,15 @@ from peftlab.evaluation.metrics import higher_is_better
 
 @dataclass(frozen=True)
 class CardMetric:
-    """See ``card_shape.MetricRow`` for the attributes."""
+    """See ``card_shape.MetricRow`` for the attributes. lowest, highest: no value can be beyond."""
 
     label: str
     higher_is_better: bool
     in_points: bool = False
     kept_as: Ratio | None = None
     note: str = ""
+    lowest: float = 0.0
+    highest: float = math.inf
 
 
 _ALIKE = "1 is equal"
@@ -31,27 +34,36 @@ _KNOWN: dict[str, CardMetric] = {
     "token_accuracy": CardMetric("token accuracy", True, True, "share", "share of the tokens that were the top guess"),
     "loss": CardMetric("loss", False, note="its surprise at what is right, in nats; lower is better"),
     "spearman": CardMetric(
-        "Spearman", True, note=f"whether pairs of texts are as similar, in order, as for the teacher; {_ALIKE}"
+        "Spearman",
+        True,
+        note=f"whether pairs of texts are as similar, in order, as for the teacher; {_ALIKE}",
+        lowest=-1.0,
+        highest=1.0,
     ),
     "neighbour_recall": CardMetric(
         "top-10 recall", True, True, note="share of the teacher's ten nearest texts that it finds too"
     ),
-    "cosine": CardMetric("cosine", True, note=f"of its vector of a text with the teacher's; {_ALIKE}"),
+    "cosine": CardMetric(
+        "cosine", True, note=f"of its vector of a text with the teacher's; {_ALIKE}", lowest=-1.0, highest=1.0
+    ),
     "agreement": CardMetric("agreement", True, True, note="how often its top answer is the teacher's, right or wrong"),
     "kl": CardMetric(
         "KL to teacher", False, note="how far its probabilities are from the teacher's, in nats; 0 is equal"
     ),
-    "ece": CardMetric("ECE", False, note="how far its confidence is from how often it is right; 0 is honest"),
-    "adaptive_ece": CardMetric("adaptive ECE", False, note="ECE with as many answers in every bin; 0 is honest"),
-    "brier": CardMetric("Brier score", False, note="squared error of its probabilities; 0 is best"),
+    "ece": CardMetric(
+        "ECE", False, note="how far its confidence is from how often it is right; 0 is honest", highest=1.0
+    ),
+    "adaptive_ece": CardMetric(
+        "adaptive ECE", False, note="ECE with as many answers in every bin; 0 is honest", highest=1.0
+    ),
+    "brier": CardMetric("Brier score", False, note="squared error of its probabilities; 0 is best", highest=2.0),
 }
 
 
 def card_metric(name: str) -> CardMetric:
     """What a card says about a flat metric name. Raises: RecipeError when neither the card nor METRICS knows it."""
-    if name in _KNOWN:
-        return _KNOWN[name]
-    return CardMetric(name.replace("_", " "), higher_is_better(name), in_points=True, kept_as="share")
+    about = _KNOWN.get(name) or CardMetric(name.replace("_", " "), higher_is_better(name), True, "share")
+    return replace(about, highest=1.0) if about.in_points else about
 
 
 def in_order(names: set[str], headline: str) -> list[str]:

@@ -18,8 +18,8 @@ from peftlab.evaluation.calibration import Calibration
 from peftlab.evaluation.intervals import Estimate, Floats, Statistic, bootstrap
 
 Unit = Literal["tokens", "classes"]
-# Metrics that are a share of the rows or of their tokens.
-SHARES = frozenset({"accuracy", "token_accuracy", "exact_match", "agreement"})
+# Metrics that are 0 where no row (or token) is right and 1 where all are; see ``Estimate.interval``.
+SHARES = frozenset({"accuracy", "f1_macro", "token_accuracy", "exact_match", "agreement"})
 # Largest number of logits whose softmax exists at once: 16 MB of float32.
 _BLOCK = 2**22
 _COLUMNS = ("positions", "nll", "correct", "brier", "agree", "kl")

@@ -77,7 +77,8 @@ class EmbeddingComparison:
 
     def estimates(self, *, seed: int = 0) -> dict[str, Estimate]:
         """``statistics`` on all texts and on resampled texts; about 3 s. Raises: as ``statistics``."""
-        return bootstrap(self.statistics(), sum(len(part) for part in self._student), seed=seed)
+        num = sum(len(part) for part in self._student)
+        return bootstrap(self.statistics(), num, shares={"neighbour_recall"}, seed=seed)
 
 
 def _pairs(num: int) -> NDArray[np.int64]:

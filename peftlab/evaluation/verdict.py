@@ -88,9 +88,11 @@ def _seeds(card: Card, gain: IntervalDict) -> str:
 def _contradictions(card: Card, outcome: Outcome) -> list[str]:
     """Metrics that say the opposite of the headline, or that something differs where the headline does not."""
     found: dict[bool, list[str]] = {True: [], False: []}
+    has_perplexity = any(row["name"] == "perplexity" for row in card["metrics"])
     for row in card["metrics"][1:]:
         said = _outcome(row)
-        if said not in ("helped", "did_not_help") or said == outcome:
+        # The perplexity is the exponential of the loss: one of them is enough.
+        if said not in ("helped", "did_not_help") or said == outcome or (row["name"] == "loss" and has_perplexity):
             continue
         assert row["student"] is not None and row["baseline"] is not None
         values = " against ".join(_figure(row, row[who]["value"]) for who in ("student", "baseline"))  # type: ignore[index]
@@ -109,7 +111,8 @@ def _teacher(card: Card, outcome: Outcome) -> list[str]:
     if row is None or row["lead"] is None or row["teacher"] is None or row["baseline"] is None:
         return []
     lead = row["lead"]
-    if lead["low"] is None or (excludes_zero(lead) and (lead["value"] > 0) == row["higher_is_better"]):
+    # Ahead, though perhaps not provably: few seeds would make a bad teacher of every teacher.
+    if lead["low"] is None or (lead["value"] != 0 and (lead["value"] > 0) == row["higher_is_better"]):
         return []
     values = " against ".join(_figure(row, side["value"]) for side in (row["teacher"], row["baseline"]))
     where = f"({_phrase(row)} {values})"

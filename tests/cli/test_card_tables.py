@@ -45,7 +45,13 @@ def _row(printed: str, label: str) -> list[str]:
 def test_no_line_is_too_long_and_nothing_is_cut(figures: Callable[[], Any], width: int) -> None:
     printed = _printed(figures(), width=width)
     assert max(len(line) for line in printed.splitlines()) <= width
-    assert "\x1b" not in printed and "..." not in printed and "None" not in printed and "nan" not in printed
+    assert (
+        "\x1b" not in printed
+        and "..." not in printed
+        and "\u2026" not in printed
+        and "None" not in printed
+        and "nan" not in printed
+    )
     assert all(line == line.rstrip() for line in printed.splitlines())
 
 
@@ -80,6 +86,16 @@ def test_a_language_model_of_one_seed() -> None:
     assert "\nloss" not in printed and "seed  " not in printed
     assert "how far its probabilities are from the teacher's, in nats; 0 is equal" in printed
     assert "0.328-0.366" in printed and "95 % interval over the 1,500 held-out rows" in printed
+
+
+def test_the_untrained_student_makes_room_for_large_numbers() -> None:
+    figures = examples.language_model()
+    for name in ("teacher", "baseline", "student", "cut"):
+        side: Any = figures["seeds"][0][name]  # type: ignore[literal-required]
+        side["metrics"]["perplexity"] |= {"value": 12_345.0, "low": 12_000.0, "high": 13_000.0}
+    line = next(line for line in _printed(figures).splitlines() if "12,000" in line)
+    assert line.split() == ["12,000-13,000", "12,000-13,000", "12,000-13,000", "1.25-1.27x"]
+    assert "untrained" not in _printed(figures) and "untrained" in _printed(figures, width=100)
 
 
 def test_an_embedding_model_has_no_columns_without_a_value() -> None:
