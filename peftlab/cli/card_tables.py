@@ -169,7 +169,7 @@ def seed_table(card: Card) -> Table:
     if compared:
         table.add_column(f"difference in {head['label']}", justify="right", overflow="fold")
     for line in card["seeds"]:
-        cells = [Text("-" if line[name] is None else _figure(head, line[name])) for name in who]
+        cells = [Text("-" if line[name] is None else _figure(head, numbers.number(line[name]))) for name in who]
         if compared:
             cells.append(_change(head, line))
         table.add_row(str(line["seed"]), *cells)
@@ -238,9 +238,12 @@ def _times(ratio: float) -> str:
 def _gain_style(who: str, row: Mapping[str, Any]) -> str:
     """Green or red for the student where the interval of its gain excludes 0."""
     gain = row["gain"]
-    if who != "student" or gain is None or gain["low"] is None or gain["low"] <= 0 <= gain["high"]:
+    if who != "student" or gain is None or gain["low"] is None:
         return ""
-    return "green" if (gain["value"] > 0) == row["higher_is_better"] else "red"
+    value, low, high = (numbers.number(gain[key]) for key in ("value", "low", "high"))
+    if low <= 0 <= high:
+        return ""
+    return "green" if (value > 0) == row["higher_is_better"] else "red"
 
 
 def _change(head: Mapping[str, Any], line: Mapping[str, Any]) -> Text:

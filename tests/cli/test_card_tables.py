@@ -128,6 +128,20 @@ def test_figures_that_are_no_numbers_and_negative_intervals_are_printed() -> Non
     assert _row(printed, "KL to teacher") == ["KL to teacher", "-", "inf"]
 
 
+def test_a_student_that_diverged_is_printed_as_run_json_holds_it() -> None:
+    """There infinite numbers are text."""
+    figures = examples.classification(2)
+    infinite = {"value": float("inf"), "low": float("inf"), "high": float("inf"), "over": "rows", "n": 1500}
+    for seed in figures["seeds"]:
+        seed["student"]["metrics"]["kl"] = seed["paired"]["gain"]["kl"] = infinite
+    printed = _printed({**figures, "headline": "kl"})
+    assert _row(printed, "KL to teacher") == ["KL to teacher", "-", "0.922", "inf", "-"]
+    assert "Distillation did not help, the student is worse for it: KL to the teacher inf against 0.922" in " ".join(
+        printed.split()
+    )
+    assert _row(printed, "  18")[-2:] == ["inf", "+inf"]
+
+
 def test_notes_stand_under_the_verdict() -> None:
     figures = examples.classification()
     for seed in figures["seeds"]:
