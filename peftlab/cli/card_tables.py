@@ -1,0 +1,264 @@
+"""The student report card on the screen: quality, size and speed, the verdict, and what the words mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peftlab.cli import numbers
+from peftlab.cli.metrics_tables import new_table
+from peftlab.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+_WHO = {"teacher": "teacher", "cut": "untrained", "baseline": "labels alone", "student": "distilled"}
+_WHO_NOTES = {
+    "teacher": "",
+    "cut": "the student before its training",
+    "baseline": "the same student, trained on the labels without the teacher",
+    "student": "the student, trained on what the teacher says",
+}
+_STYLES = {"helped": "bold green", "did_not_help": "bold red", "no_difference": "bold yellow"}
+
+
+def _count(value: float) -> str:
+    """``134.5 M``, ``16,384``."""
+    return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.1f} ms" if value >= 10 else f"{value:.2f} ms"
+
+
+_COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "num_parameters": ("parameters", _count),
+    "num_trained": ("of them trained", _count),
+    "file_bytes": ("file", numbers.size),
+    "latency_ms": ("one forward pass", _ms),
+    "tokens_per_s": ("tokens/s", numbers.rate),
+    "peak_memory_bytes": ("memory to train", numbers.size),
+    "seconds": ("time to train", numbers.duration),
+    "steps": ("steps", _count),
+}
+
+Card = Mapping[str, Any]
+
+
+def show_card(out: Output, card: Card) -> None:
+    """Prints the card: two tables with their explanations, the verdict, and one line per seed when there are several."""
+    rows = _shown_metrics(card)
+    who = _columns(rows, out.console.width)
+    out.show(quality_table(rows, who), notes_table(quality_notes(card, rows, who)))
+    if any(card["costs"].values()):
+        out.line()
+        out.show(cost_table(card), notes_table(cost_notes(card)))
+    out.line()
+    out.show(*verdict_lines(card))
+    if card["num_seeds"] > 1:
+        out.line()
+        out.show(seed_table(card))
+
+
+def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Table:
+    """metric, the models of ``who``, kept: the value, and its interval in the line below; ``rows`` are the card's metrics."""
+    from rich.text import Text
+
+    kept = any(row["kept"] for row in rows)
+    table = new_table()
+    table.add_column("metric", overflow="fold")
+    for name in who:
+        table.add_column(_WHO[name], justify="right", no_wrap=True)
+    if kept:
+        table.add_column("kept", justify="right", no_wrap=True)
+    for place, row in enumerate(rows):
+
+        def plain(value: float, row: Any = row) -> str:
+            return _figure(row, value)
+
+        # The untrained student is a starting point: its interval would only cost width.
+        shown = {name: row[name] and (row[name] | {"low": None} if name == "cut" else row[name]) for name in who}
+        cells = [_cell(shown[name], plain, style=_gain_style(name, row)) for name in who]
+        if kept:
+            cells.append(_cell(row["kept"], _share if row["kept_as"] == "share" else _times))
+        table.add_row(Text(row["label"], style="bold" if place == 0 else ""), *cells)
+    return table
+
+
+def quality_notes(card: Card, rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> list[tuple[str, str]]:
+    """What the second lines, the columns and the metrics mean."""
+    notes = [("second line", f"95 % interval over {_over(card)}")]
+    notes += [(_WHO[name], _WHO_NOTES[name]) for name in who if _WHO_NOTES[name]]
+    ways = {row["kept_as"] for row in rows if row["kept"]}
+    if ways:
+        below = "; where less is better, 1.00x is as good" if "times" in ways else ""
+        notes.append(("kept", f"distilled divided by teacher{below}"))
+    return notes + [(row["label"], row["note"]) for row in rows if row["note"]]
+
+
+def _shown_metrics(card: Card) -> list[Mapping[str, Any]]:
+    """All but the loss where the perplexity, its exponential, is there; --json has both."""
+    names = {row["name"] for row in card["metrics"]}
+    hidden = {"loss"} if "perplexity" in names and card["headline"] != "loss" else set()
+    return [row for row in card["metrics"] if row["name"] not in hidden]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """Who has values; the untrained student only where no word of the table must be broken for it."""
+    from rich.console import Console
+
+    who = [name for name in _WHO if any(row[name] for row in rows)]
+    fits = Console(width=1000).measure(quality_table(rows, who)).minimum <= width
+    return who if fits or "baseline" not in who else [name for name in who if name != "cut"]
+
+
+def cost_table(card: Card) -> Table:
+    """Size, speed and training of each model, and distilled divided by teacher."""
+    from rich.text import Text
+
+    costs, ratios = card["costs"], card["ratios"]
+    who = [name for name in _WHO if costs.get(name) and name != "cut"]
+    table = new_table()
+    table.add_column("cost", overflow="fold")
+    for name in (*(_WHO[name] for name in who), "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, (label, text) in _COSTS.items():
+        found = [costs[name].get(key) for name in who]
+        if all(value is None for value in found):
+            continue
+        cells = [_cost_cell(costs[name], key, text) for name in who]
+        speed = costs["student"].get("speed") if key == "tokens_per_s" else None
+        ratio = _cell(speed, _times) if speed else Text(_times(ratios[key]) if key in ratios else "")
+        table.add_row(Text(label), *cells, ratio)
+    return table
+
+
+def cost_notes(card: Card) -> list[tuple[str, str]]:
+    notes = [("ratio", "distilled divided by teacher")]
+    if any("latency_ms" in costs for costs in card["costs"].values()):
+        where = f" ({numbers.one_line(card['timed_on'])})" if card.get("timed_on") else ""
+        notes.append(("one forward pass", f"median and quartiles, the models taking turns on one batch{where}"))
+    return notes
+
+
+def verdict_lines(card: Card) -> list[RenderableType]:
+    """The verdict, and what a reader must know besides."""
+    from rich.text import Text
+
+    outcome, said = card["verdict"]["outcome"], numbers.printable(card["verdict"]["text"])
+    # "Distillation helped", "No difference"; or what comes before a reason in brackets.
+    first = said.partition(":" if outcome in _STYLES else " (")[0]
+    text = Text.assemble((first, _STYLES.get(outcome, "bold")), said.removeprefix(first))
+    return [text, *(Text(numbers.printable(note), style="yellow") for note in card["notes"])]
+
+
+def seed_table(card: Card) -> Table:
+    """The headline metric of every seed."""
+    from rich.text import Text
+
+    head = card["metrics"][0]
+    who = [name for name in _WHO if any(line[name] is not None for line in card["seeds"])]
+    compared = any(line["gain"] is not None for line in card["seeds"])
+    table = new_table()
+    table.add_column("seed", justify="right", no_wrap=True)
+    for name in who:
+        table.add_column(_WHO[name], justify="right", no_wrap=True)
+    if compared:
+        table.add_column(f"difference in {head['label']}", justify="right", overflow="fold")
+    for line in card["seeds"]:
+        cells = [Text("-" if line[name] is None else _figure(head, numbers.number(line[name]))) for name in who]
+        if compared:
+            cells.append(_change(head, line))
+        table.add_row(str(line["seed"]), *cells)
+    return table
+
+
+def notes_table(notes: Sequence[tuple[str, str]]) -> Table:
+    """Terms and what they mean."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for term, meaning in notes:
+        table.add_row(Text(term, style="dim"), Text(meaning, style="dim"))
+    return table
+
+
+def _cell(interval: Mapping[str, Any] | None, text: Callable[[float], str], *, style: str = "") -> Text:
+    """The value, and in the line below, where it is known, its interval."""
+    from rich.text import Text
+
+    if interval is None:
+        return Text("-", style="dim")
+    cell = Text(text(numbers.number(interval["value"])), style=style)
+    if interval["low"] is None or interval["high"] is None:
+        return cell
+    return Text.assemble(cell, "\n", (_range(interval["low"], interval["high"], text), "dim"))
+
+
+def _range(low: Any, high: Any, text: Callable[[float], str]) -> str:
+    """``0.681-0.709``, the unit once: ``91.2-95.1 %``; a minus sign needs the word."""
+    ends = [text(numbers.number(end)) for end in (low, high)]
+    unit = next((unit for unit in (" %", "x", " ms") if ends[0].endswith(unit)), "")
+    between = "-" if numbers.number(low) >= 0 else " to "
+    return f"{ends[0].removesuffix(unit)}{between}{ends[1]}"
+
+
+def _cost_cell(costs: Mapping[str, Any], key: str, text: Callable[[Any], str]) -> Text:
+    """A cost as it is; a latency with its quartiles."""
+    value = costs.get(key)
+    if value is None:
+        return _cell(None, text)
+    quartiles = [costs.get(f"latency_{end}_ms") if key == "latency_ms" else None for end in ("low", "high")]
+    return _cell({"value": value, "low": quartiles[0], "high": quartiles[1]}, text)
+
+
+def _figure(row: Mapping[str, Any], value: float) -> str:
+    """Three decimals below 1, four significant digits above; as in the verdict."""
+    if row["in_points"] or not math.isfinite(value) or 0.1 <= abs(value) < 1 or value == 0:
+        return f"{value:.3f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:#.3g}"
+
+
+def _share(ratio: float) -> str:
+    return f"{100 * ratio:.1f} %"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+
+def _gain_style(who: str, row: Mapping[str, Any]) -> str:
+    """Green or red for the student where the interval of its gain excludes 0."""
+    gain = row["gain"]
+    if who != "student" or gain is None or gain["low"] is None:
+        return ""
+    value, low, high = (numbers.number(gain[key]) for key in ("value", "low", "high"))
+    if low <= 0 <= high:
+        return ""
+    return "green" if (value > 0) == row["higher_is_better"] else "red"
+
+
+def _change(head: Mapping[str, Any], line: Mapping[str, Any]) -> Text:
+    from rich.text import Text
+
+    if line["gain"] is None:
+        return Text("-", style="dim")
+    gain = numbers.number(line["gain"])
+    return Text(
+        f"{100 * gain:+.1f} points" if head["in_points"] else f"{'-' if gain < 0 else '+'}{_figure(head, abs(gain))}"
+    )
+
+
+def _over(card: Card) -> str:
+    rows = f"{card['num_rows']:,} held-out rows"
+    if card["num_seeds"] == 1:
+        return f"the {rows}"
+    return f"{card['num_seeds']} seeds, all on the same {rows} (over the rows where all seeds give one value)"

@@ -1,0 +1,138 @@
+"""The shapes of what goes into a student report card and of the card itself. All of it is plain JSON."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, Required, TypedDict
+
+from peftlab.evaluation.intervals import IntervalDict
+
+Outcome = Literal["helped", "no_difference", "did_not_help", "not_compared", "undecided"]
+Ratio = Literal["share", "times"]
+# Who a figure is of. "baseline": the same student, trained on the labels alone with the same budget. "cut": the
+# student before its training.
+WHO = ("teacher", "cut", "baseline", "student")
+
+
+class Costs(TypedDict, total=False):
+    """What one model costs. What was not measured is left out.
+
+    num_parameters: of the whole model; num_trained: of them with a gradient. file_bytes: of its saved weights.
+    latency_ms, latency_low_ms, latency_high_ms: median and quartiles of one forward pass. tokens_per_s: of the median.
+    speed: how many times as fast as the teacher, whose own is 1.
+    peak_memory_bytes, seconds, steps: of its training in this run; a teacher that was not trained in it has none.
+    """
+
+    num_parameters: int
+    num_trained: int
+    file_bytes: int
+    latency_ms: float
+    latency_low_ms: float
+    latency_high_ms: float
+    tokens_per_s: float | None
+    speed: IntervalDict
+    peak_memory_bytes: int
+    seconds: float
+    steps: int
+
+
+class Side(Costs, total=False):
+    """One model of one seed: its costs, and its metrics by flat name (``card_metrics`` knows the names)."""
+
+    metrics: Required[dict[str, IntervalDict]]
+
+
+class Paired(TypedDict):
+    """Differences and ratios on the same rows, by metric; from ``card.paired``.
+
+    gain: student - baseline. lead: teacher - baseline. progress: student - cut. kept: student / teacher.
+    """
+
+    gain: dict[str, IntervalDict]
+    lead: dict[str, IntervalDict]
+    progress: dict[str, IntervalDict]
+    kept: dict[str, IntervalDict]
+
+
+class Seed(TypedDict):
+    """Everything measured with one seed."""
+
+    seed: int
+    teacher: Side
+    student: Side
+    baseline: NotRequired[Side]
+    cut: NotRequired[Side]
+    paired: Paired
+
+
+class Figures(TypedDict):
+    """What ``card.make_card`` takes.
+
+    headline: flat name of the metric that the verdict is about. num_rows: held-out rows, the same for all.
+    no_baseline: why there is none, such as "distill.baseline: false". timed_on: the batch and device of the latencies.
+    """
+
+    headline: str
+    num_rows: int
+    seeds: list[Seed]
+    no_baseline: NotRequired[str]
+    timed_on: NotRequired[str]
+
+
+class MetricRow(TypedDict):
+    """One metric of all models; with several seeds the means over them, see ``card.make_card``.
+
+    label, note: for people; the note is "" where the label says it all. in_points: differences are read as percentage
+    points. kept_as: "share" where student / teacher is read as a share kept, "times" where less is better, None where the
+    metric has no value of the teacher.
+    """
+
+    name: str
+    label: str
+    note: str
+    higher_is_better: bool
+    in_points: bool
+    teacher: IntervalDict | None
+    cut: IntervalDict | None
+    baseline: IntervalDict | None
+    student: IntervalDict | None
+    gain: IntervalDict | None
+    lead: IntervalDict | None
+    progress: IntervalDict | None
+    kept: IntervalDict | None
+    kept_as: Ratio | None
+
+
+class SeedLine(TypedDict):
+    """The headline metric of one seed. better: whether the student beats the baseline."""
+
+    seed: int
+    teacher: float | None
+    cut: float | None
+    baseline: float | None
+    student: float | None
+    gain: float | None
+    better: bool | None
+
+
+class Verdict(TypedDict):
+    outcome: Outcome
+    text: str
+
+
+class Card(TypedDict):
+    """The report card.
+
+    metrics: the headline first. costs: by ``WHO``, means over seeds. ratios: student / teacher of each cost both have.
+    notes: what a reader must know to trust the figures.
+    """
+
+    headline: str
+    num_rows: int
+    num_seeds: int
+    metrics: list[MetricRow]
+    costs: dict[str, Costs]
+    ratios: dict[str, float]
+    timed_on: str | None
+    seeds: list[SeedLine]
+    verdict: Verdict
+    notes: list[str]

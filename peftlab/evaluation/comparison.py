@@ -1,0 +1,192 @@
+"""What one model says on held-out rows, next to its teacher: a few numbers per row, from streamed logits (contract C10)."""
+
+# Shapes: N scored positions of one call, V classes or vocabulary entries.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from peftlab.errors import DataError, VerificationError
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.calibration import Calibration
+from peftlab.evaluation.intervals import Estimate, Floats, Statistic, bootstrap
+
+Unit = Literal["tokens", "classes"]
+# Metrics that are 0 where no row (or token) is right and 1 where all are; see ``Estimate.interval``.
+SHARES = frozenset({"accuracy", "f1_macro", "token_accuracy", "exact_match", "agreement"})
+# Largest number of logits whose softmax exists at once: 16 MB of float32.
+_BLOCK = 2**22
+_COLUMNS = ("positions", "nll", "correct", "brier", "agree", "kl")
+
+
+class Comparison:
+    """Sums per row of everything a report card says about one model. Keeps 56 bytes per row, and nothing of size V.
+
+    Args:
+        num_rows: how many held-out rows there are. Models that are to be compared get the same rows.
+        unit: "tokens": a row has any number of scored positions (language model). "classes": exactly one.
+
+    Attributes:
+        calibration: of all positions.
+    """
+
+    def __init__(self, num_rows: int, *, unit: Unit) -> None:
+        self.num_rows, self.unit = num_rows, unit
+        self.calibration = Calibration()
+        self._sums = {name: np.zeros(num_rows) for name in _COLUMNS}
+        self._classes = np.full((2, num_rows), -1, dtype=np.int32)
+        self._has_teacher: bool | None = None
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, targets: Tensor, row: Tensor, teacher: Tensor | None = None) -> None:
+        """Adds scored positions; the positions of one row may come in several calls.
+
+        Args:
+            logits: [N, V]; float64 is computed in float64, all else in float32. -inf is a class that does not exist.
+            targets: [N] int64, what is right there. row: [N] int64 in 0..num_rows-1, which row each position belongs to.
+            teacher: [N, V] logits of the teacher at the same positions, on the same device; in every call or in none.
+
+        Raises:
+            VerificationError: a logit is nan or +inf.
+            ValueError: shapes that do not fit, a row that is none, or a teacher in some calls only.
+        """
+        self._check(logits, targets, row, teacher)
+        where = row.cpu().numpy()
+        for part in _blocks(*logits.shape):
+            seen = {"targets": targets[part], "logits": logits[part]}
+            figures = _position_figures(**seen, teacher=None if teacher is None else teacher[part])
+            values = {name: value.cpu().numpy() for name, value in figures.items()}
+            for name in self._sums.keys() & values.keys():
+                # On the CPU, where the order of the additions is fixed.
+                self._sums[name] += np.bincount(where[part], values[name].astype(np.float64), minlength=self.num_rows)
+            self.calibration.add(values["confidence"].astype(np.float64), values["correct"])
+            if self.unit == "classes":
+                self._classes[0, where[part]] = values["top"]
+                self._classes[1, where[part]] = targets[part].cpu().numpy()
+
+    def sums(self, name: str) -> Floats:
+        """[num_rows] sums over the positions of each row.
+
+        Args:
+            name: "positions", "nll" (nats), "correct", "brier" (0 to 2 each); with a teacher "agree" (same top class) and
+                "kl" (KL(teacher || model) in nats at temperature 1).
+        """
+        return self._sums[name]
+
+    @property
+    def predictions(self) -> NDArray[np.int32]:
+        """[num_rows] the top class of each row (unit "classes")."""
+        return self._class_rows(0)
+
+    @property
+    def references(self) -> NDArray[np.int32]:
+        """[num_rows] the target of each row (unit "classes")."""
+        return self._class_rows(1)
+
+    def statistics(self) -> dict[str, Statistic]:
+        """The metrics by name, for ``bootstrap``, which may get others besides.
+
+        tokens: loss, perplexity, token_accuracy, exact_match (rows with every position right, of those with any).
+        classes: loss, accuracy, f1_macro, brier. With a teacher: agreement, kl.
+
+        Raises:
+            DataError: no position was added.
+        """
+        positions, nll, correct = (self._sums[name] for name in ("positions", "nll", "correct"))
+        if not positions.any():
+            raise DataError("expected positions to score, found none: the evaluation data has no rows to score")
+        metrics = {"loss": row_metrics.ratio(nll, positions)}
+        if self.unit == "classes":
+            metrics["accuracy"] = row_metrics.ratio(correct, positions)
+            metrics["f1_macro"] = row_metrics.macro_f1(self.predictions, self.references)
+            metrics["brier"] = row_metrics.ratio(self._sums["brier"], positions)
+        else:
+            metrics["perplexity"] = row_metrics.exp_ratio(nll, positions)
+            metrics["token_accuracy"] = row_metrics.ratio(correct, positions)
+            any_at_all = positions > 0
+            metrics["exact_match"] = row_metrics.ratio(any_at_all & (correct == positions), any_at_all)
+        if self._has_teacher:
+            metrics["agreement"] = row_metrics.ratio(self._sums["agree"], positions)
+            metrics["kl"] = row_metrics.ratio(self._sums["kl"], positions)
+        return metrics
+
+    def estimates(self, *, seed: int = 0) -> dict[str, Estimate]:
+        """``statistics`` on all rows and on resampled rows. Raises: as ``statistics``."""
+        return bootstrap(self.statistics(), self.num_rows, shares=SHARES, seed=seed)
+
+    def _class_rows(self, which: int) -> NDArray[np.int32]:
+        positions = self._sums["positions"]
+        if self.unit != "classes" or (positions != 1).any():
+            raise ValueError(
+                f"expected unit 'classes' and one position in each of {self.num_rows} rows, found unit {self.unit!r} and "
+                f"{int((positions != 1).sum())} rows with none or several"
+            )
+        rows: NDArray[np.int32] = self._classes[which]
+        return rows
+
+    def _check(self, logits: Tensor, targets: Tensor, row: Tensor, teacher: Tensor | None) -> None:
+        num = logits.shape[:1]
+        fits = logits.dim() == 2 and targets.shape == num == row.shape
+        if not fits or (teacher is not None and teacher.shape != logits.shape):
+            shapes = [list(t.shape) for t in (logits, targets, row, teacher) if t is not None]
+            raise ValueError(f"expected logits [N, V], targets [N], row [N] and teacher [N, V] or None, found {shapes}")
+        if len(row) and not 0 <= int(row.min()) <= int(row.max()) < self.num_rows:
+            raise ValueError(f"expected rows in 0..{self.num_rows - 1}, found {int(row.min())}..{int(row.max())}")
+        if self._has_teacher not in (None, teacher is not None):
+            raise ValueError("expected teacher logits in every call or in none, found both")
+        self._has_teacher = teacher is not None
+        for whose, tensor in (("model", logits), ("teacher", teacher)):
+            if tensor is not None and not bool((tensor < float("inf")).all()):
+                raise VerificationError(
+                    f"expected finite logits, found nan or inf in what the {whose} says on held-out rows: its training "
+                    "diverged (try a lower learning rate) or its dtype is too narrow"
+                )
+
+
+def _blocks(num: int, width: int) -> Iterator[slice]:
+    """Positions whose logits are few enough to be worked on at once."""
+    step = max(1, _BLOCK // width)
+    return (slice(first, first + step) for first in range(0, num, step))
+
+
+def _position_figures(logits: Tensor, targets: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+    """What one block of positions adds, [N] each."""
+    log_q = _log_softmax(logits)
+    q = log_q.exp()
+    confidence, top = q.max(dim=-1)
+    at_target = q.gather(-1, targets[:, None])[:, 0]
+    figures = {
+        "positions": torch.ones_like(confidence),
+        "nll": -log_q.gather(-1, targets[:, None])[:, 0],
+        "correct": top == targets,
+        "confidence": confidence,
+        "top": top,
+        # Sum over classes of (q - one_hot)^2. Source: Brier 1950, for several classes.
+        "brier": q.square().sum(-1) - 2 * at_target + 1,
+    }
+    if teacher is not None:
+        figures["agree"] = top == teacher.argmax(dim=-1)
+        figures["kl"] = _kl(_log_softmax(teacher), log_q, q)
+    return figures
+
+
+def _kl(log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
+    """[N] KL(p || q) in nats; infinite where q lacks a class that p has.
+
+    Summed as ``p log(p / q) - p + q``: no term is negative, and what the two float32 softmaxes miss of a sum of 1 counts
+    in second order only.
+    """
+    p = log_p.exp()
+    # A class that neither has is -inf - -inf; p is 0 there, and the term is q.
+    log_ratio = torch.where(p > 0, log_p - log_q, 0.0)
+    return (p * log_ratio - p + q).sum(-1, dtype=torch.float64)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)

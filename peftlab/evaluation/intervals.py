@@ -1,0 +1,153 @@
+"""How far a measured figure can be trusted: intervals over held-out rows (bootstrap) and over seeds (Student t).
+
+The unit that is drawn is the row (one example), never the token: the tokens of one text go together, and intervals over
+tokens are several times too narrow. Two models that were scored on the same rows are compared draw by draw
+(``Estimate.minus``, ``Estimate.over``), so that what is hard or easy for both cancels out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Over = Literal["rows", "seeds", "rounds"]
+# How often each row was drawn, [D, N] with D draws of N rows, to the metric of each draw, [D].
+Statistic = Callable[[Floats], Floats]
+
+CONFIDENCE = 0.95
+DRAWS = 1000
+# With fewer rows a bootstrap interval means little: three rows that all improve would look like certainty.
+MIN_ROWS = 10
+# Largest number of elements of one block of counts: 32 MB.
+_BLOCK = 2**22
+
+
+class IntervalDict(TypedDict):
+    """An ``Interval`` in JSON: ``low`` and ``high`` are None where nothing is known about the spread."""
+
+    value: float
+    low: float | None
+    high: float | None
+    over: Over
+    n: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval.
+
+    Attributes:
+        low, high: None where there are too few rows or seeds to tell, or the figure is not a finite number.
+        over: what would be drawn anew: held-out rows, seeds of the training, rounds of a timing. n: how many of them there were.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    over: Over
+    n: int
+
+    def as_dict(self) -> IntervalDict:
+        return {"value": self.value, "low": self.low, "high": self.high, "over": self.over, "n": self.n}
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A metric over all rows, and over rows drawn with replacement.
+
+    Attributes:
+        draws: [D]; the same draw is the same rows for every estimate of equal ``num_rows`` and ``seed``.
+        is_share: whether it is a share of the rows (or of their tokens) that have some property.
+    """
+
+    value: float
+    draws: Floats
+    num_rows: int
+    seed: int
+    is_share: bool = False
+
+    def interval(self) -> Interval:
+        """The 95 % percentile interval (Efron 1979).
+
+        Where all rows agree (no row wrong, or every row) no draw differs from another, and the percentiles would claim
+        certainty; a share then gets the exact binomial bound, 1 - 0.025^(1/n) away (Clopper and Pearson 1934).
+        """
+        if self.num_rows < MIN_ROWS or math.isnan(self.value):
+            return Interval(self.value, None, None, "rows", self.num_rows)
+        if self.is_share and self.value in (0.0, 1.0):
+            bound = 1 - ((1 - CONFIDENCE) / 2) ** (1 / self.num_rows)
+            low, high = (0.0, bound) if self.value == 0 else (1 - bound, 1.0)
+        else:
+            # Order statistics: interpolation between infinite draws would give nan.
+            cuts = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+            low, high = (float(x) for x in np.quantile(self.draws, cuts, method="inverted_cdf"))
+        known = not (math.isnan(low) or math.isnan(high))
+        return Interval(self.value, low if known else None, high if known else None, "rows", self.num_rows)
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference, draw by draw. Raises: ValueError when they were not estimated on the same draws."""
+        return self._paired(other, np.subtract)
+
+    def over(self, other: Estimate) -> Estimate:
+        """The ratio, draw by draw. Raises: as ``minus``."""
+        return self._paired(other, np.divide)
+
+    def _paired(self, other: Estimate, operation: np.ufunc) -> Estimate:
+        mine, theirs = ((e.num_rows, e.seed, len(e.draws)) for e in (self, other))
+        if mine != theirs:
+            raise ValueError(f"expected estimates on the same (rows, seed, draws), found {mine} and {theirs}")
+        with np.errstate(all="ignore"):
+            value = float(operation(np.float64(self.value), np.float64(other.value)))
+            return Estimate(value, operation(self.draws, other.draws), self.num_rows, self.seed)
+
+
+def bootstrap(
+    statistics: Mapping[str, Statistic],
+    num_rows: int,
+    *,
+    shares: Collection[str] = (),
+    num_draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Each metric on all rows and on ``num_draws`` draws of ``num_rows`` rows with replacement.
+
+    All metrics see the same draws, in this call and in every other one with the same ``num_rows`` and ``seed``.
+
+    Args:
+        shares: names of the metrics that are a share of the rows; see ``Estimate.interval``.
+    """
+    if num_rows < 1:
+        raise ValueError(f"expected at least one row, found {num_rows}")
+    rng = np.random.default_rng(seed)
+    draws = {name: np.empty(num_draws) for name in statistics}
+    block = max(1, _BLOCK // num_rows)
+    for first in range(0, num_draws, block):
+        size = min(block, num_draws - first)
+        drawn = rng.integers(0, num_rows, (size, num_rows)) + num_rows * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * num_rows).reshape(size, num_rows).astype(np.float64)
+        for name, statistic in statistics.items():
+            draws[name][first : first + size] = statistic(counts)
+    once = np.ones((1, num_rows))
+    return {
+        name: Estimate(float(statistic(once)[0]), draws[name], num_rows, seed, name in shares)
+        for name, statistic in statistics.items()
+    }
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of one value per seed, with the Student t interval of the mean from two seeds on."""
+    n = len(values)
+    with np.errstate(all="ignore"):
+        mean = float(np.mean(values))
+        if n < 2 or not math.isfinite(mean):
+            return Interval(mean, None, None, "seeds", n)
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, "seeds", n)

@@ -1,0 +1,265 @@
+"""Per-row comparisons of logits and of embeddings, against torch, scipy, scikit-learn and values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics import brier_score_loss, f1_score, log_loss
+from torch.nn import functional as F
+
+from peftlab.errors import DataError, VerificationError
+from peftlab.evaluation import comparison as module
+from peftlab.evaluation.calibration import Calibration
+from peftlab.evaluation.comparison import Comparison
+from peftlab.evaluation.embeddings import EmbeddingComparison
+
+ROWS, V = 40, 11
+
+
+def _logits(seed: int, num: int = ROWS, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return 2 * torch.randn(num, V, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _targets(num: int = ROWS) -> torch.Tensor:
+    return torch.randint(0, V - 2, (num,), generator=torch.Generator().manual_seed(9))
+
+
+def _classes() -> Comparison:
+    found = Comparison(ROWS, unit="classes")
+    found.add(_logits(1), _targets(), torch.arange(ROWS), _logits(2))
+    return found
+
+
+def test_kl_is_torchs_and_zero_for_equal_logits() -> None:
+    student, teacher = _logits(1), _logits(2)
+    expected = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    assert _classes().sums("kl") == pytest.approx(expected.numpy(), rel=1e-12)
+    same = Comparison(ROWS, unit="classes")
+    same.add(teacher.float(), _targets(), torch.arange(ROWS), teacher.float())
+    assert same.sums("kl").tolist() == [0.0] * ROWS
+    # The other direction is another number: KL(teacher || model), not KL(model || teacher).
+    reverse = F.kl_div(teacher.log_softmax(-1), student.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    assert abs(expected.sum() - reverse.sum()) > 0.1
+
+
+def test_float32_kl_of_nearly_equal_logits_keeps_its_digits() -> None:
+    """A sum of ``p log(p / q)`` alone loses them: its rounding errors are as large as the divergence."""
+    rng = torch.Generator().manual_seed(3)
+    teacher = torch.randn(20, 50_000, generator=rng)
+    student = teacher + 1e-3 * torch.randn(20, 50_000, generator=rng)
+    found = Comparison(20, unit="tokens")
+    found.add(student, torch.zeros(20, dtype=torch.int64), torch.arange(20), teacher)
+    p, q = (x.double().log_softmax(-1) for x in (teacher, student))
+    exact = (p.exp() * (p - q)).sum(-1).numpy()
+    assert found.sums("kl") == pytest.approx(exact, rel=0.02)
+    p, q = (x.log_softmax(-1) for x in (teacher, student))
+    assert (p.exp() * (p - q)).sum(-1).numpy() != pytest.approx(exact, rel=0.02)
+
+
+def test_columns_that_do_not_exist_add_nothing_and_a_missing_class_costs_everything() -> None:
+    student, teacher = _logits(1), _logits(2)
+    student[:, V - 2 :] = teacher[:, V - 2 :] = -math.inf
+    wide, narrow = Comparison(ROWS, unit="classes"), Comparison(ROWS, unit="classes")
+    wide.add(student, _targets(), torch.arange(ROWS), teacher)
+    narrow.add(student[:, : V - 2], _targets(), torch.arange(ROWS), teacher[:, : V - 2])
+    for name in ("nll", "brier", "kl", "agree"):
+        assert wide.sums(name) == pytest.approx(narrow.sums(name), rel=1e-12)
+    # Padding with 0 instead of -inf is another distribution.
+    padded = Comparison(ROWS, unit="classes")
+    padded.add(student.nan_to_num(neginf=0.0), _targets(), torch.arange(ROWS), teacher)
+    assert padded.sums("kl").sum() > wide.sums("kl").sum() + 0.1
+    student[0, 0] = -math.inf
+    lacking = Comparison(ROWS, unit="classes")
+    lacking.add(student, _targets(), torch.arange(ROWS), teacher)
+    assert lacking.sums("kl")[0] == math.inf and np.isfinite(lacking.sums("kl")[1:]).all()
+    assert lacking.estimates()["kl"].value == math.inf
+
+
+def test_class_metrics_are_scikit_learns() -> None:
+    found, targets = _classes(), _targets().numpy()
+    probabilities = _logits(1).softmax(-1).numpy()
+    values = {name: estimate.value for name, estimate in found.estimates().items()}
+    predictions = probabilities.argmax(-1)
+    assert values == pytest.approx(
+        {
+            "loss": log_loss(targets, probabilities, labels=range(V)),
+            "accuracy": np.mean(predictions == targets),
+            "f1_macro": f1_score(targets, predictions, average="macro"),
+            "brier": brier_score_loss(targets, probabilities, labels=range(V), scale_by_half=False),
+            "agreement": np.mean(predictions == _logits(2).argmax(-1).numpy()),
+            "kl": values["kl"],
+        }
+    )
+    assert found.predictions.tolist() == predictions.tolist() and found.references.tolist() == targets.tolist()
+
+
+def test_tokens_in_any_number_of_calls_give_the_same_sums_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = torch.tensor([0, 2, 2, 2, 1, 1, 4, 0] * 5)
+    whole = Comparison(5, unit="tokens")
+    whole.add(_logits(1), _targets(), row, _logits(2))
+    parts = Comparison(5, unit="tokens")
+    monkeypatch.setattr(module, "_BLOCK", 3 * V)
+    for part in (slice(0, 7), slice(7, 7), slice(7, 40)):
+        parts.add(_logits(1)[part], _targets()[part], row[part], _logits(2)[part])
+    for name in ("positions", "nll", "correct", "agree", "kl"):
+        assert parts.sums(name) == pytest.approx(whole.sums(name), rel=1e-12)
+    assert parts.calibration.ece() == pytest.approx(whole.calibration.ece(), rel=1e-12)
+    expected = F.cross_entropy(_logits(1), _targets(), reduction="none")
+    assert whole.sums("nll")[2] == pytest.approx(float(expected[row == 2].sum()))
+    assert whole.sums("positions").tolist() == [10, 10, 15, 0, 5]
+
+
+def test_token_metrics_by_hand() -> None:
+    """Row 0: both right; row 1: one of two; row 2 has no position and is no exact match."""
+    sure, unsure = [math.log(0.8), math.log(0.2)], [math.log(0.5), math.log(0.5)]
+    found = Comparison(3, unit="tokens")
+    found.add(torch.tensor([sure, sure, sure, unsure]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1, 1]))
+    nats = -(2 * math.log(0.8) + math.log(0.2) + math.log(0.5)) / 4
+    assert {name: estimate.value for name, estimate in found.estimates().items()} == pytest.approx(
+        {"loss": nats, "perplexity": math.exp(nats), "token_accuracy": 3 / 4, "exact_match": 1 / 2}
+    )
+
+
+def test_what_is_kept_does_not_grow_with_the_vocabulary() -> None:
+    found = Comparison(4, unit="tokens")
+    for _ in range(3):
+        found.add(torch.zeros(4, 30_000), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    assert sum(found.sums(name).nbytes for name in ("positions", "nll", "correct", "brier", "agree", "kl")) == 4 * 48
+
+
+def test_mistakes_of_the_caller() -> None:
+    found, targets, rows = Comparison(ROWS, unit="tokens"), _targets(), torch.arange(ROWS)
+    with pytest.raises(ValueError, match=r"found \[\[40, 11\], \[39\], \[40\]\]"):
+        found.add(_logits(1), targets[1:], rows)
+    with pytest.raises(ValueError, match=r"expected rows in 0\.\.39, found 1\.\.40"):
+        found.add(_logits(1), targets, rows + 1)
+    with pytest.raises(DataError, match="found none: the evaluation data has no rows to score"):
+        found.estimates()
+    found.add(_logits(1), targets, rows, _logits(2))
+    with pytest.raises(ValueError, match="teacher logits in every call or in none"):
+        found.add(_logits(1), targets, rows)
+    with pytest.raises(ValueError, match="expected unit 'classes'"):
+        _ = found.predictions
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_diverged_is_said_so(value: float) -> None:
+    logits = _logits(1)
+    logits[3, 4] = value
+    with pytest.raises(VerificationError, match="in what the teacher says on held-out rows: its training diverged"):
+        Comparison(ROWS, unit="tokens").add(_logits(2), _targets(), torch.arange(ROWS), logits)
+
+
+def test_ece_by_hand() -> None:
+    """Two bins of 15: confidence 0.9 and 0.92, one of two right; 0.5 twice, both right."""
+    found = Calibration()
+    found.add(np.array([0.9, 0.92, 0.5]), np.array([True, False, True]))
+    found.add(np.array([0.5]), np.array([True]))
+    assert found.ece() == pytest.approx(abs(1.0 - 1.82) / 4 + abs(2.0 - 1.0) / 4)
+    assert math.isnan(Calibration().ece()) and math.isnan(Calibration().adaptive_ece())
+
+
+def test_a_bin_holds_its_upper_edge() -> None:
+    """0.2 is the end of (2/15, 3/15]: in one bin with 0.15 the errors cancel, in two they would not."""
+    found = Calibration()
+    found.add(np.array([0.2, 0.15]), np.array([True, False]))
+    assert found.ece() == pytest.approx(abs(1 - 0.35) / 2)
+
+
+def test_calibration_of_an_honest_and_of_a_boasting_model() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(8, 2, 40_000)
+    honest, boasting = Calibration(), Calibration()
+    honest.add(confidence, rng.random(40_000) < confidence)
+    boasting.add(confidence, rng.random(40_000) < confidence - 0.1)
+    for found, error in ((honest, 0.0), (boasting, 0.1)):
+        assert found.ece() == pytest.approx(error, abs=0.012)
+        assert found.adaptive_ece() == pytest.approx(error, abs=0.012)
+
+
+def test_adaptive_ece_is_that_of_sorted_predictions_in_15_equal_parts() -> None:
+    rng = np.random.default_rng(1)
+    confidence = rng.beta(9, 1, 15_000)
+    right = rng.random(15_000) < confidence**2
+    found = Calibration()
+    found.add(confidence, right)
+    order = np.argsort(confidence)
+    expected = np.mean([abs(right[p].mean() - confidence[p].mean()) for p in np.array_split(order, 15)])
+    # A cell of 1/15,000 stays together: it moves a handful of 1,000 predictions to the next bin.
+    assert found.adaptive_ece() == pytest.approx(expected, abs=1e-3)
+
+
+def _vectors(num: int, noise: float, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    teacher = torch.randn(num, width, generator=rng)
+    return 3 * (teacher + noise * torch.randn(num, width, generator=rng)), teacher
+
+
+def _embeddings(student: torch.Tensor, teacher: torch.Tensor) -> EmbeddingComparison:
+    found = EmbeddingComparison()
+    for part in (slice(0, 7), slice(7, None)):
+        found.add(student[part], teacher[part])
+    return found
+
+
+def test_embeddings_against_scipy_and_by_brute_force() -> None:
+    student, teacher = _vectors(50, 0.7)
+    values = {name: e.value for name, e in _embeddings(student, teacher).estimates().items()}
+    s, t = (F.normalize(x.double()) @ F.normalize(x.double()).T for x in (student, teacher))
+    upper = np.triu_indices(50, 1)
+    recalls = [
+        len(
+            set(sorted(set(range(50)) - {i}, key=lambda j: -s[i, j])[:10])
+            & set(t[i].argsort(descending=True)[1:11].tolist())
+        )
+        for i in range(50)
+    ]
+    assert values == pytest.approx(
+        {
+            "spearman": stats.spearmanr(s[upper], t[upper]).statistic,
+            "neighbour_recall": np.mean(recalls) / 10,
+            "cosine": float(F.cosine_similarity(student, teacher).mean()),
+        },
+        abs=1e-6,
+    )
+
+
+def test_a_drawn_spearman_is_scipys_on_the_repeated_pairs() -> None:
+    """Texts 0 and 1 are the same text, so that there are ties."""
+    student, teacher = _vectors(12, 0.7)
+    student[1], teacher[1] = student[0], teacher[0]
+    statistic = _embeddings(student, teacher).statistics()["spearman"]
+    s, t = ((F.normalize(x) @ F.normalize(x).T).numpy().round(6) for x in (student.double(), teacher.double()))
+    for counts in np.random.default_rng(2).multinomial(12, np.ones(12) / 12, 5):
+        i, j = np.triu_indices(12, 1)
+        times = counts[i] * counts[j]
+        expected = stats.spearmanr(np.repeat(s[i, j], times), np.repeat(t[i, j], times)).statistic
+        assert statistic(counts[None].astype(float))[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_student_that_turns_the_space_is_a_perfect_one_but_for_the_cosine() -> None:
+    _, teacher = _vectors(600, 0.0)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1))).Q
+    values = {
+        name: float(s(np.ones((1, 600)))[0]) for name, s in _embeddings(teacher @ turn, teacher).statistics().items()
+    }
+    # 600 texts have more pairs than are ranked.
+    assert values["spearman"] == pytest.approx(1.0, abs=1e-4)
+    assert values["neighbour_recall"] > 0.999 and abs(values["cosine"]) < 0.5
+    other = {name: float(s(np.ones((1, 600)))[0]) for name, s in _embeddings(*_vectors(600, 50.0)).statistics().items()}
+    assert abs(other["spearman"]) < 0.1 and other["neighbour_recall"] < 0.1
+
+
+def test_embeddings_of_other_widths_have_no_cosine_and_mistakes_are_said() -> None:
+    student, teacher = _vectors(20, 0.5)
+    assert set(_embeddings(student[:, :8], teacher).statistics()) == {"spearman", "neighbour_recall"}
+    with pytest.raises(DataError, match="expected at least 3 texts to compare embeddings on, found 2"):
+        _embeddings(student[:2], teacher[:2]).statistics()
+    with pytest.raises(ValueError, match=r"expected two \[B, H\]"):
+        _embeddings(student[:9], teacher)
+    with pytest.raises(VerificationError, match="in the student's"):
+        _embeddings(student * math.nan, teacher)
