@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftlab_kernels.heads import Head
+from peftlab_kernels.heads import Head, head_logits
 from peftlab_kernels.linear_cross_entropy import LinearLoss, linear_cross_entropy
 from peftlab_kernels.linear_kl import (
     DIVERGENCES,
@@ -95,6 +95,7 @@ __all__ = [
     "check_divergence",
     "dropout_mask",
     "forced_plan",
+    "head_logits",
     "kernel_paths",
     "linear_cross_entropy",
     "linear_kl",

@@ -246,6 +246,27 @@ def spread_gradients(
     return hidden, adapter, head
 
 
+def wide_logits(raw_CV: Tensor, head: Head, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits after scale and cap in float32 (or float64), in the memory of ``raw_CV`` where that is their type; and the
+    derivative of the cap."""
+    z_CV = raw_CV if raw_CV.dtype == torch.float64 else raw_CV.float()
+    if head.scale != 1.0:
+        z_CV.mul_(head.scale)
+    if head.softcap is None:
+        return z_CV, None
+    z_CV.div_(head.softcap).tanh_()
+    slope_CV = 1 - z_CV.square() if slope else None
+    return z_CV.mul_(head.softcap), slope_CV
+
+
+@torch.no_grad()
+def head_logits(hidden_NH: Tensor, head: Head, *, backend: str = "torch") -> Tensor:
+    """[N, C] float32 logits (float64 stays) of all classes of ``head``: for some hundred tokens at a time."""
+    head.check(hidden_NH)
+    raw_NV = HeadPass(head, hidden_NH, None, Wanted(), backend).logits(slice(None))
+    return wide_logits(raw_NV, head, slope=False)[0]
+
+
 def pack_head(head: Head) -> tuple[list[Tensor], str, list[int], list[float]]:
     """A head as the plain values that an operator schema can hold; ``unpack_head`` undoes it."""
     weight, tensors = head.weight, list(head.weight.tensors())

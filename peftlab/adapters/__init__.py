@@ -1,10 +1,11 @@
 """Adapters: recipe values to PEFT, saving, loading, merging."""
 
 from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
-from peftlab.adapters.head import HeadLoss, head_reason
+from peftlab.adapters.head import HeadLoss, head_input, head_reason
 from peftlab.adapters.lora import (
     ADAPTER_FILES,
     AdapterReport,
+    add_adapter,
     add_lora,
     check_adapter_files,
     check_targets,
@@ -18,9 +19,11 @@ __all__ = [
     "ADAPTER_FILES",
     "AdapterReport",
     "HeadLoss",
+    "add_adapter",
     "add_lora",
     "check_adapter_files",
     "check_targets",
+    "head_input",
     "head_reason",
     "load_adapter",
     "load_trained",

@@ -42,9 +42,17 @@ class HeadLoss:
 
 
 def head_input(
-    module: nn.Module, hidden: Tensor, *, softcap: float | None = None, scale: float = 1.0
+    module: nn.Module,
+    hidden: Tensor,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    num_classes: int | None = None,
 ) -> HeadInput | None:
-    """What the fused losses take for the head ``module`` and hidden states [N, H]; None where it is not covered."""
+    """What the fused losses take for the head ``module`` and hidden states [N, H]; None where it is not covered.
+
+    Args: num_classes: leading columns that are classes, None: all.
+    """
     if head_reason(module, hidden) is not None:
         return None
     layer, base, adapted = _layers(module)
@@ -60,7 +68,7 @@ def head_input(
         if factors.dropout:
             keep, keep_scale = ops.dropout_mask(hidden, factors.A_RK, factors.dropout, ops.new_seed())
             adapter_hidden = hidden * keep * keep_scale
-    return HeadInput(ops.Head(weight, base.bias, low_rank, softcap, scale), hidden, adapter_hidden)
+    return HeadInput(ops.Head(weight, base.bias, low_rank, softcap, scale, num_classes), hidden, adapter_hidden)
 
 
 def head_reason(module: nn.Module, hidden: Tensor | None = None) -> str | None:

@@ -159,7 +159,12 @@ def save_adapter(model: Any, folder: Path) -> None:
 
     PEFT writes its lists from sets, whose order changes between processes; sorted, equal runs give equal files.
     """
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=_trains_embeddings(model))
+    model.save_pretrained(
+        str(folder),
+        safe_serialization=True,
+        selected_adapters=["default"],  # a teacher's adapter may be loaded beside it
+        save_embedding_layers=_trains_embeddings(model),
+    )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -204,6 +209,25 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     _check_complete(peft_model, folder, model)
     fused.set_kernels(peft_model, kernels)
     return peft_model
+
+
+def add_adapter(model: Any, folder: Path, *, name: str) -> None:
+    """Loads a saved adapter beside the one that ``model`` trains, frozen and not active.
+
+    Raises: ArtifactError when files are missing, damaged, or made for another model.
+    """
+    check_adapter_files(folder)
+    active = model.active_adapter
+    try:
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model.get_base_model())}: {error}"
+        ) from error
+    model.set_adapter(active)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.requires_grad_(False)
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

@@ -37,11 +37,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class DataParts:
-    """Training and held-out rows, and what identifies them."""
+    """Training and held-out rows, and what identifies them.
+
+    Attributes: labelled: rows that tell the classes; ``train`` itself, unless that is a transfer set without labels.
+    """
 
     train: Rows
     eval: Rows
     fingerprints: dict[str, str]
+    labelled: Rows
 
 
 @contextlib.contextmanager
@@ -135,8 +139,11 @@ def precision_of(recipe: Recipe, device: str) -> str:
     return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def load_data(recipe: Recipe) -> DataParts:
-    """Reads the rows and makes the split. Raises: DataError, RecipeError."""
+def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
+    """Reads the rows and makes the split. Raises: DataError, RecipeError.
+
+    Args: transfer: whether training is on the rows of distill.transfer, where the recipe has them.
+    """
     data = recipe.data
     _check_columns(recipe)
     read = functools.partial(
@@ -153,14 +160,25 @@ def load_data(recipe: Recipe) -> DataParts:
         held_out = _with_labels(
             recipe, read(data.eval, key="data.eval", default_split="validation"), all_names_used=False
         )
-        return DataParts(train, held_out, fingerprints | {"eval data": held_out.fingerprint})
+        parts = DataParts(train, held_out, fingerprints | {"eval data": held_out.fingerprint}, train)
+        return _with_transfer(recipe, parts, read) if transfer else parts
     labels = read_class_labels(recipe, train) if recipe.task == "seq_cls" or "label" in data.columns else None
     if recipe.task == "seq_cls":
         class_names(labels or [])
     kept, held = split_rows(
         train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=recipe.run.seed, labels=labels
     )
-    return DataParts(train.select(kept), train.select(held), fingerprints)
+    labelled = train.select(kept)
+    parts = DataParts(labelled, train.select(held), fingerprints, labelled)
+    return _with_transfer(recipe, parts, read) if transfer else parts
+
+
+def _with_transfer(recipe: Recipe, parts: DataParts, read: Callable[..., Rows]) -> DataParts:
+    if recipe.distill is None or recipe.distill.transfer is None:
+        return parts
+    rows = read(recipe.distill.transfer, key="distill.transfer")
+    fingerprints = parts.fingerprints | {"transfer data": rows.fingerprint}
+    return dataclasses.replace(parts, train=rows, fingerprints=fingerprints)
 
 
 def _check_columns(recipe: Recipe) -> None:
@@ -250,9 +268,13 @@ def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
     return wanted
 
 
-def encode(recipe: Recipe, task: Task, rows: Rows, *, limit: int, training: bool) -> Encoded:
+def encode(
+    recipe: Recipe, task: Task, rows: Rows, *, limit: int, training: bool, labelled: bool = True
+) -> Encoded:
     """The examples of ``rows``. Raises: DataError with all that the ledger refuses."""
-    encoded = task.encode(rows, max_length=limit, too_long=recipe.data.too_long, training=training)
+    encoded = task.encode(
+        rows, max_length=limit, too_long=recipe.data.too_long, training=training, labelled=labelled
+    )
     require(encoded.ledger, allow=recipe.data.allow, training=training)
     return encoded
 

@@ -27,16 +27,19 @@ class Target:
     Attributes:
         loaded: its recipe, or the one given beside it, with ``model.name`` as it is to be loaded. adapter: folder of the
             adapter, None for a plain model.
-        kind: ``run``, ``adapter``, ``merged`` or ``base``.
+        kind: ``run``, ``adapter``, ``merged`` or ``base``. labels: class names of a base model that has the head already.
     """
 
     kind: str
     loaded: LoadedRecipe
     adapter: Path | None
+    labels: list[str] | None = None
 
     @property
     def classes(self) -> list[str] | None:
         """Class names the head was trained with; None for a base model, whose classes come from the data."""
+        if self.labels is not None:
+            return self.labels
         names = (self.loaded.recipe.lock or {}).get("environment", {}).get("class_names")
         return list(names) if names and self.kind != "base" else None
 

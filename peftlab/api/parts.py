@@ -18,11 +18,13 @@ from peftlab.adapters.fused import fusion_report
 from peftlab.api import build
 from peftlab.api.findings import findings, previews, shared_rows
 from peftlab.api.ledger_text import PreviewText, finding_line, opening_lines, shared_line
+from peftlab.api.teachers import Teachers
 from peftlab.data import BatchPlan, Ledger
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
+from peftlab.training.distilling import DistillLoss
 from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress
 
@@ -53,6 +55,7 @@ class Parts:
     data: build.DataParts
     fingerprints: dict[str, str]
     planned: list[str]
+    loss: DistillLoss | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,11 +125,14 @@ def run_accelerator(recipe: Recipe, folder: Path) -> Iterator[Any]:
         accelerator.free_memory()
 
 
-def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts:
-    """Data, then model: the cheap half first, so that most mistakes show within seconds."""
+def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress, *, teachers: Teachers | None = None) -> Parts:
+    """Data, then model: the cheap half first, so that most mistakes show within seconds.
+
+    Args: teachers: of a student; None: the labels alone are learned from.
+    """
     recipe, device = loaded.recipe, accelerator.device.type
     progress.stage("reading data")
-    data = build.load_data(recipe)
+    data = build.load_data(recipe, transfer=teachers is not None)
     progress.stage(f"loading tokenizer of {recipe.model.name}")
     pretrained = build.pretrained_of(recipe)
     tokenizer = build.tokenizer_of(recipe, pretrained)
@@ -138,10 +144,11 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
         progress.note(
             f"kernel plans: {plans} when the run was made, {ops.plans_in_use()} now: the last bits may differ"
         )
-    task = build.build_task(recipe, tokenizer, data.train)
+    task = build.build_task(recipe, tokenizer, data.labelled)
     metrics = metrics_of(recipe, task)
     limit = build.limit_of(recipe, pretrained, tokenizer)
-    encoded = build.encode(recipe, task, data.train, limit=limit, training=True)
+    labelled = data.train is data.labelled
+    encoded = build.encode(recipe, task, data.train, limit=limit, training=True, labelled=labelled)
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
     ledger = _tell_ledger(recipe, task, encoded.ledger, held_out.ledger, progress)
     plan = make_plan(recipe, encoded.lengths, device, packing=limit if recipe.data.packing else None)
@@ -163,9 +170,11 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress) -> Parts
         "eval_rows": len(held_out.examples),
     }
     summary |= {"full": recipe.adapter.method == "none", "full_logits": full_logits, "ledger": ledger}
+    packing = recipe.data.packing
+    loss = None if teachers is None else teachers.loss(task, model, data.train, encoded, packing=packing)
     return Parts(
         loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
-        fingerprints, planned, summary,
+        fingerprints, planned, loss, summary,
     )  # fmt: skip
 
 

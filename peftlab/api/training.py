@@ -155,6 +155,8 @@ def _gate(parts: Parts, accelerator: Any, progress: Progress) -> None:
         where=parts.data.train.where,
         autocast=accelerator.autocast,
         packed=parts.plan.packed,
+        loss_sum=parts.loss,
+        reference_loss_sum=parts.loss and parts.loss.reference,
     )
     parts.summary["parity"] = asdict(found)
     release_memory()
@@ -308,6 +310,7 @@ def _loop(
         log=log,
         progress=progress,
         where=parts.data.train.where,
+        loss_sum=parts.loss,
         evaluate=evaluate,
         resume_hint=f"peftlab train {folder} --resume",
     )

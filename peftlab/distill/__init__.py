@@ -2,7 +2,16 @@
 
 from peftlab.distill.doctor import GradientReport, gradient_report
 from peftlab.distill.losses import cross_entropy, divergence, sparse_divergence
-from peftlab.distill.objective import Objective, as_teacher, combine, num_targets, select, select_targets
+from peftlab.distill.objective import (
+    VECTOR_LOSSES,
+    Objective,
+    VectorObjective,
+    as_teacher,
+    combine,
+    num_targets,
+    select,
+    select_targets,
+)
 from peftlab.distill.targets import SparseTarget
 from peftlab.distill.vocabulary import compare, fingerprint, require_same, shared_width
 
@@ -10,6 +19,8 @@ __all__ = [
     "GradientReport",
     "Objective",
     "SparseTarget",
+    "VECTOR_LOSSES",
+    "VectorObjective",
     "as_teacher",
     "combine",
     "compare",

@@ -7,16 +7,24 @@ and ranks (contract C3), so that a step does not depend on how it is cut.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from peftlab import ops
+from peftlab.distill.features import hidden_cosine, hidden_mse, similarity_kl, similarity_mse
 from peftlab.distill.losses import cross_entropy, divergence, sparse_divergence
 from peftlab.distill.targets import SparseTarget
 from peftlab.errors import RecipeError
+
+VECTOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hidden_cosine": hidden_cosine,
+    "hidden_mse": hidden_mse,
+    "similarity_mse": similarity_mse,
+    "similarity_kl": similarity_kl,
+}
 
 
 def select(values: Tensor, trained: Tensor) -> Tensor:
@@ -187,6 +195,24 @@ class Objective:
             adapter_hidden=adapter_hidden,
             backend=backend,
         ).total
+
+
+@dataclass(frozen=True, slots=True)
+class VectorObjective:
+    """A loss between vectors that are a model's answer, such as sentence embeddings.
+
+    Args: kind: hidden_cosine or hidden_mse (of equal widths), similarity_mse or similarity_kl (of any).
+    """
+
+    kind: str = "hidden_cosine"
+
+    def __post_init__(self) -> None:
+        if self.kind not in VECTOR_LOSSES:
+            raise RecipeError(f"expected a loss between vectors out of {', '.join(VECTOR_LOSSES)}, found {self.kind!r}")
+
+    def losses(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """[N] per text. Args: student: [N, H_s]. teacher: [N, H_t]. Raises: RecipeError on widths that cannot be compared."""
+        return VECTOR_LOSSES[self.kind](student, teacher)
 
 
 def _check(values: Tensor, trained: Tensor) -> None:

@@ -70,8 +70,11 @@ class SparseTarget:
         log_p, ids = (exact / temperature).log_softmax(-1).topk(k, dim=-1)
         return cls(ids, log_p.exp(), temperature, tail)
 
-    def rows(self, chosen: slice) -> SparseTarget:
+    def rows(self, chosen: slice | Tensor) -> SparseTarget:
         return SparseTarget(self.ids[chosen], self.probs[chosen], self.temperature, self.tail)
+
+    def to(self, device: torch.device | str) -> SparseTarget:
+        return SparseTarget(self.ids.to(device), self.probs.to(device), self.temperature, self.tail)
 
     def require_temperature(self, temperature: float) -> None:
         """Raises: RecipeError when the target was taken at another temperature."""

@@ -4,6 +4,7 @@ from peftlab.models.bnb import import_bitsandbytes
 from peftlab.models.load import (
     Pretrained,
     find_pretrained,
+    label_names,
     load_model,
     load_skeleton,
     load_tokenizer,
@@ -19,6 +20,7 @@ __all__ = [
     "Pretrained",
     "find_pretrained",
     "import_bitsandbytes",
+    "label_names",
     "load_model",
     "load_skeleton",
     "load_tokenizer",

@@ -120,6 +120,12 @@ def model_max_length(pretrained: Pretrained, tokenizer: Any) -> int:
     return min(int(positions or 2**31), int(min(tokenizer.model_max_length, 2**31)))
 
 
+def label_names(pretrained: Pretrained) -> list[str]:
+    """Class names of a classifier's config, by index; transformers' own LABEL_0, LABEL_1 where nobody named them."""
+    named = _config(pretrained).id2label
+    return [str(named[i]) for i in sorted(named)]
+
+
 def _config(pretrained: Pretrained, **kwargs: Any) -> Any:
     from transformers import AutoConfig
 
@@ -181,6 +187,7 @@ def load_model(
     compute_dtype: str = "auto",
     dtype: str = "auto",
     attention: str = "auto",
+    whole: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """The frozen backbone on ``device``, in eval mode, no parameter requiring a gradient.
@@ -188,6 +195,7 @@ def load_model(
     Args:
         auto_class: name of a transformers auto class, such as ``AutoModelForCausalLM``.
         quantize: ``none``, ``nf4`` or ``int8``: storage of the linear weights except output layers.
+        whole: refuse a model whose task head is not in its files, instead of giving it a new one.
         model_kwargs: passed to the config (``num_labels``, ``id2label``, ...).
     Raises: RecipeError, ArtifactError, ResourceError.
     """
@@ -210,7 +218,7 @@ def load_model(
             model, loading = auto.from_pretrained(
                 pretrained.location, use_safetensors=True, output_loading_info=True, **pretrained.hub_kwargs, **kwargs
             )
-            _check_nothing_made_up(pretrained, model, loading["missing_keys"])
+            _check_nothing_made_up(pretrained, model, loading["missing_keys"], whole=whole)
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
@@ -220,8 +228,14 @@ def load_model(
     return model.eval()
 
 
-def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: Any) -> None:
+def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: Any, *, whole: bool) -> None:
     """transformers fills tensors that the files lack with random values; only a new task head may be new."""
+    if whole and missing:
+        raise RecipeError(
+            f"{pretrained.source.name!r} has no head for this task ({', '.join(sorted(missing)[:3])} would be random numbers): "
+            "train it for the task first, and give the run folder or the merged model",
+            key="model.name",
+        )
     inner = f"{model.base_model_prefix}."
     lost = sorted(name for name in missing if name.startswith(inner) and "pooler" not in name)
     if "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__:

@@ -284,8 +284,8 @@ def test_bug_mean_of_means_over_micro_batches(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(objective, "num_targets", lambda trained: 1)
     right = objective.combine
 
-    def mean(hard: Tensor, soft: Tensor, *, hard_weight: float) -> Tensor:
-        return right(hard, soft, hard_weight=hard_weight) / len(hard)
+    def mean(hard: Tensor, soft: Tensor, **options: Any) -> Tensor:
+        return right(hard, soft, **options) / len(hard)
 
     monkeypatch.setattr(objective, "combine", mean)
     assert_same(step(STUDENT, TEACHER, MIXED, Layout()), truth(STUDENT, TEACHER, **MIXED))
@@ -444,7 +444,9 @@ def test_bug_teacher_and_student_swapped(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bug_weights_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     right = objective.combine
     monkeypatch.setattr(
-        objective, "combine", lambda hard, soft, *, hard_weight: right(hard, soft, hard_weight=1 - hard_weight)
+        objective,
+        "combine",
+        lambda hard, soft, *, hard_weight, **rest: right(hard, soft, hard_weight=1 - hard_weight, **rest),
     )
     caught()
 

@@ -21,6 +21,7 @@ from peftlab_kernels.heads import (
     spread_gradients,
     unpack_head,
     wanted_gradients,
+    wide_logits,
 )
 
 _PIECE_BYTES = 2**20  # of float32 logits that the CPU goes through at a time: they stay in cache
@@ -154,19 +155,6 @@ def row_pieces(logits_CV: Tensor) -> Any:
     threads = torch.get_num_threads()
     step = C if logits_CV.is_cuda else max(threads, _PIECE_BYTES // (4 * V) // threads * threads)
     return chunks(C, max(1, step))
-
-
-def wide_logits(raw_CV: Tensor, head: Head, *, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits after scale and cap in float32 (or float64), in the memory of ``raw_CV`` where that is their type; and the
-    derivative of the cap."""
-    z_CV = raw_CV if raw_CV.dtype == torch.float64 else raw_CV.float()
-    if head.scale != 1.0:
-        z_CV.mul_(head.scale)
-    if head.softcap is None:
-        return z_CV, None
-    z_CV.div_(head.softcap).tanh_()
-    slope_CV = 1 - z_CV.square() if slope else None
-    return z_CV.mul_(head.softcap), slope_CV
 
 
 def write_gradient(out_CV: Tensor, dz_CV: Tensor, slope_CV: Tensor | None, head: Head) -> None:

@@ -22,13 +22,13 @@ from peftlab_kernels.heads import (
     pack_head,
     unpack_head,
     wanted_gradients,
+    wide_logits,
 )
 from peftlab_kernels.linear_cross_entropy import linear_cross_entropy
 from peftlab_kernels.linear_cross_entropy.op import (
     backward_of_sum,
     row_pieces,
     rows_options,
-    wide_logits,
     write_gradient,
 )
 from peftlab_kernels.linear_kl.reference import DIVERGENCES, check_divergence

@@ -1,0 +1,174 @@
+"""The loss of a distillation, for the one training loop: a task's outputs against what its teachers say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlab import ops
+from peftlab.adapters import head_input
+from peftlab.distill import Objective, SparseTarget, VectorObjective
+from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
+from peftlab.training.teachers import Columns, Taught, Teacher
+
+
+@dataclass(frozen=True)
+class Share:
+    """A teacher's part: its ``weight`` in the loss of the examples that ``takes`` says are its own; None: all."""
+
+    teacher: Teacher
+    weight: float = 1.0
+    takes: Callable[[Example], bool] | None = None
+
+
+class DistillLoss:
+    """Sum over positions of ``hard_weight * CE + (1 - hard_weight) * sum of weight * D(teacher, student)``, times the
+    example's weight; called with a student and a batch.
+
+    Args:
+        terms: ``(weight, objective)`` per divergence, each with ``hard_weight`` 0, or one that has the labels' part too.
+        shares: the teachers. Weights of those who teach one example are brought to a sum of 1.
+        columns: those of the student's logits that are compared.
+        kernels: the mode of run.kernels.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        terms: Sequence[tuple[float, Objective | VectorObjective]],
+        shares: Sequence[Share],
+        *,
+        hard_weight: float = 0.0,
+        columns: Columns = Columns(),  # noqa: B008  (frozen)
+        kernels: str = "auto",
+    ) -> None:
+        self._task, self._shares, self._columns, self._kernels = task, list(shares), columns, kernels
+        self._hard_weight = hard_weight
+        self._mixed = None
+        (weight, first), only = terms[0], len(terms) == 1 and len(shares) == 1 and shares[0].takes is None
+        if only and weight == 1 and isinstance(first, Objective):
+            # One divergence from one teacher of all rows: the labels' part shares its pass over the classes.
+            self._mixed = replace(first, hard_weight=hard_weight)
+        self._terms = list(terms)
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
+        # Teachers first: nothing of the student's graph is in memory while they run.
+        parts = [(chosen, share, share.teacher(student, own)) for share, chosen, own in self._parts(batch)]
+        outputs = self._task.outputs(student, batch)
+        return self._loss(outputs, batch.examples, parts)
+
+    def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor:
+        """The same from the examples the long way, with full logits and plain losses, for the parity gate."""
+        parts = []
+        for share in self._shares:
+            chosen = _chosen(share, examples)
+            if any(chosen):
+                own = [e for e, c in zip(examples, chosen, strict=True) if c]
+                parts.append((chosen, share, share.teacher.reference(student, own, device)))
+        outputs = self._task.reference_outputs(student, examples, device)
+        return self._loss(outputs, examples, parts)
+
+    def _parts(self, batch: Batch) -> list[tuple[Share, list[bool], Batch]]:
+        """Each teacher with the examples that are its own, and the batch of them."""
+        found = []
+        for share in self._shares:
+            chosen = _chosen(share, batch.examples)
+            if all(chosen):
+                found.append((share, chosen, batch))
+            elif any(chosen):
+                own = [e for e, c in zip(batch.examples, chosen, strict=True) if c]
+                device = batch.input_ids.device
+                packed = batch.position_ids is not None
+                found.append(
+                    (share, chosen, collate_packed(own, device=device) if packed else self._task.collate(own, device))
+                )
+        return found
+
+    def _loss(
+        self,
+        outputs: Outputs,
+        examples: Sequence[Example],
+        parts: Sequence[tuple[list[bool], Share, Taught]],
+    ) -> Tensor:
+        if self._mixed is not None:
+            return self._loss_sum(
+                self._mixed, outputs, parts[0][2] if self._mixed.hard_weight < 1 else None, outputs.weights
+            )
+        total = outputs.values.sum() * 0.0
+        if self._hard_weight:
+            labels = Objective(hard_weight=1.0)
+            total = total + self._hard_weight * self._loss_sum(labels, outputs, None, outputs.weights)
+        sums = _sums(parts, len(examples))
+        for chosen, share, taught in parts:
+            positions = _positions(chosen, outputs.counts, outputs.values.device)
+            own = _of(outputs, positions)
+            factors = torch.tensor([share.weight / s if s else 0.0 for s in sums], dtype=torch.float64)
+            weights = factors.repeat_interleave(torch.tensor(outputs.counts)).to(outputs.values.device)[positions]
+            weights = weights if own.weights is None else weights * own.weights
+            for weight, objective in self._terms:
+                factor = weight * (1 - self._hard_weight)
+                if isinstance(objective, VectorObjective):
+                    assert isinstance(taught, Tensor)
+                    losses = objective.losses(own.values, taught)
+                    total = total + factor * (losses * weights.to(losses.dtype)).sum()
+                else:
+                    total = total + factor * self._loss_sum(objective, own, taught, weights)
+        return total
+
+    def _loss_sum(
+        self, objective: Objective, outputs: Outputs, taught: Taught | None, weights: Tensor | None
+    ) -> Tensor:
+        head = outputs.head
+        found = None
+        if head is not None and self._kernels != "reference":
+            found = head_input(
+                head.module,
+                outputs.values,
+                softcap=head.softcap,
+                scale=head.scale,
+                num_classes=self._columns.count,
+            )
+        if found is None:
+            return objective.loss_sum(
+                self._columns.of(outputs.logits()), outputs.targets, _dense(taught), weights=weights
+            )
+        return objective.linear_loss_sum(
+            found.hidden,
+            found.head,
+            outputs.targets if objective.hard_weight else None,
+            taught,
+            weights=weights,
+            adapter_hidden=found.adapter_hidden,
+            backend=self._kernels,
+        )
+
+
+def _chosen(share: Share, examples: Sequence[Example]) -> list[bool]:
+    return [share.takes is None or share.takes(e) for e in examples]
+
+
+def _sums(parts: Sequence[tuple[list[bool], Share, Taught]], num_examples: int) -> list[float]:
+    """Of each example the summed weights of those who teach it."""
+    return [sum(share.weight for chosen, share, _ in parts if chosen[i]) for i in range(num_examples)]
+
+
+def _positions(chosen: Sequence[bool], counts: Sequence[int], device: Any) -> Tensor:
+    """[N] bool, the positions of the chosen examples."""
+    return torch.tensor(chosen).repeat_interleave(torch.tensor(counts)).to(device)
+
+
+def _of(outputs: Outputs, positions: Tensor) -> Outputs:
+    if bool(positions.all()):
+        return outputs
+    targets, weights = (None if x is None else x[positions] for x in (outputs.targets, outputs.weights))
+    return replace(outputs, values=outputs.values[positions], targets=targets, weights=weights)
+
+
+def _dense(taught: Taught | None) -> Tensor | SparseTarget | None:
+    if isinstance(taught, ops.OnlineTeacher):
+        return ops.head_logits(taught.hidden, taught.head)
+    return taught
