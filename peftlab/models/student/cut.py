@@ -113,5 +113,5 @@ def _check_plain(model: nn.Module) -> None:
     if getattr(config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
         raise RecipeError(
             "a student is cut from plain weights, and this model's are quantized; name the model that they came from",
-            key="distill.teacher",
+            key=_SECTION,
         )

@@ -144,7 +144,6 @@ class Parts:
     """
 
     hidden_size: int
-    eps: float
     layers: tuple[LayerParts, ...]
     norms: tuple[nn.Module, ...]
     head_norms: tuple[nn.Module, ...]
@@ -184,7 +183,6 @@ def find_parts(model: nn.Module) -> Parts:
     outside = [m for m in modules.values() if id(m) not in known]
     return Parts(
         sizes.hidden_size,
-        sizes.norm_eps,
         layers,
         tuple(norms),
         tuple(norm for _, norm in transforms),

@@ -56,7 +56,7 @@ def make_student(
     Raises: RecipeError (impossible cut, folder in use), ArtifactError, ResourceError.
     """
     assert outputs is not None or not cut.is_measured
-    request = {
+    request: dict[str, Any] = {
         "version": _VERSION,
         "source": pretrained.fingerprint,
         "cut": asdict(cut),
@@ -76,8 +76,9 @@ def make_student(
         pretrained, auto_class=auto_class, device=device, dtype=str(dtype).removeprefix("torch."), **model_kwargs
     )
     notes = {"request": request, "name": pretrained.source.name, **_cut(model, cut, outputs, distance, on_round)}
-    write_student(model.cpu(), tokenizer, folder, notes=notes)
-    return notes
+    written: dict[str, Any] = json.loads(json.dumps(notes))  # as they are when they are read again
+    write_student(model.cpu(), tokenizer, folder, notes=written)
+    return written
 
 
 def _cut(
