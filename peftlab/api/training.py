@@ -54,20 +54,22 @@ def train(
     """
     build.prepare_libraries()
     progress = progress or make_progress()
-    loaded, folder = _open(recipe, overrides, resume)
+    loaded, folder = open_source(recipe, overrides, resume)
     with build.located(loaded), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
-        folder = folder or _choose_folder(loaded, resume=resume, replace=replace)
+        folder = folder or choose_folder(loaded, resume=resume, replace=replace)
         checkpoint = _newest_checkpoint(folder) if resume else None
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
+        if loaded.recipe.distill is not None:
+            raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
         check_settings(loaded.recipe)
         accelerator = stack.enter_context(run_accelerator(loaded.recipe, folder))
         parts = prepare(loaded, accelerator, progress)
-        return _execute(parts, accelerator, folder, checkpoint, progress, replace=replace)
+        return execute(parts, accelerator, folder, checkpoint, progress, replace=replace)
 
 
-def _open(
+def open_source(
     recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str], resume: bool
 ) -> tuple[LoadedRecipe, Path | None]:
     """The recipe, and the run folder when the recipe was given as one that is to be resumed."""
@@ -80,7 +82,7 @@ def _open(
     return loaded, path.parent if resume and path.name == LOCK_NAME else None
 
 
-def _choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
+def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
     wanted = loaded.recipe.run.dir
     if resume:
         folder = Path(wanted) if wanted else Path("runs") / loaded.name
@@ -106,7 +108,7 @@ def _newest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def _execute(
+def execute(
     parts: Parts, accelerator: Any, folder: Path, checkpoint: Path | None, progress: Progress, *, replace: bool
 ) -> Run:
     with _input_casts(parts):

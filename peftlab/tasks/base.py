@@ -239,12 +239,13 @@ class Task(Protocol):
     """One file per task implements this; the loop, evaluation and prediction know nothing else about it.
 
     ``auto_class`` is the transformers auto class; ``peft_type`` PEFT's task type; ``text_column`` the column that a
-    plain text given to ``predict`` stands for.
+    plain text given to ``predict`` stands for. ``answers`` says what is scored: tokens, classes or vectors.
     """
 
     name: str
     auto_class: str
     peft_type: str
+    answers: str
     tokenizer: Any
     class_names: list[str] | None
 

@@ -1,0 +1,165 @@
+"""``distill``: a student learns from a teacher, next to the same student on the labels alone, and both are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.api import build
+from peftlab.api.comparing import compare_students
+from peftlab.api.merging import merge_run
+from peftlab.api.parts import check_settings, prepare, run_accelerator
+from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
+from peftlab.api.student import cut_student
+from peftlab.api.teachers import Teachers
+from peftlab.api.training import choose_folder, execute, open_source
+from peftlab.errors import RecipeError
+from peftlab.recipe import LoadedRecipe, check_same_settings, write_lock
+from peftlab.training.checkpoint import list_checkpoints
+from peftlab.training.memory import release_memory
+from peftlab.training.progress import Progress, make_progress
+
+STUDENT, BASELINE = "student", "labels"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of a distillation: ``kind`` is student or labels."""
+
+    kind: str
+    seed: int
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """Its trained model as a plain transformers folder."""
+        full = self.folder / "model"
+        return full if full.is_dir() else self.folder / "merged"
+
+
+def distill(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    seeds: int | None = None,
+    resume: bool = False,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Trains the student that the recipe describes on its teacher and returns the run.
+
+    Args:
+        recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used), with a section ``distill``.
+        overrides: ``section.key=value``.
+        seeds: repetitions, in place of distill.seeds.
+        resume: continue the run in the run folder: finished trainings are kept, an interrupted one goes on from its
+            newest checkpoint.
+        replace: an earlier run in the run folder is removed.
+        progress: where progress goes; default: a live bar or plain lines on stderr.
+
+    Returns: the ``Run``: ``student/`` is the student as a plain transformers folder, ``summary["card"]`` the report card.
+    Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
+    """
+    build.prepare_libraries()
+    progress = progress or make_progress()
+    loaded, folder = open_source(recipe, [*overrides, *([f"distill.seeds={seeds}"] if seeds else [])], resume)
+    with build.located(loaded), contextlib.ExitStack() as stack:
+        stack.callback(progress.stop)
+        if loaded.recipe.distill is None:
+            raise RecipeError(f"{loaded.name} has no section distill, which names the teacher; to train without one: peftlab train")
+        folder = folder or choose_folder(loaded, resume=resume, replace=replace)
+        if resume:
+            check_same_settings(loaded, open_run(folder).recipe())
+        check_settings(loaded.recipe)
+        with _folder(loaded, folder, replace=replace and not resume, resumed=resume, progress=progress):
+            summary = _run(loaded, folder, progress)
+            write_json(folder / RUN_NAME, {**_head(loaded, "finished"), **summary})
+    return open_run(folder)
+
+
+def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    recipe = loaded.recipe
+    assert recipe.distill is not None
+    summary: dict[str, Any] = {}
+    if recipe.distill.student_init is not None:
+        notes = cut_student(recipe, folder / "init", progress)
+        summary["student_init"] = notes
+        recipe = _starting_from(recipe, folder / "init")
+    teachers = Teachers(recipe, progress)
+    arms = list(_arms(recipe, folder))
+    figures = {}
+    steps: int | None = None
+    for number, arm in enumerate(arms, start=1):
+        what = "from the teacher" if arm.kind == STUDENT else "from the labels alone"
+        progress.note(f"training {number} of {len(arms)}: the student {what}, seed {arm.seed}")
+        figures[arm] = _train(loaded, recipe, arm, teachers if arm.kind == STUDENT else None, steps, progress)
+        steps = figures[arm]["training"]["steps"] if arm.kind == STUDENT else steps
+        release_memory()
+    summary |= compare_students(loaded.name, recipe, teachers, figures, progress)
+    _publish_student(arms[0], folder)
+    return summary | {"seconds": time.perf_counter() - started}
+
+
+def _arms(recipe: Any, folder: Path) -> Iterator[Arm]:
+    for seed in range(recipe.run.seed, recipe.run.seed + recipe.distill.seeds):
+        for kind in [STUDENT, BASELINE] if recipe.distill.baseline else [STUDENT]:
+            yield Arm(kind, seed, folder / f"seed-{seed}" / kind)
+
+
+def _starting_from(recipe: Any, folder: Path) -> Any:
+    """The recipe with the student that was cut in place of the model it was cut from."""
+    model = recipe.model.model_copy(update={"name": str(folder.absolute()), "revision": None})
+    distill = recipe.distill.model_copy(update={"student_init": None})
+    return recipe.model_copy(update={"model": model, "distill": distill})
+
+
+def _train(
+    loaded: LoadedRecipe, recipe: Any, arm: Arm, teachers: Teachers | None, steps: int | None, progress: Progress
+) -> dict[str, Any]:
+    """The summary of one training; one that is finished already is read from its folder."""
+    if (arm.folder / LOCK_NAME).is_file() and open_run(arm.folder).summary.get("status") == "finished":
+        progress.note(f"{arm.folder} is finished already")
+        return open_run(arm.folder).summary
+    run = recipe.run.model_copy(update={"seed": arm.seed, "dir": str(arm.folder)})
+    update: dict[str, Any] = {"run": run, "lock": None}
+    if teachers is None:
+        # The same budget: as many steps, of as many rows.
+        train = recipe.train.model_copy(update={"epochs": None, "max_steps": steps})
+        update |= {"distill": None, "train": train}
+    ours = dataclasses.replace(loaded, recipe=recipe.model_copy(update=update), name=f"{loaded.name}-{arm.kind}")
+    checkpoints = list_checkpoints(arm.folder / "checkpoints")
+    with run_accelerator(ours.recipe, arm.folder) as accelerator:
+        parts = prepare(ours, accelerator, progress, teachers=teachers)
+        done = execute(
+            parts, accelerator, arm.folder, checkpoints[-1] if checkpoints else None, progress, replace=not checkpoints
+        )
+    if done.adapter.is_dir() and not done.merged.is_dir():
+        target = "dequantized" if recipe.model.quantize != "none" else "original"
+        merge_run(arm.folder, target=target, replace=True, progress=progress)
+    return open_run(arm.folder).summary
+
+
+def _publish_student(arm: Arm, folder: Path) -> None:
+    """The first seed's student as ``student/``, with the lock of the whole run beside it."""
+    shutil.rmtree(folder / "student", ignore_errors=True)
+    shutil.copytree(arm.model, folder / "student", copy_function=_link)
+    (folder / "student" / LOCK_NAME).unlink(missing_ok=True)
+    shutil.copy(folder / LOCK_NAME, folder / "student" / LOCK_NAME)
+
+
+def _link(source: str, target: str) -> str:
+    """A second name for the same bytes where the disk allows it: a student may have gigabytes."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

@@ -1,0 +1,90 @@
+"""The student's beginning: cut out of a larger model by what the recipe says, on texts of the recipe."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.api import build
+from peftlab.models.student import StudentCut, cosine_distance, kl_divergence, make_student
+from peftlab.recipe import Recipe
+from peftlab.training.progress import Progress
+
+# Positions whose logits exist at a time: 256 x 49,152 float32 values are 48 MiB.
+_CHUNK = 256
+
+
+def cut_student(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Writes the student of ``distill.student_init`` as a plain model to ``folder``; what was cut, as plain values.
+
+    A folder that holds the same student already is taken as it is. Raises: RecipeError, DataError, ArtifactError.
+    """
+    assert recipe.distill is not None and recipe.distill.student_init is not None
+    init = recipe.distill.student_init
+    cut = StudentCut(
+        layers=None if init.layers is None else tuple(init.layers),
+        num_layers=init.num_layers,
+        by=init.choose,
+        search=init.search,
+        hidden_size=init.hidden_size,
+        num_heads=init.num_heads,
+        num_key_value_heads=init.num_key_value_heads,
+        intermediate_size=init.intermediate_size,
+    )
+    pretrained = build.pretrained_of(recipe)
+    tokenizer = build.tokenizer_of(recipe, pretrained)
+    data = build.load_data(recipe, transfer=True)
+    task = build.build_task(recipe, tokenizer, data.labelled)
+    outputs, sample = None, ""
+    if cut.is_measured:
+        limit = build.limit_of(recipe, pretrained, tokenizer)
+        rows = data.train.select(range(min(init.sample_rows, len(data.train))))
+        encoded = task.encode(rows, max_length=limit, too_long="truncate", training=False, labelled=False)
+        sample = hashlib.sha256(b"".join(e.ids.tobytes() for e in encoded.examples)).hexdigest()
+        outputs = _Outputs(task, encoded.examples, recipe.eval.batch_tokens)
+    progress.stage(f"cutting the student out of {recipe.model.name}")
+    notes = make_student(
+        pretrained,
+        cut,
+        folder,
+        auto_class=task.auto_class,
+        tokenizer=tokenizer,
+        outputs=outputs,
+        sample=sample,
+        distance=cosine_distance if task.answers == "vectors" else kl_divergence,
+        device=build.pick_device(recipe.run.device),
+        on_round=lambda done, total: progress.stage(f"measuring layers: round {done} of {total}"),
+        **task.model_kwargs(),
+    )
+    for remark in notes.get("remarks", []):
+        progress.note(remark)
+    kept = notes.get("layers")
+    layers = f", layers {', '.join(map(str, kept))} of {notes['num_layers_before']}" if kept else ""
+    progress.note(
+        f"student: {notes['parameters']:,} of {notes['parameters_before']:,} parameters{layers}"
+    )
+    return notes
+
+
+class _Outputs:
+    """Runs a model over the sample: outputs of the scored positions, a few hundred at a time."""
+
+    def __init__(self, task: Any, examples: list[Any], batch_tokens: int) -> None:
+        from peftlab.data import eval_batches
+
+        self._task = task
+        self._batches = [[examples[i] for i in part] for part in eval_batches([len(e) for e in examples], batch_tokens)]
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> Iterator[Tensor]:
+        device = next(model.parameters()).device
+        for examples in self._batches:
+            said = self._task.outputs(model, self._task.collate(examples, device))
+            for start in range(0, len(said), _CHUNK):
+                chosen = slice(start, start + _CHUNK)
+                yield said.values[chosen] if said.vectors else said.logits(chosen)
