@@ -268,13 +268,9 @@ def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
     return wanted
 
 
-def encode(
-    recipe: Recipe, task: Task, rows: Rows, *, limit: int, training: bool, labelled: bool = True
-) -> Encoded:
+def encode(recipe: Recipe, task: Task, rows: Rows, *, limit: int, training: bool, labelled: bool = True) -> Encoded:
     """The examples of ``rows``. Raises: DataError with all that the ledger refuses."""
-    encoded = task.encode(
-        rows, max_length=limit, too_long=recipe.data.too_long, training=training, labelled=labelled
-    )
+    encoded = task.encode(rows, max_length=limit, too_long=recipe.data.too_long, training=training, labelled=labelled)
     require(encoded.ledger, allow=recipe.data.allow, training=training)
     return encoded
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -21,8 +20,9 @@ from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.api.student import cut_student
 from peftlab.api.teachers import Teachers
 from peftlab.api.training import choose_folder, execute, open_source
-from peftlab.errors import RecipeError
-from peftlab.recipe import LoadedRecipe, check_same_settings, write_lock
+from peftlab.data import class_names
+from peftlab.errors import Interrupted, RecipeError
+from peftlab.recipe import LoadedRecipe, check_lock, check_same_settings, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, make_progress
@@ -74,7 +74,9 @@ def distill(
     with build.located(loaded), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
         if loaded.recipe.distill is None:
-            raise RecipeError(f"{loaded.name} has no section distill, which names the teacher; to train without one: peftlab train")
+            raise RecipeError(
+                f"{loaded.name} has no section distill, which names the teacher; to train without one: peftlab train"
+            )
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
@@ -104,7 +106,7 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
         figures[arm] = _train(loaded, recipe, arm, teachers if arm.kind == STUDENT else None, steps, progress)
         steps = figures[arm]["training"]["steps"] if arm.kind == STUDENT else steps
         release_memory()
-    summary |= compare_students(loaded.name, recipe, teachers, figures, progress)
+    summary |= compare_students(recipe, teachers, figures, progress)
     _publish_student(arms[0], folder)
     return summary | {"seconds": time.perf_counter() - started}
 
@@ -163,3 +165,40 @@ def _link(source: str, target: str) -> str:
     except OSError:
         shutil.copy2(source, target)
     return target
+
+
+@contextlib.contextmanager
+def _folder(loaded: LoadedRecipe, folder: Path, *, replace: bool, resumed: bool, progress: Progress) -> Iterator[None]:
+    """The run folder with its lock file; one in which no training got as far as a checkpoint is removed again."""
+    if replace and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if not resumed:
+            pretrained = build.pretrained_of(loaded.recipe)
+            tokenizer = build.tokenizer_of(loaded.recipe, pretrained)
+            data = build.load_data(loaded.recipe, transfer=True)
+            fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
+            for line in check_lock(loaded, fingerprints=fingerprints):
+                progress.note(line)
+            write_lock(folder / LOCK_NAME, loaded, fingerprints=fingerprints, environment=_environment(loaded, data))
+        write_json(folder / RUN_NAME, _head(loaded, "running"))
+        yield
+    except BaseException as error:
+        if any(folder.glob(f"seed-*/*/{LOCK_NAME}")):
+            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            with contextlib.suppress(OSError):
+                write_json(folder / RUN_NAME, _head(loaded, status))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _environment(loaded: LoadedRecipe, data: build.DataParts) -> dict[str, Any]:
+    if loaded.recipe.task != "seq_cls":
+        return {}
+    return {"class_names": class_names(build.read_class_labels(loaded.recipe, data.labelled))}
+
+
+def _head(loaded: LoadedRecipe, status: str) -> dict[str, Any]:
+    return {"name": loaded.name, "status": status, "kind": "distill"}

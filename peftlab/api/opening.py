@@ -80,6 +80,8 @@ def find_target(
 
 def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
     loaded = load_recipe(recipe, overrides)
+    if (path / "student" / "config.json").is_file():
+        return _plain_target("run", path / "student", recipe, overrides)
     name = "model" if loaded.recipe.adapter.method == "none" else "adapter"
     if not (path / name).is_dir():
         raise ArtifactError(f"the run in {path} has no {name} yet; continue it with: peftlab train {path} --resume")

@@ -65,9 +65,7 @@ def cut_student(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, A
         progress.note(remark)
     kept = notes.get("layers")
     layers = f", layers {', '.join(map(str, kept))} of {notes['num_layers_before']}" if kept else ""
-    progress.note(
-        f"student: {notes['parameters']:,} of {notes['parameters_before']:,} parameters{layers}"
-    )
+    progress.note(f"student: {notes['parameters']:,} of {notes['parameters_before']:,} parameters{layers}")
     return notes
 
 

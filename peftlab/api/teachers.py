@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from peftlab.adapters import add_adapter, check_adapter_files, load_adapter
 from peftlab.api import build
@@ -17,7 +18,7 @@ from peftlab.api.run import LOCK_NAME
 from peftlab.data import Rows
 from peftlab.distill import VECTOR_LOSSES, Objective, VectorObjective, compare, fingerprint, require_same
 from peftlab.errors import ArtifactError, DataError, RecipeError
-from peftlab.models import label_names
+from peftlab.models import label_names, num_parameters
 from peftlab.paths import sha256_of_files
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import SELF, LossSection
@@ -101,6 +102,8 @@ def _target(recipe: Recipe, index: int) -> Target:
     """What the teacher's name means: a run or a merged model with its own recipe, or a model with the student's."""
     assert recipe.distill is not None
     section = recipe.distill.all_teachers[index]
+    if section.name == SELF:
+        return Target("base", LoadedRecipe(recipe.model_copy(update={"distill": None, "lock": None}), SELF), None)
     device = {} if section.device == "auto" else {"device": section.device}
     if (Path(section.name) / LOCK_NAME).is_file():
         found = find_target(section.name)
@@ -183,19 +186,23 @@ class Teachers:
 
     def loss(self, task: Task, model: Any, rows: Rows, encoded: Encoded, *, packing: bool = False) -> DistillLoss:
         """The loss of a student on the training examples ``encoded`` of ``rows``. Raises: RecipeError, DataError."""
-        d = self._distill
-        columns = self._columns(task)
+        d, columns = self._distill, self.columns(task)
         if columns.count is not None:
             self._check_width(model, columns.count)
-        terms = [(loss.weight, self._objective(loss.kind)) for loss in self._losses()]
+        terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [LossSection(kind="forward_kl")]]
         shares = self.shares(task, model, rows, encoded, packing=packing)
         return DistillLoss(
             task, terms, shares, hard_weight=d.hard_weight, columns=columns, kernels=self._recipe.run.kernels
         )
 
-    def shares(self, task: Task, model: Any, rows: Rows, encoded: Encoded, *, packing: bool = False) -> list[Share]:
-        """Each teacher with its part of the examples ``encoded`` of ``rows``."""
-        columns, found = self._columns(task), []
+    def shares(
+        self, task: Task, model: Any | None, rows: Rows, encoded: Encoded, *, packing: bool = False
+    ) -> list[Share]:
+        """Each teacher with its part of the examples ``encoded`` of ``rows``.
+
+        Args: model: the student in training; None: the teachers stand apart from any, also one that is the backbone.
+        """
+        columns, found = self.columns(task), []
         taught = np.zeros(len(rows), dtype=bool)
         for index, section in enumerate(self._distill.all_teachers):
             theirs = np.ones(len(rows), dtype=bool)
@@ -212,11 +219,48 @@ class Teachers:
                 )
         return found
 
+    def columns(self, task: Task) -> Columns:
+        """The columns that the student and all teachers have."""
+        if self._recipe.task != "causal_lm":
+            return Columns()
+        counts = [self.model(i, task).columns.count for i, t in enumerate(self._distill.all_teachers) if t.name != SELF]
+        return Columns(min((c for c in counts if c is not None), default=None))
+
+    def costs(self) -> dict[str, Any]:
+        """Parameters of the teachers together, for the report card."""
+        return {"num_parameters": sum(num_parameters(m.model) for m in self._models.values())}
+
+    def runs(self, task: Task, examples: Sequence[Example]) -> dict[str, Callable[[], object]]:
+        """The forward pass of a single teacher on some of the student's examples, to be timed."""
+        if len(self._distill.all_teachers) > 1:
+            return {}
+        theirs = self.model(0, task)
+        batch = theirs.task.collate(list(examples), theirs.device)
+
+        @torch.no_grad()
+        def run() -> object:
+            return theirs.task.outputs(theirs.model, batch).values
+
+        return {"teacher": run}
+
+    def choosers(self, task: Task) -> list[tuple[str, Any]]:
+        """The single teacher's model, where it can be asked to choose as the student is."""
+        only = len(self._distill.all_teachers) == 1 and not self.model(0, task).own_texts
+        return [("teacher", self.model(0, task).model)] if only else []
+
     def _teacher(
-        self, index: int, task: Task, model: Any, rows: Rows, encoded: Encoded, columns: Columns, *, packing: bool
+        self,
+        index: int,
+        task: Task,
+        model: Any | None,
+        rows: Rows,
+        encoded: Encoded,
+        columns: Columns,
+        *,
+        packing: bool,
     ) -> Teacher:
         section, kernels = self._distill.all_teachers[index], self._recipe.run.kernels
-        if section.name == SELF:
+        if section.name == SELF and model is not None:
             if section.adapter is not None and _SECOND not in model.peft_config:
                 add_adapter(model, Path(section.adapter), name=_SECOND)
             return BackboneTeacher(task, adapter=section.adapter and _SECOND, columns=columns, kernels=kernels)
@@ -233,13 +277,6 @@ class Teachers:
         encoded = theirs.task.encode(rows, max_length=theirs.limit, too_long="truncate", training=False, labelled=False)
         return {e.row: e for e in encoded.examples}
 
-    def _columns(self, task: Task) -> Columns:
-        """The columns that the student and all teachers have."""
-        if self._recipe.task != "causal_lm":
-            return Columns()
-        counts = [self.model(i, task).columns.count for i, t in enumerate(self._distill.all_teachers) if t.name != SELF]
-        return Columns(min((c for c in counts if c is not None), default=None))
-
     def _check_width(self, model: Any, count: int) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         width = int(base.get_output_embeddings().weight.shape[0])
@@ -251,9 +288,6 @@ class Teachers:
             )
         if width > count:
             self._progress.note(f"vocabulary: {count:,} ids are compared of the student's {width:,} columns")
-
-    def _losses(self) -> Sequence[Any]:
-        return self._distill.losses or [LossSection(kind="forward_kl")]
 
     def _objective(self, kind: str) -> Objective | VectorObjective:
         d = self._distill

@@ -13,7 +13,7 @@ from peftlab.cli.failures import usage_error
 
 FORM = "section.key=value, such as train.lr=1e-3"
 # Sections of a recipe: a free text such as "a.b=c" is not taken for an override.
-SECTIONS = ("model", "adapter", "data", "train", "eval", "run")
+SECTIONS = ("model", "adapter", "data", "train", "eval", "distill", "run")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^=]+)?=")
 _SECTION_OVERRIDE = re.compile(rf"({'|'.join(SECTIONS)})\.[A-Za-z_][\w.]*=")
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peftlab.errors import ArtifactError, PeftlabError, RecipeError, ResourceError
 from peftlab.models.gguf import converted_folder
 from peftlab.models.presets import build_preset, config_folder, preset_tokenizer
@@ -226,6 +228,15 @@ def load_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def num_parameters(model: Any) -> int:
+    """Weights of a model as they count when nothing is quantized: bitsandbytes packs two of NF4 into one byte."""
+    count = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count += parameter.numel() if state is None else int(np.prod(state.shape))
+    return count
 
 
 def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: Any, *, whole: bool) -> None:

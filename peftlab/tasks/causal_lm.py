@@ -31,6 +31,7 @@ class CausalLM:
     """
 
     name = "causal_lm"
+    answers = "tokens"
     auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
 

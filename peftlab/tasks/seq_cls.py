@@ -36,6 +36,7 @@ class SequenceClassification:
     """
 
     name = "seq_cls"
+    answers = "classes"
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
 

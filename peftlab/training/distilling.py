@@ -80,12 +80,7 @@ class DistillLoss:
             if all(chosen):
                 found.append((share, chosen, batch))
             elif any(chosen):
-                own = [e for e, c in zip(batch.examples, chosen, strict=True) if c]
-                device = batch.input_ids.device
-                packed = batch.position_ids is not None
-                found.append(
-                    (share, chosen, collate_packed(own, device=device) if packed else self._task.collate(own, device))
-                )
+                found.append((share, chosen, _only(share, batch)))
         return found
 
     def _loss(
@@ -151,6 +146,34 @@ def _chosen(share: Share, examples: Sequence[Example]) -> list[bool]:
     return [share.takes is None or share.takes(e) for e in examples]
 
 
+def _only(share: Share, batch: Batch) -> Batch:
+    """The rows of ``batch`` that are the teacher's own, as a batch."""
+    own = [i for i, e in enumerate(batch.examples) if share.takes is None or share.takes(e)]
+    examples = tuple(batch.examples[i] for i in own)
+    if batch.position_ids is not None:
+        return collate_packed(examples, device=batch.input_ids.device)
+
+    def of(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[own]
+
+    return replace(
+        batch,
+        input_ids=batch.input_ids[own],
+        attention_mask=of(batch.attention_mask),
+        trained=of(batch.trained),
+        labels=of(batch.labels),
+        weights=batch.weights[own],
+        examples=examples,
+    )
+
+
+def _logits(taught: Taught, chosen: slice | Tensor) -> Tensor:
+    assert not isinstance(taught, SparseTarget)
+    if isinstance(taught, Tensor):
+        return taught[chosen]
+    return ops.head_logits(taught.hidden[chosen], taught.head)
+
+
 def _sums(parts: Sequence[tuple[list[bool], Share, Taught]], num_examples: int) -> list[float]:
     """Of each example the summed weights of those who teach it."""
     return [sum(share.weight for chosen, share, _ in parts if chosen[i]) for i in range(num_examples)]
@@ -172,3 +195,36 @@ def _dense(taught: Taught | None) -> Tensor | SparseTarget | None:
     if isinstance(taught, ops.OnlineTeacher):
         return ops.head_logits(taught.hidden, taught.head)
     return taught
+
+
+class TaughtLogits:
+    """What all teachers together say at the scored positions of a batch, for comparing a model with them.
+
+    Of several teachers who share an example it is their mixture, with the weights of their shares.
+
+    Args: counts: positions of each example of the batch.
+    """
+
+    def __init__(self, shares: Sequence[Share], student: nn.Module, batch: Batch, counts: Sequence[int]) -> None:
+        self._parts: list[tuple[Share, Tensor, Taught]] = []
+        for share in shares:
+            chosen = _chosen(share, batch.examples)
+            if any(chosen):
+                own = batch if all(chosen) else _only(share, batch)
+                places = _positions(chosen, counts, batch.input_ids.device)
+                self._parts.append((share, places, share.teacher(student, own)))
+
+    def rows(self, chosen: slice) -> Tensor:
+        """[n, C] logits; log-probabilities of a mixture."""
+        if len(self._parts) == 1:
+            return _logits(self._parts[0][2], chosen)
+        mixed: Tensor | None = None
+        total = sum(share.weight * places[chosen].double() for share, places, _ in self._parts)
+        for share, places, taught in self._parts:
+            here = places[chosen]
+            own = (places.cumsum(0) - 1)[chosen][here]
+            probs = _logits(taught, own).softmax(-1)
+            mixed = probs.new_zeros(len(here), probs.shape[1]) if mixed is None else mixed
+            mixed[here] += (share.weight / total[here]).to(probs.dtype)[:, None] * probs
+        assert mixed is not None
+        return mixed.log()

@@ -1,0 +1,47 @@
+"""``peftlab distill``."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from peftlab.cli.card_tables import show_card
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.output import output_of
+
+
+def distill(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")],
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds, in place of distill.seeds.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the trainings that are not finished.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier run in the run folder.")] = False,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Train a student on its teacher, and show what it kept."""
+    out = output_of(context)
+    settings = check_overrides(overrides, context, subject=recipe)
+    if resume and replace:
+        from peftlab.cli.failures import usage_error
+
+        usage_error("--resume goes on with a run and --replace removes it: give one of them", context)
+    with out.working():
+        from peftlab.api.distilling import distill as distill_recipe
+
+        run = distill_recipe(recipe, settings, seeds=seeds, resume=resume, replace=replace)
+    if out.json:
+        out.document({"run": str(run.folder), **run.summary})
+        return
+    out.line()
+    show_card(out, run.summary["card"])
+    out.line()
+    where = shlex.quote(str(run.folder))
+    out.line(f"student  {where}/student")
+    out.line(f'next     peftlab predict {where} "some text"', style="cyan")
+    out.line(f"         peftlab eval {where}", style="cyan")
