@@ -22,7 +22,7 @@ def encode_hidden(hidden: Tensor, fill: Fill) -> bytes:
     grouped = _grouped(hidden.float())
     scales = _rounded_up(grouped.abs().amax(-1, keepdim=True) / 127)
     steps = torch.where(scales > 0, grouped / scales, 0.0).round().to(torch.int8)
-    steps = steps.reshape(len(hidden), -1)[:, : hidden.shape[1]]
+    steps = steps.flatten(1)[:, : hidden.shape[1]]
     return steps.cpu().numpy().tobytes() + (scales.bfloat16().view(torch.int16).cpu().numpy().astype("<i2").tobytes())
 
 
@@ -38,7 +38,7 @@ def decode_hidden(data: memoryview, num_positions: int, fill: Fill) -> Tensor:
     steps = torch.from_numpy(np.frombuffer(data[:size], dtype=np.int8).reshape(shape).astype(np.float32))
     scales = torch.from_numpy(np.frombuffer(data[size:], dtype="<i2").astype(np.int16)).view(torch.bfloat16).float()
     grouped = _grouped(steps)
-    return (grouped * scales.view(*grouped.shape[:2], 1)).reshape(num_positions, -1)[:, : fill.hidden_size]
+    return (grouped * scales.view(*grouped.shape[:2], 1)).flatten(1)[:, : fill.hidden_size]
 
 
 def _grouped(rows: Tensor) -> Tensor:
