@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +14,8 @@ from peftlab.errors import RecipeError
 
 Tail = Literal["bucket", "renormalized", "none"]
 TAILS: tuple[str, ...] = get_args(Tail)
+# Sums over the classes before each class are in float64; so many bytes of them exist at a time.
+_CHUNK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -66,9 +70,58 @@ class SparseTarget:
             )
         if not 1 <= k <= logits.shape[-1]:
             raise RecipeError(f"expected to keep 1 to {logits.shape[-1]:,} classes per token, found {k:,}")
-        exact = logits if logits.dtype == torch.float64 else logits.float()
-        log_p, ids = (exact / temperature).log_softmax(-1).topk(k, dim=-1)
+        log_p, ids = _log_probs(logits, temperature).topk(k, dim=-1)
         return cls(ids, log_p.exp(), temperature, tail)
+
+    @classmethod
+    @torch.no_grad()
+    def sampled(
+        cls, logits: Tensor, draws: int, *, temperature: float = 1.0, generator: torch.Generator
+    ) -> SparseTarget:
+        """``draws`` classes of each row drawn with replacement from softmax(logits / T); probs = count / draws.
+
+        Unbiased: E[probs] is the softmax, so the gradient's mean over draws is the dense one's. The ids of a row ascend.
+        A row that is no distribution (NaN, no class) gets NaN, as ``from_logits`` gives it.
+
+        Args: logits: [N, V], on any device. generator: on the CPU, so that every device draws alike.
+        Raises: RecipeError for less than one draw.
+        Source: Anshumann et al. 2025 (arXiv 2503.16870), section 3, proposal distribution p.
+        """
+        log_p = _log_probs(logits, temperature)
+        ids, counts = _drawn(log_p.exp(), draws, generator)
+        weights = (counts / draws).to(log_p.dtype)
+        return cls(ids, weights.masked_fill(log_p.amax(-1, keepdim=True).isnan(), math.nan), temperature, "none")
+
+    @classmethod
+    @torch.no_grad()
+    def head_and_samples(
+        cls, logits: Tensor, k: int, draws: int, *, temperature: float = 1.0, generator: torch.Generator
+    ) -> SparseTarget:
+        """The k most probable classes as they are, then ``draws`` classes of the others with count / draws of their mass.
+
+        Unbiased as ``sampled``, with the variance of the others only. Where no other class exists a row has k classes.
+
+        Args: as ``sampled``. Raises: RecipeError for less than one draw, or a k that is not in 1..V-1.
+        """
+        if not 1 <= k < logits.shape[-1]:
+            raise RecipeError(
+                f"expected to keep 1 to {logits.shape[-1] - 1:,} classes per token and to draw from the others, found {k:,}"
+            )
+        log_p = _log_probs(logits, temperature)
+        head, ids = log_p.topk(k, dim=-1)
+        others = log_p.scatter(-1, ids, -math.inf).exp()
+        drawn, counts = _drawn(others, draws, generator)
+        weights = others.sum(-1, keepdim=True) * (counts / draws).to(log_p.dtype)
+        drawn = torch.where(weights > 0, drawn, ids[:, :1])
+        return cls(torch.cat([ids, drawn], -1), torch.cat([head.exp(), weights], -1), temperature, "none")
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[SparseTarget]) -> SparseTarget:
+        """The rows of all ``parts``, which have one temperature and tail; narrower ones are filled up."""
+        width = max(part.num_classes for part in parts)
+        ids = [torch.cat([p.ids, p.ids[:, :1].expand(-1, width - p.num_classes)], 1) for p in parts]
+        probs = [torch.nn.functional.pad(p.probs, (0, width - p.num_classes)) for p in parts]
+        return cls(torch.cat(ids), torch.cat(probs), parts[0].temperature, parts[0].tail)
 
     def rows(self, chosen: slice | Tensor) -> SparseTarget:
         return SparseTarget(self.ids[chosen], self.probs[chosen], self.temperature, self.tail)
@@ -84,3 +137,40 @@ class SparseTarget:
                 f"the loss asks for {temperature:g}: probabilities of some classes cannot be brought to another "
                 f"temperature. Set the temperature to {self.temperature:g}, or store the teacher again"
             )
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return (exact / temperature).log_softmax(-1)
+
+
+def _drawn(weights: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids [N, m] that were drawn in proportion to ``weights`` [N, V] and their counts, m the most different ones of a row.
+
+    A row with fewer is filled up with its first id, 0 times. A class of weight 0 is drawn only where all are 0.
+
+    By inversion of the distribution function: only the uniform numbers come from the generator, so one seed on the CPU
+    serves every device, which ``torch.multinomial`` does not, and its float32 would lose classes below 6e-8.
+    """
+    if draws < 1:
+        raise RecipeError(f"expected at least 1 draw per token, found {draws}")
+    num_rows, num_classes = weights.shape
+    uniform = torch.rand(num_rows, draws, dtype=torch.float64, generator=generator)
+    chosen = torch.empty(num_rows, draws, dtype=torch.int64)
+    size = max(1, _CHUNK_BYTES // (8 * num_classes))
+    for start in range(0, num_rows, size):
+        rows = slice(start, start + size)
+        below = weights[rows].cumsum(-1, dtype=torch.float64)
+        total = below[:, -1:].contiguous()
+        found = torch.searchsorted(below, uniform[rows].to(below.device) * total, right=True)
+        # The product may round up to the whole sum, which belongs to the last class that has any weight.
+        last = torch.searchsorted(below, total).clamp_max(num_classes - 1)
+        chosen[rows] = torch.minimum(found, last).cpu()
+    chosen = chosen.sort(-1).values
+    new = torch.ones_like(chosen, dtype=torch.bool)
+    new[:, 1:] = chosen[:, 1:] != chosen[:, :-1]
+    slots = new.cumsum(-1) - 1
+    width = int(slots.max()) + 1 if num_rows else 1
+    ids = chosen[:, :1].repeat(1, width).scatter_(1, slots, chosen)
+    counts = torch.zeros(num_rows, width).scatter_add_(1, slots, torch.ones_like(slots, dtype=torch.float32))
+    return ids.to(weights.device), counts.to(weights.device)
