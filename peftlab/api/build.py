@@ -145,6 +145,7 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
     Args: transfer: whether training is on the rows of distill.transfer, where the recipe has them.
     """
     data = recipe.data
+    seed = recipe.run.seed if data.seed is None else data.seed
     _check_columns(recipe)
     read = functools.partial(
         load_rows,
@@ -152,7 +153,7 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
         encoding=data.encoding,
         column_names=data.column_names,
         subset=data.subset,
-        seed=recipe.run.seed,
+        seed=seed,
     )
     train = _with_labels(recipe, read(data.train, key="data.train"), all_names_used=True)
     fingerprints = {"train data": train.fingerprint}
@@ -166,7 +167,7 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
     if recipe.task == "seq_cls":
         class_names(labels or [])
     kept, held = split_rows(
-        train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=recipe.run.seed, labels=labels
+        train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels
     )
     labelled = train.select(kept)
     parts = DataParts(labelled, train.select(held), fingerprints, labelled)

@@ -131,8 +131,10 @@ def _train(
     if (arm.folder / LOCK_NAME).is_file() and open_run(arm.folder).summary.get("status") == "finished":
         progress.note(f"{arm.folder} is finished already")
         return open_run(arm.folder).summary
+    # One split for all seeds: no student is scored on rows that it has learned.
+    data = recipe.data.model_copy(update={"seed": recipe.run.seed if recipe.data.seed is None else recipe.data.seed})
     run = recipe.run.model_copy(update={"seed": arm.seed, "dir": str(arm.folder)})
-    update: dict[str, Any] = {"run": run, "lock": None}
+    update: dict[str, Any] = {"data": data, "run": run, "lock": None}
     if teachers is None:
         # The same budget: as many steps, of as many rows.
         train = recipe.train.model_copy(update={"epochs": None, "max_steps": steps})

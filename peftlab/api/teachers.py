@@ -16,9 +16,9 @@ from peftlab.api import build
 from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME
 from peftlab.data import Rows
-from peftlab.distill import VECTOR_LOSSES, Objective, VectorObjective, compare, fingerprint, require_same
+from peftlab.distill import VECTOR_LOSSES, Objective, VectorObjective, compare, require_same
 from peftlab.errors import ArtifactError, DataError, RecipeError
-from peftlab.models import label_names, num_parameters
+from peftlab.models import label_names, num_parameters, resolve_dtype
 from peftlab.paths import sha256_of_files
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import SELF, LossSection
@@ -38,7 +38,7 @@ class TeacherModel:
     """A teacher that was loaded.
 
     Attributes:
-        key: of its section in the recipe. task: with its own tokenizer and classes. identity: what its answers depend on.
+        key: of its section in the recipe. task: with its own tokenizer and classes. limit: longest text it reads, tokens.
         own_texts: whether it reads texts with another tokenizer than the student. columns: of its logits that the
             student has too. notes: what a person should know.
     """
@@ -49,7 +49,6 @@ class TeacherModel:
     task: Task
     device: str
     limit: int
-    identity: dict[str, str]
     own_texts: bool
     columns: Columns
     notes: list[str]
@@ -85,17 +84,25 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
         at = f"{key}.{_KEYS.get(error.key or '', 'name')}"
         raise type(error)(f"the teacher {section.name!r}: {error}", key=at) from error
     columns, own_texts, notes = _columns(recipe, student, opened.task, key)
-    storage = target.loaded.recipe.model.quantize if section.quantize is None else section.quantize
-    adapter = target.adapter if section.adapter is None else Path(section.adapter)
-    identity = {
-        "teacher": opened.pretrained.fingerprint,
-        "teacher_adapter": sha256_of_files(sorted(adapter.glob("adapter_*"))) if adapter is not None else "",
-        "teacher_storage": f"{storage} {next(model.parameters()).dtype}".replace("torch.", ""),
-        "teacher_tokenizer": fingerprint(opened.tokenizer),
-    }
     return TeacherModel(
-        key, section.name, model, opened.task, opened.device, opened.limit, identity, own_texts, columns, notes
+        key, section.name, model, opened.task, opened.device, opened.limit, own_texts, columns, notes
     )
+
+
+def teacher_identity(recipe: Recipe, index: int) -> dict[str, str]:
+    """What the answers of a teacher depend on, from its files alone. Raises: RecipeError when they are not there."""
+    assert recipe.distill is not None
+    section = recipe.distill.all_teachers[index]
+    target = _target(recipe, index)
+    model = target.loaded.recipe.model
+    adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
+    device = build.pick_device(target.loaded.recipe.run.device)
+    dtype = resolve_dtype(model.dtype if section.dtype == "auto" else section.dtype, device)
+    return {
+        "teacher": build.pretrained_of(target.loaded.recipe).fingerprint,
+        "teacher_adapter": sha256_of_files([f for folder in adapters for f in sorted(folder.glob("adapter_*"))]) if adapters else "",
+        "teacher_storage": f"{section.quantize or model.quantize} {dtype}".replace("torch.", ""),
+    }
 
 
 def _target(recipe: Recipe, index: int) -> Target:

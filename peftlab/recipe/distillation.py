@@ -93,7 +93,7 @@ class TargetsSection(Section):
         description="what is stored of the teacher per token: its k likeliest classes and the mass of all others; classes drawn "
         "from it; k likeliest and draws from the rest; its last hidden state",
     )
-    k: int = Field(50, ge=1, description="topk, mixed: classes per token")
+    k: int | None = Field(None, ge=1, description="topk, mixed: classes per token; default 50, or all of fewer")
     draws: int = Field(50, ge=1, le=255, description="sampled, mixed: draws per token")
     values: Literal["float16", "float32"] = Field("float16", description="topk, mixed: of the log-probabilities")
     states: Literal["bfloat16", "int8", "float32"] = Field("bfloat16", description="hidden: of the stored states")

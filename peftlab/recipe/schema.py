@@ -139,6 +139,7 @@ class DataSection(Section):
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(default_factory=dict, description="value in the label column: class name")
     bins: BinsSection | None = Field(None, description="cuts a numeric label column into classes")
+    seed: int | None = Field(None, ge=0, description="seed of the split and of sampled rows; default run.seed")
     max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: what the model allows")
     too_long: Literal["error", "truncate", "drop"] = Field("error", description="what to do with longer rows")
     packing: bool = Field(
