@@ -97,6 +97,17 @@ def test_classes_that_do_not_exist_are_never_drawn() -> None:
         assert torch.isfinite(drawn(kind, z).probs).all()
 
 
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1.0, V - 2)])
+def test_the_ends_of_the_uniform_numbers_fall_on_classes_that_exist(
+    uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 can come, and the largest number below 1 times the sum can round up to the sum."""
+    z = teacher()
+    z[:, [0, V - 1]] = -math.inf
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, uniform, dtype=torch.float64))
+    assert drawn("sampled", z).ids.tolist() == [[expected]]
+
+
 def test_a_rest_without_classes_draws_nothing() -> None:
     z = torch.full((4, V), -math.inf)
     z[:, [2, 7]] = torch.tensor([1.0, 2.0])
