@@ -26,7 +26,9 @@ def teacher(seed: int = 0, std: float = 2.0) -> Tensor:
 
 def dense(target: SparseTarget, num_classes: int = V) -> Tensor:
     """[N, V] weights by class. Added up, so that an id with two weights would show."""
-    return torch.zeros(len(target), num_classes, dtype=target.probs.dtype).scatter_add_(1, target.ids, target.probs)
+    return torch.zeros(len(target), num_classes, dtype=target.probs.dtype).scatter_add_(
+        1, target.ids.cpu(), target.probs.cpu()
+    )
 
 
 def drawn(kind: str, logits: Tensor, *, draws: int = 8, T: float = 1.0, seed: int = 0) -> SparseTarget:
@@ -95,6 +97,17 @@ def test_classes_that_do_not_exist_are_never_drawn() -> None:
         assert torch.isfinite(drawn(kind, z).probs).all()
 
 
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1.0, V - 2)])
+def test_the_ends_of_the_uniform_numbers_fall_on_classes_that_exist(
+    uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 can come, and the largest number below 1 times the sum can round up to the sum."""
+    z = teacher()
+    z[:, [0, V - 1]] = -math.inf
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, uniform, dtype=torch.float64))
+    assert drawn("sampled", z).ids.tolist() == [[expected]]
+
+
 def test_a_rest_without_classes_draws_nothing() -> None:
     z = torch.full((4, V), -math.inf)
     z[:, [2, 7]] = torch.tensor([1.0, 2.0])
@@ -158,3 +171,14 @@ def test_wrong_numbers_are_refused() -> None:
         SparseTarget.sampled(z, 0, generator=seeded())
     with pytest.raises(RecipeError, match="keep 1 to 11 classes per token and to draw from the others, found 12"):
         SparseTarget.head_and_samples(z, 12, 4, generator=seeded())
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_the_cpu_draws() -> None:
+    """One generator on the CPU for both; sums over classes in another order may move a draw to a neighbour."""
+    z = torch.randn(200, 50_000, generator=seeded()) * 3
+    for kind in ("sampled", "mixed"):
+        here, there = drawn(kind, z), drawn(kind, z.cuda())
+        assert there.ids.is_cuda and there.probs.is_cuda
+        moved = (dense(here, 50_000) - dense(there, 50_000)).abs() > 1e-5
+        assert moved.sum() <= 0.01 * here.ids.numel()

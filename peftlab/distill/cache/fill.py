@@ -106,8 +106,8 @@ class Fill:
         """Bytes of one position in a record; an example has 20 more in the index.
 
         Exact for topk and hidden up to the last byte of a record. For sampled and mixed an upper bound, reached when all
-        draws differ: the expected number of different ones is the sum over classes of 1 - (1 - p)^draws, on SmolLM2 about
-        half of 50 draws.
+        draws differ: the expected number of different ones is the sum over classes of 1 - (1 - p)^draws, of 50 draws 15 to
+        25 with SmolLM2-135M by the text, 42 to 70 bytes where the bound is 138.
         """
         if self.kind == "hidden":
             size = self.hidden_size or 0

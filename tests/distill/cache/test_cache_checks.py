@@ -251,3 +251,11 @@ def test_wrong_calls(cache: Path, tmp_path: Path) -> None:
         headless.head_tensors()
     with pytest.raises(ArtifactError, match=r"expected eval in the teacher cache .*, found train: run"):
         headless.split("eval")
+
+
+def test_more_shards_than_maps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = open_cache(cache).split("train").read([5, 0, 5, 1])
+    monkeypatch.setattr(reader, "_OPEN_MAPS", 1)
+    got = open_cache(cache).split("train").read([5, 0, 5, 1])
+    assert not isinstance(want, torch.Tensor) and not isinstance(got, torch.Tensor)
+    assert torch.equal(want.ids, got.ids) and torch.equal(want.probs, got.probs)

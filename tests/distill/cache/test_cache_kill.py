@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftlab.distill.cache import CacheWriter, Fill, open_cache
+from peftlab.distill.cache import CacheWriter, Fill, files, open_cache
 from peftlab.distill.cache.manifest import MANIFEST
 from peftlab.distill.cache.shards import ROW
 from peftlab.errors import ArtifactError, RecipeError
@@ -157,6 +157,31 @@ def test_little_is_done_twice(tmp_path: Path) -> None:
             split.add(i, TARGETS["train"][i])
     with CacheWriter(tmp_path, FILL, {}) as writer:
         assert writer.split("train", 7).done == 5
+    # A shard that got its name and not yet its index.
+    (tmp_path / "train-00000.bin.partial").rename(tmp_path / "train-00000.bin")
+    with CacheWriter(tmp_path, FILL, {}) as writer:
+        assert writer.split("train", 7).done == 5
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    names, pwrite, replace = [], os.pwrite, os.replace
+
+    def written(file: int, data: Any, offset: int) -> int:
+        synced.discard(os.fstat(file).st_ino)
+        return pwrite(file, data, offset)
+
+    def renamed(source: Path, target: Path) -> None:
+        assert os.stat(source).st_ino in synced, f"{source} is renamed before it is on the disk"
+        names.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino))
+    monkeypatch.setattr(os, "pwrite", written)
+    monkeypatch.setattr(os, "replace", renamed)
+    capture(tmp_path)
+    assert names[-1] == "manifest.json" and len(names) == 12
+    assert tmp_path.stat().st_ino in synced, "the names too"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +212,7 @@ def test_what_a_lost_power_leaves_is_kept_as_far_as_it_fits(
     with begun() as writer:
         split = writer.split("train", 7)
         assert split.done == left
+        assert journal.stat().st_size == left * ROW.itemsize, "rows that do not count are gone"
         for i in range(left, 7):
             split.add(1000 + i, TARGETS["train"][i])
         writer.finish()
@@ -263,3 +289,21 @@ with CacheWriter(Path(sys.argv[1]), fill, {}) as writer:
         writer.finish()
     open_cache(tmp_path).split("train").check_keys(np.arange(50, dtype=np.uint64))
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer before ends between the open and the lock of the next one: a third would lock a new file."""
+    flock = files.fcntl.flock
+    calls: list[int] = []
+
+    def late(file: int, operation: int) -> None:
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with files.locked(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(RecipeError, match="is writing the cache there"), files.locked(tmp_path):
+            pass

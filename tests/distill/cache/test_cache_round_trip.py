@@ -164,6 +164,17 @@ def test_a_rest_out_of_rounding_would_be_a_loss() -> None:
     assert abs(float(sparse_divergence(z.double(), without, temperature=1.0))) > 1e-4
 
 
+@pytest.mark.parametrize("values", ["float16", "float32"])
+def test_the_mass_of_draws_is_exact_however_small(values: str) -> None:
+    """1e-9 of it: one minus the head's sum would be the rounding of float32, 1e-8 or 0."""
+    fill = Fill("mixed", k=3, draws=8, num_classes=20, values=values)
+    z = torch.full((6, 20), -23.0)
+    z[:, :3] = torch.tensor([1.0, 0.3, -0.4]) + torch.arange(6.0)[:, None] / 7
+    exact = z.double().softmax(-1)[:, 3:].sum(-1)
+    assert (exact < 1e-8).all()
+    torch.testing.assert_close(stored(fill, fill.target(z, 0)).probs[:, 3:].sum(-1).double(), exact, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("T", [1.0, 4.0])
 def test_all_classes_in_float32_are_the_dense_loss(T: float, tmp_path: Path) -> None:
     fill = Fill("topk", k=300, num_classes=300, values="float32", temperature=T)
