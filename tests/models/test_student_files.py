@@ -170,9 +170,10 @@ def test_a_student_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         assert {"config.json", "model.safetensors", "student.json"} <= {p.name for p in partial.iterdir()}
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(write_module.os, "replace", killed)
-        write_student(model, None, tmp_path / "student", notes={})
+        with pytest.raises(KeyboardInterrupt):
+            write_student(model, None, tmp_path / "student", notes={})
     assert list(tmp_path.iterdir()) == []
     write_student(model, None, tmp_path / "student", notes={"a": 1})
     with pytest.raises(RecipeError, match="exists already"):
