@@ -165,6 +165,16 @@ def test_a_student_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ResourceError, match="No space left on device"):
         write_student(model, FullDisk(), tmp_path / "student", notes={})
     assert list(tmp_path.iterdir()) == []
+
+    def killed(partial: Path, folder: Path) -> None:
+        assert {"config.json", "model.safetensors", "student.json"} <= {p.name for p in partial.iterdir()}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_student(model, None, tmp_path / "student", notes={})
+    assert list(tmp_path.iterdir()) == []
     write_student(model, None, tmp_path / "student", notes={"a": 1})
     with pytest.raises(RecipeError, match="exists already"):
         write_student(model, None, tmp_path / "student", notes={})

@@ -63,7 +63,10 @@ def _make(model_class: Any, config_class: Any, **options: Any) -> Any:
 
 
 def _decoder(name: str = "llama", **options: Any) -> Any:
-    options = {"num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 8, **options}
+    # Qwen2's config has no entry for the size of a head: a cut has to add one.
+    options = {"num_key_value_heads": 2, "tie_word_embeddings": False, **options}
+    if name == "qwen3":
+        options["head_dim"] = 8
     return _make(*DECODERS[name], **options)
 
 

@@ -68,8 +68,9 @@ def layers_by_importance(
     """The ``keep`` layers without whose fellows the outputs change least.
 
     ``greedy`` removes the layer that is missed least, measures all others again without it, and so on: the cost of removing
-    two layers is not the sum of their costs, and in language models far from it. ``once`` measures each layer alone and
-    removes the cheapest ones together: one round in place of many.
+    two layers is not the sum of their costs. ``once`` measures each layer alone and removes the cheapest ones together: one
+    round in place of many. SmolLM2-135M from 30 to 20 layers by 256 tokens of pydoc's topics, perplexity on 1,024 others
+    (whole: 15.6), without training: 84 greedy (255 passes), 90 once (30 passes), 16,202 evenly spaced.
 
     A layer that the architecture holds in its place (see ``cut_layers``) is never removed. Layers are bypassed in place:
     no weights are copied.

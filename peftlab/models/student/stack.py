@@ -180,7 +180,7 @@ def _config_of(stack: Stack) -> list[tuple[Any, str, Any]]:
     """What is changed in configs: (config, attribute, value)."""
     saved: list[tuple[Any, str, Any]] = []
     for config, count in stack.counts:
-        names = [count, "use_cache", "attention_types", *_per_layer(vars(config), len(stack))]
+        names = [count, "use_cache", *_per_layer(vars(config), len(stack))]
         saved.extend((config, name, getattr(config, name)) for name in names if hasattr(config, name))
     return saved
 
@@ -210,9 +210,6 @@ def _shorten(stack: Stack, kept: Sequence[int]) -> None:
         setattr(config, count, len(kept))
         for name, value in values.items():
             setattr(config, name, [value[i] for i in kept])
-        if hasattr(config, "attention_types") and "attention_layers" in values:
-            # GPT-Neo computes attention_layers from its short form whenever a config is read.
-            config.attention_types = [[config.attention_layers, 1]]
 
 
 def _runs(values: list[Any]) -> str:
