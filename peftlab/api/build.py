@@ -139,13 +139,18 @@ def precision_of(recipe: Recipe, device: str) -> str:
     return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
+def data_seed(recipe: Recipe) -> int:
+    """Seed of the split and of sampled rows."""
+    return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
+
+
 def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
     """Reads the rows and makes the split. Raises: DataError, RecipeError.
 
     Args: transfer: whether training is on the rows of distill.transfer, where the recipe has them.
     """
     data = recipe.data
-    seed = recipe.run.seed if data.seed is None else data.seed
+    seed = data_seed(recipe)
     _check_columns(recipe)
     read = functools.partial(
         load_rows,
@@ -166,9 +171,7 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
     labels = read_class_labels(recipe, train) if recipe.task == "seq_cls" or "label" in data.columns else None
     if recipe.task == "seq_cls":
         class_names(labels or [])
-    kept, held = split_rows(
-        train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels
-    )
+    kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
     parts = DataParts(labelled, train.select(held), fingerprints, labelled)
     return _with_transfer(recipe, parts, read) if transfer else parts

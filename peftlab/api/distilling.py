@@ -17,8 +17,10 @@ from peftlab.api.comparing import compare_students
 from peftlab.api.merging import merge_run
 from peftlab.api.parts import check_settings, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
+from peftlab.api.stored import is_stored
 from peftlab.api.student import cut_student
 from peftlab.api.teachers import Teachers
+from peftlab.api.teaching import capture_all, read_lesson
 from peftlab.api.training import choose_folder, execute, open_source
 from peftlab.data import class_names
 from peftlab.errors import Interrupted, RecipeError
@@ -96,6 +98,11 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
         notes = cut_student(recipe, folder / "init", progress)
         summary["student_init"] = notes
         recipe = _starting_from(recipe, folder / "init")
+    if recipe.distill.cache is not None and not is_stored(recipe):
+        progress.note(
+            f"{recipe.distill.cache} holds no teacher targets yet: they are made first, as by `peftlab teach`"
+        )
+        summary["teach"] = capture_all(read_lesson(recipe, progress), progress)
     teachers = Teachers(recipe, progress)
     arms = list(_arms(recipe, folder))
     figures = {}
@@ -132,7 +139,7 @@ def _train(
         progress.note(f"{arm.folder} is finished already")
         return open_run(arm.folder).summary
     # One split for all seeds: no student is scored on rows that it has learned.
-    data = recipe.data.model_copy(update={"seed": recipe.run.seed if recipe.data.seed is None else recipe.data.seed})
+    data = recipe.data.model_copy(update={"seed": build.data_seed(recipe)})
     run = recipe.run.model_copy(update={"seed": arm.seed, "dir": str(arm.folder)})
     update: dict[str, Any] = {"data": data, "run": run, "lock": None}
     if teachers is None:

@@ -46,6 +46,15 @@ def estimate_seconds(
     return {"seconds": seconds, "flops": flops, "flops_per_s": speed}
 
 
+def forward_seconds(
+    skeleton: Any, *, tokens: int, squares: float, scored: int, dtype: Any, device: str, storage: str
+) -> float:
+    """Seconds that a model takes to read ``tokens``; arguments as ``estimate_seconds``, storage as model.quantize."""
+    shape = _shape_of(skeleton)
+    flops = 2.0 * (tokens * shape["body"] + 2 * squares * shape["attention_width"] + scored * shape["head"])
+    return _OVERHEAD[storage] * flops / _matmul_speed(shape["widest"], dtype, device)
+
+
 def _shape_of(model: Any) -> dict[str, Any]:
     """Weights of the linear layers in the body and in the head, summed width of all attention layers, widest weight."""
     from torch import nn

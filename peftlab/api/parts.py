@@ -171,7 +171,7 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress, *, teach
     }
     summary |= {"full": recipe.adapter.method == "none", "full_logits": full_logits, "ledger": ledger}
     packing = recipe.data.packing
-    loss = None if teachers is None else teachers.loss(task, model, data.train, encoded, packing=packing)
+    loss = None if teachers is None else teachers.loss(task, model, data, encoded, limit=limit, packing=packing)
     return Parts(
         loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
         fingerprints, planned, loss, summary,

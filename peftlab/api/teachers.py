@@ -2,177 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from peftlab.adapters import add_adapter, check_adapter_files, load_adapter
+from peftlab import ops
+from peftlab.adapters import add_adapter
 from peftlab.api import build
-from peftlab.api.opening import Target, find_target, open_target
-from peftlab.api.run import LOCK_NAME
+from peftlab.api.stored import lesson_identity, open_stored
+from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_keys
 from peftlab.data import Rows
-from peftlab.distill import VECTOR_LOSSES, Objective, VectorObjective, compare, require_same
-from peftlab.errors import ArtifactError, DataError, RecipeError
-from peftlab.models import label_names, num_parameters, resolve_dtype
-from peftlab.paths import sha256_of_files
-from peftlab.recipe import LoadedRecipe, Recipe
+from peftlab.distill import VECTOR_LOSSES, Objective, VectorObjective
+from peftlab.distill.cache import TeacherCache, example_key
+from peftlab.errors import DataError, RecipeError
+from peftlab.models import num_parameters
+from peftlab.recipe import Recipe
 from peftlab.recipe.distillation import SELF, LossSection
 from peftlab.tasks import Encoded, Example, Task
 from peftlab.training.distilling import DistillLoss, Share
 from peftlab.training.packing_check import check_packing
 from peftlab.training.progress import Progress
-from peftlab.training.teachers import BackboneTeacher, Columns, ModelTeacher, Teacher
+from peftlab.training.teachers import BackboneTeacher, CachedTeacher, Columns, ModelTeacher, Teacher
 
 _SECOND = "teacher"  # name of a second adapter on the student's backbone
-# Recipe keys of a teacher that stand for other keys while it is loaded.
-_KEYS = {"model.name": "name", "model.revision": "revision", "model.quantize": "quantize", "model.dtype": "dtype"}
-
-
-@dataclass(frozen=True)
-class TeacherModel:
-    """A teacher that was loaded.
-
-    Attributes:
-        key: of its section in the recipe. task: with its own tokenizer and classes. limit: longest text it reads, tokens.
-        own_texts: whether it reads texts with another tokenizer than the student. columns: of its logits that the
-            student has too. notes: what a person should know.
-    """
-
-    key: str
-    name: str
-    model: Any
-    task: Task
-    device: str
-    limit: int
-    own_texts: bool
-    columns: Columns
-    notes: list[str]
-
-
-def teacher_keys(recipe: Recipe) -> list[str]:
-    """The recipe key of each teacher's section."""
-    assert recipe.distill is not None
-    if recipe.distill.teacher is not None:
-        return ["distill.teacher"]
-    return [f"distill.teachers.{i}" for i in range(len(recipe.distill.teachers))]
-
-
-def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) -> TeacherModel:
-    """Loads one of the recipe's teachers, which is not ``self``.
-
-    Args: student: the student's task.
-    Raises: RecipeError for another task, a missing head, other labels or another tokenizer; ArtifactError for damaged files.
-    """
-    assert recipe.distill is not None
-    section, key = recipe.distill.all_teachers[index], teacher_keys(recipe)[index]
-    progress.stage(f"loading the teacher {section.name}")
-    try:
-        target = _target(recipe, index)
-        changes = {} if section.quantize is None else {"quantize": section.quantize}
-        changes |= {} if section.dtype == "auto" else {"dtype": section.dtype}
-        opened = open_target(target, progress, whole=True, **changes)
-        model = opened.model
-        if section.adapter is not None:
-            check_adapter_files(Path(section.adapter))
-            model = load_adapter(model, Path(section.adapter), kernels=recipe.run.kernels).eval()
-    except (RecipeError, ArtifactError) as error:
-        at = f"{key}.{_KEYS.get(error.key or '', 'name')}"
-        raise type(error)(f"the teacher {section.name!r}: {error}", key=at) from error
-    columns, own_texts, notes = _columns(recipe, student, opened.task, key)
-    return TeacherModel(
-        key, section.name, model, opened.task, opened.device, opened.limit, own_texts, columns, notes
-    )
-
-
-def teacher_identity(recipe: Recipe, index: int) -> dict[str, str]:
-    """What the answers of a teacher depend on, from its files alone. Raises: RecipeError when they are not there."""
-    assert recipe.distill is not None
-    section = recipe.distill.all_teachers[index]
-    target = _target(recipe, index)
-    model = target.loaded.recipe.model
-    adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
-    device = build.pick_device(target.loaded.recipe.run.device)
-    dtype = resolve_dtype(model.dtype if section.dtype == "auto" else section.dtype, device)
-    return {
-        "teacher": build.pretrained_of(target.loaded.recipe).fingerprint,
-        "teacher_adapter": sha256_of_files([f for folder in adapters for f in sorted(folder.glob("adapter_*"))]) if adapters else "",
-        "teacher_storage": f"{section.quantize or model.quantize} {dtype}".replace("torch.", ""),
-    }
-
-
-def _target(recipe: Recipe, index: int) -> Target:
-    """What the teacher's name means: a run or a merged model with its own recipe, or a model with the student's."""
-    assert recipe.distill is not None
-    section = recipe.distill.all_teachers[index]
-    if section.name == SELF:
-        return Target("base", LoadedRecipe(recipe.model_copy(update={"distill": None, "lock": None}), SELF), None)
-    device = {} if section.device == "auto" else {"device": section.device}
-    if (Path(section.name) / LOCK_NAME).is_file():
-        found = find_target(section.name)
-        theirs = found.loaded.recipe
-        if theirs.task != recipe.task:
-            raise RecipeError(f"it was trained for task: {theirs.task}, and the student is for task: {recipe.task}")
-        run = theirs.run.model_copy(update={"device": recipe.run.device, "kernels": recipe.run.kernels} | device)
-        loaded = dataclasses.replace(found.loaded, recipe=theirs.model_copy(update={"run": run}))
-        return dataclasses.replace(found, loaded=loaded)
-    model = {
-        "name": section.name,
-        "revision": section.revision,
-        "quantize": section.quantize or "none",
-        "dtype": section.dtype,
-        "trust_remote_code": recipe.model.trust_remote_code,
-        "attention": recipe.model.attention,
-    }
-    if recipe.task == "causal_lm":
-        model["chat_template"] = recipe.model.chat_template
-    update = {
-        "model": type(recipe.model)(**model),
-        "adapter": type(recipe.adapter)(),
-        "run": recipe.run.model_copy(update=device),
-        "distill": None,
-        "lock": None,
-    }
-    loaded = LoadedRecipe(recipe.model_copy(update=update), section.name)
-    labels = None
-    if recipe.task == "seq_cls":
-        labels = label_names(build.pretrained_of(loaded.recipe))
-    return Target("base", loaded, None, labels)
-
-
-def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Columns, bool, list[str]]:
-    """Which of the teacher's columns the student has, whether it reads texts in its own way, and notes."""
-    assert recipe.distill is not None
-    compared = compare(student.tokenizer, theirs.tokenizer)
-    if recipe.task == "causal_lm":
-        try:
-            require_same(student.tokenizer, theirs.tokenizer, cross_tokenizer=recipe.distill.cross_tokenizer)
-        except RecipeError as error:
-            raise RecipeError(str(error), key=f"{key}.name") from error
-        if not compared.same:
-            return Columns(), True, [f"teacher and student have different tokenizers: {compared.difference}"]
-        return Columns(compared.num_shared_ids), False, list(compared.notes)
-    order = None
-    if student.class_names is not None:
-        order = _same_classes(student.class_names, theirs.class_names or [], key)
-    notes = (
-        [] if compared.same else ["teacher and student have different tokenizers: each reads the texts with its own"]
-    )
-    return Columns(order=order), not compared.same, notes
-
-
-def _same_classes(ours: list[str], theirs: list[str], key: str) -> tuple[int, ...] | None:
-    if sorted(ours) != sorted(theirs):
-        raise RecipeError(
-            f"the teacher has other labels: {', '.join(theirs)}; the student's are {', '.join(ours)}. Take a teacher that was "
-            "trained on these labels (or name them alike in its config)",
-            key=f"{key}.name",
-        )
-    return None if ours == theirs else tuple(theirs.index(name) for name in ours)
 
 
 class Teachers:
@@ -182,6 +37,7 @@ class Teachers:
         assert recipe.distill is not None
         self._recipe, self._distill, self._progress = recipe, recipe.distill, progress
         self._models: dict[int, TeacherModel] = {}
+        self._caches: dict[int, TeacherCache] = {}
 
     def model(self, index: int, student: Task) -> TeacherModel:
         """One that is not ``self``."""
@@ -191,23 +47,46 @@ class Teachers:
                 self._progress.note(note)
         return self._models[index]
 
-    def loss(self, task: Task, model: Any, rows: Rows, encoded: Encoded, *, packing: bool = False) -> DistillLoss:
-        """The loss of a student on the training examples ``encoded`` of ``rows``. Raises: RecipeError, DataError."""
-        d, columns = self._distill, self.columns(task)
+    def loss(
+        self, task: Task, model: Any, data: build.DataParts, encoded: Encoded, *, limit: int, packing: bool = False
+    ) -> DistillLoss:
+        """The loss of a student on the training examples ``encoded``. Raises: RecipeError, DataError, ArtifactError."""
+        d = self._distill
+        if d.cache is not None:
+            self._open_caches(lesson_identity(self._recipe, task, data, limit))
+        columns = self.columns(task)
         if columns.count is not None:
             self._check_width(model, columns.count)
         terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [LossSection(kind="forward_kl")]]
-        shares = self.shares(task, model, rows, encoded, packing=packing)
+        shares = self.shares(task, model, data.train, encoded, packing=packing, stored=d.cache is not None)
         return DistillLoss(
             task, terms, shares, hard_weight=d.hard_weight, columns=columns, kernels=self._recipe.run.kernels
         )
 
+    def _open_caches(self, identity: Mapping[str, Any]) -> None:
+        for index in range(len(self._distill.all_teachers)):
+            if index not in self._caches:
+                self._caches[index] = open_stored(identity, self._recipe, index)
+                split = self._caches[index].manifest["splits"]["train"]
+                self._progress.note(
+                    f"teacher targets: {split['positions']:,} positions in {self._caches[index].folder}, "
+                    f"{split['bytes_per_position']:.0f} bytes each"
+                )
+
     def shares(
-        self, task: Task, model: Any | None, rows: Rows, encoded: Encoded, *, packing: bool = False
+        self,
+        task: Task,
+        model: Any | None,
+        rows: Rows,
+        encoded: Encoded,
+        *,
+        packing: bool = False,
+        stored: bool = False,
     ) -> list[Share]:
         """Each teacher with its part of the examples ``encoded`` of ``rows``.
 
         Args: model: the student in training; None: the teachers stand apart from any, also one that is the backbone.
+        stored: the examples are those of the caches, and the teachers are read from there.
         """
         columns, found = self.columns(task), []
         taught = np.zeros(len(rows), dtype=bool)
@@ -216,7 +95,10 @@ class Teachers:
             if section.rows:
                 theirs = _rows_with(rows, section.rows, f"{teacher_keys(self._recipe)[index]}.rows")
             taught |= theirs
-            teacher = self._teacher(index, task, model, rows, encoded, columns, packing=packing)
+            if stored:
+                teacher: Teacher = self._stored(index, model, encoded)
+            else:
+                teacher = self._teacher(index, task, model, rows, encoded, columns, packing=packing)
             found.append(Share(teacher, section.weight, _Takes(theirs) if section.rows else None))
         for example in encoded.examples:
             if not taught[example.row]:
@@ -255,6 +137,25 @@ class Teachers:
         only = len(self._distill.all_teachers) == 1 and not self.model(0, task).own_texts
         return [("teacher", self.model(0, task).model)] if only else []
 
+    def _stored(self, index: int, model: Any, encoded: Encoded) -> CachedTeacher:
+        """Raises: ArtifactError when the cache holds other examples, or they are in another order."""
+        cache = self._caches[index]
+        split = cache.split("train")
+        split.check_keys(np.array([example_key(e.ids, e.trained) for e in encoded.examples], dtype=np.uint64))
+        head = None
+        if cache.fill.kind == "hidden" and cache.manifest["tensors"] is not None:
+            device = next(model.parameters()).device
+            tensors = {name: tensor.to(device) for name, tensor in cache.head_tensors().items()}
+            transform = cache.extra["head"]
+            head = ops.Head(
+                ops.DenseWeight(tensors["weight"]),
+                tensors.get("bias"),
+                None,
+                transform["softcap"],
+                transform["scale"],
+            )
+        return CachedTeacher(split.read, index_of={e.row: i for i, e in enumerate(encoded.examples)}, head=head)
+
     def _teacher(
         self,
         index: int,
@@ -272,17 +173,12 @@ class Teachers:
                 add_adapter(model, Path(section.adapter), name=_SECOND)
             return BackboneTeacher(task, adapter=section.adapter and _SECOND, columns=columns, kernels=kernels)
         theirs = self.model(index, task)
-        own = self._read_by(theirs, rows) if theirs.own_texts else None
+        own = read_by(theirs, rows) if theirs.own_texts else None
         packs = not packing or check_packing(theirs.model, theirs.task, encoded.examples, device=theirs.device) is None
         columns = theirs.columns if columns.count is None else columns
         return ModelTeacher(
             theirs.model, theirs.task, device=theirs.device, columns=columns, examples=own, kernels=kernels, packs=packs
         )
-
-    def _read_by(self, theirs: TeacherModel, rows: Rows) -> dict[int, Example]:
-        """Each row as the teacher's own tokenizer has it; what is too long for it is cut."""
-        encoded = theirs.task.encode(rows, max_length=theirs.limit, too_long="truncate", training=False, labelled=False)
-        return {e.row: e for e in encoded.examples}
 
     def _check_width(self, model: Any, count: int) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model

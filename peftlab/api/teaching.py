@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,37 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.api import build
+from peftlab.api.estimate import forward_seconds
 from peftlab.api.parts import check_settings
 from peftlab.api.run import LOCK_NAME, open_run
-from peftlab.api.teachers import TeacherModel, Teachers, open_teacher, teacher_identity, teacher_keys
+from peftlab.api.stored import REASONS, cache_folder, fill_of, lesson_identity, open_stored
+from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_identity, teacher_target
 from peftlab.data import eval_batches
-from peftlab.distill import fingerprint
 from peftlab.distill.cache import CacheWriter, Fill, TeacherCache, example_key, open_cache
-from peftlab.errors import ArtifactError, PeftlabError, RecipeError, ResourceError
-from peftlab.evaluation.loop import evaluate_examples
-from peftlab.evaluation.metrics import default_metrics
-from peftlab.recipe import LoadedRecipe, Recipe, load_recipe
-from peftlab.tasks import Encoded, Outputs, Task
+from peftlab.errors import RecipeError, ResourceError
+from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
+from peftlab.recipe import Recipe, load_recipe
+from peftlab.tasks import Encoded, Example, Outputs, Task
+from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, make_progress
-from peftlab.training.teachers import Columns
 
 # Examples that are answered before the first of them is written: enough to batch those of like length.
 _WINDOW = 512
 # Positions whose logits exist at a time: 256 x 128,256 float32 values are 131 MB.
 _CHUNK = 256
-_DEFAULT_K = 50
-_REASONS = {
-    "teacher": "made by another teacher",
-    "teacher_adapter": "made by a teacher with another adapter",
-    "teacher_storage": "made by a teacher in another storage",
-    "tokenizer": "made with another tokenizer",
-    "template": "made with another template or other columns",
-    "max_length": "made with another truncation",
-    "too_long": "made with another truncation",
-    "data": "made for other data",
-    "split": "made for another split of the data",
-    "classes": "made for other classes",
-}
+_INDEX_BYTES = 20  # of each example, beside its record
 
 
 @dataclass(frozen=True)
@@ -113,81 +100,18 @@ def read_lesson(recipe: Recipe, progress: Progress) -> Lesson:
     return Lesson(recipe, task, data, train, lesson_identity(recipe, task, data, limit))
 
 
-def lesson_identity(recipe: Recipe, task: Task, data: build.DataParts, limit: int) -> dict[str, Any]:
-    """What a teacher's targets depend on beside the teacher."""
-    split = recipe.data.model_dump(include={"eval", "eval_fraction", "eval_rows", "exclude"})
-    split["seed"] = recipe.run.seed if recipe.data.seed is None else recipe.data.seed
-    template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins"})
-    template["chat"] = getattr(task.tokenizer, "chat_template", None) if recipe.task == "causal_lm" else None
-    return {
-        "task": recipe.task,
-        "tokenizer": fingerprint(task.tokenizer),
-        "template": _hash(template),
-        "max_length": limit,
-        "too_long": recipe.data.too_long,
-        "data": data.train.fingerprint,
-        "split": _hash(split),
-        "classes": ", ".join(task.class_names or []),
-    }
-
-
-def cache_folder(recipe: Recipe, index: int) -> Path:
-    """Of one teacher: the recipe's folder, or one inside it where there are several."""
-    assert recipe.distill is not None and recipe.distill.cache is not None
-    folder = Path(recipe.distill.cache)
-    return folder if recipe.distill.teacher is not None else folder / f"teacher-{index}"
-
-
-def open_stored(lesson_identity: Mapping[str, Any], recipe: Recipe, index: int) -> TeacherCache:
-    """The cache of one teacher, made for this data. The teacher itself need not be there; if it is, it must be the one.
-
-    Raises: ArtifactError when there is none, or it is not complete, damaged, or made for something else.
-    """
-    folder = cache_folder(recipe, index)
-    cache = open_cache(folder)
-    identity = dict(lesson_identity)
-    stored = cache.manifest["identity"]
-    try:
-        identity |= teacher_identity(recipe, index)
-    except PeftlabError:
-        identity |= {name: value for name, value in stored.items() if name.startswith("teacher")}
-    fill = fill_of(recipe, num_classes=cache.fill.num_classes, hidden_size=cache.fill.hidden_size)
-    return open_cache(folder, identity=identity, fill=fill, reasons=_REASONS)
-
-
-def is_stored(recipe: Recipe) -> bool:
-    """Whether every teacher of the recipe has a cache, complete or not the right one."""
-    assert recipe.distill is not None
-    return all(
-        (cache_folder(recipe, i) / "manifest.json").is_file() for i in range(len(recipe.distill.all_teachers))
-    )
-
-
-def fill_of(recipe: Recipe, *, num_classes: int | None, hidden_size: int | None) -> Fill:
-    """How the recipe stores a teacher of so many classes and such a width."""
-    assert recipe.distill is not None
-    t = recipe.distill.targets
-    if t.fill == "hidden":
-        return Fill("hidden", hidden=t.states, hidden_size=hidden_size)
-    assert num_classes is not None
-    most = num_classes - (t.fill == "mixed")
-    return Fill(
-        t.fill,
-        k=None if t.fill == "sampled" else min(_DEFAULT_K, most) if t.k is None else t.k,
-        draws=None if t.fill == "topk" else t.draws,
-        temperature=recipe.distill.temperature,
-        values=t.values,
-        num_classes=num_classes,
-        seed=recipe.run.seed,
-    )
-
-
 def capture_all(lesson: Lesson, progress: Progress, *, replace: bool = False) -> list[dict[str, Any]]:
     """Captures every teacher, one after the other, so that no two are in memory together."""
     assert lesson.recipe.distill is not None
     found = []
     for index in range(len(lesson.recipe.distill.all_teachers)):
         identity = lesson.identity | teacher_identity(lesson.recipe, index)
+        folder = cache_folder(lesson.recipe, index)
+        if (folder / "manifest.json").is_file() and not replace:
+            cache = open_stored(lesson.identity, lesson.recipe, index)
+            progress.note(f"{folder} has them all already")
+            found.append(_described(cache, lesson.recipe.distill.all_teachers[index].name, seconds=0.0))
+            continue
         theirs = open_teacher(lesson.recipe, index, lesson.task, progress)
         for note in theirs.notes:
             progress.note(note)
@@ -202,13 +126,21 @@ def _capture(
 ) -> dict[str, Any]:
     recipe, started = lesson.recipe, time.perf_counter()
     folder = cache_folder(recipe, index)
-    own = Teachers.read_by(theirs, lesson.data.train) if theirs.own_texts else None
+    own = read_by(theirs, lesson.data.train) if theirs.own_texts else None
     examples = lesson.train.examples
     answers = _Answers(theirs, recipe.eval.batch_tokens)
-    num_classes, hidden_size, head = answers.shape(examples[:1] if own is None else [own[examples[0].row]])
+    one = examples[:1] if own is None else [own[examples[0].row]]
+    num_classes, hidden_size, head = answers.shape(one)
+    transform = answers.transform(one)
     fill = fill_of(recipe, num_classes=num_classes, hidden_size=hidden_size)
+    if fill.kind == "hidden" and transform and not head:
+        raise RecipeError(
+            "the head of this teacher is quantized or adapted, so its hidden states cannot be played back through it; merge the "
+            "teacher first, or store classes (fill: topk)",
+            key="distill.targets.fill",
+        )
     _check_room(folder, fill.bytes_per_position() * float(sum(e.weight for e in examples)))
-    with CacheWriter(folder, fill, identity, replace=replace, reasons=_REASONS) as writer:
+    with CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
         split = writer.split("train", len(examples))
         if split.done:
             progress.note(f"{folder}: {split.done:,} of {len(examples):,} examples are there already")
@@ -223,15 +155,122 @@ def _capture(
                 split.add(example_key(example.ids, example.trained), target)
             progress.step(split.done, {})
         progress.stop()
-        writer.finish({"name": theirs.name, "num_classes": num_classes, **_head_numbers(answers)})
-    described = open_cache(folder).manifest["splits"]["train"]
+        writer.finish({"name": theirs.name, "num_classes": num_classes, "head": transform})
+    return _described(open_cache(folder), theirs.name, seconds=time.perf_counter() - started)
+
+
+def _described(cache: TeacherCache, name: str, *, seconds: float) -> dict[str, Any]:
+    split = cache.manifest["splits"]["train"]
     return {
-        "teacher": theirs.name,
-        "folder": str(folder),
-        "fill": fill.settings(),
-        "examples": described["examples"],
-        "positions": described["positions"],
-        "bytes": described["bytes"],
-        "bytes_per_position": described["bytes_per_position"],
-        "seconds": time.perf_counter() - started,
+        "teacher": name,
+        "folder": str(cache.folder),
+        "fill": cache.fill.settings(),
+        **{key: split[key] for key in ("examples", "positions", "bytes", "bytes_per_position")},
+        "seconds": seconds,
     }
+
+
+class _Answers:
+    """Runs a teacher over examples, those of like length together, and makes the targets that are stored."""
+
+    def __init__(self, theirs: TeacherModel, batch_tokens: int) -> None:
+        self._theirs, self._batch_tokens = theirs, batch_tokens
+
+    def shape(self, examples: Sequence[Example]) -> tuple[int | None, int, dict[str, Tensor]]:
+        """Number of classes, width of what ``hidden`` stores, and the tensors of the head that goes with it."""
+        outputs = self._ask(examples)
+        if outputs.head is None:
+            width = outputs.values.shape[1]
+            return (None if outputs.vectors else width), width, {}
+        module = outputs.head.module
+        count = self._theirs.columns.count or int(module.weight.shape[0])
+        tensors = {}
+        if type(module) is nn.Linear:
+            tensors = {"weight": module.weight[:count]}
+            tensors |= {} if module.bias is None else {"bias": module.bias[:count]}
+        return count, outputs.values.shape[1], tensors
+
+    def transform(self, examples: Sequence[Example]) -> dict[str, float | None]:
+        """Soft-cap and scale of the head."""
+        head = self._ask(examples).head
+        return {} if head is None else {"softcap": head.softcap, "scale": head.scale}
+
+    def targets(self, examples: Sequence[Example], fill: Fill, *, first: int) -> list[Any]:
+        """What is stored of each example; ``first`` is the number of the first of them."""
+        found: dict[int, Any] = {}
+        for part in eval_batches([len(e) for e in examples], self._batch_tokens):
+            outputs = self._ask([examples[i] for i in part])
+            end = np.cumsum(outputs.counts)
+            for i, stop, count in zip(part.tolist(), end.tolist(), outputs.counts, strict=True):
+                found[i] = _on_cpu(fill.target(self._parts(outputs, stop - count, stop, fill), first + i))
+        return [found[i] for i in range(len(examples))]
+
+    def _parts(self, outputs: Outputs, start: int, stop: int, fill: Fill) -> Iterator[Tensor]:
+        if fill.kind == "hidden" and (outputs.head is not None or outputs.vectors):
+            yield outputs.values[start:stop]
+            return
+        for at in range(start, max(stop, start + 1), _CHUNK):
+            yield self._theirs.columns.of(outputs.logits(slice(at, min(stop, at + _CHUNK))))
+
+    @torch.no_grad()
+    def _ask(self, examples: Sequence[Example]) -> Outputs:
+        t = self._theirs
+        return t.task.outputs(t.model, t.task.collate(list(examples), t.device))
+
+
+def _on_cpu(target: Any) -> Any:
+    return target.to("cpu")
+
+
+def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
+    """Disk and time of a capture, from the teacher's configuration alone."""
+    recipe = lesson.recipe
+    assert recipe.distill is not None
+    target = teacher_target(recipe, index)
+    theirs = target.loaded.recipe
+    pretrained = build.pretrained_of(theirs)
+    skeleton = load_skeleton(pretrained, auto_class=lesson.task.auto_class, **lesson.task.model_kwargs())
+    head = skeleton.get_output_embeddings() if recipe.task == "causal_lm" else None
+    width = skeleton.config.get_text_config().hidden_size
+    num_classes = len(lesson.task.tokenizer) if head is not None else len(lesson.task.class_names) if lesson.task.class_names else None
+    fill = fill_of(recipe, num_classes=num_classes, hidden_size=width)
+    lengths = lesson.train.lengths
+    positions = int(sum(e.weight if e.trained is not None else 1 for e in lesson.train.examples))
+    size = fill.bytes_per_position() * positions + _INDEX_BYTES * len(lengths)
+    if fill.kind == "hidden" and head is not None:
+        size += head.weight.numel() * resolve_dtype(theirs.model.dtype, "cpu").itemsize
+    seconds = forward_seconds(
+        skeleton,
+        tokens=int(lengths.sum()),
+        squares=float((lengths.astype(np.float64) ** 2).sum()),
+        scored=positions if head is not None else 0,
+        dtype=resolve_precision(recipe.train.precision, build.pick_device(theirs.run.device)),
+        device=build.pick_device(theirs.run.device),
+        storage=theirs.model.quantize,
+    )
+    return {
+        "teacher": recipe.distill.all_teachers[index].name,
+        "folder": str(cache_folder(recipe, index)),
+        "fill": fill.settings(),
+        "examples": len(lengths),
+        "positions": positions,
+        "tokens": int(lengths.sum()),
+        "bytes": int(size),
+        "bytes_per_position": fill.bytes_per_position(),
+        "seconds": seconds,
+        "free_bytes": shutil.disk_usage(_existing(cache_folder(recipe, index))).free,
+    }
+
+
+def _check_room(folder: Path, needed: float) -> None:
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < needed:
+        raise ResourceError(
+            f"the targets need about {needed / 2**20:,.0f} MiB in {folder}, and {free / 2**20:,.0f} MiB are free; free some "
+            "room, choose another folder, or store less: distill.targets.k, or fill: sampled",
+            key="distill.cache",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from peftlab import __version__
-from peftlab.cli import bench, chat, check, distill, doctor, evaluate, merge, predict, recipes, train
+from peftlab.cli import bench, chat, check, distill, doctor, evaluate, merge, predict, recipes, teach, train
 from peftlab.cli.failures import EXIT_CODES, handle, usage_error
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output
@@ -86,6 +86,7 @@ def _root(
 
 app.command("check", cls=Verb, epilog="Example: peftlab check quickstart --show 3")(check.check)
 app.command("train", cls=Verb, epilog="Example: peftlab train quickstart train.lr=5e-4 run.dir=runs/first")(train.train)
+app.command("teach", cls=Verb, epilog="Example: peftlab teach film-student --plan")(teach.teach)
 app.command("distill", cls=Verb, epilog="Example: peftlab distill film-student --seeds 3")(distill.distill)
 app.command("eval", cls=Verb, epilog="Example: peftlab eval runs/quickstart data.eval=other.csv")(evaluate.evaluate)
 app.command("predict", cls=Verb, epilog='Example: peftlab predict runs/quickstart "You won a prize"')(predict.predict)

@@ -149,7 +149,6 @@ class CachedTeacher:
         *,
         index_of: Mapping[int, int],
         head: ops.Head | None = None,
-        temperature: float = 1.0,
     ) -> None:
         self._read, self._index_of, self._head = read, index_of, head
 

@@ -1,0 +1,102 @@
+"""A recipe's teacher caches: where they lie, how they are filled, and what they must have been made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftlab.api import build
+from peftlab.api.teacher_models import teacher_identity
+from peftlab.distill import fingerprint
+from peftlab.distill.cache import Fill, TeacherCache, open_cache
+from peftlab.errors import PeftlabError
+from peftlab.recipe import Recipe
+from peftlab.tasks import Task
+
+_DEFAULT_K = 50
+REASONS = {
+    "teacher": "made by another teacher",
+    "teacher_adapter": "made by a teacher with another adapter",
+    "teacher_storage": "made by a teacher in another storage",
+    "tokenizer": "made with another tokenizer",
+    "template": "made with another template or other columns",
+    "max_length": "made with another truncation",
+    "too_long": "made with another truncation",
+    "data": "made for other data",
+    "split": "made for another split of the data",
+    "classes": "made for other classes",
+}
+
+
+def lesson_identity(recipe: Recipe, task: Task, data: build.DataParts, limit: int) -> dict[str, Any]:
+    """What a teacher's targets depend on beside the teacher."""
+    split = recipe.data.model_dump(include={"eval", "eval_fraction", "eval_rows", "exclude"})
+    split["seed"] = build.data_seed(recipe)
+    template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins"})
+    template["chat"] = getattr(task.tokenizer, "chat_template", None) if recipe.task == "causal_lm" else None
+    return {
+        "task": recipe.task,
+        "tokenizer": fingerprint(task.tokenizer),
+        "template": _hash(template),
+        "max_length": limit,
+        "too_long": recipe.data.too_long,
+        "data": data.train.fingerprint,
+        "split": _hash(split),
+        "classes": ", ".join(task.class_names or []),
+    }
+
+
+def cache_folder(recipe: Recipe, index: int) -> Path:
+    """Of one teacher: the recipe's folder, or one inside it where there are several."""
+    assert recipe.distill is not None and recipe.distill.cache is not None
+    folder = Path(recipe.distill.cache)
+    return folder if recipe.distill.teacher is not None else folder / f"teacher-{index}"
+
+
+def open_stored(lesson_identity: Mapping[str, Any], recipe: Recipe, index: int) -> TeacherCache:
+    """The cache of one teacher, made for this data. The teacher itself need not be there; if it is, it must be the one.
+
+    Raises: ArtifactError when there is none, or it is not complete, damaged, or made for something else.
+    """
+    folder = cache_folder(recipe, index)
+    cache = open_cache(folder)
+    identity = dict(lesson_identity)
+    stored = cache.manifest["identity"]
+    try:
+        identity |= teacher_identity(recipe, index)
+    except PeftlabError:
+        identity |= {name: value for name, value in stored.items() if name.startswith("teacher")}
+    fill = fill_of(recipe, num_classes=cache.fill.num_classes, hidden_size=cache.fill.hidden_size)
+    return open_cache(folder, identity=identity, fill=fill, reasons=REASONS)
+
+
+def is_stored(recipe: Recipe) -> bool:
+    """Whether every teacher of the recipe has a cache, complete or not the right one."""
+    assert recipe.distill is not None
+    return all((cache_folder(recipe, i) / "manifest.json").is_file() for i in range(len(recipe.distill.all_teachers)))
+
+
+def fill_of(recipe: Recipe, *, num_classes: int | None, hidden_size: int | None) -> Fill:
+    """How the recipe stores a teacher of so many classes and such a width."""
+    assert recipe.distill is not None
+    t = recipe.distill.targets
+    if t.fill == "hidden":
+        return Fill("hidden", hidden=t.states, hidden_size=hidden_size)
+    assert num_classes is not None
+    most = num_classes - (t.fill == "mixed")
+    return Fill(
+        t.fill,
+        k=None if t.fill == "sampled" else min(_DEFAULT_K, most) if t.k is None else t.k,
+        draws=None if t.fill == "topk" else t.draws,
+        temperature=recipe.distill.temperature,
+        values=t.values,
+        num_classes=num_classes,
+        seed=build.data_seed(recipe),
+    )
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,174 @@
+"""One teacher of a recipe: what its name means, what its answers depend on, and the loaded model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.adapters import check_adapter_files, load_adapter
+from peftlab.api import build
+from peftlab.api.opening import Target, find_target, open_target
+from peftlab.api.run import LOCK_NAME
+from peftlab.data import Rows
+from peftlab.distill import compare, require_same
+from peftlab.errors import ArtifactError, RecipeError
+from peftlab.models import label_names, resolve_dtype
+from peftlab.paths import sha256_of_files
+from peftlab.recipe import LoadedRecipe, Recipe
+from peftlab.recipe.distillation import SELF
+from peftlab.tasks import Example, Task
+from peftlab.training.progress import Progress
+from peftlab.training.teachers import Columns
+
+# Recipe keys of a teacher that stand for other keys while it is loaded.
+_KEYS = {"model.name": "name", "model.revision": "revision", "model.quantize": "quantize", "model.dtype": "dtype"}
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A teacher that was loaded.
+
+    Attributes:
+        key: of its section in the recipe. task: with its own tokenizer and classes. limit: longest text it reads, tokens.
+        own_texts: whether it reads texts with another tokenizer than the student. columns: of its logits that the
+            student has too. notes: what a person should know.
+    """
+
+    key: str
+    name: str
+    model: Any
+    task: Task
+    device: str
+    limit: int
+    own_texts: bool
+    columns: Columns
+    notes: list[str]
+
+
+def teacher_keys(recipe: Recipe) -> list[str]:
+    """The recipe key of each teacher's section."""
+    assert recipe.distill is not None
+    if recipe.distill.teacher is not None:
+        return ["distill.teacher"]
+    return [f"distill.teachers.{i}" for i in range(len(recipe.distill.teachers))]
+
+
+def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) -> TeacherModel:
+    """Loads one of the recipe's teachers, which is not ``self``.
+
+    Args: student: the student's task.
+    Raises: RecipeError for another task, a missing head, other labels or another tokenizer; ArtifactError for damaged files.
+    """
+    assert recipe.distill is not None
+    section, key = recipe.distill.all_teachers[index], teacher_keys(recipe)[index]
+    progress.stage(f"loading the teacher {section.name}")
+    try:
+        target = teacher_target(recipe, index)
+        changes = {} if section.quantize is None else {"quantize": section.quantize}
+        changes |= {} if section.dtype == "auto" else {"dtype": section.dtype}
+        opened = open_target(target, progress, whole=True, **changes)
+        model = opened.model
+        if section.adapter is not None:
+            check_adapter_files(Path(section.adapter))
+            model = load_adapter(model, Path(section.adapter), kernels=recipe.run.kernels).eval()
+    except (RecipeError, ArtifactError) as error:
+        at = f"{key}.{_KEYS.get(error.key or '', 'name')}"
+        raise type(error)(f"the teacher {section.name!r}: {error}", key=at) from error
+    columns, own_texts, notes = _columns(recipe, student, opened.task, key)
+    return TeacherModel(key, section.name, model, opened.task, opened.device, opened.limit, own_texts, columns, notes)
+
+
+def teacher_identity(recipe: Recipe, index: int) -> dict[str, str]:
+    """What the answers of a teacher depend on, from its files alone. Raises: RecipeError when they are not there."""
+    assert recipe.distill is not None
+    section = recipe.distill.all_teachers[index]
+    target = teacher_target(recipe, index)
+    model = target.loaded.recipe.model
+    adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
+    device = build.pick_device(target.loaded.recipe.run.device)
+    dtype = resolve_dtype(model.dtype if section.dtype == "auto" else section.dtype, device)
+    return {
+        "teacher": build.pretrained_of(target.loaded.recipe).fingerprint,
+        "teacher_adapter": sha256_of_files([f for folder in adapters for f in sorted(folder.glob("adapter_*"))])
+        if adapters
+        else "",
+        "teacher_storage": f"{section.quantize or model.quantize} {dtype}".replace("torch.", ""),
+    }
+
+
+def teacher_target(recipe: Recipe, index: int) -> Target:
+    """What the teacher's name means: a run or a merged model with its own recipe, or a model with the student's."""
+    assert recipe.distill is not None
+    section = recipe.distill.all_teachers[index]
+    if section.name == SELF:
+        return Target("base", LoadedRecipe(recipe.model_copy(update={"distill": None, "lock": None}), SELF), None)
+    device = {} if section.device == "auto" else {"device": section.device}
+    if (Path(section.name) / LOCK_NAME).is_file():
+        found = find_target(section.name)
+        theirs = found.loaded.recipe
+        if theirs.task != recipe.task:
+            raise RecipeError(f"it was trained for task: {theirs.task}, and the student is for task: {recipe.task}")
+        run = theirs.run.model_copy(update={"device": recipe.run.device, "kernels": recipe.run.kernels} | device)
+        loaded = dataclasses.replace(found.loaded, recipe=theirs.model_copy(update={"run": run}))
+        return dataclasses.replace(found, loaded=loaded)
+    model = {
+        "name": section.name,
+        "revision": section.revision,
+        "quantize": section.quantize or "none",
+        "dtype": section.dtype,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "attention": recipe.model.attention,
+    }
+    if recipe.task == "causal_lm":
+        model["chat_template"] = recipe.model.chat_template
+    update = {
+        "model": type(recipe.model)(**model),
+        "adapter": type(recipe.adapter)(),
+        "run": recipe.run.model_copy(update=device),
+        "distill": None,
+        "lock": None,
+    }
+    loaded = LoadedRecipe(recipe.model_copy(update=update), section.name)
+    labels = None
+    if recipe.task == "seq_cls":
+        labels = label_names(build.pretrained_of(loaded.recipe))
+    return Target("base", loaded, None, labels)
+
+
+def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Columns, bool, list[str]]:
+    """Which of the teacher's columns the student has, whether it reads texts in its own way, and notes."""
+    assert recipe.distill is not None
+    compared = compare(student.tokenizer, theirs.tokenizer)
+    if recipe.task == "causal_lm":
+        try:
+            require_same(student.tokenizer, theirs.tokenizer, cross_tokenizer=recipe.distill.cross_tokenizer)
+        except RecipeError as error:
+            raise RecipeError(str(error), key=f"{key}.name") from error
+        if not compared.same:
+            return Columns(), True, [f"teacher and student have different tokenizers: {compared.difference}"]
+        return Columns(compared.num_shared_ids), False, list(compared.notes)
+    order = None
+    if student.class_names is not None:
+        order = _same_classes(student.class_names, theirs.class_names or [], key)
+    notes = (
+        [] if compared.same else ["teacher and student have different tokenizers: each reads the texts with its own"]
+    )
+    return Columns(order=order), not compared.same, notes
+
+
+def _same_classes(ours: list[str], theirs: list[str], key: str) -> tuple[int, ...] | None:
+    if sorted(ours) != sorted(theirs):
+        raise RecipeError(
+            f"the teacher has other labels: {', '.join(theirs)}; the student's are {', '.join(ours)}. Take a teacher that was "
+            "trained on these labels (or name them alike in its config)",
+            key=f"{key}.name",
+        )
+    return None if ours == theirs else tuple(theirs.index(name) for name in ours)
+
+
+def read_by(theirs: TeacherModel, rows: Rows) -> dict[int, Example]:
+    """Each row as the teacher's own tokenizer has it; what is too long for it is cut."""
+    encoded = theirs.task.encode(rows, max_length=theirs.limit, too_long="truncate", training=False, labelled=False)
+    return {e.row: e for e in encoded.examples}

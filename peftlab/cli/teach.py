@@ -1,0 +1,71 @@
+"""``peftlab teach``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from peftlab.cli import numbers
+from peftlab.cli.metrics_tables import new_table
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.output import Output, output_of
+
+
+def teach(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it takes in disk and time; store nothing.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Make a cache anew that is there already.")] = False,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Store what a recipe's teacher says, to distill from it again and again."""
+    out = output_of(context)
+    settings = check_overrides(overrides, context, subject=recipe)
+    with out.working():
+        from peftlab.api.teaching import teach as capture
+
+        report = capture(recipe, settings, plan=plan, replace=replace)
+    if out.json:
+        out.document(report)
+        return
+    out.line()
+    for teacher in report["teachers"]:
+        _show(out, teacher, planned=report["plan"])
+    if report["plan"]:
+        out.line("nothing was stored; without --plan it is done", style="dim")
+    else:
+        out.line(f"next     peftlab distill {recipe}", style="cyan")
+
+
+def _show(out: Output, teacher: Mapping[str, Any], *, planned: bool) -> None:
+    about = "about " if planned else ""
+    table = new_table()
+    table.add_column("teacher", no_wrap=True)
+    table.add_column(str(teacher["teacher"]), overflow="fold")
+    table.add_row("stored per position", _fill(teacher["fill"]))
+    table.add_row("positions", f"{teacher['positions']:,} of {teacher['examples']:,} examples")
+    table.add_row(
+        "disk", f"{about}{numbers.size(teacher['bytes'])} ({teacher['bytes_per_position']:.0f} bytes a position)"
+    )
+    if "free_bytes" in teacher:
+        table.add_row("free there", numbers.size(teacher["free_bytes"]))
+    table.add_row("time", f"{about}{numbers.duration(teacher['seconds'])}")
+    table.add_row("folder", str(teacher["folder"]))
+    out.show(table)
+    out.line()
+
+
+def _fill(fill: Mapping[str, Any]) -> str:
+    """How a position is stored, in words."""
+    at = f", temperature {fill['temperature']:g}" if "temperature" in fill else ""
+    if fill["kind"] == "topk":
+        return f"the {fill['k']:,} likeliest of {fill['num_classes']:,} classes and the mass of the others{at}"
+    if fill["kind"] == "sampled":
+        return f"{fill['draws']:,} draws from {fill['num_classes']:,} classes{at}"
+    if fill["kind"] == "mixed":
+        return f"the {fill['k']:,} likeliest of {fill['num_classes']:,} classes and {fill['draws']:,} draws from the others{at}"
+    return f"{fill['hidden_size']:,} hidden values as {fill['hidden']}"
