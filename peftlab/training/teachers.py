@@ -156,13 +156,18 @@ class CachedTeacher:
         stored = _to(self._read([self._index_of[e.row] for e in batch.examples]), batch.input_ids.device)
         if self._head is None or not isinstance(stored, Tensor):
             return stored
-        return ops.OnlineTeacher(stored.to(self._head.weight.dtype), self._head)  # type: ignore[union-attr]
+        return ops.OnlineTeacher(stored.to(self._dtype()), self._head)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
         stored = self._read([self._index_of[e.row] for e in examples])
         if self._head is None or not isinstance(stored, Tensor):
             return _to(stored, device)  # type: ignore[return-value]
-        return ops.head_logits(stored.to(device, self._head.weight.dtype), self._head)
+        return ops.head_logits(stored.to(device, self._dtype()), self._head)
+
+    def _dtype(self) -> torch.dtype:
+        """The type that the teacher's own products with its head were in."""
+        assert self._head is not None
+        return self._head.weight.tensors()[0].dtype
 
 
 def taught(outputs: Outputs, columns: Columns, kernels: str) -> Taught:
