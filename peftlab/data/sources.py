@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from peftlab.data.builtin import is_builtin, load_builtin
 from peftlab.data.readers import FORMATS, Options, Table, read_table
 from peftlab.data.rows import Origin, Rows
 from peftlab.errors import DataError
@@ -51,7 +52,8 @@ def load_rows(
     Names: a file; a folder (its files of readable formats, also in folders below, sorted by name, which need the same
     columns; hidden ones are left out; with ``format`` only those with an ending of that format, or all if none has);
     ``package:IMPORT_NAME/PATH``, a file or folder inside an installed package, which is not imported; a hub data set
-    ``ID`` or ``ID:SPLIT``. Any of them with ``#500`` behind: 500 rows drawn with ``seed``, in their original order.
+    ``ID`` or ``ID:SPLIT``; a built-in one, see ``load_builtin``. Any of them with ``#500`` behind: 500 rows drawn with
+    ``seed``, in their original order.
     An existing file or folder of exactly this name always wins.
 
     Formats go by the ending, also before ``.gz``. csv (quotes, RFC 4180) and tsv (no quotes) need a header or
@@ -75,7 +77,10 @@ def load_rows(
         raise DataError(f"unknown format {format!r}; known are auto, {', '.join(FORMATS)}", key="data.format")
     base, num_sampled = _split_sample_size(name, key)
     path = _local_path(base, key)
-    if os.path.exists(path) or _is_meant_as_file(base) or format != "auto":
+    if is_builtin(base) and not os.path.exists(path):
+        _refuse(base, format=format, column_names=column_names, encoding=encoding, subset=subset)
+        rows = load_builtin(base, key=key)
+    elif os.path.exists(path) or _is_meant_as_file(base) or format != "auto":
         if subset is not None:
             raise DataError(f"{base!r} is a file or folder; only hub data sets have subsets", key="data.subset")
         rows = _load_local(name, path, base, key, format, encoding, column_names)
@@ -91,6 +96,19 @@ def load_rows(
         raise DataError(f"{name!r} asks for {num_sampled} rows, but there are only {len(rows)}", key=key)
     chosen = np.random.default_rng(seed).choice(len(rows), size=num_sampled, replace=False)
     return rows.select(np.sort(chosen))
+
+
+def _refuse(base: str, *, format: str, column_names: Sequence[str] | None, encoding: str, subset: str | None) -> None:
+    """Raises DataError for an argument that has no effect on a built-in data set."""
+    given = {
+        "format": format != "auto",
+        "column_names": column_names is not None,
+        "encoding": encoding.lower() not in ("utf-8", "utf8"),
+        "subset": subset is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise DataError(f"has no effect on the built-in data {base!r}; remove it", key=f"data.{name}")
 
 
 def _split_sample_size(name: str, key: str) -> tuple[str, int | None]:

@@ -1,0 +1,153 @@
+"""Built-in data sets, which are on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` of installed packages."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftlab.data.rows import Origin, Rows
+from peftlab.errors import DataError
+
+DIGITS, DOCSTRINGS = "sklearn:digits", "docstrings:"
+_PARTS = ("train", "test")
+# A row is a test row if the first byte of its content's hash is below this: about a quarter of the rows.
+_TEST_BYTES = 64
+# A line that ends a signature, and the string that stands alone below it; or the string a file begins with. Read as syntax
+# trees, torch and transformers would take half a minute instead of a second.
+_DOCSTRING = re.compile(
+    r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*(?:#[^\n]*)?\n[ \t]+)[rRuU]{0,2}"""(.+?)"""', re.DOTALL
+)
+_FEWEST_WORDS = 5
+# How people write a package's name besides its import name.
+_ALIASES = {
+    "datasets": (),
+    "networkx": ("nx",),
+    "numpy": ("np",),
+    "pandas": ("pd",),
+    "sklearn": ("scikit-learn", "scikit learn"),
+    "torch": ("pytorch",),
+    "transformers": ("hugging face", "huggingface"),
+}
+
+
+def is_builtin(name: str) -> bool:
+    return name.startswith(("sklearn:", DOCSTRINGS))
+
+
+def load_builtin(name: str, *, key: str) -> Rows:
+    """The rows of a built-in data set.
+
+    ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 16) and ``label``
+    ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
+    installed packages (not imported), of five words or more, each text once, none that two of them have; columns ``text``
+    and ``label`` (the package). In the text the packages' names read PACKAGE.
+
+    With ``:train`` or ``:test`` behind: about three quarters and one quarter of the rows, told apart by their content, so
+    that a row is on the same side wherever it appears.
+
+    Raises: DataError at ``key`` for an unknown name or a package that is not installed.
+    """
+    base, part = name, None
+    head, _, tail = name.rpartition(":")
+    if tail in _PARTS and head.rstrip(":") != "docstrings":
+        base, part = head, tail
+    if base == DIGITS:
+        rows, contents = _digits(name)
+    elif base.startswith(DOCSTRINGS):
+        rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
+    else:
+        raise DataError(
+            f"unknown built-in data {name!r}; there are {DIGITS} and {DOCSTRINGS}PACKAGE,PACKAGE, each also with :train or "
+            ":test behind",
+            key=key,
+        )
+    if part is None:
+        return rows
+    is_test = np.array([hashlib.sha256(content).digest()[0] < _TEST_BYTES for content in contents])
+    return rows.select(np.flatnonzero(is_test == (part == "test")))
+
+
+def _digits(name: str) -> tuple[Rows, list[bytes]]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images, labels = found.images.astype(np.uint8), found.target
+    rows = Rows(
+        name=name,
+        columns={"image": images.tolist(), "label": [str(label) for label in labels]},
+        fingerprint=hashlib.sha256(images.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest(),
+        origins=(Origin(DIGITS, "record"),),
+        origin_index=np.zeros(len(labels), dtype=np.int64),
+        positions=np.arange(1, len(labels) + 1),
+    )
+    return rows, [image.tobytes() for image in images]
+
+
+# A distillation asks for its rows a few times per student, and 100 MB of sources take five seconds to search.
+@functools.lru_cache(maxsize=2)
+def _docstrings(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:
+    """Rows in the order of the packages, of their files' paths, and of the lines."""
+    mask = _masking(packages)
+    places: dict[str, tuple[str, str, int]] = {}
+    elsewhere: set[str] = set()
+    for package in packages:
+        for file, line, text in _paragraphs(_folder(package, key)):
+            masked = mask(text)
+            if places.setdefault(masked, (package, file, line))[0] != package:
+                elsewhere.add(masked)
+    texts = [text for text in places if text not in elsewhere]
+    if not texts:
+        raise DataError(f"{name!r}: no docstring of {_FEWEST_WORDS} words or more in these packages", key=key)
+    files = {file: i for i, file in enumerate(dict.fromkeys(places[text][1] for text in texts))}
+    rows = Rows(
+        name=name,
+        columns={"text": list[Any](texts), "label": [places[text][0] for text in texts]},
+        fingerprint=hashlib.sha256("\0".join(f"{places[t][0]}\0{t}" for t in texts).encode()).hexdigest(),
+        origins=tuple(Origin(file, "line") for file in files),
+        origin_index=np.array([files[places[text][1]] for text in texts]),
+        positions=np.array([places[text][2] for text in texts]),
+    )
+    return rows, [text.encode() for text in texts]
+
+
+def _folder(package: str, key: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        near = difflib.get_close_matches(package, _ALIASES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(
+            f"no installed package {package!r} to take docstrings from (expected {DOCSTRINGS}PACKAGE,PACKAGE){hint}",
+            key=key,
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _paragraphs(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """``(file, line, text)`` of each docstring's first paragraph."""
+    for file in sorted(folder.rglob("*.py")):
+        source = file.read_text(encoding="utf-8", errors="replace")
+        for found in _DOCSTRING.finditer(source) if '"""' in source else ():
+            first = found[1].replace("\\\n", "\n").strip().split("\n\n")[0]
+            text = " ".join(first.split())
+            if len(text.split()) >= _FEWEST_WORDS:
+                yield str(file), source.count("\n", 0, found.start(1)) + 1, text
+
+
+def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:
+    """Replaces the packages' names and abbreviations: a classifier that reads the answer in the text learns nothing."""
+    names = sorted({alias for package in packages for alias in (package, *_ALIASES.get(package, ()))}, key=len)
+    long = "|".join(re.escape(name) for name in reversed(names) if len(name) > 2)
+    short = "|".join(rf"\b{re.escape(name)}\b" for name in names if len(name) <= 2)
+    pattern = re.compile("|".join(part for part in (long, short) if part), re.IGNORECASE)
+    return lambda text: pattern.sub("PACKAGE", text)

@@ -1,0 +1,103 @@
+"""The built-in data sets: what is in them, and that their parts are the same everywhere."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peftlab.data import Rows, load_rows
+from peftlab.errors import DataError, PeftlabError
+
+
+def test_digits_are_those_of_sklearn() -> None:
+    from sklearn.datasets import load_digits
+
+    rows, wanted = load_rows("sklearn:digits"), load_digits()
+    assert np.array_equal(np.array(rows.columns["image"]), wanted.images)
+    assert rows.columns["label"] == [str(label) for label in wanted.target]
+    assert rows.where(4) == "sklearn:digits, record 5"
+
+
+def texts_of(rows: Rows) -> set[str]:
+    return {str(row) for row in (rows.row(i) for i in range(len(rows)))}
+
+
+@pytest.mark.parametrize("name", ["sklearn:digits", "docstrings:yaml,accelerate"])
+def test_parts_share_no_row_and_are_all_rows(name: str) -> None:
+    whole, train, test = (load_rows(name + part) for part in ("", ":train", ":test"))
+    assert len(train) + len(test) == len(whole)
+    assert texts_of(train) | texts_of(test) == texts_of(whole)
+    assert not texts_of(train) & texts_of(test)
+    assert 0.15 < len(test) / len(whole) < 0.35
+
+
+def test_a_row_is_on_the_same_side_in_another_data_set() -> None:
+    one = set(load_rows("docstrings:accelerate:test").columns["text"])
+    both = load_rows("docstrings:accelerate,peft:train")
+    assert not one & set(both.columns["text"])
+
+
+def made_package(folder: Path, name: str, source: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(source)
+
+
+def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_package(
+        tmp_path,
+        "firstpack",
+        '# a licence\n"""Module text of firstpack in five words or more.\n\nSecond paragraph."""\n\n\n'
+        'def f(\n    a,\n):  # a comment\n    r"""Says the\n    same thing in both packages."""\n'
+        '    x = """not a docstring at all, this"""\n'
+        'class C:\n    """Too short."""\n    """Not the first statement of its class."""\n',
+    )
+    made_package(
+        tmp_path, "otherpack", 'def g():\n    """Says the same thing in both packages."""\n    raise SystemExit\n'
+        'def h():\n    """A thing that only the second has."""\n',
+    )  # fmt: skip
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = load_rows("docstrings:firstpack,otherpack")
+    assert rows.columns == {
+        "text": ["Module text of PACKAGE in five words or more.", "A thing that only the second has."],
+        "label": ["firstpack", "otherpack"],
+    }
+    assert rows.where(0) == f"{tmp_path}/firstpack/__init__.py:2"
+    assert rows.where(1) == f"{tmp_path}/otherpack/__init__.py:5"
+
+
+def test_what_is_found_is_what_the_syntax_tree_has() -> None:
+    """Almost all of it (a string in quotes of another kind, or with escapes, may differ), over a real package."""
+    import accelerate
+
+    wanted = set()
+    for file in Path(accelerate.__file__).parent.rglob("*.py"):
+        source = file.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())
+                if len(text.split()) >= 5 and '"""' in str(ast.get_source_segment(source, node.body[0])):
+                    wanted.add(text.lower().replace("accelerate", "package"))
+    found = {text.lower() for text in load_rows("docstrings:accelerate").columns["text"]}
+    assert len(wanted) > 400
+    assert len(found & wanted) >= 0.98 * len(found | wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; there are sklearn:digits and docstrings:"),
+        ("docstrings:numpyy", {}, "no installed package 'numpyy' to take docstrings from .*; did you mean 'numpy'"),
+        ("docstrings:", {}, "no installed package ''"),
+        ("docstrings:os.path", {}, "no installed package 'os.path'"),
+        ("sklearn:digits", {"format": "csv"}, "has no effect on the built-in data"),
+        ("sklearn:digits", {"encoding": "latin-1"}, "has no effect on the built-in data"),
+        ("sklearn:digits#2000", {}, "asks for 2000 rows, but there are only 1797"),
+    ],
+)
+def test_refused(name: str, options: dict[str, str], said: str) -> None:
+    with pytest.raises(DataError, match=said) as caught:
+        load_rows(name, **options)  # type: ignore[arg-type]
+    assert isinstance(caught.value, PeftlabError) and caught.value.key
