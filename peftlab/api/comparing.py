@@ -76,7 +76,8 @@ class _Comparer:
         self._recipe, self._teachers, self._task, self._encoded = recipe, teachers, task, encoded
         self._progress = progress
         self._device = build.pick_device(recipe.run.device)
-        self._shares = teachers.shares(task, None, rows, encoded)
+        # Classes of another vocabulary cannot be compared one by one.
+        self._shares = [] if teachers.translated(task) else teachers.shares(task, None, rows, encoded)
         self._columns = teachers.columns(task)
         self._index = {e.row: i for i, e in enumerate(encoded.examples)}
         room = max(1, recipe.eval.batch_tokens // int(encoded.lengths.max()))
@@ -115,19 +116,21 @@ class _Comparer:
             said = {who: self._task.outputs(model, batch) for who, model in models.items()}
             counts = next(iter(said.values())).counts
             where = torch.tensor([self._index[e.row] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
-            told = TaughtLogits(self._shares, first, batch, counts)
+            told = TaughtLogits(self._shares, first, batch, counts) if self._shares else None
             if self._task.answers == "vectors":
                 for who, outputs in said.items():
+                    assert told is not None
                     scores[who].vectors(outputs.values, told.rows(slice(None)))
                 continue
             for who, outputs in said.items():
                 for chosen in _chunks(len(outputs)):
-                    logits, taught = self._columns.of(outputs.logits(chosen)), told.rows(chosen)
+                    logits = self._columns.of(outputs.logits(chosen))
+                    taught = told.rows(chosen).to(logits.dtype) if told else None
                     assert outputs.targets is not None
-                    scores[who].logits(logits, outputs.targets[chosen], where[chosen], taught.to(logits.dtype))
+                    scores[who].logits(logits, outputs.targets[chosen], where[chosen], taught)
             outputs = said["student"]
-            for chosen in _chunks(len(outputs)):
-                assert outputs.targets is not None
+            for chosen in _chunks(len(outputs) if told else 0):
+                assert outputs.targets is not None and told is not None
                 scores["teacher"].logits(told.rows(chosen), outputs.targets[chosen], where[chosen])
             if self._task.class_names and self._task.answers == "tokens":
                 for who, model in (*models.items(), *self._teachers.choosers(self._task)):

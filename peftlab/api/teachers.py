@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ from peftlab.api import build
 from peftlab.api.stored import lesson_identity, open_stored
 from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_keys
 from peftlab.data import Rows
-from peftlab.distill import VECTOR_LOSSES, Objective, VectorObjective
+from peftlab.distill import VECTOR_LOSSES, Objective, UldObjective, VectorObjective, aligned_answers
 from peftlab.distill.cache import TeacherCache, example_key
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import num_parameters
 from peftlab.recipe import Recipe
 from peftlab.recipe.distillation import SELF, LossSection
 from peftlab.tasks import Encoded, Example, Task
+from peftlab.tasks.answers import answers_of
 from peftlab.training.distilling import DistillLoss, Share
 from peftlab.training.packing_check import check_packing
 from peftlab.training.progress import Progress
-from peftlab.training.teachers import BackboneTeacher, CachedTeacher, Columns, ModelTeacher, Teacher
+from peftlab.training.teachers import BackboneTeacher, CachedTeacher, Columns, ModelTeacher, Teacher, TranslatedTeacher
 
 _SECOND = "teacher"  # name of a second adapter on the student's backbone
 
@@ -57,7 +59,10 @@ class Teachers:
         columns = self.columns(task)
         if columns.count is not None:
             self._check_width(model, columns.count)
-        terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [LossSection(kind="forward_kl")]]
+        if self.translated(task):
+            terms: list[Any] = [(1.0, UldObjective(d.temperature))]
+        else:
+            terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [LossSection(kind="forward_kl")]]
         shares = self.shares(task, model, data.train, encoded, packing=packing, stored=d.cache is not None)
         return DistillLoss(
             task, terms, shares, hard_weight=d.hard_weight, columns=columns, kernels=self._recipe.run.kernels
@@ -173,11 +178,49 @@ class Teachers:
                 add_adapter(model, Path(section.adapter), name=_SECOND)
             return BackboneTeacher(task, adapter=section.adapter and _SECOND, columns=columns, kernels=kernels)
         theirs = self.model(index, task)
+        if self.translated(task):
+            return self._translated(theirs, task, rows, encoded)
         own = read_by(theirs, rows) if theirs.own_texts else None
         packs = not packing or check_packing(theirs.model, theirs.task, encoded.examples, device=theirs.device) is None
         columns = theirs.columns if columns.count is None else columns
         return ModelTeacher(
             theirs.model, theirs.task, device=theirs.device, columns=columns, examples=own, kernels=kernels, packs=packs
+        )
+
+    def translated(self, task: Task) -> bool:
+        """Whether the teacher of a language model has another vocabulary."""
+        return self._distill.cross_tokenizer is not None and self.model(0, task).own_texts
+
+    def _translated(self, theirs: TeacherModel, task: Any, rows: Rows, encoded: Encoded) -> TranslatedTeacher:
+        own, places = read_by(theirs, rows), {}
+        examples: dict[int, Example] = {}
+        num_positions = num_aligned = 0
+        for example in encoded.examples:
+            other = own.get(example.row)
+            pairs = _aligned(task, theirs.task, rows, example, other) if other is not None else []
+            position = np.cumsum(example.trained) - 1
+            places[example.row] = [int(position[ours]) for ours, _ in pairs]
+            if other is not None and pairs:
+                trained = np.zeros(len(other), dtype=bool)
+                trained[[at for _, at in pairs]] = True
+                examples[example.row] = dataclasses.replace(other, trained=trained, weight=float(len(pairs)))
+            num_positions, num_aligned = num_positions + int(example.weight), num_aligned + len(pairs)
+        if not num_aligned:
+            raise DataError(
+                "the tokenizers of teacher and student begin no token of the answers at the same byte: there is nothing to compare",
+                key="distill.cross_tokenizer",
+            )
+        self._progress.note(
+            f"uld: at {num_aligned:,} of {num_positions:,} trained positions both tokenizers begin a token; the others learn "
+            "from the labels alone" + ("" if self._distill.hard_weight else ", of which hard_weight 0 takes nothing")
+        )
+        return TranslatedTeacher(
+            theirs.model,
+            theirs.task,
+            device=theirs.device,
+            examples=examples,
+            places=places,
+            num_classes=len(theirs.task.tokenizer),
         )
 
     def _check_width(self, model: Any, count: int) -> None:
@@ -220,3 +263,17 @@ def _rows_with(rows: Rows, wanted: Mapping[str, str | list[str]], key: str) -> A
             raise DataError(str(error), key=f"{key}.{column}") from None
         chosen &= found
     return chosen
+
+
+def _aligned(ours: Any, theirs: Any, rows: Rows, example: Example, other: Example) -> list[tuple[int, int]]:
+    """Pairs of trained tokens, ours and theirs, that begin at the same byte of an answer."""
+    row, where = rows.row(example.row), rows.where(example.row)
+    found = []
+    both = (answers_of(task.tokenizer, task.formatter, row, where) for task in (ours, theirs))
+    assert example.trained is not None
+    for a, b in zip(*both, strict=False):
+        for i, j in aligned_answers(a.text, a.offsets, b.text, b.offsets):
+            left, right = a.tokens[i], b.tokens[j]
+            if left < len(example) and example.trained[left] and 0 < right < len(other):
+                found.append((left, right))
+    return found

@@ -13,14 +13,17 @@ from peftlab.distill.objective import (
     select_targets,
 )
 from peftlab.distill.targets import SparseTarget
+from peftlab.distill.uld import UldObjective, aligned_answers
 from peftlab.distill.vocabulary import compare, fingerprint, require_same, shared_width
 
 __all__ = [
     "GradientReport",
     "Objective",
     "SparseTarget",
+    "UldObjective",
     "VECTOR_LOSSES",
     "VectorObjective",
+    "aligned_answers",
     "as_teacher",
     "combine",
     "compare",

@@ -8,13 +8,17 @@ names, so the sorted probabilities are compared. Source: Boizard et al. 2024 (UL
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from peftlab.errors import DataError
 
 Offsets = Sequence[tuple[int, int]]
+# Rows whose probabilities are sorted at a time: 256 x 128,256 in float32 are 131 MB on each side.
+_ROWS = 256
 
 
 def byte_starts(text: str, offsets: Offsets) -> list[int | None]:
@@ -54,6 +58,31 @@ def aligned_tokens(text: str, student_offsets: Offsets, teacher_offsets: Offsets
     """
     student, teacher = (_token_at(text, offsets) for offsets in (student_offsets, teacher_offsets))
     return [(student[at], teacher[at]) for at in sorted(student.keys() & teacher.keys())]
+
+
+def aligned_answers(
+    student: str, student_offsets: Offsets, teacher: str, teacher_offsets: Offsets
+) -> list[tuple[int, int]]:
+    """``aligned_tokens`` of one answer in two chat templates: of the text both have in the beginning, and of its end.
+
+    Args: student, teacher: the answer with what each template ends it with.
+    """
+    length = next((i for i, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b), None)
+    length = min(len(student), len(teacher)) if length is None else length
+    cut = [[(min(a, length), min(b, length)) for a, b in offsets] for offsets in (student_offsets, teacher_offsets)]
+    return aligned_tokens(student[:length], cut[0], cut[1])
+
+
+@dataclass(frozen=True, slots=True)
+class UldObjective:
+    """The loss between tokenizers, at ``temperature``."""
+
+    temperature: float = 1.0
+
+    def losses(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """[N] see ``uld``; a few rows at a time, made again in backward, since sorting copies every logit."""
+        parts = zip(torch.split(student_logits, _ROWS), torch.split(teacher_logits, _ROWS), strict=True)
+        return torch.cat([checkpoint(uld, s, t, temperature=self.temperature, use_reentrant=False) for s, t in parts])
 
 
 def uld(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -143,6 +143,12 @@ class DistillSection(Section):
             raise ValueError("give teacher, or teachers for several of them")
         if self.cache is None:
             self._reject_unless_default(["targets"], "without distill.cache")
+        if self.cross_tokenizer is not None:
+            self._reject_unless_default(
+                ["losses", "scale_by_t2"], "with cross_tokenizer, which compares sorted probabilities in one way"
+            )
+            if self.cache is not None or self.teachers or self.all_teachers[0].name == SELF:
+                raise ValueError("cross_tokenizer: uld takes one teacher that runs beside the student, without a cache")
         if self.transfer is not None and self.hard_weight:
             raise ValueError("transfer rows have no labels; remove hard_weight or transfer")
         names = [loss.kind for loss in self.losses]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peftlab import ops
 from peftlab.adapters import head_input
-from peftlab.distill import Objective, SparseTarget, VectorObjective
+from peftlab.distill import Objective, SparseTarget, UldObjective, VectorObjective
 from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
-from peftlab.training.teachers import Columns, Taught, Teacher
+from peftlab.training.teachers import Aligned, Columns, Taught, Teacher
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DistillLoss:
     def __init__(
         self,
         task: Task,
-        terms: Sequence[tuple[float, Objective | VectorObjective]],
+        terms: Sequence[tuple[float, Objective | VectorObjective | UldObjective]],
         shares: Sequence[Share],
         *,
         hard_weight: float = 0.0,
@@ -106,7 +106,13 @@ class DistillLoss:
             weights = weights if own.weights is None else weights * own.weights
             for weight, objective in self._terms:
                 factor = weight * (1 - self._hard_weight)
-                if isinstance(objective, VectorObjective):
+                if isinstance(objective, UldObjective):
+                    assert isinstance(taught, Aligned)
+                    at = taught.places
+                    if len(at):
+                        losses = objective.losses(_picked(own, at).logits(), taught.logits)
+                        total = total + factor * (losses * weights[at].to(losses.dtype)).sum()
+                elif isinstance(objective, VectorObjective):
                     assert isinstance(taught, Tensor)
                     losses = objective.losses(own.values, taught)
                     total = total + factor * (losses * weights.to(losses.dtype)).sum()
@@ -168,7 +174,7 @@ def _only(share: Share, batch: Batch) -> Batch:
 
 
 def _logits(taught: Taught, chosen: slice | Tensor) -> Tensor:
-    assert not isinstance(taught, SparseTarget)
+    assert not isinstance(taught, SparseTarget | Aligned)
     if isinstance(taught, Tensor):
         return taught[chosen]
     return ops.head_logits(taught.hidden[chosen], taught.head)
@@ -185,13 +191,17 @@ def _positions(chosen: Sequence[bool], counts: Sequence[int], device: Any) -> Te
 
 
 def _of(outputs: Outputs, positions: Tensor) -> Outputs:
-    if bool(positions.all()):
-        return outputs
+    return outputs if bool(positions.all()) else _picked(outputs, positions)
+
+
+def _picked(outputs: Outputs, positions: Tensor) -> Outputs:
+    """The outputs at ``positions``, a mask or indices."""
     targets, weights = (None if x is None else x[positions] for x in (outputs.targets, outputs.weights))
     return replace(outputs, values=outputs.values[positions], targets=targets, weights=weights)
 
 
 def _dense(taught: Taught | None) -> Tensor | SparseTarget | None:
+    assert not isinstance(taught, Aligned)
     if isinstance(taught, ops.OnlineTeacher):
         return ops.head_logits(taught.hidden, taught.head)
     return taught

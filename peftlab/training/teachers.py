@@ -15,16 +15,25 @@ from peftlab.adapters import head_input
 from peftlab.distill import SparseTarget, as_teacher
 from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
 
+
+@dataclass(frozen=True)
+class Aligned:
+    """Logits [n, V] of a teacher with another vocabulary, at ``places`` [n] of the student's N positions."""
+
+    logits: Tensor
+    places: Tensor
+
+
 # Logits [N, C]; or stored classes of each position; or hidden states and the head that turns them into logits; or, for
 # tasks whose answer is a vector, vectors [N, H].
-Taught = Tensor | SparseTarget | ops.OnlineTeacher
+Taught = Tensor | SparseTarget | ops.OnlineTeacher | Aligned
 
 
 class Teacher(Protocol):
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
         """What is taught at the scored positions of ``batch``, on the device of the batch. No gradient, no dropout."""
 
-    def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
+    def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget | Aligned:
         """The same the long way, as ``Task.reference_outputs``."""
 
 
@@ -91,6 +100,51 @@ class ModelTeacher:
         if self._packs and batch.position_ids is not None:
             return collate_packed(examples, device=self.device)
         return self.task.collate(examples, self.device)
+
+
+class TranslatedTeacher:
+    """Another language model, whose tokenizer cuts texts at other places: it answers where both begin a token.
+
+    Args:
+        examples: the teacher's own example of each row; trained are the tokens that the student begins at the same byte.
+        places: of each row, which of the student's positions those are.
+        num_classes: leading columns of the teacher's logits that are tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        *,
+        device: Any,
+        examples: Mapping[int, Example],
+        places: Mapping[int, Sequence[int]],
+        num_classes: int,
+    ) -> None:
+        self.model, self._task, self._device = model, task, device
+        self._examples, self._places, self._num_classes = examples, places, num_classes
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Aligned:
+        own = [self._examples[e.row] for e in batch.examples if self._places[e.row]]
+        device = batch.input_ids.device
+        with as_teacher(self.model), _autocast_like(device.type, self._device):
+            logits = self._task.outputs(self.model, self._task.collate(own, self._device)).logits() if own else None
+        return self._aligned(logits, batch.examples, device)
+
+    def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Aligned:
+        own = [self._examples[e.row] for e in examples if self._places[e.row]]
+        with as_teacher(self.model):
+            logits = self._task.reference_outputs(self.model, own, self._device).values if own else None
+        return self._aligned(logits, examples, device)
+
+    def _aligned(self, logits: Tensor | None, examples: Sequence[Example], device: Any) -> Aligned:
+        places, start = [], 0
+        for example in examples:
+            assert example.trained is not None
+            places += [start + place for place in self._places[example.row]]
+            start += int(example.trained.sum())
+        found = torch.zeros(0, self._num_classes) if logits is None else logits[:, : self._num_classes]
+        return Aligned(found.to(device), torch.tensor(places, dtype=torch.int64, device=device))
 
 
 class BackboneTeacher:
@@ -191,7 +245,7 @@ def _to(found: Taught, device: Any) -> Taught:
         return found.to(device)
     if isinstance(found, SparseTarget):
         return found.to(device)
-    assert found.hidden.device == torch.device(device)
+    assert isinstance(found, ops.OnlineTeacher) and found.hidden.device == torch.device(device)
     return found
 
 
