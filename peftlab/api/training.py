@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peftlab.adapters import load_trained, save_trained
 from peftlab.api import build
 from peftlab.api.merging import merge_run
@@ -24,12 +26,16 @@ from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
 from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, write_lock
 from peftlab.training.checkpoint import list_checkpoints
+from peftlab.training.distilling import DistillLoss
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
 from peftlab.training.memory import release_memory
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.packing_check import check_packing
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import Progress, make_progress
+
+# Tokens that the gradients at step 0 are compared on: their logits exist together.
+_FEW_TOKENS = 512
 
 
 def train(
@@ -163,6 +169,23 @@ def _gate(parts: Parts, accelerator: Any, progress: Progress) -> None:
     parts.summary["parity"] = asdict(found)
     release_memory()
     progress.note(str(found))
+    if parts.loss is not None:
+        _tell_gradients(parts, parts.loss, accelerator, progress)
+
+
+def _tell_gradients(parts: Parts, loss: DistillLoss, accelerator: Any, progress: Progress) -> None:
+    """What temperature, weight and stored classes do to the teacher's gradient, before it is followed for hours."""
+    rows = [parts.train.examples[i] for i in parts.plan.step(0).micro_batches[0]]
+    few = [row for row, tokens in zip(rows, np.cumsum([len(r) for r in rows]), strict=True) if tokens <= _FEW_TOKENS]
+    batch = parts.task.collate(few or rows[:1], accelerator.device)
+    parts.model.eval()
+    with accelerator.autocast():
+        found = loss.gradients(parts.model, batch)
+    if found is not None:
+        parts.summary["gradients"] = asdict(found)
+        progress.note(str(found))
+        for warning in found.warnings:
+            progress.warn(warning)
 
 
 def _before(parts: Parts, accelerator: Any, earlier: dict[str, Any], progress: Progress) -> None:

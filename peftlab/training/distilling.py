@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlab import ops
 from peftlab.adapters import head_input
-from peftlab.distill import Objective, SparseTarget, UldObjective, VectorObjective
+from peftlab.distill import GradientReport, Objective, SparseTarget, UldObjective, VectorObjective, gradient_report
 from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
 from peftlab.training.teachers import Aligned, Columns, Taught, Teacher
 
@@ -71,6 +71,30 @@ class DistillLoss:
                 parts.append((chosen, share, share.teacher.reference(student, own, device)))
         outputs = self._task.reference_outputs(student, examples, device)
         return self._loss(outputs, examples, parts)
+
+    @torch.no_grad()
+    def gradients(self, student: nn.Module, batch: Batch) -> GradientReport | None:
+        """How long the teacher's gradient is next to the labels' on ``batch``; None where there are not both, or where
+        several teachers or losses make it."""
+        if self._mixed is None and not (len(self._terms) == 1 and len(self._shares) == 1):
+            return None
+        objective = self._terms[0][1]
+        taught = _dense(self._shares[0].teacher(student, batch)) if isinstance(objective, Objective) else None
+        outputs = self._task.outputs(student, batch)
+        if taught is None or outputs.targets is None or not len(outputs):
+            return None
+        assert isinstance(objective, Objective)
+        return gradient_report(
+            self._columns.of(outputs.logits()),
+            taught,
+            outputs.targets,
+            kind=objective.kind,
+            temperature=objective.temperature,
+            share=objective.share,
+            hard_weight=self._hard_weight,
+            scale_by_t2=objective.scale_by_t2,
+            hidden=None if outputs.head is None else outputs.values,
+        )
 
     def _parts(self, batch: Batch) -> list[tuple[Share, list[bool], Batch]]:
         """Each teacher with the examples that are its own, and the batch of them."""
