@@ -197,7 +197,9 @@ def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Col
 def _same_classes(ours: list[str], theirs: list[str], key: str) -> tuple[int, ...] | None:
     if sorted(ours) != sorted(theirs):
         made_up = theirs == [f"LABEL_{i}" for i in range(len(theirs))]
-        unnamed = " (so transformers calls the labels of a model that was never trained for this task)" if made_up else ""
+        unnamed = (
+            " (so transformers calls the labels of a model that was never trained for this task)" if made_up else ""
+        )
         raise RecipeError(
             f"the teacher has other labels: {', '.join(theirs)}{unnamed}; the student's are {', '.join(ours)}. Take a teacher "
             "that was trained on these labels (or name them alike in its config)",
