@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from peftlab.api.parts import check_settings, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.api.stored import is_stored
 from peftlab.api.student import cut_student
-from peftlab.api.teachers import Teachers
+from peftlab.api.teacher_models import check_teacher, teacher_fingerprint, teacher_keys
+from peftlab.api.teachers import Teachers, check_routes
 from peftlab.api.teaching import capture_all, read_lesson
 from peftlab.api.training import choose_folder, execute, open_source
 from peftlab.data import class_names
@@ -83,7 +85,10 @@ def distill(
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
         check_settings(loaded.recipe)
-        with _folder(loaded, folder, replace=replace and not resume, resumed=resume, progress=progress):
+        fingerprints, environment = _check(loaded, open_run(folder).recipe() if resume else loaded, progress)
+        if not resume:
+            _begin(loaded, folder, fingerprints, environment, replace=replace)
+        with _status(loaded, folder, resumed=resume):
             summary = _run(loaded, folder, progress)
             write_json(folder / RUN_NAME, {**_head(loaded, "finished"), **summary})
     return open_run(folder)
@@ -137,6 +142,7 @@ def _train(
     """The summary of one training; one that is finished already is read from its folder."""
     if (arm.folder / LOCK_NAME).is_file() and open_run(arm.folder).summary.get("status") == "finished":
         progress.note(f"{arm.folder} is finished already")
+        _merge(arm, recipe, progress)  # it may have been stopped between the two
         return open_run(arm.folder).summary
     # One split for all seeds: no student is scored on rows that it has learned.
     data = recipe.data.model_copy(update={"seed": build.data_seed(recipe)})
@@ -150,21 +156,35 @@ def _train(
     checkpoints = list_checkpoints(arm.folder / "checkpoints")
     with run_accelerator(ours.recipe, arm.folder) as accelerator:
         parts = prepare(ours, accelerator, progress, teachers=teachers)
-        done = execute(
-            parts, accelerator, arm.folder, checkpoints[-1] if checkpoints else None, progress, replace=not checkpoints
+        execute(
+            parts,
+            accelerator,
+            arm.folder,
+            checkpoints[-1] if checkpoints else None,
+            progress,
+            replace=not checkpoints,
+            resume_hint=_resume_hint(arm.folder.parents[1]),
         )
-    if done.adapter.is_dir() and not done.merged.is_dir():
-        target = "dequantized" if recipe.model.quantize != "none" else "original"
-        merge_run(arm.folder, target=target, replace=True, progress=progress)
+    _merge(arm, recipe, progress)
     return open_run(arm.folder).summary
 
 
+def _merge(arm: Arm, recipe: Any, progress: Progress) -> None:
+    """Makes the plain model of a training that has an adapter, unless it is there."""
+    if (arm.folder / "adapter").is_dir() and not (arm.folder / "merged").is_dir():
+        target = "dequantized" if recipe.model.quantize != "none" else "original"
+        merge_run(arm.folder, target=target, replace=True, progress=progress)
+
+
 def _publish_student(arm: Arm, folder: Path) -> None:
-    """The first seed's student as ``student/``, with the lock of the whole run beside it."""
+    """The first seed's student as ``student/``, with the lock of the whole run beside it; a rename publishes it."""
+    partial = folder / ".student.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(arm.model, partial, copy_function=_link)
+    (partial / LOCK_NAME).unlink(missing_ok=True)
+    shutil.copy(folder / LOCK_NAME, partial / LOCK_NAME)
     shutil.rmtree(folder / "student", ignore_errors=True)
-    shutil.copytree(arm.model, folder / "student", copy_function=_link)
-    (folder / "student" / LOCK_NAME).unlink(missing_ok=True)
-    shutil.copy(folder / LOCK_NAME, folder / "student" / LOCK_NAME)
+    os.replace(partial, folder / "student")
 
 
 def _link(source: str, target: str) -> str:
@@ -176,31 +196,63 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-@contextlib.contextmanager
-def _folder(loaded: LoadedRecipe, folder: Path, *, replace: bool, resumed: bool, progress: Progress) -> Iterator[None]:
-    """The run folder with its lock file; one in which no training got as far as a checkpoint is removed again."""
+def _check(loaded: LoadedRecipe, locked: LoadedRecipe, progress: Progress) -> tuple[dict[str, str], dict[str, Any]]:
+    """Fingerprints and environment of the run, after all that can be checked without loading a model was checked, so that
+    a mistake costs seconds and no earlier run.
+
+    Args: locked: whose ``lock`` the model, the data and the teachers must still agree with.
+    """
+    recipe = loaded.recipe
+    pretrained = build.pretrained_of(recipe)
+    tokenizer = build.tokenizer_of(recipe, pretrained)
+    data = build.load_data(recipe, transfer=True)
+    check_routes(recipe, data)
+    fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
+    task = build.build_task(recipe, tokenizer, data.labelled)
+    for index, key in enumerate(teacher_keys(recipe)):
+        fingerprints[key.removeprefix("distill.")] = teacher_fingerprint(recipe, index)
+        check_teacher(recipe, index, task)
+    for line in check_lock(locked, fingerprints=fingerprints):
+        progress.note(line)
+    return fingerprints, _environment(loaded, data)
+
+
+def _begin(
+    loaded: LoadedRecipe, folder: Path, fingerprints: dict[str, str], environment: dict[str, Any], *, replace: bool
+) -> None:
+    """The run folder with its lock file."""
     if replace and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        if not resumed:
-            pretrained = build.pretrained_of(loaded.recipe)
-            tokenizer = build.tokenizer_of(loaded.recipe, pretrained)
-            data = build.load_data(loaded.recipe, transfer=True)
-            fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
-            for line in check_lock(loaded, fingerprints=fingerprints):
-                progress.note(line)
-            write_lock(folder / LOCK_NAME, loaded, fingerprints=fingerprints, environment=_environment(loaded, data))
+        write_lock(folder / LOCK_NAME, loaded, fingerprints=fingerprints, environment=environment)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _status(loaded: LoadedRecipe, folder: Path, *, resumed: bool) -> Iterator[None]:
+    """Keeps run.json up to date; a new run folder is removed again where no training got as far as a checkpoint, unless it
+    was stopped with a student cut already."""
+    try:
         write_json(folder / RUN_NAME, _head(loaded, "running"))
         yield
     except BaseException as error:
-        if any(folder.glob(f"seed-*/*/{LOCK_NAME}")):
-            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-            with contextlib.suppress(OSError):
-                write_json(folder / RUN_NAME, _head(loaded, status))
-        else:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        kept = resumed or any(folder.glob(f"seed-*/*/{LOCK_NAME}")) or (stopped and (folder / "init").is_dir())
+        if not kept:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with contextlib.suppress(OSError):
+            write_json(folder / RUN_NAME, _head(loaded, "interrupted" if stopped else "failed"))
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted. Continue with: {_resume_hint(folder)}") from None
         raise
+
+
+def _resume_hint(folder: Path) -> str:
+    return f"peftlab distill {shlex.quote(str(folder))} --resume"
 
 
 def _environment(loaded: LoadedRecipe, data: build.DataParts) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from peftlab.api import build
 from peftlab.api.teacher_models import teacher_identity
 from peftlab.distill import fingerprint
 from peftlab.distill.cache import Fill, TeacherCache, open_cache
-from peftlab.errors import PeftlabError
 from peftlab.recipe import Recipe
 from peftlab.tasks import Task
 
@@ -57,18 +56,13 @@ def cache_folder(recipe: Recipe, index: int) -> Path:
 
 
 def open_stored(lesson_identity: Mapping[str, Any], recipe: Recipe, index: int) -> TeacherCache:
-    """The cache of one teacher, made for this data. The teacher itself need not be there; if it is, it must be the one.
+    """The cache of one teacher, made by it and for this data. Only the teacher's files are looked at, it is not loaded.
 
     Raises: ArtifactError when there is none, or it is not complete, damaged, or made for something else.
     """
     folder = cache_folder(recipe, index)
     cache = open_cache(folder)
-    identity = dict(lesson_identity)
-    stored = cache.manifest["identity"]
-    try:
-        identity |= teacher_identity(recipe, index)
-    except PeftlabError:
-        identity |= {name: value for name, value in stored.items() if name.startswith("teacher")}
+    identity = dict(lesson_identity) | teacher_identity(recipe, index)
     fill = fill_of(recipe, num_classes=cache.fill.num_classes, hidden_size=cache.fill.hidden_size)
     return open_cache(folder, identity=identity, fill=fill, reasons=REASONS)
 

@@ -48,19 +48,21 @@ def cut_student(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, A
         sample = hashlib.sha256(b"".join(e.ids.tobytes() for e in encoded.examples)).hexdigest()
         outputs = _Outputs(task, encoded.examples, recipe.eval.batch_tokens)
     progress.stage(f"cutting the student out of {recipe.model.name}")
-    notes = make_student(
-        pretrained,
-        cut,
-        folder,
-        auto_class=task.auto_class,
-        tokenizer=tokenizer,
-        outputs=outputs,
-        sample=sample,
-        distance=cosine_distance if task.answers == "vectors" else kl_divergence,
-        device=build.pick_device(recipe.run.device),
-        on_round=lambda done, total: progress.stage(f"measuring layers: round {done} of {total}"),
-        **task.model_kwargs(),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)  # of a head that the model does not have yet
+        notes = make_student(
+            pretrained,
+            cut,
+            folder,
+            auto_class=task.auto_class,
+            tokenizer=tokenizer,
+            outputs=outputs,
+            sample=sample,
+            distance=cosine_distance if task.answers == "vectors" else kl_divergence,
+            device=build.pick_device(recipe.run.device),
+            on_round=lambda done, total: progress.stage(f"measuring layers: round {done} of {total}"),
+            **task.model_kwargs(),
+        )
     for remark in notes.get("remarks", []):
         progress.note(remark)
     kept = notes.get("layers")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,7 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
     assert recipe.distill is not None
     section, key = recipe.distill.all_teachers[index], teacher_keys(recipe)[index]
     progress.stage(f"loading the teacher {section.name}")
-    try:
+    with _about(recipe, index):
         target = teacher_target(recipe, index)
         changes = {} if section.quantize is None else {"quantize": section.quantize}
         changes |= {} if section.dtype == "auto" else {"dtype": section.dtype}
@@ -73,29 +76,62 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
         if section.adapter is not None:
             check_adapter_files(Path(section.adapter))
             model = load_adapter(model, Path(section.adapter), kernels=recipe.run.kernels).eval()
-    except (RecipeError, ArtifactError) as error:
-        at = f"{key}.{_KEYS.get(error.key or '', 'name')}"
-        raise type(error)(f"the teacher {section.name!r}: {error}", key=at) from error
     columns, own_texts, notes = _columns(recipe, student, opened.task, key)
-    return TeacherModel(key, section.name, model, opened.task, opened.device, opened.limit, own_texts, columns, notes)
+    # Its own tokenizer and classes, and the student's columns: those that it was trained with may be named otherwise.
+    task = build.build_task(recipe, opened.tokenizer, None, classes=opened.task.class_names)
+    return TeacherModel(key, section.name, model, task, opened.device, opened.limit, own_texts, columns, notes)
+
+
+def check_teacher(recipe: Recipe, index: int, student: Task) -> None:
+    """Raises what ``open_teacher`` does for another task, other labels or another tokenizer; loads no weights."""
+    assert recipe.distill is not None
+    if recipe.distill.all_teachers[index].name == SELF:
+        return
+    with _about(recipe, index):
+        target = teacher_target(recipe, index)
+        theirs = target.loaded.recipe
+        tokenizer = build.tokenizer_of(theirs, build.pretrained_of(theirs))
+        task = build.build_task(theirs, tokenizer, None, classes=target.classes)
+    _columns(recipe, student, task, teacher_keys(recipe)[index])
 
 
 def teacher_identity(recipe: Recipe, index: int) -> dict[str, str]:
     """What the answers of a teacher depend on, from its files alone. Raises: RecipeError when they are not there."""
     assert recipe.distill is not None
     section = recipe.distill.all_teachers[index]
-    target = teacher_target(recipe, index)
-    model = target.loaded.recipe.model
-    adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
-    device = build.pick_device(target.loaded.recipe.run.device)
-    dtype = resolve_dtype(model.dtype if section.dtype == "auto" else section.dtype, device)
-    return {
-        "teacher": build.pretrained_of(target.loaded.recipe).fingerprint,
-        "teacher_adapter": sha256_of_files([f for folder in adapters for f in sorted(folder.glob("adapter_*"))])
-        if adapters
-        else "",
-        "teacher_storage": f"{section.quantize or model.quantize} {dtype}".replace("torch.", ""),
-    }
+    with _about(recipe, index):
+        target = teacher_target(recipe, index)
+        model = target.loaded.recipe.model
+        adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
+        for folder in adapters:
+            check_adapter_files(folder)
+        device = build.pick_device(target.loaded.recipe.run.device)
+        dtype = resolve_dtype(model.dtype if section.dtype == "auto" else section.dtype, device)
+        return {
+            "teacher": build.pretrained_of(target.loaded.recipe).fingerprint,
+            "teacher_adapter": sha256_of_files([f for folder in adapters for f in sorted(folder.glob("adapter_*"))])
+            if adapters
+            else "",
+            "teacher_storage": f"{section.quantize or model.quantize} {dtype}".replace("torch.", ""),
+        }
+
+
+def teacher_fingerprint(recipe: Recipe, index: int) -> str:
+    """Hex sha256 of the teacher's files, whatever they are loaded as. Raises: as ``teacher_identity``."""
+    found = teacher_identity(recipe, index)
+    return hashlib.sha256(f"{found['teacher']} {found['teacher_adapter']}".encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _about(recipe: Recipe, index: int) -> Iterator[None]:
+    """Puts the teacher's name in front of errors, and its key in place of the one they have within its own recipe."""
+    assert recipe.distill is not None
+    name, key = recipe.distill.all_teachers[index].name, teacher_keys(recipe)[index]
+    try:
+        yield
+    except (RecipeError, ArtifactError) as error:
+        at = f"{key}.{_KEYS.get(error.key or '', 'name')}"
+        raise type(error)(f"the teacher {name!r}: {error}", key=at) from error
 
 
 def teacher_target(recipe: Recipe, index: int) -> Target:
@@ -160,9 +196,13 @@ def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Col
 
 def _same_classes(ours: list[str], theirs: list[str], key: str) -> tuple[int, ...] | None:
     if sorted(ours) != sorted(theirs):
+        made_up = theirs == [f"LABEL_{i}" for i in range(len(theirs))]
+        unnamed = (
+            " (so transformers calls the labels of a model that was never trained for this task)" if made_up else ""
+        )
         raise RecipeError(
-            f"the teacher has other labels: {', '.join(theirs)}; the student's are {', '.join(ours)}. Take a teacher that was "
-            "trained on these labels (or name them alike in its config)",
+            f"the teacher has other labels: {', '.join(theirs)}{unnamed}; the student's are {', '.join(ours)}. Take a teacher "
+            "that was trained on these labels (or name them alike in its config)",
             key=f"{key}.name",
         )
     return None if ours == theirs else tuple(theirs.index(name) for name in ours)

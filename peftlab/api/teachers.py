@@ -64,9 +64,19 @@ class Teachers:
         else:
             terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [LossSection(kind="forward_kl")]]
         shares = self.shares(task, model, data.train, encoded, packing=packing, stored=d.cache is not None)
+        self._say_if_larger(model)
         return DistillLoss(
             task, terms, shares, hard_weight=d.hard_weight, columns=columns, kernels=self._recipe.run.kernels
         )
+
+    def _say_if_larger(self, model: Any) -> None:
+        """A student may be larger than its teacher, but hardly on purpose; the sizes of stored teachers are not known."""
+        largest = max((num_parameters(theirs.model) for theirs in self._models.values()), default=None)
+        own = num_parameters(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        if self._recipe.adapter.method != "none":
+            own -= sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if largest is not None and own > largest:
+            self._progress.warn(f"the student is larger than its teacher: {own:,} parameters against {largest:,}")
 
     def _open_caches(self, identity: Mapping[str, Any]) -> None:
         for index in range(len(self._distill.all_teachers)):
@@ -94,30 +104,31 @@ class Teachers:
         stored: the examples are those of the caches, and the teachers are read from there.
         """
         columns, found = self.columns(task), []
-        taught = np.zeros(len(rows), dtype=bool)
+        if columns.count is not None:
+            check_ids(task.tokenizer, rows, encoded, columns.count)
         for index, section in enumerate(self._distill.all_teachers):
             theirs = np.ones(len(rows), dtype=bool)
             if section.rows:
                 theirs = _rows_with(rows, section.rows, f"{teacher_keys(self._recipe)[index]}.rows")
-            taught |= theirs
             if stored:
                 teacher: Teacher = self._stored(index, model, encoded)
             else:
                 teacher = self._teacher(index, task, model, rows, encoded, columns, packing=packing)
             found.append(Share(teacher, section.weight, _Takes(theirs) if section.rows else None))
-        for example in encoded.examples:
-            if not taught[example.row]:
-                raise DataError(
-                    f"{rows.where(example.row)}: no teacher takes this row; leave one of the teachers without `rows`",
-                    key="distill.teachers",
-                )
         return found
 
     def columns(self, task: Task) -> Columns:
         """The columns that the student and all teachers have."""
         if self._recipe.task != "causal_lm":
             return Columns()
-        counts = [self.model(i, task).columns.count for i, t in enumerate(self._distill.all_teachers) if t.name != SELF]
+        # Of a teacher whose answers are stored that is known without it: with a cache it is not in memory while students train.
+        counts = [
+            cache.extra["num_classes"]
+            if (cache := self._caches.get(i)) is not None
+            else self.model(i, task).columns.count
+            for i, teacher in enumerate(self._distill.all_teachers)
+            if i in self._caches or teacher.name != SELF
+        ]
         return Columns(min((c for c in counts if c is not None), default=None))
 
     def costs(self) -> dict[str, Any]:
@@ -250,6 +261,42 @@ class _Takes:
 
     def __call__(self, example: Example) -> bool:
         return bool(self._rows[example.row])
+
+
+def check_ids(tokenizer: Any, rows: Rows, encoded: Encoded, num_shared: int) -> None:
+    """Raises DataError for the first row with a token that the student's tokenizer has and a teacher's has not."""
+    for example in encoded.examples:
+        if len(example.ids) and (last := int(example.ids.max())) >= num_shared:
+            raise DataError(
+                f"{rows.where(example.row)}: the teacher's tokenizer has no {tokenizer.convert_ids_to_tokens(last)!r} (id "
+                f"{last:,}), which the student's puts into this row; take a chat template or a teacher without this difference"
+            )
+
+
+def check_routes(recipe: Recipe, data: build.DataParts) -> None:
+    """Raises DataError for a row, trained on or held out, that no teacher takes, and for a teacher that takes none."""
+    assert recipe.distill is not None
+    sections = list(zip(recipe.distill.all_teachers, teacher_keys(recipe), strict=True))
+    for section, key in sections:
+        if section.rows and not _rows_with(data.train, section.rows, f"{key}.rows").any():
+            (column, wanted), *_ = section.rows.items()
+            there = sorted({str(v) for v in data.train.column(column)})
+            shown = ", ".join(there[:8]) + (f" and {len(there) - 8:,} more" if len(there) > 8 else "")
+            raise DataError(
+                f"no training row has {column}: {wanted}, so this teacher would teach nothing; there is {shown}",
+                key=f"{key}.rows",
+            )
+    if not all(section.rows for section, _ in sections):
+        return
+    for rows in (data.train, data.eval):
+        taught = np.any([_rows_with(rows, section.rows, f"{key}.rows") for section, key in sections], axis=0)
+        if not taught.all():
+            first = int(np.flatnonzero(~taught)[0])
+            raise DataError(
+                f"{rows.where(first)}: no teacher takes this row, nor {len(taught) - int(taught.sum()) - 1:,} more; leave one of "
+                "the teachers without `rows`, or name the missing values",
+                key=sections[0][1].rpartition(".")[0] if len(sections) > 1 else f"{sections[0][1]}.rows",
+            )
 
 
 def _rows_with(rows: Rows, wanted: Mapping[str, str | list[str]], key: str) -> Any:

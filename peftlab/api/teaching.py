@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import time
@@ -20,6 +22,7 @@ from peftlab.api.parts import check_settings
 from peftlab.api.run import LOCK_NAME, open_run
 from peftlab.api.stored import REASONS, cache_folder, fill_of, lesson_identity, open_stored
 from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_identity, teacher_target
+from peftlab.api.teachers import check_ids
 from peftlab.data import eval_batches
 from peftlab.distill.cache import CacheWriter, Fill, TeacherCache, example_key, open_cache
 from peftlab.errors import RecipeError, ResourceError
@@ -129,6 +132,8 @@ def _capture(
     own = read_by(theirs, lesson.data.train) if theirs.own_texts else None
     examples = lesson.train.examples
     answers = _Answers(theirs, recipe.eval.batch_tokens)
+    if own is None and theirs.columns.count is not None:
+        check_ids(lesson.task.tokenizer, lesson.data.train, lesson.train, theirs.columns.count)
     one = examples[:1] if own is None else [own[examples[0].row]]
     num_classes, hidden_size, head = answers.shape(one)
     transform = answers.transform(one)
@@ -140,7 +145,7 @@ def _capture(
             key="distill.targets.fill",
         )
     _check_room(folder, fill.bytes_per_position() * float(sum(e.weight for e in examples)))
-    with CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
+    with _storing(folder), CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
         split = writer.split("train", len(examples))
         if split.done:
             progress.note(f"{folder}: {split.done:,} of {len(examples):,} examples are there already")
@@ -157,6 +162,24 @@ def _capture(
         progress.stop()
         writer.finish({"name": theirs.name, "num_classes": num_classes, "head": transform})
     return _described(open_cache(folder), theirs.name, seconds=time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _storing(folder: Path) -> Iterator[None]:
+    """Errors of the disk as errors of the recipe's cache."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"the disk is full: {error}; free some room and run the same again: it goes on with what is stored",
+                key="distill.cache",
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+            raise RecipeError(
+                f"{folder} cannot hold a cache: {error}; choose another folder", key="distill.cache"
+            ) from error
+        raise
 
 
 def _described(cache: TeacherCache, name: str, *, seconds: float) -> dict[str, Any]:

@@ -115,8 +115,16 @@ def _newest_checkpoint(folder: Path) -> Path:
 
 
 def execute(
-    parts: Parts, accelerator: Any, folder: Path, checkpoint: Path | None, progress: Progress, *, replace: bool
+    parts: Parts,
+    accelerator: Any,
+    folder: Path,
+    checkpoint: Path | None,
+    progress: Progress,
+    *,
+    replace: bool,
+    resume_hint: str = "",
 ) -> Run:
+    """Trains and scores what ``prepare`` made. Args: resume_hint: the command that continues it; default ``peftlab train``."""
     with _input_casts(parts):
         if parts.plan.packed:
             _check_packing(parts, accelerator, progress)
@@ -124,7 +132,8 @@ def execute(
         _before(parts, accelerator, open_run(folder).summary if checkpoint else {}, progress)
         check_room(parts, folder)
         with _folder(parts, folder, replace=replace and checkpoint is None, resumed=checkpoint is not None) as log:
-            _train_and_score(parts, accelerator, folder, checkpoint, log, progress)
+            resume_hint = resume_hint or f"peftlab train {folder} --resume"
+            _train_and_score(parts, accelerator, folder, checkpoint, log, progress, resume_hint)
     accelerator.free_memory()
     _finish(parts, folder, progress)
     return open_run(folder)
@@ -200,11 +209,17 @@ def _before(parts: Parts, accelerator: Any, earlier: dict[str, Any], progress: P
 
 
 def _train_and_score(
-    parts: Parts, accelerator: Any, folder: Path, checkpoint: Path | None, log: MetricsLog, progress: Progress
+    parts: Parts,
+    accelerator: Any,
+    folder: Path,
+    checkpoint: Path | None,
+    log: MetricsLog,
+    progress: Progress,
+    resume_hint: str,
 ) -> None:
     summary, evaluate = parts.summary, _evaluator(parts, accelerator)
     accelerator.init_trackers("peftlab", config={"recipe": parts.loaded.name})
-    loop = _loop(parts, accelerator, folder, log, progress, evaluate)
+    loop = _loop(parts, accelerator, folder, log, progress, evaluate, resume_hint)
     if checkpoint:
         progress.note(f"continuing after step {loop.resume(checkpoint)}")
     progress.stage(f"training for {parts.plan.total_steps:,} steps")
@@ -309,7 +324,13 @@ def _write_status(parts: Parts, folder: Path, status: str, started: float) -> No
 
 
 def _loop(
-    parts: Parts, accelerator: Any, folder: Path, log: MetricsLog, progress: Progress, evaluate: Callable[[], Any]
+    parts: Parts,
+    accelerator: Any,
+    folder: Path,
+    log: MetricsLog,
+    progress: Progress,
+    evaluate: Callable[[], Any],
+    resume_hint: str,
 ) -> TrainingLoop:
     t, e, r = parts.recipe.train, parts.recipe.eval, parts.recipe.run
     return TrainingLoop(
@@ -337,7 +358,7 @@ def _loop(
         where=parts.data.train.where,
         loss_sum=parts.loss,
         evaluate=evaluate,
-        resume_hint=f"peftlab train {folder} --resume",
+        resume_hint=resume_hint,
     )
 
 

@@ -202,6 +202,9 @@ def _notes(card: Card, seeds: Sequence[Seed]) -> list[str]:
         mine, theirs = student.get(name), baseline.get(name)
         if mine is not None and theirs is not None and mine != theirs:
             notes.append(f"Not the same budget: the student had {mine:,} {unit}, the baseline {theirs:,}.")
+    ours, theirs = student.get("num_parameters"), card["costs"]["teacher"].get("num_parameters")
+    if ours is not None and theirs and ours > theirs:
+        notes.append(f"The student is larger than its teacher: {ours:,} parameters against {theirs:,}.")
     gains = [seed["paired"]["gain"].get(card["headline"]) for seed in seeds]
     unsure = sum(gain is not None and not excludes_zero(gain) for gain in gains)
     if card["num_seeds"] > 1 and card["verdict"]["outcome"] in ("helped", "did_not_help") and 2 * unsure > len(seeds):

@@ -118,7 +118,12 @@ class DistillSection(Section):
         default_factory=list,
         description="default forward_kl; for task: embedding hidden_cosine, or similarity_kl where the widths differ",
     )
-    share: float = Field(0.5, ge=0, le=1, description="skew_*, jsd: the share of the teacher's distribution")
+    share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="of the teacher in the mixture of skew_forward_kl and jsd, of the student in that of skew_reverse_kl",
+    )
     temperature: float = Field(
         1.0, gt=0, description="of both softmaxes; 1 for language models, 2 to 8 for few classes"
     )

@@ -84,7 +84,9 @@ class ModelTeacher:
         own = self._own(batch)
         with as_teacher(self.model), _autocast_like(device.type, self.device):
             outputs = self.task.outputs(self.model, own)
-            return _to(taught(outputs, self._columns, self._kernels), device)
+            # Hidden states and a head on the CPU are of no use to a GPU: its logits are what can be moved.
+            kernels = self._kernels if torch.device(self.device).type == device.type else "reference"
+            return _to(taught(outputs, self._columns, kernels), device)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
         own = examples if self._examples is None else [self._examples[e.row] for e in examples]
@@ -243,10 +245,7 @@ def taught(outputs: Outputs, columns: Columns, kernels: str) -> Taught:
 def _to(found: Taught, device: Any) -> Taught:
     if isinstance(found, Tensor):
         return found.to(device)
-    if isinstance(found, SparseTarget):
-        return found.to(device)
-    assert isinstance(found, ops.OnlineTeacher) and found.hidden.device == torch.device(device)
-    return found
+    return found.to(device) if isinstance(found, SparseTarget) else found
 
 
 def _autocast_like(student: str, teacher: Any) -> contextlib.AbstractContextManager[Any]:

@@ -62,6 +62,7 @@ class Lab:
 
     task: Any
     kernels = "auto"
+    loss_sum: Callable[..., Tensor] | None = None  # of the loop; None: the task's own
 
     def __init__(self, model: Any, accelerator: Any, folder: Path) -> None:
         self.model, self._accelerator, self._folder = model, accelerator, folder
@@ -98,6 +99,7 @@ class Lab:
             log=MetricsLog(path),
             progress=progress,
             where=rows.where,
+            loss_sum=self.loss_sum,
         )
 
         def take(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -542,7 +544,12 @@ def ranks(tmp_path_factory: Any) -> list[dict[str, Any]]:
     """What two processes over gloo found for ``RANK_CASES``, and with its rows and plan for each ``drawn`` case."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(drawn(6, packed=False) + drawn(24, packed=True), folder / "drawn.pt")
-    (folder / "rank.py").write_text(RANK)
+    return two_processes(folder, RANK)
+
+
+def two_processes(folder: Path, script: str) -> list[dict[str, Any]]:
+    """What ``script`` wrote as RANK.pt into the folder that is its argument, run as two ranks over gloo."""
+    (folder / "rank.py").write_text(script)
     tests = Path(__file__).parents[1]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
