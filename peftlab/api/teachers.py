@@ -91,7 +91,7 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
         "teacher": opened.pretrained.fingerprint,
         "teacher_adapter": sha256_of_files(sorted(adapter.glob("adapter_*"))) if adapter is not None else "",
         "teacher_storage": f"{storage} {next(model.parameters()).dtype}".replace("torch.", ""),
-        "teacher_tokenizer": fingerprint(opened.tokenizer),
+        "teacher_tokenizer": _fingerprint(opened.tokenizer),
     }
     return TeacherModel(
         key, section.name, model, opened.task, opened.device, opened.limit, identity, own_texts, columns, notes
@@ -132,7 +132,7 @@ def _target(recipe: Recipe, index: int) -> Target:
     }
     loaded = LoadedRecipe(recipe.model_copy(update=update), section.name)
     labels = None
-    if recipe.task == "seq_cls":
+    if recipe.classifies:
         labels = label_names(build.pretrained_of(loaded.recipe))
     return Target("base", loaded, None, labels)
 
@@ -140,6 +140,13 @@ def _target(recipe: Recipe, index: int) -> Target:
 def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Columns, bool, list[str]]:
     """Which of the teacher's columns the student has, whether it reads texts in its own way, and notes."""
     assert recipe.distill is not None
+    if recipe.task == "image_cls":
+        assert student.class_names is not None
+        same = student.tokenizer.fingerprint == theirs.tokenizer.fingerprint
+        notes = (
+            [] if same else ["teacher and student have different image processors: each sees the images with its own"]
+        )
+        return Columns(order=_same_classes(student.class_names, theirs.class_names or [], key)), not same, notes
     compared = compare(student.tokenizer, theirs.tokenizer)
     if recipe.task == "causal_lm":
         try:
@@ -156,6 +163,10 @@ def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Col
         [] if compared.same else ["teacher and student have different tokenizers: each reads the texts with its own"]
     )
     return Columns(order=order), not compared.same, notes
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    return str(tokenizer.fingerprint) if hasattr(tokenizer, "fingerprint") else fingerprint(tokenizer)
 
 
 def _same_classes(ours: list[str], theirs: list[str], key: str) -> tuple[int, ...] | None:
@@ -189,7 +200,7 @@ class Teachers:
         d, columns = self._distill, self.columns(task)
         if columns.count is not None:
             self._check_width(model, columns.count)
-        terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [LossSection(kind="forward_kl")]]
+        terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [self._default_loss(task, model)]]
         shares = self.shares(task, model, rows, encoded, packing=packing)
         return DistillLoss(
             task, terms, shares, hard_weight=d.hard_weight, columns=columns, kernels=self._recipe.run.kernels
@@ -288,6 +299,13 @@ class Teachers:
             )
         if width > count:
             self._progress.note(f"vocabulary: {count:,} ids are compared of the student's {width:,} columns")
+
+    def _default_loss(self, task: Task, model: Any) -> LossSection:
+        if task.answers != "vectors":
+            return LossSection(kind="forward_kl")
+        section = self._distill.all_teachers[0]
+        widths = [m.config.hidden_size for m in (model, *([] if section.name == SELF else [self.model(0, task).model]))]
+        return LossSection(kind="hidden_cosine" if len(set(widths)) == 1 else "similarity_kl")
 
     def _objective(self, kind: str) -> Objective | VectorObjective:
         d = self._distill
