@@ -36,7 +36,7 @@ class AdapterReport:
 def add_lora(
     model: nn.Module,
     *,
-    peft_type: str,
+    peft_type: str | None,
     rank: int,
     alpha: float,
     dropout: float = 0.0,
@@ -50,7 +50,8 @@ def add_lora(
     """The model with LoRA injected by PEFT (a ``PeftModel``), only the adapter requiring gradients.
 
     Args:
-        peft_type: PEFT task type, such as ``CAUSAL_LM``.
+        peft_type: PEFT task type, such as ``CAUSAL_LM``; None where PEFT knows none: the modules outside the body are the
+            head then, which is trained in full, as PEFT does with the head of a sequence classifier.
         targets: ``all-linear``, module name endings, or one regular expression over full module names.
         kernels: auto, triton or reference; see ``fused.set_kernels``.
     Raises: RecipeError when a target or a module to save matches nothing.
@@ -61,6 +62,7 @@ def add_lora(
 
     check_targets(model, targets)
     check_modules_to_save(model, modules_to_save)
+    head = _head(model) if peft_type is None else []
     config = LoraConfig(
         task_type=peft_type,
         r=rank,
@@ -70,7 +72,8 @@ def add_lora(
         use_rslora=rslora,
         use_dora=dora,
         bias=bias,
-        modules_to_save=list(modules_to_save) or None,
+        modules_to_save=[*head, *(m for m in modules_to_save if m not in head)] or None,
+        exclude_modules=_inside(head),
     )
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5 for an attribute under its old name.
@@ -80,12 +83,27 @@ def add_lora(
     return peft_model
 
 
-def planned_modules(model: nn.Module, *, peft_type: str, targets: str | Sequence[str]) -> list[str]:
+def _head(model: nn.Module) -> list[str]:
+    """Names of the modules with weights beside the body of a transformers model."""
+    body: Any = model.base_model
+    return [n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())]
+
+
+def _inside(modules: Sequence[str]) -> str | None:
+    """A regular expression for the names of ``modules`` and of all in them; None without any."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
+
+
+def planned_modules(model: nn.Module, *, peft_type: str | None, targets: str | Sequence[str]) -> list[str]:
     """Full names of the modules of a model without adapters that ``targets`` stands for, by PEFT's own rules."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    config = LoraConfig(task_type=peft_type, target_modules=targets if isinstance(targets, str) else list(targets))
+    config = LoraConfig(
+        task_type=peft_type,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=_inside(_head(model)) if peft_type is None else None,
+    )
     config = _maybe_include_all_linear_layers(config, model)
     return [
         name

@@ -12,24 +12,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from peftlab.adapters import HeadLoss
 from peftlab.data import Rows, class_names, load_rows, read_labels, require, split_rows
 from peftlab.data.chat import Formatter
 from peftlab.errors import DataError, PeftlabError, RecipeError, ResourceError
 from peftlab.models import (
     Pretrained,
+    SentenceWriter,
     find_pretrained,
     import_bitsandbytes,
+    load_image_reader,
     load_model,
     load_tokenizer,
     model_max_length,
     resolve_precision,
+    sentence_files,
     tokenizer_fingerprint,
 )
 from peftlab.ops import use_plans
 from peftlab.paths import kernel_plans_file
 from peftlab.recipe import LoadedRecipe, Recipe
-from peftlab.tasks import CausalLM, Encoded, SequenceClassification, Task
+from peftlab.tasks import (
+    POOLINGS,
+    CausalLM,
+    Embedding,
+    Encoded,
+    ImageClassification,
+    Labels,
+    SequenceClassification,
+    Task,
+)
 from peftlab.training.memory import share_one_heap
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,13 +53,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 class DataParts:
     """Training and held-out rows, and what identifies them.
 
-    Attributes: labelled: rows that tell the classes; ``train`` itself, unless that is a transfer set without labels.
+    Attributes:
+        labelled: rows that tell the classes: those of data.train that are not held out.
+        has_labels: whether ``train`` has labels; a transfer set has none.
     """
 
     train: Rows
     eval: Rows
     fingerprints: dict[str, str]
     labelled: Rows
+    has_labels: bool = True
 
 
 @contextlib.contextmanager
@@ -108,6 +125,9 @@ def pretrained_of(recipe: Recipe) -> Pretrained:
 
 
 def tokenizer_of(recipe: Recipe, pretrained: Pretrained) -> Any:
+    """What turns inputs into numbers: the tokenizer, or for images the ``ImageReader``."""
+    if recipe.task == "image_cls":
+        return load_image_reader(pretrained)
     return load_tokenizer(pretrained, chat_template=recipe.model.chat_template)
 
 
@@ -166,14 +186,15 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
         held_out = _with_labels(
             recipe, read(data.eval, key="data.eval", default_split="validation"), all_names_used=False
         )
-        parts = DataParts(train, held_out, fingerprints | {"eval data": held_out.fingerprint}, train)
+        fingerprints |= {"eval data": held_out.fingerprint}
+        parts = DataParts(_without_excluded(recipe, train), held_out, fingerprints, train)
         return _with_transfer(recipe, parts, read) if transfer else parts
-    labels = read_class_labels(recipe, train) if recipe.task == "seq_cls" or "label" in data.columns else None
-    if recipe.task == "seq_cls":
+    labels = read_class_labels(recipe, train) if recipe.classifies or "label" in data.columns else None
+    if recipe.classifies:
         class_names(labels or [])
     kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
-    parts = DataParts(labelled, train.select(held), fingerprints, labelled)
+    parts = DataParts(_without_excluded(recipe, labelled), train.select(held), fingerprints, labelled)
     return _with_transfer(recipe, parts, read) if transfer else parts
 
 
@@ -182,11 +203,30 @@ def _with_transfer(recipe: Recipe, parts: DataParts, read: Callable[..., Rows]) 
         return parts
     rows = read(recipe.distill.transfer, key="distill.transfer")
     fingerprints = parts.fingerprints | {"transfer data": rows.fingerprint}
-    return dataclasses.replace(parts, train=rows, fingerprints=fingerprints)
+    return dataclasses.replace(parts, train=rows, fingerprints=fingerprints, has_labels=False)
+
+
+def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:
+    """The rows that data.exclude leaves. Raises: DataError for a value that no row has, or when nothing is left."""
+    kept = np.ones(len(rows), dtype=bool)
+    for column, values in recipe.data.exclude.items():
+        key = f"data.exclude.{column}"
+        found = [str(v).lower() if isinstance(v, bool) else str(v).strip() for v in rows.column(column, key=key)]
+        if missing := sorted(set(values) - set(found)):
+            raise DataError(f"no row of {rows.name} has {missing[0]!r} in the column {column!r}", key=key)
+        kept &= ~np.isin(found, values)
+    if not kept.any():
+        raise DataError(f"all rows of {rows.name} are excluded: nothing is left to train on", key="data.exclude")
+    return rows if kept.all() else rows.select(np.flatnonzero(kept))
 
 
 def _check_columns(recipe: Recipe) -> None:
-    used = {"causal_lm": {"text", "prompt", "completion", "messages", "label"}, "seq_cls": {"text", "label"}}
+    used = {
+        "causal_lm": {"text", "prompt", "completion", "messages", "label"},
+        "seq_cls": {"text", "label"},
+        "image_cls": {"image", "label"},
+        "embedding": {"text"},
+    }
     for part in recipe.data.columns:
         if part not in used[recipe.task]:
             raise RecipeError(f"has no effect for task: {recipe.task}; remove it", key=f"data.columns.{part}")
@@ -221,17 +261,25 @@ def build_task(recipe: Recipe, tokenizer: Any, rows: Rows | None, *, classes: li
         rows: training rows; their labels are the classes unless ``classes`` are given.
     """
     data = recipe.data
-    if recipe.task == "seq_cls":
+    text_column = data.columns.get("text", "text")
+    if recipe.task == "embedding":
+        return _embedding(recipe, tokenizer, text_column)
+    if recipe.classifies:
         if classes is None:
             assert rows is not None
             classes = class_names(read_class_labels(recipe, rows))
+        column, names = data.columns.get("label", "label"), data.label_names
+        bins = (data.bins.edges, data.bins.names) if data.bins else None
+        if recipe.task == "image_cls":
+            labels = Labels(classes, column, names, bins, recipe.train.class_weights)
+            return ImageClassification(tokenizer, labels=labels, image_column=data.columns.get("image", "image"))
         return SequenceClassification(
             tokenizer,
             class_names=classes,
-            text_column=data.columns.get("text", "text"),
-            label_column=data.columns.get("label", "label"),
-            label_names=data.label_names,
-            bins=(data.bins.edges, data.bins.names) if data.bins else None,
+            text_column=text_column,
+            label_column=column,
+            label_names=names,
+            bins=bins,
             class_weights=recipe.train.class_weights,
         )
     template = data.template.model_dump(exclude_none=True) if data.template else None
@@ -242,6 +290,17 @@ def build_task(recipe: Recipe, tokenizer: Any, rows: Rows | None, *, classes: li
             _require_column(rows, part, name)
     formatter = Formatter(tokenizer, columns=columns, template=template, available=available)
     return CausalLM(tokenizer, formatter, head_loss=HeadLoss(recipe.run.kernels), choices=recipe.eval.choices)
+
+
+def _embedding(recipe: Recipe, tokenizer: Any, text_column: str) -> Task:
+    found = sentence_files(pretrained_of(recipe))
+    pooling = recipe.model.pooling or found.pooling or "mean"
+    if pooling not in POOLINGS:
+        raise RecipeError(
+            f"the model's files ask for the pooling {pooling!r}; expected {', '.join(POOLINGS)}", key="model.pooling"
+        )
+    files = SentenceWriter(tokenizer, found, pooling=pooling)
+    return Embedding(tokenizer, pooling=pooling, normalize=found.normalize, text_column=text_column, files=files)
 
 
 def _require_column(rows: Rows, part: str, name: str) -> None:
@@ -261,10 +320,13 @@ def _expected_columns(columns: dict[str, str], template: dict[str, str] | None) 
 
 def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
     """Longest row in tokens: data.max_length, at most what the model allows. Raises: RecipeError beyond that."""
+    if recipe.task == "image_cls":
+        return int(tokenizer.length)
     allowed = model_max_length(pretrained, tokenizer)
     wanted = recipe.data.max_length
     if wanted is None:
-        return allowed
+        usual = sentence_files(pretrained).max_length if recipe.task == "embedding" else None
+        return min(allowed, usual or allowed)
     if wanted > allowed:
         raise RecipeError(
             f"{recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length"

@@ -56,7 +56,7 @@ def check(
         progress.stage(f"loading tokenizer of {settings.model.name}")
         pretrained = build.pretrained_of(settings)
         tokenizer = build.tokenizer_of(settings, pretrained)
-        task = build.build_task(settings, tokenizer, data.train)
+        task = build.build_task(settings, tokenizer, data.labelled)
         metrics_of(settings, task)
         skeleton = load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs())
         if settings.adapter.method != "none":
@@ -93,13 +93,13 @@ def _estimate(recipe: Recipe, skeleton: Any, train: Ledger, limit: int) -> dict[
     plan = make_plan(recipe, lengths, device, packing=limit if recipe.data.packing else None)
     seen = plan.times_seen()
     rows, tokens, trained = int(seen.sum()), int(seen @ lengths), int(seen @ train.trained)
-    scored = trained if train.style != "labels" else rows  # positions whose logits are computed
+    scored = rows if train.per_row else trained  # positions whose logits are computed
     return {
         "steps": plan.total_steps,
         "epochs": rows / len(lengths),
         "rows": rows,
         "tokens": tokens,
-        "trained_tokens": trained if train.style != "labels" else None,
+        "trained_tokens": None if train.per_row else trained,
         "packing": packing_figures(lengths, limit) if recipe.data.packing else None,
         **estimate_seconds(
             recipe,

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peftlab.api import build
-from peftlab.api.opening import find_target, open_target
+from peftlab.api.headline import class_metrics, headline_of
+from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.teachers import Teachers
 from peftlab.data import Rows, eval_batches
 from peftlab.evaluation import row_metrics
@@ -21,7 +23,7 @@ from peftlab.evaluation.embeddings import EmbeddingComparison
 from peftlab.evaluation.intervals import Estimate, bootstrap
 from peftlab.evaluation.latency import measure_latency
 from peftlab.models import num_parameters
-from peftlab.recipe import Recipe
+from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distilling import TaughtLogits
 from peftlab.training.memory import release_memory
@@ -31,39 +33,53 @@ from peftlab.training.progress import Progress
 _CHUNK = 256
 # The rows whose forward pass is timed, and the time spent on that.
 _TIMED_ROWS, _TIMED_SECONDS = 32, 20.0
-_HEADLINES = {"classes": "accuracy", "tokens": "perplexity", "vectors": "spearman"}
 # Name of a training in the run folder -> of its model on the card.
 _WHO = {"student": "student", "labels": "baseline"}
 
 
+def no_baseline(recipe: Recipe) -> str | None:
+    """Why no student is trained on labels alone; None where one is."""
+    assert recipe.distill is not None
+    if recipe.task == "embedding":
+        return "no labels"
+    return None if recipe.distill.baseline else "distill.baseline: false"
+
+
 def compare_students(
-    recipe: Recipe, teachers: Teachers, arms: Mapping[Any, Mapping[str, Any]], progress: Progress
+    beginnings: Mapping[int, Recipe],
+    teachers: Teachers,
+    arms: Mapping[Any, Mapping[str, Any]],
+    progress: Progress,
+    *,
+    from_weights: bool,
 ) -> dict[str, Any]:
     """The report card of a distillation, and the figures that it is made of.
 
     Args:
-        recipe: of the student, with ``model.name`` as it began. arms: each training with its summary.
+        beginnings: seed -> recipe of its students, with ``model.name`` as they began. arms: each training with its summary.
+        from_weights: whether students began with weights that mean something, so that they are scored untrained too.
     """
+    recipe = next(iter(beginnings.values()))
     assert recipe.distill is not None
     data = build.load_data(recipe)
     pretrained = build.pretrained_of(recipe)
     tokenizer = build.tokenizer_of(recipe, pretrained)
-    task = build.build_task(recipe, tokenizer, data.train)
+    task = build.build_task(recipe, tokenizer, data.labelled)
     limit = build.limit_of(recipe, pretrained, tokenizer)
-    encoded = build.encode(recipe, task, data.eval, limit=limit, training=False)
-    comparer = _Comparer(recipe, teachers, task, data.eval, encoded, progress)
+    encoded = build.encode(recipe, task, data.eval, limit=limit, training=False, labelled=task.answers != "vectors")
+    comparer = _Comparer(recipe, teachers, task, data.eval, encoded, progress, from_weights=from_weights)
     seeds: list[Seed] = []
     for seed in sorted({arm.seed for arm in arms}):
         seeds.append(comparer.seed(seed, {arm: summary for arm, summary in arms.items() if arm.seed == seed}))
         release_memory()
     figures: dict[str, Any] = {
-        "headline": "accuracy" if task.class_names else _HEADLINES[task.answers],
+        "headline": headline_of(recipe),
         "num_rows": len(encoded.examples),
         "seeds": seeds,
         "timed_on": comparer.timed_on,
     }
-    if not recipe.distill.baseline:
-        figures["no_baseline"] = "distill.baseline: false"
+    if (reason := no_baseline(recipe)) is not None:
+        figures["no_baseline"] = reason
     return {"card": make_card(figures), "seeds": seeds}  # type: ignore[arg-type]
 
 
@@ -71,8 +87,17 @@ class _Comparer:
     """Scores the models of one seed on the same held-out rows, each next to what the teachers say there."""
 
     def __init__(
-        self, recipe: Recipe, teachers: Teachers, task: Task, rows: Rows, encoded: Encoded, progress: Progress
+        self,
+        recipe: Recipe,
+        teachers: Teachers,
+        task: Task,
+        rows: Rows,
+        encoded: Encoded,
+        progress: Progress,
+        *,
+        from_weights: bool,
     ) -> None:
+        self._cut = _beginning(recipe) if from_weights else None
         self._recipe, self._teachers, self._task, self._encoded = recipe, teachers, task, encoded
         self._progress = progress
         self._device = build.pick_device(recipe.run.device)
@@ -89,7 +114,10 @@ class _Comparer:
         """All figures of one seed."""
         self._progress.stage(f"comparing teacher and student on {len(self._encoded.examples):,} held-out rows")
         models = {_WHO[arm.kind]: open_target(find_target(arm.model), self._progress).model for arm in arms}
-        scores = {who: _Scores(self._task, len(self._encoded.examples)) for who in ("teacher", *models)}
+        if self._cut is not None:
+            models["cut"] = open_target(self._cut, self._progress).model
+        headline = headline_of(self._recipe)
+        scores = {who: _Scores(self._task, len(self._encoded.examples), headline) for who in ("teacher", *models)}
         self._score(models, scores)
         found = {who: score.estimates() for who, score in scores.items()}
         sides: dict[str, Any] = {
@@ -98,6 +126,8 @@ class _Comparer:
         sides["teacher"] |= self._teachers.costs()
         for arm, summary in arms.items():
             sides[_WHO[arm.kind]] |= _costs(models[_WHO[arm.kind]], arm.model, summary)
+        if cut := models.pop("cut", None):
+            sides["cut"]["num_parameters"] = num_parameters(cut)
         self._progress.stage("timing forward passes in turns")
         runs = self._teachers.runs(self._task, self._timed) | {who: self._run(model) for who, model in models.items()}
         timed = measure_latency(runs, num_tokens=self.num_tokens, device=self._device, seconds=_TIMED_SECONDS)
@@ -146,11 +176,19 @@ class _Comparer:
         return run
 
 
-class _Scores:
-    """Streamed scores of one model."""
+def _beginning(recipe: Recipe) -> Target | None:
+    """The student as it began, where its untrained answers mean something: not with a new head or made-up weights."""
+    if recipe.classifies or recipe.model.name.startswith("shape:"):
+        return None
+    return Target("base", LoadedRecipe(recipe.model_copy(update={"distill": None, "lock": None}), "cut"), None)
 
-    def __init__(self, task: Task, num_rows: int) -> None:
+
+class _Scores:
+    """Streamed scores of one model. Args: headline: which may be a metric of one class."""
+
+    def __init__(self, task: Task, num_rows: int, headline: str) -> None:
         self._task, self._num_rows = task, num_rows
+        self._of_class = (headline, *class_metrics(task.class_names).get(headline, ("", -1)))
         self._vectors = EmbeddingComparison() if task.answers == "vectors" else None
         self._logits = None if self._vectors else Comparison(num_rows, unit=task.answers)  # type: ignore[arg-type]
         self._chosen: dict[int, tuple[int, int]] = {}
@@ -180,9 +218,13 @@ class _Scores:
         assert self._logits is not None
         statistics = self._logits.statistics()
         if self._chosen:
-            said, right = ([self._chosen[row][i] for row in range(self._num_rows)] for i in (0, 1))
-            hits = [s == r for s, r in zip(said, right, strict=True)]
-            statistics |= {"accuracy": row_metrics.mean(hits), "f1_macro": row_metrics.macro_f1(said, right)}
+            said, right = (np.array([self._chosen[row][i] for row in range(self._num_rows)]) for i in (0, 1))
+            statistics |= {"accuracy": row_metrics.mean(said == right), "f1_macro": row_metrics.macro_f1(said, right)}
+        headline, family, index = self._of_class
+        if family:
+            if not self._chosen:
+                said, right = self._logits.predictions, self._logits.references
+            statistics[headline] = row_metrics.of_class(family, said, right, index)
         return bootstrap(statistics, self._num_rows, shares=SHARES)
 
     def figures(self) -> dict[str, float]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.api import build
-from peftlab.api.comparing import compare_students
+from peftlab.api.comparing import compare_students, no_baseline
+from peftlab.api.headline import check_headline
 from peftlab.api.merging import merge_run
 from peftlab.api.parts import check_settings, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
@@ -99,34 +100,49 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
     recipe = loaded.recipe
     assert recipe.distill is not None
     summary: dict[str, Any] = {}
-    if recipe.distill.student_init is not None:
-        notes = cut_student(recipe, folder / "init", progress)
-        summary["student_init"] = notes
-        recipe = _starting_from(recipe, folder / "init")
+    check_headline(recipe)
+    arms = list(_arms(recipe, folder))
+    beginnings: dict[int, Any] = {}
+    for seed in dict.fromkeys(arm.seed for arm in arms):
+        beginnings[seed] = _beginning(recipe, folder, seed, summary, progress)
+    recipe = beginnings[arms[0].seed]
     if recipe.distill.cache is not None and not is_stored(recipe):
         progress.note(
             f"{recipe.distill.cache} holds no teacher targets yet: they are made first, as by `peftlab teach`"
         )
         summary["teach"] = capture_all(read_lesson(recipe, progress), progress)
     teachers = Teachers(recipe, progress)
-    arms = list(_arms(recipe, folder))
     figures = {}
     steps: int | None = None
     for number, arm in enumerate(arms, start=1):
         what = "from the teacher" if arm.kind == STUDENT else "from the labels alone"
         progress.note(f"training {number} of {len(arms)}: the student {what}, seed {arm.seed}")
-        figures[arm] = _train(loaded, recipe, arm, teachers if arm.kind == STUDENT else None, steps, progress)
+        figures[arm] = _train(
+            loaded, beginnings[arm.seed], arm, teachers if arm.kind == STUDENT else None, steps, progress
+        )
         steps = figures[arm]["training"]["steps"] if arm.kind == STUDENT else steps
         release_memory()
-    summary |= compare_students(recipe, teachers, figures, progress)
+    from_weights = summary.get("student_init", {}).get("weights") != "random"
+    summary |= compare_students(beginnings, teachers, figures, progress, from_weights=from_weights)
     _publish_student(arms[0], folder)
     return summary | {"seconds": time.perf_counter() - started}
 
 
 def _arms(recipe: Any, folder: Path) -> Iterator[Arm]:
     for seed in range(recipe.run.seed, recipe.run.seed + recipe.distill.seeds):
-        for kind in [STUDENT, BASELINE] if recipe.distill.baseline else [STUDENT]:
+        for kind in [STUDENT] if no_baseline(recipe) else [STUDENT, BASELINE]:
             yield Arm(kind, seed, folder / f"seed-{seed}" / kind)
+
+
+def _beginning(recipe: Any, folder: Path, seed: int, summary: dict[str, Any], progress: Progress) -> Any:
+    """The recipe of a seed's students, whose model is what they begin as."""
+    init = recipe.distill.student_init
+    if init is None:
+        return recipe
+    where = folder / "init" if init.weights == "copied" else folder / f"seed-{seed}" / "init"
+    if init.weights == "random" or "student_init" not in summary:
+        summary["student_init"] = cut_student(recipe, where, progress, seed=seed)
+    return _starting_from(recipe, where)
 
 
 def _starting_from(recipe: Any, folder: Path) -> Any:
@@ -256,7 +272,7 @@ def _resume_hint(folder: Path) -> str:
 
 
 def _environment(loaded: LoadedRecipe, data: build.DataParts) -> dict[str, Any]:
-    if loaded.recipe.task != "seq_cls":
+    if not loaded.recipe.classifies:
         return {}
     return {"class_names": class_names(build.read_class_labels(loaded.recipe, data.labelled))}
 

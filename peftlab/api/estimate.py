@@ -67,7 +67,7 @@ def _shape_of(model: Any) -> dict[str, Any]:
         "linears": len(linears),
         "body": sum(m.weight.numel() for m in linears),
         "head": head.weight.numel() if head is not None else 0,
-        "attention_width": config.num_hidden_layers * config.hidden_size,
+        "attention_width": getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0),
         "widest": max((tuple(m.weight.shape) for m in linears), key=lambda s: s[0] * s[1], default=(64, 64)),
     }
 

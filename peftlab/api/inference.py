@@ -41,11 +41,16 @@ def evaluate(
     found = find_target(target, recipe, overrides)
     with build.located(found.loaded):
         settings = found.loaded.recipe
+        if settings.task == "embedding":
+            raise RecipeError(
+                "there are no labels to score vectors with; `peftlab distill` compares a student's with its teacher's",
+                key="task",
+            )
         if settings.eval.metrics is not None:
             check_metrics(settings.eval.metrics, settings.task, bool(settings.eval.choices))
         progress.stage("reading data")
         data = build.load_data(settings)
-        opened = open_target(found, progress, rows=data.train)
+        opened = open_target(found, progress, rows=data.labelled)
         encoded = build.encode(settings, opened.task, data.eval, limit=opened.limit, training=False)
         progress.stage(f"evaluating on {len(encoded.examples):,} rows")
         metrics = evaluate_examples(

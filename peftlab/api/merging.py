@@ -19,7 +19,7 @@ from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME, write_json
 from peftlab.data import Rows, eval_batches, require
 from peftlab.errors import RecipeError, VerificationError
-from peftlab.models import load_tokenizer, quiet, save_plain
+from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
 from peftlab.tasks import Batch, Task
 from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, make_progress
@@ -32,6 +32,8 @@ _POSITIONS = 512
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
 # Mean weight error relative to the mean update, for float32 files; a 16-bit file rounds the whole weight.
 _WEIGHT_LIMIT = 1e-3
+# Of the softmax over cosines, which lie between -1 and 1.
+_SIMILARITY_TEMPERATURE = 0.05
 _PROBES = [
     "The quick brown fox.",
     "  spaces\tand\nlines",
@@ -159,6 +161,7 @@ class _Reference:
         self.logits: list[torch.Tensor] = []
         self.updates: dict[str, dict[str, torch.Tensor]] = {}
         self.dequantized: Mapping[str, torch.Tensor] = {}
+        self.vectors: torch.Tensor | None = None
         self.tied = False
         self.untie = False
 
@@ -168,7 +171,7 @@ class _Reference:
         data = build.load_data(recipe)
         # float32 matmuls: the comparison should see the merge, not bfloat16 noise.
         exact = {"compute_dtype": "float32"} if recipe.model.quantize == "nf4" else {}
-        opened = open_target(found, progress, rows=data.train, **exact)
+        opened = open_target(found, progress, rows=data.labelled, **exact)
         reference = cls(found, opened.task, data.eval, opened.limit)
         reference.logits = reference.run(opened.model)
         reference.updates = exact_updates(opened.model)
@@ -180,7 +183,13 @@ class _Reference:
     @torch.no_grad()
     def run(self, model: Any) -> list[torch.Tensor]:
         model.eval()
-        return [self.task.outputs(model, batch).logits().float().cpu() for batch in self.batches]
+        said = [self.task.outputs(model, batch) for batch in self.batches]
+        if self.task.answers != "vectors":
+            return [outputs.logits().float().cpu() for outputs in said]
+        # A text's vector by its cosines with all texts' vectors as they were before the merge: the nearest is its own.
+        vectors = torch.nn.functional.normalize(torch.cat([o.values for o in said]).float().cpu(), dim=-1)
+        self.vectors = vectors if self.vectors is None else self.vectors
+        return [vectors @ self.vectors.T / _SIMILARITY_TEMPERATURE]
 
 
 def _merge_one(found: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:
@@ -248,7 +257,7 @@ def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
 
 def _save(model: Any, reference: _Reference, written: Path, found: Target) -> None:
     lock = next(p for p in [found.adapter, *found.adapter.resolve().parents] if p and (p / LOCK_NAME).is_file())
-    save_plain(model, reference.task.tokenizer, written, beside=lock / LOCK_NAME)
+    save_plain(model, reference.task.files, written, beside=lock / LOCK_NAME)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:
@@ -285,9 +294,10 @@ def _is_tied(model: Any) -> bool:
 
 def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
     """Whether the written tokenizer gives the same ids for probe texts and has the same template and special tokens."""
-    from peftlab.models import find_pretrained
-
-    again = load_tokenizer(find_pretrained(str(folder)))
+    written = find_pretrained(str(folder))
+    if isinstance(tokenizer, ImageReader):
+        return tokenizer.fingerprint == load_image_reader(written).fingerprint
+    again = load_tokenizer(written)
     return (
         all(tokenizer(p)["input_ids"] == again(p)["input_ids"] for p in _PROBES)
         and tokenizer.chat_template == again.chat_template

@@ -147,8 +147,7 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress, *, teach
     task = build.build_task(recipe, tokenizer, data.labelled)
     metrics = metrics_of(recipe, task)
     limit = build.limit_of(recipe, pretrained, tokenizer)
-    labelled = data.train is data.labelled
-    encoded = build.encode(recipe, task, data.train, limit=limit, training=True, labelled=labelled)
+    encoded = build.encode(recipe, task, data.train, limit=limit, training=True, labelled=data.has_labels)
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
     ledger = _tell_ledger(recipe, task, encoded.ledger, held_out.ledger, progress)
     plan = make_plan(recipe, encoded.lengths, device, packing=limit if recipe.data.packing else None)

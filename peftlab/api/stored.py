@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peftlab.api import build
 from peftlab.api.teacher_models import teacher_identity
 from peftlab.distill import fingerprint
-from peftlab.distill.cache import Fill, TeacherCache, open_cache
+from peftlab.distill.cache import Fill, TeacherCache, example_key, open_cache
 from peftlab.recipe import Recipe
-from peftlab.tasks import Task
+from peftlab.tasks import Example, Task
 
 _DEFAULT_K = 50
 REASONS = {
@@ -38,7 +40,7 @@ def lesson_identity(recipe: Recipe, task: Task, data: build.DataParts, limit: in
     template["chat"] = getattr(task.tokenizer, "chat_template", None) if recipe.task == "causal_lm" else None
     return {
         "task": recipe.task,
-        "tokenizer": fingerprint(task.tokenizer),
+        "tokenizer": task.tokenizer.fingerprint if recipe.task == "image_cls" else fingerprint(task.tokenizer),
         "template": _hash(template),
         "max_length": limit,
         "too_long": recipe.data.too_long,
@@ -46,6 +48,15 @@ def lesson_identity(recipe: Recipe, task: Task, data: build.DataParts, limit: in
         "split": _hash(split),
         "classes": ", ".join(task.class_names or []),
     }
+
+
+def key_of(example: Example) -> int:
+    """What an example is known by in a cache: its tokens and which are trained, or the content of its image."""
+    if example.image is None:
+        return example_key(example.ids, example.trained)
+    source = example.image.source
+    raw = source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else source.tobytes()
+    return example_key(np.frombuffer(raw, dtype=np.uint8))
 
 
 def cache_folder(recipe: Recipe, index: int) -> Path:

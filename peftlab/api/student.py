@@ -19,8 +19,10 @@ from peftlab.training.progress import Progress
 _CHUNK = 256
 
 
-def cut_student(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
+def cut_student(recipe: Recipe, folder: Path, progress: Progress, *, seed: int) -> dict[str, Any]:
     """Writes the student of ``distill.student_init`` as a plain model to ``folder``; what was cut, as plain values.
+
+    Args: seed: of the weights where they are random.
 
     A folder that holds the same student already is taken as it is. Raises: RecipeError, DataError, ArtifactError.
     """
@@ -41,7 +43,8 @@ def cut_student(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, A
     data = build.load_data(recipe, transfer=True)
     task = build.build_task(recipe, tokenizer, data.labelled)
     outputs, sample = None, ""
-    if cut.is_measured:
+    is_random = init.weights == "random"
+    if cut.is_measured and not is_random:
         limit = build.limit_of(recipe, pretrained, tokenizer)
         rows = data.train.select(range(min(init.sample_rows, len(data.train))))
         encoded = task.encode(rows, max_length=limit, too_long="truncate", training=False, labelled=False)
@@ -55,19 +58,21 @@ def cut_student(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, A
             cut,
             folder,
             auto_class=task.auto_class,
-            tokenizer=tokenizer,
+            tokenizer=task.files,
             outputs=outputs,
             sample=sample,
             distance=cosine_distance if task.answers == "vectors" else kl_divergence,
             device=build.pick_device(recipe.run.device),
             on_round=lambda done, total: progress.stage(f"measuring layers: round {done} of {total}"),
+            random_seed=seed if is_random else None,
             **task.model_kwargs(),
         )
     for remark in notes.get("remarks", []):
         progress.note(remark)
     kept = notes.get("layers")
     layers = f", layers {', '.join(map(str, kept))} of {notes['num_layers_before']}" if kept else ""
-    progress.note(f"student: {notes['parameters']:,} of {notes['parameters_before']:,} parameters{layers}")
+    fresh = ", random weights" if is_random else ""
+    progress.note(f"student: {notes['parameters']:,} of {notes['parameters_before']:,} parameters{layers}{fresh}")
     return notes
 
 

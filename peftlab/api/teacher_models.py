@@ -168,7 +168,7 @@ def teacher_target(recipe: Recipe, index: int) -> Target:
     }
     loaded = LoadedRecipe(recipe.model_copy(update=update), section.name)
     labels = None
-    if recipe.task == "seq_cls":
+    if recipe.classifies:
         labels = label_names(build.pretrained_of(loaded.recipe))
     return Target("base", loaded, None, labels)
 
@@ -176,6 +176,11 @@ def teacher_target(recipe: Recipe, index: int) -> Target:
 def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Columns, bool, list[str]]:
     """Which of the teacher's columns the student has, whether it reads texts in its own way, and notes."""
     assert recipe.distill is not None
+    if recipe.task == "image_cls":
+        assert student.class_names is not None
+        same = student.tokenizer.fingerprint == theirs.tokenizer.fingerprint
+        notes = [] if same else ["teacher and student have different image processors: each sees images with its own"]
+        return Columns(order=_same_classes(student.class_names, theirs.class_names or [], key)), not same, notes
     compared = compare(student.tokenizer, theirs.tokenizer)
     if recipe.task == "causal_lm":
         try:

@@ -13,11 +13,11 @@ import torch
 from peftlab import ops
 from peftlab.adapters import add_adapter
 from peftlab.api import build
-from peftlab.api.stored import lesson_identity, open_stored
+from peftlab.api.stored import key_of, lesson_identity, open_stored
 from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_keys
 from peftlab.data import Rows
 from peftlab.distill import VECTOR_LOSSES, Objective, UldObjective, VectorObjective, aligned_answers
-from peftlab.distill.cache import TeacherCache, example_key
+from peftlab.distill.cache import TeacherCache
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import num_parameters
 from peftlab.recipe import Recipe
@@ -62,7 +62,9 @@ class Teachers:
         if self.translated(task):
             terms: list[Any] = [(1.0, UldObjective(d.temperature))]
         else:
-            terms = [(loss.weight, self._objective(loss.kind)) for loss in d.losses or [LossSection(kind="forward_kl")]]
+            terms = [
+                (loss.weight, self._objective(loss.kind)) for loss in d.losses or [self._default_loss(task, model)]
+            ]
         shares = self.shares(task, model, data.train, encoded, packing=packing, stored=d.cache is not None)
         self._say_if_larger(model)
         return DistillLoss(
@@ -157,7 +159,7 @@ class Teachers:
         """Raises: ArtifactError when the cache holds other examples, or they are in another order."""
         cache = self._caches[index]
         split = cache.split("train")
-        split.check_keys(np.array([example_key(e.ids, e.trained) for e in encoded.examples], dtype=np.uint64))
+        split.check_keys(np.array([key_of(e) for e in encoded.examples], dtype=np.uint64))
         head = None
         if cache.fill.kind == "hidden" and cache.manifest["tensors"] is not None:
             device = next(model.parameters()).device
@@ -245,6 +247,13 @@ class Teachers:
             )
         if width > count:
             self._progress.note(f"vocabulary: {count:,} ids are compared of the student's {width:,} columns")
+
+    def _default_loss(self, task: Task, model: Any) -> LossSection:
+        if task.answers != "vectors":
+            return LossSection(kind="forward_kl")
+        section = self._distill.all_teachers[0]
+        widths = [m.config.hidden_size for m in (model, *([] if section.name == SELF else [self.model(0, task).model]))]
+        return LossSection(kind="hidden_cosine" if len(set(widths)) == 1 else "similarity_kl")
 
     def _objective(self, kind: str) -> Objective | VectorObjective:
         d = self._distill

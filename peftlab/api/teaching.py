@@ -20,11 +20,11 @@ from peftlab.api import build
 from peftlab.api.estimate import forward_seconds
 from peftlab.api.parts import check_settings
 from peftlab.api.run import LOCK_NAME, open_run
-from peftlab.api.stored import REASONS, cache_folder, fill_of, lesson_identity, open_stored
+from peftlab.api.stored import REASONS, cache_folder, fill_of, key_of, lesson_identity, open_stored
 from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_identity, teacher_target
 from peftlab.api.teachers import check_ids
 from peftlab.data import eval_batches
-from peftlab.distill.cache import CacheWriter, Fill, TeacherCache, example_key, open_cache
+from peftlab.distill.cache import CacheWriter, Fill, TeacherCache, open_cache
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
 from peftlab.recipe import Recipe, load_recipe
@@ -157,7 +157,7 @@ def _capture(
             window = examples[split.done : split.done + _WINDOW]
             asked = window if own is None else [own[e.row] for e in window]
             for example, target in zip(window, answers.targets(asked, fill, first=split.done), strict=True):
-                split.add(example_key(example.ids, example.trained), target)
+                split.add(key_of(example), target)
             progress.step(split.done, {})
         progress.stop()
         writer.finish({"name": theirs.name, "num_classes": num_classes, "head": transform})

@@ -69,6 +69,12 @@ def train(
             check_same_settings(loaded, open_run(folder).recipe())
         if loaded.recipe.distill is not None:
             raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
+        if loaded.recipe.task == "embedding":
+            raise RecipeError(
+                "sentence embeddings are learned from a teacher's vectors: name it in a section distill and run `peftlab "
+                "distill`",
+                key="task",
+            )
         check_settings(loaded.recipe)
         accelerator = stack.enter_context(run_accelerator(loaded.recipe, folder))
         parts = prepare(loaded, accelerator, progress)
@@ -313,7 +319,7 @@ def _environment(parts: Parts) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
     environment: dict[str, Any] = {"device": name, "precision": parts.precision, "threads": torch.get_num_threads()}
     environment["kernel_plans"] = plans_in_use()
-    if parts.task.class_names and parts.recipe.task == "seq_cls":
+    if parts.task.class_names and parts.recipe.classifies:
         environment["class_names"] = parts.task.class_names
     return environment
 
@@ -376,7 +382,7 @@ def _save_result(parts: Parts, folder: Path) -> None:
     if parts.recipe.adapter.method != "none":
         save_trained(parts.model, folder / "adapter")
         return
-    save_plain(parts.model, parts.task.tokenizer, folder / "model", beside=folder / LOCK_NAME)
+    save_plain(parts.model, parts.task.files, folder / "model", beside=folder / LOCK_NAME)
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:

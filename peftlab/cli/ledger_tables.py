@@ -46,12 +46,14 @@ def show_check(out: Output, report: Report) -> None:
         for name, title in _TITLES.items():
             if line := answers_line(report[name]):
                 out.line(f"{title}: {line}")
-    out.line()
-    out.show(*_length_lines(train["lengths"], train["max_length"], unicode=_draws(out)))
+    if train["tokens"] is not None:
+        out.line()
+        out.show(*_length_lines(train["lengths"], train["max_length"], unicode=_draws(out)))
     _show_rows(out, report)
     if report["estimate"] is not None:
         out.line()
-        for line in _estimate_lines(report["estimate"], out.console.width):
+        unit = "image patches" if train["tokens"] is None else "tokens"
+        for line in _estimate_lines(report["estimate"], out.console.width, unit=unit):
             out.line(line)
     for preview in report["preview"]:
         out.line()
@@ -78,7 +80,7 @@ def _data_table(report: Report) -> Table:
             title,
             f"{data['rows']:,}",
             f"{data['kept']:,}",
-            f"{data['tokens']:,}",
+            "-" if data["tokens"] is None else f"{data['tokens']:,}",
             "-" if trained is None else f"{trained:,}",
             "-" if trained is None else share(trained, data["tokens"]),
         )
@@ -175,11 +177,11 @@ def _show_rows(out: Output, report: Report) -> None:
         out.show(*(Text(line, style="yellow") for line in lines))
 
 
-def _estimate_lines(estimate: Report, width: int) -> Sequence[str]:
+def _estimate_lines(estimate: Report, width: int, *, unit: str) -> Sequence[str]:
     parts = [
         f"{estimate['steps']:,} step{'' if estimate['steps'] == 1 else 's'}",
         f"{estimate['epochs']:.3g} epoch{'' if estimate['epochs'] == 1 else 's'}",
-        f"{estimate['tokens']:,} tokens",
+        f"{estimate['tokens']:,} {unit}",
     ]
     if estimate["trained_tokens"] is not None:
         parts.append(f"{estimate['trained_tokens']:,} of them trained")

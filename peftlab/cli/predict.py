@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -120,6 +121,8 @@ def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> N
     for record in records:
         if single:
             _print_one(record, out)
+        elif "vector" in record:
+            out.line(json.dumps(record["vector"]))
         elif "label" not in record:
             out.line(numbers.one_line(record["text"]) if out.styled else _escaped(record["text"]))
         elif not out.styled:
@@ -132,7 +135,9 @@ def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> N
 
 
 def _print_one(record: dict[str, Any], out: Output) -> None:
-    if "label" not in record:
+    if "vector" in record:
+        out.line(json.dumps(record["vector"]))
+    elif "label" not in record:
         out.line(numbers.printable(record["text"]) if out.styled else record["text"])
     elif out.styled:
         out.line(f"{record['label']}  {100 * record['probability']:.1f} %")

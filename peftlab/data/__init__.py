@@ -2,6 +2,7 @@
 
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, find, require
+from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, read_labels
 from peftlab.data.ledger import Ledger
 from peftlab.data.packing import pack, packing_figures
@@ -13,6 +14,7 @@ from peftlab.data.tokens import Tokens, pieces, tokenize
 __all__ = [
     "BatchPlan",
     "Finding",
+    "Image",
     "Ledger",
     "Rows",
     "Tokens",
@@ -24,8 +26,10 @@ __all__ = [
     "pack",
     "packing_figures",
     "pieces",
+    "read_images",
     "read_labels",
     "require",
+    "size_text",
     "split_rows",
     "tokenize",
 ]

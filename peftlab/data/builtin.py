@@ -45,7 +45,7 @@ def is_builtin(name: str) -> bool:
 def load_builtin(name: str, *, key: str) -> Rows:
     """The rows of a built-in data set.
 
-    ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 16) and ``label``
+    ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 255) and ``label``
     ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
     installed packages (not imported), of five words or more, each text once, none that two of them have; columns ``text``
     and ``label`` (the package). In the text the packages' names read PACKAGE.
@@ -79,7 +79,8 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    images, labels = found.images.astype(np.uint8), found.target
+    # scikit-learn's values are 0 to 16; image processors expect those of image files.
+    images, labels = np.rint(found.images * (255 / 16)).astype(np.uint8), found.target
     rows = Rows(
         name=name,
         columns={"image": images.tolist(), "label": [str(label) for label in labels]},

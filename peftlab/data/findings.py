@@ -82,9 +82,9 @@ def _unfit(ledger: Ledger) -> Iterator[Finding]:
             refused,
             error=True,
         )
-    elif ledger.style == "labels" and not len(ledger.lengths):
+    elif ledger.per_row and not len(ledger.lengths):
         yield Finding("no_rows", f"{ledger.rows.name}: no row is left", "data.too_long", error=True)
-    elif ledger.style != "labels" and not ledger.num_trained:
+    elif not ledger.per_row and not ledger.num_trained:
         why = "; ".join(f"{len(rows):,} {reason}" for reason, rows in ledger.left_out.items())
         wrote = ", ".join(map(repr, ledger.writers))
         roles = (
@@ -241,7 +241,8 @@ def _rows_found(ledger: Ledger) -> Iterator[Finding]:
 def _labels(ledger: Ledger) -> Iterator[Finding]:
     clash = ledger.contradicting_rows()
     if len(clash):
-        verb = "has a text that has" if len(clash) == 1 else "have a text that has"
+        what = "an image" if ledger.style == "images" else "a text"
+        verb = f"{'has' if len(clash) == 1 else 'have'} {what} that has"
         yield Finding(
             "contradicting", f"{_rows(len(clash))} {verb} another label elsewhere", "data.columns.label", clash
         )

@@ -26,9 +26,11 @@ class Ledger:
 
     Args:
         rows: the data set.
+        tokenizer: None for rows that are not read as tokens.
         max_length: the longest row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
         keep_last: a truncated row keeps its last token.
         formatter: how rows became text, for a language model. class_names: for rows with a label.
+        style: of rows without a formatter: labels, images or texts.
         stop_ids: tokens that can end an answer.
     """
 
@@ -43,9 +45,10 @@ class Ledger:
         formatter: Formatter | None = None,
         class_names: Sequence[str] | None = None,
         stop_ids: Collection[int] = (),
+        style: str = "labels",
     ) -> None:
         self.rows, self.max_length, self.too_long = rows, max_length, too_long
-        self.style = formatter.style if formatter else "labels"
+        self.style = formatter.style if formatter else style
         self.class_names = list(class_names) if class_names else None
         self.tokenizer, self.formatter, self._keep_last = tokenizer, formatter, keep_last
         self.stop_ids = set(stop_ids)
@@ -55,8 +58,9 @@ class Ledger:
         self._hashes: list[Indices] = []
         self._asked: list[Indices] = []
         self._labels: list[Indices] = []
-        self._seen = np.zeros(len(tokenizer), dtype=np.int64)
-        self._trained = np.zeros(len(tokenizer), dtype=np.int64)
+        num_ids = 0 if tokenizer is None else len(tokenizer)
+        self._seen = np.zeros(num_ids, dtype=np.int64)
+        self._trained = np.zeros(num_ids, dtype=np.int64)
         self._role_seen: Counter[str] = Counter()
         self._role_trained: Counter[str] = Counter()
         self._terminators: Counter[int] = Counter()
@@ -96,6 +100,19 @@ class Ledger:
             if kept[row]:
                 self._mark(f"unwritten {role}", in_row[row : row + 1])
         self._writers.update(dict.fromkeys(tokens.role_names[1:]))
+
+    def add_whole(self, hashes: Indices, lengths: Indices, labels: Indices | None = None) -> None:
+        """Enters the next rows, which are no tokens.
+
+        Args: hashes: [N] of what is in them. lengths: [N] in positions of the model. labels: [N] class indices.
+        """
+        self._lengths.append(lengths.astype(np.int32))
+        self._kept.append(lengths.astype(np.int32))
+        self._learnt.append(np.zeros(len(lengths), dtype=np.int32))
+        self._hashes.append(hashes)
+        if labels is not None:
+            self._labels.append(labels.astype(np.int32))
+            self._asked.append(hashes)
 
     def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
         long = lengths > self.max_length
@@ -182,6 +199,11 @@ class Ledger:
         return list(self._writers)
 
     @property
+    def per_row(self) -> bool:
+        """Whether a row has one answer, as with labels, and not trained tokens."""
+        return self.formatter is None
+
+    @property
     def left_out(self) -> dict[str, Indices]:
         """Rows that were changed, dropped or refused, by reason."""
         return {reason: _joined(parts) for reason, parts in self._left_out.items()}
@@ -257,8 +279,8 @@ class Ledger:
             "style": self.style,
             "rows": len(lengths),
             "kept": len(self.lengths),
-            "tokens": self.num_tokens,
-            "trained": self.num_trained if self.style != "labels" else None,
+            "tokens": None if self.tokenizer is None else self.num_tokens,
+            "trained": None if self.per_row else self.num_trained,
             "max_length": self.max_length,
             "roles": [
                 {"role": role, "seen": count, "trained": self._role_trained[role]}
@@ -292,6 +314,8 @@ class Ledger:
         }
 
     def _special_rows(self) -> list[dict[str, Any]]:
+        if self.tokenizer is None:
+            return []
         added = self.tokenizer.added_tokens_decoder
         ids = set(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special} | self.stop_ids
         used = sorted(i for i in ids if i < len(self._seen) and self._seen[i])

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from peftlab.data.builtin import is_builtin, load_builtin
+from peftlab.data.images import IMAGE_ENDINGS
 from peftlab.data.readers import FORMATS, Options, Table, read_table
 from peftlab.data.rows import Origin, Rows
 from peftlab.errors import DataError
@@ -51,6 +52,7 @@ def load_rows(
 
     Names: a file; a folder (its files of readable formats, also in folders below, sorted by name, which need the same
     columns; hidden ones are left out; with ``format`` only those with an ending of that format, or all if none has);
+    a folder of images with a folder below it for each class (columns ``image``, a path, and ``label``);
     ``package:IMPORT_NAME/PATH``, a file or folder inside an installed package, which is not imported; a hub data set
     ``ID`` or ``ID:SPLIT``; a built-in one, see ``load_builtin``. Any of them with ``#500`` behind: 500 rows drawn with
     ``seed``, in their original order.
@@ -161,6 +163,8 @@ def _load_local(
     encoding: str,
     column_names: Sequence[str] | None,
 ) -> Rows:
+    if path.is_dir() and format == "auto" and (images := _images_in(path)):
+        return _load_images(name, path, images, key)
     if path.is_dir():
         files = _files_in(path, format, key)
     elif path.is_file():
@@ -196,6 +200,34 @@ def _load_local(
     )
 
 
+def _images_in(folder: Path) -> list[Path]:
+    """The images in the folders below ``folder``; none where it holds tables, which may name the images."""
+    found = _visible(folder)
+    if any(_format_of(path) not in (None, "text") for path in found):
+        return []
+    return [p for p in found if p.suffix.lower() in IMAGE_ENDINGS and len(p.relative_to(folder).parts) > 1]
+
+
+def _load_images(name: str, folder: Path, images: list[Path], key: str) -> Rows:
+    labels = [path.relative_to(folder).parts[0] for path in images]
+    digest = hashlib.sha256()
+    for path in images:
+        try:
+            digest.update(
+                f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
+            )
+        except OSError as exc:
+            raise DataError(f"{path} cannot be read: {exc.strerror}", key=key) from None
+    return Rows(
+        name=name,
+        columns={"image": [str(path.absolute()) for path in images], "label": list(labels)},
+        fingerprint=digest.hexdigest(),
+        origins=tuple(Origin(str(path), "record") for path in images),
+        origin_index=np.arange(len(images)),
+        positions=np.ones(len(images), dtype=np.int64),
+    )
+
+
 def _joined(parts: list[list[object]]) -> list[object]:
     return parts[0] if len(parts) == 1 else [value for part in parts for value in part]
 
@@ -211,12 +243,17 @@ def _require_same_columns(tables: list[Table], files: list[Path], key: str) -> N
         )
 
 
-def _files_in(folder: Path, format: str, key: str) -> list[Path]:
-    found = sorted(
+def _visible(folder: Path) -> list[Path]:
+    """All files in and below ``folder`` by name, without hidden ones."""
+    return sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def _files_in(folder: Path, format: str, key: str) -> list[Path]:
+    found = _visible(folder)
     readable = [path for path in found if _format_of(path) is not None and format in ("auto", _format_of(path))]
     if format != "auto" and not readable:
         readable = found

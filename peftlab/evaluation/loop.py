@@ -18,8 +18,11 @@ def evaluate_examples(
 
     Args:
         task: a ``tasks.Task``; its ``score`` is called per padded batch of at most ``batch_tokens`` tokens.
+        metrics: none of a task without labels.
         autocast: a zero-argument callable that gives the context the forward passes run in.
     """
+    if not metrics:
+        return {}
     was_training = model.training
     model.eval()
     scorer = Scorer(metrics, class_names=task.class_names)

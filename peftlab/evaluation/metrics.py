@@ -39,22 +39,22 @@ class MetricSpec:
 
 
 _LM = ("causal_lm",)
-_BOTH = ("causal_lm", "seq_cls")
+_CLASSES = ("causal_lm", "seq_cls", "image_cls")
 _NLL = ("nll_sum", "num_tokens")
 _PAIRS = ("predictions", "references")
 
 METRICS: dict[str, MetricSpec] = {
     spec.name: spec
     for spec in (
-        MetricSpec("loss", _BOTH, "tokens", _NLL, higher_is_better=False),
+        MetricSpec("loss", _CLASSES, "tokens", _NLL, higher_is_better=False),
         MetricSpec("perplexity", _LM, "tokens", _NLL, higher_is_better=False),
         MetricSpec("token_accuracy", _LM, "tokens", ("num_correct", "num_tokens")),
         MetricSpec("exact_match", _LM, "rows", _PAIRS),
-        MetricSpec("accuracy", _BOTH, "classes", _PAIRS),
-        MetricSpec("precision", _BOTH, "classes", _PAIRS, averaged=True),
-        MetricSpec("recall", _BOTH, "classes", _PAIRS, averaged=True),
-        MetricSpec("f1", _BOTH, "classes", _PAIRS, averaged=True),
-        MetricSpec("confusion", _BOTH, "classes", _PAIRS, higher_is_better=None),
+        MetricSpec("accuracy", _CLASSES, "classes", _PAIRS),
+        MetricSpec("precision", _CLASSES, "classes", _PAIRS, averaged=True),
+        MetricSpec("recall", _CLASSES, "classes", _PAIRS, averaged=True),
+        MetricSpec("f1", _CLASSES, "classes", _PAIRS, averaged=True),
+        MetricSpec("confusion", _CLASSES, "classes", _PAIRS, higher_is_better=None),
     )
 }
 
@@ -85,7 +85,7 @@ def check_metrics(
 
     Args:
         names: families ("f1") or flat values ("f1_macro", "f1_spam").
-        task_kind: "causal_lm" or "seq_cls".
+        task_kind: the recipe's ``task``.
         has_choices: whether eval.choices is given (causal_lm only).
         class_names: without them any NAME_CLASS of a per-class family passes here; ``Scorer`` checks it again.
 

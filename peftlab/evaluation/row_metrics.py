@@ -68,6 +68,21 @@ def macro_f1(predictions: ArrayLike, references: ArrayLike) -> Statistic:
     return statistic
 
 
+def of_class(family: str, predictions: ArrayLike, references: ArrayLike, index: int) -> Statistic:
+    """Recall, precision or F1 of the class ``index``; 0 where no drawn row has it (scikit-learn's rule).
+
+    Args: family: recall, precision or f1. predictions, references: [N] class indices.
+    """
+    predicted, true = (np.asarray(values) == index for values in (predictions, references))
+    divisor = {"recall": 2.0 * true, "precision": 2.0 * predicted, "f1": 1.0 * true + predicted}[family]
+    share = ratio(2.0 * (predicted & true), divisor)
+
+    def statistic(counts: Floats) -> Floats:
+        return np.nan_to_num(share(counts), nan=0.0)
+
+    return statistic
+
+
 def _column(values: ArrayLike) -> Floats:
     return np.asarray(values, dtype=np.float64)
 

@@ -93,7 +93,7 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
     elif pretrained.source.kind == "shape":
         tokenizer = preset_tokenizer(pretrained.source.path)
     else:
-        with quiet(), _load_errors(pretrained, "tokenizer"):
+        with quiet(), load_errors(pretrained, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
     if not tokenizer.is_fast:
         raise RecipeError(
@@ -118,22 +118,23 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
 
 def model_max_length(pretrained: Pretrained, tokenizer: Any) -> int:
     """The longest input in tokens, by the model's position embeddings and its tokenizer."""
-    positions = getattr(_config(pretrained).get_text_config(), "max_position_embeddings", None)
+    positions = getattr(load_config(pretrained).get_text_config(), "max_position_embeddings", None)
     return min(int(positions or 2**31), int(min(tokenizer.model_max_length, 2**31)))
 
 
 def label_names(pretrained: Pretrained) -> list[str]:
     """Class names of a classifier's config, by index; transformers' own LABEL_0, LABEL_1 where nobody named them."""
-    named = _config(pretrained).id2label
+    named = load_config(pretrained).id2label
     return [str(named[i]) for i in sorted(named)]
 
 
-def _config(pretrained: Pretrained, **kwargs: Any) -> Any:
+def load_config(pretrained: Pretrained, **kwargs: Any) -> Any:
+    """The model's config, with ``kwargs`` set in it. Raises: RecipeError."""
     from transformers import AutoConfig
 
     if pretrained.source.kind == "tiny":
         return tiny_config(pretrained.source.path, **kwargs)
-    with quiet(), _load_errors(pretrained, "config"):
+    with quiet(), load_errors(pretrained, "config"):
         return AutoConfig.from_pretrained(pretrained.location, **pretrained.hub_kwargs, **kwargs)
 
 
@@ -142,13 +143,15 @@ def load_skeleton(pretrained: Pretrained, *, auto_class: str, **model_kwargs: An
     import torch
     import transformers
 
-    with quiet(), _load_errors(pretrained, "model"), torch.device("meta"):
+    with quiet(), load_errors(pretrained, "model"), torch.device("meta"):
         options = {"trust_remote_code": True} if pretrained.trust_remote_code else {}
-        return getattr(transformers, auto_class).from_config(_config(pretrained, **model_kwargs), **options)
+        return getattr(transformers, auto_class).from_config(load_config(pretrained, **model_kwargs), **options)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 over the tokenizer's own serialisation and its chat template."""
+    """sha256 over the tokenizer's own serialisation and its chat template; of an ``ImageReader`` its fingerprint."""
+    if hasattr(tokenizer, "fingerprint"):
+        return str(tokenizer.fingerprint)
     text = tokenizer.backend_tokenizer.to_str() + "\0" + str(tokenizer.chat_template)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -211,7 +214,7 @@ def load_model(
         kwargs["quantization_config"] = _quantization(quantize, double_quant, resolve_precision(compute_dtype, device))
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, auto_class)
-    with quiet(), _load_errors(pretrained, "model"):
+    with quiet(), load_errors(pretrained, "model"):
         if pretrained.source.kind == "tiny":
             model = _tiny_model(pretrained, auto, kwargs)
         elif pretrained.source.kind == "shape":
@@ -241,13 +244,14 @@ def num_parameters(model: Any) -> int:
 
 def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: Any, *, whole: bool) -> None:
     """transformers fills tensors that the files lack with random values; only a new task head may be new."""
-    if whole and missing:
+    is_base = model.base_model is model
+    if whole and missing and not is_base:
         raise RecipeError(
             f"{pretrained.source.name!r} has no head for this task ({', '.join(sorted(missing)[:3])} would be random numbers): "
             "train it for the task first, and give the run folder or the merged model",
             key="model.name",
         )
-    inner = f"{model.base_model_prefix}."
+    inner = "" if is_base else f"{model.base_model_prefix}."
     lost = sorted(name for name in missing if name.startswith(inner) and "pooler" not in name)
     if "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__:
         lost = sorted(missing)
@@ -330,7 +334,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
+def load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
+    """What the libraries raise while they load ``what`` of a model, as errors that say what to do."""
     import torch
     from safetensors import SafetensorError
 

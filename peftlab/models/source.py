@@ -13,7 +13,7 @@ from peftlab.models.presets import PREFIX as SHAPE_PREFIX
 from peftlab.models.presets import check_preset, preset_fingerprint
 from peftlab.paths import PACKAGE_PREFIX, package_path, sha256_of_files
 
-TINY = ("tiny:llama", "tiny:bert")
+TINY = ("tiny:llama", "tiny:bert", "tiny:vit")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -46,7 +46,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     """
     if name.startswith("tiny:"):
         if name not in TINY:
-            raise RecipeError(f"unknown built-in model {name!r}; there are {' and '.join(TINY)}", key="model.name")
+            raise RecipeError(f"unknown built-in model {name!r}; there are {', '.join(TINY)}", key="model.name")
         source = ModelSource("tiny", name, name)
     elif name.startswith(SHAPE_PREFIX):
         check_preset(name)

@@ -1,4 +1,4 @@
-"""Tiny random models and a byte-level tokenizer, built on the spot for tests and the smoke recipe."""
+"""Tiny random models and a byte-level tokenizer, built on the spot for tests and small recipes."""
 
 from __future__ import annotations
 
@@ -34,9 +34,23 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(name: str, **kwargs: Any) -> Any:
-    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head) or ``tiny:bert`` (2 layers, hidden 64)."""
-    from transformers import BertConfig, LlamaConfig
+    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64) or ``tiny:vit``
+    (2 layers, hidden 64, images of 8 x 8 pixels and one channel in 16 patches)."""
+    from transformers import BertConfig, LlamaConfig, ViTConfig
 
+    if name == "tiny:vit":
+        return ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **kwargs,
+        )
     shared = {
         "vocab_size": 260,
         "hidden_size": 64,

@@ -64,6 +64,9 @@ class StudentInitSection(Section):
     num_heads: int | None = Field(None, ge=1, description="attention heads of each layer")
     num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads of each layer")
     intermediate_size: int | None = Field(None, ge=1, description="width inside the feed-forward blocks")
+    weights: Literal["copied", "random"] = Field(
+        "copied", description="random: the same architecture with fresh weights of each run's seed, as a control"
+    )
     sample_rows: int = Field(64, ge=1, description="training rows that importance is measured on")
 
     @model_validator(mode="after")
@@ -75,9 +78,11 @@ class StudentInitSection(Section):
             self._reject_unless_default(["choose"], "without num_layers")
         if self.choose != "importance":
             self._reject_unless_default(["search"], "without choose: importance")
-        if self.layers is None and self.num_layers is None and not any(widths):
+        if self.weights == "random":
+            self._reject_unless_default(["choose", "search", "sample_rows"], "with weights: random")
+        elif self.layers is None and self.num_layers is None and not any(widths):
             raise ValueError("cuts nothing: give layers, num_layers or a width")
-        if self.choose != "importance" and not any(widths):
+        if self.weights == "copied" and self.choose != "importance" and not any(widths):
             self._reject_unless_default(["sample_rows"], "where nothing is measured")
         return self
 
@@ -138,6 +143,9 @@ class DistillSection(Section):
     targets: TargetsSection = Field(default_factory=TargetsSection, description="what the cache stores")
     cross_tokenizer: Literal["uld"] | None = Field(
         None, description="uld compares sorted probabilities at shared text positions of different tokenizers"
+    )
+    headline: str | None = Field(
+        None, description="metric of the verdict; default accuracy, perplexity or spearman: f1_macro, recall_spam"
     )
     baseline: bool = Field(True, description="also train the same student on the labels alone, with the same budget")
     seeds: int = Field(1, ge=1, description="number of repetitions with seeds run.seed, run.seed + 1, ...")

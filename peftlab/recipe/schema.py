@@ -10,12 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from peftlab.recipe.distillation import SELF, DistillSection
 from peftlab.recipe.section import DType, Section
 
-TaskName = Literal["causal_lm", "seq_cls"]
+TaskName = Literal["causal_lm", "seq_cls", "image_cls", "embedding"]
 
 
 class ModelSection(Section):
     name: str = Field(
-        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert, "
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit, "
         "or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
@@ -32,6 +32,10 @@ class ModelSection(Section):
     )
     chat_template: str | None = Field(
         None, description="path of a Jinja file that replaces the tokenizer's chat template"
+    )
+    pooling: Literal["mean", "cls", "last"] | None = Field(
+        None,
+        description="embedding: a text's vector out of its tokens'; default: what the model's files say, else mean",
     )
     trust_remote_code: bool = Field(False, description="run Python code that ships with a hub model")
 
@@ -121,7 +125,10 @@ class TemplateSection(Section):
 
 
 class DataSection(Section):
-    train: str = Field(description="file, folder, package:IMPORT/PATH or hub data set; NAME#500 samples 500 rows")
+    train: str = Field(
+        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; NAME#500 samples "
+        "500 rows"
+    )
     eval: str | None = Field(None, description="held-out data, same forms; without it a part of train is held out")
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="share of train that is held out, without data.eval")
     eval_rows: int | None = Field(None, ge=1, description="number of held-out rows instead of a share")
@@ -133,8 +140,13 @@ class DataSection(Section):
         None, description="names for the columns of a csv or tsv file without a header"
     )
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    columns: dict[Literal["text", "label", "prompt", "completion", "messages"], str] = Field(
+    columns: dict[Literal["text", "image", "label", "prompt", "completion", "messages"], str] = Field(
         default_factory=dict, description="which column plays which part: {text: body, label: is_spam}"
+    )
+    exclude: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="rows of data.train with one of these values in this column are not trained on: {label: [spam]}; their classes "
+        "stay classes, and held-out rows keep them",
     )
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(default_factory=dict, description="value in the label column: class name")
@@ -151,6 +163,14 @@ class DataSection(Section):
     allow: list[Literal["untrained_terminator", "wrong_mask", "pad_is_eos", "template_family"]] = Field(
         default_factory=list, description="causal_lm: errors of `peftlab check` that are meant to be so"
     )
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _excluded_values_are_text(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        lists = {k: v if isinstance(v, list) else [v] for k, v in value.items()}
+        return {k: [str(v).lower() if isinstance(v, bool) else str(v) for v in values] for k, values in lists.items()}
 
     @field_validator("label_names", mode="before")
     @classmethod
@@ -195,7 +215,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
     precision: DType = Field("auto", description="autocast dtype; auto: bfloat16 on a GPU that has it, else float32")
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
-        "none", description="seq_cls: weight of each class in the loss"
+        "none", description="seq_cls, image_cls: weight of each class in the loss"
     )
 
     @model_validator(mode="after")
@@ -262,12 +282,25 @@ class Recipe(Section):
         None, description="written by a run: package versions and fingerprints, checked when the run is repeated"
     )
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the task has one label per row and a head for the classes."""
+        return self.task in ("seq_cls", "image_cls")
+
     @model_validator(mode="after")
     def _task_keys(self) -> Self:
-        if self.task == "causal_lm":
-            self.train._reject_unless_default(["class_weights"], "for task: causal_lm")
-            self.data._reject_unless_default(["bins"], "for task: causal_lm")
+        where = f"for task: {self.task}"
+        if not self.classifies:
+            self.train._reject_unless_default(["class_weights"], where)
+            self.data._reject_unless_default(["bins"], where)
+        if self.task == "image_cls":
+            self.data._reject_unless_default(["max_length", "too_long"], where)
+        if self.task == "embedding":
+            self.data._reject_unless_default(["label_names"], where)
+            self.eval._reject_unless_default(["metrics", "before", "every", "best", "patience"], f"{where}: no labels")
         else:
+            self.model._reject_unless_default(["pooling"], where)
+        if self.task != "causal_lm":
             self.eval._reject_unless_default(["choices", "prompts", "max_new_tokens"], f"for task: {self.task}")
             self.data._reject_unless_default(["template", "packing", "allow"], f"for task: {self.task}")
             self.model._reject_unless_default(["chat_template"], f"for task: {self.task}")
@@ -298,9 +331,20 @@ class Recipe(Section):
                 "distill.student_init cuts the backbone that teacher: self would be; name the whole model as the teacher"
             )
         for loss in distill.losses:
-            if loss.kind.startswith(("hidden", "similarity")):
+            of_vectors = loss.kind.startswith(("hidden", "similarity"))
+            if of_vectors and self.task != "embedding":
                 raise ValueError(
                     f"distill.losses: {loss.kind} compares vectors, and task: {self.task} has none; take forward_kl"
                 )
+            if not of_vectors and self.task == "embedding":
+                raise ValueError(
+                    f"distill.losses: {loss.kind} compares probabilities, and task: embedding has none; take hidden_cosine, or "
+                    "similarity_kl where the widths differ"
+                )
+        if self.task == "embedding":
+            distill._reject_unless_default(["temperature", "scale_by_t2"], "for task: embedding, which has no softmax")
+            distill._reject_unless_default(["hard_weight", "baseline"], "for task: embedding, which has no labels")
+            if distill.teachers:
+                raise ValueError("distill.teachers: vectors of several teachers do not mix; give distill.teacher")
         if self.task != "causal_lm":
             distill._reject_unless_default(["cross_tokenizer"], f"for task: {self.task}")

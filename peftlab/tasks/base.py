@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.data import Ledger, Rows, Tokens
+from peftlab.data import Image, Ledger, Rows, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,12 @@ class Example:
     """One encoded row.
 
     Attributes:
-        ids: [T] int32 token ids.
+        ids: [T] int32 token ids; none of an image.
         row: index into the ``Rows`` it came from, for messages.
         weight: its share of the step's normaliser: trained tokens (causal_lm) or class weight (seq_cls).
         trained: [T] bool, tokens whose prediction is trained; None for classification.
         label: class index; None for language modelling without choices, and for a row without a label.
+        image: what is looked at instead of tokens, read when a batch is made of it.
     """
 
     ids: np.ndarray
@@ -30,9 +31,10 @@ class Example:
     weight: float
     trained: np.ndarray | None = None
     label: int | None = None
+    image: Image | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.ids) if self.image is None else self.image.length
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,12 @@ class Batch:
     transformers keeps them apart by their position ids, if there is neither a mask nor a cache.
 
     Attributes:
-        input_ids: [B, T] int64, padded on the right. attention_mask: [B, T] int64 or None.
+        input_ids: [B, T] int64, padded on the right; [B, 0] of images. attention_mask: [B, T] int64 or None.
         trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float64 class weights, as the divisor of
             the step sums them.
         position_ids: [1, T] int64, from 0 for each packed document; None: not packed.
         examples: what it was made of, in order.
+        pixel_values: [B, C, H, W] of images; None: texts.
     """
 
     input_ids: Tensor
@@ -103,9 +106,12 @@ class Batch:
     weights: Tensor
     position_ids: Tensor | None = None
     examples: tuple[Example, ...] = ()
+    pixel_values: Tensor | None = None
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
+        if self.pixel_values is not None:
+            return {"pixel_values": self.pixel_values}
         inputs = {"input_ids": self.input_ids}
         if self.attention_mask is not None:
             inputs["attention_mask"] = self.attention_mask
@@ -238,15 +244,18 @@ class Scores:
 class Task(Protocol):
     """One file per task implements this; the loop, evaluation and prediction know nothing else about it.
 
-    ``auto_class`` is the transformers auto class; ``peft_type`` PEFT's task type; ``text_column`` the column that a
-    plain text given to ``predict`` stands for. ``answers`` says what is scored: tokens, classes or vectors.
+    ``auto_class`` is the transformers auto class; ``peft_type`` PEFT's task type, None where it has none; ``tokenizer`` what
+    turns inputs into numbers: of a text task its tokenizer, of images their ``ImageReader``; ``files`` what writes it beside a model, with
+    ``save_pretrained(folder)``. ``answers`` says what is scored:
+    tokens, classes or vectors.
     """
 
     name: str
     auto_class: str
-    peft_type: str
+    peft_type: str | None
     answers: str
     tokenizer: Any
+    files: Any
     class_names: list[str] | None
 
     def model_kwargs(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class CausalLM:
         head_loss: Callable[..., Tensor | None],
         choices: Sequence[str] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = self.files = tokenizer
         self.formatter = formatter
         self.class_names = list(choices) if choices else None
         self._choice_ids: list[tuple[int, ...]] | None = None

@@ -194,6 +194,7 @@ def _only(share: Share, batch: Batch) -> Batch:
         labels=of(batch.labels),
         weights=batch.weights[own],
         examples=examples,
+        pixel_values=of(batch.pixel_values),
     )
 
 

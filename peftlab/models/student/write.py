@@ -17,6 +17,7 @@ from peftlab.errors import ArtifactError, RecipeError, ResourceError
 from peftlab.models.load import Pretrained, load_model, load_skeleton, quiet
 from peftlab.models.student.cut import StudentCut, check_cut, chosen_layers
 from peftlab.models.student.families import Widths
+from peftlab.models.student.fresh import fresh_student
 from peftlab.models.student.importance import Distance, Outputs, kl_divergence, layers_by_importance
 from peftlab.models.student.stack import cut_layers, find_stack
 from peftlab.models.student.width import cut_width
@@ -38,6 +39,7 @@ def make_student(
     distance: Distance = kl_divergence,
     device: str = "cpu",
     on_round: Callable[[int, int], None] = lambda done, total: None,
+    random_seed: int | None = None,
     **model_kwargs: Any,
 ) -> dict[str, Any]:
     """The notes of a student in ``folder``, which is cut from ``pretrained`` and written unless it is there already.
@@ -52,10 +54,11 @@ def make_student(
         sample: what identifies that sample, such as a hash; another one is another student.
         distance: how outputs are compared.
         device: where the outputs are computed.
+        random_seed: the architecture alone is taken, with fresh weights of this seed; of any architecture, also uncut.
         model_kwargs: for the config, as in ``load_model``.
     Raises: RecipeError (impossible cut, folder in use), ArtifactError, ResourceError.
     """
-    assert outputs is not None or not cut.is_measured
+    assert outputs is not None or not cut.is_measured or random_seed is not None
     request: dict[str, Any] = {
         "version": _VERSION,
         "source": pretrained.fingerprint,
@@ -64,11 +67,15 @@ def make_student(
         "sample": sample if cut.is_measured else "",
         "distance": getattr(distance, "__name__", str(distance)) if cut.by == "importance" else "",
         "model_kwargs": model_kwargs,
+        **({} if random_seed is None else {"random_seed": random_seed}),
     }
     request = json.loads(json.dumps(request, default=str))
     if folder.exists():
         return _existing(folder, request)
     skeleton = load_skeleton(pretrained, auto_class=auto_class, **model_kwargs)
+    if random_seed is not None:
+        model, figures = fresh_student(skeleton, cut, auto_class=auto_class, seed=random_seed)
+        return _written(model, tokenizer, folder, {"request": request, "name": pretrained.source.name, **figures})
     check_cut(cut, skeleton)
     dtype = _stored_dtype(skeleton)
     del skeleton
@@ -76,6 +83,10 @@ def make_student(
         pretrained, auto_class=auto_class, device=device, dtype=str(dtype).removeprefix("torch."), **model_kwargs
     )
     notes = {"request": request, "name": pretrained.source.name, **_cut(model, cut, outputs, distance, on_round)}
+    return _written(model, tokenizer, folder, notes)
+
+
+def _written(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
     written: dict[str, Any] = json.loads(json.dumps(notes))  # as they are when they are read again
     write_student(model.cpu(), tokenizer, folder, notes=written)
     return written

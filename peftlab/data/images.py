@@ -1,0 +1,138 @@
+"""Images: from what a row holds (a path, the bytes of a file, or numbers) to pixels, read when they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peftlab.data.rows import Rows
+from peftlab.errors import DataError
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_KEY = "data.columns.image"
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image that was checked and not yet decoded.
+
+    Attributes:
+        source: a file, the bytes of one, or pixels [H, W] or [H, W, 3] uint8.
+        where: its place in the data, for messages. length: positions that the model makes of it.
+    """
+
+    source: Path | bytes | npt.NDArray[np.uint8]
+    where: str
+    length: int
+
+    def pixels(self, mode: str) -> Any:
+        """The decoded ``PIL.Image`` in PIL's ``mode``, such as RGB or L. Raises: DataError for a damaged file."""
+        import PIL.Image
+
+        if isinstance(self.source, np.ndarray):
+            return PIL.Image.fromarray(self.source).convert(mode)
+        raw = _bytes_of(self.source, self.where)
+        with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as found:
+            return found.convert(mode)
+
+
+def read_images(rows: Rows, column: str, *, length: int) -> Iterator[tuple[Image, int]]:
+    """Each row's image, checked, with a 64-bit hash of its content.
+
+    A value is a path (relative to the folder of the file that the row came from), the bytes of an image file, a record
+    ``{"bytes", "path"}`` as ``datasets`` writes it, or pixels as nested lists or an array: [H, W] or [H, W, 3] whole
+    numbers from 0 to 255.
+
+    Raises: DataError with file and row for one that is missing, no image, or damaged as far as its header shows.
+    """
+    for index, value in enumerate(rows.column(column, key=_KEY)):
+        where = rows.where(index)
+        folder = Path(rows.origins[rows.origin_index[index]].path).parent
+        source = _source(value, where, folder)
+        if isinstance(source, np.ndarray):
+            content = str(source.shape).encode() + source.tobytes()
+        else:
+            content = _bytes_of(source, where)
+            _check(content, source, where)
+        digest = hashlib.sha256(content).digest()[:8]
+        yield Image(source, where, length), int.from_bytes(digest, "little", signed=True)
+
+
+def size_text(image: Image) -> str:
+    """``28 x 28 pixels, cats/1.png`` for a person."""
+    width, height = image.pixels("RGB").size
+    name = f", {image.source}" if isinstance(image.source, Path) else ""
+    return f"{width} x {height} pixels{name}"
+
+
+def _source(value: Any, where: str, folder: Path) -> Path | bytes | npt.NDArray[np.uint8]:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.strip():
+        return folder / Path(value).expanduser()
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, list | np.ndarray):
+        return _pixels(value, where)
+    shown = repr(value)
+    raise DataError(
+        f"{where}: expected an image (a path, the bytes of a file, or lists of pixels), found {shown[:60]}", key=_KEY
+    )
+
+
+def _pixels(value: Any, where: str) -> npt.NDArray[np.uint8]:
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        found = np.zeros(0, dtype=object)
+    numbers = found.dtype.kind in "uif" and found.size > 0
+    fits = found.ndim == 2 or (found.ndim == 3 and found.shape[2] == 3)
+    if not (numbers and fits and found.min() >= 0 and found.max() <= 255 and np.array_equal(found, np.rint(found))):
+        raise DataError(
+            f"{where}: expected pixels [height, width] or [height, width, 3] of whole numbers from 0 to 255, found "
+            f"shape {list(found.shape)}"
+            + (f" with values from {found.min()} to {found.max()}" if numbers else f" of {found.dtype}"),
+            key=_KEY,
+        )
+    return found.astype(np.uint8)
+
+
+def _bytes_of(source: Path | bytes, where: str) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where}: the image {source} cannot be read: {error.strerror}", key=_KEY) from None
+
+
+def _check(content: bytes, source: Path | bytes, where: str) -> None:
+    """Header and, where the format has them, checksums: without decoding, which would take ten times as long."""
+    import PIL.Image
+
+    with _damaged(source, where), PIL.Image.open(io.BytesIO(content)) as found:
+        found.verify()
+
+
+@contextlib.contextmanager
+def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
+    """Turns what Pillow raises for a file that it cannot read into a DataError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which changes no pixel
+            yield
+    # Its plugins raise what comes: an unknown format or a truncated file is an OSError, other faults are not.
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
+        name = str(source) if isinstance(source, Path) else f"{len(source):,} bytes"
+        raise DataError(
+            f"{where}: expected an image, found a damaged file or another format: {name} ({error})", key=_KEY
+        ) from error

@@ -1,0 +1,70 @@
+"""Image processors: what a model's own files say about turning images into pixel values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peftlab.errors import RecipeError
+from peftlab.models.load import Pretrained, load_config, load_errors, quiet
+
+# Patches of models that have none, such as convolutional networks: only for sharing images out to batches.
+_PATCH = 16
+
+
+class ImageReader:
+    """Pixel values [B, C, H, W] float32 of PIL images, as the model's ``AutoImageProcessor`` makes them.
+
+    Attributes:
+        mode: PIL's name for the colours the model sees, RGB or L. length: positions that the model makes of an image.
+    """
+
+    def __init__(self, processor: Any, *, channels: int, patch: int) -> None:
+        import PIL.Image
+
+        self._processor = processor
+        self.mode = "L" if channels == 1 else "RGB"
+        *_, height, width = self([PIL.Image.new(self.mode, (64, 48))]).shape
+        self.length = math.ceil(height / patch) * math.ceil(width / patch) + 1
+
+    def __call__(self, images: Sequence[Any]) -> Any:
+        return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over all settings that make pixel values."""
+        settings = {k: v for k, v in self._processor.to_dict().items() if not k.startswith("_") and "type" not in k}
+        return hashlib.sha256(json.dumps([self.mode, settings], sort_keys=True, default=str).encode()).hexdigest()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``preprocessor_config.json``, which ``AutoImageProcessor`` loads."""
+        self._processor.save_pretrained(folder)
+
+
+def load_image_reader(pretrained: Pretrained) -> ImageReader:
+    """The image processor of a model. Raises: RecipeError where it has none."""
+    config = load_config(pretrained)
+    patch = getattr(config, "patch_size", None) or _PATCH
+    patch = patch if isinstance(patch, int) else max(patch)
+    channels = getattr(config, "num_channels", 3)
+    if pretrained.source.kind == "tiny":
+        if config.model_type != "vit":
+            raise RecipeError(f"{pretrained.source.name} reads texts; tiny:vit reads images", key="model.name")
+        return ImageReader(tiny_image_processor(), channels=channels, patch=patch)
+    from transformers import AutoImageProcessor
+
+    with quiet(), load_errors(pretrained, "image processor"):
+        processor = AutoImageProcessor.from_pretrained(pretrained.location, **pretrained.hub_kwargs)
+        return ImageReader(processor, channels=channels, patch=patch)
+
+
+def tiny_image_processor() -> Any:
+    """Of ``tiny:vit``: 8 x 8 pixels, from -1 to 1."""
+    with quiet():
+        from transformers import ViTImageProcessor
+
+        return ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])

@@ -1,0 +1,127 @@
+"""The files by which sentence-transformers knows how a model's hidden states become one vector."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.errors import ArtifactError, RecipeError
+from peftlab.models.load import Pretrained, load_errors, quiet
+
+MODULES = "modules.json"
+_BESIDE = ("config_sentence_transformers.json", "sentence_bert_config.json")
+_POOLING_KEYS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+
+
+@dataclass(frozen=True)
+class SentenceFiles:
+    """What a model folder says about its vectors.
+
+    Attributes:
+        pooling: mean, cls, last, or another one's name in its config; None where nothing is said. normalize: whether
+            vectors are divided by their length. max_length: longest text in tokens; None: as the model allows.
+        files: name inside the folder -> where it is.
+    """
+
+    pooling: str | None = None
+    normalize: bool = False
+    max_length: int | None = None
+    files: tuple[tuple[str, Path], ...] = ()
+
+
+def sentence_files(pretrained: Pretrained) -> SentenceFiles:
+    """What the folder of a model has of sentence-transformers.
+
+    Raises: ArtifactError (damaged), RecipeError for a module that is neither transformer, pooling nor normalization.
+    """
+    listed = _find(pretrained, MODULES)
+    if listed is None:
+        return SentenceFiles()
+    files, pooling, normalize = [(MODULES, listed)], None, False
+    for module in _json(listed):
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            name = f"{module['path']}/config.json"
+            found = _find(pretrained, name)
+            if found is None:
+                raise ArtifactError(f"{pretrained.source.name!r} lacks its {name}; copy it again", key="model.name")
+            pooling = _pooling(_json(found))
+            files.append((name, found))
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            raise RecipeError(
+                f"{pretrained.source.name!r} ends in a module {kind!r}, which would be left out of its vectors; expected "
+                "transformer, pooling and normalization",
+                key="model.name",
+            )
+    files += [(name, path) for name in _BESIDE if (path := _find(pretrained, name)) is not None]
+    settings = dict(files).get("sentence_bert_config.json")
+    longest = None if settings is None else _json(settings).get("max_seq_length")
+    return SentenceFiles(pooling, normalize, longest, tuple(files))
+
+
+class SentenceWriter:
+    """Writes tokenizer and the files of sentence-transformers beside a model, with the pooling that is in use."""
+
+    def __init__(self, tokenizer: Any, found: SentenceFiles, *, pooling: str) -> None:
+        self._tokenizer, self._found, self._pooling = tokenizer, found, pooling
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Args: folder: which has the model's config.json already."""
+        self._tokenizer.save_pretrained(folder)
+        for name, path in self._found.files:
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith("/config.json"):
+                width = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+                settings = _json(path) | {"word_embedding_dimension": width}
+                if _pooling(settings) != self._pooling:
+                    settings = {k: v for k, v in settings.items() if not k.startswith("pooling_mode")}
+                    settings |= {key: mode == self._pooling for key, mode in _POOLING_KEYS.items()}
+                target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            else:
+                shutil.copy(path, target)
+
+
+def _pooling(settings: dict[str, Any]) -> str:
+    """Newer files name the mode, older ones have a switch for each."""
+    if isinstance(settings.get("pooling_mode"), str):
+        return _NAMES.get(settings["pooling_mode"], settings["pooling_mode"])
+    on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
+    return " + ".join(_POOLING_KEYS.get(key, key.removeprefix("pooling_mode_")) for key in on)
+
+
+def _find(pretrained: Pretrained, name: str) -> Path | None:
+    if pretrained.source.kind in ("tiny", "shape"):
+        return None
+    if pretrained.source.kind != "hub":
+        path = Path(pretrained.location) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    options = {k: v for k, v in pretrained.hub_kwargs.items() if k != "trust_remote_code"}
+    with quiet(), load_errors(pretrained, name):
+        found = cached_file(
+            pretrained.location,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **options,
+        )
+    return None if found is None else Path(found)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; copy it again", key="model.name") from error

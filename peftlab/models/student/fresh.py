@@ -1,0 +1,60 @@
+"""Students with fresh random weights: the control that says what the copied weights are worth."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+
+from peftlab.errors import RecipeError
+from peftlab.models.student.cut import StudentCut, check_cut, chosen_layers
+from peftlab.models.student.stack import cut_layers, find_stack
+
+_SECTION = "distill.student_init"
+_IN_CONFIG = {"num_heads": "num_attention_heads"}
+
+
+def fresh_student(skeleton: Any, cut: StudentCut, *, auto_class: str, seed: int) -> tuple[Any, dict[str, Any]]:
+    """A float32 model of the cut architecture with its own initialisation from ``seed``, and what was cut.
+
+    Args: skeleton: the source on the meta device; its layers are cut. cut: of any architecture whose config has the sizes.
+    Raises: RecipeError for layers or sizes that the architecture cannot have.
+    """
+    import transformers
+
+    start = time.perf_counter()
+    notes: dict[str, Any] = {"parameters_before": sum(p.numel() for p in skeleton.parameters())}
+    if cut.layers is not None or cut.num_layers is not None:
+        check_cut(StudentCut(layers=cut.layers, num_layers=cut.num_layers), copy.deepcopy(skeleton))
+        total = len(find_stack(skeleton))
+        layers = chosen_layers(cut, total)
+        notes |= {"num_layers_before": total, "layers": layers, "remarks": cut_layers(skeleton, layers)}
+    config = skeleton.config
+    _set_widths(config.get_text_config(), cut)
+    # The caller's random state stays as it is; a new model is made on the CPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise RecipeError(f"{type(skeleton).__name__} cannot have these sizes: {error}", key=_SECTION) from error
+    return model, {
+        **notes,
+        "weights": "random",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _set_widths(config: Any, cut: StudentCut) -> None:
+    wanted = {name: size for name, size in vars(cut.widths).items() if size is not None}
+    one_per_head = getattr(config, "num_key_value_heads", None) == getattr(config, "num_attention_heads", None)
+    if one_per_head and hasattr(config, "num_key_value_heads") and "num_heads" in wanted:
+        wanted.setdefault("num_key_value_heads", wanted["num_heads"])
+    for name, size in wanted.items():
+        entry = _IN_CONFIG.get(name, name)
+        if not isinstance(getattr(config, entry, None), int):
+            raise RecipeError(f"{config.model_type} has no single {entry} in its config", key=f"{_SECTION}.{name}")
+        setattr(config, entry, size)

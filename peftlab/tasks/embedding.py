@@ -1,0 +1,127 @@
+"""Sentence embeddings: a vector per text, learned from a teacher's vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
+from peftlab.tasks.base import (
+    Batch,
+    Encoded,
+    Example,
+    Outputs,
+    Preview,
+    Scores,
+    at_least_float32,
+    collate,
+    padded_inputs,
+    preview,
+)
+from peftlab.tasks.texts import Texts, fitted
+
+POOLINGS = ("mean", "cls", "last")
+
+
+class Embedding:
+    """See ``base.Task``.
+
+    Args:
+        pooling: mean over the tokens of a text, its first (cls) or its last token.
+        normalize: whether a vector is divided by its length.
+        files: writes, with ``save_pretrained(folder)``, what reads texts: the tokenizer and whatever belongs beside it.
+    """
+
+    name = "embedding"
+    answers = "vectors"
+    auto_class = "AutoModel"
+    peft_type = "FEATURE_EXTRACTION"
+    class_names = None
+
+    def __init__(
+        self, tokenizer: Any, *, pooling: str, normalize: bool, text_column: str = "text", files: Any = None
+    ) -> None:
+        assert pooling in POOLINGS
+        self.tokenizer, self.files = tokenizer, files or tokenizer
+        self._pooling, self._normalize = pooling, normalize
+        self._texts = Texts(tokenizer, text_column)
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def encode(
+        self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
+    ) -> Encoded:
+        ledger = Ledger(rows, self.tokenizer, max_length=max_length, too_long=too_long, keep_last=True, style="texts")
+        examples: list[Example] = []
+        for first, tokens in self._texts.pieces(rows):
+            kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
+            ledger.add(first, tokens, kept)
+            if keep:
+                examples += [Example(ids, first + i, 1.0) for i, ids in fitted(tokens, kept)]
+        return Encoded(examples, ledger)
+
+    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+        tokens = self._texts.row(rows, index)
+        return preview(rows.where(index), tokens, self.tokenizer, max_length=max_length, keep_last=True)
+
+    def collate(self, examples: list[Example], device: Any) -> Batch:
+        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise ValueError("texts without labels have no loss of their own: a teacher's vectors are needed")
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        hidden = at_least_float32(model(**batch.model_inputs).last_hidden_state)
+        mask = batch.attention_mask
+        if self._pooling == "cls":
+            vectors = hidden[:, 0]
+        elif self._pooling == "mean":
+            vectors = hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
+        else:
+            ends = torch.full_like(batch.input_ids[:, 0], hidden.shape[1]) if mask is None else mask.sum(1)
+            vectors = hidden[torch.arange(len(hidden), device=hidden.device), ends - 1]
+        return self._outputs(vectors, batch.weights)
+
+    def _outputs(self, vectors: Tensor, weights: Tensor) -> Outputs:
+        vectors = F.normalize(vectors, dim=-1) if self._normalize else vectors
+        return Outputs(vectors, [1] * len(vectors), vectors=True, weights=weights)
+
+    def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
+        """Each text's vector from its own tokens alone."""
+        inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+        hidden = at_least_float32(model(**inputs).last_hidden_state)
+        texts = [states[: len(e)] for states, e in zip(hidden, examples, strict=True)]
+        pool = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}[self._pooling]
+        weights = torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device)
+        return self._outputs(torch.stack([pool(t) for t in texts]), weights)
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        """Nothing: there are no labels."""
+        return Scores()
+
+    def row_from_text(self, text: str) -> dict[str, Any]:
+        return {self._texts.column: text}
+
+    @torch.no_grad()
+    def predict(
+        self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Yields ``{"vector": [H numbers]}`` per row; longer texts are truncated."""
+        examples = self.encode(rows, max_length=max_length, too_long="truncate", training=False).examples
+        device = next(model.parameters()).device
+        results: dict[int, list[float]] = {}
+        for part in eval_batches([len(e) for e in examples], batch_tokens):
+            vectors = self.outputs(model, self.collate([examples[i] for i in part], device)).values
+            results |= dict(zip(part.tolist(), vectors.tolist(), strict=True))
+        yield from ({"vector": results[i]} for i in range(len(examples)))
+
+
+def _masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """[B, H] mean of ``hidden`` [B, T, H] over the tokens that ``mask`` [B, T] has."""
+    seen = mask.to(hidden.dtype)[..., None]
+    return (hidden * seen).sum(1) / seen.sum(1)

@@ -1,0 +1,111 @@
+"""Image classification: one label per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftlab.data import Ledger, Rows, eval_batches, read_images, size_text
+from peftlab.tasks.base import Batch, Encoded, Example, Outputs, Preview, Scores
+from peftlab.tasks.labels import Labels, labels_loss_sum, labels_score, outputs_of, prediction, reference_outputs_of
+
+_NO_IDS = np.zeros(0, dtype=np.int32)
+
+
+class ImageClassification:
+    """See ``base.Task``.
+
+    Args: reader: turns PIL images into pixel values, as ``models.images.ImageReader``.
+    """
+
+    name = "image_cls"
+    answers = "classes"
+    auto_class = "AutoModelForImageClassification"
+    peft_type = None
+
+    def __init__(self, reader: Any, *, labels: Labels, image_column: str = "image") -> None:
+        self.tokenizer = self.files = reader
+        self.class_names = labels.names
+        self._labels, self._image_column = labels, image_column
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return self._labels.model_kwargs
+
+    def encode(
+        self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
+    ) -> Encoded:
+        labels = self._labels.indices(rows) if labelled else None
+        weights = self._labels.weights(labels, training=training)
+        ledger = Ledger(
+            rows, None, max_length=max_length, too_long=too_long, class_names=self.class_names, style="images"
+        )
+        examples, hashes = [], np.zeros(len(rows), dtype=np.int64)
+        for i, (image, digest) in enumerate(read_images(rows, self._image_column, length=self.tokenizer.length)):
+            hashes[i] = digest
+            if keep:
+                label = None if labels is None else int(labels[i])
+                weight = 1.0 if label is None else weights[label]
+                examples.append(Example(_NO_IDS, i, weight, label=label, image=image))
+        ledger.add_whole(hashes, np.full(len(rows), self.tokenizer.length), labels)
+        return Encoded(examples, ledger)
+
+    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+        row = rows.select([index])
+        ((image, _),) = read_images(row, self._image_column, length=self.tokenizer.length)
+        (label,) = self._labels.read(row)
+        return Preview(rows.where(index), [(size_text(image), "image", False)], label)
+
+    def collate(self, examples: list[Example], device: Any) -> Batch:
+        labels = [e.label for e in examples]
+        return Batch(
+            input_ids=torch.zeros(len(examples), 0, dtype=torch.int64, device=device),
+            attention_mask=None,
+            trained=None,
+            labels=None if None in labels else torch.tensor(labels, device=device),
+            weights=torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device),
+            examples=tuple(examples),
+            pixel_values=self.tokenizer([self._pixels(e) for e in examples]).to(device),
+        )
+
+    def _pixels(self, example: Example) -> Any:
+        assert example.image is not None
+        return example.image.pixels(self.tokenizer.mode)
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        return labels_loss_sum(self, model, batch)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        return outputs_of(model(**_as(model, batch.model_inputs)).logits, batch)
+
+    def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
+        """Each image prepared by itself."""
+        pixels = torch.cat([self.tokenizer([self._pixels(e)]) for e in examples]).to(device)
+        return reference_outputs_of(model(**_as(model, {"pixel_values": pixels})).logits, examples, device)
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        return labels_score(self, model, batch)
+
+    def row_from_text(self, text: str) -> dict[str, Any]:
+        """A path."""
+        return {self._image_column: text}
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **_: Any) -> Iterator[dict[str, Any]]:
+        """Yields ``{"label", "probability", "probabilities": {name: p}}`` per row."""
+        images = read_images(rows, self._image_column, length=self.tokenizer.length)
+        examples = [Example(_NO_IDS, i, 1.0, image=image) for i, (image, _) in enumerate(images)]
+        device = next(model.parameters()).device
+        for part in eval_batches([len(e) for e in examples], batch_tokens):
+            batch = self.collate([examples[i] for i in part], device)
+            for probs in self.outputs(model, batch).logits().softmax(-1).tolist():
+                yield prediction(probs, self.class_names)
+
+
+def _as(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pixel values in the type of the model's weights, which convolutions insist on."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {name: value.to(dtype) for name, value in inputs.items()}

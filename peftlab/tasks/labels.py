@@ -1,0 +1,116 @@
+"""One label per row: what the tasks that classify texts and images have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.data import Rows, read_labels
+from peftlab.errors import DataError, RecipeError
+from peftlab.tasks.base import Batch, Example, Outputs, Scores
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Reads the label column.
+
+    Attributes:
+        names: the classes, in index order. column: of the labels.
+        value_names: value in that column -> class. bins: cut points and class names of a numeric column.
+        class_weights: weight of each class in the loss, by name, or ``balanced`` (inverse frequency of the training
+            rows, mean 1 over them), or ``none``.
+    """
+
+    names: list[str]
+    column: str = "label"
+    value_names: Mapping[str, str] | None = None
+    bins: tuple[list[float], list[str]] | None = None
+    class_weights: str | Mapping[str, float] = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.class_weights, Mapping) and set(self.class_weights) != set(self.names):
+            raise RecipeError(
+                f"expected a weight for each of the classes {self.names}, found {sorted(self.class_weights)}",
+                key="train.class_weights",
+            )
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Of the config of a model with a head for these classes."""
+        return {
+            "num_labels": len(self.names),
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: i for i, name in enumerate(self.names)},
+        }
+
+    def read(self, rows: Rows) -> list[str]:
+        """Class name of each row; that every value of ``value_names`` occurs is checked where the classes are collected."""
+        return read_labels(rows, self.column, label_names=self.value_names, bins=self.bins, all_names_used=False)
+
+    def indices(self, rows: Rows) -> np.ndarray:
+        """[N] class index of each row. Raises: DataError for a label that is none of the classes."""
+        index = {name: i for i, name in enumerate(self.names)}
+        labels = self.read(rows)
+        for i, label in enumerate(labels):
+            if label not in index:
+                raise DataError(
+                    f"{rows.where(i)}: label {label!r} does not occur in the training data, whose labels are "
+                    f"{', '.join(self.names)}",
+                    key="data.columns.label",
+                )
+        return np.array([index[label] for label in labels], dtype=np.int64)
+
+    def weights(self, labels: np.ndarray | None, *, training: bool) -> list[float]:
+        """Weight of each class, for rows with these class indices."""
+        if labels is None or not training or self.class_weights == "none":
+            return [1.0] * len(self.names)
+        if isinstance(self.class_weights, Mapping):
+            return [self.class_weights[name] for name in self.names]
+        counts = np.bincount(labels, minlength=len(self.names))
+        return [len(labels) / (len(counts) * max(1, int(count))) for count in counts]
+
+
+def outputs_of(logits: Tensor, batch: Batch) -> Outputs:
+    """One scored position per row."""
+    return Outputs(logits, [1] * len(logits), targets=batch.labels, weights=batch.weights)
+
+
+def reference_outputs_of(logits: Tensor, examples: list[Example], device: Any) -> Outputs:
+    """The same from the examples themselves."""
+    labels = [e.label for e in examples]
+    targets = None if None in labels else torch.tensor(labels, device=device)
+    weights = torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device)
+    return Outputs(logits, [1] * len(examples), targets=targets, weights=weights)
+
+
+def labels_loss_sum(task: Any, model: nn.Module, batch: Batch) -> Tensor:
+    losses = F.cross_entropy(task.outputs(model, batch).logits(), batch.labels, reduction="none")
+    return (losses * batch.weights.to(losses.dtype)).sum()
+
+
+def labels_score(task: Any, model: nn.Module, batch: Batch) -> Scores:
+    assert batch.labels is not None
+    logits = task.outputs(model, batch).logits()
+    nll = F.cross_entropy(logits, batch.labels, reduction="sum")
+    return Scores(
+        nll_sum=float(nll),
+        num_tokens=len(logits),
+        predictions=logits.argmax(-1).tolist(),
+        references=batch.labels.tolist(),
+    )
+
+
+def prediction(probs: list[float], names: list[str]) -> dict[str, Any]:
+    """``{"label", "probability", "probabilities": {name: p}}`` of a row."""
+    best = max(range(len(probs)), key=probs.__getitem__)
+    return {
+        "label": names[best],
+        "probability": probs[best],
+        "probabilities": dict(zip(names, probs, strict=True)),
+    }
