@@ -15,10 +15,12 @@ from typing import Any
 from peftlab.api import build
 from peftlab.api.comparing import compare_students
 from peftlab.api.merging import merge_run
+from peftlab.api.on_policy import phase_notes, train_in_phases
 from peftlab.api.parts import check_settings, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.api.stored import is_stored
 from peftlab.api.student import cut_student
+from peftlab.api.student_answers import ROWS_NAME
 from peftlab.api.teachers import Teachers
 from peftlab.api.teaching import capture_all, read_lesson
 from peftlab.api.training import choose_folder, execute, open_source
@@ -98,7 +100,7 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
         notes = cut_student(recipe, folder / "init", progress)
         summary["student_init"] = notes
         recipe = _starting_from(recipe, folder / "init")
-    if recipe.distill.cache is not None and not is_stored(recipe):
+    if recipe.distill.cache is not None and recipe.distill.on_policy is None and not is_stored(recipe):
         progress.note(
             f"{recipe.distill.cache} holds no teacher targets yet: they are made first, as by `peftlab teach`"
         )
@@ -113,6 +115,10 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
         figures[arm] = _train(loaded, recipe, arm, teachers if arm.kind == STUDENT else None, steps, progress)
         steps = figures[arm]["training"]["steps"] if arm.kind == STUDENT else steps
         release_memory()
+    if recipe.distill.on_policy is not None:
+        summary["on_policy"] = [
+            {"seed": arm.seed, "phases": phase_notes(arm.folder)} for arm in arms if arm.kind == STUDENT
+        ]
     summary |= compare_students(recipe, teachers, figures, progress)
     _publish_student(arms[0], folder)
     return summary | {"seconds": time.perf_counter() - started}
@@ -147,16 +153,23 @@ def _train(
         train = recipe.train.model_copy(update={"epochs": None, "max_steps": steps})
         update |= {"distill": None, "train": train}
     ours = dataclasses.replace(loaded, recipe=recipe.model_copy(update=update), name=f"{loaded.name}-{arm.kind}")
-    checkpoints = list_checkpoints(arm.folder / "checkpoints")
-    with run_accelerator(ours.recipe, arm.folder) as accelerator:
-        parts = prepare(ours, accelerator, progress, teachers=teachers)
-        done = execute(
-            parts, accelerator, arm.folder, checkpoints[-1] if checkpoints else None, progress, replace=not checkpoints
-        )
+    if ours.recipe.distill is not None and ours.recipe.distill.on_policy is not None:
+        done = train_in_phases(ours, arm.folder, progress)
+    else:
+        done = _train_at_once(ours, arm, teachers, progress)
     if done.adapter.is_dir() and not done.merged.is_dir():
         target = "dequantized" if recipe.model.quantize != "none" else "original"
         merge_run(arm.folder, target=target, replace=True, progress=progress)
     return open_run(arm.folder).summary
+
+
+def _train_at_once(ours: LoadedRecipe, arm: Arm, teachers: Teachers | None, progress: Progress) -> Run:
+    checkpoints = list_checkpoints(arm.folder / "checkpoints")
+    with run_accelerator(ours.recipe, arm.folder) as accelerator:
+        parts = prepare(ours, accelerator, progress, teachers=teachers)
+        return execute(
+            parts, accelerator, arm.folder, checkpoints[-1] if checkpoints else None, progress, replace=not checkpoints
+        )
 
 
 def _publish_student(arm: Arm, folder: Path) -> None:
@@ -194,7 +207,7 @@ def _folder(loaded: LoadedRecipe, folder: Path, *, replace: bool, resumed: bool,
         write_json(folder / RUN_NAME, _head(loaded, "running"))
         yield
     except BaseException as error:
-        if any(folder.glob(f"seed-*/*/{LOCK_NAME}")):
+        if any(folder.glob(f"seed-*/*/{LOCK_NAME}")) or any(folder.glob(f"seed-*/*/{ROWS_NAME}")):
             status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):
                 write_json(folder / RUN_NAME, _head(loaded, status))
