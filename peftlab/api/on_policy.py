@@ -237,9 +237,7 @@ def _answers(course: _Course, number: int, checkpoint: Path | None, notes: _Note
     return answers
 
 
-def _lesson(
-    course: _Course, number: int, answers: list[Answer], notes: _Notes
-) -> tuple[Recipe, Lesson, Encoded]:
+def _lesson(course: _Course, number: int, answers: list[Answer], notes: _Notes) -> tuple[Recipe, Lesson, Encoded]:
     """The recipe with the cache of this phase, all its examples as what the teachers read, and those that the student wrote."""
     base, task = course.base, course.base.task
     _, own = course.choose(number)

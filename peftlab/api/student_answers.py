@@ -88,7 +88,13 @@ def write_answers(
             ):
                 prompt = task.formatter.render_prompt(asked.row(i), asked.where(i))
                 found[i] = Answer(
-                    phase, int(chosen[i]), asked.where(i), prompt, task.text_of(tokens), task.ends(tokens), tokens.tolist()
+                    phase,
+                    int(chosen[i]),
+                    asked.where(i),
+                    prompt,
+                    task.text_of(tokens),
+                    task.ends(tokens),
+                    tokens.tolist(),
                 )
                 progress.step(len(found), {})
         progress.stop()

@@ -107,9 +107,13 @@ class TargetsSection(Section):
 
 
 class OnPolicySection(Section):
-    phases: int = Field(2, ge=1, description="how often the student, as it is by then, writes answers and learns from them")
+    phases: int = Field(
+        2, ge=1, description="how often the student, as it is by then, writes answers and learns from them"
+    )
     rows: int | None = Field(
-        None, ge=1, description="training rows of a phase; default: the rows of all phases together are the training rows"
+        None,
+        ge=1,
+        description="training rows of a phase; default: the rows of all phases together are the training rows",
     )
     student_share: float = Field(
         1.0, gt=0, le=1, description="share of those rows whose answer the student writes; the others keep their own"

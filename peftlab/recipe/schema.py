@@ -319,4 +319,6 @@ class Recipe(Section):
                 "train.max_steps"
             )
         if self.eval.choices is not None:
-            raise ValueError("distill.on_policy: the student writes freely, not one of eval.choices; remove one of the two")
+            raise ValueError(
+                "distill.on_policy: the student writes freely, not one of eval.choices; remove one of the two"
+            )
