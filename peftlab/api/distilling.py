@@ -17,10 +17,12 @@ from peftlab.api import build
 from peftlab.api.comparing import compare_students, no_baseline
 from peftlab.api.headline import check_headline
 from peftlab.api.merging import merge_run
+from peftlab.api.on_policy import phase_notes, train_in_phases
 from peftlab.api.parts import check_settings, prepare, run_accelerator
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.api.stored import is_stored
 from peftlab.api.student import cut_student
+from peftlab.api.student_answers import ROWS_NAME
 from peftlab.api.teacher_models import check_teacher, teacher_fingerprint, teacher_keys
 from peftlab.api.teachers import Teachers, check_routes
 from peftlab.api.teaching import capture_all, read_lesson
@@ -106,7 +108,7 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
     for seed in dict.fromkeys(arm.seed for arm in arms):
         beginnings[seed] = _beginning(recipe, folder, seed, summary, progress)
     recipe = beginnings[arms[0].seed]
-    if recipe.distill.cache is not None and not is_stored(recipe):
+    if recipe.distill.cache is not None and recipe.distill.on_policy is None and not is_stored(recipe):
         progress.note(
             f"{recipe.distill.cache} holds no teacher targets yet: they are made first, as by `peftlab teach`"
         )
@@ -122,6 +124,10 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
         )
         steps = figures[arm]["training"]["steps"] if arm.kind == STUDENT else steps
         release_memory()
+    if recipe.distill.on_policy is not None:
+        summary["on_policy"] = [
+            {"seed": arm.seed, "phases": phase_notes(arm.folder)} for arm in arms if arm.kind == STUDENT
+        ]
     from_weights = summary.get("student_init", {}).get("weights") != "random"
     summary |= compare_students(beginnings, teachers, figures, progress, from_weights=from_weights)
     _publish_student(arms[0], folder)
@@ -169,6 +175,15 @@ def _train(
         train = recipe.train.model_copy(update={"epochs": None, "max_steps": steps})
         update |= {"distill": None, "train": train}
     ours = dataclasses.replace(loaded, recipe=recipe.model_copy(update=update), name=f"{loaded.name}-{arm.kind}")
+    if ours.recipe.distill is not None and ours.recipe.distill.on_policy is not None:
+        train_in_phases(ours, arm.folder, progress)
+    else:
+        _train_at_once(ours, arm, teachers, progress)
+    _merge(arm, recipe, progress)
+    return open_run(arm.folder).summary
+
+
+def _train_at_once(ours: LoadedRecipe, arm: Arm, teachers: Teachers | None, progress: Progress) -> None:
     checkpoints = list_checkpoints(arm.folder / "checkpoints")
     with run_accelerator(ours.recipe, arm.folder) as accelerator:
         parts = prepare(ours, accelerator, progress, teachers=teachers)
@@ -181,8 +196,6 @@ def _train(
             replace=not checkpoints,
             resume_hint=_resume_hint(arm.folder.parents[1]),
         )
-    _merge(arm, recipe, progress)
-    return open_run(arm.folder).summary
 
 
 def _merge(arm: Arm, recipe: Any, progress: Progress) -> None:
@@ -256,7 +269,11 @@ def _status(loaded: LoadedRecipe, folder: Path, *, resumed: bool) -> Iterator[No
         yield
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-        kept = resumed or any(folder.glob(f"seed-*/*/{LOCK_NAME}")) or (stopped and (folder / "init").is_dir())
+        kept = (
+            resumed
+            or any(any(folder.glob(f"seed-*/*/{name}")) for name in (LOCK_NAME, ROWS_NAME))
+            or (stopped and (folder / "init").is_dir())
+        )
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
             raise

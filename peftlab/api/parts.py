@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from peftlab.api import build
 from peftlab.api.findings import findings, previews, shared_rows
 from peftlab.api.ledger_text import PreviewText, finding_line, opening_lines, shared_line
 from peftlab.api.teachers import Teachers
-from peftlab.data import BatchPlan, Ledger
+from peftlab.data import BatchPlan, Ledger, Rows
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distilling import DistillLoss
 from peftlab.training.memory import release_memory
-from peftlab.training.progress import Progress
+from peftlab.training.progress import Progress, SilentProgress
 
 # What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size, and
 # dequantization. Measured with bench/cpu_vs_peft.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
@@ -36,6 +36,21 @@ _MOST_TOKENS = {"cpu": 1024, "cuda": None}
 # Rows that run.json names for each reason to leave rows out; `check --json` names all.
 _MOST_PLACES = 20
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some of the steps of a run, on rows of their own.
+
+    Attributes:
+        rows: what ``train`` was made of. span: the first of the steps, and the one after the last.
+        before: called with the parts as soon as they are as the first of the steps finds them; None: nothing is.
+    """
+
+    rows: Rows
+    train: Encoded
+    span: tuple[int, int]
+    before: Callable[[Parts], None] | None = None
 
 
 @dataclass
@@ -56,6 +71,7 @@ class Parts:
     fingerprints: dict[str, str]
     planned: list[str]
     loss: DistillLoss | None = None
+    phase: Phase | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,10 +141,17 @@ def run_accelerator(recipe: Recipe, folder: Path) -> Iterator[Any]:
         accelerator.free_memory()
 
 
-def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress, *, teachers: Teachers | None = None) -> Parts:
+def prepare(
+    loaded: LoadedRecipe,
+    accelerator: Any,
+    progress: Progress,
+    *,
+    teachers: Teachers | None = None,
+    phase: Phase | None = None,
+) -> Parts:
     """Data, then model: the cheap half first, so that most mistakes show within seconds.
 
-    Args: teachers: of a student; None: the labels alone are learned from.
+    Args: teachers: of a student; None: the labels alone are learned from. phase: what is trained now; None: all of it.
     """
     recipe, device = loaded.recipe, accelerator.device.type
     progress.stage("reading data")
@@ -147,10 +170,15 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress, *, teach
     task = build.build_task(recipe, tokenizer, data.labelled)
     metrics = metrics_of(recipe, task)
     limit = build.limit_of(recipe, pretrained, tokenizer)
-    encoded = build.encode(recipe, task, data.train, limit=limit, training=True, labelled=data.has_labels)
+    if phase is None:
+        encoded = build.encode(recipe, task, data.train, limit=limit, training=True, labelled=data.has_labels)
+    else:
+        data, encoded = replace(data, train=phase.rows), phase.train
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
-    ledger = _tell_ledger(recipe, task, encoded.ledger, held_out.ledger, progress)
-    plan = make_plan(recipe, encoded.lengths, device, packing=limit if recipe.data.packing else None)
+    told = phase is not None and phase.span[0] > 0
+    ledger = _tell_ledger(recipe, task, encoded.ledger, held_out.ledger, SilentProgress() if told else progress)
+    span = None if phase is None else phase.span
+    plan = make_plan(recipe, encoded.lengths, device, packing=limit if recipe.data.packing else None, span=span)
     progress.stage(f"loading {recipe.model.name} ({_storage(recipe)}) on {device}")
     model = build.model_of(recipe, pretrained, task, device)
     model, planned, trained = _trainable(recipe, model, task)
@@ -173,7 +201,7 @@ def prepare(loaded: LoadedRecipe, accelerator: Any, progress: Progress, *, teach
     loss = None if teachers is None else teachers.loss(task, model, data, encoded, limit=limit, packing=packing)
     return Parts(
         loaded, device, accelerator.mixed_precision, task, model, encoded, held_out, plan, metrics, limit, data,
-        fingerprints, planned, loss, summary,
+        fingerprints, planned, loss, phase, summary,
     )  # fmt: skip
 
 
@@ -213,8 +241,18 @@ def _full_logits_reason(recipe: Recipe, model: Any) -> str | None:
     return "run.kernels=reference" if recipe.run.kernels == "reference" else head_reason(head)
 
 
-def make_plan(recipe: Recipe, lengths: npt.NDArray[np.int64], device: str, *, packing: int | None = None) -> BatchPlan:
-    """The batch plan of a recipe for training rows of [N] ``lengths``, in packs of up to ``packing`` tokens or padded."""
+def make_plan(
+    recipe: Recipe,
+    lengths: npt.NDArray[np.int64],
+    device: str,
+    *,
+    packing: int | None = None,
+    span: tuple[int, int] | None = None,
+) -> BatchPlan:
+    """The batch plan of a recipe for training rows of [N] ``lengths``, in packs of up to ``packing`` tokens or padded.
+
+    Args: span: see ``BatchPlan``.
+    """
     t = recipe.train
     return BatchPlan(
         lengths,
@@ -228,6 +266,7 @@ def make_plan(recipe: Recipe, lengths: npt.NDArray[np.int64], device: str, *, pa
         split_cost=_SPLIT_COST[device][recipe.model.quantize],
         most_tokens=_MOST_TOKENS[device],
         packing=packing,
+        span=span,
     )
 
 
@@ -238,7 +277,8 @@ def padded_instead(parts: Parts) -> BatchPlan:
         t = t.model_copy(
             update={"batch_size": None, "batch_tokens": parts.limit, "accumulate": (t.batch_size or 8) * t.accumulate}
         )
-    return make_plan(parts.recipe.model_copy(update={"train": t}), parts.train.lengths, parts.device)
+    span = None if parts.phase is None else parts.phase.span
+    return make_plan(parts.recipe.model_copy(update={"train": t}), parts.train.lengths, parts.device, span=span)
 
 
 def _storage(recipe: Recipe) -> str:

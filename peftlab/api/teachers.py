@@ -120,7 +120,7 @@ class Teachers:
         return found
 
     def columns(self, task: Task) -> Columns:
-        """The columns that the student and all teachers have."""
+        """The columns that the student and all teachers have. Of stored targets no teacher is loaded to find out."""
         if self._recipe.task != "causal_lm":
             return Columns()
         # Of a teacher whose answers are stored that is known without it: with a cache it is not in memory while students train.

@@ -82,6 +82,11 @@ def teach(
             raise RecipeError(f"{loaded.name} has no section distill, which names the teacher")
         if settings.distill.cache is None:
             raise RecipeError("expected the folder to store the targets in, such as caches/mine", key="distill.cache")
+        if settings.distill.on_policy is not None:
+            raise RecipeError(
+                "the teacher will read what the student writes, phase by phase: peftlab distill asks it then",
+                key="distill.on_policy",
+            )
         check_settings(settings)
         lesson = read_lesson(settings, progress)
         if plan:

@@ -139,9 +139,10 @@ def execute(
         check_room(parts, folder)
         with _folder(parts, folder, replace=replace and checkpoint is None, resumed=checkpoint is not None) as log:
             resume_hint = resume_hint or f"peftlab train {folder} --resume"
-            _train_and_score(parts, accelerator, folder, checkpoint, log, progress, resume_hint)
+            finished = _train_and_score(parts, accelerator, folder, checkpoint, log, progress, resume_hint)
     accelerator.free_memory()
-    _finish(parts, folder, progress)
+    if finished:
+        _finish(parts, folder, progress)
     return open_run(folder)
 
 
@@ -171,7 +172,7 @@ def _gate(parts: Parts, accelerator: Any, progress: Progress) -> None:
     found = check_parity(
         parts.model,
         parts.task,
-        [parts.train.examples[i] for i in parts.plan.step(0).micro_batches[0]],
+        [parts.train.examples[i] for i in parts.plan.step(parts.plan.first_step).micro_batches[0]],
         planned=parts.planned,
         kernels=parts.recipe.run.kernels,
         device=accelerator.device,
@@ -222,14 +223,20 @@ def _train_and_score(
     log: MetricsLog,
     progress: Progress,
     resume_hint: str,
-) -> None:
+) -> bool:
+    """Whether that was the end of the run; after a phase before the last one a checkpoint is there and nothing else."""
     summary, evaluate = parts.summary, _evaluator(parts, accelerator)
     accelerator.init_trackers("peftlab", config={"recipe": parts.loaded.name})
     loop = _loop(parts, accelerator, folder, log, progress, evaluate, resume_hint)
     if checkpoint:
         progress.note(f"continuing after step {loop.resume(checkpoint)}")
-    progress.stage(f"training for {parts.plan.total_steps:,} steps")
+    if parts.phase is not None and parts.phase.before is not None:
+        parts.phase.before(parts)
+    progress.stage(f"training for {parts.plan.end_step - parts.plan.first_step:,} steps")
     result = loop.run()
+    if result.steps < parts.plan.total_steps and not result.stopped_early:
+        summary["training"] = _figures(result)
+        return False
     _save_result(parts, folder)  # now: whatever fails from here on, the training is kept
     progress.stage("evaluating the trained model")
     final = evaluate()
@@ -243,6 +250,7 @@ def _train_and_score(
         sample["after"] = answer
     summary["training"] = _figures(result)
     log.write({"step": result.steps, "eval": summary["after"], "final": True})
+    return True
 
 
 def _evaluator(parts: Parts, accelerator: Any) -> Callable[[], dict[str, float]]:
@@ -302,7 +310,7 @@ def _folder(parts: Parts, folder: Path, *, replace: bool, resumed: bool) -> Iter
             )
         _write_status(parts, folder, "running", started)
         yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
-        _write_status(parts, folder, "trained", started)
+        _write_status(parts, folder, "trained" if "after" in parts.summary else "running", started)
     except BaseException as error:
         if list_checkpoints(folder / "checkpoints") or any((folder / name).is_dir() for name in ("adapter", "model")):
             status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

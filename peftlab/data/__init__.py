@@ -9,7 +9,7 @@ from peftlab.data.packing import pack, packing_figures
 from peftlab.data.rows import Rows
 from peftlab.data.sources import load_rows
 from peftlab.data.split import split_rows
-from peftlab.data.tokens import Tokens, pieces, tokenize
+from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
     "BatchPlan",
@@ -18,6 +18,7 @@ __all__ = [
     "Ledger",
     "Rows",
     "Tokens",
+    "answered",
     "class_names",
     "eval_batches",
     "find",

@@ -47,6 +47,8 @@ class BatchPlan:
             None: no limit. Not with grouping ``none``.
         packing: tokens a pack has at most; None: rows are padded. ``grouping``, ``split_cost`` and ``most_tokens`` have
             no effect on packs.
+        span: the first step and the one after the last that are taken from these rows, where the others of the
+            ``max_steps`` of the run are taken from other rows; None: all.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class BatchPlan:
         split_cost: int = 64,
         most_tokens: int | None = None,
         packing: int | None = None,
+        span: tuple[int, int] | None = None,
     ) -> None:
         assert (batch_size is None) != (batch_tokens is None)
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -72,6 +75,8 @@ class BatchPlan:
         self._packing = packing
         self._epoch_cache: dict[int, list[list[Indices]]] = {}
         self.total_steps = self._count_steps(epochs, max_steps)
+        self.first_step, self.end_step = span or (0, self.total_steps)
+        assert 0 <= self.first_step < self.end_step <= self.total_steps
 
     @property
     def packed(self) -> bool:
@@ -79,8 +84,9 @@ class BatchPlan:
         return self._packing is not None
 
     def times_seen(self) -> Indices:
-        """[N] how often each row is trained on in the whole run."""
-        counts, left, epoch = np.zeros(len(self._lengths), dtype=np.int64), self.total_steps, 0
+        """[N] how often each row is trained on in the steps of this plan."""
+        counts, epoch = np.zeros(len(self._lengths), dtype=np.int64), 0
+        left = self.end_step - self.first_step
         while left > 0:
             steps = self._epoch(epoch)[:left]
             counts += np.bincount(np.concatenate([rows for step in steps for rows in step]), minlength=len(counts))
@@ -98,8 +104,8 @@ class BatchPlan:
         return max(1, steps)
 
     def step(self, index: int) -> PlannedStep:
-        """The ``index``-th optimizer step of the run, counted from 0."""
-        epoch, first = 0, 0
+        """The ``index``-th optimizer step of the run, counted from 0. Its epoch is one of these rows."""
+        epoch, first = 0, self.first_step
         while index >= first + len(self._epoch(epoch)):
             first += len(self._epoch(epoch))
             epoch += 1

@@ -136,6 +136,38 @@ def tokenize(
     return tokens
 
 
+def answered(
+    prompts: Sequence[npt.NDArray[np.integer]],
+    answers: Sequence[npt.NDArray[np.integer]],
+    *,
+    author: str,
+    stop_ids: Collection[int],
+) -> Tokens:
+    """Prompts, each followed by the tokens that ``author``, a model, answered: all of those are trained, and no others.
+
+    An answer gets no end that its author did not write: what was cut off does not teach to stop there. One that is empty
+    but for its end is left without a trained token.
+    """
+    written = [a if len(set(a.tolist()) - set(stop_ids)) else a[:0] for a in answers]
+    counts = np.array([[len(p), len(a)] for p, a in zip(prompts, written, strict=True)], dtype=np.int64).reshape(-1, 2)
+    bounds = np.concatenate([[0], np.cumsum(counts.sum(1))])
+    ids = [part.astype(np.int32) for pair in zip(prompts, written, strict=True) for part in pair]
+    theirs = np.repeat(np.tile([False, True], len(prompts)), counts.ravel())
+    return Tokens(
+        ids=np.concatenate(ids) if ids else np.zeros(0, dtype=np.int32),
+        bounds=bounds,
+        trained=theirs,
+        roles=theirs.astype(np.int16),
+        role_names=("prompt", author),
+        answer_rows=np.arange(len(prompts), dtype=np.int64),
+        answer_starts=bounds[:-1] + counts[:, 0],
+        answer_ends=bounds[1:],
+        answer_ended=np.array([len(a) > 0 and int(a[-1]) in set(stop_ids) for a in written], dtype=np.bool_),
+        answer_flaws=np.full(len(prompts), "", dtype="U6"),
+        unwritten=(),
+    )
+
+
 def _owned(
     rendered: Sequence[Rendered],
     bases: npt.NDArray[np.int64],

@@ -111,6 +111,29 @@ class TargetsSection(Section):
         return self
 
 
+class OnPolicySection(Section):
+    phases: int = Field(
+        2, ge=1, description="how often the student, as it is by then, writes answers and learns from them"
+    )
+    rows: int | None = Field(
+        None,
+        ge=1,
+        description="training rows of a phase; default: the rows of all phases together are the training rows",
+    )
+    student_share: float = Field(
+        1.0, gt=0, le=1, description="share of those rows whose answer the student writes; the others keep their own"
+    )
+    temperature: float = Field(1.0, ge=0, description="the student's, while it writes; 0: always the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="it draws from the likeliest tokens of together this probability")
+    max_new_tokens: int = Field(128, ge=1, description="longest answer; one that is cut off there learns no end")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.temperature == 0:
+            self._reject_unless_default(["top_p"], "with temperature: 0, which draws nothing")
+        return self
+
+
 class DistillSection(Section):
     teacher: TeacherSection | None = Field(None, description="the model to learn from; a name alone will do")
     teachers: list[TeacherSection] = Field(
@@ -141,6 +164,11 @@ class DistillSection(Section):
         None, description="folder of stored teacher targets; made by `peftlab teach`, or by distill where it is missing"
     )
     targets: TargetsSection = Field(default_factory=TargetsSection, description="what the cache stores")
+    on_policy: OnPolicySection | None = Field(
+        None,
+        description="causal_lm: in phases, the student writes answers to the training prompts, the teacher says into the cache "
+        "what it would have written at each token, and the student learns from that",
+    )
     cross_tokenizer: Literal["uld"] | None = Field(
         None, description="uld compares sorted probabilities at shared text positions of different tokenizers"
     )
@@ -162,6 +190,8 @@ class DistillSection(Section):
             )
             if self.cache is not None or self.teachers or self.all_teachers[0].name == SELF:
                 raise ValueError("cross_tokenizer: uld takes one teacher that runs beside the student, without a cache")
+        if self.on_policy is not None:
+            self._check_on_policy()
         if self.transfer is not None and self.hard_weight:
             raise ValueError("transfer rows have no labels; remove hard_weight or transfer")
         names = [loss.kind for loss in self.losses]
@@ -170,6 +200,17 @@ class DistillSection(Section):
         if not {"jsd", "skew_forward_kl", "skew_reverse_kl"} & set(names):
             self._reject_unless_default(["share"], "without jsd or a skewed divergence among the losses")
         return self
+
+    def _check_on_policy(self) -> None:
+        if self.cache is None:
+            raise ValueError(
+                "on_policy needs cache, a folder: teacher and student are never in memory together, and what the teacher says of "
+                "the student's answers is stored there"
+            )
+        self._reject_unless_default(["hard_weight"], "with on_policy: what the student wrote is no label to learn")
+        self._reject_unless_default(
+            ["cross_tokenizer"], "with on_policy: the teacher reads the very tokens that the student wrote"
+        )
 
     @property
     def all_teachers(self) -> list[TeacherSection]:

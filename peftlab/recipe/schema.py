@@ -347,4 +347,22 @@ class Recipe(Section):
             if distill.teachers:
                 raise ValueError("distill.teachers: vectors of several teachers do not mix; give distill.teacher")
         if self.task != "causal_lm":
-            distill._reject_unless_default(["cross_tokenizer"], f"for task: {self.task}")
+            distill._reject_unless_default(["cross_tokenizer", "on_policy"], f"for task: {self.task}")
+        if distill.on_policy is not None:
+            self._check_on_policy(distill.on_policy.phases)
+
+    def _check_on_policy(self, phases: int) -> None:
+        t = self.train
+        if t.max_steps is not None and t.max_steps < phases:
+            raise ValueError(
+                f"distill.on_policy.phases: {phases} phases need as many steps, found train.max_steps: {t.max_steps}"
+            )
+        if t.max_steps is None and (t.batch_tokens is not None or self.data.packing):
+            raise ValueError(
+                "distill.on_policy: how many tokens the student will write is not known before, so batches that count tokens need "
+                "train.max_steps"
+            )
+        if self.eval.choices is not None:
+            raise ValueError(
+                "distill.on_policy: the student writes freely, not one of eval.choices; remove one of the two"
+            )

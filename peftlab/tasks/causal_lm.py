@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Ledger, Rows, Tokens, eval_batches, fit_lengths, pieces, tokenize
+from peftlab.data import Ledger, Rows, Tokens, answered, eval_batches, fit_lengths, pieces, tokenize
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.errors import DataError
@@ -61,15 +61,7 @@ class CausalLM:
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
     ) -> Encoded:
-        ledger = Ledger(
-            rows,
-            self.tokenizer,
-            max_length=max_length,
-            too_long=too_long,
-            formatter=self.formatter,
-            class_names=self.class_names,
-            stop_ids=self._stop_ids,
-        )
+        ledger = self._ledger(rows, max_length=max_length, too_long=too_long)
         if self.class_names and len(rows):
             self._choice_ids = self._encode_choices(rows)
         examples: list[Example] = []
@@ -84,6 +76,31 @@ class CausalLM:
             if keep:
                 examples += _examples(first, tokens, kept, trained, labels)
         return Encoded(examples, ledger)
+
+    def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
+        """The rows with ``answers`` that the model being trained has written, as ``write_answers`` gives them, in place of
+        their own: token for token, since another split of the same text into tokens may be unlikely for it.
+
+        Rows whose answer is empty are left out.
+        """
+        ledger = self._ledger(rows, max_length=max_length, too_long="error")
+        tokens = answered(self._rows_prompt_ids(rows), answers, author="student", stop_ids=self._stop_ids)
+        trained = tokens.num_trained(tokens.lengths)
+        kept = np.where(trained > 0, tokens.lengths, 0)
+        assert int(kept.max(initial=0)) <= max_length
+        ledger.add(0, tokens, kept)
+        return Encoded(list(_examples(0, tokens, kept, trained, None)), ledger)
+
+    def _ledger(self, rows: Rows, *, max_length: int, too_long: str) -> Ledger:
+        return Ledger(
+            rows,
+            self.tokenizer,
+            max_length=max_length,
+            too_long=too_long,
+            formatter=self.formatter,
+            class_names=self.class_names,
+            stop_ids=self._stop_ids,
+        )
 
     def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
         rendered = self.formatter.render(rows.row(index), rows.where(index))
@@ -256,17 +273,51 @@ class CausalLM:
 
         Args: temperature: 0 decodes greedily. A prompt that leaves no room for the answer loses its beginning.
         """
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-        )
+        sampling = _sampling(temperature, top_p)
         ids = [row[-max(1, max_length - max_new_tokens) :] for row in self._rows_prompt_ids(rows)]
-        results: dict[int, dict[str, Any]] = {}
+        results = {i: self.text_of(a) for i, a in self._written(model, ids, batch_tokens, max_new_tokens, sampling)}
+        yield from ({"text": results[i].strip()} for i in range(len(ids)))
+
+    @torch.no_grad()
+    def write_answers(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        *,
+        batch_tokens: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields ``(index, token ids)`` of the answer to each row, as they come: the tokens themselves, the last of them one
+        that can end an answer unless it was cut off after ``max_new_tokens``."""
+        yield from self._written(
+            model, self._rows_prompt_ids(rows), batch_tokens, max_new_tokens, _sampling(temperature, top_p)
+        )
+
+    def prompt_lengths(self, rows: Rows) -> list[int]:
+        """Tokens before the answer of each row."""
+        return [len(ids) for ids in self._rows_prompt_ids(rows)]
+
+    def text_of(self, answer: np.ndarray) -> str:
+        """The words of an answer's tokens, without its end."""
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+    def ends(self, answer: np.ndarray) -> bool:
+        """Whether an answer's last token is one that can end it."""
+        return len(answer) > 0 and int(answer[-1]) in self._stop_ids
+
+    def _written(
+        self,
+        model: nn.Module,
+        ids: list[np.ndarray],
+        batch_tokens: int,
+        max_new_tokens: int,
+        sampling: Mapping[str, Any],
+    ) -> Iterator[tuple[int, np.ndarray]]:
         for part in eval_batches([len(row) + max_new_tokens for row in ids], batch_tokens):
-            for i, text in zip(
-                part, self._generate(model, [ids[i] for i in part], max_new_tokens, sampling), strict=True
-            ):
-                results[int(i)] = {"text": text}
-        yield from (results[i] for i in range(len(ids)))
+            answers = self._generate(model, [ids[i] for i in part], max_new_tokens, sampling)
+            yield from zip(part.tolist(), answers, strict=True)
 
     def _rows_prompt_ids(self, rows: Rows) -> list[np.ndarray]:
         return self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
@@ -296,7 +347,8 @@ class CausalLM:
 
     def _generate(
         self, model: nn.Module, ids: list[np.ndarray], max_new_tokens: int, sampling: Mapping[str, Any]
-    ) -> list[str]:
+    ) -> list[np.ndarray]:
+        """The tokens of each answer, through the first that ends it."""
         device = next(model.parameters()).device
         longest = max(map(len, ids))
         tokens = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.int64)
@@ -309,7 +361,15 @@ class CausalLM:
             attention_mask=mask.to(device),
             **self.generation_kwargs(max_new_tokens, sampling),
         )
-        return [t.strip() for t in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+        answers = out[:, longest:].cpu().numpy()
+        stops = np.isin(answers, list(self._stop_ids))
+        return [row[: int(at.argmax()) + 1] if at.any() else row for row, at in zip(answers, stops, strict=True)]
+
+
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
 
 def _examples(

@@ -32,6 +32,8 @@ from peftlab.training.progress import Progress
 
 # A float16 loss scaler skips a step whose scaled gradients overflow and halves its scale; more in a row is divergence.
 _MAX_SKIPPED_STEPS = 25
+# Of the result, what a run that goes on from a checkpoint goes on counting.
+_COUNTED = ("seconds", "tokens", "trained_tokens", "rows")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class _StopRequested(Exception):
 
 
 class TrainingLoop:
-    """Runs a ``BatchPlan`` to its end.
+    """Runs a ``BatchPlan`` to its end; where that is not the end of the run, a checkpoint is left for what comes after.
 
     Args:
         where: example row index -> place in the data, for messages.
@@ -137,6 +139,8 @@ class TrainingLoop:
         state, rng = load_checkpoint(checkpoint, model=self._model, optimizer=self._inner_optimizer())
         self._step = int(state["step"])
         self._result.best_step, self._result.best_value = state["best_step"], state["best_value"]
+        for name, value in state.get("counted", {}).items():
+            setattr(self._result, name, value)
         self._evals_without_better = state["evals_without_better"]
         rng.restore()
         return self._step
@@ -151,12 +155,13 @@ class TrainingLoop:
         progress.start(self._plan.total_steps, self._step)
         try:
             with self._sigint_sets_flag():
-                while self._step < self._plan.total_steps:
+                while self._step < self._plan.end_step:
                     self._one_step()
                     last = self._step == self._plan.total_steps
                     if settings.eval_every and self._step % settings.eval_every == 0 and not last:
                         self._evaluate_now()
-                    if settings.save_every and self._step % settings.save_every == 0 and not last:
+                    due = settings.save_every and self._step % settings.save_every == 0
+                    if (due or self._step == self._plan.end_step) and not last:
                         self._rng = RngState.capture()
                         self.save()
                     if settings.patience and self._evals_without_better >= settings.patience:
@@ -197,6 +202,7 @@ class TrainingLoop:
                 "best_value": self._result.best_value,
                 "evals_without_better": self._evals_without_better,
                 "total_steps": self._plan.total_steps,
+                "counted": {name: getattr(self._result, name) for name in _COUNTED},
             },
             keep=self._settings.keep,
         )
