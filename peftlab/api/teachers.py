@@ -109,9 +109,11 @@ class Teachers:
         return found
 
     def columns(self, task: Task) -> Columns:
-        """The columns that the student and all teachers have."""
+        """The columns that the student and all teachers have. Teachers whose answers are stored are not loaded for it."""
         if self._recipe.task != "causal_lm":
             return Columns()
+        if self._caches:
+            return Columns(min(cache.extra["num_classes"] for cache in self._caches.values()))
         counts = [self.model(i, task).columns.count for i, t in enumerate(self._distill.all_teachers) if t.name != SELF]
         return Columns(min((c for c in counts if c is not None), default=None))
 
