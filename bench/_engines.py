@@ -39,6 +39,7 @@ class Clock:
     """Times and memory of the training loop; ``begin`` right before the first step, ``tick`` after each."""
 
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
     before_bytes: int = 0
     load_peak_bytes: int = 0
     peak_bytes: int = 0
@@ -51,6 +52,7 @@ class Clock:
 
     def tick(self) -> None:
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
 
     def end(self) -> None:
         self.peak_bytes = peak_memory_bytes("cpu")
@@ -59,6 +61,7 @@ class Clock:
         """The first step warms up: it ends where the measured time begins."""
         return {
             "seconds": self.times[-1] - self.times[0],
+            "cpu_seconds": self.cpu_times[-1] - self.cpu_times[0],
             "step_seconds": [round(b - a, 6) for a, b in zip(self.times[:-1], self.times[1:], strict=True)],
             "peak_rss_bytes": max(self.peak_bytes, self.load_peak_bytes),
             "rss_before_training_bytes": self.before_bytes,

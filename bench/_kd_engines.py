@@ -162,7 +162,8 @@ def _models(p: Prepared, adapter: Path) -> dict[str, Any]:
     else:
         from peft import LoraConfig
 
-        found["peft_config"] = LoraConfig.from_pretrained(str(adapter), inference_mode=False)
+        found["peft_config"] = LoraConfig.from_pretrained(str(adapter))
+        found["peft_config"].inference_mode = False
     teacher = load_model(find_pretrained(p.recipe.distill.teacher.name), auto_class=p.task.auto_class, device="cpu")
     return {"model": student, "teacher_model": teacher, **found}
 
