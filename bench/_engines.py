@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Clock:
     """Times and memory of the training loop; ``begin`` right before the first step, ``tick`` after each."""
 
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
     before_bytes: int = 0
     load_peak_bytes: int = 0
     peak_bytes: int = 0
@@ -51,6 +52,7 @@ class Clock:
 
     def tick(self) -> None:
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
 
     def end(self) -> None:
         self.peak_bytes = peak_memory_bytes("cpu")
@@ -59,6 +61,7 @@ class Clock:
         """The first step warms up: it ends where the measured time begins."""
         return {
             "seconds": self.times[-1] - self.times[0],
+            "cpu_seconds": self.cpu_times[-1] - self.cpu_times[0],
             "step_seconds": [round(b - a, 6) for a, b in zip(self.times[:-1], self.times[1:], strict=True)],
             "peak_rss_bytes": max(self.peak_bytes, self.load_peak_bytes),
             "rss_before_training_bytes": self.before_bytes,
@@ -133,15 +136,18 @@ def prepare(settings: dict[str, Any]) -> Prepared:
 def run_peftlab(settings: dict[str, Any], work: Path) -> dict[str, Any]:
     progress = TimingProgress()
     run = peftlab.train({**settings, "run": {**settings["run"], "dir": str(work / "run")}}, progress=progress)
-    losses = [r["loss"] for r in read_metrics(run.folder / "metrics.jsonl") if "loss" in r and "lr" in r]
-    p = prepare(settings)  # after the measurement, for the counts
+    return figures_of(run, progress, prepare(settings))
+
+
+def figures_of(run: peftlab.Run, progress: TimingProgress, p: Prepared) -> dict[str, Any]:
+    """The figures of a run of peftlab. Args: p: made after the measurement, for the counts."""
     assert progress.micro_batches == [len(step) for step in p.steps], "the plan is not the one that was trained"
     return {
         **p.work(),
         **progress.clock.figures(),
         "micro_batches": sum(progress.micro_batches[1:]),
         "padded_tokens": sum(len(part) * max(p.train.lengths[part]) for step in p.steps[1:] for part in step),
-        "losses": losses,
+        "losses": [r["loss"] for r in read_metrics(run.folder / "metrics.jsonl") if "loss" in r and "lr" in r],
         "before": run.summary["before"],
         "after": run.summary["after"],
     }
@@ -164,13 +170,29 @@ def write_initial_adapter(settings: dict[str, Any], work: Path, adapter: Path) -
 
 
 def run_hf(settings: dict[str, Any], adapter: Path, work: Path, trainer_name: str) -> dict[str, Any]:
+    p = prepare(settings)
+    build_trainer = _sft_trainer if trainer_name == "sft" else _plain_trainer
+    return train_recorded(p, lambda recording, timer: build_trainer(p, adapter, work, recording, timer))
+
+
+def train_recorded(
+    p: Prepared,
+    build_trainer: Callable[[type, type], Any],
+    *,
+    padded_tokens: Callable[[Any], int] = lambda inputs: int(inputs["input_ids"].numel()),
+) -> dict[str, Any]:
+    """The figures of a Trainer.
+
+    Args:
+        build_trainer: makes it from a mixin that records its losses and a callback that takes the times.
+        padded_tokens: of the inputs of its ``training_step``.
+    """
     import torch
     from transformers import TrainerCallback
 
     from peftlab.evaluation.loop import evaluate_examples
     from peftlab.evaluation.metrics import default_metrics
 
-    p = prepare(settings)
     clock = Clock()
     losses: list[torch.Tensor] = []
     padded: list[int] = []
@@ -189,12 +211,12 @@ def run_hf(settings: dict[str, Any], adapter: Path, work: Path, trainer_name: st
         """Mixed into the trainer: its own log rounds losses and averages them over the logging interval."""
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            padded.append(inputs["input_ids"].numel())
+            padded.append(padded_tokens(inputs))
             loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
             losses.append(loss.detach())
             return loss
 
-    trainer = (_sft_trainer if trainer_name == "sft" else _plain_trainer)(p, adapter, work, Recording, Timer)
+    trainer = build_trainer(Recording, Timer)
 
     def evaluate() -> dict[str, float]:
         return evaluate_examples(
@@ -220,7 +242,7 @@ def run_hf(settings: dict[str, Any], adapter: Path, work: Path, trainer_name: st
     }
 
 
-def _arguments(p: Prepared, work: Path) -> dict[str, Any]:
+def trainer_arguments(p: Prepared, work: Path) -> dict[str, Any]:
     """The recipe's values in the words of ``TrainingArguments``; everything else keeps its default."""
     t = p.recipe.train
     if t.accumulate != 1 or t.batch_size is None or t.schedule != "linear" or t.warmup:
@@ -245,7 +267,7 @@ def _arguments(p: Prepared, work: Path) -> dict[str, Any]:
     }
 
 
-def _ordered(p: Prepared) -> list[Any]:
+def ordered(p: Prepared) -> list[Any]:
     """Examples in training order: sequential batches of it are the optimizer steps of the plan."""
     return [p.train.examples[i] for step in p.steps for part in step for i in part]
 
@@ -256,7 +278,7 @@ def _plain_trainer(p: Prepared, adapter: Path, work: Path, recording: type, time
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     model = build.model_of(p.recipe, p.pretrained, p.task, "cpu")
-    rows = _ordered(p)
+    rows = ordered(p)
     dataset = Dataset.from_dict(
         {
             "input_ids": [e.ids.tolist() for e in rows],
@@ -267,7 +289,7 @@ def _plain_trainer(p: Prepared, adapter: Path, work: Path, recording: type, time
     trainer_class = type("RecordingTrainer", (recording, Trainer), {})
     return trainer_class(
         model=PeftModel.from_pretrained(model, str(adapter), is_trainable=True),
-        args=TrainingArguments(**_arguments(p, work)),
+        args=TrainingArguments(**trainer_arguments(p, work)),
         train_dataset=dataset,
         data_collator=DataCollatorWithPadding(p.tokenizer),
         processing_class=p.tokenizer,
@@ -284,7 +306,7 @@ def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer:
 
     config = LoraConfig.from_pretrained(str(adapter))
     config.inference_mode = False
-    rows = _ordered(p)
+    rows = ordered(p)
     dataset = Dataset.from_dict(
         {
             "input_ids": [e.ids.tolist() for e in rows],
@@ -293,7 +315,7 @@ def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer:
     )
     trainer_class = type("RecordingTrainer", (recording, SFTTrainer), {})
     # Gradient checkpointing is TRL's default and peftlab's option; off on both sides, it costs a second forward.
-    args = SFTConfig(**_arguments(p, work), gradient_checkpointing=False, completion_only_loss=True)
+    args = SFTConfig(**trainer_arguments(p, work), gradient_checkpointing=False, completion_only_loss=True)
     trainer = trainer_class(
         model=build.model_of(p.recipe, p.pretrained, p.task, "cpu"),
         args=args,

@@ -16,7 +16,7 @@ from typing import Any
 
 _PACKAGES = ("peftlab", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numpy")
 _RESAMPLES = 10_000
-_MIB = 2**20
+MIB = 2**20
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -64,16 +64,18 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ours = sorted((r for r in rows if r["engine"] == "peftlab"), key=lambda r: r["repetition"])
     theirs = sorted((r for r in rows if r["engine"] != "peftlab"), key=lambda r: r["repetition"])
     return {
-        "engines": {"peftlab": _engine(ours), "hf": _engine(theirs)},
-        "speed_ratio": _ratio(ours, theirs, lambda r: r["seconds"]),
-        "peak_rss_ratio": _ratio(ours, theirs, lambda r: r["peak_rss_bytes"]),
-        "training_memory_ratio": _ratio(ours, theirs, lambda r: max(1, r["training_peak_increase_bytes"])),
+        "engines": {"peftlab": engine_figures(ours), "hf": engine_figures(theirs)},
+        "speed_ratio": ratio_of(ours, theirs, lambda r: r["seconds"]),
+        "peak_rss_ratio": ratio_of(ours, theirs, lambda r: r["peak_rss_bytes"]),
+        "training_memory_ratio": ratio_of(ours, theirs, lambda r: max(1, r["training_peak_increase_bytes"])),
     }
 
 
-def _engine(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def engine_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Median and range of each figure over the repetitions of one engine."""
     figures = {
         "seconds": [r["seconds"] for r in rows],
+        "cpu_seconds": [r["cpu_seconds"] for r in rows],
         "rows_per_s": [r["rows"] / r["seconds"] for r in rows],
         "tokens_per_s": [r["tokens"] / r["seconds"] for r in rows],
         "trained_tokens_per_s": [r["trained_tokens"] / r["seconds"] for r in rows],
@@ -90,7 +92,7 @@ def _engine(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _ratio(
+def ratio_of(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
 ) -> dict[str, float | None]:
     """Ratio of medians with a 95 % bootstrap interval over pairs of one repetition; none for a single pair."""
@@ -157,12 +159,12 @@ def _case_table(r: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for key, name in (("peftlab", "peftlab"), ("hf", r["baseline"])):
         e = engines[key]
-        cells = [name, _spread(e["seconds"], 2), _spread(e["rows_per_s"], 1), _spread(e["tokens_per_s"], 0)]
-        cells += [_spread(e["trained_tokens_per_s"], 0)] if trains_tokens else []
-        cells += [_spread(e["padded_tokens"], 0), _spread(e["micro_batches"], 0)]
-        cells += [_spread(e[k], 0, _MIB) for k in ("peak_rss_bytes", "training_peak_increase_bytes")]
-        cells += [_spread(e["before_loss"], 4)] if "loss" in metrics else []
-        cells += [_spread(e[f"after_{m}"], 4) for m in metrics]
+        cells = [name, spread(e["seconds"], 2), spread(e["rows_per_s"], 1), spread(e["tokens_per_s"], 0)]
+        cells += [spread(e["trained_tokens_per_s"], 0)] if trains_tokens else []
+        cells += [spread(e["padded_tokens"], 0), spread(e["micro_batches"], 0)]
+        cells += [spread(e[k], 0, MIB) for k in ("peak_rss_bytes", "training_peak_increase_bytes")]
+        cells += [spread(e["before_loss"], 4)] if "loss" in metrics else []
+        cells += [spread(e[f"after_{m}"], 4) for m in metrics]
         lines.append("| " + " | ".join(cells) + " |")
     first = r["rows"][0]
     return "\n".join(
@@ -186,7 +188,7 @@ def where(r: dict[str, Any]) -> str:
     return f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {versions}; commit {r['commit'][:9]}{changed}"
 
 
-def _spread(figure: dict[str, float], digits: int, unit: float = 1) -> str:
+def spread(figure: dict[str, float], digits: int, unit: float = 1) -> str:
     median, low, high = (figure[k] / unit for k in ("median", "min", "max"))
     texts = [f"{v:,.{digits}f}" for v in (median, low, high)]
     return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]}..{texts[2]})"

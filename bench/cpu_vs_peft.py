@@ -157,28 +157,30 @@ def settings_of(case: Case, work: Path, *, rows: int | None, full: bool, steps: 
 
 def measure(engine: str, case: Case, settings: dict[str, Any], work: Path, *, no_dropout: bool) -> dict[str, Any]:
     """Runs one engine in a process of its own and returns what it printed."""
-    spec = work / "spec.json"
-    spec.write_text(
-        json.dumps(
-            {
-                "engine": engine,
-                "trainer": case.trainer,
-                "recipe": settings,
-                "adapter": str(work / ("adapter-gate" if no_dropout else "adapter")),
-                "no_dropout": no_dropout,
-            }
-        )
-    )
+    spec = {
+        "engine": engine,
+        "trainer": case.trainer,
+        "recipe": settings,
+        "adapter": str(work / ("adapter-gate" if no_dropout else "adapter")),
+        "no_dropout": no_dropout,
+    }
+    return run_engine("_engines.py", spec, work)
+
+
+def run_engine(program: str, spec: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Runs ``program`` of this folder on ``spec``, offline and without a GPU; returns the JSON of its last line."""
+    path = work / "spec.json"
+    path.write_text(json.dumps(spec))
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
-        [sys.executable, str(HERE / "_engines.py"), str(spec)],
+        [sys.executable, str(HERE / program), str(path)],
         env={**os.environ, **quiet, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RunFailed(f"{engine} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RunFailed(f"{spec['engine']} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 

@@ -73,20 +73,31 @@ class Head:
 def num_tokens_per_chunk(num_tokens: int, bytes_per_token: int, device: torch.device, *, dW_bytes: int = 0) -> int:
     """Tokens of a chunk whose logits (``bytes_per_token``) fit the budget of the device.
 
-    The budget is a share of all memory, not of what is free at the moment, so that a repeated run computes the same
-    bytes; only where not even a part of that is free, chunks get smaller. dW_bytes: of a trained head's gradient, which
-    each chunk reads and writes once.
+    dW_bytes: of a trained head's gradient, which each chunk reads and writes once.
     """
     if device.type != "cuda":
         return max(1, min(num_tokens, max(_CPU_CHUNK_BYTES, dW_bytes // 4) // bytes_per_token))
     free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    held = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - held
+    # torch before 2.8 does not say what share of the memory this process was allowed.
+    share_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    allowed = total if share_of is None else int(total * share_of(device.index))
+    return min(num_tokens, num_tokens_on_a_gpu(bytes_per_token, total=allowed, free=min(free, allowed - held)))
+
+
+def num_tokens_on_a_gpu(bytes_per_token: int, *, total: int, free: int) -> int:
+    """Tokens of a chunk on a GPU with so many bytes in all and free.
+
+    The budget is a share of all memory, not of what is free at the moment, so that a repeated run computes the same
+    bytes; only where not even a part of that is free, chunks get smaller.
+    """
     chunk = _MOST
     while chunk > _FEWEST and chunk * bytes_per_token > total * _GPU_SHARE:
         chunk //= 2
     while chunk > 16 and chunk * bytes_per_token > free / 2:
         chunk //= 2
-    return min(num_tokens, chunk)
+    return chunk
 
 
 def chunks(num_tokens: int, size: int) -> Iterator[slice]:

@@ -867,6 +867,11 @@ def test_tokens_per_chunk_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), int(total_gib * 2**30)))
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert heads.num_tokens_per_chunk(100_000, bytes_per_token, torch.device("cuda")) == expected
+    # A process that may take a quarter of a larger card gets the chunks of a card of that size.
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 4 * int(total_gib * 2**30)))
     assert heads.num_tokens_per_chunk(100_000, bytes_per_token, torch.device("cuda")) == expected
 
 
