@@ -85,8 +85,10 @@ def check(
 
 
 def _estimate(recipe: Recipe, skeleton: Any, train: Ledger, limit: int) -> dict[str, Any] | None:
-    """Steps, tokens and time; None where no row is left to train on, or rows are refused."""
+    """Steps, tokens and time; None where no row is left to train on, rows are refused, or the student will write them."""
     lengths = train.lengths
+    if recipe.distill is not None and recipe.distill.on_policy is not None:
+        return None
     if not len(lengths) or any(reason.startswith("refused") for reason in train.left_out):
         return None
     device = build.pick_device(recipe.run.device)

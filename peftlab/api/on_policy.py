@@ -12,30 +12,30 @@ import hashlib
 import json
 import shlex
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from peftlab.api import build
+from peftlab.api.course import Course, plan_course
 from peftlab.api.ledger_text import opening_lines
 from peftlab.api.parts import Parts, Phase, prepare, run_accelerator
 from peftlab.api.run import Run, open_run, write_json
 from peftlab.api.stored import is_stored, lesson_identity
 from peftlab.api.student_answers import ROWS_NAME, Answer, read_answers, write_answers
+from peftlab.api.teacher_models import teacher_identity
 from peftlab.api.teachers import Teachers
-from peftlab.api.teaching import Lesson, capture_all, read_lesson
+from peftlab.api.teaching import Lesson, capture_all
 from peftlab.api.training import execute
 from peftlab.data import eval_batches
 from peftlab.errors import ArtifactError, DataError
 from peftlab.recipe import LoadedRecipe, Recipe
-from peftlab.recipe.distillation import OnPolicySection
 from peftlab.tasks import Encoded
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.memory import release_memory
-from peftlab.training.progress import Progress
+from peftlab.training.progress import Progress, SilentProgress
 
 _NOTES_NAME = "phase.json"
 # Rows that phase.json names for each reason to leave rows out.
@@ -48,7 +48,7 @@ def train_in_phases(loaded: LoadedRecipe, folder: Path, progress: Progress) -> R
     Args: loaded: with ``distill.on_policy``. folder: of the training; those of the phases lie beside it.
     Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
     """
-    course = _plan_course(loaded, folder, progress)
+    course = plan_course(loaded, folder, progress)
     for number, (first, end) in enumerate(course.spans, start=1):
         checkpoints = list_checkpoints(folder / "checkpoints")
         done = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
@@ -62,116 +62,13 @@ def train_in_phases(loaded: LoadedRecipe, folder: Path, progress: Progress) -> R
 
 
 def phase_notes(folder: Path) -> list[dict[str, Any]]:
-    """What was noted of each phase of the training in ``folder``."""
+    """What was noted of each phase of the training in ``folder``, in order; its ledger stays in the phase's own file."""
     found = sorted(folder.parent.glob(f"phase-*/{_NOTES_NAME}"), key=lambda path: int(path.parent.name[6:]))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    return [{key: value for key, value in n.items() if key != "ledger"} for n in notes]
 
 
-@dataclass(frozen=True)
-class _Course:
-    """What all phases of a training have in common.
-
-    Attributes:
-        loaded: the recipe, with the steps of all phases. folder: of the training. base: all training rows, with their
-            own answers. limit: longest row in tokens. candidates: [N] examples whose prompts may be asked.
-        spans: steps of each phase.
-    """
-
-    loaded: LoadedRecipe
-    folder: Path
-    base: Lesson
-    limit: int
-    candidates: np.ndarray
-    rows: int
-    spans: list[tuple[int, int]]
-    progress: Progress
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.loaded.recipe
-
-    @property
-    def settings(self) -> OnPolicySection:
-        assert self.recipe.distill is not None and self.recipe.distill.on_policy is not None
-        return self.recipe.distill.on_policy
-
-    def choose(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Examples of phase ``number``, counted from 1: those that the student answers, and those that stay as they are.
-
-        No row comes again before there are too few left that have not been.
-        """
-        phases_a_pass = len(self.candidates) // self.rows
-        a_pass, place = divmod(number - 1, phases_a_pass)
-        order = np.random.default_rng([self.recipe.run.seed, a_pass]).permutation(self.candidates)
-        chosen = order[place * self.rows : (place + 1) * self.rows]
-        written = max(1, round(self.settings.student_share * self.rows))
-        return np.sort(chosen[:written]), np.sort(chosen[written:])
-
-
-def _plan_course(loaded: LoadedRecipe, folder: Path, progress: Progress) -> _Course:
-    recipe = loaded.recipe
-    assert recipe.distill is not None and recipe.distill.on_policy is not None
-    settings = recipe.distill.on_policy
-    base = read_lesson(recipe, progress)
-    task: Any = base.task
-    if task.formatter.style == "text":
-        raise DataError(
-            "these rows are plain text, and on_policy needs a prompt for the student to answer: expected messages, prompt and "
-            "completion, or a template",
-            key=task.formatter.key,
-        )
-    limit = build.limit_of(recipe, build.pretrained_of(recipe), task.tokenizer)
-    candidates = _candidates(recipe, base, limit, progress)
-    rows = settings.rows or len(candidates) // settings.phases
-    if not 1 <= rows <= len(candidates):
-        raise DataError(
-            f"expected at least {settings.rows or settings.phases:,} training rows, found {len(candidates):,}; lower "
-            f"distill.on_policy.{'rows' if settings.rows else 'phases'}",
-            key="distill.on_policy",
-        )
-    spans = _spans(recipe, rows)
-    train = recipe.train.model_copy(update={"epochs": None, "max_steps": spans[-1][1]})
-    loaded = replace(loaded, recipe=recipe.model_copy(update={"train": train}))
-    return _Course(loaded, folder, base, limit, candidates, rows, spans, progress)
-
-
-def _candidates(recipe: Recipe, base: Lesson, limit: int, progress: Progress) -> np.ndarray:
-    """Examples whose prompt leaves room for the longest answer. Raises: DataError where one does not and data.too_long
-    has no other way."""
-    assert recipe.distill is not None and recipe.distill.on_policy is not None
-    task: Any = base.task
-    room = limit - recipe.distill.on_policy.max_new_tokens
-    kept = base.data.train.select([e.row for e in base.train.examples])
-    lengths = np.array(task.prompt_lengths(kept), dtype=np.int64)
-    long = np.flatnonzero(lengths > room)
-    if len(long):
-        told = (
-            f"{kept.where(int(long[0]))}: {len(long):,} of {len(kept):,} prompts, of up to {lengths.max():,} tokens, leave no room "
-            f"for an answer of {limit - room:,} within {limit:,} tokens"
-        )
-        if recipe.data.too_long == "error":
-            raise DataError(
-                f"{told}; lower it, raise data.max_length, or leave such rows out with data.too_long: drop",
-                key="distill.on_policy.max_new_tokens",
-            )
-        progress.note(f"{told}; these rows are left out")
-    return np.flatnonzero(lengths <= room)
-
-
-def _spans(recipe: Recipe, rows: int) -> list[tuple[int, int]]:
-    """The first step of each phase, and the one after its last. They do not depend on what the student will write."""
-    assert recipe.distill is not None and recipe.distill.on_policy is not None
-    t, phases = recipe.train, recipe.distill.on_policy.phases
-    if t.max_steps is not None:
-        ends = [t.max_steps * (i + 1) // phases for i in range(phases)]
-    else:
-        a_pass = -(-rows // ((t.batch_size or 8) * t.accumulate))
-        steps = max(1, int(np.ceil((t.epochs or 1.0) * a_pass)))
-        ends = [steps * (i + 1) for i in range(phases)]
-    return list(zip([0, *ends], ends, strict=False))
-
-
-def _train_phase(course: _Course, number: int, checkpoint: Path | None, *, begun: bool) -> Run:
+def _train_phase(course: Course, number: int, checkpoint: Path | None, *, begun: bool) -> Run:
     """Args: begun: whether the checkpoint lies within the phase."""
     notes = _Notes(course.folder.parent / f"phase-{number}" / _NOTES_NAME)
     answers = _answers(course, number, checkpoint, notes, begun=begun)
@@ -190,7 +87,6 @@ def _train_phase(course: _Course, number: int, checkpoint: Path | None, *, begun
         started = time.perf_counter()
         capture_all(lesson, course.progress)
         notes.add_seconds("scoring", time.perf_counter() - started)
-        release_memory()
 
     with run_accelerator(course.recipe, course.folder) as accelerator:
 
@@ -219,7 +115,7 @@ def _train_phase(course: _Course, number: int, checkpoint: Path | None, *, begun
     return run
 
 
-def _answers(course: _Course, number: int, checkpoint: Path | None, notes: _Notes, *, begun: bool) -> list[Answer]:
+def _answers(course: Course, number: int, checkpoint: Path | None, notes: _Notes, *, begun: bool) -> list[Answer]:
     """What the student has written for this phase, or writes now."""
     folder = course.folder.parent / f"phase-{number}"
     if (folder / ROWS_NAME).is_file():
@@ -246,7 +142,7 @@ def _answers(course: _Course, number: int, checkpoint: Path | None, notes: _Note
     return answers
 
 
-def _lesson(course: _Course, number: int, answers: list[Answer], notes: _Notes) -> tuple[Recipe, Lesson, Encoded]:
+def _lesson(course: Course, number: int, answers: list[Answer], notes: _Notes) -> tuple[Recipe, Lesson, Encoded]:
     """The recipe with the cache of this phase, all its examples as what the teachers read, and those that the student wrote."""
     base, task = course.base, course.base.task
     _, own = course.choose(number)
@@ -268,24 +164,31 @@ def _lesson(course: _Course, number: int, answers: list[Answer], notes: _Notes) 
             "raise distill.on_policy.temperature",
             key="distill.on_policy",
         )
-    assert course.recipe.distill is not None
-    # Its name says what it was made for: another student's answers never meet these targets.
-    cache = Path(course.recipe.distill.cache or "") / f"phase-{number}-{rows.fingerprint[:12]}"
-    distill = course.recipe.distill.model_copy(update={"cache": str(cache), "on_policy": None})
-    recipe = course.recipe.model_copy(update={"distill": distill})
     data = replace(base.data, train=rows)
+    identity = lesson_identity(course.recipe, task, data, course.limit)
+    recipe = _with_cache(course.recipe, f"phase-{number}", identity)
     encoded = Encoded([*written.examples, *kept], base.train.ledger)
-    identity = lesson_identity(recipe, task, data, course.limit)
     return recipe, Lesson(recipe, task, data, encoded, identity), written
 
 
+def _with_cache(recipe: Recipe, name: str, identity: dict[str, Any]) -> Recipe:
+    """The recipe with a cache that belongs to one phase of one run: the name of the folder, in distill.cache, says all that
+    its targets depend on, so that runs which share a folder never meet each other's."""
+    d = recipe.distill
+    assert d is not None and d.cache is not None
+    teachers = [teacher_identity(recipe, i) for i in range(len(d.all_teachers))]
+    depends = json.dumps([identity, teachers, d.targets.model_dump(), d.temperature], sort_keys=True)
+    folder = Path(d.cache) / f"{name}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
+    return recipe.model_copy(update={"distill": d.model_copy(update={"cache": str(folder), "on_policy": None})})
+
+
 @torch.no_grad()
-def _mean_kl(recipe: Recipe, lesson: Lesson, written: Encoded, parts: Parts, course: _Course) -> float:
+def _mean_kl(recipe: Recipe, lesson: Lesson, written: Encoded, parts: Parts, course: Course) -> float:
     """Mean over the tokens that the student wrote of KL(teacher || student) in nats, at distill.temperature; with targets
     that hold some classes only, between what they tell apart, which is no more than that."""
     assert recipe.distill is not None
     plain = recipe.distill.model_copy(update={"losses": [], "share": 0.5, "scale_by_t2": False})
-    teachers = Teachers(recipe.model_copy(update={"distill": plain}), course.progress)
+    teachers = Teachers(recipe.model_copy(update={"distill": plain}), SilentProgress())
     loss = teachers.loss(parts.task, parts.model, lesson.data, lesson.train, limit=course.limit)
     device = next(parts.model.parameters()).device
     parts.model.eval()

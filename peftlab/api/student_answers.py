@@ -134,7 +134,7 @@ def _open_student(recipe: Recipe, task: Task, checkpoint: Path | None) -> Any:
     from transformers import GenerationConfig
 
     model = build.model_of(recipe, build.pretrained_of(recipe), task, build.pick_device(recipe.run.device))
-    model.generation_config = GenerationConfig(top_k=0)
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     if checkpoint is not None:
         check_checkpoint(checkpoint)
         if recipe.adapter.method == "none":

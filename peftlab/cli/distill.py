@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -39,9 +40,28 @@ def distill(
         out.document({"run": str(run.folder), **run.summary})
         return
     out.line()
+    for line in phase_lines(run.summary):
+        out.line(line)
     show_card(out, run.summary["card"])
     out.line()
     where = shlex.quote(str(run.folder))
     out.line(f"student  {where}/student")
     out.line(f'next     peftlab predict {where} "some text"', style="cyan")
     out.line(f"         peftlab eval {where}", style="cyan")
+
+
+def phase_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """A line on each phase of an on-policy distillation, with a blank one after the last; none of any other."""
+    runs = summary.get("on_policy", [])
+    for run in runs:
+        seed = f" of seed {run['seed']}" if len(runs) > 1 else ""
+        for phase in run["phases"]:
+            empty = f" ({phase['empty']:,} empty)" if phase["empty"] else ""
+            seconds = ", ".join(f"{what} {s:,.0f} s" for what, s in phase["seconds"].items())
+            yield (
+                f"phase {phase['phase']}{seed}: {phase['written']:,} of {phase['rows']:,} rows written by the student{empty}, "
+                f"{phase['mean_answer_tokens']:.1f} tokens each, {100 * phase['ended']:.0f} % ended; "
+                f"{phase['kl']:.4f} nats a token from the teacher there; {seconds}"
+            )
+    if runs:
+        yield ""

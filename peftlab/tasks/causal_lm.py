@@ -290,10 +290,11 @@ class CausalLM:
         top_p: float,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields ``(index, token ids)`` of the answer to each row, as they come: the tokens themselves, the last of them one
-        that can end an answer unless it was cut off after ``max_new_tokens``."""
-        yield from self._written(
-            model, self._rows_prompt_ids(rows), batch_tokens, max_new_tokens, _sampling(temperature, top_p)
-        )
+        that can end an answer unless it was cut off after ``max_new_tokens``. Drawn from the model's own distribution at that
+        temperature, if its generation_config asks for nothing beside.
+        """
+        sampling = _sampling(temperature, top_p) | ({"top_k": 0} if temperature else {})  # transformers' own is 50
+        yield from self._written(model, self._rows_prompt_ids(rows), batch_tokens, max_new_tokens, sampling)
 
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """Tokens before the answer of each row."""

@@ -1,0 +1,101 @@
+"""Answers that a model has written: their tokens, and what of them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peftlab.adapters import HeadLoss
+from peftlab.data import Rows, answered
+from peftlab.data.chat import Formatter
+from peftlab.tasks import CausalLM
+
+END = 2
+ROWS = Rows.from_dicts(
+    [{"q": "why?", "a": "because"}, {"q": "how", "a": "so \u00e9"}, {"q": "", "a": "it is"}], name="rows"
+)
+TEMPLATES = [{"user": "{q}", "assistant": "{a}"}, {"prompt": "Q {q} A", "completion": " {a}"}]
+
+
+def task_of(tokenizer: Any, template: dict[str, str]) -> Any:
+    formatter = Formatter(tokenizer, columns={}, template=template, available=["q", "a"])
+    return CausalLM(tokenizer, formatter, head_loss=HeadLoss())
+
+
+def said(task: Any, template: dict[str, str], *, end: bool) -> list[np.ndarray]:
+    """The rows' own answers, as a model would write them."""
+    texts = [(template.get("assistant") or template["completion"]).format(**ROWS.row(i)) for i in range(len(ROWS))]
+    ids = [task.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    return [np.array(row + [END] * end, dtype=np.int32) for row in ids]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "completion"])
+def test_an_answer_that_ended_is_trained_as_the_formatter_would(
+    tokenizer_of: Callable[[str], Any], template: dict[str, str]
+) -> None:
+    """The same text as a row of the data gives the same example, up to what a template writes after the end of a turn,
+    which is not trained and comes after all that is."""
+    task = task_of(tokenizer_of("tiny:llama"), template)
+    theirs = task.encode(ROWS, max_length=512, too_long="error", training=True)
+    ours = task.encode_answers(ROWS, said(task, template, end=True), max_length=512)
+    assert len(ours.examples) == len(ROWS)
+    for mine, own in zip(ours.examples, theirs.examples, strict=True):
+        length = len(mine)
+        assert mine.ids.tolist() == own.ids[:length].tolist()
+        assert mine.trained.tolist() == own.trained[:length].tolist() and not own.trained[length:].any()
+        assert (mine.row, mine.weight) == (own.row, own.weight) and mine.weight == mine.trained.sum()
+    report = ours.ledger.report()
+    assert report["answers"] == {"count": 3, "ended": 3, "cut": 0, "terminators": {"<|im_end|>": 3}}
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "completion"])
+def test_an_answer_that_was_cut_off_gets_no_end(tokenizer_of: Callable[[str], Any], template: dict[str, str]) -> None:
+    """Its words are trained and nothing else: the formatter would have closed it, and taught to stop there."""
+    task = task_of(tokenizer_of("tiny:llama"), template)
+    answers = said(task, template, end=False)
+    encoded = task.encode_answers(ROWS, answers, max_length=512)
+    for example, answer in zip(encoded.examples, answers, strict=True):
+        assert example.ids[-len(answer) :].tolist() == answer.tolist()
+        assert example.trained.sum() == len(answer) and example.trained[-len(answer) :].all()
+        assert END not in example.ids[example.trained]
+    assert encoded.ledger.report()["answers"] == {"count": 3, "ended": 0, "cut": 0, "terminators": {}}
+
+
+def test_tokens_stay_as_they_were_written(tokenizer_of: Callable[[str], Any]) -> None:
+    """A split into tokens that the tokenizer would not make: half of a character's bytes, which are no text."""
+    task = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0])
+    half = task.tokenizer("\u00e9", add_special_tokens=False).input_ids[:1]
+    answers = [np.array([*half, END], dtype=np.int32)] * 3
+    assert task.tokenizer(task.text_of(answers[0]), add_special_tokens=False).input_ids != half
+    for example in task.encode_answers(ROWS, answers, max_length=512).examples:
+        assert example.ids[example.trained].tolist() == [*half, END]
+
+
+def test_empty_answers_are_left_out_and_counted(tokenizer_of: Callable[[str], Any]) -> None:
+    """Also one that is nothing but its end."""
+    task = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0])
+    answers = [np.zeros(0, dtype=np.int32), np.array([END], dtype=np.int32), np.array([100, END], dtype=np.int32)]
+    encoded = task.encode_answers(ROWS, answers, max_length=512)
+    assert [e.row for e in encoded.examples] == [2]
+    (left_out,) = encoded.ledger.report()["left_out"]
+    assert (left_out["reason"], left_out["rows"]) == ("dropped: the answer is empty", 2)
+    assert encoded.ledger.report()["trained"] == 2
+
+
+def test_no_answers_at_all() -> None:
+    tokens = answered([], [], author="student", stop_ids={END})
+    assert len(tokens) == 0 and len(tokens.ids) == 0 and tokens.role_names == ("prompt", "student")
+
+
+def test_greedy_answers_are_the_generated_text(tiny: Any, tokenizer_of: Callable[[str], Any]) -> None:
+    """``write_answers`` and ``generate`` say the same, and an answer stops at its first end."""
+    task, model = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0]), tiny("tiny:llama", adapter=False).eval()
+    options = {"batch_tokens": 4096, "max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0}
+    written = dict(task.write_answers(model, ROWS, **options))
+    texts = [row["text"] for row in task.generate(model, ROWS, max_length=512, **options)]
+    assert [task.text_of(written[i]).strip() for i in range(3)] == texts
+    assert all(len(answer) == 6 or task.ends(answer) for answer in written.values())
+    assert not task.ends(np.zeros(0, dtype=np.int32)) and task.ends(np.array([5, END]))
