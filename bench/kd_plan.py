@@ -167,7 +167,8 @@ def memory_plan(student: Shape, teacher: Shape, step: Step) -> dict[str, float]:
         "teacher's pass": step.tokens * teacher_layer_bytes(teacher) + 2.0 * widest if online else 0.0,
         "loss": states + taught + (1 + online) * 2.0 * min(step.chunk, step.scored) * student.vocab,
         # The gradients of the layer's output, of both factors of SwiGLU's product and of the product itself.
-        "backward": states + step.tokens * (layer_bytes(student, step.rank) + 2.0 * student.hidden + 6.0 * student.inner),
+        "backward": states
+        + step.tokens * (layer_bytes(student, step.rank) + 2.0 * student.hidden + 6.0 * student.inner),
     }
     return {**held, **phases, "peak": sum(held.values()) + max(phases.values())}
 
