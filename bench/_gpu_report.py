@@ -24,10 +24,10 @@ def _sections(rows: list[Row]) -> str:
 def name_of(row: Row) -> str:
     """What the row is about, in a few words."""
     words = [str(row.get("check") or row.get("case") or row["section"])]
-    words += [str(row[key]) for key in ("kind", "quantize", "dtype") if key in row]
+    words += [str(row[key]) for key in ("kind", "teacher", "quantize", "dtype") if key in row]
     if "shape" in row and "case" in row:
         words.append("x".join(map(str, row["shape"])))
-    words += [f"{key}={row[key]}" for key in ("M", "R", "batch", "length", "layers") if key in row]
+    words += [f"{key}={row[key]}" for key in ("M", "R", "batch", "length", "layers", "card_gb") if key in row]
     words += [f"d={row['dropout']:g}"] if row.get("dropout") else []
     return " ".join(words)
 

@@ -13,7 +13,8 @@ from _gpu_base import Device, Row, Run, Task, interleaved
 from _gpu_roofline import STEP_TARGET
 
 MODEL = "llama-3-8b"
-NUM_PARAMETERS = 8.03e9
+NUM_PARAMETERS = {"llama-3-8b": 8.03e9, "llama-3.2-1b": 1.24e9}
+NUM_LAYERS = 32
 SHARE_LAYERS = 8  # of 32, where the whole model would take too long
 STEPS_S = 80.0  # what the steps themselves are given
 BASELINE = "PEFT + bitsandbytes"
@@ -36,34 +37,9 @@ def _build(device: Device) -> Row:
 
     from peftlab.adapters import add_lora
     from peftlab.adapters.fused import fusion_report
-    from peftlab.models import find_pretrained, load_model, presets
 
-    shape = device.pick((4096, 4096), (64, 64))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in range(2):  # the first also starts the threads and CUDA
-            started = time.perf_counter()
-            presets.random_weight(shape, dtype=torch.bfloat16, device=device.kind, seed="0", pool=pool)
-            device.synchronize()
-            one_s = time.perf_counter() - started
-    expected_s = 1.5 * one_s * NUM_PARAMETERS / (shape[0] * shape[1])
-    left = device.found["until"] - time.time()
-    class_name, values = presets.PRESETS[MODEL]
-    whole = expected_s + STEPS_S < left and not device.dry
-    num_layers = values["num_hidden_layers"] if whole else device.pick(SHARE_LAYERS, 1)
-    small = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
-             "num_key_value_heads": 1}  # fmt: skip
-    # An entry of this process's own: the presets cannot be built with other numbers of layers.
-    changed = {**values, **device.pick({}, small), "num_hidden_layers": num_layers}
-    name = MODEL if whole else f"{MODEL}-{num_layers}-layers"
-    presets.PRESETS[name] = (class_name, changed)
     started = time.perf_counter()
-    try:
-        model = load_model(
-            find_pretrained(f"shape:{name}"), auto_class="AutoModelForCausalLM", device=device.kind, quantize="nf4"
-        )
-    finally:
-        if not whole:
-            del presets.PRESETS[name]
+    model, num_layers, expected_s = build_preset_model(device, MODEL, quantize="nf4", left_s=STEPS_S)
     build_s = time.perf_counter() - started
     model = add_lora(model, peft_type="CAUSAL_LM", rank=16, alpha=32, dropout=0.05).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -73,8 +49,44 @@ def _build(device: Device) -> Row:
     device.release()
     device.found["model"], device.found["layers"] = model, num_layers
     fusion = fusion_report(model)
-    row = {"layers": num_layers, "of_layers": values["num_hidden_layers"], "build_s": build_s, "expected_s": expected_s}
+    row = {"layers": num_layers, "of_layers": NUM_LAYERS, "build_s": build_s, "expected_s": expected_s}
     return {**row, "resident_bytes": device.allocated(), "fusion": str(fusion), "ok": not fusion.slow}
+
+
+def build_preset_model(device: Device, preset: str, *, quantize: str, left_s: float) -> tuple[Any, int, float]:
+    """The model of a preset, how many layers it has, and the seconds that all of it should take.
+
+    Args: left_s: to be left in the section after it; with less, it has ``SHARE_LAYERS`` layers.
+    """
+    import torch
+
+    from peftlab.models import find_pretrained, load_model, presets
+
+    class_name, values = presets.PRESETS[preset]
+    shape = device.pick((4096, 4096), (64, 64))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in range(2):  # the first also starts the threads and CUDA
+            started = time.perf_counter()
+            presets.random_weight(shape, dtype=torch.bfloat16, device=device.kind, seed="0", pool=pool)
+            device.synchronize()
+            one_s = time.perf_counter() - started
+    expected_s = 1.5 * one_s * NUM_PARAMETERS[preset] / (shape[0] * shape[1])
+    whole = not device.dry and (not left_s or expected_s + left_s < device.found["until"] - time.time())
+    num_layers = values["num_hidden_layers"] if whole else device.pick(SHARE_LAYERS, 1)
+    small = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
+    # An entry of this process's own: the presets cannot be built with other numbers of layers.
+    changed = {**values, **device.pick({}, small), "num_hidden_layers": num_layers}
+    name = preset if whole else f"{preset}-{num_layers}-layers"
+    presets.PRESETS[name] = (class_name, changed)
+    try:
+        model = load_model(
+            find_pretrained(f"shape:{name}"), auto_class="AutoModelForCausalLM", device=device.kind, quantize=quantize
+        )
+    finally:
+        if not whole:
+            del presets.PRESETS[name]
+    return model, num_layers, expected_s
 
 
 def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:

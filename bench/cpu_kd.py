@@ -4,13 +4,14 @@
     python bench/cpu_kd.py --table              rewrites bench/README.md from bench/results/cpu_kd.json
 
 Teacher SmolLM2-135M, student every layer of it but ten, film dialogs, forward KL at temperature 1. Per case: one process
-writes the student, its first adapter and the stored targets; then the gate; then, per repetition, one process per engine,
-in alternating order (``_kd_engines.py`` has the engines).
+writes the student, its first adapter and the stored targets; then, per repetition, one process per engine, in alternating
+order (``_kd_engines.py`` has the engines). The models have no dropout, so the timed runs are their own gate.
 
 The gate: the engines that ask the teacher itself define the same loss (kd_conformance.py), so their first losses must
 agree within the limits of cpu_vs_peft.py: 1e-4 at the first step, 1e-3 after it. Stored targets are another loss by
 definition, KL over the 50 likeliest classes and one class of all others, which is never more than KL over all classes (to
-what storing in float16 changes, 2e-3). Beyond that nothing is timed and the exit code is 6; every timed run is judged again.
+what storing in float16 changes, 2e-3). A repetition is judged as soon as it ends: beyond those limits nothing more is run, no
+figure is kept, and the exit code is 6.
 
 Exit codes: 0 done, 1 a run failed, 2 wrong usage, 6 the engines do not do the same.
 """
@@ -30,7 +31,7 @@ import kd_plan
 from cpu_vs_peft import CASES as ADAPTED
 from cpu_vs_peft import FIRST_LIMIT, HERE, LATER_LIMIT, RunFailed, loss_differences, run_engine, say
 
-GATE_STEPS, STORED_LIMIT = 3, 2e-3
+STORED_LIMIT = 2e-3
 NUM_LAYERS = 20
 ENGINES = {
     "online": "peftlab",
@@ -83,40 +84,39 @@ def judge(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Gate and repetitions of one case; without a summary when the engines do not do the same."""
+    """The repetitions of one case; without a summary when the engines do not do the same."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        sizes = {"rows": options.rows, "eval_rows": options.eval_rows}
-        settings = settings_of(name, work, **sizes, steps=options.steps)
+        settings = settings_of(name, work, rows=options.rows, eval_rows=options.eval_rows, steps=options.steps)
         spec = {"adapter": str(work / "adapter"), "cache": str(work / "cache"), "num_layers": NUM_LAYERS}
 
-        def measure(engine: str, recipe: dict[str, Any]) -> dict[str, Any]:
-            return run_engine("_kd_engines.py", {**spec, "engine": engine, "recipe": recipe}, work)
+        def measure(engine: str) -> dict[str, Any]:
+            return run_engine("_kd_engines.py", {**spec, "engine": engine, "recipe": settings}, work)
 
-        shared = measure("init", settings)
-        short = settings_of(name, work, **sizes, steps=GATE_STEPS)
-        checked = judge({engine: measure(engine, short)["losses"] for engine in ENGINES})
-        say(f"{name}: losses differ by {checked['first']:.1e} at step 1, at most {checked['largest']:.1e}")
-        judged = [checked]
-        for repetition in range(options.repeats if checked["passed"] else 0):
+        shared = measure("init")
+        judged: list[dict[str, Any]] = []
+        while len(judged) < options.repeats and all(found["passed"] for found in judged):
             found = {}
-            for engine in list(ENGINES) if repetition % 2 == 0 else list(ENGINES)[::-1]:
+            for engine in list(ENGINES) if len(judged) % 2 == 0 else list(ENGINES)[::-1]:
                 load = os.getloadavg()[0]
-                found[engine] = measure(engine, settings)
-                rows.append({"repetition": repetition, "position": len(rows), "load_before": load, **found[engine]})
-                say(f"{name}: repetition {repetition + 1}, {ENGINES[engine]}: {found[engine]['seconds']:.2f} s")
+                found[engine] = measure(engine)
+                place = {"repetition": len(judged), "position": len(rows), "load_before": load}
+                rows.append({**place, **found[engine]})
+                say(f"{name}: repetition {len(judged) + 1}, {ENGINES[engine]}: {found[engine]['seconds']:.2f} s")
             judged.append(judge({engine: row["losses"] for engine, row in found.items()}))
+            say(f"{name}: losses differ by {judged[-1]['first']:.1e} at step 1, at most {judged[-1]['largest']:.1e}")
         shown = json.loads(json.dumps(settings).replace(str(work), "."))
-    passed = all(found["passed"] for found in judged)
+    worst = max(judged, key=lambda found: (not found["passed"], found["largest"]))
+    passed = worst["passed"]
     return {
         "case": name,
         "settings": shown,
         "shared": shared,
-        "gate": {**checked, "passed": passed, "worst_of_timed_runs": max(found["largest"] for found in judged)},
-        "predicted": predicted(name, rows) if passed and rows else None,
+        "gate": worst,
+        "predicted": predicted(name, rows) if passed else None,
         "rows": rows,
-        "summary": summarize(rows) if passed and rows else None,
+        "summary": summarize(rows) if passed else None,
         **_report.provenance(_command(options)),
     }
 
@@ -170,7 +170,7 @@ def table(results: dict[str, Any]) -> str:
             f"**`{name}`**: {shared['student']['parameters'] / 1e6:.1f}M of {shared['student']['of'] / 1e6:.1f}M parameters, "
             f"{first['steps'] - 1} steps, {first['tokens']:,} tokens of which {first['trained_tokens']:,} are scored, "
             f"{len(r['rows']) // len(ENGINES)} repetitions. Gate: losses within {gate['first']:.1e} at step 1 and "
-            f"{gate['worst_of_timed_runs']:.1e} over all steps of all runs; stored targets at step 1 "
+            f"{gate['largest']:.1e} over all steps and runs; stored targets at step 1 "
             f"{gate['stored_over_online']:.3f} of the online loss. Stored: {shared['captured']['bytes_per_position']:.0f} bytes a "
             f"position, {shared['captured']['seconds']:.1f} s once. Predicted by FLOPs, online over cached: "
             f"{r['predicted']['online_over_cached']:.2f}. {_report.where(r)}, {first['threads']} threads. `{r['command']}`"
@@ -191,7 +191,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=88, help="training rows")
-    parser.add_argument("--eval-rows", type=int, default=16, help="held-out rows")
+    parser.add_argument("--eval-rows", type=int, default=8, help="held-out rows")
     parser.add_argument("--steps", type=int, default=11, help="optimizer steps of 8 rows; the first warms up")
     parser.add_argument("--threads", type=int, default=1, help="of each engine")
     parser.add_argument("--out", type=Path, default=HERE / "results", help=f"folder of {RESULT}")
@@ -202,9 +202,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
     batch = _DIALOG.recipe["train"]["batch_size"]
-    needed = max(options.steps, GATE_STEPS)
-    if options.steps < 2 or options.rows < needed * batch:
-        parser.error(f"--steps must be at least 2, and --rows at least {batch} for each, {needed * batch} in all")
+    if options.steps < 2 or options.rows < options.steps * batch:
+        parser.error(
+            f"--steps must be at least 2, and --rows at least {batch} for each, {options.steps * batch} in all"
+        )
     return options
 
 

@@ -51,6 +51,7 @@ SECTIONS = [
     ],
     Section("small adapters, masks, determinism", "behaviour", "_gpu_behaviour:adapter_behaviour", 120, gate=True),
     Section("linear losses", "losses", "_gpu_models:loss_correctness", 60, gate=True),
+    Section("distillation", "kd", "_gpu_kd:distillation", 90, ("peft",)),
     Section("tiny models", "models", "_gpu_models:tiny_models", 90, ("bitsandbytes", "peft")),
     Section("tests", "tests", "_gpu_models:gpu_tests", 170, ("pytest", "bitsandbytes", "peft")),
     Section("smoke recipe", "recipe", "_gpu_models:smoke_recipe", 120, RECIPES),
@@ -60,6 +61,9 @@ SECTIONS = [
     Section("order of addition", "ops", "_gpu_speed:addition_order", 12, timing=True),
     Section("loss speed", "ops", "_gpu_loss_speed:loss_speed", 60, timing=True),
     Section("training steps", "steps", "_gpu_steps:training_steps", 140, ("bitsandbytes", "peft"), timing=True),
+    Section(
+        "distillation steps", "steps", "_gpu_kd_steps:distillation_steps", 70, ("bitsandbytes", "peft"), timing=True
+    ),
     Section("training loop", "rest", "_gpu_loss_speed:recipe_speed", 60, RECIPES, timing=True),
     Section(
         "unsloth", "unsloth", "_gpu_lora_speed:unsloth_speed", 40, ("unsloth", "bitsandbytes", "peft"), timing=True
@@ -180,7 +184,7 @@ def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser
     if not options.dry_run_cpu:
         return chosen
     # On few cores importing the libraries is most of it: two processes for correctness, then one.
-    models = ("models", "tests", "recipe")
+    models = ("models", "tests", "recipe", "kd")
     return [replace(s, group="timing" if s.timing else "models" if s.group in models else "kernels") for s in chosen]
 
 

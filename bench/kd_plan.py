@@ -52,7 +52,7 @@ def shape_of(model: Any) -> Shape:
 
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     layers = model.get_decoder().layers
-    linears = tuple(tuple(m.weight.shape) for m in layers[0].modules() if isinstance(m, nn.Linear))
+    linears = tuple((m.out_features, m.in_features) for m in layers[0].modules() if isinstance(m, nn.Linear))
     inside = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(

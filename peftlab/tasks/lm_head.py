@@ -12,11 +12,14 @@ from torch.nn import functional as F
 from peftlab.errors import RecipeError
 from peftlab.tasks.base import OutputHead
 
+# Their logits exist whole, twice and in float32: those of 4,096 tokens over 128,256 classes would be 8 GB for a moment.
+_VERIFIED_TOKENS = 32
+
 
 class LMHead:
     """Runs decoder and head of a transformers causal LM apart, so that logits exist for chosen positions only.
 
-    The first call compares one row with the model's own forward; an architecture whose logits are not
+    The first call compares the beginning of a row with the model's own forward; an architecture whose logits are not
     ``cap(scale * head(hidden))`` is an error rather than a silently different loss.
 
     Args:
@@ -53,7 +56,7 @@ class LMHead:
 
     @torch.no_grad()
     def _verify(self, model: nn.Module, base: Any, inputs: dict[str, Tensor]) -> None:
-        row = {name: value[:1] for name, value in inputs.items()}
+        row = {name: value[:1, :_VERIFIED_TOKENS] for name, value in inputs.items()}
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
