@@ -35,13 +35,13 @@ def tiny_tokenizer() -> Any:
 
 def tiny_config(name: str, **kwargs: Any) -> Any:
     """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64) or ``tiny:vit``
-    (2 layers, hidden 64, images of 8 x 8 pixels and one channel in 16 patches)."""
+    (2 layers, hidden 64, images of 8 x 8 pixels and one channel in 4 patches)."""
     from transformers import BertConfig, LlamaConfig, ViTConfig
 
     if name == "tiny:vit":
         return ViTConfig(
             image_size=8,
-            patch_size=2,
+            patch_size=4,  # of 2 it learns digits three times slower, to 93 % where this gets 97 %
             num_channels=1,
             hidden_size=64,
             intermediate_size=128,
