@@ -1,4 +1,4 @@
-"""peftlab adapts transformer models on one GPU or CPU: one recipe, one verb, a verified result."""
+"""peftlab adapts and distills transformer models on one GPU or CPU: one recipe, one verb, a verified result."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _EXPORTS = {
     "check": "peftlab.api.check",
     "PeftlabError": "peftlab.errors",
     "Run": "peftlab.api.run",
+    "distill": "peftlab.api.distilling",
     "doctor": "peftlab.api.doctor",
     "evaluate": "peftlab.api.inference",
     "load_recipe": "peftlab.recipe",
@@ -20,12 +21,14 @@ _EXPORTS = {
     "open_run": "peftlab.api.run",
     "predict": "peftlab.api.inference",
     "recipe_names": "peftlab.recipe",
+    "teach": "peftlab.api.teaching",
     "train": "peftlab.api.training",
 }
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from peftlab.api.check import check as check
+    from peftlab.api.distilling import distill as distill
     from peftlab.api.doctor import doctor as doctor
     from peftlab.api.inference import Chat as Chat
     from peftlab.api.inference import evaluate as evaluate
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from peftlab.api.merging import merge as merge
     from peftlab.api.run import Run as Run
     from peftlab.api.run import open_run as open_run
+    from peftlab.api.teaching import teach as teach
     from peftlab.api.training import train as train
     from peftlab.errors import PeftlabError as PeftlabError
     from peftlab.recipe import load_recipe as load_recipe
