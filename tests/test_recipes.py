@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import peftlab
+from peftlab.api.distilling import distill
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 
@@ -67,7 +68,7 @@ def test_recipe_distills_on_tiny_models(name: str, tmp_path: Path, monkeypatch: 
     changes += [f"distill.transfer={transfer.partition('#')[0]}#60"] if transfer else []
     if recipe.distill.student_init is not None and recipe.distill.student_init.weights == "copied":
         changes += ["distill.student_init={layers: [0]}"]
-    run = peftlab.distill(name, [*small(name), *changes], progress=SilentProgress())
+    run = distill(name, [*small(name), *changes], progress=SilentProgress())
     assert run.summary["status"] == "finished"
     assert run.summary["card"]["verdict"]["text"]
     assert (run.folder / "student" / "model.safetensors").is_file()
