@@ -86,9 +86,11 @@ def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
 def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
     """What ``train`` says about a data set before it begins, with ``counts`` also per role and special token."""
     rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
-    if report["labels"] is not None and report["trained"] is None:
-        labels = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in report["labels"])
-        lines = [f"{name}: {rows}, {report['tokens']:,} tokens; labels: {labels}"]
+    if report["trained"] is None:
+        labels = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in report["labels"] or [])
+        lines = [
+            f"{name}: {rows}, {report['tokens']:,} tokens; " + (f"labels: {labels}" if labels else "without labels")
+        ]
     else:
         trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"
         lines = [f"{name}: {rows}, {report['tokens']:,} tokens, {trained}"]

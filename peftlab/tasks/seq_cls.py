@@ -105,9 +105,9 @@ class SequenceClassification:
                 )
         return np.array([index[label] for label in labels], dtype=np.int64)
 
-    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+    def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
         rendered = self._texts([rows.row(index)], [rows.where(index)])
-        (label,) = self._read_labels(rows.select([index]), all_names_used=False)
+        label = self._read_labels(rows.select([index]), all_names_used=False)[0] if labelled else None
         return preview(
             rows.where(index),
             self._tokenize(rendered),
