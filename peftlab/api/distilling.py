@@ -107,7 +107,7 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
         recipe = _starting_from(recipe, folder / "init")
     if recipe.distill.cache is not None and not is_stored(recipe):
         progress.note(
-            f"{recipe.distill.cache} holds no teacher targets yet: they are made first, as by `peftlab teach`"
+            f"{recipe.distill.cache} does not hold all teacher targets yet: they are made first, as by `peftlab teach`"
         )
         summary["teach"] = capture_all(read_lesson(recipe, progress), progress)
     teachers = Teachers(recipe, progress)

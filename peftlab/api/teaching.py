@@ -26,6 +26,7 @@ from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teac
 from peftlab.api.teachers import check_ids
 from peftlab.data import eval_batches
 from peftlab.distill.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, example_key, open_cache
+from peftlab.distill.cache.manifest import CAPTURE, MANIFEST, OWN
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
 from peftlab.recipe import Recipe, load_recipe
@@ -146,6 +147,7 @@ def _capture(
             "teacher first, or store classes (fill: topk)",
             key="distill.targets.fill",
         )
+    _check_own(folder)
     _check_room(folder, _stored_bytes(fill, _num_positions(examples)))
     with _storing(folder), CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
         split = writer.split("train", len(examples))
@@ -288,6 +290,17 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
         "seconds": seconds,
         "free_bytes": shutil.disk_usage(_existing(cache_folder(recipe, index))).free,
     }
+
+
+def _check_own(folder: Path) -> None:
+    """Raises RecipeError for a folder of something else, such as a model or a run."""
+    if folder.is_dir() and not any((folder / name).is_file() for name in (MANIFEST, CAPTURE)):
+        others = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name) and not p.name.startswith("."))
+        if others:
+            shown = ", ".join(others[:3])
+            raise RecipeError(
+                f"{folder} holds other files ({shown}) and no teacher cache; choose another folder", key="distill.cache"
+            )
 
 
 def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:

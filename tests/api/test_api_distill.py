@@ -202,7 +202,7 @@ def test_plain_transformers_loads_the_student(done: Done) -> None:
 
 
 def test_the_cache_was_made_first_and_the_rows_needed_no_labels(texts: Done, classes: Done) -> None:
-    assert any("holds no teacher targets yet" in note for note in texts.notes)
+    assert any("does not hold all teacher targets yet" in note for note in texts.notes)
     assert texts.run.summary["teach"][0]["examples"] == 36
     assert (texts.folder / "cache/manifest.json").is_file()
     assert "label" not in (classes.folder / "transfer.csv").read_text()
