@@ -12,6 +12,7 @@ import numpy as np
 
 from peftlab.adapters import check_targets
 from peftlab.api import build
+from peftlab.api.check_distill import check_distillation
 from peftlab.api.estimate import estimate_seconds
 from peftlab.api.findings import findings, previews, shared_rows
 from peftlab.api.parts import check_settings, make_plan, metrics_of
@@ -39,7 +40,8 @@ def check(
 
     Returns: plain values. ``ok``: no error that ``data.allow`` does not name. ``train``, ``held_out``: rows, tokens,
         roles, special tokens, answers, lengths, labels, and the rows left out with reason and place. ``shared``: rows
-        in both. ``findings``: errors and notes with the rows concerned. ``estimate``: steps, tokens and seconds.
+        in both. ``distill``: teachers, their caches and the student, where the recipe has them; else None.
+        ``findings``: errors and notes with the rows concerned. ``estimate``: steps, tokens and seconds.
         ``preview``: segments of text with role and whether they are trained.
     Raises: RecipeError, DataError where the data cannot be read or turned into text at all.
     """
@@ -52,7 +54,7 @@ def check(
         settings = loaded.recipe
         check_settings(settings)
         progress.stage("reading data")
-        data = build.load_data(settings)
+        data = build.load_data(settings, transfer=True)
         progress.stage(f"loading tokenizer of {settings.model.name}")
         pretrained = build.pretrained_of(settings)
         tokenizer = build.tokenizer_of(settings, pretrained)
@@ -62,9 +64,11 @@ def check(
         if settings.adapter.method != "none":
             check_targets(skeleton, settings.adapter.targets)
         limit = build.limit_of(settings, pretrained, tokenizer)
+        distillation = check_distillation(settings, task, skeleton, data, limit)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
         options = {"max_length": limit, "too_long": settings.data.too_long, "keep": False}
-        train = task.encode(data.train, training=True, **options).ledger
+        labelled = data.train is data.labelled
+        train = task.encode(data.train, training=True, labelled=labelled, **options).ledger
         held_out = task.encode(data.eval, training=False, **options).ledger
         progress.stage("estimating steps and time")
         found = findings(train, held_out, allow=settings.data.allow)
@@ -79,6 +83,7 @@ def check(
             "train": train.report(),
             "held_out": held_out.report(),
             "shared": shared_rows(train, held_out),
+            "distill": distillation,
             "estimate": _estimate(settings, skeleton, train, limit),
             "preview": [asdict(p) for p in previews(task, train, show)],
         }

@@ -89,7 +89,9 @@ def distill(
             check_same_settings(loaded, open_run(folder).recipe())
         check_settings(loaded.recipe)
         fingerprints, environment = _check(loaded, open_run(folder).recipe() if resume else loaded, progress)
-        if not resume:
+        if resume:
+            _clear_partial(folder)
+        else:
             _begin(loaded, folder, fingerprints, environment, replace=replace)
         with _status(loaded, folder, resumed=resume):
             summary = _run(loaded, folder, progress)
@@ -110,7 +112,7 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
     recipe = beginnings[arms[0].seed]
     if recipe.distill.cache is not None and recipe.distill.on_policy is None and not is_stored(recipe):
         progress.note(
-            f"{recipe.distill.cache} holds no teacher targets yet: they are made first, as by `peftlab teach`"
+            f"{recipe.distill.cache} does not hold all teacher targets yet: they are made first, as by `peftlab teach`"
         )
         summary["teach"] = capture_all(read_lesson(recipe, progress), progress)
     teachers = Teachers(recipe, progress)
@@ -209,20 +211,21 @@ def _publish_student(arm: Arm, folder: Path) -> None:
     """The first seed's student as ``student/``, with the lock of the whole run beside it; a rename publishes it."""
     partial = folder / ".student.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(arm.model, partial, copy_function=_link)
-    (partial / LOCK_NAME).unlink(missing_ok=True)
+    partial.mkdir()
+    for file in arm.model.iterdir():  # not copytree, whose error does not say that the disk is full
+        if file.name != LOCK_NAME:
+            _link(file, partial / file.name)
     shutil.copy(folder / LOCK_NAME, partial / LOCK_NAME)
     shutil.rmtree(folder / "student", ignore_errors=True)
     os.replace(partial, folder / "student")
 
 
-def _link(source: str, target: str) -> str:
+def _link(source: Path, target: Path) -> None:
     """A second name for the same bytes where the disk allows it: a student may have gigabytes."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-    return target
 
 
 def _check(loaded: LoadedRecipe, locked: LoadedRecipe, progress: Progress) -> tuple[dict[str, str], dict[str, Any]]:
@@ -258,6 +261,12 @@ def _begin(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _clear_partial(folder: Path) -> None:
+    """Removes what a killed process was writing: it may be a whole model, and its name has that process's number."""
+    for path in folder.glob("**/.*.partial*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

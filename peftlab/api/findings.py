@@ -42,5 +42,9 @@ def shared_rows(train: Ledger, held_out: Ledger) -> list[dict[str, str]]:
 
 
 def previews(task: Task, ledger: Ledger, count: int) -> list[Preview]:
-    """The first ``count`` training rows that are kept."""
-    return [task.preview(ledger.rows, int(i), max_length=ledger.max_length) for i in ledger.kept_rows[:count]]
+    """The first ``count`` training rows that are kept; without labels where the ledger has none."""
+    labelled = ledger.style != "labels" or ledger.has_labels
+    return [
+        task.preview(ledger.rows, int(i), max_length=ledger.max_length, labelled=labelled)
+        for i in ledger.kept_rows[:count]
+    ]

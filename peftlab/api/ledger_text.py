@@ -89,7 +89,7 @@ def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
         labels = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in report["labels"] or [])
-        lines = [f"{name}: {rows}{tokens}; " + (f"labels: {labels}" if labels else "no labels")]
+        lines = [f"{name}: {rows}{tokens}; " + (f"labels: {labels}" if labels else "without labels")]
     else:
         trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"
         lines = [f"{name}: {rows}, {report['tokens']:,} tokens, {trained}"]

@@ -14,6 +14,7 @@ from peftlab.api import build
 from peftlab.api.teacher_models import teacher_identity
 from peftlab.distill import fingerprint
 from peftlab.distill.cache import Fill, TeacherCache, example_key, open_cache
+from peftlab.errors import ArtifactError
 from peftlab.recipe import Recipe
 from peftlab.tasks import Example, Task
 
@@ -72,10 +73,13 @@ def open_stored(lesson_identity: Mapping[str, Any], recipe: Recipe, index: int) 
     Raises: ArtifactError when there is none, or it is not complete, damaged, or made for something else.
     """
     folder = cache_folder(recipe, index)
-    cache = open_cache(folder)
     identity = dict(lesson_identity) | teacher_identity(recipe, index)
-    fill = fill_of(recipe, num_classes=cache.fill.num_classes, hidden_size=cache.fill.hidden_size)
-    return open_cache(folder, identity=identity, fill=fill, reasons=REASONS)
+    try:
+        cache = open_cache(folder)
+        fill = fill_of(recipe, num_classes=cache.fill.num_classes, hidden_size=cache.fill.hidden_size)
+        return open_cache(folder, identity=identity, fill=fill, reasons=REASONS)
+    except ArtifactError as error:
+        raise ArtifactError(str(error), key="distill.cache") from error
 
 
 def is_stored(recipe: Recipe) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftlab.api import build
 from peftlab.models.student import StudentCut, cosine_distance, kl_divergence, make_student
 from peftlab.recipe import Recipe
+from peftlab.recipe.distillation import StudentInitSection
 from peftlab.training.progress import Progress
 
 # Positions whose logits exist at a time: 256 x 49,152 float32 values are 48 MiB.
@@ -28,16 +29,7 @@ def cut_student(recipe: Recipe, folder: Path, progress: Progress, *, seed: int) 
     """
     assert recipe.distill is not None and recipe.distill.student_init is not None
     init = recipe.distill.student_init
-    cut = StudentCut(
-        layers=None if init.layers is None else tuple(init.layers),
-        num_layers=init.num_layers,
-        by=init.choose,
-        search=init.search,
-        hidden_size=init.hidden_size,
-        num_heads=init.num_heads,
-        num_key_value_heads=init.num_key_value_heads,
-        intermediate_size=init.intermediate_size,
-    )
+    cut = student_cut(init)
     pretrained = build.pretrained_of(recipe)
     tokenizer = build.tokenizer_of(recipe, pretrained)
     data = build.load_data(recipe, transfer=True)
@@ -74,6 +66,20 @@ def cut_student(recipe: Recipe, folder: Path, progress: Progress, *, seed: int) 
     fresh = ", random weights" if is_random else ""
     progress.note(f"student: {notes['parameters']:,} of {notes['parameters_before']:,} parameters{layers}{fresh}")
     return notes
+
+
+def student_cut(init: StudentInitSection) -> StudentCut:
+    """The section as a cut."""
+    return StudentCut(
+        layers=None if init.layers is None else tuple(init.layers),
+        num_layers=init.num_layers,
+        by=init.choose,
+        search=init.search,
+        hidden_size=init.hidden_size,
+        num_heads=init.num_heads,
+        num_key_value_heads=init.num_key_value_heads,
+        intermediate_size=init.intermediate_size,
+    )
 
 
 class _Outputs:

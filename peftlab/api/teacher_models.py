@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,8 +86,9 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
 def check_teacher(recipe: Recipe, index: int, student: Task) -> None:
     """Raises what ``open_teacher`` does for another task, other labels or another tokenizer; loads no weights."""
     assert recipe.distill is not None
-    if recipe.distill.all_teachers[index].name == SELF:
-        return
+    section = recipe.distill.all_teachers[index]
+    if section.name == SELF and section.adapter is not None:
+        return  # its labels are those of the adapter's head, which only the weights tell
     with _about(recipe, index):
         target = teacher_target(recipe, index)
         theirs = target.loaded.recipe
@@ -99,12 +101,15 @@ def teacher_identity(recipe: Recipe, index: int) -> dict[str, str]:
     """What the answers of a teacher depend on, from its files alone. Raises: RecipeError when they are not there."""
     assert recipe.distill is not None
     section = recipe.distill.all_teachers[index]
+    with _about(recipe, index, part="adapter"):
+        if section.adapter is not None:
+            check_adapter_files(Path(section.adapter))
     with _about(recipe, index):
         target = teacher_target(recipe, index)
+        if target.adapter is not None:
+            check_adapter_files(target.adapter)
         model = target.loaded.recipe.model
         adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
-        for folder in adapters:
-            check_adapter_files(folder)
         device = build.pick_device(target.loaded.recipe.run.device)
         dtype = resolve_dtype(model.dtype if section.dtype == "auto" else section.dtype, device)
         return {
@@ -123,15 +128,24 @@ def teacher_fingerprint(recipe: Recipe, index: int) -> str:
 
 
 @contextlib.contextmanager
-def _about(recipe: Recipe, index: int) -> Iterator[None]:
+def _about(recipe: Recipe, index: int, *, part: str = "name") -> Iterator[None]:
     """Puts the teacher's name in front of errors, and its key in place of the one they have within its own recipe."""
     assert recipe.distill is not None
     name, key = recipe.distill.all_teachers[index].name, teacher_keys(recipe)[index]
     try:
         yield
     except (RecipeError, ArtifactError) as error:
-        at = f"{key}.{_KEYS.get(error.key or '', 'name')}"
-        raise type(error)(f"the teacher {name!r}: {error}", key=at) from error
+        at = f"{key}.{_KEYS.get(error.key or '', part)}"
+        raise type(error)(f"the teacher {name!r}: {error}{_nearest_folder(name)}", key=at) from error
+
+
+def _nearest_folder(name: str) -> str:
+    """A folder that may have been meant by a name that is none; empty where there is no such."""
+    path = Path(name)
+    if name == SELF or path.exists() or not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
 
 
 def teacher_target(recipe: Recipe, index: int) -> Target:
@@ -139,13 +153,16 @@ def teacher_target(recipe: Recipe, index: int) -> Target:
     assert recipe.distill is not None
     section = recipe.distill.all_teachers[index]
     if section.name == SELF:
-        return Target("base", LoadedRecipe(recipe.model_copy(update={"distill": None, "lock": None}), SELF), None)
+        loaded = LoadedRecipe(recipe.model_copy(update={"distill": None, "lock": None}), SELF)
+        return Target("base", loaded, None, _labels(loaded.recipe))
     device = {} if section.device == "auto" else {"device": section.device}
     if (Path(section.name) / LOCK_NAME).is_file():
         found = find_target(section.name)
         theirs = found.loaded.recipe
         if theirs.task != recipe.task:
-            raise RecipeError(f"it was trained for task: {theirs.task}, and the student is for task: {recipe.task}")
+            raise RecipeError(
+                f"it was trained for task: {theirs.task}, and the student is for task: {recipe.task}; take a teacher of this task"
+            )
         run = theirs.run.model_copy(update={"device": recipe.run.device, "kernels": recipe.run.kernels} | device)
         loaded = dataclasses.replace(found.loaded, recipe=theirs.model_copy(update={"run": run}))
         return dataclasses.replace(found, loaded=loaded)
@@ -167,10 +184,21 @@ def teacher_target(recipe: Recipe, index: int) -> Target:
         "lock": None,
     }
     loaded = LoadedRecipe(recipe.model_copy(update=update), section.name)
-    labels = None
-    if recipe.classifies:
-        labels = label_names(build.pretrained_of(loaded.recipe))
-    return Target("base", loaded, None, labels)
+    return Target("base", loaded, None, _labels(loaded.recipe))
+
+
+def _labels(recipe: Recipe) -> list[str] | None:
+    """What the columns of a model's own head mean."""
+    return label_names(build.pretrained_of(recipe)) if recipe.classifies else None
+
+
+def backbone_columns(recipe: Recipe, index: int, student: Task, columns: Columns) -> Columns:
+    """Of the backbone as a teacher: its own head may have the student's classes in another order."""
+    assert recipe.distill is not None
+    labels = teacher_target(recipe, index).labels
+    if labels is None or student.class_names is None or recipe.distill.all_teachers[index].adapter is not None:
+        return columns
+    return Columns(columns.count, _same_classes(student.class_names, labels, teacher_keys(recipe)[index]))
 
 
 def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Columns, bool, list[str]]:

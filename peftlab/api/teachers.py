@@ -14,7 +14,7 @@ from peftlab import ops
 from peftlab.adapters import add_adapter
 from peftlab.api import build
 from peftlab.api.stored import key_of, lesson_identity, open_stored
-from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_keys
+from peftlab.api.teacher_models import TeacherModel, backbone_columns, open_teacher, read_by, teacher_keys
 from peftlab.data import Rows
 from peftlab.distill import VECTOR_LOSSES, Objective, UldObjective, VectorObjective, aligned_answers
 from peftlab.distill.cache import TeacherCache
@@ -189,6 +189,7 @@ class Teachers:
         if section.name == SELF and model is not None:
             if section.adapter is not None and _SECOND not in model.peft_config:
                 add_adapter(model, Path(section.adapter), name=_SECOND)
+            columns = backbone_columns(self._recipe, index, task, columns)
             return BackboneTeacher(task, adapter=section.adapter and _SECOND, columns=columns, kernels=kernels)
         theirs = self.model(index, task)
         if self.translated(task):
@@ -278,7 +279,8 @@ def check_ids(tokenizer: Any, rows: Rows, encoded: Encoded, num_shared: int) -> 
         if len(example.ids) and (last := int(example.ids.max())) >= num_shared:
             raise DataError(
                 f"{rows.where(example.row)}: the teacher's tokenizer has no {tokenizer.convert_ids_to_tokens(last)!r} (id "
-                f"{last:,}), which the student's puts into this row; take a chat template or a teacher without this difference"
+                f"{last:,}), which the student's puts into this row; take a chat template or a teacher without this difference",
+                key="distill",
             )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peftlab.api import build
@@ -24,7 +25,8 @@ from peftlab.api.stored import REASONS, cache_folder, fill_of, key_of, lesson_id
 from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_identity, teacher_target
 from peftlab.api.teachers import check_ids
 from peftlab.data import eval_batches
-from peftlab.distill.cache import CacheWriter, Fill, TeacherCache, open_cache
+from peftlab.distill.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, open_cache
+from peftlab.distill.cache.manifest import CAPTURE, MANIFEST, OWN
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
 from peftlab.recipe import Recipe, load_recipe
@@ -37,6 +39,7 @@ _WINDOW = 512
 # Positions whose logits exist at a time: 256 x 128,256 float32 values are 131 MB.
 _CHUNK = 256
 _INDEX_BYTES = 20  # of each example, beside its record
+_INDEX_HEADER_BYTES = 384
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def _capture(
             "teacher first, or store classes (fill: topk)",
             key="distill.targets.fill",
         )
-    _check_room(folder, fill.bytes_per_position() * float(sum(e.weight for e in examples)))
+    _check_own(folder)
+    _check_room(folder, _stored_bytes(fill, _num_positions(examples)))
     with _storing(folder), CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
         split = writer.split("train", len(examples))
         if split.done:
@@ -259,18 +263,15 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
     pretrained = build.pretrained_of(theirs)
     skeleton = load_skeleton(pretrained, auto_class=lesson.task.auto_class, **lesson.task.model_kwargs())
     head = skeleton.get_output_embeddings() if recipe.task == "causal_lm" else None
-    width = skeleton.config.get_text_config().hidden_size
-    num_classes = (
-        len(lesson.task.tokenizer)
-        if head is not None
-        else len(lesson.task.class_names)
-        if lesson.task.class_names
-        else None
-    )
+    num_classes, width = None, skeleton.config.get_text_config().hidden_size
+    if head is not None:
+        num_classes = len(lesson.task.tokenizer)
+    elif lesson.task.class_names:  # few classes: their logits themselves are what `hidden` stores
+        num_classes = width = len(lesson.task.class_names)
     fill = fill_of(recipe, num_classes=num_classes, hidden_size=width)
     lengths = lesson.train.lengths
-    positions = int(sum(e.weight if e.trained is not None else 1 for e in lesson.train.examples))
-    size = fill.bytes_per_position() * positions + _INDEX_BYTES * len(lengths)
+    counts = _num_positions(lesson.train.examples)
+    positions, size = int(counts.sum()), _stored_bytes(fill, counts)
     if fill.kind == "hidden" and head is not None:
         size += head.weight.numel() * resolve_dtype(theirs.model.dtype, "cpu").itemsize
     seconds = forward_seconds(
@@ -294,6 +295,29 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
         "seconds": seconds,
         "free_bytes": shutil.disk_usage(_existing(cache_folder(recipe, index))).free,
     }
+
+
+def _check_own(folder: Path) -> None:
+    """Raises RecipeError for a folder of something else, such as a model or a run."""
+    if folder.is_dir() and not any((folder / name).is_file() for name in (MANIFEST, CAPTURE)):
+        others = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name) and not p.name.startswith("."))
+        if others:
+            shown = ", ".join(others[:3])
+            raise RecipeError(
+                f"{folder} holds other files ({shown}) and no teacher cache; choose another folder", key="distill.cache"
+            )
+
+
+def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:
+    """[N] scored positions of each example."""
+    return np.array([1.0 if e.trained is None else e.weight for e in examples])
+
+
+def _stored_bytes(fill: Fill, counts: NDArray[np.float64]) -> int:
+    """Of examples with so many positions each; where classes are drawn, the most that it can be."""
+    records = np.ceil(fill.bytes_per_position() * counts) + (2 if fill.draws else 0)  # parts begin at a whole byte
+    num_shards = max(1, round(records.sum() / SHARD_BYTES))
+    return int(records.sum()) + _INDEX_BYTES * len(counts) + _INDEX_HEADER_BYTES * num_shards
 
 
 def _check_room(folder: Path, needed: float) -> None:

@@ -28,7 +28,11 @@ def show_check(out: Output, report: Report) -> None:
     """Prints the report of ``peftlab.api.check``."""
     train, held_out = report["train"], report["held_out"]
     out.line(f"{report['recipe']}: {report['task']} on {report['model']}", style="bold")
-    out.line(f"data: {train['name']}, {'a part of it' if report['split'] else held_out['name']} held out")
+    distill = report["distill"]
+    part = "rows of data.train" if distill and distill["transfer"] else "a part of it"
+    out.line(f"data: {train['name']}, {part if report['split'] else held_out['name']} held out")
+    for line in [] if distill is None else _distill_lines(distill, report["model"]):
+        out.line(line)
     _show_findings(out, [f for f in report["findings"] if f["level"] == "error"])
     out.line()
     out.show(_data_table(report))
@@ -66,6 +70,30 @@ def show_check(out: Output, report: Report) -> None:
         out.line(verdict, style="bold red")
     else:
         out.line("ready to train", style="bold green")
+
+
+def _distill_lines(found: Report, model: str) -> list[str]:
+    """Who teaches whom, and what is stored of it."""
+    lines = []
+    for teacher in found["teachers"]:
+        lines.append(f"teacher: {_sized(teacher['name'], teacher['num_parameters'])}")
+        if (cache := teacher["cache"]) is None:
+            continue
+        if cache["examples"] is not None:
+            said = f"{cache['examples']:,} examples, {numbers.size(cache['bytes'])}"
+        else:
+            said = f"{'not complete' if cache['begun'] else 'nothing yet'}; `peftlab teach` or distill makes it"
+        lines.append(f"cache: {cache['folder']}, {said}")
+    student, name = found["student"], model
+    if student["cut_from"]:
+        name = f"{student['layers']} of {student['layers_before']} layers of {model}"
+    both = ", and the same on the labels alone" if found["baseline"] else ""
+    seeds = f", with {found['seeds']} seeds" if found["seeds"] > 1 else ""
+    return [*lines, f"student: {_sized(name, student['num_parameters'])}{both}{seeds}"]
+
+
+def _sized(name: str, num_parameters: int | None) -> str:
+    return name if num_parameters is None else f"{name} ({num_parameters:,} parameters)"
 
 
 def _data_table(report: Report) -> Table:

@@ -329,9 +329,13 @@ class Ledger:
             for i in used
         ]
 
+    @property
+    def has_labels(self) -> bool:
+        return bool(self._labels)
+
     def label_counts(self) -> list[dict[str, Any]] | None:
         """Kept rows of each class; None without classes."""
-        if not self._labels or self.class_names is None:
+        if not self.has_labels or self.class_names is None:
             return None
         counts = np.bincount(_joined(self._labels)[_joined(self._kept) > 0], minlength=len(self.class_names)).tolist()
         return [{"label": name, "rows": count} for name, count in zip(self.class_names, counts, strict=True)]

@@ -20,6 +20,7 @@ LossName = Literal[
     "similarity_mse",
     "similarity_kl",
 ]
+_OF_VECTORS = ("hidden_cosine", "hidden_mse", "similarity_mse", "similarity_kl")
 SELF = "self"
 
 
@@ -180,8 +181,13 @@ class DistillSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.teacher is None) == (not self.teachers):
-            raise ValueError("give teacher, or teachers for several of them")
+        if self.teacher is None and not self.teachers:
+            raise ValueError("names no teacher: give teacher, or teachers for several of them")
+        if self.teacher is not None and self.teachers:
+            raise ValueError(
+                "teacher: there are teachers as well; keep one of the two keys (on the command line `distill.teachers=[]` "
+                "leaves out the list)"
+            )
         if self.cache is None:
             self._reject_unless_default(["targets"], "without distill.cache")
         if self.cross_tokenizer is not None:
@@ -193,10 +199,18 @@ class DistillSection(Section):
         if self.on_policy is not None:
             self._check_on_policy()
         if self.transfer is not None and self.hard_weight:
-            raise ValueError("transfer rows have no labels; remove hard_weight or transfer")
+            raise ValueError(
+                "hard_weight: the rows of transfer have no labels to weigh; remove hard_weight or transfer"
+            )
         names = [loss.kind for loss in self.losses]
         if len(set(names)) < len(names):
             raise ValueError("losses: the same kind stands there twice")
+        needs_all = [name for name in names if name not in ("forward_kl", *_OF_VECTORS)]
+        if self.cache is not None and self.targets.fill != "hidden" and needs_all:
+            raise ValueError(
+                f"losses: {needs_all[0]} needs the teacher's probability of every class, and the cache stores some; write "
+                "targets: {fill: hidden}, or leave out cache"
+            )
         if not {"jsd", "skew_forward_kl", "skew_reverse_kl"} & set(names):
             self._reject_unless_default(["share"], "without jsd or a skewed divergence among the losses")
         return self

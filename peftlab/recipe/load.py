@@ -79,7 +79,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     problems = list(origin.parsed.problems)
     for override in overrides:
         problems += _override(data, lines, override)
-    expand_names(data, lines)  # an override may have put a name there again
+        expand_names(data, lines)  # it may have put a name there again, and the next one a key beside it
     problems += misread_numbers(data)
     recipe = None
     try:

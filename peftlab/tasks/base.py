@@ -269,8 +269,8 @@ class Task(Protocol):
         Args: labelled: False for rows whose labels, if there are any, are not to be read.
         """
 
-    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
-        """One row as it is trained, without what ``max_length`` cuts off."""
+    def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
+        """One row as it is trained, without what ``max_length`` cuts off. Args: labelled: as for ``encode``."""
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         """Padded tensors of ``examples`` on ``device``."""

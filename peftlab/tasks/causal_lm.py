@@ -102,7 +102,7 @@ class CausalLM:
             stop_ids=self._stop_ids,
         )
 
-    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+    def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
         rendered = self.formatter.render(rows.row(index), rows.where(index))
         return preview(rows.where(index), self._tokenize([rendered]), self.tokenizer, max_length=max_length)
 

@@ -65,7 +65,7 @@ class Embedding:
                 examples += [Example(ids, first + i, 1.0) for i, ids in fitted(tokens, kept)]
         return Encoded(examples, ledger)
 
-    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+    def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
         tokens = self._texts.row(rows, index)
         return preview(rows.where(index), tokens, self.tokenizer, max_length=max_length, keep_last=True)
 

@@ -53,10 +53,10 @@ class ImageClassification:
         ledger.add_whole(hashes, np.full(len(rows), self.tokenizer.length), labels)
         return Encoded(examples, ledger)
 
-    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
+    def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
         row = rows.select([index])
         ((image, _),) = read_images(row, self._image_column, length=self.tokenizer.length)
-        (label,) = self._labels.read(row)
+        label = self._labels.read(row)[0] if labelled else None
         return Preview(rows.where(index), [(size_text(image), "image", False)], label)
 
     def collate(self, examples: list[Example], device: Any) -> Batch:

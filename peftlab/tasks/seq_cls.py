@@ -64,8 +64,8 @@ class SequenceClassification:
                     examples.append(Example(ids, first + i, 1.0 if label is None else weights[label], label=label))
         return Encoded(examples, ledger)
 
-    def preview(self, rows: Rows, index: int, *, max_length: int) -> Preview:
-        (label,) = self._labels.read(rows.select([index]))
+    def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
+        label = self._labels.read(rows.select([index]))[0] if labelled else None
         return preview(
             rows.where(index),
             self._texts.row(rows, index),

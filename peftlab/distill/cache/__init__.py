@@ -6,6 +6,15 @@ The caller runs the teacher: ``Fill.target`` makes the target of an example, ``C
 from peftlab.distill.cache.fill import Fill
 from peftlab.distill.cache.identity import example_key
 from peftlab.distill.cache.reader import CachedSplit, TeacherCache, open_cache
-from peftlab.distill.cache.writer import CacheWriter, SplitWriter
+from peftlab.distill.cache.writer import SHARD_BYTES, CacheWriter, SplitWriter
 
-__all__ = ["CacheWriter", "CachedSplit", "Fill", "SplitWriter", "TeacherCache", "example_key", "open_cache"]
+__all__ = [
+    "SHARD_BYTES",
+    "CacheWriter",
+    "CachedSplit",
+    "Fill",
+    "SplitWriter",
+    "TeacherCache",
+    "example_key",
+    "open_cache",
+]

@@ -12,7 +12,7 @@ from pathlib import Path
 from peftlab.errors import ArtifactError, RecipeError
 
 LOCK = ".lock"
-REMEDY = "restore the file, or run `peftlab teach` again to write the cache anew"
+REMEDY = "restore the file, or run `peftlab teach --replace` to write the cache anew"
 
 
 def publish(path: Path, data: bytes) -> None:

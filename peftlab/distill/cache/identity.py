@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,13 @@ def differences(
         if key in found and key in expected and found[key] == expected[key]:
             continue
         reason = (reasons or {}).get(key, f"made with another {key.replace('_', ' ')}")
-        there, here = (repr(side[key]) if key in side else "nothing" for side in (found, expected))
+        there, here = (_shown(side[key]) if key in side else "nothing" for side in (found, expected))
         told.append(f"{reason}: {key} is {there} in the cache, {here} here")
     return told
+
+
+def _shown(value: object) -> str:
+    """The value; of a hash its beginning."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value):
+        return f"{value[:8]}..."
+    return repr(value)

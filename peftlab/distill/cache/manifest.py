@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any] | None:
     if document.get("version") != VERSION:
         raise ArtifactError(
             f"expected version {VERSION} of the teacher cache's format in {path}, found {document.get('version')}: use the "
-            "peftlab that wrote it, or run `peftlab teach` again"
+            "peftlab that wrote it, or run `peftlab teach --replace`"
         )
     return document
 

@@ -68,7 +68,7 @@ class CachedSplit:
         if len(keys) != len(own):
             raise ArtifactError(
                 f"the teacher cache holds {len(own):,} examples of {self.name}, the data has {len(keys):,}: it was made for "
-                "other data; run `peftlab teach` again"
+                "other data; run `peftlab teach --replace`"
             )
         differ = np.flatnonzero(own != keys)
         if not len(differ):
@@ -80,7 +80,7 @@ class CachedSplit:
         )
         raise ArtifactError(
             f"the teacher cache was made for other examples: {len(differ):,} of {len(own):,} of {self.name} differ, the first "
-            f"is example {differ[0]}; {reason}. Run `peftlab teach` again, or use the data as it was"
+            f"is example {differ[0]}; {reason}. Run `peftlab teach --replace`, or use the data as it was"
         )
 
     def _decoded(self, example: int) -> Classes | Tensor:
@@ -135,7 +135,7 @@ class TeacherCache:
         """What ``CacheWriter.save_tensors`` was given. Raises: ArtifactError when nothing was, or the file is damaged."""
         if self.manifest["tensors"] is None:
             raise ArtifactError(
-                f"expected the teacher's head in the cache {self.folder}, found none; run `peftlab teach` again"
+                f"expected the teacher's head in the cache {self.folder}, found none; run `peftlab teach --replace`"
             )
         self._check_tensors()
         return load_file(self.folder / manifest.TENSORS)
@@ -173,8 +173,8 @@ def open_cache(
         told += differences(document["identity"], identity, reasons) if identity is not None else []
         if told:
             raise ArtifactError(
-                f"the teacher cache {folder} is not for this: {'; '.join(told)}. Run `peftlab teach` for what you have now, or "
-                "go back to what it was made with"
+                f"the teacher cache {folder} is not for this: {'; '.join(told)}. Go back to what it was made with, choose "
+                "another folder, or make it anew with `peftlab teach --replace`"
             )
         hashed = sum(split["bytes"] for split in document["splits"].values()) < _HASHED_BYTES
         for entry in _shards(document):

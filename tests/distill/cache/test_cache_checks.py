@@ -80,7 +80,7 @@ def test_damage_is_found_when_it_is_opened(
     left = damage((cache / name).read_bytes())
     (cache / name).unlink() if left is None else (cache / name).write_bytes(left)
     with pytest.raises(
-        ArtifactError, match=f"cache is damaged: {told}.*restore the file, or run `peftlab teach` again"
+        ArtifactError, match=f"cache is damaged: {told}.*restore the file, or run `peftlab teach --replace`"
     ):
         open_cache(cache, fill=FILL, identity=IDENTITY)
 
@@ -138,7 +138,7 @@ def test_another_identity_is_told_key_by_key(cache: Path) -> None:
         f"the teacher cache {cache} is not for this: made for other data: data is 'd1' in the cache, 'd2' here; "
         "made with another max length: max_length is 64 in the cache, 128 here; "
         "made with another revision: revision is nothing in the cache, 'main' here; "
-        "made with another template: template is None in the cache, nothing here. Run `peftlab teach`"
+        "made with another template: template is None in the cache, nothing here. Go back"
     ) in str(error.value)
 
 

@@ -1,0 +1,105 @@
+"""A distillation in a process of its own that kills itself at a given moment; for ``test_api_distill``.
+
+The process is forked from one that has imported what a run needs, so that it costs no imports of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate  # noqa: F401
+import evaluate  # noqa: F401
+import peft  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import torch
+from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
+
+from peftlab.api import comparing, distilling, student
+from peftlab.distill.cache import SplitWriter
+from peftlab.training.progress import SilentProgress
+
+
+def kill(*args: Any, **kwargs: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAt(SilentProgress):
+    """Killed after a step of the training of the given number."""
+
+    def __init__(self, training: int, step: int) -> None:
+        self._training, self._step, self._trainings = training, step, 0
+
+    def stage(self, text: str) -> None:
+        self._trainings += text.startswith("training for")
+
+    def step(self, step: int, values: Any) -> None:
+        if (self._trainings, step) == (self._training, self._step):
+            kill()
+
+
+def cutting() -> SilentProgress:
+    """The student's weights are written, its folder is not published yet."""
+
+    def half(source: Any, cut: Any, folder: Path, **options: Any) -> None:
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        partial.mkdir()
+        (partial / "model.safetensors").write_bytes(b"half")
+        kill()
+
+    student.make_student = half  # type: ignore[assignment]
+    return SilentProgress()
+
+
+def capturing() -> SilentProgress:
+    right = SplitWriter.add
+
+    def add(self: Any, key: int, target: Any) -> None:
+        right(self, key, target)
+        if self.done == 9:
+            kill()
+
+    SplitWriter.add = add  # type: ignore[method-assign]
+    return SilentProgress()
+
+
+def merging() -> SilentProgress:
+    """The first training says that it is finished, its model is not merged yet."""
+    distilling.merge_run = kill  # type: ignore[assignment]
+    return SilentProgress()
+
+
+def comparing_students() -> SilentProgress:
+    distilling.compare_students = kill  # type: ignore[assignment]
+    return SilentProgress()
+
+
+def publishing() -> SilentProgress:
+    distilling._publish_student = lambda arm, folder: ((folder / ".student.partial").mkdir(), kill())  # type: ignore[assignment, func-returns-value]
+    return SilentProgress()
+
+
+MOMENTS: dict[str, Callable[[], SilentProgress]] = {
+    "cutting": cutting,
+    "capturing": capturing,
+    "first training": lambda: KillAt(1, 3),
+    "merging": merging,
+    "second training": lambda: KillAt(1, 1),  # the only one that is left
+    "comparing": comparing_students,
+    "publishing": publishing,
+}
+
+
+def run(folder: Path, recipe: Any, moment: str, *, resume: bool) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # as in test_api_teach
+    gc.unfreeze = lambda: None  # type: ignore[assignment]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.chdir(folder)
+    comparing._TIMED_SECONDS = 0.05
+    progress = MOMENTS[moment]()
+    distilling.distill("run" if resume else recipe, resume=resume, progress=progress)

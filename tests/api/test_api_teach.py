@@ -1,0 +1,219 @@
+"""A teacher's targets from disk: what a student learns from them is what it learns from the teacher beside it."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_api_train import contents, recipe, train, write_data
+
+from peftlab.api import teaching
+from peftlab.api.parts import prepare, run_accelerator
+from peftlab.api.teachers import Teachers
+from peftlab.api.teaching import teach
+from peftlab.distill.cache import CachedSplit
+from peftlab.errors import ArtifactError, ResourceError
+from peftlab.recipe import load_recipe
+from peftlab.training.progress import SilentProgress
+
+TASKS = ["causal_lm", "seq_cls"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> Iterator[None]:
+    """A run collects garbage a dozen times, each time through all that the imports left: a second of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        gc.collect()
+        gc.freeze()
+        patch.setattr(gc, "unfreeze", lambda: None)  # tokenizing freezes and unfreezes for itself
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and a teacher of each task."""
+    folder = tmp_path_factory.mktemp("taught")
+    write_data(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for task in TASKS:
+            train(recipe(task, run={"dir": f"teacher-{task}"}, eval={"before": False}))
+    return folder
+
+
+@pytest.fixture
+def here(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(taught, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lesson(task: str, **distill: Any) -> dict[str, Any]:
+    document = recipe(task, distill={"teacher": f"teacher-{task}", "hard_weight": 0.3, **distill})
+    document["adapter"]["dropout"] = 0.0
+    return document
+
+
+def step_of(document: dict[str, Any], folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first micro-batch of the recipe's student."""
+    loaded = load_recipe(document)
+    with run_accelerator(loaded.recipe, folder) as accelerator:
+        parts = prepare(loaded, accelerator, SilentProgress(), teachers=Teachers(loaded.recipe, SilentProgress()))
+        assert parts.loss is not None
+        examples = [parts.train.examples[i] for i in parts.plan.step(0).micro_batches[0]]
+        parts.model.train()
+        loss = parts.loss(parts.model, parts.task.collate(examples, accelerator.device))
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in parts.model.named_parameters() if p.grad is not None}
+        return float(loss.detach()), gradients
+
+
+def assert_same_step(got: Any, want: Any, tolerance: float) -> None:
+    assert got[0] == pytest.approx(want[0], rel=tolerance)
+    assert got[1].keys() == want[1].keys()
+    largest = max(float(g.abs().max()) for g in want[1].values())
+    assert largest > 0
+    for name, gradient in want[1].items():
+        assert float((got[1][name] - gradient).abs().max()) <= tolerance * largest, name
+
+
+EXACT = [
+    ("causal_lm", {"k": 260, "values": "float32"}),
+    ("causal_lm", {"fill": "hidden", "states": "float32"}),
+    ("seq_cls", {"k": 2, "values": "float32"}),
+    ("seq_cls", {"fill": "hidden", "states": "float32"}),
+]
+
+
+@pytest.mark.parametrize(("task", "targets"), EXACT, ids=str)
+def test_all_classes_or_hidden_states_equal_the_teacher_beside(here: Path, task: str, targets: Any) -> None:
+    document = lesson(task, temperature=2.0, cache="cache", targets=targets)
+    teach(document, progress=SilentProgress())
+    found = step_of(document, here)
+    beside = step_of(lesson(task, temperature=2.0), here)
+    assert_same_step(found, beside, 1e-6)
+
+
+def test_routed_teachers_from_disk_equal_those_beside(here: Path) -> None:
+    two = [
+        {"name": "teacher-causal_lm", "weight": 2.0, "rows": {"kind": "animal"}},
+        {"name": "tiny:llama", "weight": 1.0},
+    ]
+    options = {"teacher": None, "teachers": two}
+    document = lesson("causal_lm", cache="cache", targets={"k": 260, "values": "float32"}, **options)
+    report = teach(document, progress=SilentProgress())
+    assert [Path(t["folder"]).name for t in report["teachers"]] == ["teacher-0", "teacher-1"]
+    assert_same_step(step_of(document, here), step_of(lesson("causal_lm", **options), here), 1e-6)
+
+
+def test_records_of_other_examples_are_caught(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault: a cache that is read by the place in the batch and not by the example."""
+    document = lesson("causal_lm", cache="cache", targets={"k": 260, "values": "float32"})
+    teach(document, progress=SilentProgress())
+    right = CachedSplit.read
+    monkeypatch.setattr(CachedSplit, "read", lambda self, indices: right(self, range(len(indices))))
+    with pytest.raises((AssertionError, ValueError)):
+        assert_same_step(step_of(document, here), step_of(lesson("causal_lm"), here), 1e-6)
+
+
+def test_a_stored_teacher_is_not_in_memory_while_a_student_trains(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = lesson("causal_lm", cache="cache")
+    teach(document, progress=SilentProgress())
+    monkeypatch.setattr(Teachers, "model", lambda *args: pytest.fail("the teacher was loaded"))
+    step_of(document, here)
+
+
+@pytest.mark.parametrize(
+    ("task", "targets", "tolerance"),
+    [
+        ("causal_lm", {}, 0.02),
+        ("causal_lm", {"k": 8, "values": "float32"}, 0.02),
+        ("causal_lm", {"fill": "hidden"}, 0.02),
+        ("causal_lm", {"fill": "hidden", "states": "int8"}, 0.02),
+        ("causal_lm", {"fill": "sampled", "draws": 20}, None),
+        ("causal_lm", {"fill": "mixed", "k": 8, "draws": 20}, None),
+        ("seq_cls", {"k": 2}, 0.02),
+        ("seq_cls", {"fill": "hidden"}, 0.02),
+    ],
+    ids=str,
+)
+def test_the_plan_is_what_a_capture_takes(here: Path, task: str, targets: Any, tolerance: float | None) -> None:
+    """Draws may fall on one class: of them the plan is the most that it can be."""
+    document = lesson(task, cache="cache", targets=targets)
+    before = contents(here)
+    (planned,) = teach(document, plan=True, progress=SilentProgress())["teachers"]
+    assert contents(here) == before, "a plan writes nothing"
+    (done,) = teach(document, progress=SilentProgress())["teachers"]
+    files = [p for p in (here / "cache").iterdir() if p.name.split(".")[-1] in ("bin", "index", "safetensors")]
+    size = sum(p.stat().st_size for p in files)
+    assert (planned["examples"], planned["positions"]) == (done["examples"], done["positions"])
+    assert planned["fill"] == done["fill"]
+    if tolerance is None:
+        assert size <= planned["bytes"]
+    else:
+        assert planned["bytes"] == pytest.approx(size, rel=tolerance)
+    assert planned["seconds"] > 0 and planned["free_bytes"] > size
+
+
+class StopAt(SilentProgress):
+    """Ctrl-C once so many examples are stored."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def step(self, step: int, values: Any) -> None:
+        if step >= self._at:
+            raise KeyboardInterrupt
+
+
+def test_a_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teaching, "_WINDOW", 5)
+    document = lesson("causal_lm", cache="cache", targets={"fill": "sampled"})
+    with pytest.raises(KeyboardInterrupt):
+        teach(document, progress=StopAt(12))
+    with pytest.raises(ArtifactError, match=r"expected a complete teacher cache in cache, found 15 of 36 examples"):
+        step_of(document, here)
+    teach(document, progress=SilentProgress())
+    whole = lesson("causal_lm", cache="whole", targets={"fill": "sampled"})
+    teach(whole, progress=SilentProgress())
+    assert contents(here / "cache") == contents(here / "whole")
+    notes: list[str] = []
+    progress = SilentProgress()
+    progress.note = notes.append  # type: ignore[method-assign]
+    teach(document, progress=progress)
+    assert notes[-1] == "cache has them all already"
+
+
+def test_a_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftlab.distill.cache.writer import SplitWriter
+
+    document = lesson("causal_lm", cache="cache")
+    right = SplitWriter.add
+
+    def full(self: Any, key: int, target: Any) -> None:
+        if self.done == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        right(self, key, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitWriter, "add", full)
+        with pytest.raises(ResourceError, match=r"^`distill.cache`: the disk is full.* goes on with what is stored"):
+            teach(document, progress=SilentProgress())
+    teach(document, progress=SilentProgress())
+    teach(lesson("causal_lm", cache="whole"), progress=SilentProgress())
+    assert contents(here / "cache") == contents(here / "whole")
+
+
+def test_too_little_room(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match=r"`distill.cache`: the targets need about .* MiB in cache"):
+        teach(lesson("causal_lm", cache="cache"), progress=SilentProgress())
+    assert not (here / "cache").exists()
