@@ -13,7 +13,13 @@ from _gpu_base import Device, Row, Task
 
 LENGTHS = (24, 17, 9)  # of the rows; the first third of each is not scored
 NUM_KEPT = 16
-TEACHERS = ("beside the student", "self", "stored, all classes", f"stored top-{NUM_KEPT} and rest", "stored hidden states")
+TEACHERS = (
+    "beside the student",
+    "self",
+    "stored, all classes",
+    f"stored top-{NUM_KEPT} and rest",
+    "stored hidden states",
+)
 SLEEP_S = 5e-3
 # Of draws: float32 softmaxes of two devices differ in the last bit, which moves a draw across a border once in a million.
 MOST_MOVED = 1e-3
@@ -207,4 +213,3 @@ def _latency(device: Device) -> Row:
     once, ratio = found["once"].median_ms, found["twice"].speed
     good = 0.5e3 * SLEEP_S <= once <= 2e3 * SLEEP_S and 0.45 <= ratio <= 0.55
     return {"ms": once, "expected_ms": 1e3 * SLEEP_S, "speed_of_twice": ratio, "ok": good}
-

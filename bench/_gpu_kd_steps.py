@@ -25,7 +25,10 @@ WARMUPS, MOST_STEPS, STEPS_S = 2, 20, 4.0
 def distillation_steps(device: Device) -> Iterator[Task]:
     """The teacher beside the student first; then without it, on stored classes."""
     yield Task({"case": "building teacher and student"}, partial(_build, device), seconds=20)
-    for way, stored in (("the teacher beside the student, NF4", None), (f"stored top-{kd_plan.NUM_STORED}", kd_plan.NUM_STORED)):
+    for way, stored in (
+        ("the teacher beside the student, NF4", None),
+        (f"stored top-{kd_plan.NUM_STORED}", kd_plan.NUM_STORED),
+    ):
         if stored is not None:
             yield Task({"case": "the teacher leaves the GPU"}, partial(_leave, device))
         for card in kd_plan.CARDS:
@@ -86,8 +89,9 @@ def _step(device: Device, stored: int | None, card: int) -> Row:
     student, tokens = device.found["student"], _tokens(device)
     run, scored = _runner(device, student, tokens, stored)
     teacher = device.found.get("teacher")
-    shapes = kd_plan.shape_of(student.get_base_model()), (
-        device.found["teacher_shape"] if teacher is None else kd_plan.shape_of(teacher)
+    shapes = (
+        kd_plan.shape_of(student.get_base_model()),
+        (device.found["teacher_shape"] if teacher is None else kd_plan.shape_of(teacher)),
     )
     chunk = kd_plan.card_chunk(shapes[0], online=stored is None, card_bytes=card - CONTEXT_BYTES)
     step = kd_plan.Step(tokens, scored, kd_plan.RANK, chunk, stored, context_bytes=CONTEXT_BYTES)

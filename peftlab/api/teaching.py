@@ -232,7 +232,13 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
     skeleton = load_skeleton(pretrained, auto_class=lesson.task.auto_class, **lesson.task.model_kwargs())
     head = skeleton.get_output_embeddings() if recipe.task == "causal_lm" else None
     width = skeleton.config.get_text_config().hidden_size
-    num_classes = len(lesson.task.tokenizer) if head is not None else len(lesson.task.class_names) if lesson.task.class_names else None
+    num_classes = (
+        len(lesson.task.tokenizer)
+        if head is not None
+        else len(lesson.task.class_names)
+        if lesson.task.class_names
+        else None
+    )
     fill = fill_of(recipe, num_classes=num_classes, hidden_size=width)
     lengths = lesson.train.lengths
     positions = int(sum(e.weight if e.trained is not None else 1 for e in lesson.train.examples))
