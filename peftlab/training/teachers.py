@@ -73,9 +73,11 @@ class ModelTeacher:
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
         device = batch.input_ids.device
         own = self._own(batch)
+        # The head stays where the teacher is, so from another device the logits come, not what goes into it.
+        kernels = self._kernels if _is_at(device, self.device) else "reference"
         with as_teacher(self.model), _autocast_like(device.type, self.device):
             outputs = self.task.outputs(self.model, own)
-            return _to(taught(outputs, self._columns, self._kernels), device)
+            return _to(taught(outputs, self._columns, kernels), device)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
         own = examples if self._examples is None else [self._examples[e.row] for e in examples]
@@ -84,7 +86,7 @@ class ModelTeacher:
         return self._columns.of(values).to(device)
 
     def _own(self, batch: Batch) -> Batch:
-        same_place = torch.device(self.device) == batch.input_ids.device
+        same_place = _is_at(batch.input_ids.device, self.device)
         if self._examples is None and same_place and (self._packs or batch.position_ids is None):
             return batch
         examples = list(batch.examples) if self._examples is None else [self._examples[e.row] for e in batch.examples]
@@ -193,6 +195,12 @@ def _to(found: Taught, device: Any) -> Taught:
         return found.to(device)
     assert found.hidden.device == torch.device(device)
     return found
+
+
+def _is_at(device: torch.device, place: Any) -> bool:
+    """Whether a tensor's ``device``, such as cuda:0, is ``place``, which may be the current device of its kind: cuda."""
+    place = torch.device(place)
+    return device.type == place.type and place.index in (None, device.index)
 
 
 def _autocast_like(student: str, teacher: Any) -> contextlib.AbstractContextManager[Any]:
