@@ -39,7 +39,7 @@ class Section:
     Attributes:
         group: sections of a group share a process, one after the other. source: module:function[:argument].
         needs: packages without which it is left out. seconds: at most. timing: runs alone, and on green rows only.
-        gate: unfinished, it is red.
+        gate: unfinished, it is red. asked: it takes so long that it runs only when --only names it.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Section:
     needs: tuple[str, ...] = ()
     timing: bool = False
     gate: bool = False
+    asked: bool = False
 
 
 class Deadline:

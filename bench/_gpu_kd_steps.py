@@ -173,6 +173,9 @@ def memory_of(device: Device, card: int) -> Iterator[None]:
     """Within it this process gets the memory of a card of so many bytes, less a CUDA context."""
     import torch
 
+    from peftlab.ops import release_scratch
+
+    release_scratch()
     device.release()
     if device.dry:
         yield

@@ -9,7 +9,7 @@ from _gpu_base import Row
 
 def summary(rows: list[Row], *, seconds: float) -> str:
     """Per section green, red and not run; then figures with their targets; then what is red; last the verdict."""
-    parts = [_sections(rows), _figures(rows), _problems(rows), _verdict(rows, seconds)]
+    parts = [_sections(rows), _figures(rows), _plans(rows), _problems(rows), _verdict(rows, seconds)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -45,6 +45,18 @@ def _figures(rows: list[Row]) -> str:
             f"{name_of(row):78} {ours:>10} {value:>7} {_number(row.get('target')):>7} "
             f"{_number(_predicted(row)):>9}  {'; '.join(_remarks(row, ratio))}"
         )
+    return "\n".join(lines)
+
+
+def _plans(rows: list[Row]) -> str:
+    """Memory and speed of whole steps beside what was predicted of them."""
+    lines = []
+    for row in rows:
+        if "plan_bytes" in row and "peak_bytes" in row:
+            lines.append(
+                f"{name_of(row)}: {row['peak_bytes'] / 1e9:.2f} GB, planned {row['plan_bytes']['peak'] / 1e9:.2f}; "
+                f"{row['tokens_per_s']:,} tokens/s, predicted {row['predicted_tokens_per_s']:,}"
+            )
     return "\n".join(lines)
 
 

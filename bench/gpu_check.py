@@ -4,7 +4,8 @@
 
 First correctness on CUDA: every kernel in float32, float16 and bfloat16 against float64, whole tiny models, the tests. A
 red row there ends the run before any timing. Then the ops against bitsandbytes and PEFT, then training steps of an 8B
-model, then the training loop. Nothing is downloaded; what an absent package would be needed for is said and left out.
+model and of its distillation, then the training loop. ``healing`` takes minutes of its own and runs when --only names it.
+Nothing is downloaded; what an absent package would be needed for is said and left out.
 
 Rows go to ``DIR/gpu_check.jsonl`` (default bench/results): ``ok`` true, false or null (not run), ``met`` for targets,
 ``above_limit`` for figures beyond what the hardware can do. Groups of sections run in processes of their own, those
@@ -68,6 +69,7 @@ SECTIONS = [
     Section(
         "unsloth", "unsloth", "_gpu_lora_speed:unsloth_speed", 40, ("unsloth", "bitsandbytes", "peft"), timing=True
     ),
+    Section("healing", "healing", "_gpu_heal:healing", 480, RECIPES, timing=True, asked=True),
 ]
 
 
@@ -180,7 +182,8 @@ def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser
     names = [s.name for s in SECTIONS]
     if unknown := sorted({*options.only, *options.skip} - set(names)):
         parser.error(f"no section is called {', '.join(unknown)}; there are {', '.join(names)}")
-    chosen = [s for s in SECTIONS if (not options.only or s.name in options.only) and s.name not in options.skip]
+    usual = {s.name for s in SECTIONS if not s.asked}
+    chosen = [s for s in SECTIONS if s.name in (options.only or usual) and s.name not in options.skip]
     if not options.dry_run_cpu:
         return chosen
     # On few cores importing the libraries is most of it: two processes for correctness, then one.

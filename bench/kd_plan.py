@@ -47,13 +47,18 @@ class Shape:
 
 
 def shape_of(model: Any) -> Shape:
-    """Of a model on any device, the meta device as well."""
+    """Of a model on any device, the meta device as well; adapters are no part of it."""
     from torch import nn
 
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     layers = model.get_decoder().layers
-    linears = tuple((m.out_features, m.in_features) for m in layers[0].modules() if isinstance(m, nn.Linear))
-    inside = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
+
+    def linears_of(layer: Any) -> list[Any]:
+        return [m for name, m in layer.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+
+    linears = tuple((m.out_features, m.in_features) for m in linears_of(layers[0]))
+    inside = sum(m.weight.numel() for layer in layers for m in linears_of(layer))
+    whole = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
         num_layers=len(layers),
@@ -63,7 +68,7 @@ def shape_of(model: Any) -> Shape:
         key_width=config.num_key_value_heads * head_width,
         vocab=head.weight.shape[0],
         linears=linears,
-        others=sum(p.numel() for p in model.parameters()) - inside,
+        others=whole - inside,
     )
 
 

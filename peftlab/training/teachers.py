@@ -82,10 +82,10 @@ class ModelTeacher:
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
         device = batch.input_ids.device
         own = self._own(batch)
+        # The head stays where the teacher is, so from another device the logits come, not what goes into it.
+        kernels = self._kernels if _is_at(device, self.device) else "reference"
         with as_teacher(self.model), _autocast_like(device.type, self.device):
             outputs = self.task.outputs(self.model, own)
-            # Hidden states and a head on the CPU are of no use to a GPU: its logits are what can be moved.
-            kernels = self._kernels if torch.device(self.device).type == device.type else "reference"
             return _to(taught(outputs, self._columns, kernels), device)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
@@ -95,7 +95,7 @@ class ModelTeacher:
         return self._columns.of(values).to(device)
 
     def _own(self, batch: Batch) -> Batch:
-        same_place = torch.device(self.device) == batch.input_ids.device
+        same_place = _is_at(batch.input_ids.device, self.device)
         if self._examples is None and same_place and (self._packs or batch.position_ids is None):
             return batch
         examples = list(batch.examples) if self._examples is None else [self._examples[e.row] for e in batch.examples]
@@ -246,6 +246,12 @@ def _to(found: Taught, device: Any) -> Taught:
     if isinstance(found, Tensor):
         return found.to(device)
     return found.to(device) if isinstance(found, SparseTarget) else found
+
+
+def _is_at(device: torch.device, place: Any) -> bool:
+    """Whether a tensor's ``device``, such as cuda:0, is ``place``, which may be the current device of its kind: cuda."""
+    place = torch.device(place)
+    return device.type == place.type and place.index in (None, device.index)
 
 
 def _autocast_like(student: str, teacher: Any) -> contextlib.AbstractContextManager[Any]:

@@ -442,3 +442,15 @@ def test_generation_is_independent_of_batching(tokenizer: Any, tiny: Callable[..
         for n in (1, 4096)
     ]
     assert answers[0] == answers[1]
+
+
+def test_the_head_is_verified_on_the_beginning_of_a_row_only() -> None:
+    """All logits of a long row, twice and in float32, could be gigabytes that training itself never needs."""
+    from peftlab.models import find_pretrained, load_model
+
+    model = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
+    lengths = []
+    model.lm_head.register_forward_hook(lambda module, args, output: lengths.append(output.shape[-2]))
+    hidden = LMHead(HeadLoss()).hidden_states(model, {"input_ids": torch.arange(4, 204)[None]})
+    assert hidden.shape[1] == 200
+    assert lengths and max(lengths) <= 32
