@@ -14,31 +14,70 @@ import pytest
 import yaml
 
 import peftlab
+from peftlab.api.distilling import distill
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert"}
+TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert", "image_cls": "tiny:vit", "embedding": "tiny:bert"}
+TRAINED = [name for name in recipe_names() if load_recipe(name).recipe.distill is None]
+DISTILLED = [name for name in recipe_names() if name not in TRAINED]
 
 
-@pytest.mark.parametrize("name", recipe_names())
+def tiny_overrides(name: str) -> list[str]:
+    """What makes two steps on a few rows of a recipe's own data out of it."""
+    recipe = load_recipe(name).recipe
+    overrides = ["train.epochs=", "train.max_steps=2"]
+    if recipe.model.name.partition(":")[0] != "tiny":
+        overrides.append(f"model.name={TINY[recipe.task]}")
+    for key in ("train", "eval"):
+        source = (getattr(recipe.data, key) or "").partition("#")[0]
+        if source and not source.endswith("smoke.jsonl"):
+            overrides.append(f"data.{key}={source}#90")
+    if recipe.task != "image_cls" and not recipe.data.train.endswith("smoke.jsonl"):
+        overrides += ["data.too_long=truncate", "data.max_length=400"]
+    return overrides + (["data.eval_rows=12"] if recipe.data.eval_rows else [])
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_recipe_trains_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name).recipe
-    source = recipe.data.train.partition("#")[0]
-    overrides = [f"model.name={TINY[recipe.task]}", "train.epochs=", "train.max_steps=2"]
-    if not source.endswith("smoke.jsonl"):
-        overrides += [f"data.train={source}#90", "data.too_long=truncate", "data.max_length=400"]
-        overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
-    run = peftlab.train(name, overrides, progress=SilentProgress())
+    run = peftlab.train(name, tiny_overrides(name), progress=SilentProgress())
     summary = json.loads((run.folder / "run.json").read_text())
     assert summary["status"] == "finished"
     assert summary["training"]["steps"] == 2
-    assert summary["merge"]["verified"]
-    assert (run.merged / "model.safetensors").is_file()
+    if recipe.run.merge != "none":
+        assert summary["merge"]["verified"]
+        assert (run.merged / "model.safetensors").is_file()
+    else:
+        assert (run.folder / "model" / "model.safetensors").is_file()
     prompts = recipe.eval.prompts
     assert [s["prompt"] for s in summary["samples"]] == prompts
     assert all("before" in s and "after" in s for s in summary["samples"])
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_recipe_distills_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher is trained by the recipe whose run folder it is; from a real model on, a tiny one stands for it."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(name).recipe
+    assert recipe.distill is not None and recipe.distill.teacher is not None
+    teacher = recipe.distill.teacher.name
+    overrides = [*tiny_overrides(name), "distill.seeds=1"]
+    if teacher.startswith("runs/"):
+        peftlab.train(Path(teacher).name, tiny_overrides(Path(teacher).name), progress=SilentProgress())
+    else:
+        overrides.append(f"distill.teacher.name={TINY[recipe.task]}")
+    init = recipe.distill.student_init
+    if init is not None and init.layers is not None:
+        overrides.append("distill.student_init.layers=[0]")
+    if recipe.distill.transfer is not None:
+        overrides.append(f"distill.transfer={recipe.distill.transfer.partition('#')[0]}#90")
+    run = distill(name, overrides, progress=SilentProgress())
+    assert run.summary["status"] == "finished"
+    assert run.summary["card"]["headline"] == (recipe.distill.headline or run.summary["card"]["metrics"][0]["name"])
+    assert (run.folder / "student" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", recipe_names())
