@@ -220,12 +220,15 @@ class _Scores:
         if self._chosen:
             said, right = (np.array([self._chosen[row][i] for row in range(self._num_rows)]) for i in (0, 1))
             statistics |= {"accuracy": row_metrics.mean(said == right), "f1_macro": row_metrics.macro_f1(said, right)}
+        some: dict[str, int] = {}
         headline, family, index = self._of_class
         if family:
             if not self._chosen:
                 said, right = self._logits.predictions, self._logits.references
             statistics[headline] = row_metrics.of_class(family, said, right, index)
-        return bootstrap(statistics, self._num_rows, shares=SHARES)
+            # Of the rows of this class, or of those that are taken for it: far fewer than all.
+            some[headline] = int(np.sum((said if family == "precision" else right) == index))
+        return bootstrap(statistics, self._num_rows, shares=SHARES, shares_of=some)
 
     def figures(self) -> dict[str, float]:
         """What has no interval over rows."""

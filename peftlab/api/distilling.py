@@ -304,4 +304,4 @@ def _environment(loaded: LoadedRecipe, data: build.DataParts) -> dict[str, Any]:
 
 
 def _head(loaded: LoadedRecipe, status: str) -> dict[str, Any]:
-    return {"name": loaded.name, "status": status, "kind": "distill"}
+    return {"name": loaded.name, "status": status, "kind": "distill", "task": loaded.recipe.task}

@@ -334,7 +334,8 @@ def _environment(parts: Parts) -> dict[str, Any]:
 
 def _write_status(parts: Parts, folder: Path, status: str, started: float) -> None:
     when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
-    write_json(folder / RUN_NAME, {"name": parts.loaded.name, "status": status, "started": when, **parts.summary})
+    head = {"name": parts.loaded.name, "status": status, "task": parts.recipe.task, "started": when}
+    write_json(folder / RUN_NAME, {**head, **parts.summary})
 
 
 def _loop(

@@ -138,6 +138,13 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
     return [table, Text(note, style="dim"), Text("merged model: " + ", ".join(p for p in parts if p))]
 
 
+def predict_line(folder: str, summary: Mapping[str, Any]) -> str:
+    """The command that tries a run on an input."""
+    return f"peftlab predict {shlex.quote(folder)} " + (
+        "image.png" if summary.get("task") == "image_cls" else '"some text"'
+    )
+
+
 def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
     """The commands that make sense for this run."""
     from rich.table import Table
@@ -145,7 +152,7 @@ def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
 
     where = shlex.quote(folder)
     metrics = summary.get("after") or {}
-    steps = [f'peftlab predict {where} "some text"', f"peftlab eval {where}"]
+    steps = [predict_line(folder, summary), f"peftlab eval {where}"]
     if not class_names(metrics) and "accuracy" not in metrics:
         steps.insert(0, f"peftlab chat {where}")
     if not summary.get("merge") and not summary.get("full"):

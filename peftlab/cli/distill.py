@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from peftlab.cli.card_tables import show_card
+from peftlab.cli.closing import predict_line
 from peftlab.cli.options import Debug, Json, Overrides, check_overrides
 from peftlab.cli.output import output_of
 
@@ -46,8 +47,9 @@ def distill(
     out.line()
     where = shlex.quote(str(run.folder))
     out.line(f"student  {where}/student")
-    out.line(f'next     peftlab predict {where} "some text"', style="cyan")
-    out.line(f"         peftlab eval {where}", style="cyan")
+    out.line(f"next     {predict_line(str(run.folder), run.summary)}", style="cyan")
+    if run.summary.get("task") != "embedding":
+        out.line(f"         peftlab eval {where}", style="cyan")
 
 
 def phase_lines(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -64,6 +64,7 @@ class Estimate:
     Attributes:
         draws: [D]; the same draw is the same rows for every estimate of equal ``num_rows`` and ``seed``.
         is_share: whether it is a share of the rows (or of their tokens) that have some property.
+        share_of: of how many rows, where it is not all of them, as with the recall of one class.
     """
 
     value: float
@@ -71,6 +72,7 @@ class Estimate:
     num_rows: int
     seed: int
     is_share: bool = False
+    share_of: int | None = None
 
     def interval(self) -> Interval:
         """The 95 % percentile interval (Efron 1979).
@@ -81,7 +83,7 @@ class Estimate:
         if self.num_rows < MIN_ROWS or math.isnan(self.value):
             return Interval(self.value, None, None, "rows", self.num_rows)
         if self.is_share and self.value in (0.0, 1.0):
-            bound = 1 - ((1 - CONFIDENCE) / 2) ** (1 / self.num_rows)
+            bound = 1 - ((1 - CONFIDENCE) / 2) ** (1 / max(1, self.share_of or self.num_rows))
             low, high = (0.0, bound) if self.value == 0 else (1 - bound, 1.0)
         else:
             # Order statistics: interpolation between infinite draws would give nan.
@@ -112,6 +114,7 @@ def bootstrap(
     num_rows: int,
     *,
     shares: Collection[str] = (),
+    shares_of: Mapping[str, int] | None = None,
     num_draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Estimate]:
@@ -121,6 +124,7 @@ def bootstrap(
 
     Args:
         shares: names of the metrics that are a share of the rows; see ``Estimate.interval``.
+        shares_of: names of those that are a share of some rows -> how many.
     """
     if num_rows < 1:
         raise ValueError(f"expected at least one row, found {num_rows}")
@@ -134,8 +138,11 @@ def bootstrap(
         for name, statistic in statistics.items():
             draws[name][first : first + size] = statistic(counts)
     once = np.ones((1, num_rows))
+    some = shares_of or {}
     return {
-        name: Estimate(float(statistic(once)[0]), draws[name], num_rows, seed, name in shares)
+        name: Estimate(
+            float(statistic(once)[0]), draws[name], num_rows, seed, name in shares or name in some, some.get(name)
+        )
         for name, statistic in statistics.items()
     }
 

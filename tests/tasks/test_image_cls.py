@@ -102,7 +102,7 @@ def test_pixel_values_by_hand_and_order_of_the_batch() -> None:
     _, task = vit()
     rows = load_rows("sklearn:digits#5")
     encoded = task.encode(rows, **OPTIONS)
-    assert encoded.lengths.tolist() == [5] * 5  # 2 x 2 patches and the class token
+    assert encoded.lengths.tolist() == [2] * 5  # one patch and the class token
     batch = task.collate(encoded.examples[::-1], "cpu")
     wanted = torch.tensor(rows.columns["image"][::-1], dtype=torch.float64)[:, None] / 255 * 2 - 1
     torch.testing.assert_close(batch.pixel_values, wanted.float(), rtol=0, atol=1e-6)
