@@ -62,15 +62,23 @@ def train_in_phases(loaded: LoadedRecipe, folder: Path, progress: Progress) -> R
 
 
 def phase_notes(folder: Path) -> list[dict[str, Any]]:
-    """What was noted of each phase of the training in ``folder``, in order; its ledger stays in the phase's own file."""
+    """What was noted of each phase of the finished training in ``folder``, in order; the ledgers stay in the phases' files."""
     found = sorted(folder.parent.glob(f"phase-*/{_NOTES_NAME}"), key=lambda path: int(path.parent.name[6:]))
     notes = [json.loads(path.read_text(encoding="utf-8")) for path in found]
-    return [{key: value for key, value in n.items() if key != "ledger"} for n in notes]
+    begins = [n.pop("trained_before_s") for n in notes]
+    ends = [*begins[1:], open_run(folder).summary["training"]["seconds"]]
+    told = []
+    for note, begin, end in zip(notes, begins, ends, strict=True):
+        del note["ledger"]
+        told.append({**note, "seconds": {**note.get("seconds", {}), "training": end - begin}})
+    return told
 
 
 def _train_phase(course: Course, number: int, checkpoint: Path | None, *, begun: bool) -> Run:
     """Args: begun: whether the checkpoint lies within the phase."""
     notes = _Notes(course.folder.parent / f"phase-{number}" / _NOTES_NAME)
+    if not begun:
+        notes.set(trained_before_s=_seconds_of(checkpoint))
     answers = _answers(course, number, checkpoint, notes, begun=begun)
     full = [a for a in answers if not a.is_empty]
     notes.set(
@@ -86,7 +94,7 @@ def _train_phase(course: Course, number: int, checkpoint: Path | None, *, begun:
     if not is_stored(recipe):
         started = time.perf_counter()
         capture_all(lesson, course.progress)
-        notes.add_seconds("scoring", time.perf_counter() - started)
+        notes.set_seconds("scoring", time.perf_counter() - started)
 
     with run_accelerator(course.recipe, course.folder) as accelerator:
 
@@ -101,7 +109,7 @@ def _train_phase(course: Course, number: int, checkpoint: Path | None, *, begun:
         phase = Phase(lesson.data.train, lesson.train, course.spans[number - 1], measure)
         teachers = Teachers(recipe, course.progress)
         parts = prepare(course.loaded, accelerator, course.progress, teachers=teachers, phase=phase)
-        run = execute(
+        return execute(
             parts,
             accelerator,
             course.folder,
@@ -110,9 +118,6 @@ def _train_phase(course: Course, number: int, checkpoint: Path | None, *, begun:
             replace=checkpoint is None,
             resume_hint=f"peftlab distill {shlex.quote(str(course.folder.parents[1]))} --resume",
         )
-        before = sum(n["seconds"]["training"] for n in phase_notes(course.folder) if n["phase"] < number)
-        notes.set_seconds("training", parts.summary["training"]["seconds"] - before)
-    return run
 
 
 def _answers(course: Course, number: int, checkpoint: Path | None, notes: _Notes, *, begun: bool) -> list[Answer]:
@@ -138,7 +143,7 @@ def _answers(course: Course, number: int, checkpoint: Path | None, notes: _Notes
         folder=folder,
         progress=course.progress,
     )
-    notes.add_seconds("generating", time.perf_counter() - started)
+    notes.set_seconds("generating", time.perf_counter() - started)
     return answers
 
 
@@ -148,7 +153,7 @@ def _lesson(course: Course, number: int, answers: list[Answer], notes: _Notes) -
     _, own = course.choose(number)
     rows = base.data.train.select([*(a.row for a in answers), *(base.train.examples[i].row for i in own)])
     digest = hashlib.sha256(base.data.train.fingerprint.encode())
-    digest.update((course.folder.parent / f"phase-{number}" / ROWS_NAME).read_bytes())
+    digest.update(json.dumps([(a.row, a.tokens) for a in answers]).encode())
     rows = replace(rows, fingerprint=digest.hexdigest())
     empty = np.zeros(0, dtype=np.int32)
     tokens = [empty if a.is_empty else np.array(a.tokens, dtype=np.int32) for a in answers]
@@ -213,5 +218,9 @@ class _Notes:
     def set_seconds(self, what: str, seconds: float) -> None:
         self.set(seconds={**self.values.get("seconds", {}), what: seconds})
 
-    def add_seconds(self, what: str, seconds: float) -> None:
-        self.set_seconds(what, self.values.get("seconds", {}).get(what, 0.0) + seconds)
+
+def _seconds_of(checkpoint: Path | None) -> float:
+    """Time of the steps that led to a checkpoint."""
+    if checkpoint is None:
+        return 0.0
+    return float(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["counted"]["seconds"])

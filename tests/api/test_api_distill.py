@@ -291,7 +291,7 @@ def test_ctrl_c_and_resume(here: Path, texts: Done) -> None:
     with pytest.raises(RecipeError, match="the run was made with other settings"):
         distill("run", ["train.lr=0.5"], resume=True, progress=SilentProgress())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distilling, "compare_students", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(distilling, "compare_students", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(Interrupted, match="peftlab distill run --resume"):
             distill("run", resume=True, progress=SilentProgress())
     assert weights(distill("run", resume=True, progress=SilentProgress()).folder) == weights(texts.folder / "run")

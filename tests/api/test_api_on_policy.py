@@ -113,7 +113,7 @@ def run_it(document: Any, *overrides: str, **options: Any) -> Any:
 @pytest.fixture
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the comparison at the end, which is tested elsewhere."""
-    monkeypatch.setattr(distilling_module, "compare_students", lambda *args: {})
+    monkeypatch.setattr(distilling_module, "compare_students", lambda *_, **__: {})
 
 
 def student_bytes(folder: Path) -> bytes:
@@ -139,6 +139,8 @@ class Snapshots(SilentProgress):
             self._copy(f"captured {self._captures}")
 
     def _copy(self, place: str) -> None:
+        if place in self.places:  # the baseline's steps
+            return
         self.places.add(place)
         for name in ("run", "cache"):
             if (self._folder / name).is_dir():
@@ -228,14 +230,14 @@ def test_a_killed_run_goes_on_to_the_same_student(whole: Whole, here: Path, plac
     the first step of a phase and behind a checkpoint in its midst."""
     assert set(PLACES) <= whole.places
     expected = student_bytes(whole.folder)
-    written = [(whole.folder / "run" / "seed-0" / f"phase-{i}" / "rows.jsonl").read_bytes() for i in (1, 2)]
+    phases = [whole.folder / "run" / "seed-0" / f"phase-{i}" for i in (1, 2)]
+    written = [[(a.row, a.tokens) for a in read_answers(folder)] for folder in phases]
     with killed_at(whole, place, here):
         checkpoints = [p.name for p in list_checkpoints(whole.folder / "run" / "seed-0" / "student" / "checkpoints")]
         assert ("step-00000003" in checkpoints) == (place == "step 4"), "a kill behind a checkpoint must be among them"
         run = run_it(whole.folder / "run", resume=True)
         assert student_bytes(whole.folder) == expected
-        for i, rows in enumerate(written, start=1):
-            assert (whole.folder / "run" / "seed-0" / f"phase-{i}" / "rows.jsonl").read_bytes() == rows
+        assert [[(a.row, a.tokens) for a in read_answers(folder)] for folder in phases] == written
         assert [p["phase"] for p in run.summary["on_policy"][0]["phases"]] == [1, 2]
 
 
@@ -271,11 +273,11 @@ def greedy(model: Any, prompt: list[int], most: int) -> list[int]:
 
 def by_hand(
     models: Path, folder: Path, *, fresh_optimizer: bool = False, never_ends: bool = False
-) -> tuple[dict[str, Any], dict[str, Any], list[tuple[list[int], list[int]]]]:
+) -> tuple[dict[str, Any], dict[str, Any], list[tuple[list[int], list[int]]], list[float]]:
     """The full-weight run of ``test_it_is_the_loss_on_the_students_own_tokens`` in plain PyTorch, float64.
 
-    Returns: the weights before and after; without a fault, what the student answers greedily before each phase, and what
-    was kept.
+    Returns: the weights before and after; without a fault, what the student answers greedily before each phase and what
+    was kept; mean KL to the teacher on its answers before each phase.
     """
     from transformers import AutoModelForCausalLM
 
@@ -284,7 +286,15 @@ def by_hand(
     )
     tokenizer = load_tokenizer(find_pretrained(str(models / "weak")))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    optimizer, step, said = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=0.0), 0, []
+    optimizer, step = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=0.0), 0
+    said, distances = [], []
+
+    def both(prompt: list[int], answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, at = torch.tensor([prompt + answer]), slice(len(prompt) - 1, -1)
+        with torch.no_grad():
+            log_p = teacher(ids).logits[0, at].log_softmax(-1)
+        return log_p, student(ids).logits[0, at].log_softmax(-1)
+
     for phase in (1, 2):
         if fresh_optimizer:
             optimizer = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=0.0)
@@ -295,17 +305,17 @@ def by_hand(
             if not fresh_optimizer and not never_ends:
                 said.append((greedy(student, prompt, 16), line["tokens"]))
             rows.append((prompt, line["tokens"] + ([END] if never_ends and not line["ended"] else [])))
+        with torch.no_grad():
+            kl = sum(float((p.exp() * (p - q)).sum()) for p, q in (both(*row) for row in rows))
+        distances.append(kl / sum(len(answer) for _, answer in rows))
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         plan = BatchPlan(lengths, batch_size=4, epochs=1)
         for number in range(plan.total_steps):
             chosen = [int(i) for part in plan.step(number).micro_batches for i in part]
             optimizer.zero_grad()
             total = torch.zeros((), dtype=torch.float64)
-            for prompt, answer in (rows[i] for i in chosen):
-                ids, at = torch.tensor([prompt + answer]), slice(len(prompt) - 1, -1)
-                with torch.no_grad():
-                    log_p = teacher(ids).logits[0, at].log_softmax(-1)
-                log_q = student(ids).logits[0, at].log_softmax(-1)
+            for i in chosen:
+                log_p, log_q = both(*rows[i])
                 total = total + (log_q.exp() * (log_q - log_p)).sum()
             (total / sum(len(rows[i][1]) for i in chosen)).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -313,7 +323,7 @@ def by_hand(
                 group["lr"] = learning_rate(step, total_steps=4, peak=1e-3, schedule="linear", warmup=0.03)
             optimizer.step()
             step += 1
-    return before, dict(student.named_parameters()), said
+    return before, dict(student.named_parameters()), said, distances
 
 
 @pytest.mark.usefixtures("no_card")
@@ -330,14 +340,16 @@ def test_it_is_the_loss_on_the_students_own_tokens(here: Path, models: Path) -> 
     )
     document["adapter"] = {"method": "none"}
     document["distill"] |= {"losses": ["reverse_kl"], "targets": {"fill": "hidden", "states": "float32"}}
-    run_it(document)
+    phases = run_it(document).summary["on_policy"][0]["phases"]
     after = load_file(here / "run" / "student" / "model.safetensors")
 
     said: list[Any] = []
 
     def distance(**faults: bool) -> float:
-        before, ours, told = by_hand(models, here, **faults)
+        before, ours, told, kls = by_hand(models, here, **faults)
         said.extend(told)
+        if not faults:
+            assert [p["kl"] for p in phases] == pytest.approx(kls, rel=1e-3)  # rounding of two phases in float32
         moved = math.sqrt(sum(float((p - before[n]).square().sum()) for n, p in ours.items()))
         apart = math.sqrt(sum(float((p - after[n].double()).square().sum()) for n, p in ours.items()))
         return apart / moved

@@ -177,9 +177,9 @@ def test_a_rank_without_a_micro_batch_names_the_first(
 ) -> None:
     """It takes part with the first one, and a NaN times 0 is one."""
     b = bench()
-    loop = b.loop(batch_size=12)
     right = CausalLM.loss_sum
     monkeypatch.setattr(CausalLM, "loss_sum", lambda *args: right(*args) * float("nan"))
+    loop = b.loop(batch_size=12)
     idle = SimpleNamespace(
         num_processes=2, process_index=1, device="cpu", backward=torch.Tensor.backward, reduce=lambda x, reduction: x
     )
