@@ -173,7 +173,7 @@ def table(results: dict[str, Any]) -> str:
             f"{gate['largest']:.1e} over all steps and runs; stored targets at step 1 "
             f"{gate['stored_over_online']:.3f} of the online loss. Stored: {shared['captured']['bytes_per_position']:.0f} bytes a "
             f"position, {shared['captured']['seconds']:.1f} s once. Predicted by FLOPs, online over cached: "
-            f"{r['predicted']['online_over_cached']:.2f}. {_report.where(r)}, {first['threads']} threads. `{r['command']}`"
+            f"{r['predicted']['online_over_cached']:.2f}. {_report.where(r)}, threads: {first['threads']}. `{r['command']}`"
         )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
