@@ -32,8 +32,8 @@ _POSITIONS = 512
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
 # Mean weight error relative to the mean update, for float32 files; a 16-bit file rounds the whole weight.
 _WEIGHT_LIMIT = 1e-3
-# Of the softmax over cosines, which lie between -1 and 1.
-_SIMILARITY_TEMPERATURE = 0.05
+# Brings the components of a unit vector, about 1 / sqrt(H), to the size of logits.
+_VECTOR_TEMPERATURE = 0.05
 _PROBES = [
     "The quick brown fox.",
     "  spaces\tand\nlines",
@@ -161,7 +161,6 @@ class _Reference:
         self.logits: list[torch.Tensor] = []
         self.updates: dict[str, dict[str, torch.Tensor]] = {}
         self.dequantized: Mapping[str, torch.Tensor] = {}
-        self.vectors: torch.Tensor | None = None
         self.tied = False
         self.untie = False
 
@@ -186,10 +185,9 @@ class _Reference:
         said = [self.task.outputs(model, batch) for batch in self.batches]
         if self.task.answers != "vectors":
             return [outputs.logits().float().cpu() for outputs in said]
-        # A text's vector by its cosines with all texts' vectors as they were before the merge: the nearest is its own.
-        vectors = torch.nn.functional.normalize(torch.cat([o.values for o in said]).float().cpu(), dim=-1)
-        self.vectors = vectors if self.vectors is None else self.vectors
-        return [vectors @ self.vectors.T / _SIMILARITY_TEMPERATURE]
+        # The components of a unit vector stand for logits: those of equal vectors are equal, and the largest one is apart
+        # from the others where two texts' vectors may not be.
+        return [torch.nn.functional.normalize(o.values.float().cpu(), dim=-1) / _VECTOR_TEMPERATURE for o in said]
 
 
 def _merge_one(found: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:

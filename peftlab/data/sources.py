@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import os
@@ -81,7 +82,7 @@ def load_rows(
     path = _local_path(base, key)
     if is_builtin(base) and not os.path.exists(path):
         _refuse(base, format=format, column_names=column_names, encoding=encoding, subset=subset)
-        rows = load_builtin(base, key=key)
+        rows = dataclasses.replace(load_builtin(base, key=key), name=name)
     elif os.path.exists(path) or _is_meant_as_file(base) or format != "auto":
         if subset is not None:
             raise DataError(f"{base!r} is a file or folder; only hub data sets have subsets", key="data.subset")

@@ -36,7 +36,7 @@ def bert(pooling: str = "mean", *, normalize: bool = False, seed: int | None = N
     if seed is not None:
         torch.manual_seed(seed)
         for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter) * parameter.abs().mean()
+            parameter.data += torch.randn_like(parameter) * parameter.abs().mean()
     return model, task
 
 
@@ -102,9 +102,11 @@ def test_the_parity_gate_sees_a_mean_over_padding(monkeypatch: pytest.MonkeyPatc
 # Files of sentence-transformers
 
 
-def sentence_folder(folder: Path, pooling: dict[str, Any], *, extra: str | None = None) -> Path:
-    pretrained = find_pretrained("tiny:bert")
-    save_plain(load_model(pretrained, auto_class="AutoModel", device="cpu"), load_tokenizer(pretrained), folder)
+def sentence_folder(
+    folder: Path, pooling: dict[str, Any], *, extra: str | None = None, seed: int | None = None
+) -> Path:
+    model, task = bert(seed=seed)
+    save_plain(model, task.tokenizer, folder)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     kinds += [("3_Extra", extra)] if extra else []
     modules = [{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in kinds]
@@ -167,7 +169,9 @@ def settings(folder: Path, model: str = "tiny:bert", **distill: Any) -> dict[str
 @pytest.mark.parametrize("method", ["lora", "none"])
 def test_a_student_with_fewer_layers(tmp_path: Path, method: str) -> None:
     source = sentence_folder(tmp_path / "source", {"pooling_mode": "cls"})
-    recipe = settings(tmp_path, str(source), student_init={"layers": [0]})
+    teacher = sentence_folder(tmp_path / "teacher", {"pooling_mode": "cls"}, seed=1)
+    recipe = settings(tmp_path, str(source), student_init={"layers": [0]}) | {"train": {"max_steps": 40, "lr": 1e-2}}
+    recipe["distill"]["teacher"] = str(teacher)
     recipe["adapter"] = {"method": method}
     run = distill(recipe, progress=SilentProgress())
     card = run.summary["card"]

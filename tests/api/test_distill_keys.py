@@ -1,0 +1,148 @@
+"""The keys of a distillation that change what is trained on, how a student begins, and what the verdict is about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peftlab.api import build
+from peftlab.api.distilling import distill
+from peftlab.api.training import train
+from peftlab.errors import DataError, RecipeError
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import bootstrap
+from peftlab.models import find_pretrained
+from peftlab.models.student import StudentCut, make_student
+from peftlab.recipe import load_recipe
+from peftlab.training.progress import SilentProgress
+
+
+def digits(folder: Path, distill: dict[str, Any] | None = None, **data: Any) -> dict[str, Any]:
+    recipe = {
+        "task": "image_cls",
+        "model": {"name": "tiny:vit"},
+        "adapter": {"method": "none"},
+        "data": {"train": "sklearn:digits:train#300", "eval": "sklearn:digits:test#120", **data},
+        "train": {"max_steps": 40, "batch_size": 32, "lr": 3e-3},
+        "eval": {"before": False},
+        "run": {"dir": str(folder / ("run" if distill else "teacher")), "device": "cpu"},
+    }
+    return recipe | ({"distill": {"teacher": str(folder / "teacher"), **distill}} if distill is not None else {})
+
+
+def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) -> None:
+    recipe = load_recipe(digits(tmp_path, exclude={"label": [3, "8"]})).recipe
+    data = build.load_data(recipe)
+    assert {"3", "8"} & set(data.train.columns["label"]) == set()
+    assert {"3", "8"} <= set(data.eval.columns["label"])
+    assert {"3", "8"} <= set(data.labelled.columns["label"])
+    assert len(data.train) == sum(label not in ("3", "8") for label in data.labelled.columns["label"])
+
+
+@pytest.mark.parametrize(
+    ("exclude", "said"),
+    [
+        ({"label": ["33"]}, "no row of sklearn:digits:train#300 has '33' in the column 'label'"),
+        ({"lable": ["3"]}, "no column 'lable'.*did you mean 'label'"),
+        ({"label": [str(i) for i in range(10)]}, "nothing is left to train on"),
+    ],
+)
+def test_an_exclusion_that_does_nothing_or_all_is_refused(tmp_path: Path, exclude: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        build.load_data(load_recipe(digits(tmp_path, exclude=exclude)).recipe)
+
+
+def test_a_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
+    train(digits(tmp_path), progress=SilentProgress())
+    init = {"weights": "random", "num_layers": 1, "hidden_size": 64, "intermediate_size": 128}
+    recipe = digits(
+        tmp_path, {"student_init": init, "temperature": 8, "headline": "recall_3"}, exclude={"label": ["3"]}
+    )
+    card = distill(recipe, progress=SilentProgress()).summary["card"]
+    head = card["metrics"][0]
+    assert head["name"] == card["headline"] == "recall_3" and head["in_points"]
+    assert head["baseline"]["value"] == 0
+    # 0 of the test threes: the bound of that many rows, not of all.
+    threes = build.load_data(load_recipe(recipe).recipe).eval.columns["label"].count("3")
+    assert head["baseline"]["high"] == pytest.approx(1 - 0.025 ** (1 / threes))
+    assert card["metrics"][1]["name"] == "accuracy"
+    assert card["costs"]["student"]["num_parameters"] < 0.25 * card["costs"]["teacher"]["num_parameters"]
+
+
+@pytest.mark.parametrize("name", ["recall_33", "recall", "ece", "perplexity"])
+def test_a_headline_that_is_no_metric_is_refused_before_anything_is_trained(tmp_path: Path, name: str) -> None:
+    recipe = digits(tmp_path, {"headline": name})
+    recipe["distill"]["teacher"] = "tiny:vit"
+    with pytest.raises(RecipeError, match="expected a metric of the report card"):
+        distill(recipe, progress=SilentProgress())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["recall", "precision", "f1"])
+def test_metrics_of_a_class_are_those_of_scikit_learn_on_every_draw(family: str) -> None:
+    from sklearn import metrics
+
+    score = {"recall": metrics.recall_score, "precision": metrics.precision_score, "f1": metrics.f1_score}[family]
+    rng = np.random.default_rng(0)
+    said, right = rng.integers(0, 4, 40), rng.integers(0, 4, 40)
+    for index in range(5):  # of class 4 there is nothing
+        statistic = row_metrics.of_class(family, said, right, index)
+        counts = rng.integers(0, 3, (6, 40)).astype(float)
+        for value, count in zip(statistic(counts), counts.astype(int), strict=True):
+            a, b = said.repeat(count), right.repeat(count)
+            assert value == pytest.approx(score(b, a, labels=[index], average="macro", zero_division=0.0))
+
+
+def test_a_share_of_no_row_at_all_has_an_interval() -> None:
+    found = bootstrap({"x": row_metrics.mean(np.zeros(50))}, 50, shares_of={"x": 0})["x"].interval()
+    assert (found.low, found.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
+
+
+def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def made(name: str, seed: int | None) -> dict[str, Any]:
+        make_student(
+            find_pretrained("tiny:llama"),
+            StudentCut(layers=(1,)),
+            tmp_path / name,
+            auto_class="AutoModelForCausalLM",
+            tokenizer=None,
+            random_seed=seed,
+        )
+        return load_file(str(tmp_path / name / "model.safetensors"))
+
+    copied, one, again, other = made("copied", None), made("one", 0), made("again", 0), made("other", 1)
+    assert {n: t.shape for n, t in copied.items()} == {n: t.shape for n, t in one.items()}
+    with pytest.raises(RecipeError, match="cannot have these sizes"):
+        make_student(
+            find_pretrained("tiny:bert"),
+            StudentCut(hidden_size=63),
+            tmp_path / "odd",
+            auto_class="AutoModel",
+            tokenizer=None,
+            random_seed=0,
+        )
+    name = next(n for n in one if n.endswith("q_proj.weight"))
+    assert one[name].equal(again[name])
+    assert not one[name].equal(other[name]) and not one[name].equal(copied[name])
+
+
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [
+        ({"weights": "random", "num_layers": 3}, "expected 1 to 2 layers, found 3"),
+        ({"weights": "random", "num_key_value_heads": 2}, "no single num_key_value_heads"),
+        ({"weights": "random", "num_layers": 1, "choose": "first"}, "choose"),
+        ({"weights": "random", "sample_rows": 9}, "sample_rows"),
+        ({"weights": "copied"}, "cuts nothing"),
+    ],
+)
+def test_impossible_beginnings_are_refused(tmp_path: Path, init: dict[str, Any], said: str) -> None:
+    recipe = digits(tmp_path, {"student_init": init})
+    recipe["distill"]["teacher"] = "tiny:vit"
+    with pytest.raises(RecipeError, match=said):
+        distill(recipe, progress=SilentProgress())
