@@ -99,7 +99,7 @@ def test_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture[str])
     assert code == 0 and report["ok"]
     assert len(report["preview"]) == 3 and report["preview"][0]["segments"][0][1:] == ["template", False]
     assert set(report) == {
-        "ok", "recipe", "task", "model", "style", "findings", "train", "held_out", "shared", "estimate", "preview", "split",
+        "ok", "recipe", "task", "model", "style", "findings", "train", "held_out", "shared", "distill", "estimate", "preview", "split",
     }  # fmt: skip
     (cut,) = report["train"]["left_out"]
     assert len(cut["where"]) == cut["rows"] and all(w.startswith("chats.jsonl:") for w in cut["where"])

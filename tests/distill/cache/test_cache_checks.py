@@ -143,7 +143,7 @@ def test_another_identity_is_told_key_by_key(cache: Path) -> None:
 
 
 def test_another_fill_is_told(cache: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"made with another k: k is 3 in the cache, 4 here. Run"):
+    with pytest.raises(ArtifactError, match=r"made with another k: k is 3 in the cache, 4 here. Go back"):
         open_cache(cache, fill=Fill("topk", k=4, num_classes=20))
     with pytest.raises(ArtifactError, match="made with another kind: kind is 'topk' in the cache, 'sampled' here; "):
         open_cache(cache, fill=Fill("sampled", draws=4, num_classes=20))
