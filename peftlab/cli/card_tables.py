@@ -69,7 +69,7 @@ def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Tabl
 
     kept = any(row["kept"] for row in rows)
     table = new_table()
-    table.add_column("metric", overflow="fold")
+    table.add_column("metric", min_width=max(len(word) for row in rows for word in row["label"].split()))
     for name in who:
         table.add_column(_WHO[name], justify="right", no_wrap=True)
     if kept:
@@ -219,12 +219,15 @@ def _cost_cell(costs: Mapping[str, Any], key: str, text: Callable[[Any], str]) -
 
 
 def _figure(row: Mapping[str, Any], value: float) -> str:
-    """Three decimals below 1, four significant digits above; as in the verdict."""
+    """Three decimals below 1, four significant digits above; as in the verdict. Below 0.01 in as few characters as leave the
+    names of the metrics their place."""
     if row["in_points"] or not math.isfinite(value) or 0.1 <= abs(value) < 1 or value == 0:
         return f"{value:.3f}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:#.3g}"
+    if abs(value) >= 1:
+        return f"{value:#.4g}"
+    return f"{value:#.3g}" if abs(value) >= 0.01 else f"{value:.1e}"
 
 
 def _share(ratio: float) -> str:
