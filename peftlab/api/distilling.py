@@ -116,15 +116,16 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
         )
         summary["teach"] = capture_all(read_lesson(recipe, progress), progress)
     teachers = Teachers(recipe, progress)
-    figures = {}
-    steps: int | None = None
+    figures: dict[Arm, dict[str, Any]] = {}
+    steps: dict[int, int] = {}
     for number, arm in enumerate(arms, start=1):
+        if arm.kind == BASELINE:
+            teachers.release()
         what = "from the teacher" if arm.kind == STUDENT else "from the labels alone"
         progress.note(f"training {number} of {len(arms)}: the student {what}, seed {arm.seed}")
-        figures[arm] = _train(
-            loaded, beginnings[arm.seed], arm, teachers if arm.kind == STUDENT else None, steps, progress
-        )
-        steps = figures[arm]["training"]["steps"] if arm.kind == STUDENT else steps
+        taught = teachers if arm.kind == STUDENT else None
+        figures[arm] = _train(loaded, beginnings[arm.seed], arm, taught, steps.get(arm.seed), progress)
+        steps.setdefault(arm.seed, figures[arm]["training"]["steps"])
         release_memory()
     if recipe.distill.on_policy is not None:
         summary["on_policy"] = [
@@ -137,8 +138,9 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
 
 
 def _arms(recipe: Any, folder: Path) -> Iterator[Arm]:
-    for seed in range(recipe.run.seed, recipe.run.seed + recipe.distill.seeds):
-        for kind in [STUDENT] if no_baseline(recipe) else [STUDENT, BASELINE]:
+    """The students first: the teacher is not in memory while the baselines train."""
+    for kind in [STUDENT] if no_baseline(recipe) else [STUDENT, BASELINE]:
+        for seed in range(recipe.run.seed, recipe.run.seed + recipe.distill.seeds):
             yield Arm(kind, seed, folder / f"seed-{seed}" / kind)
 
 

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from peftlab.adapters import check_adapter_files, load_adapter
 from peftlab.api import build
@@ -17,7 +19,7 @@ from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME
 from peftlab.data import Rows
 from peftlab.distill import compare, require_same
-from peftlab.errors import ArtifactError, RecipeError
+from peftlab.errors import ArtifactError, DataError, RecipeError
 from peftlab.models import label_names, resolve_dtype
 from peftlab.paths import sha256_of_files
 from peftlab.recipe import LoadedRecipe, Recipe
@@ -239,6 +241,26 @@ def _same_classes(ours: list[str], theirs: list[str], key: str) -> tuple[int, ..
             key=f"{key}.name",
         )
     return None if ours == theirs else tuple(theirs.index(name) for name in ours)
+
+
+def rows_of(recipe: Recipe, index: int, rows: Rows) -> np.ndarray:
+    """[N] bool, the rows that a teacher answers. Raises: DataError for a column that is not there."""
+    assert recipe.distill is not None
+    wanted = recipe.distill.all_teachers[index].rows
+    return _rows_with(rows, wanted, f"{teacher_keys(recipe)[index]}.rows")
+
+
+def _rows_with(rows: Rows, wanted: Mapping[str, str | list[str]], key: str) -> Any:
+    """[N] bool, rows that have one of the wanted values in each of the columns."""
+    chosen = np.ones(len(rows), dtype=bool)
+    for column, value in wanted.items():
+        values = {value} if isinstance(value, str) else set(value)
+        try:
+            found = np.array([str(v) in values for v in rows.column(column)])
+        except DataError as error:
+            raise DataError(str(error), key=f"{key}.{column}") from None
+        chosen &= found
+    return chosen
 
 
 def read_by(theirs: TeacherModel, rows: Rows) -> dict[int, Example]:

@@ -14,7 +14,7 @@ from peftlab import ops
 from peftlab.adapters import add_adapter
 from peftlab.api import build
 from peftlab.api.stored import key_of, lesson_identity, open_stored
-from peftlab.api.teacher_models import TeacherModel, backbone_columns, open_teacher, read_by, teacher_keys
+from peftlab.api.teacher_models import TeacherModel, backbone_columns, open_teacher, read_by, rows_of, teacher_keys
 from peftlab.data import Rows
 from peftlab.distill import VECTOR_LOSSES, Objective, UldObjective, VectorObjective, aligned_answers
 from peftlab.distill.cache import TeacherCache
@@ -48,6 +48,10 @@ class Teachers:
             for note in self._models[index].notes:
                 self._progress.note(note)
         return self._models[index]
+
+    def release(self) -> None:
+        """Lets go of the loaded models; the next one who asks loads them again."""
+        self._models.clear()
 
     def loss(
         self, task: Task, model: Any, data: build.DataParts, encoded: Encoded, *, limit: int, packing: bool = False
@@ -109,11 +113,9 @@ class Teachers:
         if columns.count is not None:
             check_ids(task.tokenizer, rows, encoded, columns.count)
         for index, section in enumerate(self._distill.all_teachers):
-            theirs = np.ones(len(rows), dtype=bool)
-            if section.rows:
-                theirs = _rows_with(rows, section.rows, f"{teacher_keys(self._recipe)[index]}.rows")
+            theirs = rows_of(self._recipe, index, rows)
             if stored:
-                teacher: Teacher = self._stored(index, model, encoded)
+                teacher: Teacher = self._stored(index, model, [e for e in encoded.examples if theirs[e.row]])
             else:
                 teacher = self._teacher(index, task, model, rows, encoded, columns, packing=packing)
             found.append(Share(teacher, section.weight, _Takes(theirs) if section.rows else None))
@@ -155,11 +157,11 @@ class Teachers:
         only = len(self._distill.all_teachers) == 1 and not self.model(0, task).own_texts
         return [("teacher", self.model(0, task).model)] if only else []
 
-    def _stored(self, index: int, model: Any, encoded: Encoded) -> CachedTeacher:
+    def _stored(self, index: int, model: Any, examples: Sequence[Example]) -> CachedTeacher:
         """Raises: ArtifactError when the cache holds other examples, or they are in another order."""
         cache = self._caches[index]
         split = cache.split("train")
-        split.check_keys(np.array([key_of(e) for e in encoded.examples], dtype=np.uint64))
+        split.check_keys(np.array([key_of(e) for e in examples], dtype=np.uint64))
         head = None
         if cache.fill.kind == "hidden" and cache.manifest["tensors"] is not None:
             device = next(model.parameters()).device
@@ -172,7 +174,7 @@ class Teachers:
                 transform["softcap"],
                 transform["scale"],
             )
-        return CachedTeacher(split.read, index_of={e.row: i for i, e in enumerate(encoded.examples)}, head=head)
+        return CachedTeacher(split.read, index_of={e.row: i for i, e in enumerate(examples)}, head=head)
 
     def _teacher(
         self,
@@ -288,8 +290,8 @@ def check_routes(recipe: Recipe, data: build.DataParts) -> None:
     """Raises DataError for a row, trained on or held out, that no teacher takes, and for a teacher that takes none."""
     assert recipe.distill is not None
     sections = list(zip(recipe.distill.all_teachers, teacher_keys(recipe), strict=True))
-    for section, key in sections:
-        if section.rows and not _rows_with(data.train, section.rows, f"{key}.rows").any():
+    for index, (section, key) in enumerate(sections):
+        if section.rows and not rows_of(recipe, index, data.train).any():
             (column, wanted), *_ = section.rows.items()
             there = sorted({str(v) for v in data.train.column(column)})
             shown = ", ".join(there[:8]) + (f" and {len(there) - 8:,} more" if len(there) > 8 else "")
@@ -300,7 +302,7 @@ def check_routes(recipe: Recipe, data: build.DataParts) -> None:
     if not all(section.rows for section, _ in sections):
         return
     for rows in (data.train, data.eval):
-        taught = np.any([_rows_with(rows, section.rows, f"{key}.rows") for section, key in sections], axis=0)
+        taught = np.any([rows_of(recipe, index, rows) for index in range(len(sections))], axis=0)
         if not taught.all():
             first = int(np.flatnonzero(~taught)[0])
             raise DataError(
@@ -308,19 +310,6 @@ def check_routes(recipe: Recipe, data: build.DataParts) -> None:
                 "the teachers without `rows`, or name the missing values",
                 key=sections[0][1].rpartition(".")[0] if len(sections) > 1 else f"{sections[0][1]}.rows",
             )
-
-
-def _rows_with(rows: Rows, wanted: Mapping[str, str | list[str]], key: str) -> Any:
-    """[N] bool, rows that have one of the wanted values in each of the columns."""
-    chosen = np.ones(len(rows), dtype=bool)
-    for column, value in wanted.items():
-        values = {value} if isinstance(value, str) else set(value)
-        try:
-            found = np.array([str(v) in values for v in rows.column(column)])
-        except DataError as error:
-            raise DataError(str(error), key=f"{key}.{column}") from None
-        chosen &= found
-    return chosen
 
 
 def _aligned(ours: Any, theirs: Any, rows: Rows, example: Example, other: Example) -> list[tuple[int, int]]:

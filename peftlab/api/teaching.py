@@ -22,7 +22,7 @@ from peftlab.api.estimate import forward_seconds
 from peftlab.api.parts import check_settings
 from peftlab.api.run import LOCK_NAME, open_run
 from peftlab.api.stored import REASONS, cache_folder, fill_of, key_of, lesson_identity, open_stored
-from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, teacher_identity, teacher_target
+from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, rows_of, teacher_identity, teacher_target
 from peftlab.api.teachers import check_ids
 from peftlab.data import eval_batches
 from peftlab.distill.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, open_cache
@@ -106,8 +106,7 @@ def read_lesson(recipe: Recipe, progress: Progress) -> Lesson:
     tokenizer = build.tokenizer_of(recipe, pretrained)
     task = build.build_task(recipe, tokenizer, data.labelled)
     limit = build.limit_of(recipe, pretrained, tokenizer)
-    labelled = data.train is data.labelled
-    train = build.encode(recipe, task, data.train, limit=limit, training=True, labelled=labelled)
+    train = build.encode(recipe, task, data.train, limit=limit, training=True, labelled=data.has_labels)
     return Lesson(recipe, task, data, train, lesson_identity(recipe, task, data, limit))
 
 
@@ -132,13 +131,19 @@ def capture_all(lesson: Lesson, progress: Progress, *, replace: bool = False) ->
     return found
 
 
+def _examples_of(lesson: Lesson, index: int) -> list[Example]:
+    """Those that a teacher answers: all, or those of its own rows."""
+    theirs = rows_of(lesson.recipe, index, lesson.data.train)
+    return [e for e in lesson.train.examples if theirs[e.row]]
+
+
 def _capture(
     lesson: Lesson, index: int, theirs: TeacherModel, identity: dict[str, Any], progress: Progress, *, replace: bool
 ) -> dict[str, Any]:
     recipe, started = lesson.recipe, time.perf_counter()
     folder = cache_folder(recipe, index)
     own = read_by(theirs, lesson.data.train) if theirs.own_texts else None
-    examples = lesson.train.examples
+    examples = _examples_of(lesson, index)
     answers = _Answers(theirs, recipe.eval.batch_tokens)
     if own is None and theirs.columns.count is not None:
         check_ids(lesson.task.tokenizer, lesson.data.train, lesson.train, theirs.columns.count)
@@ -269,8 +274,9 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
     elif lesson.task.class_names:  # few classes: their logits themselves are what `hidden` stores
         num_classes = width = len(lesson.task.class_names)
     fill = fill_of(recipe, num_classes=num_classes, hidden_size=width)
-    lengths = lesson.train.lengths
-    counts = _num_positions(lesson.train.examples)
+    examples = _examples_of(lesson, index)
+    lengths = np.array([len(e) for e in examples], dtype=np.int64)
+    counts = _num_positions(examples)
     positions, size = int(counts.sum()), _stored_bytes(fill, counts)
     if fill.kind == "hidden" and head is not None:
         size += head.weight.numel() * resolve_dtype(theirs.model.dtype, "cpu").itemsize
