@@ -156,6 +156,32 @@ def test_film_sentiment_and_dialog_improve(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_digits_reach_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student reads digits it has never seen, and learns more from 100 images, or 1,200, than from 100 labels."""
+    monkeypatch.chdir(tmp_path)
+    teacher = peftlab.train("digits-teacher", progress=SilentProgress())
+    assert teacher.summary["after"]["accuracy"] >= 0.95
+    seeds = distill("digits-missing-class", progress=SilentProgress()).summary["card"]["seeds"]
+    assert len(seeds) == 5
+    assert all(seed["student"] >= 0.75 and seed["baseline"] <= 0.02 for seed in seeds)
+    assert sum(seed["student"] for seed in seeds) / 5 >= 0.85
+    for name, least in (("digits-few-labels", 0.02), ("digits-unlabelled", 0.05)):
+        card = distill(name, progress=SilentProgress()).summary["card"]
+        assert card["metrics"][0]["gain"]["value"] >= least
+        assert card["verdict"]["outcome"] == "helped"
+
+
+@pytest.mark.slow
+def test_minilm_student_reaches_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    card = distill("minilm-student", progress=SilentProgress()).summary["card"]
+    rows = {row["name"]: row for row in card["metrics"]}
+    assert rows["spearman"]["student"]["value"] >= 0.82 and rows["spearman"]["cut"]["value"] < 0.65
+    assert rows["neighbour_recall"]["student"]["value"] >= 0.55
+    assert card["ratios"]["latency_ms"] <= 1 / 1.8
+
+
+@pytest.mark.slow
 def test_quickstart_repeats_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = ["train.max_steps=3", "train.epochs=", "data.eval_rows=20", "run.merge=none", "eval.prompts=[]"]

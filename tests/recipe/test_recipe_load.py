@@ -331,7 +331,10 @@ def test_all_problems_together_in_the_order_of_the_file(write: Write) -> None:
     text = "tsk: a\ntrain:\n  lr: fast\n  lrr: 1\nmodel:\n  quantize: nf5\ndata: {train: a.csv}\n"
     lines = message(write(text), "adapter.rank=0").splitlines()
     assert lines[0] == "7 problems in recipe.yaml:"
-    assert lines[1] == "  line 1        task: missing; expected one of causal_lm, seq_cls (what the model learns)"
+    assert (
+        lines[1]
+        == "  line 1        task: missing; expected one of causal_lm, seq_cls, image_cls, embedding (what the model learns)"
+    )
     assert lines[2].startswith("  line 1        tsk: unknown key; did you mean `task`? (top-level keys: task, model, ")
     assert lines[3] == "  line 3        train.lr: expected a number above 0, found 'fast'"
     assert lines[4].startswith("  line 4        train.lrr: unknown key; did you mean `lr`? (keys of train: epochs, ")
@@ -386,7 +389,7 @@ def test_problems_of_a_dict_have_no_line() -> None:
         (
             "data",
             {"columns": "body"},
-            "expected a mapping with the keys text, label, prompt, completion, messages, found",
+            "expected a mapping with the keys text, image, label, prompt, completion, messages, found",
         ),
         ("data", {"bins": 5}, "data.bins: expected a section with the keys edges, names, found 5"),
         ("data", {"template": {"prompt": "a"}}, "data.template: give either prompt and completion, or user and"),
