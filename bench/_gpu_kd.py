@@ -62,7 +62,7 @@ def examples_of(lengths: tuple[int, ...], vocab: int, *, unscored: float = 1 / 3
 def _loss(device: Device, dtype_name: str, kind: str) -> Row:
     import torch
 
-    from peftlab.distill import Objective
+    from peftlab.distillation import Objective
     from peftlab.training.distilling import DistillLoss, Share
     from peftlab.training.parity import TOLERANCES
 
@@ -157,8 +157,8 @@ def _taught(device: Device, kind: str, task: Any, teacher: Any, examples: list[A
     import torch
 
     from peftlab import ops
-    from peftlab.distill import SparseTarget
-    from peftlab.distill.cache import Fill
+    from peftlab.distillation import SparseTarget
+    from peftlab.distillation.cache import Fill
     from peftlab.training.teachers import BackboneTeacher, CachedTeacher, ModelTeacher
 
     if kind == "self":
@@ -187,7 +187,7 @@ def _taught(device: Device, kind: str, task: Any, teacher: Any, examples: list[A
 def _draws(device: Device, kind: str) -> Row:
     import torch
 
-    from peftlab.distill.cache import Fill
+    from peftlab.distillation.cache import Fill
 
     vocab = device.pick(49152, 512)
     logits = 3 * torch.randn(64, vocab, generator=torch.Generator().manual_seed(0))

@@ -124,7 +124,7 @@ def _runner(device: Device, student: Any, tokens: int, stored: int | None) -> tu
     """A whole optimizer step as the training loop makes it, and how many positions it scores."""
     import torch
 
-    from peftlab.distill import Objective
+    from peftlab.distillation import Objective
     from peftlab.models import find_pretrained, load_tokenizer
     from peftlab.training.distilling import DistillLoss, Share
     from peftlab.training.optim import make_optimizer
@@ -160,7 +160,7 @@ def _random_target(rows: int, k: int, vocab: int) -> Any:
     """Classes that differ within a row, with 0.8 of the mass."""
     import torch
 
-    from peftlab.distill import SparseTarget
+    from peftlab.distillation import SparseTarget
 
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(0, vocab, (rows, 1), generator=generator)

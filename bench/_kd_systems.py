@@ -51,8 +51,8 @@ class System:
 
 
 def peftlab_step(problem: Problem, *, fused: bool = False) -> Outcome:
-    from peftlab.distill import Objective, as_teacher, num_targets, select, select_targets
-    from peftlab.distill.vocabulary import Comparison, shared_width
+    from peftlab.distillation import Objective, as_teacher, num_targets, select, select_targets
+    from peftlab.distillation.vocabulary import Comparison, shared_width
     from peftlab.ops import DenseWeight, Head, OnlineTeacher
 
     chosen = problem.settings
@@ -88,14 +88,14 @@ def peftlab_step(problem: Problem, *, fused: bool = False) -> Outcome:
 
 
 def peftlab_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> Tensor:
-    from peftlab.distill import Objective, SparseTarget
+    from peftlab.distillation import Objective, SparseTarget
 
     return Objective().soft_losses(student, teacher if k is None else SparseTarget.from_logits(teacher, k))
 
 
 def peftlab_fused_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> Tensor:
     """Logits are hidden states of a head that is the identity; a token at a time, as the operation gives sums."""
-    from peftlab.distill import Objective, SparseTarget
+    from peftlab.distillation import Objective, SparseTarget
     from peftlab.ops import DenseWeight, Head
 
     head = Head(DenseWeight(torch.eye(student.shape[-1], dtype=student.dtype)))
@@ -107,8 +107,8 @@ def peftlab_fused_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> 
 
 
 SYSTEMS = (
-    System("peftlab", "peftlab.distill", peftlab_step, peftlab_on_logits),
-    System("peftlab fused", "peftlab.distill", partial(peftlab_step, fused=True), peftlab_fused_on_logits),
+    System("peftlab", "peftlab.distillation", peftlab_step, peftlab_on_logits),
+    System("peftlab fused", "peftlab.distillation", partial(peftlab_step, fused=True), peftlab_fused_on_logits),
     System("TRL GKD", "trl.experimental.gkd", trl_gkd_step, trl_jsd_on_logits),
     System("TRL GOLD", "trl.experimental.gold", trl_gold_step),
     System("TRL Distillation", "trl.trainer.distillation_trainer", trl_distillation_step),

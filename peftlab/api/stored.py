@@ -12,8 +12,8 @@ import numpy as np
 
 from peftlab.api import build
 from peftlab.api.teacher_models import teacher_identity
-from peftlab.distill import fingerprint
-from peftlab.distill.cache import Fill, TeacherCache, example_key, open_cache
+from peftlab.distillation import fingerprint
+from peftlab.distillation.cache import Fill, TeacherCache, example_key, open_cache
 from peftlab.errors import ArtifactError
 from peftlab.recipe import Recipe
 from peftlab.tasks import Example, Task

@@ -18,7 +18,7 @@ from peftlab.api import build
 from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME
 from peftlab.data import Rows
-from peftlab.distill import compare, require_same
+from peftlab.distillation import compare, require_same
 from peftlab.errors import ArtifactError, DataError, RecipeError
 from peftlab.models import label_names, resolve_dtype
 from peftlab.paths import sha256_of_files

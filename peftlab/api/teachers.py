@@ -16,8 +16,8 @@ from peftlab.api import build
 from peftlab.api.stored import key_of, lesson_identity, open_stored
 from peftlab.api.teacher_models import TeacherModel, backbone_columns, open_teacher, read_by, rows_of, teacher_keys
 from peftlab.data import Rows
-from peftlab.distill import VECTOR_LOSSES, Objective, UldObjective, VectorObjective, aligned_answers
-from peftlab.distill.cache import TeacherCache
+from peftlab.distillation import VECTOR_LOSSES, Objective, UldObjective, VectorObjective, aligned_answers
+from peftlab.distillation.cache import TeacherCache
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import num_parameters
 from peftlab.recipe import Recipe

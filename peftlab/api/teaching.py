@@ -25,8 +25,8 @@ from peftlab.api.stored import REASONS, cache_folder, fill_of, key_of, lesson_id
 from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, rows_of, teacher_identity, teacher_target
 from peftlab.api.teachers import check_ids
 from peftlab.data import eval_batches
-from peftlab.distill.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, open_cache
-from peftlab.distill.cache.manifest import CAPTURE, MANIFEST, OWN
+from peftlab.distillation.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, open_cache
+from peftlab.distillation.cache.manifest import CAPTURE, MANIFEST, OWN
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
 from peftlab.recipe import Recipe, load_recipe

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlab import ops
 from peftlab.adapters import head_input
-from peftlab.distill import GradientReport, Objective, SparseTarget, UldObjective, VectorObjective, gradient_report
+from peftlab.distillation import GradientReport, Objective, SparseTarget, UldObjective, VectorObjective, gradient_report
 from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
 from peftlab.training.teachers import Aligned, Columns, Taught, Teacher
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftlab import ops
 from peftlab.adapters import head_input
-from peftlab.distill import SparseTarget, as_teacher
+from peftlab.distillation import SparseTarget, as_teacher
 from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
 
 

@@ -20,7 +20,7 @@ import torch
 from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
 
 from peftlab.api import comparing, distilling, student
-from peftlab.distill.cache import SplitWriter
+from peftlab.distillation.cache import SplitWriter
 from peftlab.training.progress import SilentProgress
 
 

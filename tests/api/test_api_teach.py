@@ -17,7 +17,7 @@ from peftlab.api import teaching
 from peftlab.api.parts import prepare, run_accelerator
 from peftlab.api.teachers import Teachers
 from peftlab.api.teaching import teach
-from peftlab.distill.cache import CachedSplit
+from peftlab.distillation.cache import CachedSplit
 from peftlab.errors import ArtifactError, ResourceError
 from peftlab.recipe import load_recipe
 from peftlab.training.progress import SilentProgress
@@ -192,7 +192,7 @@ def test_a_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.Monk
 
 
 def test_a_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftlab.distill.cache.writer import SplitWriter
+    from peftlab.distillation.cache.writer import SplitWriter
 
     document = lesson("causal_lm", cache="cache")
     right = SplitWriter.add

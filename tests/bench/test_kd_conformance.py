@@ -11,18 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Each fault replaces a function of the contract; the cases named have to fail, and the exit code has to say so.
 FAULTS = {
-    "import peftlab.distill.losses as m; f = m.token_divergence; "
+    "import peftlab.distillation.losses as m; f = m.token_divergence; "
     "m.token_divergence = lambda s, t, **kw: f(t, s, **kw)": ["forward KL", "first and last token"],
-    "import peftlab.distill.losses as m; f = m.token_divergence; "
+    "import peftlab.distillation.losses as m; f = m.token_divergence; "
     "m.token_divergence = lambda s, t, **kw: f(s, t, **{**kw, 'temperature': 1.0})": ["temperature"],
-    "import peftlab.distill as m; m.select = lambda v, trained: v[:, 1:][trained[:, 1:]]": ["first and last token"],
-    "import contextlib, peftlab.distill as m; m.as_teacher = lambda t: contextlib.nullcontext()": [
+    "import peftlab.distillation as m; m.select = lambda v, trained: v[:, 1:][trained[:, 1:]]": [
+        "first and last token"
+    ],
+    "import contextlib, peftlab.distillation as m; m.as_teacher = lambda t: contextlib.nullcontext()": [
         "teacher left in train mode"
     ],
-    "import peftlab.distill as m; m.num_targets = lambda trained: trained.numel()": ["padding", "accumulation"],
-    "import peftlab.distill.objective as m; f = m.ops.OnlineTeacher; "
+    "import peftlab.distillation as m; m.num_targets = lambda trained: trained.numel()": ["padding", "accumulation"],
+    "import peftlab.distillation.objective as m; f = m.ops.OnlineTeacher; "
     "m.ops.OnlineTeacher = lambda hidden, head: f(hidden.roll(1, 0), head)": ["first and last token"],
-    "import peftlab.distill.losses as m; m._rest = lambda z, s, t: z.sum(-1) * 0": [
+    "import peftlab.distillation.losses as m; m._rest = lambda z, s, t: z.sum(-1) * 0": [
         "top-k with tail",
         "tail below 6e-8",
     ],

@@ -15,7 +15,7 @@ from peftlab.api.distilling import distill
 from peftlab.api.inference import evaluate, predict
 from peftlab.api.training import train
 from peftlab.data import Rows
-from peftlab.distill import VectorObjective
+from peftlab.distillation import VectorObjective
 from peftlab.errors import ArtifactError, RecipeError, VerificationError
 from peftlab.models import SentenceWriter, find_pretrained, load_model, load_tokenizer, save_plain, sentence_files
 from peftlab.tasks import Embedding

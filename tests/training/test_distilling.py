@@ -18,7 +18,7 @@ from peftlab.adapters import HeadLoss
 from peftlab.adapters.fused import set_kernels
 from peftlab.data import Rows
 from peftlab.data.chat import Formatter
-from peftlab.distill import Objective
+from peftlab.distillation import Objective
 from peftlab.models.tiny import tiny_config
 from peftlab.tasks import CausalLM, Example, SequenceClassification, collate_packed
 from peftlab.training import distilling, teachers

@@ -31,7 +31,7 @@ from test_normalisation import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftlab.distill import Objective
+from peftlab.distillation import Objective
 from peftlab.training.distilling import DistillLoss, Share
 from peftlab.training.teachers import BackboneTeacher, Columns, ModelTeacher
 

@@ -13,7 +13,7 @@ from test_distilling import Texts, moved, voice
 from torch import Tensor
 
 from peftlab.adapters import add_adapter, save_adapter
-from peftlab.distill import Objective
+from peftlab.distillation import Objective
 from peftlab.training import teachers
 from peftlab.training.distilling import DistillLoss, Share
 from peftlab.training.teachers import BackboneTeacher, ModelTeacher

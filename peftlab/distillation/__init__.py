@@ -1,0 +1,40 @@
+"""Distillation: the loss contract. Losses and targets are pure functions; models, data and recipes are elsewhere."""
+
+from peftlab.distillation.doctor import GradientReport, gradient_report
+from peftlab.distillation.losses import cross_entropy, divergence, sparse_divergence
+from peftlab.distillation.objective import (
+    VECTOR_LOSSES,
+    Objective,
+    VectorObjective,
+    as_teacher,
+    combine,
+    num_targets,
+    select,
+    select_targets,
+)
+from peftlab.distillation.targets import SparseTarget
+from peftlab.distillation.uld import UldObjective, aligned_answers
+from peftlab.distillation.vocabulary import compare, fingerprint, require_same, shared_width
+
+__all__ = [
+    "GradientReport",
+    "Objective",
+    "SparseTarget",
+    "UldObjective",
+    "VECTOR_LOSSES",
+    "VectorObjective",
+    "aligned_answers",
+    "as_teacher",
+    "combine",
+    "compare",
+    "cross_entropy",
+    "divergence",
+    "fingerprint",
+    "gradient_report",
+    "num_targets",
+    "require_same",
+    "select",
+    "select_targets",
+    "shared_width",
+    "sparse_divergence",
+]

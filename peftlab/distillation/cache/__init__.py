@@ -1,0 +1,20 @@
+"""The teacher cache: soft targets captured once, on disk, checked, for as many distillations as one likes.
+
+The caller runs the teacher: ``Fill.target`` makes the target of an example, ``CacheWriter`` stores it, ``open_cache`` reads.
+"""
+
+from peftlab.distillation.cache.fill import Fill
+from peftlab.distillation.cache.identity import example_key
+from peftlab.distillation.cache.reader import CachedSplit, TeacherCache, open_cache
+from peftlab.distillation.cache.writer import SHARD_BYTES, CacheWriter, SplitWriter
+
+__all__ = [
+    "SHARD_BYTES",
+    "CacheWriter",
+    "CachedSplit",
+    "Fill",
+    "SplitWriter",
+    "TeacherCache",
+    "example_key",
+    "open_cache",
+]

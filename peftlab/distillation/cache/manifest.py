@@ -1,0 +1,113 @@
+"""The two JSON files of a cache: ``capture.json`` while it is being written, ``manifest.json`` once it is complete."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+
+from peftlab import __version__
+from peftlab.distillation.cache.files import damaged, publish, sha256
+from peftlab.distillation.cache.fill import Fill
+from peftlab.distillation.cache.shards import Shard
+from peftlab.errors import ArtifactError
+
+FORMAT, VERSION = "peftlab teacher cache", 1
+MANIFEST, CAPTURE, TENSORS = "manifest.json", "capture.json", "tensors.safetensors"
+SPLITS = ("train", "eval")
+# Everything a cache may leave in its folder, so that replacing one touches nothing else.
+OWN = re.compile(
+    rf"((({'|'.join(SPLITS)})-\d{{5,}}\.(bin|index|journal))|tensors\.safetensors|capture\.json|manifest\.json)(\.partial)?"
+)
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Raises: OSError."""
+    publish(path, json.dumps({"format": FORMAT, "version": VERSION, **document}, indent=1).encode())
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The document of ``path``; None when there is no such file. Raises: ArtifactError when it is no file of a cache."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+    document = _own(document, path)
+    if document.get("version") != VERSION:
+        raise ArtifactError(
+            f"expected version {VERSION} of the teacher cache's format in {path}, found {document.get('version')}: use the "
+            "peftlab that wrote it, or run `peftlab teach --replace`"
+        )
+    return document
+
+
+def refuse_another(path: Path) -> None:
+    """Raises: ArtifactError when ``path`` is a readable file of something else than a cache."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return
+    _own(document, path)
+
+
+def _own(document: object, path: Path) -> dict[str, Any]:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactError(f"expected {path} to be of a teacher cache, found another file; choose another folder")
+    return document
+
+
+def describe_split(num_examples: int, shards: list[Shard]) -> dict[str, Any]:
+    """A split's part of the manifest; bytes_per_position has all of its files in it, index included."""
+    sizes = [(shard.num_bytes, shard.index.stat().st_size) for shard in shards]
+    num_positions, num_bytes = sum(shard.num_positions for shard in shards), sum(a + b for a, b in sizes)
+    return {
+        "examples": num_examples,
+        "positions": num_positions,
+        "bytes": num_bytes,
+        "bytes_per_position": num_bytes / num_positions if num_positions else 0.0,
+        "shards": [
+            {
+                "file": shard.path.name,
+                "examples": len(shard.rows),
+                "positions": shard.num_positions,
+                "bytes": num_records,
+                "sha256": shard.sha256,
+                "index": shard.index.name,
+                "index_bytes": num_index,
+                "index_sha256": sha256(shard.index),
+            }
+            for shard, (num_records, num_index) in zip(shards, sizes, strict=True)
+        ],
+    }
+
+
+def describe(
+    folder: Path, fill: Fill, identity: Mapping[str, Any], splits: dict[str, Any], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a cache whose files are all there."""
+    tensors = folder / TENSORS
+    return {
+        "fill": fill.settings(),
+        "identity": dict(identity),
+        "splits": splits,
+        "tensors": {"file": TENSORS, "bytes": tensors.stat().st_size, "sha256": sha256(tensors)}
+        if tensors.is_file()
+        else None,
+        "versions": {
+            "peftlab": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "extra": dict(extra),
+    }

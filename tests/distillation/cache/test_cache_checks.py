@@ -1,0 +1,261 @@
+"""What a cache refuses, and the words it does it in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from peftlab.distillation.cache import CacheWriter, Fill, example_key, open_cache, reader
+from peftlab.errors import ArtifactError, RecipeError
+
+FILL = Fill("topk", k=3, num_classes=20)
+IDENTITY = {"teacher": "a", "data": "d1", "max_length": 64, "template": None}
+KEYS = np.array([11, 12, 13, 14, 15, 2**64 - 1], dtype=np.uint64)
+
+
+def write(folder: Path, *, fill: Fill = FILL, upto: int = 6, replace: bool = False) -> None:
+    with CacheWriter(folder, fill, IDENTITY, shard_bytes=100, replace=replace) as writer:
+        train, evaluated = writer.split("train", 6), writer.split("eval", 1)
+        for i in range(train.done, upto):
+            train.add(int(KEYS[i]), fill.target(torch.randn(4, 20, generator=torch.Generator().manual_seed(i)), i))
+        if upto == 6:
+            evaluated.add(5, fill.target(torch.zeros(2, 20), 0))
+            writer.save_tensors({"weight": torch.ones(3, 4)})
+            writer.finish({"accuracy": 0.75})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    write(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_complete_cache_opens(cache: Path) -> None:
+    found = open_cache(cache, identity=dict(reversed(IDENTITY.items())), fill=FILL)
+    assert found.fill == FILL and found.extra == {"accuracy": 0.75} and found.names == ["train", "eval"]
+    assert found.manifest["identity"] == IDENTITY
+    assert set(found.manifest["versions"]) == {"peftlab", "python", "torch", "numpy", "safetensors"}
+    assert (len(found.split("train")), len(found.split("eval"))) == (6, 1)
+    assert torch.equal(found.head_tensors()["weight"], torch.ones(3, 4))
+    assert open_cache(cache).fill == FILL
+    found.verify()
+    assert {p.name for p in cache.iterdir()} == {
+        "manifest.json",
+        "tensors.safetensors",
+        *(f"{name}.{kind}" for name in ("train-00000", "train-00001", "eval-00000") for kind in ("bin", "index")),
+    }
+
+
+def changed(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("train-00001.bin", lambda d: changed(d, 30), "train-00001.bin does not have its recorded hash"),
+        ("train-00001.bin", lambda d: d[:-5], r"train-00001.bin has \d+ bytes, expected \d+"),
+        ("train-00000.bin", lambda d: None, "train-00000.bin is missing"),
+        ("train-00000.index", lambda d: changed(d, len(d) - 3), "train-00000.index does not have its recorded hash"),
+        ("eval-00000.index", lambda d: None, "eval-00000.index is missing"),
+        ("tensors.safetensors", lambda d: None, "tensors.safetensors is missing"),
+        ("manifest.json", lambda d: d[:50], "manifest.json cannot be read"),
+        (
+            "manifest.json",
+            lambda d: d.replace(b'"splits"', b'"slits"'),
+            "manifest.json does not have the contents of one",
+        ),
+    ],
+)
+def test_damage_is_found_when_it_is_opened(
+    name: str, damage: Callable[[bytes], bytes | None], told: str, cache: Path
+) -> None:
+    left = damage((cache / name).read_bytes())
+    (cache / name).unlink() if left is None else (cache / name).write_bytes(left)
+    with pytest.raises(
+        ArtifactError, match=f"cache is damaged: {told}.*restore the file, or run `peftlab teach --replace`"
+    ):
+        open_cache(cache, fill=FILL, identity=IDENTITY)
+
+
+def test_a_large_cache_finds_damage_when_it_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_HASHED_BYTES", 100)
+    shard = cache / "train-00001.bin"
+    shard.write_bytes(changed(shard.read_bytes(), 30))
+    found = open_cache(cache)
+    found.split("train").read([0, 1, 2])
+    with pytest.raises(
+        ArtifactError, match=r"train-00001.bin does not have the recorded checksum at example \d of train"
+    ):
+        found.split("train").read(range(6))
+    with pytest.raises(ArtifactError, match=r"train-00001.bin does not have its recorded hash"):
+        found.verify()
+
+
+def test_a_damaged_head_is_found_when_it_is_read(cache: Path) -> None:
+    path = cache / "tensors.safetensors"
+    path.write_bytes(changed(path.read_bytes(), len(path.read_bytes()) - 1))
+    with pytest.raises(ArtifactError, match=r"tensors.safetensors does not have its recorded hash"):
+        open_cache(cache).head_tensors()
+
+
+def test_a_shard_of_another_cache_does_not_pass(cache: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write(other, fill=Fill("topk", k=3, num_classes=20, temperature=2.0))
+    for kind in ("bin", "index"):
+        shutil.copy(other / f"train-00000.{kind}", cache)
+    with pytest.raises(ArtifactError, match=r"train-00000.bin does not have its recorded hash"):
+        open_cache(cache)
+
+
+def test_none_or_not_complete(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"expected a teacher cache in .*, found none; run `peftlab teach` first"):
+        open_cache(tmp_path / "nowhere")
+    write(tmp_path, upto=5)
+    assert (tmp_path / "train-00000.index").exists() and (tmp_path / "train-00001.journal").exists()
+    told = "found 5 of 6 examples of train and 0 of 1 examples of eval; run `peftlab teach` again to go on"
+    with pytest.raises(ArtifactError, match=told):
+        open_cache(tmp_path)
+    with CacheWriter(tmp_path, FILL, IDENTITY) as writer:
+        writer.split("train", 6)
+        with pytest.raises(ValueError, match="expected 6 examples of train, found 5"):
+            writer.finish()
+
+
+def test_another_identity_is_told_key_by_key(cache: Path) -> None:
+    other = {**IDENTITY, "data": "d2", "max_length": 128, "revision": "main"}
+    del other["template"]
+    with pytest.raises(ArtifactError) as error:
+        open_cache(cache, identity=other, reasons={"data": "made for other data"})
+    assert (
+        f"the teacher cache {cache} is not for this: made for other data: data is 'd1' in the cache, 'd2' here; "
+        "made with another max length: max_length is 64 in the cache, 128 here; "
+        "made with another revision: revision is nothing in the cache, 'main' here; "
+        "made with another template: template is None in the cache, nothing here. Go back"
+    ) in str(error.value)
+
+
+def test_another_fill_is_told(cache: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"made with another k: k is 3 in the cache, 4 here. Go back"):
+        open_cache(cache, fill=Fill("topk", k=4, num_classes=20))
+    with pytest.raises(ArtifactError, match="made with another kind: kind is 'topk' in the cache, 'sampled' here; "):
+        open_cache(cache, fill=Fill("sampled", draws=4, num_classes=20))
+
+
+def test_keys_of_the_examples(cache: Path) -> None:
+    train = open_cache(cache).split("train")
+    train.check_keys(KEYS)
+    with pytest.raises(ArtifactError, match="holds 6 examples of train, the data has 5: it was made for other data"):
+        train.check_keys(KEYS[:5])
+    other = KEYS.copy()
+    other[[2, 4]] += np.uint64(100)
+    with pytest.raises(ArtifactError, match="2 of 6 of train differ, the first is example 2; the data, the template"):
+        train.check_keys(other)
+    with pytest.raises(
+        ArtifactError, match="6 of 6 of train differ, the first is example 0; they are in another order"
+    ):
+        train.check_keys(KEYS[::-1])
+
+
+def test_the_key_of_an_example() -> None:
+    ids, trained = np.array([1, 2, 3]), np.array([False, True, True])
+    keys = {
+        example_key(ids),
+        example_key(ids, trained),
+        example_key(ids, ~trained),
+        example_key(ids[:2]),
+        example_key(ids[::-1]),
+    }
+    assert len(keys) == 5 and all(0 <= key < 2**64 for key in keys)
+    assert example_key(ids) == example_key(ids.astype(np.int32)), "whatever the type"
+    assert example_key(ids) == 8990308797230768126, "fixed: caches of an earlier version stay valid"
+
+
+def test_a_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"found a complete one in .*: use it as it is, choose another folder, or replace"
+    ):
+        write(cache)
+    begun = tmp_path / "begun"
+    write(begun, upto=3)
+    with (
+        pytest.raises(
+            ArtifactError, match=r"is not this one: made with another k: k is 3 in the cache, 4 here. Choose"
+        ),
+        CacheWriter(begun, Fill("topk", k=4, num_classes=20), IDENTITY),
+    ):
+        pass
+    with (
+        pytest.raises(
+            ArtifactError, match=r"is not this one: other data: data is 'd1' in the cache, 'd2' here. Choose"
+        ),
+        CacheWriter(begun, FILL, {**IDENTITY, "data": "d2"}, reasons={"data": "other data"}),
+    ):
+        pass
+    with CacheWriter(begun, FILL, IDENTITY) as writer:
+        assert writer.split("train", 6).done == 3
+        with pytest.raises(ArtifactError, match="begun for 1 examples of eval, found 2: the data has changed"):
+            writer.split("eval", 2)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text(json.dumps({"adapter.safetensors": "00"}))
+    for replace in (False, True):
+        with pytest.raises(ArtifactError, match="to be of a teacher cache, found another file; choose another folder"):
+            write(checkpoint, replace=replace)
+    assert os.listdir(checkpoint) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("upto", [3, 6])
+def test_replacing_removes_the_cache_and_nothing_else(upto: int, tmp_path: Path) -> None:
+    write(tmp_path, fill=Fill("topk", k=3, num_classes=20, values="float32"), upto=upto)
+    (tmp_path / "notes.txt").write_text("mine")
+    write(tmp_path, replace=True)
+    assert open_cache(tmp_path, fill=FILL).fill == FILL
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert len(open_cache(tmp_path).split("train").read(range(6))) == 24
+
+
+def test_what_a_killed_replacement_left_is_not_gone_on_with(cache: Path) -> None:
+    (cache / "manifest.json").unlink()
+    with CacheWriter(cache, FILL, IDENTITY) as writer:
+        assert writer.split("train", 6).done == 0
+
+
+def test_a_cache_of_another_version(cache: Path) -> None:
+    path = cache / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(ArtifactError, match=r"expected version 1 of the teacher cache's format in .*, found 2"):
+        open_cache(cache)
+
+
+def test_wrong_calls(cache: Path, tmp_path: Path) -> None:
+    train = open_cache(cache).split("train")
+    for index in (6, -1):
+        with pytest.raises(IndexError, match=f"expected an example from 0 to 5 of train, found {index}"):
+            train.read([index])
+    with CacheWriter(tmp_path / "b", FILL, {}) as writer:
+        split = writer.split("train", 1)
+        split.add(1, FILL.target(torch.zeros(1, 20), 0))
+        with pytest.raises(ValueError, match="expected 1 examples of train, found one more"):
+            split.add(2, FILL.target(torch.zeros(1, 20), 0))
+        writer.finish()
+    headless = open_cache(tmp_path / "b")
+    with pytest.raises(ArtifactError, match="expected the teacher's head in the cache"):
+        headless.head_tensors()
+    with pytest.raises(ArtifactError, match=r"expected eval in the teacher cache .*, found train: run"):
+        headless.split("eval")
+
+
+def test_more_shards_than_maps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = open_cache(cache).split("train").read([5, 0, 5, 1])
+    monkeypatch.setattr(reader, "_OPEN_MAPS", 1)
+    got = open_cache(cache).split("train").read([5, 0, 5, 1])
+    assert not isinstance(want, torch.Tensor) and not isinstance(got, torch.Tensor)
+    assert torch.equal(want.ids, got.ids) and torch.equal(want.probs, got.probs)

@@ -1,0 +1,156 @@
+"""The contract on models of transformers: soft-cap, logit scale, an adapter on the head, a teacher that is the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftlab.distillation import Objective, as_teacher, num_targets, select, select_targets
+from peftlab.errors import RecipeError
+from peftlab.ops import linear_cross_entropy
+from peftlab.tasks import lm_head
+from peftlab.tasks.lm_head import LMHead
+
+V = 61
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+
+
+def small(family: str, *, seed: int, **options: Any) -> Any:
+    from transformers import (
+        CohereConfig,
+        CohereForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    kinds: dict[str, Any] = {
+        "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 2.0}),
+        "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.5}),
+        "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}),
+        "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    }
+    model, config, own = kinds[family]
+    torch.manual_seed(seed)
+    return model(config(**{**SHAPE, **own, **options})).eval()
+
+
+def batch() -> tuple[dict[str, Tensor], Tensor]:
+    """Rows of two lengths, padded on the right, the prompts not trained."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, V, (3, 9), generator=g)
+    mask = torch.arange(9) < torch.tensor([9, 6, 4])[:, None]
+    trained = mask & (torch.arange(9) >= torch.tensor([5, 1, 3])[:, None])
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}, trained
+
+
+def step_loss(
+    student: Any, teacher: Any, goal: Objective, logits_of: Callable[[Any, dict[str, Tensor]], Tensor]
+) -> Tensor:
+    """``logits_of`` gives [B, T, V]."""
+    inputs, trained = batch()
+    with as_teacher(teacher):
+        taught = select(logits_of(teacher, inputs), trained)
+    own = select(logits_of(student, inputs), trained)
+    return goal.loss_sum(own, select_targets(inputs["input_ids"], trained), taught) / num_targets(trained)
+
+
+def of_the_model(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs, use_cache=False).logits.float()
+
+
+def of_the_head(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    head = LMHead(linear_cross_entropy)
+    hidden = head.hidden_states(model, inputs)
+    return head.logits(model, hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+
+@pytest.mark.parametrize("teacher", ["llama", "gemma2", "cohere", "granite"])
+@pytest.mark.parametrize("student", ["llama", "gemma2"])
+def test_soft_cap_and_logit_scale_of_either_model(student: str, teacher: str) -> None:
+    own, taught = small(student, seed=0), small(teacher, seed=1, hidden_size=24)
+    goal = Objective(temperature=2.0, hard_weight=0.25)
+    want = step_loss(own, taught, goal, of_the_model)
+    found = step_loss(own, taught, goal, of_the_head)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    names = [name for name, p in own.named_parameters() if p.requires_grad]
+    parameters = [p for p in own.parameters() if p.requires_grad]
+    for name, a, b in zip(
+        names, torch.autograd.grad(found, parameters), torch.autograd.grad(want, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert all(p.grad is None for p in taught.parameters())
+
+
+@pytest.mark.parametrize("teacher", ["gemma2", "cohere", "granite"])
+def test_bug_soft_cap_or_scale_forgotten(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:
+    """The value is wrong, and the head notices before a loss is made."""
+    own, taught = small("llama", seed=0), small(teacher, seed=1)
+    goal = Objective()
+    want = step_loss(own, taught, goal, of_the_model)
+    monkeypatch.setattr(lm_head, "_logit_transform", lambda config: (None, 1.0))
+    with pytest.raises(RecipeError, match="differ from the model's own"):
+        step_loss(own, taught, goal, of_the_head)
+    monkeypatch.setattr(LMHead, "_verify", lambda *_: None)
+    assert (step_loss(own, taught, goal, of_the_head) - want).abs() > 0.05 * want
+
+
+def test_bug_adapter_on_the_head_ignored() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    taught = small("llama", seed=1)
+    own = get_peft_model(
+        small("llama", seed=0, tie_word_embeddings=False),
+        LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False),
+    )
+    goal = Objective()
+    want = step_loss(own, taught, goal, of_the_model)
+    found = step_loss(own, taught, goal, of_the_head)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    found.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in own.named_parameters() if "lora_" in name)
+
+    def without_adapter(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = base.get_output_embeddings()
+        return base.model(**inputs, use_cache=False)[0] @ getattr(head, "base_layer", head).weight.T
+
+    assert (step_loss(own, taught, goal, without_adapter) - want).abs() > 0.01 * want
+
+
+def test_a_teacher_that_is_the_base_under_the_students_adapter() -> None:
+    """One set of weights, in both roles in turn: dropout off and adapter off for one, both on for the other."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        small("llama", seed=0), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+    ).train()
+    inputs, trained = batch()
+    with model.disable_adapter(), as_teacher(model):
+        taught = select(of_the_model(model, inputs), trained)
+    assert model.training and not taught.requires_grad
+    own = select(of_the_model(model, inputs), trained)
+    loss = Objective().loss_sum(own, None, taught)
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-4), "B = 0: the student starts as the teacher"
+    loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
