@@ -78,7 +78,7 @@ def _root(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Adapt a transformer model with one recipe, and prove the result.
+    """Adapt or distill a transformer model with one recipe, and prove the result.
 
     peftlab VERB ARGUMENT [section.key=value ...] [--json] [--debug]
     """
