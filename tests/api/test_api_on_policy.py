@@ -469,7 +469,10 @@ def test_a_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytes
     [
         ({"distill": {"teacher": "strong"}}, "on_policy needs cache"),
         ({"distill": {"teacher": "strong", "cache": "c", "hard_weight": 0.5}}, "what the student wrote is no label"),
-        ({"distill": {"teacher": "strong", "cache": "c", "cross_tokenizer": "uld"}}, "cross_tokenizer: has no effect"),
+        (
+            {"distill": {"teacher": "strong", "cache": "c", "cross_tokenizer": "uld"}},
+            "cross_tokenizer: uld takes one teacher",
+        ),
         ({"eval": {"choices": ["animal", "colour"]}}, "the student writes freely"),
         ({"train": {"batch_size": None, "batch_tokens": 99}}, "need train.max_steps"),
         ({"data": {"packing": True}}, "need train.max_steps"),

@@ -456,7 +456,7 @@ def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch, error
     def full(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(training_module, "save_adapter", full)
+    monkeypatch.setattr(training_module, "save_trained", full)
     with pytest.raises(ResourceError, match="the disk is full") as caught:
         train(recipe())
     assert caught.value.exit_code == 4
