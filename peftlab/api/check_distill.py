@@ -8,12 +8,13 @@ from peftlab.api import build
 from peftlab.api.stored import cache_folder, lesson_identity, open_stored
 from peftlab.api.student import student_cut
 from peftlab.api.teacher_models import check_teacher, teacher_target
-from peftlab.api.teachers import check_routes
+from peftlab.api.teachers import check_routes, inner_settings
 from peftlab.models import load_skeleton
 from peftlab.models.student import check_cut
 from peftlab.recipe import Recipe
 from peftlab.recipe.distillation import SELF
 from peftlab.tasks import Task
+from peftlab.training.inner_losses import plan_inner_losses
 
 
 def check_distillation(
@@ -41,12 +42,14 @@ def check_distillation(
     teachers = []
     for index in range(len(distill.all_teachers)):
         check_teacher(recipe, index, task)
+        own = distill.all_teachers[index].name == SELF
+        theirs = skeleton if own else _teacher_skeleton(recipe, task, index)
+        if known and (inner := inner_settings(recipe, distill.losses)):
+            plan_inner_losses(inner, skeleton, theirs)
         teachers.append(
             {
                 "name": distill.all_teachers[index].name,
-                "num_parameters": None
-                if distill.all_teachers[index].name == SELF
-                else _teacher_size(recipe, task, index),
+                "num_parameters": None if own else _num_parameters(theirs),
                 "cache": _cache(recipe, task, data, limit, index),
             }
         )
@@ -59,10 +62,10 @@ def check_distillation(
     }
 
 
-def _teacher_size(recipe: Recipe, task: Task, index: int) -> int:
+def _teacher_skeleton(recipe: Recipe, task: Task, index: int) -> Any:
     theirs = teacher_target(recipe, index).loaded.recipe
     pretrained = build.pretrained_of(theirs)
-    return _num_parameters(load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs()))
+    return load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs())
 
 
 def _num_parameters(skeleton: Any) -> int:

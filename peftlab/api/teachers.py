@@ -25,6 +25,7 @@ from peftlab.recipe.distillation import SELF, LossSection
 from peftlab.tasks import Encoded, Example, Task
 from peftlab.tasks.answers import answers_of
 from peftlab.training.distilling import DistillLoss, Share
+from peftlab.training.inner_losses import InnerLosses, plan_inner_losses
 from peftlab.training.packing_check import check_packing
 from peftlab.training.progress import Progress
 from peftlab.training.teachers import BackboneTeacher, CachedTeacher, Columns, ModelTeacher, Teacher, TranslatedTeacher
@@ -63,16 +64,27 @@ class Teachers:
         columns = self.columns(task)
         if columns.count is not None:
             self._check_width(model, columns.count)
+        losses = [] if self.translated(task) else d.losses or [self._default_loss(task, model)]
+        terms: list[Any] = [
+            (loss.weight, self._objective(loss.kind)) for loss in losses if not loss.compares_layers(self._recipe.task)
+        ]
         if self.translated(task):
-            terms: list[Any] = [(1.0, UldObjective(d.temperature))]
-        else:
-            terms = [
-                (loss.weight, self._objective(loss.kind)) for loss in d.losses or [self._default_loss(task, model)]
-            ]
+            terms = [(1.0, UldObjective(d.temperature))]
+        inner = self._inner(task, model, losses)
+        if not terms and not d.hard_weight:
+            self._progress.warn(
+                "the losses compare layers alone: what turns the last layer into answers learns nothing"
+            )
         shares = self.shares(task, model, data.train, encoded, packing=packing, stored=d.cache is not None)
         self._say_if_larger(model)
         return DistillLoss(
-            task, terms, shares, hard_weight=d.hard_weight, columns=columns, kernels=self._recipe.run.kernels
+            task,
+            terms,
+            shares,
+            inner=inner,
+            hard_weight=d.hard_weight,
+            columns=columns,
+            kernels=self._recipe.run.kernels,
         )
 
     def _say_if_larger(self, model: Any) -> None:
@@ -258,11 +270,33 @@ class Teachers:
         widths = [m.config.hidden_size for m in (model, *([] if section.name == SELF else [self.model(0, task).model]))]
         return LossSection(kind="hidden_cosine" if len(set(widths)) == 1 else "similarity_kl")
 
+    def _inner(self, task: Task, model: Any, losses: Sequence[LossSection]) -> InnerLosses | None:
+        """The losses between layers. Raises: RecipeError where layers of these two models cannot be compared."""
+        chosen = inner_settings(self._recipe, losses)
+        if not chosen:
+            return None
+        own = self._distill.all_teachers[0].name == SELF
+        if not own and self.model(0, task).own_texts:
+            raise RecipeError(
+                f"{chosen[0][0]}: the teacher reads the texts with another tokenizer, so its layers are about other tokens",
+                key="distill.losses",
+            )
+        terms = plan_inner_losses(chosen, model, model if own else self.model(0, task).model)
+        for term in terms:
+            pairs = ", ".join(f"{mine} and {other}" for mine, other in term.layers)
+            self._progress.note(f"{term.kind}: layers {pairs} of student and teacher")
+        return InnerLosses(terms)
+
     def _objective(self, kind: str) -> Objective | VectorObjective:
         d = self._distill
         if kind in VECTOR_LOSSES:
             return VectorObjective(kind)
         return Objective(kind, d.temperature, d.share, 0.0, d.scale_by_t2)
+
+
+def inner_settings(recipe: Recipe, losses: Sequence[LossSection]) -> list[Any]:
+    """Those of ``losses`` that compare layers, as ``plan_inner_losses`` takes them."""
+    return [(x.kind, x.weight, x.layers, x.relation_heads) for x in losses if x.compares_layers(recipe.task)]
 
 
 class _Takes:

@@ -1,6 +1,7 @@
 """Distillation: the loss contract. Losses and targets are pure functions; models, data and recipes are elsewhere."""
 
 from peftlab.distillation.doctor import GradientReport, gradient_report
+from peftlab.distillation.features import INNER_ATTENTION, INNER_HIDDEN, relation_kl
 from peftlab.distillation.losses import cross_entropy, divergence, sparse_divergence
 from peftlab.distillation.objective import (
     VECTOR_LOSSES,
@@ -18,6 +19,8 @@ from peftlab.distillation.vocabulary import compare, fingerprint, require_same, 
 
 __all__ = [
     "GradientReport",
+    "INNER_ATTENTION",
+    "INNER_HIDDEN",
     "Objective",
     "SparseTarget",
     "UldObjective",
@@ -32,6 +35,7 @@ __all__ = [
     "fingerprint",
     "gradient_report",
     "num_targets",
+    "relation_kl",
     "require_same",
     "select",
     "select_targets",

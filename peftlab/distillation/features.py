@@ -153,3 +153,11 @@ def _masked_kl(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
 
 def _exact(states: Tensor) -> Tensor:
     return states if states.dtype == torch.float64 else states.float()
+
+
+# By name, those that compare a layer of each model: its hidden states, and its attention scores.
+INNER_HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hidden_mse": hidden_mse,
+    "hidden_cosine": hidden_cosine,
+}
+INNER_ATTENTION: dict[str, Callable[..., Tensor]] = {"attention_mse": attention_mse, "attention_kl": attention_kl}

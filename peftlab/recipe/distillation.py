@@ -19,8 +19,11 @@ LossName = Literal[
     "hidden_mse",
     "similarity_mse",
     "similarity_kl",
+    "attention_mse",
+    "attention_kl",
+    "relation_kl",
 ]
-_OF_VECTORS = ("hidden_cosine", "hidden_mse", "similarity_mse", "similarity_kl")
+_OF_LAYERS = ("hidden_cosine", "hidden_mse", "attention_mse", "attention_kl", "relation_kl")
 SELF = "self"
 
 
@@ -91,6 +94,30 @@ class StudentInitSection(Section):
 class LossSection(Section):
     kind: LossName = Field(description="what is compared, and how")
     weight: float = Field(1.0, gt=0, description="of this loss among the list")
+    layers: dict[int, int] | None = Field(
+        None,
+        description="hidden_*, attention_*, relation_kl: which layers are compared, {student's: teacher's}, counted from 0; default "
+        "the last ones; of hidden_* in task: embedding the embeddings",
+    )
+    relation_heads: int | None = Field(
+        None, ge=1, description="relation_kl: parts that queries, keys and values are split into; default their heads"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind not in _OF_LAYERS:
+            self._reject_unless_default(["layers"], f"for kind: {self.kind}, which compares answers")
+        if self.layers == {}:
+            raise ValueError("layers: names none; write {0: 1} for the student's layer 0 and the teacher's layer 1")
+        if self.kind != "relation_kl":
+            self._reject_unless_default(["relation_heads"], f"for kind: {self.kind}")
+        return self
+
+    def compares_layers(self, task: str) -> bool:
+        """Whether it is about what is inside the models, and not about their answers."""
+        return self.kind in _OF_LAYERS and (
+            task != "embedding" or self.layers is not None or not self.kind.startswith("hidden")
+        )
 
 
 class TargetsSection(Section):
@@ -205,7 +232,9 @@ class DistillSection(Section):
         names = [loss.kind for loss in self.losses]
         if len(set(names)) < len(names):
             raise ValueError("losses: the same kind stands there twice")
-        needs_all = [name for name in names if name not in ("forward_kl", *_OF_VECTORS)]
+        needs_all = [
+            name for name in names if name not in ("forward_kl", "similarity_mse", "similarity_kl", *_OF_LAYERS)
+        ]
         if self.cache is not None and self.targets.fill != "hidden" and needs_all:
             raise ValueError(
                 f"losses: {needs_all[0]} needs the teacher's probability of every class, and the cache stores some; write "

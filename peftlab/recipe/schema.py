@@ -331,6 +331,9 @@ class Recipe(Section):
                 "distill.student_init cuts the backbone that teacher: self would be; name the whole model as the teacher"
             )
         for loss in distill.losses:
+            if loss.compares_layers(self.task):
+                self._check_layers(distill, loss.kind)
+                continue
             of_vectors = loss.kind.startswith(("hidden", "similarity"))
             if of_vectors and self.task != "embedding":
                 raise ValueError(
@@ -350,6 +353,14 @@ class Recipe(Section):
             distill._reject_unless_default(["cross_tokenizer", "on_policy"], f"for task: {self.task}")
         if distill.on_policy is not None:
             self._check_on_policy(distill.on_policy.phases)
+
+    def _check_layers(self, distill: DistillSection, kind: str) -> None:
+        if distill.cache is not None:
+            raise ValueError(
+                f"distill.losses: {kind} looks into the teacher's layers, and the cache stores its answers; leave out distill.cache"
+            )
+        if len(distill.all_teachers) > 1:
+            raise ValueError(f"distill.losses: {kind} compares the layers of one teacher; give distill.teacher")
 
     def _check_on_policy(self, phases: int) -> None:
         t = self.train

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from peftlab import ops
 from peftlab.adapters import head_input
 from peftlab.distillation import GradientReport, Objective, SparseTarget, UldObjective, VectorObjective, gradient_report
+from peftlab.models.inner import InnerStates
 from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
-from peftlab.training.teachers import Aligned, Columns, Taught, Teacher
+from peftlab.training.inner_losses import InnerLosses
+from peftlab.training.teachers import Aligned, BackboneTeacher, Columns, ModelTeacher, Taught, Teacher
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,10 @@ class DistillLoss:
     example's weight; called with a student and a batch.
 
     Args:
-        terms: ``(weight, objective)`` per divergence, each with ``hard_weight`` 0, or one that has the labels' part too.
+        terms: ``(weight, objective)`` per divergence, each with ``hard_weight`` 0, or one that has the labels' part too;
+            none where only layers are compared.
+        inner: losses between layers, summed with those of ``terms``; they need a single teacher that runs as a model and
+            reads the student's own examples.
         shares: the teachers. Weights of those who teach one example are brought to a sum of 1.
         columns: those of the student's logits that are compared.
         kernels: the mode of run.kernels.
@@ -42,41 +48,46 @@ class DistillLoss:
         terms: Sequence[tuple[float, Objective | VectorObjective | UldObjective]],
         shares: Sequence[Share],
         *,
+        inner: InnerLosses | None = None,
         hard_weight: float = 0.0,
         columns: Columns = Columns(),  # noqa: B008  (frozen)
         kernels: str = "auto",
     ) -> None:
         self._task, self._shares, self._columns, self._kernels = task, list(shares), columns, kernels
         self._hard_weight = hard_weight
+        self._terms, self._inner = list(terms), inner
         self._mixed = None
-        (weight, first), only = terms[0], len(terms) == 1 and len(shares) == 1 and shares[0].takes is None
-        if only and weight == 1 and isinstance(first, Objective):
+        only = len(terms) == 1 and len(shares) == 1 and shares[0].takes is None
+        if only and terms[0][0] == 1 and isinstance(terms[0][1], Objective):
             # One divergence from one teacher of all rows: the labels' part shares its pass over the classes.
-            self._mixed = replace(first, hard_weight=hard_weight)
-        self._terms = list(terms)
+            self._mixed = replace(terms[0][1], hard_weight=hard_weight)
 
     def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
         # Teachers first: nothing of the student's graph is in memory while they run.
-        parts = [(chosen, share, share.teacher(student, own)) for share, chosen, own in self._parts(batch)]
-        outputs = self._task.outputs(student, batch)
-        return self._loss(outputs, batch.examples, parts)
+        with self._recording(student, teacher=True) as theirs:
+            parts = [(chosen, share, share.teacher(student, own)) for share, chosen, own in self._parts(batch)]
+        with self._recording(student, teacher=False) as ours:
+            outputs = self._task.outputs(student, batch)
+        return self._loss(outputs, batch.examples, parts) + self._inner_loss(outputs, batch.examples, ours, theirs)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor:
         """The same from the examples the long way, with full logits and plain losses, for the parity gate."""
         parts = []
-        for share in self._shares:
-            chosen = _chosen(share, examples)
-            if any(chosen):
-                own = [e for e, c in zip(examples, chosen, strict=True) if c]
-                parts.append((chosen, share, share.teacher.reference(student, own, device)))
-        outputs = self._task.reference_outputs(student, examples, device)
-        return self._loss(outputs, examples, parts)
+        with self._recording(student, teacher=True) as theirs:
+            for share in self._shares:
+                chosen = _chosen(share, examples)
+                if any(chosen):
+                    own = [e for e, c in zip(examples, chosen, strict=True) if c]
+                    parts.append((chosen, share, share.teacher.reference(student, own, device)))
+        with self._recording(student, teacher=False) as ours:
+            outputs = self._task.reference_outputs(student, examples, device)
+        return self._loss(outputs, examples, parts) + self._inner_loss(outputs, examples, ours, theirs)
 
     @torch.no_grad()
     def gradients(self, student: nn.Module, batch: Batch) -> GradientReport | None:
         """How long the teacher's gradient is next to the labels' on ``batch``; None where there are not both, or where
         several teachers or losses make it."""
-        if self._mixed is None and not (len(self._terms) == 1 and len(self._shares) == 1):
+        if self._inner is not None or not (len(self._terms) == 1 and len(self._shares) == 1):
             return None
         objective = self._terms[0][1]
         taught = _dense(self._shares[0].teacher(student, batch)) if isinstance(objective, Objective) else None
@@ -95,6 +106,31 @@ class DistillLoss:
             scale_by_t2=objective.scale_by_t2,
             hidden=None if outputs.head is None else outputs.values,
         )
+
+    @contextlib.contextmanager
+    def _recording(self, student: nn.Module, *, teacher: bool) -> Iterator[InnerStates | None]:
+        """What happens inside the student, or its teacher, while it runs; None where nothing of it is compared."""
+        if self._inner is None:
+            yield None
+            return
+        model = student
+        if teacher:
+            theirs = self._shares[0].teacher
+            assert len(self._shares) == 1 and isinstance(theirs, ModelTeacher | BackboneTeacher)
+            model = theirs.network(student)
+        with self._inner.recording(model, teacher=teacher) as states:
+            yield states
+
+    def _inner_loss(
+        self, outputs: Outputs, examples: Sequence[Example], ours: InnerStates | None, theirs: InnerStates | None
+    ) -> Tensor | float:
+        if self._inner is None or self._hard_weight == 1:
+            return 0.0
+        assert ours is not None and theirs is not None
+        weights = torch.ones(len(outputs)) if outputs.weights is None else outputs.weights
+        counted = torch.stack([part.double().sum() for part in weights.split(list(outputs.counts))])
+        counted = counted.to(outputs.values.device)
+        return (1 - self._hard_weight) * self._inner.loss_sum(ours, theirs, examples, counted)
 
     def _parts(self, batch: Batch) -> list[tuple[Share, list[bool], Batch]]:
         """Each teacher with the examples that are its own, and the batch of them."""

@@ -79,6 +79,10 @@ class ModelTeacher:
         self.model, self.task, self.device = model, task, device
         self._columns, self._examples, self._kernels, self._packs = columns, examples, kernels, packs
 
+    def network(self, student: nn.Module) -> Any:
+        """The model that answers."""
+        return self.model
+
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
         device = batch.input_ids.device
         own = self._own(batch)
@@ -164,6 +168,10 @@ class BackboneTeacher:
         kernels: str = "auto",
     ) -> None:
         self._task, self._adapter, self._columns, self._kernels = task, adapter, columns, kernels
+
+    def network(self, student: nn.Module) -> Any:
+        """The model that answers."""
+        return student
 
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
         with as_teacher(student), self._switched(student):

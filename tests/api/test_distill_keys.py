@@ -152,3 +152,76 @@ def test_impossible_beginnings_are_refused(tmp_path: Path, init: dict[str, Any],
     recipe = digits(untaught(tmp_path), {"student_init": init})
     with pytest.raises(RecipeError, match=said):
         distill(recipe, progress=SilentProgress())
+
+
+def test_layers_are_compared_beside_the_answers(tmp_path: Path) -> None:
+    """With a large weight the student's only layer comes nearer to the teacher's than without."""
+
+    said: list[str] = []
+
+    class Notes(SilentProgress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    peftlab.train(digits(tmp_path), progress=SilentProgress())
+    losses = [
+        "forward_kl",
+        {"kind": "hidden_mse", "weight": 50, "layers": {0: 1}},
+        {"kind": "relation_kl", "relation_heads": 2},
+    ]
+    recipe = digits(tmp_path, {"student_init": {"layers": [0]}, "losses": losses, "baseline": False})
+    run = distill(recipe, progress=Notes())
+    assert run.summary["card"]["verdict"]["text"]
+    assert "hidden_mse: layers 0 and 1 of student and teacher" in said
+    assert "relation_kl: layers 0 and 1 of student and teacher" in said
+    plain = digits(tmp_path, {"student_init": {"layers": [0]}, "baseline": False})
+    other = distill(plain, ["run.dir=" + str(tmp_path / "plain")], progress=SilentProgress())
+
+    def distance(folder: Path) -> float:
+        import torch
+        from transformers import AutoModelForImageClassification
+
+        pixels = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        found = []
+        for where, layer in ((folder / "student", 0), (tmp_path / "teacher" / "model", 1)):
+            model = AutoModelForImageClassification.from_pretrained(where)
+            layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+            layers[layer].register_forward_hook(
+                lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out)
+            )
+            model(pixel_values=pixels)
+        return float((found[0] - found[1]).detach().square().mean())
+
+    assert distance(run.folder) < 0.8 * distance(other.folder)
+
+
+@pytest.mark.parametrize(
+    ("distilling", "said"),
+    [
+        ({"losses": [{"kind": "forward_kl", "layers": {0: 1}}]}, "layers: has no effect for kind: forward_kl"),
+        ({"losses": [{"kind": "hidden_mse", "layers": {}}]}, "layers: names none; write {0: 1}"),
+        (
+            {"losses": [{"kind": "hidden_mse", "relation_heads": 2}]},
+            "relation_heads: has no effect for kind: hidden_mse",
+        ),
+        (
+            {"losses": ["attention_kl"], "cache": "c"},
+            "attention_kl looks into the teacher's layers, and the cache stores",
+        ),
+        (
+            {"losses": ["hidden_mse"], "teacher": None, "teachers": ["a", "b"]},
+            "hidden_mse compares the layers of one teacher",
+        ),
+        ({"losses": ["similarity_kl"]}, "similarity_kl compares vectors, and task: image_cls has none"),
+        ({"losses": ["atention_kl"]}, "attention_kl"),
+    ],
+)
+def test_losses_between_layers_that_cannot_be(tmp_path: Path, distilling: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(digits(tmp_path, distilling))
+
+
+def test_a_layer_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
+    recipe = digits(untaught(tmp_path), {"losses": [{"kind": "hidden_cosine", "layers": {0: 2}}]})
+    with pytest.raises(RecipeError, match="hidden_cosine: the teacher has 2 layers, 0 to 1; found layer 2"):
+        peftlab.check(recipe, progress=SilentProgress())
