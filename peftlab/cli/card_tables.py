@@ -31,6 +31,8 @@ def _count(value: float) -> str:
 
 
 def _ms(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1000:.2f} s"
     return f"{value:,.1f} ms" if value >= 10 else f"{value:.2f} ms"
 
 
@@ -83,7 +85,8 @@ def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Tabl
         shown = {name: row[name] and (row[name] | {"low": None} if name == "cut" else row[name]) for name in who}
         cells = [_cell(shown[name], plain, style=_gain_style(name, row)) for name in who]
         if kept:
-            cells.append(_cell(row["kept"], _share if row["kept_as"] == "share" else _times))
+            known = row["kept"] and math.isfinite(numbers.number(row["kept"]["value"]))  # not a share of nothing
+            cells.append(_cell(row["kept"] if known else None, _share if row["kept_as"] == "share" else _times))
         table.add_row(Text(row["label"], style="bold" if place == 0 else ""), *cells)
     return table
 
@@ -122,7 +125,7 @@ def cost_table(card: Card) -> Table:
     costs, ratios = card["costs"], card["ratios"]
     who = [name for name in _WHO if costs.get(name) and name != "cut"]
     table = new_table()
-    table.add_column("cost", overflow="fold")
+    table.add_column("cost", min_width=max(len(word) for label, _ in _COSTS.values() for word in label.split()))
     for name in (*(_WHO[name] for name in who), "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, (label, text) in _COSTS.items():
@@ -204,7 +207,7 @@ def _cell(interval: Mapping[str, Any] | None, text: Callable[[float], str], *, s
 def _range(low: Any, high: Any, text: Callable[[float], str]) -> str:
     """``0.681-0.709``, the unit once: ``91.2-95.1 %``; a minus sign needs the word."""
     ends = [text(numbers.number(end)) for end in (low, high)]
-    unit = next((unit for unit in (" %", "x", " ms") if ends[0].endswith(unit)), "")
+    unit = next((unit for unit in (" %", "x", " ms", " s") if all(end.endswith(unit) for end in ends)), "")
     between = "-" if numbers.number(low) >= 0 else " to "
     return f"{ends[0].removesuffix(unit)}{between}{ends[1]}"
 

@@ -157,3 +157,25 @@ def test_without_costs_there_is_no_table_of_them() -> None:
         for key in set(side) - {"metrics"}:
             del side[key]
     assert "cost" not in _printed(figures)
+
+
+def test_a_slow_model_and_a_metric_that_is_zero_for_all() -> None:
+    """Seconds instead of thousands of milliseconds; no share of nothing; no word of a label is broken."""
+    figures = examples.language_model()
+    seed = figures["seeds"][0]
+    for name in ("teacher", "student", "baseline"):
+        side: Any = seed[name]  # type: ignore[literal-required]
+        side |= {"latency_ms": 3081.4, "latency_low_ms": 960.7, "latency_high_ms": 3162.1}
+        side["metrics"]["exact_match"] = {"value": 0.0, "low": 0.0, "high": 0.01, "over": "rows", "n": 1500}
+    seed["student"]["latency_low_ms"] = 2960.7
+    seed["paired"]["kept"]["exact_match"] = {
+        "value": float("nan"),
+        "low": None,
+        "high": None,
+        "over": "rows",
+        "n": 1500,
+    }
+    printed = _printed(figures)
+    assert "3.08 s" in printed and "2.96-3.16 s" in printed and "960.7 ms-3.16 s" in printed
+    assert _row(printed, "exact match")[-1] == "-" and "nan" not in printed
+    assert "parameters" in printed
