@@ -55,7 +55,7 @@ def check(
         check_settings(settings)
         progress.stage("reading data")
         data = build.load_data(settings, transfer=True)
-        progress.stage(f"loading tokenizer of {settings.model.name}")
+        progress.stage(f"loading {settings.input_reader} of {settings.model.name}")
         pretrained = build.pretrained_of(settings)
         tokenizer = build.tokenizer_of(settings, pretrained)
         task = build.build_task(settings, tokenizer, data.labelled)

@@ -156,7 +156,7 @@ def prepare(
     recipe, device = loaded.recipe, accelerator.device.type
     progress.stage("reading data")
     data = build.load_data(recipe, transfer=teachers is not None)
-    progress.stage(f"loading tokenizer of {recipe.model.name}")
+    progress.stage(f"loading {recipe.input_reader} of {recipe.model.name}")
     pretrained = build.pretrained_of(recipe)
     tokenizer = build.tokenizer_of(recipe, pretrained)
     fingerprints = build.fingerprints_of(pretrained, tokenizer, data)

@@ -64,6 +64,8 @@ def duration(seconds: float) -> str:
 
 def size(num_bytes: float) -> str:
     """Decimal units, as the progress line shows them: 2.1 GB is 2.1e9 bytes."""
+    if num_bytes < 99.5e3:
+        return f"{num_bytes / 1e3:.1f} kB"
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 999.5e6 else f"{num_bytes / 1e6:.1f} MB"
 
 

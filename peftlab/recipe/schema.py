@@ -283,6 +283,11 @@ class Recipe(Section):
     )
 
     @property
+    def input_reader(self) -> str:
+        """What turns the task's inputs into numbers, in words."""
+        return "image processor" if self.task == "image_cls" else "tokenizer"
+
+    @property
     def classifies(self) -> bool:
         """Whether the task has one label per row and a head for the classes."""
         return self.task in ("seq_cls", "image_cls")
