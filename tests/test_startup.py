@@ -42,3 +42,13 @@ def test_imports_nothing_heavy(argument: str) -> None:
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in report.splitlines() if "|" in line}
     assert "peftlab" in imported
     assert not imported & HEAVY
+
+
+@pytest.mark.parametrize("verb", ["check", "train", "teach", "distill"])
+def test_a_misspelt_key_is_told_before_anything_heavy_is_imported(verb: str) -> None:
+    command = (sys.executable, "-X", "importtime", COMMAND, verb, "smoke", "train.epoch=2")
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "train.epoch: unknown key; did you mean `epochs`?" in done.stderr
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "peftlab" in imported and not imported & HEAVY

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftlab.cli.ledger_tables import show_check
-from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
 from peftlab.cli.output import output_of
 
 # Wrong data; see peftlab.errors.DataError.
@@ -26,6 +26,7 @@ def check(
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=recipe)
     with out.working():
+        check_recipe(recipe, settings)
         from peftlab.api.check import check as examine
 
         report = examine(recipe, settings, show=show)

@@ -10,7 +10,7 @@ import typer
 
 from peftlab.cli.card_tables import show_card
 from peftlab.cli.closing import predict_line
-from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
 from peftlab.cli.output import output_of
 
 
@@ -34,6 +34,7 @@ def distill(
 
         usage_error("--resume goes on with a run and --replace removes it: give one of them", context)
     with out.working():
+        check_recipe(recipe, settings)
         from peftlab.api.distilling import distill as distill_recipe
 
         run = distill_recipe(recipe, settings, seeds=seeds, resume=resume, replace=replace)

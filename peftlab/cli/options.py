@@ -49,6 +49,15 @@ def check_overrides(extra: Sequence[str] | None, context: typer.Context, *, subj
     return list(extra or [])
 
 
+def check_recipe(recipe: str, overrides: Sequence[str]) -> None:
+    """Raises what is wrong with a recipe, unless it is that of a run folder. For verbs that import torch next: a misspelt key is
+    told in half a second, and not after the seconds which that takes."""
+    from peftlab import load_recipe
+
+    if not Path(recipe).is_dir():
+        load_recipe(recipe, overrides)
+
+
 def split_overrides(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Overrides and texts, in a list of arguments that holds both."""
     overrides = [text for text in arguments or [] if _SECTION_OVERRIDE.match(text)]

@@ -9,7 +9,7 @@ import typer
 
 from peftlab.cli import numbers
 from peftlab.cli.metrics_tables import new_table
-from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
 from peftlab.cli.output import Output, output_of
 
 
@@ -26,6 +26,7 @@ def teach(
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=recipe)
     with out.working():
+        check_recipe(recipe, settings)
         from peftlab.api.teaching import teach as capture
 
         report = capture(recipe, settings, plan=plan, replace=replace)

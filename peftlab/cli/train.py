@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftlab.cli.closing import show_training
-from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
 from peftlab.cli.output import output_of
 
 
@@ -28,6 +28,7 @@ def train(
 
         usage_error("--resume goes on with a run and --replace removes it: give one of them", context)
     with out.working():
+        check_recipe(recipe, settings)
         from peftlab.api.training import train as train_recipe
 
         run = train_recipe(recipe, settings, resume=resume, replace=replace)
