@@ -3,8 +3,10 @@
 A process of its own per run keeps peak memory clean. Both engines get the same recipe:
 
 - ``peftlab``: ``peftlab.train``, the call users make, with a progress object that takes the times.
-- ``hf``: transformers ``Trainer`` on a PEFT model, or TRL ``SFTTrainer`` with ``peft_config``, fed the rows of each
-  optimizer step of peftlab's batch plan in that order, starting from the same adapter file.
+- ``trainer``, ``sft``: transformers ``Trainer`` on a PEFT model, or TRL ``SFTTrainer`` with ``peft_config``, fed the rows of
+  each optimizer step of peftlab's batch plan in that order, starting from the same adapter file.
+- ``sft-liger``, ``axolotl``, ``unsloth``: the same through SFTTrainer with Liger's kernels, with Axolotl's LoRA kernels, and on
+  Unsloth's model.
 - ``init``: writes that adapter file.
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import peftlab
 from peftlab.api import build
@@ -36,8 +39,12 @@ from peftlab.training.progress import SilentProgress
 
 @dataclass
 class Clock:
-    """Times and memory of the training loop; ``begin`` right before the first step, ``tick`` after each."""
+    """Times and memory of the training loop; ``begin`` right before the first step, ``tick`` after each.
 
+    Memory is that of the process, or of the CUDA allocator.
+    """
+
+    device: str = "cpu"
     times: list[float] = field(default_factory=list)
     cpu_times: list[float] = field(default_factory=list)
     before_bytes: int = 0
@@ -45,17 +52,22 @@ class Clock:
     peak_bytes: int = 0
 
     def begin(self) -> None:
-        self.before_bytes, self.load_peak_bytes = memory_bytes("cpu"), peak_memory_bytes("cpu")
+        self.before_bytes, self.load_peak_bytes = memory_bytes(self.device), peak_memory_bytes(self.device)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
         # 5 resets the kernel's high-water mark, so that what loading needed does not hide what training needs.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     def tick(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         self.cpu_times.append(time.process_time())
 
     def end(self) -> None:
-        self.peak_bytes = peak_memory_bytes("cpu")
+        self.peak_bytes = peak_memory_bytes(self.device)
 
     def figures(self) -> dict[str, Any]:
         """The first step warms up: it ends where the measured time begins."""
@@ -72,8 +84,8 @@ class Clock:
 class TimingProgress(SilentProgress):
     """Takes the times of peftlab's loop and counts its micro-batches."""
 
-    def __init__(self) -> None:
-        self.clock = Clock()
+    def __init__(self, device: str = "cpu") -> None:
+        self.clock = Clock(device)
         self.micro_batches: list[int] = []
         self._total_steps = 0
 
@@ -123,7 +135,7 @@ def prepare(settings: dict[str, Any]) -> Prepared:
     limit = build.limit_of(recipe, pretrained, tokenizer)
     train = build.encode(recipe, task, data.train, limit=limit, training=True)
     held_out = build.encode(recipe, task, data.eval, limit=limit, training=False)
-    plan = make_plan(recipe, train.lengths, "cpu")
+    plan = make_plan(recipe, train.lengths, device_of(settings))
     planned = [plan.step(i) for i in range(plan.total_steps)]
     if any(p.epoch for p in planned) or len(planned) < 2:
         # Trainer starts a new batch at the end of an epoch, so only within one are its steps those of the plan.
@@ -133,8 +145,12 @@ def prepare(settings: dict[str, Any]) -> Prepared:
     return Prepared(recipe, task, tokenizer, pretrained, train, held_out, plan, steps)
 
 
+def device_of(settings: dict[str, Any]) -> str:
+    return str(settings["run"]["device"])
+
+
 def run_peftlab(settings: dict[str, Any], work: Path) -> dict[str, Any]:
-    progress = TimingProgress()
+    progress = TimingProgress(device_of(settings))
     run = peftlab.train({**settings, "run": {**settings["run"], "dir": str(work / "run")}}, progress=progress)
     return figures_of(run, progress, prepare(settings))
 
@@ -169,9 +185,15 @@ def write_initial_adapter(settings: dict[str, Any], work: Path, adapter: Path) -
     return {"tensors": len(tensors)}
 
 
-def run_hf(settings: dict[str, Any], adapter: Path, work: Path, trainer_name: str) -> dict[str, Any]:
+def run_peer(settings: dict[str, Any], adapter: Path, work: Path, engine: str) -> dict[str, Any]:
     p = prepare(settings)
-    build_trainer = _sft_trainer if trainer_name == "sft" else _plain_trainer
+    build_trainer = {
+        "trainer": _plain_trainer,
+        "sft": _sft_trainer,
+        "sft-liger": _liger_trainer,
+        "axolotl": _axolotl_trainer,
+        "unsloth": _unsloth_trainer,
+    }[engine]
     return train_recorded(p, lambda recording, timer: build_trainer(p, adapter, work, recording, timer))
 
 
@@ -187,13 +209,13 @@ def train_recorded(
         build_trainer: makes it from a mixin that records its losses and a callback that takes the times.
         padded_tokens: of the inputs of its ``training_step``.
     """
-    import torch
     from transformers import TrainerCallback
 
     from peftlab.evaluation.loop import evaluate_examples
     from peftlab.evaluation.metrics import default_metrics
 
-    clock = Clock()
+    device = p.recipe.run.device
+    clock = Clock(device)
     losses: list[torch.Tensor] = []
     padded: list[int] = []
 
@@ -225,8 +247,8 @@ def train_recorded(
             p.eval,
             metrics=default_metrics(p.recipe.task, False),
             batch_tokens=p.recipe.eval.batch_tokens,
-            device=torch.device("cpu"),
-            autocast=contextlib.nullcontext,
+            device=torch.device(device),
+            autocast=contextlib.nullcontext if device == "cpu" else lambda: torch.autocast(device, torch.bfloat16),
         )
 
     before = evaluate()
@@ -259,8 +281,8 @@ def trainer_arguments(p: Prepared, work: Path) -> dict[str, Any]:
         "max_grad_norm": t.max_grad_norm,
         "seed": p.recipe.run.seed,
         "train_sampling_strategy": "sequential",
-        "bf16": False,
-        "use_cpu": True,
+        "bf16": p.recipe.run.device == "cuda",
+        "use_cpu": p.recipe.run.device == "cpu",
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -275,15 +297,16 @@ def ordered(p: Prepared) -> list[Any]:
 def _plain_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainingArguments
 
-    model = build.model_of(p.recipe, p.pretrained, p.task, "cpu")
+    model = build.model_of(p.recipe, p.pretrained, p.task, p.recipe.run.device)
     rows = ordered(p)
+    tokens = p.recipe.task == "causal_lm"
     dataset = Dataset.from_dict(
         {
             "input_ids": [e.ids.tolist() for e in rows],
             "attention_mask": [[1] * len(e) for e in rows],
-            "labels": [e.label for e in rows],
+            "labels": [np.where(e.trained, e.ids, -100).tolist() if tokens else e.label for e in rows],
         }
     )
     trainer_class = type("RecordingTrainer", (recording, Trainer), {})
@@ -291,13 +314,60 @@ def _plain_trainer(p: Prepared, adapter: Path, work: Path, recording: type, time
         model=PeftModel.from_pretrained(model, str(adapter), is_trainable=True),
         args=TrainingArguments(**trainer_arguments(p, work)),
         train_dataset=dataset,
-        data_collator=DataCollatorWithPadding(p.tokenizer),
+        data_collator=(DataCollatorForSeq2Seq if tokens else DataCollatorWithPadding)(p.tokenizer),
         processing_class=p.tokenizer,
         callbacks=[timer],
     )
 
 
 def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
+    model = build.model_of(p.recipe, p.pretrained, p.task, p.recipe.run.device)
+    return _sft(p, model, adapter, work, recording, timer)
+
+
+def _liger_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
+    model = build.model_of(p.recipe, p.pretrained, p.task, p.recipe.run.device)
+    return _sft(p, model, adapter, work, recording, timer, use_liger_kernel=True)
+
+
+def _axolotl_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
+    from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
+    from axolotl.utils.dict import DictDefault
+
+    trainer = _sft_trainer(p, adapter, work, recording, timer)
+    wanted = DictDefault({"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True})
+    trainer.model = apply_lora_kernel_patches(trainer.model, wanted)
+    return trainer
+
+
+def _unsloth_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
+    """On the model as peftlab loads it, written as a folder: Unsloth reads neither GGUF files nor packages."""
+    from unsloth import FastLanguageModel  # before trl and transformers, which it patches
+
+    quantized, a = p.recipe.model.quantize == "nf4", p.recipe.adapter
+    plain = p.recipe.model_copy(update={"model": p.recipe.model.model_copy(update={"quantize": "none"})})
+    build.model_of(plain, p.pretrained, p.task, "cpu").save_pretrained(work / "whole")
+    p.tokenizer.save_pretrained(work / "whole")
+    model, _ = FastLanguageModel.from_pretrained(
+        str(work / "whole"), max_seq_length=max(map(len, p.train.examples)), load_in_4bit=quantized
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=a.rank, lora_alpha=a.alpha, lora_dropout=a.dropout, use_gradient_checkpointing=False
+    )
+    return _sft(p, model, adapter, work, recording, timer, has_adapter=True)
+
+
+def _sft(
+    p: Prepared,
+    model: Any,
+    adapter: Path,
+    work: Path,
+    recording: type,
+    timer: type,
+    *,
+    has_adapter: bool = False,
+    **options: Any,
+) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -315,13 +385,13 @@ def _sft_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer:
     )
     trainer_class = type("RecordingTrainer", (recording, SFTTrainer), {})
     # Gradient checkpointing is TRL's default and peftlab's option; off on both sides, it costs a second forward.
-    args = SFTConfig(**trainer_arguments(p, work), gradient_checkpointing=False, completion_only_loss=True)
+    options |= {"gradient_checkpointing": False, "completion_only_loss": True}
     trainer = trainer_class(
-        model=build.model_of(p.recipe, p.pretrained, p.task, "cpu"),
-        args=args,
+        model=model,
+        args=SFTConfig(**trainer_arguments(p, work), **options),
         train_dataset=dataset,
         processing_class=p.tokenizer,
-        peft_config=config,
+        peft_config=None if has_adapter else config,
         callbacks=[timer],
     )
     load_trained(trainer.model, adapter)
@@ -346,8 +416,6 @@ def without_dropout(name: str, folder: Path) -> str:
 def main(path: str) -> None:
     spec = json.loads(Path(path).read_text())
     settings, adapter = spec["recipe"], Path(spec["adapter"])
-    import torch
-
     # Trainer prints its log to stdout, which is for the result.
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         work = Path(temporary)
@@ -359,7 +427,7 @@ def main(path: str) -> None:
         elif spec["engine"] == "peftlab":
             result = run_peftlab(settings, work)
         else:
-            result = run_hf(settings, adapter, work, spec["trainer"])
+            result = run_peer(settings, adapter, work, spec["engine"])
     print(json.dumps({"engine": spec["engine"], "threads": torch.get_num_threads(), **result}, default=float))
 
 

@@ -60,14 +60,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Per engine the median and range of each figure; ratios as baseline / peftlab, so that above 1 peftlab is better."""
-    ours = sorted((r for r in rows if r["engine"] == "peftlab"), key=lambda r: r["repetition"])
-    theirs = sorted((r for r in rows if r["engine"] != "peftlab"), key=lambda r: r["repetition"])
+    """Per engine the median and range of each figure; ratios as peer / peftlab, so that above 1 peftlab is better."""
+    by_engine: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: r["repetition"]):
+        by_engine.setdefault(row["engine"], []).append(row)
+    ours = by_engine["peftlab"]
     return {
-        "engines": {"peftlab": engine_figures(ours), "hf": engine_figures(theirs)},
-        "speed_ratio": ratio_of(ours, theirs, lambda r: r["seconds"]),
-        "peak_rss_ratio": ratio_of(ours, theirs, lambda r: r["peak_rss_bytes"]),
-        "training_memory_ratio": ratio_of(ours, theirs, lambda r: max(1, r["training_peak_increase_bytes"])),
+        "engines": {engine: engine_figures(found) for engine, found in by_engine.items()},
+        "ratios": {
+            engine: {
+                "speed": ratio_of(ours, theirs, lambda r: r["seconds"]),
+                "peak_memory": ratio_of(ours, theirs, lambda r: r["peak_rss_bytes"]),
+                "training_memory": ratio_of(ours, theirs, lambda r: max(1, r["training_peak_increase_bytes"])),
+            }
+            for engine, theirs in by_engine.items()
+            if engine != "peftlab"
+        },
     }
 
 
@@ -117,47 +125,71 @@ def ratio_text(ratio: dict[str, float | None]) -> str:
     return f"{ratio['ratio']:.2f} ({low:.2f}..{high:.2f})"
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """One line: speed and memory against what is expected."""
-    summary = result["summary"]
-    return (
-        f"speed ratio {ratio_text(summary['speed_ratio'])}, expected {result['expected_ratio']}; "
-        f"training memory ratio {ratio_text(summary['training_memory_ratio'])}"
-    )
+def verdict(result: dict[str, Any]) -> list[str]:
+    """A line per peer: speed and memory against what is expected."""
+    return [
+        f"against {title}: speed ratio {ratio_text(found['speed'])}"
+        + (f", expected {result['expected_ratio']}" if place == 0 else "")
+        + f"; training memory ratio {ratio_text(found['training_memory'])}"
+        for place, (title, found) in enumerate(_ratios(result))
+    ]
+
+
+def _ratios(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(result["peers"][engine], found) for engine, found in result["summary"]["ratios"].items()]
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("peers-*.json"))]
 
 
 def tables(folder: Path) -> str:
-    """The Markdown of all result files in ``folder``."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("cpu_vs_peft-*.json"))]
+    """The Markdown of all result files in ``folder``, for bench/README.md."""
+    results = _results(folder)
     parts = [_ratio_table(results), *map(_case_table, results)] if results else []
     if (path := folder / "split_cost.json").is_file():
         parts.append(split_cost_table(json.loads(path.read_text())))
     return "\n\n".join(parts) or "No results yet."
 
 
+def short_table(folder: Path) -> str:
+    """The same in a few lines, for README.md."""
+    lines = ["| work | against | speed, times | peak memory, times less |", "|---|---|---|---|"]
+    results = _results(folder)
+    for r in results:
+        for title, found in _ratios(r):
+            figures = f"{ratio_text(found['speed'])} | {ratio_text(found['peak_memory'])}"
+            lines.append(f"| {r['title']}, {r['device'].upper()} | {title} | {figures} |")
+    notes = [f"{where(r)}, {r['rows'][0]['threads']} threads; `{r['command']}`" for r in results]
+    return (
+        "\n".join([*lines, "", *dict.fromkeys(f"{note}. " for note in notes)]).rstrip()
+        if results
+        else "No results yet."
+    )
+
+
 def _ratio_table(results: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| case | baseline | speed, times | expected | peak RSS, times less | training memory, times less |",
+        "| case | against | speed, times | expected | peak memory, times less | training memory, times less |",
         "|---|---|---|---|---|---|",
     ]
     for r in results:
-        s = r["summary"]
-        lines.append(
-            f"| `{r['case']}` | {r['baseline']} | {ratio_text(s['speed_ratio'])} | {r['expected_ratio']:.1f} | "
-            f"{ratio_text(s['peak_rss_ratio'])} | {ratio_text(s['training_memory_ratio'])} |"
-        )
+        for place, (title, found) in enumerate(_ratios(r)):
+            expected = f"{r['expected_ratio']:.1f}" if place == 0 else ""
+            memory = f"{ratio_text(found['peak_memory'])} | {ratio_text(found['training_memory'])}"
+            lines.append(f"| `{r['case']}` | {title} | {ratio_text(found['speed'])} | {expected} | {memory} |")
     return "\n".join(lines)
 
 
 def _case_table(r: dict[str, Any]) -> str:
     engines, metrics = r["summary"]["engines"], r["metrics"]
     heads = ["", "seconds", "rows/s", "tokens/s"]
-    trains_tokens = engines["hf"]["trained_tokens_per_s"]["median"] > 0
+    trains_tokens = engines["peftlab"]["trained_tokens_per_s"]["median"] > 0
     heads += ["trained tokens/s"] if trains_tokens else []
-    heads += ["padded tokens", "micro-batches", "peak RSS, MiB", "training adds, MiB"]
+    heads += ["padded tokens", "micro-batches", "peak memory, MiB", "training adds, MiB"]
     heads += [f"{m} before" for m in metrics if m == "loss"] + [f"{m} after" for m in metrics]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for key, name in (("peftlab", "peftlab"), ("hf", r["baseline"])):
+    for key, name in ({"peftlab": "peftlab"} | r["peers"]).items():
         e = engines[key]
         cells = [name, spread(e["seconds"], 2), spread(e["rows_per_s"], 1), spread(e["tokens_per_s"], 0)]
         cells += [spread(e["trained_tokens_per_s"], 0)] if trains_tokens else []
@@ -166,12 +198,14 @@ def _case_table(r: dict[str, Any]) -> str:
         cells += [spread(e["before_loss"], 4)] if "loss" in metrics else []
         cells += [spread(e[f"after_{m}"], 4) for m in metrics]
         lines.append("| " + " | ".join(cells) + " |")
-    first = r["rows"][0]
+    first, gates = r["rows"][0], r["gate"]["peers"].values()
+    steps = len(r["gate"]["losses"]["peftlab"])
+    absent = "; ".join(f"{title} left out: {reason}" for title, reason in r["missing"].items())
     return "\n".join(
         [
-            f"**`{r['case']}`**: {r['title']}; {first['steps']:,} steps, {len(r['rows']) // 2} repetitions. Gate: losses "
-            f"within {r['gate']['first']:.1e} at step 1 and {r['gate']['largest']:.1e} over {len(r['gate']['losses']['hf'])} "
-            f"steps. {where(r)}, {first['threads']} threads. `{r['command']}`",
+            f"**`{r['case']}`**: {r['title']}; {first['steps']:,} steps, {len(r['rows']) // len(engines)} repetitions. Gate: losses "
+            f"within {max(g['first'] for g in gates):.1e} at step 1 and {max(g['largest'] for g in gates):.1e} over {steps} steps. "
+            f"{where(r)}, {first['threads']} threads. `{r['command']}`" + (f". {absent}" if absent else ""),
             "",
             *lines,
         ]

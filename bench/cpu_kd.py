@@ -8,7 +8,7 @@ writes the student, its first adapter and the stored targets; then, per repetiti
 order (``_kd_engines.py`` has the engines). The models have no dropout, so the timed runs are their own gate.
 
 The gate: the engines that ask the teacher itself define the same loss (kd_conformance.py), so their first losses must
-agree within the limits of cpu_vs_peft.py: 1e-4 at the first step, 1e-3 after it. Stored targets are another loss by
+agree within the limits of peers.py: 1e-4 at the first step, 1e-3 after it. Stored targets are another loss by
 definition, KL over the 50 likeliest classes and one class of all others, which is never more than KL over all classes (to
 what storing in float16 changes, 2e-3). A repetition is judged as soon as it ends: beyond those limits nothing more is run, no
 figure is kept, and the exit code is 6.
@@ -28,8 +28,8 @@ from typing import Any
 
 import _report
 import kd_plan
-from cpu_vs_peft import CASES as ADAPTED
-from cpu_vs_peft import FIRST_LIMIT, HERE, LATER_LIMIT, RunFailed, loss_differences, run_engine, say
+from peers import CASES as ADAPTED
+from peers import FIRST_LIMIT, HERE, LATER_LIMIT, RunFailed, loss_differences, run_engine, say
 
 STORED_LIMIT = 2e-3
 NUM_LAYERS = 20
@@ -57,7 +57,8 @@ def settings_of(name: str, work: Path, *, rows: int, eval_rows: int, steps: int)
         **recipe,
         "model": {"name": str(work / "student")},
         "data": {**recipe["data"], "train": f"{_DIALOG.data}#{rows + eval_rows}", "eval_rows": eval_rows},
-        "train": {**recipe["train"], "max_steps": steps},
+        "train": {**recipe["train"], "max_steps": steps, "precision": "float32"},
+        "run": {**recipe["run"], "device": "cpu"},
         "distill": {"teacher": {"name": TEACHER}, "baseline": False},
     }
 

@@ -29,7 +29,7 @@ from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, SilentProgress
 
 # What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size, and
-# dequantization. Measured with bench/cpu_vs_peft.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
+# dequantization. Measured with bench/peers.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
 _SPLIT_COST = {"cpu": {"none": 64, "nf4": 128, "int8": 128}, "cuda": {"none": 2048, "nf4": 2048, "int8": 2048}}
 # Twice as many rows at once are no faster on 2 cores, and take 200 MB more for MiniLM (bench/README.md).
 _MOST_TOKENS = {"cpu": 1024, "cuda": None}
