@@ -178,18 +178,24 @@ def over_rounds(values: Sequence[float], *, min_rounds: int = MIN_ROUNDS, seed: 
 
 
 def ratio_of_medians(
-    above: Sequence[float], below: Sequence[float], *, min_rounds: int = MIN_ROUNDS, seed: int = 0
+    above: Sequence[float], below: Sequence[float], *, paired: bool = True, min_rounds: int = MIN_ROUNDS, seed: int = 0
 ) -> Interval:
-    """The ratio of two medians, with its interval over repetitions; the i-th values were measured side by side, and are
-    drawn together: what slows the machine down for a while slows both. Raises: ValueError for unequal numbers of them."""
-    if len(above) != len(below):
+    """The ratio of two medians, with its interval over repetitions.
+
+    Args: paired: the i-th values were measured side by side, and are drawn together: what slows the machine down for a
+        while slows both. Otherwise each side is drawn by itself.
+    Raises: ValueError for unequal numbers of pairs.
+    """
+    if paired and len(above) != len(below):
         raise ValueError(f"expected as many values on both sides, found {len(above)} and {len(below)}")
     value = float(np.median(above) / np.median(below))
+    other = np.random.default_rng(seed + 1).integers(0, len(below), (DRAWS, len(below)))
 
     def draws(drawn: NDArray[np.int64]) -> Floats:
-        return np.asarray(_medians(above, drawn) / _medians(below, drawn), dtype=np.float64)
+        return np.asarray(_medians(above, drawn) / _medians(below, drawn if paired else other), dtype=np.float64)
 
-    return _of_medians(value, draws, len(above), min_rounds, seed)
+    n = min(len(above), len(below))
+    return _of_medians(value, draws, n, min_rounds, seed, num_values=len(above))
 
 
 def _medians(values: Sequence[float], drawn: NDArray[np.int64]) -> Floats:
@@ -197,10 +203,16 @@ def _medians(values: Sequence[float], drawn: NDArray[np.int64]) -> Floats:
 
 
 def _of_medians(
-    value: float, draws: Callable[[NDArray[np.int64]], Floats], n: int, min_rounds: int, seed: int
+    value: float,
+    draws: Callable[[NDArray[np.int64]], Floats],
+    n: int,
+    min_rounds: int,
+    seed: int,
+    num_values: int | None = None,
 ) -> Interval:
     if n < min_rounds or not math.isfinite(value):
         return Interval(value, None, None, "rounds", n)
-    drawn = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
+    size = num_values or n
+    drawn = np.random.default_rng(seed).integers(0, size, (DRAWS, size))
     low, high = np.quantile(draws(drawn), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return Interval(value, float(low), float(high), "rounds", n)
