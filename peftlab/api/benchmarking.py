@@ -234,7 +234,11 @@ def _write(made: _Plan, opened: journal.Journal) -> dict[str, Any]:
     }
     files.write_result(made.folder / journal.RESULT, document)
     files.write_text(made.folder / journal.TABLE, files.csv_text(cells))
-    return {"folder": str(made.folder), **document}
+    from peftlab.bench.figure import draw_picture
+
+    picture = made.folder / journal.PICTURE
+    drawn = draw_picture(document, picture, made.folder / journal.VECTOR)
+    return {"folder": str(made.folder), "picture": str(picture) if drawn else None, **document}
 
 
 def _command(
