@@ -17,9 +17,8 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +31,18 @@ from peftlab.api.parts import make_plan
 from peftlab.data import BatchPlan
 from peftlab.recipe import Recipe
 from peftlab.tasks import Encoded, Task
-from peftlab.training.memory import memory_bytes, peak_memory_bytes
 from peftlab.training.metrics_log import read_metrics
 from peftlab.training.progress import SilentProgress
+from peftlab.training.stopwatch import Stopwatch
 
 
-@dataclass
-class Clock:
-    """Times and memory of the training loop; ``begin`` right before the first step, ``tick`` after each.
-
-    Memory is that of the process, or of the CUDA allocator.
-    """
-
-    device: str = "cpu"
-    times: list[float] = field(default_factory=list)
-    cpu_times: list[float] = field(default_factory=list)
-    before_bytes: int = 0
-    load_peak_bytes: int = 0
-    peak_bytes: int = 0
-
-    def begin(self) -> None:
-        self.before_bytes, self.load_peak_bytes = memory_bytes(self.device), peak_memory_bytes(self.device)
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return
-        # 5 resets the kernel's high-water mark, so that what loading needed does not hide what training needs.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def tick(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        self.cpu_times.append(time.process_time())
-
-    def end(self) -> None:
-        self.peak_bytes = peak_memory_bytes(self.device)
-
+class Clock(Stopwatch):
     def figures(self) -> dict[str, Any]:
         """The first step warms up: it ends where the measured time begins."""
         return {
             "seconds": self.times[-1] - self.times[0],
             "cpu_seconds": self.cpu_times[-1] - self.cpu_times[0],
-            "step_seconds": [round(b - a, 6) for a, b in zip(self.times[:-1], self.times[1:], strict=True)],
+            "step_seconds": self.step_seconds(),
             "peak_rss_bytes": max(self.peak_bytes, self.load_peak_bytes),
             "rss_before_training_bytes": self.before_bytes,
             "training_peak_increase_bytes": max(0, self.peak_bytes - self.before_bytes),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import re
 import statistics
 import subprocess
@@ -14,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from peftlab.evaluation.intervals import ratio_of_medians
+
 _PACKAGES = ("peftlab", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numpy")
-_RESAMPLES = 10_000
 MIB = 2**20
 
 
@@ -104,16 +104,8 @@ def ratio_of(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
 ) -> dict[str, float | None]:
     """Ratio of medians with a 95 % bootstrap interval over pairs of one repetition; none for a single pair."""
-    pairs = [(value(a), value(b)) for a, b in zip(ours, theirs, strict=True)]
-
-    def ratio(chosen: Sequence[tuple[float, float]]) -> float:
-        return statistics.median(b for _, b in chosen) / statistics.median(a for a, _ in chosen)
-
-    if len(pairs) < 2:
-        return {"ratio": ratio(pairs), "low": None, "high": None}
-    rng = random.Random(0)
-    drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
-    return {"ratio": ratio(pairs), "low": drawn[int(0.025 * _RESAMPLES)], "high": drawn[int(0.975 * _RESAMPLES) - 1]}
+    found = ratio_of_medians([value(r) for r in theirs], [value(r) for r in ours], min_rounds=2)
+    return {"ratio": found.value, "low": found.low, "high": found.high}
 
 
 def ratio_text(ratio: dict[str, float | None]) -> str:

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "data"},
     "adapters": {"errors", "ops"},
     "distillation": {"errors", "ops"},
-    "bench": {"errors", "paths", "ops", "models"},
+    "bench": {"errors", "paths", "ops", "models", "evaluation.intervals"},
     "training": {"errors", "ops", "data", "models", "adapters", "tasks", "evaluation", "distillation"},
     "api": {
         "errors",

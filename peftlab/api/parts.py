@@ -181,7 +181,7 @@ def prepare(
     plan = make_plan(recipe, encoded.lengths, device, packing=limit if recipe.data.packing else None, span=span)
     progress.stage(f"loading {recipe.model.name} ({_storage(recipe)}) on {device}")
     model = build.model_of(recipe, pretrained, task, device)
-    model, planned, trained = _trainable(recipe, model, task)
+    model, planned, trained = trainable(recipe, model, task)
     release_memory()  # quantizing went through every weight in full precision
     progress.note(f"{_method(recipe)}: {trained}")
     if recipe.adapter.method != "none":
@@ -205,7 +205,7 @@ def prepare(
     )  # fmt: skip
 
 
-def _trainable(recipe: Recipe, model: Any, task: Task) -> tuple[Any, list[str], AdapterReport]:
+def trainable(recipe: Recipe, model: Any, task: Task) -> tuple[Any, list[str], AdapterReport]:
     """The model with what the recipe trains, the names of the modules that were to be adapted, and the counts."""
     a = recipe.adapter
     if a.method == "none":

@@ -131,7 +131,7 @@ def execute(
     resume_hint: str = "",
 ) -> Run:
     """Trains and scores what ``prepare`` made. Args: resume_hint: the command that continues it; default ``peftlab train``."""
-    with _input_casts(parts):
+    with input_casts(parts.model, precision=parts.precision, method=parts.recipe.adapter.method):
         if parts.plan.packed:
             _check_packing(parts, accelerator, progress)
         _gate(parts, accelerator, progress)
@@ -268,13 +268,13 @@ def _evaluator(parts: Parts, accelerator: Any) -> Callable[[], dict[str, float]]
     return evaluate
 
 
-def _input_casts(parts: Parts) -> contextlib.AbstractContextManager[Any]:
+def input_casts(model: Any, *, precision: str, method: str) -> contextlib.AbstractContextManager[Any]:
     """Under autocast PEFT's cast of every adapter input to float32 is undone by the next matmul: leave it out."""
     from peft.helpers import disable_input_dtype_casting
 
-    if parts.precision == "no" or parts.recipe.adapter.method == "none":
+    if precision == "no" or method == "none":
         return contextlib.nullcontext()
-    return disable_input_dtype_casting(parts.model)
+    return disable_input_dtype_casting(model)
 
 
 def _answers(parts: Parts) -> Iterator[tuple[str, str]]:

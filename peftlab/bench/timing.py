@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from peftlab.evaluation.intervals import quartiles
+
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 # Per case and direction, as far as MIN_ROUNDS fit.
 LIMIT_S = {"cpu": 1.0, "cuda": 0.5}
@@ -102,5 +104,5 @@ def _upper_bound(values: list[float]) -> float:
 
 def spread(ms: list[float]) -> dict[str, float]:
     """Median and quartiles, for the table."""
-    low, middle, high = statistics.quantiles(ms, n=4, method="inclusive")
+    low, middle, high = quartiles(ms)
     return {"median": round(middle, 5), "low": round(low, 5), "high": round(high, 5)}

@@ -7,16 +7,18 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from peftlab import __version__
-from peftlab.cli import bench, chat, check, distill, doctor, evaluate, merge, predict, recipes, teach, train
+from peftlab.cli import bench, bench_run, chat, check, distill, doctor, evaluate, merge, predict, recipes, teach, train
 from peftlab.cli.failures import EXIT_CODES, handle, usage_error
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output
+from peftlab.recipe.catalog import recipe_names
 
 _TABLE = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG = f"""\b
@@ -52,6 +54,20 @@ class Verbs(TyperGroup):
             guess = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}"
             usage_error(f"unknown verb {name!r}, {guess}", ctx)
         return super().resolve_command(ctx, args)
+
+
+class BenchVerbs(Verbs):
+    """``bench RECIPE`` is ``bench run RECIPE``, unless the first word is nearly another verb and nothing else."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [word for word in args if not word.startswith("-")]
+        if words and words[0] not in self.list_commands(ctx) and not self._is_misspelt(ctx, words[0]):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)  # type: ignore[no-any-return]
+
+    def _is_misspelt(self, ctx: Any, word: str) -> bool:
+        near = get_close_matches(word, self.list_commands(ctx), n=1, cutoff=0.8)
+        return bool(near) and not Path(word).exists() and word not in recipe_names()
 
 
 app = typer.Typer(
@@ -99,9 +115,11 @@ recipes_app.command("list", cls=Verb, epilog="Example: peftlab recipes list")(re
 recipes_app.command("show", cls=Verb, epilog="Example: peftlab recipes show quickstart")(recipes.show)
 recipes_app.command("copy", cls=Verb, epilog="Example: peftlab recipes copy quickstart mine.yaml")(recipes.copy)
 recipes_app.command("schema", cls=Verb, epilog="Example: peftlab recipes schema > recipe.schema.json")(recipes.schema)
-bench_app = typer.Typer(cls=Verbs, rich_markup_mode=None)
-app.add_typer(bench_app, name="bench", epilog="Example: peftlab bench tune-kernels --model shape:llama-3-8b")
+bench_app = typer.Typer(cls=BenchVerbs, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench", epilog="Example: peftlab bench quickstart --quantize nf4")
 bench_app.callback()(bench.bench)
+_EXAMPLE = "Example: peftlab bench quickstart --ranks 8,64 --batch 1,4"
+bench_app.command("run", cls=Verb, epilog=_EXAMPLE)(bench_run.bench_run)
 _EXAMPLE = "Example: peftlab bench tune-kernels --kinds nf4 --rows 2048"
 bench_app.command("tune-kernels", cls=Verb, epilog=_EXAMPLE)(bench.tune_kernels)
 app.command("doctor", cls=Verb, epilog="Example: peftlab doctor --json")(doctor.doctor)

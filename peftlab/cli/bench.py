@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from peftlab.cli.failures import usage_error
+from peftlab.cli.numbers import duration
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import make_console, output_of
 
@@ -49,10 +50,10 @@ def tune_kernels(
     out = output_of(context)
     options = {
         "model": model,
-        "rows": _numbers(rows, int, "--rows", "whole numbers such as 512,2048", context),
+        "rows": numbers_of(rows, int, "--rows", "whole numbers such as 512,2048", context),
         "rank": rank,
-        "kinds": _split(kinds),
-        "dropout": _numbers(dropout, float, "--dropout", "numbers such as 0,0.05", context),
+        "kinds": split_names(kinds),
+        "dropout": numbers_of(dropout, float, "--dropout", "numbers such as 0,0.05", context),
         "out": None if out_file is None else Path(out_file).expanduser(),
     }
     with out.working():
@@ -60,7 +61,7 @@ def tune_kernels(
         from peftlab.bench.tune_kernels import tune_kernels as tune
 
         prepare_libraries(measured_plans=False)  # a damaged file of them is replaced here
-        with _progress() as progress:
+        with bench_progress() as progress:
             report = tune(**options, progress=progress)
     console = make_console(sys.stderr)
     console.print(_table(report["plans"]), markup=False)
@@ -74,28 +75,33 @@ def tune_kernels(
     out.line(f"{len(report['plans'])} plans, {changed} of them not by rule{kept}: {report['file']}")
 
 
-def _split(text: str) -> list[str]:
+def split_names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _numbers(
+def numbers_of(
     text: str, parse: Callable[[str], Number], option: str, form: str, context: typer.Context
 ) -> list[Number]:  # fmt: skip
     try:
-        return [parse(part) for part in _split(text)]
+        return [parse(part) for part in split_names(text)]
     except ValueError:
         usage_error(f"{option}: expected {form}, found {text!r}", context)
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
+def bench_progress() -> Iterator[Callable[[int, int, str], None]]:
     """Tells on stderr which case is measured: a live line in a terminal, else a line now and then."""
     console = make_console(sys.stderr)
     started = told = time.monotonic()
+    first: int | None = None
 
     def text(done: int, total: int, case: str) -> str:
-        left = (time.monotonic() - started) / done * (total - done) if done else 0
-        return f"measuring {min(done + 1, total)} of {total}: {case}" + (f", about {left:.0f} s left" if left else "")
+        nonlocal first
+        first = done if first is None else first  # what was measured before a resume took no time now
+        left = (time.monotonic() - started) / (done - first) * (total - done) if done > first else 0
+        return f"measuring {min(done + 1, total)} of {total}: {case}" + (
+            f", about {duration(left)} left" if left else ""
+        )
 
     if console.is_terminal:
         with console.status("measuring", spinner="line") as status:
@@ -104,7 +110,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
     def tell(done: int, total: int, case: str) -> None:
         nonlocal told
-        if case and (done == 0 or time.monotonic() - told >= _LINE_EVERY_S):
+        if case and (first in (None, done) or time.monotonic() - told >= _LINE_EVERY_S):
             told = time.monotonic()
             console.print(text(done, total, case), markup=False, soft_wrap=True)
 

@@ -1,4 +1,5 @@
-"""How far a measured figure can be trusted: intervals over held-out rows (bootstrap) and over seeds (Student t).
+"""How far a measured figure can be trusted: intervals over held-out rows (bootstrap), over seeds (Student t), and over
+the repetitions of a timing (bootstrap of the median).
 
 The unit that is drawn is the row (one example), never the token: the tokens of one text go together, and intervals over
 tokens are several times too narrow. Two models that were scored on the same rows are compared draw by draw
@@ -8,6 +9,7 @@ tokens are several times too narrow. Two models that were scored on the same row
 from __future__ import annotations
 
 import math
+import statistics as stats
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict
@@ -24,6 +26,8 @@ CONFIDENCE = 0.95
 DRAWS = 1000
 # With fewer rows a bootstrap interval means little: three rows that all improve would look like certainty.
 MIN_ROWS = 10
+# With fewer repetitions of a timing a bootstrap interval is shorter than their noise: of two, the two themselves.
+MIN_ROUNDS = 3
 # Largest number of elements of one block of counts: 32 MB.
 _BLOCK = 2**22
 
@@ -158,3 +162,57 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
         half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, "seeds", n)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first quartile, the median and the third, between the neighbours; of one value three times that."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = stats.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def over_rounds(values: Sequence[float], *, min_rounds: int = MIN_ROUNDS, seed: int = 0) -> Interval:
+    """The median of one value per repetition, with its percentile interval (Efron 1979) from ``min_rounds`` on."""
+    return _of_medians(float(np.median(values)), lambda drawn: _medians(values, drawn), len(values), min_rounds, seed)
+
+
+def ratio_of_medians(
+    above: Sequence[float], below: Sequence[float], *, paired: bool = True, min_rounds: int = MIN_ROUNDS, seed: int = 0
+) -> Interval:
+    """The ratio of two medians, with its interval over repetitions.
+
+    Args: paired: the i-th values were measured side by side, and are drawn together: what slows the machine down for a
+        while slows both. Otherwise each side is drawn by itself.
+    Raises: ValueError for unequal numbers of pairs.
+    """
+    if paired and len(above) != len(below):
+        raise ValueError(f"expected as many values on both sides, found {len(above)} and {len(below)}")
+    value = float(np.median(above) / np.median(below))
+    other = np.random.default_rng(seed + 1).integers(0, len(below), (DRAWS, len(below)))
+
+    def draws(drawn: NDArray[np.int64]) -> Floats:
+        return np.asarray(_medians(above, drawn) / _medians(below, drawn if paired else other), dtype=np.float64)
+
+    n = min(len(above), len(below))
+    return _of_medians(value, draws, n, min_rounds, seed, num_values=len(above))
+
+
+def _medians(values: Sequence[float], drawn: NDArray[np.int64]) -> Floats:
+    return np.asarray(np.median(np.asarray(values, dtype=np.float64)[drawn], axis=1), dtype=np.float64)
+
+
+def _of_medians(
+    value: float,
+    draws: Callable[[NDArray[np.int64]], Floats],
+    n: int,
+    min_rounds: int,
+    seed: int,
+    num_values: int | None = None,
+) -> Interval:
+    if n < min_rounds or not math.isfinite(value):
+        return Interval(value, None, None, "rounds", n)
+    size = num_values or n
+    drawn = np.random.default_rng(seed).integers(0, size, (DRAWS, size))
+    low, high = np.quantile(draws(drawn), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return Interval(value, float(low), float(high), "rounds", n)

@@ -9,16 +9,14 @@ leaves its weights in the cache.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from peftlab.evaluation.card_shape import Costs
-from peftlab.evaluation.intervals import CONFIDENCE, DRAWS
+from peftlab.evaluation.intervals import quartiles, ratio_of_medians
 
 # With fewer rounds the median ratio gets no interval.
 _MIN_ROUNDS_FOR_INTERVAL = 5
@@ -118,25 +116,16 @@ def _wait(device: torch.device) -> None:
 
 
 def _summary(ms: list[float], first: list[float], num_tokens: int | None, seed: int) -> Latency:
-    low, median, high = statistics.quantiles(ms, n=4, method="inclusive")
-    bounds: tuple[float | None, float | None] = (None, None)
-    if ms is not first and len(ms) >= _MIN_ROUNDS_FOR_INTERVAL:
-        bounds = _ratio_bounds(first, ms, seed)
+    low, median, high = quartiles(ms)
+    speed = ratio_of_medians(first, ms, min_rounds=_MIN_ROUNDS_FOR_INTERVAL, seed=seed)
+    bounds = (None, None) if ms is first else (speed.low, speed.high)
     return Latency(
         median_ms=median,
         low_ms=low,
         high_ms=high,
         num_rounds=len(ms),
         tokens_per_s=None if num_tokens is None else num_tokens / median * 1000,
-        speed=statistics.median(first) / median,
+        speed=speed.value,
         speed_low=bounds[0],
         speed_high=bounds[1],
     )
-
-
-def _ratio_bounds(above: list[float], below: list[float], seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the ratio of medians; both are drawn from the same rounds."""
-    drawn = np.random.default_rng(seed).integers(0, len(above), (DRAWS, len(above)))
-    medians = [np.median(np.asarray(ms)[drawn], axis=1) for ms in (above, below)]
-    low, high = np.quantile(medians[0] / medians[1], ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return float(low), float(high)

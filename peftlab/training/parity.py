@@ -118,7 +118,7 @@ def check_parity(
         return trained_loss(model, collate_packed(sample, device=device) if packed else task.collate(sample, device))
 
     rng = RngState.capture()
-    with _woken(model):
+    with woken(model):
         try:
             if packed and _draws(fast_loss, autocast):  # one row has the same dropout masks packed and padded
                 sample = sample[:1]
@@ -194,7 +194,7 @@ def _cut(example: Example, max_tokens: int) -> Example:
 
 
 @contextlib.contextmanager
-def _woken(model: nn.Module) -> Iterator[None]:
+def woken(model: nn.Module) -> Iterator[None]:
     """LoRA starts with B = 0, where neither the adapter's output nor A's gradient would show a fault: for the
     comparison such a B gets values that change a layer's output by a few percent."""
     held: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.metrics import f1_score
 
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import Estimate, bootstrap, over_seeds
+from peftlab.evaluation.intervals import Estimate, bootstrap, over_rounds, over_seeds, quartiles, ratio_of_medians
 
 SETS = 200
 
@@ -150,3 +150,24 @@ def test_two_seeds_cover_in_95_of_100() -> None:
     share = np.mean([f.low is not None and f.high is not None and f.low <= 1.0 <= f.high for f in found])
     # Three standard errors of a share of 1,000.
     assert share == pytest.approx(0.95, abs=0.021)
+
+
+def test_quartiles_of_five_of_two_and_of_one() -> None:
+    assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([1.0, 2.0]) == (1.25, 1.5, 1.75)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_of_few_repetitions_there_is_no_interval() -> None:
+    assert over_rounds([1.0, 2.0]).as_dict() == {"value": 1.5, "low": None, "high": None, "over": "rounds", "n": 2}
+    found = over_rounds([1.0, 2.0, 3.0])
+    assert (found.value, found.low, found.high) == (2.0, 1.0, 3.0)
+
+
+def test_a_slow_spell_that_hits_both_is_no_difference_of_the_ratio() -> None:
+    """The machine is ten times as slow in the last two repetitions; side by side the first is always twice the second."""
+    slow = [1.0, 1.1, 0.9, 10.0, 11.0]
+    found = ratio_of_medians([2 * s for s in slow], slow)
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+    with pytest.raises(ValueError, match="as many values on both sides, found 1 and 2"):
+        ratio_of_medians([1.0], [1.0, 2.0])

@@ -1,0 +1,148 @@
+"""What a cell of a benchmark is made of: its recipe, and real tokens in rows of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftlab.api import build
+from peftlab.bench.sweep import Cell, Facts, Sweep, make_sweep
+from peftlab.data import Rows
+from peftlab.errors import DataError, RecipeError
+from peftlab.models import import_bitsandbytes, model_max_length
+from peftlab.recipe import LoadedRecipe, Recipe
+from peftlab.tasks import Example, Task
+
+# Rows encoded at first; twice as many while their tokens do not suffice. A million rows are not read for a few thousand tokens.
+_FIRST_ROWS = 256
+# A row's length where neither --length nor data.max_length says.
+_LENGTH = {"cpu": 128, "cuda": 1024}
+_BATCH = 8
+# Settings of a run that a measured step has no use for.
+_UNUSED = {"train": ("epochs", "batch_tokens", "accumulate"), "data": ("packing",), "run": ("dir", "log", "save_every")}
+
+
+def check_recipe(loaded: LoadedRecipe) -> None:
+    """Raises RecipeError for a recipe that has no training of its own to measure."""
+    recipe = loaded.recipe
+    if recipe.distill is not None or recipe.task == "embedding":
+        raise RecipeError(
+            "bench measures adapters learning from labels, and this recipe learns from a teacher: give a recipe without a "
+            "section distill, such as quickstart or sms-spam",
+            key="distill" if recipe.distill is not None else "task",
+        )
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe sets, by section, without its lock."""
+    return recipe.model_dump(mode="json", exclude_defaults=True, exclude={"lock"})
+
+
+def method_of(recipe: Recipe) -> str:
+    """The recipe's adapter in the words of ``--methods``."""
+    a = recipe.adapter
+    if a.method == "none":
+        return "full"
+    return "dora" if a.dora else "rslora" if a.rslora else "lora"
+
+
+def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length: int | None) -> Sweep:
+    """The sweep that is asked for; a dimension that is not (None) has the recipe's value, paths and weights a small default.
+
+    Raises: RecipeError, see ``make_sweep``.
+    """
+    length = fixed_length or min(recipe.data.max_length or _LENGTH[device], _LENGTH[device])
+    full_only = method_of(recipe) == "full" and asked.get("methods") is None
+    default = {
+        "what": ["train"],
+        "methods": [method_of(recipe)],
+        "ranks": [recipe.adapter.rank],
+        "quantize": ["none"] if full_only else ["none", "nf4"],
+        "kernels": ["reference", "auto"],
+        "batch": [recipe.train.batch_size or _BATCH],
+        "length": [length],
+        "adapters": [1],
+    }
+    return make_sweep(**{name: default[name] if asked.get(name) is None else asked[name] for name in default})
+
+
+def facts_of(recipe: Recipe, tokenizer: Any, pretrained: Any, new_tokens: int) -> Facts:
+    problem = None
+    try:
+        import_bitsandbytes()
+    except ImportError as error:
+        problem = str(error)
+    if recipe.task == "image_cls":
+        return Facts(recipe.task, int(tokenizer.length), new_tokens, int(tokenizer.length), problem)
+    return Facts(recipe.task, model_max_length(pretrained, tokenizer), new_tokens, None, problem)
+
+
+def cell_settings(base: Mapping[str, Any], cell: Cell, *, steps: int) -> dict[str, Any]:
+    """The recipe of ``cell``. Args: base: of ``settings_of``. steps: of the optimizer, warm-up included."""
+    settings = {name: dict(part) if isinstance(part, Mapping) else part for name, part in base.items()}
+    for section, names in _UNUSED.items():
+        for name in names:
+            settings.setdefault(section, {}).pop(name, None)
+    settings["eval"] = {"before": False}
+    settings["train"] |= {"batch_size": cell.batch, "max_steps": steps}
+    settings["run"] |= {"kernels": cell.kernels, "merge": "none"}
+    settings["model"]["quantize"] = cell.quantize
+    settings["adapter"] = adapter_settings(base, cell.method, cell.rank)
+    if cell.quantize != "nf4":
+        settings["model"].pop("double_quant", None)
+        settings["model"].pop("compute_dtype", None)
+    return settings
+
+
+def adapter_settings(base: Mapping[str, Any], method: str, rank: int | None) -> dict[str, Any]:
+    """The section of ``method``; alpha, targets and dropout stay the recipe's."""
+    given = dict(base.get("adapter", {}))
+    if method == "full":
+        return {"method": "none"} | ({"freeze": given["freeze"]} if "freeze" in given else {})
+    given.pop("freeze", None)
+    return given | {"method": "lora", "rank": rank, "rslora": method == "rslora", "dora": method == "dora"}
+
+
+def class_names_of(recipe: Recipe, data: build.DataParts) -> list[str] | None:
+    if not recipe.classifies:
+        return None
+    from peftlab.data import class_names
+
+    return class_names(build.read_class_labels(recipe, data.labelled))
+
+
+def write_texts(file: Path, recipe: Recipe, task: Task, rows: Rows, *, num_tokens: int, limit: int) -> None:
+    """Real tokens for all cells: the ids of training rows one after the other, [N], and the label of the row that each is
+    from. Fewer than ``num_tokens`` are repeated. Raises: DataError when no row is left."""
+    taken, examples = _FIRST_ROWS, []
+    while True:
+        some = rows if taken >= len(rows) else rows.select(np.arange(taken))
+        examples = build.encode(recipe, task, some, limit=limit, training=True).examples
+        if taken >= len(rows) or sum(map(len, examples)) >= num_tokens:
+            break
+        taken *= 2
+    if not examples:
+        raise DataError(f"no row of {rows.name} is left to measure with", key="data.train")
+    ids = np.concatenate([e.ids for e in examples]).astype(np.int32)
+    labels = np.concatenate([np.full(len(e), -1 if e.label is None else e.label, dtype=np.int32) for e in examples])
+    np.savez(file, ids=ids, labels=labels)
+
+
+def text_examples(file: Path, *, rows: int, length: int, language_model: bool) -> list[Example]:
+    """``rows`` examples of exactly ``length`` tokens. A language model predicts every token but the first of a row; a
+    classifier the label of the text that the row begins in."""
+    with np.load(file) as stored:
+        ids, labels = stored["ids"], stored["labels"]
+    at = np.arange(rows * length).reshape(rows, length) % len(ids)
+    examples = []
+    for row, places in enumerate(at):
+        if language_model:
+            trained = np.ones(length, dtype=bool)
+            trained[0] = False
+            examples.append(Example(ids[places], row, float(length - 1), trained=trained))
+        else:
+            examples.append(Example(ids[places], row, 1.0, label=int(labels[places[0]])))
+    return examples

@@ -1,0 +1,54 @@
+"""What this machine can do at most: a large matmul in the compute dtype, and copying memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Large enough to be limited by arithmetic, small enough for a laptop: 2 x 4 MB on a CPU, 3 x 128 MB on a GPU.
+_MATMUL = {"cpu": 1024, "cuda": 8192}
+# Many times the last cache.
+_COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_REPEATS = 9
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """``matmul_flops_per_s`` of a square matmul in ``dtype`` and ``copy_bytes_per_s`` (read and written), each the median
+    of nine; their quickest beside them."""
+    n = _MATMUL[device]
+    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    source = torch.ones(_COPY_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    matmul = _seconds(lambda: torch.mm(a, b), device)
+    copy = _seconds(lambda: target.copy_(source), device)
+    flops, moved = 2.0 * n**3, 2.0 * _COPY_BYTES[device]
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul": n,
+        "matmul_flops_per_s": flops / statistics.median(matmul),
+        "matmul_flops_per_s_best": flops / min(matmul),
+        "copy_bytes_per_s": moved / statistics.median(copy),
+        "copy_bytes_per_s_best": moved / min(copy),
+    }
+
+
+def _seconds(run: Callable[[], object], device: str) -> list[float]:
+    seconds = []
+    for repeat in range(_REPEATS + 2):
+        wait(device)
+        began = time.perf_counter()
+        run()
+        wait(device)
+        if repeat >= 2:  # the first ones start threads and libraries
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def wait(device: str) -> None:
+    """Until ``device`` has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,177 @@
+"""The picture of a benchmark: tokens per second against peak memory, a numbered point per cell, the Pareto front.
+
+matplotlib is imported here and nowhere else, and only when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftlab.bench.labels import CAPTIONS, cell_label, dimensions, machine_text, memory_unit, protocol_text
+
+# Okabe and Ito (2008): told apart by the colour-blind, too.
+COLOURS = {"none": "#0072B2", "nf4": "#D55E00", "int8": "#009E73"}
+_WEIGHTS = {"none": "dense weights", "nf4": "NF4 weights", "int8": "int8 weights"}
+MARKERS = {"auto": "o", "reference": "^"}
+_PATHS = {"auto": "fused path", "reference": "PEFT's path"}
+_GREY = "#666666"
+_WIDTH, _PANEL_HEIGHT, _KEY_LINE, _LEFT = 10.0, 4.6, 0.19, 0.085
+# A long key does not stretch its panel beyond this.
+_MOST_HEIGHT = 11.0
+# Where the number of a point may stand, in points from it, best first.
+_PLACES = [(9, 5), (9, -11), (-9, 5), (-9, -11), (0, 11), (0, -17), (17, -3), (-17, -3), (20, 12), (-20, 12)]
+_PLACES += [(20, -18), (-20, -18), (0, 24), (0, -30), (34, 0), (-34, 0)]
+
+
+def draw_picture(document: Mapping[str, Any], png: Path, svg: Path) -> bool:
+    """Writes the picture as PNG and SVG; False when no cell has figures to draw."""
+    import os
+
+    import matplotlib as mpl
+
+    if not drawn_cells(document):
+        return False
+    with mpl.rc_context({"svg.hashsalt": "peftlab", "font.size": 10}):
+        figure = build_figure(document)
+        for path, kind in ((png, "png"), (svg, "svg")):
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            os.replace(partial, path)
+    return True
+
+
+def drawn_cells(document: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """The cells that have figures, with their number in the table."""
+    return [(i, cell) for i, cell in enumerate(document["cells"], start=1) if cell["status"] == "ok"]
+
+
+def build_figure(document: Mapping[str, Any]) -> Any:
+    """A matplotlib ``Figure`` with a panel for training and one for generation, whichever was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = drawn_cells(document)
+    works = list(dict.fromkeys(cell["what"] for _, cell in drawn))
+    varying, fixed = dimensions([cell for _, cell in drawn])
+    key_lines = max(sum(cell["what"] == work for _, cell in drawn) for work in works)
+    height = max(_PANEL_HEIGHT, _KEY_LINE * (key_lines + 9))
+    figure = Figure(figsize=(_WIDTH, height * len(works) + 1.25))
+    FigureCanvasAgg(figure)
+    top = figure.get_figheight()
+    title = textwrap.shorten(f"{document['header']['unit']['model']}: speed against memory", 90)
+    size = 14 if len(title) <= 60 else 11
+    figure.suptitle(title, x=_LEFT, y=1 - 0.3 / top, ha="left", fontsize=size, fontweight="bold")
+    below = [machine_text(document["header"]), "; ".join([", ".join(fixed), protocol_text(document["header"])])]
+    lines = [line for text in below for line in textwrap.wrap(text.strip("; "), 118)]
+    figure.text(_LEFT, 1 - 0.52 / top, "\n".join(lines), ha="left", va="top", fontsize=9, color=_GREY, linespacing=1.4)
+    for index, work in enumerate(works):
+        cells = [(i, cell) for i, cell in drawn if cell["what"] == work]
+        bottom = (height * (len(works) - 1 - index) + 0.85) / top
+        tall = min(height - 0.85, _MOST_HEIGHT)
+        axes = figure.add_axes((_LEFT, bottom + (height - 0.85 - tall) / top, 0.55, tall / top))
+        _panel(axes, work, cells)
+        _key(axes, cells, [name for name in varying if name != "what"])
+    figure.text(
+        _LEFT,
+        0.16 / top,
+        "Bars: 95 % interval of the median, with fewer than 3 repetitions the quartiles. Grey line: no cell is both faster and "
+        "smaller.",
+        fontsize=8,
+        color=_GREY,
+    )
+    return figure
+
+
+def _panel(axes: Any, work: str, cells: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+    scale, unit = memory_unit([cell["peak_bytes"]["median"] for _, cell in cells])
+    points = []
+    for _, cell in cells:
+        speed, memory = cell["tokens_per_s"], cell["peak_bytes"]
+        low, high = ("low", "high") if speed["low"] is not None else ("q1", "q3")
+        x, y = memory["median"] / scale, speed["median"]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[[max(0.0, y - speed[low])], [max(0.0, speed[high] - y)]],
+            xerr=[[x - memory["q1"] / scale], [memory["q3"] / scale - x]],
+            fmt=MARKERS[cell["kernels"]],
+            color=COLOURS[cell["quantize"]],
+            markerfacecolor=COLOURS[cell["quantize"]] if cell["kernels"] == "auto" else "white",
+            markersize=8,
+            markeredgewidth=1.6,
+            capsize=3,
+            elinewidth=1.2,
+            zorder=3,
+            label="_cell",
+        )
+        points.append((x, y))
+    front = sorted((p for p, (_, cell) in zip(points, cells, strict=True) if cell["pareto"]), key=lambda p: p[0])
+    axes.plot([x for x, _ in front], [y for _, y in front], color="#999999", linewidth=1.2, zorder=1, label="_front")
+    axes.set_title(CAPTIONS[work], loc="left", fontsize=11)
+    axes.set_xlabel(f"peak memory ({unit}), smaller is better")
+    axes.set_ylabel("tokens/s, larger is better")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:g}")
+    axes.grid(color="#e5e5e5", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(0.12)
+    _number(axes, [(x, y, str(i), cell) for (x, y), (i, cell) in zip(points, cells, strict=True)])
+
+
+def _number(axes: Any, points: Sequence[tuple[float, float, str, Mapping[str, Any]]]) -> None:
+    """Puts the number beside each point, where it covers neither a point, a bar nor another number."""
+    figure = axes.figure
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    from matplotlib.transforms import Bbox
+
+    taken = []
+    for x, y, _, cell in points:
+        px, py = axes.transData.transform((x, y))
+        taken.append(Bbox.from_extents(px - 8, py - 8, px + 8, py + 8))
+        low = cell["tokens_per_s"]["low"] or cell["tokens_per_s"]["q1"]
+        high = cell["tokens_per_s"]["high"] or cell["tokens_per_s"]["q3"]
+        ends = [axes.transData.transform((x, value))[1] for value in (low, high)]
+        taken.append(Bbox.from_extents(px - 4, min(ends), px + 4, max(ends)))
+    frame = axes.get_window_extent(renderer)
+    for x, y, number, _ in points:
+        best, least = None, float("inf")
+        for rank, (dx, dy) in enumerate(_PLACES):
+            text = axes.annotate(
+                number, (x, y), xytext=(dx, dy), textcoords="offset points", ha="center", fontsize=9, zorder=4
+            )
+            box = text.get_window_extent(renderer)
+            cost = 10.0 * sum(box.overlaps(other) for other in taken) + 0.1 * rank
+            cost += 0 if frame.containsx(box.x0) and frame.containsx(box.x1) and frame.containsy(box.y1) else 20
+            if cost < least:
+                if best is not None:
+                    best.remove()
+                best, least = text, cost
+            else:
+                text.remove()
+        assert best is not None
+        taken.append(best.get_window_extent(renderer))
+
+
+def _key(axes: Any, cells: Sequence[tuple[int, Mapping[str, Any]]], varying: Sequence[str]) -> None:
+    """What the marks and the numbers mean, to the right of the panel."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Any] = []
+    for kernels in dict.fromkeys(cell["kernels"] for _, cell in cells):
+        face = _GREY if kernels == "auto" else "white"
+        handles.append(Line2D([], [], color=_GREY, marker=MARKERS[kernels], markerfacecolor=face, linestyle="",
+                              markersize=7, label=_PATHS[kernels]))  # fmt: skip
+    for quantize in dict.fromkeys(cell["quantize"] for _, cell in cells):
+        handles.append(Line2D([], [], color=COLOURS[quantize], linewidth=5, label=_WEIGHTS[quantize]))
+    handles.append(Line2D([], [], color="#999999", linewidth=1.2, label="Pareto front"))
+    legend = axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.03, 1.0), frameon=False, fontsize=9,
+                         borderaxespad=0)  # fmt: skip
+    figure = axes.figure
+    figure.canvas.draw()
+    top = axes.transAxes.inverted().transform(legend.get_window_extent().get_points())[0][1]
+    labels = [f"{i:>{len(str(cells[-1][0]))}}  {cell_label(cell, varying)}" for i, cell in cells]
+    axes.text(1.04, top - 0.03, "\n".join(labels), transform=axes.transAxes, va="top", fontsize=8.5,
+              family="monospace", linespacing=1.35)  # fmt: skip

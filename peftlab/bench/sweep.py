@@ -1,0 +1,169 @@
+"""The cells of a sweep: the product of what is asked for, those that cannot exist with the reason, and their order."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftlab.errors import RecipeError
+
+METHODS = ("lora", "rslora", "dora", "full")
+QUANTIZE = ("none", "nf4", "int8")
+KERNELS = ("auto", "reference")
+WORK = ("train", "generate")
+# What a person reads for run.kernels.
+PATH_NAMES = {"auto": "fused", "reference": "PEFT"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration to measure.
+
+    Attributes:
+        rank: None of full fine-tuning. kernels: the value of run.kernels. batch: rows of a step. length: tokens of a row, of
+            its prompt when it generates. adapters: that the rows of a batch are spread over.
+    """
+
+    what: str
+    method: str
+    rank: int | None
+    quantize: str
+    kernels: str
+    batch: int
+    length: int
+    adapters: int = 1
+
+    @property
+    def key(self) -> str:
+        """Names the cell in files: ``train/lora/r8/nf4/auto/4x64/1``."""
+        rank = "-" if self.rank is None else f"r{self.rank}"
+        shape = f"{self.batch}x{self.length}"
+        return "/".join((self.what, self.method, rank, self.quantize, self.kernels, shape, str(self.adapters)))
+
+    @property
+    def twin(self) -> Cell:
+        """The same on PEFT's own path."""
+        return dataclasses.replace(self, kernels="reference")
+
+    def __str__(self) -> str:
+        rank = "" if self.rank is None else f" r{self.rank}"
+        weights = "" if self.quantize == "none" else f" {self.quantize}"
+        adapters = "" if self.adapters == 1 else f" of {self.adapters} adapters"
+        path = PATH_NAMES[self.kernels]
+        return f"{self.what} {self.method}{rank}{weights} {path}, {self.batch} x {self.length} tokens{adapters}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The values of each dimension, in the order they are listed in."""
+
+    what: tuple[str, ...]
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
+    quantize: tuple[str, ...]
+    kernels: tuple[str, ...]
+    batch: tuple[int, ...]
+    length: tuple[int, ...]
+    adapters: tuple[int, ...] = (1,)
+
+    def as_dict(self) -> dict[str, list[Any]]:
+        return {field.name: list(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def make_sweep(**values: Sequence[Any]) -> Sweep:
+    """The checked sweep; what stands there twice counts once.
+
+    Raises: RecipeError for an empty dimension, an unknown name (with the nearest) or a number below 1.
+    """
+    known = {"what": WORK, "methods": METHODS, "quantize": QUANTIZE, "kernels": KERNELS}
+    checked: dict[str, tuple[Any, ...]] = {}
+    for name, given in values.items():
+        if not given:
+            raise RecipeError(
+                f"nothing to measure: --{name} is empty; leave it out for the recipe's own, or give a value"
+            )
+        for value in given:
+            if name in known and value not in known[name]:
+                near = difflib.get_close_matches(str(value), known[name], n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(f"--{name}: expected some of {', '.join(known[name])}, found {value!r}{hint}")
+            if name not in known and value < (2 if name == "length" else 1):
+                least = "2 tokens, of which one is predicted" if name == "length" else "1"
+                raise RecipeError(f"--{name}: expected at least {least}, found {value}")
+        checked[name] = tuple(dict.fromkeys(given))
+    return Sweep(**checked)
+
+
+def cells_of(sweep: Sweep) -> list[Cell]:
+    """The whole product, PEFT's path beside the fused one. Full fine-tuning has no rank and is there once, not once per
+    rank."""
+    ranks: tuple[int | None, ...] = sweep.ranks
+    product = itertools.product(
+        sweep.what, sweep.batch, sweep.length, sweep.adapters, sweep.methods, ranks, sweep.quantize, sweep.kernels
+    )
+    cells = [
+        Cell(what, method, None if method == "full" else rank, quantize, kernels, batch, length, adapters)
+        for what, batch, length, adapters, method, rank, quantize, kernels in product
+    ]
+    return list(dict.fromkeys(cells))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides whether a cell can exist.
+
+    Attributes:
+        max_length: tokens that the model reads. fixed_length: of images, whose tokens are not a choice; None of texts.
+        no_bitsandbytes: why it does not import; None when it does.
+    """
+
+    task: str
+    max_length: int
+    new_tokens: int
+    fixed_length: int | None = None
+    no_bitsandbytes: str | None = None
+
+
+def impossible(cell: Cell, facts: Facts) -> str | None:
+    """Why ``cell`` cannot exist; None when it can, as far as is known before a model is loaded."""
+    if cell.quantize != "none" and facts.no_bitsandbytes is not None:
+        return f"{cell.quantize} needs bitsandbytes, which does not import ({facts.no_bitsandbytes})"
+    if cell.method == "full" and cell.quantize != "none":
+        return f"{cell.quantize} weights cannot be trained: full fine-tuning needs --quantize none"
+    if cell.what == "generate":
+        return _no_generation(cell, facts)
+    if cell.adapters > 1:
+        return "training has one adapter; several at once exist for --what generate"
+    if facts.fixed_length is not None and cell.length != facts.fixed_length:
+        return f"an image of this model has {facts.fixed_length} tokens, not {cell.length}: leave --length out"
+    if cell.length > facts.max_length:
+        return f"the model reads at most {facts.max_length:,} tokens"
+    return None
+
+
+def _no_generation(cell: Cell, facts: Facts) -> str | None:
+    if facts.task != "causal_lm":
+        return f"task {facts.task} has nothing to generate"
+    if cell.length + facts.new_tokens > facts.max_length:
+        return (
+            f"{cell.length} + {facts.new_tokens} new tokens are more than the {facts.max_length:,} that the model reads"
+        )
+    if cell.adapters == 1:
+        return None
+    if cell.method == "full":
+        return "without an adapter there are not several; leave full out"
+    if cell.method == "dora":
+        return "PEFT has no batch of several DoRA adapters; take lora"
+    if cell.batch < cell.adapters:
+        return f"{cell.batch} rows are fewer than {cell.adapters} adapters"
+    return None
+
+
+def interleaved(cells: Sequence[Cell], repetition: int) -> list[Cell]:
+    """The order of repetition 0, 1, ...: A B C, then C B A. A machine that gets slower by and by, or warmer, then does no
+    more harm to the last cell than to the first."""
+    return list(cells) if repetition % 2 == 0 else list(reversed(cells))

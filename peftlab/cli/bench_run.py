@@ -1,0 +1,116 @@
+"""``peftlab bench RECIPE``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from peftlab.cli.bench import bench_progress, numbers_of, split_names
+from peftlab.cli.bench_tables import show_bench, show_cells
+from peftlab.cli.options import Debug, Json, Overrides, check_overrides
+from peftlab.cli.output import output_of
+from peftlab.errors import PeftlabError, VerificationError
+
+_LISTS = ("methods", "quantize", "kernels", "what")
+_WHOLE = "whole numbers such as 8,16"
+
+
+def bench_run(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file or shipped recipe.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="NAME,..", help="lora, rslora, dora, full; default the recipe's.")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", metavar="N,..", help="Ranks of the adapters; default the recipe's.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", metavar="NAME,..", help="none, nf4, int8; default none,nf4.")
+    ] = None,
+    kernels: Annotated[
+        str | None, typer.Option("--kernels", metavar="NAME,..", help="auto (fused), reference (PEFT); default both.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="N,..", help="Rows of a step; default the recipe's.")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option("--length", metavar="N,..", help="Tokens of a row; default up to 128, on CUDA 1024.")
+    ] = None,
+    adapters: Annotated[
+        str | None, typer.Option("--adapters", metavar="N,..", help="Adapters that share a batch (generation).")
+    ] = None,
+    what: Annotated[
+        str | None, typer.Option("--what", metavar="NAME,..", help="train, generate; default train.")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Processes of each cell.")] = 5,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="Steps in each; default 4, on CUDA 20.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens of each generated answer.")] = 32,
+    out_folder: Annotated[
+        str | None, typer.Option("--out", metavar="FOLDER", help="Where it goes; default runs/bench-NAME.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Measure what the folder lacks.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier benchmark in the folder.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="List the cells; measure nothing.")] = False,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    """Measure a recipe's training and generation over adapters, ranks and weights.
+
+    The word run may be left out: peftlab bench RECIPE.
+    """
+    out = output_of(context)
+    settings = check_overrides(overrides, context, subject=recipe)
+    given = {"methods": methods, "ranks": ranks, "quantize": quantize, "kernels": kernels, "batch": batch}
+    given |= {"length": length, "adapters": adapters, "what": what}
+    asked: dict[str, Any] = {
+        name: None
+        if text is None
+        else split_names(text)
+        if name in _LISTS
+        else numbers_of(text, int, f"--{name}", _WHOLE, context)
+        for name, text in given.items()
+    }
+    with out.working():
+        from peftlab.api.benchmarking import benchmark
+
+        with bench_progress() as progress:
+            report = benchmark(
+                recipe,
+                settings,
+                **asked,
+                repeats=repeats,
+                steps=steps,
+                new_tokens=new_tokens,
+                out=out_folder,
+                resume=resume,
+                replace=replace,
+                plan=plan,
+                progress=progress,
+            )
+    if out.json:
+        out.document(report)
+    elif plan:
+        show_cells(out, report)
+    else:
+        show_bench(out, report)
+    _raise_for(report["cells"], report["folder"])
+
+
+def _raise_for(cells: list[dict[str, Any]], folder: str) -> None:
+    """Exit code 6 for cells that compute something else, 1 for those that failed for no reason we know."""
+    red = [cell for cell in cells if cell["status"] == "red"]
+    failed = [cell for cell in cells if cell["status"] == "failed"]
+    if red:
+        raise VerificationError(
+            f"{len(red)} of {len(cells)} cells compute something else than PEFT's path, and have no figures: {red[0]['key']}: "
+            f"{red[0]['reason']}"
+        )
+    if failed:
+        raise PeftlabError(
+            f"{len(failed)} of {len(cells)} cells failed; the first, {failed[0]['key']}: {failed[0]['reason']}. The others are in "
+            f"{folder}"
+        )

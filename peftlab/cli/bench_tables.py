@@ -1,0 +1,136 @@
+"""Tables of ``peftlab bench`` for people, 80 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peftlab.bench.labels import cell_label, dimensions, machine_text, protocol_text
+from peftlab.cli import numbers
+from peftlab.cli.output import WIDTH, Output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_STATUS = {"red": "RED", "memory": "too large", "impossible": "impossible", "failed": "failed", "pending": "to measure"}
+
+
+def show_bench(out: Output, report: Mapping[str, Any]) -> None:
+    """The table, what it was measured with, and where the files are."""
+    header, cells = report["header"], report["cells"]
+    varying, fixed = dimensions(cells)
+    out.line()
+    out.line(f"{header['unit']['model']}")
+    out.line(machine_text(header))
+    out.line(f"{', '.join(fixed)}; {protocol_text(header)}" if fixed else protocol_text(header))
+    if "matmul_flops_per_s" in report["ceilings"]:
+        out.line(ceilings_text(report["ceilings"]))
+    out.line()
+    out.show(_figures(cells, varying))
+    out.line()
+    for note in notes(cells):
+        for line in textwrap.wrap(note, WIDTH, break_long_words=False, break_on_hyphens=False):
+            out.line(line)
+    out.line(f"results  {report['folder']}/bench.json, bench.csv")
+    if report.get("picture"):
+        out.line(f"picture  {report['picture']}", style="cyan")
+
+
+def show_cells(out: Output, report: Mapping[str, Any]) -> None:
+    """The cells that would be measured."""
+    cells = report["cells"]
+    varying, fixed = dimensions(cells)
+    out.line()
+    out.line(report["header"]["unit"]["model"])
+    out.line(machine_text(report["header"]))
+    out.line("; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
+    out.line()
+    table = _start()
+    table.add_column("cannot exist because", overflow="fold")
+    for number, cell in enumerate(cells, start=1):
+        table.add_row(str(number), cell_label(cell, varying), cell["reason"] or "")
+    out.show(table)
+    alive = sum(cell["status"] == "pending" for cell in cells)
+    repeats = report["header"]["protocol"]["repeats"]
+    out.line()
+    out.line(f"{alive} of {len(cells)} cells, {1 + alive * (1 + repeats)} processes; nothing was measured", style="dim")
+
+
+def _start() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=0)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("cell", overflow="fold", min_width=12)
+    return table
+
+
+def _figures(cells: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> Table:
+    table = _start()
+    number = {cell["key"]: i for i, cell in enumerate(cells, start=1)}
+    for name in ("tokens/s", "IQR", "of\npeak", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("times as fast", overflow="fold")
+    for i, cell in enumerate(cells, start=1):
+        name = cell_label(cell, varying)
+        if cell["status"] != "ok":
+            table.add_row(str(i), name, _STATUS[cell["status"]], "", "", "", "")
+            continue
+        speed = cell["tokens_per_s"]
+        table.add_row(
+            str(i),
+            name,
+            numbers.rate(speed["median"]),
+            _percent((speed["q3"] - speed["q1"]) / speed["median"]),
+            _percent(cell["share_of_peak"]["median"]) if cell["share_of_peak"] else "-",
+            numbers.size(cell["peak_bytes"]["median"]) + ("*" if cell["pareto"] else " "),
+            "baseline" if cell["speed"] is None else f"{ratio_text(cell['speed'])} #{number[cell['baseline']]}",
+        )
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
+
+
+def ratio_text(ratio: Mapping[str, Any]) -> str:
+    """``1.31 (1.28..1.35) as``, or that there is no difference to be seen; the name of the other follows."""
+    if ratio["differs"] is None:
+        return f"{ratio['value']:.2f} (no interval) as"
+    return (
+        f"{ratio['value']:.2f} ({ratio['low']:.2f}..{ratio['high']:.2f}) as" if ratio["differs"] else "no difference to"
+    )
+
+
+def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each cell without figures or not wholly on its path, and what the marks mean."""
+    by_reason: dict[str, list[str]] = {}
+    for i, cell in enumerate(cells, start=1):
+        if cell["status"] != "ok":
+            by_reason.setdefault(f"{_STATUS[cell['status']]}: {cell['reason']}", []).append(f"#{i}")
+        elif cell["kernels"] == "auto" and cell["num_fused"] < cell["num_adapted"]:
+            slow = f"{cell['num_adapted'] - cell['num_fused']} of {cell['num_adapted']} modules on PEFT's path"
+            by_reason.setdefault(f"{slow}: {'; '.join(cell['slow'])}", []).append(f"#{i}")
+    lines = [f"{', '.join(which)}: {reason}" for reason, which in by_reason.items()]
+    done = [cell for cell in cells if cell["status"] == "ok"]
+    if len(done) > 1:
+        lines.append(
+            "* no other cell is both faster and smaller. IQR: from quartile to quartile, as a share of the median. In brackets: "
+            "95 % interval of the ratio of medians, by bootstrap over repetitions."
+        )
+    largest = max(done, key=lambda cell: cell["memory"]["load_peak_bytes"] / cell["peak_bytes"]["median"], default=None)
+    if largest is not None and largest["memory"]["load_peak_bytes"] > 1.05 * largest["peak_bytes"]["median"]:
+        size = numbers.size(largest["memory"]["load_peak_bytes"])
+        lines.append(
+            f"memory is the peak of the measured steps; loading took up to {size} (load_peak_bytes in bench.csv)"
+        )
+    return lines
+
+
+def ceilings_text(ceilings: Mapping[str, Any]) -> str:
+    return (
+        f"peak: {ceilings['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']} matmul), "
+        f"{ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s (copy)"
+    )
