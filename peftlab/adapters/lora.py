@@ -280,6 +280,14 @@ def check_adapter_files(folder: Path) -> None:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} holds no tensors")
 
 
+def brought_parameters(folder: Path) -> set[str]:
+    """Names, in the model without it, of the parameters that an adapter's files hold as a whole, such as a task head."""
+    from safetensors import safe_open
+
+    with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
+        return {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+
+
 def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
     """PEFT only warns about tensors that fit nowhere and modules that got none; both mean another model."""
     from peft import get_peft_model_state_dict

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from peftlab.adapters import check_adapter_files, load_adapter
+from peftlab.adapters import brought_parameters, check_adapter_files, load_adapter
 from peftlab.api import build
 from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.run import LOCK_NAME
@@ -72,12 +72,15 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
     progress.stage(f"loading the teacher {section.name}")
     with _about(recipe, index):
         target = teacher_target(recipe, index)
-        changes = {} if section.quantize is None else {"quantize": section.quantize}
+        changes: dict[str, Any] = {} if section.quantize is None else {"quantize": section.quantize}
         changes |= {} if section.dtype == "auto" else {"dtype": section.dtype}
+        adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
+        for folder in adapters:
+            check_adapter_files(folder)
+        changes["brought"] = {name for folder in adapters for name in brought_parameters(folder)}
         opened = open_target(target, progress, whole=True, **changes)
         model = opened.model
         if section.adapter is not None:
-            check_adapter_files(Path(section.adapter))
             model = load_adapter(model, Path(section.adapter), kernels=recipe.run.kernels).eval()
     columns, own_texts, notes = _columns(recipe, student, opened.task, key)
     # Its own tokenizer and classes, and the student's columns: those that it was trained with may be named otherwise.

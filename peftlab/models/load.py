@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ def load_model(
     dtype: str = "auto",
     attention: str = "auto",
     whole: bool = False,
+    brought: Collection[str] = (),
     **model_kwargs: Any,
 ) -> Any:
     """The frozen backbone on ``device``, in eval mode, no parameter requiring a gradient.
@@ -200,7 +201,8 @@ def load_model(
     Args:
         auto_class: name of a transformers auto class, such as ``AutoModelForCausalLM``.
         quantize: ``none``, ``nf4`` or ``int8``: storage of the linear weights except output layers.
-        whole: refuse a model whose task head is not in its files, instead of giving it a new one.
+        whole: refuse a model whose task head is not in its files, instead of giving it a new one. brought: names of parameters
+            that an adapter will bring, which need not be there.
         model_kwargs: passed to the config (``num_labels``, ``id2label``, ...).
     Raises: RecipeError, ArtifactError, ResourceError.
     """
@@ -223,7 +225,8 @@ def load_model(
             model, loading = auto.from_pretrained(
                 pretrained.location, use_safetensors=True, output_loading_info=True, **pretrained.hub_kwargs, **kwargs
             )
-            _check_nothing_made_up(pretrained, model, loading["missing_keys"], whole=whole)
+            missing = set(loading["missing_keys"])
+            _check_nothing_made_up(pretrained, model, missing, absent_head=missing - set(brought) if whole else set())
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
@@ -242,12 +245,12 @@ def num_parameters(model: Any) -> int:
     return count
 
 
-def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: Any, *, whole: bool) -> None:
+def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: set[str], *, absent_head: set[str]) -> None:
     """transformers fills tensors that the files lack with random values; only a new task head may be new."""
     is_base = model.base_model is model
-    if whole and missing and not is_base:
+    if absent_head and not is_base:
         raise RecipeError(
-            f"{pretrained.source.name!r} has no head for this task ({', '.join(sorted(missing)[:3])} would be random numbers): "
+            f"{pretrained.source.name!r} has no head for this task ({', '.join(sorted(absent_head)[:3])} would be random numbers): "
             "train it for the task first, and give the run folder or the merged model",
             key="model.name",
         )

@@ -450,3 +450,15 @@ def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[
     assert cli(["check", recipe]) == 0
     out = capsys.readouterr().out
     assert "data: more.csv, rows of data.train held out" in out and "ready to train" in out
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_adapter_that_brings_the_head_makes_a_teacher(here: Path, cached: bool) -> None:
+    """The encoder has no head in its files; the run's adapter has."""
+    model = {"name": "headless"}
+    assert cli(["train", write(here, "seq_cls", model=model, run={"dir": "adapted"})]) == 0
+    distilling = {"teacher": "adapted", **({"cache": "answers"} if cached else {})}
+    assert cli(["distill", write(here, "seq_cls", model=model, distill=distilling)]) == 0
+    rows = json.loads((here / "mine/run.json").read_text())["card"]["metrics"]
+    teacher = next(row["teacher"]["value"] for row in rows if row["name"] == "loss")
+    assert teacher == pytest.approx(json.loads((here / "adapted/run.json").read_text())["after"]["loss"], rel=1e-5)
