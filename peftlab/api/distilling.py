@@ -213,6 +213,7 @@ def _publish_student(arm: Arm, folder: Path) -> None:
     """The first seed's student as ``student/``, with the lock of the whole run beside it; a rename publishes it."""
     partial = folder / ".student.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     for file in arm.model.rglob("*"):  # not copytree, whose error does not say that the disk is full
         if file.is_file() and file.name != LOCK_NAME:
             target = partial / file.relative_to(arm.model)
