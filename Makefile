@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 ARGS ?=
+# A file of tests stays in one process: its fixtures are made once. Tests run on one thread each (tests/conftest.py).
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 # Two pips in one environment overwrite each other, so `make -j` runs the stages one by one.
@@ -52,7 +54,7 @@ quickstart: $(VENV)/.installed $(VENV)/.assets ## install everything and train t
 	$(BIN)/peftlab train quickstart run.dir=runs/quickstart --replace
 
 test: $(VENV)/.dev $(VENV)/.assets ## the tests that need neither a GPU nor much time
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.assets ## the long checks with real models
 	$(BIN)/python -m pytest -m slow $(ARGS)
