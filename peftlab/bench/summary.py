@@ -102,7 +102,7 @@ def _figures(runs: Sequence[Mapping[str, Any]], gate: Mapping[str, Any], ceiling
         "losses": first["losses"],
         "num_trained": gate["num_trained"],
         "num_total": gate["num_total"],
-        "gate": {name: gate.get(name) for name in ("loss", "loss_reference", "worst_cosine")},
+        "gate": {name: gate.get(name) for name in ("loss", "loss_reference", "worst_cosine", "logits_error")},
         "num_fused": first["num_fused"],
         "num_adapted": first["num_adapted"],
         "slow": first["slow"],

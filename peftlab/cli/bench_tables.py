@@ -21,20 +21,24 @@ def show_bench(out: Output, report: Mapping[str, Any]) -> None:
     header, cells = report["header"], report["cells"]
     varying, fixed = dimensions(cells)
     out.line()
-    out.line(f"{header['unit']['model']}")
-    out.line(machine_text(header))
-    out.line(f"{', '.join(fixed)}; {protocol_text(header)}" if fixed else protocol_text(header))
+    out.line(header["unit"]["model"])
+    _paragraph(out, machine_text(header))
+    _paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(header)])))
     if "matmul_flops_per_s" in report["ceilings"]:
-        out.line(ceilings_text(report["ceilings"]))
+        _paragraph(out, ceilings_text(report["ceilings"]))
     out.line()
     out.show(_figures(cells, varying))
     out.line()
     for note in notes(cells):
-        for line in textwrap.wrap(note, WIDTH, break_long_words=False, break_on_hyphens=False):
-            out.line(line)
+        _paragraph(out, note)
     out.line(f"results  {report['folder']}/bench.json, bench.csv")
     if report.get("picture"):
         out.line(f"picture  {report['picture']}", style="cyan")
+
+
+def _paragraph(out: Output, text: str) -> None:
+    for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False):
+        out.line(line)
 
 
 def show_cells(out: Output, report: Mapping[str, Any]) -> None:
@@ -43,8 +47,8 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     varying, fixed = dimensions(cells)
     out.line()
     out.line(report["header"]["unit"]["model"])
-    out.line(machine_text(report["header"]))
-    out.line("; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
+    _paragraph(out, machine_text(report["header"]))
+    _paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
     out.line()
     table = _start()
     table.add_column("cannot exist because", overflow="fold")
