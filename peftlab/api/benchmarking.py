@@ -15,6 +15,7 @@ from typing import Any
 from peftlab.api import bench_cells, build
 from peftlab.api.parts import check_settings
 from peftlab.bench import files, journal
+from peftlab.bench.compare import compare_results
 from peftlab.bench.machine import describe_machine, git_commit, size_of_machine, versions
 from peftlab.bench.processes import launch
 from peftlab.bench.runner import Launch, Tell, run_sweep
@@ -239,6 +240,14 @@ def _write(made: _Plan, opened: journal.Journal) -> dict[str, Any]:
     picture = made.folder / journal.PICTURE
     drawn = draw_picture(document, picture, made.folder / journal.VECTOR)
     return {"folder": str(made.folder), "picture": str(picture) if drawn else None, **document}
+
+
+def compare_benchmarks(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> dict[str, Any]:
+    """Two results of ``benchmark``, cell by cell; see ``bench.compare``.
+
+    Args: a, b: a folder or its bench.json. Raises: RecipeError (no result there), ArtifactError (damaged, other work).
+    """
+    return compare_results(journal.read_result(Path(a)), journal.read_result(Path(b)), (os.fspath(a), os.fspath(b)))
 
 
 def _command(

@@ -22,21 +22,21 @@ def show_bench(out: Output, report: Mapping[str, Any]) -> None:
     varying, fixed = dimensions(cells)
     out.line()
     out.line(header["unit"]["model"])
-    _paragraph(out, machine_text(header))
-    _paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(header)])))
+    paragraph(out, machine_text(header))
+    paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(header)])))
     if "matmul_flops_per_s" in report["ceilings"]:
-        _paragraph(out, ceilings_text(report["ceilings"]))
+        paragraph(out, ceilings_text(report["ceilings"]))
     out.line()
     out.show(_figures(cells, varying))
     out.line()
     for note in notes(cells):
-        _paragraph(out, note)
+        paragraph(out, note)
     out.line(f"results  {report['folder']}/bench.json, bench.csv")
     if report.get("picture"):
         out.line(f"picture  {report['picture']}", style="cyan")
 
 
-def _paragraph(out: Output, text: str) -> None:
+def paragraph(out: Output, text: str) -> None:
     for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False):
         out.line(line)
 
@@ -47,11 +47,10 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     varying, fixed = dimensions(cells)
     out.line()
     out.line(report["header"]["unit"]["model"])
-    _paragraph(out, machine_text(report["header"]))
-    _paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
+    paragraph(out, machine_text(report["header"]))
+    paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
     out.line()
-    table = _start()
-    table.add_column("cannot exist because", overflow="fold")
+    table = plain_table("#", "cell", "cannot exist because")
     for number, cell in enumerate(cells, start=1):
         table.add_row(str(number), cell_label(cell, varying), cell["reason"] or "")
     out.show(table)
@@ -61,22 +60,23 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     out.line(f"{alive} of {len(cells)} cells, {1 + alive * (1 + repeats)} processes; nothing was measured", style="dim")
 
 
-def _start() -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table whose columns stand one blank apart; ``cell`` and the last may take several lines."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=0)
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("cell", overflow="fold", min_width=12)
+    for name in columns:
+        if name == "cell" or name == columns[-1]:
+            table.add_column(name, overflow="fold", min_width=12)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
 def _figures(cells: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> Table:
-    table = _start()
+    table = plain_table("#", "cell", "tokens/s", "IQR", "of\npeak", "memory", "times as fast")
     number = {cell["key"]: i for i, cell in enumerate(cells, start=1)}
-    for name in ("tokens/s", "IQR", "of\npeak", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("times as fast", overflow="fold")
     for i, cell in enumerate(cells, start=1):
         name = cell_label(cell, varying)
         if cell["status"] != "ok":
