@@ -1,6 +1,6 @@
 """One job of a benchmark in a process of its own, for clean memory: ``python -m peftlab.api.bench_worker JOB RESULT``.
 
-JOB is a JSON file: ``job`` (ceilings, gate or run), ``recipe`` (settings of the cell), ``what``, ``texts``, ``classes``,
+JOB is a JSON file: ``job`` (ceilings, gate, run or quality), ``recipe`` (settings of the cell), ``what``, ``texts``, ``classes``,
 ``batch``, ``length``, ``adapters``, ``steps``, ``warm_up``, ``new_tokens``. RESULT is written when the job is done, or
 failed with an error that has a name; a process that is killed leaves none.
 """
@@ -56,6 +56,10 @@ def run_job(spec: Mapping[str, Any]) -> dict[str, Any]:
     loaded = load_recipe(spec["recipe"])
     if spec["job"] == "ceilings":
         return _ceilings(loaded.recipe)
+    if spec["job"] == "quality":
+        from peftlab.api.bench_quality import train_once
+
+        return train_once(spec["recipe"])
     with (
         tempfile.TemporaryDirectory(prefix="peftlab-bench-") as folder,
         build.located(loaded),

@@ -41,6 +41,45 @@ def paragraph(out: Output, text: str) -> None:
         out.line(line)
 
 
+def show_quality(out: Output, report: Mapping[str, Any]) -> None:
+    """What each method learned and what it cost."""
+    header, rows = report["header"], report["methods"]
+    out.line()
+    out.line(header["unit"]["model"])
+    paragraph(out, machine_text(header))
+    out.line()
+    metric = header["metric"]
+    table = plain_table(
+        "cell", metric, "95 % interval", "trained", "seconds", "memory", f"{metric} less that of the first"
+    )
+    table.columns[0].header = "method"
+    for row in rows:
+        if row["status"] != "ok":
+            table.add_row(row["name"], _STATUS[row["status"]])
+            continue
+        found, seconds = row["metric"], row["seconds"]["value"]
+        interval = "-" if found["low"] is None else f"{found['low']:.4f}..{found['high']:.4f}"
+        size = numbers.size(row["peak_bytes"])
+        cells = (row["name"], f"{found['value']:.4f}", interval, f"{row['num_trained']:,}", f"{seconds:,.1f}", size)
+        table.add_row(*cells, _difference(row["difference"]))
+    out.show(table)
+    out.line()
+    for row in rows:
+        if row["status"] != "ok":
+            paragraph(out, f"{row['name']}: {_STATUS[row['status']]}: {row['reason']}")
+    out.line(f"results  {report['folder']}/quality.json, quality.csv")
+    if report["picture"]:
+        out.line(f"picture  {report['picture']}", style="cyan")
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "baseline"
+    if found["differs"] is None:
+        return f"{found['value']:+.4f}"
+    return f"{found['value']:+.4f}" if found["differs"] else "no difference"
+
+
 def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     """The cells that would be measured."""
     cells = report["cells"]

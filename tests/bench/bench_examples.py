@@ -52,4 +52,5 @@ class FakeJobs:
             "rows_per_step": spec["batch"],
             "tokens_per_step": spec["batch"] * spec["length"],
             "draws": False,
+            "matmul_flops_per_s": 2e11,
         }

@@ -65,7 +65,8 @@ def test_figures_by_hand(jobs: FakeJobs) -> None:
     assert fast["tokens_per_s"]["median"] == pytest.approx(2 * 16 / fast["step_s"]["median"])
     assert fast["examples_per_s"]["median"] == pytest.approx(2 / fast["step_s"]["median"])
     assert fast["tflops"]["median"] == pytest.approx(1e9 / fast["step_s"]["median"] / 1e12)
-    assert fast["share_of_peak"]["median"] == pytest.approx(1e9 / fast["step_s"]["median"] / 1e11)
+    assert fast["share_of_peak"]["median"] == pytest.approx(1e9 / fast["step_s"]["median"] / 2e11)
+    # The peak is the quickest matmul of the benchmark, twice what the first measurement saw.
     assert fast["baseline"] == slow["key"] and slow["speed"] is None
     assert fast["speed"]["value"] == pytest.approx(2, rel=0.03) and fast["speed"]["differs"]
     assert fast["pareto"] and not slow["pareto"]
