@@ -27,6 +27,8 @@ from peftlab.errors import PeftlabError
 from peftlab.recipe import LoadedRecipe, Recipe, load_recipe
 from peftlab.tasks import Encoded, Example, Task
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 @dataclass
 class Job:
@@ -122,7 +124,18 @@ def _reported(result: Path) -> Iterator[None]:
             raise
 
 
+def _end_with_parent() -> None:
+    """A benchmark that is killed leaves no process that measures beside the one that goes on with it."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def main(arguments: list[str]) -> None:
+    _end_with_parent()
     with contextlib.suppress(
         OSError
     ):  # should memory run out, this process goes, and not the one that keeps the results

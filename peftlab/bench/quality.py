@@ -11,7 +11,7 @@ from typing import Any
 
 from peftlab.bench.drawing import place_labels, save_pictures
 from peftlab.bench.labels import machine_text, memory_unit
-from peftlab.evaluation.intervals import over_seeds, quartiles
+from peftlab.evaluation.intervals import over_rounds, over_seeds, quartiles
 
 RESULT, TABLE, PICTURE, VECTOR = "quality.json", "quality.csv", "quality.png", "quality.svg"
 COLOURS = {"lora": "#0072B2", "rslora": "#E69F00", "dora": "#D55E00", "full": "#009E73"}
@@ -29,8 +29,8 @@ def quality_rows(
     records: Sequence[Mapping[str, Any]],
     metric: str,
 ) -> list[dict[str, Any]]:
-    """A row per method and rank: the metric over seeds with its 95 % interval (Student t), trained parameters, seconds and
-    memory of the training, and the difference of the metric to the first row, seed by seed."""
+    """A row per method and rank: the metric over seeds with its 95 % interval (Student t), trained parameters, seconds
+    (median) and memory of the training, and the difference of the metric to the first row, seed by seed."""
     rows = []
     for method, rank in variants:
         row: dict[str, Any] = {"method": method, "rank": rank, "name": name_of(method, rank), "status": "ok"}
@@ -59,7 +59,7 @@ def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     return {
         "metric": over_seeds([float(r["metrics"][metric]) for r in runs]).as_dict(),
         "num_trained": runs[0]["num_trained"],
-        "seconds": over_seeds([float(r["seconds"]) for r in runs]).as_dict(),
+        "seconds": over_rounds([float(r["seconds"]) for r in runs]).as_dict(),
         "peak_bytes": quartiles([float(r["memory"]["peak_bytes"]) for r in runs])[1],
         "steps": runs[0]["steps"],
         "runs": [{k: r[k] for k in ("seed", "metrics", "seconds", "tokens", "memory", "last_loss")} for r in runs],
@@ -149,7 +149,11 @@ def build_figure(document: Mapping[str, Any]) -> Any:
         )
     _legend(figure, rows)
     figure.text(
-        0.065, 0.03, "Bars: 95 % interval of the mean over seeds (Student t). r8: rank 8.", fontsize=8, color=_GREY
+        0.065,
+        0.03,
+        "Bars: 95 % interval of the mean over seeds (Student t); of seconds, of the median (bootstrap). r8: rank 8.",
+        fontsize=8,
+        color=_GREY,
     )
     return figure
 
