@@ -22,6 +22,7 @@ from peftlab.api import build
 from peftlab.api.bench_cells import text_examples
 from peftlab.api.parts import make_plan, run_accelerator, trainable
 from peftlab.api.run import write_json
+from peftlab.bench.processes import PARENT
 from peftlab.data import BatchPlan
 from peftlab.errors import PeftlabError
 from peftlab.recipe import LoadedRecipe, Recipe, load_recipe
@@ -132,6 +133,9 @@ def _end_with_parent() -> None:
 
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    parent = os.environ.get(PARENT)
+    if parent is not None and os.getppid() != int(parent):  # it went while this process was importing
+        os._exit(1)
 
 
 def main(arguments: list[str]) -> None:

@@ -126,7 +126,7 @@ def _figures(cells: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> Tabl
             str(i),
             name,
             numbers.rate(speed["median"]),
-            _percent((speed["q3"] - speed["q1"]) / speed["median"]),
+            _percent((speed["q3"] - speed["q1"]) / speed["median"]) if cell["repetitions"] > 1 else "-",
             _percent(cell["share_of_peak"]["median"]) if cell["share_of_peak"] else "-",
             numbers.size(cell["peak_bytes"]["median"]) + ("*" if cell["pareto"] else " "),
             "baseline" if cell["speed"] is None else f"{ratio_text(cell['speed'])} #{number[cell['baseline']]}",
