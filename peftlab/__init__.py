@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 # Name -> module it comes from: importing peftlab does no work, torch is loaded by what needs it.
 _EXPORTS = {
     "benchmark": "peftlab.api.benchmarking",
+    "benchmark_quality": "peftlab.api.bench_quality",
+    "compare_benchmarks": "peftlab.api.benchmarking",
     "Chat": "peftlab.api.inference",
     "check": "peftlab.api.check",
     "PeftlabError": "peftlab.errors",
@@ -28,7 +30,9 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from peftlab.api.bench_quality import benchmark_quality as benchmark_quality
     from peftlab.api.benchmarking import benchmark as benchmark
+    from peftlab.api.benchmarking import compare_benchmarks as compare_benchmarks
     from peftlab.api.check import check as check
     from peftlab.api.distilling import distill as distill
     from peftlab.api.doctor import doctor as doctor

@@ -1,6 +1,6 @@
 """One job of a benchmark in a process of its own, for clean memory: ``python -m peftlab.api.bench_worker JOB RESULT``.
 
-JOB is a JSON file: ``job`` (ceilings, gate or run), ``recipe`` (settings of the cell), ``what``, ``texts``, ``classes``,
+JOB is a JSON file: ``job`` (ceilings, gate, run or quality), ``recipe`` (settings of the cell), ``what``, ``texts``, ``classes``,
 ``batch``, ``length``, ``adapters``, ``steps``, ``warm_up``, ``new_tokens``. RESULT is written when the job is done, or
 failed with an error that has a name; a process that is killed leaves none.
 """
@@ -22,10 +22,13 @@ from peftlab.api import build
 from peftlab.api.bench_cells import text_examples
 from peftlab.api.parts import make_plan, run_accelerator, trainable
 from peftlab.api.run import write_json
+from peftlab.bench.processes import PARENT
 from peftlab.data import BatchPlan
 from peftlab.errors import PeftlabError
 from peftlab.recipe import LoadedRecipe, Recipe, load_recipe
 from peftlab.tasks import Encoded, Example, Task
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -56,6 +59,10 @@ def run_job(spec: Mapping[str, Any]) -> dict[str, Any]:
     loaded = load_recipe(spec["recipe"])
     if spec["job"] == "ceilings":
         return _ceilings(loaded.recipe)
+    if spec["job"] == "quality":
+        from peftlab.api.bench_quality import train_once
+
+        return train_once(spec["recipe"])
     with (
         tempfile.TemporaryDirectory(prefix="peftlab-bench-") as folder,
         build.located(loaded),
@@ -118,7 +125,21 @@ def _reported(result: Path) -> Iterator[None]:
             raise
 
 
+def _end_with_parent() -> None:
+    """A benchmark that is killed leaves no process that measures beside the one that goes on with it."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    parent = os.environ.get(PARENT)
+    if parent is not None and os.getppid() != int(parent):  # it went while this process was importing
+        os._exit(1)
+
+
 def main(arguments: list[str]) -> None:
+    _end_with_parent()
     with contextlib.suppress(
         OSError
     ):  # should memory run out, this process goes, and not the one that keeps the results

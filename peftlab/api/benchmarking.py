@@ -15,10 +15,11 @@ from typing import Any
 from peftlab.api import bench_cells, build
 from peftlab.api.parts import check_settings
 from peftlab.bench import files, journal
+from peftlab.bench.compare import compare_results
 from peftlab.bench.machine import describe_machine, git_commit, size_of_machine, versions
 from peftlab.bench.processes import launch
 from peftlab.bench.runner import Launch, Tell, run_sweep
-from peftlab.bench.summary import summarize
+from peftlab.bench.summary import best_ceilings, summarize
 from peftlab.bench.sweep import Cell, cells_of, impossible
 from peftlab.errors import Interrupted, RecipeError
 from peftlab.recipe import LoadedRecipe, load_recipe
@@ -226,10 +227,9 @@ def _planned(made: _Plan) -> list[dict[str, Any]]:
 
 def _write(made: _Plan, opened: journal.Journal) -> dict[str, Any]:
     cells = summarize(made.cells, made.reasons, opened.records)
-    ceilings = next((r for r in opened.of("ceilings")), {})
     document = {
         "header": {k: v for k, v in opened.records[0].items() if k != "kind"},
-        "ceilings": {k: v for k, v in ceilings.items() if k != "kind"},
+        "ceilings": {k: v for k, v in best_ceilings(opened.records).items() if k != "kind"},
         "cells": cells,
     }
     files.write_result(made.folder / journal.RESULT, document)
@@ -239,6 +239,14 @@ def _write(made: _Plan, opened: journal.Journal) -> dict[str, Any]:
     picture = made.folder / journal.PICTURE
     drawn = draw_picture(document, picture, made.folder / journal.VECTOR)
     return {"folder": str(made.folder), "picture": str(picture) if drawn else None, **document}
+
+
+def compare_benchmarks(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> dict[str, Any]:
+    """Two results of ``benchmark``, cell by cell; see ``bench.compare``.
+
+    Args: a, b: a folder or its bench.json. Raises: RecipeError (no result there), ArtifactError (damaged, other work).
+    """
+    return compare_results(journal.read_result(Path(a)), journal.read_result(Path(b)), (os.fspath(a), os.fspath(b)))
 
 
 def _command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,23 +16,24 @@ _REPEATS = 9
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """``matmul_flops_per_s`` of a square matmul in ``dtype`` and ``copy_bytes_per_s`` (read and written), each the median
-    of nine; their quickest beside them."""
-    n = _MATMUL[device]
-    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    """``matmul_flops_per_s`` of a square matmul in ``dtype`` and ``copy_bytes_per_s`` (read and written), each the quickest
+    of nine: what else runs on the machine can only make them slower."""
     source = torch.ones(_COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    matmul = _seconds(lambda: torch.mm(a, b), device)
-    copy = _seconds(lambda: target.copy_(source), device)
-    flops, moved = 2.0 * n**3, 2.0 * _COPY_BYTES[device]
+    copy = min(_seconds(lambda: target.copy_(source), device))
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "matmul": n,
-        "matmul_flops_per_s": flops / statistics.median(matmul),
-        "matmul_flops_per_s_best": flops / min(matmul),
-        "copy_bytes_per_s": moved / statistics.median(copy),
-        "copy_bytes_per_s_best": moved / min(copy),
+        "matmul": _MATMUL[device],
+        "matmul_flops_per_s": matmul_speed(device, dtype),
+        "copy_bytes_per_s": 2.0 * _COPY_BYTES[device] / copy,
     }
+
+
+def matmul_speed(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of the quickest of nine."""
+    n = _MATMUL[device]
+    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    return 2.0 * n**3 / min(_seconds(lambda: torch.mm(a, b), device))
 
 
 def _seconds(run: Callable[[], object], device: str) -> list[float]:

@@ -1,6 +1,6 @@
 """The picture of a benchmark: tokens per second against peak memory, a numbered point per cell, the Pareto front.
 
-matplotlib is imported here and nowhere else, and only when a picture is drawn.
+matplotlib is imported only when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftlab.bench.drawing import place_labels, save_pictures
 from peftlab.bench.labels import CAPTIONS, cell_label, dimensions, machine_text, memory_unit, protocol_text
 
 # Okabe and Ito (2008): told apart by the colour-blind, too.
@@ -21,25 +22,13 @@ _GREY = "#666666"
 _WIDTH, _PANEL_HEIGHT, _KEY_LINE, _LEFT = 10.0, 4.6, 0.19, 0.085
 # A long key does not stretch its panel beyond this.
 _MOST_HEIGHT = 11.0
-# Where the number of a point may stand, in points from it, best first.
-_PLACES = [(9, 5), (9, -11), (-9, 5), (-9, -11), (0, 11), (0, -17), (17, -3), (-17, -3), (20, 12), (-20, 12)]
-_PLACES += [(20, -18), (-20, -18), (0, 24), (0, -30), (34, 0), (-34, 0)]
 
 
 def draw_picture(document: Mapping[str, Any], png: Path, svg: Path) -> bool:
     """Writes the picture as PNG and SVG; False when no cell has figures to draw."""
-    import os
-
-    import matplotlib as mpl
-
     if not drawn_cells(document):
         return False
-    with mpl.rc_context({"svg.hashsalt": "peftlab", "font.size": 10}):
-        figure = build_figure(document)
-        for path, kind in ((png, "png"), (svg, "svg")):
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            os.replace(partial, path)
+    save_pictures(lambda: build_figure(document), png, svg)
     return True
 
 
@@ -88,9 +77,10 @@ def build_figure(document: Mapping[str, Any]) -> Any:
 def _panel(axes: Any, work: str, cells: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
     scale, unit = memory_unit([cell["peak_bytes"]["median"] for _, cell in cells])
     points = []
+    known = all(cell["tokens_per_s"]["low"] is not None for _, cell in cells)
+    low, high = ("low", "high") if known else ("q1", "q3")
     for _, cell in cells:
         speed, memory = cell["tokens_per_s"], cell["peak_bytes"]
-        low, high = ("low", "high") if speed["low"] is not None else ("q1", "q3")
         x, y = memory["median"] / scale, speed["median"]
         axes.errorbar(
             x,
@@ -117,42 +107,13 @@ def _panel(axes: Any, work: str, cells: Sequence[tuple[int, Mapping[str, Any]]])
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.12)
-    _number(axes, [(x, y, str(i), cell) for (x, y), (i, cell) in zip(points, cells, strict=True)])
-
-
-def _number(axes: Any, points: Sequence[tuple[float, float, str, Mapping[str, Any]]]) -> None:
-    """Puts the number beside each point, where it covers neither a point, a bar nor another number."""
-    figure = axes.figure
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    from matplotlib.transforms import Bbox
-
-    taken = []
-    for x, y, _, cell in points:
-        px, py = axes.transData.transform((x, y))
-        taken.append(Bbox.from_extents(px - 8, py - 8, px + 8, py + 8))
-        low = cell["tokens_per_s"]["low"] or cell["tokens_per_s"]["q1"]
-        high = cell["tokens_per_s"]["high"] or cell["tokens_per_s"]["q3"]
-        ends = [axes.transData.transform((x, value))[1] for value in (low, high)]
-        taken.append(Bbox.from_extents(px - 4, min(ends), px + 4, max(ends)))
-    frame = axes.get_window_extent(renderer)
-    for x, y, number, _ in points:
-        best, least = None, float("inf")
-        for rank, (dx, dy) in enumerate(_PLACES):
-            text = axes.annotate(
-                number, (x, y), xytext=(dx, dy), textcoords="offset points", ha="center", fontsize=9, zorder=4
-            )
-            box = text.get_window_extent(renderer)
-            cost = 10.0 * sum(box.overlaps(other) for other in taken) + 0.1 * rank
-            cost += 0 if frame.containsx(box.x0) and frame.containsx(box.x1) and frame.containsy(box.y1) else 20
-            if cost < least:
-                if best is not None:
-                    best.remove()
-                best, least = text, cost
-            else:
-                text.remove()
-        assert best is not None
-        taken.append(best.get_window_extent(renderer))
+    place_labels(
+        axes,
+        [
+            (x, y, str(i), (cell["tokens_per_s"][low], cell["tokens_per_s"][high]), "black")
+            for (x, y), (i, cell) in zip(points, cells, strict=True)
+        ],
+    )
 
 
 def _key(axes: Any, cells: Sequence[tuple[int, Mapping[str, Any]]], varying: Sequence[str]) -> None:

@@ -29,6 +29,15 @@ class Counted:
     backward: float
 
 
+def of_rows(one: Counted, two: Counted, rows: int) -> Counted:
+    """Of ``rows`` rows at once, from those of one and of two: DoRA's norm of a weight is computed once, however many
+    there are."""
+    more = rows - 1
+    return Counted(
+        one.forward + more * (two.forward - one.forward), one.backward + more * (two.backward - one.backward)
+    )
+
+
 @contextmanager
 def _hooked(model: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
     from transformers.pytorch_utils import Conv1D
@@ -67,14 +76,17 @@ def attention_width(config: Any) -> int:
     return int((getattr(text, "num_hidden_layers", 0) or 0) * heads * head)
 
 
-def training_flops(row: Counted, *, rows: int, length: int, width: int) -> float:
-    """Operations of a step over ``rows`` rows of ``length`` tokens. Args: row: of one such row. width: of attention."""
-    return rows * (row.forward + row.backward + 12.0 * length**2 * width)
+def training_flops(linears: Counted, *, rows: int, length: int, width: int) -> float:
+    """Operations of a step. Args: linears: of ``rows`` rows of ``length`` tokens. width: of attention."""
+    return linears.forward + linears.backward + 12.0 * rows * length**2 * width
 
 
 def generation_flops(prompt: Counted, token: Counted, *, rows: int, length: int, new_tokens: int, width: int) -> float:
     """Operations of writing ``new_tokens`` tokens after prompts of ``length``: the prompt once, then a token at a time
-    over a cache. Args: prompt: of one prompt, with logits for its last token alone. token: of one token."""
+    over a cache.
+
+    Args: prompt: of ``rows`` prompts, with logits for the last token alone. token: of one token of each row.
+    """
     context = sum(range(length + 1, length + new_tokens))
-    first = prompt.forward + 4.0 * length**2 * width
-    return rows * (first + (new_tokens - 1) * token.forward + 4.0 * context * width)
+    attention = 4.0 * rows * width * (length**2 + context)
+    return prompt.forward + (new_tokens - 1) * token.forward + attention

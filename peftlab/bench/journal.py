@@ -10,13 +10,8 @@ from typing import Any
 
 from peftlab.errors import ArtifactError, RecipeError
 
-JOURNAL, RESULT, TABLE, PICTURE, VECTOR = (
-    "measurements.jsonl",
-    "bench.json",
-    "bench.csv",
-    "bench.png",
-    "bench.svg",
-)
+JOURNAL = "measurements.jsonl"
+RESULT, TABLE, PICTURE, VECTOR = (f"bench.{ending}" for ending in ("json", "csv", "png", "svg"))
 FORMAT = 1
 # Of a header: when, and how the machine was doing; two halves of one benchmark may differ in them.
 _FREE = ("command", "date")
@@ -68,8 +63,10 @@ def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, repla
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (JOURNAL, RESULT, TABLE, PICTURE, VECTOR):
-            (folder / name).unlink(missing_ok=True)
+        for stem in ("bench", "quality"):
+            for ending in ("json", "csv", "png", "svg"):
+                (folder / f"{stem}.{ending}").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         journal = Journal(path, [])
     except OSError as error:
         raise RecipeError(f"cannot write {folder}: {error.strerror}; give another --out") from error

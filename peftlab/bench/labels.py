@@ -80,4 +80,6 @@ def machine_text(header: Mapping[str, Any]) -> str:
 
 def protocol_text(header: Mapping[str, Any]) -> str:
     p = header["protocol"]
-    return f"{p['repeats']} processes per cell in turns, each {p['steps']} steps after {p['warm_up']} of warm-up"
+    processes = f"{p['repeats']} process{'es' if p['repeats'] != 1 else ''}"
+    steps = f"{p['steps']} step{'s' if p['steps'] != 1 else ''}"
+    return f"{processes} per cell in turns, each {steps} after {p['warm_up']} of warm-up"

@@ -15,6 +15,8 @@ from typing import Any
 # What an error of a job makes of its cell: a row that says so.
 _STATUS = {"ResourceError": "memory", "VerificationError": "red", "RecipeError": "impossible"}
 _TAIL = 600
+# The process that waits for the job.
+PARENT = "PEFTLAB_BENCH_PARENT"
 
 
 def launch(module: str, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def launch(module: str, spec: Mapping[str, Any]) -> dict[str, Any]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONWARNINGS": "ignore"},
+                env={**os.environ, "PYTHONWARNINGS": "ignore", PARENT: str(os.getpid())},
             )
             try:
                 code = process.wait()

@@ -14,7 +14,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from peftlab import __version__
-from peftlab.cli import bench, bench_run, chat, check, distill, doctor, evaluate, merge, predict, recipes, teach, train
+from peftlab.cli import (
+    bench,
+    bench_compare,
+    bench_run,
+    chat,
+    check,
+    distill,
+    doctor,
+    evaluate,
+    merge,
+    predict,
+    recipes,
+    teach,
+    train,
+)
 from peftlab.cli.failures import EXIT_CODES, handle, usage_error
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output
@@ -120,6 +134,8 @@ app.add_typer(bench_app, name="bench", epilog="Example: peftlab bench quickstart
 bench_app.callback()(bench.bench)
 _EXAMPLE = "Example: peftlab bench quickstart --ranks 8,64 --batch 1,4"
 bench_app.command("run", cls=Verb, epilog=_EXAMPLE)(bench_run.bench_run)
+_EXAMPLE = "Example: peftlab bench compare runs/bench-before runs/bench-after"
+bench_app.command("compare", cls=Verb, epilog=_EXAMPLE)(bench_compare.compare)
 _EXAMPLE = "Example: peftlab bench tune-kernels --kinds nf4 --rows 2048"
 bench_app.command("tune-kernels", cls=Verb, epilog=_EXAMPLE)(bench.tune_kernels)
 app.command("doctor", cls=Verb, epilog="Example: peftlab doctor --json")(doctor.doctor)

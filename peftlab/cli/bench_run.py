@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from peftlab.cli.bench import bench_progress, numbers_of, split_names
-from peftlab.cli.bench_tables import show_bench, show_cells
+from peftlab.cli.bench_tables import show_bench, show_cells, show_quality
+from peftlab.cli.failures import usage_error
 from peftlab.cli.options import Debug, Json, Overrides, check_overrides
 from peftlab.cli.output import output_of
 from peftlab.errors import PeftlabError, VerificationError
@@ -55,6 +56,10 @@ def bench_run(
     resume: Annotated[bool, typer.Option("--resume", help="Measure what the folder lacks.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier benchmark in the folder.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="List the cells; measure nothing.")] = False,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Train each method to the end and score it, instead of a few steps.")
+    ] = False,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each, with --quality.")] = 3,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
@@ -74,6 +79,29 @@ def bench_run(
         else numbers_of(text, int, f"--{name}", _WHOLE, context)
         for name, text in given.items()
     }
+    if quality:
+        _refuse(context, given, {"methods", "ranks"}, plan=plan)
+        with out.working():
+            from peftlab.api.bench_quality import benchmark_quality
+
+            with bench_progress() as progress:
+                report = benchmark_quality(
+                    recipe,
+                    settings,
+                    methods=asked["methods"],
+                    ranks=asked["ranks"],
+                    seeds=seeds,
+                    out=out_folder,
+                    resume=resume,
+                    replace=replace,
+                    progress=progress,
+                )
+        if out.json:
+            out.document(report)
+        else:
+            show_quality(out, report)
+        _raise_for(report["methods"], report["folder"])
+        return
     with out.working():
         from peftlab.api.benchmarking import benchmark
 
@@ -100,17 +128,32 @@ def bench_run(
     _raise_for(report["cells"], report["folder"])
 
 
+def _refuse(context: typer.Context, given: dict[str, str | None], known: set[str], *, plan: bool) -> None:
+    """An option that would have no effect is an error."""
+    idle = [f"--{name}" for name, text in given.items() if text is not None and name not in known]
+    idle += ["--plan"] if plan else []
+    if idle:
+        usage_error(
+            f"{idle[0]} has no effect with --quality, which trains the recipe as it is; change the recipe with section.key=value",
+            context,
+        )
+
+
 def _raise_for(cells: list[dict[str, Any]], folder: str) -> None:
     """Exit code 6 for cells that compute something else, 1 for those that failed for no reason we know."""
     red = [cell for cell in cells if cell["status"] == "red"]
     failed = [cell for cell in cells if cell["status"] == "failed"]
     if red:
         raise VerificationError(
-            f"{len(red)} of {len(cells)} cells compute something else than PEFT's path, and have no figures: {red[0]['key']}: "
+            f"{len(red)} of {len(cells)} cells compute something else than PEFT's path, and have no figures: {_name(red[0])}: "
             f"{red[0]['reason']}"
         )
     if failed:
         raise PeftlabError(
-            f"{len(failed)} of {len(cells)} cells failed; the first, {failed[0]['key']}: {failed[0]['reason']}. The others are in "
+            f"{len(failed)} of {len(cells)} cells failed; the first, {_name(failed[0])}: {failed[0]['reason']}. The others are in "
             f"{folder}"
         )
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return str(cell.get("key") or cell["name"])

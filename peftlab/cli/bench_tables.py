@@ -21,20 +21,63 @@ def show_bench(out: Output, report: Mapping[str, Any]) -> None:
     header, cells = report["header"], report["cells"]
     varying, fixed = dimensions(cells)
     out.line()
-    out.line(f"{header['unit']['model']}")
-    out.line(machine_text(header))
-    out.line(f"{', '.join(fixed)}; {protocol_text(header)}" if fixed else protocol_text(header))
+    out.line(header["unit"]["model"])
+    paragraph(out, machine_text(header))
+    paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(header)])))
     if "matmul_flops_per_s" in report["ceilings"]:
-        out.line(ceilings_text(report["ceilings"]))
+        paragraph(out, ceilings_text(report["ceilings"]))
     out.line()
     out.show(_figures(cells, varying))
     out.line()
     for note in notes(cells):
-        for line in textwrap.wrap(note, WIDTH, break_long_words=False, break_on_hyphens=False):
-            out.line(line)
+        paragraph(out, note)
     out.line(f"results  {report['folder']}/bench.json, bench.csv")
     if report.get("picture"):
         out.line(f"picture  {report['picture']}", style="cyan")
+
+
+def paragraph(out: Output, text: str) -> None:
+    for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False):
+        out.line(line)
+
+
+def show_quality(out: Output, report: Mapping[str, Any]) -> None:
+    """What each method learned and what it cost."""
+    header, rows = report["header"], report["methods"]
+    out.line()
+    out.line(header["unit"]["model"])
+    paragraph(out, machine_text(header))
+    out.line()
+    metric = header["metric"]
+    table = plain_table(
+        "cell", metric, "95 % interval", "trained", "seconds", "memory", f"{metric} less that of the first"
+    )
+    table.columns[0].header = "method"
+    for row in rows:
+        if row["status"] != "ok":
+            table.add_row(row["name"], _STATUS[row["status"]])
+            continue
+        found, seconds = row["metric"], row["seconds"]["value"]
+        interval = "-" if found["low"] is None else f"{found['low']:.4f}..{found['high']:.4f}"
+        size = numbers.size(row["peak_bytes"])
+        cells = (row["name"], f"{found['value']:.4f}", interval, f"{row['num_trained']:,}", f"{seconds:,.1f}", size)
+        table.add_row(*cells, _difference(row["difference"]))
+    out.show(table)
+    out.line()
+    for row in rows:
+        if row["status"] != "ok":
+            paragraph(out, f"{row['name']}: {_STATUS[row['status']]}: {row['reason']}")
+    out.line(f"results  {report['folder']}/quality.json, quality.csv")
+    if report["picture"]:
+        out.line(f"picture  {report['picture']}", style="cyan")
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "baseline"
+    if found["differs"] is None:
+        return f"{found['value']:+.4f}"
+    return f"{found['value']:+.4f}" if found["differs"] else "no difference"
 
 
 def show_cells(out: Output, report: Mapping[str, Any]) -> None:
@@ -43,11 +86,10 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     varying, fixed = dimensions(cells)
     out.line()
     out.line(report["header"]["unit"]["model"])
-    out.line(machine_text(report["header"]))
-    out.line("; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
+    paragraph(out, machine_text(report["header"]))
+    paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
     out.line()
-    table = _start()
-    table.add_column("cannot exist because", overflow="fold")
+    table = plain_table("#", "cell", "cannot exist because")
     for number, cell in enumerate(cells, start=1):
         table.add_row(str(number), cell_label(cell, varying), cell["reason"] or "")
     out.show(table)
@@ -57,22 +99,23 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     out.line(f"{alive} of {len(cells)} cells, {1 + alive * (1 + repeats)} processes; nothing was measured", style="dim")
 
 
-def _start() -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table whose columns stand one blank apart; ``cell`` and the last may take several lines."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=0)
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("cell", overflow="fold", min_width=12)
+    for name in columns:
+        if name == "cell" or name == columns[-1]:
+            table.add_column(name, overflow="fold", min_width=12)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
 def _figures(cells: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> Table:
-    table = _start()
+    table = plain_table("#", "cell", "tokens/s", "IQR", "of\npeak", "memory", "times as fast")
     number = {cell["key"]: i for i, cell in enumerate(cells, start=1)}
-    for name in ("tokens/s", "IQR", "of\npeak", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("times as fast", overflow="fold")
     for i, cell in enumerate(cells, start=1):
         name = cell_label(cell, varying)
         if cell["status"] != "ok":
@@ -83,7 +126,7 @@ def _figures(cells: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> Tabl
             str(i),
             name,
             numbers.rate(speed["median"]),
-            _percent((speed["q3"] - speed["q1"]) / speed["median"]),
+            _percent((speed["q3"] - speed["q1"]) / speed["median"]) if cell["repetitions"] > 1 else "-",
             _percent(cell["share_of_peak"]["median"]) if cell["share_of_peak"] else "-",
             numbers.size(cell["peak_bytes"]["median"]) + ("*" if cell["pareto"] else " "),
             "baseline" if cell["speed"] is None else f"{ratio_text(cell['speed'])} #{number[cell['baseline']]}",

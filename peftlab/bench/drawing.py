@@ -1,0 +1,81 @@
+"""What the pictures share: labels that cover nothing, and writing the files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Where the number of a point may stand, in points from it, best first.
+_PLACES = [(9, 5), (9, -11), (-9, 5), (-9, -11), (0, 11), (0, -17), (17, -3), (-17, -3), (20, 12), (-20, 12)]
+_PLACES += [
+    (20, -18),
+    (-20, -18),
+    (0, 24),
+    (0, -30),
+    (34, 0),
+    (-34, 0),
+    (34, 14),
+    (-34, 14),
+    (34, -20),
+    (-34, -20),
+    (0, 38),
+    (0, -44),
+]
+
+
+def save_pictures(build: Callable[[], Any], png: Path, svg: Path) -> None:
+    """Writes the figure that ``build`` makes as PNG and SVG, each by a rename; the same figure gives the same SVG."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "peftlab", "font.size": 10}):
+        figure = build()
+        for path, kind in ((png, "png"), (svg, "svg")):
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            os.replace(partial, path)
+
+
+def place_labels(axes: Any, points: Sequence[tuple[float, float, str, tuple[float, float], str]]) -> None:
+    """Puts a label beside each point, where it covers neither a point, a bar nor another label, if there is such a place.
+
+    Args: points: x, y, label, where the bar of y begins and ends, and the colour of the label.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    taken = []
+    for x, y, _, ends, _ in points:
+        px, py = axes.transData.transform((x, y))
+        taken.append(Bbox.from_extents(px - 8, py - 8, px + 8, py + 8))
+        taken.extend(bar.get_window_extent(renderer) for bar in axes.collections)
+        bottom, top = (axes.transData.transform((x, end))[1] for end in ends)
+        taken.append(Bbox.from_extents(px - 4, bottom, px + 4, top))
+    frame = axes.get_window_extent(renderer)
+    for x, y, label, _, colour in points:
+        best, least = None, float("inf")
+        for rank, offset in enumerate(_PLACES if label else []):
+            text = axes.annotate(
+                label,
+                (x, y),
+                xytext=offset,
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                zorder=4,
+                color=colour,
+            )
+            box = text.get_window_extent(renderer)
+            cost = 10.0 * sum(box.overlaps(other) for other in taken) + 0.1 * rank
+            cost += 0 if frame.containsx(box.x0) and frame.containsx(box.x1) and frame.containsy(box.y1) else 20
+            if cost < least:
+                if best is not None:
+                    best.remove()
+                best, least = text, cost
+            else:
+                text.remove()
+        if best is not None:
+            taken.append(best.get_window_extent(renderer))

@@ -1,0 +1,187 @@
+"""Quality beside cost: rows of ``peftlab bench --quality``, and their picture in small multiples."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftlab.bench.drawing import place_labels, save_pictures
+from peftlab.bench.labels import machine_text, memory_unit
+from peftlab.evaluation.intervals import over_rounds, over_seeds, quartiles
+
+RESULT, TABLE, PICTURE, VECTOR = "quality.json", "quality.csv", "quality.png", "quality.svg"
+COLOURS = {"lora": "#0072B2", "rslora": "#E69F00", "dora": "#D55E00", "full": "#009E73"}
+MARKERS = {"lora": "o", "rslora": "s", "dora": "^", "full": "D"}
+_GREY = "#666666"
+
+
+def name_of(method: str, rank: int | None) -> str:
+    return method if rank is None else f"{method} r{rank}"
+
+
+def quality_rows(
+    variants: Sequence[tuple[str, int | None]],
+    reasons: Mapping[tuple[str, int | None], str],
+    records: Sequence[Mapping[str, Any]],
+    metric: str,
+) -> list[dict[str, Any]]:
+    """A row per method and rank: the metric over seeds with its 95 % interval (Student t), trained parameters, seconds
+    (median) and memory of the training, and the difference of the metric to the first row, seed by seed."""
+    rows = []
+    for method, rank in variants:
+        row: dict[str, Any] = {"method": method, "rank": rank, "name": name_of(method, rank), "status": "ok"}
+        row["reason"] = None
+        mine = [r for r in records if r["kind"] == "quality" and r["cell"] == row["name"]]
+        bad = next((r for r in mine if r["status"] != "ok"), None)
+        if (method, rank) in reasons:
+            row |= {"status": "impossible", "reason": reasons[method, rank]}
+        elif bad is not None or not mine:
+            row |= (
+                {"status": bad["status"], "reason": bad["reason"]}
+                if bad
+                else {"status": "pending", "reason": "not trained"}
+            )
+        else:
+            row |= _figures(sorted(mine, key=lambda r: int(r["seed"])), metric)
+        rows.append(row)
+    first = next((row for row in rows if row["status"] == "ok"), None)
+    for row in rows:
+        if row["status"] == "ok":
+            row["difference"] = None if row is first or first is None else _difference(row, first, metric)
+    return rows
+
+
+def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    return {
+        "metric": over_seeds([float(r["metrics"][metric]) for r in runs]).as_dict(),
+        "num_trained": runs[0]["num_trained"],
+        "seconds": over_rounds([float(r["seconds"]) for r in runs]).as_dict(),
+        "peak_bytes": quartiles([float(r["memory"]["peak_bytes"]) for r in runs])[1],
+        "steps": runs[0]["steps"],
+        "runs": [{k: r[k] for k in ("seed", "metrics", "seconds", "tokens", "memory", "last_loss")} for r in runs],
+    }
+
+
+def _difference(row: Mapping[str, Any], first: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    seeds = {r["seed"]: r for r in first["runs"]}
+    pairs = [(r["metrics"][metric], seeds[r["seed"]]["metrics"][metric]) for r in row["runs"] if r["seed"] in seeds]
+    found = over_seeds([mine - theirs for mine, theirs in pairs])
+    differs = None if found.low is None or found.high is None else not found.low <= 0 <= found.high
+    return {**found.as_dict(), "differs": differs, "to": first["name"]}
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = ["method", "rank", "status", "reason", "num_trained", "steps", "peak_bytes"]
+    spreads = [f"{name}_{part}" for name in ("metric", "seconds", "difference") for part in ("value", "low", "high")]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *spreads], restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        line = {name: row[name] for name in columns if row.get(name) is not None}
+        for name in ("metric", "seconds", "difference"):
+            found = row.get(name) or {}
+            line |= {f"{name}_{part}": found[part] for part in ("value", "low", "high") if found.get(part) is not None}
+        writer.writerow(line)
+    return text.getvalue()
+
+
+def draw_quality(document: Mapping[str, Any], png: Path, svg: Path) -> bool:
+    """Writes the picture as PNG and SVG; False when no method has figures."""
+    if not any(row["status"] == "ok" for row in document["methods"]):
+        return False
+    save_pictures(lambda: build_figure(document), png, svg)
+    return True
+
+
+def build_figure(document: Mapping[str, Any]) -> Any:
+    """A matplotlib ``Figure``: the metric against trained parameters, seconds and peak memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in document["methods"] if row["status"] == "ok"]
+    header = document["header"]
+    scale, unit = memory_unit([row["peak_bytes"] for row in rows])
+    figure: Any = Figure(figsize=(12, 5.4))
+    FigureCanvasAgg(figure)
+    figure.text(
+        0.065, 0.945, f"{header['name']}: what each method learns, and what it costs", fontsize=14, fontweight="bold"
+    )
+    lines = textwrap.wrap(f"{header['unit']['model']}; {machine_text(header)}; {_budget(header, rows)}", 150)
+    figure.text(0.065, 0.92, "\n".join(lines), fontsize=9, color=_GREY, va="top", linespacing=1.4)
+    panels: tuple[tuple[str, Callable[[Any], float]], ...] = (
+        ("trained parameters", lambda row: row["num_trained"]),
+        ("seconds of training", lambda row: row["seconds"]["value"]),
+        (f"peak memory of training ({unit})", lambda row: row["peak_bytes"] / scale),
+    )
+    shared: Any = None
+    for index, (label, cost) in enumerate(panels):
+        axes: Any = figure.add_axes((0.065 + index * 0.285, 0.16, 0.25, 0.63), sharey=shared)
+        shared = shared or axes
+        for row in rows:
+            value, seconds = row["metric"], row["seconds"]
+            bars: dict[str, Any] = {"yerr": _bars(value)}
+            if index == 1:
+                bars["xerr"] = _bars(seconds)
+            axes.errorbar(cost(row), value["value"], fmt=MARKERS[row["method"]], color=COLOURS[row["method"]], markersize=7,
+                          capsize=3, elinewidth=1.1, label="_method", **bars)  # fmt: skip
+        if index == 0:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter("")
+            axes.set_ylabel(
+                f"held-out {header['metric']}, {'smaller' if header['smaller_is_better'] else 'larger'} is better"
+            )
+        else:
+            axes.tick_params(labelleft=False)
+        axes.set_xlabel(label)
+        axes.grid(color="#e5e5e5", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(0.15)
+        place_labels(
+            axes,
+            [
+                (cost(row), row["metric"]["value"], _rank(row), _ends(row["metric"]), COLOURS[row["method"]])
+                for row in rows
+            ],
+        )
+    _legend(figure, rows)
+    figure.text(
+        0.065,
+        0.03,
+        "Bars: 95 % interval of the mean over seeds (Student t); of seconds, of the median (bootstrap). r8: rank 8.",
+        fontsize=8,
+        color=_GREY,
+    )
+    return figure
+
+
+def _ends(interval: Mapping[str, Any]) -> tuple[float, float]:
+    value = interval["value"]
+    return (value, value) if interval["low"] is None else (interval["low"], interval["high"])
+
+
+def _bars(interval: Mapping[str, Any]) -> list[list[float]]:
+    low, high = _ends(interval)
+    return [[interval["value"] - low], [high - interval["value"]]]
+
+
+def _budget(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    seeds = header["protocol"]["seeds"]
+    return f"{rows[0]['steps']} steps each, {seeds} seed{'s' if seeds != 1 else ''}, the same recipe and learning rate"
+
+
+def _rank(row: Mapping[str, Any]) -> str:
+    return "" if row["rank"] is None else f"r{row['rank']}"
+
+
+def _legend(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=COLOURS[m], marker=MARKERS[m], linestyle="", markersize=7, label=m)
+        for m in dict.fromkeys(row["method"] for row in rows)
+    ]
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.9, 0.8), frameon=False, fontsize=10)
