@@ -152,12 +152,11 @@ def short_table(folder: Path) -> str:
         for title, found in _ratios(r):
             figures = f"{ratio_text(found['speed'])} | {ratio_text(found['peak_memory'])}"
             lines.append(f"| {r['title']}, {r['device'].upper()} | {title} | {figures} |")
-    notes = [f"{where(r)}, {r['rows'][0]['threads']} threads; `{r['command']}`" for r in results]
-    return (
-        "\n".join([*lines, "", *dict.fromkeys(f"{note}. " for note in notes)]).rstrip()
-        if results
-        else "No results yet."
-    )
+    if not results:
+        return "No results yet."
+    # Commits and commands stand in bench/README.md, with each result.
+    notes = [f"{where(r).rpartition('; commit')[0]}; {r['rows'][0]['threads']} threads." for r in results]
+    return "\n".join([*lines, "", *dict.fromkeys(notes)])
 
 
 def _ratio_table(results: Sequence[dict[str, Any]]) -> str:
