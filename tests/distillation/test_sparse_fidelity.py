@@ -81,12 +81,14 @@ def scattered(target: SparseTarget, num_classes: int) -> Tensor:
     return torch.zeros(len(target), num_classes).scatter_add_(1, target.ids, target.probs)
 
 
-@pytest.mark.parametrize("without", [(14,), (10, 20)])
+@pytest.mark.parametrize("without", [(14,), (18,), (10, 20)])
 def test_a_tail_bucket_keeps_the_direction_that_renormalizing_loses(trial: Any, without: tuple[int, ...]) -> None:
+    """The nearer the student is to its teacher, the more of the gradient is about the classes that are left out: measured 3 degrees
+    with a tail and 42, 38 and 19 without one, at 0.12, 0.18 and 0.65 nats from the teacher."""
     t = trial(without)
     dense = of_loss(t, lambda z: divergence(z, t.teacher))
     expected = gradient(t, t.teacher.softmax(-1))
-    torch.testing.assert_close(dense, expected, rtol=1e-3, atol=1e-6)
+    assert float((dense - expected).norm() / expected.norm()) <= 1e-4
     bucket = SparseTarget.from_logits(t.teacher, 50)
     stored = of_loss(t, lambda z: sparse_divergence(z, bucket, temperature=1.0))
     # Renormalized as most engines do it: the teacher's 50 made a distribution, against the student's whole softmax.
@@ -95,7 +97,7 @@ def test_a_tail_bucket_keeps_the_direction_that_renormalizing_loses(trial: Any, 
     figures = angle(stored, dense), float(stored.norm() / dense.norm()), angle(renormalized, dense)
     assert figures[0] <= 12
     assert 0.9 <= figures[1] <= 1.05
-    assert figures[2] >= 30
+    assert figures[2] >= (30 if t.kl < 0.2 else 12)
 
 
 def test_sampled_targets_are_unbiased_and_their_noise_falls_with_the_tokens(trial: Any) -> None:
@@ -136,7 +138,11 @@ def test_all_classes_from_the_disk_are_the_teacher_itself(trial: Any, tmp_path: 
     assert isinstance(stored, SparseTarget)
     online = divergence(student, teacher)
     cached = sparse_divergence(student, stored, temperature=1.0)
-    torch.testing.assert_close(cached, online, rtol=1e-5, atol=1e-6)
+    assert float(cached.mean()) == pytest.approx(float(online.mean()), abs=1e-6)
+    # Of single positions float32 itself does not know as much: measured 9e-6 online, 2e-6 cached.
+    truth = divergence(student.double(), teacher.double())
+    errors = [float((found.double() - truth).abs().max()) for found in (cached, online)]
+    assert errors[0] <= errors[1] + 1e-6
     kept = open_cache(tmp_path / "top")
     split = kept.manifest["splits"]["train"]
     size = sum(p.stat().st_size for p in (tmp_path / "top").glob("train-*"))
