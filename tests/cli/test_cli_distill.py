@@ -185,6 +185,10 @@ CASES: dict[str, Case] = {
         "distill", "seq_cls", {"teacher": "classifier", "transfer": "other.csv"}, {}, [], 3,
         ["other.csv: no column 'text'; found the columns 'words'"],
     ),
+    "transfer without the answer": (
+        "distill", "causal_lm", {"teacher": "lm", "transfer": "more.csv"}, {}, [], 3,
+        ["data.template` (r.yaml:", "more.csv:2: no column 'label'; found the columns 'text'"],
+    ),
     "transfer absent": (
         "distill", "seq_cls", {"teacher": "classifier", "transfer": "mor.csv"}, {}, [], 3,
         ["distill.transfer` (r.yaml:", "'mor.csv'", "did you mean 'more.csv'"],
