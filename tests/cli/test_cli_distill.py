@@ -162,6 +162,18 @@ CASES: dict[str, Case] = {
         "distill", "causal_lm", {"teacher": {"name": "self", "adapter": "nowhere"}}, {}, [], 5,
         ["distill.teacher.adapter` (r.yaml:", "nowhere/adapter_config.json"],
     ),
+    "check: no adapter there": (
+        "check", "causal_lm", {"teacher": {"name": "lm", "adapter": "nowhere"}}, {}, [], 5,
+        ["distill.teacher.adapter` (r.yaml:", "nowhere/adapter_config.json"],
+    ),
+    "an adapter of another model": (
+        "distill", "seq_cls", {"teacher": {"name": "classifier", "adapter": "run/adapter"}}, {}, [], 5,
+        ["distill.teacher.adapter` (r.yaml:", "the adapter in run/adapter was made for another model (tiny:llama)"],
+    ),
+    "an adapter of another model beside the student's": (
+        "distill", "seq_cls", {"teacher": {"name": "self", "adapter": "run/adapter"}}, {"model": {"name": "classifier"}}, [], 5,
+        ["distill.teacher.adapter` (r.yaml:", "the adapter in run/adapter was made for another model (tiny:llama)"],
+    ),
     "self without an adapter": (
         "distill", "seq_cls", {"teacher": "self"}, {"adapter": {"rank": 8, "method": "none"}}, [], 2,
         ["distill.teacher: self is the backbone without its adapter", "name the model again"],
