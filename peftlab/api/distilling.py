@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.api import build
+from peftlab.api.check_distill import check_models
 from peftlab.api.comparing import compare_students, no_baseline
-from peftlab.api.headline import check_headline
 from peftlab.api.merging import merge_run
 from peftlab.api.on_policy import phase_notes, train_in_phases
 from peftlab.api.parts import check_settings, prepare, run_accelerator
@@ -23,12 +23,13 @@ from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.api.stored import is_stored
 from peftlab.api.student import cut_student
 from peftlab.api.student_answers import ROWS_NAME
-from peftlab.api.teacher_models import check_teacher, teacher_fingerprint, teacher_keys
+from peftlab.api.teacher_models import teacher_fingerprint, teacher_keys
 from peftlab.api.teachers import Teachers, check_routes
 from peftlab.api.teaching import capture_all, read_lesson
 from peftlab.api.training import choose_folder, execute, open_source
 from peftlab.data import class_names
 from peftlab.errors import Interrupted, RecipeError
+from peftlab.models import load_skeleton
 from peftlab.recipe import LoadedRecipe, check_lock, check_same_settings, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.memory import release_memory
@@ -104,7 +105,6 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
     recipe = loaded.recipe
     assert recipe.distill is not None
     summary: dict[str, Any] = {}
-    check_headline(recipe)
     arms = list(_arms(recipe, folder))
     beginnings: dict[int, Any] = {}
     for seed in dict.fromkeys(arm.seed for arm in arms):
@@ -244,9 +244,9 @@ def _check(loaded: LoadedRecipe, locked: LoadedRecipe, progress: Progress) -> tu
     check_routes(recipe, data)
     fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
     task = build.build_task(recipe, tokenizer, data.labelled)
+    check_models(recipe, task, load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs()))
     for index, key in enumerate(teacher_keys(recipe)):
         fingerprints[key.removeprefix("distill.")] = teacher_fingerprint(recipe, index)
-        check_teacher(recipe, index, task)
     for line in check_lock(locked, fingerprints=fingerprints):
         progress.note(line)
     return fingerprints, _environment(loaded, data)

@@ -88,6 +88,16 @@ def is_stored(recipe: Recipe) -> bool:
     return all((cache_folder(recipe, i) / "manifest.json").is_file() for i in range(len(recipe.distill.all_teachers)))
 
 
+def planned_fill(recipe: Recipe, task: Task, skeleton: Any) -> Fill:
+    """How the recipe will store the teacher ``skeleton``, from its configuration alone. Raises: RecipeError."""
+    num_classes, width = None, skeleton.config.get_text_config().hidden_size
+    if recipe.task == "causal_lm":
+        num_classes = len(task.tokenizer)
+    elif task.class_names:  # few classes: their logits themselves are what `hidden` stores
+        num_classes = width = len(task.class_names)
+    return fill_of(recipe, num_classes=num_classes, hidden_size=width)
+
+
 def fill_of(recipe: Recipe, *, num_classes: int | None, hidden_size: int | None) -> Fill:
     """How the recipe stores a teacher of so many classes and such a width."""
     assert recipe.distill is not None

@@ -21,9 +21,25 @@ from peftlab.api import build
 from peftlab.api.estimate import forward_seconds
 from peftlab.api.parts import check_settings
 from peftlab.api.run import LOCK_NAME, open_run
-from peftlab.api.stored import REASONS, cache_folder, fill_of, key_of, lesson_identity, open_stored
-from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, rows_of, teacher_identity, teacher_target
-from peftlab.api.teachers import check_ids
+from peftlab.api.stored import (
+    REASONS,
+    cache_folder,
+    fill_of,
+    key_of,
+    lesson_identity,
+    open_stored,
+    planned_fill,
+)
+from peftlab.api.teacher_models import (
+    TeacherModel,
+    check_teacher,
+    open_teacher,
+    read_by,
+    rows_of,
+    teacher_identity,
+    teacher_target,
+)
+from peftlab.api.teachers import check_ids, check_routes
 from peftlab.data import eval_batches
 from peftlab.distillation.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, open_cache
 from peftlab.distillation.cache.manifest import CAPTURE, MANIFEST, OWN
@@ -92,6 +108,10 @@ def teach(
             )
         check_settings(settings)
         lesson = read_lesson(settings, progress)
+        # Of all teachers, before the first of them is loaded.
+        check_routes(settings, lesson.data)
+        for index in range(len(settings.distill.all_teachers)):
+            check_teacher(settings, index, lesson.task)
         if plan:
             return {"plan": True, "teachers": [_plan(lesson, i) for i in range(len(settings.distill.all_teachers))]}
         captured = capture_all(lesson, progress, replace=replace)
@@ -268,12 +288,7 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
     pretrained = build.pretrained_of(theirs)
     skeleton = load_skeleton(pretrained, auto_class=lesson.task.auto_class, **lesson.task.model_kwargs())
     head = skeleton.get_output_embeddings() if recipe.task == "causal_lm" else None
-    num_classes, width = None, skeleton.config.get_text_config().hidden_size
-    if head is not None:
-        num_classes = len(lesson.task.tokenizer)
-    elif lesson.task.class_names:  # few classes: their logits themselves are what `hidden` stores
-        num_classes = width = len(lesson.task.class_names)
-    fill = fill_of(recipe, num_classes=num_classes, hidden_size=width)
+    fill = planned_fill(recipe, lesson.task, skeleton)
     examples = _examples_of(lesson, index)
     lengths = np.array([len(e) for e in examples], dtype=np.int64)
     counts = _num_positions(examples)

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from peftlab.api import comparing
+from peftlab.api.run import LOCK_NAME
 from peftlab.cli.app import run as cli
+from peftlab.recipe import load_recipe, write_lock
 
 ROWS = [("red", "colour"), ("cat", "animal"), ("blue", "colour"), ("dog", "animal")]
 TEMPLATE = {"user": "{text}", "assistant": "{label}"}
@@ -124,6 +126,12 @@ def write(folder: Path, task: str, **sections: Any) -> str:
     return "r.yaml"
 
 
+def lock(folder: Path, recipe: str) -> None:
+    """A run folder as it is before the first checkpoint."""
+    folder.mkdir()
+    write_lock(folder / LOCK_NAME, load_recipe(recipe), fingerprints={}, environment={})
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "r.yaml"}
 
@@ -226,6 +234,18 @@ CASES: dict[str, Case] = {
         "teach", "causal_lm", {"teacher": "lm", "cache": "new", "targets": {"k": 300}}, {}, [], 2,
         ["distill.targets.k` (r.yaml:", "1 to 260 classes per token, found 300"],
     ),
+    "check: more classes than there are": (
+        "check", "seq_cls", {"teacher": "classifier", "cache": "new", "targets": {"k": 3}}, {}, [], 2,
+        ["distill.targets.k` (r.yaml:", "1 to 2 classes per token, found 3"],
+    ),
+    "teach: a teacher of no row": (
+        "teach", "seq_cls", {**routed(rows={"label": "plant"}), "cache": "new"}, {}, [], 3,
+        ["distill.teachers.1.rows` (r.yaml:", "no training row has label: plant"],
+    ),
+    "teach: the second teacher has other labels": (
+        "teach", "seq_cls", {"teachers": ["classifier", "others"], "cache": "new"}, {}, [], 2,
+        ["distill.teachers.1.name` (r.yaml:", "a, b, c", "animal, colour"],
+    ),
     "a loss that needs all classes": (
         "distill", "causal_lm", {"teacher": "lm", "cache": "new", "losses": ["reverse_kl"]}, {}, [], 2,
         ["distill.losses: reverse_kl needs", "fill: hidden"],
@@ -233,6 +253,10 @@ CASES: dict[str, Case] = {
     "layers that are not there": (
         "distill", "seq_cls", {"teacher": "classifier", "student_init": {"layers": [7]}}, {}, [], 2,
         ["distill.student_init.layers` (r.yaml:", "found 7: the teacher has 2 layers"],
+    ),
+    "random weights of a width that heads do not divide": (
+        "distill", "causal_lm", {"teacher": "lm", "student_init": {"weights": "random", "hidden_size": 33}}, {}, [], 2,
+        ["distill.student_init` (r.yaml:", "hidden size (33) is not a multiple of the number of attention heads (4)"],
     ),
     "teach without a cache": ("teach", "causal_lm", {"teacher": "lm"}, {}, [], 2, ["distill.cache", "such as caches/mine"]),
     "a cache that is a file": (
@@ -459,6 +483,43 @@ def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.Cap
     assert not (here / "new").exists()
     assert cli(["check", write(here, "causal_lm"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["distill"] is None
+
+
+def test_check_of_a_student_with_random_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault: widths asked for an architecture whose weights can be cut, though none are kept."""
+    init = {"weights": "random", "hidden_size": 32, "intermediate_size": 64}
+    recipe = write(here, "seq_cls", adapter={"rank": 8, "method": "none"}, distill={"teacher": "classifier"})
+    data = {"train": "sklearn:digits:train#50", "eval": "sklearn:digits:test"}
+    digits = {
+        **yaml.safe_load(Path(recipe).read_text()),
+        "task": "image_cls",
+        "model": {"name": "tiny:vit"},
+        "data": data,
+    }
+    train = {**digits, "distill": None, "run": {"dir": "teacher"}, "adapter": {"method": "none"}}
+    Path(recipe).write_text(yaml.safe_dump(train))
+    assert cli(["train", recipe]) == 0
+    capsys.readouterr()
+    distilling = {"teacher": "teacher", "student_init": init}
+    Path(recipe).write_text(yaml.safe_dump({**train, "run": {"dir": "mine"}, "distill": distilling}))
+    assert cli(["check", recipe, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["distill"]["student"]["num_parameters"]
+    assert cli(["distill", recipe, "distill.baseline=false", "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)["card"]["costs"]
+    assert told == costs["student"]["num_parameters"] < costs["teacher"]["num_parameters"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"headline": "recal_animal"}, {"student_init": {"layers": [7]}}, {"cache": "new", "targets": {"k": 3}}]
+)
+def test_a_mistake_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]) -> None:
+    """The fault: these were looked at after the folder was removed."""
+    lock(here / "mine", write(here, "seq_cls"))
+    recipe, before = write(here, "seq_cls", distill={"teacher": "classifier", **wrong}), files(here)
+    assert_told(
+        capsys, cli(["distill", recipe, "--replace"]), 2, [f"distill.{next(iter(wrong))}".replace("cache", "targets.k")]
+    )
+    assert files(here) == before
 
 
 def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
