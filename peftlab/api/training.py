@@ -24,7 +24,7 @@ from peftlab.errors import Interrupted, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
-from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, write_lock
+from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, local_files, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.distilling import DistillLoss
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
@@ -108,7 +108,20 @@ def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
     else:
         folder = Path(wanted)
     check_run_folder(folder, replace=replace)
+    if replace:
+        _check_unneeded(loaded, folder)
     return folder
+
+
+def _check_unneeded(loaded: LoadedRecipe, folder: Path) -> None:
+    """Raises RecipeError where a run folder that would be removed holds what the recipe reads, such as its teacher."""
+    for key, path in local_files(loaded).items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise RecipeError(
+                f"{os.path.relpath(path)} lies in the run folder {folder}, which --replace removes; choose another run.dir, or "
+                "move it",
+                key=key,
+            )
 
 
 def _newest_checkpoint(folder: Path) -> Path:

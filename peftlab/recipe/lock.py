@@ -96,6 +96,18 @@ def _settings(loaded: LoadedRecipe) -> dict[str, Any]:
     return settings
 
 
+def local_files(loaded: LoadedRecipe) -> dict[str, Path]:
+    """Recipe key -> absolute path of what lies on this machine of all that a recipe names; a sampling suffix stays."""
+    settings = _settings(loaded)
+    named = {f"{section}.{name}": settings[section][name] for section, name in _LOCAL_PATHS}
+    if (distill := settings["distill"]) is not None:
+        named |= {f"distill.{name}": distill[name] for name in ("transfer", "cache")}
+        teachers = {f"teachers.{i}": teacher for i, teacher in enumerate(distill["teachers"])}
+        for key, teacher in {"teacher": distill["teacher"], **teachers}.items():
+            named |= {f"distill.{key}.{name}": teacher[name] for name in ("name", "adapter")} if teacher else {}
+    return {key: Path(name) for key, name in named.items() if name is not None and os.path.isabs(name)}
+
+
 def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
     """Raises RecipeError when a run would be continued with settings that change what it computes."""
     now, then = _settings(loaded), _settings(stored)

@@ -510,6 +510,28 @@ def test_check_of_a_student_with_random_weights(here: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
+    ("distill", "key", "name"),
+    [
+        ({"teacher": "run"}, "distill.teacher.name", "run"),
+        (
+            {"teachers": [{"name": "lm"}, {"name": "lm", "adapter": "run/adapter"}]},
+            "distill.teachers.1.adapter",
+            "run/adapter",
+        ),
+        ({"teacher": "lm", "cache": "run/answers"}, "distill.cache", "run/answers"),
+    ],
+)
+def test_what_the_recipe_reads_is_not_replaced(
+    here: Path, capsys: pytest.CaptureFixture[str], distill: dict[str, Any], key: str, name: str
+) -> None:
+    """The fault: --replace removed the run folder, and the teacher with it, before the teacher was loaded."""
+    recipe, before = write(here, "causal_lm", distill=distill, run={"dir": "run"}), files(here)
+    parts = [f"{key}` (r.yaml:", f"{name} lies in the run folder run, which --replace removes"]
+    assert_told(capsys, cli(["distill", recipe, "--replace"]), 2, parts)
+    assert files(here) == before
+
+
+@pytest.mark.parametrize(
     "wrong", [{"headline": "recal_animal"}, {"student_init": {"layers": [7]}}, {"cache": "new", "targets": {"k": 3}}]
 )
 def test_a_mistake_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]) -> None:
