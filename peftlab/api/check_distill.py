@@ -7,7 +7,14 @@ from typing import Any
 
 from peftlab.api import build
 from peftlab.api.headline import check_headline
-from peftlab.api.stored import cache_folder, lesson_identity, open_stored, planned_fill
+from peftlab.api.stored import (
+    cache_folder,
+    check_begun_cache,
+    check_cache_folder,
+    lesson_identity,
+    open_stored,
+    planned_fill,
+)
 from peftlab.api.student import student_cut
 from peftlab.api.teacher_models import check_teacher, teacher_target
 from peftlab.api.teachers import check_routes, inner_settings
@@ -110,7 +117,11 @@ def _cache(recipe: Recipe, task: Task, data: build.DataParts, limit: int, index:
     if recipe.distill.cache is None:
         return None
     folder = cache_folder(recipe, index)
+    if recipe.distill.on_policy is not None:  # it holds a cache for each phase, of answers that do not exist yet
+        return {"folder": str(folder), "examples": None, "begun": False}
+    check_cache_folder(folder)
     if not (folder / "manifest.json").is_file():
+        check_begun_cache(lesson_identity(recipe, task, data, limit), recipe, index)
         return {"folder": str(folder), "examples": None, "begun": (folder / "capture.json").is_file()}
     split = open_stored(lesson_identity(recipe, task, data, limit), recipe, index).manifest["splits"]["train"]
     return {"folder": str(folder), "begun": True, **{k: split[k] for k in ("examples", "bytes", "bytes_per_position")}}

@@ -24,6 +24,8 @@ from peftlab.api.run import LOCK_NAME, open_run
 from peftlab.api.stored import (
     REASONS,
     cache_folder,
+    check_begun_cache,
+    check_cache_folder,
     fill_of,
     key_of,
     lesson_identity,
@@ -42,7 +44,6 @@ from peftlab.api.teacher_models import (
 from peftlab.api.teachers import check_ids, check_routes
 from peftlab.data import eval_batches
 from peftlab.distillation.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, open_cache
-from peftlab.distillation.cache.manifest import CAPTURE, MANIFEST, OWN
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
 from peftlab.recipe import Recipe, load_recipe
@@ -142,6 +143,9 @@ def capture_all(lesson: Lesson, progress: Progress, *, replace: bool = False) ->
             progress.note(f"{folder} has them all already")
             found.append(_described(cache, lesson.recipe.distill.all_teachers[index].name, seconds=0.0))
             continue
+        check_cache_folder(folder)
+        if not replace:
+            check_begun_cache(lesson.identity, lesson.recipe, index)
         theirs = open_teacher(lesson.recipe, index, lesson.task, progress)
         for note in theirs.notes:
             progress.note(note)
@@ -177,7 +181,6 @@ def _capture(
             "teacher first, or store classes (fill: topk)",
             key="distill.targets.fill",
         )
-    _check_own(folder)
     _check_room(folder, _stored_bytes(fill, _num_positions(examples)))
     with _storing(folder), CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
         split = writer.split("train", len(examples))
@@ -316,17 +319,6 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
         "seconds": seconds,
         "free_bytes": shutil.disk_usage(_existing(cache_folder(recipe, index))).free,
     }
-
-
-def _check_own(folder: Path) -> None:
-    """Raises RecipeError for a folder of something else, such as a model or a run."""
-    if folder.is_dir() and not any((folder / name).is_file() for name in (MANIFEST, CAPTURE)):
-        others = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name) and not p.name.startswith("."))
-        if others:
-            shown = ", ".join(others[:3])
-            raise RecipeError(
-                f"{folder} holds other files ({shown}) and no teacher cache; choose another folder", key="distill.cache"
-            )
 
 
 def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:

@@ -263,6 +263,14 @@ CASES: dict[str, Case] = {
         "distill", "causal_lm", {"teacher": "lm", "cache": "data.csv"}, {}, [], 2,
         ["distill.cache` (r.yaml:", "data.csv cannot hold a cache"],
     ),
+    "check: a cache that is a file": (
+        "check", "causal_lm", {"teacher": "lm", "cache": "data.csv"}, {}, [], 2,
+        ["distill.cache` (r.yaml:", "data.csv cannot hold a cache"],
+    ),
+    "check: a cache that is a model": (
+        "check", "causal_lm", {"teacher": "lm", "cache": "classifier"}, {}, [], 2,
+        ["distill.cache` (r.yaml:", "classifier holds other files", "choose another folder"],
+    ),
     "a cache that is a model": (
         "teach", "causal_lm", {"teacher": "lm", "cache": "classifier"}, {}, [], 2,
         ["distill.cache` (r.yaml:", "classifier holds other files", "choose another folder"],
@@ -361,6 +369,24 @@ def remove_shard(folder: Path) -> None:
     (folder / "cache/train-00000.bin").unlink()
 
 
+def begin(folder: Path) -> None:
+    """As a kill before the last file leaves it."""
+    document = json.loads((folder / "cache/manifest.json").read_text())
+    (folder / "cache/manifest.json").unlink()
+    begun = {name: document[name] for name in ("format", "version", "fill", "identity")}
+    (folder / "cache/capture.json").write_text(json.dumps({**begun, "splits": {"train": 22}}))
+
+
+def begin_with_other_data(folder: Path) -> None:
+    begin(folder)
+    change_data(folder)
+
+
+def damage_capture(folder: Path) -> None:
+    begin(folder)
+    (folder / "cache/capture.json").write_text("{")
+
+
 def damage_manifest(folder: Path) -> None:
     (folder / "cache/manifest.json").write_text("{")
 
@@ -392,6 +418,18 @@ STALE: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], list[str]]
     "another split": (None, {"data": {"eval_rows": 5}}, ["made for another split of the data"]),
     "another temperature": (None, {"distill": {"temperature": 2.0}}, ["temperature is 1.0 in the cache, 2.0 here"]),
     "another k": (None, {"distill": {"targets": {"k": 8}}}, ["k is 50 in the cache, 8 here"]),
+    "other targets": (
+        None,
+        {"distill": {"targets": {"fill": "hidden"}}},
+        ["fill is 'topk' in the cache, 'hidden' here"],
+    ),
+    "other data, and begun": (begin_with_other_data, {}, ["begun in cache", "made for other data"]),
+    "another temperature, and begun": (
+        begin,
+        {"distill": {"temperature": 2.0}},
+        ["begun in cache", "temperature is 1.0 in the cache, 2.0 here"],
+    ),
+    "a damaged begin": (damage_capture, {}, ["damaged: capture.json cannot be read"]),
     "a damaged shard": (damage_shard, {}, ["damaged: train-00000.bin", "restore the file"]),
     "no shard": (remove_shard, {}, ["damaged: train-00000.bin is missing"]),
     "a damaged manifest": (damage_manifest, {}, ["damaged: manifest.json cannot be read"]),
@@ -419,10 +457,7 @@ def test_a_cache_that_does_not_fit(here: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_cache_that_was_cut_off_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A kill before the last file: what is stored is taken, and distill makes the rest."""
-    document = json.loads((here / "cache/manifest.json").read_text())
-    (here / "cache/manifest.json").unlink()
-    begun = {name: document[name] for name in ("format", "version", "fill", "identity")}
-    (here / "cache/capture.json").write_text(json.dumps({**begun, "splits": {"train": 22}}))
+    begin(here)
     written = (here / "cache/train-00000.bin").stat().st_mtime_ns
     recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "cache", "baseline": False})
     assert cli(["check", recipe]) == 0
@@ -542,6 +577,13 @@ def test_a_mistake_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixtur
         capsys, cli(["distill", recipe, "--replace"]), 2, [f"distill.{next(iter(wrong))}".replace("cache", "targets.k")]
     )
     assert files(here) == before
+
+
+def test_check_of_the_caches_of_phases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "phases/phase-1-0123").mkdir(parents=True)
+    recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "phases", "on_policy": {"phases": 1}})
+    assert cli(["check", recipe]) == 0
+    assert "cache: phases, nothing yet" in capsys.readouterr().out
 
 
 def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
