@@ -89,7 +89,7 @@ def distill(
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
         check_settings(loaded.recipe)
-        fingerprints, environment = _check(loaded, open_run(folder).recipe() if resume else loaded, progress)
+        fingerprints, environment = _check(loaded, folder if resume else None, progress)
         if resume:
             _clear_partial(folder)
         else:
@@ -231,11 +231,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _check(loaded: LoadedRecipe, locked: LoadedRecipe, progress: Progress) -> tuple[dict[str, str], dict[str, Any]]:
+def _check(loaded: LoadedRecipe, resumed: Path | None, progress: Progress) -> tuple[dict[str, str], dict[str, Any]]:
     """Fingerprints and environment of the run, after all that can be checked without loading a model was checked, so that
     a mistake costs seconds and no earlier run.
 
-    Args: locked: whose ``lock`` the model, the data and the teachers must still agree with.
+    Args: resumed: folder of the run that goes on, whose lock the model, the data and the teachers must still agree with;
+        of a new run it is the recipe's own, where it has one.
     """
     recipe = loaded.recipe
     pretrained = build.pretrained_of(recipe)
@@ -247,7 +248,8 @@ def _check(loaded: LoadedRecipe, locked: LoadedRecipe, progress: Progress) -> tu
     check_models(recipe, task, load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs()))
     for index, key in enumerate(teacher_keys(recipe)):
         fingerprints[key.removeprefix("distill.")] = teacher_fingerprint(recipe, index)
-    for line in check_lock(locked, fingerprints=fingerprints):
+    locked = loaded if resumed is None else open_run(resumed).recipe()
+    for line in check_lock(locked, fingerprints=fingerprints, resumed=resumed is not None):
         progress.note(line)
     return fingerprints, _environment(loaded, data)
 

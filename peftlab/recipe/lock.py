@@ -124,16 +124,17 @@ def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
     if changed:
         raise RecipeError(
             f"the run was made with other settings ({', '.join(changed)}), and resuming continues it as it was; "
-            "resume without these changes, or start a new run",
+            "resume without these changes, or start a new run with --replace or another run.dir",
             key=changed[0],
         )
 
 
-def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None]) -> list[str]:
+def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None], resumed: bool = False) -> list[str]:
     """Notes about package versions that differ from those of the lock; empty without a lock.
 
     Args:
         fingerprints: as for ``write_lock``, taken now. Only what is known on both sides is compared.
+        resumed: whether the run of the lock is to be continued, not repeated.
 
     Raises: ArtifactError when the model, the tokenizer or the data are not those of the lock.
     """
@@ -151,9 +152,8 @@ def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None]) 
         )
         remedies = ", ".join(dict.fromkeys(_REMEDIES.get(name, f"restore the {name}") for name in changed))
         key = f"lock.fingerprints.{changed[0]}" if len(changed) == 1 else "lock.fingerprints"
-        raise ArtifactError(
-            f"{rows}. To repeat the run, {remedies}; for a new run, add `lock=` to the command", key=key
-        )
+        again, anew = ("continue", "give --replace") if resumed else ("repeat", "add `lock=` to the command")
+        raise ArtifactError(f"{rows}. To {again} the run, {remedies}; for a new run, {anew}", key=key)
     then, now = _mapping(lock, "packages") | {"peftlab": lock.get("peftlab")}, package_versions()
     return [
         f"{name}: {then.get(name) or 'not installed'} when the run was made, {now.get(name, 'not installed')} now"
