@@ -63,12 +63,12 @@ def train(
     loaded, folder = open_source(recipe, overrides, resume)
     with build.located(loaded), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
+        if loaded.recipe.distill is not None:
+            raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
         checkpoint = _newest_checkpoint(folder) if resume else None
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
-        if loaded.recipe.distill is not None:
-            raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
         if loaded.recipe.task == "embedding":
             raise RecipeError(
                 "sentence embeddings are learned from a teacher's vectors: name it in a section distill and run `peftlab "
@@ -99,7 +99,10 @@ def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
     if resume:
         folder = Path(wanted) if wanted else Path("runs") / loaded.name
         if not (folder / LOCK_NAME).is_file():
-            raise RecipeError(f"there is no run in {folder} to resume; name the run folder: peftlab train RUN --resume")
+            verb = "train" if loaded.recipe.distill is None else "distill"
+            raise RecipeError(
+                f"there is no run in {folder} to resume; name the run folder: peftlab {verb} RUN --resume"
+            )
         return folder
     if wanted is None:
         folder = Path("runs") / loaded.name

@@ -579,6 +579,30 @@ def test_a_mistake_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixtur
     assert files(here) == before
 
 
+def test_an_unfinished_distillation_names_its_own_verb(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a teacher, and where there is none to resume. The fault: `peftlab train`, which refuses."""
+    recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
+    assert_told(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run in mine to resume", "peftlab distill RUN"])
+    lock(here / "first", recipe)
+    assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run: peftlab distill"])
+    recipe = write(here, "seq_cls", distill={"teacher": "first"})
+    parts = [TEACHER, "the run in first has no student yet; continue it with: peftlab distill first --resume"]
+    assert_told(capsys, cli(["distill", recipe]), 5, parts)
+
+
+def test_merge_names_the_student_that_there_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault: a folder `model`, which a distillation does not leave."""
+    lock(here / "first", write(here, "seq_cls", distill={"teacher": "classifier"}))
+    shutil.copytree("classifier", "first/student")
+    assert_told(capsys, cli(["merge", "first"]), 2, ["no adapter to merge: first/student is its trained model"])
+
+
+def test_what_teach_proposes_next_keeps_the_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
+    assert cli(["teach", recipe, "distill.cache=my answers"]) == 0
+    assert "\nnext     peftlab distill r.yaml 'distill.cache=my answers'\n" in capsys.readouterr().out
+
+
 def test_check_of_the_caches_of_phases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "phases/phase-1-0123").mkdir(parents=True)
     recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "phases", "on_policy": {"phases": 1}})
