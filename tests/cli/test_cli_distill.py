@@ -252,7 +252,7 @@ CASES: dict[str, Case] = {
     ),
     "layers that are not there": (
         "distill", "seq_cls", {"teacher": "classifier", "student_init": {"layers": [7]}}, {}, [], 2,
-        ["distill.student_init.layers` (r.yaml:", "found 7: the teacher has 2 layers"],
+        ["distill.student_init.layers` (r.yaml:", "found 7: the model has 2 layers"],
     ),
     "random weights of a width that heads do not divide": (
         "distill", "causal_lm", {"teacher": "lm", "student_init": {"weights": "random", "hidden_size": 33}}, {}, [], 2,
