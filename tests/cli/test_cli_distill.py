@@ -518,6 +518,9 @@ def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.Cap
     assert not (here / "new").exists()
     assert cli(["check", write(here, "causal_lm"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["distill"] is None
+    assert "larger" not in out
+    assert cli(["check", write(here, "causal_lm", model={"name": "longer"}, distill={"teacher": "lm"})]) == 0
+    assert "\nthe student is larger than its teacher\n" in capsys.readouterr().out
 
 
 def test_check_of_a_student_with_random_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
