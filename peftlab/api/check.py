@@ -64,7 +64,7 @@ def check(
         if settings.adapter.method != "none":
             check_targets(skeleton, settings.adapter.targets)
         limit = build.limit_of(settings, pretrained, tokenizer)
-        distillation = check_distillation(settings, task, skeleton, data, limit)
+        distillation, skeleton = check_distillation(settings, task, skeleton, data, limit)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
         options = {"max_length": limit, "too_long": settings.data.too_long, "keep": False}
         labelled = data.train is data.labelled

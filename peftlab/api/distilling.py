@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.api import build
+from peftlab.api.check_distill import check_models
 from peftlab.api.comparing import compare_students, no_baseline
-from peftlab.api.headline import check_headline
 from peftlab.api.merging import merge_run
 from peftlab.api.on_policy import phase_notes, train_in_phases
 from peftlab.api.parts import check_settings, prepare, run_accelerator
@@ -23,12 +23,13 @@ from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.api.stored import is_stored
 from peftlab.api.student import cut_student
 from peftlab.api.student_answers import ROWS_NAME
-from peftlab.api.teacher_models import check_teacher, teacher_fingerprint, teacher_keys
+from peftlab.api.teacher_models import teacher_fingerprint, teacher_keys
 from peftlab.api.teachers import Teachers, check_routes
 from peftlab.api.teaching import capture_all, read_lesson
 from peftlab.api.training import choose_folder, execute, open_source
 from peftlab.data import class_names
 from peftlab.errors import Interrupted, RecipeError
+from peftlab.models import load_skeleton
 from peftlab.recipe import LoadedRecipe, check_lock, check_same_settings, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.memory import release_memory
@@ -88,7 +89,7 @@ def distill(
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
         check_settings(loaded.recipe)
-        fingerprints, environment = _check(loaded, open_run(folder).recipe() if resume else loaded, progress)
+        fingerprints, environment = _check(loaded, folder if resume else None, progress)
         if resume:
             _clear_partial(folder)
         else:
@@ -104,7 +105,6 @@ def _run(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, An
     recipe = loaded.recipe
     assert recipe.distill is not None
     summary: dict[str, Any] = {}
-    check_headline(recipe)
     arms = list(_arms(recipe, folder))
     beginnings: dict[int, Any] = {}
     for seed in dict.fromkeys(arm.seed for arm in arms):
@@ -232,11 +232,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _check(loaded: LoadedRecipe, locked: LoadedRecipe, progress: Progress) -> tuple[dict[str, str], dict[str, Any]]:
+def _check(loaded: LoadedRecipe, resumed: Path | None, progress: Progress) -> tuple[dict[str, str], dict[str, Any]]:
     """Fingerprints and environment of the run, after all that can be checked without loading a model was checked, so that
     a mistake costs seconds and no earlier run.
 
-    Args: locked: whose ``lock`` the model, the data and the teachers must still agree with.
+    Args: resumed: folder of the run that goes on, whose lock the model, the data and the teachers must still agree with;
+        of a new run it is the recipe's own, where it has one.
     """
     recipe = loaded.recipe
     pretrained = build.pretrained_of(recipe)
@@ -245,10 +246,11 @@ def _check(loaded: LoadedRecipe, locked: LoadedRecipe, progress: Progress) -> tu
     check_routes(recipe, data)
     fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
     task = build.build_task(recipe, tokenizer, data.labelled)
+    check_models(recipe, task, load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs()))
     for index, key in enumerate(teacher_keys(recipe)):
         fingerprints[key.removeprefix("distill.")] = teacher_fingerprint(recipe, index)
-        check_teacher(recipe, index, task)
-    for line in check_lock(locked, fingerprints=fingerprints):
+    locked = loaded if resumed is None else open_run(resumed).recipe()
+    for line in check_lock(locked, fingerprints=fingerprints, resumed=resumed is not None):
         progress.note(line)
     return fingerprints, _environment(loaded, data)
 

@@ -70,7 +70,9 @@ def merge(
     build.prepare_libraries()
     found = find_target(target)
     if found.adapter is None:
-        full = f": {Path(target) / 'model'} is its trained model" if found.kind == "run" else "; name a run folder"
+        full = (
+            f": {found.loaded.recipe.model.name} is its trained model" if found.kind == "run" else "; name a run folder"
+        )
         raise RecipeError(f"{target} has no adapter to merge{full}")
     with build.located(found.loaded):
         limits = {k: v for k, v in (("kl_mean", max_kl), ("top1", min_top1)) if v is not None}

@@ -84,7 +84,8 @@ def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> T
         return _plain_target("run", path / "student", recipe, overrides)
     name = "model" if loaded.recipe.adapter.method == "none" else "adapter"
     if not (path / name).is_dir():
-        raise ArtifactError(f"the run in {path} has no {name} yet; continue it with: peftlab train {path} --resume")
+        verb, lacks = ("train", name) if loaded.recipe.distill is None else ("distill", "student")
+        raise ArtifactError(f"the run in {path} has no {lacks} yet; continue it with: peftlab {verb} {path} --resume")
     if name == "model":
         return _plain_target("run", path / name, recipe, overrides)
     return Target("run", loaded, path / name)

@@ -13,8 +13,9 @@ import numpy as np
 from peftlab.api import build
 from peftlab.api.teacher_models import teacher_identity
 from peftlab.distillation import fingerprint
-from peftlab.distillation.cache import Fill, TeacherCache, example_key, open_cache
-from peftlab.errors import ArtifactError
+from peftlab.distillation.cache import Fill, TeacherCache, check_begun, differences, example_key, open_cache, unfit
+from peftlab.distillation.cache.manifest import CAPTURE, MANIFEST, OWN
+from peftlab.errors import ArtifactError, RecipeError
 from peftlab.recipe import Recipe
 from peftlab.tasks import Example, Task
 
@@ -76,16 +77,58 @@ def open_stored(lesson_identity: Mapping[str, Any], recipe: Recipe, index: int) 
     identity = dict(lesson_identity) | teacher_identity(recipe, index)
     try:
         cache = open_cache(folder)
-        fill = fill_of(recipe, num_classes=cache.fill.num_classes, hidden_size=cache.fill.hidden_size)
+        fill = _fill_like(recipe, folder, cache.fill.settings())
         return open_cache(folder, identity=identity, fill=fill, reasons=REASONS)
     except ArtifactError as error:
         raise ArtifactError(str(error), key="distill.cache") from error
+
+
+def check_cache_folder(folder: Path) -> None:
+    """Raises RecipeError for a file, and for a folder of something else, such as a model or a run."""
+    if folder.is_file():
+        raise RecipeError(f"{folder} cannot hold a cache: it is a file; choose another folder", key="distill.cache")
+    if folder.is_dir() and not any((folder / name).is_file() for name in (MANIFEST, CAPTURE)):
+        others = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name) and not p.name.startswith("."))
+        if others:
+            shown = ", ".join(others[:3])
+            raise RecipeError(
+                f"{folder} holds other files ({shown}) and no teacher cache; choose another folder", key="distill.cache"
+            )
+
+
+def check_begun_cache(lesson_identity: Mapping[str, Any], recipe: Recipe, index: int) -> None:
+    """Raises ArtifactError for a capture that was cut off and cannot go on: damaged, or made for something else."""
+    folder = cache_folder(recipe, index)
+    identity = dict(lesson_identity) | teacher_identity(recipe, index)
+    try:
+        check_begun(folder, lambda found: _fill_like(recipe, folder, found), identity, REASONS)
+    except ArtifactError as error:
+        raise ArtifactError(str(error), key="distill.cache") from error
+
+
+def _fill_like(recipe: Recipe, folder: Path, found: Mapping[str, Any]) -> Fill:
+    """How the recipe stores a teacher that is stored as ``found``. Raises: ArtifactError for another kind of targets."""
+    assert recipe.distill is not None
+    wanted = recipe.distill.targets.fill
+    if told := differences({"fill": found["kind"]}, {"fill": wanted}, {"fill": "made with other targets"}):
+        raise unfit(f"the teacher cache {folder} is not for this", told)
+    return fill_of(recipe, num_classes=found.get("num_classes"), hidden_size=found.get("hidden_size"))
 
 
 def is_stored(recipe: Recipe) -> bool:
     """Whether every teacher of the recipe has a cache, complete or not the right one."""
     assert recipe.distill is not None
     return all((cache_folder(recipe, i) / "manifest.json").is_file() for i in range(len(recipe.distill.all_teachers)))
+
+
+def planned_fill(recipe: Recipe, task: Task, skeleton: Any) -> Fill:
+    """How the recipe will store the teacher ``skeleton``, from its configuration alone. Raises: RecipeError."""
+    num_classes, width = None, skeleton.config.get_text_config().hidden_size
+    if recipe.task == "causal_lm":
+        num_classes = len(task.tokenizer)
+    elif task.class_names:  # few classes: their logits themselves are what `hidden` stores
+        num_classes = width = len(task.class_names)
+    return fill_of(recipe, num_classes=num_classes, hidden_size=width)
 
 
 def fill_of(recipe: Recipe, *, num_classes: int | None, hidden_size: int | None) -> Fill:

@@ -70,17 +70,17 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
     assert recipe.distill is not None
     section, key = recipe.distill.all_teachers[index], teacher_keys(recipe)[index]
     progress.stage(f"loading the teacher {section.name}")
-    with _about(recipe, index):
+    changes: dict[str, Any] = {} if section.quantize is None else {"quantize": section.quantize}
+    changes |= {} if section.dtype == "auto" else {"dtype": section.dtype}
+    check_adapters(recipe, index)
+    with about_teacher(recipe, index):
         target = teacher_target(recipe, index)
-        changes: dict[str, Any] = {} if section.quantize is None else {"quantize": section.quantize}
-        changes |= {} if section.dtype == "auto" else {"dtype": section.dtype}
         adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
-        for folder in adapters:
-            check_adapter_files(folder)
         changes["brought"] = {name for folder in adapters for name in brought_parameters(folder)}
         opened = open_target(target, progress, whole=True, **changes)
         model = opened.model
-        if section.adapter is not None:
+    if section.adapter is not None:
+        with about_teacher(recipe, index, part="adapter"):
             model = load_adapter(model, Path(section.adapter), kernels=recipe.run.kernels).eval()
     columns, own_texts, notes = _columns(recipe, student, opened.task, key)
     # Its own tokenizer and classes, and the student's columns: those that it was trained with may be named otherwise.
@@ -89,12 +89,15 @@ def open_teacher(recipe: Recipe, index: int, student: Task, progress: Progress) 
 
 
 def check_teacher(recipe: Recipe, index: int, student: Task) -> None:
-    """Raises what ``open_teacher`` does for another task, other labels or another tokenizer; loads no weights."""
+    """Raises what ``open_teacher`` does for another task, other labels, another tokenizer or damaged adapters; loads no
+    weights.
+    """
     assert recipe.distill is not None
     section = recipe.distill.all_teachers[index]
+    check_adapters(recipe, index)
     if section.name == SELF and section.adapter is not None:
         return  # its labels are those of the adapter's head, which only the weights tell
-    with _about(recipe, index):
+    with about_teacher(recipe, index):
         target = teacher_target(recipe, index)
         theirs = target.loaded.recipe
         tokenizer = build.tokenizer_of(theirs, build.pretrained_of(theirs))
@@ -102,17 +105,26 @@ def check_teacher(recipe: Recipe, index: int, student: Task) -> None:
     _columns(recipe, student, task, teacher_keys(recipe)[index])
 
 
+def check_adapters(recipe: Recipe, index: int) -> None:
+    """Raises ArtifactError unless the adapters that a teacher has are there and whole."""
+    assert recipe.distill is not None
+    section = recipe.distill.all_teachers[index]
+    if section.adapter is not None:
+        with about_teacher(recipe, index, part="adapter"):
+            check_adapter_files(Path(section.adapter))
+    with about_teacher(recipe, index):
+        target = teacher_target(recipe, index)
+        if target.adapter is not None:
+            check_adapter_files(target.adapter)
+
+
 def teacher_identity(recipe: Recipe, index: int) -> dict[str, str]:
     """What the answers of a teacher depend on, from its files alone. Raises: RecipeError when they are not there."""
     assert recipe.distill is not None
     section = recipe.distill.all_teachers[index]
-    with _about(recipe, index, part="adapter"):
-        if section.adapter is not None:
-            check_adapter_files(Path(section.adapter))
-    with _about(recipe, index):
+    check_adapters(recipe, index)
+    with about_teacher(recipe, index):
         target = teacher_target(recipe, index)
-        if target.adapter is not None:
-            check_adapter_files(target.adapter)
         model = target.loaded.recipe.model
         adapters = [folder for folder in (target.adapter, section.adapter and Path(section.adapter)) if folder]
         device = build.pick_device(target.loaded.recipe.run.device)
@@ -133,7 +145,7 @@ def teacher_fingerprint(recipe: Recipe, index: int) -> str:
 
 
 @contextlib.contextmanager
-def _about(recipe: Recipe, index: int, *, part: str = "name") -> Iterator[None]:
+def about_teacher(recipe: Recipe, index: int, *, part: str = "name") -> Iterator[None]:
     """Puts the teacher's name in front of errors, and its key in place of the one they have within its own recipe."""
     assert recipe.distill is not None
     name, key = recipe.distill.all_teachers[index].name, teacher_keys(recipe)[index]

@@ -14,7 +14,15 @@ from peftlab import ops
 from peftlab.adapters import add_adapter
 from peftlab.api import build
 from peftlab.api.stored import key_of, lesson_identity, open_stored
-from peftlab.api.teacher_models import TeacherModel, backbone_columns, open_teacher, read_by, rows_of, teacher_keys
+from peftlab.api.teacher_models import (
+    TeacherModel,
+    about_teacher,
+    backbone_columns,
+    open_teacher,
+    read_by,
+    rows_of,
+    teacher_keys,
+)
 from peftlab.data import Rows
 from peftlab.distillation import VECTOR_LOSSES, Objective, UldObjective, VectorObjective, aligned_answers
 from peftlab.distillation.cache import TeacherCache
@@ -202,7 +210,8 @@ class Teachers:
         section, kernels = self._distill.all_teachers[index], self._recipe.run.kernels
         if section.name == SELF and model is not None:
             if section.adapter is not None and _SECOND not in model.peft_config:
-                add_adapter(model, Path(section.adapter), name=_SECOND)
+                with about_teacher(self._recipe, index, part="adapter"):
+                    add_adapter(model, Path(section.adapter), name=_SECOND)
             columns = backbone_columns(self._recipe, index, task, columns)
             return BackboneTeacher(task, adapter=section.adapter and _SECOND, columns=columns, kernels=kernels)
         theirs = self.model(index, task)

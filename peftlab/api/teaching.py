@@ -21,12 +21,29 @@ from peftlab.api import build
 from peftlab.api.estimate import forward_seconds
 from peftlab.api.parts import check_settings
 from peftlab.api.run import LOCK_NAME, open_run
-from peftlab.api.stored import REASONS, cache_folder, fill_of, key_of, lesson_identity, open_stored
-from peftlab.api.teacher_models import TeacherModel, open_teacher, read_by, rows_of, teacher_identity, teacher_target
-from peftlab.api.teachers import check_ids
+from peftlab.api.stored import (
+    REASONS,
+    cache_folder,
+    check_begun_cache,
+    check_cache_folder,
+    fill_of,
+    key_of,
+    lesson_identity,
+    open_stored,
+    planned_fill,
+)
+from peftlab.api.teacher_models import (
+    TeacherModel,
+    check_teacher,
+    open_teacher,
+    read_by,
+    rows_of,
+    teacher_identity,
+    teacher_target,
+)
+from peftlab.api.teachers import check_ids, check_routes
 from peftlab.data import eval_batches
 from peftlab.distillation.cache import SHARD_BYTES, CacheWriter, Fill, TeacherCache, open_cache
-from peftlab.distillation.cache.manifest import CAPTURE, MANIFEST, OWN
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
 from peftlab.recipe import Recipe, load_recipe
@@ -92,6 +109,10 @@ def teach(
             )
         check_settings(settings)
         lesson = read_lesson(settings, progress)
+        # Of all teachers, before the first of them is loaded.
+        check_routes(settings, lesson.data)
+        for index in range(len(settings.distill.all_teachers)):
+            check_teacher(settings, index, lesson.task)
         if plan:
             return {"plan": True, "teachers": [_plan(lesson, i) for i in range(len(settings.distill.all_teachers))]}
         captured = capture_all(lesson, progress, replace=replace)
@@ -122,6 +143,9 @@ def capture_all(lesson: Lesson, progress: Progress, *, replace: bool = False) ->
             progress.note(f"{folder} has them all already")
             found.append(_described(cache, lesson.recipe.distill.all_teachers[index].name, seconds=0.0))
             continue
+        check_cache_folder(folder)
+        if not replace:
+            check_begun_cache(lesson.identity, lesson.recipe, index)
         theirs = open_teacher(lesson.recipe, index, lesson.task, progress)
         for note in theirs.notes:
             progress.note(note)
@@ -157,7 +181,6 @@ def _capture(
             "teacher first, or store classes (fill: topk)",
             key="distill.targets.fill",
         )
-    _check_own(folder)
     _check_room(folder, _stored_bytes(fill, _num_positions(examples)))
     with _storing(folder), CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
         split = writer.split("train", len(examples))
@@ -268,12 +291,7 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
     pretrained = build.pretrained_of(theirs)
     skeleton = load_skeleton(pretrained, auto_class=lesson.task.auto_class, **lesson.task.model_kwargs())
     head = skeleton.get_output_embeddings() if recipe.task == "causal_lm" else None
-    num_classes, width = None, skeleton.config.get_text_config().hidden_size
-    if head is not None:
-        num_classes = len(lesson.task.tokenizer)
-    elif lesson.task.class_names:  # few classes: their logits themselves are what `hidden` stores
-        num_classes = width = len(lesson.task.class_names)
-    fill = fill_of(recipe, num_classes=num_classes, hidden_size=width)
+    fill = planned_fill(recipe, lesson.task, skeleton)
     examples = _examples_of(lesson, index)
     lengths = np.array([len(e) for e in examples], dtype=np.int64)
     counts = _num_positions(examples)
@@ -301,17 +319,6 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
         "seconds": seconds,
         "free_bytes": shutil.disk_usage(_existing(cache_folder(recipe, index))).free,
     }
-
-
-def _check_own(folder: Path) -> None:
-    """Raises RecipeError for a folder of something else, such as a model or a run."""
-    if folder.is_dir() and not any((folder / name).is_file() for name in (MANIFEST, CAPTURE)):
-        others = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name) and not p.name.startswith("."))
-        if others:
-            shown = ", ".join(others[:3])
-            raise RecipeError(
-                f"{folder} holds other files ({shown}) and no teacher cache; choose another folder", key="distill.cache"
-            )
 
 
 def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from peftlab.errors import Interrupted, RecipeError
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
-from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, write_lock
+from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, local_files, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.distilling import DistillLoss
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
@@ -63,12 +63,12 @@ def train(
     loaded, folder = open_source(recipe, overrides, resume)
     with build.located(loaded), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
+        if loaded.recipe.distill is not None:
+            raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
         checkpoint = _newest_checkpoint(folder) if resume else None
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
-        if loaded.recipe.distill is not None:
-            raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
         if loaded.recipe.task == "embedding":
             raise RecipeError(
                 "sentence embeddings are learned from a teacher's vectors: name it in a section distill and run `peftlab "
@@ -99,7 +99,10 @@ def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
     if resume:
         folder = Path(wanted) if wanted else Path("runs") / loaded.name
         if not (folder / LOCK_NAME).is_file():
-            raise RecipeError(f"there is no run in {folder} to resume; name the run folder: peftlab train RUN --resume")
+            verb = "train" if loaded.recipe.distill is None else "distill"
+            raise RecipeError(
+                f"there is no run in {folder} to resume; name the run folder: peftlab {verb} RUN --resume"
+            )
         return folder
     if wanted is None:
         folder = Path("runs") / loaded.name
@@ -108,7 +111,20 @@ def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
     else:
         folder = Path(wanted)
     check_run_folder(folder, replace=replace)
+    if replace:
+        _check_unneeded(loaded, folder)
     return folder
+
+
+def _check_unneeded(loaded: LoadedRecipe, folder: Path) -> None:
+    """Raises RecipeError where a run folder that would be removed holds what the recipe reads, such as its teacher."""
+    for key, path in local_files(loaded).items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise RecipeError(
+                f"{os.path.relpath(path)} lies in the run folder {folder}, which --replace removes; choose another run.dir, or "
+                "move it",
+                key=key,
+            )
 
 
 def _newest_checkpoint(folder: Path) -> Path:

@@ -89,7 +89,11 @@ def _distill_lines(found: Report, model: str) -> list[str]:
         name = f"{student['layers']} of {student['layers_before']} layers of {model}"
     both = ", and the same on the labels alone" if found["baseline"] else ""
     seeds = f", with {found['seeds']} seeds" if found["seeds"] > 1 else ""
-    return [*lines, f"student: {_sized(name, student['num_parameters'])}{both}{seeds}"]
+    lines.append(f"student: {_sized(name, student['num_parameters'])}{both}{seeds}")
+    largest = max(teacher["num_parameters"] or 0 for teacher in found["teachers"])
+    if 0 < largest < (student["num_parameters"] or 0):
+        lines.append("the student is larger than its teacher")
+    return lines
 
 
 def _sized(name: str, num_parameters: int | None) -> str:

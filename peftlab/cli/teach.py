@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ def teach(
     if report["plan"]:
         out.line("nothing was stored; without --plan it is done", style="dim")
     else:
-        out.line(f"next     peftlab distill {recipe}", style="cyan")
+        out.line(f"next     {shlex.join(['peftlab', 'distill', recipe, *settings])}", style="cyan")
 
 
 def _show(out: Output, teacher: Mapping[str, Any], *, planned: bool) -> None:

@@ -137,7 +137,7 @@ class Formatter:
     def _text(self, row: Mapping[str, Any], part: str, where: str) -> str:
         if part in self._template:
             return _fill(self._template[part], row, where)
-        value = row[self._columns[part]]
+        value = _value(row, self._columns[part], where, key=f"data.columns.{part}")
         if not isinstance(value, str):
             raise DataError(
                 f"{where}: expected text in column {self._columns[part]!r}, found {value!r}", key=f"data.columns.{part}"
@@ -150,7 +150,7 @@ class Formatter:
     def _messages(self, row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if self._template:
             return self._turns(row, where, ("system", "user", "assistant"))
-        messages = row[self._columns["messages"]]
+        messages = _value(row, self._columns["messages"], where, key="data.columns.messages")
         if hasattr(messages, "tolist"):
             messages = messages.tolist()
         if isinstance(messages, list) and messages and all(map(_is_message, messages)):
@@ -192,10 +192,18 @@ def _fields(template: str) -> list[str]:
         ) from None
 
 
+def _value(row: Mapping[str, Any], column: str, where: str, *, key: str) -> Any:
+    """A row's value. Raises: DataError for a column that its file does not have, unlike the one that columns are chosen by."""
+    if column not in row:
+        found = ", ".join(map(repr, row))
+        raise DataError(f"{where}: no column {column!r}; found the columns {found}", key=key)
+    return row[column]
+
+
 def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
     names = _fields(template)
     for name in names:
-        if row.get(name) is None:
+        if _value(row, name, where, key="data.template") is None:
             raise DataError(f"{where}: column {name!r} is empty in this row", key="data.template")
     try:
         return template.format(**{name: row[name] for name in names})

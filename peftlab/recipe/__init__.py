@@ -9,7 +9,7 @@ from peftlab.recipe.catalog import copy_recipe, recipe_names, recipe_schema, rec
 
 if TYPE_CHECKING:
     from peftlab.recipe.load import LoadedRecipe, load_recipe
-    from peftlab.recipe.lock import check_lock, check_same_settings, write_lock
+    from peftlab.recipe.lock import check_lock, check_same_settings, local_files, write_lock
     from peftlab.recipe.schema import Recipe
 else:
     _HOME = {
@@ -19,6 +19,7 @@ else:
         "write_lock": "lock",
         "check_lock": "lock",
         "check_same_settings": "lock",
+        "local_files": "lock",
     }
 
     def __getattr__(name: str) -> object:
@@ -35,6 +36,7 @@ __all__ = [
     "check_same_settings",
     "copy_recipe",
     "load_recipe",
+    "local_files",
     "recipe_names",
     "recipe_schema",
     "recipe_summary",

@@ -96,6 +96,18 @@ def _settings(loaded: LoadedRecipe) -> dict[str, Any]:
     return settings
 
 
+def local_files(loaded: LoadedRecipe) -> dict[str, Path]:
+    """Recipe key -> absolute path of what lies on this machine of all that a recipe names; a sampling suffix stays."""
+    settings = _settings(loaded)
+    named = {f"{section}.{name}": settings[section][name] for section, name in _LOCAL_PATHS}
+    if (distill := settings["distill"]) is not None:
+        named |= {f"distill.{name}": distill[name] for name in ("transfer", "cache")}
+        teachers = {f"teachers.{i}": teacher for i, teacher in enumerate(distill["teachers"])}
+        for key, teacher in {"teacher": distill["teacher"], **teachers}.items():
+            named |= {f"distill.{key}.{name}": teacher[name] for name in ("name", "adapter")} if teacher else {}
+    return {key: Path(name) for key, name in named.items() if name is not None and os.path.isabs(name)}
+
+
 def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
     """Raises RecipeError when a run would be continued with settings that change what it computes."""
     now, then = _settings(loaded), _settings(stored)
@@ -112,16 +124,17 @@ def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
     if changed:
         raise RecipeError(
             f"the run was made with other settings ({', '.join(changed)}), and resuming continues it as it was; "
-            "resume without these changes, or start a new run",
+            "resume without these changes, or start a new run with --replace or another run.dir",
             key=changed[0],
         )
 
 
-def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None]) -> list[str]:
+def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None], resumed: bool = False) -> list[str]:
     """Notes about package versions that differ from those of the lock; empty without a lock.
 
     Args:
         fingerprints: as for ``write_lock``, taken now. Only what is known on both sides is compared.
+        resumed: whether the run of the lock is to be continued, not repeated.
 
     Raises: ArtifactError when the model, the tokenizer or the data are not those of the lock.
     """
@@ -139,9 +152,8 @@ def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None]) 
         )
         remedies = ", ".join(dict.fromkeys(_REMEDIES.get(name, f"restore the {name}") for name in changed))
         key = f"lock.fingerprints.{changed[0]}" if len(changed) == 1 else "lock.fingerprints"
-        raise ArtifactError(
-            f"{rows}. To repeat the run, {remedies}; for a new run, add `lock=` to the command", key=key
-        )
+        again, anew = ("continue", "give --replace") if resumed else ("repeat", "add `lock=` to the command")
+        raise ArtifactError(f"{rows}. To {again} the run, {remedies}; for a new run, {anew}", key=key)
     then, now = _mapping(lock, "packages") | {"peftlab": lock.get("peftlab")}, package_versions()
     return [
         f"{name}: {then.get(name) or 'not installed'} when the run was made, {now.get(name, 'not installed')} now"

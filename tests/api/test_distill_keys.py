@@ -124,7 +124,7 @@ def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Pat
 
     copied, one, again, other = made("copied", None), made("one", 0), made("again", 0), made("other", 1)
     assert {n: t.shape for n, t in copied.items()} == {n: t.shape for n, t in one.items()}
-    with pytest.raises(RecipeError, match="cannot have these sizes"):
+    with pytest.raises(RecipeError, match="cannot be built with the student's sizes"):
         make_student(
             find_pretrained("tiny:bert"),
             StudentCut(hidden_size=63),

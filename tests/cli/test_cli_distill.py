@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from peftlab.api import comparing
+from peftlab.api.run import LOCK_NAME
 from peftlab.cli.app import run as cli
+from peftlab.recipe import load_recipe, write_lock
 
 ROWS = [("red", "colour"), ("cat", "animal"), ("blue", "colour"), ("dog", "animal")]
 TEMPLATE = {"user": "{text}", "assistant": "{label}"}
@@ -124,6 +126,12 @@ def write(folder: Path, task: str, **sections: Any) -> str:
     return "r.yaml"
 
 
+def lock(folder: Path, recipe: str) -> None:
+    """A run folder as it is before the first checkpoint."""
+    folder.mkdir()
+    write_lock(folder / LOCK_NAME, load_recipe(recipe), fingerprints={}, environment={})
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "r.yaml"}
 
@@ -162,6 +170,18 @@ CASES: dict[str, Case] = {
         "distill", "causal_lm", {"teacher": {"name": "self", "adapter": "nowhere"}}, {}, [], 5,
         ["distill.teacher.adapter` (r.yaml:", "nowhere/adapter_config.json"],
     ),
+    "check: no adapter there": (
+        "check", "causal_lm", {"teacher": {"name": "lm", "adapter": "nowhere"}}, {}, [], 5,
+        ["distill.teacher.adapter` (r.yaml:", "nowhere/adapter_config.json"],
+    ),
+    "an adapter of another model": (
+        "distill", "seq_cls", {"teacher": {"name": "classifier", "adapter": "run/adapter"}}, {}, [], 5,
+        ["distill.teacher.adapter` (r.yaml:", "the adapter in run/adapter was made for another model (tiny:llama)"],
+    ),
+    "an adapter of another model beside the student's": (
+        "distill", "seq_cls", {"teacher": {"name": "self", "adapter": "run/adapter"}}, {"model": {"name": "classifier"}}, [], 5,
+        ["distill.teacher.adapter` (r.yaml:", "the adapter in run/adapter was made for another model (tiny:llama)"],
+    ),
     "self without an adapter": (
         "distill", "seq_cls", {"teacher": "self"}, {"adapter": {"rank": 8, "method": "none"}}, [], 2,
         ["distill.teacher: self is the backbone without its adapter", "name the model again"],
@@ -184,6 +204,10 @@ CASES: dict[str, Case] = {
     "transfer without the text": (
         "distill", "seq_cls", {"teacher": "classifier", "transfer": "other.csv"}, {}, [], 3,
         ["other.csv: no column 'text'; found the columns 'words'"],
+    ),
+    "transfer without the answer": (
+        "distill", "causal_lm", {"teacher": "lm", "transfer": "more.csv"}, {}, [], 3,
+        ["data.template` (r.yaml:", "more.csv:2: no column 'label'; found the columns 'text'"],
     ),
     "transfer absent": (
         "distill", "seq_cls", {"teacher": "classifier", "transfer": "mor.csv"}, {}, [], 3,
@@ -210,18 +234,42 @@ CASES: dict[str, Case] = {
         "teach", "causal_lm", {"teacher": "lm", "cache": "new", "targets": {"k": 300}}, {}, [], 2,
         ["distill.targets.k` (r.yaml:", "1 to 260 classes per token, found 300"],
     ),
+    "check: more classes than there are": (
+        "check", "seq_cls", {"teacher": "classifier", "cache": "new", "targets": {"k": 3}}, {}, [], 2,
+        ["distill.targets.k` (r.yaml:", "1 to 2 classes per token, found 3"],
+    ),
+    "teach: a teacher of no row": (
+        "teach", "seq_cls", {**routed(rows={"label": "plant"}), "cache": "new"}, {}, [], 3,
+        ["distill.teachers.1.rows` (r.yaml:", "no training row has label: plant"],
+    ),
+    "teach: the second teacher has other labels": (
+        "teach", "seq_cls", {"teachers": ["classifier", "others"], "cache": "new"}, {}, [], 2,
+        ["distill.teachers.1.name` (r.yaml:", "a, b, c", "animal, colour"],
+    ),
     "a loss that needs all classes": (
         "distill", "causal_lm", {"teacher": "lm", "cache": "new", "losses": ["reverse_kl"]}, {}, [], 2,
         ["distill.losses: reverse_kl needs", "fill: hidden"],
     ),
     "layers that are not there": (
         "distill", "seq_cls", {"teacher": "classifier", "student_init": {"layers": [7]}}, {}, [], 2,
-        ["distill.student_init.layers` (r.yaml:", "found 7: the teacher has 2 layers"],
+        ["distill.student_init.layers` (r.yaml:", "found 7: the model has 2 layers"],
+    ),
+    "random weights of a width that heads do not divide": (
+        "distill", "causal_lm", {"teacher": "lm", "student_init": {"weights": "random", "hidden_size": 33}}, {}, [], 2,
+        ["distill.student_init` (r.yaml:", "hidden size (33) is not a multiple of the number of attention heads (4)"],
     ),
     "teach without a cache": ("teach", "causal_lm", {"teacher": "lm"}, {}, [], 2, ["distill.cache", "such as caches/mine"]),
     "a cache that is a file": (
         "distill", "causal_lm", {"teacher": "lm", "cache": "data.csv"}, {}, [], 2,
         ["distill.cache` (r.yaml:", "data.csv cannot hold a cache"],
+    ),
+    "check: a cache that is a file": (
+        "check", "causal_lm", {"teacher": "lm", "cache": "data.csv"}, {}, [], 2,
+        ["distill.cache` (r.yaml:", "data.csv cannot hold a cache"],
+    ),
+    "check: a cache that is a model": (
+        "check", "causal_lm", {"teacher": "lm", "cache": "classifier"}, {}, [], 2,
+        ["distill.cache` (r.yaml:", "classifier holds other files", "choose another folder"],
     ),
     "a cache that is a model": (
         "teach", "causal_lm", {"teacher": "lm", "cache": "classifier"}, {}, [], 2,
@@ -321,6 +369,24 @@ def remove_shard(folder: Path) -> None:
     (folder / "cache/train-00000.bin").unlink()
 
 
+def begin(folder: Path) -> None:
+    """As a kill before the last file leaves it."""
+    document = json.loads((folder / "cache/manifest.json").read_text())
+    (folder / "cache/manifest.json").unlink()
+    begun = {name: document[name] for name in ("format", "version", "fill", "identity")}
+    (folder / "cache/capture.json").write_text(json.dumps({**begun, "splits": {"train": 22}}))
+
+
+def begin_with_other_data(folder: Path) -> None:
+    begin(folder)
+    change_data(folder)
+
+
+def damage_capture(folder: Path) -> None:
+    begin(folder)
+    (folder / "cache/capture.json").write_text("{")
+
+
 def damage_manifest(folder: Path) -> None:
     (folder / "cache/manifest.json").write_text("{")
 
@@ -352,6 +418,18 @@ STALE: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], list[str]]
     "another split": (None, {"data": {"eval_rows": 5}}, ["made for another split of the data"]),
     "another temperature": (None, {"distill": {"temperature": 2.0}}, ["temperature is 1.0 in the cache, 2.0 here"]),
     "another k": (None, {"distill": {"targets": {"k": 8}}}, ["k is 50 in the cache, 8 here"]),
+    "other targets": (
+        None,
+        {"distill": {"targets": {"fill": "hidden"}}},
+        ["fill is 'topk' in the cache, 'hidden' here"],
+    ),
+    "other data, and begun": (begin_with_other_data, {}, ["begun in cache", "made for other data"]),
+    "another temperature, and begun": (
+        begin,
+        {"distill": {"temperature": 2.0}},
+        ["begun in cache", "temperature is 1.0 in the cache, 2.0 here"],
+    ),
+    "a damaged begin": (damage_capture, {}, ["damaged: capture.json cannot be read"]),
     "a damaged shard": (damage_shard, {}, ["damaged: train-00000.bin", "restore the file"]),
     "no shard": (remove_shard, {}, ["damaged: train-00000.bin is missing"]),
     "a damaged manifest": (damage_manifest, {}, ["damaged: manifest.json cannot be read"]),
@@ -379,10 +457,7 @@ def test_a_cache_that_does_not_fit(here: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_cache_that_was_cut_off_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A kill before the last file: what is stored is taken, and distill makes the rest."""
-    document = json.loads((here / "cache/manifest.json").read_text())
-    (here / "cache/manifest.json").unlink()
-    begun = {name: document[name] for name in ("format", "version", "fill", "identity")}
-    (here / "cache/capture.json").write_text(json.dumps({**begun, "splits": {"train": 22}}))
+    begin(here)
     written = (here / "cache/train-00000.bin").stat().st_mtime_ns
     recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "cache", "baseline": False})
     assert cli(["check", recipe]) == 0
@@ -443,6 +518,99 @@ def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.Cap
     assert not (here / "new").exists()
     assert cli(["check", write(here, "causal_lm"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["distill"] is None
+    assert "larger" not in out
+    assert cli(["check", write(here, "causal_lm", model={"name": "longer"}, distill={"teacher": "lm"})]) == 0
+    assert "\nthe student is larger than its teacher\n" in capsys.readouterr().out
+
+
+def test_check_of_a_student_with_random_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault: widths asked for an architecture whose weights can be cut, though none are kept."""
+    init = {"weights": "random", "hidden_size": 32, "intermediate_size": 64}
+    recipe = write(here, "seq_cls", adapter={"rank": 8, "method": "none"}, distill={"teacher": "classifier"})
+    data = {"train": "sklearn:digits:train#50", "eval": "sklearn:digits:test"}
+    digits = {
+        **yaml.safe_load(Path(recipe).read_text()),
+        "task": "image_cls",
+        "model": {"name": "tiny:vit"},
+        "data": data,
+    }
+    train = {**digits, "distill": None, "run": {"dir": "teacher"}, "adapter": {"method": "none"}}
+    Path(recipe).write_text(yaml.safe_dump(train))
+    assert cli(["train", recipe]) == 0
+    capsys.readouterr()
+    distilling = {"teacher": "teacher", "student_init": init}
+    Path(recipe).write_text(yaml.safe_dump({**train, "run": {"dir": "mine"}, "distill": distilling}))
+    assert cli(["check", recipe, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["distill"]["student"]["num_parameters"]
+    assert cli(["distill", recipe, "distill.baseline=false", "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)["card"]["costs"]
+    assert told == costs["student"]["num_parameters"] < costs["teacher"]["num_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("distill", "key", "name"),
+    [
+        ({"teacher": "run"}, "distill.teacher.name", "run"),
+        (
+            {"teachers": [{"name": "lm"}, {"name": "lm", "adapter": "run/adapter"}]},
+            "distill.teachers.1.adapter",
+            "run/adapter",
+        ),
+        ({"teacher": "lm", "cache": "run/answers"}, "distill.cache", "run/answers"),
+    ],
+)
+def test_what_the_recipe_reads_is_not_replaced(
+    here: Path, capsys: pytest.CaptureFixture[str], distill: dict[str, Any], key: str, name: str
+) -> None:
+    """The fault: --replace removed the run folder, and the teacher with it, before the teacher was loaded."""
+    recipe, before = write(here, "causal_lm", distill=distill, run={"dir": "run"}), files(here)
+    parts = [f"{key}` (r.yaml:", f"{name} lies in the run folder run, which --replace removes"]
+    assert_told(capsys, cli(["distill", recipe, "--replace"]), 2, parts)
+    assert files(here) == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"headline": "recal_animal"}, {"student_init": {"layers": [7]}}, {"cache": "new", "targets": {"k": 3}}]
+)
+def test_a_mistake_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]) -> None:
+    """The fault: these were looked at after the folder was removed."""
+    lock(here / "mine", write(here, "seq_cls"))
+    recipe, before = write(here, "seq_cls", distill={"teacher": "classifier", **wrong}), files(here)
+    assert_told(
+        capsys, cli(["distill", recipe, "--replace"]), 2, [f"distill.{next(iter(wrong))}".replace("cache", "targets.k")]
+    )
+    assert files(here) == before
+
+
+def test_an_unfinished_distillation_names_its_own_verb(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a teacher, and where there is none to resume. The fault: `peftlab train`, which refuses."""
+    recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
+    assert_told(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run in mine to resume", "peftlab distill RUN"])
+    lock(here / "first", recipe)
+    assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run: peftlab distill"])
+    recipe = write(here, "seq_cls", distill={"teacher": "first"})
+    parts = [TEACHER, "the run in first has no student yet; continue it with: peftlab distill first --resume"]
+    assert_told(capsys, cli(["distill", recipe]), 5, parts)
+
+
+def test_merge_names_the_student_that_there_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault: a folder `model`, which a distillation does not leave."""
+    lock(here / "first", write(here, "seq_cls", distill={"teacher": "classifier"}))
+    shutil.copytree("classifier", "first/student")
+    assert_told(capsys, cli(["merge", "first"]), 2, ["no adapter to merge: first/student is its trained model"])
+
+
+def test_what_teach_proposes_next_keeps_the_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
+    assert cli(["teach", recipe, "distill.cache=my answers"]) == 0
+    assert "\nnext     peftlab distill r.yaml 'distill.cache=my answers'\n" in capsys.readouterr().out
+
+
+def test_check_of_the_caches_of_phases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "phases/phase-1-0123").mkdir(parents=True)
+    recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "phases", "on_policy": {"phases": 1}})
+    assert cli(["check", recipe]) == 0
+    assert "cache: phases, nothing yet" in capsys.readouterr().out
 
 
 def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,22 @@ def test_prompt_and_completion(tokenizer: Any) -> None:
     assert f.prompt_row("Q?") == {"question": "Q?"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"columns": {"prompt": "q", "completion": "a"}},
+        {"template": {"prompt": "{q}", "completion": "{a}"}},
+        {"template": {"user": "{q}", "assistant": "{a}"}},
+        {"columns": {"messages": "a"}},
+    ],
+)
+def test_a_row_of_a_file_without_the_column(tokenizer: Any, options: dict[str, Any]) -> None:
+    """As of distill.transfer, which is another file than the one that the columns were chosen by."""
+    f = formatter(tokenizer, ["q", "a"], **options)
+    with pytest.raises(DataError, match=r"^b\.csv:7: no column 'a'; found the columns 'q', 'x'$"):
+        f.render({"q": "1+1", "x": None}, "b.csv:7")
+
+
 def test_completion_template(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "a"], template={"prompt": "{{Q}} {q}\n", "completion": "{a}!"})
     r = f.render({"q": "1+1", "a": 2}, "here")

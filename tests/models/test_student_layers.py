@@ -223,8 +223,8 @@ def test_one_set_of_weights_for_all_layers_is_refused() -> None:
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ([0, 5], "numbers from 0 to 4 in ascending order, found 5: the teacher has 5 layers"),
-        ([-1, 2], "found -1: the teacher has 5 layers"),
+        ([0, 5], "numbers from 0 to 4 in ascending order, found 5: the model has 5 layers"),
+        ([-1, 2], "found -1: the model has 5 layers"),
         ([0, 2, 2], "found 2 more than once"),
         ([2, 0], "found [2, 0]"),
         ([], "found none: a student keeps at least one layer"),

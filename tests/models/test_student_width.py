@@ -340,8 +340,8 @@ def test_hooks_are_gone_after_an_error() -> None:
 @pytest.mark.parametrize(
     ("name", "cut", "key", "expected"),
     [
-        ("llama", {"hidden_size": 64}, "hidden_size", "expected hidden_size from 1 to the teacher's 32, found 64"),
-        ("llama", {"intermediate_size": 0}, "intermediate_size", "from 1 to the teacher's 48, found 0"),
+        ("llama", {"hidden_size": 64}, "hidden_size", "expected hidden_size from 1 to the model's 32, found 64"),
+        ("llama", {"intermediate_size": 0}, "intermediate_size", "from 1 to the model's 48, found 0"),
         ("llama", {"num_heads": 3}, "num_heads", "a multiple of the 2 key/value heads, found 3"),
         ("llama", {"num_heads": 4, "num_key_value_heads": 1}, "num_heads", "at most 2 query heads per key/value head"),
         ("llama", {"hidden_size": 30}, "hidden_size", "hidden size (30) is not a multiple of the number of attention heads (4)"),

@@ -4,9 +4,9 @@ The caller runs the teacher: ``Fill.target`` makes the target of an example, ``C
 """
 
 from peftlab.distillation.cache.fill import Fill
-from peftlab.distillation.cache.identity import example_key
+from peftlab.distillation.cache.identity import differences, example_key, unfit
 from peftlab.distillation.cache.reader import CachedSplit, TeacherCache, open_cache
-from peftlab.distillation.cache.writer import SHARD_BYTES, CacheWriter, SplitWriter
+from peftlab.distillation.cache.writer import SHARD_BYTES, CacheWriter, SplitWriter, check_begun
 
 __all__ = [
     "SHARD_BYTES",
@@ -15,6 +15,9 @@ __all__ = [
     "Fill",
     "SplitWriter",
     "TeacherCache",
+    "check_begun",
+    "differences",
     "example_key",
     "open_cache",
+    "unfit",
 ]

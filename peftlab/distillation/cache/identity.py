@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peftlab.errors import ArtifactError
+
 Identity = Mapping[str, str | int | float | None]
 
 
@@ -41,6 +43,14 @@ def differences(
         there, here = (_shown(side[key]) if key in side else "nothing" for side in (found, expected))
         told.append(f"{reason}: {key} is {there} in the cache, {here} here")
     return told
+
+
+def unfit(title: str, told: list[str]) -> ArtifactError:
+    """The error for a cache, complete or begun, that was made for something else."""
+    return ArtifactError(
+        f"{title}: {'; '.join(told)}. Go back to what it was made with, choose another folder, or make it anew with `peftlab "
+        "teach --replace`"
+    )
 
 
 def _shown(value: object) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftlab.distillation.cache import manifest
 from peftlab.distillation.cache.files import check_file, damaged
 from peftlab.distillation.cache.fill import Fill
-from peftlab.distillation.cache.identity import Identity, differences
+from peftlab.distillation.cache.identity import Identity, differences, unfit
 from peftlab.distillation.cache.records import Classes, decode, join
 from peftlab.distillation.cache.shards import ROW, Shard, checksum, read_shard, shard_path
 from peftlab.distillation.targets import SparseTarget
@@ -172,10 +172,7 @@ def open_cache(
         told = differences(document["fill"], fill.settings()) if fill else []
         told += differences(document["identity"], identity, reasons) if identity is not None else []
         if told:
-            raise ArtifactError(
-                f"the teacher cache {folder} is not for this: {'; '.join(told)}. Go back to what it was made with, choose "
-                "another folder, or make it anew with `peftlab teach --replace`"
-            )
+            raise unfit(f"the teacher cache {folder} is not for this", told)
         hashed = sum(split["bytes"] for split in document["splits"].values()) < _HASHED_BYTES
         for entry in _shards(document):
             _check_shard(folder, entry, hashed=hashed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,15 +13,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftlab.distillation.cache import manifest
-from peftlab.distillation.cache.files import locked, rename
+from peftlab.distillation.cache.files import damaged, locked, rename
 from peftlab.distillation.cache.fill import Fill
-from peftlab.distillation.cache.identity import Identity, differences
+from peftlab.distillation.cache.identity import Identity, differences, unfit
 from peftlab.distillation.cache.records import encode
 from peftlab.distillation.cache.shards import OpenShard, Shard, complete_shards, shard_path
 from peftlab.distillation.targets import SparseTarget
 from peftlab.errors import ArtifactError, RecipeError
 
 SHARD_BYTES = 256 * 2**20
+
+
+def check_begun(
+    folder: Path,
+    fill_like: Callable[[Mapping[str, Any]], Fill],
+    identity: Identity,
+    reasons: Mapping[str, str] | None = None,
+) -> dict[str, Any] | None:
+    """What a capture that was cut off in ``folder`` has written of itself; None where there is none.
+
+    Args: fill_like: how a capture with these settings would be stored now. The others as of ``open_cache``.
+    Raises: ArtifactError when it is damaged, or of something else than what is asked for.
+    """
+    begun = manifest.read(folder / manifest.CAPTURE)
+    if begun is None:
+        return None
+    try:
+        told = differences(begun["fill"], fill_like(begun["fill"]).settings())
+        told += differences(begun["identity"], identity, reasons)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder / manifest.CAPTURE, f"does not have the contents of one ({error!r})") from error
+    if told:
+        raise unfit(f"the teacher cache begun in {folder} is not for this", told)
+    return begun
 
 
 class SplitWriter:
@@ -163,17 +187,10 @@ class CacheWriter:
                 f"expected a folder without a teacher cache, found a complete one in {self.folder}: use it as it is, choose "
                 "another folder, or replace it"
             )
-        begun = manifest.read(self.folder / manifest.CAPTURE)
+        begun = check_begun(self.folder, lambda _: self.fill, self.identity, self._reasons)
         if begun is None:
             self._clear()  # shards without a capture are what a killed replacement left
             begun = {"fill": self.fill.settings(), "identity": self.identity, "splits": {}}
-        told = differences(begun["fill"], self.fill.settings())
-        told += differences(begun["identity"], self.identity, self._reasons)
-        if told:
-            raise ArtifactError(
-                f"the teacher cache begun in {self.folder} is not this one: {'; '.join(told)}. Choose another folder, or "
-                "replace it"
-            )
         self._capture = {key: begun[key] for key in ("fill", "identity", "splits")}
 
     def _clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from peftlab.models.student.cut import StudentCut, check_cut, evenly_spaced
 from peftlab.models.student.families import Sizes, Widths
+from peftlab.models.student.fresh import fresh_skeleton
 from peftlab.models.student.importance import (
     Distance,
     Importance,
@@ -29,6 +30,7 @@ __all__ = [
     "cut_width",
     "evenly_spaced",
     "find_stack",
+    "fresh_skeleton",
     "kl_divergence",
     "layers_by_importance",
     "make_student",

@@ -63,7 +63,7 @@ def check_cut(cut: StudentCut, model: nn.Module) -> None:
     if not depth and cut.widths == Widths():
         raise RecipeError(
             "expected something to cut (layers, num_layers, hidden_size, num_heads, num_key_value_heads or "
-            "intermediate_size), found nothing: the student would be the teacher",
+            "intermediate_size), found nothing: the student would be the model itself",
             key=_SECTION,
         )
     if cut.layers is not None and cut.num_layers is not None:
@@ -81,7 +81,7 @@ def check_cut(cut: StudentCut, model: nn.Module) -> None:
     if cut.widths != Widths():
         before, after = resolve_sizes(model, cut.widths)
         if before == after and not depth:
-            raise RecipeError("the sizes are the teacher's own: nothing is cut", key=_SECTION)
+            raise RecipeError("the sizes are the model's own: nothing is cut", key=_SECTION)
 
 
 def _check_depth(cut: StudentCut, model: nn.Module) -> None:
@@ -93,9 +93,9 @@ def _check_depth(cut: StudentCut, model: nn.Module) -> None:
     assert keep is not None
     key = LAYERS_KEY if cut.layers is not None else f"{_SECTION}.num_layers"
     if not 1 <= keep <= total:
-        raise RecipeError(f"expected 1 to {total} layers, found {keep}: the teacher has {total}", key=key)
+        raise RecipeError(f"expected 1 to {total} layers, found {keep}: the model has {total}", key=key)
     if keep == total and cut.widths == Widths():
-        raise RecipeError(f"the teacher has {total} layers, and all are kept: nothing is cut", key=key)
+        raise RecipeError(f"the model has {total} layers, and all are kept: nothing is cut", key=key)
     if cut.by != "importance" and all(p.is_meta for p in model.parameters()):
         cut_layers(model, chosen_layers(cut, total), part=cut.part)
 

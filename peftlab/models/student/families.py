@@ -219,9 +219,7 @@ def resolve_sizes(model: nn.Module, widths: Widths) -> tuple[Sizes, Sizes]:
     for name in ("hidden_size", "num_heads", "num_key_value_heads", "intermediate_size"):
         wanted, has = getattr(widths, name), getattr(before, name)
         if wanted is not None and not 1 <= wanted <= has:
-            raise RecipeError(
-                f"expected {name} from 1 to the teacher's {has}, found {wanted}", key=f"{_SECTION}.{name}"
-            )
+            raise RecipeError(f"expected {name} from 1 to the model's {has}, found {wanted}", key=f"{_SECTION}.{name}")
     is_decoder = _FAMILIES[config.model_type] is _DECODER
     heads, groups = _decoder_heads(before, widths) if is_decoder else _encoder_heads(config, before, widths)
     hidden = widths.hidden_size or before.hidden_size
@@ -257,7 +255,7 @@ def _decoder_heads(before: Sizes, widths: Widths) -> tuple[int, int]:
         )
     if heads // groups > per_group:
         raise RecipeError(
-            f"expected at most {per_group} query heads per key/value head, as the teacher has, found {heads} for {groups}",
+            f"expected at most {per_group} query heads per key/value head, as the model has, found {heads} for {groups}",
             key=f"{_SECTION}.num_heads",
         )
     return heads, groups

@@ -10,6 +10,7 @@ import torch
 
 from peftlab.errors import RecipeError
 from peftlab.models.student.cut import StudentCut, check_cut, chosen_layers
+from peftlab.models.student.rebuild import rebuilt
 from peftlab.models.student.stack import cut_layers, find_stack
 
 _SECTION = "distill.student_init"
@@ -25,27 +26,40 @@ def fresh_student(skeleton: Any, cut: StudentCut, *, auto_class: str, seed: int)
     import transformers
 
     start = time.perf_counter()
-    notes: dict[str, Any] = {"parameters_before": sum(p.numel() for p in skeleton.parameters())}
+    notes: dict[str, Any] = {"parameters_before": _num_parameters(skeleton), **_cut_shapes(skeleton, cut)}
+    rebuilt(skeleton, skeleton.config, key=_SECTION)
+    # The caller's random state stays as it is; a new model is made on the CPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, auto_class).from_config(skeleton.config, dtype=torch.float32)
+    return model, {
+        **notes,
+        "weights": "random",
+        "parameters": _num_parameters(model),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def fresh_skeleton(skeleton: Any, cut: StudentCut) -> Any:
+    """The model of ``fresh_student`` without weights, on the meta device. Arguments and errors are the same."""
+    _cut_shapes(skeleton, cut)
+    return rebuilt(skeleton, skeleton.config, key=_SECTION)
+
+
+def _cut_shapes(skeleton: Any, cut: StudentCut) -> dict[str, Any]:
+    """Cuts the skeleton's layers and its config; what was done to the layers."""
+    notes: dict[str, Any] = {}
     if cut.layers is not None or cut.num_layers is not None:
         check_cut(StudentCut(layers=cut.layers, num_layers=cut.num_layers), copy.deepcopy(skeleton))
         total = len(find_stack(skeleton))
         layers = chosen_layers(cut, total)
-        notes |= {"num_layers_before": total, "layers": layers, "remarks": cut_layers(skeleton, layers)}
-    config = skeleton.config
-    _set_widths(config.get_text_config(), cut)
-    # The caller's random state stays as it is; a new model is made on the CPU.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise RecipeError(f"{type(skeleton).__name__} cannot have these sizes: {error}", key=_SECTION) from error
-    return model, {
-        **notes,
-        "weights": "random",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": time.perf_counter() - start,
-    }
+        notes = {"num_layers_before": total, "layers": layers, "remarks": cut_layers(skeleton, layers)}
+    _set_widths(skeleton.config.get_text_config(), cut)
+    return notes
+
+
+def _num_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _set_widths(config: Any, cut: StudentCut) -> None:

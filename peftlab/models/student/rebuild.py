@@ -30,7 +30,7 @@ def rebuilt(model: nn.Module, config: Any, *, key: str) -> Any:
         plain._attn_implementation = config._attn_implementation
         with quiet(), torch.device("meta"):
             return type(model)(plain)
-    except (StrictDataclassError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (StrictDataclassError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AssertionError) as error:
         reason = str(error.__cause__ or error).strip()  # the config's own words, under a wrapper's
         raise RecipeError(
             f"{type(model).__name__} cannot be built with the student's sizes: {reason}", key=key

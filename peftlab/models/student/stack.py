@@ -107,7 +107,7 @@ def check_layer_numbers(layers: Sequence[int], num_layers: int) -> tuple[int, ..
         raise RecipeError(f"{wanted}, found none: a student keeps at least one layer", key=LAYERS_KEY)
     if outside:
         raise RecipeError(
-            f"{wanted}, found {', '.join(map(str, outside))}: the teacher has {num_layers} layers", key=LAYERS_KEY
+            f"{wanted}, found {', '.join(map(str, outside))}: the model has {num_layers} layers", key=LAYERS_KEY
         )
     if len(set(layers)) != len(layers):
         twice = sorted({i for i in layers if list(layers).count(i) > 1})

@@ -187,15 +187,13 @@ def test_a_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> No
     write(begun, upto=3)
     with (
         pytest.raises(
-            ArtifactError, match=r"is not this one: made with another k: k is 3 in the cache, 4 here. Choose"
+            ArtifactError, match=r"begun in .* is not for this: made with another k: k is 3 in the cache, 4 here. Go"
         ),
         CacheWriter(begun, Fill("topk", k=4, num_classes=20), IDENTITY),
     ):
         pass
     with (
-        pytest.raises(
-            ArtifactError, match=r"is not this one: other data: data is 'd1' in the cache, 'd2' here. Choose"
-        ),
+        pytest.raises(ArtifactError, match=r"is not for this: other data: data is 'd1' in the cache, 'd2' here. Go"),
         CacheWriter(begun, FILL, {**IDENTITY, "data": "d2"}, reasons={"data": "other data"}),
     ):
         pass
