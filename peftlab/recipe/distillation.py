@@ -181,7 +181,7 @@ class DistillSection(Section):
         description="of the teacher in the mixture of skew_forward_kl and jsd, of the student in that of skew_reverse_kl",
     )
     temperature: float = Field(
-        1.0, gt=0, description="of both softmaxes; 1 for language models, 2 to 8 for few classes"
+        1.0, gt=0, le=1000, description="of both softmaxes; 1 for language models, 2 to 8 for few classes"
     )
     scale_by_t2: bool = Field(True, description="multiply the divergence by the squared temperature")
     hard_weight: float = Field(0.0, ge=0, le=1, description="share of the labels' cross-entropy in the loss")
