@@ -97,11 +97,8 @@ def _contradictions(card: Card, outcome: Outcome) -> list[str]:
         assert row["student"] is not None and row["baseline"] is not None
         values = " against ".join(_figure(row, row[who]["value"]) for who in ("student", "baseline"))  # type: ignore[index]
         found[said == "helped"].append(f"{_phrase(row)} ({values})")
-    return [
-        f"But against labels alone it is {word} in {_joined(names)}."
-        for word, names in (("better", found[True]), ("worse", found[False]))
-        if names
-    ]
+    sides = [f"{word} in {_joined(found[key])}" for word, key in (("better", True), ("worse", False)) if found[key]]
+    return [f"But against labels alone it is {', and '.join(sides)}."] if sides else []
 
 
 def _teacher(card: Card, outcome: Outcome) -> list[str]:
