@@ -191,7 +191,7 @@ CASES: dict[str, Case] = {
     "no teacher": ("distill", "seq_cls", {"hard_weight": 0.1}, {}, [], 2, ["names no teacher: give teacher"]),
     "temperature 0": (
         "distill", "seq_cls", {"teacher": "classifier", "temperature": 0}, {}, [], 2,
-        ["line", "distill.temperature: expected a number above 0, found 0"],
+        ["line", "distill.temperature: expected a number above 0 and of at most 1000, found 0"],
     ),
     "labels of rows that have none": (
         "distill", "seq_cls", {"teacher": "classifier", "transfer": "more.csv", "hard_weight": 0.5}, {}, [], 2,
