@@ -88,7 +88,8 @@ def test_a_tail_bucket_keeps_the_direction_that_renormalizing_loses(trial: Any, 
     t = trial(without)
     dense = of_loss(t, lambda z: divergence(z, t.teacher))
     expected = gradient(t, t.teacher.softmax(-1))
-    assert float((dense - expected).norm() / expected.norm()) <= 1e-4
+    # Float32 over 49,152 classes: measured 1.0e-4. Another formula is tens of percent away.
+    assert float((dense - expected).norm() / expected.norm()) <= 1e-3
     bucket = SparseTarget.from_logits(t.teacher, 50)
     stored = of_loss(t, lambda z: sparse_divergence(z, bucket, temperature=1.0))
     # Renormalized as most engines do it: the teacher's 50 made a distribution, against the student's whole softmax.
