@@ -240,7 +240,7 @@ def test_gzip(tmp_path: Path, file: str, content: str) -> None:
     assert load(tmp_path, file, gzip.compress(content.encode())).columns == {"a": ["1"]}
 
 
-@pytest.mark.parametrize("content", [b"a\n1\n", gzip.compress(b"a\n1\n")[:-9]])
+@pytest.mark.parametrize("content", [b"a\n1\n", gzip.compress(b"a\n1\n")[:-9]], ids=["plain", "cut"])
 def test_broken_gzip(tmp_path: Path, content: bytes) -> None:
     message, _ = error(tmp_path, "a.csv.gz", content)
     assert message.startswith("a.csv.gz ends with .gz but cannot be decompressed: ")
