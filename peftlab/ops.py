@@ -35,7 +35,7 @@ from peftlab_kernels.lora_linear.plan import forced as forced_plan
 from peftlab_kernels.lora_linear.plan import in_use as plans_in_use
 from peftlab_kernels.lora_linear.plan import key_of as plan_key
 from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant_reference
-from peftlab_kernels.runtime import new_seed, release_scratch, triton_problem
+from peftlab_kernels.runtime import CPU_OPERANDS, new_seed, operands_problem, release_scratch, triton_problem
 
 from peftlab.errors import ArtifactError
 
@@ -79,6 +79,7 @@ def _not_a_table(error: ValueError) -> ArtifactError:
 __all__ = [
     "BACKWARD_PLANS",
     "BaseWeight",
+    "CPU_OPERANDS",
     "DIVERGENCES",
     "DenseTeacher",
     "DenseWeight",
@@ -103,6 +104,7 @@ __all__ = [
     "lora_linear_reference",
     "new_seed",
     "nf4_dequant_reference",
+    "operands_problem",
     "plan_by_rule",
     "plan_key",
     "plans_in_use",

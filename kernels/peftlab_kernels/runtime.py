@@ -16,6 +16,12 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (7, 5)
+# Backends of a processor's matrix units -> what the operands of products with the frozen weight are rounded to.
+CPU_OPERANDS = {"cpu-bf16": "bf16", "cpu-int8": "int8"}
+_MATRIX_UNITS = {
+    "cpu-bf16": {"amx_tile": "AMX", "avx512_bf16": "AVX512-BF16"},
+    "cpu-int8": {"vnni": "AVX512-VNNI"},
+}
 
 
 @functools.cache
@@ -33,17 +39,35 @@ def triton_problem(device_type: str) -> str | None:
     return f"Triton has no {device_type} backend"
 
 
+@functools.cache
+def operands_problem(backend: str) -> str | None:
+    """Why products of ``CPU_OPERANDS`` cannot run on this processor, or would not be faster; None if they can."""
+    has = {name: bool(getattr(torch.cpu, f"_is_{name}_supported", bool)()) for name in _MATRIX_UNITS[backend]}
+    if not any(has.values()):
+        return f"the processor has none of {', '.join(_MATRIX_UNITS[backend].values())}"
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this PyTorch is built without oneDNN"
+    if backend == "cpu-bf16" and not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"):
+        return f"PyTorch {torch.__version__} cannot round the operands alone; 2.9 or newer can"
+    return None
+
+
 def choose_backend(backend: str, tensor: Tensor) -> str:
-    """``triton`` or ``torch`` for ``backend`` (auto, triton, torch). Raises: ValueError when triton cannot run."""
+    """``triton`` or ``torch`` for ``backend`` (auto, triton, torch, or one of ``CPU_OPERANDS``).
+
+    Raises: ValueError when it cannot run.
+    """
     if backend == "torch":
         return "torch"
+    if backend in CPU_OPERANDS:  # nothing else rounds its operands
+        backend = "auto"
     problem = triton_problem(tensor.device.type)
     if problem is None and tensor.dtype not in TRITON_DTYPES:
         problem = f"the kernels take float32, float16 and bfloat16, not {tensor.dtype}"
     if backend == "auto":
         return "torch" if problem or not tensor.is_cuda else "triton"
     if backend != "triton":
-        raise ValueError(f"expected backend auto, triton or torch, found {backend!r}")
+        raise ValueError(f"expected backend auto, triton, torch, {', '.join(CPU_OPERANDS)}, found {backend!r}")
     if problem:
         raise ValueError(f"backend triton cannot run: {problem}")
     return "triton"
@@ -57,8 +81,8 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialized memory that the next call on the same thread and stream hands out again.
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, use: str = "") -> Tensor:
+    """Uninitialized memory that the next call for the same use on the same thread and stream hands out again.
 
     It must be consumed by work queued on the current stream before then, and never returned to a caller or saved.
     """
@@ -68,10 +92,10 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     numel = 1
     for size in shape:
         numel *= size
-    held = _buffers.held.get((device, stream, dtype))
+    held = _buffers.held.get((device, stream, dtype, use))
     if held is None or held.numel() < numel:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
-            _buffers.held[device, stream, dtype] = held = torch.empty(numel, dtype=dtype, device=device)
+            _buffers.held[device, stream, dtype, use] = held = torch.empty(numel, dtype=dtype, device=device)
     return held[:numel].view(shape)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftlab import ops
 
 # The value of run.kernels a layer runs under; "compared" is PEFT's forward with the dropout masks of the fused one.
-MODES = ("auto", "triton", "reference", "compared")
+MODES = ("auto", "triton", *ops.CPU_OPERANDS, "reference", "compared")
 
 
 class Factors(NamedTuple):
@@ -94,6 +94,8 @@ class FusedLora:
             return f"its input is on {x.device}, its weight on {base.weight.device}"
         if self.kernels == "triton" and (problem := ops.triton_problem(x.device.type)):
             return problem
+        if self.kernels in ops.CPU_OPERANDS:
+            return f"its input is on {x.device}" if x.device.type != "cpu" else ops.operands_problem(self.kernels)
         return None
 
     def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
@@ -116,6 +118,8 @@ class FusedLora:
         base, factors = layer.get_base_layer(), self.factors()
         weight = frozen_weight(base)
         assert weight is not None
+        # A head or another layer that loading left in floating point has no int8 product.
+        exact = self.kernels == "cpu-int8" and not isinstance(weight, ops.Int8Weight)
         return ops.lora_linear(
             x.to(compute_dtype(x)),
             weight,
@@ -125,7 +129,7 @@ class FusedLora:
             bias_N=base.bias,
             dropout=factors.dropout,
             seed=ops.new_seed() if factors.dropout else None,
-            backend="triton" if self.kernels == "triton" else "auto",
+            backend="auto" if exact else self.kernels,
         )
 
     @contextlib.contextmanager
@@ -236,7 +240,7 @@ def _fused_8bit() -> type:
         def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
             if reason := _int8_reason(base):
                 return reason
-            if not base.training and base.weight.device.type == "cpu":
+            if not base.training and base.weight.device.type == "cpu" and self.kernels not in ops.CPU_OPERANDS:
                 return "bitsandbytes multiplies int8 by int8 on a CPU outside training"
             return None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from peftlab import ops
 from peftlab.api import build
 from peftlab.bench.sweep import Cell, Facts, Sweep, make_sweep
 from peftlab.data import Rows
@@ -70,14 +71,18 @@ def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length
 
 
 def facts_of(recipe: Recipe, tokenizer: Any, pretrained: Any, new_tokens: int) -> Facts:
-    problem = None
+    problem, on_gpu = None, build.pick_device(recipe.run.device) != "cpu"
+    no_operands = {name: "it is for a CPU" if on_gpu else ops.operands_problem(name) for name in ops.CPU_OPERANDS}
     try:
         import_bitsandbytes()
     except ImportError as error:
         problem = str(error)
     if recipe.task == "image_cls":
-        return Facts(recipe.task, int(tokenizer.length), new_tokens, int(tokenizer.length), problem)
-    return Facts(recipe.task, model_max_length(pretrained, tokenizer), new_tokens, None, problem)
+        length = fixed = int(tokenizer.length)
+    else:
+        length, fixed = model_max_length(pretrained, tokenizer), None
+    known = {name: reason for name, reason in no_operands.items() if reason}
+    return Facts(recipe.task, length, new_tokens, fixed, problem, known)
 
 
 def cell_settings(base: Mapping[str, Any], cell: Cell, *, steps: int) -> dict[str, Any]:

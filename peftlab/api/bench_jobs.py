@@ -201,7 +201,7 @@ def _generation_gate(job: Job) -> dict[str, Any]:
     """
     prompt = _prompt(job, 0)[:2, :_GATE_TOKENS]
     dtype = coarsest_dtype(job.model, job.accelerator.autocast, job.accelerator.device)
-    exact = dtype == torch.float32 and job.recipe.model.quantize != "int8"
+    exact = dtype == torch.float32 and job.recipe.model.quantize != "int8" and job.recipe.run.kernels == "auto"
     allowed = _GATE_TOLERANCE["float32" if exact else "rounded"]
 
     def logits(kernels: str) -> Tensor:

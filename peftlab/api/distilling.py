@@ -32,7 +32,7 @@ from peftlab.errors import Interrupted, RecipeError
 from peftlab.models import load_skeleton
 from peftlab.recipe import LoadedRecipe, check_lock, check_same_settings, write_lock
 from peftlab.training.checkpoint import list_checkpoints
-from peftlab.training.memory import release_memory
+from peftlab.training.memory import frozen_heap, release_memory
 from peftlab.training.progress import Progress, make_progress
 
 STUDENT, BASELINE = "student", "labels"
@@ -79,7 +79,7 @@ def distill(
     build.prepare_libraries()
     progress = progress or make_progress()
     loaded, folder = open_source(recipe, [*overrides, *([f"distill.seeds={seeds}"] if seeds else [])], resume)
-    with build.located(loaded), contextlib.ExitStack() as stack:
+    with build.located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
         if loaded.recipe.distill is None:
             raise RecipeError(

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from peftlab import ops
 from peftlab.adapters import load_adapter
+from peftlab.adapters.fused import set_kernels
 from peftlab.adapters.merge import DequantizedWeights, agreement, exact_updates, weight_error
 from peftlab.api import build
 from peftlab.api.opening import Target, find_target, open_target
@@ -21,7 +23,7 @@ from peftlab.data import Rows, eval_batches, require
 from peftlab.errors import RecipeError, VerificationError
 from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
 from peftlab.tasks import Batch, Task
-from peftlab.training.memory import release_memory
+from peftlab.training.memory import frozen_heap, release_memory
 from peftlab.training.progress import Progress, make_progress
 
 TARGETS = ("original", "dequantized")
@@ -74,7 +76,7 @@ def merge(
             f": {found.loaded.recipe.model.name} is its trained model" if found.kind == "run" else "; name a run folder"
         )
         raise RecipeError(f"{target} has no adapter to merge{full}")
-    with build.located(found.loaded):
+    with build.located(found.loaded), frozen_heap():
         limits = {k: v for k, v in (("kl_mean", max_kl), ("top1", min_top1)) if v is not None}
         return merge_run(
             Path(target), target=base, output=Path(output) if output else None, dtype=dtype, limits=limits,
@@ -173,6 +175,8 @@ class _Reference:
         # float32 matmuls: the comparison should see the merge, not bfloat16 noise.
         exact = {"compute_dtype": "float32"} if recipe.model.quantize == "nf4" else {}
         opened = open_target(found, progress, rows=data.labelled, **exact)
+        if recipe.run.kernels in ops.CPU_OPERANDS:  # for the same reason
+            set_kernels(opened.model, "auto")
         reference = cls(found, opened.task, data.eval, opened.limit)
         reference.logits = reference.run(opened.model)
         reference.updates = exact_updates(opened.model)

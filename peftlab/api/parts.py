@@ -83,6 +83,12 @@ def check_settings(recipe: Recipe) -> None:
     """What can be found wrong without data or model."""
     if recipe.run.kernels == "triton" and (problem := ops.triton_problem(build.pick_device(recipe.run.device))):
         raise RecipeError(f"run.kernels=triton cannot run here: {problem}; use auto", key="run.kernels")
+    if recipe.run.kernels in ops.CPU_OPERANDS:
+        on_gpu = "this run is on a GPU" if build.pick_device(recipe.run.device) != "cpu" else None
+        if problem := on_gpu or ops.operands_problem(recipe.run.kernels):
+            raise RecipeError(
+                f"run.kernels={recipe.run.kernels} cannot run here: {problem}; use auto", key="run.kernels"
+            )
     if recipe.eval.metrics is not None:
         check_metrics(recipe.eval.metrics, recipe.task, bool(recipe.eval.choices))
     for name in recipe.run.log:

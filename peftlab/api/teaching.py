@@ -48,7 +48,7 @@ from peftlab.errors import RecipeError, ResourceError
 from peftlab.models import load_skeleton, resolve_dtype, resolve_precision
 from peftlab.recipe import Recipe, load_recipe
 from peftlab.tasks import Encoded, Example, Outputs, Task
-from peftlab.training.memory import release_memory
+from peftlab.training.memory import frozen_heap, release_memory
 from peftlab.training.progress import Progress, make_progress
 
 # Examples that are answered before the first of them is written: enough to batch those of like length.
@@ -96,7 +96,7 @@ def teach(
     if not isinstance(recipe, Mapping) and Path(recipe).is_dir():
         recipe = open_run(recipe).folder / LOCK_NAME
     loaded = load_recipe(recipe, overrides)
-    with build.located(loaded), progress:
+    with build.located(loaded), frozen_heap(), progress:
         settings = loaded.recipe
         if settings.distill is None:
             raise RecipeError(f"{loaded.name} has no section distill, which names the teacher")

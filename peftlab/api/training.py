@@ -28,7 +28,7 @@ from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, local
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.distilling import DistillLoss
 from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
-from peftlab.training.memory import release_memory
+from peftlab.training.memory import frozen_heap, release_memory
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.packing_check import check_packing
 from peftlab.training.parity import check_parity
@@ -61,7 +61,7 @@ def train(
     build.prepare_libraries()
     progress = progress or make_progress()
     loaded, folder = open_source(recipe, overrides, resume)
-    with build.located(loaded), contextlib.ExitStack() as stack:
+    with build.located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
         if loaded.recipe.distill is not None:
             raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")

@@ -16,8 +16,13 @@ from peftlab.bench.labels import CAPTIONS, cell_label, dimensions, machine_text,
 # Okabe and Ito (2008): told apart by the colour-blind, too.
 COLOURS = {"none": "#0072B2", "nf4": "#D55E00", "int8": "#009E73"}
 _WEIGHTS = {"none": "dense weights", "nf4": "NF4 weights", "int8": "int8 weights"}
-MARKERS = {"auto": "o", "reference": "^"}
-_PATHS = {"auto": "fused path", "reference": "PEFT's path"}
+MARKERS = {"auto": "o", "cpu-bf16": "s", "cpu-int8": "D", "reference": "^"}
+_PATHS = {
+    "auto": "fused path",
+    "cpu-bf16": "fused, bfloat16 operands",
+    "cpu-int8": "fused, int8 operands",
+    "reference": "PEFT's path",
+}
 _GREY = "#666666"
 _WIDTH, _PANEL_HEIGHT, _KEY_LINE, _LEFT = 10.0, 4.6, 0.19, 0.085
 # A long key does not stretch its panel beyond this.
@@ -89,7 +94,7 @@ def _panel(axes: Any, work: str, cells: Sequence[tuple[int, Mapping[str, Any]]])
             xerr=[[x - memory["q1"] / scale], [memory["q3"] / scale - x]],
             fmt=MARKERS[cell["kernels"]],
             color=COLOURS[cell["quantize"]],
-            markerfacecolor=COLOURS[cell["quantize"]] if cell["kernels"] == "auto" else "white",
+            markerfacecolor="white" if cell["kernels"] == "reference" else COLOURS[cell["quantize"]],
             markersize=8,
             markeredgewidth=1.6,
             capsize=3,
@@ -122,7 +127,7 @@ def _key(axes: Any, cells: Sequence[tuple[int, Mapping[str, Any]]], varying: Seq
 
     handles: list[Any] = []
     for kernels in dict.fromkeys(cell["kernels"] for _, cell in cells):
-        face = _GREY if kernels == "auto" else "white"
+        face = "white" if kernels == "reference" else _GREY
         handles.append(Line2D([], [], color=_GREY, marker=MARKERS[kernels], markerfacecolor=face, linestyle="",
                               markersize=7, label=_PATHS[kernels]))  # fmt: skip
     for quantize in dict.fromkeys(cell["quantize"] for _, cell in cells):

@@ -80,7 +80,11 @@ def _first_loss_fault(
     twins = [r for r in runs.get(cell.twin.key, []) if r["status"] == "ok"]
     if cell.kernels == "reference" or not twins or not mine["losses"] or mine["draws"]:
         return None
-    got, want, allowed = mine["losses"][0], twins[0]["losses"][0], FIRST_LOSS_TOLERANCE[dtype]
+    got, want, allowed = (
+        mine["losses"][0],
+        twins[0]["losses"][0],
+        FIRST_LOSS_TOLERANCE["bfloat16" if cell.kernels.startswith("cpu-") else dtype],
+    )
     if abs(got - want) <= allowed * max(abs(want), 1e-3):
         return None
     return f"its first loss is {got:.6g}, and {want:.6g} on PEFT's path (allowed difference {allowed:g}, relative)"

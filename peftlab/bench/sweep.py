@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftlab.errors import RecipeError
 
 METHODS = ("lora", "rslora", "dora", "full")
 QUANTIZE = ("none", "nf4", "int8")
-KERNELS = ("auto", "reference")
+KERNELS = ("auto", "cpu-bf16", "cpu-int8", "reference")
 WORK = ("train", "generate")
 # What a person reads for run.kernels.
-PATH_NAMES = {"auto": "fused", "reference": "PEFT"}
+PATH_NAMES = {"auto": "fused", "cpu-bf16": "fused bf16", "cpu-int8": "fused int8", "reference": "PEFT"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Sweep:
     adapters: tuple[int, ...] = (1,)
 
     def as_dict(self) -> dict[str, list[Any]]:
-        return {field.name: list(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {f.name: list(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 def make_sweep(**values: Sequence[Any]) -> Sweep:
@@ -118,7 +118,8 @@ class Facts:
 
     Attributes:
         max_length: tokens that the model reads. fixed_length: of images, whose tokens are not a choice; None of texts.
-        no_bitsandbytes: why it does not import; None when it does.
+        no_bitsandbytes: why it does not import; None when it does. no_operands: of ``cpu-bf16`` and ``cpu-int8`` those that
+            cannot run here, with the reason.
     """
 
     task: str
@@ -126,6 +127,7 @@ class Facts:
     new_tokens: int
     fixed_length: int | None = None
     no_bitsandbytes: str | None = None
+    no_operands: Mapping[str, str] = field(default_factory=dict)
 
 
 def impossible(cell: Cell, facts: Facts) -> str | None:
@@ -134,6 +136,12 @@ def impossible(cell: Cell, facts: Facts) -> str | None:
         return f"{cell.quantize} needs bitsandbytes, which does not import ({facts.no_bitsandbytes})"
     if cell.method == "full" and cell.quantize != "none":
         return f"{cell.quantize} weights cannot be trained: full fine-tuning needs --quantize none"
+    if cell.kernels in facts.no_operands:
+        return facts.no_operands[cell.kernels]
+    if cell.kernels.startswith("cpu-") and cell.method in ("full", "dora"):
+        return f"{cell.kernels} rounds products with frozen weights under LoRA, and {cell.method} has no such path"
+    if cell.kernels == "cpu-int8" and cell.quantize != "int8":
+        return "cpu-int8 multiplies weights stored in int8: add --quantize int8"
     if cell.what == "generate":
         return _no_generation(cell, facts)
     if cell.adapters > 1:

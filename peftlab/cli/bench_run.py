@@ -31,7 +31,12 @@ def bench_run(
         str | None, typer.Option("--quantize", metavar="NAME,..", help="none, nf4, int8; default none,nf4.")
     ] = None,
     kernels: Annotated[
-        str | None, typer.Option("--kernels", metavar="NAME,..", help="auto (fused), reference (PEFT); default both.")
+        str | None,
+        typer.Option(
+            "--kernels",
+            metavar="NAME,..",
+            help="auto (fused), reference (PEFT), cpu-bf16, cpu-int8; default the first two.",
+        ),
     ] = None,
     batch: Annotated[
         str | None, typer.Option("--batch", metavar="N,..", help="Rows of a step; default the recipe's.")

@@ -153,7 +153,7 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     for i, cell in enumerate(cells, start=1):
         if cell["status"] != "ok":
             by_reason.setdefault(f"{_STATUS[cell['status']]}: {cell['reason']}", []).append(f"#{i}")
-        elif cell["kernels"] == "auto" and cell["num_fused"] < cell["num_adapted"]:
+        elif cell["kernels"] != "reference" and cell["num_fused"] < cell["num_adapted"]:
             slow = f"{cell['num_adapted'] - cell['num_fused']} of {cell['num_adapted']} modules on PEFT's path"
             by_reason.setdefault(f"{slow}: {'; '.join(cell['slow'])}", []).append(f"#{i}")
     lines = [f"{', '.join(which)}: {reason}" for reason, which in by_reason.items()]

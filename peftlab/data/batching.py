@@ -16,6 +16,9 @@ Indices = npt.NDArray[np.int64]
 
 # grouping=epoch sorts by length within windows of this many optimizer steps, so that steps stay mixed in content.
 _WINDOW_STEPS = 50
+# Padded tokens that are worth one more batch of evaluation: on a CPU that costs about 64 tokens, on a GPU a launch of the
+# model. Of 240 texts in 3 batches 46 % were padding, of 966 in 8 batches 18 %; now 15 % (9 batches) and 7 % (16).
+_EVAL_PADDING = 128
 
 
 @dataclass(frozen=True)
@@ -193,23 +196,31 @@ def _cheapest_cuts(lengths: list[int], *, max_rows: int, max_tokens: int, split_
     return cuts[::-1]
 
 
-def _padded_batches(order: Indices, lengths: Indices, max_tokens: int) -> Iterator[Indices]:
-    """Consecutive rows of ``order`` in batches of at most ``max_tokens`` padded tokens (at least one row each)."""
-    first, longest = 0, 0
+def _padded_batches(
+    order: Indices, lengths: Indices, max_tokens: int, max_padding: float = math.inf
+) -> Iterator[Indices]:
+    """Consecutive rows of ``order`` in batches of at most ``max_tokens`` padded tokens, of which ``max_padding`` are
+    padding (at least one row each)."""
+    first, longest, real = 0, 0, 0
     for i, row in enumerate(order):
-        grown = max(longest, int(lengths[row]))
-        if i > first and grown * (i + 1 - first) > max_tokens:
+        length = int(lengths[row])
+        grown, real = max(longest, length), real + length
+        tokens = grown * (i + 1 - first)
+        if i > first and (tokens > max_tokens or tokens - real > max_padding):
             yield order[first:i]
-            first, grown = i, int(lengths[row])
+            first, grown, real = i, length, length
         longest = grown
     if first < len(order):
         yield order[first:]
 
 
-def eval_batches(lengths: Sequence[int] | Indices, batch_tokens: int) -> list[Indices]:
-    """Batches for evaluation: longest rows first, at most ``batch_tokens`` padded tokens each."""
+def eval_batches(
+    lengths: Sequence[int] | Indices, batch_tokens: int, *, max_padding: float = _EVAL_PADDING
+) -> list[Indices]:
+    """Batches for evaluation: longest rows first, at most ``batch_tokens`` padded tokens each, ``max_padding`` of them
+    padding."""
     array = np.asarray(lengths, dtype=np.int64)
-    return list(_padded_batches(np.argsort(-array, kind="stable"), array, batch_tokens))
+    return list(_padded_batches(np.argsort(-array, kind="stable"), array, batch_tokens, max_padding))
 
 
 def fit_lengths(lengths: Indices, *, max_length: int, too_long: str) -> Indices:

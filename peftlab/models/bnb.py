@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import sys
@@ -17,8 +18,36 @@ def import_bitsandbytes() -> Any:
     model hub (0.50.2, backends/cpu/ops.py). Nothing leaves this machine unasked (contract C12), so that package is
     hidden for the duration. Raises: ImportError.
     """
-    with _without_hub_kernels():
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    with _without_hub_kernels(), _compiling_later():
         return importlib.import_module("bitsandbytes")
+
+
+@contextlib.contextmanager
+def _compiling_later() -> Iterator[None]:
+    """``torch.compile`` as a decorator compiles nothing, but imports the compiler, 0.6 s. Functions decorated meanwhile are
+    given to it at their first call."""
+    import torch
+
+    compiler = torch.compile
+
+    def later(function: Any = None, /, **options: Any) -> Any:
+        if function is None:
+            return lambda found: later(found, **options)
+        compiled = functools.cache(lambda: compiler(function, **options))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 @contextlib.contextmanager

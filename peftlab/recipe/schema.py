@@ -254,10 +254,10 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="seed of the split, the order, the adapter and the dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
     deterministic: bool = Field(True, description="deterministic algorithms: same machine, same adapter bytes")
-    kernels: Literal["auto", "triton", "reference"] = Field(
+    kernels: Literal["auto", "triton", "cpu-bf16", "cpu-int8", "reference"] = Field(
         "auto",
         description="adapter path: auto is fused (Triton on a GPU, PyTorch on a CPU), triton insists on Triton, "
-        "reference is PEFT's own",
+        "reference is PEFT's own; cpu-bf16 and cpu-int8 are fused with operands rounded for a processor's AMX or VNNI",
     )
     log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="trackers beside metrics.jsonl"
@@ -320,9 +320,23 @@ class Recipe(Section):
                     "write model.quantize: none, or train an adapter"
                 )
             self.run._reject_unless_default(["merge"], "without an adapter: the run's model/ is the trained model")
+        if self.run.kernels.startswith("cpu-"):
+            self._check_cpu_operands()
         if self.distill is not None:
             self._check_distill(self.distill)
         return self
+
+    def _check_cpu_operands(self) -> None:
+        kernels = self.run.kernels
+        if self.adapter.method == "none" or self.adapter.dora:
+            raise ValueError(
+                f"run.kernels: {kernels} rounds products with frozen weights under LoRA, and "
+                f"{'DoRA does not run fused' if self.adapter.dora else 'without an adapter none is frozen'}; write auto"
+            )
+        if self.train.precision not in ("auto", "float32") or self.model.dtype not in ("auto", "float32"):
+            raise ValueError(f"run.kernels: {kernels} is for float32; leave train.precision and model.dtype out")
+        if kernels == "cpu-int8" and self.model.quantize != "int8":
+            raise ValueError("run.kernels: cpu-int8 multiplies weights stored in int8; write model.quantize: int8")
 
     def _check_distill(self, distill: DistillSection) -> None:
         self.run._reject_unless_default(["merge"], "in a distillation, which writes the student as a model of its own")

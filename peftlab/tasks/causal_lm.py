@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -316,7 +317,9 @@ class CausalLM:
         max_new_tokens: int,
         sampling: Mapping[str, Any],
     ) -> Iterator[tuple[int, np.ndarray]]:
-        for part in eval_batches([len(row) + max_new_tokens for row in ids], batch_tokens):
+        # Padding costs less than one more batch, which reads all weights again for each new token.
+        lengths = [len(row) + max_new_tokens for row in ids]
+        for part in eval_batches(lengths, batch_tokens, max_padding=math.inf):
             answers = self._generate(model, [ids[i] for i in part], max_new_tokens, sampling)
             yield from zip(part.tolist(), answers, strict=True)
 

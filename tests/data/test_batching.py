@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -248,13 +249,34 @@ def test_epoch_grouping_pads_less_and_stays_shuffled() -> None:
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
+def padding(lengths: list[int]) -> int:
+    return max(lengths) * len(lengths) - sum(lengths)
+
+
+def test_evaluation_pads_texts_of_many_lengths_little() -> None:
+    lengths = np.random.default_rng(0).geometric(1 / 25, 240).tolist()
+    share, without = (
+        sum(padding([lengths[i] for i in part]) for part in eval_batches(lengths, 4096, **limit)) / sum(lengths)
+        for limit in ({}, {"max_padding": math.inf})
+    )
+    assert share < 0.25 and without > 0.4, (share, without)
+
+
 @settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 60), max_size=50), budget=st.integers(1, 200))
-def test_eval_batches_are_a_partition_within_budget(lengths: list[int], budget: int) -> None:
-    batches = eval_batches(lengths, budget)
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=50),
+    budget=st.integers(1, 200),
+    max_padding=st.integers(0, 60) | st.just(math.inf),
+)
+def test_eval_batches_are_a_partition_within_budget(lengths: list[int], budget: int, max_padding: float) -> None:
+    batches = eval_batches(lengths, budget, max_padding=max_padding)
     assert sorted(int(i) for part in batches for i in part) == list(range(len(lengths)))
-    for part in batches:
+    for part, after in itertools.zip_longest(batches, batches[1:]):
         assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= budget
+        assert padding([lengths[i] for i in part]) <= max_padding
+        if after is not None:  # no batch is closed early
+            grown = [lengths[i] for i in [*part, after[0]]]
+            assert max(grown) * len(grown) > budget or padding(grown) > max_padding
     flat = [lengths[i] for part in batches for i in part]
     assert flat == sorted(flat, reverse=True), "the largest batch comes first, so that it fails first"
 

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peftlab_kernels import runtime
+from peftlab_kernels.lora_linear import base as base_module
+from peftlab_kernels.lora_linear import cpu_products
 
 import peftlab
 from peftlab import ops
 from peftlab.adapters import lora as lora_module
 from peftlab.api import parts as parts_module
-from peftlab.errors import VerificationError
+from peftlab.errors import RecipeError, VerificationError
 from peftlab.tasks import CausalLM, SequenceClassification, causal_lm, seq_cls
 from peftlab.training import parity
 from peftlab.training.progress import SilentProgress
@@ -45,6 +48,61 @@ def recipe(task: str = "causal_lm", **changes: Any) -> dict[str, Any]:
         "eval": {"before": False},
         "run": {"dir": "run", **changes.get("run", {})},
     }
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
+@pytest.mark.parametrize(("kernels", "quantize"), [("cpu-bf16", "none"), ("cpu-bf16", "nf4"), ("cpu-int8", "int8")])
+def test_rounded_operands_are_told_from_faults(
+    here: Path, monkeypatch: pytest.MonkeyPatch, task: str, kernels: str, quantize: str
+) -> None:
+    """The training path is compared in float32, then its rounding with that; evaluation takes it too."""
+    monkeypatch.setattr(ops, "operands_problem", lambda backend: None)
+    monkeypatch.setattr(runtime, "operands_problem", lambda backend: None)
+    changes = {"task": task, "model": {"quantize": quantize}}
+    exact = train(**changes).summary["after"]
+    run = train(**changes, run={"kernels": kernels, "dir": "rounded"})
+    found = run.summary["parity"]
+    assert found["worst_cosine"] > 0.9999 and found["rounded"]["worst_cosine"] > 0.9
+    assert found["num_fused"] == found["num_adapted"]
+    assert run.summary["after"]["loss"] == pytest.approx(exact["loss"], rel=2e-2)
+
+    def doubled(y_MN: Any, x_MK: Any, base: Any, operands: str) -> None:
+        y_MN.add_(2 * x_MK @ base_module.as_float(base, x_MK.dtype, backend="torch").t())
+
+    monkeypatch.setattr(cpu_products, "add_product", doubled)
+    with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
+        train(**changes, run={"kernels": kernels, "dir": "faulty"})
+
+
+def test_a_processor_without_the_units_opens_such_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (ops, runtime):
+        monkeypatch.setattr(module, "operands_problem", lambda backend: None)
+    run = train(task="seq_cls", run={"kernels": "cpu-bf16"})
+    for module in (ops, runtime):
+        monkeypatch.setattr(module, "operands_problem", lambda backend: "the processor has none of AMX")
+    assert len(list(peftlab.predict(run.folder, ["red 1"]))) == 1
+    with pytest.raises(RecipeError, match=r"cpu-bf16 cannot run here: the processor has none of AMX; use auto"):
+        train(task="seq_cls", run={"kernels": "cpu-bf16", "dir": "other"})
+    assert not (here / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"kernels": "cpu-int8"}}, "cpu-int8 multiplies weights stored in int8; write model.quantize: int8"),
+        ({"run": {"kernels": "cpu-bf16"}, "adapter": {"dora": True}}, "DoRA does not run fused; write auto"),
+        ({"run": {"kernels": "cpu-bf16"}, "model": {"dtype": "bfloat16"}}, "is for float32; leave train.precision"),
+    ],
+)
+def test_where_rounded_operands_make_no_sense(here: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train(**changes)
+
+
+def test_full_fine_tuning_has_nothing_to_round(here: Path) -> None:
+    whole = recipe(run={"kernels": "cpu-bf16"}) | {"adapter": {"method": "none"}}
+    with pytest.raises(RecipeError, match="without an adapter none is frozen; write auto"):
+        peftlab.train(whole, progress=SilentProgress())
 
 
 def train(**changes: Any) -> Any:

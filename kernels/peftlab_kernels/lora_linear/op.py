@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftlab_kernels import runtime
-from peftlab_kernels.lora_linear import passes, plan
+from peftlab_kernels.lora_linear import cpu_products, passes, plan
 from peftlab_kernels.lora_linear.base import (
     BaseWeight,
     DenseWeight,
@@ -37,6 +37,8 @@ class _Call:
     dropout: float
     backend: str
     plan: plan.Plan
+    operands: str | None
+    """Of ``cpu_products``; None: those of x."""
 
 
 def lora_linear(
@@ -60,7 +62,8 @@ def lora_linear(
         x: [..., K] float32, float16 or bfloat16 (and float64 without Triton). base: the frozen [N, K] weight.
         A_RK, B_NR: any of these types; their gradients have their types. dropout: probability of a zero.
         seed: [] int64 on the CPU (``new_seed()``); needed with dropout: one seed gives one mask for one shape.
-        backend: auto (Triton on CUDA), triton or torch.
+        backend: auto (Triton on CUDA), triton, torch, or for float32 on a CPU cpu-bf16 or, over an ``Int8Weight``,
+            cpu-int8: the products with W, here and in dX, then take operands rounded to that type.
     Returns: [..., N] in the type of x.
     Raises: ValueError on shapes that do not fit together, a dropout outside [0, 1), or a backend that cannot run.
     """
@@ -156,7 +159,10 @@ def _forward(
         # The small part first: the product is then added to it before its one rounding. The other way round the base
         # is on the 16-bit grid already, and an adapter below half its step is lost.
         y_MN = torch.nn.functional.linear(S_MR, (call.scale * B_NR).to(dtype), bias_N)
-        y_MN.addmm_(x_MK, as_float(call.base, dtype, backend=call.backend).t())
+        if call.operands:
+            cpu_products.add_product(y_MN, x_MK, call.base, call.operands)
+        else:
+            y_MN.addmm_(x_MK, as_float(call.base, dtype, backend=call.backend).t())
     return y_MN, S_MR if save else None, mask_MP
 
 
@@ -183,7 +189,9 @@ def _backward(
         )  # fmt: skip
         dA_RK = dA_RK.to(A_RK.dtype) if dA_RK is not None else None
         dB_NR = dB_NR.to(B_NR.dtype)
-    if dX_MK is not None:
+    if dX_MK is not None and call.operands:
+        cpu_products.add_gradient(dX_MK, dY_MN, call.base, call.operands)
+    elif dX_MK is not None:
         dX_MK.addmm_(dY_MN, as_float(call.base, dtype, backend=call.backend))
     elif need_x:
         dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.backend)
@@ -215,13 +223,20 @@ def _unpack(tensors: list[Tensor], kind: str, numbers: list[int], threshold: flo
 def _call_of(
     x_MK: Tensor, base: BaseWeight, scale: float, dropout: float, backend: str
 ) -> _Call:  # fmt: skip
+    operands = runtime.CPU_OPERANDS.get(backend) if x_MK.dtype == torch.float32 else None
+    if operands:
+        problem = f"x is on {x_MK.device}" if x_MK.device.type != "cpu" else runtime.operands_problem(backend)
+        if problem is None and operands == "int8" and not isinstance(base, Int8Weight):
+            problem = f"the weight is not stored in int8 but as {type(base).__name__}"
+        if problem:
+            raise ValueError(f"backend {backend} cannot run: {problem}")
     backend = runtime.choose_backend(backend, x_MK)
     (M, K), N = x_MK.shape, base.shape[0]
     on_grid = isinstance(base, DenseWeight) and base.weight.dtype == x_MK.dtype and x_MK.dtype.itemsize == 2
     chosen = plan.choose(
         kind_of(base), x_MK.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=on_grid, backend=backend
     )  # fmt: skip
-    return _Call(base, scale, dropout, backend, chosen)
+    return _Call(base, scale, dropout, backend, plan.UNMERGED if operands else chosen, operands)
 
 
 @torch.library.custom_op("peftlab::lora_linear", mutates_args=())

@@ -47,7 +47,7 @@ class Key(NamedTuple):
     dropout: bool
 
 
-_UNMERGED = Plan("split", "split")
+UNMERGED = Plan("split", "split")
 _Table = dict[Key, Plan]
 _extra_tables: list[_Table] = []
 _planned_rows: list[int] = []
@@ -70,7 +70,7 @@ def choose(
         return _forced[-1]
     M = _planned_rows[-1] if _planned_rows else M
     chosen = _choose(key_of(kind, device, M=M, N=N, K=K, dropout=dropout), backend)
-    return _UNMERGED if on_grid and "merged" in (chosen.forward, chosen.backward) else chosen
+    return UNMERGED if on_grid and "merged" in (chosen.forward, chosen.backward) else chosen
 
 
 @contextlib.contextmanager
