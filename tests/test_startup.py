@@ -52,3 +52,19 @@ def test_a_misspelt_key_is_told_before_anything_heavy_is_imported(verb: str) -> 
     assert "train.epoch: unknown key; did you mean `epochs`?" in done.stderr
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "peftlab" in imported and not imported & HEAVY
+
+
+def test_bitsandbytes_brings_no_compiler_until_it_is_used() -> None:
+    """Its decorators alone would import Inductor; what they make still compiles, or falls back, at its first call."""
+    program = """
+import sys, torch
+compiler = torch.compile
+from peftlab.models import import_bitsandbytes
+bnb = import_bitsandbytes()
+assert torch.compile is compiler and import_bitsandbytes() is bnb
+assert "torch._inductor.compile_fx" not in sys.modules
+weight = torch.randn(64, 64)
+packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+print(float((bnb.functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm()))
+"""
+    assert 0.05 < float(_run(sys.executable, "-c", program).stdout) < 0.15

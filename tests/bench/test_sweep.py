@@ -95,6 +95,16 @@ def test_what_the_task_and_the_machine_rule_out() -> None:
     assert impossible(cell(length=17), images) is None
 
 
+def test_rounded_operands_need_the_units_and_int8_weights() -> None:
+    weak = Facts("causal_lm", 128, 32, no_operands={"cpu-bf16": "the processor has none of AMX"})
+    assert impossible(cell(kernels="cpu-bf16"), weak) == "the processor has none of AMX"
+    assert impossible(cell(kernels="cpu-bf16"), LLAMA) is None
+    assert "add --quantize int8" in str(impossible(cell(kernels="cpu-int8"), LLAMA))
+    assert impossible(cell(kernels="cpu-int8", quantize="int8"), LLAMA) is None
+    for method in ("full", "dora"):
+        assert f"{method} has no such path" in str(impossible(cell(kernels="cpu-bf16", method=method), LLAMA))
+
+
 def test_repetitions_go_there_and_back() -> None:
     cells = [cell(rank=rank) for rank in (1, 2, 3)]
     assert [[c.rank for c in interleaved(cells, i)] for i in range(3)] == [[1, 2, 3], [3, 2, 1], [1, 2, 3]]

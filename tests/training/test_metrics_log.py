@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 
 from peftlab.errors import ArtifactError
 from peftlab.training import memory
+from peftlab.training.memory import frozen_heap
 from peftlab.training.metrics_log import MetricsLog, read_metrics
 
 
@@ -188,3 +191,26 @@ def test_all_threads_allocate_from_one_heap() -> None:
 
     assert inside("one") == "True"
     assert inside("own") == "False", "the test must see a heap of the thread's own"
+
+
+def test_a_frozen_heap_thaws_and_still_collects_what_is_new() -> None:
+    class Node:
+        pass
+
+    def cycle() -> weakref.ref[Node]:
+        node = Node()
+        node.itself = node  # type: ignore[attr-defined]
+        return weakref.ref(node)
+
+    before = cycle()
+    with frozen_heap():
+        assert before() is None, "what was garbage at its beginning is gone, not kept"
+        with frozen_heap():
+            within = cycle()
+        assert gc.get_freeze_count() > 10_000, "the inner one ends nothing"
+        gc.collect()
+        assert within() is None
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ValueError, match="inside"), frozen_heap():
+        raise ValueError("inside")
+    assert gc.get_freeze_count() == 0
