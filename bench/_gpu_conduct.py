@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,10 @@ from pathlib import Path
 from typing import IO
 
 from _gpu_base import Deadline, Row, Section
+from _gpu_journal import counting_rows, finished
+from _gpu_sections import SECTIONS
+
+from peftlab.bench.journal import Journal, read_records
 
 PROGRAM = Path(__file__).resolve().with_name("gpu_check.py")
 GRACE_S = 10.0  # beyond its deadline, for the task that a process is in
@@ -34,9 +37,9 @@ class Child:
 class Conductor:
     """Starts the groups, waits for them, and keeps to the time."""
 
-    def __init__(self, path: Path, sections: list[Section], deadline: Deadline, *, dry: bool) -> None:
+    def __init__(self, journal: Journal, sections: list[Section], deadline: Deadline, *, dry: bool) -> None:
         self.sections, self.deadline, self.dry = sections, deadline, dry
-        self.path = path
+        self.journal, self._num_before = journal, len(journal.records)
         self._running: list[Child] = []
 
     def groups(self, *, timing: bool) -> list[str]:
@@ -54,11 +57,14 @@ class Conductor:
         started = [self._start(group, self._cap(group)) for group in self.groups(timing=False)]
         for child in started:
             self._wait(child)
-        if not any(s.gate for s in self.sections):
+        done = finished(self._records())
+        checked = any(s.gate for s in self.sections) or any(s.gate and s.name in done for s in SECTIONS)
+        if self.groups(timing=True) and not checked:
             self._say(
                 "gate", {"not_run": "no section of correctness was chosen: no figure stands on proof", "ok": None}
             )
-        if red := [row for row in self.rows() if row["ok"] is False]:
+        timed = {s.name for s in SECTIONS if s.timing}
+        if red := [row for row in self.rows() if row["ok"] is False and row["section"] not in timed]:
             for section in self.sections:
                 if section.timing:
                     self._say(section.name, {"not_run": f"{len(red)} correctness rows are red", "ok": None})
@@ -73,7 +79,11 @@ class Conductor:
             self._wait(self._start(group, cap))
 
     def rows(self) -> list[Row]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return counting_rows(self._records())
+
+    def _records(self) -> list[Row]:
+        """Of all processes."""
+        return read_records(self.journal.path)
 
     def _cap(self, group: str) -> float:
         return min(self.deadline.left() - GRACE_S, 25 + sum(s.seconds for s in self.sections if s.group == group))
@@ -82,7 +92,7 @@ class Conductor:
         deadline = self.deadline.part(seconds)
         names = [s.name for s in self.sections if s.group == group]
         command = [sys.executable, str(PROGRAM), "--child", str(deadline.until), "--only", *names]
-        command += ["--out", str(self.path.parent), *(["--dry-run-cpu"] if self.dry else [])]
+        command += ["--out", str(self.journal.path.parent), *(["--dry-run-cpu"] if self.dry else [])]
         # Many processes at once need few threads each; those that are timed have the machine to themselves.
         timed = any(s.timing for s in self.sections if s.group == group)
         environment = os.environ | ({} if timed else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
@@ -103,8 +113,8 @@ class Conductor:
         child.output.seek(0)
         text = child.output.read().decode(errors="replace").strip()
         child.output.close()
-        written = [row["section"] for row in self.rows()]
-        for section in self._lost(child.group, code, written):
+        begun = {r["section"] for r in self._records()[self._num_before :] if r["kind"] == "begin"}
+        for section in self._lost(child.group, code, begun):
             reason = "did not end in time and was stopped" if code is None else f"ended with exit code {code}"
             # Cut off by time, a section that is no gate is unknown rather than red.
             ok = None if code is None and not section.gate else False
@@ -112,15 +122,14 @@ class Conductor:
         ended = "done" if code == 0 else "see its rows"
         print(f"{child.group}: {ended}, {self.deadline.left():.0f} s left", file=sys.stderr)
 
-    def _lost(self, group: str, code: int | None, written: list[str]) -> list[Section]:
-        """Sections without a row, and of a process that came to harm the last one with rows: it may lack some."""
+    def _lost(self, group: str, code: int | None, names: set[str]) -> list[Section]:
+        """Sections that have not begun, and of a process that came to harm the last one that has: it may lack rows."""
         sections = [s for s in self.sections if s.group == group]
-        begun = [s for s in sections if s.name in written]
+        begun = [s for s in sections if s.name in names]
         return [s for s in sections if s not in begun] if code == 0 else sections[max(0, len(begun) - 1) :]
 
     def _say(self, section: str, row: Row) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"section": section, **row}) + "\n")
+        self.journal.write({"kind": "row", "section": section, **row})
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

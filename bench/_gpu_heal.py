@@ -1,6 +1,6 @@
 """gpu-check: SmolLM2-135M cut from 30 to 24 layers and healed for a fixed time, by its stored teacher and by labels alone.
 
-    python bench/gpu_check.py --only distillation healing     it takes minutes of its own, so it runs when it is named
+    python bench/gpu_check.py --resume --only healing     it takes minutes of its own, so it runs when it is named
     python bench/_gpu_heal.py                                 packs what it needs into build/heal/1 and build/heal/2
 
 Weights and texts come from the packages of assets.txt, or from build/heal, which can be carried to a machine without them
@@ -64,6 +64,7 @@ def _heal(device: Device) -> Row:
         "seconds_of_labels_over_ours": labels["seconds"] / ours["seconds"],
         "gain": {name: value["value"] for name, value in seed["paired"]["gain"].items()},
         "target": "closer to the teacher than the labels bring it, in KL",
+        "kl_over_labels": ours["kl"] / labels["kl"],
         "met": ours["kl"] < labels["kl"],
     }
 

@@ -24,13 +24,13 @@ WARMUPS, MOST_STEPS, STEPS_S = 2, 20, 4.0
 
 def distillation_steps(device: Device) -> Iterator[Task]:
     """The teacher beside the student first; then without it, on stored classes."""
-    yield Task({"case": "building teacher and student"}, partial(_build, device), seconds=20)
+    yield Task({"case": "building teacher and student"}, partial(_build, device), seconds=20, makes=True)
     for way, stored in (
         ("the teacher beside the student, NF4", None),
         (f"stored top-{kd_plan.NUM_STORED}", kd_plan.NUM_STORED),
     ):
         if stored is not None:
-            yield Task({"case": "the teacher leaves the GPU"}, partial(_leave, device))
+            yield Task({"case": "the teacher leaves the GPU"}, partial(_leave, device), makes=True)
         for card in kd_plan.CARDS:
             what = {"case": f"distillation step, {way}, r={kd_plan.RANK} on all linears, checkpointing"}
             what |= {"batch": 1, "length": _tokens(device), "card_gb": card / 1e9}

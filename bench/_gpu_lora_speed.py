@@ -9,17 +9,14 @@ casts of the input where there are any) or bfloat16 factors without autocast. Th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from _gpu_base import Comparison, Device, Row, Run, Task, interleaved
+from _gpu_base import Device, Row, Task
 from _gpu_roofline import (
     DROPOUT_MEMORY_TARGET,
-    GEMM_FLOPS,
-    HBM_BYTES_PER_S,
-    HBM_SHARE,
     LAYER,
     LIMIT,
     TARGET,
@@ -28,6 +25,8 @@ from _gpu_roofline import (
     layer_us,
     predicted_us,
 )
+from _gpu_speed import bytes_per_s, flops_per_s
+from _gpu_timing import Run, compared, interleaved, reaches
 
 PEFT = ("PEFT, autocast", "PEFT, bf16")
 DROPOUT = 0.05
@@ -160,9 +159,8 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
     runs["peftlab"](lambda phase: None)
     slow = layer.wide.kept_slow
     memory = _memory(device, runs, dropout > 0)
-    agree = _agreement(runs, PEFT[0]) if not dropout else None
+    agree = agreement(runs, PEFT[0]) if not dropout else None
     found = interleaved(device, runs, seconds=1.0, flush=M <= FLUSHED_ROWS, ahead=True)
-    device.found["lora", kind, M, N, K, R, dropout] = found
     phases = ("forward", "backward", "both")
     best = {phase: found.fastest(PEFT, phase) for phase in phases}
     ratios = {phase: found.ratio(best[phase], "peftlab", phase) for phase in phases}
@@ -172,6 +170,7 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
     chosen = plan.choose(kind, x.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=kind == "dense", backend="triton")
     row: Row = {
         "us": found.spreads(),
+        "rounds_us": found.rounds(),
         "ratio": ratios,
         "faster_peft": best,
         "over_cublas": found.ratio("peftlab", "cuBLAS, no adapter", "both"),
@@ -180,7 +179,7 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
         "bitsandbytes_forward": _bnb_path(device, kind, M, N, K),
         "agreement": agree,
         "target": target,
-        "met": None if target is None else ratios["both"]["ratio"] >= target,
+        "met": reaches(ratios["both"], target),
         "floor_us": floor,
         "above_limit": not device.dry and ours < 0.9 * floor,
         "l2_flushed": M <= FLUSHED_ROWS,
@@ -193,14 +192,14 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
         }
     if M <= FLUSHED_ROWS:  # where launching is most of it
         alone = interleaved(device, runs, seconds=0.3, flush=True)
-        row["alone_us"] = {name: phases["both"].spread() for name, phases in alone.times.items()}
+        row["alone_us"] = {name: phases["both"] for name, phases in alone.spreads().items()}
         row["alone_ratio"] = alone.ratio(alone.fastest(PEFT, "both"), "peftlab", "both")
     if slow or (agree is not None and not agree["ok"]):
         row |= {"slow": slow, "ok": False}
     return row
 
 
-def _agreement(runs: dict[str, Run], other: str) -> Row:
+def agreement(runs: dict[str, Run], other: str) -> Row:
     """Outputs and gradients of both, relative to each other: no figure for something that computes something else."""
     got, want = (runs[name](lambda phase: None) for name in ("peftlab", other))
     errors = [
@@ -223,7 +222,7 @@ def _memory(device: Device, runs: dict[str, Run], dropout: bool) -> Row:
         output = run(lambda phase, seen=seen: seen.setdefault(phase, device.allocated()))[0]
         held[name] = seen["forward"] - before - output.numel() * output.element_size()
         del output
-    row: Row = {"peak_bytes": peaks, "held_bytes": held}
+    row: Row = {"peak_bytes": peaks, "held_bytes": held, "held_share": None}
     smallest = min(held[name] for name in PEFT)
     if dropout and smallest > 0:
         row["held_share"] = held["peftlab"] / smallest
@@ -233,9 +232,9 @@ def _memory(device: Device, runs: dict[str, Run], dropout: bool) -> Row:
 
 def _floor_us(device: Device, kind: str, M: int, N: int, K: int) -> float:
     """Forward and dX can be no faster: FLOPs at the measured rate, or the fewest bytes where the L2 does not help."""
-    flops = 1e6 * 2 * gemm_flops(M, N, K) / device.found.get("gemm", GEMM_FLOPS)
+    flops = 1e6 * 2 * gemm_flops(M, N, K) / flops_per_s(device)
     moved = base_bytes(kind, M, N, K) if M <= FLUSHED_ROWS else 0.0
-    return max(flops, 1e6 * moved / 2 / device.found.get("bandwidth", HBM_SHARE * HBM_BYTES_PER_S))
+    return max(flops, 1e6 * moved / 2 / bytes_per_s(device))
 
 
 def _bnb_path(device: Device, kind: str, M: int, N: int, K: int) -> str | None:
@@ -253,68 +252,27 @@ def _bnb_path(device: Device, kind: str, M: int, N: int, K: int) -> str | None:
 
 def _layer(device: Device, kind: str, M: int, R: int, dropout: float, shapes: list[tuple[int, int]]) -> Row:
     """Sums over the linears of a layer, beside what kernels.md's model says of them."""
-    parts: list[tuple[int, Comparison]] = []
+    parts: list[tuple[int, Row]] = []
     for N, K in shapes:
-        found = device.found.get(("lora", kind, M, N, K, R, dropout))
+        found = device.row_of(**_what(kind, M, R, dropout), shape=[N, K])
         if found is None:
-            return {"not_run": f"{N}x{K} was not measured", "ok": None}
+            return {"not_run": f"{N}x{K} was not measured, or is red", "ok": None}
         parts.append((LAYER.get((N, K), 1), found))
-    names = list(parts[0][1].times)
-    us = {name: sum(count * f.times[name]["both"].median for count, f in parts) for name in names}
-    peft = sum(count * min(f.times[name]["both"].median for name in PEFT) for count, f in parts)
-    ratio, target = peft / us["peftlab"], TARGET[dropout > 0] if M >= 2048 and R == 16 else None
-    row: Row = {"us": us, "fastest_peft_us": peft, "ratio": {"ratio": round(ratio, 4)}, "target": target}
-    row["met"] = None if target is None else ratio >= target
+    us = {name: sum(count * row["us"][name]["both"][1] for count, row in parts) for name in parts[0][1]["us"]}
+
+    def blocks(who: Callable[[Row], str]) -> list[float]:
+        """Of each block, the sum over the layer."""
+        times = ([count * t for t in row["rounds_us"][who(row)]["both"]] for count, row in parts)
+        return [sum(values) for values in zip(*times, strict=True)]
+
+    ratio = compared(blocks(lambda row: row["faster_peft"]["both"]), blocks(lambda row: "peftlab"))
+    target = TARGET[dropout > 0] if M >= 2048 and R == 16 else None
+    fastest = sum(count * row["us"][row["faster_peft"]["both"]]["both"][1] for count, row in parts)
+    row: Row = {"us": us, "fastest_peft_us": fastest, "ratio": ratio, "target": target, "met": reaches(ratio, target)}
     if M >= 512:
         predicted = {who: layer_us(who, M, R, dropout=dropout > 0, kind=kind) for who in ("PEFT", "limit", "built")}
         row |= {"predicted_us": predicted, "predicted_ratio": round(predicted["PEFT"] / predicted["built"], 3)}
     if kind == "nf4" and R == 16 and M >= 2048:
         row["limit"] = LIMIT[dropout > 0]
-        row["above_limit"] = ratio > row["limit"]
+        row["above_limit"] = ratio["value"] > row["limit"]
     return row
-
-
-def unsloth_speed(device: Device) -> Iterator[Task]:
-    """Unsloth's fused LoRA linear, in a process of its own because importing it patches other libraries."""
-    for M in (2048, 8192):
-        for dropout in (0.0, DROPOUT):
-            what = {"case": "lora_linear against Unsloth", "M": M, "R": 16, "shape": [4096, 4096], "dropout": dropout}
-            yield Task(what, partial(_unsloth, device, M, dropout), seconds=4)
-
-
-def _unsloth(device: Device, M: int, dropout: float) -> Row:
-    import importlib.metadata
-    from types import SimpleNamespace
-
-    import torch
-    import unsloth  # noqa: F401 -- its kernels expect that
-    from unsloth.kernels import apply_lora_o
-
-    layer = adapted(device, "nf4", 4096, 4096, 16, dropout)
-    x = device.randn(1, M, 4096, seed=6, dtype=torch.bfloat16).requires_grad_()
-    grad = device.randn(1, M, 4096, seed=7, dtype=torch.bfloat16)
-    own_x = x.detach().clone().requires_grad_()  # its backward may write into it
-    owner = SimpleNamespace(o_proj=layer.narrow)
-
-    def theirs(mark: Any) -> Any:
-        y = apply_lora_o(owner, own_x)
-        mark("forward")
-        factors = [layer.narrow.lora_A["default"].weight, layer.narrow.lora_B["default"].weight]
-        found = torch.autograd.grad(y, [own_x, *factors], grad)
-        mark("backward")
-        return y.detach(), *found
-
-    runs = {"peftlab": contestants(device, layer, x, grad)["peftlab"], "Unsloth": theirs}
-    agree = _agreement(runs, "Unsloth") if not dropout else None
-    with torch.no_grad():
-        own_x.copy_(x)
-    found = interleaved(device, runs, seconds=2.0, ahead=True)
-    return {
-        "us": found.spreads(),
-        "ratio": found.ratio("Unsloth", "peftlab", "both"),
-        "version": importlib.metadata.version("unsloth"),
-        "expected": 1.12 if dropout else 1.05,
-        "agreement": agree,
-        "ok": agree is None or agree["ok"],
-        **found.protocol(),
-    }

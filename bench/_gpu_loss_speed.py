@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _gpu_base import Device, Row, Run, Task, interleaved
-from _gpu_roofline import GEMM_FLOPS, gemm_flops
+from _gpu_base import Device, Row, Task
+from _gpu_roofline import gemm_flops
+from _gpu_speed import flops_per_s
+from _gpu_timing import Run, interleaved, reaches
+
+from peftlab.evaluation.intervals import quartiles
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,18 +100,19 @@ def _loss_speed(device: Device, case: str, shape: tuple[int, int, int]) -> Row:
     found = interleaved(device, runs, seconds=3.0)
     time_of = {name: phases["time"].median for name, phases in found.times.items()}
     products = (3 if trained or (distils and not case.startswith("top")) else 2) * gemm_flops(num_tokens, vocab, hidden)
-    floor = 1e6 * products / device.found.get("gemm", GEMM_FLOPS)
+    floor = 1e6 * products / flops_per_s(device)
     ratios = {name: found.ratio(name, "peftlab", "time") for name in runs if name != "peftlab"}
+    times_less = {name: peaks[name] / max(peaks["peftlab"], 1) for name in ratios}
     met = {}
     for name, (faster, smaller) in TARGETS[case].items():
         if name in ratios and not device.dry:
-            met[name] = ratios[name]["ratio"] >= faster and (
-                smaller is None or peaks[name] >= smaller * peaks["peftlab"]
-            )
+            met[name] = bool(reaches(ratios[name], faster)) and (smaller is None or times_less[name] >= smaller)
     return {
         "us": {name: phases["time"] for name, phases in found.spreads().items()},
+        "rounds_us": found.rounds(),
         "ratios": ratios,
         "extra_bytes": peaks,
+        "times_less_memory": times_less,
         "liger": state,
         "floor_us": floor,
         "over_floor": time_of["peftlab"] / floor,
@@ -177,7 +181,7 @@ def _recipe_speed(device: Device, quantize: str) -> Row:
         speeds = [m["tokens_per_s"] for m in run.metrics() if "tokens_per_s" in m][steps // 3 :]
         peak = run.summary["training"]["peak_memory_bytes"]
     return {
-        "tokens_per_s": statistics.median(speeds),
-        "quartiles": statistics.quantiles(speeds, n=4),
+        "tokens_per_s": quartiles(speeds)[1],
+        "quartiles": quartiles(speeds),
         "peak_memory_bytes": peak,
     }

@@ -23,12 +23,14 @@ def _sections(rows: list[Row]) -> str:
 
 def name_of(row: Row) -> str:
     """What the row is about, in a few words."""
-    words = [str(row.get("check") or row.get("case") or row["section"])]
-    words += [str(row[key]) for key in ("kind", "teacher", "quantize", "dtype") if key in row]
-    if "shape" in row and "case" in row:
-        words.append("x".join(map(str, row["shape"])))
-    words += [f"{key}={row[key]}" for key in ("M", "R", "batch", "length", "layers", "card_gb") if key in row]
-    words += [f"d={row['dropout']:g}"] if row.get("dropout") else []
+    task = row.get("task", {})
+    words = [str(task.get("check") or task.get("case") or row["section"])]
+    words += [str(task[key]) for key in ("kind", "teacher", "quantize", "dtype") if key in task]
+    if "shape" in task and "case" in task:
+        words.append("x".join(map(str, task["shape"])))
+    words += [f"{key}={task[key]}" for key in ("M", "R", "batch", "length", "card_gb") if key in task]
+    words += [f"layers={row['layers']}"] if "layers" in row else []
+    words += [f"d={task['dropout']:g}"] if task.get("dropout") else []
     return " ".join(words)
 
 
@@ -39,7 +41,7 @@ def _figures(rows: list[Row]) -> str:
     lines = [f"{'case':78} {'ours, us':>10} {'ratio':>7} {'target':>7} {'predicted':>9}  remarks"]
     for row in measured:
         ratio = _both(row.get("ratio") or next(iter(row.get("ratios", {}).values()), {}))
-        value = f"{ratio['ratio']:.3f}" if ratio else f"{row.get('tflops') or row.get('gb_per_s'):.0f}"
+        value = f"{ratio['value']:.3f}" if ratio else f"{row.get('tflops') or row.get('gb_per_s'):.0f}"
         ours = _microseconds(row.get("us", {}).get("peftlab") or row.get("us", {}).get("before"))
         lines.append(
             f"{name_of(row):78} {ours:>10} {value:>7} {_number(row.get('target')):>7} "
@@ -73,7 +75,10 @@ def _microseconds(value: Any) -> str:
     return "" if value is None else f"{value:,.1f}"
 
 
-def _number(value: float | None) -> str:
+def _number(value: Any) -> str:
+    """Several targets at once are told by what they were set for."""
+    if isinstance(value, dict):
+        return f"{next(iter(value.values()))[0]:.2f}"
     return "" if value is None else f"{value:.2f}"
 
 
@@ -90,7 +95,7 @@ def _remarks(row: Row, ratio: Row) -> list[str]:
         remarks.append("met" if row["met"] else "MISSED")
     if row.get("above_limit"):
         remarks.append("ABOVE THE LIMIT: a measuring error?")
-    if ratio.get("no_difference"):
+    if ratio.get("differs") is False:
         remarks.append("no difference")
     if row.get("held_share") is not None:
         remarks.append(f"holds {100 * row['held_share']:.1f} % of PEFT's bytes")

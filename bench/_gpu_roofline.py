@@ -126,18 +126,27 @@ def step_ms(who: str, tokens: int, *, dropout: bool) -> float:
     return total
 
 
-def main() -> None:
-    print("| linears of a Llama-3-8B layer, H200 | PEFT, us | ours: floor | as built | predicted ratio | target |")
-    print("|---|---|---|---|---|---|")
+def predictions() -> str:
+    """The tables of bench/results/PENDING.md."""
+    return "\n\n".join("\n".join(lines) for lines in (_layers(), _linears(), _steps(), _dequantizations()))
+
+
+def _layers() -> list[str]:
+    lines = [
+        "| linears of a Llama-3-8B layer, H200 | PEFT, us | ours: floor | as built | predicted ratio | target |",
+        "|---|---|---|---|---|---|",
+    ]
     cases = [(M, 16, dropout) for M in (512, 2048, 8192) for dropout in (False, True)]
     for M, R, dropout in [*cases, *((2048, R, d) for R in (8, 64) for d in (False, True))]:
         peft, limit, built = (layer_us(who, M, R, dropout=dropout) for who in ("PEFT", "limit", "built"))
         target = f"{TARGET[dropout]:.2f}" if M >= 2048 else "none"
         name = f"M={M}, r={R}, {'dropout 0.05' if dropout else 'no dropout'}"
-        print(f"| {name} | {peft:,.0f} | {limit:,.0f} | {built:,.0f} | {peft / built:.2f} | {target} |")
-    print()
-    print("| one NF4 linear, no dropout / dropout, r=16 | M=2048 | M=8192 |")
-    print("|---|---|---|")
+        lines.append(f"| {name} | {peft:,.0f} | {limit:,.0f} | {built:,.0f} | {peft / built:.2f} | {target} |")
+    return lines
+
+
+def _linears() -> list[str]:
+    lines = ["| one NF4 linear, no dropout / dropout, r=16 | M=2048 | M=8192 |", "|---|---|---|"]
     for N, K in LAYER:
         cells = []
         for M in (2048, 8192):
@@ -146,21 +155,30 @@ def main() -> None:
                 for d in (False, True)
             )
             cells.append(" / ".join(f"{ratio:.2f}" for ratio in pair))
-        print(f"| {N}x{K} | {' | '.join(cells)} |")
-    print()
-    print("| training step of Llama-3-8B, NF4, r=16, 8,192 tokens | PEFT, ms | as built, ms | ratio |")
-    print("|---|---|---|---|")
+        lines.append(f"| {N}x{K} | {' | '.join(cells)} |")
+    return lines
+
+
+def _steps() -> list[str]:
+    lines = [
+        "| training step of Llama-3-8B, NF4, r=16, 8,192 tokens | PEFT, ms | as built, ms | ratio |",
+        "|---|---|---|---|",
+    ]
     for dropout in (False, True):
         peft, built = (step_ms(who, 8192, dropout=dropout) for who in ("PEFT", "built"))
-        print(f"| {'dropout 0.05' if dropout else 'no dropout'} | {peft:,.0f} | {built:,.0f} | {peft / built:.2f} |")
-    print()
-    print("| dequantization to bf16 | bytes at 4.8 TB/s, us | at 85 % of it |")
-    print("|---|---|---|")
+        name = "dropout 0.05" if dropout else "no dropout"
+        lines.append(f"| {name} | {peft:,.0f} | {built:,.0f} | {peft / built:.2f} |")
+    return lines
+
+
+def _dequantizations() -> list[str]:
+    lines = ["| dequantization to bf16 | bytes at 4.8 TB/s, us | at 85 % of it |", "|---|---|---|"]
     for kind in ("nf4", "int8"):
         for N, K in ((1024, 4096), (4096, 4096), (14336, 4096)):
             best = 1e6 * dequant_bytes(kind, N, K) / HBM_BYTES_PER_S
-            print(f"| {kind} {N}x{K} | {best:.1f} | {best / HBM_SHARE:.1f} |")
+            lines.append(f"| {kind} {N}x{K} | {best:.1f} | {best / HBM_SHARE:.1f} |")
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    print(predictions())

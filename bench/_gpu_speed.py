@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from _gpu_base import Device, Row, Run, Task, interleaved
+from _gpu_base import Device, Row, Task
 from _gpu_kernels import int8_weight, low_rank, nf4_weight, quant_state
 from _gpu_roofline import (
     DEQUANT_TARGET,
@@ -17,51 +17,45 @@ from _gpu_roofline import (
     LAYER,
     SMALL_WEIGHT,
     dequant_bytes,
-    gemm_flops,
 )
+from _gpu_timing import Run, compared, interleaved, reaches
 
 DEQUANT_SHAPES = [(4096, 4096), (14336, 4096), (1024, 4096)]
 
 
+PRODUCT, COPY = "ceiling, bf16 product", "ceiling, copy"
+
+
 def ceilings(device: Device) -> Iterator[Task]:
     """The rates that every floor below is made of: a large product in bfloat16, a large copy."""
-    yield Task({"case": "ceiling, bf16 product"}, partial(_gemm_ceiling, device), seconds=3)
-    yield Task({"case": "ceiling, copy"}, partial(_copy_ceiling, device), seconds=3)
+    yield Task({"case": PRODUCT}, partial(_gemm_ceiling, device), seconds=3)
+    yield Task({"case": COPY}, partial(_copy_ceiling, device), seconds=3)
 
 
 def _gemm_ceiling(device: Device) -> Row:
     import torch
 
-    size = device.pick(4096, 64)
-    a, b = (device.randn(size, size, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
-    found = interleaved(device, {"product": lambda mark: a @ b}, seconds=2)
-    rate = gemm_flops(size, size, size) / (1e-6 * found.times["product"]["time"].median)
-    device.found["gemm"] = rate
-    return {
-        "shape": [size] * 3,
-        "us": found.spreads(),
-        "tflops": rate / 1e12,
-        "expected_tflops": GEMM_FLOPS / 1e12,
-        **found.protocol(),
-    }
+    from peftlab.bench.ceilings import matmul_speed
+
+    return {"tflops": matmul_speed(device.kind, torch.bfloat16) / 1e12, "expected_tflops": GEMM_FLOPS / 1e12}
 
 
 def _copy_ceiling(device: Device) -> Row:
-    import torch
+    from peftlab.bench.ceilings import copy_speed
 
-    size = device.pick(2 * 2**30, 2**16)
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device.kind) for _ in range(2))
-    source.random_()
-    found = interleaved(device, {"copy": lambda mark: target.copy_(source)}, seconds=2)
-    rate = 2 * size / (1e-6 * found.times["copy"]["time"].median)
-    device.found["bandwidth"] = rate
-    return {
-        "bytes": size,
-        "us": found.spreads(),
-        "gb_per_s": rate / 1e9,
-        "expected_gb_per_s": HBM_SHARE * HBM_BYTES_PER_S / 1e9,
-        **found.protocol(),
-    }
+    return {"gb_per_s": copy_speed(device.kind) / 1e9, "expected_gb_per_s": HBM_SHARE * HBM_BYTES_PER_S / 1e9}
+
+
+def flops_per_s(device: Device) -> float:
+    """As measured, or where that was left out as the model takes it."""
+    row = device.row_of(case=PRODUCT)
+    return 1e12 * row["tflops"] if row else GEMM_FLOPS
+
+
+def bytes_per_s(device: Device) -> float:
+    """As ``flops_per_s``."""
+    row = device.row_of(case=COPY)
+    return 1e9 * row["gb_per_s"] if row else HBM_SHARE * HBM_BYTES_PER_S
 
 
 def dequant_speed(device: Device) -> Iterator[Task]:
@@ -90,7 +84,7 @@ def _dequant(device: Device, kind: str, N: int, K: int) -> Row:
     size = "small" if N * K < SMALL_WEIGHT else "large"
     row = _against(device, {"peftlab": ours, "bitsandbytes": theirs}, dequant_bytes(kind, N, K))
     target = DEQUANT_TARGET[size]
-    return {**row, "size": size, "target": target, "met": row["ratio"]["ratio"] >= target}
+    return {**row, "size": size, "target": target, "met": reaches(row["ratio"], target)}
 
 
 def _nf4_pair(device: Device, N: int, K: int, seed: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -144,7 +138,10 @@ def _merge(device: Device, N: int, K: int) -> Row:
 
         ours.append(mine)
         theirs.append(other)
-    return _against(device, {"peftlab": ours, "bitsandbytes": theirs}, dequant_bytes("nf4", N, K))
+    row = _against(device, {"peftlab": ours, "bitsandbytes": theirs}, dequant_bytes("nf4", N, K))
+    alone = device.row_of(case="nf4_dequant", shape=[N, K])
+    times = [r["rounds_us"]["peftlab"]["time"] for r in (row, alone) if r]
+    return {**row, "over_dequant": compared(*times) if alone else None}
 
 
 def _against(device: Device, calls: dict[str, list[Callable[[], Any]]], moved: float) -> Row:
@@ -156,9 +153,10 @@ def _against(device: Device, calls: dict[str, list[Callable[[], Any]]], moved: f
     whole: dict[str, Run] = {name: lambda mark, each=each: [call() for call in each] for name, each in calls.items()}
     found = interleaved(device, whole, seconds=1.5, ahead=True)
     us = {name: [round(t / count, 3) for t in phases["time"]] for name, phases in found.spreads().items()}
-    floor = 1e6 * moved / device.found.get("bandwidth", HBM_SHARE * HBM_BYTES_PER_S)
+    floor = 1e6 * moved / bytes_per_s(device)
     return {
         "us": us,
+        "rounds_us": {name: {"time": [t / count for t in phases["time"]]} for name, phases in found.rounds().items()},
         "alone_us": {name: phases["time"] for name, phases in alone.spreads().items()},
         "ratio": found.ratio("bitsandbytes", "peftlab", "time"),
         "alone_ratio": alone.ratio("bitsandbytes", "peftlab", "time"),
@@ -207,4 +205,5 @@ def _addition_order(device: Device, M: int, N: int, K: int) -> Row:
     del want
     found = interleaved(device, runs, seconds=0.5, ahead=True)
     us = {name: phases["time"] for name, phases in found.spreads().items()}
-    return {"us": us, "ratio": found.ratio("after", "before", "time"), "error": errors, **found.protocol()}
+    ratio = found.ratio("after", "before", "time")
+    return {"us": us, "rounds_us": found.rounds(), "ratio": ratio, "error": errors, **found.protocol()}

@@ -3,55 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from peftlab.evaluation.intervals import ratio_of_medians
 
-_PACKAGES = ("peftlab", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numpy")
+_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numpy")
+_CODE = ("peftlab", "kernels", "bench/*.py")
+ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """Hardware, versions and commit; no host name and no path."""
+    """Hardware, versions and commit as the files in results/ have them; no host name and no path."""
+    from peftlab.bench import machine  # with torch, which the tables do without
+
+    commit = machine.git_commit(ROOT / "peftlab", *_CODE)
     return {
         "command": command,
-        "hardware": {
-            "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        },
-        "versions": {"python": platform.python_version(), **{p: v for p in _PACKAGES if (v := _version(p))}},
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": len(_git("status", "--porcelain", "peftlab", "kernels", "bench/*.py").splitlines()),
+        "hardware": {"cpu": machine.processor(("avx2", "avx512f", "amx_bf16")), **machine.size_of_machine()},
+        "versions": machine.versions(_PACKAGES),
+        "commit": commit.rstrip("+") if commit else "",
+        "changed_files": machine.changed_files(ROOT, *_CODE) if commit else 0,
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if re.search(rf"\b{flag}\b", info)]
-    return f"{name.group(1).strip() if name else platform.machine()} ({', '.join(flags)})"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def write_json(path: Path, value: Any) -> None:

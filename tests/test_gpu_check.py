@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from peftlab.bench.journal import read_records
+
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
@@ -20,9 +22,23 @@ def check(out: Path, *arguments: str) -> tuple[int, list[Row], str]:
     """Exit code, rows and what was said."""
     command = [sys.executable, "bench/gpu_check.py", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    rows = out / "gpu_check.jsonl"
-    lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
-    return done.returncode, [json.loads(line) for line in lines], done.stderr
+    return done.returncode, rows_of(out / "gpu_check.jsonl"), done.stderr
+
+
+def rows_of(path: Path) -> list[Row]:
+    return [record for record in read_records(path) if record["kind"] == "row"] if path.exists() else []
+
+
+def figures_are_there(rows: list[Row]) -> None:
+    """Each figure that a claim is decided by is in the dry rows with the keys that it asks for."""
+    claims = json.loads((ROOT / "bench" / "results" / "claims.json").read_text())
+    seen = {row["section"] for row in rows}
+    rules = [r for claim in claims for r in claim["rules"] if "figure" in r and r["section"] in seen - {"unsloth"}]
+    assert rules
+    for rule in rules:
+        of_section = [row for row in rows if row["section"] == rule["section"] and "task" in row]
+        fitting = [row for row in of_section if rule["match"].keys() <= row["task"].keys()]
+        assert any(rule["figure"][0] in row for row in fitting), rule
 
 
 def sections() -> list[str]:
@@ -43,12 +59,66 @@ def test_without_a_gpu_nothing_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_few_sections_dry(tmp_path: Path) -> None:
-    names = ["dequant", "linear losses", "tests", "ceilings", "order of addition"]
+    names = ["dequant", "linear losses", "tests", "ceilings", "dequant speed", "order of addition", "loss speed"]
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", *names)
     assert code == 0, said
     assert {row["section"] for row in rows} == set(names)
-    assert all(row["ok"] is True and row["device"] and row["versions"] for row in rows)
+    assert all(row["ok"] is True and row["task"] and row["seconds"] >= 0 for row in rows)
     assert "rows green, 0 red, 0 not run" in said
+    figures_are_there(rows)
+    header, *records = read_records(tmp_path / "gpu_check.jsonl")
+    assert header["kind"] == "header" and header["dry_run"] is True
+    assert header["machine"]["name"] and header["machine"]["cores"] and header["versions"]["torch"] and header["source"]
+    assert header["command"].startswith("python bench/gpu_check.py --dry-run-cpu --only dequant 'linear losses'")
+    assert str(tmp_path) not in json.dumps(header)
+    listed = {r["section"]: r["tasks"] for r in records if r["kind"] == "begin"}
+    for name in names:
+        assert listed[name] == [row["task"] for row in rows if row["section"] == name]
+
+
+def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
+    """After a kill in the middle of a line; then on another version, and with nothing left to do."""
+    path, chosen = tmp_path / "gpu_check.jsonl", ("--dry-run-cpu", "--only", "order of addition", "ceilings")
+
+    def measured() -> list[Row]:
+        return [row for row in rows_of(path) if "task" in row]
+
+    code, _, said = check(tmp_path, *chosen, "--resume")
+    assert code == 2 and "no benchmark in" in said
+    code, _, said = check(tmp_path, *chosen)
+    assert code == 0, said
+    first, lines = measured(), path.read_bytes().splitlines(keepends=True)
+    (lost,) = (n for n, line in enumerate(lines) if b'"ceiling, copy"}, "ok"' in line)
+    path.write_bytes(b"".join([*lines[:lost], *lines[lost + 1 :]]) + lines[lost][:40])
+    code, _, said = check(tmp_path, *chosen, "--resume")
+    assert code == 0 and "measured before: order of addition" in said, said
+    *kept, again = measured()
+    assert again["task"] == {"case": "ceiling, copy"}
+    assert kept == [row for row in first if row["task"] != again["task"]]
+    num_before = len(read_records(path))
+    code, _, said = check(tmp_path, *chosen, "--resume")
+    assert code == 0 and "measured before: ceilings, order of addition" in said
+    assert [r["kind"] for r in read_records(path)[num_before:]] == ["resumed"]
+
+    header, rest = path.read_text().split("\n", 1)
+    changed = json.loads(header)
+    changed["versions"]["torch"], changed["commit"] = "1.0", "0" * 40
+    path.write_text(json.dumps(changed) + "\n" + rest)
+    code, _, said = check(tmp_path, *chosen, "--resume")
+    assert code == 5 and len(measured()) == len(first)
+    assert 'versions.torch: "1.0" there' in said and "commit: " in said and "resume as it was begun" in said
+
+
+def test_a_dry_run_is_not_reported(tmp_path: Path) -> None:
+    files = [ROOT / "bench" / name for name in ("README.md", "results/PENDING.md")]
+    before = [file.read_bytes() for file in files]
+    code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
+    assert code == 0 and [row["section"] for row in rows if row["ok"] is None] == ["gate"], said
+    code, _, said = check(tmp_path, "--report")
+    assert code == 2 and "is of a dry run, which confirms nothing" in said
+    code, rows, said = check(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
+    assert code == 2 and "a dry run does not write where the rows of GPUs are" in said
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_distillation_dry(tmp_path: Path) -> None:
@@ -59,6 +129,7 @@ def test_distillation_dry(tmp_path: Path) -> None:
     steps = [row for row in rows if "plan_bytes" in row]
     assert len(steps) == 4 and all(row["plan_bytes"]["peak"] > row["plan_bytes"]["loss"] > 0 for row in steps)
     assert said.count("planned") == 4
+    figures_are_there(rows)
 
 
 def test_what_takes_minutes_runs_only_when_asked_for(tmp_path: Path) -> None:
@@ -80,15 +151,17 @@ def test_every_section_dry(tmp_path: Path) -> None:
     assert code == 0, said
     assert {row["section"] for row in rows} == set(sections())
     assert not [row for row in rows if row["ok"] is None and "not installed" not in row["not_run"]]
-    compared = [row for row in rows if row.get("case") == "lora_linear"]
-    assert compared and all(row["ratio"]["both"]["ratio"] > 0 for row in compared)
+    compared = [row for row in rows if row.get("task", {}).get("case") == "lora_linear"]
+    assert compared and all(row["ratio"]["both"]["value"] > 0 for row in compared)
+    figures_are_there(rows)
 
 
 def test_unproven_kernels_are_not_timed(tmp_path: Path) -> None:
     """A section of correctness that finds no time is red, and then nothing is timed."""
     code, rows, _ = check(tmp_path, "--dry-run-cpu", "--minutes", "0.05", "--only", "dequant", "ceilings")
     assert code == 6
-    assert [(row["section"], row["ok"]) for row in rows] == [("dequant", False), ("ceilings", None)]
+    # Twice red, where its process was stopped after it had said so itself.
+    assert {(row["section"], row["ok"]) for row in rows} == {("dequant", False), ("ceilings", None)}
 
 
 FAULTS = """
@@ -97,6 +170,7 @@ sys.path[:0] = ["bench", "kernels"]
 import gpu_check
 from pathlib import Path
 from _gpu_base import Deadline, Device
+from peftlab.bench.journal import begin
 from peftlab_kernels import lora_linear, nf4_dequant
 right, dequant = lora_linear.lora_linear, nf4_dequant.nf4_dequant
 lora_linear.lora_linear = lambda *args, scale, **kwargs: right(*args, scale=1.01 * scale, **kwargs)
@@ -105,7 +179,8 @@ from peftlab import ops
 kl = ops.linear_kl
 ops.linear_kl = lambda *args, **kwargs: (found := kl(*args, **kwargs))._replace(total=1.05 * found.total)
 chosen = [s for s in gpu_check.SECTIONS if s.name in ("dequant", "lora_linear float16", "distillation")]
-gpu_check.run_group(chosen, gpu_check.Rows(Path(sys.argv[1]), Device("cpu")), Deadline(time.time() + 200))
+journal = begin(Path(sys.argv[1]), {})
+gpu_check.run_group(chosen, gpu_check.Rows(journal, Device("cpu")), Deadline(time.time() + 200))
 """
 
 
@@ -114,8 +189,7 @@ def test_deliberate_faults_are_red(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", FAULTS, str(path)], cwd=ROOT, env=environment, check=True)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    red = {(row["check"], row["ok"]) for row in rows}
+    red = {(row["task"]["check"], row["ok"]) for row in rows_of(path)}
     assert (
         ("lora_linear", True) not in red
         and ("nf4_dequant", True) not in red

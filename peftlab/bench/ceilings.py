@@ -18,15 +18,19 @@ _REPEATS = 9
 def measure_ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """``matmul_flops_per_s`` of a square matmul in ``dtype`` and ``copy_bytes_per_s`` (read and written), each the quickest
     of nine: what else runs on the machine can only make them slower."""
-    source = torch.ones(_COPY_BYTES[device], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = min(_seconds(lambda: target.copy_(source), device))
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "matmul": _MATMUL[device],
         "matmul_flops_per_s": matmul_speed(device, dtype),
-        "copy_bytes_per_s": 2.0 * _COPY_BYTES[device] / copy,
+        "copy_bytes_per_s": copy_speed(device),
     }
+
+
+def copy_speed(device: str) -> float:
+    """Bytes per second, read and written, of the quickest of nine."""
+    source = torch.ones(_COPY_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2.0 * _COPY_BYTES[device] / min(_seconds(lambda: target.copy_(source), device))
 
 
 def matmul_speed(device: str, dtype: torch.dtype) -> float:

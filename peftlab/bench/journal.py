@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,22 +15,39 @@ JOURNAL = "measurements.jsonl"
 RESULT, TABLE, PICTURE, VECTOR = (f"bench.{ending}" for ending in ("json", "csv", "png", "svg"))
 FORMAT = 1
 # Of a header: when, and how the machine was doing; two halves of one benchmark may differ in them.
-_FREE = ("command", "date")
+_FREE = ("command", "date", "clocks")
 _MOST_DIFFERENCES = 4
 
 
 class Journal:
-    """The records of a folder, one JSON object a line, the header first; ``write`` appends one and flushes it."""
+    """The records of a file, one JSON object a line, the header first; ``write`` appends one and brings it to the disk.
+
+    Several processes may have the same file open: a line is written whole, under a lock, and what a killed process left of
+    its last line goes before it. ``records`` are those of the beginning and of this process.
+    """
 
     def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
         self.path, self.records = path, records
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._file = path.open("ab+", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps(record).encode() + b"\n"
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            self._drop_torn_line()
+            self._file.write(line)
+            os.fsync(self._file.fileno())
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self.records.append(dict(record))
+
+    def _drop_torn_line(self) -> None:
+        """Whoever lives and writes holds the lock: a line without an end belongs to a process that was killed."""
+        size = self._file.seek(0, os.SEEK_END)
+        if size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n":
+            return
+        whole = os.pread(self._file.fileno(), size, 0)
+        self._file.truncate(whole.rfind(b"\n") + 1)
 
     def close(self) -> None:
         self._file.close()
@@ -37,6 +55,26 @@ class Journal:
     def of(self, kind: str, cell: str | None = None) -> list[dict[str, Any]]:
         """Records of a kind, of one cell or of all."""
         return [r for r in self.records if r["kind"] == kind and cell in (None, r.get("cell"))]
+
+
+def begin(path: Path, header: Mapping[str, Any]) -> Journal:
+    """A journal of its own, whatever ``path`` held before."""
+    path.unlink(missing_ok=True)
+    journal = Journal(path, [])
+    journal.write({"kind": "header", **header})
+    return journal
+
+
+def go_on(path: Path, header: Mapping[str, Any], *, anew: str = "--replace") -> Journal:
+    """The journal at ``path``, to be gone on with. anew: what its messages say begins another one.
+
+    Raises: RecipeError (there is none), ArtifactError (it is damaged, or of another version or machine).
+    """
+    if not path.is_file():
+        raise RecipeError(f"there is no benchmark in {path.parent} to resume; leave --resume out")
+    records = _repaired(path, anew)
+    check_same(records[0], header, path)
+    return Journal(path, records)
 
 
 def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, replace: bool) -> Journal:
@@ -52,11 +90,7 @@ def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, repla
     if taken and not path.is_file():
         raise RecipeError(f"{folder} holds other files and no benchmark; give another --out")
     if resume:
-        if not path.is_file():
-            raise RecipeError(f"there is no benchmark in {folder} to resume; leave --resume out")
-        records = _repaired(path)
-        check_same(records[0], header, path)
-        return Journal(path, records)
+        return go_on(path, header)
     if taken and not replace:
         raise RecipeError(
             f"{folder} holds another benchmark; go on with it with --resume, replace it with --replace, or give another --out"
@@ -66,30 +100,40 @@ def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, repla
         for stem in ("bench", "quality"):
             for ending in ("json", "csv", "png", "svg"):
                 (folder / f"{stem}.{ending}").unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        journal = Journal(path, [])
+        return begin(path, header)
     except OSError as error:
         raise RecipeError(f"cannot write {folder}: {error.strerror}; give another --out") from error
-    journal.write({"kind": "header", **header})
-    return journal
 
 
-def _repaired(path: Path) -> list[dict[str, Any]]:
-    """The records; a line that a kill left torn, which can only be the last, is removed from the file."""
-    lines = path.read_bytes().split(b"\n")
-    records, kept = [], 0
+def read_records(path: Path, *, anew: str = "--replace") -> list[dict[str, Any]]:
+    """The records of a file that may be written to meanwhile, the header first; without a last line that has no end.
+
+    Raises: ArtifactError, as ``go_on``.
+    """
+    return _records(path, path.read_bytes().rpartition(b"\n")[0].split(b"\n"), anew)
+
+
+def _records(path: Path, lines: list[bytes], anew: str, *, torn: bool = False) -> list[dict[str, Any]]:
+    """torn: the last line may be damaged, and is then left out."""
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line) if line.strip() else None
             if record is not None:
                 record["kind"]
                 records.append(record)
-                kept += len(line) + 1
         except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise ArtifactError(f"{path}, line {number} is damaged: {error}; begin anew with --replace") from error
+            if number < len(lines) or not torn:
+                raise ArtifactError(f"{path}, line {number} is damaged: {error}; begin anew with {anew}") from error
     if not records or records[0]["kind"] != "header":
-        raise ArtifactError(f"{path} has no header line; begin anew with --replace")
+        raise ArtifactError(f"{path} has no header line; begin anew with {anew}")
+    return records
+
+
+def _repaired(path: Path, anew: str) -> list[dict[str, Any]]:
+    """The records; a line that a kill left torn, which can only be the last, is removed from the file."""
+    lines = path.read_bytes().split(b"\n")
+    records = _records(path, lines, anew, torn=True)
     if len(lines[-1]):  # a torn line, or a whole one whose line break is missing
         whole = b"".join(json.dumps(r).encode() + b"\n" for r in records)
         partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -13,28 +17,34 @@ import torch
 
 from peftlab import __version__, ops
 
+# Those that the times of a training step depend on.
+PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate")
+
 
 def describe_machine(device: str) -> dict[str, str | int]:
     return {
         "device": ops.plan_key("dense", torch.device(device), M=1, N=1, K=1, dropout=False).device,
-        "name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "name": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
 
 
-def _processor() -> str:
+def processor(flags: Sequence[str] = ()) -> str:
+    """The processor's name; with those of ``flags`` that it has, in brackets."""
+    info = ""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    has = [flag for flag in flags if re.search(rf"\b{flag}\b", info)]
+    return f"{name} ({', '.join(has)})" if flags else name
 
 
-def versions() -> dict[str, str]:
-    """Version of each package that the times depend on."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Version of peftlab, of Python and of each of the packages that is installed."""
     found = {"peftlab": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate"):
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -65,21 +75,38 @@ def size_of_machine() -> dict[str, int]:
     return {"cores": cores, "memory_bytes": int(psutil.virtual_memory().total)}
 
 
-def git_commit(folder: Path) -> str | None:
-    """The commit of the checkout that the package ``folder`` is in, with a + where files differ from it; None outside of one."""
-    import subprocess
+def git_commit(folder: Path, *paths: str) -> str | None:
+    """The commit of the checkout that the package ``folder`` is in, with a + where files differ from it; None outside of one.
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
-
+    paths: as ``changed_files``; without them every file that git knows counts.
+    """
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # an environment inside somebody's checkout is none of it
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        _git(
+            folder, "ls-files", "--error-unmatch", "__init__.py"
+        )  # an environment inside somebody's checkout is none of it
+        changed = changed_files(folder, *paths) if paths else len(_git(folder, "status", "--porcelain", "-uno"))
+        return _git(folder, "rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def changed_files(folder: Path, *paths: str) -> int:
+    """How many files of ``paths`` (patterns from the root of the checkout that ``folder`` is in) differ from its commit or
+    are new."""
+    return len(_git(folder, "status", "--porcelain", "--", *(f":/{path}" for path in paths)).splitlines())
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def source_digest(root: Path, patterns: Sequence[str]) -> str:
+    """Of all files that match, by name and content: tells two states of the code apart where there is no git."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def free_bytes(device: str) -> int:

@@ -18,7 +18,7 @@ LIMIT_S = {"cpu": 1.0, "cuda": 0.5}
 WARM_UPS = {"cpu": 1, "cuda": 20}
 # Largest number of interleaved calls that make a round on a GPU.
 _BLOCK = 30
-_FLUSH_BYTES = 256 * 2**20
+FLUSH_BYTES = 256 * 2**20
 MARGIN = 0.03
 _CONFIDENCE = 0.95
 
@@ -63,7 +63,7 @@ def _cpu_times(runs: Runs, calls: int) -> Times:
 def _cuda_times(runs: Runs, calls: int) -> Times:
     """Time on the GPU between two events. Overwriting the L2 cache before each call is what the other layers of a model
     do, and gives the CPU time to queue the kernels of the call."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     for _ in range(calls):
         for name, run in runs.items():

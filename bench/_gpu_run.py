@@ -1,0 +1,110 @@
+"""gpu-check: what a process of it does with its sections: every task that has no green row yet becomes one."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import traceback
+from typing import Any
+
+from _gpu_base import Deadline, Device, Row, Section, Task
+from _gpu_journal import counting_rows, identity, plain
+from _gpu_sections import tasks_of
+
+from peftlab.bench.journal import Journal
+
+
+class Rows:
+    """Writes the rows of a process into the journal that all share."""
+
+    def __init__(self, journal: Journal, device: Device) -> None:
+        self.journal, self.device = journal, device
+        device.rows = [row for row in counting_rows(journal.records) if "task" in row]
+
+    def begin(self, section: str, tasks: list[Task]) -> None:
+        self.journal.write(plain({"kind": "begin", "section": section, "tasks": [task.what for task in tasks]}))
+
+    def write(self, section: str, row: Row) -> None:
+        record = plain({"kind": "row", "section": section, **row})
+        self.journal.write(record)
+        if "task" in record:
+            self.device.rows.append(record)
+
+    def green(self, section: str) -> set[str]:
+        rows = (row for row in self.device.rows if row["section"] == section and row["ok"] is True)
+        return {identity(row["task"]) for row in rows}
+
+
+def run_group(sections: list[Section], rows: Rows, deadline: Deadline) -> None:
+    """Every task of every section; an exception becomes a red row."""
+    broken = ""
+    for section in sections:
+        missing = [name for name in section.needs if importlib.util.find_spec(name) is None]
+        if missing or broken:
+            rows.begin(section.name, [])
+            reason = broken or f"not installed: {', '.join(missing)}"
+            rows.write(section.name, {"not_run": reason, "ok": False if section.gate else None})
+            continue
+        broken = _run_section(section, rows, deadline.part(section.seconds))
+        if not broken:
+            rows.device.release()
+
+
+def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
+    """What made the device unusable for the rest of the process, or nothing."""
+    device = rows.device
+    device.found["until"] = deadline.until
+    left_out: list[Row] = []
+    try:
+        tasks = list(tasks_of(section, device))
+        rows.begin(section.name, tasks)
+        for task in still_to_do(tasks, rows.green(section.name)):
+            if deadline.left() < task.seconds:
+                left_out.append(task.what)
+                continue
+            started = time.perf_counter()
+            try:
+                found = task.run()
+                device.synchronize()
+            except Exception as error:  # of any kind: the other rows are worth having too
+                found = {"failed": _told(error), "ok": False}
+            seconds = round(time.perf_counter() - started, 3)
+            if device.dry:  # its figures mean nothing
+                found |= {key: None for key in ("target", "met", "held_met") if key in found}
+            rows.write(section.name, {"task": task.what, "ok": True, **found, "seconds": seconds})
+            if broken := _broken(device, found):
+                return broken
+    except Exception as error:
+        rows.write(section.name, {"failed": _told(error), "ok": False})
+    if left_out:
+        row = {"stopped": f"{len(left_out)} rows did not fit the time", "left_out": left_out[:40]}
+        rows.write(section.name, {**row, "ok": False if section.gate else None})
+    return ""
+
+
+def still_to_do(tasks: list[Task], green: set[str]) -> list[Task]:
+    """Tasks without a green row, and before them what they need in memory."""
+    open_ = [identity(plain(task.what)) not in green for task in tasks]
+    return [
+        task
+        for place, task in enumerate(tasks)
+        if open_[place]
+        or (task.makes and any(o and not t.makes for t, o in zip(tasks[place:], open_[place:], strict=True)))
+    ]
+
+
+def _told(error: Exception) -> str:
+    lines = traceback.format_exception(error)
+    return f"{type(error).__name__}: {error}"[:1500] + "\n" + "".join(lines[-4:])[-1500:]
+
+
+def _broken(device: Device, found: Any) -> str:
+    """After a failure: whether CUDA still answers. An illegal access breaks it for the rest of the process."""
+    if "failed" not in found:
+        return ""
+    try:
+        device.release()
+        device.synchronize()
+    except Exception as error:
+        return f"CUDA is unusable after a failure in this process: {error}".splitlines()[0]
+    return ""

@@ -1,0 +1,290 @@
+"""bench/results/claims.json against gpu-check's sections, and what made-up rows of a GPU do to PENDING.md and bench/README.md."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from peftlab.bench.journal import begin
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HEADER = {
+    "kind": "header", "format": 2, "name": "gpu-check", "dry_run": False, "command": "python bench/gpu_check.py",
+    "date": "2026-01-02T03:04:05+00:00", "machine": {"name": "NVIDIA H200", "device": "sm_90", "platform": "Linux"},
+    "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "source": "feedbeef", "clocks": {},
+}  # fmt: skip
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    settings = torch.backends.cuda.matmul  # listing the tasks of lora_linear sets these
+    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
+    names = ("base", "claims", "conduct", "journal", "pending", "roofline", "loss_speed", "run", "sections")
+    yield SimpleNamespace(**{name: importlib.import_module(f"_gpu_{name}") for name in names})
+    settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = before
+
+
+def tasks(gpu: SimpleNamespace, kind: str) -> dict[str, list[Row]]:
+    """The tasks of every section, on a GPU (none is run) or in a dry run."""
+    device = gpu.base.Device(kind)
+    return {
+        s.name: [gpu.journal.plain(task.what) for task in gpu.sections.tasks_of(s, device)]
+        for s in gpu.sections.SECTIONS
+    }
+
+
+def put(row: Row, path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        row = row.setdefault(name, {})
+    row[path[-1]] = value
+
+
+def within(rule: Row) -> Any:
+    """A figure that keeps the rule: a ratio with its interval, or a number."""
+    if rule["figure"][0] == "us":
+        return [11_900.0, 12_000.0, 12_500.0]
+    value = rule.get("equals", rule.get("at_least", rule.get("at_most", 3.0)))
+    if rule["figure"][0] in ("ratio", "ratios", "over_dequant"):
+        return {"value": value, "low": 0.99 * value, "high": 1.01 * value, "differs": value != 1.0}
+    return value
+
+
+def good(gpu: SimpleNamespace) -> list[Row]:
+    """The journal of a run that confirms all that it can."""
+    rules = [rule for claim in gpu.claims.load() for rule in claim["rules"]]
+    records: list[Row] = [copy.deepcopy(HEADER)]
+    for section, whats in tasks(gpu, "cuda").items():
+        records.append({"kind": "begin", "section": section, "tasks": whats})
+        for what in whats:
+            row = {"kind": "row", "section": section, "task": what, "ok": True}
+            for rule in rules:
+                if "figure" in rule and rule["section"] == section and gpu.claims.fits(rule, what):
+                    put(row, rule["figure"], within(rule))
+            records.append(row)
+    return records
+
+
+def states(gpu: SimpleNamespace, records: list[Row]) -> dict[str, Any]:
+    return {claim["id"]: gpu.claims.judge(claim, records) for claim in gpu.claims.load()}
+
+
+def rows(records: list[Row], section: str, **task: Any) -> list[Row]:
+    found = [r for r in records if r["kind"] == "row" and r["section"] == section and task.items() <= r["task"].items()]
+    assert found
+    return found
+
+
+def test_claims_are_of_sections_and_tasks_that_exist(gpu: SimpleNamespace) -> None:
+    claims = gpu.claims.load()
+    assert len({claim["id"] for claim in claims}) == len(claims)
+    there, dry = tasks(gpu, "cuda"), tasks(gpu, "cpu")
+    for claim in claims:
+        assert claim["part"] in ("correctness", "speed", "uncovered")
+        assert not (claim["part"] == "uncovered" and claim["rules"])
+        for rule in claim["rules"]:
+            assert rule["section"] in there, claim["id"]
+            fitting = [task for task in there[rule["section"]] if gpu.claims.fits(rule, task)]
+            for name, wanted in rule["match"].items():  # no value of a list is one that no task has
+                seen = [task[name] for task in fitting]
+                assert all(value in seen for value in (wanted if isinstance(wanted, list) else [wanted])), claim["id"]
+            # unsloth_speed has no dry shapes: it needs the package, and that a GPU.
+            assert any(rule["match"].keys() <= task.keys() for task in dry[rule["section"]]), claim["id"]
+    wrong = {"section": "dequant", "match": {"check": "nf4_dequantt"}}
+    assert not any(gpu.claims.fits(wrong, task) for task in there["dequant"])
+
+
+def test_a_task_is_known_by_what_it_says(gpu: SimpleNamespace) -> None:
+    for section, whats in [*tasks(gpu, "cuda").items(), *tasks(gpu, "cpu").items()]:
+        assert len({gpu.journal.identity(what) for what in whats}) == len(whats), section
+
+
+def test_targets_are_those_of_the_rows(gpu: SimpleNamespace) -> None:
+    bounds = {
+        claim["id"]: [rule[name] for rule in claim["rules"] for name in ("at_least", "at_most") if name in rule]
+        for claim in gpu.claims.load()
+    }
+    model = gpu.roofline
+    assert bounds["layer"] == [model.TARGET[False]] and bounds["layer-dropout"] == [model.TARGET[True]]
+    assert bounds["layer-ranks"] == [model.TARGET[False], model.TARGET[True]]
+    assert bounds["nf4-speed"] == bounds["int8-speed"] == [model.DEQUANT_TARGET["large"], model.DEQUANT_TARGET["small"]]
+    assert bounds["dropout-memory"] == [model.DROPOUT_MEMORY_TARGET]
+    assert bounds["training-step"] == [model.STEP_TARGET]
+    targets = gpu.loss_speed.TARGETS
+    assert bounds["ce-frozen"] == [targets["cross-entropy, frozen head"]["full logits"][0]]
+    assert bounds["ce-trained"] == [
+        targets["cross-entropy, trained head"][name][0] for name in ("full logits", "Liger")
+    ]
+    pairs = [targets["distillation, frozen head"][name] for name in ("full logits", "Liger")]
+    assert bounds["kd-loss"][:4] == [x for pair in pairs for x in pair]
+    assert bounds["kd-loss-sparse"] == [targets["top-64 + tail, frozen head"]["Liger"][0]]
+
+
+def test_a_good_run_confirms_all_that_has_rules(gpu: SimpleNamespace) -> None:
+    records, claims = good(gpu), gpu.claims.load()
+    found = states(gpu, records)
+    for claim in claims:
+        assert found[claim["id"]].state == ("confirmed" if claim["rules"] else "open"), (
+            claim["id"],
+            found[claim["id"]],
+        )
+    told, left = gpu.pending.confirmed(records, claims), gpu.pending.pending(records, claims)
+    assert (
+        "NVIDIA H200 (sm_90)" in told
+        and "commit 012345678" in told
+        and "`python bench/gpu_check.py` on 2026-01-02" in told
+    )
+    for claim in claims:
+        assert (f"| {claim['what']} |" in told) is bool(claim["rules"])
+        assert (f"| {claim['what']} |" in left) is not bool(claim["rules"])
+    # Prediction beside measurement, by the keys in which the rows differ.
+    assert "| 1.22 at 2,048 rows, 1.24 at 8,192: met, with little to spare; per linear 1.14" in told
+    assert "| M=2048: 1.20 (1.19..1.21), M=8192: 1.20 (1.19..1.21) |" in told
+    assert "| full logits 2.00 (1.98..2.02); us 12,000 (11,900..12,500) |" in told
+    assert "card_gb=16: 6.00 GB" in told and "## Failed" not in left
+
+
+def test_missed_targets_and_red_rows_come_first(gpu: SimpleNamespace) -> None:
+    records = good(gpu)
+    layer = rows(records, "lora_linear speed", case="seven linears of a Llama-3-8B layer", kind="nf4", M=8192, R=16)
+    layer[0]["ratio"] = {"value": 1.11, "low": 1.08, "high": 1.13, "differs": True}
+    rows(records, "smoke recipe", quantize="nf4")[0] |= {"ok": False, "failed": "ValueError: no\ntraceback"}
+    records.append(
+        {"kind": "row", "section": "training loop", "ok": False, "failed": "the process ended with exit code -9"}
+    )
+    found = states(gpu, records)
+    assert {name for name, verdict in found.items() if verdict.state == "failed"} == {"layer", "smoke", "training-loop"}
+    assert found["layer-dropout"].state == "confirmed"
+    left = gpu.pending.pending(records, gpu.claims.load())
+    failed = left.index("## Failed")
+    assert failed < left.index("## Correctness")
+    table = left[failed : left.index("## Correctness")]
+    assert "1.11 (1.08..1.13), expected at least 1.2 |" in table
+    assert "red: smoke recipe quantize=nf4 (ValueError: no)" in table
+    assert "red: `training loop` (the process ended with exit code -9)" in table
+    told = gpu.pending.confirmed(records, gpu.claims.load())
+    assert "adapted NF4 layer >= 1.20 x" not in told and "adapted NF4 layer with dropout" in told
+
+
+@pytest.mark.parametrize(
+    ("section", "task", "change", "claim", "state"),
+    [
+        # A ratio within noise of 1 reaches no target, whatever its value.
+        ("dequant speed", {"case": "nf4_dequant", "shape": [4096, 4096]},
+         {"ratio": {"value": 1.06, "low": 0.97, "high": 1.2, "differs": False}}, "nf4-speed", "failed"),
+        # More than dequantizing, but not beyond noise.
+        ("dequant speed", {"case": "nf4_dequant + r=16 merge", "shape": [4096, 4096]},
+         {"over_dequant": {"value": 1.02, "low": 0.99, "high": 1.04, "differs": False}}, "merge-speed", "confirmed"),
+        ("dequant speed", {"case": "nf4_dequant + r=16 merge", "shape": [4096, 4096]},
+         {"over_dequant": {"value": 1.2, "low": 1.1, "high": 1.3, "differs": True}}, "merge-speed", "failed"),
+        # Compared with nothing is not compared.
+        ("dequant", {"check": "int8_dequant", "dtype": "float16"},
+         {"bit_equal_to_bitsandbytes": "bitsandbytes is not installed"}, "dequant-exact", "failed"),
+        # Eight of 32 layers fit every card.
+        ("distillation steps", {"card_gb": 12.0}, {"layers": 8}, "kd-step", "failed"),
+        ("loss speed", {"case": "top-64 + tail, frozen head, forward + backward"}, {"ratios": {}}, "kd-loss-sparse", "open"),
+        ("training steps", {"length": 8192}, {"ok": None}, "training-step", "open"),
+    ],
+)  # fmt: skip
+def test_one_fault(gpu: SimpleNamespace, section: str, task: Row, change: Row, claim: str, state: str) -> None:
+    records = good(gpu)
+    rows(records, section, **task)[0].update(change)
+    verdict = states(gpu, records)[claim]
+    assert verdict.state == state, verdict
+
+
+def test_a_run_that_left_rows_out_confirms_nothing_of_them(gpu: SimpleNamespace) -> None:
+    records = good(gpu)
+    records.remove(rows(records, "order of addition")[0])
+    verdict = states(gpu, records)["order-of-addition"]
+    assert (verdict.state, verdict.note) == ("open", "7 of 8 rows green")
+    assert "`order of addition`; 7 of 8 rows green |" in gpu.pending.pending(records, gpu.claims.load())
+
+
+def test_no_figure_counts_without_proof(gpu: SimpleNamespace) -> None:
+    """One row of correctness is missing: what was timed stays open."""
+    records = good(gpu)
+    records.remove(rows(records, "dequant")[0])
+    found, parts = states(gpu, records), {claim["id"]: claim["part"] for claim in gpu.claims.load()}
+    assert not [name for name, verdict in found.items() if parts[name] == "speed" and verdict.state == "confirmed"]
+    assert found["layer"].note == "measured without the sections of correctness"
+    assert found["lora-float16"].state == "confirmed"
+
+
+def test_a_dry_run_confirms_nothing(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    records = good(gpu)
+    records[0]["dry_run"] = True
+    assert {verdict.state for verdict in states(gpu, records).values()} == {"open"}
+    with pytest.raises(AssertionError, match="a dry run confirms nothing"):
+        gpu.pending.write(records, pending_file=tmp_path / "PENDING.md", readme=tmp_path / "README.md")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_later_row_replaces_an_earlier_one(gpu: SimpleNamespace) -> None:
+    """Red at first and green after --resume; the section's own complaint goes when it begins anew."""
+    records = good(gpu)
+    (smoke, *_) = rows(records, "smoke recipe", quantize="none")
+    again = copy.deepcopy(smoke)
+    smoke["ok"] = False
+    (begun,) = [r for r in records if r["kind"] == "begin" and r["section"] == "smoke recipe"]
+    records.append({"kind": "row", "section": "smoke recipe", "ok": None, "stopped": "1 rows did not fit the time"})
+    assert states(gpu, records)["smoke"].state == "failed" and "smoke recipe" not in gpu.journal.finished(records)
+    records += [
+        {"kind": "resumed", "command": "python bench/gpu_check.py --resume", "date": "2026-01-03", "clocks": {}}
+    ]
+    records += [begun, again]
+    assert states(gpu, records)["smoke"].state == "confirmed" and "smoke recipe" in gpu.journal.finished(records)
+    assert "then `python bench/gpu_check.py --resume` on 2026-01-03" in gpu.pending.where(records)
+
+
+def test_what_is_needed_in_memory_is_made_again(gpu: SimpleNamespace) -> None:
+    def still(*green: str) -> list[str]:
+        task = gpu.base.Task
+        made = [task({"case": "model"}, dict, makes=True), task({"case": "one"}, dict), task({"case": "leave"}, dict, makes=True),
+                task({"case": "two"}, dict)]  # fmt: skip
+        names = {gpu.journal.identity({"case": name}) for name in green}
+        return [task.what["case"] for task in gpu.run.still_to_do(made, names)]
+
+    assert still() == ["model", "one", "leave", "two"]
+    assert still("model", "one") == ["model", "leave", "two"]
+    assert still("model", "leave", "two") == ["model", "one"]
+    assert still("model", "one", "leave", "two") == []
+
+
+def test_what_a_process_has_lost(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    """By the sections that have begun, with --resume as well, where a section may have nothing left to write."""
+    journal = begin(tmp_path / "rows.jsonl", HEADER)
+    sections = [s for s in gpu.sections.SECTIONS if s.group == "ops"]
+    conductor = gpu.conduct.Conductor(journal, sections, gpu.base.Deadline(0), dry=False)
+    names = [s.name for s in sections]
+
+    def lost(code: int | None, *begun: str) -> list[str]:
+        return [s.name for s in conductor._lost("ops", code, set(begun))]
+
+    assert lost(0, *names) == []
+    assert lost(0, *names[:-1]) == names[-1:]
+    assert lost(-11, *names[:2]) == names[1:], "the one that it died in may lack rows"
+    assert lost(None) == names
+
+
+def test_the_committed_files_are_what_is_written(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    rows_file = ROOT / "bench" / "results" / "gpu_check.jsonl"
+    records = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    pending, readme = tmp_path / "PENDING.md", tmp_path / "README.md"
+    readme.write_text((ROOT / "bench" / "README.md").read_text())
+    gpu.pending.write(records, pending_file=pending, readme=readme)
+    hint = "python bench/gpu_check.py --report writes it"
+    assert pending.read_text() == (ROOT / "bench" / "results" / "PENDING.md").read_text(), hint
+    assert readme.read_text() == (ROOT / "bench" / "README.md").read_text(), hint
+    claims = gpu.claims.load()
+    claims[0]["so_far"] = "by hope"
+    assert gpu.pending.pending(records, claims) != pending.read_text()

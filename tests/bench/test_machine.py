@@ -1,0 +1,56 @@
+"""What a measurement says of the code it was taken with."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from peftlab.bench import machine
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A package in a repository, and a note beside it."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (tmp_path / "note.md").write_text("one\n")
+    who = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    return package
+
+
+def test_only_changes_of_what_is_measured_mark_a_commit(checkout: Path) -> None:
+    clean = machine.git_commit(checkout)
+    assert clean and clean == machine.git_commit(checkout, "package")
+    (checkout.parent / "note.md").write_text("two\n")
+    assert machine.git_commit(checkout) == f"{clean}+"
+    assert machine.git_commit(checkout, "package") == clean
+    (checkout / "new.py").write_text("")
+    assert machine.git_commit(checkout, "package") == f"{clean}+"
+    assert machine.changed_files(checkout, "package") == 1
+    assert machine.changed_files(checkout, "package", "note.md") == 2
+
+
+def test_outside_of_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path) -> None:
+    stranger = checkout.parent / "environment"
+    stranger.mkdir()
+    (stranger / "__init__.py").write_text("")
+    assert machine.git_commit(stranger) is None
+
+
+def test_the_digest_tells_code_apart(checkout: Path) -> None:
+    def digest() -> str:
+        return machine.source_digest(checkout.parent, ("package/*.py",))
+
+    before = digest()
+    (checkout.parent / "note.md").write_text("three\n")
+    assert digest() == before
+    (checkout / "__init__.py").write_text("x = 1\n")
+    changed = digest()
+    assert changed != before
+    (checkout / "__init__.py").rename(checkout / "other.py")
+    assert digest() not in (before, changed)
