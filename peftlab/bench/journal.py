@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,21 +32,22 @@ class Journal:
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record).encode() + b"\n"
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
+        with _locked(self._file.fileno()):
             self._drop_torn_line()
             self._file.write(line)
             os.fsync(self._file.fileno())
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
         self.records.append(dict(record))
 
     def _drop_torn_line(self) -> None:
         """Whoever lives and writes holds the lock: a line without an end belongs to a process that was killed."""
         size = self._file.seek(0, os.SEEK_END)
-        if size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n":
+        if size == 0:
             return
-        whole = os.pread(self._file.fileno(), size, 0)
+        self._file.seek(size - 1)
+        if self._file.read(1) == b"\n":
+            return
+        self._file.seek(0)
+        whole = self._file.read()
         self._file.truncate(whole.rfind(b"\n") + 1)
 
     def close(self) -> None:
@@ -55,6 +56,21 @@ class Journal:
     def of(self, kind: str, cell: str | None = None) -> list[dict[str, Any]]:
         """Records of a kind, of one cell or of all."""
         return [r for r in self.records if r["kind"] == kind and cell in (None, r.get("cell"))]
+
+
+@contextlib.contextmanager
+def _locked(file: int) -> Iterator[None]:
+    """Windows has no such lock, and nothing there in which several processes write one journal."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def begin(path: Path, header: Mapping[str, Any]) -> Journal:
