@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import shlex
 import tempfile
@@ -33,18 +34,22 @@ def benchmark_quality(
     methods: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     seeds: int = SEEDS,
+    learning_rates: Sequence[float] | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     replace: bool = False,
+    plan: bool = False,
     progress: Tell = lambda done, total, text: None,
     start: Launch | None = None,
 ) -> dict[str, Any]:
     """Trains each method and rank with ``seeds`` seeds and writes quality.json, quality.csv and a picture.
 
-    All have the recipe's steps, batches, learning rate and held-out rows, and are scored at the end. Alpha stays the
-    recipe's. A learning rate that is right for one method may be wrong for another: give each its own run to find out.
+    All have the recipe's steps, batches and held-out rows, and are scored at the end. Alpha stays the recipe's. A learning rate
+    that is right for one method is wrong for another: with the first seed each tries all of ``learning_rates``, and goes on
+    to the other seeds with the best. That choice looks at the held-out rows, of all methods alike.
 
-    Args: methods: default lora, rslora, dora and full. ranks: default the recipe's. out: default runs/quality-NAME.
+    Args: methods: default lora, rslora, dora and full. ranks: default the recipe's. learning_rates: default a tenth of the
+        recipe's, which full fine-tuning often needs, and the recipe's. out: default runs/quality-NAME. plan: train nothing.
         resume, replace, progress: as for ``benchmark``. start: runs one job; default in a process of its own.
     Returns: the contents of quality.json, ``header`` and ``methods`` (see ``bench.quality``), with ``folder``.
     Raises: RecipeError, DataError, ArtifactError, Interrupted.
@@ -53,6 +58,8 @@ def benchmark_quality(
         raise RecipeError("--resume goes on with a benchmark and --replace removes it: give one of them")
     if seeds < 1:
         raise RecipeError(f"--seeds: expected at least 1, found {seeds}")
+    if learning_rates is not None and (not learning_rates or not all(0 < r < math.inf for r in learning_rates)):
+        raise RecipeError(f"--learning-rates: expected numbers above 0, found {list(learning_rates) or 'none'}")
     build.prepare_libraries()
     loaded = load_recipe(recipe, overrides)
     with build.located(loaded):
@@ -64,11 +71,22 @@ def benchmark_quality(
             raise RecipeError(
                 f"nothing to train: none of {len(variants)} methods can be: {next(iter(reasons.values()))}"
             )
-        header = _header(loaded, overrides, variants, seeds, given=(methods, ranks))
+        rates = learning_rates if learning_rates is not None else _rates(loaded.recipe)
+        rates = list(dict.fromkeys(map(float, rates)))
+        header = _header(loaded, overrides, variants, seeds, rates, given=(methods, ranks, learning_rates))
+        if plan:
+            rows = quality.quality_rows(variants, reasons, [], header["metric"], rates)
+            return {
+                "folder": None,
+                "picture": None,
+                "trainings": _trainings(alive, rates, seeds),
+                "header": header,
+                "methods": rows,
+            }
         folder = Path(out) if out is not None else Path("runs") / f"quality-{loaded.name}"
         opened = journal.open_journal(folder, header, resume=resume, replace=replace)
         try:
-            _train_all(alive, header, opened, seeds, progress, start or partial(launch, _WORKER))
+            _train_all(alive, header, opened, progress, start or partial(launch, _WORKER))
         except KeyboardInterrupt:
             done = len(opened.of("quality"))
             raise Interrupted(
@@ -76,7 +94,7 @@ def benchmark_quality(
             ) from None
         finally:
             opened.close()
-        return _write(folder, opened, variants, reasons, header["metric"])
+        return _write(folder, opened, variants, reasons)
 
 
 def _variants(
@@ -98,6 +116,15 @@ def _variants(
     return variants, {v: reason for v in variants if v[0] == "full" and stored != "none"}
 
 
+def _rates(recipe: Recipe) -> list[float]:
+    lr = recipe.train.lr
+    return [float(f"{lr / 10:.6g}"), lr]
+
+
+def _trainings(alive: Sequence[_Variant], rates: Sequence[float], seeds: int) -> int:
+    return len(alive) * (len(rates) + seeds - 1)
+
+
 def metric_of(recipe: Recipe) -> str:
     return "accuracy" if recipe.classifies or recipe.eval.choices else "loss"
 
@@ -107,13 +134,14 @@ def _header(
     overrides: Sequence[str],
     variants: Sequence[_Variant],
     seeds: int,
+    rates: Sequence[float],
     *,
-    given: tuple[Sequence[str] | None, Sequence[int] | None],
+    given: tuple[Sequence[str] | None, Sequence[int] | None, Sequence[float] | None],
 ) -> dict[str, Any]:
     recipe = loaded.recipe
     device, metric = build.pick_device(recipe.run.device), metric_of(recipe)
     command = ["peftlab", "bench", loaded.name, *overrides, "--quality"]
-    for option, values in zip(("--methods", "--ranks"), given, strict=True):
+    for option, values in zip(("--methods", "--ranks", "--learning-rates"), given, strict=True):
         command += [option, ",".join(map(str, values))] if values is not None else []
     command += ["--seeds", str(seeds)] if seeds != SEEDS else []
     return {
@@ -131,8 +159,8 @@ def _header(
             "fingerprint": build.pretrained_of(recipe).fingerprint,
         },
         "metric": metric,
-        "smaller_is_better": metric == "loss",
-        "protocol": {"seeds": seeds},
+        "smaller_is_better": quality.smaller_is_better(metric),
+        "protocol": {"seeds": seeds, "learning_rates": list(rates)},
         "variants": [list(v) for v in variants],
         "recipe": bench_cells.settings_of(recipe),
     }
@@ -142,28 +170,29 @@ def _train_all(
     alive: Sequence[_Variant],
     header: Mapping[str, Any],
     opened: journal.Journal,
-    seeds: int,
     tell: Tell,
     start: Launch,
 ) -> None:
     """Seed by seed, there and back, so that what an interrupted run has is one training more or less of each."""
-    done = {(r["cell"], r["seed"]): r["status"] for r in opened.of("quality")}
-    total = len(alive) * seeds
+    seeds, rates = header["protocol"]["seeds"], header["protocol"]["learning_rates"]
+    total = _trainings(alive, rates, seeds)
     first_seed = int(header["recipe"].get("run", {}).get("seed", 0))
     for turn in range(seeds):
         for method, rank in alive if turn % 2 == 0 else list(reversed(alive)):
             name, seed = quality.name_of(method, rank), first_seed + turn
-            if (name, seed) in done or any(s != "ok" for (n, _), s in done.items() if n == name):
-                continue
-            tell(len(done), total, f"{name}, seed {seed} ({turn + 1} of {seeds})")
-            recipe = training_settings(header["recipe"], method, rank, seed)
-            found = start({"job": "quality", "recipe": recipe})
-            opened.write({"kind": "quality", "cell": name, "seed": seed, **found})
-            done[name, seed] = found["status"]
+            done = {(r["turn"], r["lr"]): r["status"] for r in opened.of("quality", name)}
+            chosen = quality.chosen_rate(opened.records, name, rates, header["metric"]) if turn else None
+            for lr in rates if turn == 0 else [] if chosen is None else [chosen]:
+                if (turn, lr) in done or (turn and any(s != "ok" for (_, r), s in done.items() if r == lr)):
+                    continue
+                tell(len(opened.of("quality")), total, f"{name}, lr {lr:g}, seed {seed} ({turn + 1} of {seeds})")
+                recipe = training_settings(header["recipe"], method, rank, seed, lr)
+                found = start({"job": "quality", "recipe": recipe})
+                opened.write({"kind": "quality", "cell": name, "seed": seed, "turn": turn, "lr": lr, **found})
     tell(total, total, "")
 
 
-def training_settings(base: Mapping[str, Any], method: str, rank: int | None, seed: int) -> dict[str, Any]:
+def training_settings(base: Mapping[str, Any], method: str, rank: int | None, seed: int, lr: float) -> dict[str, Any]:
     """The recipe of one training: the same held-out rows for every seed, scored once, at the end of all steps."""
     settings = {name: dict(part) if isinstance(part, Mapping) else part for name, part in base.items()}
     run = settings.setdefault("run", {})
@@ -171,6 +200,7 @@ def training_settings(base: Mapping[str, Any], method: str, rank: int | None, se
     for name in ("dir", "log", "save_every"):
         run.pop(name, None)
     run |= {"seed": seed, "merge": "none"}
+    settings["train"] = {**settings.get("train", {}), "lr": lr}
     scoring = settings.setdefault("eval", {})
     for name in ("every", "best", "patience", "prompts"):
         scoring.pop(name, None)
@@ -204,10 +234,11 @@ def _write(
     opened: journal.Journal,
     variants: Sequence[_Variant],
     reasons: Mapping[_Variant, str],
-    metric: str,
 ) -> dict[str, Any]:
-    rows = quality.quality_rows(variants, reasons, opened.records, metric)
-    document = {"header": {k: v for k, v in opened.records[0].items() if k != "kind"}, "methods": rows}
+    header = {k: v for k, v in opened.records[0].items() if k != "kind"}
+    rates = header["protocol"]["learning_rates"]
+    rows = quality.quality_rows(variants, reasons, opened.records, header["metric"], rates)
+    document = {"header": header, "methods": rows}
     files.write_result(folder / quality.RESULT, document)
     files.write_text(folder / quality.TABLE, quality.csv_text(rows))
     picture = folder / quality.PICTURE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,20 +24,49 @@ def name_of(method: str, rank: int | None) -> str:
     return method if rank is None else f"{method} r{rank}"
 
 
+def chosen_rate(records: Sequence[Mapping[str, Any]], name: str, rates: Sequence[float], metric: str) -> float | None:
+    """Of the learning rates that were tried with the first seed the one with the best metric, the smaller of equals; None
+    while one of them has not been tried, or where none gave a metric (``nan`` is none)."""
+    tried = first_trials(records, name)
+    if any(rate not in tried for rate in rates):
+        return None
+    scores = {rate: r["metrics"][metric] for rate, r in tried.items() if r["status"] == "ok" and rate in rates}
+    scores = {rate: score for rate, score in scores.items() if math.isfinite(score)}
+    sign = 1 if smaller_is_better(metric) else -1
+    return min(sorted(scores), key=lambda rate: sign * scores[rate], default=None)
+
+
+def first_trials(records: Sequence[Mapping[str, Any]], name: str) -> dict[float, Mapping[str, Any]]:
+    """Learning rate -> record, of the first seed."""
+    mine = [r for r in records if r["kind"] == "quality" and r["cell"] == name]
+    return {r["lr"]: r for r in mine if r["turn"] == 0}
+
+
+def smaller_is_better(metric: str) -> bool:
+    return metric == "loss"
+
+
 def quality_rows(
     variants: Sequence[tuple[str, int | None]],
     reasons: Mapping[tuple[str, int | None], str],
     records: Sequence[Mapping[str, Any]],
     metric: str,
+    rates: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """A row per method and rank: the metric over seeds with its 95 % interval (Student t), trained parameters, seconds
-    (median) and memory of the training, and the difference of the metric to the first row, seed by seed."""
+    """A row per method and rank, with the learning rate that the first seed chose: the metric over seeds with its 95 % interval
+    (Student t), trained parameters, seconds (median) and memory of the training, and the difference of the metric to the
+    first row, seed by seed."""
     rows = []
     for method, rank in variants:
         row: dict[str, Any] = {"method": method, "rank": rank, "name": name_of(method, rank), "status": "ok"}
         row["reason"] = None
-        mine = [r for r in records if r["kind"] == "quality" and r["cell"] == row["name"]]
+        rate = chosen_rate(records, row["name"], rates, metric)
+        tried = first_trials(records, row["name"])
+        row |= {"lr": rate, "tried": {f"{r:g}": _score(found, metric) for r, found in tried.items()}}
+        mine = [r for r in records if r["kind"] == "quality" and r["cell"] == row["name"] and r["lr"] == rate]
         bad = next((r for r in mine if r["status"] != "ok"), None)
+        if rate is None and len(tried) == len(rates):
+            bad = next((r for r in tried.values() if r["status"] != "ok"), _NO_METRIC)
         if (method, rank) in reasons:
             row |= {"status": "impossible", "reason": reasons[method, rank]}
         elif bad is not None or not mine:
@@ -53,6 +83,14 @@ def quality_rows(
         if row["status"] == "ok":
             row["difference"] = None if row is first or first is None else _difference(row, first, metric)
     return rows
+
+
+# Every training came to its end, and none to a number.
+_NO_METRIC = {"status": "failed", "reason": "its metric is not finite at any learning rate"}
+
+
+def _score(record: Mapping[str, Any], metric: str) -> float | None:
+    return record["metrics"][metric] if record["status"] == "ok" else None
 
 
 def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
@@ -75,7 +113,7 @@ def _difference(row: Mapping[str, Any], first: Mapping[str, Any], metric: str) -
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = ["method", "rank", "status", "reason", "num_trained", "steps", "peak_bytes"]
+    columns = ["method", "rank", "lr", "status", "reason", "num_trained", "steps", "peak_bytes"]
     spreads = [f"{name}_{part}" for name in ("metric", "seconds", "difference") for part in ("value", "low", "high")]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*columns, *spreads], restval="", lineterminator="\n")
@@ -169,8 +207,11 @@ def _bars(interval: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _budget(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    seeds = header["protocol"]["seeds"]
-    return f"{rows[0]['steps']} steps each, {seeds} seed{'s' if seeds != 1 else ''}, the same recipe and learning rate"
+    seeds, rates = header["protocol"]["seeds"], header["protocol"]["learning_rates"]
+    text = f"{rows[0]['steps']} steps each, {seeds} seed{'s' if seeds != 1 else ''}, "
+    if len(rates) == 1:
+        return f"{text}learning rate {rates[0]:g} for all"
+    return f"{text}each with the best for its first seed of the learning rates {', '.join(f'{r:g}' for r in rates)}"
 
 
 def _rank(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from peftlab.cli.bench import bench_progress, numbers_of, split_names
-from peftlab.cli.bench_tables import show_bench, show_cells, show_quality
+from peftlab.cli.bench_tables import show_bench, show_cells, show_quality, show_trainings
 from peftlab.cli.failures import usage_error
 from peftlab.cli.options import Debug, Json, Overrides, check_overrides
 from peftlab.cli.output import output_of
@@ -15,6 +15,7 @@ from peftlab.errors import PeftlabError, VerificationError
 
 _LISTS = ("methods", "quantize", "kernels", "what")
 _WHOLE = "whole numbers such as 8,16"
+_RATE = "numbers such as 1e-4,1e-3"
 
 
 def bench_run(
@@ -65,6 +66,14 @@ def bench_run(
         bool, typer.Option("--quality", help="Train each method to the end and score it, instead of a few steps.")
     ] = False,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each, with --quality.")] = 3,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(
+            "--learning-rates",
+            metavar="X,..",
+            help="With --quality: of these each takes what is best for its first seed; default a tenth of the recipe's, and it.",
+        ),
+    ] = None,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
@@ -85,7 +94,10 @@ def bench_run(
         for name, text in given.items()
     }
     if quality:
-        _refuse(context, given, {"methods", "ranks"}, plan=plan)
+        _refuse(context, given, {"methods", "ranks"})
+        rates = (
+            None if learning_rates is None else numbers_of(learning_rates, float, "--learning-rates", _RATE, context)
+        )
         with out.working():
             from peftlab.api.bench_quality import benchmark_quality
 
@@ -96,17 +108,23 @@ def bench_run(
                     methods=asked["methods"],
                     ranks=asked["ranks"],
                     seeds=seeds,
+                    learning_rates=rates,
                     out=out_folder,
                     resume=resume,
                     replace=replace,
+                    plan=plan,
                     progress=progress,
                 )
         if out.json:
             out.document(report)
+        elif plan:
+            show_trainings(out, report)
         else:
             show_quality(out, report)
         _raise_for(report["methods"], report["folder"])
         return
+    if learning_rates is not None:
+        usage_error("--learning-rates has an effect with --quality only; add it", context)
     with out.working():
         from peftlab.api.benchmarking import benchmark
 
@@ -133,10 +151,9 @@ def bench_run(
     _raise_for(report["cells"], report["folder"])
 
 
-def _refuse(context: typer.Context, given: dict[str, str | None], known: set[str], *, plan: bool) -> None:
+def _refuse(context: typer.Context, given: dict[str, str | None], known: set[str]) -> None:
     """An option that would have no effect is an error."""
     idle = [f"--{name}" for name, text in given.items() if text is not None and name not in known]
-    idle += ["--plan"] if plan else []
     if idle:
         usage_error(
             f"{idle[0]} has no effect with --quality, which trains the recipe as it is; change the recipe with section.key=value",

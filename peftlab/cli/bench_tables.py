@@ -50,7 +50,7 @@ def show_quality(out: Output, report: Mapping[str, Any]) -> None:
     out.line()
     metric = header["metric"]
     table = plain_table(
-        "cell", metric, "95 % interval", "trained", "seconds", "memory", f"{metric} less that of the first"
+        "cell", "lr", f"{metric}, 95 %", "trained", "seconds", "memory", f"{metric} less that of the first"
     )
     table.columns[0].header = "method"
     for row in rows:
@@ -58,18 +58,49 @@ def show_quality(out: Output, report: Mapping[str, Any]) -> None:
             table.add_row(row["name"], _STATUS[row["status"]])
             continue
         found, seconds = row["metric"], row["seconds"]["value"]
-        interval = "-" if found["low"] is None else f"{found['low']:.4f}..{found['high']:.4f}"
         size = numbers.size(row["peak_bytes"])
-        cells = (row["name"], f"{found['value']:.4f}", interval, f"{row['num_trained']:,}", f"{seconds:,.1f}", size)
+        half = "" if found["high"] is None else f" ± {found['high'] - found['value']:.4f}"  # Student t's are symmetric
+        score = f"{found['value']:.4f}{half}"
+        cells = (row["name"], f"{row['lr']:g}", score, f"{row['num_trained']:,}", f"{seconds:,.1f}", size)
         table.add_row(*cells, _difference(row["difference"]))
     out.show(table)
     out.line()
     for row in rows:
         if row["status"] != "ok":
             paragraph(out, f"{row['name']}: {_STATUS[row['status']]}: {row['reason']}")
+    if len(header["protocol"]["learning_rates"]) > 1:
+        paragraph(out, f"{metric} of the first seed by learning rate: {'; '.join(map(_tried, rows))}")
     out.line(f"results  {report['folder']}/quality.json, quality.csv")
     if report["picture"]:
         out.line(f"picture  {report['picture']}", style="cyan")
+
+
+def _tried(row: Mapping[str, Any]) -> str:
+    scores = [f"{lr} {'-' if score is None else f'{score:.4f}'}" for lr, score in row.get("tried", {}).items()]
+    return f"{row['name']} {', '.join(scores) or 'none'}"
+
+
+def show_trainings(out: Output, report: Mapping[str, Any]) -> None:
+    """What ``--quality`` would train."""
+    header, rows = report["header"], report["methods"]
+    out.line()
+    out.line(header["unit"]["model"])
+    out.line()
+    table = plain_table("cell", "cannot be because")
+    table.columns[0].header = "method"
+    for row in rows:
+        table.add_row(row["name"], row["reason"] if row["status"] == "impossible" else "")
+    out.show(table)
+    protocol = header["protocol"]
+    rates = ", ".join(f"{r:g}" for r in protocol["learning_rates"])
+    out.line()
+    paragraph(
+        out, f"learning rates {rates} with the first of {protocol['seeds']} seeds, the best of each with the others"
+    )
+    paragraph(
+        out,
+        f"{report['trainings']} trainings; peftlab check {header['name']} says how long one takes. Nothing was trained",
+    )
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:

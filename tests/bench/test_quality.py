@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from PIL import Image
 
 from peftlab.api import bench_quality
 from peftlab.api.bench_worker import run_job
-from peftlab.bench.quality import build_figure
+from peftlab.bench.quality import build_figure, chosen_rate
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, RecipeError
+from peftlab.recipe import load_recipe
 
 OUT = Path("runs/quality-smoke")
+LR = load_recipe("smoke").recipe.train.lr
+RIGHT = {"lora": LR, "dora": LR, "full": LR / 10}
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +30,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Trainings:
-    """Stands for processes: DoRA is right 0.1 more often than LoRA with every seed, and takes twice as long."""
+    """Stands for processes: DoRA is right 0.1 more often than LoRA with every seed, and takes twice as long. Adapters want the
+    recipe's learning rate, full fine-tuning a tenth of it; at the wrong one each is right 0.2 less often."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, int]] = []
+        self.asked: list[tuple[str, int, float]] = []
+        self.diverged: set[tuple[str, float]] = set()
         self.recipes: list[dict[str, Any]] = []
         self.stop_after: int | None = None
 
@@ -39,9 +45,12 @@ class Trainings:
         recipe = spec["recipe"]
         adapter, seed = recipe["adapter"], recipe["run"]["seed"]
         name = "full" if adapter["method"] == "none" else "dora" if adapter["dora"] else "lora"
-        self.asked.append((name, seed))
+        lr = recipe["train"]["lr"]
+        self.asked.append((name, seed, lr))
         self.recipes.append(recipe)
-        accuracy = 0.5 + 0.1 * seed + (0.1 if name == "dora" else 0.0)
+        if (name, lr) in self.diverged:
+            return {"status": "red", "reason": "the loss is nan in step 3"}
+        accuracy = 0.5 + 0.1 * seed + (0.1 if name == "dora" else 0.0) - (0.2 if lr != RIGHT[name] else 0.0)
         memory = {
             "load_peak_bytes": 1e8,
             "before_bytes": 0,
@@ -86,10 +95,14 @@ def test_figures_by_hand(trainings: Trainings) -> None:
 
 def test_all_have_the_same_budget_and_held_out_rows(trainings: Trainings) -> None:
     quality()
-    assert trainings.asked[:3] == [("lora", 0), ("dora", 0), ("full", 0)]
-    assert trainings.asked[3:6] == [("full", 1), ("dora", 1), ("lora", 1)], "there and back"
+    first = [(name, 0, lr) for name in ("lora", "dora", "full") for lr in (LR / 10, LR)]
+    assert trainings.asked[:6] == first, "each tries every learning rate with the first seed"
+    assert trainings.asked[6:9] == [(n, 1, RIGHT[n]) for n in ("full", "dora", "lora")], (
+        "the best goes on; there and back"
+    )
+    assert len(trainings.asked) == 12
     assert {r["data"]["seed"] for r in trainings.recipes} == {0}
-    assert {json.dumps(r["train"]) for r in trainings.recipes} == {json.dumps(trainings.recipes[0]["train"])}
+    assert len({json.dumps({**r["train"], "lr": None}) for r in trainings.recipes}) == 1
     assert all(r["eval"]["before"] is False and "prompts" not in r["eval"] for r in trainings.recipes)
 
 
@@ -99,9 +112,52 @@ def test_interrupted_and_resumed(trainings: Trainings) -> None:
         quality()
     trainings.stop_after = None
     assert [row["metric"]["n"] for row in quality(resume=True)["methods"]] == [3, 3, 3]
-    assert len(trainings.asked) == len(set(trainings.asked)) == 9
+    assert len(trainings.asked) == len(set(trainings.asked)) == 12
     with pytest.raises(ArtifactError, match=r"protocol\.seeds: 3 there, 4 now"):
         quality(resume=True, seeds=4)
+
+
+def test_a_learning_rate_that_diverges_only_loses(trainings: Trainings) -> None:
+    trainings.diverged = {("lora", LR), ("full", LR), ("full", LR / 10)}
+    lora, dora, full = quality()["methods"]
+    assert (lora["lr"], lora["tried"][f"{LR:g}"]) == (LR / 10, None)
+    assert lora["metric"]["value"] == pytest.approx(0.4) and dora["lr"] == LR
+    assert (full["status"], full["reason"]) == ("red", "the loss is nan in step 3")
+    assert len([a for a in trainings.asked if a[0] == "full"]) == 2, (
+        "without a learning rate there is nothing to go on with"
+    )
+
+
+def test_the_choice_of_a_learning_rate() -> None:
+    def record(lr: float, loss: float, turn: int = 0, status: str = "ok") -> dict[str, Any]:
+        return {
+            "kind": "quality",
+            "cell": "lora r8",
+            "lr": lr,
+            "turn": turn,
+            "status": status,
+            "metrics": {"loss": loss},
+        }
+
+    records = [
+        record(1e-4, 2.0),
+        record(1e-3, 1.0),
+        record(1e-2, 1.0),
+        record(1e-1, math.nan),
+        record(1e-4, 0.1, turn=1),
+    ]
+    assert chosen_rate(records, "lora r8", [1e-4, 1e-3, 1e-2, 1e-1], "loss") == 1e-3, (
+        "the smaller loss, then the smaller rate"
+    )
+    assert chosen_rate(records, "lora r8", [1e-4, 5e-4], "loss") is None, "one is still to be tried"
+    assert chosen_rate([record(1e-4, 2.0, status="red")], "lora r8", [1e-4], "loss") is None
+
+
+def test_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "smoke", "--quality", "--plan", "--methods", "lora,full", "--seeds", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "12 trainings" in shown and "full" in shown and max(map(len, shown.splitlines())) <= 80
+    assert not trainings.asked and not OUT.exists()
 
 
 def test_full_fine_tuning_of_quantized_weights_is_a_row(trainings: Trainings) -> None:
@@ -132,7 +188,8 @@ def test_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["--kernels", "auto"], "--kernels has no effect with --quality"),
-        (["--plan"], "--plan has no effect with --quality"),
+        (["--learning-rates", "0.1,-1"], "--learning-rates: expected numbers above 0, found [0.1, -1.0]"),
+        (["--learning-rates", "fast"], "numbers such as 1e-4,1e-3"),
         (["--methods", "dorra"], "did you mean 'dora'?"),
         (["--seeds", "0"], "--seeds: expected at least 1, found 0"),
     ],
