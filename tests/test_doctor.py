@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from peftlab.api import doctor as doctor_module
 from peftlab.api.doctor import GIB, PACKAGES, _gpus, doctor
 
 TITLES = ["software", "device", "memory and disk", "quantization", "attention", "kernels", "model hub"]
@@ -229,3 +230,22 @@ def test_offline_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fact = _facts(doctor())["model hub: reachable"]
     assert (fact["value"], fact["status"]) == ("not tried", "note")
+
+
+def test_matrix_units_of_a_processor_are_told(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftlab import ops
+
+    here = _facts(report)
+    assert {f"kernels: {name}" for name in ops.CPU_OPERANDS} <= set(here) or _gpus_here()
+    monkeypatch.setattr(
+        ops, "operands_problem", lambda name: "the processor has none of AMX" if name == "cpu-bf16" else None
+    )
+    bf16, int8 = (doctor_module._operands(ops, name) for name in ("cpu-bf16", "cpu-int8"))
+    assert (bf16["status"], bf16["detail"]) == ("note", "the processor has none of AMX")
+    assert (int8["value"], int8["detail"]) == ("usable", "faster: run.kernels=cpu-int8 with model.quantize=int8")
+
+
+def _gpus_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

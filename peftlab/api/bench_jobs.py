@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftlab.adapters.fused import fusion_report, set_kernels
 from peftlab.api import build
+from peftlab.api.parts import loop_settings
 from peftlab.api.training import input_casts
 from peftlab.bench import flops
 from peftlab.bench.ceilings import matmul_speed
@@ -20,7 +21,7 @@ from peftlab.bench.energy import find_meter
 from peftlab.errors import VerificationError
 from peftlab.models import resolve_precision
 from peftlab.tasks import Encoded, Example
-from peftlab.training.loop import LoopSettings, TrainingLoop
+from peftlab.training.loop import TrainingLoop
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.parity import check_parity, coarsest_dtype, woken
 from peftlab.training.progress import SilentProgress
@@ -67,7 +68,6 @@ def gate(job: Job) -> dict[str, Any]:
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
     """Steps of the training loop, as ``peftlab train`` runs it."""
-    t = job.recipe.train
     progress = Timing(job.device)
     with MetricsLog(folder / "metrics.jsonl") as log, _casts(job):
         TrainingLoop(
@@ -75,14 +75,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
             task=job.task,
             train=Encoded(job.rows, None),  # type: ignore[arg-type]
             plan=job.plan,
-            settings=LoopSettings(
-                lr=t.lr,
-                schedule=t.schedule,
-                warmup=t.warmup,
-                weight_decay=t.weight_decay,
-                betas=t.betas,
-                max_grad_norm=t.max_grad_norm,
-            ),
+            settings=loop_settings(job.recipe),
             accelerator=job.accelerator,
             folder=folder,
             log=log,

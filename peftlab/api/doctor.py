@@ -277,6 +277,7 @@ def _kernels(torch: Any) -> list[Fact]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         facts = [_fact(name, path, detail=why) for name, (path, why) in sorted(ops.kernel_paths(device).items())]
         facts += [_plans(torch, ops, device), _lora_trial(torch, ops, device)]
+        facts += [_operands(ops, name) for name in ops.CPU_OPERANDS if device == "cpu"]
     except Exception as error:
         facts = [_fact("ops", "do not work", "problem", _reason(error))]
     try:
@@ -284,6 +285,15 @@ def _kernels(torch: Any) -> list[Fact]:
     except Exception as error:
         facts.append(_fact("triton", "does not import", "note", _reason(error)))
     return facts
+
+
+def _operands(ops: Any, name: str) -> Fact:
+    problem = ops.operands_problem(name)
+    weights = " with model.quantize=int8" if name == "cpu-int8" else ""
+    return _fact(
+        name,
+        *(("not usable", "note", problem) if problem else ("usable", "ok", f"faster: run.kernels={name}{weights}")),
+    )
 
 
 def _plans(torch: Any, ops: Any, device: str) -> Fact:

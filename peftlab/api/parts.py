@@ -25,6 +25,7 @@ from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_name
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distilling import DistillLoss
+from peftlab.training.loop import LoopSettings
 from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, SilentProgress
 
@@ -273,6 +274,23 @@ def make_plan(
         most_tokens=_MOST_TOKENS[device],
         packing=packing,
         span=span,
+    )
+
+
+def loop_settings(recipe: Recipe) -> LoopSettings:
+    t, e, r = recipe.train, recipe.eval, recipe.run
+    return LoopSettings(
+        lr=t.lr,
+        schedule=t.schedule,
+        warmup=t.warmup,
+        weight_decay=t.weight_decay,
+        betas=t.betas,
+        max_grad_norm=t.max_grad_norm,
+        eval_every=e.every,
+        save_every=r.save_every,
+        keep=r.keep,
+        best=e.best,
+        patience=e.patience,
     )
 
 

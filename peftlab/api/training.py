@@ -17,7 +17,15 @@ import numpy as np
 from peftlab.adapters import load_trained, save_trained
 from peftlab.api import build
 from peftlab.api.merging import merge_run
-from peftlab.api.parts import Parts, check_room, check_settings, padded_instead, prepare, run_accelerator
+from peftlab.api.parts import (
+    Parts,
+    check_room,
+    check_settings,
+    loop_settings,
+    padded_instead,
+    prepare,
+    run_accelerator,
+)
 from peftlab.api.run import LOCK_NAME, RUN_NAME, Run, check_run_folder, free_run_folder, open_run, write_json
 from peftlab.data import Rows, packing_figures
 from peftlab.errors import Interrupted, RecipeError
@@ -27,7 +35,7 @@ from peftlab.ops import plans_in_use
 from peftlab.recipe import LoadedRecipe, check_same_settings, load_recipe, local_files, write_lock
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.distilling import DistillLoss
-from peftlab.training.loop import LoopResult, LoopSettings, TrainingLoop
+from peftlab.training.loop import LoopResult, TrainingLoop
 from peftlab.training.memory import frozen_heap, release_memory
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.packing_check import check_packing
@@ -363,25 +371,12 @@ def _loop(
     evaluate: Callable[[], Any],
     resume_hint: str,
 ) -> TrainingLoop:
-    t, e, r = parts.recipe.train, parts.recipe.eval, parts.recipe.run
     return TrainingLoop(
         model=parts.model,
         task=parts.task,
         train=parts.train,
         plan=parts.plan,
-        settings=LoopSettings(
-            lr=t.lr,
-            schedule=t.schedule,
-            warmup=t.warmup,
-            weight_decay=t.weight_decay,
-            betas=t.betas,
-            max_grad_norm=t.max_grad_norm,
-            eval_every=e.every,
-            save_every=r.save_every,
-            keep=r.keep,
-            best=e.best,
-            patience=e.patience,
-        ),
+        settings=loop_settings(parts.recipe),
         accelerator=accelerator,
         folder=folder,
         log=log,

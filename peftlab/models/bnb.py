@@ -18,8 +18,6 @@ def import_bitsandbytes() -> Any:
     model hub (0.50.2, backends/cpu/ops.py). Nothing leaves this machine unasked (contract C12), so that package is
     hidden for the duration. Raises: ImportError.
     """
-    if "bitsandbytes" in sys.modules:
-        return sys.modules["bitsandbytes"]
     with _without_hub_kernels(), _compiling_later():
         return importlib.import_module("bitsandbytes")
 
