@@ -92,13 +92,14 @@ def numbers_of(
 def bench_progress() -> Iterator[Callable[[int, int, str], None]]:
     """Tells on stderr which case is measured: a live line in a terminal, else a line now and then."""
     console = make_console(sys.stderr)
-    started = told = time.monotonic()
-    first: int | None = None
+    told = time.monotonic()
+    seen: list[tuple[int, float]] = []  # jobs done, and when; what was measured before a resume took no time now
 
     def text(done: int, total: int, case: str) -> str:
-        nonlocal first
-        first = done if first is None else first  # what was measured before a resume took no time now
-        left = (time.monotonic() - started) / (done - first) * (total - done) if done > first else 0
+        if not seen or seen[-1][0] != done:
+            seen.append((done, time.monotonic()))
+        before, since = seen[len(seen) // 2 if len(seen) > 2 else 0]  # gates come first, and take less than runs
+        left = (time.monotonic() - since) / (done - before) * (total - done) if done > before else 0
         return f"measuring {min(done + 1, total)} of {total}: {case}" + (
             f", about {duration(left)} left" if left else ""
         )
@@ -110,9 +111,10 @@ def bench_progress() -> Iterator[Callable[[int, int, str], None]]:
 
     def tell(done: int, total: int, case: str) -> None:
         nonlocal told
-        if case and (first in (None, done) or time.monotonic() - told >= _LINE_EVERY_S):
+        begun, line = not seen, text(done, total, case)
+        if case and (begun or time.monotonic() - told >= _LINE_EVERY_S):
             told = time.monotonic()
-            console.print(text(done, total, case), markup=False, soft_wrap=True)
+            console.print(line, markup=False, soft_wrap=True)
 
     yield tell
 

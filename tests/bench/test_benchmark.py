@@ -13,6 +13,7 @@ from peftlab import ops
 from peftlab.api import benchmarking
 from peftlab.api.bench_worker import run_job
 from peftlab.bench import machine, processes
+from peftlab.cli import bench as bench_cli
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, PeftlabError, RecipeError
 from tests.bench.bench_examples import FakeJobs
@@ -257,3 +258,15 @@ def test_a_job_in_a_process_and_its_errors() -> None:
     spec = {"job": "run", "recipe": {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}}
     found = processes.launch("peftlab.api.bench_worker", spec)
     assert found["status"] == "impossible" and "unknown shape" in found["reason"]
+
+
+def test_time_left_goes_by_the_later_jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four gates of 10 s, then runs of 30 s: before the first run the estimate is too low, after the third right."""
+    now = [0.0]
+    monkeypatch.setattr(bench_cli.time, "monotonic", lambda: now[0])
+    with bench_cli.bench_progress() as tell:
+        for done, now[0] in enumerate((0, 10, 20, 30, 40, 70, 100, 130)):
+            tell(done, 20, f"job {done}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "measuring 1 of 20: job 0"
+    assert lines[-1] == "measuring 8 of 20: job 7, about 6 min 30 s left"
