@@ -44,6 +44,24 @@ def _assert_within_budget(actual: Any, eager: Any, truth: Any, *, slack: float) 
     assert mean_error <= mean_allowed + slack * scale, f"mean error {mean_error:.3g}, eager {mean_allowed:.3g}"
 
 
+@pytest.fixture
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``run.kernels`` cpu-bf16 and cpu-int8 run on processors without the units too, slowly: bfloat16 is then not rounded
+    to, and an int8 product that would saturate is replaced by an exact one."""
+    from peftlab_kernels import runtime
+
+    from peftlab import ops
+
+    def exact_product(a: Any, b: Any, *, out: Any = None) -> Any:
+        found = a.int() @ b.int()
+        return found if out is None else out.copy_(found)
+
+    for module in (ops, runtime):
+        monkeypatch.setattr(module, "operands_problem", lambda backend: None)
+    if runtime.int8_saturates():
+        monkeypatch.setattr(torch, "_int_mm", exact_product)
+
+
 @pytest.fixture(scope="session")
 def assert_within_budget() -> Callable[..., None]:
     return _assert_within_budget

@@ -21,10 +21,7 @@ EACH_KIND = pytest.mark.parametrize("kind", ["dense", "nf4", "int8"])
 
 
 @pytest.fixture(autouse=True)
-def any_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without the units both paths run too: bfloat16 is then not rounded to (``rounded`` says which), int8 is slow."""
-    runtime.operands_problem.cache_clear()
-    monkeypatch.setattr(runtime, "operands_problem", lambda backend: None)
+def here(any_processor: None) -> Iterator[None]:
     yield
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "the setting of the process is as before"
 
@@ -198,5 +195,10 @@ def test_missing_units_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         assert runtime.operands_problem("cpu-bf16") == "the processor has none of AMX, AVX512-BF16"
         assert runtime.operands_problem("cpu-int8") == "the processor has none of AVX512-VNNI"
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
+        monkeypatch.setattr(runtime, "int8_saturates", lambda: True)
+        runtime.operands_problem.cache_clear()
+        assert runtime.operands_problem("cpu-int8") == "its int8 products lose what is beyond 16 bits"
     finally:
+        monkeypatch.undo()
         runtime.operands_problem.cache_clear()

@@ -53,11 +53,9 @@ def recipe(task: str = "causal_lm", **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
 @pytest.mark.parametrize(("kernels", "quantize"), [("cpu-bf16", "none"), ("cpu-bf16", "nf4"), ("cpu-int8", "int8")])
 def test_rounded_operands_are_told_from_faults(
-    here: Path, monkeypatch: pytest.MonkeyPatch, task: str, kernels: str, quantize: str
+    here: Path, monkeypatch: pytest.MonkeyPatch, any_processor: None, task: str, kernels: str, quantize: str
 ) -> None:
     """The training path is compared in float32, then its rounding with that; evaluation takes it too."""
-    monkeypatch.setattr(ops, "operands_problem", lambda backend: None)
-    monkeypatch.setattr(runtime, "operands_problem", lambda backend: None)
     changes = {"task": task, "model": {"quantize": quantize}}
     exact = train(**changes).summary["after"]
     run = train(**changes, run={"kernels": kernels, "dir": "rounded"})
@@ -74,9 +72,9 @@ def test_rounded_operands_are_told_from_faults(
         train(**changes, run={"kernels": kernels, "dir": "faulty"})
 
 
-def test_a_processor_without_the_units_opens_such_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ops, runtime):
-        monkeypatch.setattr(module, "operands_problem", lambda backend: None)
+def test_a_processor_without_the_units_opens_such_a_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, any_processor: None
+) -> None:
     run = train(task="seq_cls", run={"kernels": "cpu-bf16"})
     for module in (ops, runtime):
         monkeypatch.setattr(module, "operands_problem", lambda backend: "the processor has none of AMX")
