@@ -24,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def unpacked(commit: str, folder: Path) -> Path:
     return folder
 
 
-def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> dict[str, Any]:
+def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> Iterator[dict[str, Any]]:
+    """What is measured so far, after every round of all contestants."""
     from peftlab import ops
 
     absent = {f"run.kernels={name}": problem for name in ops.CPU_OPERANDS if (problem := ops.operands_problem(name))}
@@ -155,7 +156,8 @@ def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> di
                     found[case][name].append({**row, "load_before": load})
                     total = sum(part["seconds"] for part in row["stages"].values())
                     print(f"{case}, {name}, repetition {repetition + 1}: {total:.1f} s", file=sys.stderr, flush=True)
-    return {"cases": found, "absent": absent, "threads": threads}
+                measured = {case: runs for case, runs in found.items() if all(runs.values())}
+                yield {"cases": measured, "absent": absent, "threads": threads}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -221,10 +223,10 @@ def main() -> int:
         commit = subprocess.run(
             ["git", "rev-parse", options.before], cwd=HERE.parent, capture_output=True, text=True, check=False
         ).stdout.strip()
-        found = measure(options.cases or list(CASES), options.before, options.repeats, options.threads)
-        result = {**_report.provenance(command), "before": commit, **found}
-        _report.write_json(options.out / RESULT, result)
-        print(table(result))
+        provenance = {**_report.provenance(command), "before": commit}
+        for found in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
+            _report.write_json(options.out / RESULT, {**provenance, **found})
+        print(table({**provenance, **found}))
         return 0
     _report.replace_section(HERE / "README.md", "cpu_path", table(json.loads((HERE / "results" / RESULT).read_text())))
     return 0
