@@ -127,7 +127,8 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     alive = sum(cell["status"] == "pending" for cell in cells)
     repeats = report["header"]["protocol"]["repeats"]
     out.line()
-    out.line(f"{alive} of {len(cells)} cells, {1 + alive * (1 + repeats)} processes; nothing was measured", style="dim")
+    processes = 1 + alive * (1 + repeats) if alive else 0
+    out.line(f"{alive} of {len(cells)} cells, {processes} processes; nothing was measured", style="dim")
 
 
 def plain_table(*columns: str) -> Table:
