@@ -167,7 +167,7 @@ def table(result: dict[str, Any]) -> str:
         stages = [s for s in ORDER if any(s in row["stages"] for rows in runs.values() for row in rows)]
         shown = [s for s in stages if s != "rest"]
         lines = [
-            f"**{case}**: {CASES[case]['title']}, {len(next(iter(runs.values())))} repetitions",
+            f"**{case}**: {CASES[case]['title']}; repetitions: {len(next(iter(runs.values())))}",
             "",
             "| | " + " | ".join([*shown, "all, s", "CPU s", "tokens/s", "peak, MiB", "loss after"]) + " |",
             "|---|" + "---|" * (len(shown) + 5),
