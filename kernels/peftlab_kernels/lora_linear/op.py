@@ -62,8 +62,8 @@ def lora_linear(
         x: [..., K] float32, float16 or bfloat16 (and float64 without Triton). base: the frozen [N, K] weight.
         A_RK, B_NR: any of these types; their gradients have their types. dropout: probability of a zero.
         seed: [] int64 on the CPU (``new_seed()``); needed with dropout: one seed gives one mask for one shape.
-        backend: auto (Triton on CUDA), triton, torch, or for float32 on a CPU cpu-bf16 or, over an ``Int8Weight``,
-            cpu-int8: the products with W, here and in dX, then take operands rounded to that type.
+        backend: auto (Triton on CUDA), triton, torch, or for float32 on a CPU cpu-bf16 (the products with W, here and in
+            dX, take operands rounded to that type) or, over an ``Int8Weight``, cpu-int8 (that of y does).
     Returns: [..., N] in the type of x.
     Raises: ValueError on shapes that do not fit together, a dropout outside [0, 1), or a backend that cannot run.
     """
