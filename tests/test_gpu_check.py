@@ -121,6 +121,7 @@ def test_a_dry_run_is_not_reported(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in files] == before
 
 
+@pytest.mark.slow
 def test_distillation_dry(tmp_path: Path) -> None:
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "distillation", "distillation steps")
     assert code == 0, said

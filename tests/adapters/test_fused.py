@@ -332,7 +332,8 @@ def test_the_plan_of_modules_is_what_gets_adapted(tiny: Callable[..., Any], name
 
 
 def test_an_unknown_mode_is_refused(tiny: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="expected kernels as one of auto, triton, reference, compared, found 'fast'"):
+    known = "auto, triton, cpu-bf16, cpu-int8, reference, compared"
+    with pytest.raises(ValueError, match=f"expected kernels as one of {known}, found 'fast'"):
         set_kernels(tiny("tiny:llama"), "fast")
 
 
