@@ -1,7 +1,7 @@
 """Where a whole `peftlab train` on a CPU spends its time, before and after a change, and with rounded operands.
 
-    python bench/cpu_path.py [CASE ...] --before COMMIT [--repeats 3] [--threads 2] [--out DIR]
-    python bench/cpu_path.py --table              rewrites bench/README.md from bench/results/cpu_path.json
+    python bench/cpu_path.py [CASE ...] --before COMMIT --processor NAME [--repeats 3] [--threads 2] [--out DIR]
+    python bench/cpu_path.py --table              rewrites bench/README.md from bench/results/cpu_path-*.json
 
 Contestants are the working tree and a commit of before, unpacked beside it, on float32 and on int8 weights, and the working
 tree with run.kernels=cpu-bf16 and cpu-int8 (left out where the processor has no units for them). One process each, in turns,
@@ -31,7 +31,6 @@ from typing import Any
 import _report
 
 HERE = Path(__file__).resolve().parent
-RESULT = "cpu_path.json"
 CASES: dict[str, dict[str, Any]] = {
     "sms-spam": {
         "title": "MiniLM, SMS spam, 1,200 rows, one epoch, merged",
@@ -161,7 +160,7 @@ def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> It
 
 
 def table(result: dict[str, Any]) -> str:
-    """Per case a line per contestant: seconds by stage, in all, CPU seconds, speed, memory, loss."""
+    """The machine, then per case a line per contestant: seconds by stage, in all, CPU seconds, speed, memory, loss."""
     parts = []
     for case, runs in result["cases"].items():
         stages = [s for s in ORDER if any(s in row["stages"] for rows in runs.values() for row in rows)]
@@ -182,10 +181,10 @@ def table(result: dict[str, Any]) -> str:
             cells += [_median([row["peak_memory_bytes"] / 2**20 for row in rows], 0), f"{rows[0]['after']['loss']:.4f}"]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
-    note = (
-        f"{_report.where(result)}; before: {result['before'][:9]}; {result['threads']} threads. `{result['command']}`"
-    )
-    return "\n\n".join([*parts, note])
+    where = f"{_report.where(result)}; before: {result['before'][:9]}; threads: {result['threads']}"
+    busy = [row["load_before"] for runs in result["cases"].values() for rows in runs.values() for row in rows]
+    load = f"load before a run {min(busy):.1f} to {max(busy):.1f}"
+    return "\n\n".join([f"On {where}; {load}. `{result['command']}`", *parts])
 
 
 def _stage(row: dict[str, Any], name: str, key: str) -> float:
@@ -204,6 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--before", metavar="COMMIT", help="the commit to compare with")
+    parser.add_argument("--processor", metavar="NAME", help="what this kind is called in the name of the result file")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -217,18 +217,23 @@ def main() -> int:
     if not options.table:
         if unknown := set(options.cases) - set(CASES):
             parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-        if not options.before or options.repeats < 1:
-            parser.error("--before names the commit to compare with, and --repeats is at least 1")
+        if not options.before or not options.processor or options.repeats < 1:
+            parser.error(
+                "--before names the commit to compare with, --processor the result file; --repeats is at least 1"
+            )
         command = "python bench/cpu_path.py " + " ".join(sys.argv[1:])
         commit = subprocess.run(
             ["git", "rev-parse", options.before], cwd=HERE.parent, capture_output=True, text=True, check=False
         ).stdout.strip()
         provenance = {**_report.provenance(command), "before": commit}
         for found in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
-            _report.write_json(options.out / RESULT, {**provenance, **found})
+            _report.write_json(options.out / f"cpu_path-{options.processor}.json", {**provenance, **found})
         print(table({**provenance, **found}))
         return 0
-    _report.replace_section(HERE / "README.md", "cpu_path", table(json.loads((HERE / "results" / RESULT).read_text())))
+    files = sorted((HERE / "results").glob("cpu_path-*.json"))
+    _report.replace_section(
+        HERE / "README.md", "cpu_path", "\n\n".join(table(json.loads(f.read_text())) for f in files)
+    )
     return 0
 
 

@@ -86,11 +86,9 @@ def show_trainings(out: Output, report: Mapping[str, Any]) -> None:
     out.line()
     out.line(header["unit"]["model"])
     out.line()
-    table = plain_table("cell", "cannot be because")
-    table.columns[0].header = "method"
-    for row in rows:
-        table.add_row(row["name"], row["reason"] if row["status"] == "impossible" else "")
-    out.show(table)
+    out.show(
+        _planned([(row["name"], row["reason"] if row["status"] == "impossible" else "") for row in rows], "method")
+    )
     protocol = header["protocol"]
     rates = ", ".join(f"{r:g}" for r in protocol["learning_rates"])
     out.line()
@@ -120,15 +118,22 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     paragraph(out, machine_text(report["header"]))
     paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
     out.line()
-    table = plain_table("#", "cell", "cannot exist because")
-    for number, cell in enumerate(cells, start=1):
-        table.add_row(str(number), cell_label(cell, varying), cell["reason"] or "")
-    out.show(table)
+    out.show(_planned([(cell_label(cell, varying), cell["reason"] or "") for cell in cells], "cell"))
     alive = sum(cell["status"] == "pending" for cell in cells)
     repeats = report["header"]["protocol"]["repeats"]
     out.line()
     processes = 1 + alive * (1 + repeats) if alive else 0
     out.line(f"{alive} of {len(cells)} cells, {processes} processes; nothing was measured", style="dim")
+
+
+def _planned(rows: Sequence[tuple[str, str]], kind: str) -> Table:
+    """Numbered names, with the reasons of those that cannot exist where there are any."""
+    reasons = any(reason for _, reason in rows)
+    table = plain_table("#", "cell", *(["cannot exist because"] if reasons else []))
+    table.columns[1].header = kind
+    for number, (name, reason) in enumerate(rows, start=1):
+        table.add_row(str(number), name, *([reason] if reasons else []))
+    return table
 
 
 def plain_table(*columns: str) -> Table:
