@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,6 +43,14 @@ def _assert_within_budget(actual: Any, eager: Any, truth: Any, *, slack: float) 
     mean_error, mean_allowed = (float((x.double() - truth).abs().mean()) for x in (actual, eager))
     assert error <= allowed + slack * scale, f"max error {error:.3g}, eager {allowed:.3g}, scale {scale:.3g}"
     assert mean_error <= mean_allowed + slack * scale, f"mean error {mean_error:.3g}, eager {mean_allowed:.3g}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """Runs collect garbage a dozen times each: they need not go through all that the imports of a hundred test files left,
+    half a second every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

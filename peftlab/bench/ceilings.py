@@ -13,11 +13,13 @@ _MATMUL = {"cpu": 1024, "cuda": 8192}
 # Many times the last cache.
 _COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 _REPEATS = 9
+# Without bfloat16 units a processor takes three seconds for one such product.
+_LONGEST_S = 3.0
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """``matmul_flops_per_s`` of a square matmul in ``dtype`` and ``copy_bytes_per_s`` (read and written), each the quickest
-    of nine: what else runs on the machine can only make them slower."""
+    of nine (of fewer where they take seconds): what else runs on the machine can only make them slower."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "matmul": _MATMUL[device],
@@ -41,15 +43,14 @@ def matmul_speed(device: str, dtype: torch.dtype) -> float:
 
 
 def _seconds(run: Callable[[], object], device: str) -> list[float]:
-    seconds = []
-    for repeat in range(_REPEATS + 2):
+    seconds: list[float] = []
+    while len(seconds) < _REPEATS + 2 and sum(seconds) < _LONGEST_S:
         wait(device)
         began = time.perf_counter()
         run()
         wait(device)
-        if repeat >= 2:  # the first ones start threads and libraries
-            seconds.append(time.perf_counter() - began)
-    return seconds
+        seconds.append(time.perf_counter() - began)
+    return seconds[2:] or seconds  # the first ones start threads and libraries
 
 
 def wait(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -92,24 +93,29 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
     return rows, [image.tobytes() for image in images]
 
 
-# A distillation asks for its rows a few times per student, and 100 MB of sources take five seconds to search.
-@functools.lru_cache(maxsize=2)
 def _docstrings(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:
+    rows, contents = _search(tuple((package, _folder(package, key)) for package in packages))
+    if not contents:
+        raise DataError(f"{name!r}: no docstring of {_FEWEST_WORDS} words or more in these packages", key=key)
+    return dataclasses.replace(rows, name=name), contents
+
+
+# A distillation asks for its rows a dozen times, in parts and under several keys, and 100 MB of sources take five seconds.
+@functools.lru_cache(maxsize=2)
+def _search(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
     """Rows in the order of the packages, of their files' paths, and of the lines."""
-    mask = _masking(packages)
+    mask = _masking(tuple(package for package, _ in folders))
     places: dict[str, tuple[str, str, int]] = {}
     elsewhere: set[str] = set()
-    for package in packages:
-        for file, line, text in _paragraphs(_folder(package, key)):
+    for package, folder in folders:
+        for file, line, text in _paragraphs(folder):
             masked = mask(text)
             if places.setdefault(masked, (package, file, line))[0] != package:
                 elsewhere.add(masked)
     texts = [text for text in places if text not in elsewhere]
-    if not texts:
-        raise DataError(f"{name!r}: no docstring of {_FEWEST_WORDS} words or more in these packages", key=key)
     files = {file: i for i, file in enumerate(dict.fromkeys(places[text][1] for text in texts))}
     rows = Rows(
-        name=name,
+        name=DOCSTRINGS,
         columns={"text": list[Any](texts), "label": [places[text][0] for text in texts]},
         fingerprint=hashlib.sha256("\0".join(f"{places[t][0]}\0{t}" for t in texts).encode()).hexdigest(),
         origins=tuple(Origin(file, "line") for file in files),
@@ -138,11 +144,13 @@ def _paragraphs(folder: Path) -> Iterator[tuple[str, int, str]]:
     """``(file, line, text)`` of each docstring's first paragraph."""
     for file in sorted(folder.rglob("*.py")):
         source = file.read_text(encoding="utf-8", errors="replace")
+        line, counted = 1, 0
         for found in _DOCSTRING.finditer(source) if '"""' in source else ():
+            line, counted = line + source.count("\n", counted, found.start(1)), found.start(1)
             first = found[1].replace("\\\n", "\n").strip().split("\n\n")[0]
             text = " ".join(first.split())
             if len(text.split()) >= _FEWEST_WORDS:
-                yield str(file), source.count("\n", 0, found.start(1)) + 1, text
+                yield str(file), line, text
 
 
 def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:

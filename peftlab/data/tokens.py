@@ -71,8 +71,9 @@ def pieces(
     rows: Rows, render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Rendered]]
 ) -> Iterator[tuple[int, list[Rendered]]]:
     """Yields ``(index of the first row, rendered rows)`` for consecutive rows, some thousand or a few megabytes at a time."""
-
-    gc.freeze()  # or the collector would look through all rows again and again
+    # The collector by itself would look through all rows again and again. It looks at what is new, once a piece.
+    automatic = gc.isenabled()
+    gc.disable()
     try:
         for first in range(0, len(rows), _PIECE_ROWS):
             part = range(first, min(first + _PIECE_ROWS, len(rows)))
@@ -84,8 +85,10 @@ def pieces(
                     start, characters = i, 0
                 characters += len(row.text)
             yield first + start, rendered[start:]
+            gc.collect(1)
     finally:
-        gc.unfreeze()
+        if automatic:
+            gc.enable()
 
 
 def tokenize(

@@ -5,7 +5,6 @@ The process is forked from one that has imported what a run needs, so that it co
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 from collections.abc import Callable
@@ -96,8 +95,6 @@ MOMENTS: dict[str, Callable[[], SilentProgress]] = {
 
 def run(folder: Path, recipe: Any, moment: str, *, resume: bool) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # as in test_api_teach
-    gc.unfreeze = lambda: None  # type: ignore[assignment]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.chdir(folder)
     comparing._TIMED_SECONDS = 0.05

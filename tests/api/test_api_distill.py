@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import distill_child
 import pytest
 import torch
-from test_api_teach import frozen_heap as frozen_heap
 from test_api_train import Stopper, contents, recipe, train, write_data
 
 import peftlab

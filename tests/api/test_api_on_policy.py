@@ -58,14 +58,6 @@ def pretrain(folder: Path, *, steps: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> Iterator[None]:
-    """A run collects Python's garbage often; the libraries' own objects need not be gone through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders ``weak`` and ``strong``, and the data."""

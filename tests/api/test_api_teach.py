@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import gc
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,6 @@ from peftlab.recipe import load_recipe
 from peftlab.training.progress import SilentProgress
 
 TASKS = ["causal_lm", "seq_cls"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """A run collects garbage a dozen times, each time through all that the imports left: a second of each."""
-    with pytest.MonkeyPatch.context() as patch:
-        gc.collect()
-        gc.freeze()
-        patch.setattr(gc, "unfreeze", lambda: None)  # tokenizing freezes and unfreezes for itself
-        yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

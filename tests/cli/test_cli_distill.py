@@ -25,7 +25,6 @@ TEMPLATE = {"user": "{text}", "assistant": "{label}"}
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparing, "_TIMED_SECONDS", 0.05)
-        patch.setattr("gc.collect", lambda *args: 0)  # half a second each time, for nothing here
         yield
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from peftlab.data import Rows, load_rows
+from peftlab.data import Rows, builtin, load_rows
 from peftlab.errors import DataError, PeftlabError
 
 
@@ -66,6 +67,30 @@ def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     assert rows.where(0) == f"{tmp_path}/firstpack/__init__.py:2"
     assert rows.where(1) == f"{tmp_path}/otherpack/__init__.py:5"
+
+
+def test_packages_are_searched_once_for_all_their_parts_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[str] = []
+    paragraphs = builtin._paragraphs
+
+    def watched(folder: Path) -> Iterator[tuple[str, int, str]]:
+        searched.append(folder.name)
+        return paragraphs(folder)
+
+    monkeypatch.setattr(builtin, "_paragraphs", watched)
+    builtin._search.cache_clear()
+    parts = [
+        load_rows(f"docstrings:accelerate{part}", key=key)
+        for part, key in [
+            ("", "data.train"),
+            (":train", "data.train"),
+            (":test", "data.eval"),
+            (":train#9", "distill.transfer"),
+        ]
+    ]
+    assert searched == ["accelerate"]
+    assert [rows.name for rows in parts] == [f"docstrings:accelerate{p}" for p in ("", ":train", ":test", ":train#9")]
+    assert len(parts[0]) == len(parts[1]) + len(parts[2]) and len(parts[3]) == 9
 
 
 def test_what_is_found_is_what_the_syntax_tree_has() -> None:

@@ -403,12 +403,20 @@ def test_rows_that_are_left_out_are_not_shared_or_repeated(tokenizer: Any) -> No
     assert ledger.repeated_rows().tolist() == []
 
 
-def test_the_garbage_collector_sees_the_rows_again(tokenizer: Any) -> None:
-    before = gc.get_freeze_count()
+def test_the_garbage_collector_is_as_it_was(tokenizer: Any) -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
     encode(tokenizer, [turns("a", "b")])
     with pytest.raises(DataError):
         encode(tokenizer, [turns("a", "b"), {"messages": None}])
-    assert gc.get_freeze_count() == before
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0.9 * frozen, "what a run has frozen stays so"
+    gc.disable()
+    try:
+        encode(tokenizer, [turns("a", "b")])
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_prompts_with_two_answers_and_choices_nobody_gives(tokenizer: Any) -> None:

@@ -210,14 +210,15 @@ def test_a_narrow_model_reads_back_as_it_is_and_learns_alike(name: str, cut: dic
     assert {k: getattr(report.after, k) for k in cut} == cut
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert torch.equal(_output(again), _output(model))
+    parameters, others = dict(model.named_parameters()), dict(again.named_parameters())
+    assert parameters.keys() == others.keys()
+    assert all(torch.equal(p, others[n]) for n, p in parameters.items())
     for each in (model.requires_grad_(True), again):
         each(input_ids=IDS)[0].square().sum().backward()
-    others = dict(again.named_parameters())
-    assert all(
-        others[n].grad is None if p.grad is None else torch.equal(p.grad, others[n].grad)
-        for n, p in model.named_parameters()
-    )
+    # The same numbers at another address, which some processors' libraries add in another order.
+    torch.testing.assert_close(_output(again), _output(model), **EXACT)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(others[name].grad, parameter.grad, **EXACT, msg=lambda said, n=name: f"{n}: {said}")
 
 
 @pytest.mark.parametrize("name", ["llama", "BertForMaskedLM"])
