@@ -11,6 +11,9 @@ import pytest
 
 COMMAND = Path(sys.executable).parent / "peftlab"
 BOUND_S = 0.5
+# On a machine on which the command line's libraries alone take that long, so much longer than they.
+BOUND_TIMES = 2.5
+LIBRARIES = "import typer, typer._adapters, rich.table"
 # The minimum of several runs measures the command; a mean or a median would measure the load of the machine as well.
 NUM_RUNS = 7
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "bitsandbytes", "sklearn", "triton"}
@@ -25,15 +28,19 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("argument", ["--help", "recipes"])
 def test_answers_within_half_a_second(argument: str) -> None:
-    seconds = []
+    seconds: list[float] = []
+    libraries: list[float] = []
     for _ in range(NUM_RUNS):
-        start = time.perf_counter()
-        done = _run(COMMAND, argument)
-        seconds.append(time.perf_counter() - start)
-        assert done.stdout
-        if min(seconds) < BOUND_S:
+        for found, command in ((seconds, (COMMAND, argument)), (libraries, (sys.executable, "-c", LIBRARIES))):
+            start = time.perf_counter()
+            _run(*command)
+            found.append(time.perf_counter() - start)
+        bound = max(BOUND_S, BOUND_TIMES * min(libraries))
+        if min(seconds) < bound:
             return
-    pytest.fail(f"peftlab {argument}: {min(seconds):.2f} s at best of {NUM_RUNS} runs, at most {BOUND_S} s are allowed")
+    pytest.fail(
+        f"peftlab {argument}: {min(seconds):.2f} s at best of {NUM_RUNS} runs, at most {bound:.2f} s are allowed"
+    )
 
 
 @pytest.mark.parametrize("argument", ["--help", "recipes"])
