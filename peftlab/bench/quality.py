@@ -140,8 +140,8 @@ def build_figure(document: Mapping[str, Any]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in document["methods"] if row["status"] == "ok"]
     header = document["header"]
+    rows = [row | {"metric": _on_scale(row["metric"], header)} for row in document["methods"] if row["status"] == "ok"]
     scale, unit = memory_unit([row["peak_bytes"] for row in rows])
     figure: Any = Figure(figsize=(12, 5.4))
     FigureCanvasAgg(figure)
@@ -194,6 +194,13 @@ def build_figure(document: Mapping[str, Any]) -> Any:
         color=_GREY,
     )
     return figure
+
+
+def _on_scale(interval: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Shares end at 0 and 1, which Student's t does not know."""
+    if header["smaller_is_better"] or interval["low"] is None:
+        return interval
+    return {**interval, "low": max(0.0, interval["low"]), "high": min(1.0, interval["high"])}
 
 
 def _ends(interval: Mapping[str, Any]) -> tuple[float, float]:

@@ -184,6 +184,20 @@ def test_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str
     assert figure.axes[0].get_ylabel() == "held-out accuracy, larger is better"
 
 
+def test_bars_of_an_accuracy_end_at_one(trainings: Trainings) -> None:
+    assert run(["bench", "smoke", "--quality", "--methods", "lora"]) == 0
+    document = json.loads((OUT / "quality.json").read_text())
+    document["methods"][0]["metric"] |= {"value": 0.98, "low": 0.92, "high": 1.04}
+
+    def top() -> float:
+        *_, (bars,) = build_figure(document).axes[0].containers[0]
+        return float(bars.get_segments()[0][:, 1].max())
+
+    assert top() == pytest.approx(1.0)
+    document["header"]["smaller_is_better"] = True
+    assert top() == pytest.approx(1.04)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
