@@ -1,9 +1,10 @@
 """Compiles every Triton kernel for every supported GPU, without one, and reads what came out.
 
     python bench/compile_kernels.py [--json FILE] [--table] [--quick] [--arch 90] [--only REGEX] [--set BLOCK_M=128]
+                                    [--ptx FOLDER]
 
 Triton ships ptxas. A case has a problem when a kernel does not compile, spills registers, needs more shared memory than
-a block may have, or leaves a product of 16-bit matrices off the matrix unit (wgmma on sm_90, mma.sync elsewhere).
+a block may have, or leaves a product of 16-bit matrices off the matrix unit. sm_75 gets the kernels without products alone.
 ``--table`` rewrites the tables in the READMEs of the ops. Exit codes: 0 no case has a problem, 1 some have, 2 wrong usage.
 """
 
@@ -37,7 +38,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "peftlab_kernels"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64)
 # What one block may have, by architecture (CUDA programming guide, technical specifications per compute capability).
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+SHARED_LIMIT_BYTES = {
+    arch: kib * 1024
+    for arch, kib in {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}.items()
+}
+# The instructions of the matrix unit; mma.sync where nothing else is said.
+MATRIX_UNIT = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 Row = dict[str, Any]
@@ -78,23 +84,25 @@ CASES = [
     Case("nf4_dequant", "nf4_dequant_kernel", "flat", f"{FLAT} *T i16 i16",
          lambda dtype, rank: _nf4(False, dequant_options(64)), matrix=False),
     Case("nf4_dequant", "nf4_merge_kernel", "nested", f"{NESTED} {MERGE}",
-         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 64)), wide=True),
+         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 64, dtype)), wide=True),
     Case("nf4_dequant", "nf4_merge_kernel", "flat", f"{FLAT} {MERGE}",
-         lambda dtype, rank: _nf4(False, merge_options(4096, rank, 64)), wide=True),
+         lambda dtype, rank: _nf4(False, merge_options(4096, rank, 64, dtype)), wide=True),
     Case("nf4_dequant", "nf4_merge_kernel", "nested, blocks of 128", f"{NESTED} {MERGE}",
-         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 128), blocksize=128)),
+         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 128, dtype), blocksize=128)),
     Case("nf4_dequant", "nf4_merge_kernel", "nested, unaligned", f"{NESTED} {UNALIGNED}",
-         lambda dtype, rank: _nf4(True, merge_options(4100, rank, 64)), wide=True),
+         lambda dtype, rank: _nf4(True, merge_options(4100, rank, 64, dtype)), wide=True),
     Case("nf4_dequant", "nf4_merge_kernel", "flat, unaligned", f"{FLAT} {UNALIGNED}",
-         lambda dtype, rank: _nf4(False, merge_options(4100, rank, 64)), wide=True),
+         lambda dtype, rank: _nf4(False, merge_options(4100, rank, 64, dtype)), wide=True),
     Case("int8_dequant", "int8_dequant_kernel", "alone", "*i8 *fp32 *fp32 *fp32 *T i16 i16 i16 fp32",
          lambda dtype, rank: {"MERGE": False, **tile_options(0)}, matrix=False),
     Case("int8_dequant", "int8_dequant_kernel", "merge", f"*i8 *fp32 {MERGE}",
          lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
     Case("int8_dequant", "int8_dequant_kernel", "merge, unaligned", f"*i8 *fp32 {UNALIGNED}",
          lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
-    Case("lora_linear", "dropout_down_kernel", "", "*T *A *fp32 *u8 i32 i16 R i16 i64 i32 fp32 i16",
+    Case("lora_linear", "dropout_down_kernel", "", "*T *A *fp32 *u8 *i64 i32 i16 R i16 i32 fp32 i16",
          lambda dtype, rank: {"ROUNDS": passes.MASK_ROUNDS, **passes.down_options(rank, dtype)}, wide=True),
+    Case("lora_linear", "dropout_mask_kernel", "", "*u8 *i64 i32 i32",
+         lambda dtype, rank: {"ROUNDS": passes.MASK_ROUNDS, **passes.mask_options()}, matrix=False),
     Case("lora_linear", "up_backward_kernel", "", "*T *A *T *fp32 *fp32 i32 i16 R fp32 i16",
          lambda dtype, rank: passes.up_options(rank, dtype), wide=True),
     Case("lora_linear", "down_backward_kernel", "dropout", "*T *u8 *T *fp32 i32 i16 R i16 fp32 i16",
@@ -126,13 +134,16 @@ def jobs(*, quick: bool, only: str, archs: list[int]) -> list[tuple[int, str, st
         for factors in ((dtype, "fp32") if case.wide and dtype != "fp32" else (dtype,))
         for rank in (RANKS if case.matrix else (16,))
         for arch in archs
+        if divmod(arch, 10) >= runtime.MIN_CAPABILITY[case.matrix]
         if not quick
         or (rank == 16 and (factors == "fp32") == case.wide and (dtype == "bf16" or (dtype == "fp16" and arch == 90)))
     ]
 
 
-def compile_case(number: int, dtype: str, factors: str, rank: int, arch: int, changes: dict[str, int]) -> Row:
-    """What the compiler made of a case; ``problems`` is empty when all is as it should be."""
+def compile_case(
+    number: int, dtype: str, factors: str, rank: int, arch: int, changes: dict[str, int], ptx: Path | None
+) -> Row:
+    """What the compiler made of a case; ``problems`` is empty when all is as it should be. ptx: where the code goes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -167,6 +178,9 @@ def compile_case(number: int, dtype: str, factors: str, rank: int, arch: int, ch
     except Exception as error:  # of any kind: the other cases are worth knowing too
         last_line = str(error).strip().rpartition("\n")[2]
         return {**row, "problems": [f"does not compile: {type(error).__name__}: {last_line}"]}
+    if ptx is not None:
+        words = [case.kernel, case.variant, dtype, factors, str(rank), f"sm_{arch}"]
+        (ptx / f"{' '.join(filter(None, words)).replace(' ', '-')}.ptx").write_text(compiled.asm["ptx"])
     row |= {
         "num_warps": compiled.metadata.num_warps,
         "registers": _logged(log.getvalue(), r"Used (\d+) registers"),
@@ -186,7 +200,7 @@ def _logged(log: str, pattern: str) -> int:
 
 def _matrix_unit(compiled: Any) -> str:
     """What the products run on; fma: on the ordinary units."""
-    units = [unit for unit in ("wgmma", "mma.sync") if f"{unit}." in compiled.asm["ptx"]]
+    units = [unit for unit in ("tcgen05", "wgmma", "mma.sync") if f"{unit}." in compiled.asm["ptx"]]
     if re.search(r"= tt\.dot .*-> tensor<[^>]*#(?!mma)", compiled.asm["ttgir"]):
         units.append("fma")
     return " and ".join(units)
@@ -198,16 +212,17 @@ def _problems(row: Row) -> list[str]:
         problems.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > limit:
         problems.append(f"needs {row['shared_bytes']} bytes of shared memory, a block may have {limit}")
-    wanted = "wgmma" if row["arch"] == 90 else "mma.sync"
+    wanted = MATRIX_UNIT.get(row["arch"], "mma.sync")
     if row["matrix"] and row["dtype"] != "fp32" and row["matrix_unit"] != wanted:
         problems.append(f"expected {wanted}, found {row['matrix_unit'] or 'no product'}")
     return problems
 
 
 def table(rows: list[Row]) -> str:
-    """Registers a thread, KiB of shared memory a block and the matrix unit, one column an architecture."""
+    """Registers a thread / KiB of shared memory a block, one column an architecture."""
     archs = list(SHARED_LIMIT_BYTES)
-    lines = ["| kernel | type | rank | warps |" + "".join(f" sm_{arch} |" for arch in archs), "|---" * 8 + "|"]
+    heads = ["kernel", "type", "rank", "warps", *(f"sm_{arch}" for arch in archs)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     names = ("kernel", "variant", "dtype", "factors", "rank")
     for (kernel, variant, dtype, factors, rank), group in groupby(rows, key=lambda row: [row[name] for name in names]):
         of_arch = {row["arch"]: row for row in group}
@@ -222,8 +237,7 @@ def table(rows: list[Row]) -> str:
 def _cell(row: Row) -> str:
     if row["problems"]:
         return "**" + "; ".join(row["problems"]).replace("|", "/") + "**"
-    unit = f", {row['matrix_unit']}" if row["matrix_unit"] else ""
-    return f"{row['registers']} regs, {row['shared_bytes'] / 1024:.0f} KiB{unit}"
+    return f"{row['registers']} / {row['shared_bytes'] / 1024:.0f}"
 
 
 def rewrite_readme(op: str, rows: list[Row], versions: str) -> None:
@@ -233,7 +247,13 @@ def rewrite_readme(op: str, rows: list[Row], versions: str) -> None:
         path.write_text(f"# {op}\n\n<!-- compiled -->\n<!-- /compiled -->\n", encoding="utf-8")
     bad = sum(bool(row["problems"]) for row in rows)
     text = table([row for row in rows if row["dtype"] == "bf16" and row["rank"] != 8])
-    text += f"\n\n{len(rows)} compilations (with fp16, fp32 and rank 8), {bad} with problems; {versions}.\n"
+    units = "mma.sync, on sm_90 wgmma and on sm_100 and sm_103 tcgen05"
+    text += "\n\nRegisters a thread / KiB of shared memory a block." + (
+        f" Products run on the matrix unit ({units}); on sm_75, which has no such instructions, PyTorch does them.\n"
+        if any(row["matrix"] for row in rows)
+        else "\n"
+    )
+    text += f"{len(rows)} compilations (with fp16, fp32 and rank 8), {bad} with problems; {versions}.\n"
     pattern, old = "(?s)(<!-- compiled -->\n).*(<!-- /compiled -->)", path.read_text(encoding="utf-8")
     new, found = re.subn(pattern, lambda m: m[1] + text + m[2], old)
     assert found == 1, f"{path} lacks the lines <!-- compiled --> and <!-- /compiled -->"
@@ -247,6 +267,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="rank 16, bf16 and on sm_90 fp16, one type of factors")
     parser.add_argument("--arch", type=int, choices=SHARED_LIMIT_BYTES, action="append", help="only this one")
     parser.add_argument("--only", default="", help="cases whose op, kernel and variant match this expression")
+    parser.add_argument("--ptx", type=Path, help="write the PTX of each case into this folder, which is there")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=INT", help="instead of the op's own value")
     arguments = parser.parse_args()
     changes = {name: int(value) for name, value in (change.split("=") for change in arguments.set)}
@@ -261,7 +282,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
         with ProcessPoolExecutor() as pool:
-            rows = list(pool.map(compile_case, *zip(*work, strict=True), [changes] * len(work)))
+            rest = [changes] * len(work), [arguments.ptx] * len(work)
+            rows = list(pool.map(compile_case, *zip(*work, strict=True), *rest))
     import triton
 
     nvidia = triton.knobs.nvidia  # from sm_100 on Triton takes another ptxas

@@ -143,9 +143,9 @@ class Step:
 
 def card_chunk(student: Shape, *, online: bool, card_bytes: int) -> int:
     """Tokens of a chunk that linear_kl takes on an empty card of that size: logits of one or two models in 16 bits."""
-    from peftlab_kernels.heads import num_tokens_on_a_gpu
+    from peftlab_kernels.heads import Rows, num_tokens_on_a_gpu
 
-    return num_tokens_on_a_gpu((1 + online) * 2 * student.vocab, total=card_bytes, free=card_bytes)
+    return num_tokens_on_a_gpu(2**30, Rows(2 * student.vocab, 1 + online), total=card_bytes, free=card_bytes)
 
 
 def memory_plan(student: Shape, teacher: Shape, step: Step) -> dict[str, float]:

@@ -30,7 +30,7 @@ from peftlab_kernels.lora_linear import (
 from peftlab_kernels.lora_linear.plan import BACKWARD as BACKWARD_PLANS
 from peftlab_kernels.lora_linear.plan import FORWARD as FORWARD_PLANS
 from peftlab_kernels.lora_linear.plan import Key as PlanKey
-from peftlab_kernels.lora_linear.plan import Plan
+from peftlab_kernels.lora_linear.plan import Plan, int8_by_library
 from peftlab_kernels.lora_linear.plan import forced as forced_plan
 from peftlab_kernels.lora_linear.plan import in_use as plans_in_use
 from peftlab_kernels.lora_linear.plan import key_of as plan_key
@@ -39,13 +39,31 @@ from peftlab_kernels.runtime import CPU_OPERANDS, new_seed, operands_problem, re
 
 from peftlab.errors import ArtifactError
 
-_TRITON_OPS = ("int8_dequant", "linear_cross_entropy", "linear_kl", "lora_linear", "nf4_dequant")
+# Operation -> whether its kernels are matrix products. Both dequantizations have one that merges an adapter.
+_TRITON_OPS = {
+    "int8_dequant": False, "linear_cross_entropy": False, "linear_kl": False, "lora_linear": True, "nf4_dequant": False,
+}  # fmt: skip
 
 
 def kernel_paths(device_type: str) -> dict[str, tuple[str, str]]:
     """Per operation what runs on this kind of device with ``run.kernels: auto``, and why not something faster."""
-    problem = triton_problem(device_type) or (None if device_type == "cuda" else "run.kernels=triton asks for it")
-    return dict.fromkeys(_TRITON_OPS, ("Triton", "") if problem is None else ("PyTorch, fused", problem))
+    asked = None if device_type == "cuda" else "run.kernels=triton asks for it"
+    problems = {name: triton_problem(device_type, products=products) for name, products in _TRITON_OPS.items()}
+    return {
+        name: ("PyTorch, fused", problem or asked or "") if problem or asked else ("Triton", "")
+        for name, problem in problems.items()
+    }
+
+
+def kernels_note(device_type: str) -> str | None:
+    """What PyTorch does in place of the kernels on a GPU, with the reason; None where Triton does it all."""
+    if device_type != "cuda":
+        return None
+    if problem := triton_problem(device_type, products=False):
+        return f"the kernels run in PyTorch, slower: {problem}"
+    if problem := triton_problem(device_type, products=True):
+        return f"the adapter's products run in PyTorch, slower: {problem}"
+    return None
 
 
 def plan_by_rule(key: PlanKey) -> Plan:
@@ -97,7 +115,9 @@ __all__ = [
     "dropout_mask",
     "forced_plan",
     "head_logits",
+    "int8_by_library",
     "kernel_paths",
+    "kernels_note",
     "linear_cross_entropy",
     "linear_kl",
     "lora_linear",

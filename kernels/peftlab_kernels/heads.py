@@ -23,8 +23,10 @@ from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant
 # efficient. A GPU takes a share of its memory: W is read again for every chunk, and dW written.
 _CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_SHARE = 1 / 64
-_CPU_PRODUCT_ROWS = 8192
-_FEWEST, _MOST = 256, 4096  # tokens of a chunk on a GPU
+_CPU_PRODUCT_ROWS, _CPU_PIECE = 8192, 2**16  # rows, and elements
+# Rows of logits of a chunk on a GPU, those of a teacher counted. The largest is where more gains no time: at 2,048 tokens and
+# 128k classes a product has 60 waves of tiles, and reading W again is a tenth of it.
+_FEWEST, _MOST = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -70,34 +72,83 @@ class Head:
             raise ValueError(f"expected 1 to {V} classes for a head [{V}, {H}], found {self.num_logits}")
 
 
-def num_tokens_per_chunk(num_tokens: int, bytes_per_token: int, device: torch.device, *, dW_bytes: int = 0) -> int:
-    """Tokens of a chunk whose logits (``bytes_per_token``) fit the budget of the device.
+@dataclass(frozen=True)
+class Rows:
+    """What a loss holds of each token, and of a trained head once.
 
-    dW_bytes: of a trained head's gradient, which each chunk reads and writes once.
+    Attributes:
+        row_bytes: logits of a token of one model. sides: models whose logits are made, 2 with a teacher beside the student.
+        sum_bytes: of the sum over chunks of a trained head's gradient, which each chunk reads and writes. spared_bytes: that
+            sum, where one chunk alone needs none because its product can be written in the type of the weight.
     """
+
+    row_bytes: int
+    sides: int = 1
+    sum_bytes: int = 0
+    spared_bytes: int = 0
+
+    @property
+    def token_bytes(self) -> int:
+        return self.row_bytes * self.sides
+
+
+def rows_of(head: Head, hidden_NH: Tensor, wanted: Wanted, *, sides: int = 1) -> Rows:
+    row_bytes = head.num_logits * hidden_NH.element_size()
+    if not wanted.weight:
+        return Rows(row_bytes, sides)
+    weight = head.weight.tensors()[0]
+    sum_bytes = weight.numel() * _sum_dtype(hidden_NH).itemsize
+    return Rows(row_bytes, sides, sum_bytes, sum_bytes if weight.dtype.itemsize < 4 else 0)
+
+
+def num_tokens_per_chunk(num_tokens: int, rows: Rows, device: torch.device) -> int:
+    """Tokens of a chunk whose logits fit the budget of the device: all of them, where that takes less than several chunks."""
     if device.type != "cuda":
-        return max(1, min(num_tokens, max(_CPU_CHUNK_BYTES, dW_bytes // 4) // bytes_per_token))
-    free, total = torch.cuda.mem_get_info(device)
+        if num_tokens * rows.token_bytes <= rows.spared_bytes:
+            return max(1, num_tokens)
+        return max(1, min(num_tokens, max(_CPU_CHUNK_BYTES, rows.sum_bytes // 4) // rows.token_bytes))
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
     held = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - held
-    # torch before 2.8 does not say what share of the memory this process was allowed.
-    share_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    allowed = total if share_of is None else int(total * share_of(device.index))
-    return min(num_tokens, num_tokens_on_a_gpu(bytes_per_token, total=allowed, free=min(free, allowed - held)))
+    unused = (
+        torch.cuda.memory_reserved(device) - held
+    )  # without a call to the driver, and enough from the second step on
+    size = num_tokens_on_a_gpu(num_tokens, rows, total=allowed, free=min(unused, allowed - held))
+    if size < num_tokens_on_a_gpu(num_tokens, rows, total=allowed, free=allowed):
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        size = num_tokens_on_a_gpu(num_tokens, rows, total=allowed, free=min(free, allowed - held))
+    return size
 
 
-def num_tokens_on_a_gpu(bytes_per_token: int, *, total: int, free: int) -> int:
+def num_tokens_on_a_gpu(num_tokens: int, rows: Rows, *, total: int, free: int) -> int:
     """Tokens of a chunk on a GPU with so many bytes in all and free.
 
     The budget is a share of all memory, not of what is free at the moment, so that a repeated run computes the same
     bytes; only where not even a part of that is free, chunks get smaller.
     """
-    chunk = _MOST
-    while chunk > _FEWEST and chunk * bytes_per_token > total * _GPU_SHARE:
+    chunk = num_tokens
+    if num_tokens * rows.token_bytes > rows.spared_bytes:
+        chunk, budget = _MOST // rows.sides, max(total * _GPU_SHARE, rows.sum_bytes / 4)
+        while chunk > _FEWEST and chunk * rows.token_bytes > budget:
+            chunk //= 2
+    while chunk > 16 and chunk * rows.token_bytes > free / 2:
         chunk //= 2
-    while chunk > 16 and chunk * bytes_per_token > free / 2:
-        chunk //= 2
-    return chunk
+    return max(1, min(num_tokens, chunk))
+
+
+def walk_of(
+    head: Head, hidden_NH: Tensor, wanted: Wanted, chunk: int | None, *, sides: int = 1
+) -> tuple[int | None, bool]:
+    """Tokens of a chunk, and whether the gradient of a trained weight is left to backward: with one chunk it then is one
+    product, which has the factor that flows back in it and is written in the type of the weight at once.
+
+    While it is traced for ``torch.compile`` nothing is known of sizes and memory: None, which the operator asks about itself.
+    """
+    if torch.compiler.is_compiling():
+        return chunk, False
+    N = hidden_NH.shape[0]
+    size = chunk or num_tokens_per_chunk(N, rows_of(head, hidden_NH, wanted, sides=sides), hidden_NH.device)
+    return size, wanted.weight and 0 < N <= size
 
 
 def chunks(num_tokens: int, size: int) -> Iterator[slice]:
@@ -122,10 +173,21 @@ class Wanted:
 class HeadPass:
     """One pass of N tokens through a head, chunk by chunk, and back.
 
-    Args: hidden_NH: in the type that products run in. adapter_NH: what the adapter reads where it is not ``hidden_NH``.
+    Args:
+        hidden_NH: in the type that products run in. adapter_NH: what the adapter reads where it is not ``hidden_NH``.
+        deferred: all tokens are one chunk, and the gradient of its logits is kept in place of the weight's.
     """
 
-    def __init__(self, head: Head, hidden_NH: Tensor, adapter_NH: Tensor | None, wanted: Wanted, backend: str) -> None:
+    def __init__(
+        self,
+        head: Head,
+        hidden_NH: Tensor,
+        adapter_NH: Tensor | None,
+        wanted: Wanted,
+        backend: str,
+        *,
+        deferred: bool = False,
+    ) -> None:
         V, dtype = head.num_logits, hidden_NH.dtype
         self._hidden_NH, self._adapter_NH = hidden_NH, adapter_NH
         self._wanted = wanted
@@ -136,14 +198,15 @@ class HeadPass:
         merged = low_rank is not None and adapter_NH is None and not isinstance(head.weight, DenseWeight)
         self._W_VH = _as_float(head.weight, dtype, head.low_rank if merged else None, backend)[:V]
         self._bias_V = head.bias[:V].to(dtype) if head.bias is not None else None
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = _sum_dtype(hidden_NH)
         like: dict[str, Any] = {"device": hidden_NH.device, "dtype": wide}
         self._split = low_rank is not None and not merged
         if low_rank is not None:
             self._A_RH, self._sB_VR = low_rank[0].to(dtype), (low_rank[2] * low_rank[1].to(wide)).to(dtype)
             self._scale = low_rank[2]
         self.dH_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if wanted.hidden else None
-        self.dW_VH = torch.zeros(head.weight.shape, **like) if wanted.weight else None
+        self._deferred, self._shape = deferred, head.weight.shape
+        self.dW_VH: Tensor | None = None  # the sum, or with deferred the gradient of the logits
         self.dbias_V = torch.zeros(head.weight.shape[0], **like) if wanted.bias else None
         self.dA_RH = torch.zeros(low_rank[0].shape, **like) if low_rank is not None and wanted.factors else None
         self.dB_VR = torch.zeros(head.low_rank[1].shape, **like) if head.low_rank and wanted.factors else None
@@ -177,19 +240,47 @@ class HeadPass:
                 torch.mm(dz_CV, self._W_VH, out=self.dH_NH[part])
         if self.dbias_V is not None:
             self.dbias_V[:V] += dz_CV.sum(0, dtype=self.dbias_V.dtype)
-        if self.dW_VH is not None:
+        if not self._wanted.weight:
+            return
+        if self._deferred:
+            self.dW_VH = dz_CV
+        elif self.dW_VH is None:
+            self.dW_VH = product(dz_CV.t(), h_CH, rows=self._shape[0], dtype=_sum_dtype(h_CH))
+        else:
             _add_product(self.dW_VH[:V], dz_CV.t(), h_CH)
 
     def gradients(self, head: Head) -> list[Tensor]:
-        """Those that are wanted, in the types of their tensors: hidden, adapter_hidden, weight, bias, A, B."""
+        """Those that are wanted: hidden, adapter_hidden, weight, bias, A, B. In the types of their tensors, but for the
+        weight's: see ``weight_gradient``."""
         found = [t for t in (self.dH_NH, self.dadapter_NH) if t is not None]
-        if self.dW_VH is not None:
-            found.append(self.dW_VH.to(head.weight.tensors()[0].dtype))
+        if self._wanted.weight:
+            if self.dW_VH is None:  # of no tokens
+                like = {"dtype": _sum_dtype(self._hidden_NH), "device": self._hidden_NH.device}
+                self.dW_VH = torch.zeros(self._shape, **like)
+            found.append(self.dW_VH)
         if self.dbias_V is not None and head.bias is not None:
             found.append(self.dbias_V.to(head.bias.dtype))
         if self.dA_RH is not None and self.dB_VR is not None and head.low_rank is not None:
             found += [self.dA_RH.to(head.low_rank[0].dtype), self.dB_VR.to(head.low_rank[1].dtype)]
         return found
+
+
+def _sum_dtype(hidden_NH: Tensor) -> torch.dtype:
+    """The type in which gradients are summed over chunks."""
+    return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+
+
+def product(one: Tensor, other: Tensor, *, rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, ..] one @ other in ``dtype``, with zeros below the rows of ``one``."""
+    out = torch.empty((rows, other.shape[1]), dtype=dtype, device=one.device)
+    top, _ = out[: len(one)], out[len(one) :].zero_()
+    if dtype == one.dtype:
+        torch.mm(one, other, out=top)
+    elif out.is_cuda:
+        torch.mm(one, other, out_dtype=dtype, out=top)
+    else:
+        _cpu_product(top, one, other, beta=0)
+    return out
 
 
 def _add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
@@ -198,10 +289,52 @@ def _add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
         out.addmm_(one, other)
     elif out.is_cuda:
         torch.addmm(out, one, other, out_dtype=out.dtype, out=out)
-    else:  # piece by piece: neither a product nor a copy of its size
-        wide = other.to(out.dtype)
-        for rows in chunks(len(out), _CPU_PRODUCT_ROWS):
-            out[rows].addmm_(one[rows].to(out.dtype), wide)
+    else:
+        _cpu_product(out, one, other, beta=1)
+
+
+def _cpu_product(out: Tensor, one: Tensor, other: Tensor, *, beta: int) -> None:
+    """out = beta * out + one @ other in the type of ``out``, piece by piece: neither a product nor a copy of its size."""
+    wide = other.to(out.dtype)
+    for rows in chunks(len(out), _CPU_PRODUCT_ROWS):
+        out[rows].addmm_(one[rows].to(out.dtype), wide, beta=beta)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How gradients of a sum become those of what it is part of: times ``dtotal``.
+
+    Attributes:
+        rows, dtype: of the weight of a trained head. deferred: as of ``HeadPass``.
+    """
+
+    rows: int
+    dtype: torch.dtype
+    deferred: bool
+
+    def weight(self, found: Tensor, dtotal: Tensor, hidden_NH: Tensor, *, last: bool) -> Tensor:
+        """From what ``HeadPass.gradients`` has of the weight. last: nobody needs that again."""
+        if self.deferred:
+            if hidden_NH.dtype != torch.float16:  # which could overflow
+                return product(found.t(), scaled(hidden_NH, dtotal), rows=self.rows, dtype=self.dtype)
+            found = product(found.t(), hidden_NH, rows=self.rows, dtype=torch.float32)
+        if type(found) is not Tensor:  # traced
+            return (found * dtotal).to(self.dtype)
+        keeps_memory = found.dtype == self.dtype and (last or self.deferred)
+        out = found if keeps_memory else torch.empty_like(found, dtype=self.dtype)
+        if out.dtype == found.dtype or found.is_cuda:
+            return torch.mul(found, dtotal, out=out)
+        # On a CPU PyTorch would cast a copy of all of it.
+        for rows in chunks(len(out), max(1, _CPU_PIECE // out.shape[1])):
+            torch.mul(found[rows], dtotal, out=out[rows])
+        return out
+
+
+def scaled(gradient: Tensor, dtotal: Tensor) -> Tensor:
+    """``gradient * dtotal`` rounded once: a factor in 16 bits would be off by up to 0.4 %, in all elements the same way."""
+    if gradient.dtype.itemsize >= 4:
+        return gradient * dtotal.to(gradient.dtype)
+    return (gradient.float() * dtotal).to(gradient.dtype)
 
 
 def _as_float(weight: BaseWeight, dtype: torch.dtype, low_rank: LowRank | None, backend: str) -> Tensor:
@@ -227,16 +360,26 @@ def wanted_gradients(head: Head, hidden_NH: Tensor, adapter_NH: Tensor | None) -
 
 
 def empty_gradients(
-    wanted: Wanted, hidden_NH: Tensor, adapter_NH: Tensor | None, tensors: list[Tensor], numbers: list[int]
+    wanted: Wanted,
+    hidden_NH: Tensor,
+    adapter_NH: Tensor | None,
+    tensors: list[Tensor],
+    numbers: list[int],
+    *,
+    deferred: bool,
 ) -> list[Tensor]:
     """Uninitialized tensors as ``HeadPass.gradients`` returns them: what an operator's fake implementation needs."""
-    stored, has_bias = numbers[3], numbers[4]
+    num_classes, stored, has_bias = numbers[2], numbers[3], numbers[4]
     chosen = [hidden_NH] if wanted.hidden else []
     chosen += [adapter_NH] if wanted.adapter_hidden and adapter_NH is not None else []
-    chosen += [tensors[0]] if wanted.weight else []
-    chosen += [tensors[stored]] if wanted.bias else []
-    chosen += tensors[stored + has_bias :] if wanted.factors else []
-    return [t.new_empty(t.shape) for t in chosen]
+    found = [t.new_empty(t.shape) for t in chosen]
+    if wanted.weight and deferred:
+        found.append(hidden_NH.new_empty((hidden_NH.shape[0], num_classes)))
+    elif wanted.weight:
+        found.append(tensors[0].new_empty(tensors[0].shape, dtype=_sum_dtype(hidden_NH)))
+    rest = [tensors[stored]] if wanted.bias else []
+    rest += tensors[stored + has_bias :] if wanted.factors else []
+    return [*found, *(t.new_empty(t.shape) for t in rest)]
 
 
 def spread_gradients(

@@ -1,7 +1,8 @@
-"""What all ops share: whether Triton can run on a tensor's device, reused scratch memory, the seed of a mask."""
+"""What all ops share: whether Triton can run on a tensor's device, launches, reused scratch memory, the seed of a mask."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -15,7 +16,8 @@ from torch import Tensor
 # then cast up before every arithmetic step.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MIN_CAPABILITY = (7, 5)
+# Without matrix instructions of their own, products keep whole tiles in registers: below 8.0 they spill, up to 2.5 KB a thread.
+MIN_CAPABILITY = {False: (7, 5), True: (8, 0)}
 # Backends of a processor's matrix units -> what the operands of products with the frozen weight are rounded to.
 CPU_OPERANDS = {"cpu-bf16": "bf16", "cpu-int8": "int8"}
 _MATRIX_UNITS = {
@@ -24,19 +26,53 @@ _MATRIX_UNITS = {
 }
 
 
+def triton_problem(device: torch.device | str, *, products: bool) -> str | None:
+    """Why Triton kernels cannot run on a device, or None if they can. products: those with matrix products."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _problem(device.type, None, products)
+    return _problem("cuda", torch.cuda.current_device() if device.index is None else device.index, products)
+
+
 @functools.cache
-def triton_problem(device_type: str) -> str | None:
-    """Why Triton kernels cannot run on this kind of device, or None if they can."""
+def _problem(device_type: str, index: int | None, products: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device_type == "cuda":
-        capability = torch.cuda.get_device_capability()
-        if capability < _MIN_CAPABILITY:
-            return f"the GPU has compute capability {capability[0]}.{capability[1]}, and 7.5 is needed"
-        return None
+        capability, needed = torch.cuda.get_device_capability(index), MIN_CAPABILITY[products]
+        if capability < needed:
+            found = "the GPU has compute capability {}.{}, and {}.{} is needed".format(*capability, *needed)
+            return found + (" for matrix products" if products else "")
+        return _probed(torch.device("cuda", index))
     if device_type == "cpu" and INTERPRETED:
         return None
     return f"Triton has no {device_type} backend"
+
+
+@functools.cache
+def _probed(device: torch.device) -> str | None:
+    """A kernel is compiled and run once a process: what is missing (a C compiler, most often) raises at the first launch only."""
+    try:
+        from peftlab_kernels.probe import row_sums
+
+        x = torch.arange(256, dtype=torch.float32, device=device).view(16, 16)
+        if torch.equal(row_sums(x), x.sum(1)):
+            return None
+        return "Triton's first kernel gave a wrong result"
+    except Exception as error:  # of any kind: PyTorch does what Triton cannot
+        return f"Triton's first kernel failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Runs a kernel on the device of its first argument, a tensor; Triton itself takes the current device."""
+    if torch.version.hip is not None:
+        options.pop("maxnreg", None)  # the AMD backend refuses options that it does not know
+    with _current(arguments[0].device):
+        kernel[grid](*arguments, **options)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
@@ -62,20 +98,22 @@ def int8_saturates() -> bool:
     return any(bool((torch._int_mm(sign * a_MK, a_MK.t()) != sign * exact).any()) for sign in (1, -1))
 
 
-def choose_backend(backend: str, tensor: Tensor) -> str:
+def choose_backend(backend: str, tensor: Tensor, *, products: bool) -> str:
     """``triton`` or ``torch`` for ``backend`` (auto, triton, torch, or one of ``CPU_OPERANDS``).
 
-    Raises: ValueError when it cannot run.
+    products: whether the kernels that are meant have matrix products. Raises: ValueError when it cannot run.
     """
     if backend == "torch":
         return "torch"
     if backend in CPU_OPERANDS:  # nothing else rounds its operands
         backend = "auto"
-    problem = triton_problem(tensor.device.type)
+    if backend == "auto" and not tensor.is_cuda:
+        return "torch"
+    problem = triton_problem(tensor.device, products=products)
     if problem is None and tensor.dtype not in TRITON_DTYPES:
         problem = f"the kernels take float32, float16 and bfloat16, not {tensor.dtype}"
     if backend == "auto":
-        return "torch" if problem or not tensor.is_cuda else "triton"
+        return "torch" if problem else "triton"
     if backend != "triton":
         raise ValueError(f"expected backend auto, triton, torch, {', '.join(CPU_OPERANDS)}, found {backend!r}")
     if problem:
@@ -114,9 +152,14 @@ def release_scratch() -> None:
     _buffers.held.clear()
 
 
-def new_seed() -> Tensor:
-    """[] int64 on the CPU, drawn from torch's default generator: activation checkpointing replays it."""
-    return torch.randint(0, 2**62, (), dtype=torch.int64)
+def new_seed(device: torch.device | str = "cpu") -> Tensor:
+    """[] int64, drawn from the default generator of the device: activation checkpointing replays it.
+
+    On a GPU it stays there: a CUDA graph moves the generator's offset on and draws another seed at each replay, where a number
+    from the host would be part of the graph. On every other device it lies in the memory of the CPU, where masks are drawn.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.randint(0, 2**62, (), dtype=torch.int64, device=device if on_gpu else "cpu")
 
 
 class DifferentiableOnce(torch.autograd.Function):

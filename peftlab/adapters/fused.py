@@ -92,7 +92,7 @@ class FusedLora:
             return f"its input is {x.dtype}"
         if x.device != base.weight.device:
             return f"its input is on {x.device}, its weight on {base.weight.device}"
-        if self.kernels == "triton" and (problem := ops.triton_problem(x.device.type)):
+        if self.kernels == "triton" and (problem := ops.triton_problem(x.device, products=True)):
             return problem
         if self.kernels in ops.CPU_OPERANDS:
             return f"its input is on {x.device}" if x.device.type != "cpu" else ops.operands_problem(self.kernels)
@@ -128,7 +128,7 @@ class FusedLora:
             scale=factors.scale,
             bias_N=base.bias,
             dropout=factors.dropout,
-            seed=ops.new_seed() if factors.dropout else None,
+            seed=ops.new_seed(x.device) if factors.dropout else None,
             backend="auto" if exact else self.kernels,
         )
 
@@ -141,7 +141,7 @@ class FusedLora:
         if not (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p):
             yield
             return
-        layer.lora_dropout[name] = _DrawnDropout(dropout.p, layer.lora_A[name].weight)
+        layer.lora_dropout[name] = _DrawnDropout(dropout.p)
         try:
             yield
         finally:
@@ -149,12 +149,12 @@ class FusedLora:
 
 
 class _DrawnDropout(nn.Module):
-    def __init__(self, p: float, weight: Tensor) -> None:
+    def __init__(self, p: float) -> None:
         super().__init__()
-        self.p, self._A_RK = p, weight.detach()
+        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        keep, keep_scale = ops.dropout_mask(x.to(compute_dtype(x)), self._A_RK, self.p, ops.new_seed())
+        keep, keep_scale = ops.dropout_mask(x.to(compute_dtype(x)), self.p, ops.new_seed(x.device))
         return x * keep * keep_scale
 
 

@@ -66,7 +66,7 @@ def head_input(
         factors = layer.factors()
         low_rank = (factors.A_RK, factors.B_NR, factors.scale)
         if factors.dropout:
-            keep, keep_scale = ops.dropout_mask(hidden, factors.A_RK, factors.dropout, ops.new_seed())
+            keep, keep_scale = ops.dropout_mask(hidden, factors.dropout, ops.new_seed(hidden.device))
             adapter_hidden = hidden * keep * keep_scale
     return HeadInput(ops.Head(weight, base.bias, low_rank, softcap, scale, num_classes), hidden, adapter_hidden)
 

@@ -82,7 +82,9 @@ class Parts:
 
 def check_settings(recipe: Recipe) -> None:
     """What can be found wrong without data or model."""
-    if recipe.run.kernels == "triton" and (problem := ops.triton_problem(build.pick_device(recipe.run.device))):
+    if recipe.run.kernels == "triton" and (
+        problem := ops.triton_problem(build.pick_device(recipe.run.device), products=True)
+    ):
         raise RecipeError(f"run.kernels=triton cannot run here: {problem}; use auto", key="run.kernels")
     if recipe.run.kernels in ops.CPU_OPERANDS:
         on_gpu = "this run is on a GPU" if build.pick_device(recipe.run.device) != "cpu" else None
@@ -193,6 +195,8 @@ def prepare(
     progress.note(f"{_method(recipe)}: {trained}")
     if recipe.adapter.method != "none":
         progress.note(str(fusion_report(model)))
+        if recipe.run.kernels != "reference" and (note := ops.kernels_note(device)):
+            progress.note(note)
     full_logits = _full_logits_reason(recipe, model)
     if full_logits:
         progress.note(f"output head: the loss takes full logits: {full_logits}")

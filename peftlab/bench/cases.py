@@ -85,8 +85,7 @@ class Case:
         """y, dx, dA and dB in float32, with the mask that the operation draws."""
         keep, keep_scale = None, 1.0
         if self.dropout:
-            x, a, _ = (leaf.detach() for leaf in self.leaves)
-            keep, keep_scale = ops.dropout_mask(x, a, self.dropout, self.seed)
+            keep, keep_scale = ops.dropout_mask(self.leaves[0].detach(), self.dropout, self.seed)
         leaves = [leaf.detach().float().requires_grad_() for leaf in self.leaves]
         x, a, b = leaves
         y = ops.lora_linear_reference(x, self.weight.values, a, b, scale=SCALE, keep=keep, keep_scale=keep_scale)
@@ -126,10 +125,7 @@ def candidates(kind: str, device: str, *, dropout: bool, dtype: torch.dtype) -> 
     if dropout or (kind == "dense" and dtype.itemsize == 2):
         forward.remove("merged")
         backward.remove("merged")
-    # A dense weight has no product of the library's own. bitsandbytes rounds x to 8 bits under int8, in training on CUDA
-    # only: where its layer does, the fused one does too, and the parity gate compares the two.
-    if kind == "int8":
-        forward = ["split"] if device == "cpu" and dropout else ["merged", "split"] if device == "cpu" else ["library"]
-    elif kind == "dense":
+    # A dense weight has no product of the library's own, and its int8 product rounds x on a CPU outside training only.
+    if kind == "dense" or (kind == "int8" and device == "cpu"):
         forward.remove("library")
     return forward, backward

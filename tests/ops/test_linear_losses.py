@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -606,7 +607,9 @@ def test_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -
     passes = []
     right = heads.HeadPass.__init__
     monkeypatch.setattr(
-        heads.HeadPass, "__init__", lambda self, *args: (passes.append(self), right(self, *args))[0] and None
+        heads.HeadPass,
+        "__init__",
+        lambda self, *args, **kwargs: (passes.append(self), right(self, *args, **kwargs))[0] and None,
     )
     case = make_case("dense+bias", torch.float32)
     case.hidden.requires_grad_()
@@ -851,35 +854,82 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(inside[name], outside[name]) for name in outside)
 
 
+def _card(
+    monkeypatch: pytest.MonkeyPatch, total_gib: float, free_gib: float, *, share: float = 1.0, unused_gib: float = 0.0
+) -> list[str]:
+    """A made-up GPU; the list gets a word for each call to the driver."""
+    calls: list[str] = []
+    total, free, unused = (int(gib * 2**30) for gib in (total_gib, free_gib, unused_gib))
+    for name, value in {
+        "get_device_properties": SimpleNamespace(total_memory=total),
+        "memory_reserved": unused,
+        "memory_allocated": 0,
+        "get_per_process_memory_fraction": share,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (calls.append("mem_get_info"), (free, total))[1])
+    return calls
+
+
 @pytest.mark.parametrize(
-    ("total_gib", "free_gib", "bytes_per_token", "expected"),
+    ("total_gib", "free_gib", "rows", "expected"),
     [
-        (80, 70, 2 * 128256, 4096),
-        (24, 20, 2 * 128256, 1024),
-        (24, 20, 4 * 128256, 512),
-        (24, 0.05, 4 * 128256, 32),
-        (8, 7, 2 * 256000, 256),
+        (80, 70, heads.Rows(2 * 128256), 4096),
+        (80, 70, heads.Rows(2 * 128256, sides=2), 2048),
+        (24, 20, heads.Rows(2 * 128256), 1024),
+        (24, 20, heads.Rows(2 * 128256, sides=2), 512),
+        (24, 0.05, heads.Rows(4 * 128256), 32),
+        (8, 7, heads.Rows(2 * 256000), 256),
     ],
 )
 def test_tokens_per_chunk_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, total_gib: float, free_gib: float, bytes_per_token: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, total_gib: float, free_gib: float, rows: Any, expected: int
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), int(total_gib * 2**30)))
-    for name in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
-    assert heads.num_tokens_per_chunk(100_000, bytes_per_token, torch.device("cuda")) == expected
+    card = torch.device("cuda")
+    _card(monkeypatch, total_gib, free_gib)
+    assert heads.num_tokens_per_chunk(100_000, rows, card) == expected
     # A process that may take a quarter of a larger card gets the chunks of a card of that size.
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 4 * int(total_gib * 2**30)))
-    assert heads.num_tokens_per_chunk(100_000, bytes_per_token, torch.device("cuda")) == expected
+    _card(monkeypatch, 4 * total_gib, free_gib, share=0.25)
+    assert heads.num_tokens_per_chunk(100_000, rows, card) == expected
+
+
+def test_the_driver_is_asked_only_while_memory_is_not_reserved_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, card = heads.Rows(2 * 128256), torch.device("cuda")
+    calls = _card(monkeypatch, 80, 60)
+    assert heads.num_tokens_per_chunk(100_000, rows, card) == 4096 and calls == ["mem_get_info"]
+    calls = _card(monkeypatch, 80, 60, unused_gib=3)
+    assert heads.num_tokens_per_chunk(100_000, rows, card) == 4096 and calls == []
+
+
+def _trained(dtype: torch.dtype, hidden_dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Rows of a trained head of a Llama-3-8B."""
+    head = Head(DenseWeight(torch.empty(128256, 4096, dtype=dtype, device="meta")))
+    return heads.rows_of(head, torch.empty(1, 4096, dtype=hidden_dtype, device="meta"), heads.Wanted(weight=True))
+
+
+def test_a_trained_head_takes_one_chunk_where_that_is_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over chunks takes 4 bytes a weight beside the gradient in 16 bits; one chunk takes none."""
+    sixteen, wide, card = _trained(torch.bfloat16), _trained(torch.float32), torch.device("cuda")
+    assert sixteen.sum_bytes == wide.sum_bytes == sixteen.spared_bytes == 4 * 128256 * 4096 and wide.spared_bytes == 0
+    _card(monkeypatch, 24, 10)
+    assert heads.num_tokens_per_chunk(8192, sixteen, card) == 8192, "as much as the sum: 2.1 GB"
+    assert heads.num_tokens_per_chunk(8193, sixteen, card) == 2048, (
+        "a quarter of the sum's bytes, not a share of the card"
+    )
+    assert heads.num_tokens_per_chunk(8192, wide, card) == 2048
+    _card(monkeypatch, 24, 3)
+    assert heads.num_tokens_per_chunk(8192, sixteen, card) == 4096, "half of what is free"
+    cpu = torch.device("cpu")
+    assert heads.num_tokens_per_chunk(8192, sixteen, cpu) == 8192
+    assert heads.num_tokens_per_chunk(10_000, _trained(torch.float32, torch.float32), cpu) == 1024
 
 
 def test_tokens_per_chunk_on_a_cpu() -> None:
-    assert heads.num_tokens_per_chunk(10_000, 4 * 49152, torch.device("cpu")) == 341
-    assert heads.num_tokens_per_chunk(7, 4 * 49152, torch.device("cpu")) == 7
-    dW_bytes = 4 * 128256 * 4096
-    assert heads.num_tokens_per_chunk(10_000, 4 * 128256, torch.device("cpu"), dW_bytes=dW_bytes) == 1024
+    cpu = torch.device("cpu")
+    assert heads.num_tokens_per_chunk(10_000, heads.Rows(4 * 49152), cpu) == 341
+    assert heads.num_tokens_per_chunk(10_000, heads.Rows(4 * 49152, sides=2), cpu) == 170
+    assert heads.num_tokens_per_chunk(7, heads.Rows(4 * 49152), cpu) == 7
+    assert heads.num_tokens_per_chunk(0, heads.Rows(4 * 49152), cpu) == 1
 
 
 def _bad() -> Iterator[Any]:

@@ -115,9 +115,13 @@ def _threshold(dropout: float) -> int:
 
 def mask(M: int, K: int, dropout: float, backend: str, device: torch.device) -> Tensor:
     """[M, K] bool: what the op should keep."""
-    philox = backend == "triton"
-    packed = philox_mask_reference(SEED, M, K, dropout) if philox else passes._draw(M, K, _threshold(dropout), SEED)
+    philox = backend == "triton" or device.type == "cuda"
+    packed = philox_mask_reference(SEED, M, K, dropout) if philox else _sfc64(M, K, dropout)
     return passes.unpack_mask(packed, K).to(device)
+
+
+def _sfc64(M: int, K: int, dropout: float) -> Tensor:
+    return passes._sfc64(torch.empty(M, K), _threshold(dropout), SEED)
 
 
 def problem(
@@ -553,17 +557,18 @@ def _saved_bytes(case: Case, backend: str) -> int:
 def test_what_is_saved(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, kind: str
 ) -> None:
-    """x A^T, and under dropout one bit per element of x."""
+    """x A^T where the output is made of it, and under dropout one bit per element of x."""
     M, K, R = 63, 130, 4
     force_plan(how, how)
     case = problem(kind, (M, K, 50, R), torch.float16, device, backend=backend, dropout=dropout)
-    assert _saved_bytes(case, backend) == 2 * M * R + (M * -(-K // 8) if dropout else 0)
+    S_bytes, mask_bytes = 2 * M * R if how == "split" else 0, M * -(-K // 8) if dropout else 0
+    assert _saved_bytes(case, backend) == S_bytes + mask_bytes
 
 
 def _mask_of(M: int, K: int, dropout: float, seed: int, backend: str, device: torch.device, R: int = 4) -> Tensor:
     """[M, ceil(K / 8)]: the packed mask that a call draws."""
     _, packed = passes.dropout_down(
-        torch.zeros(M, K, device=device), torch.zeros(R, K, device=device), dropout, seed, backend
+        torch.zeros(M, K, device=device), torch.zeros(R, K, device=device), dropout, torch.tensor(seed), backend
     )
     return packed
 
@@ -573,8 +578,18 @@ def _mask_of(M: int, K: int, dropout: float, seed: int, backend: str, device: to
 @pytest.mark.parametrize("dropout", [0.05, 0.3, 0.9])
 def test_triton_mask_is_philox(device: torch.device, dropout: float, seed: int) -> None:
     for M, K in [(63, 130), (1, 1), (65, 50)]:
-        packed = _mask_of(M, K, dropout, seed, "triton", device)
-        assert torch.equal(packed.cpu(), philox_mask_reference(seed, M, K, dropout))
+        want = philox_mask_reference(seed, M, K, dropout)
+        assert torch.equal(_mask_of(M, K, dropout, seed, "triton", device).cpu(), want)
+        alone = passes.draw_mask(torch.empty(M, K, device=device), dropout, torch.tensor(seed), "triton")
+        assert torch.equal(alone.cpu(), want)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**40 + 3, 2**62 - 1])
+def test_pytorchs_philox_is_the_references(device: torch.device, seed: int) -> None:
+    """What a GPU without Triton draws."""
+    for M, K in [(63, 130), (1, 1), (65, 50)]:
+        packed = passes._philox(M, K, _threshold(0.3), torch.tensor(seed, device=device))
+        assert torch.equal(packed.cpu(), philox_mask_reference(seed, M, K, 0.3))
 
 
 def test_philox_reference_gives_the_published_words() -> None:
@@ -638,7 +653,7 @@ def test_a_seed_gives_one_mask(device: torch.device, backend: str) -> None:
 
 def test_torch_mask_in_pieces(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows beyond the first piece: the same rule for mask, values and gradients."""
-    monkeypatch.setattr(passes, "_PIECE", 1000)
+    monkeypatch.setattr(passes, "_PIECE", dict.fromkeys(passes._PIECE, 1000))
     case = problem("dense", (63, 50, 130, 8), torch.float64, device, dropout=0.3)
     check(run_op(case, "torch"), truth(case), TOLERANCE[torch.float64])
 
@@ -646,7 +661,7 @@ def test_torch_mask_in_pieces(device: torch.device, monkeypatch: pytest.MonkeyPa
 @EACH_BACKEND
 def test_dropout_mask_is_the_one_drawn(device: torch.device, backend: str) -> None:
     case = problem("dense", (60, 50, 130, 8), torch.float32, device, backend=backend, dropout=0.3)
-    keep, keep_scale = dropout_mask(case.x.view(5, 12, 50), case.A, 0.3, torch.tensor(SEED), backend=backend)
+    keep, keep_scale = dropout_mask(case.x.view(5, 12, 50), 0.3, torch.tensor(SEED), backend=backend)
     assert torch.equal(keep.view(60, 50), case.keep)
     assert keep_scale == pytest.approx(1 / case.share, rel=1e-15)
 
@@ -663,7 +678,7 @@ def test_checkpointing_replays_the_mask(device: torch.device, backend: str) -> N
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         y = lora_linear(
-            x, case.base, A, B, scale=SCALE, dropout=0.3, seed=runtime.new_seed(), backend=backend
+            x, case.base, A, B, scale=SCALE, dropout=0.3, seed=runtime.new_seed(x.device), backend=backend
         )  # fmt: skip
         return torch.tanh(y)
 

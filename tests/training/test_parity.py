@@ -14,6 +14,7 @@ import torch
 from peftlab_kernels import runtime
 from peftlab_kernels.lora_linear import base as base_module
 from peftlab_kernels.lora_linear import cpu_products
+from peftlab_kernels.lora_linear import plan as plan_module
 
 import peftlab
 from peftlab import ops
@@ -77,6 +78,30 @@ def test_rounded_operands_are_told_from_faults(
     monkeypatch.setattr(cpu_products, "add_product", doubled)
     with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
         train(**changes, run={"kernels": kernels, "dir": "faulty"})
+
+
+def test_plans_that_round_no_rows_are_told_from_faults(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU bitsandbytes' layers round rows of x to 8 bits in training, here by force. The training path is compared
+    with them rounded as well, and then as it trains, which may be without."""
+    from bitsandbytes.autograd import _functions as bnb
+
+    monkeypatch.setattr(bnb, "MatMul8bitFp", bnb.MatMul8bitLt)
+    changes: dict[str, Any] = {"model": {"quantize": "int8"}}
+    with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
+        train(**changes, run={"dir": "not-told"})
+    monkeypatch.setattr(parity, "int8_rounds_rows", lambda model: True)
+    found = train(**changes).summary["parity"]
+    assert found["worst_cosine"] > 0.999 and found["rounded"] is None
+    assert 0.5 < found["unrounded"]["worst_cosine"] < found["worst_cosine"]
+    assert "without bitsandbytes' rounding to 8 bits loss" in str(parity.ParityReport(**found))
+
+    def doubled(x: Any, base: Any, *args: Any, scale: float, **options: Any) -> Any:
+        exact = not plan_module._int8_by_library
+        return RIGHT_LORA_LINEAR(x, base, *args, scale=3 * scale if exact else scale, **options)
+
+    monkeypatch.setattr(ops, "lora_linear", doubled)
+    with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
+        train(**changes, run={"dir": "faulty"})
 
 
 def test_a_processor_without_the_units_opens_such_a_run(

@@ -47,7 +47,7 @@ def int8_dequant(
         raise ValueError(f"expected out as contiguous [{N}, {K}] {dtype}, found {list(out.shape)} {out.dtype}")
     if out.numel() == 0:
         return out
-    if runtime.choose_backend(backend, out) == "triton":
+    if runtime.choose_backend(backend, out, products=low_rank is not None) == "triton":
         _launch(weight_NK, row_absmax_N, low_rank, out)
     else:
         _torch(weight_NK, row_absmax_N, low_rank, out)
@@ -75,9 +75,9 @@ def _launch(
     rank = A_RK.shape[0] if low_rank else 0
     options = tile_options(rank)
     grid = (cdiv(K, options["BLOCK_K"]), cdiv(N, options["BLOCK_N"]))
-    int8_dequant_kernel[grid](
-        weight_NK.contiguous(), row_absmax_N, A_RK.contiguous(), B_NR.contiguous(), out, N, K, rank, float(scale),
-        MERGE=low_rank is not None, DOT=runtime.dot_dtype(out.dtype), **options,
+    runtime.launch(
+        int8_dequant_kernel, grid, weight_NK.contiguous(), row_absmax_N, A_RK.contiguous(), B_NR.contiguous(), out,
+        N, K, rank, float(scale), MERGE=low_rank is not None, DOT=runtime.dot_dtype(out.dtype), **options,
     )  # fmt: skip
 
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from peftlab_kernels import runtime
 from peftlab_kernels.heads import (
+    Finish,
     Head,
     HeadPass,
     Wanted,
     chunks,
     empty_gradients,
-    num_tokens_per_chunk,
     pack_head,
+    scaled,
     spread_gradients,
     unpack_head,
+    walk_of,
     wanted_gradients,
     wide_logits,
 )
@@ -67,8 +69,9 @@ def linear_cross_entropy(
         raise ValueError(f"expected adapter_hidden {list(hidden_NH.shape)}, found {list(adapter_hidden.shape)}")
     wanted = wanted_gradients(head, hidden_NH, adapter_hidden)
     total, per_token, _ = linear_cross_entropy_op(
-        hidden_NH, adapter_hidden, *pack_head(head), target_N, weights, wanted.flags(), chunk, backend
-    )
+        hidden_NH, adapter_hidden, *pack_head(head), target_N, weights, wanted.flags(),
+        *walk_of(head, hidden_NH, wanted, chunk), backend,
+    )  # fmt: skip
     return LinearLoss(total, per_token)
 
 
@@ -84,18 +87,19 @@ def linear_cross_entropy_op(
     weight_N: Tensor | None,
     wanted: list[bool],
     chunk: int | None,
+    deferred: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Operator behind ``linear_cross_entropy``: the sum, the loss of each token, and the gradients of the sum."""
     head = unpack_head(tensors, kind, numbers, factors)
-    backend = runtime.choose_backend(backend, hidden_NH)
-    N, V, device = hidden_NH.shape[0], head.num_logits, hidden_NH.device
+    backend = runtime.choose_backend(backend, hidden_NH, products=False)
+    N, device = hidden_NH.shape[0], hidden_NH.device
     wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     loss_N = torch.empty(N, dtype=wide, device=device)
-    dW_bytes = 4 * V * hidden_NH.shape[1] * Wanted(*wanted).weight
-    size = chunk or num_tokens_per_chunk(N, V * hidden_NH.element_size(), device, dW_bytes=dW_bytes)
+    size = chunk or walk_of(head, hidden_NH, Wanted(*wanted), None)[0]
+    assert size is not None
     with torch.autocast(device.type, enabled=False):
-        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend)
+        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend, deferred=deferred)
         for part in chunks(N, size):
             logits_CV = walk.logits(part)
             weight_C = weight_N[part] if weight_N is not None else None
@@ -121,9 +125,9 @@ def cross_entropy_rows(
         from peftlab_kernels.linear_cross_entropy.kernel import cross_entropy_rows_kernel
 
         C, V = logits_CV.shape
-        cross_entropy_rows_kernel[(C,)](
-            logits_CV, target_C, weight_C if weight_C is not None else loss_C, loss_C, V, logits_CV.stride(0),
-            head.scale, head.softcap or 1.0,
+        runtime.launch(
+            cross_entropy_rows_kernel, (C,), logits_CV, target_C, weight_C if weight_C is not None else loss_C, loss_C,
+            V, logits_CV.stride(0), head.scale, head.softcap or 1.0,
             HAS_WEIGHT=weight_C is not None, HAS_CAP=head.softcap is not None, HAS_GRAD=gradient, **rows_options(V),
         )  # fmt: skip
         return
@@ -168,17 +172,20 @@ def write_gradient(out_CV: Tensor, dz_CV: Tensor, slope_CV: Tensor | None, head:
 
 
 @linear_cross_entropy_op.register_fake
-def _(hidden_NH, adapter_NH, tensors, kind, numbers, factors, target_N, weight_N, wanted, chunk, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    hidden_NH, adapter_NH, tensors, kind, numbers, factors, target_N, weight_N, wanted, chunk, deferred, backend
+):  # fmt: skip
     wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     return (
         hidden_NH.new_empty((), dtype=wide),
         hidden_NH.new_empty((hidden_NH.shape[0],), dtype=wide),
-        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers),
+        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers, deferred=deferred),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    hidden_NH, _, tensors, _, ctx.numbers, _, _, _, wanted, _, _ = inputs
+    hidden_NH, _, tensors, _, ctx.numbers, _, _, _, wanted, _, deferred, _ = inputs
+    ctx.finish = Finish(len(tensors[0]), tensors[0].dtype, deferred)
     ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
     ctx.set_materialize_grads(False)  # else zeros as large as dW come back for what is not differentiable
     ctx.mark_non_differentiable(output[1], *output[2])
@@ -190,10 +197,13 @@ def backward_of_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]
     if dtotal is None:
         return (None, None, [None] * ctx.num_tensors, *[None] * (ctx.num_inputs - 3))
     hidden_NH, *found = ctx.saved_tensors
-    # In place where this is the last use: dW of a trained head would else be there twice. Not while it is traced (its
-    # tensors are of other types then).
+    # In place where this is the last use: dW of a trained head would else be there twice.
     last = not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
-    found = [(g.mul_ if last and type(g) is Tensor else g.mul)(dtotal.to(g.dtype)) for g in found]
+    at_weight = ctx.wanted.hidden + ctx.wanted.adapter_hidden if ctx.wanted.weight else None
+    found = [
+        ctx.finish.weight(g, dtotal, hidden_NH, last=last) if place == at_weight else scaled(g, dtotal)
+        for place, g in enumerate(found)
+    ]
     if torch.is_grad_enabled():  # create_graph=True
         once: Any = runtime.DifferentiableOnce.apply
         found = [once("the fused losses", g, dtotal, hidden_NH) for g in found]

@@ -48,7 +48,23 @@ def log_mix(log_a, log_b, share):
     one = log_a + tl.log(share)
     other = log_b + tl.log(1.0 - share)
     top = tl.maximum(one, other)
-    return top + tl.log(1.0 + tl.exp(tl.minimum(one, other) - top))
+    return top + log1p_of_share(tl.exp(tl.minimum(one, other) - top))
+
+
+@triton.jit
+def log1p_of_share(x):
+    """log(1 + x) for x in [0, 1], within 1.9e-7 of its value: a polynomial (minimax of the relative error) whose steps are one
+    instruction each, where ``tl.log`` has some twenty and the rows of a JSD are bound by them."""
+    y = 0.005232693161815405
+    y = y * x - 0.029505234211683273
+    y = y * x + 0.07822594791650772
+    y = y * x - 0.13663245737552643
+    y = y * x + 0.19106006622314453
+    y = y * x - 0.2484298199415207
+    y = y * x + 0.3331909775733948
+    y = y * x - 0.4999949336051941
+    y = y * x + 0.9999999403953552
+    return y * x
 
 
 @triton.jit
@@ -143,8 +159,9 @@ def divergence_rows_kernel(
     target = 0
     if HAS_HARD:
         target = tl.load(target_ptr + row)
-        hard_top, hard_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
+        # Before a reduction, which all threads wait for: the gradient is written over the row without waiting again.
         at_target, _slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
+        hard_top, hard_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
         tl.store(hard_ptr + row, tl.log(hard_total) - (at_target - hard_top))
         hard_lse = hard_top + tl.log(hard_total)
     weight = 1.0

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from peftlab_kernels import runtime
 from peftlab_kernels.heads import (
+    Finish,
     Head,
     HeadPass,
     Wanted,
     chunks,
     empty_gradients,
-    num_tokens_per_chunk,
     pack_head,
     unpack_head,
+    walk_of,
     wanted_gradients,
     wide_logits,
 )
@@ -129,10 +130,15 @@ def linear_kl(
     wanted = wanted_gradients(head, hidden_NH, adapter_hidden)
     total, soft_N, hard_N, _ = linear_kl_op(
         hidden_NH, adapter_hidden, *pack_head(head), *_pack_teacher(teacher), target_N, weights,
-        [float(share), float(temperature), float(scale_by_t2), float(hard_weight)], divergence, wanted.flags(), chunk,
-        backend,
+        [float(share), float(temperature), float(scale_by_t2), float(hard_weight)], divergence, wanted.flags(),
+        *walk_of(head, hidden_NH, wanted, chunk, sides=_sides(teacher)), backend,
     )  # fmt: skip
     return DistilledLoss(total, soft_N, hard_N if target_N is not None else None)
+
+
+def _sides(teacher: Teacher) -> int:
+    """Models whose logits are made here."""
+    return 2 if isinstance(teacher, OnlineTeacher) else 1
 
 
 def _check_teacher(teacher: Teacher, N: int, V: int, divergence: str) -> None:
@@ -203,6 +209,7 @@ def linear_kl_op(
     divergence: str,
     wanted: list[bool],
     chunk: int | None,
+    deferred: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Operator behind ``linear_kl``: the sum, divergence and cross-entropy of each token, and the gradients of the sum."""
@@ -210,17 +217,16 @@ def linear_kl_op(
     share, temperature, scale_by_t2, hard_weight = settings
     soft_factor = (1 - hard_weight) * (temperature**2 if scale_by_t2 else 1.0)
     terms = _Terms(divergence, share, temperature, soft_factor, hard_weight)
-    backend = runtime.choose_backend(backend, hidden_NH)
-    N, V, device = hidden_NH.shape[0], head.num_logits, hidden_NH.device
+    backend = runtime.choose_backend(backend, hidden_NH, products=False)
+    N, device = hidden_NH.shape[0], hidden_NH.device
     wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     soft_N = torch.empty(N, dtype=wide, device=device)
     hard_N = torch.empty(N if target_N is not None else 0, dtype=wide, device=device)
-    num_sides = 2 if teacher_kind.startswith("online") else 1
-    dW_bytes = 4 * V * hidden_NH.shape[1] * Wanted(*wanted).weight
-    size = chunk or num_tokens_per_chunk(N, num_sides * V * hidden_NH.element_size(), device, dW_bytes=dW_bytes)
     way, _, what = teacher_kind.partition(" ")
+    size = chunk or walk_of(head, hidden_NH, Wanted(*wanted), None, sides=2 if way == "online" else 1)[0]
+    assert size is not None
     with torch.autocast(device.type, enabled=False):
-        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend)
+        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend, deferred=deferred)
         teacher_head = unpack_head(teacher[1:], what, teacher_numbers, teacher_factors) if way == "online" else None
         taught = HeadPass(teacher_head, teacher[0], None, Wanted(), backend) if teacher_head is not None else None
         for part in chunks(N, size):
@@ -302,8 +308,8 @@ def _dense_rows(rows: _Rows, teacher_CV: Tensor, teacher_head: Head | None, term
         if teacher_CV.stride(1) != 1:
             teacher_CV = teacher_CV.contiguous()
         cap = teacher_head.softcap if teacher_head is not None else None
-        divergence_rows_kernel[(C,)](
-            rows.logits, teacher_CV,
+        runtime.launch(
+            divergence_rows_kernel, (C,), rows.logits, teacher_CV,
             rows.target if rows.target is not None else rows.soft,
             rows.weight if rows.weight is not None else rows.soft,
             rows.soft, rows.hard, V, rows.logits.stride(0), teacher_CV.stride(0),
@@ -373,8 +379,8 @@ def _sparse_rows(rows: _Rows, ids_Ck: Tensor, probs_Ck: Tensor, tail: str, terms
     if rows.backend == "triton":
         from peftlab_kernels.linear_kl.kernel import sparse_rows_kernel
 
-        sparse_rows_kernel[(C,)](
-            rows.logits, ids_Ck.contiguous(), probs_Ck.contiguous(),
+        runtime.launch(
+            sparse_rows_kernel, (C,), rows.logits, ids_Ck.contiguous(), probs_Ck.contiguous(),
             rows.target if rows.target is not None else rows.soft,
             rows.weight if rows.weight is not None else rows.soft,
             rows.soft, rows.hard, V, k, rows.logits.stride(0), rows.head.scale, rows.head.softcap or 1.0,
@@ -436,19 +442,20 @@ def _sparse_divergence(
 @linear_kl_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     hidden_NH, adapter_NH, tensors, kind, numbers, factors, teacher, teacher_kind, teacher_numbers, teacher_factors,
-    target_N, weight_N, settings, divergence, wanted, chunk, backend,
+    target_N, weight_N, settings, divergence, wanted, chunk, deferred, backend,
 ):  # fmt: skip
     N, wide = hidden_NH.shape[0], torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     return (
         hidden_NH.new_empty((), dtype=wide),
         hidden_NH.new_empty((N,), dtype=wide),
         hidden_NH.new_empty((N if target_N is not None else 0,), dtype=wide),
-        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers),
+        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers, deferred=deferred),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, list[Tensor]]) -> None:
-    hidden_NH, _, tensors, _, ctx.numbers, *_, wanted, _, _ = inputs
+    hidden_NH, _, tensors, _, ctx.numbers, *_, wanted, _, deferred, _ = inputs
+    ctx.finish = Finish(len(tensors[0]), tensors[0].dtype, deferred)
     ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
     ctx.teacher_at, ctx.num_teacher = 6, len(inputs[6])
     ctx.set_materialize_grads(False)

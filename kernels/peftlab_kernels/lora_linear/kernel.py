@@ -32,17 +32,25 @@ def draw_mask_bytes(seed, byte_index, threshold, ROUNDS: tl.constexpr):
     return byte
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M"])
+@triton.jit(do_not_specialize=["threshold", "num_bytes"])
+def dropout_mask_kernel(mask_ptr, seed_ptr, num_bytes, threshold, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
+    """The bits of a mask alone, ``num_bytes`` of them in all."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    byte = draw_mask_bytes(tl.load(seed_ptr), at.to(tl.uint32), threshold, ROUNDS=ROUNDS)
+    tl.store(mask_ptr + at, byte.to(tl.uint8), mask=at < num_bytes)
+
+
+@triton.jit(do_not_specialize=["threshold", "M"])
 def dropout_down_kernel(
     x_ptr,
     a_ptr,
     s_ptr,
     mask_ptr,
+    seed_ptr,
     M,
     K,
     R,
     num_bytes,
-    seed,
     threshold,
     keep_scale,
     GROUP_K,
@@ -55,11 +63,13 @@ def dropout_down_kernel(
     """S[M, R] = keep_scale * (mask * x) @ A^T; draws the mask and stores it, one bit per element.
 
     Drawing is what takes the time, so a row's columns are spread over programs. s_ptr: [groups of columns, M, R] float32
-    partial sums. num_bytes: ceil(K / 8), an argument because the compiler then knows what divides it.
+    partial sums. seed_ptr: one int64, read here, so that a CUDA graph draws from what is in it at each replay. num_bytes:
+    ceil(K / 8), an argument because the compiler then knows what divides it.
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * GROUP_K
+    seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for start in range(first, tl.minimum(first + GROUP_K, K), BLOCK_K):
         j = start // 8 + tl.arange(0, BLOCK_K // 8)

@@ -35,7 +35,10 @@ class _Call:
     base: BaseWeight
     scale: float
     dropout: float
+    asked: str
+    """The backend that the caller asked for: a kernel without matrix products may run on Triton where others do not."""
     backend: str
+    """That of the kernels with matrix products."""
     plan: plan.Plan
     operands: str | None
     """Of ``cpu_products``; None: those of x."""
@@ -61,7 +64,8 @@ def lora_linear(
     Args:
         x: [..., K] float32, float16 or bfloat16 (and float64 without Triton). base: the frozen [N, K] weight.
         A_RK, B_NR: any of these types; their gradients have their types. dropout: probability of a zero.
-        seed: [] int64 on the CPU (``new_seed()``); needed with dropout: one seed gives one mask for one shape.
+        seed: [] int64, best on the device of x (``new_seed(x.device)``); needed with dropout: one seed gives one mask for
+            one shape.
         backend: auto (Triton on CUDA), triton, torch, or for float32 on a CPU cpu-bf16 (the products with W, here and in
             dX, take operands rounded to that type) or, over an ``Int8Weight``, cpu-int8 (that of y does).
     Returns: [..., N] in the type of x.
@@ -79,7 +83,7 @@ def lora_linear(
     if not 0 <= dropout < 1:
         raise ValueError(f"expected a dropout in [0, 1), found {dropout}")
     if dropout and seed is None:
-        raise ValueError("dropout needs a seed: pass new_seed()")
+        raise ValueError("dropout needs a seed: pass new_seed(x.device)")
     if torch.compiler.is_compiling():
         return _compiled(x, base, A_RK, B_NR, bias_N, scale, dropout, seed, backend)
     x_MK = x.reshape(-1, K)
@@ -90,12 +94,10 @@ def lora_linear(
 
 
 @torch.no_grad()
-def dropout_mask(
-    x: Tensor, A_RK: Tensor, dropout: float, seed: Tensor, *, backend: str = "auto"
-) -> tuple[Tensor, float]:
+def dropout_mask(x: Tensor, dropout: float, seed: Tensor, *, backend: str = "auto") -> tuple[Tensor, float]:
     """The keep mask [..., K] bool that ``lora_linear`` draws for ``x`` from ``seed``, and 1 / (share kept)."""
     x_MK = x.reshape(-1, x.shape[-1])
-    _, mask_MP = passes.dropout_down(x_MK, A_RK, dropout, int(seed), runtime.choose_backend(backend, x))
+    mask_MP = passes.draw_mask(x_MK, dropout, seed, backend)
     return passes.unpack_mask(mask_MP, x.shape[-1]).view(x.shape), keep_threshold(dropout)[1]
 
 
@@ -111,7 +113,7 @@ class _LoraLinear(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         ctx.call = call
-        y_MN, S_MR, mask_MP = _forward(x_MK, A_RK, B_NR, bias_N, seed, call, save=any(ctx.needs_input_grad))
+        y_MN, S_MR, mask_MP = _forward(x_MK, A_RK, B_NR, bias_N, seed, call)
         ctx.save_for_backward(x_MK, A_RK, B_NR, S_MR, mask_MP)
         ctx.bias_dtype = bias_N.dtype if bias_N is not None else None
         return y_MN
@@ -137,21 +139,20 @@ def _forward(
     bias_N: Tensor | None,
     seed: Tensor | None,
     call: _Call,
-    *,
-    save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y; S, or None where y needs none: activation checkpointing throws away what a first forward makes for backward; the
+    mask."""
     dtype, how = x_MK.dtype, call.plan.forward
     mask_MP = None
     bias_N = bias_N.to(dtype) if bias_N is not None else None
     if call.dropout:
         assert seed is not None
-        S_MR, mask_MP = passes.dropout_down(x_MK, A_RK, call.dropout, int(seed), call.backend)
+        S_MR, mask_MP = passes.dropout_down(x_MK, A_RK, call.dropout, seed, call.asked)
     elif how == "merged":
-        W_NK = as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.backend)
-        y_MN = torch.nn.functional.linear(x_MK, W_NK, bias_N)
-        return y_MN, (x_MK @ A_RK.t().to(dtype)) if save else None, None
+        W_NK = as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.asked)
+        return torch.nn.functional.linear(x_MK, W_NK, bias_N), None, None
     else:
-        S_MR = x_MK @ A_RK.t().to(dtype)
+        S_MR = _down(x_MK, A_RK)
     if how == "library":
         y_MN = library_linear(x_MK, call.base, bias_N)
         y_MN.addmm_(S_MR, B_NR.t().to(dtype), alpha=call.scale)
@@ -162,8 +163,13 @@ def _forward(
         if call.operands:
             cpu_products.add_product(y_MN, x_MK, call.base, call.operands)
         else:
-            y_MN.addmm_(x_MK, as_float(call.base, dtype, backend=call.backend).t())
-    return y_MN, S_MR if save else None, mask_MP
+            y_MN.addmm_(x_MK, as_float(call.base, dtype, backend=call.asked).t())
+    return y_MN, S_MR, mask_MP
+
+
+def _down(x_MK: Tensor, A_RK: Tensor) -> Tensor:
+    """S [M, R] without dropout."""
+    return x_MK @ A_RK.t().to(x_MK.dtype)
 
 
 def _backward(
@@ -171,7 +177,7 @@ def _backward(
     x_MK: Tensor,
     A_RK: Tensor,
     B_NR: Tensor,
-    S_MR: Tensor,
+    S_MR: Tensor | None,
     mask_MP: Tensor | None,
     call: _Call,
     need_x: bool,
@@ -181,6 +187,7 @@ def _backward(
     dtype = x_MK.dtype
     merged = call.plan.backward == "merged"
     if need_adapter or (need_x and not merged):
+        S_MR = _down(x_MK, A_RK) if S_MR is None else S_MR
         dS_MR, dB_NR = passes.up_backward(dY_MN, B_NR, S_MR, call.scale, call.backend)
     if dS_MR is not None and dB_NR is not None:
         dX_MK, dA_RK = passes.down_backward(
@@ -192,9 +199,9 @@ def _backward(
     if dX_MK is not None and call.operands:
         cpu_products.add_gradient(dX_MK, dY_MN, call.base, call.operands)
     elif dX_MK is not None:
-        dX_MK.addmm_(dY_MN, as_float(call.base, dtype, backend=call.backend))
+        dX_MK.addmm_(dY_MN, as_float(call.base, dtype, backend=call.asked))
     elif need_x:
-        dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.backend)
+        dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.asked)
     return dX_MK, dA_RK, dB_NR
 
 
@@ -230,13 +237,13 @@ def _call_of(
             problem = f"the weight is not stored in int8 but as {type(base).__name__}"
         if problem:
             raise ValueError(f"backend {backend} cannot run: {problem}")
-    backend = runtime.choose_backend(backend, x_MK)
+    asked, backend = backend, runtime.choose_backend(backend, x_MK, products=True)
     (M, K), N = x_MK.shape, base.shape[0]
     on_grid = isinstance(base, DenseWeight) and base.weight.dtype == x_MK.dtype and x_MK.dtype.itemsize == 2
     chosen = plan.choose(
         kind_of(base), x_MK.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=on_grid, backend=backend
     )  # fmt: skip
-    return _Call(base, scale, dropout, backend, plan.UNMERGED if operands else chosen, operands)
+    return _Call(base, scale, dropout, asked, backend, plan.UNMERGED if operands else chosen, operands)
 
 
 @torch.library.custom_op("peftlab::lora_linear", mutates_args=())
@@ -256,8 +263,10 @@ def lora_linear_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator behind ``lora_linear``: y [M, N], S [M, R], mask [M, ceil(K / 8)] uint8 (no columns without dropout)."""
     call = _call_of(x_MK, _unpack(base, kind, numbers, threshold), scale, dropout, backend)
-    y_MN, S_MR, mask_MP = _forward(x_MK, A_RK, B_NR, bias_N, seed, call, save=True)
-    assert S_MR is not None
+    y_MN, S_MR, mask_MP = _forward(x_MK, A_RK, B_NR, bias_N, seed, call)
+    S_MR = (
+        _down(x_MK, A_RK) if S_MR is None else S_MR
+    )  # its size must not depend on the plan, which a trace cannot know
     if mask_MP is None:
         mask_MP = torch.empty((x_MK.shape[0], 0), dtype=torch.uint8, device=x_MK.device)
     return y_MN, S_MR, mask_MP

@@ -18,18 +18,22 @@ from peftlab_kernels import runtime
 from peftlab_kernels.lora_linear.reference import MASK_ROUNDS, keep_threshold
 from peftlab_kernels.runtime import cdiv, next_power_of_2
 
-_PIECE = 2**18  # elements of x at a time: 1 MiB in float32
+# Elements of x at a time: what stays in cache on a CPU; on a GPU, whose time launches would take, a small part of its memory.
+_PIECE = {"cpu": 2**18, "cuda": 2**25}
 # The partial sums of dS that up_backward_kernel writes and reads again are 8R / (2 * 128) of dY: above this rank reading
 # dY twice, for two plain products, is less.
 _MAX_SHARED_READ_RANK = 32
 
 
-def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: int, backend: str) -> tuple[Tensor, Tensor]:
-    """S [M, R] = (mask * x / share kept) A^T in the type of x, and the mask as bits, [M, P] uint8."""
+def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """S [M, R] = (mask * x / share kept) A^T in the type of x, and the mask as bits, [M, P] uint8.
+
+    Args: seed: [] int64. backend: as asked for; the mask may come from Triton where the product does not.
+    """
     M, K = x_MK.shape
     R = A_RK.shape[0]
     threshold, keep_scale = keep_threshold(dropout)
-    if backend == "triton":
+    if runtime.choose_backend(backend, x_MK, products=True) == "triton":
         from peftlab_kernels.lora_linear.kernel import dropout_down_kernel
 
         mask_MP = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x_MK.device)
@@ -39,15 +43,17 @@ def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: int, backend:
         tiles = cdiv(M, options["BLOCK_M"])
         group = _per_group(K, tiles, options["BLOCK_K"], x_MK.device)
         S = torch.empty((cdiv(K, group), M, R), dtype=torch.float32, device=x_MK.device)
-        dropout_down_kernel[(tiles, S.shape[0], cdiv(R, options["BLOCK_R"]))](
-            x_MK.contiguous(), A_RK.contiguous(), S, mask_MP, M, K, R, cdiv(K, 8), seed, threshold, keep_scale, group,
+        grid = (tiles, S.shape[0], cdiv(R, options["BLOCK_R"]))
+        runtime.launch(
+            dropout_down_kernel, grid, x_MK.contiguous(), A_RK.contiguous(), S, mask_MP, seed.to(x_MK.device), M, K, R,
+            cdiv(K, 8), threshold, keep_scale, group,
             DOT=runtime.dot_dtype(x_MK.dtype), ROUNDS=MASK_ROUNDS, **options,
         )  # fmt: skip
         return S.sum(0).to(x_MK.dtype), mask_MP
-    mask_MP = _draw(M, K, threshold, seed).to(x_MK.device)
+    mask_MP = draw_mask(x_MK, dropout, seed, backend)
     A_KR = A_RK.t().to(x_MK.dtype)
     S_MR = x_MK.new_empty((M, R))
-    for rows in _pieces(M, K):
+    for rows in _pieces(x_MK):
         torch.mm(x_MK[rows] * _factors(mask_MP[rows], K, x_MK.dtype), A_KR, out=S_MR[rows])
     return S_MR.mul_(keep_scale), mask_MP
 
@@ -65,8 +71,9 @@ def up_backward(dY_MN: Tensor, B_NR: Tensor, S_MR: Tensor, scale: float, backend
     group = _per_group(M, cdiv(N, options["BLOCK_N"]), options["BLOCK_M"], dY_MN.device)
     dS = torch.empty((cdiv(N, options["BLOCK_N"]), M, R), dtype=torch.float32, device=dY_MN.device)
     dB = torch.empty((cdiv(M, group), N, R), dtype=torch.float32, device=dY_MN.device)
-    up_backward_kernel[(dS.shape[0], dB.shape[0], cdiv(R, options["BLOCK_R"]))](
-        dY_MN.contiguous(), B_NR.contiguous(), S_MR, dS, dB, M, N, R, scale, group,
+    grid = (dS.shape[0], dB.shape[0], cdiv(R, options["BLOCK_R"]))
+    runtime.launch(
+        up_backward_kernel, grid, dY_MN.contiguous(), B_NR.contiguous(), S_MR, dS, dB, M, N, R, scale, group,
         DOT=runtime.dot_dtype(dY_MN.dtype), **options,
     )  # fmt: skip
     return dS.sum(0).to(dY_MN.dtype), dB.sum(0)
@@ -105,7 +112,7 @@ def down_backward(
     A_RK = A_RK.to(x_MK.dtype)
     dX_MK = x_MK.new_empty((M, K)) if need_dX else None
     dA_RK = x_MK.new_zeros(A_RK.shape) if need_dA else None
-    for rows in _pieces(M, K):
+    for rows in _pieces(x_MK):
         keep = _factors(mask_MP[rows], K, x_MK.dtype)
         if dX_MK is not None:
             torch.mm(scaled_MR[rows], A_RK, out=dX_MK[rows]).mul_(keep)
@@ -122,8 +129,9 @@ def _down_backward_launch(x_MK: Tensor, mask_MP: Tensor | None, dS_MR: Tensor, d
     options = down_backward_options(R, x_MK.dtype)
     group = _per_group(M, cdiv(K, options["BLOCK_K"]), options["BLOCK_M"], x_MK.device)
     dA = torch.empty((cdiv(M, group), R, K), dtype=torch.float32, device=x_MK.device)
-    down_backward_kernel[(cdiv(K, options["BLOCK_K"]), dA.shape[0], cdiv(R, options["BLOCK_R"]))](
-        x_MK.contiguous(), mask_MP if mask_MP is not None else dS_MR, dS_MR.contiguous(), dA, M, K, R,
+    grid = (cdiv(K, options["BLOCK_K"]), dA.shape[0], cdiv(R, options["BLOCK_R"]))
+    runtime.launch(
+        down_backward_kernel, grid, x_MK.contiguous(), mask_MP if mask_MP is not None else dS_MR, dS_MR.contiguous(), dA, M, K, R,
         cdiv(K, 8), keep_scale, group, DOT=runtime.dot_dtype(x_MK.dtype), HAS_MASK=mask_MP is not None, **options,
     )  # fmt: skip
     return dA.sum(0)
@@ -136,8 +144,9 @@ def _dropout_dx_launch(dS_MR: Tensor, A_RK: Tensor, mask_MP: Tensor, dropout: fl
     dX_MK = dS_MR.new_empty((M, K))
     _, keep_scale = keep_threshold(dropout)
     options = dropout_dx_options(R, dX_MK.dtype)
-    dropout_dx_kernel[(cdiv(K, options["BLOCK_K"]), cdiv(M, options["BLOCK_M"]))](
-        dX_MK, mask_MP, dS_MR.contiguous(), A_RK.contiguous(), M, K, R, cdiv(K, 8), keep_scale,
+    grid = (cdiv(K, options["BLOCK_K"]), cdiv(M, options["BLOCK_M"]))
+    runtime.launch(
+        dropout_dx_kernel, grid, dX_MK, mask_MP, dS_MR.contiguous(), A_RK.contiguous(), M, K, R, cdiv(K, 8), keep_scale,
         DOT=runtime.dot_dtype(dX_MK.dtype), **options,
     )  # fmt: skip
     return dX_MK
@@ -156,20 +165,63 @@ def _factors(mask_MP: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     return unpack_mask(mask_MP, K).to(dtype)
 
 
-def _draw(M: int, K: int, threshold: int, seed: int) -> Tensor:
+def draw_mask(x_MK: Tensor, dropout: float, seed: Tensor, backend: str) -> Tensor:
+    """[M, P] uint8 keep bits for ``x_MK``, on its device. A function of seed and shape: on a GPU, and from Triton anywhere,
+    those of ``philox_mask_reference``."""
+    M, K = x_MK.shape
+    threshold, _ = keep_threshold(dropout)
+    if runtime.choose_backend(backend, x_MK, products=False) == "triton":
+        from peftlab_kernels.lora_linear.kernel import dropout_mask_kernel
+
+        mask_MP = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x_MK.device)
+        if mask_MP.numel():
+            grid = (cdiv(mask_MP.numel(), mask_options()["BLOCK"]),)
+            runtime.launch(
+                dropout_mask_kernel, grid, mask_MP, seed.to(x_MK.device), mask_MP.numel(), threshold,
+                ROUNDS=MASK_ROUNDS, **mask_options(),
+            )  # fmt: skip
+        return mask_MP
+    if x_MK.is_cuda:
+        return _philox(M, K, threshold, seed.to(x_MK.device))
+    return _sfc64(x_MK, threshold, int(seed)).to(x_MK.device)
+
+
+def _philox(M: int, K: int, threshold: int, seed: Tensor) -> Tensor:
+    """[M, P] uint8 keep bits in plain PyTorch, without a look at the seed from the host: where Triton does not run. 64-bit
+    products wrap, which leaves their bits as they are; words are kept in the low half."""
+    low = 0xFFFFFFFF
+    index = torch.arange(M * cdiv(K, 8), device=seed.device)
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    words, key = (index & low, zero, zero, zero), (seed & low, (seed >> 32) & low)
+    for _ in range(MASK_ROUNDS):
+        even, odd = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = (
+            (odd >> 32) & low ^ words[1] ^ key[0], odd & low, (even >> 32) & low ^ words[3] ^ key[1], even & low
+        )  # fmt: skip
+        key = ((key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low)
+    byte = torch.zeros_like(index, dtype=torch.uint8)
+    for lane in range(8):
+        bits = (words[lane // 2] >> 16 * (lane % 2)) & 0xFFFF
+        byte |= (bits >= threshold).to(torch.uint8) << lane
+    return byte.view(M, cdiv(K, 8))
+
+
+def _sfc64(x_MK: Tensor, threshold: int, seed: int) -> Tensor:
     """[M, P] uint8 keep bits. NumPy's SFC64 is several times as fast as Philox on a CPU; the masks of a seed differ
     between devices, as PyTorch's own do."""
+    M, K = x_MK.shape
     source = np.random.SFC64(seed)
     mask = np.empty((M, cdiv(K, 8)), dtype=np.uint8)
-    for rows in _pieces(M, K):
+    for rows in _pieces(x_MK):
         num = rows.stop - rows.start
         lanes = source.random_raw(cdiv(num * K, 4)).view(np.uint16)[: num * K].reshape(num, K)
         mask[rows] = np.packbits(lanes >= threshold, axis=1, bitorder="little")
     return torch.from_numpy(mask)
 
 
-def _pieces(M: int, K: int) -> Iterator[slice]:
-    step = max(1, _PIECE // max(1, K))
+def _pieces(x_MK: Tensor) -> Iterator[slice]:
+    M, K = x_MK.shape
+    step = max(1, _PIECE.get(x_MK.device.type, _PIECE["cpu"]) // max(1, K))
     for start in range(0, M, step):
         yield slice(start, min(M, start + step))
 
@@ -184,6 +236,11 @@ def _per_group(size: int, tiles: int, block: int, device: torch.device) -> int:
 
 def _rank_block(rank: int) -> int:
     return min(64, max(16, next_power_of_2(rank)))
+
+
+def mask_options() -> dict[str, Any]:
+    """Compile-time values and launch options of ``dropout_mask_kernel``: four bytes a thread."""
+    return {"BLOCK": 512, "num_warps": 4}
 
 
 def down_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:

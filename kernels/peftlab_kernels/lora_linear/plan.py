@@ -25,6 +25,10 @@ _FIELDS = {
 # Rows from which bitsandbytes' fused NF4 product is slower than dequantizing once and a dense product, by compute
 # capability (bitsandbytes 0.50 switches at the same sizes for most weights).
 _NF4_LIBRARY_ROWS = {(8, 9): 256, (9, 0): 48, (8, 0): 128}
+# Where bitsandbytes' int8 product gains nothing. It reads x for a copy, quantizes that, and writes and reads sums of 4 bytes:
+# at 8,192 x 4,096 x 4,096 about 350 us of an H200, as long as the product in 16 bits with the weight dequantized before it,
+# which rounds no x and does not wait for the host. Slower matrix units (1.17 against 1.72 ms on a 4090) keep it.
+_NO_INT8_LIBRARY = {(9, 0), (10, 0), (10, 3)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ _Table = dict[Key, Plan]
 _extra_tables: list[_Table] = []
 _planned_rows: list[int] = []
 _forced: list[Plan] = []
+_int8_by_library: list[bool] = []
 
 
 def key_of(kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: bool) -> Key:
@@ -70,6 +75,8 @@ def choose(
         return _forced[-1]
     M = _planned_rows[-1] if _planned_rows else M
     chosen = _choose(key_of(kind, device, M=M, N=N, K=K, dropout=dropout), backend)
+    if kind == "int8" and _int8_by_library:
+        return Plan("library", chosen.backward)
     return UNMERGED if on_grid and "merged" in (chosen.forward, chosen.backward) else chosen
 
 
@@ -92,6 +99,17 @@ def forced(plan: Plan) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def int8_by_library() -> Iterator[None]:
+    """Within it bitsandbytes multiplies int8 weights, whatever is faster: with rows of x rounded to 8 bits, as in its own
+    layers."""
+    _int8_by_library.append(True)
+    try:
+        yield
+    finally:
+        _int8_by_library.pop()
 
 
 def use_table(path: Path | None) -> None:
@@ -138,7 +156,7 @@ def _choose(key: Key, backend: str) -> Plan:
     for table in [*_extra_tables, _shipped_table()]:
         if key in table:
             return table[key]
-    return rule(key.device, key.kind, M=key.m, N=key.n, K=key.k, dropout=key.dropout)
+    return rule(key.device, key.kind, M=key.m, N=key.n, K=key.k, dropout=key.dropout, backend=backend)
 
 
 @functools.cache
@@ -146,21 +164,22 @@ def _shipped_table() -> _Table:
     return _table_of(read_table(SHIPPED_TABLE)) if SHIPPED_TABLE.is_file() else {}
 
 
-def rule(device: str, kind: str, *, M: int, N: int, K: int, dropout: bool) -> Plan:
-    """The plan without measurements.
+def rule(device: str, kind: str, *, M: int, N: int, K: int, dropout: bool, backend: str = "triton") -> Plan:
+    """The plan without measurements. backend: of the kernels with matrix products, on a GPU.
 
     Merging saves passes over x and y, and costs nothing extra where a quantized weight is written out anyway. A dense
     one would be copied for it, 8NK bytes against 2MN + 2MK: with no gain in time up to 2N rows, and a loss in precision
-    (``choose``). Dropout acts on x, so nothing can be merged.
+    (``choose``). PyTorch alone merges through float32 copies, so on a GPU it does not. Dropout acts on x, so nothing can
+    be merged.
     """
-    cuda = device != "cpu"
-    small = kind == "nf4" and cuda and _NF4_LIBRARY_ROWS.get(_capability(device), 64) >= M
-    if dropout:
-        return Plan("library" if small or (kind == "int8" and cuda) else "split", "split")
-    backward = "merged" if kind != "dense" and (cuda or max(N, K) <= M) else "split"
-    if kind == "int8" and cuda:
-        return Plan("library", backward)  # the int8 product is twice as fast as a dense one
-    return Plan("library" if small else backward, backward)
+    cuda, capability = device != "cpu", _capability(device)
+    library = cuda and (
+        (kind == "nf4" and _NF4_LIBRARY_ROWS.get(capability, 64) >= M)
+        or (kind == "int8" and capability not in _NO_INT8_LIBRARY)
+    )
+    merges = kind != "dense" and not dropout and (backend == "triton" if cuda else max(N, K) <= M)
+    backward = "merged" if merges else "split"
+    return Plan("library" if library else backward, backward)
 
 
 @functools.cache

@@ -77,18 +77,20 @@ def nf4_merge_kernel(
     scale and whole bytes; otherwise every element looks up its own byte and block."""
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    delta = low_rank_tile(
-        b_ptr, a_ptr, n, k, N, K, R, scale, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, DOT=DOT
-    )
     inside = (n[:, None] < N) & (k[None, :] < K)
     at = n[:, None] * K + k[None, :]
     if ALIGNED:
+        # On their way while the factors are loaded and multiplied; in the other case there are too many for the registers.
         block = n * (K // BLOCKSIZE) + tl.program_id(0)
         absmax = block_scale(
             absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, n < N, NESTED=NESTED, BLOCK2=BLOCK2
         )[:, None]
         half = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
         byte = tl.load(packed_ptr + n[:, None] * (K // 2) + half[None, :], mask=n[:, None] < N, other=0).to(tl.int32)
+    delta = low_rank_tile(
+        b_ptr, a_ptr, n, k, N, K, R, scale, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, DOT=DOT
+    )
+    if ALIGNED:
         weight = tl.interleave(tl.load(code_ptr + (byte >> 4)) * absmax, tl.load(code_ptr + (byte & 15)) * absmax)
     else:
         absmax = block_scale(

@@ -66,7 +66,7 @@ def nf4_dequant(
         raise ValueError(f"expected out as contiguous [{N}, {K}] {dtype}, found {list(out.shape)} {out.dtype}")
     if numel == 0:
         return out
-    if runtime.choose_backend(backend, out) == "triton":
+    if runtime.choose_backend(backend, out, products=low_rank is not None) == "triton":
         _launch(weight, low_rank, out)
     else:
         _torch(weight, low_rank, out)
@@ -154,13 +154,23 @@ def _launch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, ou
     if low_rank is None:
         options = dequant_options(weight.blocksize)
         grid = (cdiv(N * K, weight.blocksize * options["ROWS"]),)
-        nf4_dequant_kernel[grid](*stored, out, N * K, cdiv(N * K, 2), BLOCKSIZE=weight.blocksize, **nested, **options)
+        runtime.launch(
+            nf4_dequant_kernel,
+            grid,
+            *stored,
+            out,
+            N * K,
+            cdiv(N * K, 2),
+            BLOCKSIZE=weight.blocksize,
+            **nested,
+            **options,
+        )
         return
     A_RK, B_NR, scale = low_rank
-    options = merge_options(K, A_RK.shape[0], weight.blocksize)
+    options = merge_options(K, A_RK.shape[0], weight.blocksize, out.dtype)
     tiles = (cdiv(K, options["BLOCK_K"]), cdiv(N, options["BLOCK_N"]))
-    nf4_merge_kernel[tiles](
-        *stored, A_RK.contiguous(), B_NR.contiguous(), out, N, K, A_RK.shape[0], float(scale),
+    runtime.launch(
+        nf4_merge_kernel, tiles, *stored, A_RK.contiguous(), B_NR.contiguous(), out, N, K, A_RK.shape[0], float(scale),
         BLOCKSIZE=weight.blocksize, DOT=runtime.dot_dtype(out.dtype), **nested, **options,
     )  # fmt: skip
 
@@ -170,15 +180,15 @@ def dequant_options(blocksize: int) -> dict[str, Any]:
     return {"ROWS": max(1, 2048 // blocksize), "num_warps": 8, "enable_fp_fusion": False}
 
 
-def merge_options(K: int, rank: int, blocksize: int) -> dict[str, Any]:
-    """As ``dequant_options``. Hopper's matrix unit takes tiles from 64 rows on; with 128 an unaligned tile spills
-    registers, and one of blocks of 128 leaves room for one program a processor. One stage: up to rank 64 the product
-    has one step, so there is nothing to fetch ahead.
+def merge_options(K: int, rank: int, blocksize: int, dtype: torch.dtype) -> dict[str, Any]:
+    """As ``dequant_options``. Hopper's matrix unit takes tiles from 64 rows on; with 128 an unaligned tile and one in
+    float32 spill registers, and one of blocks of 128 leaves room for one program a processor. One stage: up to rank 64
+    the product has one step, so there is nothing to fetch ahead.
     """
     aligned = K % blocksize == 0 and blocksize <= 128
     return {
         "ALIGNED": aligned,
-        "BLOCK_N": 128 if aligned and blocksize <= 64 else 64,
+        "BLOCK_N": 128 if aligned and blocksize <= 64 and dtype != torch.float32 else 64,
         "BLOCK_K": blocksize if aligned else 64,
         "BLOCK_R": min(64, max(16, next_power_of_2(rank))),
         "num_warps": 8,
