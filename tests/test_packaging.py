@@ -55,6 +55,25 @@ def _files_to_install() -> dict[str, Path]:
     return files
 
 
+def test_torch_adds_a_product_to_a_sum_in_float32() -> None:
+    """What a trained head's gradient is made by on CUDA. Before 2.10 its addmm asked for a sum of the type of the factors
+    (pytorch#167931); 2.6 and 2.7 have no out_dtype."""
+    (torch_requirement,) = (
+        r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if canonicalize_name(r.name) == "torch"
+    )
+    assert not any(torch_requirement.specifier.contains(version) for version in ("2.6.0", "2.8.0", "2.9.1"))
+    assert torch_requirement.specifier.contains("2.10.0")
+    import torch
+
+    total = torch.empty(8, 4, device="meta")
+    one, other = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((8, 6), (6, 4)))
+    for found in (
+        torch.addmm(total, one, other, out_dtype=torch.float32, out=total),
+        torch.mm(one, other, out_dtype=torch.float32, out=total),
+    ):
+        assert found.dtype == torch.float32 and found.shape == total.shape
+
+
 def test_kernels_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "kernels").exists()

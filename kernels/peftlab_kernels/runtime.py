@@ -83,8 +83,6 @@ def operands_problem(backend: str) -> str | None:
         return f"the processor has none of {', '.join(_MATRIX_UNITS[backend].values())}"
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this PyTorch is built without oneDNN"
-    if backend == "cpu-bf16" and not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"):
-        return f"PyTorch {torch.__version__} cannot round the operands alone; 2.9 or newer can"
     if backend == "cpu-int8" and int8_saturates():
         return "its int8 products lose what is beyond 16 bits"
     return None

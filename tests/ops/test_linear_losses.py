@@ -778,6 +778,71 @@ def test_gradient_of_a_trained_head_exists_once(way: str, dtype: torch.dtype) ->
 
 
 @ON_CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["cross-entropy", "online"])
+def test_of_one_chunk_the_gradient_of_a_trained_head_is_one_product(way: str, dtype: torch.dtype) -> None:
+    """Made in backward, in the type of the weight: no sum over chunks, nothing multiplied afterwards."""
+    classes, width = 4096, 64
+    head = Head(DenseWeight(torch.randn(classes, width).to(dtype).requires_grad_()))
+    hidden, target = torch.randn(8, width).to(dtype), torch.randint(classes, (8,))
+    teacher = OnlineTeacher(torch.randn(8, 16).to(dtype), Head(DenseWeight(torch.randn(classes, 16).to(dtype))))
+
+    def total() -> Tensor:
+        if way == "online":
+            return linear_kl(hidden, head, teacher).total
+        return linear_cross_entropy(hidden, head, target).total
+
+    weights, held = head.weight.tensors(), classes * width * dtype.itemsize
+    loss: list[Tensor] = []
+    assert _large_allocations(lambda: loss.append(total()), held // 4) == []
+    found: list[Tensor] = []
+    sizes = _large_allocations(lambda: found.extend(torch.autograd.grad(0.5 * loss[0], weights)), held // 4)
+    assert sizes == [held] and found[0].dtype == dtype
+    (whole,) = torch.autograd.grad(total(), weights)
+    assert torch.equal(found[0], 0.5 * whole)
+    again = total()
+    kept = torch.autograd.grad(again, weights, retain_graph=True)[0].clone()
+    assert torch.equal(kept, torch.autograd.grad(again, weights)[0])
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("way", ["cross-entropy", "online"])
+def test_what_flows_back_is_not_rounded_to_16_bits(way: str, chunk: int | None) -> None:
+    """A third, in bfloat16, is off by 2 in a thousand in every element alike."""
+    case = make_case("dense+trained", torch.bfloat16)
+
+    def total(c: Case) -> Tensor:
+        return (
+            ce(c, chunk=chunk).total
+            if way == "cross-entropy"
+            else distilled(c, make_teacher(c, way), chunk=chunk).total
+        )
+
+    whole, third = (gradients(case, lambda c, factor=factor: factor * total(c)) for factor in (1.0, 1 / 3))
+    for name, gradient in whole.items():
+        ratio = float((third[name].double() * gradient.double()).sum() / gradient.double().square().sum())
+        assert ratio == pytest.approx(1 / 3, rel=5e-4), name
+
+
+def test_a_loss_scale_does_not_overflow_float16() -> None:
+    """Hidden states of 500 times 65536 are beyond float16, the gradient of the weight is not."""
+    g = torch.Generator().manual_seed(0)
+    hidden, target = (
+        (500 * torch.randn(N, H, generator=g)).half().to(DEVICE),
+        torch.randint(V, (N,), generator=g).to(DEVICE),
+    )
+    weight = (1e-4 * torch.randn(V, H, generator=g)).to(DEVICE).requires_grad_()
+    (found,) = torch.autograd.grad(
+        65536.0 / N * linear_cross_entropy(hidden, Head(DenseWeight(weight)), target).total, weight
+    )
+    wide = weight.detach().double().requires_grad_()
+    logits = F.linear(hidden.double(), weight.detach().half().double() + 0 * wide + wide - wide.detach())
+    (want,) = torch.autograd.grad(65536.0 / N * F.cross_entropy(logits, target, reduction="sum"), wide)
+    assert torch.isfinite(found).all()
+    assert float((found.double() - want).norm() / want.norm()) < 5e-3
+
+
+@ON_CPU
 def test_logits_of_one_chunk_exist_at_a_time() -> None:
     classes, width, chunk = 8192, 8, 4
     head = Head(DenseWeight(torch.randn(classes, width)))

@@ -693,12 +693,97 @@ def test_checkpointing_replays_the_mask(device: torch.device, backend: str) -> N
     assert not any(torch.equal(a, b) for a, b in zip(plain, grads(preserve_rng_state=False), strict=True))
 
 
+@pytest.mark.parametrize(("how", "wanted"), [("merged", 1), ("split", 2)])
+def test_a_recomputed_forward_makes_s_once(
+    device: torch.device, force_plan: Any, monkeypatch: pytest.MonkeyPatch, how: str, wanted: int
+) -> None:
+    """Activation checkpointing throws away what the first forward saves. Where the output needs no S, backward makes it."""
+    force_plan(how, how)
+    case = problem("nf4", (63, 50, 130, 8), torch.float32, device)
+    made: list[Tensor] = []
+    down = op._down
+    monkeypatch.setattr(op, "_down", lambda x, A: (made.append(x), down(x, A))[1])
+    leaves = [t.clone().requires_grad_() for t in case.inputs()]
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return torch.tanh(call(case, tensors, "torch"))
+
+    found = torch.autograd.grad(checkpoint(layer, *leaves, use_reentrant=False), leaves, case.grad)
+    assert len(made) == wanted
+    plain = torch.autograd.grad(layer(*leaves), leaves, case.grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    made.clear()
+    with torch.no_grad():
+        layer(*leaves)
+    assert len(made) == wanted - 1, "without backward only what the output needs"
+
+
+@pytest.mark.gpu
+@NEEDS_TRITON
+def test_a_graph_draws_a_fresh_mask_at_each_replay() -> None:
+    """Captured once; each replay has the mask of a seed of its own, and that mask is the NumPy reference's."""
+    device = torch.device("cuda")
+    case = problem("dense", (64, 48, 128, 8), torch.float16, device)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        seed = runtime.new_seed(device)
+        y = lora_linear(case.x, case.base, case.A, case.B, scale=SCALE, dropout=0.5, seed=seed)
+        return y, seed
+
+    torch.manual_seed(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, seed = forward()
+    seeds = []
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        seeds.append(int(seed))
+        keep = passes.unpack_mask(philox_mask_reference(seeds[-1], 64, 48, 0.5), 48).to(device)
+        want = lora_linear_reference(
+            case.x.double(), case.W, case.A.double(), case.B.double(), scale=SCALE, keep=keep, keep_scale=2.0
+        )
+        assert float((y.double() - want).abs().max()) <= TOLERANCE[torch.float16] * float(want.abs().max())
+    assert len(set(seeds)) == 3
+
+
+def test_the_seed_stays_where_it_is(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is never asked for on the way to a kernel: on a GPU that would wait for the device, and be a constant of a
+    captured graph."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the kernels need Triton")
+    seen: list[Any] = []
+    monkeypatch.setattr(runtime, "launch", lambda kernel, grid, *args, **options: seen.append(args))
+    seed = torch.tensor(SEED, device=device)
+    x, A = torch.zeros(63, 130, device=device), torch.zeros(4, 130, device=device)
+    passes.dropout_down(x, A, 0.3, seed, "triton")
+    passes.draw_mask(x, 0.3, seed, "triton")
+    assert len(seen) == 2
+    for args in seen:
+        assert any(arg is seed for arg in args) and SEED not in [arg for arg in args if isinstance(arg, int)]
+
+
 def test_new_seed_follows_the_default_generator() -> None:
     torch.manual_seed(0)
     first, second = runtime.new_seed(), runtime.new_seed()
     torch.manual_seed(0)
     assert int(runtime.new_seed()) == int(first) != int(second)
     assert first.dtype == torch.int64 and first.shape == () and first.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_new_seed_follows_the_generator_of_its_device() -> None:
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    first, second = runtime.new_seed(device), runtime.new_seed(device)
+    torch.manual_seed(0)
+    assert int(runtime.new_seed(device)) == int(first) != int(second)
+    assert first.dtype == torch.int64 and first.shape == () and first.device.type == "cuda"
 
 
 @EACH_KIND

@@ -86,12 +86,14 @@ def test_plans_that_round_no_rows_are_told_from_faults(here: Path, monkeypatch: 
     from bitsandbytes.autograd import _functions as bnb
 
     monkeypatch.setattr(bnb, "MatMul8bitFp", bnb.MatMul8bitLt)
+    # Two layers hide what 32 show.
+    monkeypatch.setitem(parity.TOLERANCES, torch.float32, parity.Tolerance(loss=1e-5, cosine=0.99999, norm=1e-3))
     changes: dict[str, Any] = {"model": {"quantize": "int8"}}
     with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
         train(**changes, run={"dir": "not-told"})
     monkeypatch.setattr(parity, "int8_rounds_rows", lambda model: True)
     found = train(**changes).summary["parity"]
-    assert found["worst_cosine"] > 0.999 and found["rounded"] is None
+    assert found["worst_cosine"] > 0.99999 and found["rounded"] is None
     assert 0.5 < found["unrounded"]["worst_cosine"] < found["worst_cosine"]
     assert "without bitsandbytes' rounding to 8 bits loss" in str(parity.ParityReport(**found))
 
