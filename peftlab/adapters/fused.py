@@ -83,13 +83,15 @@ class FusedLora:
         down, up = adapters[name], modules["lora_B"]._modules[name]
         if not (_is_matrix(down) and _is_matrix(up)):
             return "its factors are not plain matrices"
-        dropout = type(modules["lora_dropout"]._modules[name])
-        if dropout is not nn.Dropout and dropout is not nn.Identity:
-            return f"its dropout is a {dropout.__name__}"
+        dropout = modules["lora_dropout"]._modules[name]
+        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+            return f"its dropout is a {type(dropout).__name__}"
         if not isinstance(layer.scaling[name], (int, float)):
             return "its scaling is a tensor"
-        base = _innermost(modules["base_layer"])
-        if is_hooked(base) or is_hooked(down) or is_hooked(up):
+        base = modules["base_layer"]
+        if "base_layer" in base._modules:
+            return "its base layer is adapted itself"
+        if is_hooked(base) or is_hooked(down) or is_hooked(up) or is_hooked(dropout):
             return "a hook is registered inside it"
         weight = parameter(base, "weight")
         with plain_reads():
@@ -131,7 +133,7 @@ class FusedLora:
 
     def _fused(self, x: Tensor) -> Tensor:
         layer: Any = self
-        base, factors = _innermost(layer._modules["base_layer"]), self.factors()
+        base, factors = layer._modules["base_layer"], self.factors()
         weight, dtype = self._base_weight(base), compute_dtype(x)
         # A head or another layer that loading left in floating point has no int8 product.
         exact = self.kernels == "cpu-int8" and not isinstance(weight, ops.Int8Weight)
@@ -193,20 +195,17 @@ def plain_reads() -> Any:
     return torch._C.DisableTorchFunctionSubclass()
 
 
-def _innermost(module: nn.Module) -> Any:
-    """As ``get_base_layer``, from a layer's ``base_layer`` on."""
-    while (inner := module._modules.get("base_layer")) is not None:
-        module = inner
-    return module
-
-
 def _is_matrix(factor: nn.Module) -> bool:
     return type(factor) is nn.Linear and parameter(factor, "bias") is None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or (
-        "forward" in module.__dict__  # accelerate's offloading replaces it
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's offloading replaces it
     )
 
 
@@ -260,10 +259,13 @@ def _fused_dense() -> type:
 
 @functools.cache
 def _fused_4bit() -> type:
+    from bitsandbytes import nn as bnb
     from peft.tuners.lora.bnb import Linear4bit
 
     class FusedLinear4bit(FusedLora, Linear4bit):  # type: ignore[misc]
         def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
+            if type(base) is not bnb.Linear4bit:
+                return f"its base layer is a {type(base).__name__}"
             if reason := _nf4_reason(base, weight):
                 return reason
             if x is not None and base.compute_dtype not in (None, compute_dtype(x)):
@@ -278,10 +280,13 @@ def _fused_4bit() -> type:
 
 @functools.cache
 def _fused_8bit() -> type:
+    from bitsandbytes import nn as bnb
     from peft.tuners.lora.bnb import Linear8bitLt
 
     class FusedLinear8bitLt(FusedLora, Linear8bitLt):  # type: ignore[misc]
         def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
+            if type(base) is not bnb.Linear8bitLt:
+                return f"its base layer is a {type(base).__name__}"
             if reason := _int8_reason(base, weight):
                 return reason
             if not base.training and weight.device.type == "cpu" and self.kernels not in ops.CPU_OPERANDS:
