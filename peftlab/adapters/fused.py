@@ -32,7 +32,12 @@ class Factors(NamedTuple):
 
 
 class FusedLora:
-    """Mixed in before a PEFT LoRA layer."""
+    """Mixed in before a PEFT LoRA layer.
+
+    Each forward reads everything that decides how it runs, so nothing can be stale. A cached verdict would save nothing:
+    a complete check of it reads the same things. The reads are cheap instead: ``_modules`` and ``parameter`` avoid
+    ``nn.Module.__getattr__``, ``plain_reads`` the Python behind each property of an NF4 weight.
+    """
 
     kernels = "auto"
     kept_slow: str | None = None
@@ -67,66 +72,78 @@ class FusedLora:
             return "the call has arguments beside its input"
         if layer.disable_adapters or layer.merged:
             return "no adapter is active"
-        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        modules = layer._modules
+        adapters = modules["lora_A"]._modules
+        active = [name for name in layer.active_adapters if name in adapters]
         if len(active) != 1:
             return f"{len(active)} adapters are active at once"
         (name,) = active
         if name in layer.lora_variant:
             return f"it is a variant of LoRA ({type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')})"
-        parts = (layer.lora_A[name], layer.lora_B[name])
-        if any(type(part) is not nn.Linear or part.bias is not None for part in parts):
+        down, up = adapters[name], modules["lora_B"]._modules[name]
+        if not (_is_matrix(down) and _is_matrix(up)):
             return "its factors are not plain matrices"
-        if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
-            return f"its dropout is a {type(layer.lora_dropout[name]).__name__}"
-        if not isinstance(layer.scaling[name], int | float):
+        dropout = modules["lora_dropout"]._modules[name]
+        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+            return f"its dropout is a {type(dropout).__name__}"
+        if not isinstance(layer.scaling[name], (int, float)):
             return "its scaling is a tensor"
-        base = layer.get_base_layer()
-        if any(is_hooked(part) for part in (base, *parts)):
+        base = modules["base_layer"]
+        if "base_layer" in base._modules:
+            return "its base layer is adapted itself"
+        if is_hooked(base) or is_hooked(down) or is_hooked(up) or is_hooked(dropout):
             return "a hook is registered inside it"
-        if base.weight.requires_grad:
-            return "its base weight is trained"
-        return self._base_reason(base, x) or (self._input_reason(base, x) if x is not None else None)
+        weight = parameter(base, "weight")
+        with plain_reads():
+            if weight.requires_grad:
+                return "its base weight is trained"
+            return self._base_reason(base, weight, x) or (self._input_reason(weight, x) if x is not None else None)
 
-    def _input_reason(self, base: Any, x: Tensor) -> str | None:
+    def _input_reason(self, weight: Tensor, x: Tensor) -> str | None:
         if not x.is_floating_point():
             return f"its input is {x.dtype}"
-        if x.device != base.weight.device:
-            return f"its input is on {x.device}, its weight on {base.weight.device}"
+        if x.device != weight.device:
+            return f"its input is on {x.device}, its weight on {weight.device}"
         if self.kernels == "triton" and (problem := ops.triton_problem(x.device, products=True)):
             return problem
         if self.kernels in ops.CPU_OPERANDS:
             return f"its input is on {x.device}" if x.device.type != "cpu" else ops.operands_problem(self.kernels)
         return None
 
-    def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
+    def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
+        raise NotImplementedError
+
+    def _base_weight(self, base: Any) -> ops.BaseWeight:
+        """That of a layer without a ``slow_reason``."""
         raise NotImplementedError
 
     def factors(self) -> Factors:
         """Those of the one active adapter."""
         layer: Any = self
-        name = next(name for name in layer.active_adapters if name in layer.lora_A)
-        dropout = layer.lora_dropout[name]
+        modules = layer._modules
+        adapters = modules["lora_A"]._modules
+        name = next(name for name in layer.active_adapters if name in adapters)
+        dropout = modules["lora_dropout"]._modules[name]
         return Factors(
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
+            parameter(adapters[name], "weight"),
+            parameter(modules["lora_B"]._modules[name], "weight"),
             layer.scaling[name],
             dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
         )
 
     def _fused(self, x: Tensor) -> Tensor:
         layer: Any = self
-        base, factors = layer.get_base_layer(), self.factors()
-        weight = frozen_weight(base)
-        assert weight is not None
+        base, factors = layer._modules["base_layer"], self.factors()
+        weight, dtype = self._base_weight(base), compute_dtype(x)
         # A head or another layer that loading left in floating point has no int8 product.
         exact = self.kernels == "cpu-int8" and not isinstance(weight, ops.Int8Weight)
         return ops.lora_linear(
-            x.to(compute_dtype(x)),
+            x if x.dtype == dtype else x.to(dtype),
             weight,
             factors.A_RK,
             factors.B_NR,
             scale=factors.scale,
-            bias_N=base.bias,
+            bias_N=parameter(base, "bias"),
             dropout=factors.dropout,
             seed=ops.new_seed(x.device) if factors.dropout else None,
             backend="auto" if exact else self.kernels,
@@ -166,9 +183,29 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """``module.name``, without ``nn.Module.__getattr__`` where it is a parameter."""
+    parameters = module._parameters
+    # Replicas of DataParallel and FSDP1's flat shards have plain attributes in their place.
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def plain_reads() -> Any:
+    """Within it the properties of a bitsandbytes weight are read as those of any tensor, not by ``__torch_function__``."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def _is_matrix(factor: nn.Module) -> bool:
+    return type(factor) is nn.Linear and parameter(factor, "bias") is None
+
+
 def is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or (
-        "forward" in module.__dict__  # accelerate's offloading replaces it
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's offloading replaces it
     )
 
 
@@ -184,7 +221,7 @@ class _PlainLinear(type):
     """
 
     def __instancecheck__(cls, module: object) -> bool:
-        return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        return type(module) is nn.Linear and type(parameter(module, "weight")) is nn.Parameter
 
 
 class PlainLinear(metaclass=_PlainLinear):
@@ -205,44 +242,59 @@ def _fused_dense() -> type:
     from peft.tuners import lora
 
     class FusedLinear(FusedLora, lora.Linear):  # type: ignore[misc]
-        def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
+        def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
             if type(base) is not nn.Linear:
                 return f"its base layer is a {type(base).__name__}"
-            if type(base.weight) is not nn.Parameter and not (x is None and _is_sharded(base.weight)):
-                return f"its base weight is a {type(base.weight).__name__}"
-            if x is not None and not torch.is_autocast_enabled(x.device.type) and x.dtype != base.weight.dtype:
-                return f"its input is {x.dtype}, its weight {base.weight.dtype}"
+            if type(weight) is not nn.Parameter and not (x is None and _is_sharded(weight)):
+                return f"its base weight is a {type(weight).__name__}"
+            if x is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                return f"its input is {x.dtype}, its weight {weight.dtype}"
             return None
+
+        def _base_weight(self, base: Any) -> ops.BaseWeight:
+            return ops.DenseWeight(parameter(base, "weight"))
 
     return FusedLinear
 
 
 @functools.cache
 def _fused_4bit() -> type:
+    from bitsandbytes import nn as bnb
     from peft.tuners.lora.bnb import Linear4bit
 
     class FusedLinear4bit(FusedLora, Linear4bit):  # type: ignore[misc]
-        def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
-            if reason := _nf4_reason(base):
+        def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
+            if type(base) is not bnb.Linear4bit:
+                return f"its base layer is a {type(base).__name__}"
+            if reason := _nf4_reason(base, weight):
                 return reason
             if x is not None and base.compute_dtype not in (None, compute_dtype(x)):
                 return f"its compute type is {base.compute_dtype}, that of its input {compute_dtype(x)}"
             return None
+
+        def _base_weight(self, base: Any) -> ops.BaseWeight:
+            return _nf4_weight(base, parameter(base, "weight"))
 
     return FusedLinear4bit
 
 
 @functools.cache
 def _fused_8bit() -> type:
+    from bitsandbytes import nn as bnb
     from peft.tuners.lora.bnb import Linear8bitLt
 
     class FusedLinear8bitLt(FusedLora, Linear8bitLt):  # type: ignore[misc]
-        def _base_reason(self, base: Any, x: Tensor | None) -> str | None:
-            if reason := _int8_reason(base):
+        def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
+            if type(base) is not bnb.Linear8bitLt:
+                return f"its base layer is a {type(base).__name__}"
+            if reason := _int8_reason(base, weight):
                 return reason
-            if not base.training and base.weight.device.type == "cpu" and self.kernels not in ops.CPU_OPERANDS:
+            if not base.training and weight.device.type == "cpu" and self.kernels not in ops.CPU_OPERANDS:
                 return "bitsandbytes multiplies int8 by int8 on a CPU outside training"
             return None
+
+        def _base_weight(self, base: Any) -> ops.BaseWeight:
+            return _int8_weight(base, parameter(base, "weight"))
 
     return FusedLinear8bitLt
 
@@ -251,47 +303,57 @@ def frozen_weight(base: Any) -> ops.BaseWeight | None:
     """The weight of a linear as the operations take it; None for a linear they do not know."""
     bnb = sys.modules.get("bitsandbytes")
     if isinstance(base, PlainLinear):
-        return ops.DenseWeight(base.weight)  # type: ignore[attr-defined]
+        return ops.DenseWeight(parameter(base, "weight"))
     if bnb is None:
         return None
-    if type(base) is bnb.nn.Linear4bit and _nf4_reason(base) is None:
-        state = base.weight.quant_state
-        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else None
-        return ops.NF4Weight(
-            base.weight.data,
-            state.absmax,
-            state.code,
-            (base.out_features, base.in_features),
-            state.blocksize,
-            nested,
-            state.state2.blocksize if state.nested else 256,
-        )
-    if type(base) is bnb.nn.Linear8bitLt and _int8_reason(base) is None:
-        if base.weight.CB is not None:
-            base.init_8bit_state()
-        weight = ops.Int8Weight(base.state.CB, base.state.SCB, float(base.state.threshold))
-        base.weight.data = base.state.CB  # as bitsandbytes does, so that the weight is still what gets saved
-        return weight
+    if type(base) is bnb.nn.Linear4bit and _nf4_reason(base, base.weight) is None:
+        return _nf4_weight(base, base.weight)
+    if type(base) is bnb.nn.Linear8bitLt and _int8_reason(base, base.weight) is None:
+        return _int8_weight(base, base.weight)
     return None
 
 
-def _nf4_reason(base: Any) -> str | None:
-    state = getattr(base.weight, "quant_state", None)
+def _nf4_weight(base: Any, weight: Any) -> ops.NF4Weight:
+    state = weight.quant_state
+    with plain_reads():
+        packed = weight.data
+    nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else None
+    return ops.NF4Weight(
+        packed,
+        state.absmax,
+        state.code,
+        (base.out_features, base.in_features),
+        state.blocksize,
+        nested,
+        state.state2.blocksize if state.nested else 256,
+    )
+
+
+def _int8_weight(base: Any, weight: Any) -> ops.Int8Weight:
+    if weight.CB is not None:
+        base.init_8bit_state()
+    state = base.state
+    weight.data = state.CB  # as bitsandbytes does, so that the weight is still what gets saved
+    return ops.Int8Weight(state.CB, state.SCB, float(state.threshold))
+
+
+def _nf4_reason(base: Any, weight: Any) -> str | None:
+    state = getattr(weight, "quant_state", None)
     if state is None:
         return "its weight is not quantized yet"
     if state.quant_type != "nf4":
         return f"its weight is {state.quant_type}, not nf4"
-    if getattr(state, "packing_format_for_cpu", False):
+    if vars(state).get("packing_format_for_cpu"):
         return "its weight was repacked for AVX512"
     if len(state.shape) != 2 or tuple(state.shape) != (base.out_features, base.in_features):
         return f"its weight was quantized as {list(state.shape)}"
     return None
 
 
-def _int8_reason(base: Any) -> str | None:
+def _int8_reason(base: Any, weight: Any) -> str | None:
     if base.state.has_fp16_weights:
         return "its weight is kept in 16 bits"
-    if base.weight.CB is None and base.state.CB is None:
+    if weight.CB is None and base.state.CB is None:
         return "its weight is not quantized yet"
     return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPTS = ("peers", "distillation", "cpu_path", "cpu_kd", "linear_losses", "loss_curves")
+SCRIPTS = ("peers", "distillation", "cpu_path", "cpu_kd", "linear_losses", "loss_curves", "call_overhead")
 
 
 def section(text: str, name: str) -> str:
