@@ -78,6 +78,9 @@ def _compiler() -> Iterator[Finding]:
 
 def _disk(out: Path) -> Iterator[Finding]:
     out = out.resolve()
+    if out.exists() and not out.is_dir():
+        yield Finding(f"{out} is a file, not a folder; give another --out", fatal=True)
+        return
     folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
     try:
         with tempfile.TemporaryFile(dir=folder):
