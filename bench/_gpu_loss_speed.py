@@ -21,24 +21,26 @@ AGAINST: dict[str, tuple[str, ...]] = {
     "CuTe DSL": ("Liger CuTe", "QuACK"),
     "Liger, compiled by torch": ("Liger chunked JSD",),
 }
-ROWS = [
-    *((case, "dense PyTorch") for case in (CE_FROZEN, CE_TRAINED, KL, JSD, TOP)),
-    *((case, "Liger") for case in (CE_TRAINED, KL)),
-    (CE_TRAINED, "CuTe DSL"),
-    *((case, "Liger, compiled by torch") for case in (KL, JSD, TOP)),
-]
+ROWS = {
+    "first": [
+        *((case, "dense PyTorch") for case in (CE_FROZEN, CE_TRAINED, KL, JSD, TOP)),
+        *((case, "Liger") for case in (CE_TRAINED, KL)),
+    ],
+    # In a process of its own: a compiler may take a minute.
+    "compiled": [(CE_TRAINED, "CuTe DSL"), *((case, "Liger, compiled by torch") for case in (KL, JSD, TOP))],
+}
 SMALL_SHAPE = (4096, 576, 49152)  # of SmolLM2
 TIMED_S = 2.5
 ROW_S = 6.0
 AGREEMENT = 5e-2  # of gradients from logits that are rounded to 16 bits on either side
 
 
-def loss_speed(device: Device) -> Iterator[Task]:
-    """Most important first; compilers that take long come last."""
-    rows = [(case, against, (SHAPES[case][0], SHAPES[case][1], CLASSES)) for case, against in ROWS]
-    rows.insert(7, (CE_FROZEN, "dense PyTorch", SMALL_SHAPE))
+def loss_speed(device: Device, part: str) -> Iterator[Task]:
+    """part: ``first``, most important first, or those against what is ``compiled`` at length."""
+    rows = [(case, against, (*SHAPES[case], CLASSES)) for case, against in ROWS[part]]
+    rows += [(CE_FROZEN, "dense PyTorch", SMALL_SHAPE)] if part == "first" else []
     if device.dry:
-        rows = [(case, against, (32, 64, 300)) for case, against in ROWS if against == "dense PyTorch"]
+        rows = [(case, against, (32, 64, 300)) for case, against in ROWS[part] if against != "Liger"]
     for case, against, shape in rows:
         what = {"case": f"{case}, forward + backward", "against": against, "shape": list(shape)}
         yield Task(what, partial(_loss_speed, device, case, against, shape), seconds=ROW_S)

@@ -33,8 +33,8 @@ card is about that card and stays open on another."""
 
 _MEASURED_HEADS = ("what", "card", "section", "predicted or proven before", "measured")
 _HEALING = """\
-`healing` needs the 98 MB GGUF file of SmolLM2, more than one call may carry to the lent machines (64 MiB). In two calls, with
-`build/heal/1` and then `build/heal/2` (`python bench/_gpu_heal.py` makes them; ignored files stay there between calls), or where
+`healing` needs the 98 MB GGUF file of SmolLM2, more than one transfer of 64 MiB holds to a GPU machine without network. In two, with
+`build/heal/1` and then `build/heal/2` (`python bench/_gpu_heal.py` makes them), or where
 assets.txt is installed. Without either the row says so and is not red."""
 
 

@@ -123,6 +123,19 @@ def test_no_compiler(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_
     assert gpu.preflight.told(found).startswith("preflight: FATAL: no C compiler")
 
 
+def test_the_wheels_are_those_of_the_constraints() -> None:
+    """So that a GPU machine without network gets what everything else is tested with; Liger is no dependency of peftlab."""
+
+    def pins(name: str) -> dict[str, str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+    wheels, constraints = pins("bench/gpu_wheels.txt"), pins("constraints.txt")
+    assert {"bitsandbytes", "peft", "datasets", "evaluate", "pydantic"} < wheels.keys()
+    assert wheels.keys() - constraints.keys() == {"liger-kernel"}
+    assert not {name: pin for name, pin in wheels.items() if constraints.get(name, pin) != pin}
+
+
 def test_it_is_quick_and_comes_before_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, 'bench'); sys.argv[1:] = ['--preflight', '--dry-run-cpu', '--out', sys.argv[1]]\n"

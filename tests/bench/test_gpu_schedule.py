@@ -23,7 +23,7 @@ IMPORTS_S = 25.0  # of a process, where many start at once in a sandbox; 15 were
 # kernels first; the first of the steps builds the model.
 SLOW: dict[str, list[float]] = {
     "ceilings": [4.0] * 2,
-    "loss speed": [9.0] * 13,
+    "loss speed": [9.0] * 8,
     "NF4 linears, 8,192 rows": [4.0] * 8,
     "training steps": [35.0, 20.0, 20.0, 20.0],
 }
