@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from _gpu_base import Device, Row, Task, not_installed
-from _gpu_loss_model import CARD, CE_FROZEN, CE_TRAINED, CLASSES, JSD, KL, SHAPES, TARGETS, TOP
+from _gpu_loss_model import CE_FROZEN, CE_TRAINED, CLASSES, JSD, KL, SHAPES, TARGETS, TOP
 from _gpu_loss_rivals import RIVALS, Problem, Rival, implementation, make_problem, ours
-from _gpu_roofline import gemm_flops
+from _gpu_roofline import CARD, gemm_flops
 from _gpu_speed import flops_per_s
 from _gpu_timing import Run, interleaved, reaches
 
@@ -124,7 +124,7 @@ def _tried(device: Device, problem: Problem, rival: Rival, want: Any) -> tuple[t
 def _product_flops(problem: Problem) -> float:
     """The student's logits and dX, dW of a trained head, the logits of a teacher that is asked."""
     (num_tokens, hidden), vocab = problem.x.shape, len(problem.w)
-    flops = (2 + problem.w.requires_grad) * gemm_flops(num_tokens, vocab, hidden)
+    flops = (1 + len(problem.leaves)) * gemm_flops(num_tokens, vocab, hidden)
     asked = problem.distils and problem.case != TOP
     return flops + (gemm_flops(num_tokens, vocab, problem.tx.shape[1]) if asked else 0.0)
 

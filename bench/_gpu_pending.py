@@ -61,7 +61,7 @@ def pending(records: Sequence[Row], claims: Sequence[Claim]) -> str:
     def of(part: str) -> Judged:
         return [(claim, verdict) for claim, verdict in still if claim["part"] == part]
 
-    heads = ("what", "section of gpu-check", "how it is proven so far")
+    heads: tuple[str, ...] = ("what", "section of gpu-check", "how it is proven so far")
     parts += ["## Correctness", _table(of("correctness"), heads, lambda c, v: [_section(c, v), c.get("so_far", "")])]
     parts += ["## Speed and memory", _MODEL, f"<!-- predictions -->\n{_predictions()}\n<!-- /predictions -->"]
     heads = ("target", "card", "section", "predicted")

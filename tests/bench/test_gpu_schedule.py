@@ -42,7 +42,7 @@ class Fake:
         began = self.now
         self.now += IMPORTS_S
         device = self.gpu.base.Device("cpu")
-        device.release = lambda: None  # type: ignore[method-assign]
+        device.release = lambda: None
         journal = self.gpu.run.Journal(self.path, read_records(self.path))
         self.gpu.run.run_group(sections, self.gpu.run.Rows(journal, device), deadline)
         (self.timed if sections[0].timing else self.checked).append((began, self.now))
