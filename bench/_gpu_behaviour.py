@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from _gpu_base import Device, Row, Task, not_installed
+from _gpu_base import Device, Row, Task
 from _gpu_lora import DROPOUT, DRY_SHAPES, NAMES, SCALE, SEED, WAYS, forced, fused, keep_mask, make_case, unfused
 
 
@@ -74,8 +74,6 @@ def _mask(device: Device, dropout: float) -> Row:
 def _same_twice(device: Device, kind: str, way: tuple[str, str, float]) -> Row:
     import torch
 
-    if way[0] == "library" and (missing := not_installed("bitsandbytes")):
-        return missing
     dtype = torch.bfloat16
     shape = device.pick((2048, 4096, 4096, 16), DRY_SHAPES[0])
     case = make_case(device, kind, shape, dtype, dropout=way[2])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from _gpu_base import Device, Row, Task, not_installed, relative
+from _gpu_base import Device, Row, Task, relative
 from _gpu_kernels import int8_truth, int8_weight, nf4_truth, nf4_weight
 
 NAMES = ("y", "x", "A", "B", "bias")
@@ -237,8 +237,6 @@ def _many(
 ) -> Row:
     import torch
 
-    if way[0] == "library" and (missing := not_installed("bitsandbytes")):
-        return missing
     dtype, worst, bad = getattr(torch, dtype_name), (0.0, ""), []
     for shape in shapes:
         case = make_case(device, kind, shape, dtype, dropout=way[2], wide=wide)
@@ -272,8 +270,6 @@ def _as_in_use(device: Device, kind: str, dtype_name: str, dropout: float) -> Ro
         on_grid=kind == "dense" and dtype.itemsize == 2,
         backend="triton",
     )
-    if chosen.forward == "library" and (missing := not_installed("bitsandbytes")):
-        return missing
     settings = torch.backends.cuda.matmul
     settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = True
     try:

@@ -202,8 +202,11 @@ RIVALS = {
 
 def implementation(rival: Rival) -> str:
     """Which of its implementations Liger's dispatcher takes for the rows of logits; empty where it does not choose."""
+    if not rival.op:
+        return ""
     try:
         from liger_kernel.backends import resolve_impl
-    except ImportError:  # before 0.8.3 it has none
+
+        return str(resolve_impl(rival.op).impl_name)
+    except Exception:  # of any kind: it is told beside a figure that stands without it
         return ""
-    return str(resolve_impl(rival.op).impl_name) if rival.op else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from _gpu_base import Deadline, Device, Row, Section, Task, not_installed
 from _gpu_journal import counting_rows, identity, plain
-from _gpu_sections import tasks_of
+from _gpu_sections import PACKAGES, tasks_of
 
 from peftlab.bench.journal import Journal
 
@@ -67,7 +67,7 @@ def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
                 found = task.run()
                 device.synchronize()
             except Exception as error:  # of any kind: the other rows are worth having too
-                found = {"failed": _told(error), "ok": False}
+                found = _absent(error) or {"failed": _told(error), "ok": False}
             seconds = round(time.perf_counter() - started, 3)
             if device.dry:  # its figures mean nothing
                 found |= {key: None for key in ("target", "met", "held_met") if key in found}
@@ -91,6 +91,12 @@ def still_to_do(tasks: list[Task], green: set[str]) -> list[Task]:
         if open_[place]
         or (task.makes and any(o and not t.makes for t, o in zip(tasks[place:], open_[place:], strict=True)))
     ]
+
+
+def _absent(error: Exception) -> Row | None:
+    """The row of a task that has come upon a package that is not there, one of those that sections say they need or use."""
+    name = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return not_installed(name) if name in PACKAGES else None
 
 
 def _told(error: Exception) -> str:

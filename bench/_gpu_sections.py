@@ -148,6 +148,7 @@ SECTIONS = [
     ),
 ]
 BY_NAME = {section.name: section for section in SECTIONS}
+PACKAGES = {name for section in SECTIONS for name in (*section.needs, *section.uses)}
 
 
 def with_what_they_stand_on(names: set[str]) -> set[str]:

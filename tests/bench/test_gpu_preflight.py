@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from peftlab.bench.journal import begin
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -153,11 +155,26 @@ def test_it_is_quick_and_comes_before_torch(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_rows_that_need_a_package_are_not_red_without_it(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of lora_linear only bitsandbytes' own products: what stands on the section is then not timed for that reason."""
+def test_rows_that_need_a_package_are_not_red_without_it(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of lora_linear only bitsandbytes' own products. What is installed, and what is ours, is red as before."""
     without(monkeypatch, "bitsandbytes")
-    tasks = [t for t in gpu.lora.lora_correctness(gpu.base.Device("cpu"), "float32") if t.what["kind"] == "nf4"]
-    found = {(t.what["forward"], t.what["dropout"]): t.run() for t in tasks if t.what["forward"] != "split"}
-    missing = {"not_run": "not installed: bitsandbytes", "ok": None}
-    assert found["library", 0.0] == found["library", 0.05] == missing
-    assert found["merged", 0.0]["ok"] is True
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises
+    device, task = gpu.base.Device("cpu"), gpu.base.Task
+    chosen = {"kind": "nf4", "factors": "float32", "dropout": 0.0}
+    tasks = [t for t in gpu.lora.lora_correctness(device, "float32") if chosen.items() <= t.what.items()]
+    tasks = [t for t in tasks if t.what["forward"] in ("library", "merged")]
+
+    def no(module: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    tasks += [task({"forward": name}, lambda name=name: no(name)) for name in ("torch.nothing", "_gpu_nothing")]
+    monkeypatch.setattr(gpu.run, "tasks_of", lambda section, device: tasks)
+    journal = begin(tmp_path / "rows.jsonl", {})
+    section = gpu.base.Section("lora_linear float32", "a", "", 100)
+    gpu.run.run_group([section], gpu.run.Rows(journal, device), gpu.base.Deadline(time.time() + 100))
+    found = {row["task"]["forward"]: row for row in journal.of("row")}
+    assert found["merged"]["ok"] is True
+    assert (found["library"]["ok"], found["library"]["not_run"]) == (None, "not installed: bitsandbytes")
+    assert found["torch.nothing"]["ok"] is found["_gpu_nothing"]["ok"] is False
