@@ -16,7 +16,7 @@ from _gpu_processes import GRACE_S
 
 from peftlab.bench.journal import Journal, read_records
 
-# To import torch and reach CUDA; 15 were seen in a sandbox on 16 cores, where many processes start at once.
+# To import torch and reach CUDA, in a sandbox and beside other processes that start: an estimate, on the safe side.
 START_S = 25.0
 SHORTEST_S = 10.0
 

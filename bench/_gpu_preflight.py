@@ -1,8 +1,8 @@
 """gpu-check: what is missing on this machine, said within about a second and before anything starts.
 
 Without importing torch: modules are looked for, not loaded; the driver is asked through its own library. ``fatal`` is what
-leaves nothing to run: no torch, Triton or transformers; no CUDA device; no C compiler or Python headers, with which Triton builds
-the launcher of every kernel; no place for the rows. Any other package costs the sections that need it, and is said.
+leaves nothing to run: no torch, Triton or transformers; no CUDA device; no C compiler, with which Triton builds the launcher of
+every kernel; no place for the rows. Any other package costs the sections that need it, and is said.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import importlib.metadata
 import os
 import re
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -54,26 +56,33 @@ def told(findings: Iterable[Finding]) -> str:
 
 
 def _device() -> Iterator[Finding]:
-    problem = "gpu-check needs a CUDA device, and {}; nothing was checked"
+    """By the driver; where that says no, torch has the last word, since it may look for the driver elsewhere."""
     name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)
+        count = ctypes.c_int(0)
+        code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+        problem = "" if count.value and not code else f"the driver finds none (error {code})"
     except OSError:
-        yield Finding(problem.format(f"its driver ({name}) is not there"), fatal=True)
-        return
-    count = ctypes.c_int(0)
-    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if code or not count.value:
-        yield Finding(problem.format(f"the driver finds none (error {code})"), fatal=True)
+        problem = f"its driver ({name}) is not there"
+    if problem and not _torch_finds_one():
+        yield Finding(f"gpu-check needs a CUDA device, and {problem}; nothing was checked", fatal=True)
+
+
+def _torch_finds_one() -> bool:
+    asked = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def _compiler() -> Iterator[Finding]:
+    """As triton/runtime/build.py looks for both; the headers may be where only the compiler finds them."""
     named = os.environ.get("CC")
-    if not any(shutil.which(name) for name in ([named] if named else ["cc", "gcc", "clang"])):
-        yield Finding("no C compiler (CC, cc, gcc or clang), which Triton needs for every kernel", fatal=True)
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not headers.is_file():
-        yield Finding(f"no Python headers ({headers.name}), which Triton needs for every kernel", fatal=True)
+    if not any(map(shutil.which, [named] if named else ["gcc", "clang"])):
+        yield Finding("no C compiler (CC, gcc or clang), which Triton needs for every kernel", fatal=True)
+    scheme = sysconfig.get_default_scheme()
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    if not (Path(paths["include"]) / "Python.h").is_file():
+        yield Finding(f"no Python.h in {paths['include']}, which Triton needs for every kernel")
 
 
 def _disk(out: Path) -> Iterator[Finding]:

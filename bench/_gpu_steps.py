@@ -18,7 +18,7 @@ NUM_PARAMETERS = {"llama-3-8b": 8.03e9, "llama-3.2-1b": 1.24e9}
 NUM_LAYERS = 32
 SHARE_LAYERS = 8  # of 32, where the whole model would take too long
 STEPS_S = 80.0  # what the steps themselves are given
-ROW_S = 16.0  # of a row: a step takes about 0.7 s, and there are three contestants
+ROW_S = 16.0  # of a row: a step of 0.7 s (_gpu_roofline.py), three contestants
 BASELINE = "PEFT + bitsandbytes"
 FULL_LOGITS = "PEFT + bitsandbytes, full logits"
 

@@ -112,16 +112,25 @@ class Driver:
 )
 def test_the_device(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
     monkeypatch.setattr(gpu.preflight.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(gpu.preflight, "_torch_finds_one", lambda: False)
     found = list(gpu.preflight._device())
     assert len(found) == len(said) and all(f.fatal and words in f.what for f, words in zip(found, said, strict=True))
 
 
+def test_torch_may_find_a_driver_elsewhere(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.preflight.ctypes, "CDLL", lambda name: Driver(100, 0))
+    monkeypatch.setattr(gpu.preflight, "_torch_finds_one", lambda: True)
+    assert not list(gpu.preflight._device())
+
+
 def test_no_compiler(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(gpu.preflight.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(gpu.preflight.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     found = list(gpu.preflight._compiler())
-    assert [f.what.split(",")[0] for f in found] == ["no C compiler (CC", "no Python headers (Python.h)"]
-    assert gpu.preflight.fatal(found)
+    assert [(f.what.split(",")[0], f.fatal) for f in found] == [
+        ("no C compiler (CC", True),
+        (f"no Python.h in {tmp_path}", False),
+    ]
     assert gpu.preflight.told(found).startswith("preflight: FATAL: no C compiler")
 
 

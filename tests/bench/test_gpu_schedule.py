@@ -18,7 +18,7 @@ from peftlab.bench.journal import begin, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Row = dict[str, Any]
-IMPORTS_S = 25.0  # of a process, where many start at once in a sandbox; 15 were seen
+IMPORTS_S = 25.0  # of a process, where many start at once in a sandbox
 # The tasks of a section that matter, each with what it takes when everything is slow: a row of the losses compiles its
 # kernels first; the first of the steps builds the model.
 SLOW: dict[str, list[float]] = {
