@@ -23,6 +23,7 @@ from _gpu_roofline import (
     RANKS_TARGET,
     TARGET,
     base_bytes,
+    card_of,
     gemm_flops,
     layer_us,
     predicted_us,
@@ -187,9 +188,9 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
         "liger": "has no counterpart of a LoRA linear",
         **found.protocol(),
     }
-    if M >= 512:
+    if M >= 512 and (card := card_of(device)):
         row["predicted_us"] = {
-            who: predicted_us(who, kind, M, N, K, R, dropout=dropout > 0) for who in ("PEFT", "built")
+            who: predicted_us(who, kind, M, N, K, R, dropout=dropout > 0, card=card) for who in ("PEFT", "built")
         }
     if M <= FLUSHED_ROWS:  # where launching is most of it
         alone = interleaved(device, runs, seconds=0.3, flush=True)
@@ -271,10 +272,12 @@ def _layer(device: Device, kind: str, M: int, R: int, dropout: float, shapes: li
     target = targets.get(dropout > 0) if kind == "nf4" and device.has(CARD) else None
     fastest = sum(count * row["us"][row["faster_peft"]["both"]]["both"][1] for count, row in parts)
     row: Row = {"us": us, "fastest_peft_us": fastest, "ratio": ratio, "target": target, "met": reaches(ratio, target)}
-    if M >= 512:
-        predicted = {who: layer_us(who, M, R, dropout=dropout > 0, kind=kind) for who in ("PEFT", "limit", "built")}
+    card = card_of(device)
+    if M >= 512 and card:
+        options: Row = {"dropout": dropout > 0, "kind": kind, "card": card}
+        predicted = {who: layer_us(who, M, R, **options) for who in ("PEFT", "limit", "built")}
         row |= {"predicted_us": predicted, "predicted_ratio": round(predicted["PEFT"] / predicted["built"], 3)}
-    if kind == "nf4" and R == 16 and M >= 2048:
+    if kind == "nf4" and R == 16 and M >= 2048 and card == CARD:
         row["limit"] = LIMIT[dropout > 0]
         row["above_limit"] = ratio["value"] > row["limit"]
     return row

@@ -15,6 +15,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from _gpu_base import Device  # noqa: E402
+
 
 class Card(NamedTuple):
     """Rates that the model takes: bfloat16 products with float32 sums; 82 to 88 % of the memory's data sheet."""
@@ -57,6 +59,11 @@ STEP_TARGET = 1.15
 # The layer as a whole. The model says 1.06 and 1.07 at 2,048 and 8,192 rows, with dropout 1.16 and 1.18; the small kernels that it
 # leaves out are more of the time at 2,048.
 UNSLOTH_TARGET = {8192: {False: 1.05, True: 1.12}, 2048: {False: 1.00, True: 1.08}}
+
+
+def card_of(device: Device) -> str | None:
+    """Which of the model's cards it is."""
+    return next((name for name in CARDS if device.has(name)), None)
 
 
 def dequant_bytes(kind: str, N: int, K: int) -> float:

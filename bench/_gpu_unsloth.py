@@ -20,7 +20,7 @@ from typing import Any
 
 from _gpu_base import Device, Row, Task
 from _gpu_lora_speed import DROPOUT, Layer, adapted, agreement
-from _gpu_roofline import CARD, UNSLOTH_TARGET, additions_us, layer_us
+from _gpu_roofline import CARD, UNSLOTH_TARGET, additions_us, card_of, layer_us
 from _gpu_timing import Run, interleaved, reaches
 
 RANK = 16
@@ -56,16 +56,12 @@ def _unsloth(device: Device, M: int, dropout: float) -> Row:
     found = interleaved(device, runs, seconds=3.0, ahead=True)
     ratio = found.ratio(THEIRS, OURS, "both")
     target = UNSLOTH_TARGET[M][dropout > 0] if device.has(CARD) else None
-    predicted = {
-        THEIRS: layer_us("Unsloth", M, dropout=dropout > 0),
-        "built": layer_us("built", M, dropout=dropout > 0) + additions_us(M),
-    }
     return {
         "us": found.spreads(),
         "rounds_us": found.rounds(),
         "ratio": ratio,
         "eager_ratio": found.ratio(THEIRS, EAGER, "both"),
-        "predicted_us": predicted,  # without SwiGLU
+        **_predicted(device, M, dropout > 0),
         "version": importlib.metadata.version("unsloth"),
         "target": target,
         "met": reaches(ratio, target),
@@ -73,6 +69,15 @@ def _unsloth(device: Device, M: int, dropout: float) -> Row:
         "ok": agree is None or agree["ok"],
         **found.protocol(),
     }
+
+
+def _predicted(device: Device, M: int, dropout: bool) -> Row:
+    """Of the linears alone."""
+    if not (card := card_of(device)):
+        return {}
+    theirs = layer_us("Unsloth", M, dropout=dropout, card=card)
+    built = layer_us("built", M, dropout=dropout, card=card) + additions_us(M, card=card)
+    return {"predicted_us": {THEIRS: theirs, "built": built}, "predicted_ratio": round(theirs / built, 3)}
 
 
 def _layers(device: Device, dropout: float) -> dict[str, Layer]:

@@ -223,7 +223,12 @@ def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
     ("spoilt", "real"),
     [
         ("linear losses", CHEAP),
-        *(pytest.param(name, CHEAP + ",loss speed,dequant speed", marks=pytest.mark.slow) for name in CORRECTNESS),
+        pytest.param("tests", CHEAP + ",loss speed,dequant speed", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, CHEAP, marks=pytest.mark.slow)
+            for name in CORRECTNESS
+            if name not in ("linear losses", "tests")
+        ),
     ],
 )
 def test_a_red_row_leaves_the_others_timed(tmp_path: Path, spoilt: str, real: str) -> None:
