@@ -1,6 +1,7 @@
 """gpu-check: what the fused losses are compared with, each the same loss on the same tensors.
 
-Source: Liger 0.8.5 and QuACK 0.6.5, the wheels on PyPI, read 2026-11-28 and not run here: no machine with a GPU had them.
+Source: Liger 0.8.5 and QuACK 0.6.5, the wheels on PyPI, read 2026-11-28. Liger's Triton and compiled losses have run, on a CPU in Triton's
+interpreter: gradients within 6e-3 of ours at 32 x 64 x 304. The CuTe DSL and QuACK need a GPU and are only read.
 ``liger_kernel/transformers/fused_linear_cross_entropy.py``, ``fused_linear_jsd.py``, ``fused_linear_kl_div.py``;
 ``liger_kernel/chunked_loss/jsd_loss.py``; ``liger_kernel/ops/cutedsl/ops/fused_linear_cross_entropy_sm90.py``;
 ``quack/linear_cross_entropy.py``. "JSD + CE" is the baseline of Liger's own benchmark, HFJSDLoss of

@@ -5,8 +5,9 @@ and factor. Unsloth's MLP function has SwiGLU in it, so "peftlab" calls Unsloth'
 differs in the linears alone; "peftlab, eager SwiGLU" has what a step of transformers has there today. Unsloth gets bfloat16
 factors without autocast, which spares it casts; ours are float32 under autocast, as in use.
 
-Source: unsloth/kernels/fast_lora.py, swiglu.py and utils.py of Unsloth 2026.10.9 (PyPI), read and not run here;
-unslothai/unsloth at 015bdef0d94a has the same signatures.
+Source: unsloth/kernels/fast_lora.py, swiglu.py and utils.py of Unsloth 2026.10.9 (PyPI), which need a GPU to be imported and are only
+read; what they ask of a layer (``_lora_dropout_and_bias``), taken out of the file, says yes to these, with dropout and without.
+unslothai/unsloth at 015bdef0d94a has the same signatures, but leaves dropout out.
 """
 
 # ruff: noqa: N803, N806 -- sizes are called M, N, K and R, as in the kernels

@@ -111,7 +111,7 @@ def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser
     # On few cores importing the libraries is most of it: two processes for correctness, then one.
     models = ("models", "tests", "recipe", "kd")
     groups = {s.name: "timing" if s.timing else "models" if s.group in models else "kernels" for s in chosen}
-    return [replace(s, group=groups[s.name], wave=1) for s in chosen]
+    return [replace(s, group=groups[s.name], wave=1, least=0) for s in chosen]
 
 
 def report(path: Path) -> int:
