@@ -1,7 +1,8 @@
 """gpu-check: its sections, in the order in which they run, and what each figure stands on.
 
 Correctness of what is timed first comes first, then that timing: losses, NF4 linears at 8,192 rows, whole steps. All the
-rest is the second wave. ``tests``, ``tiny models`` and ``smoke recipe`` use ops together, so that a red row of theirs does
+rest is the second wave. What stands on a section waits for it, so that it may take long: the time of what comes after
+is kept (``least``). ``tests``, ``tiny models`` and ``smoke recipe`` use ops together, so that a red row of theirs does
 not say which op is wrong: no figure stands on them. Nor on ``small adapters, masks, determinism``: the sections of
 ``lora_linear`` already compare every output and gradient with float64, under the very masks; what those rows say beyond
 that (equal bytes, little lost of a small adapter) are promises with claims of their own, and do not change what is timed.
@@ -20,17 +21,17 @@ LINEARS = ("dequant", "lora_linear bfloat16")
 STEPS = (*LINEARS, "linear losses")
 
 SECTIONS = [
-    Section("dequant", "dequant", "_gpu_kernels:dequant_correctness", 120),
+    Section("dequant", "dequant", "_gpu_kernels:dequant_correctness", 180),
     *[
         Section(
             f"lora_linear {dtype}",
             f"lora {dtype}",
             f"_gpu_lora:lora_correctness:{dtype}",
-            150,
+            seconds,
             uses=("bitsandbytes",),
             wave=wave,
         )
-        for dtype, wave in (("bfloat16", 1), ("float16", 1), ("float32", 2))
+        for dtype, seconds, wave in (("bfloat16", 240, 1), ("float16", 150, 1), ("float32", 150, 2))
     ],
     Section(
         "small adapters, masks, determinism",
@@ -39,8 +40,8 @@ SECTIONS = [
         120,
         uses=("bitsandbytes",),
     ),
-    Section("linear losses", "losses", "_gpu_models:loss_correctness", 60),
-    Section("distillation", "kd", "_gpu_kd:distillation", 90, needs=("peft",)),
+    Section("linear losses", "losses", "_gpu_models:loss_correctness", 120),
+    Section("distillation", "kd", "_gpu_kd:distillation", 120, needs=("peft",)),
     Section("ceilings", "ops", "_gpu_speed:ceilings", 15, least=10, timing=True),
     Section(
         "loss speed",
