@@ -30,10 +30,16 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def figures_are_there(rows: list[Row]) -> None:
-    """Each figure that a claim is decided by is in the dry rows with the keys that it asks for."""
+    """Each figure that a claim is decided by is in the dry rows with the keys that it asks for. Two sections have no rows here,
+    for want of packages: tests/bench/test_gpu_unsloth.py and test_gpu_losses.py look at theirs."""
     claims = json.loads((ROOT / "bench" / "results" / "claims.json").read_text())
     seen = {row["section"] for row in rows}
-    rules = [r for claim in claims for r in claim["rules"] if "figure" in r and r["section"] in seen - {"unsloth"}]
+    rules = [
+        r
+        for claim in claims
+        for r in claim["rules"]
+        if "figure" in r and r["section"] in seen - {"unsloth", "loss speed, compiled"}
+    ]
     assert rules
     for rule in rules:
         of_section = [row for row in rows if row["section"] == rule["section"] and "task" in row]
