@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,17 +35,23 @@ class Section:
 
     Attributes:
         group: sections of a group share a process, one after the other. source: module:function[:argument].
-        needs: packages without which it is left out. seconds: at most. timing: runs alone, and on green rows only.
-        gate: unfinished, it is red. asked: it takes so long that it runs only when --only names it.
+        seconds: at most. least: so many are kept for it while those before it run.
+        wave: all of a lower one end first; within one, correctness runs side by side, then timing group by group.
+        needs: packages without which it is left out. uses: packages without which only some of its rows are not run.
+        timing: it runs alone. stands_on: sections that must be green before it is timed, and for its figures to count.
+        asked: it takes so long that it runs only when --only names it.
     """
 
     name: str
     group: str
     source: str
     seconds: float
+    wave: int = 1
+    least: float = 0.0
     needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
     timing: bool = False
-    gate: bool = False
+    stands_on: tuple[str, ...] = ()
     asked: bool = False
 
 
@@ -80,6 +87,12 @@ class Device:
 
     def pick(self, real: Any, dry: Any) -> Any:
         return dry if self.dry else real
+
+    def has(self, card: str) -> bool:
+        """Whether it is a GPU of this name, such as ``H200``."""
+        import torch
+
+        return not self.dry and card in torch.cuda.get_device_name()
 
     def row_of(self, **task: Any) -> Row | None:
         """The green row of the task that has these values."""
@@ -159,6 +172,17 @@ class Device:
 
         if seconds and not self.dry:
             torch.cuda._sleep(int(seconds * CLOCK_HZ))
+
+
+def lacking(*packages: str) -> list[str]:
+    """Those that cannot be imported."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def not_installed(*packages: str) -> Row | None:
+    """The row of a task that needs these packages where one of them is missing."""
+    missing = lacking(*packages)
+    return {"not_run": f"not installed: {', '.join(missing)}", "ok": None} if missing else None
 
 
 def relative(error: Any, want: Any) -> float:

@@ -60,8 +60,8 @@ def _mask(device: Device, dropout: float) -> Row:
     from peftlab_kernels.lora_linear import dropout_mask
 
     M, K = device.pick((2048, 4096), (64, 96))
-    x, A = torch.zeros(M, K, device=device.kind), torch.zeros(8, K, device=device.kind)
-    keep, keep_scale = dropout_mask(x, A, dropout, torch.tensor(SEED), backend="triton")
+    x = torch.zeros(M, K, device=device.kind)
+    keep, keep_scale = dropout_mask(x, dropout, torch.tensor(SEED), backend="triton")
     share, same = 1 / keep_scale, bool(torch.equal(keep, keep_mask(device.kind, "triton", M, K, dropout)))
     off = []
     for part in (keep, *(keep[:, place::8] for place in range(8))):

@@ -2,7 +2,8 @@
 
 A claim has ``rules``; each names a section, the tasks whose rows decide it (``match``: key -> value, or a list of those that
 fit), and with ``figure`` the path of a figure in those rows with its bound (``at_least``, ``at_most``, ``equals``) or none. It is
-confirmed when all tasks that fit are green and their figures within the bounds. A claim without rules stays open.
+confirmed when all tasks that fit are green and their figures within the bounds, and the sections green that the figures stand
+on. With ``card``, part of a GPU's name, it is about that card only and stays open on another. One without rules stays open.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from _gpu_base import Row
-from _gpu_journal import counting_rows, identity, proven, tasks_listed
-from _gpu_sections import SECTIONS
+from _gpu_journal import counting_rows, identity, tasks_listed, unproven
+from _gpu_sections import BY_NAME
 
 CLAIMS = Path(__file__).resolve().parent / "results" / "claims.json"
 State = Literal["open", "confirmed", "failed"]
@@ -72,6 +73,9 @@ def keeps(rule: Row, figure: Any) -> bool:
 def judge(claim: Claim, records: Sequence[Row]) -> Verdict:
     if not claim["rules"] or not records or records[0]["dry_run"]:
         return Verdict("open")
+    machine = records[0]["machine"]["name"]
+    if claim.get("card", "") not in machine:
+        return Verdict("open", note=f"of another card than {machine}")
     listed = tasks_listed(records)
     counting = counting_rows(records)
     rows = {(r["section"], identity(r["task"])): r for r in counting if "task" in r}
@@ -94,8 +98,9 @@ def judge(claim: Claim, records: Sequence[Row]) -> Verdict:
         return Verdict("failed", "; ".join(dict.fromkeys(missed)))
     if done < wanted:
         return Verdict("open", note=f"{done} of {wanted} rows green" if done else "")
-    if sections & {s.name for s in SECTIONS if s.timing} and not proven(records):
-        return Verdict("open", note="measured without the sections of correctness")
+    gates = dict.fromkeys(gate for name in sorted(sections) for gate in BY_NAME[name].stands_on)
+    if reasons := unproven(records, gates):
+        return Verdict("open", note=f"measured, but {'; '.join(reasons)}")
     return Verdict("confirmed", "; ".join(texts))
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from _gpu_base import Device, Row
-from _gpu_sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 JOURNAL = "gpu_check.jsonl"
@@ -31,7 +30,7 @@ _CODE_FILES = (
     "tests/ops/*.py",
     "tests/adapters/*.py",
 )
-_MORE_PACKAGES = ("liger-kernel", "unsloth")
+_MORE_PACKAGES = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "unsloth")
 
 
 def header(device: Device, command: str, commit: str | None) -> Row:
@@ -96,6 +95,24 @@ def finished(records: Sequence[Row]) -> set[str]:
     }
 
 
-def proven(records: Sequence[Row]) -> bool:
-    """Whether every section of correctness is green: no figure counts without."""
-    return {s.name for s in SECTIONS if s.gate} <= finished(records)
+def unproven(records: Sequence[Row], gates: Iterable[str]) -> list[str]:
+    """Of each of these sections that is not green: what is wrong with it."""
+    done, rows = finished(records), counting_rows(records)
+    begun = tasks_listed(records)
+    others = {gate: [r for r in rows if r["section"] == gate and r["ok"] is not True] for gate in gates}
+    return [_state(gate, others[gate], begun=gate in begun) for gate in others if gate not in done]
+
+
+def _state(gate: str, others: list[Row], *, begun: bool) -> str:
+    """others: its rows that are not green."""
+    if red := [row for row in others if row["ok"] is False]:
+        return f"`{gate}` has {len(red)} red {'row' if len(red) == 1 else 'rows'}{_why(red)}"
+    if others or begun:
+        return f"`{gate}` is unfinished{_why(others)}"
+    return f"`{gate}` has not run"
+
+
+def _why(rows: list[Row]) -> str:
+    texts = (row.get("failed") or row.get("not_run") or row.get("stopped") for row in rows)
+    said = next((str(text).splitlines()[0][:120] for text in texts if text), "")
+    return f" ({said})" if said else ""

@@ -94,8 +94,7 @@ def keep_mask(device_kind: str, backend: str, M: int, K: int, dropout: float) ->
     if backend == "triton":
         packed = philox_mask_reference(SEED, M, K, dropout)
         return passes.unpack_mask(packed, K).to(device_kind)
-    zeros = [torch.zeros(rows, K, device=device_kind) for rows in (M, 1)]
-    return dropout_mask(zeros[0], zeros[1], dropout, torch.tensor(SEED), backend=backend)[0]
+    return dropout_mask(torch.zeros(M, K, device=device_kind), dropout, torch.tensor(SEED), backend=backend)[0]
 
 
 def make_case(

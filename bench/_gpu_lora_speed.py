@@ -16,11 +16,14 @@ from typing import Any
 
 from _gpu_base import Device, Row, Task
 from _gpu_roofline import (
+    CARD,
     DROPOUT_MEMORY_TARGET,
     LAYER,
     LIMIT,
+    RANKS_TARGET,
     TARGET,
     base_bytes,
+    card_of,
     gemm_flops,
     layer_us,
     predicted_us,
@@ -32,6 +35,19 @@ PEFT = ("PEFT, autocast", "PEFT, bf16")
 DROPOUT = 0.05
 FLUSHED_ROWS = 512  # up to here what a call reads may still be in the L2 from the call before
 SMALL = (512, 16, 1)
+# Storage, rows, rank, most important first.
+CASES: dict[str, list[tuple[str, int, int]]] = {
+    "first": [("nf4", 8192, 16)],
+    "rest": [
+        ("nf4", 2048, 16),
+        *(("dense", M, 16) for M in (8192, 2048)),
+        *(("nf4", M, 16) for M in SMALL),
+        *(("nf4", 2048, R) for R in (8, 64)),
+        *(("dense", M, 16) for M in SMALL),
+        *(("dense", 2048, R) for R in (8, 64)),
+    ],
+}
+DRY_CASES = {"first": [("nf4", 16, 16)], "rest": [("dense", 16, 16), ("nf4", 1, 16), ("dense", 1, 16)]}
 
 
 @dataclass(frozen=True)
@@ -121,27 +137,16 @@ def contestants(device: Device, layer: Layer, x: Any, grad: Any) -> dict[str, Ru
     }
 
 
-def lora_speed(device: Device) -> Iterator[Task]:
-    """Most important first: rank 16 on NF4 from 2,048 rows on, the layer as a whole, dense weights, few rows, ranks."""
+def lora_speed(device: Device, part: str) -> Iterator[Task]:
+    """part: ``first``, what most claims are about, or the ``rest``."""
     shapes = device.pick(list(LAYER), [(96, 128)])
-    large, small = device.pick((2048, 8192), (16,)), device.pick(SMALL, (1,))
-    groups: list[list[tuple[str, int, int]]] = [
-        [("nf4", M, 16) for M in large],
-        [("dense", M, 16) for M in large],
-        [("nf4", M, 16) for M in small],
-        [("nf4", 2048, R) for R in (8, 64)] if not device.dry else [],
-        [("dense", M, 16) for M in small],
-        [("dense", 2048, R) for R in (8, 64)] if not device.dry else [],
-    ]
-    for group in groups:
-        for kind, M, R in group:
-            for dropout in (0.0, DROPOUT):
-                for N, K in shapes:
-                    what = _what(kind, M, R, dropout) | {"shape": [N, K]}
-                    seconds = 2.0 if M >= 2048 else 1.2
-                    yield Task(what, partial(_linear, device, kind, M, N, K, R, dropout), seconds=seconds)
-                what = _what(kind, M, R, dropout) | {"case": "seven linears of a Llama-3-8B layer"}
-                yield Task(what, partial(_layer, device, kind, M, R, dropout, shapes), seconds=0)
+    for kind, M, R in device.pick(CASES, DRY_CASES)[part]:
+        for dropout in (0.0, DROPOUT):
+            for N, K in shapes:
+                what = _what(kind, M, R, dropout) | {"shape": [N, K]}
+                yield Task(what, partial(_linear, device, kind, M, N, K, R, dropout), seconds=2.5 if M >= 2048 else 1.5)
+            what = _what(kind, M, R, dropout) | {"case": "seven linears of a Llama-3-8B layer"}
+            yield Task(what, partial(_layer, device, kind, M, R, dropout, shapes), seconds=0)
 
 
 def _what(kind: str, M: int, R: int, dropout: float) -> Row:
@@ -164,7 +169,6 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
     phases = ("forward", "backward", "both")
     best = {phase: found.fastest(PEFT, phase) for phase in phases}
     ratios = {phase: found.ratio(best[phase], "peftlab", phase) for phase in phases}
-    target = TARGET[dropout > 0] if M >= 2048 else None
     floor = _floor_us(device, kind, M, N, K)
     ours = found.times["peftlab"]["both"].median
     chosen = plan.choose(kind, x.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=kind == "dense", backend="triton")
@@ -178,17 +182,15 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
         "plan": [chosen.forward, chosen.backward],
         "bitsandbytes_forward": _bnb_path(device, kind, M, N, K),
         "agreement": agree,
-        "target": target,
-        "met": reaches(ratios["both"], target),
         "floor_us": floor,
         "above_limit": not device.dry and ours < 0.9 * floor,
         "l2_flushed": M <= FLUSHED_ROWS,
         "liger": "has no counterpart of a LoRA linear",
         **found.protocol(),
     }
-    if M >= 512:
+    if M >= 512 and (card := card_of(device)):
         row["predicted_us"] = {
-            who: predicted_us(who, kind, M, N, K, R, dropout=dropout > 0) for who in ("PEFT", "built")
+            who: predicted_us(who, kind, M, N, K, R, dropout=dropout > 0, card=card) for who in ("PEFT", "built")
         }
     if M <= FLUSHED_ROWS:  # where launching is most of it
         alone = interleaved(device, runs, seconds=0.3, flush=True)
@@ -266,13 +268,16 @@ def _layer(device: Device, kind: str, M: int, R: int, dropout: float, shapes: li
         return [sum(values) for values in zip(*times, strict=True)]
 
     ratio = compared(blocks(lambda row: row["faster_peft"]["both"]), blocks(lambda row: "peftlab"))
-    target = TARGET[dropout > 0] if M >= 2048 and R == 16 else None
+    targets = TARGET.get(M, {}) if R == 16 else RANKS_TARGET
+    target = targets.get(dropout > 0) if kind == "nf4" and device.has(CARD) else None
     fastest = sum(count * row["us"][row["faster_peft"]["both"]]["both"][1] for count, row in parts)
     row: Row = {"us": us, "fastest_peft_us": fastest, "ratio": ratio, "target": target, "met": reaches(ratio, target)}
-    if M >= 512:
-        predicted = {who: layer_us(who, M, R, dropout=dropout > 0, kind=kind) for who in ("PEFT", "limit", "built")}
+    card = card_of(device)
+    if M >= 512 and card:
+        options: Row = {"dropout": dropout > 0, "kind": kind, "card": card}
+        predicted = {who: layer_us(who, M, R, **options) for who in ("PEFT", "limit", "built")}
         row |= {"predicted_us": predicted, "predicted_ratio": round(predicted["PEFT"] / predicted["built"], 3)}
-    if kind == "nf4" and R == 16 and M >= 2048:
+    if kind == "nf4" and R == 16 and M >= 2048 and card == CARD:
         row["limit"] = LIMIT[dropout > 0]
         row["above_limit"] = ratio["value"] > row["limit"]
     return row

@@ -1,187 +1,134 @@
-"""gpu-check: the loss against full logits and Liger, and how fast a recipe trains."""
+"""gpu-check: the fused linear losses against dense PyTorch, Liger and QuACK, and the floor of their products."""
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from _gpu_base import Device, Row, Task
-from _gpu_roofline import gemm_flops
+from _gpu_base import Device, Row, Task, not_installed
+from _gpu_loss_model import CE_FROZEN, CE_TRAINED, CLASSES, JSD, KL, SHAPES, TARGETS, TOP
+from _gpu_loss_rivals import RIVALS, Problem, Rival, implementation, make_problem, ours
+from _gpu_roofline import CARD, gemm_flops
 from _gpu_speed import flops_per_s
 from _gpu_timing import Run, interleaved, reaches
 
-from peftlab.evaluation.intervals import quartiles
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-# By case: the contestant, how many times as fast ours has to be, and how many times less memory it may take beside the inputs.
-TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
-    "cross-entropy, frozen head": {"full logits": (2.0, None)},
-    "cross-entropy, trained head": {"full logits": (2.0, None), "Liger": (4.0, None)},
-    "distillation, frozen head": {"full logits": (4.0, 15.0), "Liger": (1.45, 3.0)},
-    "top-64 + tail, frozen head": {"Liger": (2.0, None)},
+# A row is ours beside those that need the same packages: what they compile, or run out of, costs no other figure.
+AGAINST: dict[str, tuple[str, ...]] = {
+    "dense PyTorch": ("full logits", "lean KL", "JSD + CE"),
+    "Liger": ("Liger", "Liger JSD", "Liger KLDiv"),
+    "CuTe DSL": ("Liger CuTe", "QuACK"),
+    "Liger, compiled by torch": ("Liger chunked JSD",),
 }
+ROWS = {
+    "first": [
+        *((case, "dense PyTorch") for case in (CE_FROZEN, CE_TRAINED, KL, JSD, TOP)),
+        *((case, "Liger") for case in (CE_TRAINED, KL)),
+    ],
+    # In a process of its own: a compiler may take a minute.
+    "compiled": [(CE_TRAINED, "CuTe DSL"), *((case, "Liger, compiled by torch") for case in (KL, JSD, TOP))],
+}
+SMALL_SHAPE = (4096, 576, 49152)  # of SmolLM2
+TIMED_S = 2.5
+ROW_S = 6.0
+AGREEMENT = 5e-2  # of gradients from logits that are rounded to 16 bits on either side
 
 
-def loss_speed(device: Device) -> Iterator[Task]:
-    """The fused linear losses against full logits and Liger's counterparts, and the floor of their products."""
-    for case in TARGETS:
-        num_tokens = 4096 if case.startswith("cross") else 8192
-        for shape in device.pick([(num_tokens, 4096, 128256)], [(32, 64, 300)]):
-            yield Task(
-                {"case": f"{case}, forward + backward", "shape": list(shape)},
-                partial(_loss_speed, device, case, shape),
-                seconds=12,
-            )
-    for shape in device.pick([(4096, 576, 49152)], []):
-        case = "cross-entropy, frozen head"
-        yield Task(
-            {"case": f"{case}, forward + backward", "shape": list(shape)},
-            partial(_loss_speed, device, case, shape),
-            seconds=5,
-        )
+def loss_speed(device: Device, part: str) -> Iterator[Task]:
+    """part: ``first``, most important first, or those against what is ``compiled`` at length."""
+    rows = [(case, against, (*SHAPES[case], CLASSES)) for case, against in ROWS[part]]
+    rows += [(CE_FROZEN, "dense PyTorch", SMALL_SHAPE)] if part == "first" else []
+    if device.dry:
+        rows = [(case, against, (32, 64, 300)) for case, against in ROWS[part] if against != "Liger"]
+    for case, against, shape in rows:
+        what = {"case": f"{case}, forward + backward", "against": against, "shape": list(shape)}
+        yield Task(what, partial(_loss_speed, device, case, against, shape), seconds=ROW_S)
 
 
-def _loss_speed(device: Device, case: str, shape: tuple[int, int, int]) -> Row:
+def _loss_speed(device: Device, case: str, against: str, shape: tuple[int, int, int]) -> Row:
     import torch
-    from torch.nn import functional as F
 
-    from peftlab import ops
-
-    num_tokens, hidden, vocab = shape
-    dtype, trained, distils = torch.bfloat16, "trained" in case, not case.startswith("cross")
-    x = device.randn(num_tokens, hidden, seed=0, dtype=dtype).requires_grad_()
-    w = (device.randn(vocab, hidden, seed=1) / hidden**0.5).to(dtype).requires_grad_(trained)
-    t = torch.randint(0, vocab, (num_tokens,), device=device.kind)
-    leaves = [x, w] if trained else [x]
-    if distils:
-        tx = device.randn(num_tokens, hidden, seed=2, dtype=dtype)
-        tw = (device.randn(vocab, hidden, seed=3) / hidden**0.5).to(dtype)
-
-    def ours() -> Any:
-        head = ops.Head(ops.DenseWeight(w))
-        if not distils:
-            return ops.linear_cross_entropy(x, head, t).total
-        teacher = sparse if case.startswith("top") else ops.OnlineTeacher(tx, ops.Head(ops.DenseWeight(tw)))
-        return ops.linear_kl(x, head, teacher).total
-
-    def full() -> Any:
-        logits = F.linear(x, w).float()
-        if not distils:
-            return F.cross_entropy(logits, t, reduction="sum")
-        with torch.no_grad():
-            p = F.linear(tx, tw).float().softmax(-1)
-        return F.kl_div(logits.log_softmax(-1), p, reduction="sum")
-
-    if case.startswith("top"):
-        with torch.no_grad():  # in parts: the teacher's logits are not what is measured
-            found_top = [F.linear(part, tw).float().softmax(-1).topk(min(64, vocab)) for part in tx.split(1024)]
-        sparse = ops.SparseTeacher(torch.cat([f.indices for f in found_top]), torch.cat([f.values for f in found_top]))
-        del found_top
-    losses: dict[str, Callable[[], Any]] = {"peftlab": ours, "full logits": full}
-    liger, state = _liger(device, distils)
-    if liger is not None:
-        losses["Liger"] = (lambda: liger(x, w, tx, tw, t)) if distils else (lambda: liger(w, x, t))
-    runs: dict[str, Run] = {
-        name: lambda mark, loss=loss: torch.autograd.grad(loss(), leaves) for name, loss in losses.items()
-    }
-    peaks = {}
-    for name in list(runs):
-        try:
-            peaks[name] = device.peak(lambda run=runs[name]: run(lambda phase: None))
-        except torch.OutOfMemoryError:
-            del runs[name]
-            device.release()
-    found = interleaved(device, runs, seconds=3.0)
-    time_of = {name: phases["time"].median for name, phases in found.times.items()}
-    products = (3 if trained or (distils and not case.startswith("top")) else 2) * gemm_flops(num_tokens, vocab, hidden)
-    floor = 1e6 * products / flops_per_s(device)
-    ratios = {name: found.ratio(name, "peftlab", "time") for name in runs if name != "peftlab"}
-    times_less = {name: peaks[name] / max(peaks["peftlab"], 1) for name in ratios}
-    met = {}
-    for name, (faster, smaller) in TARGETS[case].items():
-        if name in ratios and not device.dry:
-            met[name] = bool(reaches(ratios[name], faster)) and (smaller is None or times_less[name] >= smaller)
+    problem = make_problem(device, case, shape)
+    mine = ours(problem)
+    runs, states = {"peftlab": _run(problem, mine)}, {}
+    want = torch.autograd.grad(mine(), problem.leaves)[0]  # and cuBLAS takes its workspace before bytes are counted
+    peaks = {"peftlab": device.peak(lambda: runs["peftlab"](lambda phase: None))}
+    chosen = [name for name in AGAINST[against] if name in TARGETS[case]]
+    for name in chosen:
+        found, states[name] = _tried(device, problem, RIVALS[name], want)
+        if found is not None:
+            runs[name], peaks[name] = found
+    del want
+    if len(runs) == 1:
+        why = "; ".join(f"{name}: {state}" for name, state in states.items())
+        return {"not_run": why, "contestants": states, "ok": None}
+    timed = interleaved(device, runs, seconds=TIMED_S)
+    floor = 1e6 * _product_flops(problem) / flops_per_s(device)
+    median = timed.times["peftlab"]["time"].median
+    ratios = {name: timed.ratio(name, "peftlab", "time") for name in runs if name != "peftlab"}
+    less = {name: peaks[name] / max(peaks["peftlab"], 1) for name in ratios}
+    targets = {name: TARGETS[case][name] for name in chosen} if device.has(CARD) and shape[2] == CLASSES else {}
+    met = [_met(ratios[name], less[name], targets[name]) for name in ratios if name in targets]
     return {
-        "us": {name: phases["time"] for name, phases in found.spreads().items()},
-        "rounds_us": found.rounds(),
+        "us": {name: phases["time"] for name, phases in timed.spreads().items()},
+        "rounds_us": timed.rounds(),
         "ratios": ratios,
         "extra_bytes": peaks,
-        "times_less_memory": times_less,
-        "liger": state,
+        "times_less_memory": less,
+        "contestants": states,
         "floor_us": floor,
-        "over_floor": time_of["peftlab"] / floor,
-        "target": {name: list(pair) for name, pair in TARGETS[case].items()},
-        "met": all(met.values()) if met else None,
-        "above_limit": not device.dry and time_of["peftlab"] < 0.9 * floor,
-        **found.protocol(),
+        "over_floor": median / floor,
+        "target": {name: list(pair) for name, pair in targets.items()} or None,
+        "met": all(met) if met else None,
+        "above_limit": not device.dry and median < 0.9 * floor,
+        **timed.protocol(),
     }
 
 
-def _liger(device: Device, distils: bool) -> tuple[Callable[..., Any] | None, str]:
-    """Liger's counterpart, after it has worked once, and why not where it has not."""
+def _run(problem: Problem, loss: Callable[[], Any]) -> Run:
     import torch
 
-    if importlib.util.find_spec("liger_kernel") is None or device.dry:
-        return None, "not installed"
-    x = torch.ones(8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    w, t = torch.ones(128, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(8, device="cuda", dtype=torch.long)
+    return lambda mark: torch.autograd.grad(loss(), problem.leaves)
+
+
+def _tried(device: Device, problem: Problem, rival: Rival, want: Any) -> tuple[tuple[Run, int] | None, str]:
+    """A contestant with the bytes that it needs, after it has worked once and agrees with ours, and what became of it."""
+    import torch
+
+    if missing := not_installed(*rival.packages):
+        return None, str(missing["not_run"])
+    if not device.dry and device.found["until"] - time.time() < ROW_S / 2:
+        return None, "no time was left to try it"
     try:
-        if distils:
-            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-            # beta 0 is forward KL; its own mean over tokens.
-            fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
-            torch.autograd.grad(fused(x, w, x.detach(), w, t), x)
-        else:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-            fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-            torch.autograd.grad(fused(w, x, t), x)
+        loss = rival.make(problem)
+        run = _run(problem, loss)
+        got = run(lambda phase: None)[0]
+        if problem.case != TOP:  # there the teacher is not a stored one
+            factor = len(problem.x) if rival.mean else 1
+            error = float((factor * got.double() - want.double()).norm() / want.double().norm())
+            if not error <= AGREEMENT:
+                return None, f"computes something else: its gradient is off by {error:.2g}"
+        del got
+        peak = device.peak(lambda: run(lambda phase: None))
+        chosen = implementation(rival)
+    except torch.OutOfMemoryError:
+        device.release()
+        return None, "out of memory"
     except Exception as error:  # of any kind: the other figures are worth having too
+        device.release()
         return None, f"failed: {type(error).__name__}: {str(error)[:200]}"
-    return fused, "measured"
+    return (run, peak), f"measured, {chosen}" if chosen else "measured"
 
 
-def recipe_speed(device: Device) -> Iterator[Task]:
-    """Tokens/s of the training loop itself, on a Llama of SmolLM2's shape with random weights, batch 32, by storage."""
-    for quantize in device.pick(("none", "nf4", "int8"), ("none",)):
-        what = {"case": "training loop, Llama of 106M, batch 32", "quantize": quantize}
-        yield Task(what, partial(_recipe_speed, device, quantize), seconds=25)
+def _product_flops(problem: Problem) -> float:
+    """The student's logits and dX, dW of a trained head, the logits of a teacher that is asked."""
+    (num_tokens, hidden), vocab = problem.x.shape, len(problem.w)
+    flops = (1 + len(problem.leaves)) * gemm_flops(num_tokens, vocab, hidden)
+    asked = problem.distils and problem.case != TOP
+    return flops + (gemm_flops(num_tokens, vocab, problem.tx.shape[1]) if asked else 0.0)
 
 
-def _recipe_speed(device: Device, quantize: str) -> Row:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import peftlab
-    from peftlab.models.tiny import tiny_tokenizer
-
-    hidden, layers, steps = device.pick((576, 30, 30), (64, 1, 3))
-    config = LlamaConfig(
-        vocab_size=260, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 192), max_position_embeddings=2048,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(Path(folder) / "model")
-        tiny_tokenizer().save_pretrained(Path(folder) / "model")
-        changes = [
-            *(f"model.name={folder}/model", f"model.quantize={quantize}", f"data.train={ROOT}/recipes/smoke.jsonl"),
-            *(f"run.dir={folder}/run", f"run.device={device.kind}", "run.merge=none", "eval.before=false"),
-            *(f"train.batch_size={device.pick(32, 2)}", f"train.max_steps={steps}", "train.lr=1e-4"),
-            *device.pick([], ["eval.prompts=[]", "data.eval_rows=4"]),
-        ]
-        run = peftlab.train("smoke", changes)
-        speeds = [m["tokens_per_s"] for m in run.metrics() if "tokens_per_s" in m][steps // 3 :]
-        peak = run.summary["training"]["peak_memory_bytes"]
-    return {
-        "tokens_per_s": quartiles(speeds)[1],
-        "quartiles": quartiles(speeds),
-        "peak_memory_bytes": peak,
-    }
+def _met(ratio: Row, less: float, target: tuple[float, float | None]) -> bool:
+    faster, smaller = target
+    return bool(reaches(ratio, faster)) and (smaller is None or less >= smaller)

@@ -8,6 +8,7 @@ from pathlib import Path
 import _gpu_claims
 from _gpu_base import Row
 from _gpu_claims import Claim, Verdict
+from _gpu_loss_model import predictions as loss_predictions
 from _gpu_roofline import predictions
 from _report import replace_section
 
@@ -24,15 +25,21 @@ its target moves from here to bench/README.md, with its prediction beside the me
 `python bench/gpu_check.py --report` from claims.json and gpu_check.jsonl."""
 
 _MODEL = """\
-Predictions: bytes over 4.08 TB/s (85 % of an H200's) plus FLOPs over 790 TFLOP/s, printed by `python bench/_gpu_roofline.py`. *Floor*
-is kernels.md's, with a GEMM epilogue that costs nothing; *as built* counts the adapter's parts of y and dX, written once, and the
-partial sums. Neither has launches or random numbers in it: Philox for a mask of 8192 x 4096 may take 14 to 28 us where reading x
-takes 16."""
+Predictions: bytes over 4.08 TB/s (85 % of an H200's) plus FLOPs over 790 TFLOP/s, printed by `python bench/_gpu_roofline.py` and
+`python bench/_gpu_loss_model.py`. *Floor* is kernels.md's, with a GEMM epilogue that costs nothing; *as built* counts the adapter's
+parts of y and dX, written once, and the partial sums. Neither has launches or random numbers in it: Philox for a mask of 8192 x
+4096 may take 14 to 28 us where reading x takes 16. A target is a bound that this arithmetic says should be reached; a claim with a
+card is about that card and stays open on another."""
 
+_MEASURED_HEADS = ("what", "card", "section", "predicted or proven before", "measured")
 _HEALING = """\
-`healing` needs the 98 MB GGUF file of SmolLM2, more than one call may carry to the lent machines (64 MiB). In two calls, with
-`build/heal/1` and then `build/heal/2` (`python bench/_gpu_heal.py` makes them; ignored files stay there between calls), or where
+`healing` needs the 98 MB GGUF file of SmolLM2, more than one transfer of 64 MiB holds to a GPU machine without network. In two, with
+`build/heal/1` and then `build/heal/2` (`python bench/_gpu_heal.py` makes them), or where
 assets.txt is installed. Without either the row says so and is not red."""
+
+
+def _predictions() -> str:
+    return "\n\n".join([predictions(), "\n".join(loss_predictions())])
 
 
 def judged(records: Sequence[Row], claims: Sequence[Claim]) -> Judged:
@@ -47,18 +54,18 @@ def pending(records: Sequence[Row], claims: Sequence[Claim]) -> str:
     if failed := [(claim, verdict) for claim, verdict in found if verdict.state == "failed"]:
         parts += [
             "## Failed",
-            _table(failed, ("what", "section", "predicted or proven before", "measured"), _measured_cells),
+            _table(failed, _MEASURED_HEADS, _measured_cells),
         ]
     still = [(claim, verdict) for claim, verdict in found if verdict.state == "open"]
 
     def of(part: str) -> Judged:
         return [(claim, verdict) for claim, verdict in still if claim["part"] == part]
 
-    heads = ("what", "section of gpu-check", "how it is proven so far")
+    heads: tuple[str, ...] = ("what", "section of gpu-check", "how it is proven so far")
     parts += ["## Correctness", _table(of("correctness"), heads, lambda c, v: [_section(c, v), c.get("so_far", "")])]
-    parts += ["## Speed and memory", _MODEL, f"<!-- predictions -->\n{predictions()}\n<!-- /predictions -->"]
-    heads = ("target", "section", "predicted on an H200")
-    parts += [_table(of("speed"), heads, lambda c, v: [_section(c, v), c.get("predicted", "")]), _HEALING]
+    parts += ["## Speed and memory", _MODEL, f"<!-- predictions -->\n{_predictions()}\n<!-- /predictions -->"]
+    heads = ("target", "card", "section", "predicted")
+    parts += [_table(of("speed"), heads, lambda c, v: [_card(c), _section(c, v), c.get("predicted", "")]), _HEALING]
     heads = ("what", "how it is proven so far")
     parts += ["## Not covered by gpu-check", _table(of("uncovered"), heads, lambda c, v: [c.get("so_far", "")])]
     return "\n\n".join(parts) + "\n"
@@ -69,14 +76,18 @@ def confirmed(records: Sequence[Row], claims: Sequence[Claim]) -> str:
     found = [(claim, verdict) for claim, verdict in judged(records, claims) if verdict.state == "confirmed"]
     if not records:
         return "No GPU run has been made yet."
-    heads = ("what", "section", "predicted or proven before", "measured")
     others = f"[results/PENDING.md](results/PENDING.md) has the other {len(claims) - len(found)}"
     said = f"{len(found)} of {len(claims)} claims confirmed; {others}. {where(records)}."
-    return f"{said}\n\n{_table(found, heads, _measured_cells)}"
+    return f"{said}\n\n{_table(found, _MEASURED_HEADS, _measured_cells)}"
 
 
 def _measured_cells(claim: Claim, verdict: Verdict) -> list[str]:
-    return [_section(claim, Verdict("open")), claim.get("predicted", claim.get("so_far", "")), verdict.measured]
+    proven = claim.get("predicted", claim.get("so_far", ""))
+    return [_card(claim), _section(claim, Verdict("open")), proven, verdict.measured]
+
+
+def _card(claim: Claim) -> str:
+    return str(claim.get("card", "any"))
 
 
 def _table(rows: Judged, heads: tuple[str, ...], cells: Callable[[Claim, Verdict], list[str]]) -> str:

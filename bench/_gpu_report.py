@@ -25,7 +25,7 @@ def name_of(row: Row) -> str:
     """What the row is about, in a few words."""
     task = row.get("task", {})
     words = [str(task.get("check") or task.get("case") or row["section"])]
-    words += [str(task[key]) for key in ("kind", "teacher", "quantize", "dtype") if key in task]
+    words += [str(task[key]) for key in ("kind", "against", "teacher", "quantize", "dtype") if key in task]
     if "shape" in task and "case" in task:
         words.append("x".join(map(str, task["shape"])))
     words += [f"{key}={task[key]}" for key in ("M", "R", "batch", "length", "card_gb") if key in task]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 import traceback
 from typing import Any
 
-from _gpu_base import Deadline, Device, Row, Section, Task
+from _gpu_base import Deadline, Device, Row, Section, Task, not_installed
 from _gpu_journal import counting_rows, identity, plain
-from _gpu_sections import tasks_of
+from _gpu_sections import PACKAGES, tasks_of
 
 from peftlab.bench.journal import Journal
 
@@ -38,14 +37,15 @@ class Rows:
 def run_group(sections: list[Section], rows: Rows, deadline: Deadline) -> None:
     """Every task of every section; an exception becomes a red row."""
     broken = ""
-    for section in sections:
-        missing = [name for name in section.needs if importlib.util.find_spec(name) is None]
-        if missing or broken:
+    for place, section in enumerate(sections):
+        why = {"not_run": broken, "ok": None} if broken else not_installed(*section.needs)
+        if why:
             rows.begin(section.name, [])
-            reason = broken or f"not installed: {', '.join(missing)}"
-            rows.write(section.name, {"not_run": reason, "ok": False if section.gate else None})
+            rows.write(section.name, why)
             continue
-        broken = _run_section(section, rows, deadline.part(section.seconds))
+        later = sum(s.least for s in sections[place + 1 :])
+        seconds = min(section.seconds, max(section.least, deadline.left() - later))
+        broken = _run_section(section, rows, deadline.part(seconds))
         if not broken:
             rows.device.release()
 
@@ -67,7 +67,7 @@ def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
                 found = task.run()
                 device.synchronize()
             except Exception as error:  # of any kind: the other rows are worth having too
-                found = {"failed": _told(error), "ok": False}
+                found = _absent(error) or {"failed": _told(error), "ok": False}
             seconds = round(time.perf_counter() - started, 3)
             if device.dry:  # its figures mean nothing
                 found |= {key: None for key in ("target", "met", "held_met") if key in found}
@@ -78,7 +78,7 @@ def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
         rows.write(section.name, {"failed": _told(error), "ok": False})
     if left_out:
         row = {"stopped": f"{len(left_out)} rows did not fit the time", "left_out": left_out[:40]}
-        rows.write(section.name, {**row, "ok": False if section.gate else None})
+        rows.write(section.name, {**row, "ok": None})
     return ""
 
 
@@ -91,6 +91,12 @@ def still_to_do(tasks: list[Task], green: set[str]) -> list[Task]:
         if open_[place]
         or (task.makes and any(o and not t.makes for t, o in zip(tasks[place:], open_[place:], strict=True)))
     ]
+
+
+def _absent(error: Exception) -> Row | None:
+    """The row of a task that has come upon a package that is not there, one of those that sections say they need or use."""
+    name = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return not_installed(name) if name in PACKAGES else None
 
 
 def _told(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from _gpu_base import Device, Row, Task
 from _gpu_kernels import int8_weight, low_rank, nf4_weight, quant_state
 from _gpu_roofline import (
+    CARD,
     DEQUANT_TARGET,
     GEMM_FLOPS,
     HBM_BYTES_PER_S,
@@ -83,7 +84,7 @@ def _dequant(device: Device, kind: str, N: int, K: int) -> Row:
         theirs.append(other)
     size = "small" if N * K < SMALL_WEIGHT else "large"
     row = _against(device, {"peftlab": ours, "bitsandbytes": theirs}, dequant_bytes(kind, N, K))
-    target = DEQUANT_TARGET[size]
+    target = DEQUANT_TARGET[size] if device.has(CARD) else None
     return {**row, "size": size, "target": target, "met": reaches(row["ratio"], target)}
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from _gpu_base import Device, Row, Task
-from _gpu_roofline import STEP_TARGET
+from _gpu_roofline import CARD, STEP_TARGET
 from _gpu_timing import Run, interleaved, reaches
 
 MODEL = "llama-3-8b"
@@ -18,6 +18,7 @@ NUM_PARAMETERS = {"llama-3-8b": 8.03e9, "llama-3.2-1b": 1.24e9}
 NUM_LAYERS = 32
 SHARE_LAYERS = 8  # of 32, where the whole model would take too long
 STEPS_S = 80.0  # what the steps themselves are given
+ROW_S = 16.0  # of a row: a step of 0.7 s (_gpu_roofline.py), three contestants
 BASELINE = "PEFT + bitsandbytes"
 FULL_LOGITS = "PEFT + bitsandbytes, full logits"
 
@@ -111,8 +112,8 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
         torch.manual_seed(0)
         peaks[name] = base + device.peak(lambda name=name, run=run: losses.update({name: run(lambda phase: None)}))
     values = {name: float(loss) for name, loss in losses.items()}
-    seconds = device.pick((device.found["until"] - time.time()) / 2.5, 1)
-    found = interleaved(device, runs, seconds=seconds, per_block=4, warmups=3, least=1)
+    seconds = device.pick(min(ROW_S, (device.found["until"] - time.time()) / 2.5), 1)
+    found = interleaved(device, runs, seconds=seconds, per_block=4, warmups=3)
     tokens = batch * length
     row: Row = {
         "us": {name: phases["time"] for name, phases in found.spreads().items()},
@@ -124,7 +125,7 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
         "saved_bytes": peaks[FULL_LOGITS] - peaks["peftlab"],
         "layers": device.found["layers"],
         "loss": values,
-        "target": None if device.dry else STEP_TARGET,
+        "target": STEP_TARGET if device.has(CARD) else None,
         **found.protocol(),
     }
     row["met"] = reaches(row["ratio"], row["target"])

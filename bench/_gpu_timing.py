@@ -93,11 +93,11 @@ def interleaved(
     blocks: int = 5,
     per_block: int = 30,
     warmups: int = 20,
-    least: int = 3,
 ) -> Comparison:
     """All contestants in one process on the same tensors: per block each in turn, ``per_block`` timed calls.
 
-    ``per_block`` and ``warmups`` shrink (to no less than ``least``) where the whole would take more than ``seconds``.
+    ``per_block`` and ``warmups`` shrink, to one if need be, where the whole would take more than ``seconds``: of calls of a
+    tenth of a second a few say as much as many, since each block has its own median.
 
     Args:
         flush: the L2 is overwritten before each call. ahead: the GPU waits before each call until it has been launched
@@ -105,11 +105,13 @@ def interleaved(
             call by itself, in which the GPU may wait for Python.
     """
     if device.dry:
-        blocks, per_block, warmups, least = 2, 2, 1, 1
+        blocks, per_block, warmups = 2, 2, 1
     times: dict[str, dict[str, Times]] = {name: {} for name in runs}
     before = _Before(device, flush, 0.0)
+    began = time.perf_counter()
     round_s = launch_s = 0.0
-    for _ in range(least):
+    done = 0
+    while not done or (done < min(warmups, 3) and time.perf_counter() - began < seconds / 8):
         launch_s, started = 0.0, time.perf_counter()
         for run in runs.values():
             device.synchronize()
@@ -119,13 +121,14 @@ def interleaved(
             launch_s = max(launch_s, time.perf_counter() - launching)
         device.synchronize()
         round_s = time.perf_counter() - started
+        done += 1
     if ahead:
         before.lead_s = min(1.5 * launch_s, LONGEST_LEAD_S)
         round_s += before.lead_s * len(runs)
     fits = int(seconds / max(round_s, 1e-6))
-    warmups = max(min(warmups, fits // 8), least)
-    per_block = max(min(per_block, (fits - warmups) // blocks), least)
-    for _ in range(warmups - least):
+    warmups = max(done, min(warmups, fits // 8))
+    per_block = max(1, min(per_block, (fits - warmups) // blocks))
+    for _ in range(warmups - done):
         for run in runs.values():
             run(lambda phase: None)
     collecting = gc.isenabled()

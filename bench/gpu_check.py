@@ -2,11 +2,13 @@
 
     python bench/gpu_check.py [--out DIR] [--minutes 9] [--skip SECTION ...] [--only SECTION ...] [--resume]
                               [--commit SHA] [--dry-run-cpu]
-    python bench/gpu_check.py --report    writes bench/results/PENDING.md and bench/README.md from rows and claims
+    python bench/gpu_check.py --preflight  says within a second what is missing, and measures nothing
+    python bench/gpu_check.py --report     writes bench/results/PENDING.md and bench/README.md from rows and claims
 
-First correctness on CUDA: every kernel in float32, float16 and bfloat16 against float64, whole tiny models, the tests. A
-red row there ends the run before any timing. Then the ops against bitsandbytes and PEFT, then training steps of an 8B
-model and of its distillation, then the training loop. ``healing`` takes minutes of its own and runs when --only names it.
+First the correctness of what is timed: every kernel against float64. Then times: the losses, NF4 linears, whole training
+steps of an 8B model and of its distillation. Then the other checks (tests, whole tiny models, recipes) and the other times.
+A section is timed once the sections that it stands on (_gpu_sections.py) are green; a red row elsewhere does not stop it.
+``--only`` takes along what a section stands on. ``healing`` takes minutes of its own and runs when --only names it.
 Nothing is downloaded; what an absent package would be needed for is said and left out.
 
 Rows go to the journal ``DIR/gpu_check.jsonl`` (default bench/results; its form: _gpu_journal.py): ``ok`` true, false or null
@@ -16,7 +18,8 @@ journal of the same machine, versions and code, and measures what has no green r
 results/claims.json; after a run into bench/results the report is written. ``--dry-run-cpu`` runs the same code on a CPU, in
 Triton's interpreter, at shapes that prove nothing but that it runs; it writes into build/gpu_check.
 
-Exit codes: 0 no row is red, 2 no CUDA device or wrong usage, 5 a journal of another machine or state, 6 at least one row is red.
+Exit codes: 0 no row is red, 2 wrong usage or a machine on which nothing can run (no CUDA device, no C compiler, ...),
+5 a journal of another machine or state, 6 at least one row is red.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import _gpu_pending  # noqa: E402
+import _gpu_preflight  # noqa: E402
 from _gpu_base import Deadline, Device, Row, Section  # noqa: E402
-from _gpu_conduct import PROGRAM, Conductor  # noqa: E402
+from _gpu_conduct import Conductor  # noqa: E402
 from _gpu_journal import JOURNAL, finished, header  # noqa: E402
+from _gpu_processes import PROGRAM, Processes  # noqa: E402
 from _gpu_report import summary  # noqa: E402
 from _gpu_run import Rows, run_group  # noqa: E402
-from _gpu_sections import SECTIONS  # noqa: E402
+from _gpu_sections import BY_NAME, SECTIONS, with_what_they_stand_on  # noqa: E402
 
 from peftlab.bench.journal import Journal, begin, go_on, read_records  # noqa: E402
 from peftlab.errors import PeftlabError, RecipeError  # noqa: E402
@@ -95,16 +100,18 @@ def opened(path: Path, described_now: Row, *, resume: bool) -> Journal:
 
 
 def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Section]:
-    names = [s.name for s in SECTIONS]
-    if unknown := sorted({*options.only, *options.skip} - set(names)):
-        parser.error(f"no section is called {', '.join(unknown)}; there are {', '.join(names)}")
-    usual = {s.name for s in SECTIONS if not s.asked}
-    chosen = [s for s in SECTIONS if s.name in (options.only or usual) and s.name not in options.skip]
+    if unknown := sorted({*options.only, *options.skip} - set(BY_NAME)):
+        parser.error(f"no section is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
+    named = {*options.only} or {s.name for s in SECTIONS if not s.asked}
+    if options.child is None:
+        named = with_what_they_stand_on(named)
+    chosen = [s for s in SECTIONS if s.name in named - {*options.skip}]
     if not options.dry_run_cpu:
         return chosen
     # On few cores importing the libraries is most of it: two processes for correctness, then one.
     models = ("models", "tests", "recipe", "kd")
-    return [replace(s, group="timing" if s.timing else "models" if s.group in models else "kernels") for s in chosen]
+    groups = {s.name: "timing" if s.timing else "models" if s.group in models else "kernels" for s in chosen}
+    return [replace(s, group=groups[s.name], wave=1, least=0) for s in chosen]
 
 
 def report(path: Path) -> int:
@@ -122,7 +129,13 @@ def report(path: Path) -> int:
 def measure(options: argparse.Namespace, sections: list[Section], deadline: Deadline) -> int:
     if options.dry_run_cpu and options.out.resolve() == RESULTS:
         raise RecipeError("a dry run does not write where the rows of GPUs are; give another --out")
-    path, now = options.out / JOURNAL, described(options)
+    path = options.out / JOURNAL
+    found = _gpu_preflight.look(sections, options.out, dry=options.dry_run_cpu)
+    if found:
+        print(_gpu_preflight.told(found), file=sys.stderr)
+    if _gpu_preflight.fatal(found):
+        return 2
+    now = described(options)
     if now is None:
         print("gpu-check needs a CUDA device, and torch finds none; nothing was checked", file=sys.stderr)
         return 2
@@ -130,7 +143,8 @@ def measure(options: argparse.Namespace, sections: list[Section], deadline: Dead
     done = finished(journal.records)
     if skipped := [s.name for s in sections if s.name in done]:
         print(f"measured before: {', '.join(skipped)}", file=sys.stderr)
-    conductor = Conductor(journal, [s for s in sections if s.name not in done], deadline, dry=options.dry_run_cpu)
+    processes = Processes(options.out, dry=options.dry_run_cpu)
+    conductor = Conductor(journal, [s for s in sections if s.name not in done], deadline, processes)
     conductor.run()
     rows = conductor.rows()
     print(summary(rows, seconds=60 * options.minutes - deadline.left()), file=sys.stderr)
@@ -143,11 +157,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="default: bench/results")
     parser.add_argument("--minutes", type=float, default=9.0, help="the whole ends within this time")
-    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these sections and no other")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these, and what they stand on")
     parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION", help="all sections but these")
     parser.add_argument("--resume", action="store_true", help="measure what has no green row in DIR yet")
     parser.add_argument("--commit", metavar="SHA", help="of this code, where it lies without git")
     parser.add_argument("--dry-run-cpu", action="store_true", help="the same code on a CPU at tiny shapes")
+    parser.add_argument("--preflight", action="store_true", help="say what is missing; measure nothing")
     parser.add_argument("--report", action="store_true", help="measure nothing; write what the rows in DIR confirm")
     parser.add_argument("--child", type=float, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--describe", default=None, help=argparse.SUPPRESS)
@@ -164,6 +179,10 @@ def main() -> int:
     if options.child is not None:
         run_group(sections, Rows(Journal(path, read_records(path, anew=ANEW)), device), Deadline(options.child))
         return 0
+    if options.preflight:
+        found = _gpu_preflight.look(sections, options.out, dry=options.dry_run_cpu)
+        print(_gpu_preflight.told(found) or "preflight: nothing is missing")
+        return 2 if _gpu_preflight.fatal(found) else 0
     try:
         return report(path) if options.report else measure(options, sections, deadline)
     except PeftlabError as error:

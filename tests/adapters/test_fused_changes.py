@@ -239,7 +239,7 @@ def test_the_kernels_of_a_processor_are_asked_for_each_forward(monkeypatch: pyte
     layer = fused_layer()
     assert_as_peft(layer)
     monkeypatch.setattr(ops, "operands_problem", lambda kernels: f"no {kernels} here")
-    monkeypatch.setattr(ops, "triton_problem", lambda kind: f"no Triton on {kind}")
+    monkeypatch.setattr(ops, "triton_problem", lambda device, *, products: f"no Triton on {device.type}")
     for kernels, reason in {"cpu-bf16": "no cpu-bf16 here", "triton": "no Triton on cpu", "auto": None}.items():
         layer.kernels = kernels
         layer(rows())
