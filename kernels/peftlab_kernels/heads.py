@@ -255,8 +255,7 @@ class HeadPass:
         found = [t for t in (self.dH_NH, self.dadapter_NH) if t is not None]
         if self._wanted.weight:
             if self.dW_VH is None:  # of no tokens
-                like = {"dtype": _sum_dtype(self._hidden_NH), "device": self._hidden_NH.device}
-                self.dW_VH = torch.zeros(self._shape, **like)
+                self.dW_VH = self._hidden_NH.new_zeros(self._shape, dtype=_sum_dtype(self._hidden_NH))
             found.append(self.dW_VH)
         if self.dbias_V is not None and head.bias is not None:
             found.append(self.dbias_V.to(head.bias.dtype))

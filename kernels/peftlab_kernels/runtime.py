@@ -43,7 +43,7 @@ def _problem(device_type: str, index: int | None, products: bool) -> str | None:
         if capability < needed:
             found = "the GPU has compute capability {}.{}, and {}.{} is needed".format(*capability, *needed)
             return found + (" for matrix products" if products else "")
-        return _probed(torch.device("cuda", index))
+        return _probed(torch.device(f"cuda:{index}"))
     if device_type == "cpu" and INTERPRETED:
         return None
     return f"Triton has no {device_type} backend"

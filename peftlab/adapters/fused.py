@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -237,6 +237,20 @@ def fused_classes() -> dict[type, type]:
     return {**classes, PlainLinear: _fused_dense()}
 
 
+def __getattr__(name: str) -> type:
+    """Where pickle finds the fused classes, which are made at their first use: PEFT is slow to import."""
+    made = {"FusedLinear": _fused_dense, "FusedLinear4bit": _fused_4bit, "FusedLinear8bitLt": _fused_8bit}
+    if name not in made:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return made[name]()
+
+
+def _found_by_name(layer: type) -> type:
+    """``layer``, made in a function, as if it stood at the top of this file."""
+    layer.__qualname__ = layer.__name__
+    return layer
+
+
 @functools.cache
 def _fused_dense() -> type:
     from peft.tuners import lora
@@ -254,7 +268,7 @@ def _fused_dense() -> type:
         def _base_weight(self, base: Any) -> ops.BaseWeight:
             return ops.DenseWeight(parameter(base, "weight"))
 
-    return FusedLinear
+    return _found_by_name(FusedLinear)
 
 
 @functools.cache
@@ -275,7 +289,7 @@ def _fused_4bit() -> type:
         def _base_weight(self, base: Any) -> ops.BaseWeight:
             return _nf4_weight(base, parameter(base, "weight"))
 
-    return FusedLinear4bit
+    return _found_by_name(FusedLinear4bit)
 
 
 @functools.cache
@@ -296,7 +310,7 @@ def _fused_8bit() -> type:
         def _base_weight(self, base: Any) -> ops.BaseWeight:
             return _int8_weight(base, parameter(base, "weight"))
 
-    return FusedLinear8bitLt
+    return _found_by_name(FusedLinear8bitLt)
 
 
 def frozen_weight(base: Any) -> ops.BaseWeight | None:
@@ -360,17 +374,15 @@ def _int8_reason(base: Any, weight: Any) -> str | None:
 
 def register(config: Any) -> Any:
     """``config`` (a LoraConfig), with the fused layers in its custom-module mapping; nothing of it is saved."""
-    config._register_custom_module({base: _maker(layer) for base, layer in fused_classes().items()})
+    # Not closures: the configuration is pickled with its model.
+    config._register_custom_module({base: functools.partial(_make, layer) for base, layer in fused_classes().items()})
     return config
 
 
-def _maker(layer: type) -> Callable[..., Any]:
-    def make(target: nn.Module, adapter_name: str, **options: Any) -> Any:
-        if options.get("parameter_name") is not None:
-            return None  # an adapter on a bare parameter: PEFT goes on to its own layers
-        return layer(target, adapter_name, **options)
-
-    return make
+def _make(layer: type, target: nn.Module, adapter_name: str, **options: Any) -> Any:
+    if options.get("parameter_name") is not None:
+        return None  # an adapter on a bare parameter: PEFT goes on to its own layers
+    return layer(target, adapter_name, **options)
 
 
 def set_kernels(model: nn.Module, kernels: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,15 @@ def test_adapters_on_bare_parameters_are_left_to_peft(tiny: Callable[..., Any]) 
 def test_a_printed_model_reads_as_pefts(tiny: Callable[..., Any]) -> None:
     assert "(q_proj): lora.Linear(" in repr(tiny("tiny:llama"))
     assert "(q_proj): lora.Linear4bit(" in repr(tiny("tiny:llama", quantize="nf4"))
+
+
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+def test_a_whole_model_is_pickled_as_pefts_is(tiny: Callable[..., Any], storage: str) -> None:
+    model = tiny("tiny:llama", **STORAGES[storage]).eval()
+    again = pickle.loads(pickle.dumps(model))
+    assert len(fused_layers(again)) == len(fused_layers(model)) > 0
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_mixed_batches_of_adapters(tiny: Callable[..., Any]) -> None:
