@@ -34,10 +34,15 @@ def loss_correctness(device: Device) -> Iterator[Task]:
     for dtype, slack in (("float32", 5e-4), ("float16", 4e-3), ("bfloat16", 2e-2)):
         for shape, loss in itertools.product(shapes, LOSSES):
             what = {"check": loss, "dtype": dtype, "shape": list(shape)}
-            yield Task(what, partial(_loss, device, dtype, slack, shape, loss))
+            yield Task(what, partial(_loss, device, dtype, slack, shape, loss, None))
+        for loss in LOSSES:  # dW is summed over chunks, where it is one product otherwise
+            what = {"check": loss, "dtype": dtype, "shape": list(shapes[0]), "chunk": 20}
+            yield Task(what, partial(_loss, device, dtype, slack, shapes[0], loss, 20))
 
 
-def _loss(device: Device, dtype_name: str, slack: float, shape: tuple[int, int, int], name: str) -> Row:
+def _loss(
+    device: Device, dtype_name: str, slack: float, shape: tuple[int, int, int], name: str, chunk: int | None
+) -> Row:
     """hard_weight 0.3 and T = 2 beside a teacher; soft-cap on both heads, a bias, everything trained."""
     import torch
     from torch.nn import functional as F
@@ -58,12 +63,13 @@ def _loss(device: Device, dtype_name: str, slack: float, shape: tuple[int, int, 
         head = ops.Head(ops.DenseWeight(w), b, softcap=20.0)
         backend = device.backend(dtype)
         if name == "cross-entropy":
-            return ops.linear_cross_entropy(x, head, t, backend=backend).total
+            return ops.linear_cross_entropy(x, head, t, backend=backend, chunk=chunk).total
         teacher = sparse if name.startswith("top") else ops.DenseTeacher(taught)
         kind = "forward_kl" if name.startswith("top") else name
         return ops.linear_kl(
-            x, head, teacher, t, divergence=kind, share=0.3, temperature=temperature, hard_weight=0.3, backend=backend
-        ).total
+            x, head, teacher, t, divergence=kind, share=0.3, temperature=temperature, hard_weight=0.3, backend=backend,
+            chunk=chunk,
+        ).total  # fmt: skip
 
     def eager(x: Any, w: Any, b: Any) -> Any:
         z = F.linear(x, w, b)
