@@ -79,7 +79,7 @@ class Rows:
     Attributes:
         row_bytes: logits of a token of one model. sides: models whose logits are made, 2 with a teacher beside the student.
         sum_bytes: of the sum over chunks of a trained head's gradient, which each chunk reads and writes. spared_bytes: that
-            sum, where one chunk alone needs none because its product can be written in the type of the weight.
+            sum, where one chunk alone needs none because its product is written in 16 bits at once.
     """
 
     row_bytes: int
@@ -92,13 +92,15 @@ class Rows:
         return self.row_bytes * self.sides
 
 
-def rows_of(head: Head, hidden_NH: Tensor, wanted: Wanted, *, sides: int = 1) -> Rows:
+def rows_of(head: Head, hidden_NH: Tensor, wanted: Wanted, *, sides: int = 1, deferred: bool = True) -> Rows:
+    """deferred: one chunk may leave the gradient of a trained weight to backward."""
     row_bytes = head.num_logits * hidden_NH.element_size()
     if not wanted.weight:
         return Rows(row_bytes, sides)
     weight = head.weight.tensors()[0]
-    sum_bytes = weight.numel() * _sum_dtype(hidden_NH).itemsize
-    return Rows(row_bytes, sides, sum_bytes, sum_bytes if weight.dtype.itemsize < 4 else 0)
+    sum_bytes = weight.numel() * _sum_dtype(hidden_NH.dtype).itemsize
+    spares = deferred and weight.dtype.itemsize < 4 and written_at_once(weight.dtype, hidden_NH.dtype)
+    return Rows(row_bytes, sides, sum_bytes, sum_bytes if spares else 0)
 
 
 def num_tokens_per_chunk(num_tokens: int, rows: Rows, device: torch.device) -> int:
@@ -110,9 +112,8 @@ def num_tokens_per_chunk(num_tokens: int, rows: Rows, device: torch.device) -> i
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
     held = torch.cuda.memory_allocated(device)
-    unused = (
-        torch.cuda.memory_reserved(device) - held
-    )  # without a call to the driver, and enough from the second step on
+    # Enough from the second step on, and known without a call to the driver.
+    unused = torch.cuda.memory_reserved(device) - held
     size = num_tokens_on_a_gpu(num_tokens, rows, total=allowed, free=min(unused, allowed - held))
     if size < num_tokens_on_a_gpu(num_tokens, rows, total=allowed, free=allowed):
         free = torch.cuda.mem_get_info(device)[0] + unused
@@ -149,6 +150,12 @@ def walk_of(
     N = hidden_NH.shape[0]
     size = chunk or num_tokens_per_chunk(N, rows_of(head, hidden_NH, wanted, sides=sides), hidden_NH.device)
     return size, wanted.weight and 0 < N <= size
+
+
+def size_where_nothing_is_deferred(head: Head, hidden_NH: Tensor, wanted: Wanted, *, sides: int = 1) -> int:
+    """What an operator takes that was not told."""
+    rows = rows_of(head, hidden_NH, wanted, sides=sides, deferred=False)
+    return num_tokens_per_chunk(hidden_NH.shape[0], rows, hidden_NH.device)
 
 
 def chunks(num_tokens: int, size: int) -> Iterator[slice]:
@@ -198,7 +205,7 @@ class HeadPass:
         merged = low_rank is not None and adapter_NH is None and not isinstance(head.weight, DenseWeight)
         self._W_VH = _as_float(head.weight, dtype, head.low_rank if merged else None, backend)[:V]
         self._bias_V = head.bias[:V].to(dtype) if head.bias is not None else None
-        wide = _sum_dtype(hidden_NH)
+        wide = _sum_dtype(dtype)
         like: dict[str, Any] = {"device": hidden_NH.device, "dtype": wide}
         self._split = low_rank is not None and not merged
         if low_rank is not None:
@@ -243,19 +250,20 @@ class HeadPass:
         if not self._wanted.weight:
             return
         if self._deferred:
+            assert len(dz_CV) == len(self._hidden_NH), "deferred takes one chunk"
             self.dW_VH = dz_CV
         elif self.dW_VH is None:
-            self.dW_VH = product(dz_CV.t(), h_CH, rows=self._shape[0], dtype=_sum_dtype(h_CH))
+            self.dW_VH = product(dz_CV.t(), h_CH, rows=self._shape[0], dtype=_sum_dtype(h_CH.dtype))
         else:
             _add_product(self.dW_VH[:V], dz_CV.t(), h_CH)
 
     def gradients(self, head: Head) -> list[Tensor]:
         """Those that are wanted: hidden, adapter_hidden, weight, bias, A, B. In the types of their tensors, but for the
-        weight's: see ``weight_gradient``."""
+        weight's: see ``Finish``."""
         found = [t for t in (self.dH_NH, self.dadapter_NH) if t is not None]
         if self._wanted.weight:
             if self.dW_VH is None:  # of no tokens
-                self.dW_VH = self._hidden_NH.new_zeros(self._shape, dtype=_sum_dtype(self._hidden_NH))
+                self.dW_VH = self._hidden_NH.new_zeros(self._shape, dtype=_sum_dtype(self._hidden_NH.dtype))
             found.append(self.dW_VH)
         if self.dbias_V is not None and head.bias is not None:
             found.append(self.dbias_V.to(head.bias.dtype))
@@ -264,13 +272,19 @@ class HeadPass:
         return found
 
 
-def _sum_dtype(hidden_NH: Tensor) -> torch.dtype:
-    """The type in which gradients are summed over chunks."""
-    return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which gradients of hidden states in ``dtype`` are summed over chunks."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def written_at_once(weight: torch.dtype, hidden: torch.dtype) -> bool:
+    """Whether the gradient of a weight is one product with hidden states that are scaled before, in the type of the weight:
+    a product has the type of its factors or the wider one of sums. float16 could overflow when it is scaled."""
+    return hidden != torch.float16 and weight in (hidden, _sum_dtype(hidden))
 
 
 def product(one: Tensor, other: Tensor, *, rows: int, dtype: torch.dtype) -> Tensor:
-    """[rows, ..] one @ other in ``dtype``, with zeros below the rows of ``one``."""
+    """[rows, ..] one @ other in ``dtype``, that of its factors or of sums of them, with zeros below the rows of ``one``."""
     out = torch.empty((rows, other.shape[1]), dtype=dtype, device=one.device)
     top, _ = out[: len(one)], out[len(one) :].zero_()
     if dtype == one.dtype:
@@ -314,9 +328,9 @@ class Finish:
     def weight(self, found: Tensor, dtotal: Tensor, hidden_NH: Tensor, *, last: bool) -> Tensor:
         """From what ``HeadPass.gradients`` has of the weight. last: nobody needs that again."""
         if self.deferred:
-            if hidden_NH.dtype != torch.float16:  # which could overflow
+            if written_at_once(self.dtype, hidden_NH.dtype):
                 return product(found.t(), scaled(hidden_NH, dtotal), rows=self.rows, dtype=self.dtype)
-            found = product(found.t(), hidden_NH, rows=self.rows, dtype=torch.float32)
+            found = product(found.t(), hidden_NH, rows=self.rows, dtype=_sum_dtype(hidden_NH.dtype))
         if type(found) is not Tensor:  # traced
             return (found * dtotal).to(self.dtype)
         keeps_memory = found.dtype == self.dtype and (last or self.deferred)
@@ -375,7 +389,7 @@ def empty_gradients(
     if wanted.weight and deferred:
         found.append(hidden_NH.new_empty((hidden_NH.shape[0], num_classes)))
     elif wanted.weight:
-        found.append(tensors[0].new_empty(tensors[0].shape, dtype=_sum_dtype(hidden_NH)))
+        found.append(tensors[0].new_empty(tensors[0].shape, dtype=_sum_dtype(hidden_NH.dtype)))
     rest = [tensors[stored]] if wanted.bias else []
     rest += tensors[stored + has_bias :] if wanted.factors else []
     return [*found, *(t.new_empty(t.shape) for t in rest)]

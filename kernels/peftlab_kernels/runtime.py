@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Triton reads it when a kernel is defined; its interpreter multiplies bfloat16 wrongly (bit patterns), so kernels
 # then cast up before every arithmetic step.
@@ -30,35 +31,55 @@ def triton_problem(device: torch.device | str, *, products: bool) -> str | None:
     """Why Triton kernels cannot run on a device, or None if they can. products: those with matrix products."""
     device = torch.device(device)
     if device.type != "cuda":
-        return _problem(device.type, None, products)
-    return _problem("cuda", torch.cuda.current_device() if device.index is None else device.index, products)
+        return _unfit(device.type, None, products)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _unfit("cuda", index, products) or _probed(torch.device(f"cuda:{index}"))
 
 
 @functools.cache
-def _problem(device_type: str, index: int | None, products: bool) -> str | None:
+def _unfit(device_type: str, index: int | None, products: bool) -> str | None:
+    """What is known without running a kernel."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device_type == "cuda":
         capability, needed = torch.cuda.get_device_capability(index), MIN_CAPABILITY[products]
-        if capability < needed:
-            found = "the GPU has compute capability {}.{}, and {}.{} is needed".format(*capability, *needed)
-            return found + (" for matrix products" if products else "")
-        return _probed(torch.device(f"cuda:{index}"))
+        if capability >= needed:
+            return None
+        found = "the GPU has compute capability {}.{}, and {}.{} is needed".format(*capability, *needed)
+        return found + (" for matrix products" if products else "")
     if device_type == "cpu" and INTERPRETED:
         return None
     return f"Triton has no {device_type} backend"
 
 
-@functools.cache
+_probes: dict[torch.device, str | None] = {}
+
+
 def _probed(device: torch.device) -> str | None:
-    """A kernel is compiled and run once a process: what is missing (a C compiler, most often) raises at the first launch only."""
+    """A kernel is compiled and run once a process: what is missing (a C compiler, most often) raises at the first launch only.
+
+    Not while a CUDA graph is captured, which the look at the result would end; and what says nothing of Triton is not
+    remembered.
+    """
+    if device not in _probes:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        try:
+            with _disable_current_modes():  # such as that of tensors without values
+                _probes[device] = _probe(device)
+        except torch.OutOfMemoryError:
+            return None
+    return _probes[device]
+
+
+def _probe(device: torch.device) -> str | None:
     try:
         from peftlab_kernels.probe import row_sums
 
         x = torch.arange(256, dtype=torch.float32, device=device).view(16, 16)
-        if torch.equal(row_sums(x), x.sum(1)):
-            return None
-        return "Triton's first kernel gave a wrong result"
+        return None if torch.equal(row_sums(x), x.sum(1)) else "Triton's first kernel gave a wrong result"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of any kind: PyTorch does what Triton cannot
         return f"Triton's first kernel failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 

@@ -104,7 +104,9 @@ class FusedLora:
             return f"its input is {x.dtype}"
         if x.device != weight.device:
             return f"its input is on {x.device}, its weight on {weight.device}"
-        if self.kernels == "triton" and (problem := ops.triton_problem(x.device, products=True)):
+        # A trace would follow the question into the kernel that answers it; the operator asks again when it runs.
+        asks = self.kernels == "triton" and not torch.compiler.is_compiling()
+        if asks and (problem := ops.triton_problem(x.device, products=True)):
             return problem
         if self.kernels in ops.CPU_OPERANDS:
             return f"its input is on {x.device}" if x.device.type != "cpu" else ops.operands_problem(self.kernels)

@@ -138,7 +138,7 @@ def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimize
     name, keys, *rest = state.pop("rng_numpy")
     rng = RngState(
         torch_cpu=generators.pop("torch_cpu"),
-        torch_cuda=[generators[k] for k in sorted(generators)],
+        torch_cuda=[generators[f"torch_cuda_{i}"] for i in range(len(generators))],
         python=(version, tuple(words), gauss),
         numpy=(name, np.array(keys, dtype=np.uint32), *rest),
     )

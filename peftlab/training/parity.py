@@ -143,16 +143,19 @@ def check_parity(
         try:
             if packed and _draws(fast_loss, autocast):  # one row has the same dropout masks packed and padded
                 sample = sample[:1]
-            set_kernels(model, "compared")
+            # With "compared" PEFT's layers draw the masks of the fused ones; those of "reference" draw their own on both sides.
+            set_kernels(model, "reference" if kernels == "reference" else "compared")
             reference = _pass(model, lambda: reference_loss(model, sample, device), autocast, sample)
             set_kernels(model, kernels)
             with ops.planned_for(rows):
                 if rounds:  # masks, adapters and head are told from rounding in float32
                     set_kernels(model, "auto")
-                with ops.int8_by_library() if rounds_x else contextlib.nullcontext():  # and from that of the reference
+                with (
+                    ops.int8_by_library() if rounds_x else contextlib.nullcontext([]) as replaced
+                ):  # and from the reference's
                     fast = _pass(model, fast_loss, autocast, sample)
                 set_kernels(model, kernels)
-                trained = _pass(model, fast_loss, autocast, sample) if rounds or rounds_x else None
+                trained = _pass(model, fast_loss, autocast, sample) if rounds or replaced else None
         finally:
             set_kernels(model, kernels)
             rng.restore()
@@ -161,11 +164,12 @@ def check_parity(
     places = [where(example.row) for example in sample]
     compared = _compare(reference, fast, tolerance, places)
     if trained is not None:
-        allowed = _INT8_ROWS if rounds_x else _ROUNDED[kernels]
-        compared["unrounded" if rounds_x else "rounded"] = {
-            "loss": trained[0],
-            **_compare(fast, trained, allowed, places),
-        }
+        name, allowed, against = (
+            ("unrounded", _INT8_ROWS, "the same path with bitsandbytes' 8-bit rows")
+            if replaced
+            else ("rounded", _ROUNDED[kernels], "the same path without rounding")
+        )
+        compared[name] = {"loss": trained[0], **_compare(fast, trained, allowed, places, against=against)}
     return ParityReport(
         loss_reference=reference[0],
         loss_fast=fast[0],
@@ -298,14 +302,17 @@ def _compare(
     fast: tuple[float, dict[str, Tensor]],
     tolerance: Tolerance,
     places: Sequence[str],
+    *,
+    against: str = "the reference path",
 ) -> dict[str, Any]:
-    """The ``worst_*`` fields of the report. Raises: VerificationError beyond ``tolerance``."""
+    """The ``worst_*`` fields of the report. against: what ``reference`` is, in messages. Raises: VerificationError beyond
+    ``tolerance``."""
     want, got = reference[0], fast[0]
     if not math.isfinite(want) and not math.isfinite(got):
         return dict.fromkeys(("worst_cosine", "worst_cosine_at", "worst_norm_ratio", "worst_norm_ratio_at"))
     if not abs(got - want) <= tolerance.loss * max(abs(want), 1e-3):
         raise VerificationError(
-            f"the loss of the first micro-batch is {got:.6g} on the training path and {want:.6g} on the reference path "
+            f"the loss of the first micro-batch is {got:.6g} on the training path and {want:.6g} on {against} "
             f"(allowed difference {tolerance.loss:g}, relative): mask, labels, adapters or head of the training path are "
             f"wrong. Rows: {', '.join(places[:4])}{', ...' if len(places) > 4 else ''}. {_NOTHING_DONE}"
         )
@@ -321,7 +328,7 @@ def _compare(
         cosines[name], ratios[name] = cosine, found_norm / max(norm, 1e-300)
         if not cosine >= tolerance.cosine or not abs(ratios[name] - 1) <= tolerance.norm or counts[1] < 0.9 * counts[0]:
             raise VerificationError(
-                f"the gradient of {_base_name(name)} differs between the training path and the reference path: cosine "
+                f"the gradient of {_base_name(name)} differs between the training path and {against}: cosine "
                 f"{cosine:.4f} (at least {tolerance.cosine:g}), norm {found_norm:.4g} against {norm:.4g} (within "
                 f"{100 * tolerance.norm:g} %), {counts[1]:,} against {counts[0]:,} non-zero values of {wanted.numel():,}. "
                 f"{_NOTHING_DONE}"

@@ -865,6 +865,68 @@ def test_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float
     assert float(found.view(25, 25).diagonal().abs().max()) < 1e-7, "a perfect student"
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_a_trained_head_have_types_that_cuda_has(
+    monkeypatch: pytest.MonkeyPatch, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, chunk: int | None
+) -> None:
+    """Of every pair of types: what CUDA's mm may write is the type of its factors, or float32 for 16 bits. The gradient is as
+    exact as one of its type can be."""
+    asked: list[tuple[torch.dtype, torch.dtype]] = []
+    right = heads.product
+    monkeypatch.setattr(
+        heads, "product", lambda one, other, **o: (asked.append((one.dtype, o["dtype"])), right(one, other, **o))[1]
+    )
+    g = torch.Generator().manual_seed(0)
+    hidden, target = torch.randn(N, H, generator=g).to(hidden_dtype), torch.randint(V, (N,), generator=g)
+    weight = (torch.randn(V, H, generator=g) / H**0.5).to(weight_dtype).requires_grad_()
+    (found,) = torch.autograd.grad(
+        0.3 * linear_cross_entropy(hidden, Head(DenseWeight(weight)), target, chunk=chunk).total, weight
+    )
+    assert found.dtype == weight_dtype and asked
+    for factors, product in asked:
+        assert product == factors or (product == torch.float32 and factors.itemsize == 2), (factors, product)
+    wide = weight.detach().to(hidden_dtype).double().requires_grad_()
+    (want,) = torch.autograd.grad(0.3 * F.cross_entropy(F.linear(hidden.double(), wide), target, reduction="sum"), wide)
+    coarsest = max((hidden_dtype, weight_dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    assert float((found.double() - want).norm() / want.norm()) < 2 * torch.finfo(coarsest).eps
+
+
+def test_where_nothing_is_spared_no_chunk_is_larger() -> None:
+    """float16 sums in float32 whatever the chunks, and an operator that was not told defers nothing."""
+    head = Head(DenseWeight(torch.empty(128256, 4096, dtype=torch.float16, device="meta")))
+    wanted, cpu = heads.Wanted(weight=True), torch.device("cpu")
+    half = torch.empty(1, 4096, dtype=torch.float16, device="meta")
+    assert heads.rows_of(head, half, wanted).spared_bytes == 0
+    assert heads.rows_of(head, half.bfloat16(), wanted).spared_bytes == 0, "products in another type"
+    assert _trained(torch.bfloat16).spared_bytes > 0
+    head = Head(DenseWeight(torch.empty(4096, 64, dtype=torch.bfloat16)))
+    hidden = torch.empty(128, 64, dtype=torch.bfloat16)
+    assert heads.walk_of(head, hidden, wanted, None) == (128, True)
+    told = heads.rows_of(head, hidden, wanted, deferred=False)
+    assert told.spared_bytes == 0
+    assert heads.size_where_nothing_is_deferred(head, hidden, wanted) == heads.num_tokens_per_chunk(128, told, cpu)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_head_with_create_graph(dtype: torch.dtype, chunk: int | None) -> None:
+    """The first derivative is as without it, the second is refused."""
+    case = make_case("dense+trained", dtype)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.head.weight.weight.detach().clone().requires_grad_()
+    head = replace(case.head, weight=DenseWeight(weight))
+
+    def total() -> Tensor:
+        return 0.3 * linear_cross_entropy(hidden, head, case.target, chunk=chunk).total
+
+    want = torch.autograd.grad(total(), (hidden, weight))
+    found = torch.autograd.grad(total(), (hidden, weight), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(found[1].float().square().sum(), hidden)
+
+
 @ON_CPU
 def test_logits_of_one_chunk_exist_at_a_time() -> None:
     classes, width, chunk = 8192, 8, 4

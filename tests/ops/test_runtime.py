@@ -25,13 +25,11 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    caches = (runtime._problem, runtime._probed)
-    for cached in caches:
-        cached.cache_clear()
+def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(runtime, "_probes", {})
+    runtime._unfit.cache_clear()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    runtime._unfit.cache_clear()
 
 
 def made_up_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, sums: Any = None) -> list[Any]:
@@ -47,6 +45,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *,
     arange = torch.arange
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "arange", lambda *args, device=None, **kw: arange(*args, **kw))
     monkeypatch.setitem(sys.modules, "peftlab_kernels.probe", SimpleNamespace(row_sums=row_sums))
     return probed
@@ -82,6 +81,37 @@ def test_where_the_first_kernel_fails_pytorch_runs(monkeypatch: pytest.MonkeyPat
     note = ops.kernels_note("cuda")
     assert note is not None and note.startswith("the kernels run in PyTorch, slower: ") and reason in note
     assert {path for path, _ in ops.kernel_paths("cuda").values()} == {"PyTorch, fused"}
+
+
+def test_memory_that_is_short_says_nothing_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = made_up_gpu(monkeypatch, (9, 0), sums=torch.OutOfMemoryError("CUDA out of memory"))
+    for _ in range(2):
+        assert runtime.triton_problem(CUDA, products=True) is None
+    assert len(probed) == 2, "asked again"
+
+
+def test_no_probe_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its look at the result would end the capture."""
+    probed = made_up_gpu(monkeypatch, (9, 0), sums=1.0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert runtime.triton_problem(CUDA, products=True) is None and not probed
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert "wrong result" in str(runtime.triton_problem(CUDA, products=True))
+
+
+def test_tensors_without_values_do_not_reach_the_probe() -> None:
+    code = (
+        "import torch; from peftlab_kernels import runtime; from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "with FakeTensorMode(): print(runtime._probed(torch.device('cpu')))"
+    )
+    assert _interpreted(code) == "None"
+
+
+def _interpreted(code: str) -> str:
+    """What a program prints in a process of its own, in Triton's interpreter."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.strip()
 
 
 def _on_cuda() -> Any:
@@ -184,11 +214,9 @@ def test_the_probe_runs_in_the_interpreter() -> None:
         "import torch; from peftlab_kernels import runtime\n"
         "assert runtime._probed(torch.device('cpu')) is None\n"
         "from peftlab_kernels import probe; probe.row_sums = lambda x: x.sum(0)\n"
-        "runtime._probed.cache_clear(); print(runtime._probed(torch.device('cpu')))"
+        "runtime._probes.clear(); print(runtime._probed(torch.device('cpu')))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "Triton's first kernel gave a wrong result"
+    assert _interpreted(code) == "Triton's first kernel gave a wrong result"
 
 
 def test_seeds_stay_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

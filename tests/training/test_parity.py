@@ -97,12 +97,19 @@ def test_plans_that_round_no_rows_are_told_from_faults(here: Path, monkeypatch: 
     assert 0.5 < found["unrounded"]["worst_cosine"] < found["worst_cosine"]
     assert "without bitsandbytes' rounding to 8 bits loss" in str(parity.ParityReport(**found))
 
+    with ops.forced_plan(ops.Plan("library", "split")):
+        assert train(**changes, run={"dir": "rounded"}).summary["parity"]["unrounded"] is None, (
+            "nothing else to compare"
+        )
+
     def doubled(x: Any, base: Any, *args: Any, scale: float, **options: Any) -> Any:
         exact = not plan_module._int8_by_library
         return RIGHT_LORA_LINEAR(x, base, *args, scale=3 * scale if exact else scale, **options)
 
     monkeypatch.setattr(ops, "lora_linear", doubled)
-    with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
+    with pytest.raises(
+        VerificationError, match=r"and the same path with bitsandbytes' 8-bit rows|on the same path with"
+    ):
         train(**changes, run={"dir": "faulty"})
 
 
@@ -156,8 +163,10 @@ def test_the_result_is_in_the_run_folder(here: Path, task: str, quantize: str, d
     assert found["seconds"] < 30
 
 
-def test_pefts_own_path_is_a_choice_and_is_listed(here: Path) -> None:
-    train(run={"kernels": "reference"})
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_pefts_own_path_is_a_choice_and_is_listed(here: Path, dropout: float) -> None:
+    """With masks of its own, on both sides of the comparison."""
+    train(run={"kernels": "reference"}, adapter={"dropout": dropout})
     found = json.loads((here / "run" / "run.json").read_text())["parity"]
     assert found["num_fused"] == 0
     assert set(found["slow"].values()) == {"run.kernels=reference"}

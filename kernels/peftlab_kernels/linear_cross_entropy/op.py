@@ -19,6 +19,7 @@ from peftlab_kernels.heads import (
     empty_gradients,
     pack_head,
     scaled,
+    size_where_nothing_is_deferred,
     spread_gradients,
     unpack_head,
     walk_of,
@@ -96,8 +97,7 @@ def linear_cross_entropy_op(
     N, device = hidden_NH.shape[0], hidden_NH.device
     wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     loss_N = torch.empty(N, dtype=wide, device=device)
-    size = chunk or walk_of(head, hidden_NH, Wanted(*wanted), None)[0]
-    assert size is not None
+    size = chunk or size_where_nothing_is_deferred(head, hidden_NH, Wanted(*wanted))
     with torch.autocast(device.type, enabled=False):
         walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend, deferred=deferred)
         for part in chunks(N, size):
@@ -200,10 +200,11 @@ def backward_of_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]
     # In place where this is the last use: dW of a trained head would else be there twice.
     last = not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
     at_weight = ctx.wanted.hidden + ctx.wanted.adapter_hidden if ctx.wanted.weight else None
-    found = [
-        ctx.finish.weight(g, dtotal, hidden_NH, last=last) if place == at_weight else scaled(g, dtotal)
-        for place, g in enumerate(found)
-    ]
+    with torch.no_grad():
+        found = [
+            ctx.finish.weight(g, dtotal, hidden_NH, last=last) if place == at_weight else scaled(g, dtotal)
+            for place, g in enumerate(found)
+        ]
     if torch.is_grad_enabled():  # create_graph=True
         once: Any = runtime.DifferentiableOnce.apply
         found = [once("the fused losses", g, dtotal, hidden_NH) for g in found]

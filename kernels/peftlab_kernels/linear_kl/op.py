@@ -20,6 +20,7 @@ from peftlab_kernels.heads import (
     chunks,
     empty_gradients,
     pack_head,
+    size_where_nothing_is_deferred,
     unpack_head,
     walk_of,
     wanted_gradients,
@@ -223,8 +224,7 @@ def linear_kl_op(
     soft_N = torch.empty(N, dtype=wide, device=device)
     hard_N = torch.empty(N if target_N is not None else 0, dtype=wide, device=device)
     way, _, what = teacher_kind.partition(" ")
-    size = chunk or walk_of(head, hidden_NH, Wanted(*wanted), None, sides=2 if way == "online" else 1)[0]
-    assert size is not None
+    size = chunk or size_where_nothing_is_deferred(head, hidden_NH, Wanted(*wanted), sides=2 if way == "online" else 1)
     with torch.autocast(device.type, enabled=False):
         walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend, deferred=deferred)
         teacher_head = unpack_head(teacher[1:], what, teacher_numbers, teacher_factors) if way == "online" else None

@@ -182,15 +182,18 @@ def draw_mask(x_MK: Tensor, dropout: float, seed: Tensor, backend: str) -> Tenso
             )  # fmt: skip
         return mask_MP
     if x_MK.is_cuda:
-        return _philox(M, K, threshold, seed.to(x_MK.device))
+        mask_MP = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x_MK.device)
+        for rows in _pieces(x_MK):
+            mask_MP[rows] = _philox(rows, K, threshold, seed.to(x_MK.device))
+        return mask_MP
     return _sfc64(x_MK, threshold, int(seed)).to(x_MK.device)
 
 
-def _philox(M: int, K: int, threshold: int, seed: Tensor) -> Tensor:
-    """[M, P] uint8 keep bits in plain PyTorch, without a look at the seed from the host: where Triton does not run. 64-bit
+def _philox(rows: slice, K: int, threshold: int, seed: Tensor) -> Tensor:
+    """[rows, P] uint8 keep bits in plain PyTorch, without a look at the seed from the host: where Triton does not run. 64-bit
     products wrap, which leaves their bits as they are; words are kept in the low half."""
-    low = 0xFFFFFFFF
-    index = torch.arange(M * cdiv(K, 8), device=seed.device)
+    low, width = 0xFFFFFFFF, cdiv(K, 8)
+    index = torch.arange(rows.start * width, rows.stop * width, device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     words, key = (index & low, zero, zero, zero), (seed & low, (seed >> 32) & low)
     for _ in range(MASK_ROUNDS):
@@ -203,7 +206,7 @@ def _philox(M: int, K: int, threshold: int, seed: Tensor) -> Tensor:
     for lane in range(8):
         bits = (words[lane // 2] >> 16 * (lane % 2)) & 0xFFFF
         byte |= (bits >= threshold).to(torch.uint8) << lane
-    return byte.view(M, cdiv(K, 8))
+    return byte.view(rows.stop - rows.start, width)
 
 
 def _sfc64(x_MK: Tensor, threshold: int, seed: int) -> Tensor:

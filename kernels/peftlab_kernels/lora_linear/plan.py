@@ -56,7 +56,7 @@ _Table = dict[Key, Plan]
 _extra_tables: list[_Table] = []
 _planned_rows: list[int] = []
 _forced: list[Plan] = []
-_int8_by_library: list[bool] = []
+_int8_by_library: list[list[Plan]] = []
 
 
 def key_of(kind: str, device: torch.device, *, M: int, N: int, K: int, dropout: bool) -> Key:
@@ -76,6 +76,8 @@ def choose(
     M = _planned_rows[-1] if _planned_rows else M
     chosen = _choose(key_of(kind, device, M=M, N=N, K=K, dropout=dropout), backend)
     if kind == "int8" and _int8_by_library:
+        if chosen.forward != "library":
+            _int8_by_library[-1].append(chosen)
         return Plan("library", chosen.backward)
     return UNMERGED if on_grid and "merged" in (chosen.forward, chosen.backward) else chosen
 
@@ -102,12 +104,13 @@ def forced(plan: Plan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def int8_by_library() -> Iterator[None]:
+def int8_by_library() -> Iterator[list[Plan]]:
     """Within it bitsandbytes multiplies int8 weights, whatever is faster: with rows of x rounded to 8 bits, as in its own
-    layers."""
-    _int8_by_library.append(True)
+    layers. The list gets the plans that it took the place of."""
+    replaced: list[Plan] = []
+    _int8_by_library.append(replaced)
     try:
-        yield
+        yield replaced
     finally:
         _int8_by_library.pop()
 
