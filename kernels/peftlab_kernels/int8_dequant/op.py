@@ -90,4 +90,5 @@ def tile_options(rank: int) -> dict[str, Any]:
         "num_warps": 8,
         "num_stages": 1,
         "enable_fp_fusion": False,
+        **({"maxnreg": 255} if rank > 32 else {}),
     }

@@ -266,10 +266,18 @@ def up_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def down_backward_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """As ``down_options``, for ``down_backward_kernel``."""
+    """As ``down_options``, for ``down_backward_kernel``. Of a rank that is no multiple of 16 ptxas aims at 64 registers on sm_100,
+    and spills, without a limit of its own."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 3}
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_K": 128,
+        "BLOCK_R": _rank_block(rank),
+        "num_warps": 8,
+        "num_stages": 3,
+        **({"maxnreg": 128} if rank % 16 else {}),
+    }
 
 
 def dropout_dx_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def dequant_options(blocksize: int) -> dict[str, Any]:
 def merge_options(K: int, rank: int, blocksize: int, dtype: torch.dtype) -> dict[str, Any]:
     """As ``dequant_options``. Hopper's matrix unit takes tiles from 64 rows on; with 128 an unaligned tile and one in
     float32 spill registers, and one of blocks of 128 leaves room for one program a processor. One stage: up to rank 64
-    the product has one step, so there is nothing to fetch ahead.
+    the product has one step, so there is nothing to fetch ahead. Without a limit of its own ptxas may aim at 64 registers, and spill.
     """
     aligned = K % blocksize == 0 and blocksize <= 128
     return {
@@ -194,4 +194,5 @@ def merge_options(K: int, rank: int, blocksize: int, dtype: torch.dtype) -> dict
         "num_warps": 8,
         "num_stages": 1,
         "enable_fp_fusion": False,
+        **({"maxnreg": 255} if dtype == torch.float32 else {}),
     }
