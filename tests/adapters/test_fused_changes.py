@@ -246,6 +246,20 @@ def test_the_kernels_of_a_processor_are_asked_for_each_forward(monkeypatch: pyte
         assert layer.kept_slow == reason
 
 
+def test_a_trace_does_not_follow_the_question_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the answer runs a kernel, which no trace can hold. The operator asks when it runs."""
+    layer = fused_layer()
+    layer.kernels = "triton"
+
+    def asked(device: torch.device, *, products: bool) -> None:
+        torch._dynamo.graph_break()
+
+    monkeypatch.setattr(ops, "triton_problem", asked)
+    torch._dynamo.reset()
+    monkeypatch.setattr(ops, "lora_linear", lambda x, *args, **options: x)
+    assert torch.compile(layer, backend="eager", fullgraph=True)(rows()).shape == rows().shape
+
+
 def test_nf4_weights_that_are_no_longer_bitsandbytes_own() -> None:
     layer = fused_layer("nf4")
     assert_as_peft(layer)
