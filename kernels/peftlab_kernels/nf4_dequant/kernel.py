@@ -50,6 +50,29 @@ def nf4_dequant_kernel(
 
 
 @triton.jit
+def row_blocks(
+    packed_ptr,
+    absmax_ptr,
+    code2_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    n,
+    N,
+    K,
+    BLOCKSIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCK2: tl.constexpr,
+):
+    """Scales and packed bytes of rows ``n`` in the block of columns that is the program's."""
+    block = n * (K // BLOCKSIZE) + tl.program_id(0)
+    absmax = block_scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, n < N, NESTED=NESTED, BLOCK2=BLOCK2)
+    half = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    byte = tl.load(packed_ptr + n[:, None] * (K // 2) + half[None, :], mask=n[:, None] < N, other=0)
+    return absmax[:, None], byte.to(tl.int32)
+
+
+@triton.jit
 def nf4_merge_kernel(
     packed_ptr,
     absmax_ptr,
@@ -65,6 +88,7 @@ def nf4_merge_kernel(
     R,
     scale,
     ALIGNED: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,23 +98,24 @@ def nf4_merge_kernel(
     BLOCK2: tl.constexpr,
 ):
     """``W + scale * B @ A``. ALIGNED: K is a multiple of BLOCKSIZE and BLOCK_K equals it, so that a tile row has one
-    scale and whole bytes; otherwise every element looks up its own byte and block."""
+    scale and whole bytes; otherwise every element looks up its own byte and block. EARLY: these are loaded before the
+    product, where the registers hold both."""
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (n[:, None] < N) & (k[None, :] < K)
     at = n[:, None] * K + k[None, :]
-    if ALIGNED:
-        # On their way while the factors are loaded and multiplied; in the other case there are too many for the registers.
-        block = n * (K // BLOCKSIZE) + tl.program_id(0)
-        absmax = block_scale(
-            absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, n < N, NESTED=NESTED, BLOCK2=BLOCK2
-        )[:, None]
-        half = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        byte = tl.load(packed_ptr + n[:, None] * (K // 2) + half[None, :], mask=n[:, None] < N, other=0).to(tl.int32)
+    if EARLY:  # on their way while the factors are loaded and multiplied
+        absmax, byte = row_blocks(
+            packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, n, N, K, BLOCKSIZE, BLOCK_K, NESTED, BLOCK2
+        )
     delta = low_rank_tile(
         b_ptr, a_ptr, n, k, N, K, R, scale, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, DOT=DOT
     )
     if ALIGNED:
+        if not EARLY:
+            absmax, byte = row_blocks(
+                packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, n, N, K, BLOCKSIZE, BLOCK_K, NESTED, BLOCK2
+            )
         weight = tl.interleave(tl.load(code_ptr + (byte >> 4)) * absmax, tl.load(code_ptr + (byte & 15)) * absmax)
     else:
         absmax = block_scale(

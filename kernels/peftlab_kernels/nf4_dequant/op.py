@@ -183,16 +183,16 @@ def dequant_options(blocksize: int) -> dict[str, Any]:
 def merge_options(K: int, rank: int, blocksize: int, dtype: torch.dtype) -> dict[str, Any]:
     """As ``dequant_options``. Hopper's matrix unit takes tiles from 64 rows on; with 128 an unaligned tile and one in
     float32 spill registers, and one of blocks of 128 leaves room for one program a processor. One stage: up to rank 64
-    the product has one step, so there is nothing to fetch ahead. Without a limit of its own ptxas may aim at 64 registers, and spill.
+    the product has one step, so there is nothing to fetch ahead. Products in float32 leave no registers for what could be loaded early.
     """
     aligned = K % blocksize == 0 and blocksize <= 128
     return {
         "ALIGNED": aligned,
+        "EARLY": aligned and dtype != torch.float32,
         "BLOCK_N": 128 if aligned and blocksize <= 64 and dtype != torch.float32 else 64,
         "BLOCK_K": blocksize if aligned else 64,
         "BLOCK_R": min(64, max(16, next_power_of_2(rank))),
         "num_warps": 8,
         "num_stages": 1,
         "enable_fp_fusion": False,
-        **({"maxnreg": 255} if dtype == torch.float32 else {}),
     }
