@@ -748,33 +748,38 @@ def _large_allocations(step: Callable[[], Any], numel: int) -> list[int]:
     return [e.nbytes() for e in events if e.name() == "[memory]" and abs(e.nbytes()) >= 4 * numel]
 
 
+def _trained_loss(way: str, dtype: torch.dtype, *, chunk: int | None) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The weight of a trained head, large beside the logits of its 8 tokens, and their loss."""
+    classes, width = 4096, 64
+    weight = torch.randn(classes, width).to(dtype).requires_grad_()
+    head = Head(DenseWeight(weight))
+    hidden, target = torch.randn(8, width).to(dtype), torch.randint(classes, (8,))
+    teacher = OnlineTeacher(torch.randn(8, 16).to(dtype), Head(DenseWeight(torch.randn(classes, 16).to(dtype))))
+
+    def total() -> Tensor:
+        if way == "online":
+            return linear_kl(hidden, head, teacher, chunk=chunk).total
+        return linear_cross_entropy(hidden, head, target, chunk=chunk).total
+
+    return weight, total
+
+
 @ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
 def test_gradient_of_a_trained_head_exists_once(way: str, dtype: torch.dtype) -> None:
     """In float32: not again as zeros for the operator's own outputs, nor as a product with what flows back, nor as that of a
     chunk."""
-    classes, width = 4096, 64
-    head = Head(DenseWeight(torch.randn(classes, width).to(dtype).requires_grad_()))
-    hidden, target = torch.randn(8, width).to(dtype), torch.randint(classes, (8,))
-    teacher = OnlineTeacher(torch.randn(8, 16).to(dtype), Head(DenseWeight(torch.randn(classes, 16).to(dtype))))
-
-    def total() -> Tensor:
-        if way == "online":
-            return linear_kl(hidden, head, teacher, chunk=2).total
-        return linear_cross_entropy(hidden, head, target, chunk=2).total
-
-    (expected,) = torch.autograd.grad(total(), head.weight.tensors())
+    weight, total = _trained_loss(way, dtype, chunk=2)
+    (expected,) = torch.autograd.grad(total(), weight)
     found: list[Tensor] = []
-    sizes = _large_allocations(
-        lambda: found.extend(torch.autograd.grad(0.5 * total(), head.weight.tensors())), classes * width
-    )
-    size = 4 * classes * width
+    sizes = _large_allocations(lambda: found.extend(torch.autograd.grad(0.5 * total(), weight)), weight.numel())
+    size = 4 * weight.numel()
     assert sizes == ([size] if dtype == torch.float32 else [size, -size])
     assert torch.equal(found[0], 0.5 * expected)
     loss = total()
-    kept = torch.autograd.grad(loss, head.weight.tensors(), retain_graph=True)[0].clone()
-    assert torch.equal(kept, torch.autograd.grad(2.0 * loss, head.weight.tensors())[0] / 2)
+    kept = torch.autograd.grad(loss, weight, retain_graph=True)[0].clone()
+    assert torch.equal(kept, torch.autograd.grad(2.0 * loss, weight)[0] / 2)
 
 
 @ON_CPU
@@ -782,27 +787,18 @@ def test_gradient_of_a_trained_head_exists_once(way: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
 def test_of_one_chunk_the_gradient_of_a_trained_head_is_one_product(way: str, dtype: torch.dtype) -> None:
     """Made in backward, in the type of the weight: no sum over chunks, nothing multiplied afterwards."""
-    classes, width = 4096, 64
-    head = Head(DenseWeight(torch.randn(classes, width).to(dtype).requires_grad_()))
-    hidden, target = torch.randn(8, width).to(dtype), torch.randint(classes, (8,))
-    teacher = OnlineTeacher(torch.randn(8, 16).to(dtype), Head(DenseWeight(torch.randn(classes, 16).to(dtype))))
-
-    def total() -> Tensor:
-        if way == "online":
-            return linear_kl(hidden, head, teacher).total
-        return linear_cross_entropy(hidden, head, target).total
-
-    weights, held = head.weight.tensors(), classes * width * dtype.itemsize
+    weight, total = _trained_loss(way, dtype, chunk=None)
+    held = weight.numel() * dtype.itemsize
     loss: list[Tensor] = []
     assert _large_allocations(lambda: loss.append(total()), held // 4) == []
     found: list[Tensor] = []
-    sizes = _large_allocations(lambda: found.extend(torch.autograd.grad(0.5 * loss[0], weights)), held // 4)
+    sizes = _large_allocations(lambda: found.extend(torch.autograd.grad(0.5 * loss[0], weight)), held // 4)
     assert sizes == [held] and found[0].dtype == dtype
-    (whole,) = torch.autograd.grad(total(), weights)
+    (whole,) = torch.autograd.grad(total(), weight)
     assert torch.equal(found[0], 0.5 * whole)
     again = total()
-    kept = torch.autograd.grad(again, weights, retain_graph=True)[0].clone()
-    assert torch.equal(kept, torch.autograd.grad(again, weights)[0])
+    kept = torch.autograd.grad(again, weight, retain_graph=True)[0].clone()
+    assert torch.equal(kept, torch.autograd.grad(again, weight)[0])
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
