@@ -60,7 +60,7 @@ def test_recipe_distills_on_tiny_models(name: str, tmp_path: Path, monkeypatch: 
     recipe = load_recipe(name).recipe
     assert recipe.distill is not None
     teacher = TINY[recipe.task]
-    if recipe.classifies:
+    if recipe.spec.classifies:
         plain = ["distill=", "run.dir=teacher", *(["data.exclude={}"] if recipe.data.exclude else [])]
         teacher = str(peftlab.train(name, [*small(name), *plain], progress=SilentProgress()).folder)
     transfer = recipe.distill.transfer

@@ -15,6 +15,8 @@ from peftlab.data import Rows
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import import_bitsandbytes, model_max_length
 from peftlab.recipe import LoadedRecipe, Recipe
+from peftlab.recipe.schema import AdapterSection
+from peftlab.specs.methods import VARIANTS, variant_of
 from peftlab.tasks import Example, Task
 
 # Rows encoded at first; twice as many while their tokens do not suffice. A million rows are not read for a few thousand tokens.
@@ -29,7 +31,7 @@ _UNUSED = {"train": ("epochs", "batch_tokens", "accumulate"), "data": ("packing"
 def check_recipe(loaded: LoadedRecipe) -> None:
     """Raises RecipeError for a recipe that has no training of its own to measure."""
     recipe = loaded.recipe
-    if recipe.distill is not None or recipe.task == "embedding":
+    if recipe.distill is not None or not recipe.spec.learns_from_labels:
         raise RecipeError(
             "bench measures adapters learning from labels, and this recipe learns from a teacher: give a recipe without a "
             "section distill, such as quickstart or sms-spam",
@@ -44,10 +46,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def method_of(recipe: Recipe) -> str:
     """The recipe's adapter in the words of ``--methods``."""
-    a = recipe.adapter
-    if a.method == "none":
-        return "full"
-    return "dora" if a.dora else "rslora" if a.rslora else "lora"
+    return variant_of(recipe.adapter.method, recipe.adapter.model_dump())
 
 
 def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length: int | None) -> Sweep:
@@ -56,12 +55,12 @@ def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length
     Raises: RecipeError, see ``make_sweep``.
     """
     length = fixed_length or min(recipe.data.max_length or _LENGTH[device], _LENGTH[device])
-    full_only = method_of(recipe) == "full" and asked.get("methods") is None
+    dense_only = not recipe.method.quantized and asked.get("methods") is None
     default = {
         "what": ["train"],
         "methods": [method_of(recipe)],
         "ranks": [recipe.adapter.rank],
-        "quantize": ["none"] if full_only else ["none", "nf4"],
+        "quantize": ["none"] if dense_only else ["none", "nf4"],
         "kernels": ["reference", "auto"],
         "batch": [recipe.train.batch_size or _BATCH],
         "length": [length],
@@ -77,7 +76,7 @@ def facts_of(recipe: Recipe, tokenizer: Any, pretrained: Any, new_tokens: int) -
         import_bitsandbytes()
     except ImportError as error:
         problem = str(error)
-    if recipe.task == "image_cls":
+    if recipe.spec.reader == "image processor":
         length = fixed = int(tokenizer.length)
     else:
         length, fixed = model_max_length(pretrained, tokenizer), None
@@ -103,16 +102,16 @@ def cell_settings(base: Mapping[str, Any], cell: Cell, *, steps: int) -> dict[st
 
 
 def adapter_settings(base: Mapping[str, Any], method: str, rank: int | None) -> dict[str, Any]:
-    """The section of ``method``; alpha, targets and dropout stay the recipe's."""
-    given = dict(base.get("adapter", {}))
-    if method == "full":
-        return {"method": "none"} | ({"freeze": given["freeze"]} if "freeze" in given else {})
-    given.pop("freeze", None)
-    return given | {"method": "lora", "rank": rank, "rslora": method == "rslora", "dora": method == "dora"}
+    """The section of the variant ``method``; what the recipe sets and the method uses, such as alpha and targets, stays."""
+    spec, variant = VARIANTS[method]
+    of_variants = {key for other in spec.variants.values() for key in other.settings}
+    given = {k: v for k, v in base.get("adapter", {}).items() if k in spec.keys and k not in of_variants}
+    given |= {"method": spec.name} | ({"rank": rank} if spec.has_rank else {})
+    return given | {key: variant.settings.get(key, AdapterSection.model_fields[key].default) for key in of_variants}
 
 
 def class_names_of(recipe: Recipe, data: build.DataParts) -> list[str] | None:
-    if not recipe.classifies:
+    if not recipe.spec.classifies:
         return None
     from peftlab.data import class_names
 

@@ -20,7 +20,7 @@ from peftlab.bench.ceilings import matmul_speed
 from peftlab.bench.energy import find_meter
 from peftlab.errors import VerificationError
 from peftlab.models import resolve_precision
-from peftlab.tasks import Encoded, Example
+from peftlab.tasks import Example
 from peftlab.training.loop import TrainingLoop
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.parity import check_parity, coarsest_dtype, woken
@@ -73,7 +73,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
         TrainingLoop(
             model=job.model,
             task=job.task,
-            train=Encoded(job.rows, None),  # type: ignore[arg-type]
+            train=job.rows,
             plan=job.plan,
             settings=loop_settings(job.recipe),
             accelerator=job.accelerator,

@@ -126,7 +126,7 @@ def _trainings(alive: Sequence[_Variant], rates: Sequence[float], seeds: int) ->
 
 
 def metric_of(recipe: Recipe) -> str:
-    return "accuracy" if recipe.classifies or recipe.eval.choices else "loss"
+    return "accuracy" if recipe.spec.classifies or recipe.eval.choices else "loss"
 
 
 def _header(

@@ -26,7 +26,7 @@ from peftlab.bench.processes import PARENT
 from peftlab.data import BatchPlan
 from peftlab.errors import PeftlabError
 from peftlab.recipe import LoadedRecipe, Recipe, load_recipe
-from peftlab.tasks import Encoded, Example, Task
+from peftlab.tasks import Example, Task, lengths_of
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -99,9 +99,9 @@ def _prepare(spec: Mapping[str, Any], loaded: LoadedRecipe, accelerator: Any) ->
         found = build.encode(recipe, task, data.train, limit=limit, training=True).examples
         rows = [found[i % len(found)] for i in range(count)]
     else:
-        language_model = recipe.task == "causal_lm"
+        language_model = recipe.spec.predicts == "tokens"
         rows = text_examples(Path(spec["texts"]), rows=count, length=spec["length"], language_model=language_model)
-    plan = make_plan(recipe, Encoded(rows, None).lengths, device)  # type: ignore[arg-type]
+    plan = make_plan(recipe, lengths_of(rows), device)
     model = build.model_of(recipe, pretrained, task, device)
     model, planned, report = trainable(recipe, model, task)
     job = Job(spec, loaded, accelerator, task, model, planned, rows, plan)

@@ -205,7 +205,7 @@ def _job(made: _Plan, texts: Path, kind: str, cell: Cell) -> dict[str, Any]:
         "job": kind,
         "recipe": bench_cells.cell_settings(made.header["recipe"], cell, steps=steps),
         "classes": made.classes,
-        "texts": str(texts) if made.loaded.recipe.task != "image_cls" else None,
+        "texts": str(texts) if made.loaded.recipe.spec.reader != "image processor" else None,
         "steps": steps,
         "warm_up": protocol["warm_up"],
         "new_tokens": made.header["unit"]["new_tokens"],

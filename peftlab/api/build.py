@@ -16,11 +16,9 @@ import numpy as np
 
 from peftlab.adapters import HeadLoss
 from peftlab.data import Rows, class_names, load_rows, read_labels, require, split_rows
-from peftlab.data.chat import Formatter
 from peftlab.errors import DataError, PeftlabError, RecipeError, ResourceError
 from peftlab.models import (
     Pretrained,
-    SentenceWriter,
     find_pretrained,
     import_bitsandbytes,
     load_image_reader,
@@ -34,16 +32,7 @@ from peftlab.models import (
 from peftlab.ops import use_plans
 from peftlab.paths import kernel_plans_file
 from peftlab.recipe import LoadedRecipe, Recipe
-from peftlab.tasks import (
-    POOLINGS,
-    CausalLM,
-    Embedding,
-    Encoded,
-    ImageClassification,
-    Labels,
-    SequenceClassification,
-    Task,
-)
+from peftlab.tasks import Encoded, Task, TaskParts, task_class
 from peftlab.training.memory import share_one_heap
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,7 +115,7 @@ def pretrained_of(recipe: Recipe) -> Pretrained:
 
 def tokenizer_of(recipe: Recipe, pretrained: Pretrained) -> Any:
     """What turns inputs into numbers: the tokenizer, or for images the ``ImageReader``."""
-    if recipe.task == "image_cls":
+    if recipe.spec.reader == "image processor":
         return load_image_reader(pretrained)
     return load_tokenizer(pretrained, chat_template=recipe.model.chat_template)
 
@@ -145,7 +134,7 @@ def model_of(recipe: Recipe, pretrained: Pretrained, task: Task, device: str, **
         "attention": model.attention,
     }
     return load_model(
-        pretrained, auto_class=task.auto_class, device=device, **(options | changes), **task.model_kwargs()
+        pretrained, auto_class=task.spec.auto_class, device=device, **(options | changes), **task.model_kwargs()
     )
 
 
@@ -171,7 +160,6 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
     """
     data = recipe.data
     seed = data_seed(recipe)
-    _check_columns(recipe)
     read = functools.partial(
         load_rows,
         format=data.format,
@@ -189,8 +177,8 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
         fingerprints |= {"eval data": held_out.fingerprint}
         parts = DataParts(_without_excluded(recipe, train), held_out, fingerprints, train)
         return _with_transfer(recipe, parts, read) if transfer else parts
-    labels = read_class_labels(recipe, train) if recipe.classifies or "label" in data.columns else None
-    if recipe.classifies:
+    labels = read_class_labels(recipe, train) if recipe.spec.classifies or "label" in data.columns else None
+    if recipe.spec.classifies:
         class_names(labels or [])
     kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
@@ -220,27 +208,11 @@ def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:
     return rows if kept.all() else rows.select(np.flatnonzero(kept))
 
 
-def _check_columns(recipe: Recipe) -> None:
-    used = {
-        "causal_lm": {"text", "prompt", "completion", "messages", "label"},
-        "seq_cls": {"text", "label"},
-        "image_cls": {"image", "label"},
-        "embedding": {"text"},
-    }
-    for part in recipe.data.columns:
-        if part not in used[recipe.task]:
-            raise RecipeError(f"has no effect for task: {recipe.task}; remove it", key=f"data.columns.{part}")
-    if recipe.data.label_names and recipe.task == "causal_lm" and "label" not in recipe.data.columns:
-        raise RecipeError(
-            "names the values of a label column; say which with data.columns.label", key="data.label_names"
-        )
-
-
 def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
     """Class name of each row, by the recipe's label column, names and bins."""
     data = recipe.data
     bins = (data.bins.edges, data.bins.names) if data.bins else None
-    if recipe.task == "causal_lm":  # the column holds the names already
+    if not recipe.spec.classifies:  # the column holds the names already
         return [str(v) for v in rows.column("label")]
     return read_labels(rows, data.columns.get("label", "label"), label_names=data.label_names, bins=bins)
 
@@ -248,7 +220,7 @@ def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
 def _with_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool) -> Rows:
     """causal_lm: puts the class names into a column ``label`` that templates can use."""
     column = recipe.data.columns.get("label")
-    if recipe.task != "causal_lm" or column is None:
+    if recipe.spec.classifies or column is None:
         return rows
     labels = read_labels(rows, column, label_names=recipe.data.label_names, all_names_used=all_names_used)
     return dataclasses.replace(rows, columns={**rows.columns, "label": labels})
@@ -261,46 +233,29 @@ def build_task(recipe: Recipe, tokenizer: Any, rows: Rows | None, *, classes: li
         rows: training rows; their labels are the classes unless ``classes`` are given.
     """
     data = recipe.data
-    text_column = data.columns.get("text", "text")
-    if recipe.task == "embedding":
-        return _embedding(recipe, tokenizer, text_column)
-    if recipe.classifies:
-        if classes is None:
-            assert rows is not None
-            classes = class_names(read_class_labels(recipe, rows))
-        column, names = data.columns.get("label", "label"), data.label_names
-        bins = (data.bins.edges, data.bins.names) if data.bins else None
-        if recipe.task == "image_cls":
-            labels = Labels(classes, column, names, bins, recipe.train.class_weights)
-            return ImageClassification(tokenizer, labels=labels, image_column=data.columns.get("image", "image"))
-        return SequenceClassification(
-            tokenizer,
-            class_names=classes,
-            text_column=text_column,
-            label_column=column,
-            label_names=names,
-            bins=bins,
-            class_weights=recipe.train.class_weights,
-        )
-    template = data.template.model_dump(exclude_none=True) if data.template else None
-    columns = {part: name for part, name in data.columns.items() if part != "label"}
-    available = list(rows.columns) if rows is not None else _expected_columns(columns, template)
+    if recipe.spec.classes_from == "eval.choices":
+        classes = recipe.eval.choices
+    elif recipe.spec.classifies and classes is None:
+        assert rows is not None
+        classes = class_names(read_class_labels(recipe, rows))
     if rows is not None:
-        for part, name in columns.items():
-            _require_column(rows, part, name)
-    formatter = Formatter(tokenizer, columns=columns, template=template, available=available)
-    return CausalLM(tokenizer, formatter, head_loss=HeadLoss(recipe.run.kernels), choices=recipe.eval.choices)
-
-
-def _embedding(recipe: Recipe, tokenizer: Any, text_column: str) -> Task:
-    found = sentence_files(pretrained_of(recipe))
-    pooling = recipe.model.pooling or found.pooling or "mean"
-    if pooling not in POOLINGS:
-        raise RecipeError(
-            f"the model's files ask for the pooling {pooling!r}; expected {', '.join(POOLINGS)}", key="model.pooling"
-        )
-    files = SentenceWriter(tokenizer, found, pooling=pooling)
-    return Embedding(tokenizer, pooling=pooling, normalize=found.normalize, text_column=text_column, files=files)
+        for part, name in data.columns.items():
+            if part != "label":
+                _require_column(rows, part, name)
+    parts = TaskParts(
+        tokenizer,
+        columns=data.columns,
+        available=[] if rows is None else list(rows.columns),
+        classes=classes,
+        label_names=data.label_names,
+        bins=(data.bins.edges, data.bins.names) if data.bins else None,
+        class_weights=recipe.train.class_weights,
+        template=data.template.model_dump(exclude_none=True) if data.template else None,
+        head_loss=HeadLoss(recipe.run.kernels),
+        pooling=recipe.model.pooling,
+        sentences=lambda: sentence_files(pretrained_of(recipe)),
+    )
+    return task_class(recipe.task).make(parts)
 
 
 def _require_column(rows: Rows, part: str, name: str) -> None:
@@ -310,22 +265,14 @@ def _require_column(rows: Rows, part: str, name: str) -> None:
         raise DataError(str(error), key=f"data.columns.{part}") from None
 
 
-def _expected_columns(columns: dict[str, str], template: dict[str, str] | None) -> list[str]:
-    """Columns to reckon with when a run is opened for prediction and no data is at hand."""
-    import string
-
-    fields = [name for text in (template or {}).values() for _, name, _, _ in string.Formatter().parse(text) if name]
-    return sorted({*columns.values(), *fields}) or ["text", "prompt", "completion", "messages"]
-
-
-def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any) -> int:
+def limit_of(recipe: Recipe, pretrained: Pretrained, tokenizer: Any, task: Task | None = None) -> int:
     """Longest row in tokens: data.max_length, at most what the model allows. Raises: RecipeError beyond that."""
-    if recipe.task == "image_cls":
+    if recipe.spec.reader == "image processor":
         return int(tokenizer.length)
     allowed = model_max_length(pretrained, tokenizer)
     wanted = recipe.data.max_length
     if wanted is None:
-        usual = sentence_files(pretrained).max_length if recipe.task == "embedding" else None
+        usual = None if recipe.spec.predicts != "vectors" else sentence_files(pretrained).max_length
         return min(allowed, usual or allowed)
     if wanted > allowed:
         raise RecipeError(

@@ -104,7 +104,7 @@ def check_models(recipe: Recipe, task: Task, skeleton: Any) -> Skeletons:
 def _teacher_skeleton(recipe: Recipe, task: Task, index: int) -> Any:
     theirs = teacher_target(recipe, index).loaded.recipe
     pretrained = build.pretrained_of(theirs)
-    return load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs())
+    return load_skeleton(pretrained, auto_class=task.spec.auto_class, **task.model_kwargs())
 
 
 def _num_parameters(skeleton: Any) -> int:

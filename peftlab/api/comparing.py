@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from peftlab.api import build
-from peftlab.api.headline import class_metrics, headline_of
+from peftlab.api.headline import headline_of
 from peftlab.api.opening import Target, find_target, open_target
 from peftlab.api.teachers import Teachers
 from peftlab.data import Rows, eval_batches
-from peftlab.evaluation import row_metrics
 from peftlab.evaluation.card import as_metrics, make_card, paired
+from peftlab.evaluation.card_metrics import class_metrics
 from peftlab.evaluation.card_shape import Seed
 from peftlab.evaluation.comparison import SHARES, Comparison
 from peftlab.evaluation.embeddings import EmbeddingComparison
 from peftlab.evaluation.intervals import Estimate, bootstrap
 from peftlab.evaluation.latency import measure_latency
+from peftlab.evaluation.modules import class_statistic, row_statistics
 from peftlab.models import num_parameters
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.tasks import Encoded, Task
@@ -40,7 +41,7 @@ _WHO = {"student": "student", "labels": "baseline"}
 def no_baseline(recipe: Recipe) -> str | None:
     """Why no student is trained on labels alone; None where one is."""
     assert recipe.distill is not None
-    if recipe.task == "embedding":
+    if not recipe.spec.learns_from_labels:
         return "no labels"
     return None if recipe.distill.baseline else "distill.baseline: false"
 
@@ -66,7 +67,7 @@ def compare_students(
     tokenizer = build.tokenizer_of(recipe, pretrained)
     task = build.build_task(recipe, tokenizer, data.labelled)
     limit = build.limit_of(recipe, pretrained, tokenizer)
-    encoded = build.encode(recipe, task, data.eval, limit=limit, training=False, labelled=task.answers != "vectors")
+    encoded = build.encode(recipe, task, data.eval, limit=limit, training=False, labelled=task.spec.learns_from_labels)
     comparer = _Comparer(recipe, teachers, task, data.eval, encoded, progress, from_weights=from_weights)
     seeds: list[Seed] = []
     for seed in sorted({arm.seed for arm in arms}):
@@ -147,7 +148,7 @@ class _Comparer:
             counts = next(iter(said.values())).counts
             where = torch.tensor([self._index[e.row] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
             told = TaughtLogits(self._shares, first, batch, counts) if self._shares else None
-            if self._task.answers == "vectors":
+            if self._task.spec.predicts == "vectors":
                 for who, outputs in said.items():
                     assert told is not None
                     scores[who].vectors(outputs.values, told.rows(slice(None)))
@@ -162,7 +163,7 @@ class _Comparer:
             for chosen in _chunks(len(outputs) if told else 0):
                 assert outputs.targets is not None and told is not None
                 scores["teacher"].logits(told.rows(chosen), outputs.targets[chosen], where[chosen])
-            if self._task.class_names and self._task.answers == "tokens":
+            if self._task.class_names and self._task.spec.classes_from == "eval.choices":
                 for who, model in (*models.items(), *self._teachers.choosers(self._task)):
                     scores[who].choices(self._task.score(model, batch), where)
 
@@ -178,7 +179,7 @@ class _Comparer:
 
 def _beginning(recipe: Recipe) -> Target | None:
     """The student as it began, where its untrained answers mean something: not with a new head or made-up weights."""
-    if recipe.classifies or recipe.model.name.startswith("shape:"):
+    if recipe.spec.classifies or recipe.model.name.startswith("shape:"):
         return None
     return Target("base", LoadedRecipe(recipe.model_copy(update={"distill": None, "lock": None}), "cut"), None)
 
@@ -189,8 +190,8 @@ class _Scores:
     def __init__(self, task: Task, num_rows: int, headline: str) -> None:
         self._task, self._num_rows = task, num_rows
         self._of_class = (headline, *class_metrics(task.class_names).get(headline, ("", -1)))
-        self._vectors = EmbeddingComparison() if task.answers == "vectors" else None
-        self._logits = None if self._vectors else Comparison(num_rows, unit=task.answers)  # type: ignore[arg-type]
+        self._vectors = EmbeddingComparison() if task.spec.predicts == "vectors" else None
+        self._logits = None if self._vectors else Comparison(num_rows, predicts=task.spec.predicts)
         self._chosen: dict[int, tuple[int, int]] = {}
         self._any = False
 
@@ -207,7 +208,7 @@ class _Scores:
     def choices(self, scores: Any, where: Tensor) -> None:
         """Answers chosen among eval.choices, one per row."""
         rows = where.unique_consecutive().tolist()
-        for row, said, right in zip(rows, scores.predictions, scores.references, strict=True):
+        for row, said, right in zip(rows, scores["predictions"], scores["references"], strict=True):
             self._chosen[row] = (said, right)
 
     def estimates(self) -> dict[str, Estimate]:
@@ -216,18 +217,23 @@ class _Scores:
         if self._vectors is not None:
             return self._vectors.estimates()
         assert self._logits is not None
-        statistics = self._logits.statistics()
+        columns = self._logits.columns()
         if self._chosen:
-            said, right = (np.array([self._chosen[row][i] for row in range(self._num_rows)]) for i in (0, 1))
-            statistics |= {"accuracy": row_metrics.mean(said == right), "f1_macro": row_metrics.macro_f1(said, right)}
+            chosen, right = (
+                np.array([self._chosen[row][i] for row in range(self._num_rows)], dtype=np.float64) for i in (0, 1)
+            )
+            columns |= {
+                "predicted_class": chosen,
+                "true_class": right,
+                "correct_classes": (chosen == right).astype(np.float64),
+                "class_positions": np.ones(self._num_rows),
+            }
+        statistics = row_statistics(columns)
         some: dict[str, int] = {}
         headline, family, index = self._of_class
         if family:
-            if not self._chosen:
-                said, right = self._logits.predictions, self._logits.references
-            statistics[headline] = row_metrics.of_class(family, said, right, index)
             # Of the rows of this class, or of those that are taken for it: far fewer than all.
-            some[headline] = int(np.sum((said if family == "precision" else right) == index))
+            statistics[headline], some[headline] = class_statistic(family, columns, index)
         return bootstrap(statistics, self._num_rows, shares=SHARES, shares_of=some)
 
     def figures(self) -> dict[str, float]:

@@ -246,7 +246,7 @@ def _check(loaded: LoadedRecipe, resumed: Path | None, progress: Progress) -> tu
     check_routes(recipe, data)
     fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
     task = build.build_task(recipe, tokenizer, data.labelled)
-    check_models(recipe, task, load_skeleton(pretrained, auto_class=task.auto_class, **task.model_kwargs()))
+    check_models(recipe, task, load_skeleton(pretrained, auto_class=task.spec.auto_class, **task.model_kwargs()))
     for index, key in enumerate(teacher_keys(recipe)):
         fingerprints[key.removeprefix("distill.")] = teacher_fingerprint(recipe, index)
     locked = loaded if resumed is None else open_run(resumed).recipe()
@@ -304,7 +304,7 @@ def _resume_hint(folder: Path) -> str:
 
 
 def _environment(loaded: LoadedRecipe, data: build.DataParts) -> dict[str, Any]:
-    if not loaded.recipe.classifies:
+    if not loaded.recipe.spec.classifies:
         return {}
     return {"class_names": class_names(build.read_class_labels(loaded.recipe, data.labelled))}
 

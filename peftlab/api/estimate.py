@@ -8,10 +8,8 @@ from typing import Any
 
 from peftlab.models import resolve_precision
 from peftlab.recipe import Recipe
+from peftlab.specs.storages import STORAGES
 
-# Time of a training step over that of its matmuls alone, by storage of the frozen weights, measured on 2 CPU cores with
-# the shipped recipes (1.8 to 2.5, NF4 1.1 to 3.5 as the machine's speed moved): norms, activations, optimizer, dequantizing.
-_OVERHEAD = {"none": 2.0, "nf4": 2.4, "int8": 2.4}
 # Of each adapted linear in each step, whatever its size: Python and launches, forward and backward.
 _LAUNCH_SECONDS = 1e-3
 # Rows of the measured matmul: enough to fill the device, as micro-batches do.
@@ -42,7 +40,7 @@ def estimate_seconds(
     flops += 4.0 * scored * shape["head"]
     dtype = resolve_precision(recipe.train.precision, device)
     speed = _matmul_speed(shape["widest"], dtype, device)
-    seconds = _OVERHEAD[recipe.model.quantize] * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
+    seconds = STORAGES[recipe.model.quantize].overhead * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
     return {"seconds": seconds, "flops": flops, "flops_per_s": speed}
 
 
@@ -52,7 +50,7 @@ def forward_seconds(
     """Seconds that a model takes to read ``tokens``; arguments as ``estimate_seconds``, storage as model.quantize."""
     shape = _shape_of(skeleton)
     flops = 2.0 * (tokens * shape["body"] + 2 * squares * shape["attention_width"] + scored * shape["head"])
-    return _OVERHEAD[storage] * flops / _matmul_speed(shape["widest"], dtype, device)
+    return STORAGES[storage].overhead * flops / _matmul_speed(shape["widest"], dtype, device)
 
 
 def _shape_of(model: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def evaluate(
     found = find_target(target, recipe, overrides)
     with build.located(found.loaded):
         settings = found.loaded.recipe
-        if settings.task == "embedding":
+        if not settings.spec.learns_from_labels:
             raise RecipeError(
                 "there are no labels to score vectors with; `peftlab distill` compares a student's with its teacher's",
                 key="task",
@@ -128,7 +128,7 @@ def _rows_of_file(path: Path, encoding: str) -> Rows:
 
 
 def _check_room_to_answer(max_new_tokens: int, opened: Opened) -> None:
-    if opened.target.loaded.recipe.task == "causal_lm" and max_new_tokens >= opened.limit:
+    if opened.task.spec.generates and max_new_tokens >= opened.limit:
         raise RecipeError(
             f"the model reads at most {opened.limit:,} tokens, which leaves no room for a prompt beside an answer of "
             f"{max_new_tokens:,}",
@@ -166,7 +166,7 @@ class Chat:
         build.prepare_libraries()
         found = _chat_target(target, recipe, overrides)
         with build.located(found.loaded):
-            if found.loaded.recipe.task != "causal_lm":
+            if not found.loaded.recipe.spec.generates:
                 raise RecipeError(f"chat needs a language model; this is a {found.loaded.recipe.task} run: use predict")
             self._opened = open_target(found, progress or SilentProgress())
             _check_room_to_answer(max_new_tokens, self._opened)

@@ -189,7 +189,7 @@ class _Reference:
     def run(self, model: Any) -> list[torch.Tensor]:
         model.eval()
         said = [self.task.outputs(model, batch) for batch in self.batches]
-        if self.task.answers != "vectors":
+        if self.task.spec.predicts != "vectors":
             return [outputs.logits().float().cpu() for outputs in said]
         # The components of a unit vector stand for logits: those of equal vectors are equal, and the largest one is apart
         # from the others where two texts' vectors may not be.
@@ -269,7 +269,7 @@ def _reload(folder: Path, task: Task, device: str) -> Any:
     import transformers
 
     with quiet():
-        return getattr(transformers, task.auto_class).from_pretrained(folder, dtype="auto").to(device).eval()
+        return getattr(transformers, task.spec.auto_class).from_pretrained(folder, dtype="auto").to(device).eval()
 
 
 def _tied_head(base: Any) -> tuple[bool, bool]:

@@ -113,7 +113,7 @@ def open_target(target: Target, progress: Progress, *, rows: Any = None, **model
     pretrained = build.pretrained_of(recipe)
     _check_same_model(target, pretrained)
     tokenizer = build.tokenizer_of(recipe, pretrained)
-    if rows is None and recipe.classifies and target.classes is None:
+    if rows is None and recipe.spec.classifies and target.classes is None:
         rows = build.load_data(recipe).labelled
     task = build.build_task(recipe, tokenizer, rows, classes=target.classes)
     progress.stage(f"loading {recipe.model.name}")

@@ -23,15 +23,13 @@ from peftlab.data import BatchPlan, Ledger, Rows
 from peftlab.errors import RecipeError, ResourceError
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
+from peftlab.specs.storages import STORAGES
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distilling import DistillLoss
 from peftlab.training.loop import LoopSettings
 from peftlab.training.memory import release_memory
 from peftlab.training.progress import Progress, SilentProgress
 
-# What one more micro-batch costs, in padded tokens: launches and weight traffic that do not depend on its size, and
-# dequantization. Measured with bench/peers.py --split-cost on 2 cores; a GPU needs thousands of tokens to fill.
-_SPLIT_COST = {"cpu": {"none": 64, "nf4": 128, "int8": 128}, "cuda": {"none": 2048, "nf4": 2048, "int8": 2048}}
 # Twice as many rows at once are no faster on 2 cores, and take 200 MB more for MiniLM (bench/README.md).
 _MOST_TOKENS = {"cpu": 1024, "cuda": None}
 # Rows that run.json names for each reason to leave rows out; `check --json` names all.
@@ -165,7 +163,7 @@ def prepare(
     recipe, device = loaded.recipe, accelerator.device.type
     progress.stage("reading data")
     data = build.load_data(recipe, transfer=teachers is not None)
-    progress.stage(f"loading {recipe.input_reader} of {recipe.model.name}")
+    progress.stage(f"loading {recipe.spec.reader} of {recipe.model.name}")
     pretrained = build.pretrained_of(recipe)
     tokenizer = build.tokenizer_of(recipe, pretrained)
     fingerprints = build.fingerprints_of(pretrained, tokenizer, data)
@@ -222,10 +220,10 @@ def trainable(recipe: Recipe, model: Any, task: Task) -> tuple[Any, list[str], A
     if a.method == "none":
         return model, [], train_all(model, freeze=a.freeze)
     check_targets(model, a.targets)
-    planned = planned_modules(model, peft_type=task.peft_type, targets=a.targets)
+    planned = planned_modules(model, peft_type=task.spec.peft_type, targets=a.targets)
     model = add_lora(
         model,
-        peft_type=task.peft_type,
+        peft_type=task.spec.peft_type,
         rank=a.rank,
         alpha=a.alpha,
         dropout=a.dropout,
@@ -246,7 +244,7 @@ def _method(recipe: Recipe) -> str:
 def _full_logits_reason(recipe: Recipe, model: Any) -> str | None:
     """Why the loss of a language model's head does not run fused; None where it does, or where there is no such head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings() if recipe.task == "causal_lm" else None
+    head = base.get_output_embeddings() if recipe.spec.predicts == "tokens" else None
     if head is None:
         return None
     return "run.kernels=reference" if recipe.run.kernels == "reference" else head_reason(head)
@@ -274,7 +272,7 @@ def make_plan(
         seed=recipe.run.seed,
         epochs=t.epochs,
         max_steps=t.max_steps,
-        split_cost=_SPLIT_COST[device][recipe.model.quantize],
+        split_cost=STORAGES[recipe.model.quantize].split_cost[device],
         most_tokens=_MOST_TOKENS[device],
         packing=packing,
         span=span,

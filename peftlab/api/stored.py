@@ -39,10 +39,12 @@ def lesson_identity(recipe: Recipe, task: Task, data: build.DataParts, limit: in
     split = recipe.data.model_dump(include={"eval", "eval_fraction", "eval_rows", "exclude"})
     split["seed"] = build.data_seed(recipe)
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins"})
-    template["chat"] = getattr(task.tokenizer, "chat_template", None) if recipe.task == "causal_lm" else None
+    template["chat"] = getattr(task.tokenizer, "chat_template", None) if recipe.spec.generates else None
     return {
         "task": recipe.task,
-        "tokenizer": task.tokenizer.fingerprint if recipe.task == "image_cls" else fingerprint(task.tokenizer),
+        "tokenizer": task.tokenizer.fingerprint
+        if recipe.spec.reader == "image processor"
+        else fingerprint(task.tokenizer),
         "template": _hash(template),
         "max_length": limit,
         "too_long": recipe.data.too_long,
@@ -124,7 +126,7 @@ def is_stored(recipe: Recipe) -> bool:
 def planned_fill(recipe: Recipe, task: Task, skeleton: Any) -> Fill:
     """How the recipe will store the teacher ``skeleton``, from its configuration alone. Raises: RecipeError."""
     num_classes, width = None, skeleton.config.get_text_config().hidden_size
-    if recipe.task == "causal_lm":
+    if recipe.spec.predicts == "tokens":
         num_classes = len(task.tokenizer)
     elif task.class_names:  # few classes: their logits themselves are what `hidden` stores
         num_classes = width = len(task.class_names)

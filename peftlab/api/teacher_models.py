@@ -191,7 +191,7 @@ def teacher_target(recipe: Recipe, index: int) -> Target:
         "trust_remote_code": recipe.model.trust_remote_code,
         "attention": recipe.model.attention,
     }
-    if recipe.task == "causal_lm":
+    if recipe.spec.generates:
         model["chat_template"] = recipe.model.chat_template
     update = {
         "model": type(recipe.model)(**model),
@@ -206,7 +206,7 @@ def teacher_target(recipe: Recipe, index: int) -> Target:
 
 def _labels(recipe: Recipe) -> list[str] | None:
     """What the columns of a model's own head mean."""
-    return label_names(build.pretrained_of(recipe)) if recipe.classifies else None
+    return label_names(build.pretrained_of(recipe)) if recipe.spec.classifies else None
 
 
 def backbone_columns(recipe: Recipe, index: int, student: Task, columns: Columns) -> Columns:
@@ -221,13 +221,13 @@ def backbone_columns(recipe: Recipe, index: int, student: Task, columns: Columns
 def _columns(recipe: Recipe, student: Task, theirs: Task, key: str) -> tuple[Columns, bool, list[str]]:
     """Which of the teacher's columns the student has, whether it reads texts in its own way, and notes."""
     assert recipe.distill is not None
-    if recipe.task == "image_cls":
+    if recipe.spec.reader == "image processor":
         assert student.class_names is not None
         same = student.tokenizer.fingerprint == theirs.tokenizer.fingerprint
         notes = [] if same else ["teacher and student have different image processors: each sees images with its own"]
         return Columns(order=_same_classes(student.class_names, theirs.class_names or [], key)), not same, notes
     compared = compare(student.tokenizer, theirs.tokenizer)
-    if recipe.task == "causal_lm":
+    if recipe.spec.predicts == "tokens":
         try:
             require_same(student.tokenizer, theirs.tokenizer, cross_tokenizer=recipe.distill.cross_tokenizer)
         except RecipeError as error:

@@ -74,7 +74,9 @@ class Teachers:
             self._check_width(model, columns.count)
         losses = [] if self.translated(task) else d.losses or [self._default_loss(task, model)]
         terms: list[Any] = [
-            (loss.weight, self._objective(loss.kind)) for loss in losses if not loss.compares_layers(self._recipe.task)
+            (loss.weight, self._objective(loss.kind))
+            for loss in losses
+            if not loss.compares_layers(self._recipe.spec.predicts)
         ]
         if self.translated(task):
             terms = [(1.0, UldObjective(d.temperature))]
@@ -143,7 +145,7 @@ class Teachers:
 
     def columns(self, task: Task) -> Columns:
         """The columns that the student and all teachers have. Of stored targets no teacher is loaded to find out."""
-        if self._recipe.task != "causal_lm":
+        if self._recipe.spec.predicts != "tokens":
             return Columns()
         # Of a teacher whose answers are stored that is known without it: with a cache it is not in memory while students train.
         counts = [
@@ -273,7 +275,7 @@ class Teachers:
             self._progress.note(f"vocabulary: {count:,} ids are compared of the student's {width:,} columns")
 
     def _default_loss(self, task: Task, model: Any) -> LossSection:
-        if task.answers != "vectors":
+        if task.spec.predicts != "vectors":
             return LossSection(kind="forward_kl")
         section = self._distill.all_teachers[0]
         widths = [m.config.hidden_size for m in (model, *([] if section.name == SELF else [self.model(0, task).model]))]
@@ -305,7 +307,7 @@ class Teachers:
 
 def inner_settings(recipe: Recipe, losses: Sequence[LossSection]) -> list[Any]:
     """Those of ``losses`` that compare layers, as ``plan_inner_losses`` takes them."""
-    return [(x.kind, x.weight, x.layers, x.relation_heads) for x in losses if x.compares_layers(recipe.task)]
+    return [(x.kind, x.weight, x.layers, x.relation_heads) for x in losses if x.compares_layers(recipe.spec.predicts)]
 
 
 class _Takes:

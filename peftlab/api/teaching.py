@@ -289,8 +289,8 @@ def _plan(lesson: Lesson, index: int) -> dict[str, Any]:
     target = teacher_target(recipe, index)
     theirs = target.loaded.recipe
     pretrained = build.pretrained_of(theirs)
-    skeleton = load_skeleton(pretrained, auto_class=lesson.task.auto_class, **lesson.task.model_kwargs())
-    head = skeleton.get_output_embeddings() if recipe.task == "causal_lm" else None
+    skeleton = load_skeleton(pretrained, auto_class=lesson.task.spec.auto_class, **lesson.task.model_kwargs())
+    head = skeleton.get_output_embeddings() if recipe.spec.predicts == "tokens" else None
     fill = planned_fill(recipe, lesson.task, skeleton)
     examples = _examples_of(lesson, index)
     lengths = np.array([len(e) for e in examples], dtype=np.int64)

@@ -77,7 +77,7 @@ def train(
         checkpoint = _newest_checkpoint(folder) if resume else None
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
-        if loaded.recipe.task == "embedding":
+        if not loaded.recipe.spec.learns_from_labels:
             raise RecipeError(
                 "sentence embeddings are learned from a teacher's vectors: name it in a section distill and run `peftlab "
                 "distill`",
@@ -351,7 +351,7 @@ def _environment(parts: Parts) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
     environment: dict[str, Any] = {"device": name, "precision": parts.precision, "threads": torch.get_num_threads()}
     environment["kernel_plans"] = plans_in_use()
-    if parts.task.class_names and parts.recipe.classifies:
+    if parts.task.class_names and parts.recipe.spec.classifies:
         environment["class_names"] = parts.task.class_names
     return environment
 
@@ -374,7 +374,7 @@ def _loop(
     return TrainingLoop(
         model=parts.model,
         task=parts.task,
-        train=parts.train,
+        train=parts.train.examples,
         plan=parts.plan,
         settings=loop_settings(parts.recipe),
         accelerator=accelerator,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,21 @@ _PLACES += [
     (0, 38),
     (0, -44),
 ]
+
+# Okabe and Ito (2008): told apart by the colour-blind, too.
+_PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+_MARKS = "os^DvPX*"
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, by its place; after eight they come again."""
+    return dict(zip(names, itertools.cycle(_PALETTE), strict=False))
+
+
+def markers(names: Iterable[str]) -> dict[str, str]:
+    """A marker for each name, by its place; after eight they come again, one further, so that no colour meets its marker again."""
+    turned = itertools.chain.from_iterable((*_MARKS[i:], *_MARKS[:i]) for i in itertools.count())
+    return dict(zip(names, turned, strict=False))
 
 
 def save_pictures(build: Callable[[], Any], png: Path, svg: Path) -> None:

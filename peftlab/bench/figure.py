@@ -12,16 +12,12 @@ from typing import Any
 
 from peftlab.bench.drawing import place_labels, save_pictures
 from peftlab.bench.labels import CAPTIONS, cell_label, dimensions, machine_text, memory_unit, protocol_text
+from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.specs.storages import STORAGES
 
-# Okabe and Ito (2008): told apart by the colour-blind, too.
-COLOURS = {"none": "#0072B2", "nf4": "#D55E00", "int8": "#009E73"}
-_WEIGHTS = {"none": "dense weights", "nf4": "NF4 weights", "int8": "int8 weights"}
-MARKERS = {"auto": "o", "cpu-bf16": "s", "cpu-int8": "D", "reference": "^"}
-_PATHS = {
-    "auto": "fused path",
-    "cpu-bf16": "fused, bfloat16 operands",
-    "cpu-int8": "fused, int8 operands",
-    "reference": "PEFT's path",
+# PEFT's path is a hollow triangle.
+MARKERS = dict(zip((mode.name for mode in KERNEL_MODES.values() if mode.benched), "osDvP", strict=False)) | {
+    "reference": "^"
 }
 _GREY = "#666666"
 _WIDTH, _PANEL_HEIGHT, _KEY_LINE, _LEFT = 10.0, 4.6, 0.19, 0.085
@@ -93,8 +89,8 @@ def _panel(axes: Any, work: str, cells: Sequence[tuple[int, Mapping[str, Any]]])
             yerr=[[max(0.0, y - speed[low])], [max(0.0, speed[high] - y)]],
             xerr=[[x - memory["q1"] / scale], [memory["q3"] / scale - x]],
             fmt=MARKERS[cell["kernels"]],
-            color=COLOURS[cell["quantize"]],
-            markerfacecolor="white" if cell["kernels"] == "reference" else COLOURS[cell["quantize"]],
+            color=STORAGES[cell["quantize"]].colour,
+            markerfacecolor="white" if cell["kernels"] == "reference" else STORAGES[cell["quantize"]].colour,
             markersize=8,
             markeredgewidth=1.6,
             capsize=3,
@@ -129,9 +125,11 @@ def _key(axes: Any, cells: Sequence[tuple[int, Mapping[str, Any]]], varying: Seq
     for kernels in dict.fromkeys(cell["kernels"] for _, cell in cells):
         face = "white" if kernels == "reference" else _GREY
         handles.append(Line2D([], [], color=_GREY, marker=MARKERS[kernels], markerfacecolor=face, linestyle="",
-                              markersize=7, label=_PATHS[kernels]))  # fmt: skip
+                              markersize=7, label=KERNEL_MODES[kernels].long_label))  # fmt: skip
     for quantize in dict.fromkeys(cell["quantize"] for _, cell in cells):
-        handles.append(Line2D([], [], color=COLOURS[quantize], linewidth=5, label=_WEIGHTS[quantize]))
+        handles.append(
+            Line2D([], [], color=STORAGES[quantize].colour, linewidth=5, label=STORAGES[quantize].long_label)
+        )
     handles.append(Line2D([], [], color="#999999", linewidth=1.2, label="Pareto front"))
     legend = axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.03, 1.0), frameon=False, fontsize=9,
                          borderaxespad=0)  # fmt: skip

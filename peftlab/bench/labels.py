@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peftlab.bench.sweep import PATH_NAMES
+from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.specs.storages import STORAGES
 
 # Dimensions of a sweep: columns of the table where their values differ, else in the line above it.
 DIMENSIONS = {
@@ -40,9 +41,9 @@ def _fixed(name: str, value: Any) -> str:
 
 def value_text(name: str, value: Any) -> str:
     if name == "kernels":
-        return PATH_NAMES[value]
+        return KERNEL_MODES[value].label
     if name == "quantize":
-        return "dense" if value == "none" else str(value)
+        return STORAGES[value].label
     return "-" if value is None else str(value)
 
 

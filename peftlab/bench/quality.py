@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftlab.bench.drawing import place_labels, save_pictures
+from peftlab.bench.drawing import colours, markers, place_labels, save_pictures
 from peftlab.bench.labels import machine_text, memory_unit
 from peftlab.evaluation.intervals import over_rounds, over_seeds, quartiles
+from peftlab.specs.methods import VARIANTS
+from peftlab.specs.metrics import family_of
 
 RESULT, TABLE, PICTURE, VECTOR = "quality.json", "quality.csv", "quality.png", "quality.svg"
-COLOURS = {"lora": "#0072B2", "rslora": "#E69F00", "dora": "#D55E00", "full": "#009E73"}
-MARKERS = {"lora": "o", "rslora": "s", "dora": "^", "full": "D"}
+COLOURS, MARKERS = colours(VARIANTS), markers(VARIANTS)
 _GREY = "#666666"
 
 
@@ -43,7 +44,8 @@ def first_trials(records: Sequence[Mapping[str, Any]], name: str) -> dict[float,
 
 
 def smaller_is_better(metric: str) -> bool:
-    return metric == "loss"
+    spec = family_of(metric)
+    return spec is not None and not spec.higher_is_better
 
 
 def quality_rows(

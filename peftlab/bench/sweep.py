@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftlab.errors import RecipeError
+from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.specs.methods import VARIANTS
+from peftlab.specs.storages import STORAGES
+from peftlab.specs.tasks import TASKS
 
-METHODS = ("lora", "rslora", "dora", "full")
-QUANTIZE = ("none", "nf4", "int8")
-KERNELS = ("auto", "cpu-bf16", "cpu-int8", "reference")
 WORK = ("train", "generate")
-# What a person reads for run.kernels.
-PATH_NAMES = {"auto": "fused", "cpu-bf16": "fused bf16", "cpu-int8": "fused int8", "reference": "PEFT"}
+_KNOWN = {
+    "what": WORK,
+    "methods": tuple(VARIANTS),
+    "quantize": tuple(STORAGES),
+    "kernels": tuple(name for name, mode in KERNEL_MODES.items() if mode.benched),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Cell:
     """One configuration to measure.
 
     Attributes:
-        rank: None of full fine-tuning. kernels: the value of run.kernels. batch: rows of a step. length: tokens of a row, of
+        rank: None of a method without one. kernels: the value of run.kernels. batch: rows of a step. length: tokens of a row, of
             its prompt when it generates. adapters: that the rows of a batch are spread over.
     """
 
@@ -53,7 +58,7 @@ class Cell:
         rank = "" if self.rank is None else f" r{self.rank}"
         weights = "" if self.quantize == "none" else f" {self.quantize}"
         adapters = "" if self.adapters == 1 else f" of {self.adapters} adapters"
-        path = PATH_NAMES[self.kernels]
+        path = KERNEL_MODES[self.kernels].label
         return f"{self.what} {self.method}{rank}{weights} {path}, {self.batch} x {self.length} tokens{adapters}"
 
 
@@ -79,7 +84,6 @@ def make_sweep(**values: Sequence[Any]) -> Sweep:
 
     Raises: RecipeError for an empty dimension, an unknown name (with the nearest) or a number below 1.
     """
-    known = {"what": WORK, "methods": METHODS, "quantize": QUANTIZE, "kernels": KERNELS}
     checked: dict[str, tuple[Any, ...]] = {}
     for name, given in values.items():
         if not given:
@@ -87,11 +91,11 @@ def make_sweep(**values: Sequence[Any]) -> Sweep:
                 f"nothing to measure: --{name} is empty; leave it out for the recipe's own, or give a value"
             )
         for value in given:
-            if name in known and value not in known[name]:
-                near = difflib.get_close_matches(str(value), known[name], n=1, cutoff=0.5)
+            if name in _KNOWN and value not in _KNOWN[name]:
+                near = difflib.get_close_matches(str(value), _KNOWN[name], n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise RecipeError(f"--{name}: expected some of {', '.join(known[name])}, found {value!r}{hint}")
-            if name not in known and value < (2 if name == "length" else 1):
+                raise RecipeError(f"--{name}: expected some of {', '.join(_KNOWN[name])}, found {value!r}{hint}")
+            if name not in _KNOWN and value < (2 if name == "length" else 1):
                 least = "2 tokens, of which one is predicted" if name == "length" else "1"
                 raise RecipeError(f"--{name}: expected at least {least}, found {value}")
         checked[name] = tuple(dict.fromkeys(given))
@@ -99,14 +103,14 @@ def make_sweep(**values: Sequence[Any]) -> Sweep:
 
 
 def cells_of(sweep: Sweep) -> list[Cell]:
-    """The whole product, PEFT's path beside the fused one. Full fine-tuning has no rank and is there once, not once per
-    rank."""
+    """The whole product, PEFT's path beside the fused one. A method without a rank, such as full fine-tuning, is there once, not once
+    per rank."""
     ranks: tuple[int | None, ...] = sweep.ranks
     product = itertools.product(
         sweep.what, sweep.batch, sweep.length, sweep.adapters, sweep.methods, ranks, sweep.quantize, sweep.kernels
     )
     cells = [
-        Cell(what, method, None if method == "full" else rank, quantize, kernels, batch, length, adapters)
+        Cell(what, method, rank if VARIANTS[method][0].has_rank else None, quantize, kernels, batch, length, adapters)
         for what, batch, length, adapters, method, rank, quantize, kernels in product
     ]
     return list(dict.fromkeys(cells))
@@ -132,16 +136,18 @@ class Facts:
 
 def impossible(cell: Cell, facts: Facts) -> str | None:
     """Why ``cell`` cannot exist; None when it can, as far as is known before a model is loaded."""
-    if cell.quantize != "none" and facts.no_bitsandbytes is not None:
+    method, variant = VARIANTS[cell.method]
+    mode = KERNEL_MODES[cell.kernels]
+    if STORAGES[cell.quantize].is_quantized and facts.no_bitsandbytes is not None:
         return f"{cell.quantize} needs bitsandbytes, which does not import ({facts.no_bitsandbytes})"
-    if cell.method == "full" and cell.quantize != "none":
-        return f"{cell.quantize} weights cannot be trained: full fine-tuning needs --quantize none"
+    if not method.quantized and STORAGES[cell.quantize].is_quantized:
+        return f"{cell.quantize} weights cannot be trained: {method.label} needs --quantize none"
     if cell.kernels in facts.no_operands:
         return facts.no_operands[cell.kernels]
-    if cell.kernels.startswith("cpu-") and cell.method in ("full", "dora"):
+    if mode.operands is not None and not variant.fused:
         return f"{cell.kernels} rounds products with frozen weights under LoRA, and {cell.method} has no such path"
-    if cell.kernels == "cpu-int8" and cell.quantize != "int8":
-        return "cpu-int8 multiplies weights stored in int8: add --quantize int8"
+    if mode.storage not in (None, cell.quantize):
+        return f"{mode.name} multiplies weights stored in {mode.storage}: add --quantize {mode.storage}"
     if cell.what == "generate":
         return _no_generation(cell, facts)
     if cell.adapters > 1:
@@ -154,7 +160,7 @@ def impossible(cell: Cell, facts: Facts) -> str | None:
 
 
 def _no_generation(cell: Cell, facts: Facts) -> str | None:
-    if facts.task != "causal_lm":
+    if not TASKS[facts.task].generates:
         return f"task {facts.task} has nothing to generate"
     if cell.length + facts.new_tokens > facts.max_length:
         return (
@@ -162,10 +168,11 @@ def _no_generation(cell: Cell, facts: Facts) -> str | None:
         )
     if cell.adapters == 1:
         return None
-    if cell.method == "full":
+    method, variant = VARIANTS[cell.method]
+    if not method.adapts:
         return "without an adapter there are not several; leave full out"
-    if cell.method == "dora":
-        return "PEFT has no batch of several DoRA adapters; take lora"
+    if not variant.several:
+        return f"PEFT has no batch of several {'DoRA' if cell.method == 'dora' else cell.method} adapters; take lora"
     if cell.batch < cell.adapters:
         return f"{cell.batch} rows are fewer than {cell.adapters} adapters"
     return None

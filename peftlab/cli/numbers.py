@@ -7,10 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peftlab.api.ledger_text import printable as printable
-
-# Values without an upper bound; all other metrics are shares between 0 and 1.
-UNBOUNDED = {"loss", "perplexity"}
-LOWER_IS_BETTER = UNBOUNDED
+from peftlab.specs.metrics import family_of
 
 
 def number(value: Any) -> float:
@@ -28,9 +25,14 @@ def metric(name: str, value: Any) -> str:
     value = number(value)
     if not math.isfinite(value):
         return str(value)
-    if name not in UNBOUNDED:
+    if not _is_unbounded(name):
         return f"{value:.4f}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:#.4g}".removesuffix(".")
+
+
+def _is_unbounded(name: str) -> bool:
+    spec = family_of(name)
+    return spec is not None and math.isinf(spec.highest)
 
 
 def change(name: str, before: Any, after: Any) -> tuple[str, int]:
@@ -43,8 +45,11 @@ def change(name: str, before: Any, after: Any) -> tuple[str, int]:
     text = metric(name, abs(difference))
     if not text.strip("0.,"):
         return "=", 0
-    better = (difference < 0) == (name in LOWER_IS_BETTER)
-    return f"{'+' if difference > 0 else '-'}{text}", 1 if better else -1
+    spec = family_of(name)
+    sign = "+" if difference > 0 else "-"
+    if spec is None or spec.better is None:
+        return f"{sign}{text}", 0
+    return f"{sign}{text}", 1 if (difference > 0) == spec.higher_is_better else -1
 
 
 def small(value: Any) -> str:

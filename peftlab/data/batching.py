@@ -73,7 +73,7 @@ class BatchPlan:
         assert (batch_size is None) != (batch_tokens is None)
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
-        self._accumulate, self._grouping, self._seed = accumulate, grouping, seed
+        self._accumulate, self._grouping, self.seed = accumulate, grouping, seed
         self._split_cost, self._most_tokens = split_cost, most_tokens
         self._packing = packing
         self._epoch_cache: dict[int, list[list[Indices]]] = {}
@@ -118,7 +118,7 @@ class BatchPlan:
     def _epoch(self, epoch: int) -> list[list[Indices]]:
         """Rows of each step of an epoch, in one array, or one per pack. Only the last two epochs asked for are kept."""
         if epoch not in self._epoch_cache:
-            rng = np.random.default_rng([self._seed, epoch])
+            rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(len(self._lengths))
             steps = self._packed_steps(order, rng) if self.packed else self._row_steps(order, rng)
             self._epoch_cache = {k: v for k, v in self._epoch_cache.items() if k == epoch - 1} | {epoch: steps}

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peftlab.errors import DataError, VerificationError
-from peftlab.evaluation import row_metrics
 from peftlab.evaluation.calibration import Calibration
 from peftlab.evaluation.intervals import Estimate, Floats, Statistic, bootstrap
+from peftlab.specs.metrics import METRICS
+from peftlab.specs.tasks import Predicts
 
-Unit = Literal["tokens", "classes"]
 # Metrics that are 0 where no row (or token) is right and 1 where all are; see ``Estimate.interval``.
-SHARES = frozenset({"accuracy", "f1_macro", "token_accuracy", "exact_match", "agreement"})
+SHARES = frozenset(spec.headline for spec in METRICS.values() if spec.share and spec.rows)
 # Largest number of logits whose softmax exists at once: 16 MB of float32.
 _BLOCK = 2**22
 _COLUMNS = ("positions", "nll", "correct", "brier", "agree", "kl")
@@ -30,14 +29,14 @@ class Comparison:
 
     Args:
         num_rows: how many held-out rows there are. Models that are to be compared get the same rows.
-        unit: "tokens": a row has any number of scored positions (language model). "classes": exactly one.
+        predicts: see ``TaskSpec``. "tokens", "token classes": a row has any number of scored positions. "classes": exactly one.
 
     Attributes:
         calibration: of all positions.
     """
 
-    def __init__(self, num_rows: int, *, unit: Unit) -> None:
-        self.num_rows, self.unit = num_rows, unit
+    def __init__(self, num_rows: int, *, predicts: Predicts) -> None:
+        self.num_rows, self.predicts = num_rows, predicts
         self.calibration = Calibration()
         self._sums = {name: np.zeros(num_rows) for name in _COLUMNS}
         self._classes = np.full((2, num_rows), -1, dtype=np.int32)
@@ -66,7 +65,7 @@ class Comparison:
                 # On the CPU, where the order of the additions is fixed.
                 self._sums[name] += np.bincount(where[part], values[name].astype(np.float64), minlength=self.num_rows)
             self.calibration.add(values["confidence"].astype(np.float64), values["correct"])
-            if self.unit == "classes":
+            if self.predicts == "classes":
                 self._classes[0, where[part]] = values["top"]
                 self._classes[1, where[part]] = targets[part].cpu().numpy()
 
@@ -81,12 +80,12 @@ class Comparison:
 
     @property
     def predictions(self) -> NDArray[np.int32]:
-        """[num_rows] the top class of each row (unit "classes")."""
+        """[num_rows] the top class of each row (predicts "classes")."""
         return self._class_rows(0)
 
     @property
     def references(self) -> NDArray[np.int32]:
-        """[num_rows] the target of each row (unit "classes")."""
+        """[num_rows] the target of each row (predicts "classes")."""
         return self._class_rows(1)
 
     def statistics(self) -> dict[str, Statistic]:
@@ -98,23 +97,30 @@ class Comparison:
         Raises:
             DataError: no position was added.
         """
-        positions, nll, correct = (self._sums[name] for name in ("positions", "nll", "correct"))
-        if not positions.any():
+        from peftlab.evaluation.modules import row_statistics  # they import what takes seconds
+
+        return row_statistics(self.columns())
+
+    def columns(self) -> dict[str, Floats]:
+        """[num_rows] what ``statistics`` is computed from, by the names in ``specs.metrics``.
+
+        Raises:
+            DataError: no position was added.
+        """
+        if not self._sums["positions"].any():
             raise DataError("expected positions to score, found none: the evaluation data has no rows to score")
-        metrics = {"loss": row_metrics.ratio(nll, positions)}
-        if self.unit == "classes":
-            metrics["accuracy"] = row_metrics.ratio(correct, positions)
-            metrics["f1_macro"] = row_metrics.macro_f1(self.predictions, self.references)
-            metrics["brier"] = row_metrics.ratio(self._sums["brier"], positions)
+        positions, correct = self._sums["positions"], self._sums["correct"]
+        columns: dict[str, Floats] = {"positions": positions, "nll": self._sums["nll"]}
+        if self.predicts == "tokens":
+            columns |= {"tokens": positions, "correct_tokens": correct}
         else:
-            metrics["perplexity"] = row_metrics.exp_ratio(nll, positions)
-            metrics["token_accuracy"] = row_metrics.ratio(correct, positions)
-            any_at_all = positions > 0
-            metrics["exact_match"] = row_metrics.ratio(any_at_all & (correct == positions), any_at_all)
+            columns |= {"class_positions": positions, "correct_classes": correct}
+        if self.predicts == "classes":
+            predicted, true = (np.asarray(rows, dtype=np.float64) for rows in (self.predictions, self.references))
+            columns |= {"brier": self._sums["brier"], "predicted_class": predicted, "true_class": true}
         if self._has_teacher:
-            metrics["agreement"] = row_metrics.ratio(self._sums["agree"], positions)
-            metrics["kl"] = row_metrics.ratio(self._sums["kl"], positions)
-        return metrics
+            columns |= {"agree": self._sums["agree"], "kl": self._sums["kl"]}
+        return columns
 
     def estimates(self, *, seed: int = 0) -> dict[str, Estimate]:
         """``statistics`` on all rows and on resampled rows. Raises: as ``statistics``."""
@@ -122,9 +128,9 @@ class Comparison:
 
     def _class_rows(self, which: int) -> NDArray[np.int32]:
         positions = self._sums["positions"]
-        if self.unit != "classes" or (positions != 1).any():
+        if self.predicts != "classes" or (positions != 1).any():
             raise ValueError(
-                f"expected unit 'classes' and one position in each of {self.num_rows} rows, found unit {self.unit!r} and "
+                f"expected classes and one position in each of {self.num_rows} rows, found {self.predicts} and "
                 f"{int((positions != 1).sum())} rows with none or several"
             )
         rows: NDArray[np.int32] = self._classes[which]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peftlab.data import eval_batches
-from peftlab.evaluation.metrics import Scorer
+from peftlab.evaluation.scorer import Scorer
 
 
 @torch.no_grad()
@@ -30,12 +30,8 @@ def evaluate_examples(
         for part in eval_batches(encoded.lengths, batch_tokens):
             batch = task.collate([encoded.examples[i] for i in part], device)
             with autocast():
-                scores = task.score(model, batch)
-            scorer.add_tokens(scores.nll_sum, scores.num_tokens, scores.num_correct)
-            if scores.exact:
-                scorer.add_rows(scores.exact)
-            if scores.predictions:
-                scorer.add_classes(scores.predictions, scores.references)
+                columns = task.score(model, batch)
+            scorer.add(columns)
     finally:
         model.train(was_training)
     return scorer.compute()

@@ -42,40 +42,9 @@ def exp_ratio(numerators: ArrayLike, denominators: ArrayLike) -> Statistic:
     return statistic
 
 
-def macro_f1(predictions: ArrayLike, references: ArrayLike) -> Statistic:
-    """F1 averaged over the classes that occur among the drawn rows, as prediction or reference (scikit-learn's rule).
-
-    Args:
-        predictions, references: [N] class indices.
-    """
-    from scipy.sparse import csr_array
-
-    predicted, true = np.asarray(predictions), np.asarray(references)
-    num_classes = int(max(predicted.max(), true.max())) + 1
-    everyone = np.arange(len(true))
-
-    def one_hot(classes: np.ndarray, rows: np.ndarray) -> csr_array:
-        return csr_array((np.ones(len(rows)), (rows, classes)), shape=(len(true), num_classes))
-
-    hits = np.flatnonzero(predicted == true)
-    hit, found, there = one_hot(true[hits], hits), one_hot(predicted, everyone), one_hot(true, everyone)
-
-    def statistic(counts: Floats) -> Floats:
-        size = counts @ found + counts @ there
-        f1 = np.divide(2 * (counts @ hit), size, out=np.zeros_like(size), where=size > 0)
-        return np.asarray(f1.sum(axis=1) / (size > 0).sum(axis=1))
-
-    return statistic
-
-
-def of_class(family: str, predictions: ArrayLike, references: ArrayLike, index: int) -> Statistic:
-    """Recall, precision or F1 of the class ``index``; 0 where no drawn row has it (scikit-learn's rule).
-
-    Args: family: recall, precision or f1. predictions, references: [N] class indices.
-    """
-    predicted, true = (np.asarray(values) == index for values in (predictions, references))
-    divisor = {"recall": 2.0 * true, "precision": 2.0 * predicted, "f1": 1.0 * true + predicted}[family]
-    share = ratio(2.0 * (predicted & true), divisor)
+def share_of_class(numerators: ArrayLike, denominators: ArrayLike) -> Statistic:
+    """``ratio``, but 0 where no drawn row has a denominator (scikit-learn's rule)."""
+    share = ratio(numerators, denominators)
 
     def statistic(counts: Floats) -> Floats:
         return np.nan_to_num(share(counts), nan=0.0)

@@ -36,6 +36,10 @@ class SentenceFiles:
     max_length: int | None = None
     files: tuple[tuple[str, Path], ...] = ()
 
+    def writer(self, tokenizer: Any, *, pooling: str) -> SentenceWriter:
+        """What writes ``tokenizer`` and these files beside a model."""
+        return SentenceWriter(tokenizer, self, pooling=pooling)
+
 
 def sentence_files(pretrained: Pretrained) -> SentenceFiles:
     """What the folder of a model has of sentence-transformers.

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from peftlab.recipe.section import DType, Section
+from peftlab.recipe.section import DType, Section, StorageName
+from peftlab.specs.losses import LOSSES
 
-LossName = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "jsd",
-    "tvd",
-    "hidden_cosine",
-    "hidden_mse",
-    "similarity_mse",
-    "similarity_kl",
-    "attention_mse",
-    "attention_kl",
-    "relation_kl",
-]
-_OF_LAYERS = ("hidden_cosine", "hidden_mse", "attention_mse", "attention_kl", "relation_kl")
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[tuple(LOSSES)]
+
 SELF = "self"
 
 
@@ -35,7 +25,7 @@ class TeacherSection(Section):
         None, description="folder of a PEFT adapter to put on that model; with name: self beside the student's own"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
-    quantize: Literal["none", "nf4", "int8"] | None = Field(
+    quantize: StorageName | None = Field(
         None, description="storage of the teacher's linear weights; default none, of a run the run's own"
     )
     dtype: DType = Field("auto", description="dtype of the teacher's other weights")
@@ -105,19 +95,17 @@ class LossSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.kind not in _OF_LAYERS:
+        if "layers" not in LOSSES[self.kind].keys:
             self._reject_unless_default(["layers"], f"for kind: {self.kind}, which compares answers")
         if self.layers == {}:
             raise ValueError("layers: names none; write {0: 1} for the student's layer 0 and the teacher's layer 1")
-        if self.kind != "relation_kl":
+        if "relation_heads" not in LOSSES[self.kind].keys:
             self._reject_unless_default(["relation_heads"], f"for kind: {self.kind}")
         return self
 
-    def compares_layers(self, task: str) -> bool:
-        """Whether it is about what is inside the models, and not about their answers."""
-        return self.kind in _OF_LAYERS and (
-            task != "embedding" or self.layers is not None or not self.kind.startswith("hidden")
-        )
+    def compares_layers(self, predicts: str) -> bool:
+        """Whether it is about what is inside the models, and not about their answers. Args: predicts: of the task."""
+        return LOSSES[self.kind].compares_layers(predicts, layers_given=self.layers is not None)
 
 
 class TargetsSection(Section):
@@ -232,15 +220,13 @@ class DistillSection(Section):
         names = [loss.kind for loss in self.losses]
         if len(set(names)) < len(names):
             raise ValueError("losses: the same kind stands there twice")
-        needs_all = [
-            name for name in names if name not in ("forward_kl", "similarity_mse", "similarity_kl", *_OF_LAYERS)
-        ]
+        needs_all = [name for name in names if LOSSES[name].needs_every_class]
         if self.cache is not None and self.targets.fill != "hidden" and needs_all:
             raise ValueError(
                 f"losses: {needs_all[0]} needs the teacher's probability of every class, and the cache stores some; write "
                 "targets: {fill: hidden}, or leave out cache"
             )
-        if not {"jsd", "skew_forward_kl", "skew_reverse_kl"} & set(names):
+        if not any("share" in LOSSES[name].keys for name in names):
             self._reject_unless_default(["share"], "without jsd or a skewed divergence among the losses")
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,25 @@ class LoadedRecipe:
     name: str
     path: Path | None = None
     origins: dict[str, str] = field(default_factory=dict)
+
+    def derive(self, changes: Mapping[str, Any], *, name: str | None = None) -> LoadedRecipe:
+        """The recipe with other values, checked like any other.
+
+        Args: changes: dotted key -> value. name: of the new recipe, default the same.
+        Raises: RecipeError with everything that is wrong with them.
+        """
+        data = self.recipe.model_dump()
+        for key, value in changes.items():
+            *sections, last = key.split(".")
+            node = data
+            for section in sections:
+                node = node[section]
+            node[last] = value
+        try:
+            recipe = Recipe.model_validate(data)
+        except ValidationError as error:
+            raise report(translate(error, data), {}, "the recipe") from error
+        return replace(self, recipe=recipe, name=self.name if name is None else name)
 
     def where(self, key: str) -> str | None:
         """Origin of the key or of its nearest parent; None when neither was given."""

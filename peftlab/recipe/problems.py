@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from peftlab.errors import RecipeError
 from peftlab.recipe.keys import Spec, did_you_mean, is_section, known_keys, names_in, spec_at
+from peftlab.recipe.rules import BrokenRules
 from peftlab.recipe.yaml_lines import Lines, Problem
 
 # Stands in for a line number; larger than any, so that these problems are listed last.
@@ -49,6 +50,9 @@ def translate(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
             found[key] = Problem(key, _unknown(path))
         elif detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
             found[key] = Problem(key, _missing(path))
+        elif isinstance(broken := detail.get("ctx", {}).get("error"), BrokenRules):
+            for problem in _from_rules(broken, data):
+                found.setdefault(problem.key or problem.message, problem)
         elif detail["type"] == "value_error":
             found.update({p.key: p for p in _from_validator(key, detail["msg"], data)})
         else:
@@ -108,6 +112,23 @@ def _missing(path: KeyPath) -> str:
     assert spec is not None
     expected = " section" if is_section(spec.kind) else f"; expected {_describe(spec)}"
     return f"missing{expected} ({spec.description})"
+
+
+def _from_rules(broken: BrokenRules, data: dict[str, Any]) -> Iterator[Problem]:
+    """A problem at each key that the recipe gives, else one without a place."""
+    for keys, message in broken.found:
+        if all(_is_given(key, data) for key in keys):
+            yield from (Problem(key, message) for key in keys)
+        else:
+            yield Problem("", f"{', '.join(keys)}: {message}")
+
+
+def _is_given(key: str, data: Any) -> bool:
+    for part in key.split("."):
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return True
 
 
 def _from_validator(section: str, message: str, data: dict[str, Any]) -> list[Problem]:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from peftlab.recipe.distillation import SELF, DistillSection
-from peftlab.recipe.section import DType, Section
+from peftlab.recipe.distillation import DistillSection
+from peftlab.recipe.rules import check_rules
+from peftlab.recipe.section import DType, Section, StorageName
+from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.specs.methods import METHODS, MethodSpec
+from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
+from peftlab.specs.tasks import COLUMNS, TASKS, TaskSpec
 
-TaskName = Literal["causal_lm", "seq_cls", "image_cls", "embedding"]
+if TYPE_CHECKING:
+    TaskName = str
+    MethodName = str
+    OptimizerName = str
+    ScheduleName = str
+    KernelMode = str
+    Column = str
+else:
+    TaskName, MethodName, Column = Literal[tuple(TASKS)], Literal[tuple(METHODS)], Literal[COLUMNS]
+    OptimizerName, ScheduleName = Literal[tuple(OPTIMIZERS)], Literal[tuple(SCHEDULES)]
+    KernelMode = Literal[tuple(KERNEL_MODES)]
 
 
 class ModelSection(Section):
@@ -19,9 +34,7 @@ class ModelSection(Section):
         "or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
-    quantize: Literal["none", "nf4", "int8"] = Field(
-        "none", description="storage of the frozen linear weights (bitsandbytes)"
-    )
+    quantize: StorageName = Field("none", description="storage of the frozen linear weights (bitsandbytes)")
     double_quant: bool = Field(True, description="nf4: quantize the block scales too")
     compute_dtype: DType = Field("auto", description="nf4: dtype the weights are dequantized to for the matmul")
     dtype: DType = Field(
@@ -47,7 +60,7 @@ class ModelSection(Section):
 
 
 class AdapterSection(Section):
-    method: Literal["lora", "none"] = Field(
+    method: MethodName = Field(
         "lora", description="adapter method; none trains the model's own weights (full fine-tuning)"
     )
     rank: int = Field(8, ge=1, description="LoRA rank r")
@@ -78,15 +91,6 @@ class AdapterSection(Section):
         if isinstance(value, list) and not value:
             raise ValueError("an empty list adapts nothing; write all-linear or module names")
         return value
-
-    @model_validator(mode="after")
-    def _method_keys(self) -> Self:
-        if self.method == "none":
-            lora = [name for name in type(self).model_fields if name not in ("method", "freeze")]
-            self._reject_unless_default(lora, "without an adapter")
-        else:
-            self._reject_unless_default(["freeze"], "with an adapter, which leaves all other weights as they are")
-        return self
 
 
 class BinsSection(Section):
@@ -140,7 +144,7 @@ class DataSection(Section):
         None, description="names for the columns of a csv or tsv file without a header"
     )
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    columns: dict[Literal["text", "image", "label", "prompt", "completion", "messages"], str] = Field(
+    columns: dict[Column, str] = Field(
         default_factory=dict, description="which column plays which part: {text: body, label: is_spam}"
     )
     exclude: dict[str, list[str]] = Field(
@@ -204,10 +208,9 @@ class TrainSection(Section):
         description="step: the rows of one optimizer step are cut into micro-batches of like length (same gradient, "
         "less padding); epoch: rows of like length share a step; none: padded batches in data order",
     )
+    optimizer: OptimizerName = Field("adamw", description="how gradients move the weights")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="learning-rate schedule after warm-up"
-    )
+    schedule: ScheduleName = Field("linear", description="learning-rate schedule after warm-up")
     warmup: float = Field(0.03, ge=0, description="warm-up: below 1 a share of the steps, else a number of steps")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
@@ -254,7 +257,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="seed of the split, the order, the adapter and the dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
     deterministic: bool = Field(True, description="deterministic algorithms: same machine, same adapter bytes")
-    kernels: Literal["auto", "triton", "cpu-bf16", "cpu-int8", "reference"] = Field(
+    kernels: KernelMode = Field(
         "auto",
         description="adapter path: auto is fused (Triton on a GPU, PyTorch on a CPU), triton insists on Triton, "
         "reference is PEFT's own; cpu-bf16 and cpu-int8 are fused with operands rounded for a processor's AMX or VNNI",
@@ -283,116 +286,16 @@ class Recipe(Section):
     )
 
     @property
-    def input_reader(self) -> str:
-        """What turns the task's inputs into numbers, in words."""
-        return "image processor" if self.task == "image_cls" else "tokenizer"
+    def spec(self) -> TaskSpec:
+        """What the task is."""
+        return TASKS[self.task]
 
     @property
-    def classifies(self) -> bool:
-        """Whether the task has one label per row and a head for the classes."""
-        return self.task in ("seq_cls", "image_cls")
+    def method(self) -> MethodSpec:
+        """What the adapter method is."""
+        return METHODS[self.adapter.method]
 
     @model_validator(mode="after")
-    def _task_keys(self) -> Self:
-        where = f"for task: {self.task}"
-        if not self.classifies:
-            self.train._reject_unless_default(["class_weights"], where)
-            self.data._reject_unless_default(["bins"], where)
-        if self.task == "image_cls":
-            self.data._reject_unless_default(["max_length", "too_long"], where)
-        if self.task == "embedding":
-            self.data._reject_unless_default(["label_names"], where)
-            self.eval._reject_unless_default(["metrics", "before", "every", "best", "patience"], f"{where}: no labels")
-        else:
-            self.model._reject_unless_default(["pooling"], where)
-        if self.task != "causal_lm":
-            self.eval._reject_unless_default(["choices", "prompts", "max_new_tokens"], f"for task: {self.task}")
-            self.data._reject_unless_default(["template", "packing", "allow"], f"for task: {self.task}")
-            self.model._reject_unless_default(["chat_template"], f"for task: {self.task}")
-        if self.data.packing:
-            self.train._reject_unless_default(["grouping"], "with data.packing")
-        if self.run.merge == "dequantized" and self.model.quantize == "none":
-            raise ValueError("run.merge: dequantized needs a quantized model; write run.merge: original")
-        if self.adapter.method == "none":
-            if self.model.quantize != "none":
-                raise ValueError(
-                    f"adapter.method: none trains the weights themselves, and {self.model.quantize} weights cannot be trained; "
-                    "write model.quantize: none, or train an adapter"
-                )
-            self.run._reject_unless_default(["merge"], "without an adapter: the run's model/ is the trained model")
-        if self.run.kernels.startswith("cpu-"):
-            self._check_cpu_operands()
-        if self.distill is not None:
-            self._check_distill(self.distill)
+    def _sections_agree(self) -> Self:
+        check_rules(self)
         return self
-
-    def _check_cpu_operands(self) -> None:
-        kernels = self.run.kernels
-        if self.adapter.method == "none" or self.adapter.dora:
-            raise ValueError(
-                f"run.kernels: {kernels} rounds products with frozen weights under LoRA, and "
-                f"{'DoRA does not run fused' if self.adapter.dora else 'without an adapter none is frozen'}; write auto"
-            )
-        if self.train.precision not in ("auto", "float32") or self.model.dtype not in ("auto", "float32"):
-            raise ValueError(f"run.kernels: {kernels} is for float32; leave train.precision and model.dtype out")
-        if kernels == "cpu-int8" and self.model.quantize != "int8":
-            raise ValueError("run.kernels: cpu-int8 multiplies weights stored in int8; write model.quantize: int8")
-
-    def _check_distill(self, distill: DistillSection) -> None:
-        self.run._reject_unless_default(["merge"], "in a distillation, which writes the student as a model of its own")
-        if self.adapter.method == "none" and any(t.name == SELF for t in distill.all_teachers):
-            raise ValueError(
-                "distill.teacher: self is the backbone without its adapter, and adapter.method: none trains the backbone; train an "
-                "adapter, or name the model again as the teacher"
-            )
-        if distill.student_init is not None and any(t.name == SELF for t in distill.all_teachers):
-            raise ValueError(
-                "distill.student_init cuts the backbone that teacher: self would be; name the whole model as the teacher"
-            )
-        for loss in distill.losses:
-            if loss.compares_layers(self.task):
-                self._check_layers(distill, loss.kind)
-                continue
-            of_vectors = loss.kind.startswith(("hidden", "similarity"))
-            if of_vectors and self.task != "embedding":
-                raise ValueError(
-                    f"distill.losses: {loss.kind} compares vectors, and task: {self.task} has none; take forward_kl"
-                )
-            if not of_vectors and self.task == "embedding":
-                raise ValueError(
-                    f"distill.losses: {loss.kind} compares probabilities, and task: embedding has none; take hidden_cosine, or "
-                    "similarity_kl where the widths differ"
-                )
-        if self.task == "embedding":
-            distill._reject_unless_default(["temperature", "scale_by_t2"], "for task: embedding, which has no softmax")
-            distill._reject_unless_default(["hard_weight", "baseline"], "for task: embedding, which has no labels")
-            if distill.teachers:
-                raise ValueError("distill.teachers: vectors of several teachers do not mix; give distill.teacher")
-        if self.task != "causal_lm":
-            distill._reject_unless_default(["cross_tokenizer", "on_policy"], f"for task: {self.task}")
-        if distill.on_policy is not None:
-            self._check_on_policy(distill.on_policy.phases)
-
-    def _check_layers(self, distill: DistillSection, kind: str) -> None:
-        if distill.cache is not None:
-            raise ValueError(
-                f"distill.losses: {kind} looks into the teacher's layers, and the cache stores its answers; leave out distill.cache"
-            )
-        if len(distill.all_teachers) > 1:
-            raise ValueError(f"distill.losses: {kind} compares the layers of one teacher; give distill.teacher")
-
-    def _check_on_policy(self, phases: int) -> None:
-        t = self.train
-        if t.max_steps is not None and t.max_steps < phases:
-            raise ValueError(
-                f"distill.on_policy.phases: {phases} phases need as many steps, found train.max_steps: {t.max_steps}"
-            )
-        if t.max_steps is None and (t.batch_tokens is not None or self.data.packing):
-            raise ValueError(
-                "distill.on_policy: how many tokens the student will write is not known before, so batches that count tokens need "
-                "train.max_steps"
-            )
-        if self.eval.choices is not None:
-            raise ValueError(
-                "distill.on_policy: the student writes freely, not one of eval.choices; remove one of the two"
-            )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from peftlab.specs.storages import STORAGES
+
+if TYPE_CHECKING:
+    StorageName = str
+else:
+    StorageName = Literal[tuple(STORAGES)]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 

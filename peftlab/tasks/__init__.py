@@ -1,26 +1,36 @@
-"""Tasks: one file each, behind the protocol in ``base``."""
+"""Tasks: one file each, behind the protocol in ``base``; their rows are in ``specs.tasks``."""
 
-from peftlab.tasks.base import Batch, Encoded, Example, OutputHead, Outputs, Preview, Scores, Task, collate_packed
-from peftlab.tasks.causal_lm import CausalLM
-from peftlab.tasks.embedding import POOLINGS, Embedding
-from peftlab.tasks.image_cls import ImageClassification
-from peftlab.tasks.labels import Labels
-from peftlab.tasks.seq_cls import SequenceClassification
+from importlib import import_module
+
+from peftlab.specs.tasks import TASKS
+from peftlab.tasks.base import Columns, Generates, Redraws, Task, TaskParts
+from peftlab.tasks.batch import Batch, collate_packed
+from peftlab.tasks.example import Encoded, Example, lengths_of
+from peftlab.tasks.outputs import OutputHead, Outputs, weighted_sum
+from peftlab.tasks.preview import Preview
+
+
+def task_class(name: str) -> type[Task]:
+    """The class that implements a task, by its name in ``specs.tasks``."""
+    file, _, class_name = TASKS[name].implementation.partition(":")
+    found: type[Task] = getattr(import_module(f".{file}", __name__), class_name)
+    return found
+
 
 __all__ = [
     "Batch",
-    "CausalLM",
-    "Embedding",
+    "Columns",
     "Encoded",
     "Example",
-    "ImageClassification",
-    "Labels",
-    "POOLINGS",
+    "Generates",
     "OutputHead",
     "Outputs",
     "Preview",
-    "Scores",
-    "SequenceClassification",
+    "Redraws",
     "Task",
+    "TaskParts",
     "collate_packed",
+    "lengths_of",
+    "task_class",
+    "weighted_sum",
 ]

@@ -1,262 +1,74 @@
-"""What a task is: rows become examples, examples become padded batches, batches become a loss or scores."""
+"""What a task is: rows become examples, examples become batches, batches become a loss or scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from peftlab.data import Image, Ledger, Rows, Tokens
+from peftlab.data import Rows
+from peftlab.specs.tasks import TaskSpec
+from peftlab.tasks.batch import Batch
+from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.outputs import Outputs
+from peftlab.tasks.preview import Preview
+
+# What ``Task.score`` gives of one batch: a number, or one number per row, by the name of the column.
+Columns = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One encoded row.
+@dataclass(frozen=True)
+class TaskParts:
+    """What tasks are made of: plain values, gathered without asking which task it is for. Each takes what it needs.
 
     Attributes:
-        ids: [T] int32 token ids; none of an image.
-        row: index into the ``Rows`` it came from, for messages.
-        weight: its share of the step's normaliser: trained tokens (causal_lm) or class weight (seq_cls).
-        trained: [T] bool, tokens whose prediction is trained; None for classification.
-        label: class index; None for language modelling without choices, and for a row without a label.
-        image: what is looked at instead of tokens, read when a batch is made of it.
+        reader: what turns inputs into numbers.
+        columns: part -> name of its column in the data. available: all columns that the data have.
+        classes: names of the classes in the order of their index; None where there are none.
+        label_names: value in the label column -> class. bins: cut points and class names of a numeric one.
+        class_weights: weight of each class in the loss, by name, or ``balanced`` or ``none``.
+        template: texts with ``{column}`` fields, by part. head_loss: see ``LMHead``.
+        pooling: how token vectors become one vector; None: as the model's files say. sentences: gives what they say, with
+            ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
     """
 
-    ids: np.ndarray
-    row: int
-    weight: float
-    trained: np.ndarray | None = None
-    label: int | None = None
-    image: Image | None = None
+    reader: Any
+    columns: Mapping[str, str]
+    available: Sequence[str]
+    classes: list[str] | None = None
+    label_names: Mapping[str, str] = field(default_factory=dict)
+    bins: tuple[list[float], list[str]] | None = None
+    class_weights: str | Mapping[str, float] = "none"
+    template: Mapping[str, str] | None = None
+    head_loss: Callable[..., Tensor | None] = lambda *_, **__: None
+    pooling: str | None = None
+    sentences: Callable[[], Any] | None = None
 
-    def __len__(self) -> int:
-        return len(self.ids) if self.image is None else self.image.length
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Examples of one data set, and the account of all its rows."""
-
-    examples: list[Example]
-    ledger: Ledger
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(e) for e in self.examples], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Preview:
-    """One row as it is trained.
-
-    Attributes:
-        segments: ``(text, role, trained)`` of neighbouring tokens that share both. label: of a classification row.
-        cut: tokens that truncation takes off its end.
-    """
-
-    where: str
-    segments: list[tuple[str, str, bool]]
-    label: str | None = None
-    cut: int = 0
-
-
-def preview(
-    where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None, keep_last: bool = False
-) -> Preview:
-    """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``."""
-    here = np.arange(min(max_length, len(tokens.ids)))
-    if keep_last:
-        here[-1] = len(tokens.ids) - 1
-    ids, trained, roles = tokens.ids[here], tokens.trained[here], tokens.roles[here]
-    changes = np.flatnonzero((np.diff(trained.astype(np.int8)) != 0) | (np.diff(roles) != 0)) + 1
-    segments, shown = [], ""
-    for part in np.split(np.arange(len(ids)), changes):
-        if len(part):
-            # As the end of all that came before: decoded alone, a token may lose the space in front of it.
-            text = tokenizer.decode(ids[: part[-1] + 1], clean_up_tokenization_spaces=False)
-            segments.append((text[len(shown) :], tokens.role_names[roles[part[0]]], bool(trained[part[0]])))
-            shown = text
-    return Preview(where, segments, label, len(tokens.ids) - len(ids))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tensors of a micro-batch, padded or packed.
-
-    ``attention_mask`` is None when no row is padded (attention then runs unmasked). Packed documents are one row, B = 1;
-    transformers keeps them apart by their position ids, if there is neither a mask nor a cache.
-
-    Attributes:
-        input_ids: [B, T] int64, padded on the right; [B, 0] of images. attention_mask: [B, T] int64 or None.
-        trained: [B, T] bool or None. labels: [B] int64 or None. weights: [B] float64 class weights, as the divisor of
-            the step sums them.
-        position_ids: [1, T] int64, from 0 for each packed document; None: not packed.
-        examples: what it was made of, in order.
-        pixel_values: [B, C, H, W] of images; None: texts.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    trained: Tensor | None
-    labels: Tensor | None
-    weights: Tensor
-    position_ids: Tensor | None = None
-    examples: tuple[Example, ...] = ()
-    pixel_values: Tensor | None = None
-
-    @property
-    def model_inputs(self) -> dict[str, Tensor]:
-        if self.pixel_values is not None:
-            return {"pixel_values": self.pixel_values}
-        inputs = {"input_ids": self.input_ids}
-        if self.attention_mask is not None:
-            inputs["attention_mask"] = self.attention_mask
-        if self.position_ids is not None:
-            inputs["position_ids"] = self.position_ids
-        return inputs
-
-
-def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
-    """Pads ``examples`` on the right to the longest of them."""
-    longest = max(len(e) for e in examples)
-    ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(examples), longest), dtype=np.int64)
-    trained = np.zeros((len(examples), longest), dtype=bool)
-    for i, example in enumerate(examples):
-        ids[i, : len(example)] = example.ids
-        mask[i, : len(example)] = 1
-        if example.trained is not None:
-            trained[i, : len(example)] = example.trained
-
-    def tensor(array: Any) -> Tensor:
-        return torch.as_tensor(array).to(device)
-
-    labels = [e.label for e in examples]
-    return Batch(
-        input_ids=tensor(ids),
-        attention_mask=None if mask.all() else tensor(mask),
-        trained=tensor(trained) if examples[0].trained is not None else None,
-        labels=tensor(np.array(labels, dtype=np.int64)) if all(label is not None for label in labels) else None,
-        weights=tensor(np.array([e.weight for e in examples], dtype=np.float64)),
-        examples=tuple(examples),
-    )
-
-
-def collate_packed(examples: Sequence[Example], *, device: Any) -> Batch:
-    """``examples`` one after the other as one row: a language model's documents, whose first token is never trained,
-    so that none predicts the start of the next."""
-    trained = []
-    for example in examples:
-        assert example.trained is not None and not example.trained[0]
-        trained.append(example.trained)
-
-    def row(parts: list[np.ndarray]) -> Tensor:
-        return torch.as_tensor(np.concatenate(parts)[None]).to(device)
-
-    return Batch(
-        input_ids=row([e.ids.astype(np.int64) for e in examples]),
-        attention_mask=None,
-        trained=row(trained),
-        labels=None,
-        weights=torch.tensor([e.weight for e in examples], dtype=torch.float64).to(device),
-        position_ids=row([np.arange(len(e), dtype=np.int64) for e in examples]),
-        examples=tuple(examples),
-    )
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` [B, T] by transformers' conventions, row by row."""
-    longest = max(len(e) for e in examples)
-    ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example)] = torch.from_numpy(example.ids.astype(np.int64))
-        mask[row, : len(example)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """The layer that turns hidden states into logits, ``cap(scale * module(h))``; softcap: None without a cap."""
-
-    module: nn.Module
-    softcap: float | None
-    scale: float
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] float32 logits (float64 stays) of ``hidden`` [N, H]."""
-        as_stored = type(self.module) is nn.Linear
-        logits = self.module(hidden.to(self.module.weight.dtype) if as_stored else hidden)
-        logits = at_least_float32(logits) * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model says at the N scored positions of a batch, example by example. The loss, distillation and the
-    comparison of models are made of it, so that a task which gives it has all three.
-
-    Attributes:
-        values: [N, H] hidden states that ``head`` turns into logits; [N, C] logits without one; or [N, H] vectors.
-        head: of a language model, whose logits are many and are made a part at a time.
-        vectors: whether the values themselves are the answer, as with sentence embeddings.
-        targets: [N] int64; None where the rows have no labels. weights: [N] factors of the losses; None: all 1.
-        counts: positions of each example of the batch.
-    """
-
-    values: Tensor
-    counts: Sequence[int]
-    head: OutputHead | None = None
-    vectors: bool = False
-    targets: Tensor | None = None
-    weights: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def logits(self, chosen: slice = slice(None)) -> Tensor:
-        """[n, C] float32 logits (float64 stays) of the ``chosen`` positions."""
-        assert not self.vectors
-        values = self.values[chosen]
-        return at_least_float32(values) if self.head is None else self.head.logits(values)
-
-
-@dataclass
-class Scores:
-    """What one evaluation batch adds to the metrics; a field is empty when the task has no such stream."""
-
-    nll_sum: float = 0.0
-    num_tokens: int = 0
-    num_correct: int = 0
-    exact: list[bool] = field(default_factory=list)
-    predictions: list[int] = field(default_factory=list)
-    references: list[int] = field(default_factory=list)
+    def column(self, part: str) -> str:
+        """Name of the column that plays ``part``; default: the part's own name."""
+        return self.columns.get(part, part)
 
 
 class Task(Protocol):
     """One file per task implements this; the loop, evaluation and prediction know nothing else about it.
 
-    ``auto_class`` is the transformers auto class; ``peft_type`` PEFT's task type, None where it has none; ``tokenizer`` what
-    turns inputs into numbers: of a text task its tokenizer, of images their ``ImageReader``; ``files`` what writes it beside a model, with
-    ``save_pretrained(folder)``. ``answers`` says what is scored:
-    tokens, classes or vectors.
+    ``spec`` is its row in ``specs.tasks``. ``tokenizer`` is what turns inputs into numbers: of a text task its tokenizer, of
+    images their ``ImageReader``; ``files`` what writes it beside a model, with ``save_pretrained(folder)``. ``max_length`` is
+    the longest input that the model's files ask for, None: as the model allows.
     """
 
-    name: str
-    auto_class: str
-    peft_type: str | None
-    answers: str
+    spec: TaskSpec
     tokenizer: Any
     files: Any
     class_names: list[str] | None
+    max_length: int | None
+
+    @classmethod
+    def make(cls, parts: TaskParts) -> Self:
+        """The task of ``parts``. Raises: RecipeError, DataError."""
 
     def model_kwargs(self) -> dict[str, Any]:
         """Config values the model is loaded with, such as ``num_labels``."""
@@ -278,6 +90,9 @@ class Task(Protocol):
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the weighted losses of ``batch``, float32 scalar (float64 stays), not divided by anything."""
 
+    def losses(self, outputs: Outputs) -> Tensor:
+        """[N] loss at each position, without the weights."""
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """What ``model`` says at the scored positions of ``batch``."""
 
@@ -285,11 +100,49 @@ class Task(Protocol):
         """The same the long way, for the parity gate: from the examples to the model's own logits (or vectors), sharing
         nothing with ``collate`` and ``outputs``."""
 
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Loss and predictions of ``batch`` without keeping logits."""
+    def score(self, model: nn.Module, batch: Batch) -> Columns:
+        """What ``batch`` adds to the metrics, by the columns that the spec's ``scores`` names; logits are not kept."""
 
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row that a plain text given to ``predict`` stands for."""
 
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **options: Any) -> Iterator[dict[str, Any]]:
         """One result per row, in order."""
+
+
+class Generates(Task, Protocol):
+    """A task that writes text (``spec.generates``)."""
+
+    formatter: Any
+
+    def generate(
+        self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **sampling: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Yields ``{"text": answer}`` per row, in order."""
+
+    def write_answers(
+        self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_new_tokens: int, temperature: float, top_p: float
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields ``(index, token ids)`` of the answer to each row, as they come."""
+
+    def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
+        """The rows with ``answers`` that a model has written in place of their own."""
+
+    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the model's ``generate``."""
+
+    def prompt_lengths(self, rows: Rows) -> list[int]:
+        """Tokens before the answer of each row."""
+
+    def text_of(self, answer: np.ndarray) -> str:
+        """The words of an answer's tokens, without its end."""
+
+    def ends(self, answer: np.ndarray) -> bool:
+        """Whether an answer's last token is one that can end it."""
+
+
+class Redraws(Task, Protocol):
+    """A task whose examples differ each time they are trained on, such as masks that are drawn anew (``spec.redraws``)."""
+
+    def redraw(self, example: Example, rng: np.random.Generator) -> Example:
+        """``example`` as it is trained on now, of the same length; ``rng`` depends on the seed, the step and the row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,13 @@ from peftlab.data import Ledger, Rows, Tokens, answered, eval_batches, fit_lengt
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.errors import DataError
-from peftlab.tasks.base import Batch, Encoded, Example, Outputs, Preview, Scores, collate, padded_inputs, preview
+from peftlab.specs.tasks import TASKS
+from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.batch import Batch, collate, padded_inputs
+from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.lm_head import LMHead
+from peftlab.tasks.outputs import Outputs, cross_entropy
+from peftlab.tasks.preview import Preview, preview
 
 # Positions scored at a time: 256 x 49,152 float32 logits are 48 MiB.
 _SCORE_CHUNK = 256
@@ -31,10 +37,8 @@ class CausalLM:
         choices: possible completions; every row then has a label, and ``score`` predicts by constrained decoding.
     """
 
-    name = "causal_lm"
-    answers = "tokens"
-    auto_class = "AutoModelForCausalLM"
-    peft_type = "CAUSAL_LM"
+    spec = TASKS["causal_lm"]
+    max_length = None
 
     def __init__(
         self,
@@ -55,6 +59,13 @@ class CausalLM:
         self._stop_ids = (special - never) | ({tokenizer.eos_token_id} - {None})
         self._special_ids = special
         self._head = LMHead(head_loss)
+
+    @classmethod
+    def make(cls, parts: TaskParts) -> CausalLM:
+        columns = {part: name for part, name in parts.columns.items() if part != "label"}
+        available = list(parts.available) or _expected_columns(columns, parts.template)
+        formatter = Formatter(parts.reader, columns=columns, template=parts.template, available=available)
+        return cls(parts.reader, formatter, head_loss=parts.head_loss, choices=parts.classes)
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -164,13 +175,16 @@ class CausalLM:
 
     def _selected(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states [N, H] that predict a trained token, and those tokens [N]."""
-        hidden = self._head.hidden_states(model, batch.model_inputs)
+        hidden = self._head.hidden_states(model, batch.inputs)
         chosen = batch.trained[:, 1:]
         return hidden[:, :-1][chosen], batch.input_ids[:, 1:][chosen]
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         hidden, targets = self._selected(model, batch)
         return self._head.cross_entropy_sum(model, hidden, targets)
+
+    def losses(self, outputs: Outputs) -> Tensor:
+        return cross_entropy(outputs)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         hidden, targets = self._selected(model, batch)
@@ -190,7 +204,7 @@ class CausalLM:
         counts = [rows.count(row) for row in range(len(examples))]
         return Outputs(logits[rows, before], counts, targets=torch.tensor(targets, device=device))
 
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
+    def score(self, model: nn.Module, batch: Batch) -> Columns:
         hidden, targets = self._selected(model, batch)
         nll, hit = [], []
         for part, target in zip(hidden.split(_SCORE_CHUNK), targets.split(_SCORE_CHUNK), strict=True):
@@ -200,12 +214,14 @@ class CausalLM:
         hits = torch.cat(hit)
         row_of = batch.trained[:, 1:].nonzero()[:, 0]
         misses = torch.bincount(row_of[~hits], minlength=len(batch.input_ids))
-        scores = Scores(
-            nll_sum=float(torch.stack(nll).sum()),
-            num_tokens=len(targets),
-            num_correct=int(hits.sum()),
-            exact=(misses == 0).tolist(),
-        )
+        scores = {
+            "nll_sum": float(torch.stack(nll).sum()),
+            "num_scored": len(targets),
+            "num_tokens": len(targets),
+            "num_correct": int(hits.sum()),
+            "rows_right": (misses == 0).tolist(),
+            "rows": [True] * len(misses),
+        }
         if self.class_names:
             prefixes = [
                 row[: int(mask.to(torch.uint8).argmax())]
@@ -213,8 +229,8 @@ class CausalLM:
             ]
             first = torch.cat([row_of.new_tensor([True]).bool(), row_of[1:] != row_of[:-1]])
             chosen = self._choose(model, prefixes, self._head.logits(model, hidden[first]))
-            scores.predictions = [index for index, _ in chosen]
-            scores.references = batch.labels.tolist()
+            scores["predictions"] = [index for index, _ in chosen]
+            scores["references"] = batch.labels.tolist()
         return scores
 
     def _choose(self, model: nn.Module, prefixes: list[Tensor], logits: Tensor) -> list[tuple[int, float]]:
@@ -332,7 +348,7 @@ class CausalLM:
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(row) for row in ids], batch_tokens):
             batch = self.collate([Example(ids[i], int(i), 1.0) for i in part], device)
-            hidden = self._head.hidden_states(model, batch.model_inputs)
+            hidden = self._head.hidden_states(model, batch.inputs)
             last = torch.tensor([len(ids[i]) - 1 for i in part], device=device)
             logits = self._head.logits(model, hidden[torch.arange(len(part), device=device), last])
             prefixes = [torch.as_tensor(ids[i], device=device, dtype=torch.int64) for i in part]
@@ -368,6 +384,12 @@ class CausalLM:
         answers = out[:, longest:].cpu().numpy()
         stops = np.isin(answers, list(self._stop_ids))
         return [row[: int(at.argmax()) + 1] if at.any() else row for row, at in zip(answers, stops, strict=True)]
+
+
+def _expected_columns(columns: Mapping[str, str], template: Mapping[str, str] | None) -> list[str]:
+    """Columns to reckon with where no data is at hand, as for a prediction."""
+    fields = [name for text in (template or {}).values() for _, name, _, _ in string.Formatter().parse(text) if name]
+    return sorted({*columns.values(), *fields}) or ["text", "prompt", "completion", "messages"]
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:

@@ -10,18 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
-from peftlab.tasks.base import (
-    Batch,
-    Encoded,
-    Example,
-    Outputs,
-    Preview,
-    Scores,
-    at_least_float32,
-    collate,
-    padded_inputs,
-    preview,
-)
+from peftlab.errors import RecipeError
+from peftlab.specs.tasks import TASKS
+from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.batch import Batch, collate, example_weights, padded_inputs
+from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.outputs import Outputs, at_least_float32
+from peftlab.tasks.preview import Preview, preview
 from peftlab.tasks.texts import Texts, fitted
 
 POOLINGS = ("mean", "cls", "last")
@@ -36,19 +31,43 @@ class Embedding:
         files: writes, with ``save_pretrained(folder)``, what reads texts: the tokenizer and whatever belongs beside it.
     """
 
-    name = "embedding"
-    answers = "vectors"
-    auto_class = "AutoModel"
-    peft_type = "FEATURE_EXTRACTION"
+    spec = TASKS["embedding"]
     class_names = None
 
     def __init__(
-        self, tokenizer: Any, *, pooling: str, normalize: bool, text_column: str = "text", files: Any = None
+        self,
+        tokenizer: Any,
+        *,
+        pooling: str,
+        normalize: bool,
+        text_column: str = "text",
+        files: Any = None,
+        max_length: int | None = None,
     ) -> None:
         assert pooling in POOLINGS
-        self.tokenizer, self.files = tokenizer, files or tokenizer
+        self.tokenizer, self.files, self.max_length = tokenizer, files or tokenizer, max_length
         self._pooling, self._normalize = pooling, normalize
         self._texts = Texts(tokenizer, text_column)
+
+    @classmethod
+    def make(cls, parts: TaskParts) -> Embedding:
+        """Raises: RecipeError when the model's files ask for another pooling."""
+        assert parts.sentences is not None
+        files = parts.sentences()
+        pooling = parts.pooling or files.pooling or "mean"
+        if pooling not in POOLINGS:
+            raise RecipeError(
+                f"the model's files ask for the pooling {pooling!r}; expected {', '.join(POOLINGS)}",
+                key="model.pooling",
+            )
+        return cls(
+            parts.reader,
+            pooling=pooling,
+            normalize=files.normalize,
+            text_column=parts.column("text"),
+            files=files.writer(parts.reader, pooling=pooling),
+            max_length=files.max_length,
+        )
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -72,11 +91,14 @@ class Embedding:
     def collate(self, examples: list[Example], device: Any) -> Batch:
         return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
 
+    def losses(self, outputs: Outputs) -> Tensor:
+        raise ValueError("texts without labels have no loss of their own: a teacher's vectors are needed")
+
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError("texts without labels have no loss of their own: a teacher's vectors are needed")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        hidden = at_least_float32(model(**batch.model_inputs).last_hidden_state)
+        hidden = at_least_float32(model(**batch.inputs).last_hidden_state)
         mask = batch.attention_mask
         if self._pooling == "cls":
             vectors = hidden[:, 0]
@@ -97,12 +119,11 @@ class Embedding:
         hidden = at_least_float32(model(**inputs).last_hidden_state)
         texts = [states[: len(e)] for states, e in zip(hidden, examples, strict=True)]
         pool = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}[self._pooling]
-        weights = torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device)
-        return self._outputs(torch.stack([pool(t) for t in texts]), weights)
+        return self._outputs(torch.stack([pool(t) for t in texts]), example_weights(examples, device))
 
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
+    def score(self, model: nn.Module, batch: Batch) -> Columns:
         """Nothing: there are no labels."""
-        return Scores()
+        return {}
 
     def row_from_text(self, text: str) -> dict[str, Any]:
         return {self._texts.column: text}

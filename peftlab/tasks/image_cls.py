@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.data import Ledger, Rows, eval_batches, read_images, size_text
-from peftlab.tasks.base import Batch, Encoded, Example, Outputs, Preview, Scores
+from peftlab.specs.tasks import TASKS
+from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.batch import Batch, example_weights, stacked_labels
+from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.labels import Labels, labels_loss_sum, labels_score, outputs_of, prediction, reference_outputs_of
+from peftlab.tasks.outputs import Outputs, cross_entropy
+from peftlab.tasks.preview import Preview
 
 _NO_IDS = np.zeros(0, dtype=np.int32)
 
@@ -22,15 +27,17 @@ class ImageClassification:
     Args: reader: turns PIL images into pixel values, as ``models.images.ImageReader``.
     """
 
-    name = "image_cls"
-    answers = "classes"
-    auto_class = "AutoModelForImageClassification"
-    peft_type = None
+    spec = TASKS["image_cls"]
+    max_length = None
 
     def __init__(self, reader: Any, *, labels: Labels, image_column: str = "image") -> None:
         self.tokenizer = self.files = reader
         self.class_names = labels.names
         self._labels, self._image_column = labels, image_column
+
+    @classmethod
+    def make(cls, parts: TaskParts) -> ImageClassification:
+        return cls(parts.reader, labels=Labels.make(parts), image_column=parts.column("image"))
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
@@ -60,15 +67,11 @@ class ImageClassification:
         return Preview(rows.where(index), [(size_text(image), "image", False)], label)
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
-        labels = [e.label for e in examples]
         return Batch(
-            input_ids=torch.zeros(len(examples), 0, dtype=torch.int64, device=device),
-            attention_mask=None,
-            trained=None,
-            labels=None if None in labels else torch.tensor(labels, device=device),
-            weights=torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device),
+            inputs={"pixel_values": self.tokenizer([self._pixels(e) for e in examples]).to(device)},
+            weights=example_weights(examples, device),
             examples=tuple(examples),
-            pixel_values=self.tokenizer([self._pixels(e) for e in examples]).to(device),
+            labels=stacked_labels(examples, device),
         )
 
     def _pixels(self, example: Example) -> Any:
@@ -78,15 +81,18 @@ class ImageClassification:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return labels_loss_sum(self, model, batch)
 
+    def losses(self, outputs: Outputs) -> Tensor:
+        return cross_entropy(outputs)
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        return outputs_of(model(**_as(model, batch.model_inputs)).logits, batch)
+        return outputs_of(model(**_as(model, batch.inputs)).logits, batch)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         """Each image prepared by itself."""
         pixels = torch.cat([self.tokenizer([self._pixels(e)]) for e in examples]).to(device)
         return reference_outputs_of(model(**_as(model, {"pixel_values": pixels})).logits, examples, device)
 
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
+    def score(self, model: nn.Module, batch: Batch) -> Columns:
         return labels_score(self, model, batch)
 
     def row_from_text(self, text: str) -> dict[str, Any]:

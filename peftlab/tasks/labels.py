@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.data import Rows, read_labels
 from peftlab.errors import DataError, RecipeError
-from peftlab.tasks.base import Batch, Example, Outputs, Scores
+from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.batch import Batch, example_weights, stacked_labels
+from peftlab.tasks.example import Example
+from peftlab.tasks.outputs import Outputs, cross_entropy, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Labels:
                 f"expected a weight for each of the classes {self.names}, found {sorted(self.class_weights)}",
                 key="train.class_weights",
             )
+
+    @classmethod
+    def make(cls, parts: TaskParts) -> Labels:
+        assert parts.classes is not None
+        return cls(parts.classes, parts.column("label"), parts.label_names, parts.bins, parts.class_weights)
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
@@ -83,27 +90,24 @@ def outputs_of(logits: Tensor, batch: Batch) -> Outputs:
 
 def reference_outputs_of(logits: Tensor, examples: list[Example], device: Any) -> Outputs:
     """The same from the examples themselves."""
-    labels = [e.label for e in examples]
-    targets = None if None in labels else torch.tensor(labels, device=device)
-    weights = torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device)
-    return Outputs(logits, [1] * len(examples), targets=targets, weights=weights)
+    weights = example_weights(examples, device)
+    return Outputs(logits, [1] * len(examples), targets=stacked_labels(examples, device), weights=weights)
 
 
 def labels_loss_sum(task: Any, model: nn.Module, batch: Batch) -> Tensor:
-    losses = F.cross_entropy(task.outputs(model, batch).logits(), batch.labels, reduction="none")
-    return (losses * batch.weights.to(losses.dtype)).sum()
+    return weighted_sum(cross_entropy(task.outputs(model, batch)), batch.weights)
 
 
-def labels_score(task: Any, model: nn.Module, batch: Batch) -> Scores:
+def labels_score(task: Any, model: nn.Module, batch: Batch) -> Columns:
     assert batch.labels is not None
     logits = task.outputs(model, batch).logits()
     nll = F.cross_entropy(logits, batch.labels, reduction="sum")
-    return Scores(
-        nll_sum=float(nll),
-        num_tokens=len(logits),
-        predictions=logits.argmax(-1).tolist(),
-        references=batch.labels.tolist(),
-    )
+    return {
+        "nll_sum": float(nll),
+        "num_scored": len(logits),
+        "predictions": logits.argmax(-1).tolist(),
+        "references": batch.labels.tolist(),
+    }
 
 
 def prediction(probs: list[float], names: list[str]) -> dict[str, Any]:

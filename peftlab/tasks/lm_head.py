@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.errors import RecipeError
-from peftlab.tasks.base import OutputHead
+from peftlab.tasks.outputs import OutputHead
 
 # Their logits exist whole, twice and in float32: those of 4,096 tokens over 128,256 classes would be 8 GB for a moment.
 _VERIFIED_TOKENS = 32

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
-from peftlab.tasks.base import Batch, Encoded, Example, Outputs, Preview, Scores, collate, padded_inputs, preview
+from peftlab.specs.tasks import TASKS
+from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.batch import Batch, collate, padded_inputs
+from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.labels import Labels, labels_loss_sum, labels_score, outputs_of, prediction, reference_outputs_of
+from peftlab.tasks.outputs import Outputs, cross_entropy
+from peftlab.tasks.preview import Preview, preview
 from peftlab.tasks.texts import Texts, fitted
 
 
 class SequenceClassification:
-    """See ``base.Task``; ``Labels`` for the arguments about labels."""
+    """See ``base.Task``."""
 
-    name = "seq_cls"
-    answers = "classes"
-    auto_class = "AutoModelForSequenceClassification"
-    peft_type = "SEQ_CLS"
+    spec = TASKS["seq_cls"]
+    max_length = None
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        class_names: list[str],
-        text_column: str = "text",
-        label_column: str = "label",
-        label_names: Mapping[str, str] | None = None,
-        bins: tuple[list[float], list[str]] | None = None,
-        class_weights: str | Mapping[str, float] = "none",
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, labels: Labels, text_column: str = "text") -> None:
         self.tokenizer = self.files = tokenizer
-        self.class_names = class_names
+        self.class_names = labels.names
         self._texts = Texts(tokenizer, text_column)
-        self._labels = Labels(class_names, label_column, label_names, bins, class_weights)
+        self._labels = labels
+
+    @classmethod
+    def make(cls, parts: TaskParts) -> SequenceClassification:
+        return cls(parts.reader, labels=Labels.make(parts), text_column=parts.column("text"))
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
@@ -81,14 +78,17 @@ class SequenceClassification:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return labels_loss_sum(self, model, batch)
 
+    def losses(self, outputs: Outputs) -> Tensor:
+        return cross_entropy(outputs)
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        return outputs_of(model(**batch.model_inputs).logits, batch)
+        return outputs_of(model(**batch.inputs).logits, batch)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
         return reference_outputs_of(model(**inputs).logits, examples, device)
 
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
+    def score(self, model: nn.Module, batch: Batch) -> Columns:
         return labels_score(self, model, batch)
 
     def row_from_text(self, text: str) -> dict[str, Any]:

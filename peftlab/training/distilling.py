@@ -14,7 +14,7 @@ from peftlab import ops
 from peftlab.adapters import head_input
 from peftlab.distillation import GradientReport, Objective, SparseTarget, UldObjective, VectorObjective, gradient_report
 from peftlab.models.inner import InnerStates
-from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
+from peftlab.tasks import Batch, Example, Outputs, Task
 from peftlab.training.inner_losses import InnerLosses
 from peftlab.training.teachers import Aligned, BackboneTeacher, Columns, ModelTeacher, Taught, Teacher
 
@@ -214,24 +214,7 @@ def _chosen(share: Share, examples: Sequence[Example]) -> list[bool]:
 
 def _only(share: Share, batch: Batch) -> Batch:
     """The rows of ``batch`` that are the teacher's own, as a batch."""
-    own = [i for i, e in enumerate(batch.examples) if share.takes is None or share.takes(e)]
-    examples = tuple(batch.examples[i] for i in own)
-    if batch.position_ids is not None:
-        return collate_packed(examples, device=batch.input_ids.device)
-
-    def of(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[own]
-
-    return replace(
-        batch,
-        input_ids=batch.input_ids[own],
-        attention_mask=of(batch.attention_mask),
-        trained=of(batch.trained),
-        labels=of(batch.labels),
-        weights=batch.weights[own],
-        examples=examples,
-        pixel_values=of(batch.pixel_values),
-    )
+    return batch.rows([i for i, e in enumerate(batch.examples) if share.takes is None or share.takes(e)])
 
 
 def _logits(taught: Taught, chosen: slice | Tensor) -> Tensor:
@@ -282,7 +265,7 @@ class TaughtLogits:
             chosen = _chosen(share, batch.examples)
             if any(chosen):
                 own = batch if all(chosen) else _only(share, batch)
-                places = _positions(chosen, counts, batch.input_ids.device)
+                places = _positions(chosen, counts, batch.device)
                 self._parts.append((share, places, share.teacher(student, own)))
 
     def rows(self, chosen: slice) -> Tensor:

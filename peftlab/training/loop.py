@@ -11,11 +11,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from peftlab.adapters import save_trained
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
-from peftlab.tasks import Batch, Encoded, Task, collate_packed
+from peftlab.tasks import Batch, Example, Redraws, Task, collate_packed
 from peftlab.training.checkpoint import RngState, load_checkpoint, save_checkpoint
 from peftlab.training.memory import memory_bytes, peak_memory_bytes
 from peftlab.training.metrics_log import MetricsLog
@@ -93,6 +94,7 @@ class TrainingLoop:
     """Runs a ``BatchPlan`` to its end; where that is not the end of the run, a checkpoint is left for what comes after.
 
     Args:
+        train: the examples that the plan names by index.
         where: example row index -> place in the data, for messages.
         loss_sum: sum of the losses of a micro-batch, each counted with its example's weight; default the task's own.
         evaluate: returns the metrics of the current model, or None for no evaluation in between.
@@ -105,7 +107,7 @@ class TrainingLoop:
         *,
         model: Any,
         task: Task,
-        train: Encoded,
+        train: Sequence[Example],
         plan: BatchPlan,
         settings: LoopSettings,
         accelerator: Any,
@@ -214,7 +216,7 @@ class TrainingLoop:
         started = time.perf_counter()
         self._rng = RngState.capture()
         planned = self._plan.step(self._step)
-        rows = [[self._train.examples[i] for i in part] for part in planned.micro_batches]
+        rows = [[self._example(i) for i in part] for part in planned.micro_batches]
         weight = sum(e.weight for part in rows for e in part)
         try:
             loss, bad = self._accumulate(rows, weight)
@@ -234,6 +236,14 @@ class TrainingLoop:
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
         self._record(rows, planned.epoch, weight, loss, lr, grad_norm, time.perf_counter() - started)
+
+    def _example(self, index: int) -> Example:
+        """As it is trained on in this step: a task may draw it anew, always the same after a resume."""
+        example = self._train[index]
+        if not self._task.spec.redraws:
+            return example
+        rng = np.random.default_rng([self._plan.seed, self._step, example.row])
+        return cast(Redraws, self._task).redraw(example, rng)
 
     def _accumulate(self, rows: list[list[Any]], weight: float) -> tuple[float, int | None]:
         """Gradients of the whole step; returns its loss (weighted mean over all ranks) and the first micro-batch,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftlab import ops
 from peftlab.adapters.fused import FusedLora, frozen_weight, fusion_report, set_kernels
 from peftlab.errors import VerificationError
-from peftlab.tasks import Batch, Example, Task, collate_packed
+from peftlab.tasks import Batch, Example, Task, collate_packed, weighted_sum
 from peftlab.training.checkpoint import RngState
 
 # The sample of the first micro-batch: enough rows to mean something, few enough to take a moment.
@@ -118,7 +118,7 @@ def check_parity(
         kernels: the mode of run.kernels that will train. where: row index -> place in the data, for messages.
         autocast: context the loop runs in. packed: the micro-batch is trained as one packed sequence; the reference
         is padded. loss_sum: the loss of the loop, default the task's. reference_loss_sum: the same from the examples the
-        long way, default the cross-entropy of the labels on ``task.reference_outputs``.
+        long way, default the task's own losses on ``task.reference_outputs``.
     Raises: VerificationError naming the module, the parameter or the loss that differs.
     """
     started = time.perf_counter()
@@ -132,7 +132,7 @@ def check_parity(
     sample = _sample(micro_batch, _MAX_TOKENS.get(torch.device(device).type, 256))
     rows = sum(map(len, micro_batch)) if packed else len(micro_batch) * max(map(len, micro_batch))
 
-    trained_loss, reference_loss = loss_sum or task.loss_sum, reference_loss_sum or _labels_loss_sum(task)
+    trained_loss, reference_loss = loss_sum or task.loss_sum, reference_loss_sum or _own_loss_sum(task)
 
     def fast_loss() -> Tensor:
         return trained_loss(model, collate_packed(sample, device=device) if packed else task.collate(sample, device))
@@ -192,12 +192,10 @@ def int8_rounds_rows(model: nn.Module) -> bool:
     return any(b.weight.device.type == "cuda" and isinstance(frozen_weight(b), ops.Int8Weight) for b in bases)
 
 
-def _labels_loss_sum(task: Task) -> Callable[[nn.Module, list[Example], Any], Tensor]:
+def _own_loss_sum(task: Task) -> Callable[[nn.Module, list[Example], Any], Tensor]:
     def loss_sum(model: nn.Module, examples: list[Example], device: Any) -> Tensor:
-        said = task.reference_outputs(model, examples, device)
-        log_probs = said.values.float().log_softmax(-1)
-        picked = -log_probs[torch.arange(len(said)), said.targets]
-        return (picked if said.weights is None else picked * said.weights.to(picked.dtype)).sum()
+        outputs = task.reference_outputs(model, examples, device)
+        return weighted_sum(task.losses(outputs), outputs.weights)
 
     return loss_sum
 

@@ -84,7 +84,7 @@ class ModelTeacher:
         return self.model
 
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
-        device = batch.input_ids.device
+        device = batch.device
         own = self._own(batch)
         # The head stays where the teacher is, so from another device the logits come, not what goes into it.
         kernels = self._kernels if _is_at(device, self.device) else "reference"
@@ -99,11 +99,11 @@ class ModelTeacher:
         return self._columns.of(values).to(device)
 
     def _own(self, batch: Batch) -> Batch:
-        same_place = _is_at(batch.input_ids.device, self.device)
-        if self._examples is None and same_place and (self._packs or batch.position_ids is None):
+        same_place = _is_at(batch.device, self.device)
+        if self._examples is None and same_place and (self._packs or not batch.packed):
             return batch
         examples = list(batch.examples) if self._examples is None else [self._examples[e.row] for e in batch.examples]
-        if self._packs and batch.position_ids is not None:
+        if self._packs and batch.packed:
             return collate_packed(examples, device=self.device)
         return self.task.collate(examples, self.device)
 
@@ -132,7 +132,7 @@ class TranslatedTeacher:
 
     def __call__(self, student: nn.Module, batch: Batch) -> Aligned:
         own = [self._examples[e.row] for e in batch.examples if self._places[e.row]]
-        device = batch.input_ids.device
+        device = batch.device
         with as_teacher(self.model), _autocast_like(device.type, self._device):
             logits = self._task.outputs(self.model, self._task.collate(own, self._device)).logits() if own else None
         return self._aligned(logits, batch.examples, device)
@@ -217,7 +217,7 @@ class CachedTeacher:
         self._read, self._index_of, self._head = read, index_of, head
 
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
-        stored = _to(self._read([self._index_of[e.row] for e in batch.examples]), batch.input_ids.device)
+        stored = _to(self._read([self._index_of[e.row] for e in batch.examples]), batch.device)
         if self._head is None or not isinstance(stored, Tensor):
             return stored
         return ops.OnlineTeacher(stored.to(self._dtype()), self._head)

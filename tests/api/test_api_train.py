@@ -28,7 +28,7 @@ from peftlab.errors import (
     ResourceError,
     VerificationError,
 )
-from peftlab.tasks import CausalLM
+from peftlab.tasks.causal_lm import CausalLM
 from peftlab.training.progress import SilentProgress
 
 COLOURS = {"red": "colour", "green": "colour", "blue": "colour", "cat": "animal", "dog": "animal", "cow": "animal"}

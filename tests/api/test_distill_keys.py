@@ -15,6 +15,7 @@ from peftlab.api.training import train
 from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation import row_metrics
 from peftlab.evaluation.intervals import bootstrap
+from peftlab.evaluation.modules import class_statistic
 from peftlab.models import find_pretrained
 from peftlab.models.student import StudentCut, make_student
 from peftlab.recipe import load_recipe
@@ -96,7 +97,8 @@ def test_metrics_of_a_class_are_those_of_scikit_learn_on_every_draw(family: str)
     rng = np.random.default_rng(0)
     said, right = rng.integers(0, 4, 40), rng.integers(0, 4, 40)
     for index in range(5):  # of class 4 there is nothing
-        statistic = row_metrics.of_class(family, said, right, index)
+        rows = {"predicted_class": said.astype(float), "true_class": right.astype(float)}
+        statistic, _ = class_statistic(family, rows, index)
         counts = rng.integers(0, 3, (6, 40)).astype(float)
         for value, count in zip(statistic(counts), counts.astype(int), strict=True):
             a, b = said.repeat(count), right.repeat(count)

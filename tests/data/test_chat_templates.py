@@ -18,7 +18,8 @@ from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.data.tokens import Tokens, tokenize
 from peftlab.errors import DataError
-from peftlab.tasks import CausalLM, causal_lm
+from peftlab.tasks import causal_lm
+from peftlab.tasks.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)

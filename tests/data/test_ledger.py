@@ -22,7 +22,10 @@ from peftlab.data import ledger as module
 from peftlab.data import tokens as tokens_module
 from peftlab.data.chat import Formatter
 from peftlab.errors import DataError
-from peftlab.tasks import CausalLM, Encoded, SequenceClassification
+from peftlab.tasks import Encoded
+from peftlab.tasks.causal_lm import CausalLM
+from peftlab.tasks.labels import Labels
+from peftlab.tasks.seq_cls import SequenceClassification
 
 END = "<|im_end|>"
 
@@ -357,7 +360,7 @@ def test_the_beginning_written_twice(tokenizer: Any) -> None:
 def test_labels_and_texts_with_two_of_them(tokenizer_of: Callable[[str], Any]) -> None:
     texts, labels = ["a", "b", "a", "c", "b", "dddddd"], ["x", "y", "y", "x", "y", "x"]
     rows = Rows.from_dicts([{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)], name="data")
-    task = SequenceClassification(tokenizer_of("tiny:bert"), class_names=["x", "y"])
+    task = SequenceClassification(tokenizer_of("tiny:bert"), labels=Labels(["x", "y"]))
     ledger = task.encode(rows, max_length=4, too_long="drop", training=True).ledger
     report = ledger.report()
     assert report["labels"] == [{"label": "x", "rows": 2}, {"label": "y", "rows": 3}]
@@ -385,7 +388,7 @@ def test_a_cut_text_keeps_its_separator_in_account_and_preview(tokenizer_of: Cal
         single=f"<|im_start|> $A {END}", special_tokens=ends
     )
     rows = Rows.from_dicts([{"text": t, "label": n} for t, n in (("abcdefgh", "x"), ("ab", "y"))], name="data")
-    task = SequenceClassification(tokenizer, class_names=["x", "y"])
+    task = SequenceClassification(tokenizer, labels=Labels(["x", "y"]))
     encoded = task.encode(rows, max_length=5, too_long="truncate", training=True)
     ids = np.concatenate([e.ids for e in encoded.examples])
     for entry in encoded.ledger.report()["special_tokens"]:

@@ -29,7 +29,7 @@ def _targets(num: int = ROWS) -> torch.Tensor:
 
 
 def _classes() -> Comparison:
-    found = Comparison(ROWS, unit="classes")
+    found = Comparison(ROWS, predicts="classes")
     found.add(_logits(1), _targets(), torch.arange(ROWS), _logits(2))
     return found
 
@@ -38,7 +38,7 @@ def test_kl_is_torchs_and_zero_for_equal_logits() -> None:
     student, teacher = _logits(1), _logits(2)
     expected = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     assert _classes().sums("kl") == pytest.approx(expected.numpy(), rel=1e-12)
-    same = Comparison(ROWS, unit="classes")
+    same = Comparison(ROWS, predicts="classes")
     same.add(teacher.float(), _targets(), torch.arange(ROWS), teacher.float())
     assert same.sums("kl").tolist() == [0.0] * ROWS
     # The other direction is another number: KL(teacher || model), not KL(model || teacher).
@@ -51,7 +51,7 @@ def test_float32_kl_of_nearly_equal_logits_keeps_its_digits() -> None:
     rng = torch.Generator().manual_seed(3)
     teacher = torch.randn(20, 50_000, generator=rng)
     student = teacher + 1e-3 * torch.randn(20, 50_000, generator=rng)
-    found = Comparison(20, unit="tokens")
+    found = Comparison(20, predicts="tokens")
     found.add(student, torch.zeros(20, dtype=torch.int64), torch.arange(20), teacher)
     p, q = (x.double().log_softmax(-1) for x in (teacher, student))
     exact = (p.exp() * (p - q)).sum(-1).numpy()
@@ -63,17 +63,17 @@ def test_float32_kl_of_nearly_equal_logits_keeps_its_digits() -> None:
 def test_columns_that_do_not_exist_add_nothing_and_a_missing_class_costs_everything() -> None:
     student, teacher = _logits(1), _logits(2)
     student[:, V - 2 :] = teacher[:, V - 2 :] = -math.inf
-    wide, narrow = Comparison(ROWS, unit="classes"), Comparison(ROWS, unit="classes")
+    wide, narrow = Comparison(ROWS, predicts="classes"), Comparison(ROWS, predicts="classes")
     wide.add(student, _targets(), torch.arange(ROWS), teacher)
     narrow.add(student[:, : V - 2], _targets(), torch.arange(ROWS), teacher[:, : V - 2])
     for name in ("nll", "brier", "kl", "agree"):
         assert wide.sums(name) == pytest.approx(narrow.sums(name), rel=1e-12)
     # Padding with 0 instead of -inf is another distribution.
-    padded = Comparison(ROWS, unit="classes")
+    padded = Comparison(ROWS, predicts="classes")
     padded.add(student.nan_to_num(neginf=0.0), _targets(), torch.arange(ROWS), teacher)
     assert padded.sums("kl").sum() > wide.sums("kl").sum() + 0.1
     student[0, 0] = -math.inf
-    lacking = Comparison(ROWS, unit="classes")
+    lacking = Comparison(ROWS, predicts="classes")
     lacking.add(student, _targets(), torch.arange(ROWS), teacher)
     assert lacking.sums("kl")[0] == math.inf and np.isfinite(lacking.sums("kl")[1:]).all()
     assert lacking.estimates()["kl"].value == math.inf
@@ -99,9 +99,9 @@ def test_class_metrics_are_scikit_learns() -> None:
 
 def test_tokens_in_any_number_of_calls_give_the_same_sums_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
     row = torch.tensor([0, 2, 2, 2, 1, 1, 4, 0] * 5)
-    whole = Comparison(5, unit="tokens")
+    whole = Comparison(5, predicts="tokens")
     whole.add(_logits(1), _targets(), row, _logits(2))
-    parts = Comparison(5, unit="tokens")
+    parts = Comparison(5, predicts="tokens")
     monkeypatch.setattr(module, "_BLOCK", 3 * V)
     for part in (slice(0, 7), slice(7, 7), slice(7, 40)):
         parts.add(_logits(1)[part], _targets()[part], row[part], _logits(2)[part])
@@ -116,7 +116,7 @@ def test_tokens_in_any_number_of_calls_give_the_same_sums_per_row(monkeypatch: p
 def test_token_metrics_by_hand() -> None:
     """Row 0: both right; row 1: one of two; row 2 has no position and is no exact match."""
     sure, unsure = [math.log(0.8), math.log(0.2)], [math.log(0.5), math.log(0.5)]
-    found = Comparison(3, unit="tokens")
+    found = Comparison(3, predicts="tokens")
     found.add(torch.tensor([sure, sure, sure, unsure]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1, 1]))
     nats = -(2 * math.log(0.8) + math.log(0.2) + math.log(0.5)) / 4
     assert {name: estimate.value for name, estimate in found.estimates().items()} == pytest.approx(
@@ -125,14 +125,14 @@ def test_token_metrics_by_hand() -> None:
 
 
 def test_what_is_kept_does_not_grow_with_the_vocabulary() -> None:
-    found = Comparison(4, unit="tokens")
+    found = Comparison(4, predicts="tokens")
     for _ in range(3):
         found.add(torch.zeros(4, 30_000), torch.zeros(4, dtype=torch.int64), torch.arange(4))
     assert sum(found.sums(name).nbytes for name in ("positions", "nll", "correct", "brier", "agree", "kl")) == 4 * 48
 
 
 def test_mistakes_of_the_caller() -> None:
-    found, targets, rows = Comparison(ROWS, unit="tokens"), _targets(), torch.arange(ROWS)
+    found, targets, rows = Comparison(ROWS, predicts="tokens"), _targets(), torch.arange(ROWS)
     with pytest.raises(ValueError, match=r"found \[\[40, 11\], \[39\], \[40\]\]"):
         found.add(_logits(1), targets[1:], rows)
     with pytest.raises(ValueError, match=r"expected rows in 0\.\.39, found 1\.\.40"):
@@ -142,7 +142,7 @@ def test_mistakes_of_the_caller() -> None:
     found.add(_logits(1), targets, rows, _logits(2))
     with pytest.raises(ValueError, match="teacher logits in every call or in none"):
         found.add(_logits(1), targets, rows)
-    with pytest.raises(ValueError, match="expected unit 'classes'"):
+    with pytest.raises(ValueError, match="expected classes"):
         _ = found.predictions
 
 
@@ -151,7 +151,7 @@ def test_a_model_that_diverged_is_said_so(value: float) -> None:
     logits = _logits(1)
     logits[3, 4] = value
     with pytest.raises(VerificationError, match="in what the teacher says on held-out rows: its training diverged"):
-        Comparison(ROWS, unit="tokens").add(_logits(2), _targets(), torch.arange(ROWS), logits)
+        Comparison(ROWS, predicts="tokens").add(_logits(2), _targets(), torch.arange(ROWS), logits)
 
 
 def test_ece_by_hand() -> None:

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 
 from peftlab.evaluation import row_metrics
 from peftlab.evaluation.intervals import Estimate, bootstrap, over_rounds, over_seeds, quartiles, ratio_of_medians
+from peftlab.evaluation.modules.f1 import macro_f1
 
 SETS = 200
 
@@ -99,7 +100,7 @@ def test_macro_f1_of_drawn_rows_is_scikit_learns_on_the_repeated_rows() -> None:
     expected = [
         f1_score(np.repeat(references, count), np.repeat(predictions, count), average="macro") for count in counts
     ]
-    assert row_metrics.macro_f1(predictions, references)(counts.astype(float)) == pytest.approx(expected, abs=1e-12)
+    assert macro_f1(predictions, references)(counts.astype(float)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,18 +14,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-import peftlab.evaluation.metrics as metrics
 from peftlab.errors import DataError, RecipeError
-from peftlab.evaluation.metrics import METRICS, Scorer, check_metrics, default_metrics, headline, higher_is_better
+from peftlab.evaluation import metrics
+from peftlab.evaluation.metrics import check_metrics, default_metrics, higher_is_better
+from peftlab.evaluation.modules import class_statistic, row_statistics
+from peftlab.evaluation.scorer import Scorer
+from peftlab.specs.metrics import METRICS, class_slugs, family_of
 
 NAMES = ["ham", "spam", "other"]
 REFERENCES = [0, 0, 0, 0, 1, 1, 1, 2]
 PREDICTIONS = [0, 0, 0, 1, 1, 1, 0, 1]
 
 
+def columns_of(predictions: list[int], references: list[int]) -> dict[str, list[int]]:
+    return {"predictions": predictions, "references": references}
+
+
+def tokens(nll_sum: float, num_tokens: int, num_correct: int) -> dict[str, float]:
+    return {"nll_sum": nll_sum, "num_scored": num_tokens, "num_tokens": num_tokens, "num_correct": num_correct}
+
+
 def _score_classes(names: list[str], predictions: list[int], references: list[int]) -> dict[str, float]:
     scorer = Scorer(names, class_names=NAMES)
-    scorer.add_classes(predictions, references)
+    scorer.add(columns_of(predictions, references))
     return scorer.compute()
 
 
@@ -81,7 +92,7 @@ def test_random_labels_in_chunks_match_a_naive_implementation(pairs: list[tuple[
     predictions, references = [p for p, _ in pairs], [r for _, r in pairs]
     scorer = Scorer(["accuracy", "f1_macro"], class_names=NAMES)
     for i in range(0, len(pairs), chunk):
-        scorer.add_classes(predictions[i : i + chunk], references[i : i + chunk])
+        scorer.add(columns_of(predictions[i : i + chunk], references[i : i + chunk]))
     values = scorer.compute()
     assert list(values) == ["accuracy", "f1_macro"]
     assert values["accuracy"] == pytest.approx(sum(p == r for p, r in pairs) / len(pairs))
@@ -103,46 +114,46 @@ def test_confusion_counts_by_reference_and_prediction() -> None:
 
 def test_token_metrics_weigh_batches_by_their_tokens() -> None:
     scorer = Scorer(["loss", "perplexity", "token_accuracy"])
-    scorer.add_tokens(nll_sum=2.0, num_tokens=1, num_correct=0)
-    scorer.add_tokens(nll_sum=4.0, num_tokens=5, num_correct=3)
-    scorer.add_tokens(nll_sum=0.0, num_tokens=0, num_correct=0)
+    scorer.add(tokens(2.0, 1, 0))
+    scorer.add(tokens(4.0, 5, 3))
+    scorer.add(tokens(0.0, 0, 0))
     assert scorer.compute() == {"loss": 1.0, "perplexity": pytest.approx(math.e), "token_accuracy": 0.5}
 
 
 def test_a_perplexity_beyond_float64_is_inf_and_nan_stays_nan() -> None:
     scorer = Scorer(["perplexity"])
-    scorer.add_tokens(1e6, 10, 0)
+    scorer.add(tokens(1e6, 10, 0))
     assert scorer.compute() == {"perplexity": math.inf}
-    scorer.add_tokens(math.nan, 10, 0)
+    scorer.add(tokens(math.nan, 10, 0))
     assert math.isnan(scorer.compute()["perplexity"])
 
 
 def test_exact_match_counts_rows_or_compares_texts(tmp_path: Path) -> None:
     scorer = Scorer(["exact_match"])
-    scorer.add_rows([True, False])
-    scorer.add_rows([True, True])
+    scorer.add({"rows_right": [True, False], "rows": [True, True]})
+    scorer.add({"rows_right": [True, True], "rows": [True, True]})
     assert scorer.compute() == {"exact_match": 0.75}
 
-    from peftlab.evaluation.modules import MODULES
+    from peftlab.evaluation.modules import load_metric
 
-    module = MODULES["exact_match"](keep_in_memory=True, cache_dir=str(tmp_path))
+    module = load_metric("exact_match")(keep_in_memory=True, cache_dir=str(tmp_path))
     texts = module.compute(predictions=["4", "yes", "no "], references=["4", "yes", "no"])
     assert texts == {"exact_match": pytest.approx(2 / 3)}
 
 
 def test_scorers_alive_together_keep_their_own_rows_and_compute_repeatedly() -> None:
     first, second = Scorer(["accuracy"], class_names=NAMES), Scorer(["accuracy"], class_names=NAMES)
-    first.add_classes([0, 1], [0, 1])
-    second.add_classes([0, 1], [1, 0])
+    first.add(columns_of([0, 1], [0, 1]))
+    second.add(columns_of([0, 1], [1, 0]))
     state = np.random.get_state()[1].copy()
     assert (first.compute(), second.compute()) == ({"accuracy": 1.0}, {"accuracy": 0.0})
-    second.add_classes([2, 2], [2, 2])
+    second.add(columns_of([2, 2], [2, 2]))
     assert (first.compute(), second.compute()) == ({"accuracy": 1.0}, {"accuracy": 0.5})
     assert np.array_equal(np.random.get_state()[1], state)
 
 
 def test_class_names_become_distinct_flat_names() -> None:
-    assert metrics.class_slugs(["World News", "World_News", "macro", "a/b"]) == [
+    assert class_slugs(["World News", "World_News", "macro", "a/b"]) == [
         "World_News",
         "World_News_1",
         "macro_2",
@@ -153,9 +164,9 @@ def test_class_names_become_distinct_flat_names() -> None:
 def test_add_classes_refuses_what_is_not_a_class() -> None:
     scorer = Scorer(["f1"], class_names=NAMES)
     with pytest.raises(ValueError, match=r"0\.\.2, found \[-1, 3\]"):
-        scorer.add_classes([0, 3], [0, -1])
+        scorer.add(columns_of([0, 3], [0, -1]))
     with pytest.raises(ValueError, match="found 1, 2"):
-        scorer.add_classes([0], [0, 1])
+        scorer.add(columns_of([0], [0, 1]))
 
 
 @pytest.mark.parametrize("name", ["loss", "exact_match", "f1"])
@@ -164,8 +175,9 @@ def test_nothing_to_score_is_an_error(name: str) -> None:
         Scorer([name], class_names=NAMES).compute()
 
 
-def test_scorer_says_which_streams_it_needs() -> None:
-    assert Scorer(["loss", "f1_spam"], class_names=NAMES).streams == {"tokens", "classes"}
+def test_add_refuses_a_batch_without_a_column_that_is_needed() -> None:
+    with pytest.raises(ValueError, match="found none called references"):
+        Scorer(["accuracy"], class_names=NAMES).add({"predictions": [0]})
 
 
 def test_scorer_checks_per_class_names() -> None:
@@ -210,7 +222,7 @@ def test_defaults_are_valid_and_cover_the_task() -> None:
 
 def test_direction_and_headline() -> None:
     assert [higher_is_better(n) for n in ("loss", "perplexity", "f1", "f1_spam")] == [False, False, True, True]
-    assert [headline(n) for n in ("loss", "f1", "f1_spam")] == ["loss", "f1_macro", "f1_spam"]
+    assert [family_of(n).headline for n in ("loss", "f1", "f1_spam")] == ["loss", "f1_macro", "f1_macro"]
     for name, message in [("confusion", "no best value"), ("los", "did you mean 'loss'")]:
         with pytest.raises(RecipeError, match=message) as caught:
             higher_is_better(name)
@@ -235,20 +247,21 @@ def test_offline_the_scorer_writes_nothing_and_each_module_loads_by_path(tmp_pat
             raise AssertionError("network used")
         socket.socket.connect = socket.getaddrinfo = no_network
         home, modules = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-        from peftlab.evaluation.metrics import METRICS, Scorer
+        from peftlab.evaluation.scorer import Scorer
+        from peftlab.specs.metrics import METRICS
         scorer = Scorer(["accuracy", "loss"], class_names=["a", "b"])
-        scorer.add_tokens(1.0, 2, 1)
-        scorer.add_classes([0, 1], [0, 0])
+        scorer.add({"nll_sum": 1.0, "num_scored": 2, "predictions": [0, 1], "references": [0, 0]})
         assert scorer.compute() == {"accuracy": 0.5, "loss": 0.5}
         written = [p for p in home.rglob("*") if p.is_file()]
         assert not written, written
         import evaluate
         names = sorted(p.stem for p in modules.glob("[a-z]*.py"))
-        assert names == sorted(METRICS), names
+        computed = [spec.name for spec in METRICS.values() if spec.needs]
+        assert set(names) >= set(computed), names
         columns = {"predictions": [0, 1], "references": [0, 0], "nll_sum": [1.0], "num_tokens": [2], "num_correct": [1]}
-        for name in names:
+        for name in computed:
             spec = METRICS[name]
-            arguments = {key: columns[key] for key in spec.inputs}
+            arguments = {key: columns[key] for key in spec.needs}
             if spec.averaged or name == "confusion":
                 arguments["class_names"] = ["a", "b"]
             module = evaluate.load(str(modules / f"{name}.py"), keep_in_memory=True)
@@ -263,6 +276,48 @@ def test_offline_the_scorer_writes_nothing_and_each_module_loads_by_path(tmp_pat
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(METRICS)
+    assert len(lines) == sum(bool(spec.needs) for spec in METRICS.values())
     assert "f1 f1 {'f1_macro': 0.3333333333333333, 'f1_a': 0.6666666666666666, 'f1_b': 0.0}" in lines
     assert "confusion confusion {'confusion': [[1, 1], [0, 0]]}" in lines
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs and spec.rows and spec.on_card])
+def test_the_value_over_rows_is_the_value_of_the_evaluation(name: str) -> None:
+    """Two programs of one rule: scikit-learn's over all rows, and a sum over rows that may be drawn again."""
+    rng = np.random.default_rng(1)
+    predicted, true = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
+    tokens_, correct, nll = rng.integers(1, 9, 50), rng.integers(0, 2, 50), rng.random(50) * 5
+    scorer = Scorer([METRICS[name].headline], class_names=NAMES)
+    scorer.add(
+        {
+            "nll_sum": float(nll.sum()),
+            "num_scored": int(tokens_.sum()),
+            "num_tokens": int(tokens_.sum()),
+            "num_correct": int(correct.sum()),
+            "rows_right": (correct == tokens_).tolist(),
+            "rows": [True] * 50,
+            "predictions": predicted.tolist(),
+            "references": true.tolist(),
+        }
+    )
+    columns = {"nll": nll, "positions": tokens_, "tokens": tokens_, "correct_tokens": correct}
+    columns |= {"predicted_class": predicted, "true_class": true, "correct_classes": predicted == true}
+    columns |= {"class_positions": np.ones(50)}
+    statistic = row_statistics({k: v.astype(np.float64) for k, v in columns.items()})[METRICS[name].headline]
+    assert statistic(np.ones((1, 50))) == pytest.approx([scorer.compute()[METRICS[name].headline]], abs=1e-12)
+    if METRICS[name].of_classes:
+        counts = np.ones((1, 50))
+        counts[0, predicted == true] = 2  # a program that ignores how often a row was drawn gives the same again
+        assert statistic(counts) != pytest.approx(statistic(np.ones((1, 50))))
+
+
+@pytest.mark.parametrize("family", ["precision", "recall", "f1"])
+def test_the_value_of_one_class_over_rows_is_that_of_the_evaluation(family: str) -> None:
+    rng = np.random.default_rng(2)
+    predicted, true = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
+    values = _score_classes([family], predicted.tolist(), true.tolist())
+    rows = {"predicted_class": predicted.astype(np.float64), "true_class": true.astype(np.float64)}
+    for index, name in enumerate(NAMES):
+        statistic, num = class_statistic(family, rows, index)
+        assert statistic(np.ones((1, 60))) == pytest.approx([values[f"{family}_{name}"]])
+        assert num == int(((predicted if family == "precision" else true) == index).sum())

@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     "data": {
         "train": "org/rows#20",
         "template": {"prompt": "Q: {question}\nA:", "completion": " {answer}\n"},
+        "columns": {"label": "answer"},
         "label_names": {"0": "no", "1": "yes", "null": "0x10"},
     },
     "train": {"lr": 1e-5, "epochs": 3, "max_grad_norm": 0},

@@ -16,8 +16,8 @@ from peftlab.data import Rows, require
 from peftlab.data.chat import Formatter
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError, RecipeError
-from peftlab.tasks import CausalLM
-from peftlab.tasks.base import Batch
+from peftlab.tasks import Batch
+from peftlab.tasks.causal_lm import CausalLM
 from peftlab.tasks.lm_head import LMHead
 
 EOS = "<|im_end|>"
@@ -199,7 +199,7 @@ MIXED = [{"q": "how", "a": "yes"}, {"q": "what is it", "a": "no, it is longer"},
 def full_logits_loss(model: Any, batch: Batch) -> Any:
     """The textbook loss: all logits, labels -100 where nothing is trained, shifted by one."""
     labels = batch.input_ids.masked_fill(~batch.trained, -100)
-    logits = model(**batch.model_inputs).logits.double()
+    logits = model(**batch.inputs).logits.double()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
@@ -243,12 +243,12 @@ def test_loss_with_a_head_that_is_trained(tokenizer: Any, tiny: Callable[..., An
 
 def _shifted_targets(self: CausalLM, model: Any, batch: Batch) -> Any:
     """The token at a position predicts itself."""
-    hidden = self._head.hidden_states(model, batch.model_inputs)
+    hidden = self._head.hidden_states(model, batch.inputs)
     return hidden[:, 1:][batch.trained[:, 1:]], batch.input_ids[:, 1:][batch.trained[:, 1:]]
 
 
 def _unmasked(self: CausalLM, model: Any, batch: Batch) -> Any:
-    hidden = self._head.hidden_states(model, batch.model_inputs)
+    hidden = self._head.hidden_states(model, batch.inputs)
     everywhere = torch.ones_like(batch.trained[:, 1:])
     return hidden[:, :-1][everywhere], batch.input_ids[:, 1:][everywhere]
 
@@ -266,12 +266,12 @@ def test_score_counts_what_the_loss_trains(tokenizer: Any, tiny: Callable[..., A
     model = tiny("tiny:llama", dtype="float64")
     task, batch = mixed_batch(tokenizer)
     scores = task.score(model, batch)
-    logits = model(**batch.model_inputs).logits[:, :-1]
+    logits = model(**batch.inputs).logits[:, :-1]
     hits = (logits.argmax(-1) == batch.input_ids[:, 1:]) & batch.trained[:, 1:]
-    assert scores.nll_sum == pytest.approx(float(full_logits_loss(model, batch).detach()), rel=1e-5)
-    assert scores.num_tokens == int(batch.trained.sum())
-    assert scores.num_correct == int(hits.sum())
-    assert scores.exact == [bool(h[m].all()) for h, m in zip(hits, batch.trained[:, 1:], strict=True)]
+    assert scores["nll_sum"] == pytest.approx(float(full_logits_loss(model, batch).detach()), rel=1e-5)
+    assert scores["num_tokens"] == int(batch.trained.sum())
+    assert scores["num_correct"] == int(hits.sum())
+    assert scores["rows_right"] == [bool(h[m].all()) for h, m in zip(hits, batch.trained[:, 1:], strict=True)]
 
 
 def test_a_head_that_transforms_its_logits_is_refused(
@@ -364,8 +364,8 @@ def test_choices_agree_with_constrained_decoding(
             want = [constrained_decoding(model, p, ids, tokenizer.eos_token_id) for p in prompts]
             scores = task.score(model, task.collate(examples, "cpu"))
             predicted = list(task.predict(model, rows, batch_tokens=100, max_length=512))
-        assert scores.predictions == [index for index, _ in want]
-        assert scores.references == [e.label for e in examples]
+        assert scores["predictions"] == [index for index, _ in want]
+        assert scores["references"] == [e.label for e in examples]
         assert [p["label"] for p in predicted] == [choices[index] for index, _ in want]
         assert [p["probability"] for p in predicted] == pytest.approx([p for _, p in want], rel=1e-4)
         winners |= {index for index, _ in want}
@@ -396,7 +396,7 @@ def test_nested_choices_end_with_the_token_that_was_trained(tokenizer: Any, tiny
                 p.data.mul_(8)
         with torch.no_grad():
             want = [constrained_decoding(model, p.tolist(), ids, end)[0] for p in task._rows_prompt_ids(rows)]
-            assert task.score(model, task.collate(examples, "cpu")).predictions == want
+            assert task.score(model, task.collate(examples, "cpu"))["predictions"] == want
 
 
 def test_a_completion_that_is_no_choice(tokenizer: Any) -> None:
@@ -426,7 +426,7 @@ def test_exact_match_is_what_greedy_generation_reproduces(tokenizer: Any, tiny: 
     torch.manual_seed(0)
     model = tiny("tiny:llama", rank=16)
     train_a_little(task, model, task.collate(examples[:2], "cpu"), 80)
-    exact = task.score(model, task.collate(examples, "cpu")).exact
+    exact = task.score(model, task.collate(examples, "cpu"))["rows_right"]
     answers = [a["text"] for a in task.generate(model, rows, batch_tokens=200, max_length=512, max_new_tokens=8)]
     assert exact == [answer == a for answer, a in zip(answers, rows.columns["a"], strict=True)]
     assert exact[:2] == [True, True] and not all(exact), "the comparison needs both outcomes"

@@ -18,7 +18,7 @@ from peftlab.data import Rows
 from peftlab.distillation import VectorObjective
 from peftlab.errors import ArtifactError, RecipeError, VerificationError
 from peftlab.models import SentenceWriter, find_pretrained, load_model, load_tokenizer, save_plain, sentence_files
-from peftlab.tasks import Embedding
+from peftlab.tasks.embedding import Embedding
 from peftlab.training.distilling import DistillLoss, Share
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import SilentProgress
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {"max_length": 64, "too_long": "error", "training": Tr
 def bert(pooling: str = "mean", *, normalize: bool = False, seed: int | None = None) -> tuple[Any, Embedding]:
     pretrained = find_pretrained("tiny:bert")
     task = Embedding(load_tokenizer(pretrained), pooling=pooling, normalize=normalize)
-    model = load_model(pretrained, auto_class=task.auto_class, device="cpu")
+    model = load_model(pretrained, auto_class=task.spec.auto_class, device="cpu")
     if seed is not None:
         torch.manual_seed(seed)
         for parameter in model.parameters():
@@ -85,8 +85,8 @@ def test_the_parity_gate_sees_a_mean_over_padding(monkeypatch: pytest.MonkeyPatc
 
     teacher, _ = bert(seed=1)
     model, task = bert()
-    planned = planned_modules(model, peft_type=task.peft_type, targets="all-linear")
-    adapted = add_lora(model, peft_type=task.peft_type, rank=4, alpha=8.0)
+    planned = planned_modules(model, peft_type=task.spec.peft_type, targets="all-linear")
+    adapted = add_lora(model, peft_type=task.spec.peft_type, rank=4, alpha=8.0)
     examples = task.encode(ROWS, **OPTIONS).examples
     loss = DistillLoss(
         task, [(1.0, VectorObjective("hidden_cosine"))], [Share(ModelTeacher(teacher, task, device="cpu"))]

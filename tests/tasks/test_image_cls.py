@@ -19,7 +19,8 @@ from peftlab.api.training import train
 from peftlab.data import Rows, load_rows, read_images
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import find_pretrained, load_image_reader, load_model
-from peftlab.tasks import ImageClassification, Labels
+from peftlab.tasks.image_cls import ImageClassification
+from peftlab.tasks.labels import Labels
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import SilentProgress
 
@@ -30,7 +31,7 @@ OPTIONS = {"max_length": 9, "too_long": "error", "training": True}
 def vit() -> tuple[Any, ImageClassification]:
     pretrained = find_pretrained("tiny:vit")
     task = ImageClassification(load_image_reader(pretrained), labels=Labels(NAMES))
-    model = load_model(pretrained, auto_class=task.auto_class, device="cpu", **task.model_kwargs())
+    model = load_model(pretrained, auto_class=task.spec.auto_class, device="cpu", **task.model_kwargs())
     return model, task
 
 
@@ -105,7 +106,7 @@ def test_pixel_values_by_hand_and_order_of_the_batch() -> None:
     assert encoded.lengths.tolist() == [2] * 5  # one patch and the class token
     batch = task.collate(encoded.examples[::-1], "cpu")
     wanted = torch.tensor(rows.columns["image"][::-1], dtype=torch.float64)[:, None] / 255 * 2 - 1
-    torch.testing.assert_close(batch.pixel_values, wanted.float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(batch.inputs["pixel_values"], wanted.float(), rtol=0, atol=1e-6)
     assert batch.labels is not None and batch.labels.tolist() == [int(x) for x in rows.columns["label"][::-1]]
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from peftlab.data import BatchPlan, Rows
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError, RecipeError
-from peftlab.tasks import SequenceClassification
+from peftlab.tasks.labels import Labels
+from peftlab.tasks.seq_cls import SequenceClassification
 
 TEXTS = ["good", "awful thing", "so so", "very good indeed", "bad", "meh", "nice and long, long text"]
 LABELS = ["pos", "neg", "mid", "pos", "neg", "mid", "pos"]
@@ -64,7 +65,7 @@ def test_the_step_loss_is_torchs_weighted_mean(
     tokenizer: Any, tiny: Callable[..., Any], weights: Any, grouping: str, batch_size: int
 ) -> None:
     rows = rows_of(TEXTS, LABELS)
-    task = SequenceClassification(tokenizer, class_names=NAMES, class_weights=weights)
+    task = SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights=weights))
     model = tiny("tiny:bert", **task.model_kwargs()).eval()
     encoded = encode(task, rows)
     logits = torch.cat([
@@ -91,7 +92,7 @@ def test_a_mean_per_micro_batch_is_caught(
 
 
 def test_held_out_rows_are_not_weighted(tokenizer: Any) -> None:
-    task = SequenceClassification(tokenizer, class_names=NAMES, class_weights="balanced")
+    task = SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights="balanced"))
     encoded = encode(task, rows_of(TEXTS, LABELS), training=False)
     assert {e.weight for e in encoded.examples} == {1.0}
     counts = {entry["label"]: entry["rows"] for entry in encoded.ledger.report()["labels"]}
@@ -100,11 +101,11 @@ def test_held_out_rows_are_not_weighted(tokenizer: Any) -> None:
 
 def test_weights_must_name_every_class(tokenizer: Any) -> None:
     with pytest.raises(RecipeError, match=r"expected a weight for each of the classes .*found \['neg', 'pos'\]"):
-        SequenceClassification(tokenizer, class_names=NAMES, class_weights={"pos": 1.0, "neg": 1.0})
+        SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights={"pos": 1.0, "neg": 1.0}))
 
 
 def test_a_label_that_training_did_not_have(tokenizer: Any) -> None:
-    task = SequenceClassification(tokenizer, class_names=["neg", "pos"])
+    task = SequenceClassification(tokenizer, labels=Labels(["neg", "pos"]))
     with pytest.raises(DataError, match=r"a\.csv:4: label 'mid' does not occur in the training data.*neg, pos") as e:
         encode(task, rows_of(TEXTS, LABELS), training=False)
     assert e.value.key == "data.columns.label"
@@ -112,19 +113,19 @@ def test_a_label_that_training_did_not_have(tokenizer: Any) -> None:
 
 def test_held_out_rows_may_lack_a_named_class(tokenizer: Any) -> None:
     """data.label_names maps 3 values; a small held-out part need not have all of them."""
-    task = SequenceClassification(tokenizer, class_names=NAMES, label_names={"0": "neg", "1": "pos", "2": "mid"})
+    task = SequenceClassification(tokenizer, labels=Labels(NAMES, value_names={"0": "neg", "1": "pos", "2": "mid"}))
     encoded = encode(task, rows_of(["a", "b"], ["0", "1"]), training=False)
     assert [e.label for e in encoded.examples] == [NAMES.index("neg"), NAMES.index("pos")]
 
 
 def test_text_that_is_none(tokenizer: Any) -> None:
-    task = SequenceClassification(tokenizer, class_names=NAMES)
+    task = SequenceClassification(tokenizer, labels=Labels(NAMES))
     with pytest.raises(DataError, match=r"a\.csv:3: expected text, found None"):
         encode(task, rows_of(["x", None], ["pos", "neg"]))
 
 
 def test_truncation_keeps_the_last_token(tokenizer: Any) -> None:
-    task = SequenceClassification(tokenizer, class_names=NAMES)
+    task = SequenceClassification(tokenizer, labels=Labels(NAMES))
     rows = rows_of(["abcdefgh", "ab"], ["pos", "neg"])
     long, short = encode(task, rows, max_length=5, too_long="truncate").examples
     assert tokenizer.decode(long.ids) == "<|im_start|>abc<|im_end|>"
@@ -132,7 +133,7 @@ def test_truncation_keeps_the_last_token(tokenizer: Any) -> None:
 
 
 def test_score_and_predict_are_the_models_own_softmax(tokenizer: Any, tiny: Callable[..., Any]) -> None:
-    task = SequenceClassification(tokenizer, class_names=NAMES)
+    task = SequenceClassification(tokenizer, labels=Labels(NAMES))
     model = tiny("tiny:bert", **task.model_kwargs()).eval()
     with torch.no_grad():
         logits = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in TEXTS]).double()
@@ -145,14 +146,14 @@ def test_score_and_predict_are_the_models_own_softmax(tokenizer: Any, tiny: Call
     targets = [NAMES.index(name) for name in LABELS]
     with torch.no_grad():
         scores = task.score(model, task.collate(encode(task, rows_of(TEXTS, LABELS)).examples, "cpu"))
-    assert scores.references == targets
-    assert scores.predictions == probs.argmax(-1).tolist()
-    assert scores.nll_sum == pytest.approx(-float(probs.log()[torch.arange(len(TEXTS)), targets].sum()), rel=1e-5)
-    assert scores.num_tokens == len(TEXTS)
+    assert scores["references"] == targets
+    assert scores["predictions"] == probs.argmax(-1).tolist()
+    assert scores["nll_sum"] == pytest.approx(-float(probs.log()[torch.arange(len(TEXTS)), targets].sum()), rel=1e-5)
+    assert scores["num_scored"] == len(TEXTS)
 
 
 def test_predicting_needs_no_label_column(tokenizer: Any, tiny: Callable[..., Any]) -> None:
-    task = SequenceClassification(tokenizer, class_names=NAMES)
+    task = SequenceClassification(tokenizer, labels=Labels(NAMES))
     model = tiny("tiny:bert", **task.model_kwargs()).eval()
     rows = Rows.from_dicts([task.row_from_text("x" * 600)], name="input")
     assert len(list(task.predict(model, rows, batch_tokens=64, max_length=512))) == 1
@@ -163,7 +164,7 @@ def test_an_empty_text_names_its_row_or_trains(
     tokenizer_of: Callable[[str], Any], tiny: Callable[..., Any], grouping: str
 ) -> None:
     """A tokenizer without special tokens makes no token of it."""
-    task = SequenceClassification(tokenizer_of("tiny:bert"), class_names=NAMES)
+    task = SequenceClassification(tokenizer_of("tiny:bert"), labels=Labels(NAMES))
     model = tiny("tiny:bert", **task.model_kwargs())
     try:
         encoded = encode(task, rows_of(["", "b", "c"], ["pos", "neg", "mid"]))

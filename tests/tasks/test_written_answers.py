@@ -11,7 +11,7 @@ import pytest
 from peftlab.adapters import HeadLoss
 from peftlab.data import Rows, answered
 from peftlab.data.chat import Formatter
-from peftlab.tasks import CausalLM
+from peftlab.tasks.causal_lm import CausalLM
 
 END = 2
 ROWS = Rows.from_dicts(

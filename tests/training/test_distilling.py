@@ -20,7 +20,10 @@ from peftlab.data import Rows
 from peftlab.data.chat import Formatter
 from peftlab.distillation import Objective
 from peftlab.models.tiny import tiny_config
-from peftlab.tasks import CausalLM, Example, SequenceClassification, collate_packed
+from peftlab.tasks import Example, collate_packed
+from peftlab.tasks.causal_lm import CausalLM
+from peftlab.tasks.labels import Labels
+from peftlab.tasks.seq_cls import SequenceClassification
 from peftlab.training import distilling, teachers
 from peftlab.training.distilling import DistillLoss, Share, TaughtLogits
 from peftlab.training.teachers import BackboneTeacher, Columns, ModelTeacher
@@ -106,7 +109,7 @@ class Bench:
         total = torch.zeros((), dtype=torch.float64)
         for example in self.examples:
             own, labels = self.row(lambda ids: self.student(input_ids=ids).logits, example)
-            weight = 1.0 if self.task.name == "causal_lm" else example.weight
+            weight = 1.0 if self.task.spec.generates else example.weight
             loss = torch.zeros((), dtype=torch.float64)
             if goal.hard_weight:
                 loss = loss + goal.hard_weight * F.cross_entropy(own, labels, reduction="sum")
@@ -167,7 +170,7 @@ class Texts(Bench):
 class Classes(Bench):
     def __init__(self, student: Any, tokenizer: Any, *, labelled: bool = True) -> None:
         super().__init__(student)
-        self.task = SequenceClassification(tokenizer, class_names=NAMES, class_weights=CLASS_WEIGHTS)
+        self.task = SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights=CLASS_WEIGHTS))
         rows = [{"text": letters(n, i), "label": name} for i, (n, name) in enumerate(CLASSIFIED)]
         rows = rows if labelled else [{"text": row["text"]} for row in rows]
         encoded = self.task.encode(
@@ -401,8 +404,8 @@ def rows_in_another_order(patch: Any) -> None:
 
     def flipped(share: Any, batch: Any) -> Any:
         own = right(share, batch)
-        names = [n for n in ("input_ids", "trained", "attention_mask") if getattr(own, n) is not None]
-        return replace(own, **{name: getattr(own, name).flip(0) for name in names})
+        trained = None if own.trained is None else own.trained.flip(0)
+        return replace(own, inputs={name: tensor.flip(0) for name, tensor in own.inputs.items()}, trained=trained)
 
     patch.setattr(distilling, "_only", flipped)
 
@@ -444,7 +447,10 @@ def packs_mixed(patch: Any) -> None:
     patch.setattr(
         ModelTeacher,
         "_own",
-        lambda self, batch: replace(right(self, batch), position_ids=torch.arange(batch.input_ids.shape[1])[None]),
+        lambda self, batch: replace(
+            right(self, batch),
+            inputs={"input_ids": batch.input_ids, "position_ids": torch.arange(batch.input_ids.shape[1])[None]},
+        ),
     )
 
 

@@ -218,7 +218,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Any, tokenizer_of: Any) ->
 def test_recording_leaves_the_model_as_it_was(tiny: Any, tokenizer_of: Any) -> None:
     bench, _ = texts_case(tiny, tokenizer_of)
     model = bench.student.get_base_model()
-    inputs = bench.batch().model_inputs
+    inputs = bench.batch().inputs
     before = model(**inputs).logits
     with recording(bench.student, hidden=[1], attention=[0]) as states:
         assert torch.equal(model(**inputs).logits, before)

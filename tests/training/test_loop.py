@@ -20,7 +20,7 @@ from peftlab.data import BatchPlan, Rows
 from peftlab.data.chat import Formatter
 from peftlab.data.rows import Origin
 from peftlab.errors import ArtifactError, Interrupted, VerificationError
-from peftlab.tasks import CausalLM
+from peftlab.tasks.causal_lm import CausalLM
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopSettings, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog, read_metrics
@@ -89,7 +89,7 @@ class Bench:
         return TrainingLoop(
             model=self.model,
             task=self.task,
-            train=self.train,
+            train=self.train.examples,
             plan=BatchPlan(self.train.lengths, **plan),
             settings=settings,
             accelerator=self._accelerator,

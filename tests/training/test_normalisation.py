@@ -30,7 +30,10 @@ from peftlab.adapters import HeadLoss
 from peftlab.adapters.fused import fusion_report, set_kernels
 from peftlab.data import BatchPlan, Rows
 from peftlab.data.chat import Formatter
-from peftlab.tasks import Batch, CausalLM, Example, SequenceClassification, collate_packed
+from peftlab.tasks import Batch, Example, collate_packed
+from peftlab.tasks.causal_lm import CausalLM
+from peftlab.tasks.labels import Labels
+from peftlab.tasks.seq_cls import SequenceClassification
 from peftlab.training import loop as loop_module
 from peftlab.training.loop import LoopSettings, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog, read_metrics
@@ -91,7 +94,7 @@ class Lab:
         loop = TrainingLoop(
             model=self.model,
             task=self.task,
-            train=train,
+            train=train.examples,
             plan=BatchPlan(train.lengths, **plan),
             settings=LoopSettings(lr=lr, max_grad_norm=0.0, schedule="constant", warmup=0),
             accelerator=self._accelerator,
@@ -217,7 +220,7 @@ class ClassLab(Lab):
     """Shapes are (tokens, class)."""
 
     def __init__(self, tiny: Any, tokenizer: Any, accelerator: Any, folder: Path) -> None:
-        self.task = SequenceClassification(tokenizer, class_names=NAMES, class_weights=CLASS_WEIGHTS)
+        self.task = SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights=CLASS_WEIGHTS))
         super().__init__(tiny("tiny:bert", dtype="float64", **self.task.model_kwargs()), accelerator, folder)
 
     def rows(self, shapes: Any) -> Rows:
@@ -400,7 +403,9 @@ def change_packs(patch: Any, changes: Callable[[Batch], dict[str, Any]]) -> None
 
     def changed(examples: Any, *, device: Any) -> Batch:
         batch = collate_packed(examples, device=device)
-        return dataclasses.replace(batch, **changes(batch))
+        changed = changes(batch)
+        trained = changed.pop("trained", batch.trained)
+        return dataclasses.replace(batch, inputs=batch.inputs | changed, trained=trained)
 
     patch.setattr(loop_module, "collate_packed", changed)
 
@@ -415,7 +420,7 @@ def documents_see_each_other(patch: Any) -> None:
 
 
 def first_tokens_trained(patch: Any) -> None:
-    change_packs(patch, lambda batch: {"trained": batch.trained | (batch.position_ids == 0)})
+    change_packs(patch, lambda batch: {"trained": batch.trained | (batch.inputs["position_ids"] == 0)})
 
 
 FAULTS = {

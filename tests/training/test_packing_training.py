@@ -22,9 +22,9 @@ from peftlab.api import training as training_module
 from peftlab.data import Rows
 from peftlab.data.chat import Formatter
 from peftlab.errors import Interrupted, RecipeError, VerificationError
-from peftlab.tasks import Batch, CausalLM, Example, collate_packed
-from peftlab.tasks import base as base_module
-from peftlab.training import packing_check
+from peftlab.tasks import Batch, Example, collate_packed
+from peftlab.tasks.causal_lm import CausalLM
+from peftlab.training import loop, packing_check, parity
 from peftlab.training.packing_check import check_packing
 from peftlab.training.progress import SilentProgress
 
@@ -127,7 +127,11 @@ def test_a_model_that_leaks_is_found_without_knowing_its_name(task: CausalLM, fa
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_a_run_without_position_ids_is_found(task: CausalLM, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Batch, "model_inputs", property(lambda self: {"input_ids": self.input_ids}))
+    def without_positions(examples: Any, *, device: Any) -> Batch:
+        batch = collate_packed(examples, device=device)
+        return dataclasses.replace(batch, inputs={"input_ids": batch.input_ids})
+
+    monkeypatch.setattr(packing_check, "collate_packed", without_positions)
     assert "does not keep rows apart" in str(check(make_model(family, "sdpa"), task))
 
 
@@ -136,9 +140,9 @@ def test_positions_that_go_on_are_found(task: CausalLM, monkeypatch: pytest.Monk
 
     def shifted(examples: Any, *, device: Any) -> Batch:
         batch = collate_packed(examples, device=device)
-        assert batch.position_ids is not None
-        document = (batch.position_ids == 0).cumsum(-1) - 1
-        return dataclasses.replace(batch, position_ids=batch.position_ids + 50 * (document > 0))
+        positions = batch.inputs["position_ids"]
+        document = (positions == 0).cumsum(-1) - 1
+        return dataclasses.replace(batch, inputs={**batch.inputs, "position_ids": positions + 50 * (document > 0)})
 
     monkeypatch.setattr(packing_check, "collate_packed", shifted)
     assert "does not start each row anew" in str(check(make_model("gpt2", "sdpa"), task, documents(20, 7)))
@@ -174,7 +178,7 @@ def test_the_check_leaves_the_model_as_it_was(task: CausalLM) -> None:
 def test_packed_tensors() -> None:
     batch = collate_packed(documents(3, 1, 2), device="cpu")
     assert batch.input_ids.shape == (1, 6) and batch.attention_mask is None
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch.trained.tolist() == [[False, True, True, False, False, True]]
 
 
@@ -227,7 +231,7 @@ def test_packed_gradients_are_padded_gradients(task: CausalLM, family: str, atte
     size = max(float(g.abs().max()) for g in want.values())
     for name, gradient in want.items():
         assert float((got[name] - gradient).abs().max()) <= tolerance * size, name
-    logits = model(**task.collate(examples, "cpu").model_inputs).logits  # the plain formula, row by row
+    logits = model(**task.collate(examples, "cpu").inputs).logits  # the plain formula, row by row
     plain = sum(
         F.cross_entropy(logits[i, : len(e) - 1], torch.as_tensor(e.ids[1:], dtype=torch.int64), reduction="sum")
         for i, e in enumerate(examples)
@@ -250,7 +254,7 @@ def test_a_pack_is_what_transformers_collator_makes_of_it(task: CausalLM, family
     flat = DataCollatorWithFlattening()(features)
     packed = collate_packed(examples, device="cpu")
     for name in ("input_ids", "position_ids"):
-        assert torch.equal(packed.model_inputs[name], flat[name])
+        assert torch.equal(packed.inputs[name], flat[name])
     # With a cache, its default, transformers would not look at the position ids, and the documents would see each other.
     theirs = model(**flat, use_cache=False).loss
     want = gradients(model, theirs)
@@ -334,7 +338,7 @@ def test_a_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatc
     assert run.summary["parity"]["worst_cosine"] > 0.9999
     assert run.summary["training"]["steps"] == 2 * -(-found["packs"] // 2)
     trained = seen[-2 * found["packs"] :]
-    assert all(b.position_ids is not None and b.attention_mask is None and len(b.input_ids) == 1 for b in trained)
+    assert all(b.packed and b.attention_mask is None and len(b.input_ids) == 1 for b in trained)
     assert sum(b.input_ids.numel() for b in trained) == run.summary["training"]["tokens"], "nothing is padded"
     assert max(b.input_ids.numel() for b in trained) <= 256
     if dropout:
@@ -367,10 +371,13 @@ def test_a_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of:
 def test_a_leak_during_the_run_does_not_pass_the_gate(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the leak test were wrong, packed rows without position ids would not agree with padded ones."""
     monkeypatch.setattr(training_module, "check_packing", lambda *_, **__: None)
-    right = base_module.Batch.model_inputs.fget
-    monkeypatch.setattr(
-        Batch, "model_inputs", property(lambda self: {k: v for k, v in right(self).items() if k != "position_ids"})
-    )
+
+    def without_positions(examples: Any, *, device: Any) -> Batch:
+        batch = collate_packed(examples, device=device)
+        return dataclasses.replace(batch, inputs={"input_ids": batch.input_ids})
+
+    for module in (loop, parity):
+        monkeypatch.setattr(module, "collate_packed", without_positions)
     with pytest.raises(VerificationError, match=r"differs between the training path|loss of the first micro-batch"):
         train(recipe())
 

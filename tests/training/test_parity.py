@@ -21,7 +21,9 @@ from peftlab import ops
 from peftlab.adapters import lora as lora_module
 from peftlab.api import parts as parts_module
 from peftlab.errors import RecipeError, VerificationError
-from peftlab.tasks import CausalLM, SequenceClassification, causal_lm, seq_cls
+from peftlab.tasks import causal_lm, seq_cls
+from peftlab.tasks.causal_lm import CausalLM
+from peftlab.tasks.seq_cls import SequenceClassification
 from peftlab.training import parity
 from peftlab.training.progress import SilentProgress
 
@@ -227,9 +229,12 @@ def mask_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def padding_attended(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (causal_lm, seq_cls):
         right = module.collate
-        monkeypatch.setattr(
-            module, "collate", lambda *a, _right=right, **k: dataclasses.replace(_right(*a, **k), attention_mask=None)
-        )
+
+        def unmasked(*args: Any, _right: Any = right, **options: Any) -> Any:
+            batch = _right(*args, **options)
+            return dataclasses.replace(batch, inputs={"input_ids": batch.input_ids})
+
+        monkeypatch.setattr(module, "collate", unmasked)
 
 
 def dropout_lost_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:

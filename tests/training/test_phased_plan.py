@@ -12,7 +12,7 @@ import torch
 from peftlab.adapters import HeadLoss
 from peftlab.data import BatchPlan, Rows
 from peftlab.data.chat import Formatter
-from peftlab.tasks import CausalLM, Encoded
+from peftlab.tasks.causal_lm import CausalLM
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopSettings, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog
@@ -67,7 +67,7 @@ def test_parts_on_the_same_rows_are_the_whole_run(
         made = TrainingLoop(
             model=model,
             task=task,
-            train=Encoded(examples, train.ledger),
+            train=examples,
             plan=plan,
             settings=settings,
             accelerator=accelerator,

@@ -13,7 +13,8 @@ from peftlab import ops
 from peftlab.adapters import HeadLoss
 from peftlab.data.chat import Formatter
 from peftlab.models import find_pretrained, load_model
-from peftlab.tasks import CausalLM, Example
+from peftlab.tasks import Example
+from peftlab.tasks.causal_lm import CausalLM
 from peftlab.training.teachers import ModelTeacher, _is_at
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import datasets
 import evaluate
 from sklearn.metrics import accuracy_score
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
 
 
 class Accuracy(evaluate.Metric):
@@ -21,3 +26,8 @@ class Accuracy(evaluate.Metric):
     def _compute(self, *, predictions: list[int], references: list[int]) -> dict[str, float]:
         """``accuracy`` in 0..1."""
         return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """The same over drawn rows, of their ``correct_classes`` and ``class_positions``."""
+    return row_metrics.ratio(rows["correct_classes"], rows["class_positions"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import datasets
 import evaluate
 from sklearn.metrics import accuracy_score
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
 
 
 class ExactMatch(evaluate.Metric):
@@ -26,3 +31,9 @@ class ExactMatch(evaluate.Metric):
     def _compute(self, *, predictions: list[str] | list[int], references: list[str] | list[int]) -> dict[str, float]:
         """``exact_match`` in 0..1."""
         return {"exact_match": float(accuracy_score(references, predictions))}
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """The share of drawn rows whose ``tokens`` are all correct, of those with any."""
+    any_at_all = rows["tokens"] > 0
+    return row_metrics.ratio(any_at_all & (rows["correct_tokens"] == rows["tokens"]), any_at_all)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import datasets
 import evaluate
+import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.metrics import f1_score
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
 
 
 class F1(evaluate.Metric):
@@ -28,3 +35,40 @@ class F1(evaluate.Metric):
         values = f1_score(references, predictions, labels=indices, average=None, zero_division=0.0)
         per_class = {f"f1_{class_name}": float(v) for class_name, v in zip(class_names, values, strict=True)}
         return {"f1_macro": float(macro), **per_class}
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """``f1_macro`` over drawn rows, of their ``predicted_class`` and ``true_class``."""
+    return macro_f1(rows["predicted_class"].astype(np.int64), rows["true_class"].astype(np.int64))
+
+
+def statistic_of_class(rows: Mapping[str, Floats], index: int) -> tuple[Statistic, int]:
+    """F1 of the class ``index`` over drawn rows, 0 where none of them has it or is taken for it; and how many have it."""
+    predicted, true = rows["predicted_class"] == index, rows["true_class"] == index
+    return row_metrics.share_of_class(2.0 * (predicted & true), 1.0 * true + predicted), int(true.sum())
+
+
+def macro_f1(predictions: ArrayLike, references: ArrayLike) -> Statistic:
+    """F1 averaged over the classes that occur among the drawn rows, as prediction or reference (scikit-learn's rule).
+
+    Args:
+        predictions, references: [N] class indices.
+    """
+    from scipy.sparse import csr_array
+
+    predicted, true = np.asarray(predictions), np.asarray(references)
+    num_classes = int(max(predicted.max(), true.max())) + 1
+    everyone = np.arange(len(true))
+
+    def one_hot(classes: np.ndarray, rows: np.ndarray) -> csr_array:
+        return csr_array((np.ones(len(rows)), (rows, classes)), shape=(len(true), num_classes))
+
+    hits = np.flatnonzero(predicted == true)
+    hit, found, there = one_hot(true[hits], hits), one_hot(predicted, everyone), one_hot(true, everyone)
+
+    def statistic(counts: Floats) -> Floats:
+        size = counts @ found + counts @ there
+        f1 = np.divide(2 * (counts @ hit), size, out=np.zeros_like(size), where=size > 0)
+        return np.asarray(f1.sum(axis=1) / (size > 0).sum(axis=1))
+
+    return statistic

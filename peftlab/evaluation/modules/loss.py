@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import datasets
 import evaluate
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
 
 
 class Loss(evaluate.Metric):
@@ -22,3 +26,8 @@ class Loss(evaluate.Metric):
     def _compute(self, *, nll_sum: list[float], num_tokens: list[int]) -> dict[str, float]:
         """``loss`` in nats per token."""
         return {"loss": math.fsum(nll_sum) / sum(num_tokens)}
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """The same over drawn rows, of their ``nll`` and ``positions``."""
+    return row_metrics.ratio(rows["nll"], rows["positions"])

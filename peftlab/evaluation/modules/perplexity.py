@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import datasets
 import evaluate
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
 
 
 class Perplexity(evaluate.Metric):
@@ -25,3 +29,8 @@ class Perplexity(evaluate.Metric):
             return {"perplexity": math.exp(math.fsum(nll_sum) / sum(num_tokens))}
         except OverflowError:
             return {"perplexity": math.inf}
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """The same over drawn rows, of their ``nll`` and ``tokens``."""
+    return row_metrics.exp_ratio(rows["nll"], rows["tokens"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import datasets
 import evaluate
 from sklearn.metrics import recall_score
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
 
 
 class Recall(evaluate.Metric):
@@ -28,3 +33,9 @@ class Recall(evaluate.Metric):
         values = recall_score(references, predictions, labels=indices, average=None, zero_division=0.0)
         per_class = {f"recall_{class_name}": float(v) for class_name, v in zip(class_names, values, strict=True)}
         return {"recall_macro": float(macro), **per_class}
+
+
+def statistic_of_class(rows: Mapping[str, Floats], index: int) -> tuple[Statistic, int]:
+    """Recall of the class ``index`` over drawn rows, 0 where none of them has it; and how many have it in all."""
+    predicted, true = rows["predicted_class"] == index, rows["true_class"] == index
+    return row_metrics.share_of_class(predicted & true, true), int(true.sum())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import datasets
 import evaluate
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
 
 
 class TokenAccuracy(evaluate.Metric):
@@ -20,3 +25,8 @@ class TokenAccuracy(evaluate.Metric):
     def _compute(self, *, num_correct: list[int], num_tokens: list[int]) -> dict[str, float]:
         """``token_accuracy`` in 0..1."""
         return {"token_accuracy": sum(num_correct) / sum(num_tokens)}
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """The same over drawn rows, of their ``correct_tokens`` and all ``tokens``."""
+    return row_metrics.ratio(rows["correct_tokens"], rows["tokens"])

@@ -1,0 +1,13 @@
+"""The Brier score: the squared error of the probabilities, summed over the classes. On the report card alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """The mean over positions over drawn rows, of their ``brier`` and ``positions``."""
+    return row_metrics.ratio(rows["brier"], rows["positions"])

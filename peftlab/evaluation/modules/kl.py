@@ -1,0 +1,13 @@
+"""KL(teacher || model) in nats. On the report card alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peftlab.evaluation import row_metrics
+from peftlab.evaluation.intervals import Floats, Statistic
+
+
+def statistic(rows: Mapping[str, Floats]) -> Statistic:
+    """The mean over positions over drawn rows, of their ``kl`` and ``positions``."""
+    return row_metrics.ratio(rows["kl"], rows["positions"])

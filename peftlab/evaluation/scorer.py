@@ -1,0 +1,124 @@
+"""The values of metrics from columns that a task's ``score`` gives batch by batch.
+
+The numbers come from the ``evaluate`` modules in ``peftlab/evaluation/modules``; importing those takes seconds, so only
+``Scorer.compute`` does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from peftlab.errors import DataError, RecipeError
+from peftlab.evaluation.metrics import unknown_metric
+from peftlab.specs.metrics import METRICS, class_slugs, family_of
+
+# What a task's ``score`` gives of one batch: a number, or one number per row, by the name of the column.
+Columns = Mapping[str, float | int | Sequence[float] | Sequence[int] | Sequence[bool]]
+
+
+class Scorer:
+    """Collects columns batch by batch and computes the flat metric values.
+
+    Keeps what the columns hold, a few numbers per batch or row, and nothing of logits or vocabulary size. Writes no files
+    and shares no state, so several may live at once.
+
+    Args:
+        names: families or flat values; only these are returned.
+        class_names: one per class index; needed by the metrics of classes.
+
+    Raises:
+        RecipeError: key eval.metrics; unknown name, or class metrics without class names.
+    """
+
+    def __init__(self, names: Sequence[str], *, class_names: Sequence[str] | None = None) -> None:
+        self._slugs = class_slugs(class_names or [])
+        self._families: dict[str, str] = {}
+        for name in names:
+            family = family_of(name, self._slugs or None)
+            if family is None or not family.needs:
+                raise RecipeError(unknown_metric(name, list(METRICS), self._slugs), key="eval.metrics")
+            if family.of_classes and not self._slugs:
+                raise RecipeError(f"{name!r} needs classes (causal_lm: eval.choices)", key="eval.metrics")
+            self._families[name] = family.name
+        needed = dict.fromkeys(column for f in self._families.values() for column in METRICS[f].needs.values())
+        self._columns: dict[str, array[Any] | None] = dict.fromkeys(needed)
+
+    def add(self, columns: Columns) -> None:
+        """Adds one batch; columns that no metric needs are passed over.
+
+        Args: columns: ``num_...`` counts of the batch, ``nll_sum`` nats summed in float64, or one number per row:
+            ``predictions`` and ``references`` are class indices.
+        Raises:
+            ValueError: a needed column is missing, two that belong together differ in length, or an index is not a class.
+        """
+        if missing := self._columns.keys() - columns.keys():
+            raise ValueError(f"expected the columns {', '.join(self._columns)}, found none called {min(missing)}")
+        values = {name: _as_list(columns[name]) for name in self._columns}
+        for family in dict.fromkeys(self._families.values()):
+            needed = [values[column] for column in METRICS[family].needs.values()]
+            if len({len(column) for column in needed}) > 1:
+                names = " and ".join(METRICS[family].needs.values())
+                raise ValueError(f"expected as many {names}, found {', '.join(str(len(c)) for c in needed)}")
+            if METRICS[family].of_classes:
+                self._check_classes(needed)
+        for name, column in values.items():
+            kept = self._columns[name]
+            if kept is None:
+                kept = self._columns[name] = array("d" if any(isinstance(v, float) for v in column) else "q")
+            kept.extend(column)
+
+    def compute(self) -> dict[str, float]:
+        """The values asked for, by flat name: first one per family, in the order of names, then those per class.
+
+        A precision, recall or F1 without rows to divide by is 0.0; the macro average is over the classes that occur in
+        predictions or references. ``confusion`` gives ``confusion_R_as_P``, the rows of class R predicted as P.
+        Values may be ``nan`` or ``inf`` (perplexity beyond float64): JSON writers must handle them.
+
+        Raises:
+            DataError: nothing was added that a metric needs.
+        """
+        from peftlab.evaluation.modules import load_metric, takes_class_names
+
+        columns = {name: [] if kept is None else kept.tolist() for name, kept in self._columns.items()}
+        values: dict[str, float] = {}
+        # The modules create their cache folder even when they keep everything in memory.
+        with tempfile.TemporaryDirectory(prefix="peftlab-metrics-") as scratch:
+            for family in dict.fromkeys(self._families.values()):
+                metric = load_metric(family)
+                arguments: dict[str, Any] = {name: columns[of] for name, of in METRICS[family].needs.items()}
+                if not all(arguments.values()) or not any(arguments.get("num_tokens", [1])):
+                    raise DataError("expected rows to score, found none: the evaluation data has no rows to score")
+                if takes_class_names(metric):
+                    arguments["class_names"] = self._slugs
+                computed = metric(keep_in_memory=True, cache_dir=scratch, seed=0).compute(**arguments)
+                wanted = self._families
+                flat = self._flat(computed)
+                values |= {v: number for v, number in flat.items() if family in wanted or v in wanted}
+        headlines = {spec.headline for spec in METRICS.values()}
+        return dict(sorted(values.items(), key=lambda item: item[0] not in headlines))
+
+    def _check_classes(self, columns: Iterable[Sequence[Any]]) -> None:
+        outside = {int(i) for column in columns for i in column} - set(range(len(self._slugs)))
+        if outside:
+            raise ValueError(f"expected class indices in 0..{len(self._slugs) - 1}, found {sorted(outside)}")
+
+    def _flat(self, computed: Mapping[str, Any]) -> dict[str, float]:
+        """``computed`` with a matrix over classes as one value per pair of them."""
+        flat: dict[str, float] = {}
+        for name, value in computed.items():
+            if not isinstance(value, list):
+                flat[name] = value
+                continue
+            for reference, row in zip(self._slugs, value, strict=True):
+                flat |= {
+                    f"{name}_{reference}_as_{predicted}": float(n)
+                    for predicted, n in zip(self._slugs, row, strict=True)
+                }
+        return flat
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, int | float) else [v.item() if hasattr(v, "item") else v for v in value]

@@ -1,0 +1,243 @@
+"""The metrics, in the order they are computed and shown. ``peftlab/evaluation/modules/NAME.py`` implements each.
+
+A metric is a family (``f1``) that gives one or more flat values (``f1_macro``, ``f1_spam``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """What everyone else asks about a metric.
+
+    Attributes:
+        needs: argument of its module -> the column of ``Task.score`` that it is computed from. It exists for the tasks that
+            give these columns. Empty: it is on the report card alone.
+        rows: the columns of ``evaluation.comparison`` that its value with an interval over rows is computed from; empty: it
+            has none.
+        of_classes: whether it needs the names of the classes.
+        better: which direction is better; None where the values have no order.
+        lowest, highest: no value is beyond.
+        averaged: it gives NAME_macro and one NAME_CLASS per class instead of NAME.
+        by_default: whether a recipe that names no metrics gets it.
+        on_card: whether the report card shows the family's headline value wherever it can be computed.
+        share: its values are shares, shown in percent points. kept_as: how the card says what the student keeps of the
+            teacher's value; None: not at all, as of a metric that compares with the teacher already.
+        label, note: its name on the card, and what it means in one line.
+    """
+
+    name: str
+    needs: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
+    of_classes: bool = False
+    better: Literal["higher", "lower"] | None = "higher"
+    lowest: float = 0.0
+    highest: float = math.inf
+    averaged: bool = False
+    by_default: bool = True
+    on_card: bool = True
+    share: bool = False
+    kept_as: Literal["share", "times"] | None = None
+    label: str = ""
+    note: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The flat value that the family is judged by."""
+        return f"{self.name}_macro" if self.averaged else self.name
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.better == "higher"
+
+
+def _share(name: str, **about: object) -> MetricSpec:
+    return MetricSpec(name, highest=1.0, share=True, **about)  # type: ignore[arg-type]
+
+
+_PAIRS = {"predictions": "predictions", "references": "references"}
+_CLASS_ROWS = ("predicted_class", "true_class")
+
+# The columns of a comparison on held-out rows, by what the task predicts; see ``MetricSpec.rows``.
+_POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
+ROWS: dict[str, frozenset[str]] = {
+    "tokens": _POSITIONS | {"tokens", "correct_tokens"},
+    "token classes": _POSITIONS | {"class_positions", "correct_classes"},
+    "classes": _POSITIONS | {"class_positions", "correct_classes", "brier", *_CLASS_ROWS},
+    "vectors": frozenset({"vectors"}),
+}
+# Those that answers chosen among eval.choices add.
+ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
+
+METRICS: dict[str, MetricSpec] = {
+    spec.name: spec
+    for spec in (
+        MetricSpec(
+            "loss",
+            needs={"nll_sum": "nll_sum", "num_tokens": "num_scored"},
+            rows=("nll", "positions"),
+            better="lower",
+            label="loss",
+            note="its surprise at what is right, in nats; lower is better",
+        ),
+        MetricSpec(
+            "perplexity",
+            needs={"nll_sum": "nll_sum", "num_tokens": "num_tokens"},
+            rows=("nll", "tokens"),
+            better="lower",
+            kept_as="times",
+            label="perplexity",
+            note="as unsure as a free choice among so many tokens; lower is better",
+        ),
+        _share(
+            "token_accuracy",
+            needs={"num_correct": "num_correct", "num_tokens": "num_tokens"},
+            rows=("correct_tokens", "tokens"),
+            kept_as="share",
+            label="token accuracy",
+            note="share of the tokens that were the top guess",
+        ),
+        _share(
+            "exact_match",
+            needs={"predictions": "rows_right", "references": "rows"},
+            rows=("correct_tokens", "tokens"),
+            kept_as="share",
+            label="exact match",
+            note="share of the rows with every token right",
+        ),
+        _share(
+            "accuracy",
+            needs=_PAIRS,
+            of_classes=True,
+            rows=("correct_classes", "class_positions"),
+            kept_as="share",
+            label="accuracy",
+            note="share of the rows answered right",
+        ),
+        _share(
+            "precision", needs=_PAIRS, of_classes=True, rows=_CLASS_ROWS, averaged=True, on_card=False, kept_as="share"
+        ),
+        _share(
+            "recall", needs=_PAIRS, of_classes=True, rows=_CLASS_ROWS, averaged=True, on_card=False, kept_as="share"
+        ),
+        _share(
+            "f1",
+            needs=_PAIRS,
+            of_classes=True,
+            rows=_CLASS_ROWS,
+            averaged=True,
+            kept_as="share",
+            label="macro F1",
+            note="F1 averaged over classes, rare ones counting as much",
+        ),
+        MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
+        MetricSpec(
+            "spearman",
+            rows=("vectors",),
+            lowest=-1.0,
+            highest=1.0,
+            label="Spearman",
+            note="whether pairs of texts are as similar, in order, as for the teacher; 1 is equal",
+        ),
+        _share(
+            "neighbour_recall",
+            rows=("vectors",),
+            label="top-10 recall",
+            note="share of the teacher's ten nearest texts that it finds too",
+        ),
+        MetricSpec(
+            "cosine",
+            lowest=-1.0,
+            highest=1.0,
+            label="cosine",
+            note="of its vector of a text with the teacher's; 1 is equal",
+        ),
+        _share(
+            "agreement",
+            rows=("agree", "positions"),
+            label="agreement",
+            note="how often its top answer is the teacher's, right or wrong",
+        ),
+        MetricSpec(
+            "kl",
+            rows=("kl", "positions"),
+            better="lower",
+            label="KL to teacher",
+            note="how far its probabilities are from the teacher's, in nats; 0 is equal",
+        ),
+        MetricSpec(
+            "ece",
+            better="lower",
+            highest=1.0,
+            label="ECE",
+            note="how far its confidence is from how often it is right; 0 is honest",
+        ),
+        MetricSpec(
+            "adaptive_ece",
+            better="lower",
+            highest=1.0,
+            label="adaptive ECE",
+            note="ECE with as many answers in every bin; 0 is honest",
+        ),
+        MetricSpec(
+            "brier",
+            rows=("brier", "positions"),
+            better="lower",
+            highest=2.0,
+            label="Brier score",
+            note="squared error of its probabilities; 0 is best",
+        ),
+    )
+}
+
+# The order of the report card; other metrics follow by name.
+CARD_ORDER = (
+    "accuracy",
+    "f1_macro",
+    "exact_match",
+    "perplexity",
+    "token_accuracy",
+    "loss",
+    "spearman",
+    "neighbour_recall",
+    "cosine",
+    "agreement",
+    "kl",
+    "ece",
+    "adaptive_ece",
+    "brier",
+)
+
+
+def class_slugs(class_names: Sequence[str]) -> list[str]:
+    """The class names as they appear in flat metric names: white space becomes ``_``, all else stays.
+
+    A name that would collide with an earlier one, or with ``macro``, gets its class index appended.
+    """
+    slugs = ["macro"]
+    for index, name in enumerate(class_names):
+        slug = "_".join(name.split())
+        while slug in slugs:
+            slug = f"{slug}_{index}"
+        slugs.append(slug)
+    return slugs[1:]
+
+
+def family_of(name: str, slugs: Sequence[str] | None = None) -> MetricSpec | None:
+    """The family of a family name or flat value; None where there is no such.
+
+    Args: slugs: the classes, as in flat names; None: any class name is believed.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    for spec in METRICS.values():
+        class_name = name.removeprefix(f"{spec.name}_")
+        is_class = bool(class_name) if slugs is None else class_name in ("macro", *slugs)
+        if spec.averaged and class_name != name and is_class:
+            return spec
+    return None

@@ -1,0 +1,143 @@
+"""Examples become the tensors of a micro-batch, padded or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftlab.tasks.example import Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of a micro-batch.
+
+    Attributes:
+        inputs: what the model is called with, by name, such as ``input_ids`` [B, T] int64, padded on the right, and
+            ``attention_mask`` [B, T] int64, which is not there when no row is padded (attention then runs unmasked). Packed
+            documents are one row, B = 1, and have ``position_ids`` [1, T] int64 from 0 for each; transformers keeps them
+            apart by these, if there is neither a mask nor a cache.
+        weights: [B] float64 weights of the examples, as the divisor of the step sums them.
+        examples: what it was made of, in order.
+        trained: [B, T] bool or None. labels: [B, ...] what is right, or None.
+    """
+
+    inputs: dict[str, Tensor]
+    weights: Tensor
+    examples: tuple[Example, ...]
+    trained: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self.inputs["input_ids"]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        return self.inputs.get("attention_mask")
+
+    @property
+    def packed(self) -> bool:
+        return "position_ids" in self.inputs
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    def rows(self, chosen: Sequence[int]) -> Batch:
+        """The batch of some of its examples, by index."""
+        examples = tuple(self.examples[i] for i in chosen)
+        if self.packed:
+            return collate_packed(examples, device=self.device)
+        own = list(chosen)
+        return replace(
+            self,
+            inputs={name: tensor[own] for name, tensor in self.inputs.items()},
+            weights=self.weights[own],
+            examples=examples,
+            trained=None if self.trained is None else self.trained[own],
+            labels=None if self.labels is None else self.labels[own],
+        )
+
+
+def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
+    """Pads ``examples`` on the right to the longest of them. Labels per token are padded with -100, extra inputs with 0."""
+    longest = max(len(e) for e in examples)
+    ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(examples), longest), dtype=np.int64)
+    trained = np.zeros((len(examples), longest), dtype=bool)
+    for i, example in enumerate(examples):
+        ids[i, : len(example)] = example.ids
+        mask[i, : len(example)] = 1
+        if example.trained is not None:
+            trained[i, : len(example)] = example.trained
+    inputs = {"input_ids": ids} | ({} if mask.all() else {"attention_mask": mask})
+    for name in examples[0].extra:
+        inputs[name] = _stacked([e.extra[name] for e in examples], fill=0)
+    return Batch(
+        inputs={name: torch.as_tensor(array).to(device) for name, array in inputs.items()},
+        weights=example_weights(examples, device),
+        examples=tuple(examples),
+        trained=torch.as_tensor(trained).to(device) if examples[0].trained is not None else None,
+        labels=stacked_labels(examples, device),
+    )
+
+
+def stacked_labels(examples: Sequence[Example], device: Any) -> Tensor | None:
+    """[B] or [B, ...] the labels of ``examples``; None where one has none. Arrays of different length are padded with -100."""
+    labels = [e.label for e in examples]
+    if any(label is None for label in labels):
+        return None
+    return torch.as_tensor(_stacked([np.asarray(label) for label in labels], fill=-100)).to(device)
+
+
+def example_weights(examples: Sequence[Example], device: Any) -> Tensor:
+    """[B] float64."""
+    return torch.as_tensor(np.array([e.weight for e in examples], dtype=np.float64)).to(device)
+
+
+def _stacked(arrays: Sequence[np.ndarray], *, fill: int) -> np.ndarray:
+    """The arrays along a new first axis, each padded on the right of its own first axis to the longest."""
+    if len({a.shape for a in arrays}) > 1:
+        longest = max(len(a) for a in arrays)
+        arrays = [np.pad(a, [(0, longest - len(a)), *[(0, 0)] * (a.ndim - 1)], constant_values=fill) for a in arrays]
+    stacked = np.stack(arrays)
+    return stacked.astype(np.int64) if stacked.dtype.kind in "iu" else stacked
+
+
+def collate_packed(examples: Sequence[Example], *, device: Any) -> Batch:
+    """``examples`` one after the other as one row: a language model's documents, whose first token is never trained,
+    so that none predicts the start of the next."""
+    trained = []
+    for example in examples:
+        assert example.trained is not None and not example.trained[0]
+        trained.append(example.trained)
+
+    def row(parts: list[np.ndarray]) -> Tensor:
+        return torch.as_tensor(np.concatenate(parts)[None]).to(device)
+
+    return Batch(
+        inputs={
+            "input_ids": row([e.ids.astype(np.int64) for e in examples]),
+            "position_ids": row([np.arange(len(e), dtype=np.int64) for e in examples]),
+        },
+        weights=example_weights(examples, device),
+        examples=tuple(examples),
+        trained=row(trained),
+    )
+
+
+def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` [B, T] by transformers' conventions, row by row."""
+    longest = max(len(e) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = torch.from_numpy(example.ids.astype(np.int64))
+        mask[row, : len(example)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -1,0 +1,57 @@
+"""One encoded row, and all of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from peftlab.data import Image, Ledger
+
+_NOTHING: Mapping[str, np.ndarray] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded row.
+
+    Attributes:
+        ids: [T] int32 token ids; none of an image.
+        row: index into the ``Rows`` it came from, for messages.
+        weight: its share of the step's normaliser: the sum of the weights of its scored positions, such as trained tokens
+            (causal_lm) or the weight of its class (seq_cls).
+        trained: [T] bool, tokens whose prediction is trained; None where a row has one prediction.
+        label: what is right: a class index, a number, or an array, such as a class per token, a class vector, a span or
+            boxes. None for language modelling without choices, and for a row without a label.
+        image: what is looked at instead of tokens, read when a batch is made of it.
+        extra: further inputs of the model by name, such as the ids of a decoder.
+    """
+
+    ids: np.ndarray
+    row: int
+    weight: float
+    trained: np.ndarray | None = None
+    label: int | float | np.ndarray | None = None
+    image: Image | None = None
+    extra: Mapping[str, np.ndarray] = field(default_factory=lambda: _NOTHING)
+
+    def __len__(self) -> int:
+        return len(self.ids) if self.image is None else self.image.length
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples of one data set, and the account of all its rows."""
+
+    examples: list[Example]
+    ledger: Ledger
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return lengths_of(self.examples)
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] int64 tokens of each example."""
+    return np.array([len(e) for e in examples], dtype=np.int64)

@@ -1,0 +1,72 @@
+"""What a model says at the scored positions of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The layer that turns hidden states into logits, ``cap(scale * module(h))``; softcap: None without a cap."""
+
+    module: nn.Module
+    softcap: float | None
+    scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 logits (float64 stays) of ``hidden`` [N, H]."""
+        as_stored = type(self.module) is nn.Linear
+        logits = self.module(hidden.to(self.module.weight.dtype) if as_stored else hidden)
+        logits = at_least_float32(logits) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says at the N scored positions of a batch, example by example. The loss, distillation and the
+    comparison of models are made of it, so that a task which gives it has all three.
+
+    Attributes:
+        values: [N, H] hidden states that ``head`` turns into logits; [N, C] logits without one; or [N, H] vectors.
+        head: of a language model, whose logits are many and are made a part at a time.
+        vectors: whether the values themselves are the answer, as with sentence embeddings.
+        targets: [N] or [N, ...] what is right, of any type; None where the rows have no labels. weights: [N] factors of the
+            losses; None: all 1.
+        counts: positions of each example of the batch.
+    """
+
+    values: Tensor
+    counts: Sequence[int]
+    head: OutputHead | None = None
+    vectors: bool = False
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def logits(self, chosen: slice = slice(None)) -> Tensor:
+        """[n, C] float32 logits (float64 stays) of the ``chosen`` positions."""
+        assert not self.vectors
+        values = self.values[chosen]
+        return at_least_float32(values) if self.head is None else self.head.logits(values)
+
+
+def cross_entropy(outputs: Outputs) -> Tensor:
+    """[N] nats of the target class at each position, float32 (float64 stays)."""
+    assert outputs.targets is not None
+    return F.cross_entropy(outputs.logits(), outputs.targets, reduction="none")
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """[] the sum of [N] ``losses``, each times its weight."""
+    return (losses if weights is None else losses * weights.to(losses.dtype)).sum()

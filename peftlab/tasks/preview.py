@@ -1,0 +1,44 @@
+"""One row as it is trained, in text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peftlab.data import Tokens
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row as it is trained.
+
+    Attributes:
+        segments: ``(text, role, trained)`` of neighbouring tokens that share both. label: of a classification row.
+        cut: tokens that truncation takes off its end.
+    """
+
+    where: str
+    segments: list[tuple[str, str, bool]]
+    label: str | None = None
+    cut: int = 0
+
+
+def preview(
+    where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None, keep_last: bool = False
+) -> Preview:
+    """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``."""
+    here = np.arange(min(max_length, len(tokens.ids)))
+    if keep_last:
+        here[-1] = len(tokens.ids) - 1
+    ids, trained, roles = tokens.ids[here], tokens.trained[here], tokens.roles[here]
+    changes = np.flatnonzero((np.diff(trained.astype(np.int8)) != 0) | (np.diff(roles) != 0)) + 1
+    segments, shown = [], ""
+    for part in np.split(np.arange(len(ids)), changes):
+        if len(part):
+            # As the end of all that came before: decoded alone, a token may lose the space in front of it.
+            text = tokenizer.decode(ids[: part[-1] + 1], clean_up_tokenization_spaces=False)
+            segments.append((text[len(shown) :], tokens.role_names[roles[part[0]]], bool(trained[part[0]])))
+            shown = text
+    return Preview(where, segments, label, len(tokens.ids) - len(ids))
