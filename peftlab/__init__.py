@@ -9,44 +9,46 @@ __version__ = "0.1.0"
 
 # Name -> module it comes from: importing peftlab does no work, torch is loaded by what needs it.
 _EXPORTS = {
-    "benchmark": "peftlab.api.benchmarking",
-    "benchmark_quality": "peftlab.api.bench_quality",
-    "compare_benchmarks": "peftlab.api.benchmarking",
-    "Chat": "peftlab.api.inference",
+    "benchmark": "peftlab.api.benchmark",
+    "benchmark_quality": "peftlab.api.benchmark_quality",
+    "compare_benchmarks": "peftlab.api.compare_benchmarks",
+    "Chat": "peftlab.api.chat",
     "check": "peftlab.api.check",
-    "PeftlabError": "peftlab.errors",
-    "Run": "peftlab.api.run",
-    "distill": "peftlab.api.distilling",
+    "distill": "peftlab.api.distill",
     "doctor": "peftlab.api.doctor",
-    "evaluate": "peftlab.api.inference",
+    "evaluate": "peftlab.api.evaluate",
+    "merge": "peftlab.api.merge",
+    "predict": "peftlab.api.predict",
+    "teach": "peftlab.api.teach",
+    "train": "peftlab.api.train",
+    "tune_kernels": "peftlab.api.tune_kernels",
+    "Run": "peftlab.runs",
+    "open_run": "peftlab.runs",
     "load_recipe": "peftlab.recipe",
-    "merge": "peftlab.api.merging",
-    "open_run": "peftlab.api.run",
-    "predict": "peftlab.api.inference",
     "recipe_names": "peftlab.recipe",
-    "teach": "peftlab.api.teaching",
-    "train": "peftlab.api.training",
+    "PeftlabError": "peftlab.errors",
 }
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from peftlab.api.bench_quality import benchmark_quality as benchmark_quality
-    from peftlab.api.benchmarking import benchmark as benchmark
-    from peftlab.api.benchmarking import compare_benchmarks as compare_benchmarks
+    from peftlab.api.benchmark import benchmark as benchmark
+    from peftlab.api.benchmark_quality import benchmark_quality as benchmark_quality
+    from peftlab.api.chat import Chat as Chat
     from peftlab.api.check import check as check
-    from peftlab.api.distilling import distill as distill
+    from peftlab.api.compare_benchmarks import compare_benchmarks as compare_benchmarks
+    from peftlab.api.distill import distill as distill
     from peftlab.api.doctor import doctor as doctor
-    from peftlab.api.inference import Chat as Chat
-    from peftlab.api.inference import evaluate as evaluate
-    from peftlab.api.inference import predict as predict
-    from peftlab.api.merging import merge as merge
-    from peftlab.api.run import Run as Run
-    from peftlab.api.run import open_run as open_run
-    from peftlab.api.teaching import teach as teach
-    from peftlab.api.training import train as train
+    from peftlab.api.evaluate import evaluate as evaluate
+    from peftlab.api.merge import merge as merge
+    from peftlab.api.predict import predict as predict
+    from peftlab.api.teach import teach as teach
+    from peftlab.api.train import train as train
+    from peftlab.api.tune_kernels import tune_kernels as tune_kernels
     from peftlab.errors import PeftlabError as PeftlabError
     from peftlab.recipe import load_recipe as load_recipe
     from peftlab.recipe import recipe_names as recipe_names
+    from peftlab.runs import Run as Run
+    from peftlab.runs import open_run as open_run
 
 
 def __getattr__(name: str) -> Any:

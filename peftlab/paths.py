@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -23,6 +24,11 @@ def cache_root() -> Path:
 def kernel_plans_file() -> Path:
     """Where ``peftlab bench tune-kernels`` writes by default and every run looks."""
     return cache_root() / "kernel-plans.json"
+
+
+def existing_folder(path: Path) -> Path:
+    """``path``, or the nearest folder around it that exists."""
+    return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
 
 
 def package_path(name: str, *, key: str, error: type[PeftlabError]) -> Path:
@@ -57,10 +63,23 @@ def _nearest(folders: list[str], relative: str) -> str:
 
 
 def sha256_of_files(paths: list[Path]) -> str:
-    """Hex sha256 over the contents of ``paths`` in the order given."""
+    """Hex sha256 over the contents of ``paths`` in the order given. Their bytes are read once, as long as the files do not
+    change: path, size and time of change.
+    """
+    return _sha256(tuple((path, *_state(path)) for path in paths))
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
+    for path, _, _ in files:
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change in ns."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

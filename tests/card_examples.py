@@ -9,7 +9,7 @@ import numpy as np
 from peftlab.evaluation import row_metrics
 from peftlab.evaluation.card import as_metrics, paired
 from peftlab.evaluation.card_shape import Costs, Figures, Seed, Side
-from peftlab.evaluation.intervals import Estimate, bootstrap
+from peftlab.measuring.intervals import Estimate, bootstrap
 
 ROWS = 1500
 

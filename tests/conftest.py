@@ -80,7 +80,7 @@ def _tiny(name: str, *, adapter: bool = True, dropout: float = 0.0, seed: int = 
     """A tiny model; with ``adapter`` it carries LoRA whose matrices are all non-zero, so every gradient is."""
     import torch
 
-    from peftlab.adapters import add_lora
+    from peftlab.adapters import inject
     from peftlab.models import find_pretrained, load_model
 
     rank = options.pop("rank", 4)
@@ -91,7 +91,7 @@ def _tiny(name: str, *, adapter: bool = True, dropout: float = 0.0, seed: int = 
     peft_type = "CAUSAL_LM" if name == "tiny:llama" else "SEQ_CLS"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = add_lora(model, peft_type=peft_type, rank=rank, alpha=8, dropout=dropout, **lora)
+        model = inject(model, "lora", peft_type=peft_type, rank=rank, alpha=8, dropout=dropout, **lora)
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.05)

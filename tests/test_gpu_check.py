@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftlab.bench.journal import read_records
+from peftlab.measuring.journal import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -269,7 +269,7 @@ sys.path[:0] = ["bench", "kernels"]
 import gpu_check
 from pathlib import Path
 from _gpu_base import Deadline, Device
-from peftlab.bench.journal import begin
+from peftlab.measuring.journal import begin
 from peftlab_kernels import lora_linear, nf4_dequant
 right, dequant = lora_linear.lora_linear, nf4_dequant.nf4_dequant
 lora_linear.lora_linear = lambda *args, scale, **kwargs: right(*args, scale=1.01 * scale, **kwargs)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peftlab.api.distilling import distill
 
 import peftlab
-from peftlab.api.distilling import distill
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 
@@ -105,7 +105,7 @@ def _measured(name: str, folder: Path) -> tuple[dict[str, object], float, int]:
     """Summary, seconds and peak bytes of a recipe run in a process of its own, as the command line runs it."""
     code = (
         "import sys, json\nfrom peftlab.cli.app import run\nstatus = run(['train', sys.argv[1], 'run.dir=run', '--json'])\n"
-        "from peftlab.training.memory import peak_memory_bytes\n"
+        "from peftlab.measuring.memory import peak_memory_bytes\n"
         "open('peak', 'w').write(str(peak_memory_bytes('cpu')))\nsys.exit(status)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

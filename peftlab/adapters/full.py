@@ -8,14 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.adapters.lora import (
-    ADAPTER_FILES,
-    AdapterReport,
-    check_adapter_files,
-    load_adapter_weights,
-    match_ending,
-    save_adapter,
-)
+from peftlab.adapters.files import ADAPTER_FILES, check_adapter_files, load_adapter_weights, save_adapter
+from peftlab.adapters.inject import AdapterReport
+from peftlab.adapters.targets import match_ending
 from peftlab.errors import ArtifactError, RecipeError
 
 WEIGHTS_FILE = "trained.safetensors"

@@ -1,9 +1,1 @@
-"""Everything the command line does, as functions."""
-
-import os
-
-# Read when torch is first imported, which every module here does. By default OpenMP threads spin for milliseconds
-# before they sleep; when another process needs the cores, that turns a shared machine to a crawl. Measured on 2 cores
-# with bench/spin.py's step: 5,000 costs nothing alone (421 tokens/s) and leaves two processes side by side 140 each,
-# 1,000 costs 7 % alone, 20,000 leaves 83 each.
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+"""The public functions, one file each, named as the function."""

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peftlab.adapters import check_targets
-from peftlab.api import build
-from peftlab.api.check_distill import check_distillation
-from peftlab.api.estimate import estimate_seconds
-from peftlab.api.findings import findings, previews, shared_rows
-from peftlab.api.parts import check_settings, make_plan, metrics_of
-from peftlab.api.run import LOCK_NAME, open_run
+from peftlab.assembly import Assembly
+from peftlab.assembly.account import findings, previews, shared_rows
+from peftlab.assembly.checks import check_settings
+from peftlab.assembly.estimate import estimate_seconds
+from peftlab.assembly.plan import make_plan
+from peftlab.assembly.process import located, prepare_libraries
 from peftlab.data import Ledger, packing_figures
-from peftlab.models import load_skeleton
-from peftlab.recipe import Recipe, load_recipe
+from peftlab.experiments.checks import describe_distillation
+from peftlab.runs import open_source
 from peftlab.training.progress import Progress, make_progress
 
 
@@ -45,59 +44,56 @@ def check(
         ``preview``: segments of text with role and whether they are trained.
     Raises: RecipeError, DataError where the data cannot be read or turned into text at all.
     """
-    build.prepare_libraries(measured_plans=False)
+    prepare_libraries(measured_plans=False)
     progress = progress or make_progress()
-    if not isinstance(recipe, Mapping) and Path(recipe).is_dir():
-        recipe = open_run(recipe).folder / LOCK_NAME
-    loaded = load_recipe(recipe, overrides)
-    with build.located(loaded), progress:
-        settings = loaded.recipe
-        check_settings(settings)
+    loaded, _ = open_source(recipe, overrides)
+    with located(loaded), progress:
+        assembly = Assembly(loaded, transfer=True)
+        settings = assembly.recipe
+        check_settings(assembly)
         progress.stage("reading data")
-        data = build.load_data(settings, transfer=True)
-        progress.stage(f"loading {settings.spec.reader} of {settings.model.name}")
-        pretrained = build.pretrained_of(settings)
-        tokenizer = build.tokenizer_of(settings, pretrained)
-        task = build.build_task(settings, tokenizer, data.labelled)
-        metrics_of(settings, task)
-        skeleton = load_skeleton(pretrained, auto_class=task.spec.auto_class, **task.model_kwargs())
-        if settings.adapter.method != "none":
+        data = assembly.data
+        progress.stage(f"loading {assembly.spec.reader} of {settings.model.name}")
+        task, limit = assembly.task, assembly.limit
+        _ = assembly.metrics
+        skeleton = assembly.skeleton()
+        if assembly.method.adapts:
             check_targets(skeleton, settings.adapter.targets)
-        limit = build.limit_of(settings, pretrained, tokenizer)
-        distillation, skeleton = check_distillation(settings, task, skeleton, data, limit)
+        distillation = None
+        if settings.distill is not None:
+            distillation, skeleton = describe_distillation(assembly)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
         options = {"max_length": limit, "too_long": settings.data.too_long, "keep": False}
         labelled = data.train is data.labelled
         train = task.encode(data.train, training=True, labelled=labelled, **options).ledger
         held_out = task.encode(data.eval, training=False, **options).ledger
         progress.stage("estimating steps and time")
-        found = findings(train, held_out, allow=settings.data.allow)
+        notes = findings(train, held_out, allow=settings.data.allow)
         return {
-            "ok": not any(f["level"] == "error" for f in found),
+            "ok": not any(f["level"] == "error" for f in notes),
             "recipe": loaded.name,
             "task": settings.task,
             "model": settings.model.name,
             "style": train.style,
-            "findings": found,
+            "findings": notes,
             "split": settings.data.eval is None,
             "train": train.report(),
             "held_out": held_out.report(),
             "shared": shared_rows(train, held_out),
             "distill": distillation,
-            "estimate": _estimate(settings, skeleton, train, limit),
+            "estimate": _estimate(assembly, skeleton, train),
             "preview": [asdict(p) for p in previews(task, train, show)],
         }
 
 
-def _estimate(recipe: Recipe, skeleton: Any, train: Ledger, limit: int) -> dict[str, Any] | None:
+def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any] | None:
     """Steps, tokens and time; None where no row is left to train on, rows are refused, or the student will write them."""
-    lengths = train.lengths
+    recipe, lengths, limit = assembly.recipe, train.lengths, assembly.limit
     if recipe.distill is not None and recipe.distill.on_policy is not None:
         return None
     if not len(lengths) or any(reason.startswith("refused") for reason in train.left_out):
         return None
-    device = build.pick_device(recipe.run.device)
-    plan = make_plan(recipe, lengths, device, packing=limit if recipe.data.packing else None)
+    plan = make_plan(assembly, lengths, packing=limit if recipe.data.packing else None)
     seen = plan.times_seen()
     rows, tokens, trained = int(seen.sum()), int(seen @ lengths), int(seen @ train.trained)
     scored = rows if train.per_row else trained  # positions whose logits are computed
@@ -109,12 +105,11 @@ def _estimate(recipe: Recipe, skeleton: Any, train: Ledger, limit: int) -> dict[
         "trained_tokens": None if train.per_row else trained,
         "packing": packing_figures(lengths, limit) if recipe.data.packing else None,
         **estimate_seconds(
-            recipe,
+            assembly,
             skeleton,
             steps=plan.total_steps,
             tokens=tokens,
             squares=float(seen @ lengths.astype(np.float64) ** 2),
             scored=scored,
-            device=device,
         ),
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peftlab.bench.journal import differences
 from peftlab.bench.summary import per_second, ratio
 from peftlab.errors import ArtifactError
-from peftlab.evaluation.intervals import ratio_of_medians
+from peftlab.measuring.intervals import ratio_of_medians
+from peftlab.measuring.journal import differences
 
 # Of a header: what makes a step other work, so that a ratio of speeds would mean nothing.
 _WORK = ("task", "fingerprint", "precision", "new_tokens")

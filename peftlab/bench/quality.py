@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftlab.bench.drawing import colours, markers, place_labels, save_pictures
 from peftlab.bench.labels import machine_text, memory_unit
-from peftlab.evaluation.intervals import over_rounds, over_seeds, quartiles
+from peftlab.measuring.drawing import colours, markers, place_labels, save_pictures
+from peftlab.measuring.intervals import over_rounds, over_seeds, quartiles
 from peftlab.specs.methods import VARIANTS
 from peftlab.specs.metrics import family_of
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peftlab.bench.journal import Journal
 from peftlab.bench.sweep import Cell, interleaved
+from peftlab.measuring.journal import Journal
+from peftlab.measuring.processes import launch
 
+_WORKER = "peftlab.bench.worker"
 # From a job's settings to its result with ``status``, as ``processes.launch``.
 Launch = Callable[[Mapping[str, Any]], dict[str, Any]]
 Tell = Callable[[int, int, str], None]
+
+
+def launch_worker(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """``processes.launch`` of a job of the benchmark."""
+    return launch(_WORKER, spec)
 
 
 def run_sweep(
     cells: Sequence[Cell],
     *,
     job_of: Callable[[str, Cell], Mapping[str, Any]],
-    launch: Launch,
+    start: Launch,
     journal: Journal,
     repeats: int,
     tell: Tell,
@@ -36,15 +43,15 @@ def run_sweep(
 
     if cells and not journal.of("ceilings"):
         tell(done, total, "the machine's ceilings")
-        journal.write({"kind": "ceilings", **launch(job_of("ceilings", cells[0]))})
+        journal.write({"kind": "ceilings", **start(job_of("ceilings", cells[0]))})
         done += 1
     for cell in cells:
         if cell.key in gated:
             continue
         tell(done, total, f"gate of {cell}")
-        found = launch(job_of("gate", cell))
-        journal.write({"kind": "gate", "cell": cell.key, **found})
-        gated[cell.key] = found["status"]
+        result = start(job_of("gate", cell))
+        journal.write({"kind": "gate", "cell": cell.key, **result})
+        gated[cell.key] = result["status"]
         done += 1
     alive = [cell for cell in cells if gated[cell.key] == "ok"]
     total = done + sum((cell.key, i) not in ran for cell in alive for i in range(repeats))
@@ -56,8 +63,8 @@ def run_sweep(
             if at in ran:
                 continue
             tell(done, total, f"repetition {repetition + 1} of {repeats}, {cell}")
-            found = launch(job_of("run", cell))
-            journal.write({"kind": "run", "cell": cell.key, "repetition": repetition, **found})
-            ran[at] = found["status"]
+            result = start(job_of("run", cell))
+            journal.write({"kind": "run", "cell": cell.key, "repetition": repetition, **result})
+            ran[at] = result["status"]
             done += 1
     tell(total, total, "")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftlab.bench.sweep import Cell
-from peftlab.evaluation.intervals import Interval, over_rounds, quartiles, ratio_of_medians
+from peftlab.measuring.intervals import Interval, over_rounds, quartiles, ratio_of_medians
 
 # Largest relative difference of the first loss of a cell and of its twin on PEFT's path, by the type of the matmuls:
 # rounding stays within it, a dropped factor or mask is off by far more (peftlab.training.parity).

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from peftlab.cli.failures import usage_error
-from peftlab.cli.numbers import duration
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import make_console, output_of
+from peftlab.formatting import duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,12 +57,10 @@ def tune_kernels(
         "out": None if out_file is None else Path(out_file).expanduser(),
     }
     with out.working():
-        from peftlab.api.build import prepare_libraries
-        from peftlab.bench.tune_kernels import tune_kernels as tune
+        import peftlab
 
-        prepare_libraries(measured_plans=False)  # a damaged file of them is replaced here
         with bench_progress() as progress:
-            report = tune(**options, progress=progress)
+            report = peftlab.tune_kernels(**options, progress=progress)
     console = make_console(sys.stderr)
     console.print(_table(report["plans"]), markup=False)
     for note in report["notes"]:

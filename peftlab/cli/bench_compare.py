@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftlab.cli import numbers
+from peftlab import formatting
 from peftlab.cli.bench_tables import paragraph, plain_table
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output, output_of
@@ -25,9 +25,9 @@ def compare(
     """Compare two results of peftlab bench, cell by cell."""
     out = output_of(context)
     with out.working():
-        from peftlab.api.benchmarking import compare_benchmarks
+        import peftlab
 
-        report = compare_benchmarks(first, second)
+        report = peftlab.compare_benchmarks(first, second)
     if out.json:
         out.document(report)
     else:
@@ -54,7 +54,7 @@ def _show(out: Output, report: dict[str, Any]) -> None:
         for cell in cells:
             table.add_row(
                 cell_label(cell, varying),
-                *map(numbers.rate, cell["tokens_per_s"]),
+                *map(formatting.rate, cell["tokens_per_s"]),
                 _ratio(cell["speed"]),
                 _ratio(cell["memory_ratio"]),
             )

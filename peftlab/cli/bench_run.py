@@ -99,10 +99,10 @@ def bench_run(
             None if learning_rates is None else numbers_of(learning_rates, float, "--learning-rates", _RATE, context)
         )
         with out.working():
-            from peftlab.api.bench_quality import benchmark_quality
+            import peftlab
 
             with bench_progress() as progress:
-                report = benchmark_quality(
+                report = peftlab.benchmark_quality(
                     recipe,
                     settings,
                     methods=asked["methods"],
@@ -126,10 +126,10 @@ def bench_run(
     if learning_rates is not None:
         usage_error("--learning-rates has an effect with --quality only; add it", context)
     with out.working():
-        from peftlab.api.benchmarking import benchmark
+        import peftlab
 
         with bench_progress() as progress:
-            report = benchmark(
+            report = peftlab.benchmark(
                 recipe,
                 settings,
                 **asked,

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peftlab import formatting
 from peftlab.bench.labels import cell_label, dimensions, machine_text, protocol_text
-from peftlab.cli import numbers
 from peftlab.cli.output import WIDTH, Output
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def show_quality(out: Output, report: Mapping[str, Any]) -> None:
             table.add_row(row["name"], _STATUS[row["status"]])
             continue
         found, seconds = row["metric"], row["seconds"]["value"]
-        size = numbers.size(row["peak_bytes"])
+        size = formatting.size(row["peak_bytes"])
         half = "" if found["high"] is None else f" ± {found['high'] - found['value']:.4f}"  # Student t's are symmetric
         score = f"{found['value']:.4f}{half}"
         cells = (row["name"], f"{row['lr']:g}", score, f"{row['num_trained']:,}", f"{seconds:,.1f}", size)
@@ -162,10 +162,10 @@ def _figures(cells: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> Tabl
         table.add_row(
             str(i),
             name,
-            numbers.rate(speed["median"]),
+            formatting.rate(speed["median"]),
             _percent((speed["q3"] - speed["q1"]) / speed["median"]) if cell["repetitions"] > 1 else "-",
             _percent(cell["share_of_peak"]["median"]) if cell["share_of_peak"] else "-",
-            numbers.size(cell["peak_bytes"]["median"]) + ("*" if cell["pareto"] else " "),
+            formatting.size(cell["peak_bytes"]["median"]) + ("*" if cell["pareto"] else " "),
             "baseline" if cell["speed"] is None else f"{ratio_text(cell['speed'])} #{number[cell['baseline']]}",
         )
     return table
@@ -202,7 +202,7 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         )
     largest = max(done, key=lambda cell: cell["memory"]["load_peak_bytes"] / cell["peak_bytes"]["median"], default=None)
     if largest is not None and largest["memory"]["load_peak_bytes"] > 1.05 * largest["peak_bytes"]["median"]:
-        size = numbers.size(largest["memory"]["load_peak_bytes"])
+        size = formatting.size(largest["memory"]["load_peak_bytes"])
         lines.append(
             f"memory is the peak of the measured steps; loading took up to {size} (load_peak_bytes in bench.csv)"
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftlab.cli import numbers
+from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
 from peftlab.cli.output import Output
 
@@ -39,11 +39,11 @@ def _ms(value: float) -> str:
 _COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "num_parameters": ("parameters", _count),
     "num_trained": ("of them trained", _count),
-    "file_bytes": ("file", numbers.size),
+    "file_bytes": ("file", formatting.size),
     "latency_ms": ("one forward pass", _ms),
-    "tokens_per_s": ("tokens/s", numbers.rate),
-    "peak_memory_bytes": ("memory to train", numbers.size),
-    "seconds": ("time to train", numbers.duration),
+    "tokens_per_s": ("tokens/s", formatting.rate),
+    "peak_memory_bytes": ("memory to train", formatting.size),
+    "seconds": ("time to train", formatting.duration),
     "steps": ("steps", _count),
 }
 
@@ -85,7 +85,7 @@ def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Tabl
         shown = {name: row[name] and (row[name] | {"low": None} if name == "cut" else row[name]) for name in who}
         cells = [_cell(shown[name], plain, style=_gain_style(name, row)) for name in who]
         if kept:
-            known = row["kept"] and math.isfinite(numbers.number(row["kept"]["value"]))  # not a share of nothing
+            known = row["kept"] and math.isfinite(formatting.number(row["kept"]["value"]))  # not a share of nothing
             cells.append(_cell(row["kept"] if known else None, _share if row["kept_as"] == "share" else _times))
         table.add_row(Text(row["label"], style="bold" if place == 0 else ""), *cells)
     return table
@@ -142,7 +142,7 @@ def cost_table(card: Card) -> Table:
 def cost_notes(card: Card) -> list[tuple[str, str]]:
     notes = [("ratio", "distilled divided by teacher")]
     if any("latency_ms" in costs for costs in card["costs"].values()):
-        where = f" ({numbers.one_line(card['timed_on'])})" if card.get("timed_on") else ""
+        where = f" ({formatting.one_line(card['timed_on'])})" if card.get("timed_on") else ""
         notes.append(("one forward pass", f"median and quartiles, the models taking turns on one batch{where}"))
     return notes
 
@@ -151,11 +151,11 @@ def verdict_lines(card: Card) -> list[RenderableType]:
     """The verdict, and what a reader must know besides."""
     from rich.text import Text
 
-    outcome, said = card["verdict"]["outcome"], numbers.printable(card["verdict"]["text"])
+    outcome, said = card["verdict"]["outcome"], formatting.printable(card["verdict"]["text"])
     # "Distillation helped", "No difference"; or what comes before a reason in brackets.
     first = said.partition(":" if outcome in _STYLES else " (")[0]
     text = Text.assemble((first, _STYLES.get(outcome, "bold")), said.removeprefix(first))
-    return [text, *(Text(numbers.printable(note), style="yellow") for note in card["notes"])]
+    return [text, *(Text(formatting.printable(note), style="yellow") for note in card["notes"])]
 
 
 def seed_table(card: Card) -> Table:
@@ -172,7 +172,7 @@ def seed_table(card: Card) -> Table:
     if compared:
         table.add_column(f"difference in {head['label']}", justify="right", overflow="fold")
     for line in card["seeds"]:
-        cells = [Text("-" if line[name] is None else _figure(head, numbers.number(line[name]))) for name in who]
+        cells = [Text("-" if line[name] is None else _figure(head, formatting.number(line[name]))) for name in who]
         if compared:
             cells.append(_change(head, line))
         table.add_row(str(line["seed"]), *cells)
@@ -198,7 +198,7 @@ def _cell(interval: Mapping[str, Any] | None, text: Callable[[float], str], *, s
 
     if interval is None:
         return Text("-", style="dim")
-    cell = Text(text(numbers.number(interval["value"])), style=style)
+    cell = Text(text(formatting.number(interval["value"])), style=style)
     if interval["low"] is None or interval["high"] is None:
         return cell
     return Text.assemble(cell, "\n", (_range(interval["low"], interval["high"], text), "dim"))
@@ -206,9 +206,9 @@ def _cell(interval: Mapping[str, Any] | None, text: Callable[[float], str], *, s
 
 def _range(low: Any, high: Any, text: Callable[[float], str]) -> str:
     """``0.681-0.709``, the unit once: ``91.2-95.1 %``; a minus sign needs the word."""
-    ends = [text(numbers.number(end)) for end in (low, high)]
+    ends = [text(formatting.number(end)) for end in (low, high)]
     unit = next((unit for unit in (" %", "x", " ms", " s") if all(end.endswith(unit) for end in ends)), "")
-    between = "-" if numbers.number(low) >= 0 else " to "
+    between = "-" if formatting.number(low) >= 0 else " to "
     return f"{ends[0].removesuffix(unit)}{between}{ends[1]}"
 
 
@@ -246,7 +246,7 @@ def _gain_style(who: str, row: Mapping[str, Any]) -> str:
     gain = row["gain"]
     if who != "student" or gain is None or gain["low"] is None:
         return ""
-    value, low, high = (numbers.number(gain[key]) for key in ("value", "low", "high"))
+    value, low, high = (formatting.number(gain[key]) for key in ("value", "low", "high"))
     if low <= 0 <= high:
         return ""
     return "green" if (value > 0) == row["higher_is_better"] else "red"
@@ -257,7 +257,7 @@ def _change(head: Mapping[str, Any], line: Mapping[str, Any]) -> Text:
 
     if line["gain"] is None:
         return Text("-", style="dim")
-    gain = numbers.number(line["gain"])
+    gain = formatting.number(line["gain"])
     return Text(
         f"{100 * gain:+.1f} points" if head["in_points"] else f"{'-' if gain < 0 else '+'}{_figure(head, abs(gain))}"
     )

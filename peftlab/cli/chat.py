@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from peftlab.cli import numbers
+from peftlab import formatting
 from peftlab.cli.failures import usage_error
 from peftlab.cli.options import Debug, Json, RecipeOption, Target, Temperature, TopP, split_overrides
 from peftlab.cli.output import output_of
@@ -46,9 +46,9 @@ def chat(
     out_of_band = sys.stderr if out.json else out.stdout
     sys.stderr.write(f"loading {target} ...\n")
     with out.working():
-        from peftlab.api.inference import Chat
+        import peftlab
 
-        session = Chat(
+        session = peftlab.Chat(
             target,
             recipe=recipe,
             overrides=settings,
@@ -109,7 +109,7 @@ def _ask(stream: TextIO, interactive: bool) -> str | None:
 
 def _answer(pieces: Generator[str, None, None], stream: TextIO) -> None:
     """Prints the pieces as they come; Ctrl-C stops them."""
-    clean = numbers.printable if stream.isatty() else str
+    clean = formatting.printable if stream.isatty() else str
     try:
         with contextlib.closing(pieces):
             for piece in pieces:

@@ -27,9 +27,9 @@ def check(
     settings = check_overrides(overrides, context, subject=recipe)
     with out.working():
         check_recipe(recipe, settings)
-        from peftlab.api.check import check as examine
+        import peftlab
 
-        report = examine(recipe, settings, show=show)
+        report = peftlab.check(recipe, settings, show=show)
     if out.json:
         out.document(report)
     else:

@@ -6,9 +6,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftlab.cli import numbers
-from peftlab.cli.metrics_tables import before_after, class_names, new_table
+from peftlab import formatting
+from peftlab.cli.metrics_tables import before_after, new_table
 from peftlab.cli.output import Output
+from peftlab.specs.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +52,7 @@ def samples_table(samples: Sequence[Mapping[str, Any]], width: int) -> Table:
     column = (width - 2) // 2
     whole = Table.grid()
     for sample in samples[:_MAX_SAMPLES]:
-        prompt = Text.assemble(("prompt  ", "dim"), numbers.printable(str(sample["prompt"])).strip())
+        prompt = Text.assemble(("prompt  ", "dim"), formatting.printable(str(sample["prompt"])).strip())
         if whole.rows:
             whole.add_row("")
         whole.add_row(_clipped(prompt, width, _MAX_PROMPT_LINES))
@@ -68,7 +69,7 @@ def _answer(text: Any, width: int) -> Text:
 
     if text is None:
         return Text("-", style="dim")
-    said = numbers.printable(str(text)).strip()
+    said = formatting.printable(str(text)).strip()
     return _clipped(Text(said), width, _MAX_ANSWER_LINES) if said else Text("(empty)", style="dim")
 
 
@@ -94,18 +95,18 @@ def figure_lines(summary: Mapping[str, Any], width: int) -> Sequence[str]:
         share = 100 * adapter["num_trained"] / adapter["num_total"]
         parts.append(f"{adapter['num_trained']:,} parameters trained ({float(f'{share:.2g}'):g} %)")
     if figures:
-        parts.append(f"{figures['steps']:,} steps in {numbers.duration(figures['seconds'])}")
+        parts.append(f"{figures['steps']:,} steps in {formatting.duration(figures['seconds'])}")
         if figures.get("stopped_early"):
             parts[-1] += " (stopped early)"
         if figures.get("best_step") is not None:
             parts.append(f"best at step {figures['best_step']:,}")
-        parts.append(f"{numbers.rate(figures['rows_per_s'])} rows/s")
-        parts.append(f"{numbers.rate(figures['tokens_per_s'])} tokens/s")
+        parts.append(f"{formatting.rate(figures['rows_per_s'])} rows/s")
+        parts.append(f"{formatting.rate(figures['tokens_per_s'])} tokens/s")
         if figures.get("trained_tokens"):
             parts.append(f"{figures['trained_tokens']:,.0f} of {figures['tokens']:,.0f} tokens trained")
         if figures.get("peak_memory_bytes"):
-            parts.append(f"peak memory {numbers.size(figures['peak_memory_bytes'])}")
-    return numbers.joined(parts, width=width)
+            parts.append(f"peak memory {formatting.size(figures['peak_memory_bytes'])}")
+    return formatting.joined(parts, width=width)
 
 
 def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
@@ -125,24 +126,22 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
         logits, weights = figures["logits"], figures["weights"]
         table.add_row(
             name,
-            numbers.small(logits["kl_mean"]),
-            f"{100 * numbers.number(logits['top1']):.1f} %",
-            numbers.small(weights["relative"]),
+            formatting.small(logits["kl_mean"]),
+            f"{100 * formatting.number(logits['top1']):.1f} %",
+            "-" if weights is None else formatting.small(weights["relative"]),
             said,
         )
     chosen = report["targets"].get(report["target"], {})
     parts = [str(report["output"]), str(chosen.get("dtype", report.get("dtype", "")))]
     if chosen.get("bytes"):
-        parts.append(numbers.size(chosen["bytes"]))
+        parts.append(formatting.size(chosen["bytes"]))
     note = "against base + adapter on held-out rows; weight error relative to the update"
     return [table, Text(note, style="dim"), Text("merged model: " + ", ".join(p for p in parts if p))]
 
 
 def predict_line(folder: str, summary: Mapping[str, Any]) -> str:
     """The command that tries a run on an input."""
-    return f"peftlab predict {shlex.quote(folder)} " + (
-        "image.png" if summary.get("task") == "image_cls" else '"some text"'
-    )
+    return f"peftlab predict {shlex.quote(folder)} {TASKS[summary['task']].example_input}"
 
 
 def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
@@ -151,9 +150,8 @@ def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     where = shlex.quote(folder)
-    metrics = summary.get("after") or {}
     steps = [predict_line(folder, summary), f"peftlab eval {where}"]
-    if not class_names(metrics) and "accuracy" not in metrics:
+    if TASKS[summary["task"]].generates and "accuracy" not in (summary.get("after") or {}):
         steps.insert(0, f"peftlab chat {where}")
     if not summary.get("merge") and not summary.get("full"):
         steps.append(f"peftlab merge {where}")

@@ -12,6 +12,7 @@ from peftlab.cli.card_tables import show_card
 from peftlab.cli.closing import predict_line
 from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
 from peftlab.cli.output import output_of
+from peftlab.specs.tasks import TASKS
 
 
 def distill(
@@ -35,9 +36,9 @@ def distill(
         usage_error("--resume goes on with a run and --replace removes it: give one of them", context)
     with out.working():
         check_recipe(recipe, settings)
-        from peftlab.api.distilling import distill as distill_recipe
+        import peftlab
 
-        run = distill_recipe(recipe, settings, seeds=seeds, resume=resume, replace=replace)
+        run = peftlab.distill(recipe, settings, seeds=seeds, resume=resume, replace=replace)
     if out.json:
         out.document({"run": str(run.folder), **run.summary})
         return
@@ -49,7 +50,7 @@ def distill(
     where = shlex.quote(str(run.folder))
     out.line(f"student  {where}/student")
     out.line(f"next     {predict_line(str(run.folder), run.summary)}", style="cyan")
-    if run.summary.get("task") != "embedding":
+    if TASKS[run.summary["task"]].learns_from_labels:
         out.line(f"         peftlab eval {where}", style="cyan")
 
 

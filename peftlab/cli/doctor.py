@@ -20,9 +20,9 @@ def doctor(context: typer.Context, _json: Json = False, _debug: Debug = False) -
     """Show what is installed, what this machine has, and what works on it."""
     out = output_of(context)
     with out.working():
-        from peftlab.api.doctor import doctor as examine
+        import peftlab
 
-        report = examine()
+        report = peftlab.doctor()
     if out.json:
         out.document(report)
         return

@@ -21,9 +21,9 @@ def evaluate(
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=target)
     with out.working():
-        from peftlab.api.inference import evaluate as measure
+        import peftlab
 
-        report = measure(target, recipe=recipe, overrides=settings)
+        report = peftlab.evaluate(target, recipe=recipe, overrides=settings)
     if out.json:
         out.document(report)
         return

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftlab.api.ledger_text import PreviewText, answers_line, finding_line, left_out_lines, share, shared_line
-from peftlab.cli import numbers
+from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
 from peftlab.cli.output import Output
+from peftlab.data.ledger_text import PreviewText, answers_line, finding_line, left_out_lines, shared_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +80,7 @@ def _distill_lines(found: Report, model: str) -> list[str]:
         if (cache := teacher["cache"]) is None:
             continue
         if cache["examples"] is not None:
-            said = f"{cache['examples']:,} examples, {numbers.size(cache['bytes'])}"
+            said = f"{cache['examples']:,} examples, {formatting.size(cache['bytes'])}"
         else:
             said = f"{'not complete' if cache['begun'] else 'nothing yet'}; `peftlab teach` or distill makes it"
         lines.append(f"cache: {cache['folder']}, {said}")
@@ -114,7 +114,7 @@ def _data_table(report: Report) -> Table:
             f"{data['kept']:,}",
             "-" if data["tokens"] is None else f"{data['tokens']:,}",
             "-" if trained is None else f"{trained:,}",
-            "-" if trained is None else share(trained, data["tokens"]),
+            "-" if trained is None else formatting.share(trained, data["tokens"]),
         )
     return table
 
@@ -131,10 +131,10 @@ def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequen
     for entry in [*train, *({key: e[key], **nothing} for e in held_out if e[key] not in known)]:
         other = others.get(entry[key], nothing)
         table.add_row(
-            numbers.printable(entry[key]),
+            formatting.printable(entry[key]),
             f"{entry['seen']:,}",
             f"{entry['trained']:,}",
-            share(entry["trained"], entry["seen"]),
+            formatting.share(entry["trained"], entry["seen"]),
             f"{other['seen']:,}",
             f"{other['trained']:,}",
             style="green" if entry["trained"] else None,
@@ -151,11 +151,11 @@ def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
     pairs = sorted(zip(train, held_out, strict=True), key=lambda pair: -pair[0]["rows"])
     for one, other in pairs[:_MAX_LABELS]:
         table.add_row(
-            numbers.printable(one["label"]),
+            formatting.printable(one["label"]),
             f"{one['rows']:,}",
-            share(one["rows"], totals[0]),
+            formatting.share(one["rows"], totals[0]),
             f"{other['rows']:,}",
-            share(other["rows"], totals[1]),
+            formatting.share(other["rows"], totals[1]),
         )
     if len(pairs) > _MAX_LABELS:
         rest = pairs[_MAX_LABELS:]
@@ -163,9 +163,9 @@ def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
         table.add_row(
             f"{len(rest):,} more",
             f"{counts[0]:,}",
-            share(counts[0], totals[0]),
+            formatting.share(counts[0], totals[0]),
             f"{counts[1]:,}",
-            share(counts[1], totals[1]),
+            formatting.share(counts[1], totals[1]),
         )
     return table
 
@@ -222,9 +222,9 @@ def _estimate_lines(estimate: Report, width: int, *, unit: str) -> Sequence[str]
             f"{packing['packs']:,} packs of up to {packing['capacity']:,} tokens, {100 * packing['empty']:.1f} % empty"
         )
     seconds = estimate["seconds"]
-    about = f"about {numbers.duration(seconds)}, within a factor of two," if seconds >= 1 else "a few seconds"
+    about = f"about {formatting.duration(seconds)}, within a factor of two," if seconds >= 1 else "a few seconds"
     parts.append(f"{about} of training here")
-    return numbers.joined(parts, width=width)
+    return formatting.joined(parts, width=width)
 
 
 def _show_findings(out: Output, findings: Sequence[Report]) -> None:

@@ -51,9 +51,9 @@ def merge(
     """Fold the adapter into the weights and verify the result."""
     out = output_of(context)
     with out.working():
-        from peftlab.api.merging import merge as merge_adapter
+        import peftlab
 
-        report = merge_adapter(
+        report = peftlab.merge(
             target,
             base=base.value if base else None,
             output=output,

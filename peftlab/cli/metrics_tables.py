@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peftlab.cli import numbers
+from peftlab import formatting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,9 +65,12 @@ def before_after(before: Metrics | None, after: Metrics) -> Table:
     shown, hidden = _shown(after)
     for name in shown:
         old = None if before is None else before.get(name)
-        text, better = numbers.change(name, old, after[name])
+        text, better = formatting.change(name, old, after[name])
         table.add_row(
-            Text(name), numbers.metric(name, old), numbers.metric(name, after[name]), Text(text, style=_STYLES[better])
+            Text(name),
+            formatting.metric(name, old),
+            formatting.metric(name, after[name]),
+            Text(text, style=_STYLES[better]),
         )
     if hidden:
         table.add_row(Text(f"and {hidden} more", style="dim"), "", "", "")
@@ -93,7 +96,7 @@ def metric_table(metrics: Metrics) -> Table:
     own = {f"{family}_{name}" for family in _PER_CLASS for name in class_names(metrics)}
     for name in order(metrics):
         if name not in own:
-            table.add_row(Text(name), numbers.metric(name, metrics[name]))
+            table.add_row(Text(name), formatting.metric(name, metrics[name]))
     return table
 
 
@@ -107,13 +110,13 @@ def class_table(metrics: Metrics) -> Table | None:
     families = [f for f in _PER_CLASS if any(f"{f}_{name}" in metrics for name in names)]
     shown, judge = names, families[-1]
     if len(names) > _MAX_CLASSES:
-        shown = sorted(names, key=lambda n: numbers.number(metrics.get(f"{judge}_{n}")))[:_MAX_CLASSES]
+        shown = sorted(names, key=lambda n: formatting.number(metrics.get(f"{judge}_{n}")))[:_MAX_CLASSES]
     table = new_table()
     table.add_column("class" if shown is names else f"class (lowest {judge})", overflow="fold")
     for family in families:
         table.add_column(family, justify="right", no_wrap=True)
     for name in shown:
-        table.add_row(Text(name), *(numbers.metric(f, metrics.get(f"{f}_{name}")) for f in families))
+        table.add_row(Text(name), *(formatting.metric(f, metrics.get(f"{f}_{name}")) for f in families))
     if len(shown) < len(names):
         table.add_row(Text(f"and {len(names) - len(shown)} more", style="dim"), *[""] * len(families))
     return table
@@ -124,7 +127,7 @@ def confusion_lines(metrics: Metrics) -> list[RenderableType]:
     classes = [found[1] for name in metrics if (found := _CONFUSION.fullmatch(name))]
     if not classes:
         return []
-    counts = {(a, b): round(numbers.number(metrics[f"confusion_{a}_as_{b}"])) for a in classes for b in classes}
+    counts = {(a, b): round(formatting.number(metrics[f"confusion_{a}_as_{b}"])) for a in classes for b in classes}
     if len(classes) > _MAX_MATRIX:
         return [_worst_confusions(counts)]
     from rich.text import Text

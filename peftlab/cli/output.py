@@ -88,9 +88,9 @@ def make_console(stream: TextIO) -> Console:
 
 
 def _finite(value: Any) -> Any:
-    """As ``peftlab.api.run.finite``, which is imported only when there is a float to look at."""
+    """As ``peftlab.runs.finite``, which is imported only when there is a float to look at."""
     if isinstance(value, str | int | bool | None):
         return value
-    from peftlab.api.run import finite
+    from peftlab.runs import finite
 
     return finite(value)

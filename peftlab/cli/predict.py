@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftlab.cli import numbers
+from peftlab import formatting
 from peftlab.cli.failures import usage_error
 from peftlab.cli.options import Debug, Json, RecipeOption, Replace, Target, Temperature, TopP, split_overrides
 from peftlab.cli.output import Output, output_of
@@ -49,9 +49,9 @@ def predict(
     inputs = _inputs(given, file, context)
     destination = check_destination(output, replace=replace) if output else None
     with out.working():
-        from peftlab.api.inference import predict as infer
+        import peftlab
 
-        results = infer(
+        results = peftlab.predict(
             target,
             Path(file) if file else inputs or [],
             recipe=recipe,
@@ -124,21 +124,21 @@ def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> N
         elif "vector" in record:
             out.line(json.dumps(record["vector"]))
         elif "label" not in record:
-            out.line(numbers.one_line(record["text"]) if out.styled else _escaped(record["text"]))
+            out.line(formatting.one_line(record["text"]) if out.styled else _escaped(record["text"]))
         elif not out.styled:
             out.line(f"{record['label']}\t{record['probability']:.6f}")
         else:
-            label = numbers.one_line(record["label"], _LABEL_WIDTH)
+            label = formatting.one_line(record["label"], _LABEL_WIDTH)
             head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
             about = record.get("input") or f"row {record['row']:,}"
-            out.line(head + numbers.one_line(about, out.console.width - len(head) - 1))
+            out.line(head + formatting.one_line(about, out.console.width - len(head) - 1))
 
 
 def _print_one(record: dict[str, Any], out: Output) -> None:
     if "vector" in record:
         out.line(json.dumps(record["vector"]))
     elif "label" not in record:
-        out.line(numbers.printable(record["text"]) if out.styled else record["text"])
+        out.line(formatting.printable(record["text"]) if out.styled else record["text"])
     elif out.styled:
         out.line(f"{record['label']}  {100 * record['probability']:.1f} %")
     else:
@@ -163,5 +163,5 @@ def _write(records: Iterable[dict[str, Any]], destination: Path, target: str, ou
         return
     out.line(f"{file.num_rows:,} predictions in {destination}")
     ranked = sorted(counts.items(), key=lambda item: -item[1])
-    for line in numbers.joined([f"{numbers.one_line(k)} {n:,}" for k, n in ranked], width=out.console.width):
+    for line in formatting.joined([f"{formatting.one_line(k)} {n:,}" for k, n in ranked], width=out.console.width):
         out.line(line, style="dim")

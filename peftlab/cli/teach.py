@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftlab.cli import numbers
+from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
 from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
 from peftlab.cli.output import Output, output_of
@@ -28,9 +28,9 @@ def teach(
     settings = check_overrides(overrides, context, subject=recipe)
     with out.working():
         check_recipe(recipe, settings)
-        from peftlab.api.teaching import teach as capture
+        import peftlab
 
-        report = capture(recipe, settings, plan=plan, replace=replace)
+        report = peftlab.teach(recipe, settings, plan=plan, replace=replace)
     if out.json:
         out.document(report)
         return
@@ -51,11 +51,11 @@ def _show(out: Output, teacher: Mapping[str, Any], *, planned: bool) -> None:
     table.add_row("stored per position", _fill(teacher["fill"]))
     table.add_row("positions", f"{teacher['positions']:,} of {teacher['examples']:,} examples")
     table.add_row(
-        "disk", f"{about}{numbers.size(teacher['bytes'])} ({teacher['bytes_per_position']:.0f} bytes a position)"
+        "disk", f"{about}{formatting.size(teacher['bytes'])} ({teacher['bytes_per_position']:.0f} bytes a position)"
     )
     if "free_bytes" in teacher:
-        table.add_row("free there", numbers.size(teacher["free_bytes"]))
-    table.add_row("time", f"{about}{numbers.duration(teacher['seconds'])}")
+        table.add_row("free there", formatting.size(teacher["free_bytes"]))
+    table.add_row("time", f"{about}{formatting.duration(teacher['seconds'])}")
     table.add_row("folder", str(teacher["folder"]))
     out.show(table)
     out.line()

@@ -29,9 +29,9 @@ def train(
         usage_error("--resume goes on with a run and --replace removes it: give one of them", context)
     with out.working():
         check_recipe(recipe, settings)
-        from peftlab.api.training import train as train_recipe
+        import peftlab
 
-        run = train_recipe(recipe, settings, resume=resume, replace=replace)
+        run = peftlab.train(recipe, settings, resume=resume, replace=replace)
     if out.json:
         out.document({"run": str(run.folder), **run.summary})
     else:

@@ -8,8 +8,8 @@ from typing import cast
 
 from peftlab.evaluation.card_metrics import CardMetric, card_metric, in_order
 from peftlab.evaluation.card_shape import WHO, Card, Costs, Figures, MetricRow, Paired, Seed, SeedLine, Side
-from peftlab.evaluation.intervals import Estimate, IntervalDict, over_seeds
 from peftlab.evaluation.verdict import excludes_zero, verdict
+from peftlab.measuring.intervals import Estimate, IntervalDict, over_seeds
 
 _COSTS = tuple(name for name in Costs.__annotations__ if name != "speed")
 Estimates = Mapping[str, Estimate]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NotRequired, Required, TypedDict
 
-from peftlab.evaluation.intervals import IntervalDict
+from peftlab.measuring.intervals import IntervalDict
 
 Outcome = Literal["helped", "no_difference", "did_not_help", "not_compared", "undecided"]
 Ratio = Literal["share", "times"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftlab.errors import DataError, VerificationError
 from peftlab.evaluation.calibration import Calibration
-from peftlab.evaluation.intervals import Estimate, Floats, Statistic, bootstrap
+from peftlab.measuring.intervals import Estimate, Floats, Statistic, bootstrap
 from peftlab.specs.metrics import METRICS
 from peftlab.specs.tasks import Predicts
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from peftlab.errors import DataError, VerificationError
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import Estimate, Floats, Statistic, bootstrap
+from peftlab.measuring.intervals import Estimate, Floats, Statistic, bootstrap
 
 NEIGHBOURS = 10
 # Pairs of texts whose similarities are ranked; the sampling error of the correlation is below 0.003 then.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from peftlab.evaluation.intervals import Floats, Statistic
+from peftlab.measuring.intervals import Floats, Statistic
 
 
 def mean(values: ArrayLike) -> Statistic:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from peftlab.evaluation.card_shape import Card, MetricRow, Outcome, Verdict
-from peftlab.evaluation.intervals import MIN_ROWS, IntervalDict
+from peftlab.measuring.intervals import MIN_ROWS, IntervalDict
 
 _SAME = 0.02
 

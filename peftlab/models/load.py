@@ -25,14 +25,19 @@ _NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler.dense"]
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model on disk or on the hub, ready to be loaded: ``location`` is what ``from_pretrained`` takes."""
+    """A model on disk or on the hub, ready to be loaded: ``location`` is what ``from_pretrained`` takes, ``commit`` the hub's."""
 
     source: ModelSource
     location: str
-    fingerprint: str
     revision: str | None
     trust_remote_code: bool
+    commit: str | None = None
     local_files_only: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """Of a hub model its commit, else sha256 of its weights and config, which are read then and not before."""
+        return f"{self.source.path}@{self.commit}" if self.source.kind == "hub" else self.source.weights_fingerprint()
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
@@ -51,14 +56,13 @@ def find_pretrained(name: str, *, revision: str | None = None, trust_remote_code
     source = resolve_model(name, revision)
     if source.kind == "hub":
         return _find_on_hub(source, trust_remote_code)
-    fingerprint = source.weights_fingerprint()
     location = source.path
     if source.kind == "gguf":
         with quiet():
-            location = str(converted_folder(Path(source.path), fingerprint))
+            location = str(converted_folder(Path(source.path), source.weights_fingerprint()))
     elif source.kind == "shape":
-        location = str(config_folder(source.path, fingerprint))
-    return Pretrained(source, location, fingerprint, None, trust_remote_code)
+        location = str(config_folder(source.path, source.weights_fingerprint()))
+    return Pretrained(source, location, None, trust_remote_code)
 
 
 def _find_on_hub(source: ModelSource, trust_remote_code: bool) -> Pretrained:
@@ -75,10 +79,8 @@ def _find_on_hub(source: ModelSource, trust_remote_code: bool) -> Pretrained:
                 f"and the hub did not give it: {str(error).strip().splitlines()[0]}",
                 key="model.name",
             ) from error
-        return Pretrained(
-            source, source.path, f"{source.path}@{Path(cached).parent.name}", source.revision, trust_remote_code
-        )
-    return Pretrained(source, source.path, f"{source.path}@{commit}", commit, trust_remote_code, local_files_only=False)
+        return Pretrained(source, source.path, source.revision, trust_remote_code, commit=Path(cached).parent.name)
+    return Pretrained(source, source.path, commit, trust_remote_code, commit=commit, local_files_only=False)
 
 
 def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) -> Any:

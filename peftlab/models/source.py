@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from peftlab.errors import ArtifactError, RecipeError
+from peftlab.models.fingerprints import weights_fingerprint
 from peftlab.models.presets import PREFIX as SHAPE_PREFIX
 from peftlab.models.presets import check_preset, preset_fingerprint
-from peftlab.paths import PACKAGE_PREFIX, package_path, sha256_of_files
+from peftlab.paths import PACKAGE_PREFIX, package_path
 
 TINY = ("tiny:llama", "tiny:bert", "tiny:vit")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -30,10 +31,10 @@ class ModelSource:
     def weights_fingerprint(self) -> str:
         """sha256 of the weight files and config of a local model, the name of a tiny one, or of a shape's name and config."""
         if self.kind == "gguf":
-            return sha256_of_files([Path(self.path)])
+            return weights_fingerprint([Path(self.path)])
         if self.kind == "folder":
             folder = Path(self.path)
-            return sha256_of_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+            return weights_fingerprint([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
         if self.kind == "shape":
             return preset_fingerprint(self.path)
         return self.path

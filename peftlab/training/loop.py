@@ -1,7 +1,7 @@
 """The training loop, the only one.
 
 Per optimizer step: the micro-batches of the plan, each adding the gradient of its loss sum divided by the weight of
-the *whole* step (contract C3), a finite check, clipping, AdamW. Everything it needs is passed in as plain values.
+the *whole* step (contract C3), a finite check, clipping, the optimizer. Everything it needs is passed in as plain values.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +24,13 @@ from peftlab.adapters import save_trained
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
+from peftlab.measuring.memory import memory_bytes, peak_memory_bytes
 from peftlab.tasks import Batch, Example, Redraws, Task, collate_packed
 from peftlab.training.checkpoint import RngState, load_checkpoint, save_checkpoint
-from peftlab.training.memory import memory_bytes, peak_memory_bytes
 from peftlab.training.metrics_log import MetricsLog
-from peftlab.training.optim import learning_rate, make_optimizer
+from peftlab.training.optimizers import make_optimizer
 from peftlab.training.progress import Progress
+from peftlab.training.schedules import learning_rate
 
 # A float16 loss scaler skips a step whose scaled gradients overflow and halves its scale; more in a row is divergence.
 _MAX_SKIPPED_STEPS = 25
@@ -42,10 +43,10 @@ class LoopSettings:
     """Plain values of the loop; see the recipe schema for their meaning."""
 
     lr: float = 2e-4
+    optimizer: str = "adamw"
+    optimizer_options: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.999), "weight_decay": 0.0})
     schedule: str = "linear"
     warmup: float = 0.03
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     eval_every: int | None = None
     save_every: int | None = None
@@ -123,9 +124,7 @@ class TrainingLoop:
         self._settings, self._accelerator = settings, accelerator
         self._folder, self._log, self._progress = folder, log, progress
         self._where, self._evaluate, self._resume_hint = where, evaluate, resume_hint
-        self._optimizer = make_optimizer(
-            model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        self._optimizer = make_optimizer(model, settings.optimizer, lr=settings.lr, **settings.optimizer_options)
         self._module, self._optimizer = accelerator.prepare(
             LossModule(model, loss_sum or task.loss_sum), self._optimizer
         )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peftlab.adapters import add_lora, load_adapter, planned_modules, save_adapter
+from peftlab.adapters import inject, load_adapter, planned_modules, save_adapter
 from peftlab.adapters.fused import FusedLora, fused_classes, fusion_report, set_kernels
 
 IDS = torch.arange(2, 50).view(4, 12)
@@ -335,7 +335,7 @@ def test_the_plan_of_modules_is_what_gets_adapted(tiny: Callable[..., Any], name
 
     base, peft_type = tiny(name, adapter=False), "CAUSAL_LM" if name == "tiny:llama" else "SEQ_CLS"
     planned = planned_modules(base, peft_type=peft_type, targets=targets)
-    model = add_lora(base, peft_type=peft_type, rank=2, alpha=4, targets=targets)
+    model = inject(base, "lora", peft_type=peft_type, rank=2, alpha=4, targets=targets)
     adapted = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     assert set(planned) == adapted
     assert planned

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftlab.adapters import add_lora
+from peftlab.adapters import inject
 from peftlab.adapters.fused import FusedLora, fusion_report
 
 def build():
@@ -27,7 +27,7 @@ def build():
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2)
     model = LlamaForCausalLM(config)
-    model = add_lora(model, peft_type="CAUSAL_LM", rank=4, alpha=8, dropout=0.0, targets="all-linear")
+    model = inject(model, "lora", peft_type="CAUSAL_LM", rank=4, alpha=8, dropout=0.0, targets="all-linear")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

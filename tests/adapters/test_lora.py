@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftlab.adapters import add_lora, check_adapter_files, load_adapter, report, save_adapter
+from peftlab.adapters import check_adapter_files, inject, load_adapter, report, save_adapter
 from peftlab.adapters import lora as lora_module
 from peftlab.errors import ArtifactError, RecipeError
 
@@ -31,7 +31,7 @@ def adapted(model: Any) -> set[str]:
 
 
 def lora(base: Any, **options: Any) -> Any:
-    return add_lora(base, **{"peft_type": "CAUSAL_LM", "rank": 4, "alpha": 8, **options})
+    return inject(base, "lora", **{"peft_type": "CAUSAL_LM", "rank": 4, "alpha": 8, **options})
 
 
 def test_all_linear_leaves_the_head_alone(base: Any) -> None:
@@ -148,7 +148,7 @@ def test_biases_are_saved(tiny: Callable[..., Any], tmp_path: Path, bias: str) -
     from peft import PeftModel
 
     base = tiny("tiny:bert", adapter=False)
-    model = add_lora(base, peft_type="SEQ_CLS", rank=4, alpha=8, targets=["query"], bias=bias).eval()
+    model = inject(base, "lora", peft_type="SEQ_CLS", rank=4, alpha=8, targets=["query"], bias=bias).eval()
     randomize(model)
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == bias

@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peftlab.api.course import plan_course
+from peftlab.api.distilling import distill
+from peftlab.api.student_answers import read_answers, write_answers
+from peftlab.api.teaching import read_lesson, teach
 from safetensors.torch import load_file
 
 from peftlab.api import build
 from peftlab.api import comparing as comparing_module
 from peftlab.api import distilling as distilling_module
 from peftlab.api import on_policy as on_policy_module
-from peftlab.api.course import plan_course
-from peftlab.api.distilling import distill
-from peftlab.api.student_answers import read_answers, write_answers
-from peftlab.api.teaching import read_lesson, teach
 from peftlab.data import BatchPlan
 from peftlab.errors import ArtifactError, DataError, PeftlabError, RecipeError
 from peftlab.models import find_pretrained, load_model, load_tokenizer
 from peftlab.recipe import load_recipe
 from peftlab.training.checkpoint import list_checkpoints
-from peftlab.training.optim import learning_rate
 from peftlab.training.progress import SilentProgress
+from peftlab.training.schedules import learning_rate
 
 WORDS = {"red": "colour", "green": "colour", "blue": "colour", "cat": "animal", "dog": "animal", "cow": "animal"}
 TEXT = "<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant\n{kind}<|im_end|>"

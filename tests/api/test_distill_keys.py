@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peftlab.api.distilling import distill
+from peftlab.api.training import train
 
 import peftlab
 from peftlab.api import build
-from peftlab.api.distilling import distill
-from peftlab.api.training import train
 from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import bootstrap
 from peftlab.evaluation.modules import class_statistic
+from peftlab.measuring.intervals import bootstrap
 from peftlab.models import find_pretrained
 from peftlab.models.student import StudentCut, make_student
 from peftlab.recipe import load_recipe

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peftlab.api.bench_worker import run_job
 
 from peftlab import ops
 from peftlab.api import benchmarking
-from peftlab.api.bench_worker import run_job
-from peftlab.bench import machine, processes
 from peftlab.cli import bench as bench_cli
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, PeftlabError, RecipeError
+from peftlab.measuring import machine, processes
 from tests.bench.bench_examples import FakeJobs
 
 OUT = Path("runs/bench-smoke")

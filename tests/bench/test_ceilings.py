@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftlab.bench import ceilings
+from peftlab.measuring import ceilings
 
 
 class Clock:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftlab.bench.energy import EnergyMeter, find_meter
+from peftlab.measuring.energy import EnergyMeter, find_meter
 
 
 def counter(folder: Path, name: str, microjoules: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftlab.bench import flops
+from peftlab.measuring import flops
 
 ROWS, LENGTH = 3, 32
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from peftlab.bench.journal import begin
+from peftlab.measuring.journal import begin
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from peftlab.bench.journal import begin, read_records
+from peftlab.measuring.journal import begin, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Row = dict[str, Any]

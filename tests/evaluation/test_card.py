@@ -15,7 +15,7 @@ from peftlab.errors import RecipeError
 from peftlab.evaluation import row_metrics
 from peftlab.evaluation.card import as_metrics, make_card, paired
 from peftlab.evaluation.card_shape import Card, Costs, Figures
-from peftlab.evaluation.intervals import Estimate, bootstrap
+from peftlab.measuring.intervals import Estimate, bootstrap
 
 
 def _said(figures: Figures) -> str:

@@ -11,8 +11,8 @@ from scipy import stats
 from sklearn.metrics import f1_score
 
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import Estimate, bootstrap, over_rounds, over_seeds, quartiles, ratio_of_medians
 from peftlab.evaluation.modules.f1 import macro_f1
+from peftlab.measuring.intervals import Estimate, bootstrap, over_rounds, over_seeds, quartiles, ratio_of_medians
 
 SETS = 200
 
@@ -106,7 +106,7 @@ def test_macro_f1_of_drawn_rows_is_scikit_learns_on_the_repeated_rows() -> None:
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = {"m": row_metrics.mean(np.arange(50.0))}
     whole = bootstrap(metric, 50, num_draws=20)["m"].draws
-    monkeypatch.setattr("peftlab.evaluation.intervals._BLOCK", 150)
+    monkeypatch.setattr("peftlab.measuring.intervals._BLOCK", 150)
     assert bootstrap(metric, 50, num_draws=20)["m"].draws.tolist() == whole.tolist()
 
 

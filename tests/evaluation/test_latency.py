@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from peftlab.evaluation import latency
-from peftlab.evaluation.intervals import ratio_of_medians
-from peftlab.evaluation.latency import Latency, measure_latency
+from peftlab.measuring import latency
+from peftlab.measuring.intervals import ratio_of_medians
+from peftlab.measuring.latency import Latency, measure_latency
 
 
 class Clock:

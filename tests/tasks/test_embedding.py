@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
-
-from peftlab.adapters import add_lora, planned_modules
 from peftlab.api.distilling import distill
 from peftlab.api.inference import evaluate, predict
 from peftlab.api.training import train
+from torch.nn import functional as F
+
+from peftlab.adapters import inject, planned_modules
 from peftlab.data import Rows
 from peftlab.distillation import VectorObjective
 from peftlab.errors import ArtifactError, RecipeError, VerificationError
@@ -86,7 +86,7 @@ def test_the_parity_gate_sees_a_mean_over_padding(monkeypatch: pytest.MonkeyPatc
     teacher, _ = bert(seed=1)
     model, task = bert()
     planned = planned_modules(model, peft_type=task.spec.peft_type, targets="all-linear")
-    adapted = add_lora(model, peft_type=task.spec.peft_type, rank=4, alpha=8.0)
+    adapted = inject(model, "lora", peft_type=task.spec.peft_type, rank=4, alpha=8.0)
     examples = task.encode(ROWS, **OPTIONS).examples
     loss = DistillLoss(
         task, [(1.0, VectorObjective("hidden_cosine"))], [Share(ModelTeacher(teacher, task, device="cpu"))]

@@ -10,12 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from torch.nn import functional as F
-
-from peftlab.adapters import add_lora, planned_modules
-from peftlab.api.check import check
 from peftlab.api.inference import evaluate, predict
 from peftlab.api.training import train
+from torch.nn import functional as F
+
+from peftlab.adapters import inject, planned_modules
+from peftlab.api.check import check
 from peftlab.data import Rows, load_rows, read_images
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import find_pretrained, load_image_reader, load_model
@@ -154,7 +154,7 @@ def test_the_ledger_finds_repeated_and_contradicting_images() -> None:
 def test_lora_leaves_the_head_to_be_trained_in_full() -> None:
     model, task = vit()
     planned = planned_modules(model, peft_type=None, targets="all-linear")
-    adapted = add_lora(model, peft_type=None, rank=4, alpha=8.0)
+    adapted = inject(model, "lora", peft_type=None, rank=4, alpha=8.0)
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert planned and not any("classifier" in name for name in planned)
     assert sorted(n for n in trained if "lora_" not in n) == [
@@ -171,7 +171,7 @@ def test_the_parity_gate_sees_images_in_another_order(monkeypatch: pytest.Monkey
     from peftlab.errors import VerificationError
 
     model, task = vit()
-    adapted = add_lora(model, peft_type=None, rank=4, alpha=8.0)
+    adapted = inject(model, "lora", peft_type=None, rank=4, alpha=8.0)
     planned = planned_modules(vit()[0], peft_type=None, targets="all-linear")
     examples = task.encode(load_rows("sklearn:digits#8"), **OPTIONS).examples
     right = task.tokenizer.__class__.__call__

@@ -14,7 +14,7 @@ import torch
 from peftlab.errors import ArtifactError
 from peftlab.training import checkpoint as checkpoint_module
 from peftlab.training.checkpoint import RngState, check_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from peftlab.training.optim import make_optimizer
+from peftlab.training.optimizers import make_optimizer
 
 FILES = [
     "adapter_config.json",
@@ -29,7 +29,7 @@ FILES = [
 def trained(tiny: Callable[..., Any], steps: int = 2, **options: Any) -> tuple[Any, Any]:
     """A model after a few optimizer steps with made-up gradients."""
     model = tiny("tiny:llama", **options)
-    optimizer = make_optimizer(model, lr=0.01, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = make_optimizer(model, "adamw", lr=0.01, betas=(0.9, 0.999), weight_decay=0.0)
     g = torch.Generator().manual_seed(0)
     for _ in range(steps):
         for p in model.parameters():

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from peftlab.errors import ArtifactError
-from peftlab.training import memory
-from peftlab.training.memory import frozen_heap
+from peftlab.measuring import memory
+from peftlab.measuring.memory import frozen_heap
 from peftlab.training.metrics_log import MetricsLog, read_metrics
 
 
@@ -155,7 +155,7 @@ def test_memory_readings_of_this_process_are_bytes() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_peak_of_a_child_is_not_that_of_its_parent() -> None:
     block = np.ones(40_000_000)
-    program = "from peftlab.training.memory import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
+    program = "from peftlab.measuring.memory import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(memory.__file__).parents[2],
@@ -168,7 +168,7 @@ def test_the_peak_of_a_child_is_not_that_of_its_parent() -> None:
 
 IN_A_THREAD = """
 import ctypes, sys, threading
-from peftlab.training.memory import share_one_heap
+from peftlab.measuring.memory import share_one_heap
 if sys.argv[1] == "one":
     share_one_heap()
 libc = ctypes.CDLL(None)

@@ -209,12 +209,12 @@ def zeroed_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def module_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def add(*args: Any, **options: Any) -> Any:
-        model = lora_module.add_lora(*args, **options)
+        model = lora_module.inject(*args, "lora", **options)
         attention = model.base_model.model.model.layers[1].self_attn
         attention.o_proj = attention.o_proj.base_layer
         return model
 
-    monkeypatch.setattr(parts_module, "add_lora", add)
+    monkeypatch.setattr(parts_module, "inject", add)
 
 
 def mask_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:

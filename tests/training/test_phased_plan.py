@@ -16,8 +16,8 @@ from peftlab.tasks.causal_lm import CausalLM
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.loop import LoopSettings, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog
-from peftlab.training.optim import learning_rate
 from peftlab.training.progress import SilentProgress
+from peftlab.training.schedules import learning_rate
 
 LENGTHS = [5, 9, 3, 7, 4, 6]
 

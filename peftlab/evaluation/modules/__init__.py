@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from peftlab.evaluation.intervals import Floats, Statistic
+from peftlab.measuring.intervals import Floats, Statistic
 from peftlab.specs.metrics import METRICS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import Floats, Statistic
+from peftlab.measuring.intervals import Floats, Statistic
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import f1_score
 
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import Floats, Statistic
+from peftlab.measuring.intervals import Floats, Statistic
 
 
 class F1(evaluate.Metric):

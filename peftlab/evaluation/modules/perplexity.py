@@ -9,7 +9,7 @@ import datasets
 import evaluate
 
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import Floats, Statistic
+from peftlab.measuring.intervals import Floats, Statistic
 
 
 class Perplexity(evaluate.Metric):

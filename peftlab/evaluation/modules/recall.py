@@ -9,7 +9,7 @@ import evaluate
 from sklearn.metrics import recall_score
 
 from peftlab.evaluation import row_metrics
-from peftlab.evaluation.intervals import Floats, Statistic
+from peftlab.measuring.intervals import Floats, Statistic
 
 
 class Recall(evaluate.Metric):

@@ -1,0 +1,155 @@
+"""Adapters on disk, in PEFT's own format: written, loaded, and checked to be whole and of this model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftlab.errors import ArtifactError
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Writes the adapter in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    PEFT writes its lists from sets, whose order changes between processes; sorted, equal runs give equal files.
+    """
+    model.save_pretrained(
+        str(folder),
+        safe_serialization=True,
+        selected_adapters=["default"],  # a teacher's adapter may be loaded beside it
+        save_embedding_layers=_trains_embeddings(model),
+    )
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _trains_embeddings(model: Any) -> bool:
+    config = model.peft_config["default"]
+    named = [*(config.target_modules or []), *(config.modules_to_save or [])]
+    return any(str(name).endswith(("embed_tokens", "lm_head", "wte", "word_embeddings")) for name in named)
+
+
+def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, kernels: str = "auto") -> Any:
+    """``model`` with a saved adapter, every tensor of which was used; ``kernels`` as in ``inject``.
+
+    Raises: ArtifactError when files are missing, damaged, or made for another model.
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    from peftlab.adapters import fused
+
+    check_adapter_files(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config, LoraConfig):
+        fused.register(config)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()
+        detail = next((line.strip() for line in first if "size mismatch" in line), first[0] if first else "")
+        raise ArtifactError(
+            f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model)}: {detail}"
+        ) from error
+    _check_complete(peft_model, folder, model)
+    fused.set_kernels(peft_model, kernels)
+    return peft_model
+
+
+def add_adapter(model: Any, folder: Path, *, name: str) -> None:
+    """Loads a saved adapter beside the one that ``model`` trains, frozen and not active.
+
+    Raises: ArtifactError when files are missing, damaged, or made for another model.
+    """
+    check_adapter_files(folder)
+    active = model.active_adapter
+    try:
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model.get_base_model())}: {error}"
+        ) from error
+    model.set_adapter(active)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.requires_grad_(False)
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Puts saved adapter tensors into a model that carries the same adapter."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Raises ArtifactError when ``folder`` does not hold a readable adapter in safetensors format."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            pickled = (folder / "adapter_model.bin").exists()
+            found = "found adapter_model.bin, a pickle, which can run code when loaded" if pickled else "it is missing"
+            raise ArtifactError(f"expected {folder / name}; {found}")
+    try:
+        config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or "peft_type" not in config:
+            raise ValueError("it has no peft_type")
+    except ValueError as error:
+        raise ArtifactError(f"{folder / ADAPTER_FILES[0]} is damaged: {error}; restore it from a checkpoint") from error
+    try:
+        with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
+            names = list(tensors.keys())
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
+    if not names:
+        raise ArtifactError(f"{folder / ADAPTER_FILES[1]} holds no tensors")
+
+
+def brought_parameters(folder: Path) -> set[str]:
+    """Names, in the model without it, of the parameters that an adapter's files hold as a whole, such as a task head."""
+    from safetensors import safe_open
+
+    with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
+        return {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+
+
+def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
+    """PEFT only warns about tensors that fit nowhere and modules that got none; both mean another model."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
+        saved = set(tensors.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=_trains_embeddings(model)))
+    if saved != expected:
+        odd = sorted(saved ^ expected)[0]
+        side = "in the file but not in the model" if odd in saved else "in the model but not in the file"
+        raise ArtifactError(
+            f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(base)}: "
+            f"{len(saved ^ expected)} tensors do not match, such as {odd} ({side})"
+        )
+
+
+def _made_for(folder: Path) -> str:
+    return str(json.loads((folder / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path") or "unknown")
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)

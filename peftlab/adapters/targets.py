@@ -1,0 +1,58 @@
+"""Which modules of a model a recipe's names mean, and a clear error where they mean none."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from peftlab.errors import RecipeError
+
+
+def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
+    """Raises RecipeError for the first target that no adaptable module answers to, with the nearest names."""
+    names = [name for name, module in model.named_modules() if is_adaptable(module)]
+    if targets == "all-linear":
+        return
+    if isinstance(targets, str):
+        if not any(re.fullmatch(targets, name) for name in names):
+            raise RecipeError(
+                f"the regular expression {targets!r} matches none of the {len(names)} adaptable modules, such as "
+                f"{names[len(names) // 2]!r} (the whole name has to match)",
+                key="adapter.targets",
+            )
+        for name, module in model.named_modules():
+            if re.fullmatch(targets, name) and not is_adaptable(module):
+                raise RecipeError(
+                    f"the regular expression {targets!r} also matches {name!r}, a {type(module).__name__}, which takes no "
+                    r"adapter; let it end in the names of linear layers, such as (q_proj|v_proj)",
+                    key="adapter.targets",
+                )
+        return
+    for target in targets:
+        match_ending(target, names, "adapter.targets")
+
+
+def check_modules_to_save(model: nn.Module, modules: Sequence[str]) -> None:
+    """Raises RecipeError for the first of ``modules`` that names no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    for target in modules:
+        match_ending(target, names, "adapter.modules_to_save")
+
+
+def match_ending(target: str, names: list[str], key: str) -> None:
+    """Raises RecipeError where ``target`` is the end of none of the module ``names``."""
+    if any(name == target or name.endswith("." + target) for name in names):
+        return
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+    near = difflib.get_close_matches(target, endings, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise RecipeError(f"{target!r} matches no module; {hint}(this model has {', '.join(endings)})", key=key)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether PEFT can put an adapter on it."""
+    # Quantized linears subclass nn.Linear; GPT-2's Conv1D does not.
+    return isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) or type(module).__name__ == "Conv1D"

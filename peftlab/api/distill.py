@@ -1,0 +1,61 @@
+"""``distill``: a student learns from a teacher, next to the same student on the labels alone, and both are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftlab.assembly import Assembly
+from peftlab.assembly.checks import check_settings
+from peftlab.assembly.process import located, prepare_libraries
+from peftlab.errors import RecipeError
+from peftlab.experiments.arms import Distillation
+from peftlab.measuring.memory import frozen_heap
+from peftlab.recipe import check_same_settings
+from peftlab.runs import Run, choose_folder, open_run, open_source
+from peftlab.training.progress import Progress, make_progress
+
+
+def distill(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    seeds: int | None = None,
+    resume: bool = False,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Trains the student that the recipe describes on its teacher and returns the run.
+
+    Args:
+        recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used), with a section ``distill``.
+        overrides: ``section.key=value``.
+        seeds: repetitions, in place of distill.seeds.
+        resume: continue the run in the run folder: finished trainings are kept, an interrupted one goes on from its
+            newest checkpoint.
+        replace: an earlier run in the run folder is removed.
+        progress: where progress goes; default: a live bar or plain lines on stderr.
+
+    Returns: the ``Run``: ``student/`` is the student as a plain transformers folder, ``summary["card"]`` the report card.
+    Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
+    """
+    prepare_libraries()
+    progress = progress or make_progress()
+    repeated = [f"distill.seeds={seeds}"] if seeds else []
+    loaded, folder = open_source(recipe, [*overrides, *repeated], resume=resume)
+    with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
+        stack.callback(progress.stop)
+        if loaded.recipe.distill is None:
+            raise RecipeError(
+                f"{loaded.name} has no section distill, which names the teacher; to train without one: peftlab train"
+            )
+        folder = folder or choose_folder(loaded, resume=resume, replace=replace)
+        if resume:
+            check_same_settings(loaded, open_run(folder).recipe())
+        assembly = Assembly(loaded, transfer=True)
+        check_settings(assembly)
+        distillation = Distillation(assembly, folder, progress, resume=resume)
+        distillation.run(distillation.check(), replace=replace)
+    return open_run(folder)

@@ -1,0 +1,61 @@
+"""``evaluate``: the metrics of a run, a merged model or a base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from peftlab.assembly.process import located, prepare_libraries
+from peftlab.assembly.target import RecipeSource, find_target, open_target
+from peftlab.errors import RecipeError
+from peftlab.evaluation.loop import evaluate_examples
+from peftlab.evaluation.metrics import check_metrics
+from peftlab.training.progress import Progress, make_progress
+
+
+def evaluate(
+    target: str | os.PathLike[str],
+    *,
+    recipe: RecipeSource | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Metrics of a target on the held-out rows of its recipe.
+
+    Args:
+        target: a run folder, its merged/ folder, an adapter folder, or a base model (then ``recipe`` says what on).
+        overrides: ``section.key=value``, such as ``data.eval=other.csv``.
+
+    Returns: ``{"target", "kind", "rows", "metrics": {flat name: value}}``.
+    Raises: RecipeError, DataError, ArtifactError, ResourceError.
+    """
+    prepare_libraries()
+    progress = progress or make_progress()
+    found = find_target(target, recipe, overrides)
+    with located(found.loaded):
+        settings = found.loaded.recipe
+        if not settings.spec.learns_from_labels:
+            raise RecipeError(
+                "there are no labels to score vectors with; `peftlab distill` compares a student's with its teacher's",
+                key="task",
+            )
+        if settings.eval.metrics is not None:
+            check_metrics(settings.eval.metrics, settings.task, bool(settings.eval.choices))
+        progress.stage("reading data")
+        assembly = found.assembly(reads_data=True)
+        opened = open_target(found, progress, assembly=assembly)
+        progress.stage(f"evaluating on {len(assembly.held_out.examples):,} rows")
+        metrics = evaluate_examples(
+            opened.model,
+            opened.task,
+            assembly.held_out,
+            metrics=assembly.metrics,
+            batch_tokens=settings.eval.batch_tokens,
+            device=opened.device,
+            autocast=opened.autocast,
+        )
+        progress.stop()
+        return {
+            "target": str(target), "kind": found.kind, "rows": len(assembly.held_out.examples), "metrics": metrics,
+        }  # fmt: skip

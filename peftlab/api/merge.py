@@ -1,0 +1,58 @@
+"""``merge``: folds an adapter into its base model and verifies the files that come out (contract C6)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from peftlab.assembly.merging import merge_run
+from peftlab.assembly.process import located, prepare_libraries
+from peftlab.assembly.target import find_target
+from peftlab.errors import RecipeError
+from peftlab.measuring.memory import frozen_heap
+from peftlab.training.progress import Progress, make_progress
+
+
+def merge(
+    target: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merges a run's adapter, writes a plain transformers folder, and compares it with base + adapter.
+
+    Args:
+        target: a run folder or an adapter folder of one.
+        base: ``original`` (weights as published) or ``dequantized`` (the quantized weights the adapter was trained on,
+            written out); default: dequantized for a quantized run. The report has the errors of both.
+        output: folder to write; default ``RUN/merged``.
+        dtype: of the written weights; auto: that of the original weights.
+        max_kl, min_top1: thresholds on mean KL in nats and on top-1 agreement, in place of the defaults.
+        replace: overwrite ``output``.
+
+    Returns: the report, also written to ``RUN/merge.json``.
+    Raises: VerificationError when the merged model is beyond a threshold: then nothing is written to ``output``.
+    """
+    prepare_libraries()
+    found = find_target(target)
+    if found.adapter is None:
+        full = (
+            f": {found.loaded.recipe.model.name} is its trained model" if found.kind == "run" else "; name a run folder"
+        )
+        raise RecipeError(f"{target} has no adapter to merge{full}")
+    with located(found.loaded), frozen_heap():
+        return merge_run(
+            Path(target),
+            base=base,
+            output=Path(output) if output else None,
+            dtype=dtype,
+            limits={k: v for k, v in (("kl_mean", max_kl), ("top1", min_top1)) if v is not None},
+            replace=replace,
+            progress=progress or make_progress(),
+        )

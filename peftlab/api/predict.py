@@ -1,0 +1,74 @@
+"""``predict``: one result per input, from a run, a merged model or a base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftlab.assembly.process import located, prepare_libraries
+from peftlab.assembly.target import RecipeSource, check_room_to_answer, find_target, open_target
+from peftlab.data import Rows, load_rows
+from peftlab.errors import DataError, RecipeError
+from peftlab.tasks import Task
+from peftlab.training.progress import Progress, make_progress
+
+# Rows predicted together: enough to group by length, few enough that the first results come soon.
+_WINDOW = 256
+
+
+def predict(
+    target: str | os.PathLike[str],
+    inputs: str | os.PathLike[str] | Sequence[str] | Sequence[dict[str, Any]],
+    *,
+    recipe: RecipeSource | None = None,
+    overrides: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields one result per input, in order: a label with probabilities, or generated text.
+
+    Args:
+        inputs: a path (file with the recipe's columns), a list of texts, or a list of rows (dicts).
+        max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy.
+    Raises: as ``evaluate``.
+    """
+    prepare_libraries()
+    progress = progress or make_progress()
+    found = find_target(target, recipe, overrides)
+    with located(found.loaded):
+        settings = found.loaded.recipe
+        rows = _rows_of_file(inputs, settings.data.encoding) if isinstance(inputs, Path) else None
+        opened = open_target(found, progress)
+        check_room_to_answer(max_new_tokens or settings.eval.max_new_tokens, opened)
+        rows = rows if rows is not None else _input_rows(inputs, opened.task)
+        progress.stop()
+        for start in range(0, len(rows), _WINDOW):
+            window = rows.select(range(start, min(start + _WINDOW, len(rows))))
+            with opened.autocast():
+                yield from opened.task.predict(
+                    opened.model,
+                    window,
+                    batch_tokens=settings.eval.batch_tokens,
+                    max_length=opened.limit,
+                    max_new_tokens=max_new_tokens or settings.eval.max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                )
+
+
+def _rows_of_file(path: Path, encoding: str) -> Rows:
+    try:
+        return load_rows(str(path), encoding=encoding)
+    except DataError as error:
+        raise DataError(str(error)) from None  # the fault is in the input, not in a key of the recipe
+
+
+def _input_rows(inputs: Any, task: Task) -> Rows:
+    items = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not items:
+        raise RecipeError("there is nothing to predict: the input is empty")
+    return Rows.from_dicts([i if isinstance(i, dict) else task.row_from_text(i) for i in items], name="input")

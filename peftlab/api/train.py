@@ -1,0 +1,60 @@
+"""``train``: one recipe in, a run folder with a verified result out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftlab.assembly import Assembly
+from peftlab.assembly.checks import check_settings
+from peftlab.assembly.fit import fit
+from peftlab.assembly.process import located, prepare_libraries
+from peftlab.errors import RecipeError
+from peftlab.measuring.memory import frozen_heap
+from peftlab.recipe import check_same_settings
+from peftlab.runs import Run, choose_folder, newest_checkpoint, open_run, open_source
+from peftlab.training.progress import Progress, make_progress
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Trains what the recipe describes and returns the run.
+
+    Args:
+        recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used).
+        overrides: ``section.key=value``.
+        resume: continue the run in the run folder from its newest checkpoint.
+        replace: an earlier run in the run folder is removed once this one is ready to start.
+        progress: where progress goes; default: a live bar or plain lines on stderr.
+
+    Returns: the ``Run``; its ``summary`` has metrics before and after, speed, memory, samples and the merge report.
+    Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
+    """
+    prepare_libraries()
+    progress = progress or make_progress()
+    loaded, folder = open_source(recipe, overrides, resume=resume)
+    with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
+        stack.callback(progress.stop)
+        if loaded.recipe.distill is not None:
+            raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
+        folder = folder or choose_folder(loaded, resume=resume, replace=replace)
+        checkpoint = newest_checkpoint(folder) if resume else None
+        if resume:
+            check_same_settings(loaded, open_run(folder).recipe())
+        if not loaded.recipe.spec.learns_from_labels:
+            raise RecipeError(
+                "sentence embeddings are learned from a teacher's vectors: name it in a section distill and run `peftlab "
+                "distill`",
+                key="task",
+            )
+        assembly = Assembly(loaded)
+        check_settings(assembly)
+        return fit(assembly, folder, progress, checkpoint=checkpoint, replace=replace)

@@ -1,0 +1,48 @@
+"""The Accelerator of one run."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftlab.assembly.assembly import Assembly
+
+
+@contextlib.contextmanager
+def run_accelerator(assembly: Assembly, folder: Path) -> Iterator[Any]:
+    """An Accelerator for this run; seeds and deterministic mode are set for its duration."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+
+    recipe = assembly.recipe
+    if AcceleratorState._shared_state:  # an earlier run of this process may have used another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision=assembly.precision,
+        cpu=assembly.device == "cpu",
+        log_with=list(recipe.run.log) or None,
+        project_dir=str(folder),
+    )
+    before = torch.are_deterministic_algorithms_enabled()
+    set_seed(recipe.run.seed)
+    torch.use_deterministic_algorithms(recipe.run.deterministic, warn_only=True)
+    # Deterministic mode also fills every new tensor with NaN, a pass over memory that hides no randomness here.
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield accelerator
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        accelerator.end_training()
+        accelerator.free_memory()

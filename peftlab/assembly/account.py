@@ -1,0 +1,76 @@
+"""The loss ledger of a run: what it says of training and held-out rows together, and telling it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from peftlab.data import Finding, Ledger, find
+from peftlab.data.ledger_text import PreviewText, finding_line, opening_lines, shared_line
+from peftlab.tasks import Preview, Task
+from peftlab.training.progress import Progress
+
+# Rows that run.json names for each reason to leave rows out; `check --json` names all.
+MOST_PLACES = 20
+# Found in held-out rows too; the others are about the template, and told once.
+_OF_EACH_SET = {
+    "too_long", "zero_trained", "no_rows", "repeated", "contradicting", "answer_cut", "empty_answer", "inner_end", "doubled_bos",
+}  # fmt: skip
+
+
+def tell_ledger(
+    task: Task, train: Ledger, held_out: Ledger, progress: Progress, *, allow: Sequence[str]
+) -> dict[str, Any]:
+    """Says what is trained, with one row as an example; the account for the run's summary."""
+    reports = {"train": train.report(most_places=MOST_PLACES), "held_out": held_out.report(most_places=MOST_PLACES)}
+    for line in [
+        *opening_lines("train", reports["train"], counts=True),
+        *opening_lines("held out", reports["held_out"], counts=False),
+    ]:
+        progress.note(line)
+    shared = shared_rows(train, held_out)
+    if shared:
+        progress.warn(f"{shared_line(shared)}: the metrics count what was trained on too")
+    told = findings(train, held_out, allow=allow)
+    for finding in told:
+        progress.note(finding_line(finding))
+    for row in previews(task, train, 1):
+        progress.show(PreviewText(asdict(row), longest=160))
+    return {**reports, "findings": {"kinds": [f["kind"] for f in told], "shared": len(shared)}}
+
+
+def findings(train: Ledger, held_out: Ledger, *, allow: Sequence[str]) -> list[dict[str, Any]]:
+    """What the ledgers have to say: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``."""
+    told = [_plain(f, train, "train", allow) for f in find(train)]
+    # What is wrong with the template is wrong for both: it is told once.
+    told += [_plain(f, held_out, "held out", allow) for f in find(held_out) if f.kind in _OF_EACH_SET]
+    levels = ("error", "allowed", "note")
+    return sorted(told, key=lambda f: levels.index(f["level"]))
+
+
+def _plain(finding: Finding, ledger: Ledger, data: str, allow: Sequence[str]) -> dict[str, Any]:
+    level = "note" if not finding.error else "allowed" if finding.kind in allow else "error"
+    where = [] if finding.rows is None else [ledger.rows.where(i) for i in sorted(set(finding.rows.tolist()))]
+    return {
+        "kind": finding.kind,
+        "level": level,
+        "data": data,
+        "message": finding.message,
+        "key": finding.key,
+        "where": where,
+    }
+
+
+def shared_rows(train: Ledger, held_out: Ledger) -> list[dict[str, str]]:
+    """The held-out rows that are also training rows, with the first such training row."""
+    return [{"held_out": held_out.rows.where(a), "train": train.rows.where(b)} for a, b in held_out.shared_with(train)]
+
+
+def previews(task: Task, ledger: Ledger, count: int) -> list[Preview]:
+    """The first ``count`` training rows that are kept; without labels where the ledger has none."""
+    labelled = ledger.style != "labels" or ledger.has_labels
+    return [
+        task.preview(ledger.rows, int(i), max_length=ledger.max_length, labelled=labelled)
+        for i in ledger.kept_rows[:count]
+    ]

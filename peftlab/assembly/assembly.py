@@ -1,0 +1,328 @@
+"""``Assembly``: a recipe with what it names, each found once and only when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from peftlab.adapters import HeadLoss
+from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
+from peftlab.assembly.process import pick_device
+from peftlab.data import Rows, class_names, require
+from peftlab.errors import RecipeError
+from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
+from peftlab.measuring.memory import share_one_heap
+from peftlab.models import (
+    Pretrained,
+    find_pretrained,
+    load_image_reader,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    model_max_length,
+    resolve_precision,
+    sentence_files,
+    tokenizer_fingerprint,
+)
+from peftlab.recipe import LoadedRecipe, Recipe
+from peftlab.recipe.distillation import DistillSection
+from peftlab.specs.methods import MethodSpec
+from peftlab.specs.tasks import TaskSpec
+from peftlab.tasks import Encoded, Task, TaskParts, task_class
+
+T = TypeVar("T")
+# Of the section data: what only says how rows are turned into examples.
+_NOT_ABOUT_ROWS = {"template", "max_length", "too_long", "packing", "allow", "seed"}
+
+
+class Assembly:
+    """A recipe with what it names: model files, reader, rows and their split, task, limit, examples, fingerprints.
+
+    Each is found when it is first asked for, and then kept. An assembly that is derived from another one shares all that
+    depends on equal settings: the arms of a distillation read their data once.
+
+    Args:
+        loaded: the recipe.
+        transfer: whether training is on the rows of distill.transfer, where the recipe has them.
+        classes: names of the classes; None: those of the training rows.
+        reads_data: False where there may be no data, as for a prediction: nothing but classes is taken from them.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedRecipe,
+        *,
+        transfer: bool = False,
+        classes: Sequence[str] | None = None,
+        reads_data: bool = True,
+        _shared: dict[tuple[str, str], Any] | None = None,
+    ) -> None:
+        self.loaded, self._transfer, self._reads_data = loaded, transfer, reads_data
+        self._classes = None if classes is None else list(classes)
+        self._shared: dict[tuple[str, str], Any] = {} if _shared is None else _shared
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+    @property
+    def spec(self) -> TaskSpec:
+        return self.recipe.spec
+
+    @property
+    def method(self) -> MethodSpec:
+        return self.recipe.method
+
+    @property
+    def distill(self) -> DistillSection:
+        """The section ``distill``. Raises: RecipeError for a recipe that has none."""
+        if self.recipe.distill is None:
+            raise RecipeError(f"{self.name} has no section distill, which names the teacher")
+        return self.recipe.distill
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``. Raises: RecipeError when cuda is asked for and absent."""
+        return pick_device(self.recipe.run.device)
+
+    @property
+    def precision(self) -> str:
+        """``no``, ``bf16`` or ``fp16``, as Accelerate calls the autocast dtypes. Raises: RecipeError for float16 on a CPU."""
+        import torch
+
+        dtype = resolve_precision(self.recipe.train.precision, self.device)
+        if dtype == torch.float16 and self.device == "cpu":
+            raise RecipeError("float16 needs a GPU; use bfloat16 or float32 on a CPU", key="train.precision")
+        return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+    @property
+    def seed(self) -> int:
+        """Of the split and of sampled rows."""
+        return data_seed(self.recipe)
+
+    def derive(
+        self,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        name: str | None = None,
+        transfer: bool | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> Assembly:
+        """The assembly of the recipe with other values, checked as any recipe is; it shares what these do not change.
+
+        Args: changes: dotted key -> value. classes: default the same. Raises: RecipeError.
+        """
+        return Assembly(
+            self.loaded.derive(changes or {}, name=name),
+            transfer=self._transfer if transfer is None else transfer,
+            classes=self._classes if classes is None else classes,
+            reads_data=self._reads_data,
+            _shared=self._shared,
+        )
+
+    @property
+    def pretrained(self) -> Pretrained:
+        """The files of the model. Raises: RecipeError, ArtifactError."""
+        model = self.recipe.model
+        settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        return self._once("model files", [model.name, settings], lambda: find_pretrained(model.name, **settings))
+
+    @property
+    def reader(self) -> Any:
+        """What turns inputs into numbers: the tokenizer, or of images the ``ImageReader``. Raises: RecipeError."""
+        settings = [*self._model_key, self.spec.reader, self.recipe.model.chat_template]
+        return self._once("reader", settings, self._read_reader)
+
+    def _read_reader(self) -> Any:
+        if self.spec.reader == "image processor":
+            reader = load_image_reader(self.pretrained)
+        else:
+            reader = load_tokenizer(self.pretrained, chat_template=self.recipe.model.chat_template)
+        # Students that were cut out of one model have the same one; with it they share their examples.
+        return self._once("reader by content", _content(reader), lambda: reader)
+
+    @property
+    def data(self) -> DataParts:
+        """The rows. Raises: DataError, RecipeError."""
+        return self._once("data", self._data_key, lambda: load_data(self.recipe, transfer=self._transfer))
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, in the order of their index; None for a task without classes."""
+        if self.spec.classes_from == "eval.choices":
+            return self.recipe.eval.choices
+        if not self.spec.classifies:
+            return None
+        if self._classes is not None:
+            return self._classes
+        return self._once("classes", self._data_key, self._read_classes)
+
+    def _read_classes(self) -> list[str]:
+        return class_names(read_class_labels(self.recipe, self.data.labelled))
+
+    @property
+    def task(self) -> Task:
+        """The task with reader, columns and classes. Raises: DataError, RecipeError."""
+        return self._once("task", self._task_key, self._make_task)
+
+    def _make_task(self) -> Task:
+        if not self._reads_data:
+            return self.task_for(self.reader, classes=self.classes)
+        check_columns(self.recipe, self.data.labelled)
+        return self.task_for(self.reader, classes=self.classes, available=list(self.data.labelled.columns))
+
+    def task_for(self, reader: Any, *, classes: list[str] | None, available: Sequence[str] = ()) -> Task:
+        """The recipe's task with another reader and its classes, as a teacher has them."""
+        r, data = self.recipe, self.recipe.data
+        parts = TaskParts(
+            reader,
+            columns=data.columns,
+            available=available,
+            classes=classes,
+            label_names=data.label_names,
+            bins=(data.bins.edges, data.bins.names) if data.bins else None,
+            class_weights=r.train.class_weights,
+            template=data.template.model_dump(exclude_none=True) if data.template else None,
+            head_loss=HeadLoss(r.run.kernels),
+            pooling=r.model.pooling,
+            sentences=lambda: sentence_files(self.pretrained),
+        )
+        return task_class(r.task).make(parts)
+
+    @property
+    def limit(self) -> int:
+        """Longest row in tokens: data.max_length, at most what the model allows. Raises: RecipeError beyond that."""
+        if self.spec.reader == "image processor":
+            return int(self.reader.length)
+        allowed = model_max_length(self.pretrained, self.reader)
+        wanted = self.recipe.data.max_length
+        if wanted is None:
+            return min(allowed, self.task.max_length or allowed)
+        if wanted > allowed:
+            raise RecipeError(
+                f"{self.recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length"
+            )
+        return wanted
+
+    @property
+    def train(self) -> Encoded:
+        """The examples that are trained on. Raises: DataError with all that the ledger refuses."""
+        return self._once("train", self._examples_key, self._encode_train)
+
+    def _encode_train(self) -> Encoded:
+        return self.encode(self.data.train, training=True, labelled=self.data.has_labels)
+
+    @property
+    def held_out(self) -> Encoded:
+        """The examples that are evaluated on. Raises: as ``train``."""
+        return self._once("held out", self._examples_key, lambda: self.encode(self.data.eval, training=False))
+
+    def encode(self, rows: Rows, *, training: bool, labelled: bool = True) -> Encoded:
+        """The examples of ``rows``. Raises: DataError with all that the ledger refuses."""
+        data = self.recipe.data
+        encoded = self.task.encode(
+            rows, max_length=self.limit, too_long=data.too_long, training=training, labelled=labelled
+        )
+        require(encoded.ledger, allow=data.allow, training=training)
+        return encoded
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the run's metrics. Raises: RecipeError for an unknown one, or when eval.best is none of them."""
+        e, choices = self.recipe.eval, bool(self.recipe.eval.choices)
+        if e.metrics is not None:
+            check_metrics(e.metrics, self.recipe.task, choices)
+        metrics = e.metrics or default_metrics(self.recipe.task, choices)
+        names = flat_names(metrics, self.task.class_names)
+        if e.best is not None and e.best not in names:
+            raise RecipeError(f"{e.best!r} is not among this run's metrics: {', '.join(names)}", key="eval.best")
+        return metrics
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of model, tokenizer and data. They go through all weights once, as long as the files do not change."""
+        reader = tokenizer_fingerprint(self.reader)
+        return {"model": self.pretrained.fingerprint, "tokenizer": reader, **self.data.fingerprints}
+
+    def model(self, **changes: Any) -> Any:
+        """The frozen backbone, loaded anew; ``changes`` replace loading options, such as ``quantize="none"``."""
+        # Not before the rows are encoded: the tokenizer's threads would wait for each other (measured: twice the time).
+        share_one_heap()
+        model = self.recipe.model
+        options: dict[str, Any] = {
+            "quantize": model.quantize,
+            "double_quant": model.double_quant,
+            "compute_dtype": model.compute_dtype,
+            # Weights that are trained take many small steps, each below what 16 bits can hold.
+            "dtype": "float32" if not self.method.adapts and model.dtype == "auto" else model.dtype,
+            "attention": model.attention,
+        }
+        return load_model(
+            self.pretrained,
+            auto_class=self.spec.auto_class,
+            device=self.device,
+            **(options | changes),
+            **self.task.model_kwargs(),
+        )
+
+    def skeleton(self, task: Task | None = None) -> Any:
+        """The model without weights, on the meta device. Args: task: whose head it gets; default the recipe's."""
+        kwargs = (task or self.task).model_kwargs()
+        return load_skeleton(self.pretrained, auto_class=self.spec.auto_class, **kwargs)
+
+    def headline(self) -> str:
+        """The metric that a distillation's verdict is about."""
+        if self.distill.headline is not None:
+            return self.distill.headline
+        return (self.recipe.eval.choices and self.spec.headline_with_classes) or self.spec.headline
+
+    @property
+    def _model_key(self) -> list[Any]:
+        model = self.recipe.model
+        return [model.name, model.revision, model.trust_remote_code]
+
+    @property
+    def _data_key(self) -> list[Any]:
+        r = self.recipe
+        transfer = r.distill.transfer if self._transfer and r.distill is not None else None
+        return [r.task, r.data.model_dump(exclude=_NOT_ABOUT_ROWS), self.seed, transfer]
+
+    @property
+    def _task_key(self) -> list[Any]:
+        r = self.recipe
+        sentences = str(sentence_files(self.pretrained)) if "model.pooling" in self.spec.keys else None
+        return [
+            r.task,
+            id(self.reader),
+            self._data_key[:3] if self._reads_data else None,
+            r.data.model_dump(include={"columns", "label_names", "bins", "template"}),
+            r.train.class_weights,
+            self.classes,
+            r.run.kernels,
+            r.model.pooling,
+            sentences,
+        ]
+
+    @property
+    def _examples_key(self) -> list[Any]:
+        data = self.recipe.data
+        return [self._task_key, self._data_key, self.limit, data.too_long, data.allow]
+
+    def _once(self, what: str, settings: Any, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once for all assemblies that share and have equal ``settings``."""
+        key = (what, json.dumps(settings, sort_keys=True, default=str))
+        if key not in self._shared:
+            self._shared[key] = make()
+        found: T = self._shared[key]
+        return found
+
+
+def _content(reader: Any) -> list[Any]:
+    """All that two equal readers have in common."""
+    names = ("special_tokens_map", "model_max_length", "padding_side")
+    return [type(reader).__name__, tokenizer_fingerprint(reader), *(str(getattr(reader, name, None)) for name in names)]

@@ -1,0 +1,52 @@
+"""What can be found wrong before anything is loaded, and before anything is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peftlab import ops
+from peftlab.assembly.assembly import Assembly
+from peftlab.errors import RecipeError, ResourceError
+from peftlab.evaluation.metrics import check_metrics
+from peftlab.paths import existing_folder
+from peftlab.specs.kernels import KERNEL_MODES
+
+
+def check_settings(assembly: Assembly) -> None:
+    """What can be found wrong without data or model."""
+    recipe = assembly.recipe
+    mode = KERNEL_MODES[recipe.run.kernels]
+    if mode.name == "triton" and (problem := ops.triton_problem(assembly.device, products=True)):
+        raise RecipeError(f"run.kernels=triton cannot run here: {problem}; use auto", key="run.kernels")
+    if mode.operands is not None:
+        on_gpu = "this run is on a GPU" if assembly.device != "cpu" else None
+        if problem := on_gpu or ops.operands_problem(mode.name):
+            raise RecipeError(f"run.kernels={mode.name} cannot run here: {problem}; use auto", key="run.kernels")
+    if recipe.eval.metrics is not None:
+        check_metrics(recipe.eval.metrics, recipe.task, bool(recipe.eval.choices))
+    for name in recipe.run.log:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(f"{name} is not installed; run: pip install 'peftlab[{name}]'", key="run.log")
+
+
+def check_room(assembly: Assembly, model: Any, *, num_total: int, folder: Path) -> None:
+    """Raises ResourceError when the disk cannot hold what the run will write: better now than in the last minute.
+
+    Args: num_total: parameters of the model.
+    """
+    run = assembly.recipe.run
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    checkpoints = (run.keep + 1) * 3 * trained if run.save_every else 3 * trained
+    merged = 4 * num_total if run.merge != "none" else 0
+    needed = 2 * trained + checkpoints + merged + 2**20
+    existing = existing_folder(folder)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"the run needs about {needed / 2**20:,.0f} MiB in {existing}, and {free / 2**20:,.0f} MiB are free; free some "
+            "room, or choose another run.dir",
+            key="run.dir",
+        )

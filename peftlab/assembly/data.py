@@ -1,0 +1,119 @@
+"""The rows that a recipe names: read, labelled, and split into a training and a held-out part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from peftlab.data import Rows, class_names, load_rows, read_labels, split_rows
+from peftlab.errors import DataError
+from peftlab.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """Training and held-out rows, and what identifies them.
+
+    Attributes:
+        labelled: rows that tell the classes: those of data.train that are not held out.
+        has_labels: whether ``train`` has labels; a transfer set has none.
+    """
+
+    train: Rows
+    eval: Rows
+    fingerprints: dict[str, str]
+    labelled: Rows
+    has_labels: bool = True
+
+
+def data_seed(recipe: Recipe) -> int:
+    """Seed of the split and of sampled rows."""
+    return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
+
+
+def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
+    """Reads the rows and makes the split. Raises: DataError, RecipeError.
+
+    Args: transfer: whether training is on the rows of distill.transfer, where the recipe has them.
+    """
+    data = recipe.data
+    seed = data_seed(recipe)
+    read = functools.partial(
+        load_rows,
+        format=data.format,
+        encoding=data.encoding,
+        column_names=data.column_names,
+        subset=data.subset,
+        seed=seed,
+    )
+    train = _with_labels(recipe, read(data.train, key="data.train"), all_names_used=True)
+    fingerprints = {"train data": train.fingerprint}
+    if data.eval is not None:
+        held_out = _with_labels(
+            recipe, read(data.eval, key="data.eval", default_split="validation"), all_names_used=False
+        )
+        fingerprints |= {"eval data": held_out.fingerprint}
+        parts = DataParts(_without_excluded(recipe, train), held_out, fingerprints, train)
+        return _with_transfer(recipe, parts, read) if transfer else parts
+    classifies = recipe.spec.classifies
+    labels = read_class_labels(recipe, train) if classifies or "label" in data.columns else None
+    if classifies:
+        class_names(labels or [])
+    kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
+    labelled = train.select(kept)
+    parts = DataParts(_without_excluded(recipe, labelled), train.select(held), fingerprints, labelled)
+    return _with_transfer(recipe, parts, read) if transfer else parts
+
+
+def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
+    """Class name of each row, by the recipe's label column, names and bins."""
+    data = recipe.data
+    if not recipe.spec.classifies:  # the column holds the names already
+        return [str(v) for v in rows.column("label")]
+    bins = (data.bins.edges, data.bins.names) if data.bins else None
+    return read_labels(rows, data.columns.get("label", "label"), label_names=data.label_names, bins=bins)
+
+
+def check_columns(recipe: Recipe, rows: Rows) -> None:
+    """Raises DataError for the first of data.columns that the rows lack."""
+    for part, name in recipe.data.columns.items():
+        if part != "label":
+            try:
+                rows.column(name)
+            except DataError as error:
+                raise DataError(str(error), key=f"data.columns.{part}") from None
+
+
+def _with_transfer(recipe: Recipe, parts: DataParts, read: Callable[..., Rows]) -> DataParts:
+    if recipe.distill is None or recipe.distill.transfer is None:
+        return parts
+    rows = read(recipe.distill.transfer, key="distill.transfer")
+    fingerprints = parts.fingerprints | {"transfer data": rows.fingerprint}
+    return dataclasses.replace(parts, train=rows, fingerprints=fingerprints, has_labels=False)
+
+
+def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:
+    """The rows that data.exclude leaves. Raises: DataError for a value that no row has, or when nothing is left."""
+    kept = np.ones(len(rows), dtype=bool)
+    for column, values in recipe.data.exclude.items():
+        key = f"data.exclude.{column}"
+        texts = [str(v).lower() if isinstance(v, bool) else str(v).strip() for v in rows.column(column, key=key)]
+        if missing := sorted(set(values) - set(texts)):
+            raise DataError(f"no row of {rows.name} has {missing[0]!r} in the column {column!r}", key=key)
+        kept &= ~np.isin(texts, values)
+    if not kept.any():
+        raise DataError(f"all rows of {rows.name} are excluded: nothing is left to train on", key="data.exclude")
+    return rows if kept.all() else rows.select(np.flatnonzero(kept))
+
+
+def _with_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool) -> Rows:
+    """The class names in a column ``label`` that templates can use, where the task has no head for classes."""
+    column = recipe.data.columns.get("label")
+    if recipe.spec.classifies or column is None:
+        return rows
+    labels = read_labels(rows, column, label_names=recipe.data.label_names, all_names_used=all_names_used)
+    return dataclasses.replace(rows, columns={**rows.columns, "label": labels})

@@ -1,0 +1,87 @@
+"""How long a training will take, from the model's shape and a matmul measured on the device: within a factor of two."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from peftlab.assembly.assembly import Assembly
+from peftlab.models import resolve_precision
+from peftlab.specs.storages import STORAGES
+
+# Of each adapted linear in each step, whatever its size: Python and launches, forward and backward.
+_LAUNCH_SECONDS = 1e-3
+# Rows of the measured matmul: enough to fill the device, as micro-batches do.
+_PROBE_ROWS = {"cpu": 512, "cuda": 8192}
+_PROBE_REPEATS = 5
+
+
+def estimate_seconds(
+    assembly: Assembly,
+    skeleton: Any,
+    *,
+    steps: int,
+    tokens: int,
+    squares: float,
+    scored: int,
+) -> dict[str, Any]:
+    """``seconds`` of the training steps alone, without loading and evaluation, and the ``flops_per_s`` they rest on.
+
+    Args:
+        skeleton: the model on the meta device.
+        tokens: trained on in the whole run. squares: sum of the squared row lengths. scored: positions with logits.
+    """
+    shape, recipe = _shape_of(skeleton), assembly.recipe
+    # Forward and the gradient of the input; of the weight itself only where it is trained. Recomputing is a forward more.
+    passes = 2 + recipe.train.gradient_checkpointing + (not assembly.method.adapts)
+    flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
+    flops += 4.0 * scored * shape["head"]
+    dtype = resolve_precision(recipe.train.precision, assembly.device)
+    speed = _matmul_speed(shape["widest"], dtype, assembly.device)
+    seconds = STORAGES[recipe.model.quantize].overhead * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
+    return {"seconds": seconds, "flops": flops, "flops_per_s": speed}
+
+
+def forward_seconds(
+    skeleton: Any, *, tokens: int, squares: float, scored: int, dtype: Any, device: str, storage: str
+) -> float:
+    """Seconds that a model takes to read ``tokens``; arguments as ``estimate_seconds``, storage as model.quantize."""
+    shape = _shape_of(skeleton)
+    flops = 2.0 * (tokens * shape["body"] + 2 * squares * shape["attention_width"] + scored * shape["head"])
+    return STORAGES[storage].overhead * flops / _matmul_speed(shape["widest"], dtype, device)
+
+
+def _shape_of(model: Any) -> dict[str, Any]:
+    """Weights of the linear layers in the body and in the head, summed width of all attention layers, widest weight."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    config = model.config.get_text_config()
+    return {
+        "linears": len(linears),
+        "body": sum(m.weight.numel() for m in linears),
+        "head": head.weight.numel() if head is not None else 0,
+        "attention_width": getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0),
+        "widest": max((tuple(m.weight.shape) for m in linears), key=lambda s: s[0] * s[1], default=(64, 64)),
+    }
+
+
+def _matmul_speed(shape: tuple[int, int], dtype: Any, device: str) -> float:
+    """Floating-point operations per second of one linear layer of this shape: the median of a few."""
+    import torch
+
+    rows = _PROBE_ROWS[device]
+    x = torch.ones(rows, shape[1], dtype=dtype, device=device)
+    weight = torch.ones(shape, dtype=dtype, device=device)
+    seconds = []
+    for repeat in range(_PROBE_REPEATS + 1):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if repeat:  # the first one starts threads and libraries
+            seconds.append(time.perf_counter() - began)
+    return 2.0 * rows * shape[0] * shape[1] / max(statistics.median(seconds), 1e-9)

@@ -1,0 +1,364 @@
+"""Training what was prepared: gates, the loop, evaluation, and the run folder with its status."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from peftlab.adapters import load_trained, save_trained
+from peftlab.assembly.accelerator import run_accelerator
+from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.checks import check_room
+from peftlab.assembly.merging import merge_run
+from peftlab.assembly.plan import loop_settings, padded_plan
+from peftlab.assembly.prepare import MakeLoss, Parts, prepare
+from peftlab.data import Rows, packing_figures
+from peftlab.errors import Interrupted
+from peftlab.evaluation.loop import evaluate_examples
+from peftlab.measuring.memory import release_memory
+from peftlab.models import save_plain
+from peftlab.ops import plans_in_use
+from peftlab.recipe import write_lock
+from peftlab.runs import LOCK_NAME, RUN_NAME, Run, open_run, write_json
+from peftlab.tasks import Generates
+from peftlab.training.checkpoint import list_checkpoints
+from peftlab.training.distilling import DistillLoss
+from peftlab.training.loop import LoopResult, TrainingLoop
+from peftlab.training.metrics_log import MetricsLog
+from peftlab.training.packing_check import check_packing
+from peftlab.training.parity import check_parity
+from peftlab.training.progress import Progress
+
+# Tokens that the gradients at step 0 are compared on: their logits exist together.
+_FEW_TOKENS = 512
+
+
+def input_casts(model: Any, *, precision: str, adapts: bool) -> contextlib.AbstractContextManager[Any]:
+    """Under autocast PEFT's cast of every adapter input to float32 is undone by the next matmul: leave it out."""
+    from peft.helpers import disable_input_dtype_casting
+
+    if precision == "no" or not adapts:
+        return contextlib.nullcontext()
+    return cast(contextlib.AbstractContextManager[Any], disable_input_dtype_casting(model))
+
+
+class Fit:
+    """One training, from the gates to the finished run folder.
+
+    Args:
+        parts: of ``prepare``. folder: the run folder. checkpoint: where it goes on from; None: it begins.
+        replace: an earlier run in the folder is removed once this one is ready to start.
+        resume_hint: the command that continues it; default ``peftlab train``.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        accelerator: Any,
+        folder: Path,
+        progress: Progress,
+        *,
+        checkpoint: Path | None = None,
+        replace: bool = False,
+        resume_hint: str = "",
+    ) -> None:
+        self._parts, self._accelerator, self._progress = parts, accelerator, progress
+        self._folder, self._checkpoint, self._replace = folder, checkpoint, replace
+        self._resume_hint = resume_hint or f"peftlab train {folder} --resume"
+        self._summary = parts.summary
+
+    def run(self) -> Run:
+        """Trains and scores, and merges where the recipe asks for it.
+
+        Raises: VerificationError, ResourceError, ArtifactError, Interrupted.
+        """
+        parts = self._parts
+        with input_casts(parts.model, precision=parts.precision, adapts=parts.recipe.method.adapts):
+            if parts.plan.packed:
+                self._check_packing()
+            self._check_parity()
+            self._score_before()
+            check_room(
+                parts.assembly, parts.model, num_total=self._summary["adapter"]["num_total"], folder=self._folder
+            )
+            with self._open_folder() as log:
+                finished = self._train_and_score(log)
+        self._accelerator.free_memory()
+        if finished:
+            self._finish()
+        return open_run(self._folder)
+
+    def _check_packing(self) -> None:
+        """The leak test; a model that mixes packed rows gets a padded plan. Its result goes into the run's summary."""
+        parts, progress = self._parts, self._progress
+        progress.stage("checking that packed rows stay apart")
+        problem = check_packing(
+            parts.model,
+            parts.task,
+            parts.train.examples,
+            device=self._accelerator.device,
+            autocast=self._accelerator.autocast,
+        )
+        release_memory()
+        if problem is not None:
+            parts.plan = padded_plan(parts.assembly, parts.train.lengths, parts.span)
+            self._summary["packing"] = {"off": problem}
+            progress.note(f"packing is off: {problem}; rows are padded instead")
+            return
+        figures = packing_figures(parts.train.lengths, parts.limit)
+        self._summary["packing"] = {"off": None, **figures}
+        progress.note(
+            f"packing: {len(parts.train.examples):,} rows in {figures['packs']:,} sequences of up to {parts.limit:,} tokens, "
+            f"{100 * figures['empty']:.1f} % of the room stays empty"
+        )
+
+    def _check_parity(self) -> None:
+        """The parity gate on the first micro-batch; its result goes into the run's summary."""
+        parts, progress = self._parts, self._progress
+        progress.stage("comparing the training path with the reference path")
+        report = check_parity(
+            parts.model,
+            parts.task,
+            [parts.train.examples[i] for i in parts.plan.step(parts.plan.first_step).micro_batches[0]],
+            planned=parts.planned,
+            kernels=parts.recipe.run.kernels,
+            device=self._accelerator.device,
+            where=parts.rows.where,
+            autocast=self._accelerator.autocast,
+            packed=parts.plan.packed,
+            loss_sum=parts.loss,
+            reference_loss_sum=parts.loss and parts.loss.reference,
+        )
+        self._summary["parity"] = asdict(report)
+        release_memory()
+        progress.note(str(report))
+        if parts.loss is not None:
+            self._tell_gradients(parts.loss)
+
+    def _tell_gradients(self, loss: DistillLoss) -> None:
+        """What temperature, weight and stored classes do to the teacher's gradient, before it is followed for hours."""
+        parts = self._parts
+        rows = [parts.train.examples[i] for i in parts.plan.step(0).micro_batches[0]]
+        few = [r for r, tokens in zip(rows, np.cumsum([len(r) for r in rows]), strict=True) if tokens <= _FEW_TOKENS]
+        batch = parts.task.collate(few or rows[:1], self._accelerator.device)
+        parts.model.eval()
+        with self._accelerator.autocast():
+            report = loss.gradients(parts.model, batch)
+        if report is not None:
+            self._summary["gradients"] = asdict(report)
+            self._progress.note(str(report))
+            for warning in report.warnings:
+                self._progress.warn(warning)
+
+    def _score_before(self) -> None:
+        """Metrics and answers of the untouched model; a resumed run has them already."""
+        parts, summary = self._parts, self._summary
+        earlier = open_run(self._folder).summary if self._checkpoint else {}
+        summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
+        if parts.recipe.eval.before and summary["before"] is None:
+            self._progress.stage(f"evaluating the untouched model on {len(parts.held_out.examples):,} held-out rows")
+            summary["before"] = self._evaluate()
+            summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
+            release_memory()
+
+    def _evaluate(self) -> dict[str, float]:
+        parts = self._parts
+        return evaluate_examples(
+            parts.model,
+            parts.task,
+            parts.held_out,
+            metrics=parts.metrics,
+            batch_tokens=parts.recipe.eval.batch_tokens,
+            device=self._accelerator.device,
+            autocast=self._accelerator.autocast,
+        )
+
+    def _answers(self) -> Iterator[tuple[str, str]]:
+        """The model's own answers to eval.prompts."""
+        parts, options = self._parts, self._parts.recipe.eval
+        if not options.prompts:
+            return
+        parts.model.eval()
+        answers = cast(Generates, parts.task).generate(
+            parts.model,
+            Rows.from_dicts([parts.task.row_from_text(p) for p in options.prompts], name="eval.prompts"),
+            batch_tokens=options.batch_tokens,
+            max_length=parts.limit,
+            max_new_tokens=options.max_new_tokens,
+        )
+        yield from zip(options.prompts, (a["text"] for a in answers), strict=True)
+
+    def _train_and_score(self, log: MetricsLog) -> bool:
+        """Whether that was the end of the run; after a phase before the last one a checkpoint is there and nothing else."""
+        parts, summary, progress = self._parts, self._summary, self._progress
+        self._accelerator.init_trackers("peftlab", config={"recipe": parts.loaded.name})
+        loop = self._loop(log)
+        if self._checkpoint:
+            progress.note(f"continuing after step {loop.resume(self._checkpoint)}")
+        if parts.phase is not None and parts.phase.before is not None:
+            parts.phase.before(parts)
+        progress.stage(f"training for {parts.plan.end_step - parts.plan.first_step:,} steps")
+        result = loop.run()
+        if result.steps < parts.plan.total_steps and not result.stopped_early:
+            summary["training"] = _figures(result)
+            return False
+        self._save_result()  # now: whatever fails from here on, the training is kept
+        progress.stage("evaluating the trained model")
+        final = self._evaluate()
+        loop.finish(final)
+        self._keep_best(result)
+        summary["after"] = final if result.best_step in (None, result.steps) else self._evaluate()
+        answers = list(self._answers())
+        if not summary["samples"]:
+            summary["samples"] = [{"prompt": p} for p, _ in answers]
+        for sample, (_, answer) in zip(summary["samples"], answers, strict=True):
+            sample["after"] = answer
+        summary["training"] = _figures(result)
+        log.write({"step": result.steps, "eval": summary["after"], "final": True})
+        return True
+
+    def _loop(self, log: MetricsLog) -> TrainingLoop:
+        parts = self._parts
+        return TrainingLoop(
+            model=parts.model,
+            task=parts.task,
+            train=parts.train.examples,
+            plan=parts.plan,
+            settings=loop_settings(parts.assembly),
+            accelerator=self._accelerator,
+            folder=self._folder,
+            log=log,
+            progress=self._progress,
+            where=parts.rows.where,
+            loss_sum=parts.loss,
+            evaluate=self._evaluate,
+            resume_hint=self._resume_hint,
+        )
+
+    def _keep_best(self, result: LoopResult) -> None:
+        """Goes back to the best evaluated step when eval.best asks for it."""
+        parts, best = self._parts, self._folder / "best"
+        if result.best_step is not None and result.best_step != result.steps:
+            self._progress.note(
+                f"keeping step {result.best_step}: {parts.recipe.eval.best} {result.best_value:.4g} is the best"
+            )
+            load_trained(parts.model, best)
+            self._save_result()
+        shutil.rmtree(best, ignore_errors=True)
+
+    def _save_result(self) -> None:
+        """The adapter, or without one the model as a plain transformers folder."""
+        parts, folder = self._parts, self._folder
+        if parts.recipe.method.adapts:
+            save_trained(parts.model, folder / "adapter")
+            return
+        save_plain(parts.model, parts.task.files, folder / "model", beside=folder / LOCK_NAME)
+
+    def _finish(self) -> None:
+        """Merges if the recipe asks for it, and writes the final status."""
+        started, merge = time.time(), self._parts.recipe.run.merge
+        if merge != "none":
+            self._parts.model = None  # merging loads the base again: two copies would double the peak
+            release_memory()
+            try:
+                self._summary["merge"] = merge_run(
+                    self._folder, base=merge, replace=True, progress=self._progress, assembly=self._parts.assembly
+                )
+            except BaseException:
+                self._write_status("trained", started)
+                raise
+        self._write_status("finished", started)
+
+    @contextlib.contextmanager
+    def _open_folder(self) -> Iterator[MetricsLog]:
+        """The run folder with its lock file and status; one that ends without a checkpoint is removed again."""
+        folder, resumed = self._folder, self._checkpoint is not None
+        if self._replace and not resumed and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        resume_step = None
+        if resumed:
+            resume_step = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step-"))
+        try:
+            if not resumed:
+                fingerprints = self._parts.assembly.fingerprints
+                write_lock(
+                    folder / LOCK_NAME, self._parts.loaded, fingerprints=fingerprints, environment=self._environment()
+                )
+            self._write_status("running", started)
+            yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
+            self._write_status("trained" if "after" in self._summary else "running", started)
+        except BaseException as error:
+            saved = any((folder / name).is_dir() for name in ("adapter", "model"))
+            if list_checkpoints(folder / "checkpoints") or saved:
+                status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+                with contextlib.suppress(OSError):
+                    self._write_status(status, started)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _environment(self) -> dict[str, Any]:
+        parts = self._parts
+        name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
+        environment: dict[str, Any] = {"device": name, "precision": parts.precision, "threads": torch.get_num_threads()}
+        environment["kernel_plans"] = plans_in_use()
+        if parts.task.class_names and parts.assembly.spec.classifies:
+            environment["class_names"] = parts.task.class_names
+        return environment
+
+    def _write_status(self, status: str, started: float) -> None:
+        when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
+        head = {"name": self._parts.loaded.name, "status": status, "task": self._parts.recipe.task, "started": when}
+        write_json(self._folder / RUN_NAME, {**head, **self._summary})
+
+
+def _figures(result: LoopResult) -> dict[str, Any]:
+    seconds = max(result.seconds, 1e-9)
+    return {
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "rows": result.rows,
+        "tokens": result.tokens,
+        "trained_tokens": result.trained_tokens,
+        "rows_per_s": result.rows / seconds,
+        "tokens_per_s": result.tokens / seconds,
+        "last_loss": result.last_loss,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+    }
+
+
+def fit(
+    assembly: Assembly,
+    folder: Path,
+    progress: Progress,
+    *,
+    make_loss: MakeLoss | None = None,
+    checkpoint: Path | None = None,
+    replace: bool = False,
+    resume_hint: str = "",
+) -> Run:
+    """Prepares a training and runs it. Arguments and errors: see ``prepare`` and ``Fit``."""
+    with run_accelerator(assembly, folder) as accelerator:
+        parts = prepare(assembly, accelerator, progress, make_loss=make_loss)
+        return Fit(
+            parts,
+            accelerator,
+            folder,
+            progress,
+            checkpoint=checkpoint,
+            replace=replace,
+            resume_hint=resume_hint,
+        ).run()

@@ -1,0 +1,181 @@
+"""Everything a training is made of, built after all that can be checked was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from peftlab import ops
+from peftlab.adapters import AdapterReport, check_targets, head_reason, inject, planned_modules, report, train_all
+from peftlab.adapters.fused import fusion_report
+from peftlab.assembly.account import tell_ledger
+from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.plan import make_plan
+from peftlab.data import BatchPlan, Rows
+from peftlab.measuring.memory import release_memory
+from peftlab.recipe import LoadedRecipe, Recipe, check_lock
+from peftlab.tasks import Encoded, Task
+from peftlab.training.distilling import DistillLoss
+from peftlab.training.progress import Progress, SilentProgress
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some of the steps of a run, on rows of their own.
+
+    Attributes:
+        rows: what ``train`` was made of. span: the first of the steps, and the one after the last.
+        before: called with the parts as soon as they are as the first of the steps finds them; None: nothing is.
+    """
+
+    rows: Rows
+    train: Encoded
+    span: tuple[int, int]
+    before: Callable[[Parts], None] | None = None
+
+
+# Of a student: from the assembly, the model, and the rows and examples that it is trained on, to its loss.
+MakeLoss = Callable[[Assembly, Any, Rows, Encoded], DistillLoss]
+
+
+@dataclass
+class Parts:
+    """Everything a training is made of.
+
+    Attributes:
+        rows: what ``train`` was made of. planned: names of the modules that were to be adapted. loss: of a student;
+            None: the task's own. summary: what run.json says of the run, as far as it is known.
+    """
+
+    assembly: Assembly
+    precision: str
+    model: Any
+    rows: Rows
+    train: Encoded
+    held_out: Encoded
+    plan: BatchPlan
+    metrics: list[str]
+    planned: list[str]
+    loss: DistillLoss | None = None
+    phase: Phase | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> LoadedRecipe:
+        return self.assembly.loaded
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.assembly.recipe
+
+    @property
+    def task(self) -> Task:
+        return self.assembly.task
+
+    @property
+    def device(self) -> str:
+        return self.assembly.device
+
+    @property
+    def limit(self) -> int:
+        return self.assembly.limit
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        return None if self.phase is None else self.phase.span
+
+
+def prepare(
+    assembly: Assembly,
+    accelerator: Any,
+    progress: Progress,
+    *,
+    make_loss: MakeLoss | None = None,
+    phase: Phase | None = None,
+) -> Parts:
+    """Data, then model: the cheap half first, so that most mistakes show within seconds.
+
+    Args: make_loss: of a student; None: the labels alone are learned from. phase: what is trained now; None: all of it.
+    """
+    recipe, device = assembly.recipe, assembly.device
+    progress.stage("reading data")
+    rows = assembly.data.train
+    progress.stage(f"loading {assembly.spec.reader} of {recipe.model.name}")
+    for line in check_lock(assembly.loaded, fingerprints=assembly.fingerprints):
+        progress.note(line)
+    plans = ((recipe.lock or {}).get("environment") or {}).get("kernel_plans", ops.plans_in_use())
+    if plans != ops.plans_in_use():
+        progress.note(
+            f"kernel plans: {plans} when the run was made, {ops.plans_in_use()} now: the last bits may differ"
+        )
+    task, limit = assembly.task, assembly.limit
+    metrics = assembly.metrics
+    train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
+    rows = rows if phase is None else phase.rows
+    told = phase is not None and phase.span[0] > 0
+    ledger = tell_ledger(
+        task, train.ledger, held_out.ledger, SilentProgress() if told else progress, allow=recipe.data.allow
+    )
+    span = None if phase is None else phase.span
+    plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)
+    storage = recipe.model.quantize if recipe.model.quantize != "none" else "unquantized"
+    progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
+    model, planned, trained = trainable(assembly, assembly.model())
+    release_memory()  # quantizing went through every weight in full precision
+    progress.note(f"{method_text(recipe)}: {trained}")
+    if assembly.method.adapts:
+        progress.note(str(fusion_report(model)))
+        if recipe.run.kernels != "reference" and (note := ops.kernels_note(device)):
+            progress.note(note)
+    full_logits = _full_logits_reason(assembly, model)
+    if full_logits:
+        progress.note(f"output head: the loss takes full logits: {full_logits}")
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    summary: dict[str, Any] = {
+        "adapter": asdict(trained),
+        "train_rows": len(train.examples),
+        "eval_rows": len(held_out.examples),
+        "full": not assembly.method.adapts,
+        "full_logits": full_logits,
+        "ledger": ledger,
+    }
+    loss = None if make_loss is None else make_loss(assembly, model, rows, train)
+    precision = accelerator.mixed_precision
+    return Parts(assembly, precision, model, rows, train, held_out, plan, metrics, planned, loss, phase, summary)
+
+
+def trainable(assembly: Assembly, model: Any) -> tuple[Any, list[str], AdapterReport]:
+    """The model with what the recipe trains, the names of the modules that were to be adapted, and the counts."""
+    a, method, peft_type = assembly.recipe.adapter, assembly.method, assembly.spec.peft_type
+    if not method.adapts:
+        return model, [], train_all(model, freeze=a.freeze)
+    check_targets(model, a.targets)
+    planned = planned_modules(model, peft_type=peft_type, targets=a.targets)
+    options = {key: getattr(a, key) for key in method.keys if key not in ("targets", "modules_to_save")}
+    model = inject(
+        model,
+        method.name,
+        peft_type=peft_type,
+        targets=a.targets,
+        modules_to_save=a.modules_to_save,
+        kernels=assembly.recipe.run.kernels,
+        **options,
+    )
+    return model, planned, report(model)
+
+
+def method_text(recipe: Recipe) -> str:
+    """``LoRA rank 8``."""
+    method = recipe.method
+    return f"{method.label} rank {recipe.adapter.rank}" if method.has_rank else method.label
+
+
+def _full_logits_reason(assembly: Assembly, model: Any) -> str | None:
+    """Why the loss of a language model's head does not run fused; None where it does, or where there is no such head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if assembly.spec.predicts == "tokens" else None
+    if head is None:
+        return None
+    return "run.kernels=reference" if assembly.recipe.run.kernels == "reference" else head_reason(head)

@@ -1,0 +1,167 @@
+"""What eval, predict, chat and merge are pointed at: a run, a merged model, an adapter, or a base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftlab.adapters import check_adapter_files, load_adapter
+from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.process import pick_device
+from peftlab.errors import ArtifactError, RecipeError
+from peftlab.models import Pretrained
+from peftlab.recipe import LoadedRecipe, load_recipe
+from peftlab.runs import LOCK_NAME
+from peftlab.tasks import Task
+from peftlab.training.progress import Progress
+
+RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A resolved target, nothing loaded yet.
+
+    Attributes:
+        loaded: its recipe, or the one given beside it, with ``model.name`` as it is to be loaded. adapter: folder of the
+            adapter, None for a plain model.
+        kind: ``run``, ``adapter``, ``merged`` or ``base``. labels: class names of a base model that has the head already.
+    """
+
+    kind: str
+    loaded: LoadedRecipe
+    adapter: Path | None
+    labels: list[str] | None = None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names the head was trained with; None for a base model, whose classes come from the data."""
+        if self.labels is not None:
+            return self.labels
+        names = (self.loaded.recipe.lock or {}).get("environment", {}).get("class_names")
+        return list(names) if names and self.kind != "base" else None
+
+    def assembly(self, *, reads_data: bool = False) -> Assembly:
+        """What its recipe names. Args: reads_data: see ``Assembly``."""
+        return Assembly(self.loaded, classes=self.classes, reads_data=reads_data)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A target with everything loaded, the model in eval mode."""
+
+    target: Target
+    assembly: Assembly
+    task: Task
+    model: Any
+
+    @property
+    def device(self) -> str:
+        return self.assembly.device
+
+    @property
+    def limit(self) -> int:
+        return self.assembly.limit
+
+    def autocast(self) -> Any:
+        """The precision of training, so that a run evaluates to the figures it ended with."""
+        precision = self.assembly.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device, dtype=dtype, enabled=precision != "no")
+
+
+def find_target(
+    target: str | os.PathLike[str], recipe: RecipeSource | None = None, overrides: Sequence[str] = ()
+) -> Target:
+    """What ``target`` is. Raises: RecipeError when it is nothing known, or a base model without a recipe."""
+    path = Path(target)
+    if (path / "adapter_config.json").is_file():
+        lock = next((p / LOCK_NAME for p in [path, *path.resolve().parents[:2]] if (p / LOCK_NAME).is_file()), None)
+        if recipe is None and lock is None:
+            raise RecipeError(f"{path} is an adapter without its run; say what it was trained for with --recipe")
+        return Target("adapter", load_recipe(recipe if recipe is not None else str(lock), overrides), path)
+    if (path / LOCK_NAME).is_file() and (path / "config.json").is_file():
+        return _plain_target("merged", path, recipe if recipe is not None else path / LOCK_NAME, overrides)
+    if (path / LOCK_NAME).is_file():
+        return _run_target(path, recipe if recipe is not None else path / LOCK_NAME, overrides)
+    if recipe is None:
+        raise RecipeError(
+            f"{str(target)!r} is neither a run nor a merged folder of one; for a base model say what to do with --recipe NAME"
+        )
+    return Target("base", load_recipe(recipe, [f"model.name={target}", *overrides]), None)
+
+
+def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
+    loaded = load_recipe(recipe, overrides)
+    if (path / "student" / "config.json").is_file():
+        return _plain_target("run", path / "student", recipe, overrides)
+    name = "adapter" if loaded.recipe.method.adapts else "model"
+    if not (path / name).is_dir():
+        verb, lacks = ("train", name) if loaded.recipe.distill is None else ("distill", "student")
+        raise ArtifactError(f"the run in {path} has no {lacks} yet; continue it with: peftlab {verb} {path} --resume")
+    if name == "model":
+        return _plain_target("run", path / name, recipe, overrides)
+    return Target("run", loaded, path / name)
+
+
+def _plain_target(kind: str, folder: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
+    """A model folder that a run wrote: its weights hold all that was trained."""
+    settings = [f"model.name={folder}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
+    settings += ["model.revision=", "run.merge=none"]
+    return Target(kind, load_recipe(recipe, [*settings, *overrides]), None)
+
+
+def open_target(
+    target: Target,
+    progress: Progress,
+    *,
+    reads_data: bool = False,
+    assembly: Assembly | None = None,
+    **model_changes: Any,
+) -> Opened:
+    """Loads tokenizer, model and adapter of a target.
+
+    Args:
+        reads_data: whether columns and classes that the target does not fix are taken from its recipe's data.
+        assembly: of the training that wrote the target, where it is at hand; default: what the target's recipe names.
+        model_changes: loading options that differ from the recipe's.
+    Raises: RecipeError, ArtifactError (adapter damaged, or of another model).
+    """
+    recipe = target.loaded.recipe
+    assembly = assembly or target.assembly(reads_data=reads_data)
+    pick_device(recipe.run.device)  # one that is not there is found first
+    if target.adapter is not None:
+        check_adapter_files(target.adapter)
+    _check_same_model(target, assembly.pretrained)
+    task = assembly.task  # before the model, which takes longer
+    progress.stage(f"loading {recipe.model.name}")
+    model = assembly.model(**model_changes)
+    if target.adapter is not None:
+        model = load_adapter(model, target.adapter, kernels=recipe.run.kernels)
+    return Opened(target, assembly, task, model.eval())
+
+
+def _check_same_model(target: Target, pretrained: Pretrained) -> None:
+    """An adapter runs on the very weights it was trained on, or not at all."""
+    expected = (target.loaded.recipe.lock or {}).get("fingerprints", {}).get("model")
+    if target.adapter is not None and expected is not None and expected != pretrained.fingerprint:
+        raise ArtifactError(
+            f"the adapter in {target.adapter} was made for another model: it was trained on weights {expected[:12]}, and "
+            f"{pretrained.source.name!r} now has {pretrained.fingerprint[:12]}",
+            key="model.name",
+        )
+
+
+def check_room_to_answer(max_new_tokens: int, opened: Opened) -> None:
+    """Raises RecipeError where the model reads no more than it is to write."""
+    if opened.task.spec.generates and max_new_tokens >= opened.limit:
+        raise RecipeError(
+            f"the model reads at most {opened.limit:,} tokens, which leaves no room for a prompt beside an answer of "
+            f"{max_new_tokens:,}",
+            key="eval.max_new_tokens",
+        )

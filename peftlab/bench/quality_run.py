@@ -1,0 +1,235 @@
+"""``bench --quality``: the adapter methods trained on the recipe, equally long and with equal seeds, and scored."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.assembly import Assembly
+from peftlab.assembly.checks import check_settings
+from peftlab.assembly.fit import fit
+from peftlab.assembly.process import located
+from peftlab.bench import cells, files, quality
+from peftlab.bench.job import Timing
+from peftlab.bench.runner import Launch, Tell, launch_worker
+from peftlab.bench.sweep import make_sweep
+from peftlab.errors import Interrupted, RecipeError
+from peftlab.measuring import journal
+from peftlab.measuring.machine import describe_machine, git_commit, size_of_machine, versions
+from peftlab.measuring.memory import frozen_heap
+from peftlab.recipe import Recipe
+from peftlab.specs.methods import VARIANTS
+
+SEEDS = 3
+_Variant = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class QualityRequest:
+    """What is asked for; None: the default of ``api.benchmark_quality``."""
+
+    methods: Sequence[str] | None
+    ranks: Sequence[int] | None
+    seeds: int
+    learning_rates: Sequence[float] | None
+
+
+def run_quality(
+    assembly: Assembly,
+    overrides: Sequence[str],
+    asked: QualityRequest,
+    *,
+    folder: Path,
+    resume: bool,
+    replace: bool,
+    plan: bool,
+    progress: Tell,
+    start: Launch | None = None,
+) -> dict[str, Any]:
+    """See ``api.benchmark_quality``. Args: start: runs one job; default in a process of its own."""
+    if resume and replace:
+        raise RecipeError("--resume goes on with a benchmark and --replace removes it: give one of them")
+    if asked.seeds < 1:
+        raise RecipeError(f"--seeds: expected at least 1, found {asked.seeds}")
+    rates = asked.learning_rates
+    if rates is not None and (not rates or not all(0 < r < math.inf for r in rates)):
+        raise RecipeError(f"--learning-rates: expected numbers above 0, found {list(rates) or 'none'}")
+    cells.check_recipe(assembly.recipe)
+    check_settings(assembly)
+    variants, reasons = _variants(assembly.recipe, asked.methods, asked.ranks)
+    alive = [v for v in variants if v not in reasons]
+    if not alive:
+        raise RecipeError(f"nothing to train: none of {len(variants)} methods can be: {next(iter(reasons.values()))}")
+    rates = list(dict.fromkeys(map(float, rates if rates is not None else _rates(assembly.recipe))))
+    header = _header(assembly, overrides, variants, rates, asked)
+    if plan:
+        rows = quality.quality_rows(variants, reasons, [], header["metric"], rates)
+        trainings = _trainings(alive, rates, asked.seeds)
+        return {"folder": None, "picture": None, "trainings": trainings, "header": header, "methods": rows}
+    opened = journal.open_journal(folder, header, resume=resume, replace=replace)
+    try:
+        _train_all(alive, header, opened, progress, start or launch_worker)
+    except KeyboardInterrupt:
+        done = len(opened.of("quality"))
+        raise Interrupted(
+            f"interrupted; {done} trainings are in {opened.path}. Go on with the same command and --resume"
+        ) from None
+    finally:
+        opened.close()
+    return _write(folder, opened, variants, reasons)
+
+
+def _variants(
+    recipe: Recipe, methods: Sequence[str] | None, ranks: Sequence[int] | None
+) -> tuple[list[_Variant], dict[_Variant, str]]:
+    names = list(VARIANTS) if methods is None else methods
+    sweep = make_sweep(
+        what=["train"],
+        methods=names,
+        ranks=[recipe.adapter.rank] if ranks is None else ranks,
+        quantize=[recipe.model.quantize],
+        kernels=["auto"],
+        batch=[1],
+        length=[2],
+    )
+    variants = list(
+        dict.fromkeys((m, r if VARIANTS[m][0].has_rank else None) for m in sweep.methods for r in sweep.ranks)
+    )
+    stored = recipe.model.quantize
+    dense_only = [v for v in variants if not VARIANTS[v[0]][0].quantized and stored != "none"]
+    reason = f"{stored} weights cannot be trained: {{}} needs model.quantize=none"
+    return variants, {v: reason.format(VARIANTS[v[0]][0].label) for v in dense_only}
+
+
+def _rates(recipe: Recipe) -> list[float]:
+    lr = recipe.train.lr
+    return [float(f"{lr / 10:.6g}"), lr]
+
+
+def _trainings(alive: Sequence[_Variant], rates: Sequence[float], seeds: int) -> int:
+    return len(alive) * (len(rates) + seeds - 1)
+
+
+def metric_of(assembly: Assembly) -> str:
+    """The metric that methods are compared by: the headline of a task with classes, else the loss."""
+    spec = assembly.spec
+    if assembly.recipe.eval.choices and spec.headline_with_classes:
+        return spec.headline_with_classes
+    return "loss" if spec.predicts == "tokens" else spec.headline
+
+
+def _header(
+    assembly: Assembly,
+    overrides: Sequence[str],
+    variants: Sequence[_Variant],
+    rates: Sequence[float],
+    asked: QualityRequest,
+) -> dict[str, Any]:
+    recipe, device, metric = assembly.recipe, assembly.device, metric_of(assembly)
+    command = ["peftlab", "bench", assembly.name, *overrides, "--quality"]
+    given = {"--methods": asked.methods, "--ranks": asked.ranks, "--learning-rates": asked.learning_rates}
+    for option, values in given.items():
+        command += [option, ",".join(map(str, values))] if values is not None else []
+    command += ["--seeds", str(asked.seeds)] if asked.seeds != SEEDS else []
+    return {
+        "format": journal.FORMAT,
+        "mode": "quality",
+        "name": assembly.name,
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(device) | size_of_machine(),
+        "versions": versions(),
+        "commit": git_commit(Path(__file__).parent),
+        "unit": {
+            "task": recipe.task,
+            "model": recipe.model.name,
+            "fingerprint": assembly.pretrained.fingerprint,
+        },
+        "metric": metric,
+        "smaller_is_better": quality.smaller_is_better(metric),
+        "protocol": {"seeds": asked.seeds, "learning_rates": list(rates)},
+        "variants": [list(v) for v in variants],
+        "recipe": cells.settings_of(recipe),
+    }
+
+
+def _train_all(
+    alive: Sequence[_Variant],
+    header: Mapping[str, Any],
+    opened: journal.Journal,
+    tell: Tell,
+    start: Launch,
+) -> None:
+    """Seed by seed, there and back, so that what an interrupted run has is one training more or less of each."""
+    seeds, rates = header["protocol"]["seeds"], header["protocol"]["learning_rates"]
+    total = _trainings(alive, rates, seeds)
+    first_seed = int(header["recipe"].get("run", {}).get("seed", 0))
+    for turn in range(seeds):
+        for method, rank in alive if turn % 2 == 0 else list(reversed(alive)):
+            name, seed = quality.name_of(method, rank), first_seed + turn
+            done = {(r["turn"], r["lr"]): r["status"] for r in opened.of("quality", name)}
+            chosen = quality.chosen_rate(opened.records, name, rates, header["metric"]) if turn else None
+            for lr in rates if turn == 0 else [] if chosen is None else [chosen]:
+                if (turn, lr) in done or (turn and any(s != "ok" for (_, r), s in done.items() if r == lr)):
+                    continue
+                tell(len(opened.of("quality")), total, f"{name}, lr {lr:g}, seed {seed} ({turn + 1} of {seeds})")
+                recipe = training_settings(header["recipe"], method, rank, seed, lr)
+                result = start({"job": "quality", "recipe": recipe})
+                opened.write({"kind": "quality", "cell": name, "seed": seed, "turn": turn, "lr": lr, **result})
+    tell(total, total, "")
+
+
+def training_settings(base: Mapping[str, Any], method: str, rank: int | None, seed: int, lr: float) -> dict[str, Any]:
+    """The recipe of one training: the same held-out rows for every seed, scored once, at the end of all steps."""
+    settings = {name: dict(part) if isinstance(part, Mapping) else part for name, part in base.items()}
+    run = settings.setdefault("run", {})
+    settings["data"].setdefault("seed", run.get("seed", 0))
+    for name in ("dir", "log", "save_every"):
+        run.pop(name, None)
+    run |= {"seed": seed, "merge": "none"}
+    settings["train"] = {**settings.get("train", {}), "lr": lr}
+    scoring = settings.setdefault("eval", {})
+    for name in ("every", "best", "patience", "prompts"):
+        scoring.pop(name, None)
+    scoring["before"] = False
+    settings["adapter"] = cells.adapter_settings(base, method, rank)
+    return settings
+
+
+def train_once(assembly: Assembly) -> dict[str, Any]:
+    """What a training in this process gives: the metrics, what is trained, and what it took."""
+    progress = Timing(assembly.device)
+    with tempfile.TemporaryDirectory(prefix="peftlab-bench-") as folder, located(assembly.loaded), frozen_heap():
+        check_settings(assembly)
+        summary = fit(assembly, Path(folder) / "run", progress).summary
+    metrics = {k: v for k, v in summary["after"].items() if isinstance(v, int | float)}
+    training = summary["training"]
+    return {
+        "metrics": metrics,
+        "num_trained": summary["adapter"]["num_trained"],
+        "memory": progress.watch.memory(),
+        **{name: training[name] for name in ("steps", "seconds", "tokens", "last_loss")},
+    }
+
+
+def _write(
+    folder: Path,
+    opened: journal.Journal,
+    variants: Sequence[_Variant],
+    reasons: Mapping[_Variant, str],
+) -> dict[str, Any]:
+    header = {k: v for k, v in opened.records[0].items() if k != "kind"}
+    rates = header["protocol"]["learning_rates"]
+    rows = quality.quality_rows(variants, reasons, opened.records, header["metric"], rates)
+    document = {"header": header, "methods": rows}
+    files.write_result(folder / quality.RESULT, document)
+    files.write_text(folder / quality.TABLE, quality.csv_text(rows))
+    picture = folder / quality.PICTURE
+    drawn = quality.draw_quality(document, picture, folder / quality.VECTOR)
+    return {"folder": str(folder), "picture": str(picture) if drawn else None, **document}

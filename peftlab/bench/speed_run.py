@@ -1,0 +1,188 @@
+"""A benchmark from its request to its files: the plan, all jobs in processes of their own, JSON, CSV and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peftlab.assembly import Assembly
+from peftlab.assembly.checks import check_settings
+from peftlab.bench import cells, files
+from peftlab.bench.figure import draw_picture
+from peftlab.bench.runner import Launch, Tell, launch_worker, run_sweep
+from peftlab.bench.summary import best_ceilings, summarize
+from peftlab.bench.sweep import Cell, cells_of, impossible
+from peftlab.errors import Interrupted, RecipeError
+from peftlab.measuring import journal
+from peftlab.measuring.machine import describe_machine, git_commit, size_of_machine, versions
+
+REPEATS, NEW_TOKENS = 5, 32
+# Steps of a repetition: a GPU's are short, and its first ones compile.
+_STEPS = {"cpu": 4, "cuda": 20}
+_WARM_UP = {"cpu": 1, "cuda": 5}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that is known before anything is measured. num_tokens: that all cells need; None of images."""
+
+    cells: list[Cell]
+    reasons: dict[str, str]
+    classes: list[str] | None
+    header: dict[str, Any]
+    folder: Path
+    num_tokens: int | None
+
+    @property
+    def alive(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.key not in self.reasons]
+
+
+def run_benchmark(
+    assembly: Assembly,
+    overrides: Sequence[str],
+    asked: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    *,
+    folder: Path,
+    resume: bool,
+    replace: bool,
+    plan: bool,
+    progress: Tell,
+    start: Launch | None = None,
+) -> dict[str, Any]:
+    """See ``api.benchmark``.
+
+    Args: asked: values of the sweep's dimensions, None: the default. protocol: repeats, steps, new_tokens. start: runs one
+        job; default in a process of its own.
+    """
+    if resume and replace:
+        raise RecipeError("--resume goes on with a benchmark and --replace removes it: give one of them")
+    made = _plan(assembly, overrides, asked, protocol, folder)
+    if plan:
+        return {"folder": str(made.folder), "header": made.header, "cells": _planned(made)}
+    if not made.alive:
+        reason = next(iter(made.reasons.values()))
+        raise RecipeError(f"nothing to measure: none of {len(made.cells)} cells can exist; the first: {reason}")
+    with tempfile.TemporaryDirectory(prefix="peftlab-bench-") as temporary:
+        texts = Path(temporary) / "texts.npz"
+        opened = journal.open_journal(made.folder, made.header, resume=resume, replace=replace)
+        try:
+            if made.num_tokens is not None:
+                cells.write_texts(texts, assembly, num_tokens=made.num_tokens)
+            run_sweep(
+                made.alive,
+                job_of=partial(_job, made, texts),
+                start=start or launch_worker,
+                journal=opened,
+                repeats=made.header["protocol"]["repeats"],
+                tell=progress,
+            )
+        except KeyboardInterrupt:
+            done = len(opened.of("run"))
+            raise Interrupted(
+                f"interrupted; {done} measurements are in {opened.path}. Go on with the same command and --resume"
+            ) from None
+        finally:
+            opened.close()
+    return _write(made, opened)
+
+
+def _plan(
+    assembly: Assembly, overrides: Sequence[str], asked: Mapping[str, Any], protocol: Mapping[str, Any], folder: Path
+) -> _Plan:
+    recipe, device = assembly.recipe, assembly.device
+    cells.check_recipe(recipe)
+    check_settings(assembly)
+    for name, value in protocol.items():
+        if value is not None and value < 1:
+            raise RecipeError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+    facts = cells.facts_of(assembly, protocol["new_tokens"])
+    sweep = cells.sweep_of(recipe, device, asked, facts.fixed_length)
+    every = cells_of(sweep)
+    reasons = {cell.key: why for cell in every if (why := impossible(cell, facts)) is not None}
+    classes = assembly.classes if assembly.spec.classifies else None
+    steps, warm_up = protocol["steps"] or _STEPS[device], _WARM_UP[device]
+    needed = max((cell.batch * cell.length for cell in every), default=0) * (steps + warm_up)
+    header = {
+        "format": journal.FORMAT,
+        "name": assembly.name,
+        "command": _command(assembly.name, overrides, asked, protocol),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(device) | size_of_machine(),
+        "versions": versions(),
+        "commit": git_commit(Path(__file__).parent),
+        "unit": {
+            "task": recipe.task,
+            "model": recipe.model.name,
+            "fingerprint": assembly.pretrained.fingerprint,
+            "precision": assembly.precision,
+            "new_tokens": protocol["new_tokens"],
+        },
+        "protocol": {"repeats": protocol["repeats"], "steps": steps, "warm_up": warm_up},
+        "sweep": sweep.as_dict(),
+        "recipe": cells.settings_of(recipe),
+    }
+    num_tokens = needed if facts.fixed_length is None else None
+    return _Plan(every, reasons, classes, header, folder, num_tokens)
+
+
+def _job(made: _Plan, texts: Path, kind: str, cell: Cell) -> dict[str, Any]:
+    protocol = made.header["protocol"]
+    # The gate needs one step's rows; that the plan cuts them as a run's does follows from their equal length.
+    steps = 1 if kind == "gate" else protocol["steps"] + protocol["warm_up"]
+    return {
+        "job": kind,
+        "recipe": cells.cell_settings(made.header["recipe"], cell, steps=steps),
+        "classes": made.classes,
+        "texts": None if made.num_tokens is None else str(texts),
+        "steps": steps,
+        "warm_up": protocol["warm_up"],
+        "new_tokens": made.header["unit"]["new_tokens"],
+        **{name: getattr(cell, name) for name in ("what", "batch", "length", "adapters")},
+    }
+
+
+def _planned(made: _Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": cell.key,
+            **dataclasses.asdict(cell),
+            "status": "impossible" if cell.key in made.reasons else "pending",
+            "reason": made.reasons.get(cell.key),
+        }
+        for cell in made.cells
+    ]
+
+
+def _write(made: _Plan, opened: journal.Journal) -> dict[str, Any]:
+    rows = summarize(made.cells, made.reasons, opened.records)
+    document = {
+        "header": {k: v for k, v in opened.records[0].items() if k != "kind"},
+        "ceilings": {k: v for k, v in best_ceilings(opened.records).items() if k != "kind"},
+        "cells": rows,
+    }
+    files.write_result(made.folder / journal.RESULT, document)
+    files.write_text(made.folder / journal.TABLE, files.csv_text(rows))
+    picture = made.folder / journal.PICTURE
+    drawn = draw_picture(document, picture, made.folder / journal.VECTOR)
+    return {"folder": str(made.folder), "picture": str(picture) if drawn else None, **document}
+
+
+def _command(name: str, overrides: Sequence[str], asked: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """What a person types for the same sweep."""
+    parts = ["peftlab", "bench", name, *overrides]
+    for option, value in asked.items():
+        if value is not None:
+            parts += [f"--{option}", ",".join(map(str, value))]
+    defaults = {"repeats": REPEATS, "steps": None, "new_tokens": NEW_TOKENS}
+    for option, value in protocol.items():
+        if value != defaults[option]:
+            parts += [f"--{option.replace('_', '-')}", str(value)]
+    return shlex.join(parts)

@@ -1,0 +1,147 @@
+"""The ledger in words: a few lines before training, and rows as the training sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from peftlab.formatting import printable, share
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.text import Text
+
+# As `git diff --word-diff` marks what is added, where there are no colours.
+OPEN, CLOSE = "{+", "+}"
+_COLOURS = {"trained": "green", "masked": "dim"}
+
+
+def places(where: Sequence[str], shown: int = 3) -> str:
+    """``mails.csv:17, 18, 21 and 12 more``: the first places, by the name of their file, said once where it is one."""
+    texts: list[str] = []
+    files = [_file_and_row(place) for place in where[:shown]]
+    for i, (file, mark, row) in enumerate(files):
+        texts.append(row if i and files[i - 1][0] == file else f"{PurePath(file).name}{mark}{row}")
+    more = len(where) - shown
+    return ", ".join(texts) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _file_and_row(place: str) -> tuple[str, str, str]:
+    file, mark, row = place.rpartition(", record ")
+    return (file, mark, row) if mark else place.rpartition(":")
+
+
+def answers_line(report: Mapping[str, Any]) -> str:
+    """How the answers of a data set end, in a sentence; empty where there are none."""
+    answers, count = report["answers"], report["answers"]["count"]
+    what = {"chat": "assistant turn", "text": "text"}.get(report["style"], "answer")
+    if not count:
+        return ""
+    ends = " or ".join(printable(token) for token in answers["terminators"]) or "end-of-turn token"
+    if answers["ended"] == count:
+        return (
+            f"1 {what}, it ends with a trained {ends}"
+            if count == 1
+            else f"{count:,} {what}s, each ends with a trained {ends}"
+        )
+    cut = f"; truncation cuts {answers['cut']:,}" if answers["cut"] else ""
+    return f"{answers['ended']:,} of {count:,} {what}s end with a trained {ends}{cut}"
+
+
+def left_out_lines(report: Mapping[str, Any]) -> list[str]:
+    """One line per reason for which rows were changed or left out."""
+    return [
+        f"{entry['rows']:,} row{'' if entry['rows'] == 1 else 's'} {entry['reason']}: {places(entry['where'])}"
+        for entry in report["left_out"]
+    ]
+
+
+def finding_line(finding: Mapping[str, Any]) -> str:
+    """A finding of ``check`` with its kind and the rows it is about."""
+    held_out = f" ({finding['data']})" if finding["data"] != "train" else ""
+    kind = f" {finding['kind']}" if finding["level"] != "note" else ""
+    where = f" ({places(finding['where'])})" if finding["where"] else ""
+    return f"{finding['level']}{kind}{held_out}: {finding['message']}{where}"
+
+
+def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
+    """The shared rows in a line."""
+    count = f"{len(shared):,} held-out row{' is' if len(shared) == 1 else 's are'} also among the training rows"
+    first = shared[0]
+    return f"{count}: {places([s['held_out'] for s in shared])} (the first equals {places([first['train']])})"
+
+
+def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
+    """What ``train`` says about a data set before it begins, with ``counts`` also per role and special token."""
+    rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
+    if report["trained"] is None:
+        tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
+        labels = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in report["labels"] or [])
+        lines = [f"{name}: {rows}{tokens}; " + (f"labels: {labels}" if labels else "without labels")]
+    else:
+        trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"
+        lines = [f"{name}: {rows}, {report['tokens']:,} tokens, {trained}"]
+        roles = [(r["role"], r) for r in report["roles"]]
+        tokens = [(printable(t["token"]), t) for t in report["special_tokens"]]
+        for what, entries in (("by role", roles), ("special tokens", tokens)):
+            said = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
+            lines += [f"  trained {what}: {said}"] if said and counts else []
+        lines += [f"  {line}" for line in [answers_line(report)] if line]
+    return [*lines, *(f"  {line}" for line in left_out_lines(report))]
+
+
+class PreviewText:
+    """A row of ``check``'s ``preview``: trained text in green, the rest dim; between ``{+`` and ``+}`` without colours.
+
+    Args: longest: characters of a stretch that are shown; of a longer one its beginning and end.
+    """
+
+    def __init__(self, preview: Mapping[str, Any], *, longest: int = 400) -> None:
+        self._preview, self._longest = preview, longest
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        coloured = console.is_terminal and console.color_system is not None and not console.no_color
+        preview = self._preview
+        head = Text(places([preview["where"]]), style="bold")
+        if preview["label"] is not None:
+            head.append(f"  label {printable(preview['label'])}")
+        elif coloured:
+            head.append("  ").append("trained", _COLOURS["trained"]).append(" ").append("masked", _COLOURS["masked"])
+        else:
+            head.append(f"  (trained between {OPEN} and {CLOSE})")
+        yield head
+        body = self._body(coloured, preview["label"] is not None)
+        body.rstrip()
+        if preview["cut"]:
+            body.append(f" ... {preview['cut']:,} tokens cut off", "yellow")
+        yield Padding(body, (0, 0, 0, 2), expand=False)
+
+    def _body(self, coloured: bool, classified: bool) -> Text:
+        from rich.text import Text
+
+        body = Text()
+        stretches: list[tuple[str, bool]] = []
+        for text, _, trained in self._preview["segments"]:
+            if stretches and stretches[-1][1] == trained:
+                stretches[-1] = (stretches[-1][0] + text, trained)
+            else:
+                stretches.append((text, trained))
+        for text, trained in stretches:
+            shown = self._clipped(printable(text))
+            if classified:
+                body.append(shown)
+            elif coloured:
+                body.append(shown, _COLOURS["trained" if trained else "masked"])
+            else:
+                body.append(f"{OPEN}{shown}{CLOSE}" if trained else shown)
+        return body
+
+    def _clipped(self, text: str) -> str:
+        if len(text) <= self._longest:
+            return text
+        half = self._longest // 2
+        return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

@@ -1,0 +1,1 @@
+"""Finding out what works on this machine."""

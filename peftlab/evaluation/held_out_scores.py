@@ -1,0 +1,79 @@
+"""The scores of one model on held-out rows, streamed, as the report card compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from peftlab.evaluation.card_metrics import class_metrics
+from peftlab.evaluation.comparison import SHARES, Comparison
+from peftlab.evaluation.embeddings import EmbeddingComparison
+from peftlab.evaluation.modules import class_statistic, row_statistics
+from peftlab.measuring.intervals import Estimate, bootstrap
+from peftlab.specs.tasks import TaskSpec
+
+
+class HeldOutScores:
+    """Streamed scores of one model, by what its task predicts.
+
+    Args: headline: which may be a metric of one class.
+    """
+
+    def __init__(
+        self, spec: TaskSpec, num_rows: int, headline: str, *, class_names: Sequence[str] | None = None
+    ) -> None:
+        self._num_rows = num_rows
+        self._of_class = (headline, *class_metrics(class_names).get(headline, ("", -1)))
+        self._vectors = EmbeddingComparison() if spec.predicts == "vectors" else None
+        self._logits = None if self._vectors else Comparison(num_rows, predicts=spec.predicts)
+        self._chosen: dict[int, tuple[int, int]] = {}
+        self._any = False
+
+    def add_vectors(self, ours: Tensor, taught: Tensor) -> None:
+        """See ``EmbeddingComparison.add``."""
+        assert self._vectors is not None
+        self._any = True
+        self._vectors.add(ours, taught)
+
+    def add_logits(self, ours: Tensor, targets: Tensor, where: Tensor, taught: Tensor | None = None) -> None:
+        """See ``Comparison.add``."""
+        assert self._logits is not None
+        self._any = True
+        self._logits.add(ours, targets, where, taught)
+
+    def add_choices(self, rows: Sequence[int], predictions: Sequence[int], references: Sequence[int]) -> None:
+        """Answers chosen among eval.choices, one per row, as class indices."""
+        for row, predicted, right in zip(rows, predictions, references, strict=True):
+            self._chosen[row] = (predicted, right)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The metrics with an interval over rows; none before anything was added."""
+        if not self._any:
+            return {}
+        if self._vectors is not None:
+            return self._vectors.estimates()
+        assert self._logits is not None
+        columns = self._logits.columns()
+        if self._chosen:
+            predicted, right = (
+                np.array([self._chosen[row][i] for row in range(self._num_rows)], dtype=np.float64) for i in (0, 1)
+            )
+            columns |= {
+                "predicted_class": predicted,
+                "true_class": right,
+                "correct_classes": (predicted == right).astype(np.float64),
+                "class_positions": np.ones(self._num_rows),
+            }
+        statistics = row_statistics(columns)
+        some: dict[str, int] = {}
+        headline, family, index = self._of_class
+        if family:
+            # Of the rows of this class, or of those that are taken for it: far fewer than all.
+            statistics[headline], some[headline] = class_statistic(family, columns, index)
+        return bootstrap(statistics, self._num_rows, shares=SHARES, shares_of=some)
+
+    def figures(self) -> dict[str, float]:
+        """What has no interval over rows."""
+        return {} if self._logits is None or not self._any else {"ece": self._logits.calibration.ece()}

@@ -1,0 +1,256 @@
+"""The trainings of a distillation: students and baselines of all seeds, each finished once, and their comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.assembly import Assembly
+from peftlab.assembly.fit import fit
+from peftlab.assembly.merging import merge_run
+from peftlab.errors import Interrupted
+from peftlab.experiments.card_figures import compare_students, no_baseline
+from peftlab.experiments.checks import check_models
+from peftlab.experiments.phases import phase_notes, train_in_phases
+from peftlab.experiments.student import cut_student
+from peftlab.experiments.written_answers import ROWS_NAME
+from peftlab.measuring.memory import release_memory
+from peftlab.recipe import LoadedRecipe, check_lock, write_lock
+from peftlab.runs import LOCK_NAME, RUN_NAME, open_run, write_json
+from peftlab.teaching.alignment import check_routes
+from peftlab.teaching.caches import is_stored
+from peftlab.teaching.capture import capture_all, taught_examples
+from peftlab.teaching.teacher import named_teachers
+from peftlab.teaching.teachers import Teachers
+from peftlab.training.checkpoint import list_checkpoints
+from peftlab.training.progress import Progress
+
+STUDENT, BASELINE = "student", "labels"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of a distillation: ``kind`` is student or labels."""
+
+    kind: str
+    seed: int
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """Its trained model as a plain transformers folder."""
+        full = self.folder / "model"
+        return full if full.is_dir() else self.folder / "merged"
+
+
+class Distillation:
+    """All trainings of a recipe with a section ``distill``.
+
+    Args:
+        assembly: of the recipe, trained on distill.transfer where it has it. folder: the run folder.
+        resume: whether the run in the folder goes on: finished trainings are kept, an interrupted one goes on from its newest
+            checkpoint.
+    """
+
+    def __init__(self, assembly: Assembly, folder: Path, progress: Progress, *, resume: bool = False) -> None:
+        self._assembly, self._folder, self._progress, self._resume = assembly, folder, progress, resume
+        self._summary: dict[str, Any] = {}
+
+    def check(self) -> dict[str, str]:
+        """Fingerprints of the run, after all that can be checked without loading a model was checked, so that a mistake costs
+        seconds and no earlier run. A run that goes on must still agree with its lock, a new one with the recipe's own, where
+        it has one.
+        """
+        assembly = self._assembly
+        check_routes(assembly)
+        fingerprints = dict(assembly.fingerprints)
+        check_models(assembly)
+        for teacher in named_teachers(assembly):
+            fingerprints[teacher.key.removeprefix("distill.")] = teacher.fingerprint()
+        locked = open_run(self._folder).recipe() if self._resume else assembly.loaded
+        for line in check_lock(locked, fingerprints=fingerprints, resumed=self._resume):
+            self._progress.note(line)
+        return fingerprints
+
+    def run(self, fingerprints: dict[str, str], *, replace: bool = False) -> None:
+        """Trains what is not finished yet, compares the models, and publishes the first seed's student as ``student/``.
+
+        Args: fingerprints: of ``check``. replace: an earlier run in the folder is removed.
+        Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
+        """
+        if self._resume:
+            _clear_partial(self._folder)
+        else:
+            self._begin(fingerprints, replace=replace)
+        loaded = self._assembly.loaded
+        with _status(loaded, self._folder, resumed=self._resume):
+            started = time.perf_counter()
+            self._train_and_compare()
+            self._summary["seconds"] = time.perf_counter() - started
+            write_json(self._folder / RUN_NAME, {**_head(loaded, "finished"), **self._summary})
+
+    def _begin(self, fingerprints: dict[str, str], *, replace: bool) -> None:
+        """The run folder with its lock file."""
+        folder, assembly = self._folder, self._assembly
+        if replace and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {"class_names": assembly.classes} if assembly.spec.classifies else {}
+        try:
+            write_lock(folder / LOCK_NAME, assembly.loaded, fingerprints=fingerprints, environment=environment)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _train_and_compare(self) -> None:
+        arms = list(_arms(self._assembly, self._folder))
+        students = {seed: self._student(seed) for seed in dict.fromkeys(arm.seed for arm in arms)}
+        first, progress = students[arms[0].seed], self._progress
+        distill = first.distill
+        if distill.cache is not None and distill.on_policy is None and not is_stored(first):
+            progress.note(
+                f"{distill.cache} does not hold all teacher targets yet: they are made first, as by `peftlab teach`"
+            )
+            progress.stage("reading data")
+            self._summary["teach"] = capture_all(taught_examples(first), progress)
+        teachers = Teachers(first, progress)
+        figures: dict[Arm, dict[str, Any]] = {}
+        steps: dict[int, int] = {}
+        for number, arm in enumerate(arms, start=1):
+            if arm.kind == BASELINE:
+                teachers.release()
+            what = "from the teacher" if arm.kind == STUDENT else "from the labels alone"
+            progress.note(f"training {number} of {len(arms)}: the student {what}, seed {arm.seed}")
+            taught_by = teachers if arm.kind == STUDENT else None
+            figures[arm] = self._train(students[arm.seed], arm, taught_by, steps.get(arm.seed))
+            steps.setdefault(arm.seed, figures[arm]["training"]["steps"])
+            release_memory()
+        if distill.on_policy is not None:
+            self._summary["on_policy"] = [
+                {"seed": arm.seed, "phases": phase_notes(arm.folder)} for arm in arms if arm.kind == STUDENT
+            ]
+        from_weights = self._summary.get("student_init", {}).get("weights") != "random"
+        self._summary |= compare_students(first, teachers, figures, progress, from_weights=from_weights)
+        _publish_student(arms[0], self._folder)
+
+    def _student(self, seed: int) -> Assembly:
+        """Of a seed's students, whose model is what they begin as."""
+        init = self._assembly.distill.student_init
+        if init is None:
+            return self._assembly
+        where = self._folder / "init" if init.weights == "copied" else self._folder / f"seed-{seed}" / "init"
+        if init.weights == "random" or "student_init" not in self._summary:
+            self._summary["student_init"] = cut_student(self._assembly, where, self._progress, seed=seed)
+        # The student that was cut, in place of the model it was cut from.
+        changes = {"model.name": str(where.absolute()), "model.revision": None, "distill.student_init": None}
+        return self._assembly.derive(changes)
+
+    def _train(self, student: Assembly, arm: Arm, teachers: Teachers | None, steps: int | None) -> dict[str, Any]:
+        """The summary of one training; one that is finished already is read from its folder."""
+        # One split for all seeds: no student is scored on rows that it has learned.
+        changes = {"data.seed": student.seed, "run.seed": arm.seed, "run.dir": str(arm.folder), "lock": None}
+        if teachers is None:
+            # The same budget: as many steps, of as many rows.
+            changes |= {"distill": None, "train.epochs": None, "train.max_steps": steps}
+        assembly = student.derive(changes, name=f"{self._assembly.name}-{arm.kind}", transfer=teachers is not None)
+        if (arm.folder / LOCK_NAME).is_file() and open_run(arm.folder).summary.get("status") == "finished":
+            self._progress.note(f"{arm.folder} is finished already")
+            self._merge(arm, assembly)  # it may have been stopped between the two
+            return open_run(arm.folder).summary
+        if teachers is not None and assembly.distill.on_policy is not None:
+            train_in_phases(assembly, arm.folder, self._progress)
+        else:
+            checkpoints = list_checkpoints(arm.folder / "checkpoints")
+            fit(
+                assembly,
+                arm.folder,
+                self._progress,
+                make_loss=None if teachers is None else teachers.loss,
+                checkpoint=checkpoints[-1] if checkpoints else None,
+                replace=not checkpoints,
+                resume_hint=_resume_hint(self._folder),
+            )
+        self._merge(arm, assembly)
+        return open_run(arm.folder).summary
+
+    def _merge(self, arm: Arm, assembly: Assembly) -> None:
+        """Makes the plain model of a training that has an adapter, unless it is there."""
+        if (arm.folder / "adapter").is_dir() and not (arm.folder / "merged").is_dir():
+            base = "dequantized" if assembly.recipe.model.quantize != "none" else "original"
+            merge_run(arm.folder, base=base, replace=True, progress=self._progress, assembly=assembly)
+
+
+def _arms(assembly: Assembly, folder: Path) -> Iterator[Arm]:
+    """The students first: the teacher is not in memory while the baselines train."""
+    seed = assembly.recipe.run.seed
+    for kind in [STUDENT] if no_baseline(assembly) else [STUDENT, BASELINE]:
+        for number in range(seed, seed + assembly.distill.seeds):
+            yield Arm(kind, number, folder / f"seed-{number}" / kind)
+
+
+def _publish_student(arm: Arm, folder: Path) -> None:
+    """The first seed's student as ``student/``, with the lock of the whole run beside it; a rename publishes it."""
+    partial = folder / ".student.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for file in arm.model.rglob("*"):  # not copytree, whose error does not say that the disk is full
+        if file.is_file() and file.name != LOCK_NAME:
+            target = partial / file.relative_to(arm.model)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, target)
+    shutil.copy(folder / LOCK_NAME, partial / LOCK_NAME)
+    shutil.rmtree(folder / "student", ignore_errors=True)
+    os.replace(partial, folder / "student")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same bytes where the disk allows it: a student may have gigabytes."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _clear_partial(folder: Path) -> None:
+    """Removes what a killed process was writing: it may be a whole model, and its name has that process's number."""
+    for path in folder.glob("**/.*.partial*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _status(loaded: LoadedRecipe, folder: Path, *, resumed: bool) -> Iterator[None]:
+    """Keeps run.json up to date; a new run folder is removed again where no training got as far as a checkpoint, unless it
+    was stopped with a student cut already."""
+    try:
+        write_json(folder / RUN_NAME, _head(loaded, "running"))
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        kept = (
+            resumed
+            or any(any(folder.glob(f"seed-*/*/{name}")) for name in (LOCK_NAME, ROWS_NAME))
+            or (stopped and (folder / "init").is_dir())
+        )
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with contextlib.suppress(OSError):
+            write_json(folder / RUN_NAME, _head(loaded, "interrupted" if stopped else "failed"))
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted. Continue with: {_resume_hint(folder)}") from None
+        raise
+
+
+def _resume_hint(folder: Path) -> str:
+    return f"peftlab distill {shlex.quote(str(folder))} --resume"
+
+
+def _head(loaded: LoadedRecipe, status: str) -> dict[str, Any]:
+    return {"name": loaded.name, "status": status, "kind": "distill", "task": loaded.recipe.task}

@@ -1,0 +1,181 @@
+"""The report card's figures: teacher, student and baseline on the held-out rows, side by side, loaded from their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftlab.assembly import Assembly
+from peftlab.assembly.target import Target, find_target, open_target
+from peftlab.data import eval_batches
+from peftlab.evaluation.card import as_metrics, make_card, paired
+from peftlab.evaluation.card_shape import Seed
+from peftlab.evaluation.held_out_scores import HeldOutScores
+from peftlab.measuring.latency import measure_latency
+from peftlab.measuring.memory import release_memory
+from peftlab.models import num_parameters
+from peftlab.teaching.teachers import Teachers
+from peftlab.training.distilling import TaughtLogits
+from peftlab.training.progress import Progress
+
+# Positions whose logits exist at a time, of each model: 256 x 49,152 float32 values are 48 MiB.
+_CHUNK = 256
+# The rows whose forward pass is timed, and the time spent on that.
+_TIMED_ROWS, _TIMED_SECONDS = 32, 20.0
+# Name of a training in the run folder -> of its model on the card.
+_WHO = {"student": "student", "labels": "baseline"}
+
+
+def no_baseline(assembly: Assembly) -> str | None:
+    """Why no student is trained on labels alone; None where one is."""
+    if not assembly.spec.learns_from_labels:
+        return "no labels"
+    return None if assembly.distill.baseline else "distill.baseline: false"
+
+
+def compare_students(
+    student: Assembly,
+    teachers: Teachers,
+    arms: Mapping[Any, Mapping[str, Any]],
+    progress: Progress,
+    *,
+    from_weights: bool,
+) -> dict[str, Any]:
+    """The report card of a distillation, and the figures that it is made of.
+
+    Args:
+        student: of the first seed, with ``model.name`` as it began. arms: each training with its summary.
+        from_weights: whether students began with weights that mean something, so that they are scored untrained too.
+    """
+    comparer = _Comparer(student, teachers, progress, from_weights=from_weights)
+    seeds: list[Seed] = []
+    for seed in sorted({arm.seed for arm in arms}):
+        seeds.append(comparer.seed(seed, {arm: summary for arm, summary in arms.items() if arm.seed == seed}))
+        release_memory()
+    figures: dict[str, Any] = {
+        "headline": student.headline(),
+        "num_rows": len(student.held_out.examples),
+        "seeds": seeds,
+        "timed_on": comparer.timed_on,
+    }
+    if (reason := no_baseline(student)) is not None:
+        figures["no_baseline"] = reason
+    return {"card": make_card(figures), "seeds": seeds}  # type: ignore[arg-type]
+
+
+class _Comparer:
+    """Scores the models of one seed on the same held-out rows, each next to what the teachers say there."""
+
+    def __init__(self, student: Assembly, teachers: Teachers, progress: Progress, *, from_weights: bool) -> None:
+        self._cut = _as_it_began(student) if from_weights else None
+        self._student, self._teachers, self._progress = student, teachers, progress
+        self._task, self._encoded, self._device = student.task, student.held_out, student.device
+        encoded, rows = self._encoded, student.data.eval
+        # Classes of another vocabulary cannot be compared one by one.
+        self._shares = [] if teachers.translated() else teachers.shares(self._task, None, rows, encoded)
+        self._columns = teachers.columns()
+        self._index = {e.row: i for i, e in enumerate(encoded.examples)}
+        room = max(1, student.recipe.eval.batch_tokens // int(encoded.lengths.max()))
+        self._timed = encoded.examples[: min(_TIMED_ROWS, room)]
+        self.num_tokens = sum(map(len, self._timed))
+        self.timed_on = f"{len(self._timed)} held-out rows, {self.num_tokens:,} tokens, on {self._device}"
+
+    def seed(self, seed: int, arms: Mapping[Any, Mapping[str, Any]]) -> Seed:
+        """All figures of one seed."""
+        self._progress.stage(f"comparing teacher and student on {len(self._encoded.examples):,} held-out rows")
+        models = {_WHO[arm.kind]: open_target(find_target(arm.model), self._progress).model for arm in arms}
+        if self._cut is not None:
+            models["cut"] = open_target(self._cut, self._progress).model
+        num_rows, headline = len(self._encoded.examples), self._student.headline()
+        scores = {
+            who: HeldOutScores(self._task.spec, num_rows, headline, class_names=self._task.class_names)
+            for who in ("teacher", *models)
+        }
+        self._score(models, scores)
+        estimates = {who: score.estimates() for who, score in scores.items()}
+        sides: dict[str, Any] = {
+            who: {"metrics": as_metrics(of_one, **scores[who].figures())} for who, of_one in estimates.items()
+        }
+        sides["teacher"] |= self._teachers.costs()
+        for arm, summary in arms.items():
+            sides[_WHO[arm.kind]] |= _costs(models[_WHO[arm.kind]], arm.model, summary)
+        if cut := models.pop("cut", None):
+            sides["cut"]["num_parameters"] = num_parameters(cut)
+        self._progress.stage("timing forward passes in turns")
+        runs = self._teachers.runs(self._timed) | {who: self._run(model) for who, model in models.items()}
+        timed = measure_latency(runs, num_tokens=self.num_tokens, device=self._device, seconds=_TIMED_SECONDS)
+        for who, latency in timed.items():
+            sides[who] |= latency.costs()
+        between = paired(
+            teacher=estimates["teacher"],
+            student=estimates["student"],
+            baseline=estimates.get("baseline"),
+            cut=estimates.get("cut"),
+        )
+        return {"seed": seed, **sides, "paired": between}  # type: ignore[typeddict-item]
+
+    @torch.no_grad()
+    def _score(self, models: Mapping[str, Any], scores: Mapping[str, HeldOutScores]) -> None:
+        first = next(iter(models.values()))
+        for part in eval_batches(self._encoded.lengths, self._student.recipe.eval.batch_tokens):
+            batch = self._task.collate([self._encoded.examples[i] for i in part], self._device)
+            outputs = {who: self._task.outputs(model, batch) for who, model in models.items()}
+            counts = next(iter(outputs.values())).counts
+            where = torch.tensor([self._index[e.row] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
+            taught = TaughtLogits(self._shares, first, batch, counts) if self._shares else None
+            if self._task.spec.predicts == "vectors":
+                for who, of_one in outputs.items():
+                    assert taught is not None
+                    scores[who].add_vectors(of_one.values, taught.rows(slice(None)))
+                continue
+            for who, of_one in outputs.items():
+                for chosen in _chunks(len(of_one)):
+                    logits = self._columns.of(of_one.logits(chosen))
+                    theirs = taught.rows(chosen).to(logits.dtype) if taught else None
+                    assert of_one.targets is not None
+                    scores[who].add_logits(logits, of_one.targets[chosen], where[chosen], theirs)
+            students = outputs["student"]
+            for chosen in _chunks(len(students) if taught else 0):
+                assert students.targets is not None and taught is not None
+                scores["teacher"].add_logits(taught.rows(chosen), students.targets[chosen], where[chosen])
+            if self._task.class_names and self._task.spec.classes_from == "eval.choices":
+                rows = where.unique_consecutive().tolist()
+                for who, model in (*models.items(), *self._teachers.choosers()):
+                    columns = self._task.score(model, batch)
+                    scores[who].add_choices(rows, columns["predictions"], columns["references"])
+
+    def _run(self, model: Any) -> Callable[[], object]:
+        batch = self._task.collate(self._timed, self._device)
+
+        @torch.no_grad()
+        def run() -> object:
+            return self._task.outputs(model, batch).values
+
+        return run
+
+
+def _as_it_began(student: Assembly) -> Target | None:
+    """The student before its training, where its answers mean something: not with a new head or made-up weights."""
+    if student.spec.classifies or student.recipe.model.name.startswith("shape:"):
+        return None
+    return Target("base", student.loaded.derive({"distill": None, "lock": None}, name="cut"), None)
+
+
+def _chunks(num: int) -> Iterator[slice]:
+    for start in range(0, num, _CHUNK):
+        yield slice(start, start + _CHUNK)
+
+
+def _costs(model: Any, folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    training = summary["training"]
+    return {
+        "num_parameters": num_parameters(model),
+        "num_trained": summary["adapter"]["num_trained"],
+        "file_bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        "peak_memory_bytes": training["peak_memory_bytes"],
+        "seconds": training["seconds"],
+        "steps": training["steps"],
+    }

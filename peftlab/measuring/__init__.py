@@ -1,0 +1,1 @@
+"""Measuring, whatever is measured: time, memory, energy and FLOPs, the machine and its ceilings, intervals, journals, pictures."""

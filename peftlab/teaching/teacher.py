@@ -1,0 +1,286 @@
+"""One teacher of a recipe: what its name means, what its answers depend on, and the loaded model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftlab.adapters import brought_parameters, check_adapter_files, load_adapter
+from peftlab.assembly import Assembly
+from peftlab.assembly.process import pick_device
+from peftlab.assembly.target import Target, find_target, open_target
+from peftlab.data import Rows
+from peftlab.distillation import compare, require_same
+from peftlab.errors import ArtifactError, DataError, RecipeError
+from peftlab.models import label_names, resolve_dtype
+from peftlab.paths import sha256_of_files
+from peftlab.recipe import LoadedRecipe
+from peftlab.recipe.distillation import SELF, TeacherSection
+from peftlab.runs import LOCK_NAME
+from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.tasks import Example, Task
+from peftlab.training.progress import Progress
+from peftlab.training.teachers import Columns
+
+# Recipe keys of a teacher that stand for other keys while it is loaded.
+_KEYS = {"model.name": "name", "model.revision": "revision", "model.quantize": "quantize", "model.dtype": "dtype"}
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A teacher that was loaded.
+
+    Attributes:
+        key: of its section in the recipe. task: with its own tokenizer and classes. limit: longest text it reads, tokens.
+        own_texts: whether it reads texts with another tokenizer than the student. columns: of its logits that the
+            student has too. notes: what a person should know.
+    """
+
+    key: str
+    name: str
+    model: Any
+    task: Task
+    device: str
+    limit: int
+    own_texts: bool
+    columns: Columns
+    notes: list[str]
+
+    def read(self, rows: Rows) -> dict[int, Example]:
+        """Each row as the teacher's own tokenizer has it; what is too long for it is cut."""
+        encoded = self.task.encode(rows, max_length=self.limit, too_long="truncate", training=False, labelled=False)
+        return {e.row: e for e in encoded.examples}
+
+
+class NamedTeacher:
+    """One teacher as a recipe names it; nothing is loaded until ``open``.
+
+    Args: assembly: the student's. index: among all teachers of the recipe.
+    """
+
+    def __init__(self, assembly: Assembly, index: int) -> None:
+        self._assembly, self.index = assembly, index
+        self.section: TeacherSection = assembly.distill.all_teachers[index]
+        single = assembly.distill.teacher is not None
+        self.key = "distill.teacher" if single else f"distill.teachers.{index}"
+
+    @property
+    def name(self) -> str:
+        return self.section.name
+
+    @property
+    def is_self(self) -> bool:
+        """Whether it is the student's own backbone."""
+        return self.section.name == SELF
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the adapter that the recipe puts on it."""
+        return None if self.section.adapter is None else Path(self.section.adapter)
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """What the name means: a run or a merged model with its own recipe, or a model with the student's.
+
+        Raises: RecipeError.
+        """
+        student = self._assembly.recipe
+        if self.is_self:
+            loaded = self._assembly.loaded.derive({"distill": None, "lock": None, "run.merge": "none"}, name=SELF)
+            return Target("base", loaded, None, self._labels(loaded))
+        device = {} if self.section.device == "auto" else {"run.device": self.section.device}
+        if (Path(self.name) / LOCK_NAME).is_file():
+            target = find_target(self.name)
+            theirs = target.loaded.recipe
+            if theirs.task != student.task:
+                raise RecipeError(
+                    f"it was trained for task: {theirs.task}, and the student is for task: {student.task}; take a teacher of "
+                    "this task"
+                )
+            changes = {"run.device": student.run.device, "run.kernels": _kernels(student.run.kernels)} | device
+            return dataclasses.replace(target, loaded=target.loaded.derive(changes))
+        model = {
+            "name": self.name,
+            "revision": self.section.revision,
+            "quantize": self.section.quantize or "none",
+            "dtype": self.section.dtype,
+            "trust_remote_code": student.model.trust_remote_code,
+            "attention": student.model.attention,
+        }
+        if "model.chat_template" in student.spec.keys:
+            model["chat_template"] = student.model.chat_template
+        changes = {"model": model, "adapter": {}, "distill": None, "lock": None, "run.merge": "none"}
+        changes |= {"run.kernels": _kernels(student.run.kernels)} | device
+        loaded = self._assembly.loaded.derive(changes, name=self.name)
+        return Target("base", loaded, None, self._labels(loaded))
+
+    def _labels(self, loaded: LoadedRecipe) -> list[str] | None:
+        """What the columns of a model's own head mean."""
+        return label_names(Assembly(loaded).pretrained) if loaded.recipe.spec.classifies else None
+
+    def open(self, progress: Progress) -> TeacherModel:
+        """Loads the teacher, which is not ``self``.
+
+        Raises: RecipeError for another task, a missing head, other labels or another tokenizer; ArtifactError for damaged
+            files.
+        """
+        progress.stage(f"loading the teacher {self.name}")
+        changes: dict[str, Any] = {} if self.section.quantize is None else {"quantize": self.section.quantize}
+        changes |= {} if self.section.dtype == "auto" else {"dtype": self.section.dtype}
+        self.check_adapters()
+        with self.located():
+            changes["brought"] = {name for folder in self._adapters() for name in brought_parameters(folder)}
+            opened = open_target(self.target, progress, whole=True, **changes)
+            model = opened.model
+        if self.adapter is not None:
+            with self.located(part="adapter"):
+                model = load_adapter(model, self.adapter, kernels=self._assembly.recipe.run.kernels).eval()
+        columns, own_texts, notes = self._columns(opened.task)
+        # Its own tokenizer and classes, and the student's columns: those that it was trained with may be named otherwise.
+        task = self._assembly.task_for(opened.assembly.reader, classes=opened.task.class_names)
+        return TeacherModel(self.key, self.name, model, task, opened.device, opened.limit, own_texts, columns, notes)
+
+    def check(self) -> None:
+        """Raises what ``open`` does for another task, other labels, another tokenizer or damaged adapters; loads no weights."""
+        self.check_adapters()
+        if self.is_self and self.adapter is not None:
+            return  # its labels are those of the adapter's head, which only the weights tell
+        with self.located():
+            task = self.target.assembly().task
+        self._columns(task)
+
+    def check_adapters(self) -> None:
+        """Raises ArtifactError unless the adapters that the teacher has are there and whole."""
+        if self.adapter is not None:
+            with self.located(part="adapter"):
+                check_adapter_files(self.adapter)
+        with self.located():
+            if self.target.adapter is not None:
+                check_adapter_files(self.target.adapter)
+
+    def skeleton(self) -> Any:
+        """The teacher without weights. Raises: RecipeError."""
+        return self.target.assembly().skeleton(self._assembly.task)
+
+    def identity(self) -> dict[str, str]:
+        """What the answers depend on, from the files alone. Raises: RecipeError when they are not there."""
+        self.check_adapters()
+        with self.located():
+            recipe, adapters = self.target.loaded.recipe, self._adapters()
+            dtype = recipe.model.dtype if self.section.dtype == "auto" else self.section.dtype
+            resolved = resolve_dtype(dtype, pick_device(recipe.run.device))
+            files = [file for folder in adapters for file in sorted(folder.glob("adapter_*"))]
+            return {
+                "teacher": self.target.assembly().pretrained.fingerprint,
+                "teacher_adapter": sha256_of_files(files) if adapters else "",
+                "teacher_storage": f"{self.section.quantize or recipe.model.quantize} {resolved}".replace("torch.", ""),
+            }
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of the files, whatever they are loaded as. Raises: as ``identity``."""
+        identity = self.identity()
+        return hashlib.sha256(f"{identity['teacher']} {identity['teacher_adapter']}".encode()).hexdigest()
+
+    def takes(self, rows: Rows) -> np.ndarray:
+        """[N] bool, the rows that the teacher answers. Raises: DataError for a column that is not there."""
+        return _rows_with(rows, self.section.rows, f"{self.key}.rows")
+
+    def backbone_columns(self, columns: Columns) -> Columns:
+        """Of the backbone as a teacher: its own head may have the student's classes in another order."""
+        labels, classes = self.target.labels, self._assembly.task.class_names
+        if labels is None or classes is None or self.adapter is not None:
+            return columns
+        return Columns(columns.count, self._same_classes(classes, labels))
+
+    @contextlib.contextmanager
+    def located(self, *, part: str = "name") -> Iterator[None]:
+        """Puts the teacher's name in front of errors, and its key in place of the one they have within its own recipe."""
+        try:
+            yield
+        except (RecipeError, ArtifactError) as error:
+            at = f"{self.key}.{_KEYS.get(error.key or '', part)}"
+            message = f"the teacher {self.name!r}: {error}{_nearest_folder(self.name)}"
+            raise type(error)(message, key=at) from error
+
+    def _adapters(self) -> list[Path]:
+        return [folder for folder in (self.target.adapter, self.adapter) if folder is not None]
+
+    def _columns(self, theirs: Task) -> tuple[Columns, bool, list[str]]:
+        """Which of the teacher's columns the student has, whether it reads texts in its own way, and notes."""
+        student, spec = self._assembly.task, self._assembly.spec
+        if spec.reader == "image processor":
+            assert student.class_names is not None
+            same = student.tokenizer.fingerprint == theirs.tokenizer.fingerprint
+            notes = (
+                [] if same else ["teacher and student have different image processors: each sees images with its own"]
+            )
+            order = self._same_classes(student.class_names, theirs.class_names or [])
+            return Columns(order=order), not same, notes
+        compared = compare(student.tokenizer, theirs.tokenizer)
+        if spec.predicts == "tokens":
+            try:
+                cross = self._assembly.distill.cross_tokenizer
+                require_same(student.tokenizer, theirs.tokenizer, cross_tokenizer=cross)
+            except RecipeError as error:
+                raise RecipeError(str(error), key=f"{self.key}.name") from error
+            if not compared.same:
+                return Columns(), True, [f"teacher and student have different tokenizers: {compared.difference}"]
+            return Columns(compared.num_shared_ids), False, list(compared.notes)
+        order = None
+        if student.class_names is not None:
+            order = self._same_classes(student.class_names, theirs.class_names or [])
+        notes = ["teacher and student have different tokenizers: each reads the texts with its own"]
+        return Columns(order=order), not compared.same, [] if compared.same else notes
+
+    def _same_classes(self, ours: list[str], theirs: list[str]) -> tuple[int, ...] | None:
+        if sorted(ours) != sorted(theirs):
+            made_up = theirs == [f"LABEL_{i}" for i in range(len(theirs))]
+            unnamed = (
+                " (so transformers calls the labels of a model that was never trained for this task)" if made_up else ""
+            )
+            raise RecipeError(
+                f"the teacher has other labels: {', '.join(theirs)}{unnamed}; the student's are {', '.join(ours)}. Take a teacher "
+                "that was trained on these labels (or name them alike in its config)",
+                key=f"{self.key}.name",
+            )
+        return None if ours == theirs else tuple(theirs.index(name) for name in ours)
+
+
+def named_teachers(assembly: Assembly) -> list[NamedTeacher]:
+    """The teachers of a recipe, in order."""
+    return [NamedTeacher(assembly, index) for index in range(len(assembly.distill.all_teachers))]
+
+
+def _kernels(students: str) -> str:
+    """A teacher's frozen layers run as the student's do, but for rounded operands, which belong to its adapter."""
+    return "auto" if KERNEL_MODES[students].operands is not None else students
+
+
+def _nearest_folder(name: str) -> str:
+    """A folder that may have been meant by a name that is none; empty where there is no such."""
+    path = Path(name)
+    if name == SELF or path.exists() or not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+
+
+def _rows_with(rows: Rows, wanted: Mapping[str, str | list[str]], key: str) -> np.ndarray:
+    """[N] bool, rows that have one of the wanted values in each of the columns."""
+    chosen = np.ones(len(rows), dtype=bool)
+    for column, value in wanted.items():
+        values = {value} if isinstance(value, str) else set(value)
+        try:
+            chosen &= np.array([str(v) in values for v in rows.column(column)])
+        except DataError as error:
+            raise DataError(str(error), key=f"{key}.{column}") from None
+    return chosen
