@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from peftlab.api import doctor as doctor_module
-from peftlab.api.doctor import GIB, PACKAGES, _gpus, doctor
+from peftlab.api.doctor import doctor
+from peftlab.diagnosing import facts as doctor_module
+from peftlab.diagnosing.facts import GIB, PACKAGES, _gpus
 
 TITLES = ["software", "device", "memory and disk", "quantization", "attention", "kernels", "model hub"]
 

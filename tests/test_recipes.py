@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from peftlab.api.distilling import distill
 
 import peftlab
+from peftlab.api.distill import distill
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 

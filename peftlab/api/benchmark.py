@@ -10,8 +10,9 @@ from typing import Any
 from peftlab.assembly import Assembly
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.bench.runner import Tell
-from peftlab.bench.speed_run import NEW_TOKENS, REPEATS, run_benchmark
+from peftlab.bench.speed_run import run_benchmark
 from peftlab.recipe import load_recipe
+from peftlab.specs.protocol import NEW_TOKENS, REPEATS
 
 
 def benchmark(

@@ -9,9 +9,10 @@ from typing import Any
 
 from peftlab.assembly import Assembly
 from peftlab.assembly.process import located, prepare_libraries
-from peftlab.bench.quality_run import SEEDS, QualityRequest, run_quality
+from peftlab.bench.quality_run import QualityRequest, run_quality
 from peftlab.bench.runner import Tell
 from peftlab.recipe import load_recipe
+from peftlab.specs.protocol import SEEDS
 
 
 def benchmark_quality(

@@ -16,14 +16,12 @@ from peftlab.models import import_bitsandbytes, model_max_length
 from peftlab.recipe import Recipe
 from peftlab.recipe.schema import AdapterSection
 from peftlab.specs.methods import VARIANTS, variant_of
+from peftlab.specs.protocol import BATCH, LENGTH
 from peftlab.specs.tasks import Predicts
 from peftlab.tasks import Example
 
 # Rows encoded at first; twice as many while their tokens do not suffice. A million rows are not read for a few thousand tokens.
 _FIRST_ROWS = 256
-# A row's length where neither --length nor data.max_length says.
-_LENGTH = {"cpu": 128, "cuda": 1024}
-_BATCH = 8
 # Settings of a run that a measured step has no use for.
 _UNUSED = {"train": ("epochs", "batch_tokens", "accumulate"), "data": ("packing",), "run": ("dir", "log", "save_every")}
 
@@ -53,7 +51,7 @@ def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length
 
     Raises: RecipeError, see ``make_sweep``.
     """
-    length = fixed_length or min(recipe.data.max_length or _LENGTH[device], _LENGTH[device])
+    length = fixed_length or min(recipe.data.max_length or LENGTH[device], LENGTH[device])
     dense_only = not recipe.method.quantized and asked.get("methods") is None
     default = {
         "what": ["train"],
@@ -61,7 +59,7 @@ def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length
         "ranks": [recipe.adapter.rank],
         "quantize": ["none"] if dense_only else ["none", "nf4"],
         "kernels": ["reference", "auto"],
-        "batch": [recipe.train.batch_size or _BATCH],
+        "batch": [recipe.train.batch_size or BATCH],
         "length": [length],
         "adapters": [1],
     }

@@ -25,8 +25,8 @@ from peftlab.measuring.machine import describe_machine, git_commit, size_of_mach
 from peftlab.measuring.memory import frozen_heap
 from peftlab.recipe import Recipe
 from peftlab.specs.methods import VARIANTS
+from peftlab.specs.protocol import SEEDS
 
-SEEDS = 3
 _Variant = tuple[str, int | None]
 
 

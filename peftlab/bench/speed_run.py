@@ -21,11 +21,7 @@ from peftlab.bench.sweep import Cell, cells_of, impossible
 from peftlab.errors import Interrupted, RecipeError
 from peftlab.measuring import journal
 from peftlab.measuring.machine import describe_machine, git_commit, size_of_machine, versions
-
-REPEATS, NEW_TOKENS = 5, 32
-# Steps of a repetition: a GPU's are short, and its first ones compile.
-_STEPS = {"cpu": 4, "cuda": 20}
-_WARM_UP = {"cpu": 1, "cuda": 5}
+from peftlab.specs.protocol import NEW_TOKENS, REPEATS, STEPS, WARM_UP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +104,7 @@ def _plan(
     every = cells_of(sweep)
     reasons = {cell.key: why for cell in every if (why := impossible(cell, facts)) is not None}
     classes = assembly.classes if assembly.spec.classifies else None
-    steps, warm_up = protocol["steps"] or _STEPS[device], _WARM_UP[device]
+    steps, warm_up = protocol["steps"] or STEPS[device], WARM_UP[device]
     needed = max((cell.batch * cell.length for cell in every), default=0) * (steps + warm_up)
     header = {
         "format": journal.FORMAT,

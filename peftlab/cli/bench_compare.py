@@ -22,7 +22,6 @@ def compare(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Compare two results of peftlab bench, cell by cell."""
     out = output_of(context)
     with out.working():
         import peftlab

@@ -6,15 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from peftlab.cli.bench import bench_progress, numbers_of, split_names
+from peftlab.cli.bench_options import bench_progress, numbers_of, split_names
 from peftlab.cli.bench_tables import show_bench, show_cells, show_quality, show_trainings
 from peftlab.cli.failures import usage_error
 from peftlab.cli.options import Debug, Json, Overrides, check_overrides
 from peftlab.cli.output import output_of
 from peftlab.errors import PeftlabError, VerificationError
+from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.specs.methods import VARIANTS
+from peftlab.specs.protocol import LENGTH, NEW_TOKENS, REPEATS, SEEDS, STEPS
+from peftlab.specs.storages import STORAGES
 
 _LISTS = ("methods", "quantize", "kernels", "what")
 _WHOLE = "whole numbers such as 8,16"
+_TOKENS = f"Tokens of a row; default up to {LENGTH['cpu']}, on CUDA {LENGTH['cuda']}."
 _RATE = "numbers such as 1e-4,1e-3"
 
 
@@ -23,27 +28,32 @@ def bench_run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file or shipped recipe.")],
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="NAME,..", help="lora, rslora, dora, full; default the recipe's.")
+        str | None, typer.Option("--methods", metavar="NAME,..", help=f"{', '.join(VARIANTS)}; default the recipe's.")
     ] = None,
     ranks: Annotated[
         str | None, typer.Option("--ranks", metavar="N,..", help="Ranks of the adapters; default the recipe's.")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option("--quantize", metavar="NAME,..", help="none, nf4, int8; default none,nf4.")
+        str | None, typer.Option("--quantize", metavar="NAME,..", help=f"{', '.join(STORAGES)}; default none,nf4.")
     ] = None,
     kernels: Annotated[
         str | None,
         typer.Option(
             "--kernels",
             metavar="NAME,..",
-            help="auto (fused), reference (PEFT), cpu-bf16, cpu-int8; default the first two.",
+            help=f"{', '.join(m.name for m in KERNEL_MODES.values() if m.benched)}; default auto,reference.",
         ),
     ] = None,
     batch: Annotated[
         str | None, typer.Option("--batch", metavar="N,..", help="Rows of a step; default the recipe's.")
     ] = None,
     length: Annotated[
-        str | None, typer.Option("--length", metavar="N,..", help="Tokens of a row; default up to 128, on CUDA 1024.")
+        str | None,
+        typer.Option(
+            "--length",
+            metavar="N,..",
+            help=_TOKENS,
+        ),
     ] = None,
     adapters: Annotated[
         str | None, typer.Option("--adapters", metavar="N,..", help="Adapters that share a batch (generation).")
@@ -51,11 +61,14 @@ def bench_run(
     what: Annotated[
         str | None, typer.Option("--what", metavar="NAME,..", help="train, generate; default train.")
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Processes of each cell.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Processes of each cell.")] = REPEATS,
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="Steps in each; default 4, on CUDA 20.")
+        int | None,
+        typer.Option("--steps", metavar="N", help=f"Steps in each; default {STEPS['cpu']}, on CUDA {STEPS['cuda']}."),
     ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens of each generated answer.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", metavar="N", help="Tokens of each generated answer.")
+    ] = NEW_TOKENS,
     out_folder: Annotated[
         str | None, typer.Option("--out", metavar="FOLDER", help="Where it goes; default runs/bench-NAME.")
     ] = None,
@@ -65,7 +78,7 @@ def bench_run(
     quality: Annotated[
         bool, typer.Option("--quality", help="Train each method to the end and score it, instead of a few steps.")
     ] = False,
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each, with --quality.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each, with --quality.")] = SEEDS,
     learning_rates: Annotated[
         str | None,
         typer.Option(
@@ -77,10 +90,6 @@ def bench_run(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Measure a recipe's training and generation over adapters, ranks and weights.
-
-    The word run may be left out: peftlab bench RECIPE.
-    """
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=recipe)
     given = {"methods": methods, "ranks": ranks, "quantize": quantize, "kernels": kernels, "batch": batch}

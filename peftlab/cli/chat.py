@@ -38,7 +38,6 @@ def chat(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Talk with a run or a model that has a chat template."""
     out = output_of(context)
     settings, rest = split_overrides(overrides)
     if rest:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftlab.cli.ledger_tables import show_check
-from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
+from peftlab.cli.options import Debug, Json, Overrides, Recipe, check_overrides, check_recipe
 from peftlab.cli.output import output_of
 
 # Wrong data; see peftlab.errors.DataError.
@@ -16,13 +16,12 @@ _REFUSED = 3
 
 def check(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Training rows to show.")] = 1,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Show what a recipe would train, token by token, without training."""
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=recipe)
     with out.working():

@@ -10,30 +10,36 @@ import typer
 
 from peftlab.cli.card_tables import show_card
 from peftlab.cli.closing import predict_line
-from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
+from peftlab.cli.options import (
+    Debug,
+    Json,
+    Overrides,
+    Recipe,
+    Replace,
+    Resume,
+    check_overrides,
+    check_recipe,
+    check_start,
+)
 from peftlab.cli.output import output_of
 from peftlab.specs.tasks import TASKS
 
 
 def distill(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds, in place of distill.seeds.")
+        int | None, typer.Option("--seeds", metavar="N", min=1, help="Number of seeds (overrides distill.seeds).")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the trainings that are not finished.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier run in the run folder.")] = False,
+    resume: Resume = False,
+    replace: Replace = False,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Train a student on its teacher, and show what it kept."""
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=recipe)
-    if resume and replace:
-        from peftlab.cli.failures import usage_error
-
-        usage_error("--resume goes on with a run and --replace removes it: give one of them", context)
+    check_start(context, resume=resume, replace=replace)
     with out.working():
         check_recipe(recipe, settings)
         import peftlab

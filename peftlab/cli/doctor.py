@@ -17,7 +17,6 @@ _MARKS = {"ok": "ok", "note": "note", "problem": "FAIL"}
 
 
 def doctor(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
-    """Show what is installed, what this machine has, and what works on it."""
     out = output_of(context)
     with out.working():
         import peftlab

@@ -17,7 +17,6 @@ def evaluate(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Compute the metrics of a run or a model on held-out rows."""
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=target)
     with out.working():

@@ -48,7 +48,6 @@ def merge(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Fold the adapter into the weights and verify the result."""
     out = output_of(context)
     with out.working():
         import peftlab

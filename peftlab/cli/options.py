@@ -11,6 +11,7 @@ import typer
 
 from peftlab.cli.failures import usage_error
 
+RESUME_OR_REPLACE = "--resume and --replace exclude each other"
 FORM = "section.key=value, such as train.lr=1e-3"
 # Sections of a recipe: a free text such as "a.b=c" is not taken for an override.
 SECTIONS = ("model", "adapter", "data", "train", "eval", "distill", "run")
@@ -21,12 +22,11 @@ _SECTION_OVERRIDE = re.compile(rf"({'|'.join(SECTIONS)})\.[A-Za-z_][\w.]*=")
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")]
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="Run folder, merged model, adapter folder, or base model.")
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings in place of the recipe's.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Override recipe settings.")]
 RecipeOption = Annotated[
     str | None,
     typer.Option("--recipe", metavar="R", help="Recipe in place of the run's; needed for a base model."),
@@ -35,7 +35,8 @@ Temperature = Annotated[
     float, typer.Option("--temperature", metavar="T", min=0.0, help="Sampling temperature; 0 is greedy.")
 ]
 TopP = Annotated[float, typer.Option("--top-p", metavar="P", min=0.0, max=1.0, help="Nucleus sampling: its mass.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Replace what is there already.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Overwrite what is there.")]
 
 
 def check_overrides(extra: Sequence[str] | None, context: typer.Context, *, subject: str) -> list[str]:
@@ -47,6 +48,12 @@ def check_overrides(extra: Sequence[str] | None, context: typer.Context, *, subj
         if text is not subject and not is_override:
             usage_error(f"unexpected argument {text!r}; settings are written {FORM}", context)
     return list(extra or [])
+
+
+def check_start(context: typer.Context, *, resume: bool, replace: bool) -> None:
+    """Raises a usage error for a run that would be both gone on with and removed."""
+    if resume and replace:
+        usage_error(RESUME_OR_REPLACE, context)
 
 
 def check_recipe(recipe: str, overrides: Sequence[str]) -> None:

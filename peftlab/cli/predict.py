@@ -43,7 +43,6 @@ def predict(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Predict labels or answers for texts, a file, or standard input."""
     out = output_of(context)
     overrides, given = split_overrides(texts)
     inputs = _inputs(given, file, context)

@@ -14,14 +14,7 @@ from peftlab.recipe import catalog
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]
 
 
-def recipes(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
-    """List, show and copy the recipes that ship with peftlab."""
-    if context.invoked_subcommand is None:
-        list_recipes(context)
-
-
 def list_recipes(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
-    """List the shipped recipes."""
     out = output_of(context)
     summaries = {name: catalog.recipe_summary(name) for name in catalog.recipe_names()}
     if out.json:
@@ -41,7 +34,6 @@ def list_recipes(context: typer.Context, _json: Json = False, _debug: Debug = Fa
 
 
 def show(context: typer.Context, name: Name, _json: Json = False, _debug: Debug = False) -> None:
-    """Print a shipped recipe, comments included."""
     out = output_of(context)
     text = catalog.recipe_text(name)
     if out.json:
@@ -61,7 +53,6 @@ def copy(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Copy a shipped recipe to a file of yours."""
     out = output_of(context)
     target = catalog.copy_recipe(name, path)
     if out.json:
@@ -72,7 +63,6 @@ def copy(
 
 
 def schema(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
-    """Print the JSON Schema of a recipe, for editors."""
     out = output_of(context)
     out.written = True
     out.write(json.dumps(catalog.recipe_schema(), indent=2) + "\n")

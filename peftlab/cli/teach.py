@@ -10,20 +10,19 @@ import typer
 
 from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
-from peftlab.cli.options import Debug, Json, Overrides, check_overrides, check_recipe
+from peftlab.cli.options import Debug, Json, Overrides, Recipe, Replace, check_overrides, check_recipe
 from peftlab.cli.output import Output, output_of
 
 
 def teach(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")],
+    recipe: Recipe,
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what it takes in disk and time; store nothing.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Make a cache anew that is there already.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Estimate disk and time; store nothing.")] = False,
+    replace: Replace = False,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Store what a recipe's teacher says, to distill from it again and again."""
     out = output_of(context)
     settings = check_overrides(overrides, context, subject=recipe)
     with out.working():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftlab.adapters import check_adapter_files, inject, load_adapter, report, save_adapter
-from peftlab.adapters import lora as lora_module
+from peftlab.adapters import files as files_module
 from peftlab.errors import ArtifactError, RecipeError
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -206,7 +206,7 @@ def test_a_missing_tensor_is_noticed(tiny: Callable[..., Any], tmp_path: Path) -
 def test_without_the_completeness_check_a_missing_tensor_passes(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_module, "_check_complete", lambda *args: None)
+    monkeypatch.setattr(files_module, "_check_complete", lambda *args: None)
     with pytest.raises(pytest.fail.Exception):
         test_a_missing_tensor_is_noticed(tiny, tmp_path)
 

@@ -18,8 +18,11 @@ import sklearn.metrics  # noqa: F401
 import torch
 from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
 
-from peftlab.api import comparing, distilling, student
+from peftlab.api.distill import distill
 from peftlab.distillation.cache import SplitWriter
+from peftlab.experiments import arms as distilling
+from peftlab.experiments import card_figures as comparing
+from peftlab.experiments import student
 from peftlab.training.progress import SilentProgress
 
 
@@ -99,4 +102,4 @@ def run(folder: Path, recipe: Any, moment: str, *, resume: bool) -> None:
     os.chdir(folder)
     comparing._TIMED_SECONDS = 0.05
     progress = MOMENTS[moment]()
-    distilling.distill("run" if resume else recipe, resume=resume, progress=progress)
+    distill("run" if resume else recipe, resume=resume, progress=progress)

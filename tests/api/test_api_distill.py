@@ -19,10 +19,11 @@ import torch
 from test_api_train import Stopper, contents, recipe, train, write_data
 
 import peftlab
-from peftlab.api import comparing, distilling
-from peftlab.api import training as training_module
-from peftlab.api.distilling import distill
+from peftlab.api.distill import distill
+from peftlab.assembly import fit as fit_module
 from peftlab.errors import ArtifactError, Interrupted, PeftlabError, RecipeError, ResourceError, VerificationError
+from peftlab.experiments import arms as distilling
+from peftlab.experiments import card_figures as comparing
 from peftlab.training.progress import SilentProgress
 
 TEXTS = ["red 9", "cat 9", "cow 1", "blue 3"]
@@ -303,7 +304,7 @@ def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     document = lesson("seq_cls", distill={"seeds": 1, "baseline": False})
     before = contents(here)
     with monkeypatch.context() as patch:
-        patch.setattr(training_module, "save_plain", full)
+        patch.setattr(fit_module, "save_plain", full)
         with pytest.raises(ResourceError, match="the disk is full"):
             distill(document, progress=SilentProgress())
     assert contents(here) == before, "no training got anywhere, so nothing is left"

@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peftlab.api.course import plan_course
-from peftlab.api.distilling import distill
-from peftlab.api.student_answers import read_answers, write_answers
-from peftlab.api.teaching import read_lesson, teach
 from safetensors.torch import load_file
 
-from peftlab.api import build
-from peftlab.api import comparing as comparing_module
-from peftlab.api import distilling as distilling_module
-from peftlab.api import on_policy as on_policy_module
+from peftlab.api.distill import distill
+from peftlab.api.teach import teach
+from peftlab.assembly import Assembly
+from peftlab.assembly import assembly as assembly_module
 from peftlab.data import BatchPlan
 from peftlab.errors import ArtifactError, DataError, PeftlabError, RecipeError
+from peftlab.experiments import arms as distilling_module
+from peftlab.experiments import card_figures as comparing_module
+from peftlab.experiments import phases as on_policy_module
+from peftlab.experiments.phase_plan import plan_phases
+from peftlab.experiments.written_answers import read_answers, write_answers
 from peftlab.models import find_pretrained, load_model, load_tokenizer
 from peftlab.recipe import load_recipe
 from peftlab.training.checkpoint import list_checkpoints
@@ -360,7 +361,7 @@ def test_teacher_and_student_are_never_in_memory_together(here: Path, monkeypatc
     alive: list[weakref.ref[Any]] = []
     kept: list[Any] = []
     loaded: list[str] = []
-    right = build.load_model
+    right = assembly_module.load_model
 
     def watched(pretrained: Any, **options: Any) -> Any:
         gc.collect()
@@ -373,7 +374,7 @@ def test_teacher_and_student_are_never_in_memory_together(here: Path, monkeypatc
         return model
 
     keep = False
-    monkeypatch.setattr(build, "load_model", watched)
+    monkeypatch.setattr(assembly_module, "load_model", watched)
     monkeypatch.setattr(
         distilling_module, "merge_run", lambda *args, **options: (here / "run/seed-0/student/merged").mkdir()
     )
@@ -427,13 +428,12 @@ def test_answers_are_drawn_from_what_the_student_says(here: Path, models: Path) 
     )
     settings = {"max_new_tokens": 1, "temperature": 1.5}
     loaded = load_recipe(recipe(here, model={"name": str(here / "habits")}, on_policy=settings))
-    lesson = read_lesson(loaded.recipe, SilentProgress())
+    assembly = Assembly(loaded, transfer=True)
     answers = write_answers(
-        loaded.recipe, lesson.task, lesson.data.train, [0] * 600, phase=1, checkpoint=None, folder=here / "p",
-        progress=SilentProgress(),
-    )  # fmt: skip
+        assembly, assembly.data.train, [0] * 600, phase=1, checkpoint=None, folder=here / "p", progress=SilentProgress()
+    )
     model = load_model(find_pretrained(str(models / "weak")), auto_class="AutoModelForCausalLM", device="cpu").eval()
-    ids = lesson.task.tokenizer(answers[0].prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    ids = assembly.task.tokenizer(answers[0].prompt, add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = 600 * (model(ids).logits[0, -1].double() / 1.5).softmax(-1)
     drawn = torch.bincount(torch.tensor([a.tokens[0] for a in answers]), minlength=len(expected)).double()
@@ -505,8 +505,8 @@ def test_prompts_that_are_too_long_are_left_out_where_the_recipe_says_so(here: P
         on_policy={"max_new_tokens": 46},
     )
     loaded = load_recipe(document)
-    course = plan_course(loaded, here / "run", Notes())
-    assert 0 < len(course.candidates) < len(course.base.train.examples)
+    plan = plan_phases(Assembly(loaded, transfer=True), here / "run", Notes())
+    assert 0 < len(plan.candidates) < len(plan.base.train.examples)
     assert any("these rows are left out" in note for note in notes)
 
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from test_api_train import contents, recipe, train, write_data
 
-from peftlab.api import teaching
-from peftlab.api.parts import prepare, run_accelerator
-from peftlab.api.teachers import Teachers
-from peftlab.api.teaching import teach
+from peftlab.api.teach import teach
+from peftlab.assembly import Assembly
+from peftlab.assembly.accelerator import run_accelerator
+from peftlab.assembly.prepare import prepare
 from peftlab.distillation.cache import CachedSplit
 from peftlab.errors import ArtifactError, ResourceError
 from peftlab.recipe import load_recipe
+from peftlab.teaching import capture
+from peftlab.teaching.teachers import Teachers
 from peftlab.training.progress import SilentProgress
 
 TASKS = ["causal_lm", "seq_cls"]
@@ -50,9 +52,9 @@ def lesson(task: str, **distill: Any) -> dict[str, Any]:
 
 def step_of(document: dict[str, Any], folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first micro-batch of the recipe's student."""
-    loaded = load_recipe(document)
-    with run_accelerator(loaded.recipe, folder) as accelerator:
-        parts = prepare(loaded, accelerator, SilentProgress(), teachers=Teachers(loaded.recipe, SilentProgress()))
+    assembly = Assembly(load_recipe(document), transfer=True)
+    with run_accelerator(assembly, folder) as accelerator:
+        parts = prepare(assembly, accelerator, SilentProgress(), make_loss=Teachers(assembly, SilentProgress()).loss)
         assert parts.loss is not None
         examples = [parts.train.examples[i] for i in parts.plan.step(0).micro_batches[0]]
         parts.model.train()
@@ -161,7 +163,7 @@ class StopAt(SilentProgress):
 
 
 def test_a_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teaching, "_WINDOW", 5)
+    monkeypatch.setattr(capture, "_WINDOW", 5)
     document = lesson("causal_lm", cache="cache", targets={"fill": "sampled"})
     with pytest.raises(KeyboardInterrupt):
         teach(document, progress=StopAt(12))

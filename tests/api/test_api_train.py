@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import peftlab
 from peftlab.adapters import merge as merge_figures
-from peftlab.api import merging as merging_module
-from peftlab.api import training as training_module
+from peftlab.assembly import fit as fit_module
+from peftlab.assembly import merging as merging_module
 from peftlab.errors import (
     ArtifactError,
     DataError,
@@ -371,7 +371,7 @@ def test_a_failure_in_the_first_step_leaves_no_folder(here: Path, monkeypatch: p
 
 def test_a_fault_after_training_keeps_the_trained_weights(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps are done; a fault in the last evaluation must not throw them away."""
-    right, calls = training_module.evaluate_examples, []
+    right, calls = fit_module.evaluate_examples, []
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -379,7 +379,7 @@ def test_a_fault_after_training_keeps_the_trained_weights(here: Path, monkeypatc
             raise RuntimeError("out of luck")
         return right(*args, **kwargs)
 
-    monkeypatch.setattr(training_module, "evaluate_examples", failing)
+    monkeypatch.setattr(fit_module, "evaluate_examples", failing)
     with pytest.raises(RuntimeError, match="out of luck"):
         train(recipe())
     assert list((here / "run").rglob("adapter_model.safetensors")), "nothing is left of the training"
@@ -456,7 +456,7 @@ def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch, error
     def full(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(training_module, "save_trained", full)
+    monkeypatch.setattr(fit_module, "save_trained", full)
     with pytest.raises(ResourceError, match="the disk is full") as caught:
         train(recipe())
     assert caught.value.exit_code == 4

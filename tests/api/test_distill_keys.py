@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peftlab.api.distilling import distill
-from peftlab.api.training import train
 
 import peftlab
-from peftlab.api import build
+from peftlab.api.distill import distill
+from peftlab.api.train import train
+from peftlab.assembly.data import load_data
 from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation import row_metrics
 from peftlab.evaluation.modules import class_statistic
@@ -44,7 +44,7 @@ def untaught(folder: Path) -> Path:
 
 def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) -> None:
     recipe = load_recipe(digits(tmp_path, exclude={"label": [3, "8"]})).recipe
-    data = build.load_data(recipe)
+    data = load_data(recipe)
     assert {"3", "8"} & set(data.train.columns["label"]) == set()
     assert {"3", "8"} <= set(data.eval.columns["label"])
     assert {"3", "8"} <= set(data.labelled.columns["label"])
@@ -61,7 +61,7 @@ def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) 
 )
 def test_an_exclusion_that_does_nothing_or_all_is_refused(tmp_path: Path, exclude: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        build.load_data(load_recipe(digits(tmp_path, exclude=exclude)).recipe)
+        load_data(load_recipe(digits(tmp_path, exclude=exclude)).recipe)
 
 
 def test_a_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
     assert head["name"] == card["headline"] == "recall_3" and head["in_points"]
     assert head["baseline"]["value"] == 0
     # 0 of the test threes: the bound of that many rows, not of all.
-    threes = build.load_data(load_recipe(recipe).recipe).eval.columns["label"].count("3")
+    threes = load_data(load_recipe(recipe).recipe).eval.columns["label"].count("3")
     assert head["baseline"]["high"] == pytest.approx(1 - 0.025 ** (1 / threes))
     assert card["metrics"][1]["name"] == "accuracy"
     assert card["costs"]["student"]["num_parameters"] < 0.25 * card["costs"]["teacher"]["num_parameters"]

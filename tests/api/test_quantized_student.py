@@ -10,7 +10,7 @@ import torch
 from test_api_train import write_data
 from transformers import AutoModelForCausalLM
 
-from peftlab.api.distilling import distill
+from peftlab.api.distill import distill
 from peftlab.models import find_pretrained, load_model
 from peftlab.training.progress import SilentProgress
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from peftlab import load_recipe
-from peftlab.api import build, teachers
-from peftlab.api.teachers import Teachers
-from peftlab.api.teaching import capture_all, read_lesson
+from peftlab.assembly import Assembly
+from peftlab.teaching.capture import capture_all, taught_examples
+from peftlab.teaching.teacher import NamedTeacher
+from peftlab.teaching.teachers import Teachers
 from peftlab.training.progress import SilentProgress
 
 SETTINGS: dict[str, Any] = {
@@ -28,20 +29,18 @@ SETTINGS: dict[str, Any] = {
 
 def test_its_columns_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distill = {"teacher": "tiny:llama", "cache": str(tmp_path / "cache"), "baseline": False}
-    recipe = load_recipe({**SETTINGS, "distill": distill}).recipe
-    lesson = read_lesson(recipe, SilentProgress())
-    capture_all(lesson, SilentProgress())
-    online = Teachers(recipe, SilentProgress()).columns(lesson.task)
+    assembly = Assembly(load_recipe({**SETTINGS, "distill": distill}), transfer=True)
+    taught = taught_examples(assembly)
+    capture_all(taught, SilentProgress())
+    online = Teachers(assembly, SilentProgress()).columns()
 
     def loaded(*args: Any) -> Any:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(teachers, "open_teacher", loaded)
-    stored = Teachers(recipe, SilentProgress())
-    pretrained = build.pretrained_of(recipe)
-    student = build.model_of(recipe, pretrained, lesson.task, "cpu")
-    limit = build.limit_of(recipe, pretrained, lesson.task.tokenizer)
-    loss = stored.loss(lesson.task, student, lesson.data, lesson.train, limit=limit)
-    batch = lesson.task.collate(lesson.train.examples[:3], "cpu")
+    monkeypatch.setattr(NamedTeacher, "open", loaded)
+    stored = Teachers(assembly, SilentProgress())
+    student = assembly.model()
+    loss = stored.loss(assembly, student, taught.rows, taught.train)
+    batch = assembly.task.collate(taught.train.examples[:3], "cpu")
     assert abs(float(loss(student, batch))) < 1e-2  # it is its own teacher
-    assert stored.columns(lesson.task) == online
+    assert stored.columns() == online

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peftlab.api.bench_worker import run_job
 
 from peftlab import ops
-from peftlab.api import benchmarking
+from peftlab.api.benchmark import benchmark
+from peftlab.bench import speed_run
+from peftlab.bench.worker import run_job
 from peftlab.cli import bench as bench_cli
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, PeftlabError, RecipeError
@@ -32,13 +33,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def jobs(monkeypatch: pytest.MonkeyPatch) -> FakeJobs:
     """In place of processes, also for the command line."""
     fake = FakeJobs()
-    monkeypatch.setattr(benchmarking, "launch", lambda _module, spec: fake(spec))
+    monkeypatch.setattr(speed_run, "launch_worker", fake)
     monkeypatch.setattr("peftlab.bench.figure.draw_picture", lambda document, png, svg: True)
     return fake
 
 
 def bench(**options: Any) -> dict[str, Any]:
-    return benchmarking.benchmark("smoke", **{"batch": [2], "length": [16], "repeats": 3, **options})
+    return benchmark("smoke", **{"batch": [2], "length": [16], "repeats": 3, **options})
 
 
 def test_gates_come_first_then_the_cells_in_turns(jobs: FakeJobs) -> None:
@@ -109,7 +110,7 @@ def test_a_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest
             found = {"error": {"kind": type(error).__name__, "message": str(error), "known": True}}
             return processes.outcome(found, 1, "")
 
-    monkeypatch.setattr(benchmarking, "launch", here)
+    monkeypatch.setattr(speed_run, "launch_worker", here)
     cells = bench(quantize=["none"], repeats=1, steps=1, what=["train", "generate"], new_tokens=2)["cells"]
     assert [(c["what"], c["kernels"], c["status"]) for c in cells] == [
         ("train", "reference", "ok"),
@@ -165,8 +166,8 @@ def test_another_version_recipe_or_sweep_is_not_gone_on_with(jobs: FakeJobs, mon
     with pytest.raises(ArtifactError, match=r"sweep.ranks: \[8\] there, \[4\] now"):
         bench(resume=True, ranks=[4])
     with pytest.raises(ArtifactError, match=r"recipe.train.lr: 0.01 there, 0.1 now"):
-        benchmarking.benchmark("smoke", ["train.lr=0.1"], batch=[2], length=[16], repeats=3, resume=True)
-    monkeypatch.setattr(benchmarking, "versions", lambda: {**machine.versions(), "torch": "1.0"})
+        benchmark("smoke", ["train.lr=0.1"], batch=[2], length=[16], repeats=3, resume=True)
+    monkeypatch.setattr(speed_run, "versions", lambda: {**machine.versions(), "torch": "1.0"})
     with pytest.raises(ArtifactError, match=r'versions.torch: ".*" there, "1.0" now'):
         bench(resume=True)
 
@@ -256,7 +257,7 @@ def test_a_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pyt
 
 def test_a_job_in_a_process_and_its_errors() -> None:
     spec = {"job": "run", "recipe": {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}}
-    found = processes.launch("peftlab.api.bench_worker", spec)
+    found = processes.launch("peftlab.bench.worker", spec)
     assert found["status"] == "impossible" and "unknown shape" in found["reason"]
 
 

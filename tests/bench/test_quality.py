@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from peftlab.api import bench_quality
-from peftlab.api.bench_worker import run_job
+from peftlab.api.benchmark_quality import benchmark_quality
+from peftlab.bench import quality_run
 from peftlab.bench.quality import build_figure, chosen_rate
+from peftlab.bench.worker import run_job
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, RecipeError
 from peftlab.recipe import load_recipe
@@ -73,12 +74,12 @@ class Trainings:
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     fake = Trainings()
-    monkeypatch.setattr(bench_quality, "launch", lambda _module, spec: fake(spec))
+    monkeypatch.setattr(quality_run, "launch_worker", fake)
     return fake
 
 
 def quality(**options: Any) -> dict[str, Any]:
-    return bench_quality.benchmark_quality("smoke", **{"methods": ["lora", "dora", "full"], **options})
+    return benchmark_quality("smoke", **{"methods": ["lora", "dora", "full"], **options})
 
 
 def test_figures_by_hand(trainings: Trainings) -> None:
@@ -161,10 +162,10 @@ def test_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture
 
 
 def test_full_fine_tuning_of_quantized_weights_is_a_row(trainings: Trainings) -> None:
-    rows = bench_quality.benchmark_quality("smoke", ["model.quantize=nf4"], methods=["lora", "full"])["methods"]
+    rows = benchmark_quality("smoke", ["model.quantize=nf4"], methods=["lora", "full"])["methods"]
     assert [row["status"] for row in rows] == ["ok", "impossible"]
     with pytest.raises(RecipeError, match="nothing to train: none of 1 methods can be"):
-        bench_quality.benchmark_quality("smoke", ["model.quantize=nf4"], methods=["full"], out="other")
+        benchmark_quality("smoke", ["model.quantize=nf4"], methods=["full"], out="other")
 
 
 def test_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,8 +219,8 @@ def test_bad_input(
 
 def test_a_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        bench_quality, "launch", lambda _m, spec: {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
+        quality_run, "launch_worker", lambda spec: {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
     )
-    (row,) = bench_quality.benchmark_quality("smoke", ["train.max_steps=2"], methods=["lora"], seeds=1)["methods"]
+    (row,) = benchmark_quality("smoke", ["train.max_steps=2"], methods=["lora"], seeds=1)["methods"]
     assert row["status"] == "ok" and row["steps"] == 2 and 0 <= row["metric"]["value"] <= 1
     assert row["num_trained"] == 16384 and row["peak_bytes"] > 0

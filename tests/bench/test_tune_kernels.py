@@ -14,10 +14,11 @@ import torch
 from peftlab_kernels.lora_linear import plan as plans
 
 from peftlab import ops
-from peftlab.api import build, doctor
+from peftlab.assembly.process import prepare_libraries
 from peftlab.bench import plan_tuning
 from peftlab.bench.cases import candidates, make_case, make_weight
 from peftlab.cli.app import run
+from peftlab.diagnosing import facts
 from peftlab.measuring import timing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,14 +63,14 @@ def written(path: Path) -> dict[ops.PlanKey, tuple[str, str]]:
 def test_what_was_faster_is_written_and_later_runs_use_it(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build.prepare_libraries()
+    prepare_libraries()
     rule = {kind: chosen(kind) for kind in plan_tuning.KINDS}
     other = {kind: "split" if rule[kind].backward == "merged" else "merged" for kind in rule}
     fake_times(monkeypatch, *(f"{part} {other['dense']}" for part in ("forward", "backward")))
     assert run([*COMMAND, "--kinds", "dense"]) == 0
     assert written(file) == {key(): (other["dense"], other["dense"])}
     assert chosen() == rule["dense"], "nothing changes within the process that measures"
-    build.prepare_libraries()
+    prepare_libraries()
     assert chosen() == chosen(M=65) == ops.Plan(other["dense"], other["dense"])
     assert chosen(M=64) == ops.plan_by_rule(key(M=64)), "another bucket"
     shown = capsys.readouterr()
@@ -79,15 +80,15 @@ def test_what_was_faster_is_written_and_later_runs_use_it(
 
     fake_times(monkeypatch)
     assert run([*COMMAND, "--kinds", "dense"]) == 0
-    build.prepare_libraries()
+    prepare_libraries()
     assert chosen() == rule["dense"], "the row of the same key is replaced"
     file.unlink()
     fake_times(monkeypatch, f"backward {other['nf4']}")
     assert run([*COMMAND, "--kinds", "nf4"]) == 0
-    build.prepare_libraries()
+    prepare_libraries()
     assert chosen("nf4") == ops.Plan(rule["nf4"].forward, other["nf4"]), "each direction is chosen by its own time"
     file.unlink()
-    build.prepare_libraries()
+    prepare_libraries()
     assert chosen("nf4") == rule["nf4"], "without the file plans are by rule again"
 
 
@@ -273,17 +274,17 @@ def test_a_damaged_file_stops_a_run_and_is_rewritten(
     assert message.startswith("error: ")
     assert str(file) in message and "`peftlab bench tune-kernels` rewrites it, or delete it" in message
     assert not Path("runs").exists()
-    fact = doctor._plans(torch, ops, DEVICE.type)
+    fact = facts._plans(torch, ops, DEVICE.type)
     assert (fact["value"], fact["status"]) == ("damaged", "problem")
     assert str(file) in fact["detail"]
     assert run([*COMMAND, "--kinds", "dense"]) == 0
     assert "was damaged and has been replaced" in " ".join(capsys.readouterr().err.split())
-    build.prepare_libraries()
+    prepare_libraries()
 
 
 def test_doctor_counts_the_plans_of_this_device(file: Path) -> None:
     def facts() -> dict[str, Any]:
-        return {fact["name"]: fact for fact in doctor._kernels(torch)}
+        return {fact["name"]: fact for fact in facts._kernels(torch)}
 
     assert facts()["plans"]["value"] == "by rule" and str(file) in facts()["plans"]["detail"]
     row = {"forward": "split", "backward": "split"}
@@ -419,7 +420,7 @@ def test_a_run_says_when_its_plans_have_changed(tmp_path: Path, monkeypatch: pyt
     overrides = ["train.epochs=", "train.max_steps=1", "eval.before=false", "run.merge=none", "eval.prompts=[]"]
     run = peftlab.train("smoke", [*overrides, "run.dir=first"], progress=SilentProgress())
     assert run.recipe().recipe.lock["environment"]["kernel_plans"] == "by rule"
-    monkeypatch.setattr("peftlab.api.parts.ops.plans_in_use", lambda: "0123456789ab")
+    monkeypatch.setattr("peftlab.assembly.prepare.ops.plans_in_use", lambda: "0123456789ab")
     assert ops.plans_in_use() == "0123456789ab"
     notes = Notes()
     peftlab.train("first/recipe.lock.yaml", ["run.dir=second"], progress=notes)

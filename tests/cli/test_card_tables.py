@@ -12,10 +12,10 @@ import card_examples as examples
 import pytest
 from rich.console import Console
 
-from peftlab.api.run import finite
 from peftlab.cli.card_tables import show_card
 from peftlab.cli.output import Output
 from peftlab.evaluation.card import make_card
+from peftlab.runs import finite
 
 RUNS: list[Callable[[], Any]] = [
     examples.classification,

@@ -66,7 +66,7 @@ def test_chat_is_left_at_the_prompt(leaving: type[BaseException], monkeypatch: p
 
 
 def test_chat_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("peftlab.api.inference.Chat", FakeChat)
+    monkeypatch.setattr("peftlab.api.chat.Chat", FakeChat)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert run(["chat", "runs/x", "--json", "--system", "Be brief."]) == 0
     shown = capsys.readouterr()

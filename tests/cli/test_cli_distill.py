@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from peftlab.api import comparing
-from peftlab.api.run import LOCK_NAME
 from peftlab.cli.app import run as cli
+from peftlab.experiments import card_figures as comparing
 from peftlab.recipe import load_recipe, write_lock
+from peftlab.runs import LOCK_NAME
 
 ROWS = [("red", "colour"), ("cat", "animal"), ("blue", "colour"), ("dog", "animal")]
 TEMPLATE = {"user": "{text}", "assistant": "{label}"}

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from peftlab.api.run import Run
 from peftlab.cli.app import run
+from peftlab.runs import Run
 
 LONG = "A sentence that is repeated until it is far too long for one line of any terminal. " * 12
 LABELS = [
@@ -61,7 +61,7 @@ def train_result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         calls.update(recipe=recipe, overrides=overrides, **options)
         return Run(Path("runs/x"), _summary(calls["classes"]))
 
-    monkeypatch.setattr("peftlab.api.training.train", train)
+    monkeypatch.setattr("peftlab.api.train.train", train)
     return calls
 
 
@@ -114,7 +114,7 @@ def test_eval_shows_classes_and_confusions(monkeypatch: pytest.MonkeyPatch, caps
     metrics = _metrics(float("inf"), 0.5, ["ham", "spam"])
     metrics |= {f"confusion_{a}_as_{b}": 1000.0 for a in ("ham", "spam") for b in ("ham", "spam")}
     report = {"target": "runs/x", "kind": "run", "rows": 4000, "metrics": metrics}
-    monkeypatch.setattr("peftlab.api.inference.evaluate", lambda *_, **__: report)
+    monkeypatch.setattr("peftlab.api.evaluate.evaluate", lambda *_, **__: report)
     assert run(["eval", "runs/x", "data.eval=o.csv"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["class", "precision", "recall", "f1"] for line in lines)
@@ -132,7 +132,7 @@ def test_merge_passes_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         merged: dict[str, Any] = _summary([])["merge"]
         return merged
 
-    monkeypatch.setattr("peftlab.api.merging.merge", merge)
+    monkeypatch.setattr("peftlab.api.merge.merge", merge)
     assert run(["merge", "runs/x", "--base", "original", "--max-kl", "0.1", "--dtype", "bfloat16"]) == 0
     assert calls == {
         "target": "runs/x", "base": "original", "output": None, "dtype": "bfloat16", "max_kl": 0.1, "min_top1": None,
@@ -165,7 +165,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         print("a library greets")
         yield from calls["results"]
 
-    monkeypatch.setattr("peftlab.api.inference.predict", predict)
+    monkeypatch.setattr("peftlab.api.predict.predict", predict)
     return calls
 
 
@@ -248,7 +248,7 @@ def test_predict_leaves_no_part_of_a_file(
         yield LABELS[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peftlab.api.inference.predict", predict)
+    monkeypatch.setattr("peftlab.api.predict.predict", predict)
     assert run(["predict", "runs/x", "a", "b", "--output", str(tmp_path / "out.csv")]) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -258,7 +258,7 @@ def test_names_are_not_turned_into_pictures(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     report = {"target": "tiny:llama: [b]", "kind": "base", "rows": 4, "metrics": {"loss": 1.0, "f1_:llama:": 0.5}}
-    monkeypatch.setattr("peftlab.api.inference.evaluate", lambda *_, **__: report)
+    monkeypatch.setattr("peftlab.api.evaluate.evaluate", lambda *_, **__: report)
     assert run(["eval", "x"]) == 0
     shown = capsys.readouterr().out
     assert "tiny:llama: [b] (base)" in shown

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peftlab.api.distilling import distill
-from peftlab.api.inference import evaluate, predict
-from peftlab.api.training import train
 from torch.nn import functional as F
 
 from peftlab.adapters import inject, planned_modules
+from peftlab.api.distill import distill
+from peftlab.api.evaluate import evaluate
+from peftlab.api.predict import predict
+from peftlab.api.train import train
 from peftlab.data import Rows
 from peftlab.distillation import VectorObjective
 from peftlab.errors import ArtifactError, RecipeError, VerificationError

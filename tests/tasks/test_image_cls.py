@@ -10,12 +10,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from peftlab.api.inference import evaluate, predict
-from peftlab.api.training import train
 from torch.nn import functional as F
 
 from peftlab.adapters import inject, planned_modules
 from peftlab.api.check import check
+from peftlab.api.evaluate import evaluate
+from peftlab.api.predict import predict
+from peftlab.api.train import train
 from peftlab.data import Rows, load_rows, read_images
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import find_pretrained, load_image_reader, load_model

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import peftlab
 from peftlab.adapters import HeadLoss
-from peftlab.api import training as training_module
+from peftlab.assembly import fit as fit_module
 from peftlab.data import Rows
 from peftlab.data.chat import Formatter
 from peftlab.errors import Interrupted, RecipeError, VerificationError
@@ -370,7 +370,7 @@ def test_a_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of:
 
 def test_a_leak_during_the_run_does_not_pass_the_gate(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the leak test were wrong, packed rows without position ids would not agree with padded ones."""
-    monkeypatch.setattr(training_module, "check_packing", lambda *_, **__: None)
+    monkeypatch.setattr(fit_module, "check_packing", lambda *_, **__: None)
 
     def without_positions(examples: Any, *, device: Any) -> Batch:
         batch = collate_packed(examples, device=device)

@@ -18,8 +18,8 @@ from peftlab_kernels.lora_linear import plan as plan_module
 
 import peftlab
 from peftlab import ops
-from peftlab.adapters import lora as lora_module
-from peftlab.api import parts as parts_module
+from peftlab.adapters.inject import inject
+from peftlab.assembly import prepare as prepare_module
 from peftlab.errors import RecipeError, VerificationError
 from peftlab.tasks import causal_lm, seq_cls
 from peftlab.tasks.causal_lm import CausalLM
@@ -178,7 +178,7 @@ def test_the_gate_leaves_no_trace(here: Path, monkeypatch: pytest.MonkeyPatch) -
     train(adapter={"dropout": 0.1})
     gated = (here / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     fake = dataclasses.make_dataclass("Report", [])()
-    monkeypatch.setattr("peftlab.api.training.check_parity", lambda *_, **__: fake)
+    monkeypatch.setattr("peftlab.assembly.fit.check_parity", lambda *_, **__: fake)
     peftlab.train(recipe(adapter={"dropout": 0.1}, run={"dir": "other"}), progress=SilentProgress())
     assert (here / "other" / "adapter" / "adapter_model.safetensors").read_bytes() == gated
 
@@ -209,12 +209,12 @@ def zeroed_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def module_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def add(*args: Any, **options: Any) -> Any:
-        model = lora_module.inject(*args, "lora", **options)
+        model = inject(*args, **options)
         attention = model.base_model.model.model.layers[1].self_attn
         attention.o_proj = attention.o_proj.base_layer
         return model
 
-    monkeypatch.setattr(parts_module, "inject", add)
+    monkeypatch.setattr(prepare_module, "inject", add)
 
 
 def mask_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,30 +1,19 @@
-"""``peftlab bench``."""
+"""``peftlab bench tune-kernels``."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftlab.cli.failures import usage_error
+from peftlab.cli.bench_options import bench_progress, numbers_of, split_names
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import make_console, output_of
-from peftlab.formatting import duration
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_LINE_EVERY_S = 10.0
-Number = TypeVar("Number", int, float)
-
-
-def bench(_json: Json = False, _debug: Debug = False) -> None:
-    """Measure what is fast on this machine."""
 
 
 def tune_kernels(
@@ -46,7 +35,6 @@ def tune_kernels(
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
-    """Measure which plan of an adapted linear is fastest here, for later runs."""
     out = output_of(context)
     options = {
         "model": model,
@@ -71,50 +59,6 @@ def tune_kernels(
     changed = sum({k: plan[k] for k in plan["rule"]} != plan["rule"] for plan in report["plans"])
     kept = f", {report['kept']} kept from before" if report["kept"] else ""
     out.line(f"{len(report['plans'])} plans, {changed} of them not by rule{kept}: {report['file']}")
-
-
-def split_names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def numbers_of(
-    text: str, parse: Callable[[str], Number], option: str, form: str, context: typer.Context
-) -> list[Number]:  # fmt: skip
-    try:
-        return [parse(part) for part in split_names(text)]
-    except ValueError:
-        usage_error(f"{option}: expected {form}, found {text!r}", context)
-
-
-@contextlib.contextmanager
-def bench_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Tells on stderr which case is measured: a live line in a terminal, else a line now and then."""
-    console = make_console(sys.stderr)
-    told = time.monotonic()
-    seen: list[tuple[int, float]] = []  # jobs done, and when; what was measured before a resume took no time now
-
-    def text(done: int, total: int, case: str) -> str:
-        if not seen or seen[-1][0] != done:
-            seen.append((done, time.monotonic()))
-        before, since = seen[len(seen) // 2 if len(seen) > 2 else 0]  # gates come first, and take less than runs
-        left = (time.monotonic() - since) / (done - before) * (total - done) if done > before else 0
-        return f"measuring {min(done + 1, total)} of {total}: {case}" + (
-            f", about {duration(left)} left" if left else ""
-        )
-
-    if console.is_terminal:
-        with console.status("measuring", spinner="line") as status:
-            yield lambda done, total, case: status.update(text(done, total, case))
-        return
-
-    def tell(done: int, total: int, case: str) -> None:
-        nonlocal told
-        begun, line = not seen, text(done, total, case)
-        if case and (begun or time.monotonic() - told >= _LINE_EVERY_S):
-            told = time.monotonic()
-            console.print(line, markup=False, soft_wrap=True)
-
-    yield tell
 
 
 def _table(plans: list[dict[str, Any]]) -> Table:

@@ -1,0 +1,62 @@
+"""What the verbs of ``peftlab bench`` share: lists on the command line, and progress."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import typer
+
+from peftlab.cli.failures import usage_error
+from peftlab.cli.output import make_console
+from peftlab.formatting import duration
+
+_LINE_EVERY_S = 10.0
+Number = TypeVar("Number", int, float)
+
+
+def split_names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers_of(
+    text: str, parse: Callable[[str], Number], option: str, form: str, context: typer.Context
+) -> list[Number]:  # fmt: skip
+    try:
+        return [parse(part) for part in split_names(text)]
+    except ValueError:
+        usage_error(f"{option}: expected {form}, found {text!r}", context)
+
+
+@contextlib.contextmanager
+def bench_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Tells on stderr which case is measured: a live line in a terminal, else a line now and then."""
+    console = make_console(sys.stderr)
+    told = time.monotonic()
+    seen: list[tuple[int, float]] = []  # jobs done, and when; what was measured before a resume took no time now
+
+    def text(done: int, total: int, case: str) -> str:
+        if not seen or seen[-1][0] != done:
+            seen.append((done, time.monotonic()))
+        before, since = seen[len(seen) // 2 if len(seen) > 2 else 0]  # gates come first, and take less than runs
+        left = (time.monotonic() - since) / (done - before) * (total - done) if done > before else 0
+        return f"measuring {min(done + 1, total)} of {total}: {case}" + (
+            f", about {duration(left)} left" if left else ""
+        )
+
+    if console.is_terminal:
+        with console.status("measuring", spinner="line") as status:
+            yield lambda done, total, case: status.update(text(done, total, case))
+        return
+
+    def tell(done: int, total: int, case: str) -> None:
+        nonlocal told
+        begun, line = not seen, text(done, total, case)
+        if case and (begun or time.monotonic() - told >= _LINE_EVERY_S):
+            told = time.monotonic()
+            console.print(line, markup=False, soft_wrap=True)
+
+    yield tell
