@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The left unit may import the right ones. "<root>" is peftlab/__init__.py; "recipe.catalog" allows that module alone.
+# The left unit may import the right ones. "<root>" is peftlab/__init__.py; "recipe.shipped" allows that module alone.
 _GROUND = {"errors", "specs", "paths", "ops", "formatting"}
 _COMPONENTS = {"data", "models", "tasks", "evaluation", "adapters", "distillation", "measuring", "training"}
 _ASSEMBLED = {*_GROUND, *_COMPONENTS, "recipe", "runs", "assembly"}
@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "specs",
         "formatting",
-        "recipe.catalog",
+        "recipe.shipped",
         "recipe.load",
         "api",
         "data.ledger_text",
@@ -206,10 +206,10 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
         "peftlab/__init__.py": "def __getattr__(name):\n    from peftlab import api\n    return getattr(api, name)\n",
         "peftlab/__main__.py": "from peftlab.cli import main\n",
         "peftlab/api/build.py": "from peftlab import __version__\nfrom peftlab.recipe import load\n",
-        "peftlab/cli/__init__.py": "from peftlab import Recipe\nfrom peftlab.recipe.catalog import names\n"
+        "peftlab/cli/__init__.py": "from peftlab import Recipe\nfrom peftlab.recipe.shipped import names\n"
         "def main():\n    import torch\n    from .. import api\n    return torch, api, Recipe, names\n",
         "peftlab/ops.py": "import peftlab_kernels\nfrom .errors import RecipeError\n",
-        "peftlab/recipe/catalog.py": "from peftlab.recipe.schema import Recipe\n",
+        "peftlab/recipe/shipped.py": "from peftlab.recipe.schema import Recipe\n",
         "peftlab/tasks/base.py": "from peftlab.data import sources\nfrom . import other\n",
         "peftlab/training/loop.py": "import torch\nfrom peftlab.tasks.base import Task\n",
         "kernels/peftlab_kernels/op.py": "import triton\nfrom peftlab_kernels.launch import a\nfrom .launch import b\n",

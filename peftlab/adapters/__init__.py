@@ -1,6 +1,6 @@
 """Adapters: recipe values to PEFT, saving, loading, merging."""
 
-from peftlab.adapters.files import (
+from peftlab.adapters.adapter_files import (
     ADAPTER_FILES,
     add_adapter,
     brought_parameters,

@@ -31,7 +31,7 @@ from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.tasks import Generates
 from peftlab.training.checkpoint import list_checkpoints
-from peftlab.training.distilling import DistillLoss
+from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.loop import LoopResult, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.packing_check import check_packing

@@ -16,7 +16,7 @@ from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
-from peftlab.training.distilling import DistillLoss
+from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.progress import Progress, SilentProgress
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftlab.bench.labels import CAPTIONS, cell_label, dimensions, machine_text, memory_unit, protocol_text
+from peftlab.bench.captions import CAPTIONS, cell_label, dimensions, machine_text, memory_unit, protocol_text
 from peftlab.measuring.drawing import place_labels, save_pictures
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.storages import STORAGES

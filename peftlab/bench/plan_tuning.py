@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from peftlab import ops
-from peftlab.bench.cases import Case, candidates, make_case, make_weight
+from peftlab.bench.kernel_cases import Case, candidates, make_case, make_weight
 from peftlab.bench.plan_file import check_file, write_plans
 from peftlab.errors import RecipeError, ResourceError, VerificationError
 from peftlab.measuring import timing

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftlab.bench.labels import machine_text, memory_unit
+from peftlab.bench.captions import machine_text, memory_unit
 from peftlab.measuring.drawing import colours, markers, place_labels, save_pictures
 from peftlab.measuring.intervals import over_rounds, over_seeds, quartiles
 from peftlab.specs.methods import VARIANTS

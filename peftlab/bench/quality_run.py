@@ -15,7 +15,7 @@ from peftlab.assembly import Assembly
 from peftlab.assembly.checks import check_settings
 from peftlab.assembly.fit import fit
 from peftlab.assembly.process import located
-from peftlab.bench import cells, files, quality
+from peftlab.bench import cells, quality, result_files
 from peftlab.bench.job import Timing
 from peftlab.bench.runner import Launch, Tell, launch_worker
 from peftlab.bench.sweep import make_sweep
@@ -228,8 +228,8 @@ def _write(
     rates = header["protocol"]["learning_rates"]
     rows = quality.quality_rows(variants, reasons, opened.records, header["metric"], rates)
     document = {"header": header, "methods": rows}
-    files.write_result(folder / quality.RESULT, document)
-    files.write_text(folder / quality.TABLE, quality.csv_text(rows))
+    result_files.write_result(folder / quality.RESULT, document)
+    result_files.write_text(folder / quality.TABLE, quality.csv_text(rows))
     picture = folder / quality.PICTURE
     drawn = quality.draw_quality(document, picture, folder / quality.VECTOR)
     return {"folder": str(folder), "picture": str(picture) if drawn else None, **document}

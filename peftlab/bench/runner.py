@@ -7,7 +7,7 @@ from typing import Any
 
 from peftlab.bench.sweep import Cell, interleaved
 from peftlab.measuring.journal import Journal
-from peftlab.measuring.processes import launch
+from peftlab.measuring.subprocesses import launch
 
 _WORKER = "peftlab.bench.worker"
 # From a job's settings to its result with ``status``, as ``processes.launch``.

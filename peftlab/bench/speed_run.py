@@ -13,7 +13,7 @@ from typing import Any
 
 from peftlab.assembly import Assembly
 from peftlab.assembly.checks import check_settings
-from peftlab.bench import cells, files
+from peftlab.bench import cells, result_files
 from peftlab.bench.figure import draw_picture
 from peftlab.bench.runner import Launch, Tell, launch_worker, run_sweep
 from peftlab.bench.summary import best_ceilings, summarize
@@ -164,8 +164,8 @@ def _write(made: _Plan, opened: journal.Journal) -> dict[str, Any]:
         "ceilings": {k: v for k, v in best_ceilings(opened.records).items() if k != "kind"},
         "cells": rows,
     }
-    files.write_result(made.folder / journal.RESULT, document)
-    files.write_text(made.folder / journal.TABLE, files.csv_text(rows))
+    result_files.write_result(made.folder / journal.RESULT, document)
+    result_files.write_text(made.folder / journal.TABLE, result_files.csv_text(rows))
     picture = made.folder / journal.PICTURE
     drawn = draw_picture(document, picture, made.folder / journal.VECTOR)
     return {"folder": str(made.folder), "picture": str(picture) if drawn else None, **document}

@@ -27,7 +27,7 @@ from peftlab.bench.cells import text_examples
 from peftlab.bench.job import Job
 from peftlab.bench.quality_run import train_once
 from peftlab.errors import PeftlabError
-from peftlab.measuring.processes import PARENT
+from peftlab.measuring.subprocesses import PARENT
 from peftlab.models import resolve_precision
 from peftlab.recipe import load_recipe
 from peftlab.runs import write_json

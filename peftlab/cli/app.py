@@ -79,7 +79,7 @@ class _Verbs(TyperGroup):
         return super().parse_args(ctx, args)  # type: ignore[no-any-return]
 
     def _is_misspelt(self, word: str) -> bool:
-        from peftlab.recipe.catalog import recipe_names
+        from peftlab.recipe.shipped import recipe_names
 
         near = get_close_matches(word, self.table, n=1, cutoff=0.8)
         return bool(near) and not Path(word).exists() and word not in recipe_names()

@@ -34,7 +34,7 @@ def compare(
 
 
 def _show(out: Output, report: dict[str, Any]) -> None:
-    from peftlab.bench.labels import cell_label, dimensions
+    from peftlab.bench.captions import cell_label, dimensions
 
     out.line()
     out.line(f"A  {report['a']}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftlab import formatting
-from peftlab.bench.labels import cell_label, dimensions, machine_text, protocol_text
+from peftlab.bench.captions import cell_label, dimensions, machine_text, protocol_text
 from peftlab.cli.output import WIDTH, Output
 
 if TYPE_CHECKING:

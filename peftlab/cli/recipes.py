@@ -9,14 +9,14 @@ import typer
 
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import output_of
-from peftlab.recipe import catalog
+from peftlab.recipe import shipped
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]
 
 
 def list_recipes(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
     out = output_of(context)
-    summaries = {name: catalog.recipe_summary(name) for name in catalog.recipe_names()}
+    summaries = {name: shipped.recipe_summary(name) for name in shipped.recipe_names()}
     if out.json:
         out.document({"recipes": [{"name": name, "summary": text} for name, text in summaries.items()]})
         return
@@ -35,9 +35,9 @@ def list_recipes(context: typer.Context, _json: Json = False, _debug: Debug = Fa
 
 def show(context: typer.Context, name: Name, _json: Json = False, _debug: Debug = False) -> None:
     out = output_of(context)
-    text = catalog.recipe_text(name)
+    text = shipped.recipe_text(name)
     if out.json:
-        out.document({"name": name, "summary": catalog.recipe_summary(name), "text": text})
+        out.document({"name": name, "summary": shipped.recipe_summary(name), "text": text})
     elif out.styled:
         from rich.syntax import Syntax
 
@@ -54,7 +54,7 @@ def copy(
     _debug: Debug = False,
 ) -> None:
     out = output_of(context)
-    target = catalog.copy_recipe(name, path)
+    target = shipped.copy_recipe(name, path)
     if out.json:
         out.document({"name": name, "path": str(target)})
     else:
@@ -65,4 +65,4 @@ def copy(
 def schema(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
     out = output_of(context)
     out.written = True
-    out.write(json.dumps(catalog.recipe_schema(), indent=2) + "\n")
+    out.write(json.dumps(shipped.recipe_schema(), indent=2) + "\n")

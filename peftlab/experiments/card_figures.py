@@ -18,7 +18,7 @@ from peftlab.measuring.latency import measure_latency
 from peftlab.measuring.memory import release_memory
 from peftlab.models import num_parameters
 from peftlab.teaching.teachers import Teachers
-from peftlab.training.distilling import TaughtLogits
+from peftlab.training.distill_loss import TaughtLogits
 from peftlab.training.progress import Progress
 
 # Positions whose logits exist at a time, of each model: 256 x 49,152 float32 values are 48 MiB.

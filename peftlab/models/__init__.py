@@ -1,23 +1,15 @@
 """Backbones: finding, loading, quantizing."""
 
 from peftlab.models.bnb import import_bitsandbytes
-from peftlab.models.images import ImageReader, load_image_reader
-from peftlab.models.load import (
-    Pretrained,
-    find_pretrained,
-    label_names,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    model_max_length,
-    num_parameters,
-    quiet,
-    resolve_dtype,
-    resolve_precision,
-    tokenizer_fingerprint,
-)
+from peftlab.models.config import label_names, load_skeleton
+from peftlab.models.dtypes import resolve_dtype, resolve_precision
+from peftlab.models.image_reader import ImageReader, load_image_reader
+from peftlab.models.load import load_model, num_parameters
+from peftlab.models.load_errors import quiet
+from peftlab.models.pretrained import Pretrained, find_pretrained
 from peftlab.models.save import save_plain
 from peftlab.models.sentences import SentenceFiles, SentenceWriter, sentence_files
+from peftlab.models.tokenizer import load_tokenizer, model_max_length, tokenizer_fingerprint
 
 __all__ = [
     "ImageReader",

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peftlab.models.load import quiet
+from peftlab.models.load_errors import quiet
 
 
 def save_plain(model: Any, tokenizer: Any, folder: Path, *, beside: Path | None = None) -> None:

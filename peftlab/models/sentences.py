@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.errors import ArtifactError, RecipeError
-from peftlab.models.load import Pretrained, load_errors, quiet
+from peftlab.models.load_errors import load_errors, quiet
+from peftlab.models.pretrained import Pretrained
 
 MODULES = "modules.json"
 _BESIDE = ("config_sentence_transformers.json", "sentence_bert_config.json")

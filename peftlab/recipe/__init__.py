@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from peftlab.recipe.catalog import copy_recipe, recipe_names, recipe_schema, recipe_summary, recipe_text
+from peftlab.recipe.shipped import copy_recipe, recipe_names, recipe_schema, recipe_summary, recipe_text
 
 if TYPE_CHECKING:
     from peftlab.recipe.load import LoadedRecipe, load_recipe

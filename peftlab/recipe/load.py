@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from peftlab.errors import PeftlabError, RecipeError
-from peftlab.recipe.catalog import nearest_recipes, recipe_file, recipe_names
 from peftlab.recipe.distillation import expand_names
 from peftlab.recipe.keys import did_you_mean, is_free_mapping, is_section, spec_at
 from peftlab.recipe.problems import COMMAND_LINE, misread_numbers, report, translate
 from peftlab.recipe.schema import Recipe
+from peftlab.recipe.shipped import nearest_recipes, recipe_file, recipe_names
 from peftlab.recipe.yaml_lines import Lines, Parsed, Problem, parse_yaml
 
 # A recipe has a few kilobytes; beyond this the path is a data or weight file given by mistake.

@@ -12,8 +12,15 @@ from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
+from peftlab.tasks.classification import (
+    Labels,
+    labels_loss_sum,
+    labels_score,
+    outputs_of,
+    prediction,
+    reference_outputs_of,
+)
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.labels import Labels, labels_loss_sum, labels_score, outputs_of, prediction, reference_outputs_of
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
 from peftlab.tasks.texts import Texts, fitted

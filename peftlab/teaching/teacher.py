@@ -29,7 +29,7 @@ from peftlab.runs import LOCK_NAME
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
-from peftlab.training.teachers import Columns
+from peftlab.training.teacher_outputs import Columns
 
 # Recipe keys of a teacher that stand for other keys while it is loaded.
 _KEYS = {"model.name": "name", "model.revision": "revision", "model.quantize": "quantize", "model.dtype": "dtype"}

@@ -22,11 +22,18 @@ from peftlab.tasks import Encoded, Example, Task
 from peftlab.teaching.alignment import aligned_tokens, check_ids
 from peftlab.teaching.caches import examples_identity, key_of, open_stored
 from peftlab.teaching.teacher import NamedTeacher, TeacherModel, named_teachers
-from peftlab.training.distilling import DistillLoss, Share
+from peftlab.training.distill_loss import DistillLoss, Share
 from peftlab.training.inner_losses import InnerLosses, plan_inner_losses
 from peftlab.training.packing_check import check_packing
 from peftlab.training.progress import Progress
-from peftlab.training.teachers import BackboneTeacher, CachedTeacher, Columns, ModelTeacher, Teacher, TranslatedTeacher
+from peftlab.training.teacher_outputs import (
+    BackboneTeacher,
+    CachedTeacher,
+    Columns,
+    ModelTeacher,
+    Teacher,
+    TranslatedTeacher,
+)
 
 _SECOND = "teacher"  # name of a second adapter on the student's backbone
 

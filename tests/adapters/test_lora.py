@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from peftlab.adapters import adapter_files as files_module
 from peftlab.adapters import check_adapter_files, inject, load_adapter, report, save_adapter
-from peftlab.adapters import files as files_module
 from peftlab.errors import ArtifactError, RecipeError
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -16,7 +16,7 @@ from peftlab.bench.worker import run_job
 from peftlab.cli import bench as bench_cli
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, PeftlabError, RecipeError
-from peftlab.measuring import machine, processes
+from peftlab.measuring import machine, subprocesses
 from tests.bench.bench_examples import FakeJobs
 
 OUT = Path("runs/bench-smoke")
@@ -108,7 +108,7 @@ def test_a_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest
             return {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
         except PeftlabError as error:
             found = {"error": {"kind": type(error).__name__, "message": str(error), "known": True}}
-            return processes.outcome(found, 1, "")
+            return subprocesses.outcome(found, 1, "")
 
     monkeypatch.setattr(speed_run, "launch_worker", here)
     cells = bench(quantize=["none"], repeats=1, steps=1, what=["train", "generate"], new_tokens=2)["cells"]
@@ -125,7 +125,7 @@ def test_a_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest
 
 
 def test_a_killed_cell_is_a_row_and_is_not_tried_again(jobs: FakeJobs) -> None:
-    jobs.broken["run", "auto"] = processes.outcome(None, -9, "")
+    jobs.broken["run", "auto"] = subprocesses.outcome(None, -9, "")
     cells = bench(quantize=["none"])["cells"]
     assert [c["status"] for c in cells] == ["ok", "memory"]
     assert "killed by the system (signal 9)" in cells[1]["reason"]
@@ -135,7 +135,7 @@ def test_a_killed_cell_is_a_row_and_is_not_tried_again(jobs: FakeJobs) -> None:
 def test_a_fault_of_ours_is_exit_code_1_and_the_others_are_kept(
     jobs: FakeJobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs.broken["run", "auto"] = processes.outcome(None, 1, "Traceback\nKeyError: 'x'\n")
+    jobs.broken["run", "auto"] = subprocesses.outcome(None, 1, "Traceback\nKeyError: 'x'\n")
     assert run(["bench", "smoke", "--batch", "2", "--length", "16", "--quantize", "none"]) == 1
     assert "exit code 1: KeyError: 'x'" in capsys.readouterr().err
     assert [c["status"] for c in json.loads((OUT / "bench.json").read_text())["cells"]] == ["ok", "failed"]
@@ -257,7 +257,7 @@ def test_a_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pyt
 
 def test_a_job_in_a_process_and_its_errors() -> None:
     spec = {"job": "run", "recipe": {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}}
-    found = processes.launch("peftlab.bench.worker", spec)
+    found = subprocesses.launch("peftlab.bench.worker", spec)
     assert found["status"] == "impossible" and "unknown shape" in found["reason"]
 
 

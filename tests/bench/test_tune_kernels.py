@@ -16,7 +16,7 @@ from peftlab_kernels.lora_linear import plan as plans
 from peftlab import ops
 from peftlab.assembly.process import prepare_libraries
 from peftlab.bench import plan_tuning
-from peftlab.bench.cases import candidates, make_case, make_weight
+from peftlab.bench.kernel_cases import candidates, make_case, make_weight
 from peftlab.cli.app import run
 from peftlab.diagnosing import facts
 from peftlab.measuring import timing

@@ -24,7 +24,7 @@ from peftlab.data.chat import Formatter
 from peftlab.errors import DataError
 from peftlab.tasks import Encoded
 from peftlab.tasks.causal_lm import CausalLM
-from peftlab.tasks.labels import Labels
+from peftlab.tasks.classification import Labels
 from peftlab.tasks.seq_cls import SequenceClassification
 
 END = "<|im_end|>"

@@ -182,7 +182,9 @@ def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, targets = models(N=5, V=40)
     kd, ce, _ = gradients(student, teacher, targets, 2.0, 5, "bucket")
     right = gradients_module._gradient
-    monkeypatch.setattr(gradients_module, "_gradient", lambda losses, logits, against: right(losses, logits * 0.9, against))
+    monkeypatch.setattr(
+        gradients_module, "_gradient", lambda losses, logits, against: right(losses, logits * 0.9, against)
+    )
     found = gradient_report(student, teacher, targets, temperature=2.0)
     assert found.kd_norm != pytest.approx(float(kd.norm()) / 5, rel=1e-4)
     assert found.ce_norm != pytest.approx(float(ce.norm()) / 5, rel=1e-4)

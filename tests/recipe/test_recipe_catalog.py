@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from peftlab.errors import RecipeError
-from peftlab.recipe import catalog, copy_recipe, load_recipe, recipe_names, recipe_schema, recipe_summary, recipe_text
+from peftlab.recipe import copy_recipe, load_recipe, recipe_names, recipe_schema, recipe_summary, recipe_text
+from peftlab.recipe import shipped as catalog
 from peftlab.recipe.keys import known_keys
 
 TEXT = "# Finds spam in text messages.\n# Hardware: CPU\ntask: seq_cls\n"

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlab.errors import DataError, RecipeError
-from peftlab.recipe import catalog, load_recipe
+from peftlab.recipe import load_recipe
+from peftlab.recipe import shipped as catalog
 from peftlab.recipe.keys import _FOREIGN_NAMES, known_keys, nearest_keys, spec_at
 
 GOOD = """\

@@ -20,10 +20,10 @@ from peftlab.distillation import VectorObjective
 from peftlab.errors import ArtifactError, RecipeError, VerificationError
 from peftlab.models import SentenceWriter, find_pretrained, load_model, load_tokenizer, save_plain, sentence_files
 from peftlab.tasks.embedding import Embedding
-from peftlab.training.distilling import DistillLoss, Share
+from peftlab.training.distill_loss import DistillLoss, Share
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import SilentProgress
-from peftlab.training.teachers import ModelTeacher
+from peftlab.training.teacher_outputs import ModelTeacher
 
 TEXTS = ["a cat", "the dog barks at night", "sums", "one more text of some length", "x y z", "nothing at all"]
 ROWS = Rows.from_dicts([{"text": text} for text in TEXTS], name="made")

@@ -20,8 +20,8 @@ from peftlab.api.train import train
 from peftlab.data import Rows, load_rows, read_images
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import find_pretrained, load_image_reader, load_model
+from peftlab.tasks.classification import Labels
 from peftlab.tasks.image_cls import ImageClassification
-from peftlab.tasks.labels import Labels
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import SilentProgress
 

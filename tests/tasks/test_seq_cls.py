@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from peftlab.data import BatchPlan, Rows
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError, RecipeError
-from peftlab.tasks.labels import Labels
+from peftlab.tasks.classification import Labels
 from peftlab.tasks.seq_cls import SequenceClassification
 
 TEXTS = ["good", "awful thing", "so so", "very good indeed", "bad", "meh", "nice and long, long text"]

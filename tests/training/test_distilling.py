@@ -22,11 +22,11 @@ from peftlab.distillation import Objective
 from peftlab.models.tiny import tiny_config
 from peftlab.tasks import Example, collate_packed
 from peftlab.tasks.causal_lm import CausalLM
-from peftlab.tasks.labels import Labels
+from peftlab.tasks.classification import Labels
 from peftlab.tasks.seq_cls import SequenceClassification
-from peftlab.training import distilling, teachers
-from peftlab.training.distilling import DistillLoss, Share, TaughtLogits
-from peftlab.training.teachers import BackboneTeacher, Columns, ModelTeacher
+from peftlab.training import distill_loss, teacher_outputs
+from peftlab.training.distill_loss import DistillLoss, Share, TaughtLogits
+from peftlab.training.teacher_outputs import BackboneTeacher, Columns, ModelTeacher
 
 KINDS = ["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "tvd"]
 # (tokens before the answer, trained tokens) of a text; its number of tokens is the sum.
@@ -363,7 +363,7 @@ def no_eval(model: Any) -> Any:
 
 
 def teacher_in_training_mode(patch: Any) -> None:
-    patch.setattr(teachers, "as_teacher", no_eval)
+    patch.setattr(teacher_outputs, "as_teacher", no_eval)
 
 
 def temperature_of_one_side(patch: Any) -> None:
@@ -396,18 +396,18 @@ def mask_shifted(patch: Any) -> None:
 
 
 def weights_not_normalised(patch: Any) -> None:
-    patch.setattr(distilling, "_sums", lambda parts, count: [1.0] * count)
+    patch.setattr(distill_loss, "_sums", lambda parts, count: [1.0] * count)
 
 
 def rows_in_another_order(patch: Any) -> None:
-    right = distilling._only
+    right = distill_loss._only
 
     def flipped(share: Any, batch: Any) -> Any:
         own = right(share, batch)
         trained = None if own.trained is None else own.trained.flip(0)
         return replace(own, inputs={name: tensor.flip(0) for name, tensor in own.inputs.items()}, trained=trained)
 
-    patch.setattr(distilling, "_only", flipped)
+    patch.setattr(distill_loss, "_only", flipped)
 
 
 def adapter_left_on(patch: Any) -> None:

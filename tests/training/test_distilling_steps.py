@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftlab.distillation import Objective
-from peftlab.training.distilling import DistillLoss, Share
-from peftlab.training.teachers import BackboneTeacher, Columns, ModelTeacher
+from peftlab.training.distill_loss import DistillLoss, Share
+from peftlab.training.teacher_outputs import BackboneTeacher, Columns, ModelTeacher
 
 GOAL = Goal(losses=[("forward_kl", 1.0), ("jsd", 0.5)], hard_weight=0.3, temperature=2.0)
 ORDER = (1, 2, 0)

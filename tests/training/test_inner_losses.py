@@ -18,9 +18,9 @@ from peftlab.models import inner
 from peftlab.models.inner import recording
 from peftlab.tasks import collate_packed
 from peftlab.training import inner_losses
-from peftlab.training.distilling import DistillLoss, Share
+from peftlab.training.distill_loss import DistillLoss, Share
 from peftlab.training.inner_losses import InnerLosses, InnerTerm, plan_inner_losses
-from peftlab.training.teachers import BackboneTeacher, ModelTeacher
+from peftlab.training.teacher_outputs import BackboneTeacher, ModelTeacher
 
 CPU = torch.device("cpu")
 LAYERS = ((0, 1), (1, 0))

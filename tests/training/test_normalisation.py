@@ -32,7 +32,7 @@ from peftlab.data import BatchPlan, Rows
 from peftlab.data.chat import Formatter
 from peftlab.tasks import Batch, Example, collate_packed
 from peftlab.tasks.causal_lm import CausalLM
-from peftlab.tasks.labels import Labels
+from peftlab.tasks.classification import Labels
 from peftlab.tasks.seq_cls import SequenceClassification
 from peftlab.training import loop as loop_module
 from peftlab.training.loop import LoopSettings, TrainingLoop

@@ -15,7 +15,7 @@ from peftlab.data.chat import Formatter
 from peftlab.models import find_pretrained, load_model
 from peftlab.tasks import Example
 from peftlab.tasks.causal_lm import CausalLM
-from peftlab.training.teachers import ModelTeacher, _is_at
+from peftlab.training.teacher_outputs import ModelTeacher, _is_at
 
 
 @pytest.fixture

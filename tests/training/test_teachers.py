@@ -14,9 +14,9 @@ from torch import Tensor
 
 from peftlab.adapters import add_adapter, save_adapter
 from peftlab.distillation import Objective
-from peftlab.training import teachers
-from peftlab.training.distilling import DistillLoss, Share
-from peftlab.training.teachers import BackboneTeacher, ModelTeacher
+from peftlab.training import teacher_outputs
+from peftlab.training.distill_loss import DistillLoss, Share
+from peftlab.training.teacher_outputs import BackboneTeacher, ModelTeacher
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -157,7 +157,7 @@ def eval_for_good(patch: Any) -> None:
         with torch.no_grad():
             yield
 
-    patch.setattr(teachers, "as_teacher", as_teacher)
+    patch.setattr(teacher_outputs, "as_teacher", as_teacher)
 
 
 def with_a_graph(patch: Any) -> None:
@@ -169,11 +169,11 @@ def with_a_graph(patch: Any) -> None:
         for module, training in modes:
             module.training = training
 
-    patch.setattr(teachers, "as_teacher", as_teacher)
+    patch.setattr(teacher_outputs, "as_teacher", as_teacher)
 
 
 def with_dropout(patch: Any) -> None:
-    patch.setattr(teachers, "as_teacher", lambda model: torch.no_grad())
+    patch.setattr(teacher_outputs, "as_teacher", lambda model: torch.no_grad())
     patch.setattr(BackboneTeacher, "_switched", lambda self, student: contextlib.nullcontext())
 
 

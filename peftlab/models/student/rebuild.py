@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from peftlab.errors import RecipeError
-from peftlab.models.load import quiet
+from peftlab.models.load_errors import quiet
 
 # By these names modules of transformers know their place: the cache files keys and values under it.
 _LAYER_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number"}

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from peftlab.errors import ArtifactError, RecipeError, ResourceError
-from peftlab.models.load import Pretrained, load_model, load_skeleton, quiet
+from peftlab.models.config import load_skeleton
+from peftlab.models.load import load_model
+from peftlab.models.load_errors import quiet
+from peftlab.models.pretrained import Pretrained
 from peftlab.models.student.cut import StudentCut, check_cut, chosen_layers
 from peftlab.models.student.families import Widths
 from peftlab.models.student.fresh import fresh_student

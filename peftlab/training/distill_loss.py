@@ -16,7 +16,7 @@ from peftlab.distillation import GradientReport, Objective, SparseTarget, UldObj
 from peftlab.models.inner import InnerStates
 from peftlab.tasks import Batch, Example, Outputs, Task
 from peftlab.training.inner_losses import InnerLosses
-from peftlab.training.teachers import Aligned, BackboneTeacher, Columns, ModelTeacher, Taught, Teacher
+from peftlab.training.teacher_outputs import Aligned, BackboneTeacher, Columns, ModelTeacher, Taught, Teacher
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.errors import RecipeError
-from peftlab.models.load import Pretrained, load_config, load_errors, quiet
+from peftlab.models.config import load_config
+from peftlab.models.load_errors import load_errors, quiet
+from peftlab.models.pretrained import Pretrained
 
 # Patches of models that have none, such as convolutional networks: only for sharing images out to batches.
 _PATCH = 16

@@ -1,0 +1,76 @@
+"""What the libraries say while they load a model: kept quiet, and errors told in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from peftlab.errors import ArtifactError, PeftlabError, RecipeError, ResourceError
+
+if TYPE_CHECKING:
+    from peftlab.models.pretrained import Pretrained
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the libraries' progress bars and load reports off the terminal; errors still raise."""
+    from transformers.utils import logging as hf_logging
+
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
+    """What the libraries raise while they load ``what`` of a model, as errors that say what to do."""
+    import torch
+    from safetensors import SafetensorError
+
+    name = pretrained.source.name
+    try:
+        yield
+    except PeftlabError:
+        raise
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"the weights of {name!r} are damaged: {error}; copy them again", key="model.name"
+        ) from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{name!r} does not fit into the GPU's memory; try model.quantize=nf4 or a smaller model", key="model.name"
+        ) from error
+    except MemoryError as error:
+        raise ResourceError(f"{name!r} does not fit into memory", key="model.name") from error
+    except RuntimeError as error:
+        if "size" not in str(error) and "shape" not in str(error):
+            raise
+        raise ArtifactError(
+            f"the weights of {name!r} do not fit its config.json: {str(error).strip().splitlines()[-1].strip()}",
+            key="model.name",
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not pretrained.trust_remote_code:
+            raise RecipeError(
+                f"{name!r} needs Python code that ships with it; read that code, then set model.trust_remote_code=true",
+                key="model.name",
+            ) from error
+        if "safetensors" in str(error):
+            raise ArtifactError(
+                f"{name!r} has no safetensors weights; pickled weights can run code when loaded and are refused",
+                key="model.name",
+            ) from error
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(f"the {what} of {name!r} cannot be loaded: {first}", key="model.name") from error
