@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "recipe.load",
         "api",
         "data.ledger_text",
-        "bench.labels",
+        "bench.captions",
         "runs",
     },
     "__main__": {"cli"},
@@ -55,6 +56,10 @@ FROM_ROOT = {"cli", "__main__"}
 # doctor only tries whether triton imports.
 MAY_TRY_TRITON = {"diagnosing"}
 HEAVY_FOR_CLI = {"torch", "transformers"}
+HEAVY = HEAVY_FOR_CLI | {"numpy", "pydantic", "peft", "datasets", "evaluate"}
+
+
+_MODULE = re.compile(r"peftlab(\.\w+)+(:\w+)?")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,10 @@ def imports_of(path: Path, package: str) -> Iterator[Import]:
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
             yield from (Import(f"{module}.{alias.name}", node.lineno, level) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _MODULE.fullmatch(node.value):
+            # A module of ours that is named in a string is an import that hides.
+            if node.value.split(".")[1] in ALLOWED:
+                yield Import(node.value.partition(":")[0], node.lineno, level)
         elif (
             isinstance(node, ast.Call)
             and ast.unparse(node.func) in {"importlib.import_module", "import_module", "__import__"}
@@ -143,6 +152,8 @@ def violations(root: Path) -> list[str]:
                 problem = "only peftlab/ops.py imports peftlab_kernels"
             elif top == "peftlab" and owner == "kernels":
                 problem = "peftlab_kernels never imports peftlab"
+            elif top in HEAVY and unit == "specs":
+                problem = f"specs import {top}: they are read before anything heavy is"
             elif top in HEAVY_FOR_CLI and unit == "cli" and item.at_module_level:
                 problem = f"cli imports {top} at module level: --help would take seconds"
             elif top == "peftlab" and owner == "peftlab":
@@ -155,6 +166,33 @@ def violations(root: Path) -> list[str]:
 def test_the_tree_keeps_the_rules() -> None:
     found = violations(ROOT)
     assert not found, "\n" + "\n".join(found)
+
+
+def questions_which_task_it_is(root: Path) -> list[str]:
+    """``file:line`` of each comparison of a task with a name, outside of what a task's row and its file say."""
+    asked = []
+    for path in sorted((root / "peftlab").rglob("*.py")):
+        if path.relative_to(root).parts[1] in ("specs", "tasks"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                is_task = any(
+                    (isinstance(side, ast.Attribute) and side.attr == "task")
+                    or (isinstance(side, ast.Subscript | ast.Call) and "'task'" in ast.unparse(side))
+                    for side in sides
+                )
+                names = [side for side in sides if isinstance(side, ast.Constant | ast.Tuple | ast.Set | ast.List)]
+                if is_task and names and not (isinstance(names[0], ast.Constant) and names[0].value is None):
+                    asked.append(f"{path.relative_to(root).as_posix()}:{node.lineno}")
+    return asked
+
+
+def test_nothing_outside_specs_and_tasks_asks_which_task_it_is(tmp_path: Path) -> None:
+    assert not questions_which_task_it_is(ROOT)
+    lines = ["if recipe.task == 'seq_cls': pass", "x = summary.get('task') != 'embedding'", "y = r.task in ('a', 'b')"]
+    _plant(tmp_path, {"peftlab/api/a.py": "\n".join(lines) + "\n", "peftlab/tasks/b.py": lines[0] + "\n"})
+    assert questions_which_task_it_is(tmp_path) == [f"peftlab/api/a.py:{i}" for i in (1, 2, 3)]
 
 
 def test_the_map_has_no_circle() -> None:
@@ -192,7 +230,9 @@ def test_planted_violations_are_found(tmp_path: Path) -> None:
         "peftlab/cli/m.py": "from peftlab.training import loop\n",
         "peftlab/tasks/n.py": "from tests.helpers import x\n",
         "peftlab/tasks/o.py": "import kernels\n",
+        "peftlab/tasks/oo.py": "WORKER = 'peftlab.api.train'\n",
         "peftlab/surprise/p.py": "",
+        "peftlab/specs/pp.py": "def f():\n    import torch\n",
         "kernels/peftlab_kernels/q.py": "from peftlab.errors import DataError\n",
         "bench/r.py": "from tests import helpers\n",
         "tests/s.py": "import kernels.peftlab_kernels\n",

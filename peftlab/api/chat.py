@@ -13,6 +13,7 @@ import torch
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import RecipeSource, Target, check_room_to_answer, find_target, open_target
 from peftlab.errors import RecipeError
+from peftlab.specs.tasks import TASKS
 from peftlab.tasks import Generates
 from peftlab.training.progress import Progress, SilentProgress
 
@@ -112,6 +113,5 @@ def _chat_target(target: str | os.PathLike[str], recipe: RecipeSource | None, ov
     except RecipeError:
         if recipe is not None or (Path(target).is_dir() and not (Path(target) / "config.json").is_file()):
             raise
-        return find_target(
-            target, {"task": "causal_lm", "model": {"name": str(target)}, "data": {"train": "-"}}, overrides
-        )
+        writes = next(name for name, spec in TASKS.items() if spec.generates)
+        return find_target(target, {"task": writes, "model": {"name": str(target)}, "data": {"train": "-"}}, overrides)

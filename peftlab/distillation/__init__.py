@@ -1,10 +1,9 @@
 """Distillation: the loss contract. Losses and targets are pure functions; models, data and recipes are elsewhere."""
 
-from peftlab.distillation.features import INNER_ATTENTION, INNER_HIDDEN, relation_kl
+from peftlab.distillation.features import INNER_ATTENTION, INNER_HIDDEN, VECTOR_LOSSES, relation_kl
 from peftlab.distillation.gradients import GradientReport, gradient_report
 from peftlab.distillation.losses import cross_entropy, divergence, sparse_divergence
 from peftlab.distillation.objective import (
-    VECTOR_LOSSES,
     Objective,
     VectorObjective,
     as_teacher,

@@ -155,7 +155,14 @@ def _exact(states: Tensor) -> Tensor:
     return states if states.dtype == torch.float64 else states.float()
 
 
-# By name, those that compare a layer of each model: its hidden states, and its attention scores.
+# By name, as in ``specs.losses``: those that compare vectors of the answers.
+VECTOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hidden_cosine": hidden_cosine,
+    "hidden_mse": hidden_mse,
+    "similarity_mse": similarity_mse,
+    "similarity_kl": similarity_kl,
+}
+# Those that compare a layer of each model: its hidden states, and its attention scores. relation_kl compares more of it.
 INNER_HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hidden_mse": hidden_mse,
     "hidden_cosine": hidden_cosine,

@@ -7,24 +7,17 @@ and ranks (contract C3), so that a step does not depend on how it is cut.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from peftlab import ops
-from peftlab.distillation.features import hidden_cosine, hidden_mse, similarity_kl, similarity_mse
+from peftlab.distillation.features import VECTOR_LOSSES
 from peftlab.distillation.losses import cross_entropy, divergence, sparse_divergence
 from peftlab.distillation.targets import SparseTarget
 from peftlab.errors import RecipeError
-
-VECTOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "hidden_cosine": hidden_cosine,
-    "hidden_mse": hidden_mse,
-    "similarity_mse": similarity_mse,
-    "similarity_kl": similarity_kl,
-}
 
 
 def select(values: Tensor, trained: Tensor) -> Tensor:

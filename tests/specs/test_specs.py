@@ -1,0 +1,116 @@
+"""The rows of ``specs``: each has what it names, and nothing exists that has no row."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import peft
+import pytest
+
+from peftlab import ops
+from peftlab.distillation import INNER_ATTENTION, INNER_HIDDEN, VECTOR_LOSSES
+from peftlab.evaluation import modules
+from peftlab.evaluation.comparison import Comparison
+from peftlab.recipe.keys import known_keys
+from peftlab.recipe.schema import AdapterSection, ModelSection, TrainSection
+from peftlab.specs.kernels import KERNEL_MODES
+from peftlab.specs.losses import LOSSES
+from peftlab.specs.methods import METHODS, VARIANTS, variant_of
+from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, family_of
+from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
+from peftlab.specs.storages import STORAGES
+from peftlab.specs.tasks import COLUMNS, KEYS_OF_TASKS, NEEDS, TASKS
+from peftlab.tasks import Generates, Redraws, Task, task_class
+from peftlab.training import optimizers, schedules
+
+
+def test_specs_import_nothing_of_the_engine_and_no_library() -> None:
+    program = """
+import sys
+before = set(sys.modules)
+from peftlab.specs import kernels, losses, methods, metrics, optimizers, protocol, storages, tasks
+found = {name for name in set(sys.modules) - before if not name.startswith("peftlab.specs")}
+print(sorted(name for name in found if name.startswith("peftlab.") or name in ("torch", "numpy", "pydantic")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("rows", [TASKS, METHODS, LOSSES, METRICS, OPTIMIZERS, SCHEDULES, KERNEL_MODES, STORAGES])
+def test_a_row_is_found_by_its_name(rows: dict[str, object]) -> None:
+    assert rows and all(getattr(row, "name", None) == name for name, row in rows.items())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_implemented_by_what_its_row_names(name: str) -> None:
+    spec, found = TASKS[name], task_class(name)
+    assert found.spec is spec
+    protocols = [Task, *([Generates] if spec.generates else []), *([Redraws] if spec.redraws else [])]
+    wanted = {n for p in protocols for n, value in vars(p).items() if inspect.isfunction(value) or n == "make"}
+    assert not {n for n in wanted if not n.startswith("_")} - set(dir(found))
+    assert spec.predicts in ROWS and family_of(spec.headline).rows
+
+
+def test_the_keys_of_tasks_are_keys_of_the_recipe() -> None:
+    known = {f"{section}.{name}" for section, names in known_keys().items() for name in names}
+    assert set(KEYS_OF_TASKS) <= known and set(NEEDS) <= set(KEYS_OF_TASKS)
+    assert {f"data.columns.{part}" for part in COLUMNS} <= known
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs])
+def test_a_metric_takes_what_its_row_says(name: str) -> None:
+    metric = modules.load_metric(name)
+    assert modules.takes_class_names(metric) <= METRICS[name].of_classes
+    assert set(inspect.signature(metric._compute).parameters) - {"self", "class_names"} == set(METRICS[name].needs)
+    assert any(set(METRICS[name].needs.values()) <= {*t.scores, *t.scores_with_classes} for t in TASKS.values())
+
+
+def test_the_columns_of_a_comparison_are_those_that_rows_name() -> None:
+    import torch
+
+    for predicts, wanted in ROWS.items():
+        if predicts != "vectors":
+            comparison = Comparison(4, predicts=predicts)
+            logits = torch.randn(4, 3)
+            comparison.add(logits, torch.tensor([0, 1, 2, 0]), torch.arange(4), logits)
+            assert comparison.columns().keys() == wanted
+    assert all(any(set(s.rows) <= columns for columns in ROWS.values()) for s in METRICS.values() if s.rows)
+    assert {family_of(name).name for name in CARD_ORDER} <= set(METRICS)
+
+
+def test_every_loss_has_a_function_and_every_function_a_row() -> None:
+    by_kind = {
+        kind: {n for n, spec in LOSSES.items() if kind in spec.compares} for kind in ("probabilities", "vectors")
+    }
+    assert by_kind["probabilities"] == set(ops.DIVERGENCES)
+    assert by_kind["vectors"] == set(VECTOR_LOSSES)
+    assert {n for n, s in LOSSES.items() if "layers" in s.compares} == {*INNER_HIDDEN, *INNER_ATTENTION, "relation_kl"}
+
+
+def test_optimizers_and_schedules_are_implemented_and_their_keys_exist() -> None:
+    assert optimizers.OPTIMIZERS.keys() == OPTIMIZERS.keys()
+    assert schedules.SCHEDULES.keys() == SCHEDULES.keys()
+    keys = {key for rows in (OPTIMIZERS, SCHEDULES) for row in rows.values() for key in row.keys}
+    assert keys <= set(TrainSection.model_fields)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.adapts])
+def test_a_method_of_peft_has_the_fields_that_its_keys_stand_for(name: str) -> None:
+    spec = METHODS[name]
+    fields = getattr(peft, spec.config).__dataclass_fields__
+    assert {*spec.keys.values(), *spec.fixed} <= set(fields)
+    assert set(spec.keys) <= set(AdapterSection.model_fields)
+
+
+def test_variants_are_told_apart_by_their_settings() -> None:
+    for name, (spec, variant) in VARIANTS.items():
+        section = AdapterSection(method=spec.name, **variant.settings).model_dump()
+        assert variant_of(spec.name, section) == name
+
+
+def test_kernel_modes_and_storages_are_those_of_the_kernels() -> None:
+    assert {name for name, mode in KERNEL_MODES.items() if mode.operands} == set(ops.CPU_OPERANDS)
+    assert all(mode.storage in (None, *STORAGES) for mode in KERNEL_MODES.values())
+    assert {key for spec in STORAGES.values() for key in spec.keys} <= set(ModelSection.model_fields)
