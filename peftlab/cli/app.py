@@ -149,7 +149,8 @@ def _command() -> Any:
 def run(arguments: Sequence[str]) -> int:
     """Does what the arguments say; the exit code. Prints, never raises."""
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
-    out = Output(json="--json" in options, debug="--debug" in options)
+    verbose = "-v" in options or "--verbose" in options
+    out = Output(json="--json" in options, debug="--debug" in options, verbose=verbose)
     command = _command()
     try:
         if not arguments:
