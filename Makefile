@@ -69,7 +69,7 @@ format: $(VENV)/.dev ## let ruff fix and format the code
 	$(BIN)/ruff format .
 
 gpu-check: ## check and measure on this machine's GPU
-	@if [ -x $(BIN)/python ]; then $(BIN)/python bench/gpu_check.py; else "$(PYTHON)" bench/gpu_check.py; fi
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m bench.gpu_check; else "$(PYTHON)" -m bench.gpu_check; fi
 
 # torch and triton keep their pins: unpinned, torch is the build for CUDA, gigabytes that nobody here looks at.
 constraints: ## rewrite constraints.txt with the newest versions (torch and triton: edit by hand)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for every supported GPU, without one, and reads what came out.
 
-    python bench/compile_kernels.py [--json FILE] [--table] [--quick] [--arch 90] [--only REGEX] [--set BLOCK_M=128]
+    python -m bench.compile_kernels [--json FILE] [--table] [--quick] [--arch 90] [--only REGEX] [--set BLOCK_M=128]
                                     [--ptx FOLDER]
 
 Triton ships ptxas. A case has a problem when a kernel does not compile, spills registers, needs more shared memory than
@@ -34,7 +34,9 @@ from peftlab_kernels.linear_kl import DIVERGENCES, TAILS
 from peftlab_kernels.lora_linear import passes
 from peftlab_kernels.nf4_dequant.op import dequant_options, merge_options
 
-FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "peftlab_kernels"
+from bench import ROOT
+
+FOLDER = ROOT / "kernels" / "peftlab_kernels"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64)
 # What one block may have, by architecture (CUDA programming guide, technical specifications per compute capability).
@@ -275,7 +277,7 @@ def main() -> int:
         parser.error("--table needs all cases with the ops' own values")
     if "TRITON_INTERPRET" in os.environ:  # Triton reads it when a kernel is defined, and then there is none to compile
         del os.environ["TRITON_INTERPRET"]
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     work = jobs(quick=arguments.quick, only=arguments.only, archs=arguments.arch or list(SHARED_LIMIT_BYTES))
     if not work:
         parser.error(f"no case matches {arguments.only!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,15 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.gpu_check import base, loss_model, loss_rivals, loss_speed
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE = (64, 8, 4096)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("base", "loss_model", "loss_rivals", "loss_speed")
-    return SimpleNamespace(**{name: importlib.import_module(f"_gpu_{name}") for name in names})
 
 
 class Traffic(TorchDispatchMode):
@@ -56,24 +51,24 @@ def peak_bytes(run: Any) -> int:
     ("case", "name"),
     [("CE_FROZEN", "full logits"), ("CE_TRAINED", "full logits"), ("KL", "lean KL"), ("JSD", "JSD + CE")],
 )
-def test_dense_losses_move_and_hold_what_the_model_says(gpu: SimpleNamespace, case: str, name: str) -> None:
-    problem = gpu.loss_rivals.make_problem(gpu.base.Device("cpu"), getattr(gpu.loss_model, case), SHAPE)
-    loss = gpu.loss_rivals.RIVALS[name].make(problem)
+def test_dense_losses_move_and_hold_what_the_model_says(case: str, name: str) -> None:
+    problem = loss_rivals.make_problem(base.Device("cpu"), getattr(loss_model, case), SHAPE)
+    loss = loss_rivals.RIVALS[name].make(problem)
 
     def run() -> Any:
         return torch.autograd.grad(loss(), problem.leaves)
 
     run()
-    dense, logits = gpu.loss_model.DENSE[name], SHAPE[0] * SHAPE[2]
+    dense, logits = loss_model.DENSE[name], SHAPE[0] * SHAPE[2]
     with Traffic(logits) as traffic:
         run()
     assert traffic.bytes / logits == pytest.approx(dense.bytes_per_logit, rel=0.02)
     assert peak_bytes(run) / logits == pytest.approx(dense.peak, rel=0.05)
 
 
-def test_targets_are_within_what_the_model_says(gpu: SimpleNamespace) -> None:
+def test_targets_are_within_what_the_model_says() -> None:
     """And no further below it than an eighth, or they would say little."""
-    model, checked = gpu.loss_model, 0
+    model, checked = loss_model, 0
     for case, targets in model.TARGETS.items():
         for name in targets.keys() & model.DENSE.keys():
             low, high = (ms / model.ours_ms(case) for ms in model.dense_ms(case, name))
@@ -84,10 +79,10 @@ def test_targets_are_within_what_the_model_says(gpu: SimpleNamespace) -> None:
     assert checked == 5
 
 
-def test_every_target_is_measured_somewhere(gpu: SimpleNamespace) -> None:
-    rows = [row for part in gpu.loss_speed.ROWS.values() for row in part]
-    for case, targets in gpu.loss_model.TARGETS.items():
-        measured = {name for of, against in rows if of == case for name in gpu.loss_speed.AGAINST[against]}
+def test_every_target_is_measured_somewhere() -> None:
+    rows = [row for part in loss_speed.ROWS.values() for row in part]
+    for case, targets in loss_model.TARGETS.items():
+        measured = {name for of, against in rows if of == case for name in loss_speed.AGAINST[against]}
         assert targets.keys() <= measured
 
 
@@ -111,12 +106,10 @@ def rival(make: Any) -> ModuleType:
         (lambda p: lambda: torch.empty(0).max(), "failed: RuntimeError: max(): "),
     ],
 )
-def test_a_contestant_that_fails_costs_its_own_figure(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, make: Any, state: str
-) -> None:
-    device = gpu.base.Device("cpu")
-    speed, case = gpu.loss_speed, gpu.loss_model.CE_FROZEN
-    monkeypatch.setitem(gpu.loss_rivals.RIVALS, "Liger", gpu.loss_rivals.Rival(make))
+def test_a_contestant_that_fails_costs_its_own_figure(monkeypatch: pytest.MonkeyPatch, make: Any, state: str) -> None:
+    device = base.Device("cpu")
+    speed, case = loss_speed, loss_model.CE_FROZEN
+    monkeypatch.setitem(loss_rivals.RIVALS, "Liger", loss_rivals.Rival(make))
     monkeypatch.setitem(speed.TARGETS, case, {**speed.TARGETS[case], "Liger": (1.0, None)})
     row = speed._loss_speed(device, case, "Liger", SHAPE)
     assert row["ok"] is None and row["not_run"].startswith(f"Liger: {state}")
@@ -126,7 +119,7 @@ def test_a_contestant_that_fails_costs_its_own_figure(
     assert row["ratios"].keys() == {"full logits"}
 
 
-def test_what_is_not_installed_is_said(gpu: SimpleNamespace) -> None:
+def test_what_is_not_installed_is_said() -> None:
     assert "quack" not in sys.modules
-    row = gpu.loss_speed._loss_speed(gpu.base.Device("cpu"), gpu.loss_model.CE_TRAINED, "CuTe DSL", SHAPE)
+    row = loss_speed._loss_speed(base.Device("cpu"), loss_model.CE_TRAINED, "CuTe DSL", SHAPE)
     assert row["not_run"] == "Liger CuTe: not installed: liger_kernel, cutlass; QuACK: not installed: quack, cutlass"

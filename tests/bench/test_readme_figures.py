@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench import report
+from bench.peers import __main__ as main_of_peers
+from bench.peers import distillation as peers_distillation
+from bench.studies import call_overhead, cpu_path, distillation, linear_losses, loss_curves
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPTS = ("peers", "distillation", "cpu_path", "cpu_kd", "linear_losses", "loss_curves", "call_overhead")
+PROGRAMS = {
+    "peers": main_of_peers,
+    "peers.distillation": peers_distillation,
+    **{
+        f"studies.{m.__name__.rpartition('.')[2]}": m
+        for m in (call_overhead, cpu_path, distillation, linear_losses, loss_curves)
+    },
+}
 
 
 def section(text: str, name: str) -> str:
     return text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
 
 
-def remade(script: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str, str]]:
-    """(file, marker, table) of ``python bench/SCRIPT.py --table``; nothing is written."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def remade(program: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str, str]]:
+    """(file, marker, table) of ``python -m bench.PROGRAM --table``; nothing is written."""
     found: list[tuple[Path, str, str]] = []
-    report, module = importlib.import_module("_report"), importlib.import_module(script)
     monkeypatch.setattr(report, "replace_section", lambda *arguments: found.append(arguments))
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--table"])
-    assert not module.main()
+    monkeypatch.setattr(sys, "argv", ["program", "--table"])
+    assert not PROGRAMS[program].main()
     return found
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_tables_are_made_of_the_results(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = remade(script, monkeypatch)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_tables_are_made_of_the_results(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = remade(program, monkeypatch)
     assert found
     for path, name, table in found:
-        assert table == section(path.read_text(encoding="utf-8"), name), f"python bench/{script}.py --table"
+        assert table == section(path.read_text(encoding="utf-8"), name), f"python -m bench.{program} --table"
         assert table.count("|") > 20
 
 
 def test_no_table_is_without_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    remakes = {name for script in SCRIPTS for _, name, _ in remade(script, monkeypatch)}
+    remakes = {name for program in PROGRAMS for _, name, _ in remade(program, monkeypatch)}
     others = {"kd_conformance", "gpu_check"}  # written with the measurement; tests/bench/test_gpu_claims.py
     for path in (ROOT / "README.md", ROOT / "bench" / "README.md"):
         marks = {line[5:-4] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("<!-- /")}
@@ -46,5 +55,5 @@ def test_no_table_is_without_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_changed_figure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, name, table = next(t for t in remade("distillation", monkeypatch))
+    _, name, table = next(t for t in remade("studies.distillation", monkeypatch))
     assert table != section(text.replace("0.820", "0.920"), name)
