@@ -262,10 +262,11 @@ from bench.gpu_check.base import Deadline, Device
 from bench.gpu_check.run import Rows, run_group
 from bench.gpu_check.sections import SECTIONS
 from peftlab.bench.journal import begin
-from peftlab_kernels import lora_linear, nf4_dequant
-right, dequant = lora_linear.lora_linear, nf4_dequant.nf4_dequant
-lora_linear.lora_linear = lambda *args, scale, **kwargs: right(*args, scale=1.01 * scale, **kwargs)
-nf4_dequant.nf4_dequant = lambda *args, **kwargs: dequant(*args, **kwargs) * 1.01
+from peftlab_kernels.lora_linear import cases as linear
+from peftlab_kernels.nf4_dequant import cases as nf4
+right, dequant = linear.lora_linear, nf4.nf4_dequant
+linear.lora_linear = lambda *args, scale, **kwargs: right(*args, scale=1.01 * scale, **kwargs)
+nf4.nf4_dequant = lambda *args, **kwargs: dequant(*args, **kwargs) * 1.01
 from peftlab import ops
 kl = ops.linear_kl
 ops.linear_kl = lambda *args, **kwargs: (found := kl(*args, **kwargs))._replace(total=1.05 * found.total)

@@ -35,7 +35,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from bench import RESULTS, ROOT
-from bench.gpu_check import pending, preflight
+from bench.gpu_check import preflight
 from bench.gpu_check.base import Deadline, Device, Row, Section
 from bench.gpu_check.conductor import Conductor
 from bench.gpu_check.journal import JOURNAL, finished, header
@@ -109,6 +109,8 @@ def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser
 
 def report(path: Path) -> int:
     """Raises: RecipeError (rows of a dry run), ArtifactError (a damaged file)."""
+    from bench.gpu_check import pending  # with torch, which a preflight does without
+
     records = read_records(path, anew=ANEW) if path.is_file() else []
     if records and records[0]["dry_run"]:
         raise RecipeError(f"{path} is of a dry run, which confirms nothing; give another --out")

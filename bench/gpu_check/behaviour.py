@@ -8,20 +8,23 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bench.gpu_check.base import Device, Row, Task
-from bench.gpu_check.linears import (
+import torch
+from peftlab_kernels.lora_linear import dropout_mask, plan
+from peftlab_kernels.lora_linear.cases import (
     DROPOUT,
     DRY_SHAPES,
     NAMES,
     SCALE,
     SEED,
     WAYS,
-    forced,
+    Way,
     fused,
     keep_mask,
     make_case,
     unfused,
 )
+
+from bench.gpu_check.base import Device, Row, Task
 
 
 def adapter_behaviour(device: Device) -> Iterator[Task]:
@@ -42,8 +45,6 @@ def _gain(device: Device, kind: str) -> Row:
     Where one rounding ends it, of a merged weight or of an output to which the product was added, nearly all of it must
     arrive. Where the output is rounded before the addition, or the adapter merged into 16 bits, about half is lost.
     """
-    import torch
-
     M, N, K, R = shape = device.pick((2048, 4096, 4096, 16), (64, 128, 128, 8))
     case = make_case(device, kind, shape, torch.bfloat16, dropout=0.0)
     A, B = case.A.double(), case.B.double()
@@ -57,7 +58,7 @@ def _gain(device: Device, kind: str) -> Row:
 
     gains = {"unfused": gain(unfused(case)["y"])}
     for way in ("merged", "split"):
-        with forced(way, way):
+        with plan.forced(plan.Plan(way, way)):
             gains[way] = gain(fused(case, device.backend(torch.bfloat16))["y"])
     # The dry run's few elements say little.
     margin, spare = device.pick((0.05, 0.02), (0.5, 0.5))
@@ -68,9 +69,6 @@ def _gain(device: Device, kind: str) -> Row:
 
 def _mask(device: Device, dropout: float) -> Row:
     """The bits of the NumPy reference, and the share kept within five sigma, in all and per place in a byte."""
-    import torch
-    from peftlab_kernels.lora_linear import dropout_mask
-
     M, K = device.pick((2048, 4096), (64, 96))
     x = torch.zeros(M, K, device=device.kind)
     keep, keep_scale = dropout_mask(x, dropout, torch.tensor(SEED), backend="triton")
@@ -83,13 +81,11 @@ def _mask(device: Device, dropout: float) -> Row:
     return {"kept": kept, "expected": share, "sigmas_off": max(off), "as_reference": same, "ok": same and max(off) < 5}
 
 
-def _same_twice(device: Device, kind: str, way: tuple[str, str, float]) -> Row:
-    import torch
-
+def _same_twice(device: Device, kind: str, way: Way) -> Row:
     dtype = torch.bfloat16
     shape = device.pick((2048, 4096, 4096, 16), DRY_SHAPES[0])
     case = make_case(device, kind, shape, dtype, dropout=way[2])
-    with forced(way[0], way[1]):
+    with plan.forced(plan.Plan(way[0], way[1])):
         first, second = (fused(case, device.backend(dtype)) for _ in range(2))
     differing = [name for name in NAMES if not torch.equal(first[name], second[name])]
     return {"shape": list(shape), "differing": differing, "ok": not differing}

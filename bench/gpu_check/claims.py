@@ -1,4 +1,4 @@
-"""gpu-check: what rows say about the claims of results/claims.json.
+"""gpu-check: what rows say about the claims of results/claims.json and of the ops' cases.py.
 
 A claim has ``rules``; each names a section, the tasks whose rows decide it (``match``: key -> value, or a list of those that
 fit), and with ``figure`` the path of a figure in those rows with its bound (``at_least``, ``at_most``, ``equals``) or none. It is
@@ -8,11 +8,14 @@ on. With ``card``, part of a GPU's name, it is about that card only and stays op
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from peftlab_kernels.cases import gathered
 
 from bench import RESULTS
 from bench.gpu_check.base import Row
@@ -40,7 +43,8 @@ class Verdict:
 
 
 def load(path: Path = CLAIMS) -> list[Claim]:
-    return list(json.loads(path.read_text(encoding="utf-8")))
+    """Those of the file, and those that ops make in their cases.py."""
+    return [*json.loads(path.read_text(encoding="utf-8")), *itertools.chain(*gathered("CLAIMS").values())]
 
 
 def fits(rule: Row, task: Row) -> bool:

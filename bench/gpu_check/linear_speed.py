@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from peftlab_kernels.lora_linear.cases import DROPOUT, DRY_TIMED, LAYER, TIMED
+
 from bench.gpu_check.base import Device, Row, Task
 from bench.gpu_check.dequant_speed import bytes_per_s, flops_per_s
 from bench.gpu_check.roofline import (
     CARD,
     DROPOUT_MEMORY_TARGET,
-    LAYER,
     LIMIT,
     RANKS_TARGET,
     TARGET,
@@ -32,22 +33,7 @@ from bench.gpu_check.roofline import (
 from bench.gpu_check.timing import Run, compared, interleaved, reaches
 
 PEFT = ("PEFT, autocast", "PEFT, bf16")
-DROPOUT = 0.05
 FLUSHED_ROWS = 512  # up to here what a call reads may still be in the L2 from the call before
-SMALL = (512, 16, 1)
-# Storage, rows, rank, most important first.
-CASES: dict[str, list[tuple[str, int, int]]] = {
-    "first": [("nf4", 8192, 16)],
-    "rest": [
-        ("nf4", 2048, 16),
-        *(("dense", M, 16) for M in (8192, 2048)),
-        *(("nf4", M, 16) for M in SMALL),
-        *(("nf4", 2048, R) for R in (8, 64)),
-        *(("dense", M, 16) for M in SMALL),
-        *(("dense", 2048, R) for R in (8, 64)),
-    ],
-}
-DRY_CASES = {"first": [("nf4", 16, 16)], "rest": [("dense", 16, 16), ("nf4", 1, 16), ("dense", 1, 16)]}
 
 
 @dataclass(frozen=True)
@@ -140,7 +126,7 @@ def contestants(device: Device, layer: Layer, x: Any, grad: Any) -> dict[str, Ru
 def lora_speed(device: Device, part: str) -> Iterator[Task]:
     """part: ``first``, what most claims are about, or the ``rest``."""
     shapes = device.pick(list(LAYER), [(96, 128)])
-    for kind, M, R in device.pick(CASES, DRY_CASES)[part]:
+    for kind, M, R in device.pick(TIMED, DRY_TIMED)[part]:
         for dropout in (0.0, DROPOUT):
             for N, K in shapes:
                 what = _what(kind, M, R, dropout) | {"shape": [N, K]}

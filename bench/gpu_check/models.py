@@ -1,16 +1,15 @@
-"""gpu-check: the loss, whole tiny models on CUDA, the smoke recipe, and the tests that run on a GPU."""
+"""gpu-check: whole tiny models on CUDA, the smoke recipe, and the tests that run on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,83 +20,6 @@ TESTS = ["tests/ops", "tests/adapters/test_fused.py"]
 DRY_TESTS = ["tests/ops/test_linear_losses.py", "-k", "left_alone"]
 # The first compiles for GPUs that are not there, with the pinned Triton; slow tests train real models.
 NOT_HERE = ("--ignore=tests/ops/test_compiled_kernels.py", "-m", "not slow")
-
-
-LOSSES = ("cross-entropy", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "top-64 + tail")
-
-
-def loss_correctness(device: Device) -> Iterator[Task]:
-    """The fused linear losses, every gradient: error against float64, at most that of eager code in the same dtype plus
-    slack. Total variation is left to the CPU: its gradient jumps where p = q, differently after other roundings."""
-    shapes = device.pick([(63, 96, 1009), (257, 576, 49152), (1, 64, 300)], [(63, 96, 300)])
-    for dtype, slack in (("float32", 5e-4), ("float16", 4e-3), ("bfloat16", 2e-2)):
-        for shape, loss in itertools.product(shapes, LOSSES):
-            what = {"check": loss, "dtype": dtype, "shape": list(shape)}
-            yield Task(what, partial(_loss, device, dtype, slack, shape, loss, None))
-        for loss in LOSSES:  # dW is summed over chunks, where it is one product otherwise
-            what = {"check": loss, "dtype": dtype, "shape": list(shapes[0]), "chunk": 20}
-            yield Task(what, partial(_loss, device, dtype, slack, shapes[0], loss, 20))
-
-
-def _loss(
-    device: Device, dtype_name: str, slack: float, shape: tuple[int, int, int], name: str, chunk: int | None
-) -> Row:
-    """hard_weight 0.3 and T = 2 beside a teacher; soft-cap on both heads, a bias, everything trained."""
-    import torch
-    from torch.nn import functional as F
-
-    from peftlab import ops
-
-    num_tokens, hidden, vocab = shape
-    dtype = getattr(torch, dtype_name)
-    x = device.randn(num_tokens, hidden, seed=0, dtype=dtype)
-    w = (3 * device.randn(vocab, hidden, seed=1) / hidden**0.5).to(dtype)
-    b = device.randn(vocab, seed=2, dtype=dtype)
-    taught = (2 * device.randn(num_tokens, vocab, seed=3)).to(dtype)
-    t = torch.randint(0, vocab, (num_tokens,), device=device.kind)
-    probs, ids = (taught.double() / 2).softmax(-1).topk(64)
-    sparse, temperature = ops.SparseTeacher(ids, probs.float()), 2.0
-
-    def fused(x: Any, w: Any, b: Any) -> Any:
-        head = ops.Head(ops.DenseWeight(w), b, softcap=20.0)
-        backend = device.backend(dtype)
-        if name == "cross-entropy":
-            return ops.linear_cross_entropy(x, head, t, backend=backend, chunk=chunk).total
-        teacher = sparse if name.startswith("top") else ops.DenseTeacher(taught)
-        kind = "forward_kl" if name.startswith("top") else name
-        return ops.linear_kl(
-            x, head, teacher, t, divergence=kind, share=0.3, temperature=temperature, hard_weight=0.3, backend=backend,
-            chunk=chunk,
-        ).total  # fmt: skip
-
-    def eager(x: Any, w: Any, b: Any) -> Any:
-        z = F.linear(x, w, b)
-        z = 20.0 * torch.tanh((z if x.dtype == torch.float64 else z.float()) / 20.0)
-        hard = F.cross_entropy(z, t, reduction="sum")
-        if name == "cross-entropy":
-            return hard
-        if name.startswith("top"):
-            log_q, p = (z / temperature).log_softmax(-1), probs.to(z)
-            log_rest = (z / temperature).scatter(1, ids, -torch.inf).logsumexp(-1) - (z / temperature).logsumexp(-1)
-            rest = (1 - p.sum(-1)).clamp_min(1e-30)
-            soft = (p * (p.log() - log_q.gather(1, ids))).sum() + (rest * (rest.log() - log_rest)).sum()
-        else:
-            soft = ops.token_divergence(z, taught.to(z), kind=name, share=0.3, temperature=temperature).sum()
-        return 0.3 * hard + 0.7 * temperature**2 * soft
-
-    def run(loss: Callable[..., Any], *tensors: Any) -> tuple[Any, ...]:
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-        value = loss(*leaves)
-        return value.detach().double(), *(g.double() for g in torch.autograd.grad(value, leaves))
-
-    truth, ours, plain = run(eager, x.double(), w.double(), b.double()), run(fused, x, w, b), run(eager, x, w, b)
-    row: Row = {"ok": True}
-    for part, want, got, base in zip(("loss", "hidden", "weight", "bias"), truth, ours, plain, strict=True):
-        error, allowed = float((got - want).abs().max()), float((base - want).abs().max())
-        limit = allowed + slack * float(want.abs().max())
-        row[part] = {"error": error, "limit": limit}
-        row["ok"] = row["ok"] and error <= limit
-    return row
 
 
 def tiny_models(device: Device) -> Iterator[Task]:

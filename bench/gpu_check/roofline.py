@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from peftlab_kernels.cases import gathered
+from peftlab_kernels.lora_linear.cases import LAYER
+from peftlab_kernels.lora_linear.plan import rule
+
 from bench.gpu_check.base import Device
 
 
@@ -32,8 +36,8 @@ CARDS = {
 # That of the targets of rows, and of the claims that name it; on another card a figure has no target.
 CARD = "H200"
 SHARED_READ_RANK = 32  # up to it one read of dY serves dS and dB (passes.py)
-# (N, K) of the linears of a Llama-3-8B layer -> how many of them: q and o, k and v, gate and up, down.
-LAYER = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
+# Of an element, by kind of weight.
+STORED_BYTES = {"dense": 2.0, **{s.kind: s.stored_bytes for s in gathered("STORAGE").values()}}
 NUM_LAYERS, HIDDEN = 32, 4096
 # Of a step of 8,192 tokens, milliseconds beside the linears of the layers: eager RMSNorm, rotations and SwiGLU 143 (4.5 a layer),
 # the head's two products 22 and its logits 8, attention 20, the rest 7. Counted in bytes, not measured.
@@ -63,7 +67,7 @@ def card_of(device: Device) -> str | None:
 
 def dequant_bytes(kind: str, N: int, K: int) -> float:
     """Reading the stored weight once and writing it once in 16 bits."""
-    return {"nf4": 2.516, "int8": 3.0, "dense": 0.0}[kind] * N * K
+    return (STORED_BYTES[kind] + 2) * N * K if kind != "dense" else 0.0
 
 
 def gemm_flops(M: int, N: int, K: int) -> float:
@@ -72,8 +76,7 @@ def gemm_flops(M: int, N: int, K: int) -> float:
 
 def base_bytes(kind: str, M: int, N: int, K: int, *, passes: int = 2) -> float:
     """What the frozen product must move at least, forward and dX: the stored weight, the input and the output."""
-    stored = {"nf4": 0.516, "int8": 1.0, "dense": 2.0}[kind] * N * K
-    return passes * (stored + 2.0 * M * N + 2.0 * M * K)
+    return passes * (STORED_BYTES[kind] * N * K + 2.0 * M * N + 2.0 * M * K)
 
 
 def adapter_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropout: bool, merged: bool) -> float:
@@ -134,8 +137,6 @@ def predicted_us(
 
 
 def _merged(kind: str, M: int, N: int, K: int, dropout: bool) -> bool:
-    from peftlab_kernels.lora_linear.plan import rule
-
     return rule("sm_90", kind, M=M, N=N, K=K, dropout=dropout).backward == "merged"
 
 

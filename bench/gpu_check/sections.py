@@ -10,8 +10,12 @@ that (equal bytes, little lost of a small adapter) are promises with claims of t
 
 from __future__ import annotations
 
+import ast
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
+
+from peftlab_kernels.cases import case_files
 
 from bench.gpu_check.base import Device, Section, Task
 
@@ -40,7 +44,7 @@ SECTIONS = [
         120,
         uses=("bitsandbytes",),
     ),
-    Section("linear losses", "losses", "bench.gpu_check.models:loss_correctness", 120),
+    Section("linear losses", "losses", "bench.gpu_check.losses:loss_correctness", 120),
     Section("distillation", "kd", "bench.gpu_check.distillation:distillation", 120, needs=("peft",)),
     Section("ceilings", "ops", "bench.gpu_check.dequant_speed:ceilings", 15, least=10, timing=True),
     Section(
@@ -105,7 +109,7 @@ SECTIONS = [
         timing=True,
         stands_on=LINEARS,
     ),
-    Section("order of addition", "more ops", "bench.gpu_check.dequant_speed:addition_order", 12, wave=2, timing=True),
+    Section("order of addition", "more ops", "bench.gpu_check.checks:times_of:lora_linear", 12, wave=2, timing=True),
     Section(
         "training loop",
         "loop",
@@ -148,6 +152,29 @@ SECTIONS = [
         asked=True,
     ),
 ]
+
+
+def functions_of(file: Path) -> set[str]:
+    """Read from the syntax tree: importing an op's cases.py would import torch, which takes seconds."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def sections_of_ops() -> list[Section]:
+    """Of every op that has rows of its own in cases.py and no place in the schedule above."""
+    placed, found = {word for section in SECTIONS for word in section.source.split(":")}, []
+    for op, file in case_files().items():
+        rows = functions_of(file) if op not in placed else set()
+        checked = (op,) if "checks" in rows else ()
+        if checked:
+            found.append(Section(op, op, f"bench.gpu_check.checks:checks_of:{op}", 60))
+        if "times" in rows:
+            source = f"bench.gpu_check.checks:times_of:{op}"
+            found.append(Section(f"{op} speed", "more ops", source, 60, wave=2, timing=True, stands_on=checked))
+    return found
+
+
+SECTIONS += sections_of_ops()
 BY_NAME = {section.name: section for section in SECTIONS}
 PACKAGES = {name for section in SECTIONS for name in (*section.needs, *section.uses)}
 
