@@ -122,7 +122,7 @@ def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_is_not_reported(tmp_path: Path) -> None:
-    files = [ROOT / "bench" / name for name in ("README.md", "results/PENDING.md")]
+    files = [ROOT / "bench" / name for name in ("RESULTS.md", "results/PENDING.md")]
     before = [file.read_bytes() for file in files]
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
     assert code == 0 and {row["ok"] for row in rows} == {True}, said

@@ -3,7 +3,7 @@
     python -m bench.gpu_check [--out DIR] [--minutes 9] [--skip SECTION ...] [--only SECTION ...] [--resume]
                               [--commit SHA] [--dry-run-cpu]
     python -m bench.gpu_check --preflight  says within a second what is missing, and measures nothing
-    python -m bench.gpu_check --report     writes bench/results/PENDING.md and bench/README.md from rows and claims
+    python -m bench.gpu_check --report     writes bench/results/PENDING.md and bench/RESULTS.md from rows and claims
 
 First the correctness of what is timed: every kernel against float64. Then times: the losses, NF4 linears, whole training
 steps of an 8B model and of its distillation. Then the other checks (tests, whole tiny models, recipes) and the other times.
@@ -115,7 +115,7 @@ def report(path: Path) -> int:
     if records and records[0]["dry_run"]:
         raise RecipeError(f"{path} is of a dry run, which confirms nothing; give another --out")
     pending.write(records)
-    print(f"written: {pending.PENDING.relative_to(ROOT)}, {pending.README.relative_to(ROOT)}", file=sys.stderr)
+    print(f"written: {pending.PENDING.relative_to(ROOT)}, {pending.PAGE.relative_to(ROOT)}", file=sys.stderr)
     return 0
 
 

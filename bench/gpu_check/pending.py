@@ -1,4 +1,4 @@
-"""gpu-check: PENDING.md and the confirmed claims of bench/README.md, from claims and rows."""
+"""gpu-check: PENDING.md and the confirmed claims of bench/RESULTS.md, from claims and rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from bench.gpu_check.base import Row
 from bench.gpu_check.claims import Claim, Verdict, judge, load
 from bench.gpu_check.loss_model import predictions as loss_predictions
 from bench.gpu_check.roofline import predictions
-from bench.report import replace_section
+from bench.tables import replace_section
 
-PENDING, README = RESULTS / "PENDING.md", ROOT / "bench" / "README.md"
+PENDING, PAGE = RESULTS / "PENDING.md", ROOT / "bench" / "RESULTS.md"
 MARKER = "gpu_check"
 Judged = list[tuple[Claim, Verdict]]
 
@@ -20,7 +20,7 @@ _INTRO = """\
 # Not yet confirmed on a GPU
 
 {run} `make gpu-check` (bench/gpu_check) covers what has a section below. A claim whose rows are green and reach
-its target moves from here to bench/README.md, with its prediction beside the measurement. Written by
+its target moves from here to bench/RESULTS.md, with its prediction beside the measurement. Written by
 `python -m bench.gpu_check --report` from claims.json and gpu_check.jsonl."""
 
 _MODEL = """\
@@ -71,7 +71,7 @@ def pending(records: Sequence[Row], claims: Sequence[Claim]) -> str:
 
 
 def confirmed(records: Sequence[Row], claims: Sequence[Claim]) -> str:
-    """The confirmed claims, for bench/README.md."""
+    """The confirmed claims, for bench/RESULTS.md."""
     found = [(claim, verdict) for claim, verdict in judged(records, claims) if verdict.state == "confirmed"]
     if not records:
         return "No GPU run has been made yet."
@@ -116,8 +116,8 @@ def where(records: Sequence[Row]) -> str:
     return f"{machine['name']} ({machine['device']}), {machine['platform']}; {versions}; commit {commit}, source {header['source']}; {told}"
 
 
-def write(records: Sequence[Row], *, pending_file: Path = PENDING, readme: Path = README) -> None:
+def write(records: Sequence[Row], *, pending_file: Path = PENDING, page: Path = PAGE) -> None:
     assert not records or not records[0]["dry_run"], "a dry run confirms nothing"
     said = load()
     pending_file.write_text(pending(records, said), encoding="utf-8")
-    replace_section(readme, MARKER, confirmed(records, said))
+    replace_section(page, MARKER, confirmed(records, said))

@@ -1,7 +1,6 @@
 """Distills the same student on the same rows with peftlab and with TRL's two trainers, and compares time and memory.
 
     python -m bench.peers.distillation [CASE ...] [--repeats 3] [--rows N] [--steps N] [--threads 1] [--out DIR]
-    python -m bench.peers.distillation --table              rewrites bench/README.md from bench/results/cpu_kd.json
 
 Teacher SmolLM2-135M, student every layer of it but ten, film dialogs, forward KL at temperature 1. Per case: one process
 writes the student, its first adapter and the stored targets; then, per repetition, one process per engine, in alternating
@@ -26,10 +25,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, ROOT, report
-from bench.peers.__main__ import CASES as ADAPTED
-from bench.peers.__main__ import FIRST_LIMIT, LATER_LIMIT, RunFailed, loss_differences, run_engine, say
+from bench import RESULTS
+from bench.peers import report
+from bench.peers.cases import CASES as ADAPTED
+from bench.peers.gate import FIRST_LIMIT, LATER_LIMIT, loss_differences
+from bench.peers.processes import RunFailed, run_engine, say
+from bench.records import provenance, write_json
 from bench.studies import kd_plan
+from bench.tables import spread, where
 
 STORED_LIMIT = 2e-3
 NUM_LAYERS = 20
@@ -118,7 +121,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "predicted": predicted(name, rows) if passed else None,
         "rows": rows,
         "summary": summarize(rows) if passed else None,
-        **report.provenance(_command(options)),
+        **provenance(_command(options)),
     }
 
 
@@ -150,7 +153,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The Markdown of bench/README.md."""
+    """The Markdown of bench/RESULTS.md."""
     parts = []
     for name, r in results.items():
         engines, shared = r["summary"]["engines"], r["shared"]
@@ -158,9 +161,9 @@ def table(results: dict[str, Any]) -> str:
         lines.append("|" + "---|" * 7)
         for engine, title in ENGINES.items():
             e = engines[engine]
-            cells = [report.spread(e["seconds"], 2), report.spread(e["cpu_seconds"], 2)]
-            cells += [report.spread(e["tokens_per_s"], 0), report.spread(e["padded_tokens"], 0)]
-            cells += [report.spread(e["peak_rss_bytes"], 0, report.MIB), report.spread(e["after_loss"], 4)]
+            cells = [spread(e["seconds"], 2), spread(e["cpu_seconds"], 2)]
+            cells += [spread(e["tokens_per_s"], 0), spread(e["padded_tokens"], 0)]
+            cells += [spread(e["peak_rss_bytes"], 0, report.MIB), spread(e["after_loss"], 4)]
             lines.append(f"| {title} | {' | '.join(cells)} |")
         lines += ["", "| | speed, times | by CPU time | peak RSS, times less |", "|---|---|---|---|"]
         for pair, ratios in r["summary"]["ratios"].items():
@@ -174,7 +177,7 @@ def table(results: dict[str, Any]) -> str:
             f"{gate['largest']:.1e} over all steps and runs; stored targets at step 1 "
             f"{gate['stored_over_online']:.3f} of the online loss. Stored: {shared['captured']['bytes_per_position']:.0f} bytes a "
             f"position, {shared['captured']['seconds']:.1f} s once. Predicted by FLOPs, online over cached: "
-            f"{r['predicted']['online_over_cached']:.2f}. {report.where(r)}, threads: {first['threads']}. `{r['command']}`"
+            f"{r['predicted']['online_over_cached']:.2f}. {where(r)}, threads: {first['threads']}. `{r['command']}`"
         )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -196,7 +199,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=11, help="optimizer steps of 8 rows; the first warms up")
     parser.add_argument("--threads", type=int, default=1, help="of each engine")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {RESULT}")
-    parser.add_argument("--table", action="store_true", help="only rewrite bench/README.md from the result file")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.cases if name not in CASES]:
         parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
@@ -214,9 +216,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     path = options.out / RESULT
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if options.table:
-        report.replace_section(ROOT / "bench" / "README.md", "cpu_kd", table(results))
-        return 0
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the engines, which are processes of their own
     refused = []
     try:
@@ -226,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
                 refused.append(name)
                 say(f"{name}: refused, the engines do not train the same: {json.dumps(result['gate'])}")
                 continue
-            report.write_json(path, results := {**results, name: result})
+            write_json(path, results := {**results, name: result})
             for pair, ratios in result["summary"]["ratios"].items():
                 say(f"{name}: {pair}: " + ", ".join(f"{k} {report.ratio_text(v)}" for k, v in ratios.items()))
     except RunFailed as error:

@@ -1,7 +1,6 @@
 """CPU time of a fused layer's call on tiny inputs, where little of it is arithmetic, in empty autograd Functions.
 
     python -m bench.studies.call_overhead [--before COMMIT] [--processes 5] [--rounds 9] [--calls 200] [--out DIR]
-    python -m bench.studies.call_overhead --table          rewrites the table in bench/README.md
 
 The code of a commit and that of the working tree take turns, a process each. Within a process the contestants take turns; a
 ratio is that of the medians over its rounds. Outputs and gradients have to equal those of PEFT (exit code 6 otherwise).
@@ -16,11 +15,9 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +140,11 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
 
 def in_turns(before: str, processes: int, arguments: list[str]) -> dict[str, list[Any]]:
     """What ``measure`` finds in each process, by side."""
+    from bench.commits import unpacked
+
     sides: dict[str, list[Any]] = {"before": [], "now": []}
-    archive = subprocess.run(["git", "-C", str(ROOT), "archive", before], capture_output=True, check=False)
-    if archive.returncode:
-        raise SystemExit(f"git has no commit {before} here: {archive.stderr.decode().strip()}")
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
-            files.extractall(folder, filter="data")
+        unpacked(before, Path(folder))
         for repetition in range(processes):
             for side in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
                 root = folder if side == "before" else str(ROOT)
@@ -164,21 +159,21 @@ def in_turns(before: str, processes: int, arguments: list[str]) -> dict[str, lis
 
 
 def ratio(result: dict[str, Any], side: str, case: int, name: str) -> str:
-    from bench import report
+    from bench import tables
 
     backward = ", backward" if name.endswith(", backward") else ""
     found = [process[case]["us"] for process in result["sides"][side]]
     values = [us[name] / us[f"empty{backward}"] for us in found]
-    return report.spread({"median": statistics.median(values), "min": min(values), "max": max(values)}, 1)
+    return tables.spread({"median": statistics.median(values), "min": min(values), "max": max(values)}, 1)
 
 
 def table(result: dict[str, Any]) -> str:
-    from bench import report
+    from bench import tables
 
     empty = statistics.median(row["us"]["empty"] for process in result["sides"]["now"] for row in process)
     lines = [
         f"Before: {result['before']}. N = K = {WIDTH}, rank {RANK}, float32, a bias, no dropout, one thread; an empty Function "
-        f"takes {empty:.0f} us. Median of {len(result['sides']['now'])} processes (their range). {report.where(result)}. "
+        f"takes {empty:.0f} us. Median of {len(result['sides']['now'])} processes (their range). {tables.where(result)}. "
         f"`{result['command']}`",
         "",
         "| weight | rows | until the operation, before | now | forward, before | now | PEFT | forward and backward, before "
@@ -201,24 +196,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         json.dump(measure(options.rounds, options.calls), sys.stdout)
         return 0
-    from bench import report
+    from bench import records
 
-    if not options.table:
-        sizes = ["--rounds", str(options.rounds), "--calls", str(options.calls)]
-        command = " ".join(["python -m bench.studies.call_overhead", *sys.argv[1:]])
-        found = {"before": options.before, **report.provenance(command)}
-        found["sides"] = in_turns(options.before, options.processes, sizes)
-        report.write_json(options.out / "call_overhead.json", found)
-    result = json.loads((options.out / "call_overhead.json").read_text())
-    print(table(result))
-    if options.table:
-        report.replace_section(ROOT / "bench" / "README.md", "call_overhead", table(result))
+    sizes = ["--rounds", str(options.rounds), "--calls", str(options.calls)]
+    command = " ".join(["python -m bench.studies.call_overhead", *sys.argv[1:]])
+    found = {"before": options.before, **records.provenance(command)}
+    found["sides"] = in_turns(options.before, options.processes, sizes)
+    records.write_json(options.out / "call_overhead.json", found)
+    print(table(found))
     return 0
 
 

@@ -1,7 +1,6 @@
 """Where a whole `peftlab train` on a CPU spends its time, before and after a change, and with rounded operands.
 
     python -m bench.studies.cpu_path [CASE ...] --before COMMIT --processor NAME [--repeats 3] [--threads 2] [--out DIR]
-    python -m bench.studies.cpu_path --table              rewrites bench/README.md from bench/results/cpu_path-*.json
 
 Contestants are the working tree and a commit of before, unpacked beside it, on float32 and on int8 weights, and the working
 tree with run.kernels=cpu-bf16 and cpu-int8 (left out where the processor has no units for them). One process each, in turns,
@@ -14,14 +13,12 @@ Exit codes: 0 done, 1 a run failed, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -125,18 +122,9 @@ def run_once(tree: Path, case: str, overrides: Sequence[str], threads: int, work
     return found
 
 
-def unpacked(commit: str, folder: Path) -> Path:
-    """The files of a commit in ``folder``."""
-    done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"--before: {done.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
-
-
 def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> Iterator[dict[str, Any]]:
     """What is measured so far, after every round of all contestants."""
+    from bench.commits import unpacked
     from peftlab import ops
 
     absent = {f"run.kernels={name}": problem for name in ops.CPU_OPERANDS if (problem := ops.operands_problem(name))}
@@ -160,7 +148,7 @@ def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> It
 
 def table(result: dict[str, Any]) -> str:
     """The machine, then per case a line per contestant: seconds by stage, in all, CPU seconds, speed, memory, loss."""
-    from bench import report
+    from bench import tables
 
     parts = []
     for case, runs in result["cases"].items():
@@ -182,7 +170,7 @@ def table(result: dict[str, Any]) -> str:
             cells += [_median([row["peak_memory_bytes"] / 2**20 for row in rows], 0), f"{rows[0]['after']['loss']:.4f}"]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
-    where = f"{report.where(result)}; before: {result['before'][:9]}; threads: {result['threads']}"
+    where = f"{tables.where(result)}; before: {result['before'][:9]}; threads: {result['threads']}"
     busy = [row["load_before"] for runs in result["cases"].values() for rows in runs.values() for row in rows]
     load = f"load before a run {min(busy):.1f} to {max(busy):.1f}"
     return "\n\n".join([f"On {where}; {load}. `{result['command']}`", *parts])
@@ -208,35 +196,26 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         spec = json.loads(options.child)
         Path(spec["result"]).write_text(json.dumps(child(spec)), encoding="utf-8")
         return 0
-    from bench import report
+    from bench import records
 
-    if not options.table:
-        if unknown := set(options.cases) - set(CASES):
-            parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-        if not options.before or not options.processor or options.repeats < 1:
-            parser.error(
-                "--before names the commit to compare with, --processor the result file; --repeats is at least 1"
-            )
-        command = "python -m bench.studies.cpu_path " + " ".join(sys.argv[1:])
-        commit = subprocess.run(
-            ["git", "rev-parse", options.before], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        provenance = {**report.provenance(command), "before": commit}
-        for found in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
-            report.write_json(options.out / f"cpu_path-{options.processor}.json", {**provenance, **found})
-        print(table({**provenance, **found}))
-        return 0
-    files = sorted((ROOT / "bench" / "results").glob("cpu_path-*.json"))
-    report.replace_section(
-        ROOT / "bench" / "README.md", "cpu_path", "\n\n".join(table(json.loads(f.read_text())) for f in files)
-    )
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if not options.before or not options.processor or options.repeats < 1:
+        parser.error("--before names the commit to compare with, --processor the result file; --repeats is at least 1")
+    command = "python -m bench.studies.cpu_path " + " ".join(sys.argv[1:])
+    commit = subprocess.run(
+        ["git", "rev-parse", options.before], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    provenance = {**records.provenance(command), "before": commit}
+    for found in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
+        records.write_json(options.out / f"cpu_path-{options.processor}.json", {**provenance, **found})
+    print(table({**provenance, **found}))
     return 0
 
 

@@ -1,7 +1,6 @@
 """The figures of the shipped distillations, from the report cards of their runs.
 
     python -m bench.studies.distillation RUN ...     adds the cards of these run folders to bench/results/distillation.json
-    python -m bench.studies.distillation --table     rewrites the README's table from it
 
 A run is made by the recipe's own command, such as ``peftlab distill film-student``; a run of the same recipe replaces the
 earlier one. Cards are kept whole: metrics with intervals, costs, every seed, the verdict, with the versions and fingerprints
@@ -16,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, ROOT, report
+from bench import RESULTS
+from bench.records import provenance, write_json
 
 RESULT = RESULTS / "distillation.json"
 # recipe -> (what is measured, metric of the card, digits).
@@ -47,7 +47,7 @@ def collected(run: Path) -> tuple[str, dict[str, Any]]:
         "seconds": found["seconds"],
         "versions": {"peftlab": lock["peftlab"], **lock["packages"]},
         "fingerprints": lock["fingerprints"],
-        **{k: v for k, v in report.provenance(f"peftlab distill {found['name']}").items() if k != "versions"},
+        **{k: v for k, v in provenance(f"peftlab distill {found['name']}").items() if k != "versions"},
     }
 
 
@@ -75,16 +75,12 @@ def _value(interval: dict[str, Any] | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     options = parser.parse_args()
-    if not options.runs and not options.table:
-        parser.error("give run folders, or --table")
     found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     found |= dict(map(collected, options.runs))
-    if options.runs:
-        report.write_json(RESULT, {name: found[name] for name in SHOWN if name in found})
-    report.replace_section(ROOT / "README.md", "distillation", table(found))
+    write_json(RESULT, {name: found[name] for name in SHOWN if name in found})
+    print(table(found))
     return 0
 
 

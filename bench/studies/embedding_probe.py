@@ -42,6 +42,25 @@ def vectors(model: str, texts: list[str]) -> np.ndarray:
     return np.array([record["vector"] for record in said])
 
 
+def table(document: dict[str, Any]) -> str:
+    def told(found: dict[str, Any], unit: float, digits: int) -> str:
+        value, low, high = (f"{unit * found[name]:.{digits}f}" for name in ("value", "low", "high"))
+        return f"{value} ({low}..{high})"
+
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    rows, accuracy = document["rows"], {who: told(document[who]["accuracy"], 1, 3) for who in ("teacher", "student")}
+    return "\n".join(
+        [
+            "| accuracy of the probe | teacher | student | kept, % | majority class |",
+            "|---|---|---|---|---|",
+            f"| {rows['train']:,} rows to fit, {rows['test']:,} to score | {accuracy['teacher']} | {accuracy['student']} | "
+            f"{told(document['kept'], 100, 1)} | {document['majority']:.3f} |",
+            "",
+            f"{document['cores']} cores; {versions}.",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher")

@@ -1,7 +1,6 @@
 """The fused linear losses against full logits on a CPU: time in one process, peak memory in a process each.
 
     python -m bench.studies.linear_losses [--tokens 512] [--vocab 128256] [--hidden 1024] [--repeats 5] [--out DIR]
-    python -m bench.studies.linear_losses --table          rewrites the table in bench/README.md
 
 First the losses and gradients of both have to agree (exit code 6 otherwise). Then the contestants take turns; a ratio is
 that of the medians. Memory is what a process needs at its highest beyond its inputs, forward and backward.
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import subprocess
 import sys
@@ -20,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, ROOT, report
+from bench import RESULTS, ROOT
+from bench.records import provenance, write_json
+from bench.tables import where
 
 # Case: (trained head, teacher, type).
 CASES: dict[str, tuple[bool, str | None, str]] = {
@@ -145,7 +145,7 @@ def table(result: dict[str, Any]) -> str:
     sizes = result["sizes"]
     lines = [
         f"{sizes[0]} tokens, vocabulary {sizes[1]:,}, width {sizes[2]:,} (teacher {sizes[2] // 2:,}), float32 where nothing else is said, "
-        f"{report.where(result)}. `{result['command']}`",
+        f"{where(result)}. `{result['command']}`",
         "",
         "| case | seconds, ours | full logits | time, ratio (range of pairs) | extra MiB, ours | full logits | memory, "
         "ratio | largest difference |",
@@ -170,34 +170,28 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--memory-of", nargs=5, metavar=("CASE", "TOKENS", "VOCAB", "HIDDEN", "NAME"))
     options = parser.parse_args()
     if options.memory_of:
         case, *sizes, name = options.memory_of
         print(extra_memory(case, name, tuple(map(int, sizes))))
         return 0
-    if not options.table:
-        sizes = (options.tokens, options.vocab, options.hidden)
-        rows = []
-        for case in CASES:
-            rows.append(measure(case, sizes, options.repeats))
-            print(
-                f"{case}: time {rows[-1]['time_ratio']:.2f}, memory {rows[-1]['memory_ratio']:.2f}, "
-                f"difference {rows[-1]['largest_relative_difference']:.1e}",
-                file=sys.stderr,
-            )
-        chosen = {k: v for k, v in vars(options).items() if v != parser.get_default(k) and k != "out"}
-        command = " ".join(["python -m bench.studies.linear_losses", *(f"--{k} {v}" for k, v in chosen.items())])
-        report.write_json(
-            options.out / "linear_losses.json", {"sizes": sizes, "cases": rows, **report.provenance(command)}
+    sizes = (options.tokens, options.vocab, options.hidden)
+    rows = []
+    for case in CASES:
+        rows.append(measure(case, sizes, options.repeats))
+        print(
+            f"{case}: time {rows[-1]['time_ratio']:.2f}, memory {rows[-1]['memory_ratio']:.2f}, "
+            f"difference {rows[-1]['largest_relative_difference']:.1e}",
+            file=sys.stderr,
         )
-        if not all(row["agree"] for row in rows):
-            return 6
-    result = json.loads((options.out / "linear_losses.json").read_text())
+    chosen = {k: v for k, v in vars(options).items() if v != parser.get_default(k) and k != "out"}
+    command = " ".join(["python -m bench.studies.linear_losses", *(f"--{k} {v}" for k, v in chosen.items())])
+    result = {"sizes": sizes, "cases": rows, **provenance(command)}
+    write_json(options.out / "linear_losses.json", result)
+    if not all(row["agree"] for row in rows):
+        return 6
     print(table(result))
-    if options.table:
-        report.replace_section(ROOT / "bench" / "README.md", "linear_losses", table(result))
     return 0
 
 

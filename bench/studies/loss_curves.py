@@ -1,7 +1,6 @@
 """Trains SmolLM2 on the fused path and on PEFT's own, and puts the losses side by side.
 
     python -m bench.studies.loss_curves [--steps 20] [--out DIR]     runs; writes DIR/loss_curves.json (default bench/results)
-    python -m bench.studies.loss_curves --table                      rewrites the tables in bench/README.md from it
 
 First float32, where both paths compute the same and only the order of sums differs, over the three storages: the losses
 and the trained adapters have to agree (exit code 6 beyond the budget). Then bfloat16 on NF4 from a small learning rate,
@@ -13,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, ROOT, report
+from bench import RESULTS
+from bench.records import provenance, write_json
 
 STORAGES = ("none", "nf4", "int8")
 # Relative. Sums in another order give about 1e-6 at the first step; AdamW turns rounding of near-zero gradients into steps.
@@ -150,16 +149,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    path = arguments.out / "loss_curves.json"
-    if not arguments.table:
-        result = run_all(arguments.steps)
-        report.write_json(
-            path, {**report.provenance(f"python -m bench.studies.loss_curves --steps {arguments.steps}"), **result}
-        )
-    result = json.loads(path.read_text(encoding="utf-8"))
-    report.replace_section(ROOT / "bench" / "README.md", "loss_curves", tables(result))
+    command = f"python -m bench.studies.loss_curves --steps {arguments.steps}"
+    result = {**provenance(command), **run_all(arguments.steps)}
+    write_json(arguments.out / "loss_curves.json", result)
     print(tables(result))
     worst = max(row["largest_loss_difference"] for row in result["float32"].values())
     furthest = max(row["adapter_difference"] for row in result["float32"].values())

@@ -1,4 +1,4 @@
-"""bench/results/claims.json against gpu-check's sections, and what made-up rows of a GPU do to PENDING.md and bench/README.md."""
+"""bench/results/claims.json against gpu-check's sections, and what made-up rows of a GPU do to PENDING.md and bench/RESULTS.md."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def test_a_dry_run_confirms_nothing(tmp_path: Path) -> None:
     records[0]["dry_run"] = True
     assert {verdict.state for verdict in states(records).values()} == {"open"}
     with pytest.raises(AssertionError, match="a dry run confirms nothing"):
-        pending.write(records, pending_file=tmp_path / "PENDING.md", readme=tmp_path / "README.md")
+        pending.write(records, pending_file=tmp_path / "PENDING.md", page=tmp_path / "RESULTS.md")
     assert not list(tmp_path.iterdir())
 
 
@@ -346,12 +346,12 @@ def test_what_a_process_has_lost() -> None:
 def test_the_committed_files_are_what_is_written(tmp_path: Path) -> None:
     rows_file = ROOT / "bench" / "results" / "gpu_check.jsonl"
     records = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-    pending_file, readme = tmp_path / "PENDING.md", tmp_path / "README.md"
-    readme.write_text((ROOT / "bench" / "README.md").read_text())
-    pending.write(records, pending_file=pending_file, readme=readme)
+    pending_file, page = tmp_path / "PENDING.md", tmp_path / "RESULTS.md"
+    page.write_text((ROOT / "bench" / "RESULTS.md").read_text())
+    pending.write(records, pending_file=pending_file, page=page)
     hint = "python -m bench.gpu_check --report writes it"
     assert pending_file.read_text() == (ROOT / "bench" / "results" / "PENDING.md").read_text(), hint
-    assert readme.read_text() == (ROOT / "bench" / "README.md").read_text(), hint
+    assert page.read_text() == (ROOT / "bench" / "RESULTS.md").read_text(), hint
     claims = load()
     claims[0]["so_far"] = "by hope"
     assert pending.pending(records, claims) != pending_file.read_text()

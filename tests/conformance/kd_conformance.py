@@ -1,37 +1,45 @@
 """Runs the cases of the loss contract through peftlab and the distillation losses of other projects.
 
-    python bench/kd_conformance.py                      # prints the table; results/kd_conformance.json and README.md
-    python bench/kd_conformance.py --only peftlab --no-write
-
 A peer takes part where it can be imported; a source tree on PYTHONPATH will do. Each is called as its own trainer calls
 it, on the same models and texts, and loss and gradients are compared with sums in float64.
-
-Exit codes: 0 peftlab passes every case, 2 wrong usage, 6 it does not.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
 import logging
 import math
-import sys
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from bench.report import provenance, replace_section, write_json
 from tests.conformance.kd_cases import CASES, LOGIT_CASES, Case, LogitCase
 from tests.conformance.kd_problems import NotOffered, deviation, truth
-from tests.conformance.kd_systems import SYSTEMS, System
+from tests.conformance.kd_systems import System
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-OURS = ("peftlab", "peftlab fused")
+ALL_CASES = (*CASES, *LOGIT_CASES)
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+def measure_all(system: System) -> dict[str, dict[str, Any]]:
+    """Outcome of every case, without what libraries print while they are imported and called."""
+    with quiet():
+        return {case.name: measure(system, case) for case in ALL_CASES}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def measure(system: System, case: Case | LogitCase) -> dict[str, Any]:
@@ -77,14 +85,14 @@ def _on_logits(system: System, case: LogitCase) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def table(versions: dict[str, str | None], results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def table(versions: Mapping[str, str | None], results: Results) -> str:
     """Cases down, systems that are installed across."""
     names = [name for name, version in versions.items() if version]
     lines = [
         f"| case | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
     ]
-    for case in (*CASES, *LOGIT_CASES):
+    for case in ALL_CASES:
         cells = [_cell(results[name][case.name]) for name in names]
         lines.append(f"| {case.name}: {case.what} | {' | '.join(cells)} |")
     passed = [
@@ -99,7 +107,7 @@ def table(versions: dict[str, str | None], results: dict[str, dict[str, dict[str
     return "\n".join([*lines, "", f"{tested}."])
 
 
-def _cell(result: dict[str, Any]) -> str:
+def _cell(result: Mapping[str, Any]) -> str:
     if result["outcome"] == "not offered":
         return "-"
     if result["outcome"] == "raises":
@@ -107,44 +115,3 @@ def _cell(result: dict[str, Any]) -> str:
     value = result["deviation"]
     text = "inf" if value is None else f"{value:.0e}" if value < 0.01 else f"{value:.2f}"
     return f"pass ({text})" if result["outcome"] == "pass" else f"**fail** ({text})"
-
-
-def _quietly(function: Callable[[], Any]) -> Any:
-    """Without what libraries print while they are imported and called."""
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return function()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", nargs="+", choices=[s.name for s in SYSTEMS], help="some systems")
-    parser.add_argument("--no-write", action="store_true", help="print, and leave results and README.md as they are")
-    arguments = parser.parse_args()
-    systems = [s for s in SYSTEMS if not arguments.only or s.name in arguments.only]
-    versions: dict[str, str | None] = {}
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    for system in systems:
-        versions[system.name] = _quietly(system.version)
-        if versions[system.name]:
-            results[system.name] = {
-                case.name: _quietly(lambda s=system, c=case: measure(s, c)) for case in (*CASES, *LOGIT_CASES)
-            }
-    text = table(versions, results)
-    print(text)
-    for name, found in results.items():
-        for case, result in found.items():
-            if "error" in result:
-                print(f"{name}, {case}: {result['error']}")
-    if not arguments.no_write:
-        command = "python bench/kd_conformance.py"
-        report = {"systems": versions, "results": results, **provenance(command)}
-        write_json(ROOT / "bench" / "results" / "kd_conformance.json", report)
-        replace_section(ROOT / "bench" / "README.md", "kd_conformance", text)
-    ours = [result for name in OURS for result in results.get(name, {}).values()]
-    return 6 if any(result["outcome"] in ("fail", "raises") for result in ours) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Runs PEFT's own tests of its LoRA layers twice, with its layers and with the fused ones, and compares.
 
-    git clone https://github.com/huggingface/peft
-    python bench/peft_suite.py peft [TEST_FILE ...] [--seeds 0 1 ...] [--json FILE]
+    git clone https://github.com/huggingface/peft ../peft
+    make conformance ARGS='--peft-checkout ../peft --peft-seeds 0 1 2 3 4 --write-results'
 
 The tests are read from that checkout and never copied. Its version need not match the installed PEFT exactly: what
 counts is that no test fails with the fused layers that passes without them. Tests that need a model hub fail on both
@@ -10,13 +10,10 @@ sides where there is none. PEFT's tests import diffusers, parameterized and scip
 Every test starts from the same seed on both sides, and everything runs from each of the seeds. A test that fails with the fused
 layers only is worse, unless it is shown that rounding decides it (``Again.is_rounding``): from 200 seeds it always
 passes in float64, and in float32 PEFT's own layers fail it too, and not less often than the fused ones.
-
-Exit codes: 0 no test got worse, 1 at least one did, 2 wrong usage, or no test passed at all.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -24,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,50 +125,49 @@ def commit_of(checkout: Path) -> dict[str, str]:
     return {"commit": commit or "unknown", "date": date or "unknown"}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("files", nargs="*", default=list(FILES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    checkout = arguments.checkout
-    missing = [name for name in arguments.files if not (checkout / "tests" / name).is_file()]
-    if missing:
-        parser.error(f"{checkout / 'tests'} has no {', '.join(missing)}: give the folder of a PEFT checkout")
+def compare(checkout: Path, files: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """What results/peft_suite.json has; ``worse`` has to be empty.
+
+    Raises: LookupError: the checkout has no such files, or no test passed with PEFT's own layers, so that nothing is compared.
+    """
+    if missing := [name for name in files if not (checkout / "tests" / name).is_file()]:
+        raise LookupError(f"{checkout / 'tests'} has no {', '.join(missing)}: give the folder of a PEFT checkout")
     rows, candidates, better, version = [], set(), set(), ""
-    for seed in arguments.seeds:
-        reports = run_both(checkout, [f"tests/{name}" for name in arguments.files], seed=seed)
+    for seed in seeds:
+        reports = run_both(checkout, [f"tests/{name}" for name in files], seed=seed)
         for side, report in reports.items():
             rows.append({"seed": seed, "side": side, **counts(report), "fused_forwards": report["fused_forwards"]})
-            print(json.dumps(rows[-1]), flush=True)
             version = report["peft"]
         if not rows[-2]["passed"]:
-            parser.error("no test passed with PEFT's own layers: nothing is compared")
+            raise LookupError("no test passed with PEFT's own layers: nothing is compared")
         candidates |= failing_only(reports["fused"], reports["peft"])
         better |= failing_only(reports["peft"], reports["fused"])
     examined = {test: again(checkout, test) for test in sorted(candidates)}
-    worse = [test for test, found in examined.items() if not found.is_rounding()]
-    for test, found in examined.items():
-        kind = "worse with the fused layers" if test in worse else "decided by rounding"
-        print(f"{kind}: {test}: {json.dumps(asdict(found))}")
-    if arguments.json:
-        from bench.report import provenance, write_json
-
-        seeds = " ".join(map(str, arguments.seeds))
-        told = provenance(f"bench/peft_suite.py peft {' '.join(arguments.files)} --seeds {seeds}")
-        result = {
-            **told,
-            "versions": {**told["versions"], "peft": version},  # of the checkout, where PYTHONPATH has its sources
-            "tests": {"repository": "huggingface/peft", **commit_of(checkout)},
-            "runs": rows,
-            "worse": {test: asdict(examined[test]) for test in worse},
-            "rounding": {test: asdict(found) for test, found in examined.items() if test not in worse},
-            "passes_only_with_fused": sorted(better),
-        }
-        write_json(arguments.json, result)
-    return 1 if worse else 0
+    return {
+        "peft": version,  # of the checkout, where PYTHONPATH has its sources
+        "tests": {"repository": "huggingface/peft", **commit_of(checkout)},
+        "runs": rows,
+        "worse": {test: asdict(found) for test, found in examined.items() if not found.is_rounding()},
+        "rounding": {test: asdict(found) for test, found in examined.items() if found.is_rounding()},
+        "passes_only_with_fused": sorted(better),
+    }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def table(result: dict[str, Any]) -> str:
+    """A line per seed and side, and what became of tests that fail with the fused layers only."""
+    versions, tests = result["versions"], result["tests"]
+    lines = ["| seed | layers | passed | failed | skipped | fused forwards |", "|---|---|---|---|---|---|"]
+    for row in result["runs"]:
+        cells = [row["seed"], {"peft": "PEFT's", "fused": "fused"}[row["side"]]]
+        cells += [f"{row[name]:,}" for name in ("passed", "failed", "skipped", "fused_forwards")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    told = [
+        f"{kind}: `{test.rpartition('::')[2]}`, of {found['seeds']} seeds PEFT's own layers fail {found['failed']['peft']} and the "
+        f"fused ones {found['failed']['fused']}, in float64 {found['failed_float64']['peft']} and {found['failed_float64']['fused']}."
+        for kind, of_kind in (("Decided by rounding", result["rounding"]), ("Worse", result["worse"]))
+        for test, found in of_kind.items()
+    ]
+    where = f"{result['hardware']['cpu']}; torch {versions['torch']}, peft {versions['peft']}; PEFT's tests at {tests['commit'][:9]} of "
+    return "\n".join(
+        [*lines, "", *told, f"{where}{tests['date']}; commit {result['commit'][:9]}. `{result['command']}`"]
+    )

@@ -1,15 +1,16 @@
-"""peft_suite.py tells rounding from a fault, on tests of ours in place of PEFT's."""
+"""PEFT's own tests of LoRA with the fused layers, and that rounding is told from a fault, on tests of ours in place of PEFT's."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench import RESULTS, ROOT, records, tables
 from tests.conformance import peft_suite
 
+RECORDED, PAGE = RESULTS / "peft_suite.json", ROOT / "bench" / "RESULTS.md"
 # By name: sums in another order than both sides take, closer than float32 has them; what fails with the fused layers
 # only; what passes from seed 0 and not from seed 1.
 LORA_TESTS = """
@@ -67,12 +68,14 @@ def test_rounding_is_shown(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_fault_is_worse(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["peft_suite.py", str(checkout), "test_lora.py"])
-    assert peft_suite.main() == 1
-    printed = capsys.readouterr().out
-    assert "worse with the fused layers: tests/test_lora.py::test_faulty" in printed
-    assert f'"failed": {json.dumps({"peft": 0, "fused": 200})}' in printed
+def test_a_fault_is_worse(checkout: Path) -> None:
+    found = peft_suite.compare(checkout, ["test_lora.py"], [0])
+    assert found["worse"]["tests/test_lora.py::test_faulty"]["failed"] == {"peft": 0, "fused": 200}
+
+
+def test_another_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LookupError, match=r"has no test_lora\.py: give the folder of a PEFT checkout"):
+        peft_suite.compare(tmp_path, ["test_lora.py"], [0])
 
 
 @pytest.mark.slow
@@ -81,3 +84,27 @@ def test_a_seed_is_that_of_both_sides(checkout: Path) -> None:
     for seed, outcome in enumerate(["passed", "failed"]):
         for fused in (False, True):
             assert peft_suite.run(checkout, [test], fused=fused, seed=seed)["outcomes"] == {test: outcome}
+
+
+@pytest.mark.peers
+def test_no_lora_test_of_peft_gets_worse(request: pytest.FixtureRequest, write_results: bool) -> None:
+    checkout = request.config.getoption("--peft-checkout")
+    if checkout is None:
+        pytest.skip("needs --peft-checkout: PEFT's tests are not in its wheel")
+    files = request.config.getoption("--peft-tests") or peft_suite.FILES
+    seeds = request.config.getoption("--peft-seeds")
+    found = peft_suite.compare(checkout, files, seeds)
+    if write_results:
+        told = records.provenance(
+            f"make conformance ARGS='--peft-checkout peft --peft-seeds {' '.join(map(str, seeds))}'"
+        )
+        versions = {**told["versions"], "peft": found["peft"]}
+        written = {name: value for name, value in found.items() if name != "peft"}
+        records.write_json(RECORDED, {**told, "versions": versions, **written})
+        tables.replace_section(PAGE, "peft_suite", peft_suite.table(json.loads(RECORDED.read_text(encoding="utf-8"))))
+    assert not found["worse"]
+
+
+def test_the_table_is_made_of_the_results() -> None:
+    made = peft_suite.table(json.loads(RECORDED.read_text(encoding="utf-8")))
+    assert made == tables.section(PAGE.read_text(encoding="utf-8"), "peft_suite")

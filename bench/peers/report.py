@@ -1,4 +1,4 @@
-"""Statistics of measured runs, where they were measured, and the tables of bench/README.md."""
+"""Statistics of the runs of several engines, and their tables."""
 
 from __future__ import annotations
 
@@ -8,31 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT
+from bench.tables import spread, where
 from peftlab.evaluation.intervals import ratio_of_medians
 
-_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numpy")
-_CODE = ("peftlab", "kernels", "bench/*.py")
 MIB = 2**20
-
-
-def provenance(command: str) -> dict[str, Any]:
-    """Hardware, versions and commit as the files in results/ have them; no host name and no path."""
-    from peftlab.bench import machine  # with torch, which the tables do without
-
-    commit = machine.git_commit(ROOT / "peftlab", *_CODE)
-    return {
-        "command": command,
-        "hardware": {"cpu": machine.processor(("avx2", "avx512f", "amx_bf16")), **machine.size_of_machine()},
-        "versions": machine.versions(_PACKAGES),
-        "commit": commit.rstrip("+") if commit else "",
-        "changed_files": machine.changed_files(ROOT, *_CODE) if commit else 0,
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -112,7 +91,7 @@ def _results(folder: Path) -> list[dict[str, Any]]:
 
 
 def tables(folder: Path) -> str:
-    """The Markdown of all result files in ``folder``, for bench/README.md."""
+    """The Markdown of all result files in ``folder``, for bench/RESULTS.md."""
     results = _results(folder)
     parts = [_ratio_table(results), *map(_case_table, results)] if results else []
     if (path := folder / "split_cost.json").is_file():
@@ -130,7 +109,7 @@ def short_table(folder: Path) -> str:
             lines.append(f"| {r['title']}, {r['device'].upper()} | {title} | {figures} |")
     if not results:
         return "No results yet."
-    # Commits and commands stand in bench/README.md, with each result.
+    # Commits and commands stand in bench/RESULTS.md, with each result.
     notes = [f"{where(r).rpartition('; commit')[0]}; {r['rows'][0]['threads']} threads." for r in results]
     return "\n".join([*lines, "", *dict.fromkeys(notes)])
 
@@ -179,22 +158,6 @@ def _case_table(r: dict[str, Any]) -> str:
     )
 
 
-def where(r: dict[str, Any]) -> str:
-    versions = ", ".join(
-        f"{k} {r['versions'][k]}" for k in ("torch", "transformers", "peft", "trl") if k in r["versions"]
-    )
-    hardware = r["hardware"]
-    changed = f" with {r['changed_files']} changed files" if r["changed_files"] else ""
-    memory = f"{hardware['memory_bytes'] / 2**30:.0f} GiB"
-    return f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {versions}; commit {r['commit'][:9]}{changed}"
-
-
-def spread(figure: dict[str, float], digits: int, unit: float = 1) -> str:
-    median, low, high = (figure[k] / unit for k in ("median", "min", "max"))
-    texts = [f"{v:,.{digits}f}" for v in (median, low, high)]
-    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]}..{texts[2]})"
-
-
 def split_cost_table(result: dict[str, Any]) -> str:
     """What one more micro-batch costs, per model."""
     lines = [
@@ -210,14 +173,3 @@ def split_cost_table(result: dict[str, Any]) -> str:
             f"{100 * m['largest_relative_residual']:.0f} % |"
         )
     return "\n".join(lines)
-
-
-def replace_section(path: Path, name: str, body: str) -> None:
-    """Puts ``body`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of the file."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text = path.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"expected {begin} and {end} once each in {path.name}")
-    head, rest = text.split(begin)
-    tail = rest.split(end)[1]
-    path.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")
