@@ -106,8 +106,8 @@ def compile_case(
         last_line = str(error).strip().rpartition("\n")[2]
         return {**row, "problems": [f"does not compile: {type(error).__name__}: {last_line}"]}
     if ptx is not None:
-        words = [case.kernel, case.variant, dtype, factors, str(rank), f"sm_{arch}"]
-        (ptx / f"{' '.join(filter(None, words)).replace(' ', '-')}.ptx").write_text(compiled.asm["ptx"])
+        parts = [case.kernel, case.variant, dtype, factors, str(rank), f"sm_{arch}"]
+        (ptx / f"{' '.join(filter(None, parts)).replace(' ', '-')}.ptx").write_text(compiled.asm["ptx"])
     row |= {
         "num_warps": compiled.metadata.num_warps,
         "registers": _logged(log.getvalue(), r"Used (\d+) registers"),

@@ -22,6 +22,7 @@ from bench.gpu_check.roofline import (
 )
 from bench.gpu_check.timing import Run, compared, interleaved, reaches
 
+Calls = list[Callable[[], Any]]
 PRODUCT, COPY = "ceiling, bf16 product", "ceiling, copy"
 
 
@@ -80,7 +81,9 @@ def _weights(device: Device, storage: Storage, N: int, K: int) -> list[Any]:
 
 
 def _dequant(device: Device, storage: Storage, N: int, K: int) -> Row:
-    dtype, ours, theirs = torch.bfloat16, [], []
+    dtype = torch.bfloat16
+    ours: Calls = []
+    theirs: Calls = []
     for weight in _weights(device, storage, N, K):
         out = torch.empty(N, K, dtype=dtype, device=device.kind)
         ours.append(partial(storage.dense, weight, dtype=dtype, out=out, backend=device.backend(dtype)))
@@ -93,28 +96,30 @@ def _dequant(device: Device, storage: Storage, N: int, K: int) -> Row:
 
 def _merge(device: Device, op: str, storage: Storage, N: int, K: int) -> Row:
     """W + s B A in one launch, against bitsandbytes' dequantization and an addition in place."""
-    dtype, ours, theirs = torch.bfloat16, [], []
+    dtype = torch.bfloat16
+    ours: Calls = []
+    theirs: Calls = []
     A, B, scale = low_rank(device, N, K, 16, dtype, 1.0)
     for weight in _weights(device, storage, N, K):
         options: Row = {"dtype": dtype, "out": torch.empty(N, K, dtype=dtype, device=device.kind)}
         options |= {"low_rank": (A, B, scale), "backend": device.backend(dtype)}
         ours.append(partial(storage.dense, weight, **options))
-        library = storage.library(weight, dtype)
-        theirs.append(lambda library=library: library(None).addmm_(B, A, alpha=scale))
+        theirs.append(partial(_added, storage.library(weight, dtype), A, B, scale))
     row = _against(device, {"peftlab": ours, "bitsandbytes": theirs}, _moved(storage, N, K))
     alone = device.row_of(case=op, shape=[N, K])
     times = [r["rounds_us"]["peftlab"]["time"] for r in (row, alone) if r]
     return {**row, "over_dequant": compared(*times) if alone else None}
 
 
-def _against(device: Device, calls: dict[str, list[Callable[[], Any]]], moved: float) -> Row:
+def _added(library: Callable[[Any], Any], A: Any, B: Any, scale: float) -> Any:
+    return library(None).addmm_(B, A, alpha=scale)
+
+
+def _against(device: Device, calls: dict[str, Calls], moved: float) -> Row:
     """Times per call of both, launched ahead and by themselves, and how far from the bytes that must move."""
     count = len(calls["peftlab"])
-    turns = {name: iter(_forever(each)) for name, each in calls.items()}
-    single: dict[str, Run] = {name: lambda mark, turn=turn: next(turn)() for name, turn in turns.items()}
-    alone = interleaved(device, single, seconds=0.5)
-    whole: dict[str, Run] = {name: lambda mark, each=each: [call() for call in each] for name, each in calls.items()}
-    found = interleaved(device, whole, seconds=1.5, ahead=True)
+    alone = interleaved(device, {name: _one(each) for name, each in calls.items()}, seconds=0.5)
+    found = interleaved(device, {name: _all(each) for name, each in calls.items()}, seconds=1.5, ahead=True)
     us = {name: [round(t / count, 3) for t in phases["time"]] for name, phases in found.spreads().items()}
     floor = 1e6 * moved / bytes_per_s(device)
     return {
@@ -132,6 +137,16 @@ def _against(device: Device, calls: dict[str, list[Callable[[], Any]]], moved: f
     }
 
 
-def _forever(calls: list[Callable[[], Any]]) -> Iterator[Callable[[], Any]]:
+def _one(calls: Calls) -> Run:
+    """The next of them, again and again."""
+    turn = _forever(calls)
+    return lambda mark: next(turn)()
+
+
+def _all(calls: Calls) -> Run:
+    return lambda mark: [call() for call in calls]
+
+
+def _forever(calls: Calls) -> Iterator[Callable[[], Any]]:
     while True:
         yield from calls

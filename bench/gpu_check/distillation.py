@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from bench.gpu_check.base import Device, Row, Task
 
@@ -20,6 +20,7 @@ TEACHERS = (
     f"stored top-{NUM_KEPT} and rest",
     "stored hidden states",
 )
+DRAWN: tuple[Literal["sampled", "mixed"], ...] = ("sampled", "mixed")
 SLEEP_S = 5e-3
 # Of draws: float32 softmaxes of two devices differ in the last bit, which moves a draw across a border once in a million.
 MOST_MOVED = 1e-3
@@ -31,7 +32,7 @@ def distillation(device: Device) -> Iterator[Task]:
         for teacher in TEACHERS:
             what = {"check": "distillation loss", "teacher": teacher, "dtype": dtype}
             yield Task(what, partial(_loss, device, dtype, teacher), seconds=4)
-    for kind in ("sampled", "mixed"):
+    for kind in DRAWN:
         yield Task({"check": "draws of a GPU are those of the CPU", "kind": kind}, partial(_draws, device, kind))
     yield Task({"check": "latency waits for the device"}, partial(_latency, device))
 
@@ -184,15 +185,17 @@ def _taught(device: Device, kind: str, task: Any, teacher: Any, examples: list[A
     return CachedTeacher(read, index_of={e.row: i for i, e in enumerate(examples)}, head=head)
 
 
-def _draws(device: Device, kind: str) -> Row:
+def _draws(device: Device, kind: Literal["sampled", "mixed"]) -> Row:
     import torch
 
+    from peftlab.distillation import SparseTarget
     from peftlab.distillation.cache import Fill
 
     vocab = device.pick(49152, 512)
     logits = 3 * torch.randn(64, vocab, generator=torch.Generator().manual_seed(0))
     fill = Fill(kind, k=8 if kind == "mixed" else None, draws=50, num_classes=vocab)
     there, here = fill.target(logits.to(device.kind), 3), fill.target(logits, 3)
+    assert isinstance(there, SparseTarget) and isinstance(here, SparseTarget)
     dense = [torch.zeros(64, vocab).scatter_add_(1, t.ids.cpu(), t.probs.cpu().float()) for t in (there, here)]
     moved = float((dense[0] - dense[1]).abs().sum(-1).mean() / 2)
     return {"share_of_mass_elsewhere": moved, "limit": MOST_MOVED, "ok": moved <= MOST_MOVED}

@@ -32,7 +32,7 @@ def distillation_steps(device: Device) -> Iterator[Task]:
         if stored is not None:
             yield Task({"case": "the teacher leaves the GPU"}, partial(_leave, device), makes=True)
         for card in kd_plan.CARDS:
-            what = {"case": f"distillation step, {way}, r={kd_plan.RANK} on all linears, checkpointing"}
+            what: Row = {"case": f"distillation step, {way}, r={kd_plan.RANK} on all linears, checkpointing"}
             what |= {"batch": 1, "length": _tokens(device), "card_gb": card / 1e9}
             yield Task(what, partial(_step, device, stored, card), seconds=6)
 

@@ -204,10 +204,10 @@ def _memory(device: Device, runs: dict[str, Run], dropout: bool) -> Row:
     peaks, held = {}, {}
     for name, run in runs.items():
         release_scratch()
-        peaks[name] = device.peak(lambda run=run: run(lambda phase: None))
+        peaks[name] = device.peak(partial(run, lambda phase: None))
         seen: dict[str, int] = {}
         before = device.allocated()
-        output = run(lambda phase, seen=seen: seen.setdefault(phase, device.allocated()))[0]
+        output = run(partial(_seen, device, seen))[0]
         held[name] = seen["forward"] - before - output.numel() * output.element_size()
         del output
     row: Row = {"peak_bytes": peaks, "held_bytes": held, "held_share": None}
@@ -216,6 +216,10 @@ def _memory(device: Device, runs: dict[str, Run], dropout: bool) -> Row:
         row["held_share"] = held["peftlab"] / smallest
         row["held_target"], row["held_met"] = DROPOUT_MEMORY_TARGET, row["held_share"] <= DROPOUT_MEMORY_TARGET
     return row
+
+
+def _seen(device: Device, seen: dict[str, int], phase: str) -> None:
+    seen.setdefault(phase, device.allocated())
 
 
 def _floor_us(device: Device, kind: str, M: int, N: int, K: int) -> float:

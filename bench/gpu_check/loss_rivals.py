@@ -90,6 +90,7 @@ def _liger_kl_div(p: HeadProblem) -> Callable[[], Any]:
     fused = LigerFusedLinearKLDivLoss(reduction="sum")
 
     def loss() -> Any:
+        assert p.tx is not None and p.tw is not None
         with torch.no_grad():
             target = F.linear(p.tx, p.tw).softmax(-1)  # in float32 inside, and 16 bits out: Liger reads those
         return fused(p.x, p.w, target)

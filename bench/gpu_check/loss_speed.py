@@ -128,8 +128,9 @@ def _product_flops(case: TimedLoss, problem: HeadProblem) -> float:
     """The student's logits and dX, dW of a trained head, the logits of a teacher that is asked."""
     (num_tokens, hidden), vocab = problem.x.shape, len(problem.w)
     flops = (1 + len(problem.leaves)) * gemm_flops(num_tokens, vocab, hidden)
-    asked = problem.tx is not None and not case.stored
-    return flops + (gemm_flops(num_tokens, vocab, problem.tx.shape[1]) if asked else 0.0)
+    if problem.tx is None or case.stored:
+        return flops
+    return flops + gemm_flops(num_tokens, vocab, problem.tx.shape[1])
 
 
 def _met(ratio: Row, less: float, target: tuple[float, float | None]) -> bool:

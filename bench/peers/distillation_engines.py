@@ -48,7 +48,8 @@ def write_shared(settings: dict[str, Any], spec: dict[str, Any], work: Path) -> 
     """The student, its adapter and the targets. settings: of the student, whose folder is not there yet."""
     whole = {**settings, "model": settings["distill"]["teacher"]}
     cut = {**whole, "distill": {**settings["distill"], "student_init": {"num_layers": spec["num_layers"]}}}
-    notes = cut_student(peftlab.load_recipe(cut).recipe, Path(settings["model"]["name"]), SilentProgress())
+    recipe = peftlab.load_recipe(cut).recipe
+    notes = cut_student(recipe, Path(settings["model"]["name"]), SilentProgress(), seed=recipe.run.seed)
     if settings["adapter"].get("method") != "none":
         alone = {name: value for name, value in settings.items() if name != "distill"}
         write_initial_adapter(alone, work, Path(spec["adapter"]))

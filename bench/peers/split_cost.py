@@ -63,13 +63,14 @@ def measure(settings: dict[str, Any], *, budget_s: float) -> dict[str, Any]:
     tokenizer = build.tokenizer_of(recipe, pretrained)
     task = build.build_task(recipe, tokenizer, build.load_data(recipe).train)
     model = add_lora(build.model_of(recipe, pretrained, task, "cpu"), peft_type=task.peft_type, rank=8, alpha=16)
-    module = LossModule(model, task).train()
+    module = LossModule(model, task.loss_sum).train()
     rng = np.random.default_rng(0)
 
     def batch(rows: int, length: int) -> Any:
         # As in a run, causal rows train a part of their tokens, here the second half.
         trained = np.arange(length) >= length // 2 if recipe.task == "causal_lm" else None
-        ids = rng.integers(1000, len(tokenizer) - 1000, size=(rows, length), dtype=np.int32)
+        margin = min(1000, len(tokenizer) // 4)  # special tokens stand at the ends
+        ids = rng.integers(margin, len(tokenizer) - margin, size=(rows, length), dtype=np.int32)
         label = 0 if recipe.task == "seq_cls" else None
         return task.collate([Example(row, 0, 1.0, trained=trained, label=label) for row in ids], "cpu")
 

@@ -52,7 +52,7 @@ def layers(storage: str) -> tuple[Any, Any]:
         }[storage]()
         linear.load_state_dict(plain.state_dict())
         config = LoraConfig(r=RANK, target_modules=["linear"], init_lora_weights=False)
-        model = nn.Sequential()
+        model: Any = nn.Sequential()
         model.add_module("linear", linear.to("cpu"))
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = storage == "nf4", storage == "int8"
         made.append(get_peft_model(model, prepare(config)).base_model.model.linear.train())
@@ -67,7 +67,7 @@ def contestants(storage: str, rows: int) -> dict[str, Callable[[], Any]]:
     from peftlab.adapters.fused import FusedLora
 
     fused, peft = layers(storage)
-    assert isinstance(fused, FusedLora) and not isinstance(peft, FusedLora)
+    assert [isinstance(layer, FusedLora) for layer in (fused, peft)] == [True, False]
     x = torch.randn(rows, WIDTH, requires_grad=True)
     factors = [fused.lora_A["default"].weight, fused.lora_B["default"].weight]
     ready = [torch.zeros_like(factor) for factor in factors]

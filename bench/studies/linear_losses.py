@@ -173,8 +173,8 @@ def main() -> int:
     parser.add_argument("--memory-of", nargs=5, metavar=("CASE", "TOKENS", "VOCAB", "HIDDEN", "NAME"))
     options = parser.parse_args()
     if options.memory_of:
-        case, *sizes, name = options.memory_of
-        print(extra_memory(case, name, tuple(map(int, sizes))))
+        case, tokens, vocab, hidden, name = options.memory_of
+        print(extra_memory(case, name, (int(tokens), int(vocab), int(hidden))))
         return 0
     sizes = (options.tokens, options.vocab, options.hidden)
     rows = []

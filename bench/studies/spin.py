@@ -37,7 +37,7 @@ def worker(steps: int) -> None:
     model = add_lora(LlamaForCausalLM(config).requires_grad_(False), peft_type="CAUSAL_LM", rank=8, alpha=16)
     ids = torch.randint(0, 260, (8, 40))
     model(input_ids=ids, labels=ids).loss.backward()
-    done = []
+    done: list[float] = []
     started = time.monotonic()
     while len(done) < steps and time.monotonic() - started < LIMIT_S:
         begin = time.monotonic()
@@ -73,7 +73,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for spin in ("1000", "5000", "20000"):
-        row = {"GOMP_SPINCOUNT": spin or "default"}
+        row: dict[str, Any] = {"GOMP_SPINCOUNT": spin or "default"}
         row["alone_tokens_per_s"] = measure(spin, 1, options.steps)
         row["two_side_by_side_tokens_per_s"] = measure(spin, 2, options.steps)
         rows.append(row)
