@@ -13,8 +13,8 @@ import contextlib
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,8 @@ def extra_memory(case: str, name: str, sizes: tuple[int, int, int]) -> int:
 def measure(case: str, sizes: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     import torch
 
+    from peftlab.bench.timing import time_round
+
     losses, leaves = contestants(case, *sizes)
     values, gradients = {}, {}
     for name, loss in losses.items():
@@ -115,12 +117,9 @@ def measure(case: str, sizes: tuple[int, int, int], repeats: int) -> dict[str, A
     for ours, theirs in zip(*gradients.values(), strict=True):
         gradient_gap = max(gradient_gap, float((ours.float() - theirs.float()).norm() / theirs.float().norm()))
     del gradients, ours, theirs
-    times: dict[str, list[float]] = {name: [] for name in losses}
-    for repetition in range(repeats):
-        for name in list(losses)[:: 1 if repetition % 2 == 0 else -1]:
-            start = time.perf_counter()
-            torch.autograd.grad(losses[name](), leaves)
-            times[name].append(time.perf_counter() - start)
+    calls = [(name, partial(_forward_and_backward, loss, leaves)) for name, loss in losses.items()]
+    rounds = [time_round(dict(calls[:: 1 if n % 2 == 0 else -1]), "cpu", 1) for n in range(repeats)]
+    times = {name: [ms[name] / 1000 for ms in rounds] for name in losses}
     command = [sys.executable, "-m", "bench.studies.linear_losses", "--memory-of", case, *map(str, sizes)]
     memory = {
         name: int(subprocess.run([*command, name], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
@@ -139,6 +138,12 @@ def measure(case: str, sizes: tuple[int, int, int], repeats: int) -> dict[str, A
         "extra_bytes": memory,
         "memory_ratio": memory["peftlab"] / memory["full logits"],
     }
+
+
+def _forward_and_backward(loss: Callable[[], Any], leaves: list[Any]) -> None:
+    import torch
+
+    torch.autograd.grad(loss(), leaves)
 
 
 def table(result: dict[str, Any]) -> str:
