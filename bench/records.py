@@ -14,7 +14,7 @@ _CODE = ("peftlab", "kernels", "bench/*.py")
 
 def provenance(command: str) -> dict[str, Any]:
     """Hardware, versions and commit as the files in results/ have them; no host name and no path."""
-    from peftlab.bench import machine  # with torch, which the tables do without
+    from peftlab.measuring import machine  # with torch, which the tables do without
 
     commit = machine.git_commit(ROOT / "peftlab", *_CODE)
     return {

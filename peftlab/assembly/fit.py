@@ -137,7 +137,7 @@ class Fit:
             autocast=self._accelerator.autocast,
             packed=parts.plan.packed,
             loss_sum=parts.loss,
-            reference_loss_sum=parts.loss and parts.loss.reference,
+            reference_loss_sum=None if parts.loss is None else parts.loss.reference,
         )
         self._summary["parity"] = asdict(report)
         release_memory()
