@@ -85,10 +85,32 @@ def test_a_plain_session_reads_like_this(stream: FakeTerminal, clock: FakeClock)
         "step 1/5  loss 1.235  lr 2.0e-04  grad 0.51  1,234 tok/s  2.1 GB",
         "step 2/5  loss 1.235  lr 2.0e-04  grad 0.51  1,234 tok/s  2.1 GB  0:06 left",
         "step 5/5  loss 1.235  lr 2.0e-04  grad 0.51  1,234 tok/s  2.1 GB  took 0:10",
-        "evaluating ...",
-        "evaluating: 1.0 s",
+        "evaluating ... 1.0 s",
         "eval at step 5: loss 0.5000, f1_macro 0.9123",
     ]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("kind", [PlainProgress, RichProgress])
+def test_inside_quietly_only_warnings_are_shown_unless_all_was_asked_for(
+    stream: FakeTerminal, clock: FakeClock, kind: type[Progress], verbose: bool
+) -> None:
+    to = stream if kind is PlainProgress else Console(file=stream, width=80, color_system=None)
+    with kind(to, clock, verbose=verbose) as progress:  # type: ignore[call-arg]
+        progress.detail("a detail")
+        progress.stage("loading")
+        with progress.quietly():
+            clock.now += 1.0
+            progress.stage("a stage of a second arm")
+            clock.now += 1.0
+            progress.note("a note")
+            progress.warn("look")
+            progress.evaluated(5, {"loss": 0.5})
+        progress.note("outside again")
+    shown = "\n".join(_screen(stream))
+    assert "warning: look" in shown and "outside again" in shown and "loading ..." in shown
+    for text in ("a detail", "a stage of a second arm", "a note", "eval at step 5"):
+        assert (text in shown) == verbose, text
 
 
 def test_plain_lines_of_a_fast_run_are_the_first_few_and_the_last(stream: FakeTerminal, clock: FakeClock) -> None:
@@ -182,7 +204,7 @@ def test_rich_notes_keep_user_text_and_metrics_wrap_between_names(stream: FakeTe
     lines = [line.rstrip() for line in _screen(stream)]
     assert f"[red]{path}" in lines
     assert "warning: look" in lines
-    assert "[b] load: 1.0 s" in lines
+    assert "[b] load ... 1.0 s" in lines
     first = next(i for i, line in enumerate(lines) if line.startswith("eval at step 7: metric_number_0 0.5000,"))
     assert [len(line) <= 80 for line in lines[first : first + 4]] == [True] * 4
     assert lines[first + 2].endswith("metric_number_7 0.5000,")
