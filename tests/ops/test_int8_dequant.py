@@ -30,11 +30,6 @@ LowRank = tuple[Tensor, Tensor, float]
 Op = Callable[..., Tensor]
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def quantized(N: int, K: int, device: torch.device, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A random weight whose rows differ in size, as bitsandbytes stores it: int8 [N, K], float32 [N]."""
     values = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.1, 3.0, N)[:, None]

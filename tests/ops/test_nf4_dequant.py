@@ -33,11 +33,6 @@ LowRank = tuple[Tensor, Tensor, float]
 Op = Callable[..., Tensor]
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture(autouse=True)
 def eager_bitsandbytes() -> Iterator[None]:
     """bitsandbytes compiles its CPU path for an odd K, anew for each shape: seconds each, for the same bits."""
