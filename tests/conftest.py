@@ -72,6 +72,14 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def process() -> Any:
+    """``tests.processes.Processes``: starts Python processes as forks of one that has the libraries loaded."""
+    from tests.processes import Processes
+
+    return Processes()
+
+
+@pytest.fixture(scope="session")
 def assert_within_budget() -> Callable[..., None]:
     return _assert_within_budget
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
-import multiprocessing
-import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -261,18 +259,12 @@ def test_a_mistake_does_not_cost_the_earlier_run(here: Path) -> None:
         distill(document, progress=SilentProgress())
 
 
-def test_killed_at_every_moment_it_ends_with_the_same_student(
-    here: Path, texts: Done, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # a fork server does not take sys.path along
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill_child"])
+def test_killed_at_every_moment_it_ends_with_the_same_student(process: Any, here: Path, texts: Done) -> None:
     for number, moment in enumerate(distill_child.MOMENTS):
         arguments = (here, lesson("causal_lm"), moment)
-        child = context.Process(target=distill_child.run, args=arguments, kwargs={"resume": number > 0})
-        child.start()
-        child.join(120)
-        assert child.exitcode == -signal.SIGKILL, moment
+        with process.start(functools.partial(distill_child.run, *arguments, resume=number > 0)) as child:
+            done = child.wait()
+        assert done.returncode == -signal.SIGKILL, f"{moment}: {done.stderr}"
         assert peftlab.open_run("run").summary["status"] == "running"
     run = distill("run", resume=True, progress=SilentProgress())
     assert weights(run.folder) == weights(texts.folder / "run")

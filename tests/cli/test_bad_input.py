@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -163,21 +160,16 @@ def test_adapters_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]
     assert "pickle" in " ".join(capsys.readouterr().err.split())
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(here: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(process: Any, here: Path) -> None:
     recipe = write(here, train={"max_steps": 100_000}, run={"dir": "mine"}, eval={"before": False})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peftlab", "train", recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     log = here / "mine/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) > 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "peftlab train mine --resume" in " ".join(err.split())
+    with process.start(["-m", "peftlab", "train", recipe]) as training:
+        training.wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
+        training.send_signal(signal.SIGINT)
+        done = training.wait(60)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert "peftlab train mine --resume" in " ".join(done.stderr.split())
     (step,) = [int(p.name.removeprefix("step-")) for p in (here / "mine/checkpoints").iterdir()]
     assert json.loads((here / "mine/run.json").read_text())["status"] == "interrupted"
     assert step >= 3
