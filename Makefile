@@ -12,7 +12,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # Two pips in one environment overwrite each other, so `make -j` runs the stages one by one.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint format constraints gpu-check clean
+.PHONY: help quickstart test test-quick test-slow lint format constraints gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ quickstart: $(VENV)/.installed $(VENV)/.assets ## install everything and train t
 
 test: $(VENV)/.dev $(VENV)/.assets ## the tests that need neither a GPU nor much time
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(ARGS)
+
+test-quick: $(VENV)/.dev $(VENV)/.assets ## the tests of the tier `unit`: no process, no training, no interpreter
+	$(BIN)/python -m pytest -m "unit and not slow and not gpu" $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.assets ## the long checks with real models
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -21,6 +21,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests import tiers
+
 AUTO_CLASS = {"tiny:llama": "AutoModelForCausalLM", "tiny:bert": "AutoModelForSequenceClassification"}
 
 
@@ -43,6 +45,28 @@ def _assert_within_budget(actual: Any, eager: Any, truth: Any, *, slack: float) 
     mean_error, mean_allowed = (float((x.double() - truth).abs().mean()) for x in (actual, eager))
     assert error <= allowed + slack * scale, f"max error {error:.3g}, eager {allowed:.3g}, scale {scale:.3g}"
     assert mean_error <= mean_allowed + slack * scale, f"mean error {mean_error:.3g}, eager {mean_allowed:.3g}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            item.add_marker(tiers.tier_of(item))
+
+
+GUARD = tiers.Guard()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    GUARD.begin()
+    return (yield)
+
+
+@pytest.fixture(autouse=True)
+def as_its_tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    tier = next(name for name in tiers.TIERS if request.node.get_closest_marker(name))
+    assert not GUARD.wrong(tier), f"a test of the tier `{tier}` does this: {GUARD.wrong(tier)}; see tests/tiers.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
