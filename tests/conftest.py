@@ -96,6 +96,25 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """``tests.trained_runs.TrainedRuns``: finished runs that tests read, shared by the workers of a session."""
+    from tests.trained_runs import TrainedRuns
+
+    base = tmp_path_factory.getbasetemp()
+    runs = TrainedRuns((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained")
+    yield runs
+    runs.check()
+
+
+@pytest.fixture
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report card of a distillation times the models for a moment, not for seconds."""
+    from peftlab.api import comparing
+
+    monkeypatch.setattr(comparing, "_TIMED_SECONDS", 0.05)
+
+
+@pytest.fixture(scope="session")
 def process() -> Any:
     """``tests.processes.Processes``: starts Python processes as forks of one that has the libraries loaded."""
     from tests.processes import Processes

@@ -106,8 +106,8 @@ def tier_of(item: pytest.Function) -> str:
             fixtures += [n for n in definition.argnames if n not in fixtures]
             if "getfixturevalue" in found.names:
                 fixtures += [n for n in texts | found.texts if n not in fixtures]
-    tier = uses.tier()
-    return "engine" if tier == "unit" and "triton" in texts else tier
+    tiers = {uses.tier(), "engine" if "triton" in texts or "trained" in fixtures else "unit"}
+    return max(tiers, key=TIERS.index)
 
 
 def _inner(function: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import distill_child
 import pytest
 import torch
-from test_api_train import Stopper, contents, recipe, train, write_data
+from test_api_train import Stopper, contents, recipe, write_data
 
 import peftlab
 from peftlab.api import comparing, distilling
@@ -62,18 +62,16 @@ def lesson(task: str, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lessons(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, rows without labels, and a teacher of each task."""
     folder = tmp_path_factory.mktemp("lessons")
     write_data(folder)
     (folder / "transfer.csv").write_text(
         "text\n" + "".join(f"{w} {i}\n" for i in range(20, 26) for w in ("red", "cow"))
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for task in ("causal_lm", "seq_cls"):
-            changes = {"run": {"dir": f"teacher-{task}"}, "eval": {"before": False}}
-            train(recipe(task, **changes, train={"max_steps": 12, "lr": 3e-2}))
+    for task in ("causal_lm", "seq_cls"):
+        teacher = recipe(task, eval={"before": False}, train={"max_steps": 12, "lr": 3e-2})
+        shutil.copytree(trained(teacher, write_data) / "run", folder / f"teacher-{task}")
     return folder
 
 

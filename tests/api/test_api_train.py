@@ -76,13 +76,10 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["causal_lm", "seq_cls"])
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def done(request: pytest.FixtureRequest, trained: Any) -> Done:
     """One finished run per task; tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp(request.param)
-    write_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return Done(folder, train(recipe(request.param)))
+    folder = trained(recipe(request.param), write_data)
+    return Done(folder, peftlab.open_run(folder / "run"))
 
 
 @pytest.fixture
