@@ -135,12 +135,14 @@ def test_a_teacher_gets_no_gradient() -> None:
     [("jsd", 0.1, 2e-7), ("jsd", 0.5, 3e-7), ("skew_forward_kl", 0.5, 5e-7), ("skew_reverse_kl", 0.5, 5e-7)],
 )
 def test_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float, allowed: float) -> None:
-    """Two classes at every ratio of the probabilities, equal ones too. ``tl.log`` in place of the polynomial errs by 1.7e-7,
+    """Two classes at every ratio of the probabilities, equal ones too; exchanged, they give the same values.
+
+    ``tl.log`` in place of the polynomial errs by 1.7e-7,
     2.7e-7 and 4.3e-7; two degrees less would add 1e-6."""
     steps = torch.linspace(-12, 12, 25, dtype=torch.float64)
     student, teacher = (
-        torch.stack([t.flatten(), torch.zeros(625, dtype=torch.float64)], 1)
-        for t in torch.meshgrid(steps, steps, indexing="ij")
+        torch.stack([t.flatten(), torch.zeros(325, dtype=torch.float64)], 1)
+        for t in torch.meshgrid(steps[12:], steps, indexing="ij")
     )
     head = Head(DenseWeight(torch.eye(2, device=DEVICE)))
     found = linear_kl(
@@ -149,4 +151,4 @@ def test_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float
     ).soft  # fmt: skip
     want = kl.token_divergence(student, teacher, kind=divergence, share=share)
     assert float((found.cpu().double() - want).abs().max()) < allowed
-    assert float(found.view(25, 25).diagonal().abs().max()) < 1e-7, "a perfect student"
+    assert float(found.view(13, 25).diagonal(12).abs().max()) < 1e-7, "a perfect student"
