@@ -33,7 +33,7 @@ from typing import Any
 LIBRARIES = [
     "torch.distributed", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "accelerate", "peft", "datasets",
-    "evaluate", "sklearn.metrics", "bitsandbytes", "safetensors.torch", "pydantic", "typer", "rich.live", "rich.progress",
+    "evaluate", "sklearn.metrics", "bitsandbytes", "safetensors.torch", "pydantic.json_schema", "typer", "rich.live", "rich.progress",
     "rich.table", "yaml", "psutil",
 ]  # fmt: skip
 # Variables that the interpreter or a library reads only once, by the beginnings of their names.
