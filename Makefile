@@ -12,7 +12,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # Two pips in one environment overwrite each other, so `make -j` runs the stages one by one.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-quick test-slow lint format constraints gpu-check clean
+.PHONY: help quickstart test test-slow lint format constraints gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -56,9 +56,6 @@ quickstart: $(VENV)/.installed $(VENV)/.assets ## install everything and train t
 test: $(VENV)/.dev $(VENV)/.assets ## the tests that need neither a GPU nor much time
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(ARGS)
 
-test-quick: $(VENV)/.dev $(VENV)/.assets ## the tests of the tier `unit`: no process, no training, no interpreter
-	$(BIN)/python -m pytest -m "unit and not slow and not gpu" $(PARALLEL) $(ARGS)
-
 test-slow: $(VENV)/.dev $(VENV)/.assets ## the long checks with real models
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -70,6 +67,10 @@ lint: $(VENV)/.dev ## ruff check, ruff format --check, mypy
 format: $(VENV)/.dev ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.PHONY: test-quick
+test-quick: $(VENV)/.dev $(VENV)/.assets ## the tests of the tier `unit`: no process, no training, no interpreter
+	$(BIN)/python -m pytest -m "unit and not slow and not gpu" $(PARALLEL) $(ARGS)
 
 gpu-check: ## check and measure on this machine's GPU
 	@if [ -x $(BIN)/python ]; then $(BIN)/python bench/gpu_check.py; else "$(PYTHON)" bench/gpu_check.py; fi

@@ -47,6 +47,11 @@ def _assert_within_budget(actual: Any, eager: Any, truth: Any, *, slack: float) 
     assert mean_error <= mean_allowed + slack * scale, f"mean error {mean_error:.3g}, eager {mean_allowed:.3g}"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for tier in tiers.TIERS:
+        config.addinivalue_line("markers", f"{tier}: set by tests/tiers.py, by what a test uses")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):

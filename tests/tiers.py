@@ -1,7 +1,7 @@
 """The tier of a test, by what it uses: ``process`` starts processes, ``engine`` trains or runs Triton's interpreter, ``unit`` neither.
 
 It is read from the code that a test reaches: its own, that of its fixtures, and that of the functions and classes in tests/
-which these name. A test of which that code says nothing, and which does it all the same, fails (``Guard``).
+and bench/ which these name. A test of which that code says nothing, and which does it all the same, fails (``Guard``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
+FOLLOWED = ("tests", "bench")
 TIERS = ("unit", "engine", "process")
 OURS = ("peftlab", "peftlab_kernels")
 # Modules that start processes, and the functions of `os` that do.
@@ -128,7 +129,7 @@ def _reached(function: Any) -> Uses:
             if isinstance(value, ModuleType):
                 uses.modules.add(value.__name__)
             elif isinstance(value, FunctionType | type):
-                if _is_of_the_tests(value):
+                if _is_followed(value):
                     left.append(value)
                 else:
                     uses.functions.add((value.__module__, value.__name__))
@@ -138,7 +139,7 @@ def _reached(function: Any) -> Uses:
 def _named(one: Any, uses: Uses) -> Iterator[Any]:
     functions = [one]
     if isinstance(one, type):
-        classes = [c for c in one.__mro__ if _is_of_the_tests(c)]
+        classes = [c for c in one.__mro__ if _is_followed(c)]
         functions = [f for c in classes for f in vars(c).values() if isinstance(f, FunctionType)]
     for function in functions:
         names: set[str] = set()
@@ -154,11 +155,7 @@ def _named(one: Any, uses: Uses) -> Iterator[Any]:
         uses.functions |= {(module, n) for module in inside for n in names}
         for value in found:
             yield value
-            if isinstance(value, ModuleType) and value.__name__.split(".")[0] in (
-                "peftlab",
-                "peftlab_kernels",
-                "tests",
-            ):
+            if isinstance(value, ModuleType) and value.__name__.split(".")[0] in (*OURS, *FOLLOWED):
                 yield from (getattr(value, n) for n in names if hasattr(value, n))
 
 
@@ -177,7 +174,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _is_of_the_tests(value: Any) -> bool:
+def _is_followed(value: Any) -> bool:
     module = sys.modules.get(value.__module__)
     file = getattr(module, "__file__", None)
-    return file is not None and Path(file).is_relative_to(TESTS)
+    return file is not None and any(Path(file).is_relative_to(ROOT / folder) for folder in FOLLOWED)
