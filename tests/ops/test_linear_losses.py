@@ -94,7 +94,7 @@ def test_distilling_every_head(assert_within_budget: Budget, name: str, backend:
     seed=st.integers(0, 99),
     name=st.sampled_from(["dense+softcap", "dense+trained+bias", "nf4+lora"]),
 )
-def test_chunks_and_order_change_nothing(n: int, chunk: int, seed: int, name: str) -> None:
+def test_linear_losses_chunks_and_order_change_nothing(n: int, chunk: int, seed: int, name: str) -> None:
     case = replace(make_case(name, torch.float64, n=n, seed=seed))
     taught = make_teacher(case, "online")
     whole = gradients(case, lambda c: distilled(c, taught, hard_weight=0.4, chunk=n).total)
@@ -105,7 +105,7 @@ def test_chunks_and_order_change_nothing(n: int, chunk: int, seed: int, name: st
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
 @pytest.mark.parametrize("n", [0, 1])
-def test_few_tokens(n: int, backend: str) -> None:
+def test_linear_losses_few_tokens(n: int, backend: str) -> None:
     case = make_case("dense+trained+bias", torch.float32, n=n)
     for total in (
         lambda c: ce(c, backend=backend).total,
@@ -119,7 +119,9 @@ def test_few_tokens(n: int, backend: str) -> None:
 
 
 @EACH_BACKEND
-def test_extreme_logits_stay_finite_and_right(assert_within_budget: Budget, backend: str, dtype: torch.dtype) -> None:
+def test_linear_losses_extreme_logits_stay_finite_and_right(
+    assert_within_budget: Budget, backend: str, dtype: torch.dtype
+) -> None:
     std = 300.0 if dtype == torch.float16 else 3000.0
     case = make_case("dense", dtype, std=std)
     assert float(case.logits(torch.float64).abs().max()) > 3 * std
@@ -136,7 +138,7 @@ def test_extreme_logits_stay_finite_and_right(assert_within_budget: Budget, back
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_inputs_are_left_alone(backend: str) -> None:
+def test_linear_losses_inputs_are_left_alone(backend: str) -> None:
     case = make_case("dense+trained+bias+lora+dropped+softcap", torch.float32)
     for way in ("online", "dense", "sparse"):
         taught = make_teacher(case, way)
@@ -147,7 +149,7 @@ def test_inputs_are_left_alone(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-def test_non_contiguous_inputs(assert_within_budget: Budget) -> None:
+def test_linear_losses_non_contiguous_inputs(assert_within_budget: Budget) -> None:
     case = make_case("dense", torch.float32)
     wide = torch.stack([case.hidden, case.hidden * 0], dim=-1)[..., 0]
     weight = case.head.weight.weight.T.contiguous().T
@@ -194,7 +196,7 @@ def _bad() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("number", range(18))
-def test_what_does_not_fit_is_named(number: int) -> None:
+def test_linear_losses_what_does_not_fit_is_named(number: int) -> None:
     bad = list(_bad())
     assert len(bad) == 18
     call, found = bad[number]
@@ -203,7 +205,7 @@ def test_what_does_not_fit_is_named(number: int) -> None:
 
 
 @EACH_DIVERGENCE
-def test_references_pass_gradcheck(divergence: str) -> None:
+def test_linear_losses_references_pass_gradcheck(divergence: str) -> None:
     g = torch.Generator().manual_seed(0)
     sizes = ((3, 5), (7, 5), (7,), (2, 5), (7, 2), (3, 7))
     inputs = [torch.randn(size, generator=g, dtype=torch.float64).requires_grad_() for size in sizes]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.ops.linear_losses_examples import DEVICE, Case, H, N, V, ce, distilled, gradients, make_case, make_teacher
 
 
-def test_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_losses_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     right = heads.HeadPass.__init__
     monkeypatch.setattr(
@@ -38,7 +38,7 @@ def test_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -
     assert walk.dW_VH is walk.dbias_V is walk.dA_RH is walk.dB_VR is None
 
 
-def test_nothing_is_computed_backward_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_losses_nothing_is_computed_backward_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("dense+trained", torch.float32)
     case.head.weight.weight.requires_grad_()
     try:
@@ -51,7 +51,7 @@ def test_nothing_is_computed_backward_without_gradient(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_a_head_tied_to_the_embeddings(way: str) -> None:
+def test_linear_losses_head_tied_to_the_embeddings(way: str) -> None:
     """Both uses of one matrix add up, over two micro-batches too."""
     g = torch.Generator().manual_seed(0)
     E = torch.randn(V, H, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_()
@@ -89,7 +89,7 @@ def test_second_backward_gives_the_same_gradient_and_second_derivatives_are_refu
 
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_what_flows_back_is_not_rounded_to_16_bits(way: str, chunk: int | None) -> None:
+def test_linear_losses_what_flows_back_is_not_rounded_to_16_bits(way: str, chunk: int | None) -> None:
     """A third, in bfloat16, is off by 2 in a thousand in every element alike."""
     case = make_case("dense+trained", torch.bfloat16)
 
@@ -106,7 +106,7 @@ def test_what_flows_back_is_not_rounded_to_16_bits(way: str, chunk: int | None) 
         assert ratio == pytest.approx(1 / 3, rel=5e-4), name
 
 
-def test_a_loss_scale_does_not_overflow_float16() -> None:
+def test_linear_losses_loss_scale_does_not_overflow_float16() -> None:
     """Hidden states of 500 times 65536 are beyond float16, the gradient of the weight is not."""
     g = torch.Generator().manual_seed(0)
     hidden, target = (
@@ -127,7 +127,7 @@ def test_a_loss_scale_does_not_overflow_float16() -> None:
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_products_of_a_trained_head_have_types_that_cuda_has(
+def test_linear_losses_products_of_a_trained_head_have_types_that_cuda_has(
     monkeypatch: pytest.MonkeyPatch, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, chunk: int | None
 ) -> None:
     """Of every pair of types: what CUDA's mm may write is the type of its factors, or float32 for 16 bits. The gradient is as
@@ -154,7 +154,7 @@ def test_products_of_a_trained_head_have_types_that_cuda_has(
 
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_trained_head_with_create_graph(dtype: torch.dtype, chunk: int | None) -> None:
+def test_linear_losses_trained_head_with_create_graph(dtype: torch.dtype, chunk: int | None) -> None:
     """The first derivative is as without it, the second is refused."""
     case = make_case("dense+trained", dtype)
     hidden, weight = case.hidden.clone().requires_grad_(), case.head.weight.weight.detach().clone().requires_grad_()
@@ -189,7 +189,7 @@ def _options(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("name", ["dense+trained+bias+lora+dropped+softcap", "nf4+lora"])
-def test_operators_are_registered_as_they_behave(name: str) -> None:
+def test_linear_losses_operators_are_registered_as_they_behave(name: str) -> None:
     case = make_case(name, torch.float32)
     case = case.with_leaves({k: t.detach().clone().requires_grad_() for k, t in case.leaves().items()})
     calls = _options(case)
@@ -217,7 +217,7 @@ def test_compiled_whole(name: str) -> None:
     torch._dynamo.reset()
 
 
-def test_checkpointing() -> None:
+def test_linear_losses_checkpointing() -> None:
     case = make_case("dense+softcap", torch.float32)
     case.hidden.requires_grad_()
     (want,) = torch.autograd.grad(ce(case).total, case.hidden)
@@ -227,7 +227,7 @@ def test_checkpointing() -> None:
     assert torch.equal(found, want)
 
 
-def test_autocast_changes_nothing() -> None:
+def test_linear_losses_autocast_changes_nothing() -> None:
     case = make_case("dense+lora", torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = gradients(case, lambda c: ce(c).total)

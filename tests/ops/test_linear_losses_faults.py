@@ -62,7 +62,7 @@ FAULTS: dict[str, Callable[[Case, Taught, dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @EACH_BACKEND
-def test_deliberate_faults_are_caught(
+def test_linear_losses_deliberate_faults_are_caught(
     assert_within_budget: Budget, fault: str, backend: str, dtype: torch.dtype
 ) -> None:
     case = make_case("dense+softcap+padded", dtype)
@@ -90,7 +90,7 @@ CE_FAULTS: dict[str, Callable[[Case], Case]] = {
 
 @pytest.mark.parametrize("fault", CE_FAULTS)
 @EACH_BACKEND
-def test_deliberate_faults_of_the_cross_entropy_are_caught(
+def test_linear_losses_deliberate_faults_of_the_cross_entropy_are_caught(
     assert_within_budget: Budget, fault: str, backend: str, dtype: torch.dtype
 ) -> None:
     case = make_case("dense+softcap+padded", dtype)
@@ -99,7 +99,7 @@ def test_deliberate_faults_of_the_cross_entropy_are_caught(
 
 @EACH_DIVERGENCE
 @EACH_BACKEND
-def test_a_shifted_teacher_is_caught_in_every_divergence(
+def test_linear_losses_shifted_teacher_is_caught_in_every_divergence(
     assert_within_budget: Budget, divergence: str, backend: str, dtype: torch.dtype
 ) -> None:
     case = make_case("dense+softcap", dtype)
@@ -124,7 +124,7 @@ SPARSE_FAULTS: dict[str, Callable[[SparseTeacher], SparseTeacher]] = {
 
 @pytest.mark.parametrize("fault", SPARSE_FAULTS)
 @EACH_BACKEND
-def test_deliberate_faults_of_stored_classes_are_caught(
+def test_linear_losses_deliberate_faults_of_stored_classes_are_caught(
     assert_within_budget: Budget, fault: str, backend: str, dtype: torch.dtype
 ) -> None:
     case = make_case("dense+softcap", dtype)
@@ -159,7 +159,7 @@ def _last_chunk_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", [_gradient_without_slope, _adapter_gradient_lost, _last_chunk_lost])
-def test_deliberate_faults_inside_are_caught(
+def test_linear_losses_deliberate_faults_inside_are_caught(
     assert_within_budget: Budget, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     case = make_case("dense+lora+softcap", torch.float32)

@@ -34,7 +34,7 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_losses_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at inside the operators: from outside each is one call."""
     for module in (ce_op, kl_op):
         name = "linear_cross_entropy_op" if module is ce_op else "linear_kl_op"
@@ -78,7 +78,7 @@ def _trained_loss(way: str, dtype: torch.dtype, *, chunk: int | None) -> tuple[T
 @ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_gradient_of_a_trained_head_exists_once(way: str, dtype: torch.dtype) -> None:
+def test_linear_losses_gradient_of_a_trained_head_exists_once(way: str, dtype: torch.dtype) -> None:
     """In float32: not again as zeros for the operator's own outputs, nor as a product with what flows back, nor as that of a
     chunk."""
     weight, total = _trained_loss(way, dtype, chunk=2)
@@ -96,7 +96,7 @@ def test_gradient_of_a_trained_head_exists_once(way: str, dtype: torch.dtype) ->
 @ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_of_one_chunk_the_gradient_of_a_trained_head_is_one_product(way: str, dtype: torch.dtype) -> None:
+def test_linear_losses_of_one_chunk_the_gradient_of_a_trained_head_is_one_product(way: str, dtype: torch.dtype) -> None:
     """Made in backward, in the type of the weight: no sum over chunks, nothing multiplied afterwards."""
     weight, total = _trained_loss(way, dtype, chunk=None)
     held = weight.numel() * dtype.itemsize
@@ -113,7 +113,7 @@ def test_of_one_chunk_the_gradient_of_a_trained_head_is_one_product(way: str, dt
 
 
 @ON_CPU
-def test_logits_of_one_chunk_exist_at_a_time() -> None:
+def test_linear_losses_logits_of_one_chunk_exist_at_a_time() -> None:
     classes, width, chunk = 8192, 8, 4
     head = Head(DenseWeight(torch.randn(classes, width)))
     hidden = torch.randn(16, width).requires_grad_()

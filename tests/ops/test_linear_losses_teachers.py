@@ -52,7 +52,7 @@ def test_sparse_teachers_agree_with_the_formula(
 
 @EACH_DIVERGENCE
 @EACH_BACKEND
-def test_a_perfect_student_has_nothing_to_learn(divergence: str, backend: str, dtype: torch.dtype) -> None:
+def test_linear_losses_perfect_student_has_nothing_to_learn(divergence: str, backend: str, dtype: torch.dtype) -> None:
     case = make_case("dense+softcap", dtype)
     taught = Taught(OnlineTeacher(case.hidden, case.head), case.logits(torch.float64))
     for share in (0.3, 0.0, *([1.0] if divergence == "jsd" else [])):
@@ -63,7 +63,7 @@ def test_a_perfect_student_has_nothing_to_learn(divergence: str, backend: str, d
 
 
 @EACH_BACKEND
-def test_hard_weight_one_is_cross_entropy_to_the_bit(backend: str, dtype: torch.dtype) -> None:
+def test_linear_losses_hard_weight_one_is_cross_entropy_to_the_bit(backend: str, dtype: torch.dtype) -> None:
     case = make_case("dense+trained+softcap", dtype)
     one = gradients(case, lambda c: distilled(c, make_teacher(c, "online"), hard_weight=1, backend=backend).total)
     other = gradients(case, lambda c: ce(c, backend=backend).total)
@@ -71,7 +71,7 @@ def test_hard_weight_one_is_cross_entropy_to_the_bit(backend: str, dtype: torch.
 
 
 @EACH_BACKEND
-def test_every_class_stored_is_a_dense_teacher(backend: str, dtype: torch.dtype) -> None:
+def test_linear_losses_every_class_stored_is_a_dense_teacher(backend: str, dtype: torch.dtype) -> None:
     case = make_case("dense", dtype)
     dense = gradients(case, lambda c: distilled(c, make_teacher(c, "dense"), backend=backend).total)
     for tail in kl.TAILS:
@@ -84,7 +84,7 @@ def test_every_class_stored_is_a_dense_teacher(backend: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("tail", kl.TAILS)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_classes_of_probability_zero_fill_up_a_row(tail: str, backend: str) -> None:
+def test_linear_losses_classes_of_probability_zero_fill_up_a_row(tail: str, backend: str) -> None:
     """Rows of fewer classes, as sampling gives: the rest of the row repeats a class that is there already."""
     case = make_case("dense+softcap", torch.float32)
     teacher = make_teacher(case, "sparse", k=4, tail=tail).teacher
@@ -102,7 +102,7 @@ def test_classes_of_probability_zero_fill_up_a_row(tail: str, backend: str) -> N
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_the_tail_of_a_confident_student_keeps_its_digits(backend: str) -> None:
+def test_linear_losses_tail_of_a_confident_student_keeps_its_digits(backend: str) -> None:
     """Student tail mass about 1e-9: 1 less the mass of the stored classes would be 0 in float32."""
     case = make_case("dense", torch.float32, n=4)
     logits = torch.full((4, V), -25.0)
@@ -119,7 +119,7 @@ def test_the_tail_of_a_confident_student_keeps_its_digits(backend: str) -> None:
     assert abs(float(short / mass) - 1) > 0.5, "the case must need it"
 
 
-def test_a_teacher_gets_no_gradient() -> None:
+def test_linear_losses_teacher_gets_no_gradient() -> None:
     case = make_case("dense", torch.float32)
     taught = make_teacher(case, "dense")
     taught.teacher.logits.requires_grad_()
@@ -134,7 +134,7 @@ def test_a_teacher_gets_no_gradient() -> None:
     ("divergence", "share", "allowed"),
     [("jsd", 0.1, 2e-7), ("jsd", 0.5, 3e-7), ("skew_forward_kl", 0.5, 5e-7), ("skew_reverse_kl", 0.5, 5e-7)],
 )
-def test_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float, allowed: float) -> None:
+def test_linear_losses_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float, allowed: float) -> None:
     """Two classes at every ratio of the probabilities, equal ones too; exchanged, they give the same values.
 
     ``tl.log`` in place of the polynomial errs by 1.7e-7,

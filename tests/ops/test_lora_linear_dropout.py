@@ -39,7 +39,7 @@ def _mask_of(M: int, K: int, dropout: float, seed: int, backend: str, device: to
 @NEEDS_TRITON
 @pytest.mark.parametrize("seed", [0, 5, 2**31, 2**32 - 1, 2**40 + 3, 2**62 - 1])
 @pytest.mark.parametrize("dropout", [0.05, 0.3, 0.9])
-def test_triton_mask_is_philox(device: torch.device, dropout: float, seed: int) -> None:
+def test_lora_linear_triton_mask_is_philox(device: torch.device, dropout: float, seed: int) -> None:
     for M, K in [(63, 130), (1, 1), (65, 50)]:
         want = philox_mask_reference(seed, M, K, dropout)
         assert torch.equal(_mask_of(M, K, dropout, seed, "triton", device).cpu(), want)
@@ -48,7 +48,7 @@ def test_triton_mask_is_philox(device: torch.device, dropout: float, seed: int) 
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**40 + 3, 2**62 - 1])
-def test_pytorchs_philox_is_the_references(device: torch.device, seed: int) -> None:
+def test_lora_linear_pytorchs_philox_is_the_references(device: torch.device, seed: int) -> None:
     """What a GPU without Triton draws."""
     for M, K in [(63, 130), (1, 1), (65, 50)]:
         want, value = philox_mask_reference(seed, M, K, 0.3), torch.tensor(seed, device=device)
@@ -57,7 +57,7 @@ def test_pytorchs_philox_is_the_references(device: torch.device, seed: int) -> N
         assert torch.equal(passes._philox(part, K, threshold_of(0.3), value).cpu(), want[part])
 
 
-def test_philox_reference_gives_the_published_words() -> None:
+def test_lora_linear_philox_reference_gives_the_published_words() -> None:
     """Known answers of Philox-4x32 with counter and key 0 (Random123, kat_vectors), 7 and 10 rounds: a lane of 16 bits
     is kept at a threshold of itself and dropped at the next."""
     published = {
@@ -74,7 +74,7 @@ def test_philox_reference_gives_the_published_words() -> None:
 
 @NEEDS_TRITON
 @pytest.mark.parametrize("tile", [(16, 16), (32, 64), (128, 32)])
-def test_mask_does_not_depend_on_the_tile(
+def test_lora_linear_mask_does_not_depend_on_the_tile(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int]
 ) -> None:
     want = _mask_of(90, 130, 0.3, SEED, "triton", device)
@@ -87,7 +87,7 @@ def test_mask_does_not_depend_on_the_tile(
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 @EACH_BACKEND
-def test_share_kept(device: torch.device, backend: str, dropout: float) -> None:
+def test_lora_linear_share_kept(device: torch.device, backend: str, dropout: float) -> None:
     """Within 5 sigma: in all, in each of the 8 places of a byte, and agreeing with the mask of another seed."""
     M, K = 128, 400
     share = 1 - threshold_of(dropout) / 65536
@@ -106,7 +106,7 @@ def test_share_kept(device: torch.device, backend: str, dropout: float) -> None:
 
 
 @EACH_BACKEND
-def test_a_seed_gives_one_mask(device: torch.device, backend: str) -> None:
+def test_lora_linear_seed_gives_one_mask(device: torch.device, backend: str) -> None:
     first, again, other = (_mask_of(63, 130, 0.3, seed, backend, device) for seed in (SEED, SEED, SEED + 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -116,7 +116,7 @@ def test_a_seed_gives_one_mask(device: torch.device, backend: str) -> None:
     assert not any(torch.equal(a[name], c[name]) for name in ("y", "x", "A", "B"))
 
 
-def test_torch_mask_in_pieces(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_linear_torch_mask_in_pieces(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows beyond the first piece: the same rule for mask, values and gradients."""
     monkeypatch.setattr(passes, "_PIECE", dict.fromkeys(passes._PIECE, 1000))
     case = problem("dense", (63, 50, 130, 8), torch.float64, device, dropout=0.3)
@@ -124,21 +124,21 @@ def test_torch_mask_in_pieces(device: torch.device, monkeypatch: pytest.MonkeyPa
 
 
 @EACH_BACKEND
-def test_dropout_mask_is_the_one_drawn(device: torch.device, backend: str) -> None:
+def test_lora_linear_dropout_mask_is_the_one_drawn(device: torch.device, backend: str) -> None:
     case = problem("dense", (60, 50, 130, 8), torch.float32, device, backend=backend, dropout=0.3)
     keep, keep_scale = dropout_mask(case.x.view(5, 12, 50), 0.3, torch.tensor(SEED), backend=backend)
     assert torch.equal(keep.view(60, 50), case.keep)
     assert keep_scale == pytest.approx(1 / case.share, rel=1e-15)
 
 
-def test_unpack_mask(device: torch.device) -> None:
+def test_lora_linear_unpack_mask(device: torch.device) -> None:
     packed = torch.tensor([[0b00000001, 0b10000010], [0b11111110, 0b00000000]], dtype=torch.uint8, device=device)
     got = passes.unpack_mask(packed, 10).int().tolist()
     assert got == [[1, 0, 0, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0, 0]]
 
 
 @EACH_BACKEND
-def test_checkpointing_replays_the_mask(device: torch.device, backend: str) -> None:
+def test_lora_linear_checkpointing_replays_the_mask(device: torch.device, backend: str) -> None:
     case = problem("nf4", (63, 50, 130, 8), torch.float32, device)
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_a_graph_draws_a_fresh_mask_at_each_replay() -> None:
     assert len(set(seeds)) == 3
 
 
-def test_the_seed_stays_where_it_is(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_linear_seed_stays_where_it_is(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its value is never asked for on the way to a kernel: on a GPU that would wait for the device, and be a constant of a
     captured graph."""
     if importlib.util.find_spec("triton") is None:
@@ -208,7 +208,7 @@ def test_the_seed_stays_where_it_is(device: torch.device, monkeypatch: pytest.Mo
         assert any(arg is seed for arg in args) and SEED not in [arg for arg in args if isinstance(arg, int)]
 
 
-def test_new_seed_follows_the_default_generator() -> None:
+def test_lora_linear_new_seed_follows_the_default_generator() -> None:
     torch.manual_seed(0)
     first, second = runtime.new_seed(), runtime.new_seed()
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def test_new_seed_follows_the_default_generator() -> None:
 
 
 @pytest.mark.gpu
-def test_new_seed_follows_the_generator_of_its_device() -> None:
+def test_lora_linear_new_seed_follows_the_generator_of_its_device() -> None:
     device = torch.device("cuda")
     torch.manual_seed(0)
     first, second = runtime.new_seed(device), runtime.new_seed(device)

@@ -67,7 +67,7 @@ _CALL, _AS_FLOAT, _UP, _DOWN = op._Call, op.as_float, passes.up_backward, passes
     ],
 )
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_deliberate_faults_are_caught(
+def test_lora_linear_deliberate_faults_are_caught(
     device: torch.device,
     force_plan: Any,
     monkeypatch: pytest.MonkeyPatch,
