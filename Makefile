@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 ARGS ?=
 # A file of tests stays in one process: its fixtures are made once. Tests run on one thread each (tests/conftest.py).
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+# Files are handed out in the order of tests/tiers.py, the long ones first.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 # Two pips in one environment overwrite each other, so `make -j` runs the stages one by one.

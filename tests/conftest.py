@@ -56,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             item.add_marker(tiers.tier_of(item))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = tiers.long_files_first(items)
 
 
 GUARD = tiers.Guard()

@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +97,23 @@ def test_tier_of_a_fixture_counts(request: pytest.FixtureRequest, monkeypatch: p
     assert tiers.tier_of(request.node) == "unit"
     monkeypatch.setattr(request.node, "fixturenames", [*request.node.fixturenames, "process"])
     assert tiers.tier_of(request.node) == "process"
+
+
+def test_tier_orders_the_files() -> None:
+    def item(file: str, tier: str) -> Any:
+        return SimpleNamespace(
+            path=Path(file), iter_markers=lambda: [pytest.mark.slow.mark, getattr(pytest.mark, tier).mark]
+        )
+
+    made = [
+        item("a", "unit"),
+        item("b", "engine"),
+        item("c", "unit"),
+        item("c", "process"),
+        item("b", "unit"),
+        item("d", "engine"),
+    ]
+    assert [str(i.path) for i in tiers.long_files_first(made)] == ["c", "c", "b", "b", "d", "a"]
 
 
 def test_guard_names_what_a_test_of_a_lower_tier_does() -> None:

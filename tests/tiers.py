@@ -111,6 +111,15 @@ def tier_of(item: pytest.Function) -> str:
     return max(tiers, key=TIERS.index)
 
 
+def long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files with processes, then files that train or interpret, then the others: the last file a worker gets is a short one."""
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = max((TIERS.index(mark.name) for mark in item.iter_markers() if mark.name in TIERS), default=0)
+        ranks[item.path] = max(rank, ranks.get(item.path, 0))
+    return sorted(items, key=lambda item: -ranks[item.path])
+
+
 def _inner(function: Any) -> Any:
     """What hypothesis runs many times is not what pytest calls."""
     return inspect.unwrap(getattr(getattr(function, "hypothesis", None), "inner_test", function))
