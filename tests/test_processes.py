@@ -79,10 +79,11 @@ def test_process_that_fails_says_why(process: Processes) -> None:
 
 
 def test_process_that_takes_too_long_is_killed(process: Processes) -> None:
-    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    with pytest.raises(subprocess.TimeoutExpired) as caught:
-        process.run(["-c", code], timeout=1)
-    assert _is_gone(int(str(caught.value.output)))
+    with process.start(["-c", "import time; print('ready', flush=True); time.sleep(600)"]) as child:
+        child.wait_for(lambda: child.stdout == "ready\n")
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            child.wait(timeout=0.1)
+        assert _is_gone(child.pid) and caught.value.output == "ready\n"
 
 
 def test_started_process_gets_signals(process: Processes) -> None:
