@@ -1,7 +1,7 @@
 """The figures of the shipped distillations, from the report cards of their runs.
 
     python bench/distillation.py RUN ...     adds the cards of these run folders to bench/results/distillation.json
-    python bench/distillation.py --table     rewrites the README's table from it
+    python bench/distillation.py --table     rewrites the tables in docs/distillation.md and README.md from it
 
 A run is made by the recipe's own command, such as ``peftlab distill film-student``; a run of the same recipe replaces the
 earlier one. Cards are kept whole: metrics with intervals, costs, every seed, the verdict, with the versions and fingerprints
@@ -30,6 +30,8 @@ SHOWN = {
     "minilm-student": ("rank correlation with the teacher's similarities, 3 of 6 layers", "spearman"),
     "smollm2-student": ("KL to the teacher in nats, 24 of 30 layers", "kl"),
 }
+# Those that the README shows.
+SHORT = ("digits-few-labels", "digits-unlabelled", "docstrings-student", "film-student")
 # What the teacher has of a metric that compares with the teacher.
 _PERFECT = {"spearman": "1", "kl": "0"}
 _KEPT = ("headline", "num_rows", "num_seeds", "metrics", "costs", "ratios", "timed_on", "seeds", "verdict", "notes")
@@ -85,7 +87,9 @@ def main() -> int:
     found |= dict(map(collected, options.runs))
     if options.runs:
         _report.write_json(RESULT, {name: found[name] for name in SHOWN if name in found})
-    _report.replace_section(HERE.parent / "README.md", "distillation", table(found))
+    _report.replace_section(HERE.parent / "docs" / "distillation.md", "distillation", table(found))
+    shown = {name: found[name] for name in SHORT if name in found}
+    _report.replace_section(HERE.parent / "README.md", "distillation", table(shown))
     return 0
 
 
