@@ -12,7 +12,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # Two pips in one environment overwrite each other, so `make -j` runs the stages one by one.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint format constraints gpu-check clean
+.PHONY: help quickstart test test-slow conformance lint format constraints gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,10 +54,13 @@ quickstart: $(VENV)/.installed $(VENV)/.assets ## install everything and train t
 	$(BIN)/peftlab train quickstart run.dir=runs/quickstart --replace
 
 test: $(VENV)/.dev $(VENV)/.assets ## the tests that need neither a GPU nor much time
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not peers" $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.assets ## the long checks with real models
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not peers" $(ARGS)
+
+conformance: $(VENV)/.dev $(VENV)/.assets ## losses and PEFT's own tests against other projects, where they are installed
+	$(BIN)/python -m pytest tests/conformance -m peers $(ARGS)
 
 lint: $(VENV)/.dev ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -69,7 +72,7 @@ format: $(VENV)/.dev ## let ruff fix and format the code
 	$(BIN)/ruff format .
 
 gpu-check: ## check and measure on this machine's GPU
-	@if [ -x $(BIN)/python ]; then $(BIN)/python bench/gpu_check.py; else "$(PYTHON)" bench/gpu_check.py; fi
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m bench.gpu_check; else "$(PYTHON)" -m bench.gpu_check; fi
 
 # torch and triton keep their pins: unpinned, torch is the build for CUDA, gigabytes that nobody here looks at.
 constraints: ## rewrite constraints.txt with the newest versions (torch and triton: edit by hand)

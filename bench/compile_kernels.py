@@ -1,10 +1,11 @@
 """Compiles every Triton kernel for every supported GPU, without one, and reads what came out.
 
-    python bench/compile_kernels.py [--json FILE] [--table] [--quick] [--arch 90] [--only REGEX] [--set BLOCK_M=128]
+    python -m bench.compile_kernels [--json FILE] [--table] [--quick] [--arch 90] [--only REGEX] [--set BLOCK_M=128]
                                     [--ptx FOLDER]
 
-Triton ships ptxas. A case has a problem when a kernel does not compile, spills registers, needs more shared memory than
-a block may have, or leaves a product of 16-bit matrices off the matrix unit. sm_75 gets the kernels without products alone.
+What there is to compile stands in the cases.py of each op (peftlab_kernels/cases.py). Triton ships ptxas. A case has a problem
+when a kernel does not compile, spills registers, needs more shared memory than a block may have, or leaves a product of 16-bit
+matrices off the matrix unit. sm_75 gets the kernels without products alone.
 ``--table`` rewrites the tables in the READMEs of the ops. Exit codes: 0 no case has a problem, 1 some have, 2 wrong usage.
 """
 
@@ -19,22 +20,18 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from peftlab_kernels import runtime
-from peftlab_kernels.int8_dequant.op import tile_options
-from peftlab_kernels.linear_cross_entropy.op import rows_options
-from peftlab_kernels.linear_kl import DIVERGENCES, TAILS
-from peftlab_kernels.lora_linear import passes
-from peftlab_kernels.nf4_dequant.op import dequant_options, merge_options
+from peftlab_kernels.cases import Compiled, gathered
 
-FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "peftlab_kernels"
+from bench import ROOT
+
+FOLDER = ROOT / "kernels" / "peftlab_kernels"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64)
 # What one block may have, by architecture (CUDA programming guide, technical specifications per compute capability).
@@ -49,87 +46,17 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One way in which an op launches a kernel.
-
-    Attributes:
-        signature: types of the arguments that are no compile-time values, in order. T stands for the op's type, A for
-            that of the adapter's factors, R for the rank; i16 is an int32 that is a multiple of 16, as most sizes are.
-        values: the op's compile-time values and launch options for a type and a rank; DOT is added.
-        matrix: it multiplies matrices, and so is compiled for each rank.
-        wide: in 16 bits once more with float32 factors, which PEFT keeps beside a quantized model.
-    """
-
-    op: str
-    kernel: str
-    variant: str
-    signature: str
-    values: Callable[[torch.dtype, int], dict[str, Any]]
-    matrix: bool = True
-    wide: bool = False
-
-
-def _nf4(nested: bool, options: dict[str, Any], *, blocksize: int = 64) -> dict[str, Any]:
-    return {"NESTED": nested, "BLOCK2": 256, "BLOCKSIZE": blocksize, **options}
-
-
-NESTED, FLAT = "*u8 *u8 *fp32 *fp32 *fp32 *fp32", "*u8 *fp32 *fp32 *fp32 *fp32 *fp32"
-ROWS = {"HAS_WEIGHT": True, "HAS_CAP": True, "HAS_GRAD": True}
-HARD = {"HAS_HARD": True, **ROWS}
-MERGE, UNALIGNED = "*A *A *T i16 i16 R fp32", "*A *A *T i16 i32 R fp32"
-CASES = [
-    Case("nf4_dequant", "nf4_dequant_kernel", "nested", f"{NESTED} *T i16 i16",
-         lambda dtype, rank: _nf4(True, dequant_options(64)), matrix=False),
-    Case("nf4_dequant", "nf4_dequant_kernel", "flat", f"{FLAT} *T i16 i16",
-         lambda dtype, rank: _nf4(False, dequant_options(64)), matrix=False),
-    Case("nf4_dequant", "nf4_merge_kernel", "nested", f"{NESTED} {MERGE}",
-         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 64, dtype)), wide=True),
-    Case("nf4_dequant", "nf4_merge_kernel", "flat", f"{FLAT} {MERGE}",
-         lambda dtype, rank: _nf4(False, merge_options(4096, rank, 64, dtype)), wide=True),
-    Case("nf4_dequant", "nf4_merge_kernel", "nested, blocks of 128", f"{NESTED} {MERGE}",
-         lambda dtype, rank: _nf4(True, merge_options(4096, rank, 128, dtype), blocksize=128)),
-    Case("nf4_dequant", "nf4_merge_kernel", "nested, unaligned", f"{NESTED} {UNALIGNED}",
-         lambda dtype, rank: _nf4(True, merge_options(4100, rank, 64, dtype)), wide=True),
-    Case("nf4_dequant", "nf4_merge_kernel", "flat, unaligned", f"{FLAT} {UNALIGNED}",
-         lambda dtype, rank: _nf4(False, merge_options(4100, rank, 64, dtype)), wide=True),
-    Case("int8_dequant", "int8_dequant_kernel", "alone", "*i8 *fp32 *fp32 *fp32 *T i16 i16 i16 fp32",
-         lambda dtype, rank: {"MERGE": False, **tile_options(0)}, matrix=False),
-    Case("int8_dequant", "int8_dequant_kernel", "merge", f"*i8 *fp32 {MERGE}",
-         lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
-    Case("int8_dequant", "int8_dequant_kernel", "merge, unaligned", f"*i8 *fp32 {UNALIGNED}",
-         lambda dtype, rank: {"MERGE": True, **tile_options(rank)}, wide=True),
-    Case("lora_linear", "dropout_down_kernel", "", "*T *A *fp32 *u8 *i64 i32 i16 R i16 i32 fp32 i16",
-         lambda dtype, rank: {"ROUNDS": passes.MASK_ROUNDS, **passes.down_options(rank, dtype)}, wide=True),
-    Case("lora_linear", "dropout_mask_kernel", "", "*u8 *i64 i32 i32",
-         lambda dtype, rank: {"ROUNDS": passes.MASK_ROUNDS, **passes.mask_options()}, matrix=False),
-    Case("lora_linear", "up_backward_kernel", "", "*T *A *T *fp32 *fp32 i32 i16 R fp32 i16",
-         lambda dtype, rank: passes.up_options(rank, dtype), wide=True),
-    Case("lora_linear", "down_backward_kernel", "dropout", "*T *u8 *T *fp32 i32 i16 R i16 fp32 i16",
-         lambda dtype, rank: {"HAS_MASK": True, **passes.down_backward_options(rank, dtype)}),
-    Case("lora_linear", "down_backward_kernel", "no dropout", "*T *T *T *fp32 i32 i16 R i16 fp32 i16",
-         lambda dtype, rank: {"HAS_MASK": False, **passes.down_backward_options(rank, dtype)}),
-    Case("lora_linear", "dropout_dx_kernel", "", "*T *u8 *T *A i32 i16 R i16 fp32",
-         lambda dtype, rank: passes.dropout_dx_options(rank, dtype), wide=True),
-    Case("linear_cross_entropy", "cross_entropy_rows_kernel", "", f"*T *i64 *fp32 *fp32 i16 i16 {2 * ' fp32'}",
-         lambda dtype, rank: {**ROWS, **rows_options(128256)}, matrix=False),
-    *(Case("linear_kl", "divergence_rows_kernel", name, f"*T *T *i64 {3 * ' *fp32'} i16 i16 i16 {8 * ' fp32'}",
-           lambda dtype, rank, kind=kind: {"KIND": kind, "TEACHER_HAS_CAP": True, **HARD, **rows_options(128256)},
-           matrix=False)
-      for kind, name in enumerate(DIVERGENCES)),
-    *(Case("linear_kl", "sparse_rows_kernel", f"{name}, 64 classes",
-           f"*T *i64 *fp32 *i64 {3 * ' *fp32'} i16 i16 i16 {5 * ' fp32'}",
-           lambda dtype, rank, tail=tail: {"TAIL": tail, "BLOCK_K": 64, **HARD, **rows_options(128256)}, matrix=False)
-      for tail, name in enumerate(TAILS)),
-]  # fmt: skip
+def ways() -> list[tuple[str, Compiled]]:
+    """Every op with each way in which it launches a kernel."""
+    return [(op, way) for op, found in gathered("COMPILED").items() for way in found]
 
 
 def jobs(*, quick: bool, only: str, archs: list[int]) -> list[tuple[int, str, str, int, int]]:
-    """(number of the case, type, type of the factors, rank, architecture)."""
+    """(number of the way, type, type of the factors, rank, architecture)."""
     return [
         (number, dtype, factors, rank, arch)
-        for number, case in enumerate(CASES)
-        if re.search(only, f"{case.op} {case.kernel} {case.variant}")
+        for number, (op, case) in enumerate(ways())
+        if re.search(only, f"{op} {case.kernel} {case.variant}")
         for dtype in DTYPES
         for factors in ((dtype, "fp32") if case.wide and dtype != "fp32" else (dtype,))
         for rank in (RANKS if case.matrix else (16,))
@@ -148,8 +75,8 @@ def compile_case(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    case = CASES[number]
-    kernel = getattr(importlib.import_module(f"peftlab_kernels.{case.op}.kernel"), case.kernel)
+    op, case = ways()[number]
+    kernel = getattr(importlib.import_module(f"peftlab_kernels.{op}.kernel"), case.kernel)
     values = case.values(DTYPES[dtype], rank)
     if "DOT" in kernel.arg_names:
         values["DOT"] = runtime.dot_dtype(DTYPES[dtype])
@@ -166,7 +93,7 @@ def compile_case(
         {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     row: Row = {
-        "op": case.op, "kernel": case.kernel, "variant": case.variant, "matrix": case.matrix, "dtype": dtype,
+        "op": op, "kernel": case.kernel, "variant": case.variant, "matrix": case.matrix, "dtype": dtype,
         "factors": factors, "rank": rank if case.matrix else None, "arch": arch,
     }  # fmt: skip
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -179,8 +106,8 @@ def compile_case(
         last_line = str(error).strip().rpartition("\n")[2]
         return {**row, "problems": [f"does not compile: {type(error).__name__}: {last_line}"]}
     if ptx is not None:
-        words = [case.kernel, case.variant, dtype, factors, str(rank), f"sm_{arch}"]
-        (ptx / f"{' '.join(filter(None, words)).replace(' ', '-')}.ptx").write_text(compiled.asm["ptx"])
+        parts = [case.kernel, case.variant, dtype, factors, str(rank), f"sm_{arch}"]
+        (ptx / f"{' '.join(filter(None, parts)).replace(' ', '-')}.ptx").write_text(compiled.asm["ptx"])
     row |= {
         "num_warps": compiled.metadata.num_warps,
         "registers": _logged(log.getvalue(), r"Used (\d+) registers"),
@@ -275,7 +202,7 @@ def main() -> int:
         parser.error("--table needs all cases with the ops' own values")
     if "TRITON_INTERPRET" in os.environ:  # Triton reads it when a kernel is defined, and then there is none to compile
         del os.environ["TRITON_INTERPRET"]
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     work = jobs(quick=arguments.quick, only=arguments.only, archs=arguments.arch or list(SHARED_LIMIT_BYTES))
     if not work:
         parser.error(f"no case matches {arguments.only!r}")

@@ -1,9 +1,11 @@
-"""bench/gpu_check.py on a machine without a GPU: its dry run executes what needs no CUDA, so that a typo is not found there."""
+"""bench/gpu_check on a machine without a GPU: its dry run executes what needs no CUDA, so that a typo is not found there."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu_check.__main__ import chosen_sections
+from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+ARGUMENTS = argparse.ArgumentParser()
 
 
 def check(out: Path, *arguments: str) -> tuple[int, list[Row], str]:
     """Exit code, rows and what was said."""
-    command = [sys.executable, "bench/gpu_check.py", "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "bench.gpu_check", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, rows_of(out / "gpu_check.jsonl"), done.stderr
 
@@ -48,12 +53,28 @@ def figures_are_there(rows: list[Row]) -> None:
 
 
 def sections() -> list[str]:
+    return [section.name for section in SECTIONS if not section.asked]
+
+
+def test_a_copied_tree_runs_its_own_code(tmp_path: Path) -> None:
+    """With nothing but an interpreter, in which another peftlab may be installed."""
+    for name in ("bench", "kernels", "peftlab"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
     code = (
-        "import sys; sys.path.insert(0, 'bench'); import gpu_check\n"
-        "print(*(s.name for s in gpu_check.SECTIONS if not s.asked), sep='\\n')"
+        "from bench.gpu_check import sections; import peftlab, peftlab_kernels\n"
+        "print(sections.__file__, peftlab.__file__, peftlab_kernels.__file__, sep='\\n')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    preflight = ["-m", "bench.gpu_check", "--preflight", "--dry-run-cpu", "--out", str(tmp_path / "out")]
+    found, said = (
+        subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        for words in (["-c", code], preflight)
+    )
+    assert [Path(line).is_relative_to(tmp_path) for line in found.stdout.splitlines()] == [True] * 3
+    assert "preflight: " in said.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -81,7 +102,7 @@ def test_a_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert header["kind"] == "header" and header["dry_run"] is True
     assert header["machine"]["name"] and header["machine"]["cores"] and header["versions"]["torch"] and header["source"]
     assert header["command"].startswith(
-        "python bench/gpu_check.py --dry-run-cpu --only dequant ceilings 'dequant speed'"
+        "python -m bench.gpu_check --dry-run-cpu --only dequant ceilings 'dequant speed'"
     )
     assert str(tmp_path) not in json.dumps(header)
     listed = {r["section"]: r["tasks"] for r in records if r["kind"] == "begin"}
@@ -123,7 +144,7 @@ def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_is_not_reported(tmp_path: Path) -> None:
-    files = [ROOT / "bench" / name for name in ("README.md", "results/PENDING.md")]
+    files = [ROOT / "bench" / name for name in ("RESULTS.md", "results/PENDING.md")]
     before = [file.read_bytes() for file in files]
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
     assert code == 0 and {row["ok"] for row in rows} == {True}, said
@@ -147,17 +168,16 @@ def test_distillation_dry(tmp_path: Path) -> None:
     figures_are_there(rows)
 
 
-def test_what_takes_minutes_runs_only_when_asked_for(tmp_path: Path) -> None:
-    code = (
-        "import sys, argparse; sys.path.insert(0, 'bench'); import gpu_check as g; p = argparse.ArgumentParser()\n"
-        "for only in ([], ['healing']):\n"
-        "    o = argparse.Namespace(only=only, skip=[], dry_run_cpu=False, child=None)\n"
-        "    print(*(s.name for s in g.chosen_sections(o, p)), sep=',')"
+def test_what_takes_minutes_runs_only_when_asked_for() -> None:
+    usual, asked = (
+        [
+            s.name
+            for s in chosen_sections(argparse.Namespace(only=only, skip=[], dry_run_cpu=False, child=None), ARGUMENTS)
+        ]
+        for only in ([], ["healing"])
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    usual, asked = done.stdout.splitlines()
-    assert "healing" not in usual.split(",") and "distillation steps" in usual.split(",")
-    assert asked == "linear losses,distillation,healing", "what it stands on comes along"
+    assert "healing" not in usual and "distillation steps" in usual
+    assert asked == ["linear losses", "distillation", "healing"], "what it stands on comes along"
 
 
 @pytest.mark.slow
@@ -186,33 +206,29 @@ def test_unproven_kernels_are_not_timed(tmp_path: Path) -> None:
     assert [row["section"] for row in rows].count("ceilings") == 2
 
 
-# gpu_check.py with other sources of its sections, in this process and in those that it starts: of correctness a green row each, and
+# gpu_check with other sources of its sections, in this process and in those that it starts: of correctness a green row each, and
 # a red one in the section that $SPOILT names; of timing those of $REAL as they are, of the others a row each.
 DRIVER = """
 import os, sys
 from dataclasses import replace
-from pathlib import Path
-sys.path[:0] = [bench := os.path.join(os.getcwd(), "bench"), os.path.join(os.getcwd(), "kernels")]
+sys.path[:0] = [os.getcwd()]
 sys.modules["driver"] = sys.modules["__main__"]
-import _gpu_processes, _gpu_sections
-from _gpu_base import Task
-_gpu_processes.PROGRAM = Path(__file__)
+from bench.gpu_check import processes, sections
+from bench.gpu_check.base import Task
+processes.PROGRAM[1:] = [__file__]
 
 def rows(device, name):
     bad = {"ok": False, "failed": "planted"} if name == os.environ["SPOILT"] else {}
     yield Task({"case": name}, dict)
     yield Task({"case": name, "planted": True}, lambda: bad)
 
-for place, section in enumerate(_gpu_sections.SECTIONS):
+for place, section in enumerate(sections.SECTIONS):
     if section.name not in os.environ["REAL"].split(","):
-        _gpu_sections.SECTIONS[place] = replace(section, source=f"driver:rows:{section.name}", needs=(), uses=())
-import gpu_check
-sys.exit(gpu_check.main())
+        sections.SECTIONS[place] = replace(section, source=f"driver:rows:{section.name}", needs=(), uses=())
+from bench.gpu_check.__main__ import main
+sys.exit(main())
 """
-CORRECTNESS = (
-    "dequant", "lora_linear bfloat16", "lora_linear float16", "lora_linear float32", "small adapters, masks, determinism",
-    "linear losses", "distillation", "tiny models", "tests", "smoke recipe",
-)  # fmt: skip
+CORRECTNESS = [section.name for section in SECTIONS if not section.timing]
 CHEAP = "ceilings,order of addition"
 
 
@@ -255,31 +271,27 @@ def test_a_red_row_leaves_the_others_timed(tmp_path: Path, spoilt: str, real: st
 
 def standing() -> dict[str, list[str]]:
     """Of each usual section of timing, what it stands on."""
-    code = (
-        "import sys, json; sys.path.insert(0, 'bench'); import gpu_check\n"
-        "print(json.dumps({s.name: s.stands_on for s in gpu_check.SECTIONS if s.timing and not s.asked}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout))
+    return {section.name: list(section.stands_on) for section in SECTIONS if section.timing and not section.asked}
 
 
 FAULTS = """
 import sys, json, time
-sys.path[:0] = ["bench", "kernels"]
-import gpu_check
 from pathlib import Path
-from _gpu_base import Deadline, Device
+from bench.gpu_check.base import Deadline, Device
+from bench.gpu_check.run import Rows, run_group
+from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import begin
-from peftlab_kernels import lora_linear, nf4_dequant
-right, dequant = lora_linear.lora_linear, nf4_dequant.nf4_dequant
-lora_linear.lora_linear = lambda *args, scale, **kwargs: right(*args, scale=1.01 * scale, **kwargs)
-nf4_dequant.nf4_dequant = lambda *args, **kwargs: dequant(*args, **kwargs) * 1.01
+from peftlab_kernels.lora_linear import cases as linear
+from peftlab_kernels.nf4_dequant import cases as nf4
+right, dequant = linear.lora_linear, nf4.nf4_dequant
+linear.lora_linear = lambda *args, scale, **kwargs: right(*args, scale=1.01 * scale, **kwargs)
+nf4.nf4_dequant = lambda *args, **kwargs: dequant(*args, **kwargs) * 1.01
 from peftlab import ops
 kl = ops.linear_kl
 ops.linear_kl = lambda *args, **kwargs: (found := kl(*args, **kwargs))._replace(total=1.05 * found.total)
-chosen = [s for s in gpu_check.SECTIONS if s.name in ("dequant", "lora_linear float16", "distillation")]
+chosen = [s for s in SECTIONS if s.name in ("dequant", "lora_linear float16", "distillation")]
 journal = begin(Path(sys.argv[1]), {})
-gpu_check.run_group(chosen, gpu_check.Rows(journal, Device("cpu")), Deadline(time.time() + 200))
+run_group(chosen, Rows(journal, Device("cpu")), Deadline(time.time() + 200))
 """
 
 

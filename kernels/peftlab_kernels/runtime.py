@@ -102,7 +102,7 @@ def operands_problem(backend: str) -> str | None:
     has = {name: bool(getattr(torch.cpu, f"_is_{name}_supported", bool)()) for name in _MATRIX_UNITS[backend]}
     if not any(has.values()):
         return f"the processor has none of {', '.join(_MATRIX_UNITS[backend].values())}"
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
     if backend == "cpu-int8" and int8_saturates():
         return "its int8 products lose what is beyond 16 bits"

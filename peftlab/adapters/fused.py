@@ -11,12 +11,17 @@ import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftlab import ops
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+else:
+    LoraLayer = object
 
 # The value of run.kernels a layer runs under; "compared" is PEFT's forward with the dropout masks of the fused one.
 MODES = ("auto", "triton", *ops.CPU_OPERANDS, "reference", "compared")
@@ -31,7 +36,7 @@ class Factors(NamedTuple):
     dropout: float
 
 
-class FusedLora:
+class FusedLora(LoraLayer):
     """Mixed in before a PEFT LoRA layer.
 
     Each forward reads everything that decides how it runs, so nothing can be stale. A cached verdict would save nothing:
@@ -54,8 +59,8 @@ class FusedLora:
             return self._fused(x)
         if self.kernels == "compared" and self.slow_reason(x, args, kwargs, kernels="auto") is None:
             with self._drawn_dropout():
-                return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+                return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def slow_reason(
         self,
@@ -257,7 +262,7 @@ def _found_by_name(layer: type) -> type:
 def _fused_dense() -> type:
     from peft.tuners import lora
 
-    class FusedLinear(FusedLora, lora.Linear):  # type: ignore[misc]
+    class FusedLinear(FusedLora, lora.Linear):
         def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
             if type(base) is not nn.Linear:
                 return f"its base layer is a {type(base).__name__}"
@@ -278,7 +283,7 @@ def _fused_4bit() -> type:
     from bitsandbytes import nn as bnb
     from peft.tuners.lora.bnb import Linear4bit
 
-    class FusedLinear4bit(FusedLora, Linear4bit):  # type: ignore[misc]
+    class FusedLinear4bit(FusedLora, Linear4bit):
         def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
             if type(base) is not bnb.Linear4bit:
                 return f"its base layer is a {type(base).__name__}"
@@ -299,7 +304,7 @@ def _fused_8bit() -> type:
     from bitsandbytes import nn as bnb
     from peft.tuners.lora.bnb import Linear8bitLt
 
-    class FusedLinear8bitLt(FusedLora, Linear8bitLt):  # type: ignore[misc]
+    class FusedLinear8bitLt(FusedLora, Linear8bitLt):
         def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
             if type(base) is not bnb.Linear8bitLt:
                 return f"its base layer is a {type(base).__name__}"
@@ -319,7 +324,7 @@ def frozen_weight(base: Any) -> ops.BaseWeight | None:
     """The weight of a linear as the operations take it; None for a linear they do not know."""
     bnb = sys.modules.get("bitsandbytes")
     if isinstance(base, PlainLinear):
-        return ops.DenseWeight(parameter(base, "weight"))
+        return ops.DenseWeight(parameter(cast(nn.Linear, base), "weight"))
     if bnb is None:
         return None
     if type(base) is bnb.nn.Linear4bit and _nf4_reason(base, base.weight) is None:

@@ -83,10 +83,10 @@ def inject(
 
 def planned_modules(model: nn.Module, *, peft_type: str | None, targets: str | Sequence[str]) -> list[str]:
     """Full names of the modules of a model without adapters that ``targets`` stands for, by PEFT's own rules."""
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    config = LoraConfig(
+    config: PeftConfig = LoraConfig(
         task_type=peft_type,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=_inside(_head(model)) if peft_type is None else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,10 +116,12 @@ class DequantizedWeights(Mapping[str, Tensor]):
         self._stored: dict[str, Callable[[], Tensor]] = {}
         for name, module in model.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
-                read = functools.partial(bnb.functional.dequantize_4bit, module.weight.data, module.weight.quant_state)
+                packed = cast(bnb.nn.Params4bit, module.weight)
+                read = functools.partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)
             elif isinstance(module, bnb.nn.Linear8bitLt):
-                scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-                read = functools.partial(bnb.functional.int8_vectorwise_dequant, module.weight.data, scale)
+                rows = cast(bnb.nn.Int8Params, module.weight)
+                scale = cast(Tensor, rows.SCB if rows.SCB is not None else module.state.SCB)
+                read = functools.partial(bnb.functional.int8_vectorwise_dequant, rows.data, scale)
             else:
                 continue
             self._stored[name.removesuffix(".base_layer").removeprefix("base_model.model.")] = read

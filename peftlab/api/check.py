@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -63,10 +64,10 @@ def check(
         if settings.distill is not None:
             distillation, skeleton = describe_distillation(assembly)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
-        options = {"max_length": limit, "too_long": settings.data.too_long, "keep": False}
+        encode = functools.partial(task.encode, max_length=limit, too_long=settings.data.too_long, keep=False)
         labelled = data.train is data.labelled
-        train = task.encode(data.train, training=True, labelled=labelled, **options).ledger
-        held_out = task.encode(data.eval, training=False, **options).ledger
+        train = encode(data.train, training=True, labelled=labelled).ledger
+        held_out = encode(data.eval, training=False).ledger
         progress.stage("estimating steps and time")
         notes = findings(train, held_out, allow=settings.data.allow)
         return {

@@ -26,6 +26,7 @@ def distill(
     resume: bool = False,
     replace: bool = False,
     progress: Progress | None = None,
+    verbose: bool = False,
 ) -> Run:
     """Trains the student that the recipe describes on its teacher and returns the run.
 
@@ -36,13 +37,13 @@ def distill(
         resume: continue the run in the run folder: finished trainings are kept, an interrupted one goes on from its
             newest checkpoint.
         replace: an earlier run in the run folder is removed.
-        progress: where progress goes; default: a live bar or plain lines on stderr.
+        progress: where progress goes; default: a live bar or plain lines on stderr, with ``verbose`` every detail.
 
     Returns: the ``Run``: ``student/`` is the student as a plain transformers folder, ``summary["card"]`` the report card.
     Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
     """
     prepare_libraries()
-    progress = progress or make_progress()
+    progress = progress or make_progress(verbose=verbose)
     repeated = [f"distill.seeds={seeds}"] if seeds else []
     loaded, folder = open_source(recipe, [*overrides, *repeated], resume=resume)
     with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:

@@ -25,6 +25,7 @@ def teach(
     plan: bool = False,
     replace: bool = False,
     progress: Progress | None = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Stores what the recipe's teacher says about its training examples in ``distill.cache``; a capture that was cut off
     goes on where it ended.
@@ -33,14 +34,14 @@ def teach(
         recipe: path, shipped name, dict, or a run folder, with a section ``distill``.
         overrides: ``section.key=value``.
         plan: say what it takes in disk and time, and do nothing.
-        replace: a complete cache that is there is made anew.
+        replace: a complete cache that is there is made anew. verbose: show every detail on the way.
 
     Returns: plain values, one entry per teacher: folder, examples, positions, bytes, bytes_per_position, seconds, and the
         teacher's held-out metrics; of a plan the first ones, as estimates.
     Raises: RecipeError, DataError, ResourceError, ArtifactError.
     """
     prepare_libraries()
-    progress = progress or make_progress()
+    progress = progress or make_progress(verbose=verbose)
     loaded, _ = open_source(recipe, overrides)
     with located(loaded), frozen_heap(), progress:
         assembly = Assembly(loaded, transfer=True)

@@ -25,6 +25,7 @@ def train(
     resume: bool = False,
     replace: bool = False,
     progress: Progress | None = None,
+    verbose: bool = False,
 ) -> Run:
     """Trains what the recipe describes and returns the run.
 
@@ -33,13 +34,13 @@ def train(
         overrides: ``section.key=value``.
         resume: continue the run in the run folder from its newest checkpoint.
         replace: an earlier run in the run folder is removed once this one is ready to start.
-        progress: where progress goes; default: a live bar or plain lines on stderr.
+        progress: where progress goes; default: a live bar or plain lines on stderr, with ``verbose`` every detail.
 
     Returns: the ``Run``; its ``summary`` has metrics before and after, speed, memory, samples and the merge report.
     Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
     """
     prepare_libraries()
-    progress = progress or make_progress()
+    progress = progress or make_progress(verbose=verbose)
     loaded, folder = open_source(recipe, overrides, resume=resume)
     with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)

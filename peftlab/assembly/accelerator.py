@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,16 +33,14 @@ def run_accelerator(assembly: Assembly, folder: Path) -> Iterator[Any]:
     set_seed(recipe.run.seed)
     torch.use_deterministic_algorithms(recipe.run.deterministic, warn_only=True)
     # Deterministic mode also fills every new tensor with NaN, a pass over memory that hides no randomness here.
-    filled, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        False,
-    )
+    switch = cast("torch.utils.deterministic._Deterministic", torch.utils.deterministic)
+    filled, switch.fill_uninitialized_memory = switch.fill_uninitialized_memory, False
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
             yield accelerator
     finally:
         torch.use_deterministic_algorithms(before, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        switch.fill_uninitialized_memory = filled
         accelerator.end_training()
         accelerator.free_memory()

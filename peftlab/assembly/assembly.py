@@ -129,8 +129,11 @@ class Assembly:
     def pretrained(self) -> Pretrained:
         """The files of the model. Raises: RecipeError, ArtifactError."""
         model = self.recipe.model
-        settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        return self._once("model files", [model.name, settings], lambda: find_pretrained(model.name, **settings))
+        return self._once(
+            "model files",
+            [model.name, model.revision, model.trust_remote_code],
+            lambda: find_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code),
+        )
 
     @property
     def reader(self) -> Any:

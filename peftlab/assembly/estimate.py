@@ -48,7 +48,7 @@ def forward_seconds(
 ) -> float:
     """Seconds that a model takes to read ``tokens``; arguments as ``estimate_seconds``, storage as model.quantize."""
     shape = _shape_of(skeleton)
-    flops = 2.0 * (tokens * shape["body"] + 2 * squares * shape["attention_width"] + scored * shape["head"])
+    flops: float = 2.0 * (tokens * shape["body"] + 2 * squares * shape["attention_width"] + scored * shape["head"])
     return STORAGES[storage].overhead * flops / _matmul_speed(shape["widest"], dtype, device)
 
 

@@ -109,6 +109,7 @@ class Fit:
             autocast=self._accelerator.autocast,
         )
         release_memory()
+        progress.done()
         if problem is not None:
             parts.plan = padded_plan(parts.assembly, parts.train.lengths, parts.span)
             self._summary["packing"] = {"off": problem}
@@ -136,11 +137,12 @@ class Fit:
             autocast=self._accelerator.autocast,
             packed=parts.plan.packed,
             loss_sum=parts.loss,
-            reference_loss_sum=parts.loss and parts.loss.reference,
+            reference_loss_sum=None if parts.loss is None else parts.loss.reference,
         )
         self._summary["parity"] = asdict(report)
         release_memory()
-        progress.note(str(report))
+        progress.done()
+        progress.detail(str(report))
         if parts.loss is not None:
             self._tell_gradients(parts.loss)
 
@@ -155,7 +157,7 @@ class Fit:
             report = loss.gradients(parts.model, batch)
         if report is not None:
             self._summary["gradients"] = asdict(report)
-            self._progress.note(str(report))
+            self._progress.detail(str(report))
             for warning in report.warnings:
                 self._progress.warn(warning)
 

@@ -68,12 +68,13 @@ def merge_run(
         raise RecipeError(f"expected a merge into {allowed}, found {chosen!r}", key="run.merge")
     output = output or folder / "merged"
     _check_output(output, replace)
-    progress.stage("merging: taking reference logits of base + adapter")
     reference = _Reference.take(target, progress, assembly)
     release_memory()
     report: dict[str, Any] = {"target": chosen, "output": str(output), "dtype": dtype, "targets": {}}
     for name in [t for t in TARGETS if quantized or t == "original"]:
-        progress.stage(f"merging into the {name} weights" + ("" if name == chosen else " (for comparison)"))
+        progress.stage(
+            f"merge: folding the adapter into the {name} weights" + ("" if name == chosen else " (for comparison)")
+        )
         written = output.with_name(f".{output.name}.partial-{os.getpid()}") if name == chosen else None
         try:
             figures = _merge_one(target, reference, name, written, dtype)
@@ -141,6 +142,7 @@ class _Reference:
         opened = open_target(target, progress, reads_data=True, assembly=assembly, **exact)
         if recipe.run.kernels in ops.CPU_OPERANDS:  # for the same reason
             set_kernels(opened.model, "auto")
+        progress.stage("merge: computing reference logits")
         reference = cls(opened.assembly)
         reference.logits = reference.run(opened.model)
         reference.updates = exact_updates(opened.model)

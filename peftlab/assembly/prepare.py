@@ -113,6 +113,7 @@ def prepare(
     metrics = assembly.metrics
     train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
     rows = rows if phase is None else phase.rows
+    progress.done()
     told = phase is not None and phase.span[0] > 0
     ledger = tell_ledger(
         task, train.ledger, held_out.ledger, SilentProgress() if told else progress, allow=recipe.data.allow
@@ -123,9 +124,11 @@ def prepare(
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
     model, planned, trained = trainable(assembly, assembly.model())
     release_memory()  # quantizing went through every weight in full precision
+    progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
     if assembly.method.adapts:
-        progress.note(str(fusion_report(model)))
+        fusion = fusion_report(model)
+        (progress.note if fusion.slow else progress.detail)(str(fusion))
         if recipe.run.kernels != "reference" and (note := ops.kernels_note(device)):
             progress.note(note)
     full_logits = _full_logits_reason(assembly, model)

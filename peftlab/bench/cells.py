@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length
     """
     length = fixed_length or min(recipe.data.max_length or LENGTH[device], LENGTH[device])
     dense_only = not recipe.method.quantized and asked.get("methods") is None
-    default = {
+    default: dict[str, Sequence[Any]] = {
         "what": ["train"],
         "methods": [method_of(recipe)],
         "ranks": [recipe.adapter.rank],

@@ -76,7 +76,7 @@ class _Verbs(TyperGroup):
         words = [word for word in args if not word.startswith("-")]
         if default and words and words[0] not in self.table and not self._is_misspelt(words[0]):
             args = [default, *args]
-        return super().parse_args(ctx, args)  # type: ignore[no-any-return]
+        return super().parse_args(ctx, args)
 
     def _is_misspelt(self, word: str) -> bool:
         from peftlab.recipe.shipped import recipe_names
@@ -149,7 +149,8 @@ def _command() -> Any:
 def run(arguments: Sequence[str]) -> int:
     """Does what the arguments say; the exit code. Prints, never raises."""
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
-    out = Output(json="--json" in options, debug="--debug" in options)
+    verbose = "-v" in options or "--verbose" in options
+    out = Output(json="--json" in options, debug="--debug" in options, verbose=verbose)
     command = _command()
     try:
         if not arguments:

@@ -36,19 +36,22 @@ def tune_kernels(
     _debug: Debug = False,
 ) -> None:
     out = output_of(context)
-    options = {
-        "model": model,
-        "rows": numbers_of(rows, int, "--rows", "whole numbers such as 512,2048", context),
-        "rank": rank,
-        "kinds": split_names(kinds),
-        "dropout": numbers_of(dropout, float, "--dropout", "numbers such as 0,0.05", context),
-        "out": None if out_file is None else Path(out_file).expanduser(),
-    }
+    row_counts = numbers_of(rows, int, "--rows", "whole numbers such as 512,2048", context)
+    probabilities = numbers_of(dropout, float, "--dropout", "numbers such as 0,0.05", context)
+    path = None if out_file is None else Path(out_file).expanduser()
     with out.working():
         import peftlab
 
         with bench_progress() as progress:
-            report = peftlab.tune_kernels(**options, progress=progress)
+            report = peftlab.tune_kernels(
+                model=model,
+                rows=row_counts,
+                rank=rank,
+                kinds=split_names(kinds),
+                dropout=probabilities,
+                out=path,
+                progress=progress,
+            )
     console = make_console(sys.stderr)
     console.print(_table(report["plans"]), markup=False)
     for note in report["notes"]:

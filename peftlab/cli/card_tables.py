@@ -47,22 +47,48 @@ _COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("steps", _count),
 }
 
+# What fits a screen beside the headline; --verbose has all.
+_TELLING = {
+    "loss",
+    "perplexity",
+    "token_accuracy",
+    "accuracy",
+    "agreement",
+    "kl",
+    "spearman",
+    "neighbour_recall",
+    "cosine",
+}
+_TELLING_COSTS = {name: _COSTS[name] for name in ("num_parameters", "latency_ms", "tokens_per_s", "seconds")}
+
 Card = Mapping[str, Any]
 
 
 def show_card(out: Output, card: Card) -> None:
-    """Prints the card: two tables with their explanations, the verdict, and one line per seed when there are several."""
-    rows = _shown_metrics(card)
+    """Prints the verdict and two tables that fit a screen; verbose: all metrics, all costs, what the words mean, and one line per
+    seed when there are several."""
+    out.show(*verdict_lines(card))
+    out.line()
+    rows = _shown_metrics(card) if out.verbose else [row for row in _shown_metrics(card) if _is_telling(row, card)]
     who = _columns(rows, out.console.width)
-    out.show(quality_table(rows, who), notes_table(quality_notes(card, rows, who)))
+    out.show(quality_table(rows, who))
+    if out.verbose:
+        out.show(notes_table(quality_notes(card, rows, who)))
     if any(card["costs"].values()):
         out.line()
-        out.show(cost_table(card), notes_table(cost_notes(card)))
-    out.line()
-    out.show(*verdict_lines(card))
-    if card["num_seeds"] > 1:
+        out.show(cost_table(card, _COSTS if out.verbose else _TELLING_COSTS))
+        if out.verbose:
+            out.show(notes_table(cost_notes(card)))
+    if out.verbose and card["num_seeds"] > 1:
         out.line()
         out.show(seed_table(card))
+    if not out.verbose:
+        out.line()
+        out.show(
+            notes_table(
+                [("second line", f"95 % interval over {_over(card)}"), ("-v", "all metrics, and what the words mean")]
+            )
+        )
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Table:
@@ -118,17 +144,21 @@ def _columns(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     return who if fits or "baseline" not in who else [name for name in who if name != "cut"]
 
 
-def cost_table(card: Card) -> Table:
+def _is_telling(row: Mapping[str, Any], card: Card) -> bool:
+    return row["name"] == card["headline"] or row["name"] in _TELLING
+
+
+def cost_table(card: Card, costs_shown: Mapping[str, tuple[str, Callable[[Any], str]]] = _COSTS) -> Table:
     """Size, speed and training of each model, and distilled divided by teacher."""
     from rich.text import Text
 
     costs, ratios = card["costs"], card["ratios"]
     who = [name for name in _WHO if costs.get(name) and name != "cut"]
     table = new_table()
-    table.add_column("cost", min_width=max(len(word) for label, _ in _COSTS.values() for word in label.split()))
+    table.add_column("cost", min_width=max(len(word) for label, _ in costs_shown.values() for word in label.split()))
     for name in (*(_WHO[name] for name in who), "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    for key, (label, text) in _COSTS.items():
+    for key, (label, text) in costs_shown.items():
         found = [costs[name].get(key) for name in who]
         if all(value is None for value in found):
             continue

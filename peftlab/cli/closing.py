@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftlab import formatting
-from peftlab.cli.metrics_tables import before_after, new_table
+from peftlab.cli.metrics_tables import before_after, class_table, new_table
 from peftlab.cli.output import Output
 from peftlab.specs.tasks import TASKS
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _MAX_SAMPLES = 5
+# Classes that a screen has room for beside the rest; --verbose has them all.
+_MAX_CLASSES = 4
 _MAX_ANSWER_LINES = 6
 _MAX_PROMPT_LINES = 3
 
@@ -27,7 +29,10 @@ def show_training(out: Output, folder: str, summary: Mapping[str, Any]) -> None:
     rows = summary.get("eval_rows")
     if summary.get("after"):
         out.line(f"on {rows:,} held-out rows" if rows else "on the held-out rows", style="dim")
-        out.show(before_after(summary.get("before"), summary["after"]))
+        out.show(before_after(summary.get("before"), summary["after"], verbose=out.verbose))
+        if not out.verbose and (table := class_table(summary["after"], most=_MAX_CLASSES)) is not None:
+            out.line()
+            out.show(table)
     samples = summary.get("samples") or []
     if samples:
         out.line()

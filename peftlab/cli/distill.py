@@ -17,6 +17,7 @@ from peftlab.cli.options import (
     Recipe,
     Replace,
     Resume,
+    Verbose,
     check_overrides,
     check_recipe,
     check_start,
@@ -34,6 +35,7 @@ def distill(
     ] = None,
     resume: Resume = False,
     replace: Replace = False,
+    _verbose: Verbose = False,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
@@ -44,7 +46,7 @@ def distill(
         check_recipe(recipe, settings)
         import peftlab
 
-        run = peftlab.distill(recipe, settings, seeds=seeds, resume=resume, replace=replace)
+        run = peftlab.distill(recipe, settings, seeds=seeds, resume=resume, replace=replace, verbose=out.verbose)
     if out.json:
         out.document({"run": str(run.folder), **run.summary})
         return

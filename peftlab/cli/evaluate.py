@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from peftlab.cli.metrics_tables import class_table, confusion_lines, metric_table
-from peftlab.cli.options import Debug, Json, Overrides, RecipeOption, Target, check_overrides
+from peftlab.cli.options import Debug, Json, Overrides, RecipeOption, Target, Verbose, check_overrides
 from peftlab.cli.output import output_of
 
 
@@ -14,6 +14,7 @@ def evaluate(
     target: Target,
     overrides: Overrides = None,
     recipe: RecipeOption = None,
+    _verbose: Verbose = False,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:

@@ -54,16 +54,16 @@ def class_names(metrics: Metrics) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def before_after(before: Metrics | None, after: Metrics) -> Table:
-    """metric, before, after, change; per-class rows show F1 alone when there are many."""
+def before_after(before: Metrics | None, after: Metrics, *, verbose: bool = False) -> Table:
+    """metric, before, after, change. Args: verbose: with the values of every class, which ``class_table`` has else."""
     from rich.text import Text
 
     table = new_table()
     table.add_column("metric", overflow="fold")
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right", no_wrap=True)
-    shown, hidden = _shown(after)
-    for name in shown:
+    own = set() if verbose else _of_classes(after)
+    for name in (name for name in order(after) if name not in own):
         old = None if before is None else before.get(name)
         text, better = formatting.change(name, old, after[name])
         table.add_row(
@@ -72,18 +72,12 @@ def before_after(before: Metrics | None, after: Metrics) -> Table:
             formatting.metric(name, after[name]),
             Text(text, style=_STYLES[better]),
         )
-    if hidden:
-        table.add_row(Text(f"and {hidden} more", style="dim"), "", "", "")
     return table
 
 
-def _shown(metrics: Metrics) -> tuple[list[str], int]:
-    """What fits a screen of the ordered names, and how many do not."""
-    names = order(metrics)
-    if len(names) <= len(_FIRST) + 12:
-        return names, 0
-    kept = [n for n in names if n in _FIRST or n.startswith("f1_")][: len(_FIRST) + _MAX_CLASSES]
-    return kept, len(names) - len(kept)
+def _of_classes(metrics: Metrics) -> set[str]:
+    """The values that belong to one class each."""
+    return {f"{family}_{name}" for family in _PER_CLASS for name in class_names(metrics)}
 
 
 def metric_table(metrics: Metrics) -> Table:
@@ -93,15 +87,15 @@ def metric_table(metrics: Metrics) -> Table:
     table = new_table()
     table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
-    own = {f"{family}_{name}" for family in _PER_CLASS for name in class_names(metrics)}
+    own = _of_classes(metrics)
     for name in order(metrics):
         if name not in own:
             table.add_row(Text(name), formatting.metric(name, metrics[name]))
     return table
 
 
-def class_table(metrics: Metrics) -> Table | None:
-    """One row per class with its precision, recall and F1; the worst ones first when there are many."""
+def class_table(metrics: Metrics, *, most: int = _MAX_CLASSES) -> Table | None:
+    """One row per class with its precision, recall and F1; of more than ``most`` classes the worst ones."""
     from rich.text import Text
 
     names = class_names(metrics)
@@ -109,8 +103,8 @@ def class_table(metrics: Metrics) -> Table | None:
         return None
     families = [f for f in _PER_CLASS if any(f"{f}_{name}" in metrics for name in names)]
     shown, judge = names, families[-1]
-    if len(names) > _MAX_CLASSES:
-        shown = sorted(names, key=lambda n: formatting.number(metrics.get(f"{judge}_{n}")))[:_MAX_CLASSES]
+    if len(names) > most:
+        shown = sorted(names, key=lambda n: formatting.number(metrics.get(f"{judge}_{n}")))[:most]
     table = new_table()
     table.add_column("class" if shown is names else f"class (lowest {judge})", overflow="fold")
     for family in families:

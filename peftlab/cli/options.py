@@ -18,11 +18,12 @@ SECTIONS = ("model", "adapter", "data", "train", "eval", "distill", "run")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^=]+)?=")
 _SECTION_OVERRIDE = re.compile(rf"({'|'.join(SECTIONS)})\.[A-Za-z_][\w.]*=")
 
-# Both are read before parsing, so that a usage error obeys them as well: see peftlab.cli.app.run.
+# All are read before parsing, so that a usage error obeys them as well: see peftlab.cli.app.run.
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, shipped recipe, or run folder.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show every detail.")]
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="Run folder, merged model, adapter folder, or base model.")
 ]

@@ -21,12 +21,12 @@ class Output:
     """One invocation's output.
 
     Attributes:
-        json: one JSON document instead of tables. debug: tracebacks.
+        json: one JSON document instead of tables. debug: tracebacks. verbose: every figure, not those of a screen.
         written: whether the JSON document is out already; there is never a second one.
     """
 
-    def __init__(self, *, json: bool = False, debug: bool = False) -> None:
-        self.json, self.debug = json, debug
+    def __init__(self, *, json: bool = False, debug: bool = False, verbose: bool = False) -> None:
+        self.json, self.debug, self.verbose = json, debug, verbose
         self.written = False
         self.stdout: TextIO = sys.stdout
         self._console: Console | None = None

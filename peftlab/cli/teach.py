@@ -10,7 +10,7 @@ import typer
 
 from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
-from peftlab.cli.options import Debug, Json, Overrides, Recipe, Replace, check_overrides, check_recipe
+from peftlab.cli.options import Debug, Json, Overrides, Recipe, Replace, Verbose, check_overrides, check_recipe
 from peftlab.cli.output import Output, output_of
 
 
@@ -20,6 +20,7 @@ def teach(
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Estimate disk and time; store nothing.")] = False,
     replace: Replace = False,
+    _verbose: Verbose = False,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
@@ -29,7 +30,7 @@ def teach(
         check_recipe(recipe, settings)
         import peftlab
 
-        report = peftlab.teach(recipe, settings, plan=plan, replace=replace)
+        report = peftlab.teach(recipe, settings, plan=plan, replace=replace, verbose=out.verbose)
     if out.json:
         out.document(report)
         return

@@ -12,6 +12,7 @@ from peftlab.cli.options import (
     Recipe,
     Replace,
     Resume,
+    Verbose,
     check_overrides,
     check_recipe,
     check_start,
@@ -25,6 +26,7 @@ def train(
     overrides: Overrides = None,
     resume: Resume = False,
     replace: Replace = False,
+    _verbose: Verbose = False,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
@@ -35,7 +37,7 @@ def train(
         check_recipe(recipe, settings)
         import peftlab
 
-        run = peftlab.train(recipe, settings, resume=resume, replace=replace)
+        run = peftlab.train(recipe, settings, resume=resume, replace=replace, verbose=out.verbose)
     if out.json:
         out.document({"run": str(run.folder), **run.summary})
     else:

@@ -83,8 +83,8 @@ def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list
         trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"
         lines = [f"{name}: {rows}, {report['tokens']:,} tokens, {trained}"]
         roles = [(r["role"], r) for r in report["roles"]]
-        tokens = [(printable(t["token"]), t) for t in report["special_tokens"]]
-        for what, entries in (("by role", roles), ("special tokens", tokens)):
+        special = [(printable(t["token"]), t) for t in report["special_tokens"]]
+        for what, entries in (("by role", roles), ("special tokens", special)):
             said = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
             lines += [f"  trained {what}: {said}"] if said and counts else []
         lines += [f"  {line}" for line in [answers_line(report)] if line]

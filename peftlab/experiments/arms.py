@@ -7,11 +7,12 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftlab import formatting
 from peftlab.assembly import Assembly
 from peftlab.assembly.fit import fit
 from peftlab.assembly.merging import merge_run
@@ -127,9 +128,12 @@ class Distillation:
             if arm.kind == BASELINE:
                 teachers.release()
             what = "from the teacher" if arm.kind == STUDENT else "from the labels alone"
-            progress.note(f"training {number} of {len(arms)}: the student {what}, seed {arm.seed}")
+            progress.stage(f"training {number} of {len(arms)}: the student {what}, seed {arm.seed}")
             taught_by = teachers if arm.kind == STUDENT else None
-            figures[arm] = self._train(students[arm.seed], arm, taught_by, steps.get(arm.seed))
+            # The first one says what is trained; the others differ in seed and teacher alone.
+            with progress.quietly() if number > 1 else contextlib.nullcontext():
+                figures[arm] = self._train(students[arm.seed], arm, taught_by, steps.get(arm.seed))
+            progress.note(_arm_line(number, len(arms), what, arm.seed, figures[arm]))
             steps.setdefault(arm.seed, figures[arm]["training"]["steps"])
             release_memory()
         if distill.on_policy is not None:
@@ -185,6 +189,15 @@ class Distillation:
         if (arm.folder / "adapter").is_dir() and not (arm.folder / "merged").is_dir():
             base = "dequantized" if assembly.recipe.model.quantize != "none" else "original"
             merge_run(arm.folder, base=base, replace=True, progress=self._progress, assembly=assembly)
+
+
+def _arm_line(number: int, total: int, what: str, seed: int, summary: Mapping[str, Any]) -> str:
+    """One row of the table of trainings."""
+    training = summary["training"]
+    return (
+        f"{number:>{len(str(total))}} of {total}  {what:<21}  seed {seed:<3} {training['steps']:>6,} steps  "
+        f"loss {formatting.number(training['last_loss']):<9.4g} {formatting.duration(training['seconds'])}"
+    )
 
 
 def _arms(assembly: Assembly, folder: Path) -> Iterator[Arm]:

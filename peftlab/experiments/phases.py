@@ -174,9 +174,9 @@ def _taught(
             key="distill.on_policy",
         )
     identity = examples_identity(assembly, rows)
-    own = _with_cache(assembly, f"phase-{number}", identity)
+    cached = _with_cache(assembly, f"phase-{number}", identity)
     encoded = Encoded([*written.examples, *kept], base.train.ledger)
-    return TaughtExamples(own, rows, encoded, identity), written
+    return TaughtExamples(cached, rows, encoded, identity), written
 
 
 def _with_cache(assembly: Assembly, name: str, identity: dict[str, Any]) -> Assembly:

@@ -132,7 +132,7 @@ def _open_student(assembly: Assembly, checkpoint: Path | None) -> Any:
     from transformers import GenerationConfig
 
     recipe, model = assembly.recipe, assembly.model()
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig()
     if checkpoint is not None:
         check_checkpoint(checkpoint)
         if not assembly.method.adapts:

@@ -67,7 +67,7 @@ def _cuda_times(runs: Runs, calls: int) -> Times:
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     for _ in range(calls):
         for name, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             start.record()
             run()

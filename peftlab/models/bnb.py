@@ -7,7 +7,7 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -33,7 +33,7 @@ def _compiling_later() -> Iterator[None]:
     def later(function: Any = None, /, **options: Any) -> Any:
         if function is None:
             return lambda found: later(found, **options)
-        compiled = functools.cache(lambda: compiler(function, **options))
+        compiled: Callable[[], Callable[..., Any]] = functools.cache(lambda: compiler(function, **options))
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def _compiling_later() -> Iterator[None]:
 
         return call
 
-    torch.compile = later  # type: ignore[assignment]
+    torch.compile = later
     try:
         yield
     finally:

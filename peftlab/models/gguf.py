@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from peftlab.errors import ArtifactError, RecipeError, ResourceError
 from peftlab.paths import cache_root
@@ -50,7 +51,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its tqdm bar has no switch
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-            loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except OSError as error:
         if error.errno is not None:
             raise ResourceError(f"cannot read {gguf} or write to {folder.parent}: {error}", key="model.name") from error

@@ -99,8 +99,9 @@ class SentenceWriter:
 
 def _pooling(settings: dict[str, Any]) -> str:
     """Newer files name the mode, older ones have a switch for each."""
-    if isinstance(settings.get("pooling_mode"), str):
-        return _NAMES.get(settings["pooling_mode"], settings["pooling_mode"])
+    mode = settings.get("pooling_mode")
+    if isinstance(mode, str):
+        return _NAMES.get(mode, mode)
     on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
     return " + ".join(_POOLING_KEYS.get(key, key.removeprefix("pooling_mode_")) for key in on)
 

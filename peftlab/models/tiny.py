@@ -54,7 +54,7 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
             **kwargs,
         )
 
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": 260,
         "hidden_size": 64,
         "intermediate_size": 128,

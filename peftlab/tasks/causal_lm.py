@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -176,6 +176,7 @@ class CausalLM:
     def _selected(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states [N, H] that predict a trained token, and those tokens [N]."""
         hidden = self._head.hidden_states(model, batch.inputs)
+        assert batch.trained is not None
         chosen = batch.trained[:, 1:]
         return hidden[:, :-1][chosen], batch.input_ids[:, 1:][chosen]
 
@@ -212,6 +213,7 @@ class CausalLM:
             nll.append(F.cross_entropy(logits, target, reduction="sum"))
             hit.append(logits.argmax(-1) == target)
         hits = torch.cat(hit)
+        assert batch.trained is not None
         row_of = batch.trained[:, 1:].nonzero()[:, 0]
         misses = torch.bincount(row_of[~hits], minlength=len(batch.input_ids))
         scores = {
@@ -223,6 +225,7 @@ class CausalLM:
             "rows": [True] * len(misses),
         }
         if self.class_names:
+            assert batch.labels is not None
             prefixes = [
                 row[: int(mask.to(torch.uint8).argmax())]
                 for row, mask in zip(batch.input_ids, batch.trained, strict=True)
@@ -376,7 +379,7 @@ class CausalLM:
         for i, row in enumerate(ids):
             tokens[i, longest - len(row) :] = torch.as_tensor(row, dtype=torch.int64)
             mask[i, longest - len(row) :] = 1
-        out = model.generate(
+        out = cast(Callable[..., Tensor], model.generate)(
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             **self.generation_kwargs(max_new_tokens, sampling),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -118,8 +118,9 @@ class Embedding:
         inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
         hidden = at_least_float32(model(**inputs).last_hidden_state)
         texts = [states[: len(e)] for states, e in zip(hidden, examples, strict=True)]
-        pool = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}[self._pooling]
-        return self._outputs(torch.stack([pool(t) for t in texts]), example_weights(examples, device))
+        pools: dict[str, Callable[[Tensor], Tensor]]
+        pools = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}
+        return self._outputs(torch.stack([pools[self._pooling](t) for t in texts]), example_weights(examples, device))
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
         """Nothing: there are no labels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ class LMHead:
         if id(base) not in self._verified:
             self._verify(model, base, inputs)
             self._verified.add(id(base))
-        return _decoder(base)(**inputs, use_cache=False)[0]
+        hidden: Tensor = _decoder(base)(**inputs, use_cache=False)[0]
+        return hidden
 
     def output_head(self, model: nn.Module) -> OutputHead:
         base = _base(model)
@@ -76,7 +77,7 @@ class LMHead:
 
 
 def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cast(Callable[[], nn.Module], model.get_base_model)() if hasattr(model, "get_base_model") else model
 
 
 def _decoder(base: Any) -> nn.Module:

@@ -24,8 +24,8 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V] float32 logits (float64 stays) of ``hidden`` [N, H]."""
-        as_stored = type(self.module) is nn.Linear
-        logits = self.module(hidden.to(self.module.weight.dtype) if as_stored else hidden)
+        dtype = self.module.weight.dtype if type(self.module) is nn.Linear else hidden.dtype
+        logits = self.module(hidden.to(dtype))
         logits = at_least_float32(logits) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

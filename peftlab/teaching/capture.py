@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -186,7 +186,7 @@ class _Answers:
             width = outputs.values.shape[1]
             return (None if outputs.vectors else width), width, {}
         module = outputs.head.module
-        count = self._theirs.columns.count or int(module.weight.shape[0])
+        count = self._theirs.columns.count or int(cast(Tensor, module.weight).shape[0])
         tensors = {}
         if type(module) is nn.Linear:
             tensors = {"weight": module.weight[:count]}
@@ -270,7 +270,7 @@ def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:
 def _stored_bytes(fill: Fill, counts: NDArray[np.float64]) -> int:
     """Of examples with so many positions each; where classes are drawn, the most that it can be."""
     records = np.ceil(fill.bytes_per_position() * counts) + (2 if fill.draws else 0)  # parts begin at a whole byte
-    num_shards = max(1, round(records.sum() / SHARD_BYTES))
+    num_shards: int = max(1, round(records.sum() / SHARD_BYTES))
     return int(records.sum()) + _INDEX_BYTES * len(counts) + _INDEX_HEADER_BYTES * num_shards
 
 

@@ -106,7 +106,10 @@ class NamedTeacher:
                     f"it was trained for task: {theirs.task}, and the student is for task: {student.task}; take a teacher of "
                     "this task"
                 )
-            changes = {"run.device": student.run.device, "run.kernels": _kernels(student.run.kernels)} | device
+            changes: dict[str, Any] = {
+                "run.device": student.run.device,
+                "run.kernels": _kernels(student.run.kernels),
+            } | device
             return dataclasses.replace(target, loaded=target.loaded.derive(changes))
         model = {
             "name": self.name,

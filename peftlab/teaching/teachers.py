@@ -237,6 +237,7 @@ class Teachers:
         for example in encoded.examples:
             other = own.get(example.row)
             pairs = aligned_tokens(task, theirs.task, rows, example, other) if other is not None else []
+            assert example.trained is not None
             position = np.cumsum(example.trained) - 1
             places[example.row] = [int(position[ours]) for ours, _ in pairs]
             if other is not None and pairs:

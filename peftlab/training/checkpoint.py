@@ -145,7 +145,7 @@ def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimize
     return state, rng
 
 
-def _trained_names(model: nn.Module) -> dict[torch.nn.Parameter, str]:
+def _trained_names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {p: name for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +197,7 @@ class DistillLoss:
             return objective.loss_sum(
                 self._columns.of(outputs.logits()), outputs.targets, _dense(taught), weights=weights
             )
+        assert not isinstance(taught, Aligned)
         return objective.linear_loss_sum(
             found.hidden,
             found.head,
@@ -273,7 +274,7 @@ class TaughtLogits:
         if len(self._parts) == 1:
             return _logits(self._parts[0][2], chosen)
         mixed: Tensor | None = None
-        total = sum(share.weight * places[chosen].double() for share, places, _ in self._parts)
+        total = cast(Tensor, sum(share.weight * places[chosen].double() for share, places, _ in self._parts))
         for share, places, taught in self._parts:
             here = places[chosen]
             own = (places.cumsum(0) - 1)[chosen][here]

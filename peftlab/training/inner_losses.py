@@ -144,7 +144,7 @@ def plan_inner_losses(
                     f"{kind}: the {who} has {count} layers, 0 to {count - 1}; found layer {outside[0]}",
                     key="distill.losses",
                 )
-        _check_comparable(kind, *configs, heads)
+        _check_comparable(kind, configs[0], configs[1], heads)
         terms.append(InnerTerm(kind, weight, pairs, heads))
     return terms
 

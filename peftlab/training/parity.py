@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,9 +150,9 @@ def check_parity(
             with ops.planned_for(rows):
                 if rounds:  # masks, adapters and head are told from rounding in float32
                     set_kernels(model, "auto")
-                with (
-                    ops.int8_by_library() if rounds_x else contextlib.nullcontext([]) as replaced
-                ):  # and from the reference's
+                library: contextlib.AbstractContextManager[list[ops.Plan]]
+                library = ops.int8_by_library() if rounds_x else contextlib.nullcontext([])
+                with library as replaced:  # and from the reference's
                     fast = _pass(model, fast_loss, autocast, sample)
                 set_kernels(model, kernels)
                 trained = _pass(model, fast_loss, autocast, sample) if rounds or replaced else None
@@ -188,7 +188,7 @@ def check_parity(
 
 def int8_rounds_rows(model: nn.Module) -> bool:
     """Whether adapted layers of bitsandbytes' multiply int8 by int8 in training: they do on a GPU."""
-    bases = (module.get_base_layer() for module in model.modules() if isinstance(module, FusedLora))  # type: ignore[attr-defined]
+    bases = (module.get_base_layer() for module in model.modules() if isinstance(module, FusedLora))
     return any(b.weight.device.type == "cuda" and isinstance(frozen_weight(b), ops.Int8Weight) for b in bases)
 
 
@@ -285,10 +285,10 @@ def coarsest_dtype(model: nn.Module, autocast: Any, device: Any) -> torch.dtype:
     """The type with the fewest digits that takes part in a forward."""
     kind = torch.device(device).type
     with autocast():
-        found = {torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else set()
+        found: set[torch.dtype | None] = {torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else set()
     found |= {p.dtype for p in model.parameters() if p.is_floating_point()}
     found |= {
-        module.compute_dtype
+        cast(torch.dtype | None, module.compute_dtype)
         for module in model.modules()
         if isinstance(module, nn.Linear) and hasattr(module, "compute_dtype")
     }

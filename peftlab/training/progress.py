@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from peftlab.training.progress_text import Clock, Pace, Stage, metrics_text, value_texts
+from peftlab.training.progress_text import Clock, Pace, Stage, metrics_text, value_texts, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -31,8 +32,17 @@ class Progress(Protocol):
         """A long piece of work begins, such as "loading model"; it ends, and its time is shown, at the next call
         of stage, start, step or evaluated."""
 
+    def done(self) -> None:
+        """The stage has ended; what comes next is about its result."""
+
     def note(self, text: str) -> None:
         """A line of information."""
+
+    def detail(self, text: str) -> None:
+        """A line for those who asked for all of them."""
+
+    def quietly(self) -> AbstractContextManager[None]:
+        """Inside, only warnings and the bar are shown, unless everything was asked for."""
 
     def warn(self, text: str) -> None:
         """A line that needs attention."""
@@ -60,14 +70,17 @@ class Progress(Protocol):
     ) -> None: ...
 
 
-def make_progress(stream: TextIO | None = None) -> Progress:
-    """A live bar if the stream (default: stderr) is a terminal that can redraw lines, else plain lines."""
+def make_progress(stream: TextIO | None = None, *, verbose: bool = False) -> Progress:
+    """A live bar if the stream (default: stderr) is a terminal that can redraw lines, else plain lines.
+
+    Args: verbose: details are shown too.
+    """
     stream = sys.stderr if stream is None else stream
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
-        return PlainProgress(stream)
+        return PlainProgress(stream, verbose=verbose)
     from rich.console import Console
 
-    return RichProgress(Console(file=stream))
+    return RichProgress(Console(file=stream), verbose=verbose)
 
 
 class SilentProgress:
@@ -75,7 +88,14 @@ class SilentProgress:
 
     def stage(self, text: str) -> None: ...
 
+    def done(self) -> None: ...
+
     def note(self, text: str) -> None: ...
+
+    def detail(self, text: str) -> None: ...
+
+    def quietly(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def warn(self, text: str) -> None: ...
 
@@ -101,11 +121,14 @@ class PlainProgress:
     """Whole lines without control codes, for files and pipes.
 
     Steps 1, 2, 5, 10 and the last have a line. Between them one comes when 5 s and 2 % of the steps have passed since
-    the last line, at the latest after 60 s: about fifty lines, or one a minute in a long run.
+    the last line, at the latest after 60 s: about fifty lines, or one a minute in a long run. A stage has one line, with its
+    time at the end of it.
     """
 
-    def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
+    def __init__(self, stream: TextIO, clock: Clock = time.monotonic, *, verbose: bool = False) -> None:
         self._stream = stream
+        self._verbose, self._quiet = verbose, False
+        self._open = False  # whether the last line still waits for the time of its stage
         self._stage = Stage(clock)
         self._pace = Pace(clock)
         self._clock = clock
@@ -114,11 +137,31 @@ class PlainProgress:
 
     def stage(self, text: str) -> None:
         self._end_stage()
-        self._print(f"{text} ...")
+        if not self._quiet:
+            self._write(f"{text} ...")
+            self._open = True
         self._stage.begin(text)
 
+    def done(self) -> None:
+        self._end_stage()
+
     def note(self, text: str) -> None:
-        self._print(text)
+        if not self._quiet:
+            self._print(text)
+
+    def detail(self, text: str) -> None:
+        if self._verbose:
+            self._print(text)
+
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        before, self._quiet = self._quiet, not self._verbose
+        self._end_stage()
+        try:
+            yield
+        finally:
+            self._end_stage()
+            self._quiet = before
 
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}")
@@ -126,10 +169,12 @@ class PlainProgress:
     def show(self, renderable: RenderableType) -> None:
         from rich.console import Console
 
+        if self._quiet:
+            return
         console = Console(width=_PLAIN_WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
         with console.capture() as captured:
             console.print(renderable, markup=False)
-        self._print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        self._write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
         self._end_stage()
@@ -146,10 +191,11 @@ class PlainProgress:
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self._end_stage()
-        self._print(metrics_text(step, metrics))
+        if not self._quiet:
+            self._print(metrics_text(step, metrics))
 
     def stop(self) -> None:
-        self._stage.end()
+        self._end_stage()
 
     def __enter__(self) -> Self:
         return self
@@ -160,19 +206,29 @@ class PlainProgress:
         self.stop()
 
     def _is_due(self, step: int) -> bool:
+        waited = self._clock() - self._line_time
+        if self._quiet:
+            return waited >= _MAX_INTERVAL_S
         if step - self._pace.first_step in _FIRST_STEPS or step == self._pace.total_steps:
             return True
-        waited = self._clock() - self._line_time
         far_enough = (step - self._line_step) * 50 >= self._pace.total_steps
         return waited >= _MAX_INTERVAL_S or (waited >= _MIN_INTERVAL_S and far_enough)
 
     def _end_stage(self) -> None:
-        ended = self._stage.end()
-        if ended:
-            self._print(ended)
+        name, seconds = self._stage.end()
+        if self._open:
+            self._write(f" {seconds}\n" if seconds else "\n", goes_on=True)
+        elif seconds and not self._quiet:  # other lines came between
+            self._print(f"{name}: {seconds}")
 
     def _print(self, text: str) -> None:
-        self._stream.write(f"{text}\n")
+        self._write(f"{wrapped(text, _PLAIN_WIDTH)}\n")
+
+    def _write(self, text: str, *, goes_on: bool = False) -> None:
+        if self._open and not goes_on:
+            self._stream.write("\n")
+        self._open = False
+        self._stream.write(text)
         self._stream.flush()
 
 
@@ -182,11 +238,12 @@ class RichProgress:
     The line is fitted to the width: first the bar goes, then memory, then tokens/s.
     """
 
-    def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
+    def __init__(self, console: Console, clock: Clock = time.monotonic, *, verbose: bool = False) -> None:
         from rich.live import Live
         from rich.spinner import Spinner
 
         self._console = console
+        self._verbose, self._quiet = verbose, False
         self._stage = Stage(clock)
         self._pace = Pace(clock)
         self._values: Mapping[str, float | None] = {}
@@ -199,14 +256,33 @@ class RichProgress:
         self._stage.begin(text)
         self._live.start(refresh=True)
 
+    def done(self) -> None:
+        self._end_stage()
+
     def note(self, text: str) -> None:
-        self._print(text)
+        if not self._quiet:
+            self._print(text)
+
+    def detail(self, text: str) -> None:
+        if self._verbose:
+            self._print(text)
+
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        before, self._quiet = self._quiet, not self._verbose
+        self._end_stage()
+        try:
+            yield
+        finally:
+            self._end_stage()
+            self._quiet = before
 
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}", style="yellow")
 
     def show(self, renderable: RenderableType) -> None:
-        self._console.print(renderable, markup=False, emoji=False, highlight=False)
+        if not self._quiet:
+            self._console.print(renderable, markup=False, emoji=False, highlight=False)
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
         self._end_stage()
@@ -220,12 +296,13 @@ class RichProgress:
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self._end_stage()
-        self._print(metrics_text(step, metrics, self._console.width))
+        if not self._quiet:
+            self._print(metrics_text(step, metrics, self._console.width))
 
     def stop(self) -> None:
         self._stage.end()
         # Without a bar there is nothing to leave on the screen.
-        self._live.transient = self._pace.total_steps == 0
+        self._live.transient = self._quiet or self._pace.total_steps == 0
         self._live.stop()
         self._pace.begin(0, 0)
 
@@ -238,12 +315,13 @@ class RichProgress:
         self.stop()
 
     def _end_stage(self) -> None:
-        ended = self._stage.end()
-        if ended:
-            self._print(ended, style="dim")
+        name, seconds = self._stage.end()
+        if seconds and not self._quiet:
+            self._print(f"{name} ... {seconds}", style="dim")
 
     def _print(self, text: str, style: str | None = None) -> None:
         # Paths must stay whole for copying, and [brackets] of user data are not markup.
+        text = wrapped(text, self._console.width)
         self._console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:

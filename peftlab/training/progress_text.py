@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 Clock = Callable[[], float]
@@ -26,11 +27,11 @@ class Stage:
         """The line to show now, with the seconds so far; None if no stage is under way."""
         return None if self._text is None else f"{self._text} ... {self._clock() - self._began:.0f} s"
 
-    def end(self) -> str | None:
-        """Ends it; the line to show, or None if none was under way or it took no time worth telling."""
+    def end(self) -> tuple[str, str]:
+        """Ends it: its text, and its time where it took any worth telling; both empty if none was under way."""
         text, self._text = self._text, None
         elapsed = self._clock() - self._began
-        return None if text is None or elapsed < _MIN_STAGE_S else f"{text}: {elapsed:.1f} s"
+        return text or "", "" if text is None or elapsed < _MIN_STAGE_S else f"{elapsed:.1f} s"
 
 
 class Pace:
@@ -99,6 +100,26 @@ def metrics_text(step: int, metrics: Mapping[str, float], width: int | None = No
     if len(metrics) > len(shown):
         shown.append(f"and {len(metrics) - len(shown)} more")
     return _wrap_items(f"eval at step {step:,}:", shown, width)
+
+
+def wrapped(text: str, width: int) -> str:
+    """``text`` in lines of at most ``width`` columns, broken between words; what follows a break is indented by two more.
+
+    A word that is longer than a line, such as a path, stays whole.
+    """
+    lines = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        parts = textwrap.wrap(
+            line.strip(),
+            max(20, width),
+            initial_indent=indent,
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += parts or [""]
+    return "\n".join(lines)
 
 
 def _wrap_items(head: str, items: Sequence[str], width: int | None) -> str:

@@ -1,25 +1,14 @@
-"""What bench/cpu_kd.py takes for the same training, and what it makes of repetitions; the engines themselves take minutes."""
+"""What bench/peers/distillation.py takes for the same training, and what it makes of repetitions; the engines themselves take minutes."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from bench.peers import distillation
+
 LOSSES = {"online": [5.0, 4.0, 3.0], "cached": [4.2, 3.4, 2.6], "gkd": [5.0, 4.0, 3.0], "distillation": [5.0, 4.0, 3.0]}
-
-
-@pytest.fixture(scope="module")
-def cpu_kd() -> Any:
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        import cpu_kd
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
-    return cpu_kd
 
 
 @pytest.mark.parametrize(
@@ -34,9 +23,9 @@ def cpu_kd() -> Any:
         ("gkd", [float("nan"), 4.0, 3.0], False),
     ],
 )
-def test_the_gate(cpu_kd: Any, engine: str, losses: list[float], passed: bool) -> None:
-    assert cpu_kd.judge({**LOSSES, engine: losses})["passed"] is passed
-    assert cpu_kd.judge(LOSSES)["passed"]
+def test_the_gate(engine: str, losses: list[float], passed: bool) -> None:
+    assert distillation.judge({**LOSSES, engine: losses})["passed"] is passed
+    assert distillation.judge(LOSSES)["passed"]
 
 
 def rows(**seconds: list[float]) -> list[dict[str, Any]]:
@@ -49,16 +38,16 @@ def rows(**seconds: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-def test_ratios_are_above_1_where_ours_is_faster(cpu_kd: Any) -> None:
+def test_ratios_are_above_1_where_ours_is_faster() -> None:
     measured = rows(online=[2.0, 2.2], cached=[1.0, 1.1], gkd=[4.0, 4.4], distillation=[6.0, 6.6])
-    ratios = cpu_kd.summarize(measured)["ratios"]
+    ratios = distillation.summarize(measured)["ratios"]
     assert ratios["online against gkd"]["seconds"]["ratio"] == pytest.approx(2)
     assert ratios["online against distillation"]["peak_rss_bytes"]["ratio"] == pytest.approx(3)
     assert ratios["cached against online"]["cpu_seconds"]["ratio"] == pytest.approx(2)
 
 
-def test_flops_predict_that_storing_the_teacher_saves_its_pass(cpu_kd: Any) -> None:
-    found = {name: cpu_kd.predicted(name, rows(online=[1.0])) for name in ("lora", "full")}
+def test_flops_predict_that_storing_the_teacher_saves_its_pass() -> None:
+    found = {name: distillation.predicted(name, rows(online=[1.0])) for name in ("lora", "full")}
     # By hand for half of 30-layer SmolLM2's tokens scored: layers 3,538,944 and head 28,311,552 weights, 20 layers kept.
     teacher = 2 * (100 * 30 * 3_538_944 + 50 * 28_311_552)
     student = 2 * (100 * 20 * 3_538_944 + 50 * 28_311_552)

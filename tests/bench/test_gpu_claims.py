@@ -1,44 +1,41 @@
-"""bench/results/claims.json against gpu-check's sections, and what made-up rows of a GPU do to PENDING.md and bench/README.md."""
+"""bench/results/claims.json against gpu-check's sections, and what made-up rows of a GPU do to PENDING.md and bench/RESULTS.md."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from bench.gpu_check import base, conductor, journal, loss_model, pending, roofline, run
+from bench.gpu_check.claims import fits, judge, load
+from bench.gpu_check.sections import BY_NAME, SECTIONS, tasks_of
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 HEADER = {
-    "kind": "header", "format": 2, "name": "gpu-check", "dry_run": False, "command": "python bench/gpu_check.py",
+    "kind": "header", "format": 2, "name": "gpu-check", "dry_run": False, "command": "python -m bench.gpu_check",
     "date": "2026-01-02T03:04:05+00:00", "machine": {"name": "NVIDIA H200", "device": "sm_90", "platform": "Linux"},
     "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "source": "feedbeef", "clocks": {},
 }  # fmt: skip
 Row = dict[str, Any]
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+@pytest.fixture(autouse=True)
+def same_settings() -> Iterator[None]:
     settings = torch.backends.cuda.matmul  # listing the tasks of lora_linear sets these
     before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
-    names = ("base", "claims", "conduct", "journal", "pending", "roofline", "loss_model", "run", "sections")
-    yield SimpleNamespace(**{name: importlib.import_module(f"_gpu_{name}") for name in names})
+    yield
     settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = before
 
 
-def tasks(gpu: SimpleNamespace, kind: str) -> dict[str, list[Row]]:
+def tasks(kind: str) -> dict[str, list[Row]]:
     """The tasks of every section, on a GPU (none is run) or in a dry run."""
-    device = gpu.base.Device(kind)
-    return {
-        s.name: [gpu.journal.plain(task.what) for task in gpu.sections.tasks_of(s, device)]
-        for s in gpu.sections.SECTIONS
-    }
+    device = base.Device(kind)
+    return {s.name: [journal.plain(task.what) for task in tasks_of(s, device)] for s in SECTIONS}
 
 
 def put(row: Row, path: list[str], value: Any) -> None:
@@ -57,24 +54,24 @@ def within(rule: Row) -> Any:
     return value
 
 
-def good(gpu: SimpleNamespace) -> list[Row]:
+def good() -> list[Row]:
     """The journal of a run that confirms all that it can."""
-    claims = [claim for claim in gpu.claims.load() if claim.get("card", "H200") == "H200"]
+    claims = [claim for claim in load() if claim.get("card", "H200") == "H200"]
     rules = [rule for claim in claims for rule in claim["rules"]]
     records: list[Row] = [copy.deepcopy(HEADER)]
-    for section, whats in tasks(gpu, "cuda").items():
+    for section, whats in tasks("cuda").items():
         records.append({"kind": "begin", "section": section, "tasks": whats})
         for what in whats:
             row = {"kind": "row", "section": section, "task": what, "ok": True}
             for rule in rules:
-                if "figure" in rule and rule["section"] == section and gpu.claims.fits(rule, what):
+                if "figure" in rule and rule["section"] == section and fits(rule, what):
                     put(row, rule["figure"], within(rule))
             records.append(row)
     return records
 
 
-def states(gpu: SimpleNamespace, records: list[Row]) -> dict[str, Any]:
-    return {claim["id"]: gpu.claims.judge(claim, records) for claim in gpu.claims.load()}
+def states(records: list[Row]) -> dict[str, Any]:
+    return {claim["id"]: judge(claim, records) for claim in load()}
 
 
 def rows(records: list[Row], section: str, **task: Any) -> list[Row]:
@@ -83,35 +80,35 @@ def rows(records: list[Row], section: str, **task: Any) -> list[Row]:
     return found
 
 
-def test_claims_are_of_sections_and_tasks_that_exist(gpu: SimpleNamespace) -> None:
-    claims = gpu.claims.load()
+def test_claims_are_of_sections_and_tasks_that_exist() -> None:
+    claims = load()
     assert len({claim["id"] for claim in claims}) == len(claims)
-    there, dry = tasks(gpu, "cuda"), tasks(gpu, "cpu")
+    there, dry = tasks("cuda"), tasks("cpu")
     for claim in claims:
         assert claim["part"] in ("correctness", "speed", "uncovered")
         assert not (claim["part"] == "uncovered" and claim["rules"])
         for rule in claim["rules"]:
             assert rule["section"] in there, claim["id"]
-            fitting = [task for task in there[rule["section"]] if gpu.claims.fits(rule, task)]
+            fitting = [task for task in there[rule["section"]] if fits(rule, task)]
             for name, wanted in rule["match"].items():  # no value of a list is one that no task has
                 seen = [task[name] for task in fitting]
                 assert all(value in seen for value in (wanted if isinstance(wanted, list) else [wanted])), claim["id"]
             assert any(rule["match"].keys() <= task.keys() for task in dry[rule["section"]]), claim["id"]
     wrong = {"section": "dequant", "match": {"check": "nf4_dequantt"}}
-    assert not any(gpu.claims.fits(wrong, task) for task in there["dequant"])
+    assert not any(fits(wrong, task) for task in there["dequant"])
 
 
-def test_a_task_is_known_by_what_it_says(gpu: SimpleNamespace) -> None:
-    for section, whats in [*tasks(gpu, "cuda").items(), *tasks(gpu, "cpu").items()]:
-        assert len({gpu.journal.identity(what) for what in whats}) == len(whats), section
+def test_a_task_is_known_by_what_it_says() -> None:
+    for section, whats in [*tasks("cuda").items(), *tasks("cpu").items()]:
+        assert len({journal.identity(what) for what in whats}) == len(whats), section
 
 
-def test_targets_are_those_of_the_rows(gpu: SimpleNamespace) -> None:
+def test_targets_are_those_of_the_rows() -> None:
     bounds = {
         claim["id"]: [rule[name] for rule in claim["rules"] for name in ("at_least", "at_most") if name in rule]
-        for claim in gpu.claims.load()
+        for claim in load()
     }
-    model = gpu.roofline
+    model = roofline
     for claim, M, dropout in (
         ("layer", 8192, False),
         ("layer-dropout", 8192, True),
@@ -127,25 +124,25 @@ def test_targets_are_those_of_the_rows(gpu: SimpleNamespace) -> None:
     assert [bounds["unsloth"], bounds["unsloth-2048"]] == [list(model.UNSLOTH_TARGET[M].values()) for M in (8192, 2048)]
 
 
-def test_targets_of_losses_are_those_of_the_rows(gpu: SimpleNamespace) -> None:
+def test_targets_of_losses_are_those_of_the_rows() -> None:
     found = {}
-    for rule in (rule for claim in gpu.claims.load() for rule in claim["rules"]):
+    for rule in (rule for claim in load() for rule in claim["rules"]):
         if rule["section"].startswith("loss speed") and rule["figure"][0] in ("ratios", "times_less_memory"):
             case = rule["match"]["case"].removesuffix(", forward + backward")
             found[case, *rule["figure"]] = rule["at_least"]
     wanted = {}
-    for case, targets in gpu.loss_model.TARGETS.items():
-        for name, (ratio, memory) in targets.items():
+    for case, timed in loss_model.TIMED.items():
+        for name, (ratio, memory) in timed.targets.items():
             wanted[case, "ratios", name] = ratio
             if memory:
                 wanted[case, "times_less_memory", name] = memory
     assert found == wanted
 
 
-def test_targets_of_layers_are_within_what_the_model_says(gpu: SimpleNamespace) -> None:
+def test_targets_of_layers_are_within_what_the_model_says() -> None:
     """Of every card that a claim names; a tenth below it at most."""
-    model, checked = gpu.roofline, 0
-    for claim in gpu.claims.load():
+    model, checked = roofline, 0
+    for claim in load():
         for rule in claim["rules"]:
             match = rule["match"]
             if match.get("case") == "seven linears of a Llama-3-8B layer" and "at_least" in rule:
@@ -159,18 +156,18 @@ def test_targets_of_layers_are_within_what_the_model_says(gpu: SimpleNamespace) 
     assert checked == 12
 
 
-def test_a_good_run_confirms_all_that_has_rules(gpu: SimpleNamespace) -> None:
-    records, claims = good(gpu), gpu.claims.load()
-    found = states(gpu, records)
+def test_a_good_run_confirms_all_that_has_rules() -> None:
+    records, claims = good(), load()
+    found = states(records)
     here = {claim["id"] for claim in claims if claim["rules"] and claim.get("card", "H200") == "H200"}
     for claim in claims:
         state = "confirmed" if claim["id"] in here else "open"
         assert found[claim["id"]].state == state, (claim["id"], found[claim["id"]])
-    told, left = gpu.pending.confirmed(records, claims), gpu.pending.pending(records, claims)
+    told, left = pending.confirmed(records, claims), pending.pending(records, claims)
     assert (
         "NVIDIA H200 (sm_90)" in told
         and "commit 012345678" in told
-        and "`python bench/gpu_check.py` on 2026-01-02" in told
+        and "`python -m bench.gpu_check` on 2026-01-02" in told
     )
     for claim in claims:
         assert (f"| {claim['what']} |" in told) is (claim["id"] in here)
@@ -185,25 +182,25 @@ def test_a_good_run_confirms_all_that_has_rules(gpu: SimpleNamespace) -> None:
     assert "card_gb=16: 6.00 GB" in told and "## Failed" not in left
 
 
-def test_missed_targets_and_red_rows_come_first(gpu: SimpleNamespace) -> None:
-    records = good(gpu)
+def test_missed_targets_and_red_rows_come_first() -> None:
+    records = good()
     layer = rows(records, "NF4 linears, 8,192 rows", case="seven linears of a Llama-3-8B layer")
     layer[0]["ratio"] = {"value": 1.11, "low": 1.08, "high": 1.13, "differs": True}
     rows(records, "smoke recipe", quantize="nf4")[0] |= {"ok": False, "failed": "ValueError: no\ntraceback"}
     records.append(
         {"kind": "row", "section": "training loop", "ok": False, "failed": "the process ended with exit code -9"}
     )
-    found = states(gpu, records)
+    found = states(records)
     assert {name for name, verdict in found.items() if verdict.state == "failed"} == {"layer", "smoke", "training-loop"}
     assert found["layer-dropout"].state == "confirmed"
-    left = gpu.pending.pending(records, gpu.claims.load())
+    left = pending.pending(records, load())
     failed = left.index("## Failed")
     assert failed < left.index("## Correctness")
     table = left[failed : left.index("## Correctness")]
     assert "1.11 (1.08..1.13), expected at least 1.2 |" in table
     assert "red: smoke recipe quantize=nf4 (ValueError: no)" in table
     assert "red: `training loop` (the process ended with exit code -9)" in table
-    told = gpu.pending.confirmed(records, gpu.claims.load())
+    told = pending.confirmed(records, load())
     assert "adapted NF4 layer >= 1.20 x" not in told and "adapted NF4 layer with dropout" in told
 
 
@@ -227,31 +224,31 @@ def test_missed_targets_and_red_rows_come_first(gpu: SimpleNamespace) -> None:
         ("training steps", {"length": 8192}, {"ok": None}, "training-step", "open"),
     ],
 )  # fmt: skip
-def test_one_fault(gpu: SimpleNamespace, section: str, task: Row, change: Row, claim: str, state: str) -> None:
-    records = good(gpu)
+def test_one_fault(section: str, task: Row, change: Row, claim: str, state: str) -> None:
+    records = good()
     rows(records, section, **task)[0].update(change)
-    verdict = states(gpu, records)[claim]
+    verdict = states(records)[claim]
     assert verdict.state == state, verdict
 
 
-def test_a_run_that_left_rows_out_confirms_nothing_of_them(gpu: SimpleNamespace) -> None:
-    records = good(gpu)
+def test_a_run_that_left_rows_out_confirms_nothing_of_them() -> None:
+    records = good()
     records.remove(rows(records, "order of addition")[0])
-    verdict = states(gpu, records)["order-of-addition"]
+    verdict = states(records)["order-of-addition"]
     assert (verdict.state, verdict.note) == ("open", "7 of 8 rows green")
-    assert "`order of addition`; 7 of 8 rows green |" in gpu.pending.pending(records, gpu.claims.load())
+    assert "`order of addition`; 7 of 8 rows green |" in pending.pending(records, load())
 
 
-def test_a_figure_counts_where_its_own_gate_is_green(gpu: SimpleNamespace) -> None:
+def test_a_figure_counts_where_its_own_gate_is_green() -> None:
     """A row of correctness is missing or red: what stands on it stays open, the other figures count."""
     for spoil in ("missing", "red"):
-        records = good(gpu)
+        records = good()
         (row, *_) = rows(records, "linear losses")
         if spoil == "red":
             row["ok"] = False
         else:
             records.remove(row)
-        found = states(gpu, records)
+        found = states(records)
         for name in ("ce-frozen", "kd-loss", "training-step", "kd-step", "training-loop"):
             assert found[name].state == "open"
             assert found[name].note.startswith("measured, but `linear losses` ")
@@ -259,72 +256,72 @@ def test_a_figure_counts_where_its_own_gate_is_green(gpu: SimpleNamespace) -> No
             assert found[name].state == "confirmed", name
 
 
-def test_tests_gate_nothing(gpu: SimpleNamespace) -> None:
+def test_tests_gate_nothing() -> None:
     """What uses ops together does not say which is wrong; the claims that such a section itself decides fail."""
-    gates = {gate for section in gpu.sections.SECTIONS for gate in section.stands_on}
+    gates = {gate for section in SECTIONS for gate in section.stands_on}
     assert gates == {"dequant", "lora_linear bfloat16", "linear losses", "distillation"}
-    records = good(gpu)
+    records = good()
     for section in ("tests", "smoke recipe", "tiny models"):
         rows(records, section)[0]["ok"] = False
-    found, before = states(gpu, records), states(gpu, good(gpu))
-    speed = [claim["id"] for claim in gpu.claims.load() if claim["part"] == "speed"]
+    found, before = states(records), states(good())
+    speed = [claim["id"] for claim in load() if claim["part"] == "speed"]
     assert [found[name] for name in speed] == [before[name] for name in speed]
     assert found["smoke"].state == found["compile"].state == "failed"
 
 
-def test_what_a_figure_stands_on_is_checked_in_the_same_wave_or_before(gpu: SimpleNamespace) -> None:
-    by_name = gpu.sections.BY_NAME
-    for section in gpu.sections.SECTIONS:
+def test_what_a_figure_stands_on_is_checked_in_the_same_wave_or_before() -> None:
+    by_name = BY_NAME
+    for section in SECTIONS:
         for gate in section.stands_on:
             assert not by_name[gate].timing and by_name[gate].wave <= section.wave
             assert section.timing, section.name
 
 
-def test_a_claim_is_of_its_card(gpu: SimpleNamespace) -> None:
-    records = good(gpu)
-    (claim,) = [c for c in gpu.claims.load() if c["id"] == "layer"]
-    assert claim["card"] == "H200" and gpu.claims.judge(claim, records).state == "confirmed"
+def test_a_claim_is_of_its_card() -> None:
+    records = good()
+    (claim,) = [c for c in load() if c["id"] == "layer"]
+    assert claim["card"] == "H200" and judge(claim, records).state == "confirmed"
     records[0]["machine"]["name"] = "NVIDIA GeForce RTX 3090"
-    verdict = gpu.claims.judge(claim, records)
+    verdict = judge(claim, records)
     assert (verdict.state, verdict.note) == ("open", "of another card than NVIDIA GeForce RTX 3090")
-    assert states(gpu, records)["dropout-memory"].state == "confirmed", "a claim about bytes holds for any card"
-    told, left = (part(records, gpu.claims.load()) for part in (gpu.pending.confirmed, gpu.pending.pending))
+    assert states(records)["dropout-memory"].state == "confirmed", "a claim about bytes holds for any card"
+    told, left = (part(records, load()) for part in (pending.confirmed, pending.pending))
     assert f"| {claim['what']} | H200 |" in left and claim["what"] not in told
 
 
-def test_a_dry_run_confirms_nothing(gpu: SimpleNamespace, tmp_path: Path) -> None:
-    records = good(gpu)
+def test_a_dry_run_confirms_nothing(tmp_path: Path) -> None:
+    records = good()
     records[0]["dry_run"] = True
-    assert {verdict.state for verdict in states(gpu, records).values()} == {"open"}
+    assert {verdict.state for verdict in states(records).values()} == {"open"}
     with pytest.raises(AssertionError, match="a dry run confirms nothing"):
-        gpu.pending.write(records, pending_file=tmp_path / "PENDING.md", readme=tmp_path / "README.md")
+        pending.write(records, pending_file=tmp_path / "PENDING.md", page=tmp_path / "RESULTS.md")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_later_row_replaces_an_earlier_one(gpu: SimpleNamespace) -> None:
+def test_a_later_row_replaces_an_earlier_one() -> None:
     """Red at first and green after --resume; the section's own complaint goes when it begins anew."""
-    records = good(gpu)
+    records = good()
     (smoke, *_) = rows(records, "smoke recipe", quantize="none")
     again = copy.deepcopy(smoke)
     smoke["ok"] = False
     (begun,) = [r for r in records if r["kind"] == "begin" and r["section"] == "smoke recipe"]
     records.append({"kind": "row", "section": "smoke recipe", "ok": None, "stopped": "1 rows did not fit the time"})
-    assert states(gpu, records)["smoke"].state == "failed" and "smoke recipe" not in gpu.journal.finished(records)
+    assert states(records)["smoke"].state == "failed" and "smoke recipe" not in journal.finished(records)
     records += [
-        {"kind": "resumed", "command": "python bench/gpu_check.py --resume", "date": "2026-01-03", "clocks": {}}
+        {"kind": "resumed", "command": "python -m bench.gpu_check --resume", "date": "2026-01-03", "clocks": {}}
     ]
     records += [begun, again]
-    assert states(gpu, records)["smoke"].state == "confirmed" and "smoke recipe" in gpu.journal.finished(records)
-    assert "then `python bench/gpu_check.py --resume` on 2026-01-03" in gpu.pending.where(records)
+    assert states(records)["smoke"].state == "confirmed" and "smoke recipe" in journal.finished(records)
+    assert "then `python -m bench.gpu_check --resume` on 2026-01-03" in pending.where(records)
 
 
-def test_what_is_needed_in_memory_is_made_again(gpu: SimpleNamespace) -> None:
+def test_what_is_needed_in_memory_is_made_again() -> None:
     def still(*green: str) -> list[str]:
-        task = gpu.base.Task
+        task = base.Task
         made = [task({"case": "model"}, dict, makes=True), task({"case": "one"}, dict), task({"case": "leave"}, dict, makes=True),
                 task({"case": "two"}, dict)]  # fmt: skip
-        names = {gpu.journal.identity({"case": name}) for name in green}
-        return [task.what["case"] for task in gpu.run.still_to_do(made, names)]
+        names = {journal.identity({"case": name}) for name in green}
+        return [task.what["case"] for task in run.still_to_do(made, names)]
 
     assert still() == ["model", "one", "leave", "two"]
     assert still("model", "one") == ["model", "leave", "two"]
@@ -332,13 +329,13 @@ def test_what_is_needed_in_memory_is_made_again(gpu: SimpleNamespace) -> None:
     assert still("model", "one", "leave", "two") == []
 
 
-def test_what_a_process_has_lost(gpu: SimpleNamespace) -> None:
+def test_what_a_process_has_lost() -> None:
     """By the sections that have begun, with --resume as well, where a section may have nothing left to write."""
-    sections = [s for s in gpu.sections.SECTIONS if s.group == "ops"]
+    sections = [s for s in SECTIONS if s.group == "ops"]
     names = [s.name for s in sections]
 
     def lost(code: int | None, *begun: str) -> list[str]:
-        return [s.name for s in gpu.conduct.lost(sections, code, set(begun))]
+        return [s.name for s in conductor.lost(sections, code, set(begun))]
 
     assert lost(0, *names) == []
     assert lost(0, *names[:-1]) == names[-1:]
@@ -346,15 +343,15 @@ def test_what_a_process_has_lost(gpu: SimpleNamespace) -> None:
     assert lost(None) == names
 
 
-def test_the_committed_files_are_what_is_written(gpu: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_committed_files_are_what_is_written(tmp_path: Path) -> None:
     rows_file = ROOT / "bench" / "results" / "gpu_check.jsonl"
     records = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-    pending, readme = tmp_path / "PENDING.md", tmp_path / "README.md"
-    readme.write_text((ROOT / "bench" / "README.md").read_text())
-    gpu.pending.write(records, pending_file=pending, readme=readme)
-    hint = "python bench/gpu_check.py --report writes it"
-    assert pending.read_text() == (ROOT / "bench" / "results" / "PENDING.md").read_text(), hint
-    assert readme.read_text() == (ROOT / "bench" / "README.md").read_text(), hint
-    claims = gpu.claims.load()
+    pending_file, page = tmp_path / "PENDING.md", tmp_path / "RESULTS.md"
+    page.write_text((ROOT / "bench" / "RESULTS.md").read_text())
+    pending.write(records, pending_file=pending_file, page=page)
+    hint = "python -m bench.gpu_check --report writes it"
+    assert pending_file.read_text() == (ROOT / "bench" / "results" / "PENDING.md").read_text(), hint
+    assert page.read_text() == (ROOT / "bench" / "RESULTS.md").read_text(), hint
+    claims = load()
     claims[0]["so_far"] = "by hope"
-    assert gpu.pending.pending(records, claims) != pending.read_text()
+    assert pending.pending(records, claims) != pending_file.read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,15 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.gpu_check import base, loss_model, loss_rivals, loss_speed
+from bench.gpu_check.loss_model import TIMED
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE = (64, 8, 4096)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("base", "loss_model", "loss_rivals", "loss_speed")
-    return SimpleNamespace(**{name: importlib.import_module(f"_gpu_{name}") for name in names})
 
 
 class Traffic(TorchDispatchMode):
@@ -52,43 +48,37 @@ def peak_bytes(run: Any) -> int:
     return highest
 
 
-@pytest.mark.parametrize(
-    ("case", "name"),
-    [("CE_FROZEN", "full logits"), ("CE_TRAINED", "full logits"), ("KL", "lean KL"), ("JSD", "JSD + CE")],
-)
-def test_dense_losses_move_and_hold_what_the_model_says(gpu: SimpleNamespace, case: str, name: str) -> None:
-    problem = gpu.loss_rivals.make_problem(gpu.base.Device("cpu"), getattr(gpu.loss_model, case), SHAPE)
-    loss = gpu.loss_rivals.RIVALS[name].make(problem)
+@pytest.mark.parametrize("case", [name for name, timed in TIMED.items() if not timed.stored])
+def test_dense_losses_move_and_hold_what_the_model_says(case: str) -> None:
+    problem, dense = loss_rivals.make_problem(base.Device("cpu"), TIMED[case], SHAPE), TIMED[case].plain
+    loss = dense.make(problem)
 
     def run() -> Any:
         return torch.autograd.grad(loss(), problem.leaves)
 
     run()
-    dense, logits = gpu.loss_model.DENSE[name], SHAPE[0] * SHAPE[2]
+    logits = SHAPE[0] * SHAPE[2]
     with Traffic(logits) as traffic:
         run()
     assert traffic.bytes / logits == pytest.approx(dense.bytes_per_logit, rel=0.02)
     assert peak_bytes(run) / logits == pytest.approx(dense.peak, rel=0.05)
 
 
-def test_targets_are_within_what_the_model_says(gpu: SimpleNamespace) -> None:
+@pytest.mark.parametrize("case", TIMED)
+def test_targets_are_within_what_the_model_says(case: str) -> None:
     """And no further below it than an eighth, or they would say little."""
-    model, checked = gpu.loss_model, 0
-    for case, targets in model.TARGETS.items():
-        for name in targets.keys() & model.DENSE.keys():
-            low, high = (ms / model.ours_ms(case) for ms in model.dense_ms(case, name))
-            ratio, memory = targets[name]
-            assert 0.88 * low <= ratio <= low <= high, (case, name, low)
-            assert memory is None or memory <= model.dense_bytes(case, name) / model.ours_bytes(case)
-            checked += 1
-    assert checked == 5
+    timed = TIMED[case]
+    needs, ours = loss_model.needs_of(timed.plain, timed), loss_model.ours_ms(timed)
+    ratio, memory = timed.targets[timed.plain.name]
+    assert 0.88 * needs.low_ms <= ratio * ours <= needs.low_ms <= needs.high_ms
+    assert memory is None or memory <= needs.bytes / loss_model.ours_bytes(timed)
 
 
-def test_every_target_is_measured_somewhere(gpu: SimpleNamespace) -> None:
-    rows = [row for part in gpu.loss_speed.ROWS.values() for row in part]
-    for case, targets in gpu.loss_model.TARGETS.items():
-        measured = {name for of, against in rows if of == case for name in gpu.loss_speed.AGAINST[against]}
-        assert targets.keys() <= measured
+def test_every_target_is_measured_somewhere() -> None:
+    rows = [(part, *row) for part in loss_speed.AGAINST for row in loss_speed.rows_of(part)]
+    for case, timed in TIMED.items():
+        measured = {n for part, of, against in rows if of == case for n in loss_speed.contestants(case, part, against)}
+        assert timed.targets.keys() == measured
 
 
 def rival(make: Any) -> ModuleType:
@@ -111,22 +101,19 @@ def rival(make: Any) -> ModuleType:
         (lambda p: lambda: torch.empty(0).max(), "failed: RuntimeError: max(): "),
     ],
 )
-def test_a_contestant_that_fails_costs_its_own_figure(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, make: Any, state: str
-) -> None:
-    device = gpu.base.Device("cpu")
-    speed, case = gpu.loss_speed, gpu.loss_model.CE_FROZEN
-    monkeypatch.setitem(gpu.loss_rivals.RIVALS, "Liger", gpu.loss_rivals.Rival(make))
-    monkeypatch.setitem(speed.TARGETS, case, {**speed.TARGETS[case], "Liger": (1.0, None)})
-    row = speed._loss_speed(device, case, "Liger", SHAPE)
+def test_a_contestant_that_fails_costs_its_own_figure(monkeypatch: pytest.MonkeyPatch, make: Any, state: str) -> None:
+    device, case = base.Device("cpu"), TIMED["cross-entropy, frozen head"]
+    monkeypatch.setitem(loss_rivals.RIVALS, "Liger", loss_rivals.Rival(make))
+    row = loss_speed._loss_speed(device, case, ["Liger"], SHAPE)
     assert row["ok"] is None and row["not_run"].startswith(f"Liger: {state}")
-    monkeypatch.setitem(speed.AGAINST, "Liger", ("Liger", "full logits"))
-    row = speed._loss_speed(device, case, "Liger", SHAPE)
+    row = loss_speed._loss_speed(device, case, ["Liger", "full logits"], SHAPE)
     assert row["contestants"]["Liger"].startswith(state) and row["contestants"]["full logits"] == "measured"
     assert row["ratios"].keys() == {"full logits"}
 
 
-def test_what_is_not_installed_is_said(gpu: SimpleNamespace) -> None:
+def test_what_is_not_installed_is_said() -> None:
     assert "quack" not in sys.modules
-    row = gpu.loss_speed._loss_speed(gpu.base.Device("cpu"), gpu.loss_model.CE_TRAINED, "CuTe DSL", SHAPE)
+    case = "cross-entropy, trained head"
+    names = loss_speed.contestants(case, "compiled", "CuTe DSL")
+    row = loss_speed._loss_speed(base.Device("cpu"), TIMED[case], names, SHAPE)
     assert row["not_run"] == "Liger CuTe: not installed: liger_kernel, cutlass; QuACK: not installed: quack, cutlass"

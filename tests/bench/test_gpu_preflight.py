@@ -13,16 +13,11 @@ from typing import Any
 
 import pytest
 
+from bench.gpu_check import base, linears, preflight, run
+from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import begin
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("base", "preflight", "sections", "run", "lora")
-    return SimpleNamespace(**{name: importlib.import_module(f"_gpu_{name}") for name in names})
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
@@ -30,25 +25,23 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
 
 
-def told(gpu: SimpleNamespace, out: Path) -> dict[str, bool]:
+def told(out: Path) -> dict[str, bool]:
     """What is said -> whether it is fatal."""
-    sections = [s for s in gpu.sections.SECTIONS if not s.asked]
-    return {finding.what: finding.fatal for finding in gpu.preflight.look(sections, out, dry=True)}
+    sections = [s for s in SECTIONS if not s.asked]
+    return {finding.what: finding.fatal for finding in preflight.look(sections, out, dry=True)}
 
 
-def test_a_missing_package_says_what_it_costs(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_package_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "bitsandbytes")
-    (said,) = (text for text in told(gpu, tmp_path) if "bitsandbytes" in text)
+    (said,) = (text for text in told(tmp_path) if "bitsandbytes" in text)
     out, less = said.removeprefix("not installed: bitsandbytes; ").split("; ")
     assert out.startswith("left out: `NF4 linears, 8,192 rows`") and "`smoke recipe`" in out
     assert less.startswith("not whole: `lora_linear bfloat16`")
-    assert not any(told(gpu, tmp_path).values())
+    assert not any(told(tmp_path).values())
 
 
-def test_what_stands_on_a_section_with_a_missing_package(gpu: SimpleNamespace, tmp_path: Path) -> None:
-    section = gpu.base.Section
+def test_what_stands_on_a_section_with_a_missing_package(tmp_path: Path) -> None:
+    section = base.Section
     sections = [
         section("whole", "a", "", 1, needs=("no_such",)),
         section("half", "a", "", 1, uses=("no_such",)),
@@ -56,38 +49,38 @@ def test_what_stands_on_a_section_with_a_missing_package(gpu: SimpleNamespace, t
         section("two", "b", "", 1, timing=True, stands_on=("half",), uses=("no_such",)),
         section("three", "b", "", 1, timing=True, stands_on=("other",)),
     ]
-    (said,) = (f for f in gpu.preflight.look(sections, tmp_path, dry=True) if "no_such" in f.what)
+    (said,) = (f for f in preflight.look(sections, tmp_path, dry=True) if "no_such" in f.what)
     assert said.what == (
         "not installed: no_such; left out: `whole`; not whole: `half`, `two`; so not timed: `one`, `two`"
     )
     assert not said.fatal
 
 
-def test_without_torch_nothing_runs(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_torch_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "triton")
-    assert told(gpu, tmp_path)["not installed: triton; nothing runs without it"] is True
+    assert told(tmp_path)["not installed: triton; nothing runs without it"] is True
 
 
-def test_another_version_is_said(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_version_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==0.1\npeft==0.0.1\n")
-    monkeypatch.setattr(gpu.preflight, "CONSTRAINTS", constraints)
-    said = told(gpu, tmp_path)
+    monkeypatch.setattr(preflight, "CONSTRAINTS", constraints)
+    said = told(tmp_path)
     (peft,) = (text for text in said if "constraints.txt has" in text)
     assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not said[peft]
 
 
-def test_the_folder_of_the_rows(gpu: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_folder_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert not any(told(gpu, tmp_path / "new" / "folder").values())
+    assert not any(told(tmp_path / "new" / "folder").values())
     assert not (tmp_path / "new").exists(), "looking makes nothing"
-    (said,) = (text for text, fatal in told(gpu, tmp_path / "file").items() if fatal)
+    (said,) = (text for text, fatal in told(tmp_path / "file").items() if fatal)
     assert said == f"{tmp_path / 'file'} is a file, not a folder; give another --out"
 
 
-def test_a_full_disk(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu.preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
-    said = told(gpu, tmp_path)
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
+    said = told(tmp_path)
     assert said[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
     assert said["0.0 GiB are free for temporary files, and recipes may need 2"] is False
 
@@ -110,28 +103,28 @@ class Driver:
     ("driver", "said"),
     [(Driver(0, 1), []), (Driver(100, 0), ["finds none (error 100)"]), (Driver(0, 0), ["finds none"])],
 )
-def test_the_device(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
-    monkeypatch.setattr(gpu.preflight.ctypes, "CDLL", lambda name: driver)
-    monkeypatch.setattr(gpu.preflight, "_torch_finds_one", lambda: False)
-    found = list(gpu.preflight._device())
+def test_the_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
+    monkeypatch.setattr(preflight.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(preflight, "_torch_finds_one", lambda: False)
+    found = list(preflight._device())
     assert len(found) == len(said) and all(f.fatal and words in f.what for f, words in zip(found, said, strict=True))
 
 
-def test_torch_may_find_a_driver_elsewhere(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.preflight.ctypes, "CDLL", lambda name: Driver(100, 0))
-    monkeypatch.setattr(gpu.preflight, "_torch_finds_one", lambda: True)
-    assert not list(gpu.preflight._device())
+def test_torch_may_find_a_driver_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.ctypes, "CDLL", lambda name: Driver(100, 0))
+    monkeypatch.setattr(preflight, "_torch_finds_one", lambda: True)
+    assert not list(preflight._device())
 
 
-def test_no_compiler(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(gpu.preflight.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    found = list(gpu.preflight._compiler())
+    monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    found = list(preflight._compiler())
     assert [(f.what.split(",")[0], f.fatal) for f in found] == [
         ("no C compiler (CC", True),
         (f"no Python.h in {tmp_path}", False),
     ]
-    assert gpu.preflight.told(found).startswith("preflight: FATAL: no C compiler")
+    assert preflight.told(found).startswith("preflight: FATAL: no C compiler")
 
 
 def test_the_wheels_are_those_of_the_constraints() -> None:
@@ -149,8 +142,8 @@ def test_the_wheels_are_those_of_the_constraints() -> None:
 
 def test_it_is_quick_and_comes_before_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'bench'); sys.argv[1:] = ['--preflight', '--dry-run-cpu', '--out', sys.argv[1]]\n"
-        "import gpu_check; code = gpu_check.main()\n"
+        "import sys; sys.argv[1:] = ['--preflight', '--dry-run-cpu', '--out', sys.argv[1]]\n"
+        "from bench.gpu_check import __main__ as program; code = program.main()\n"
         "assert not {'torch', 'bitsandbytes', 'transformers'} & set(sys.modules), 'imported'\n"
         "sys.exit(code)"
     )
@@ -164,25 +157,23 @@ def test_it_is_quick_and_comes_before_torch(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_rows_that_need_a_package_are_not_red_without_it(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_rows_that_need_a_package_are_not_red_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of lora_linear only bitsandbytes' own products. What is installed, and what is ours, is red as before."""
     without(monkeypatch, "bitsandbytes")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises
-    device, task = gpu.base.Device("cpu"), gpu.base.Task
+    device, task = base.Device("cpu"), base.Task
     chosen = {"kind": "nf4", "factors": "float32", "dropout": 0.0}
-    tasks = [t for t in gpu.lora.lora_correctness(device, "float32") if chosen.items() <= t.what.items()]
+    tasks = [t for t in linears.lora_correctness(device, "float32") if chosen.items() <= t.what.items()]
     tasks = [t for t in tasks if t.what["forward"] in ("library", "merged")]
 
     def no(module: str) -> Any:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     tasks += [task({"forward": name}, lambda name=name: no(name)) for name in ("torch.nothing", "_gpu_nothing")]
-    monkeypatch.setattr(gpu.run, "tasks_of", lambda section, device: tasks)
+    monkeypatch.setattr(run, "tasks_of", lambda section, device: tasks)
     journal = begin(tmp_path / "rows.jsonl", {})
-    section = gpu.base.Section("lora_linear float32", "a", "", 100)
-    gpu.run.run_group([section], gpu.run.Rows(journal, device), gpu.base.Deadline(time.time() + 100))
+    section = base.Section("lora_linear float32", "a", "", 100)
+    run.run_group([section], run.Rows(journal, device), base.Deadline(time.time() + 100))
     found = {row["task"]["forward"]: row for row in journal.of("row")}
     assert found["merged"]["ok"] is True
     assert (found["library"]["ok"], found["library"]["not_run"]) == (None, "not installed: bitsandbytes")

@@ -5,7 +5,6 @@ Groups run in this process, on a clock of the test's own and with tasks that onl
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from bench.gpu_check import base, conductor, run
+from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import begin, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,8 +33,8 @@ SLOW: dict[str, list[float]] = {
 class Fake:
     """The processes, one after the other on a clock of their own; side by side they begin at the same time."""
 
-    def __init__(self, gpu: SimpleNamespace, path: Path) -> None:
-        self.gpu, self.path, self.now = gpu, path, 0.0
+    def __init__(self, path: Path) -> None:
+        self.path, self.now = path, 0.0
         self.ends: list[tuple[float, int | None]] = []
         self.timed: list[tuple[float, float]] = []
         self.checked: list[tuple[float, float]] = []
@@ -41,11 +42,11 @@ class Fake:
     def start(self, sections: list[Any], deadline: Any) -> int:
         began = self.now
         self.now += IMPORTS_S
-        device = self.gpu.base.Device("cpu")
+        device = base.Device("cpu")
         device.release = lambda: None
-        journal = self.gpu.run.Journal(self.path, read_records(self.path))
-        self.gpu.run.run_group(sections, self.gpu.run.Rows(journal, device), deadline)
-        stopped = deadline.until + self.gpu.conduct.GRACE_S
+        journal = run.Journal(self.path, read_records(self.path))
+        run.run_group(sections, run.Rows(journal, device), deadline)
+        stopped = deadline.until + conductor.GRACE_S
         end = min(self.now, stopped)
         (self.timed if sections[0].timing else self.checked).append((began, end))
         self.ends.append((end, None if self.now > stopped else 0))
@@ -60,36 +61,29 @@ class Fake:
     def stop(self) -> None: ...
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("base", "conduct", "journal", "run", "sections")
-    return SimpleNamespace(**{name: importlib.import_module(f"_gpu_{name}") for name in names})
-
-
 Tasks = Callable[[Any], list[tuple[float, Row]]]
 
 
 def conducted(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, path: Path, tasks: Tasks, *, minutes: float = 9.0
+    monkeypatch: pytest.MonkeyPatch, path: Path, tasks: Tasks, *, minutes: float = 9.0
 ) -> tuple[Fake, list[Row]]:
     """A run of all usual sections. tasks: of a section, the seconds and the row of each."""
     journal = begin(path, {})
-    fake = Fake(gpu, path)
+    fake = Fake(path)
 
     def of(section: Any, device: Any) -> Iterator[Any]:
         for number, (seconds, row) in enumerate(tasks(section)):
-            yield gpu.base.Task({"number": number}, partial(take, seconds, row), seconds=min(seconds / 2, 20))
+            yield base.Task({"number": number}, partial(take, seconds, row), seconds=min(seconds / 2, 20))
 
     def take(seconds: float, row: Row) -> Row:
         fake.now += seconds
         return row
 
-    monkeypatch.setattr(gpu.base, "time", SimpleNamespace(time=lambda: fake.now, perf_counter=lambda: fake.now))
-    monkeypatch.setattr(gpu.run, "tasks_of", of)
-    monkeypatch.setattr(gpu.run, "not_installed", lambda *names: None)
-    sections = [s for s in gpu.sections.SECTIONS if not s.asked]
-    gpu.conduct.Conductor(journal, sections, gpu.base.Deadline(60 * minutes), fake).run()
+    monkeypatch.setattr(base, "time", SimpleNamespace(time=lambda: fake.now, perf_counter=lambda: fake.now))
+    monkeypatch.setattr(run, "tasks_of", of)
+    monkeypatch.setattr(run, "not_installed", lambda *names: None)
+    sections = [s for s in SECTIONS if not s.asked]
+    conductor.Conductor(journal, sections, base.Deadline(60 * minutes), fake).run()
     return fake, [r for r in read_records(path) if r["kind"] == "row"]
 
 
@@ -99,7 +93,7 @@ def green(section: str, rows: list[Row]) -> int:
 
 @pytest.mark.parametrize(("minutes", "share"), [(9.0, 0.95), (7.0, 0.65)])
 def test_what_matters_most_is_timed_when_everything_is_slow(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minutes: float, share: float
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minutes: float, share: float
 ) -> None:
     """Correctness takes nearly all the time that it is given (share), and of the second wave nothing ends."""
 
@@ -107,16 +101,14 @@ def test_what_matters_most_is_timed_when_everything_is_slow(
         usual = [share * section.seconds / 10] * 10 if section.wave == 1 else [section.seconds / 4] * 8
         return [(seconds, {}) for seconds in SLOW.get(section.name, usual)]
 
-    fake, rows = conducted(gpu, monkeypatch, tmp_path / "rows.jsonl", tasks, minutes=minutes)
+    fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", tasks, minutes=minutes)
     assert green("loss speed", rows) >= 5
     assert green("NF4 linears, 8,192 rows", rows) == 8
     assert green("training steps", rows) >= 2, "the model, and a whole step"
     assert fake.now <= 60 * minutes
 
 
-def test_what_hangs_takes_no_time_from_what_matters(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_hangs_takes_no_time_from_what_matters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A check on which nothing stands, and a row of the losses, in the process before the steps."""
 
     def tasks(section: Any) -> list[tuple[float, Row]]:
@@ -124,7 +116,7 @@ def test_what_hangs_takes_no_time_from_what_matters(
         hangs = {"lora_linear float16": 0, "loss speed": 2}
         return [*found[: hangs[section.name]], (1000.0, {})] if section.name in hangs else found
 
-    fake, rows = conducted(gpu, monkeypatch, tmp_path / "rows.jsonl", tasks, minutes=7.0)
+    fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", tasks, minutes=7.0)
     assert green("loss speed", rows) >= 2
     assert green("training steps", rows) >= 2, "the model, and a whole step"
     stopped = [row["section"] for row in rows if "did not end in time" in row.get("failed", "")]
@@ -132,13 +124,11 @@ def test_what_hangs_takes_no_time_from_what_matters(
     assert fake.now <= 420
 
 
-def test_nothing_is_timed_beside_anything_else(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_is_timed_beside_anything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And on a quick machine all is done within the time."""
-    fake, rows = conducted(gpu, monkeypatch, tmp_path / "rows.jsonl", lambda section: [(1.0, {})] * 5)
+    fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", lambda section: [(1.0, {})] * 5)
     assert {row["ok"] for row in rows} == {True}
-    assert {row["section"] for row in rows} == {s.name for s in gpu.sections.SECTIONS if not s.asked}
+    assert {row["section"] for row in rows} == {s.name for s in SECTIONS if not s.asked}
     for number, (start, end) in enumerate(fake.timed):
         others = fake.checked + fake.timed[:number] + fake.timed[number + 1 :]
         assert all(ended <= start or end <= began for began, ended in others)
@@ -147,10 +137,7 @@ def test_nothing_is_timed_beside_anything_else(
     assert first[0] < first[1], "the checks on which nothing stands come after the first times"
 
 
-CORRECTNESS = (
-    "dequant", "lora_linear bfloat16", "lora_linear float16", "lora_linear float32", "small adapters, masks, determinism",
-    "linear losses", "distillation", "tiny models", "tests", "smoke recipe",
-)  # fmt: skip
+CORRECTNESS = [section.name for section in SECTIONS if not section.timing]
 
 
 @pytest.mark.parametrize(
@@ -158,15 +145,14 @@ CORRECTNESS = (
 )
 @pytest.mark.parametrize("spoilt", CORRECTNESS)
 def test_a_bad_row_stops_only_what_stands_on_it(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: str, bad: Row
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: str, bad: Row
 ) -> None:
-    sections = [s for s in gpu.sections.SECTIONS if not s.asked]
-    assert [s.name for s in sections if not s.timing and s.name not in CORRECTNESS] == []
+    sections = [s for s in SECTIONS if not s.asked]
 
     def tasks(section: Any) -> list[tuple[float, Row]]:
         return [(1.0, {}), (1.0, bad if section.name == spoilt else {})]
 
-    _, rows = conducted(gpu, monkeypatch, tmp_path / "rows.jsonl", tasks)
+    _, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", tasks)
     for section in sections:
         if section.timing and spoilt in section.stands_on:
             (row,) = [r for r in rows if r["section"] == section.name]

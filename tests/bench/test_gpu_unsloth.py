@@ -6,21 +6,16 @@ import importlib
 import importlib.metadata
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from bench.gpu_check import base, unsloth
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return SimpleNamespace(**{name: importlib.import_module(f"_gpu_{name}") for name in ("base", "unsloth")})
 
 
 def linear(proj: Any, x: torch.Tensor) -> torch.Tensor:
@@ -68,13 +63,13 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "unsloth" else version(name))
 
 
-def rows(gpu: SimpleNamespace) -> list[dict[str, Any]]:
-    return [task.run() for task in gpu.unsloth.unsloth_speed(gpu.base.Device("cpu"))]
+def rows() -> list[dict[str, Any]]:
+    return [task.run() for task in unsloth.unsloth_speed(base.Device("cpu"))]
 
 
-def test_both_compute_the_same(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, kernels())
-    plain, dropped = rows(gpu)
+    plain, dropped = rows()
     assert plain["ok"] and max(plain["agreement"]["y, dX, dA, dB"]) < 2e-2
     # q, k, v with x and six factors; o with x and two; down's output with x and six.
     assert len(plain["agreement"]["y, dX, dA, dB"]) == (3 + 7) + (1 + 3) + (1 + 7)
@@ -85,13 +80,13 @@ def test_both_compute_the_same(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyP
         assert row["ratio"]["value"] > 0 and row["eager_ratio"]["value"] > 0
 
 
-def test_something_else_is_red(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_something_else_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, kernels(apply_lora_o=lambda owner, x: 1.05 * linear(owner.o_proj, x)))
-    assert [row["ok"] for row in rows(gpu)] == [False, True]
+    assert [row["ok"] for row in rows()] == [False, True]
 
 
-def test_our_own_forward_is_not_timed_as_theirs(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_forward_is_not_timed_as_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Unsloth does not know a configuration it calls the layer itself, and that is peftlab's."""
     install(monkeypatch, kernels(apply_lora_o=lambda owner, x: owner.o_proj(x)))
     with pytest.raises(RuntimeError, match="left its kernels"):
-        rows(gpu)
+        rows()

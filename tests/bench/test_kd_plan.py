@@ -1,31 +1,19 @@
-"""bench/kd_plan.py: each term against what PyTorch holds or counts on a tiny model, and two published sizes."""
+"""bench/studies/kd_plan.py: each term against what PyTorch holds or counts on a tiny model, and two published sizes."""
 
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.studies import kd_plan
 from peftlab.adapters import inject, train_all
 from peftlab.models import find_pretrained, load_model, load_skeleton
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RANK, TOKENS = 4, 48
-
-
-@pytest.fixture(scope="module")
-def plan() -> Any:
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        import kd_plan
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
-    return kd_plan
 
 
 def tiny(**options: Any) -> Any:
@@ -51,31 +39,31 @@ def held(tensors: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_published_sizes(plan: Any) -> None:
+def test_published_sizes() -> None:
     for name, parameters in (("llama-3-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400)):
-        shape = plan.preset_shape(name)
+        shape = kd_plan.preset_shape(name)
         assert shape.num_layers * shape.layer_weights + shape.others == parameters
-    assert plan.adapter_parameters(plan.preset_shape("llama-3.2-1b"), 32) == 22_544_384
+    assert kd_plan.adapter_parameters(kd_plan.preset_shape("llama-3.2-1b"), 32) == 22_544_384
 
 
-def test_fewer_layers(plan: Any) -> None:
+def test_fewer_layers() -> None:
     whole = load_skeleton(find_pretrained("shape:smollm2-135m"), auto_class="AutoModelForCausalLM")
-    want = plan.shape_of(whole).with_layers(20)
+    want = kd_plan.shape_of(whole).with_layers(20)
     del whole.model.layers[20:]
-    assert plan.shape_of(whole) == want
+    assert kd_plan.shape_of(whole) == want
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
-def test_weights(plan: Any, storage: str) -> None:
+def test_weights(storage: str) -> None:
     model = tiny(quantize=storage, dtype="bfloat16")
     tensors = list(model.parameters())
     for parameter in model.parameters():
         if (state := getattr(parameter, "quant_state", None)) is not None:
             tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    assert held(tensors) == pytest.approx(plan.weight_bytes(plan.shape_of(tiny()), storage), rel=0.01)
+    assert held(tensors) == pytest.approx(kd_plan.weight_bytes(kd_plan.shape_of(tiny()), storage), rel=0.01)
 
 
-def test_the_adapter_and_its_optimizer(plan: Any) -> None:
+def test_the_adapter_and_its_optimizer() -> None:
     model = adapted()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -83,10 +71,10 @@ def test_the_adapter_and_its_optimizer(plan: Any) -> None:
     optimizer.step()
     moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     gradients = [p.grad for p in trained if p.grad is not None]
-    assert held([*trained, *gradients, *moments]) == plan.adapter_bytes(plan.shape_of(tiny()), RANK)
+    assert held([*trained, *gradients, *moments]) == kd_plan.adapter_bytes(kd_plan.shape_of(tiny()), RANK)
 
 
-def test_what_a_layer_keeps_for_backward(plan: Any) -> None:
+def test_what_a_layer_keeps_for_backward() -> None:
     model, kept = adapted(), []
     base, parameters = model.get_base_model(), {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -103,12 +91,12 @@ def test_what_a_layer_keeps_for_backward(plan: Any) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = base.model.layers[0](hidden, position_embeddings=rotary, position_ids=positions)
     tables = {t.untyped_storage().data_ptr() for t in rotary}
-    want = TOKENS * plan.layer_bytes(plan.shape_of(base), RANK)
+    want = TOKENS * kd_plan.layer_bytes(kd_plan.shape_of(base), RANK)
     assert held(t for t in kept if t.untyped_storage().data_ptr() not in tables) == pytest.approx(want, rel=0.15)
     assert out.requires_grad
 
 
-def test_with_recomputation_each_layer_keeps_its_input(plan: Any) -> None:
+def test_with_recomputation_each_layer_keeps_its_input() -> None:
     model = adapted()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -129,7 +117,7 @@ def test_with_recomputation_each_layer_keeps_its_input(plan: Any) -> None:
 
 
 @pytest.mark.parametrize("rank", [None, RANK])
-def test_flops(plan: Any, rank: int | None) -> None:
+def test_flops(rank: int | None) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from peftlab.adapters.fused import set_kernels
@@ -144,29 +132,33 @@ def test_flops(plan: Any, rank: int | None) -> None:
         logits.float().square().sum().backward()
     products = (torch.ops.aten.mm, torch.ops.aten.addmm)
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in products)
-    shape = plan.shape_of(tiny())
-    want = plan.train_flops(shape, tokens=TOKENS, scored=TOKENS, rank=rank, recompute=False)
+    shape = kd_plan.shape_of(tiny())
+    want = kd_plan.train_flops(shape, tokens=TOKENS, scored=TOKENS, rank=rank, recompute=False)
     # The first layer's inputs need no gradient where the embedding is frozen.
     assert counted == pytest.approx(want, rel=0.25 if rank else 1e-6)
 
 
-def test_the_plan_of_the_issue(plan: Any) -> None:
+def test_the_plan_of_the_issue() -> None:
     """Both ways fit the smaller card, by the research's own estimates of 10.7 and 4.6 GB to within a tenth."""
-    student, teacher = plan.preset_shape(plan.STUDENT), plan.preset_shape(plan.TEACHER)
-    for stored, estimate in ((None, 10.7e9), (plan.NUM_STORED, 4.6e9)):
-        chunk = plan.card_chunk(student, online=stored is None, card_bytes=12_000_000_000)
-        step = plan.Step(tokens=plan.TOKENS, scored=plan.TOKENS, rank=plan.RANK, chunk=chunk, num_stored=stored)
-        found = plan.memory_plan(student, teacher, step)
+    student, teacher = kd_plan.preset_shape(kd_plan.STUDENT), kd_plan.preset_shape(kd_plan.TEACHER)
+    for stored, estimate in ((None, 10.7e9), (kd_plan.NUM_STORED, 4.6e9)):
+        chunk = kd_plan.card_chunk(student, online=stored is None, card_bytes=12_000_000_000)
+        step = kd_plan.Step(
+            tokens=kd_plan.TOKENS, scored=kd_plan.TOKENS, rank=kd_plan.RANK, chunk=chunk, num_stored=stored
+        )
+        found = kd_plan.memory_plan(student, teacher, step)
         assert found["peak"] == pytest.approx(estimate, rel=0.1)
         assert found["peak"] < 12e9
     # Whole rows of logits at once would be what decides.
-    whole = plan.memory_plan(student, teacher, plan.Step(plan.TOKENS, plan.TOKENS, plan.RANK, plan.TOKENS))
+    whole = kd_plan.memory_plan(
+        student, teacher, kd_plan.Step(kd_plan.TOKENS, kd_plan.TOKENS, kd_plan.RANK, kd_plan.TOKENS)
+    )
     assert whole["loss"] > whole["backward"]
 
 
-def test_phases_do_not_add_up(plan: Any) -> None:
-    student, teacher = plan.preset_shape(plan.STUDENT), plan.preset_shape(plan.TEACHER)
-    found = plan.memory_plan(student, teacher, plan.Step(TOKENS, TOKENS, RANK, 16))
+def test_phases_do_not_add_up() -> None:
+    student, teacher = kd_plan.preset_shape(kd_plan.STUDENT), kd_plan.preset_shape(kd_plan.TEACHER)
+    found = kd_plan.memory_plan(student, teacher, kd_plan.Step(TOKENS, TOKENS, RANK, 16))
     phases = [found.pop(name) for name in ("teacher's pass", "loss", "backward")]
     peak = found.pop("peak")
     assert peak == pytest.approx(sum(found.values()) + max(phases))

@@ -29,12 +29,15 @@ def _compile(folder: Path, *arguments: str, timeout_s: float = 300) -> tuple[int
     environment.pop("TRITON_INTERPRET", None)
     command = [
         sys.executable,
-        str(ROOT / "bench" / "compile_kernels.py"),
+        "-m",
+        "bench.compile_kernels",
         "--json",
         str(folder / "rows.json"),
         *arguments,
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
     assert (folder / "rows.json").exists(), done.stdout + done.stderr
     return done.returncode, json.loads((folder / "rows.json").read_text(encoding="utf-8"))["cases"]
 

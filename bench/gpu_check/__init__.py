@@ -1,0 +1,1 @@
+"""``python -m bench.gpu_check``: what a machine with a CUDA device can confirm."""

@@ -1,0 +1,117 @@
+"""gpu-check's journal: its header, and which of its rows count.
+
+After the header a record is either ``begin``, of a section with the tasks that belong to it, or a ``row``: with a ``task`` the
+measurement of that task, of which the last one counts; without one it is about a section as a whole, until that begins anew.
+A ``resumed`` record has command, date and clocks of a call that went on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench import ROOT
+from bench.gpu_check.base import Device, Row
+
+JOURNAL = "gpu_check.jsonl"
+FORMAT = 2
+# What the rows depend on, for git and for the digest that tells two states apart where there is no git.
+CODE = ("peftlab", "kernels", "recipes", "bench/*.py", "tests/ops", "tests/adapters")
+_CODE_FILES = (
+    "peftlab/**/*.py",
+    "kernels/**/*.py",
+    "kernels/**/*.json",
+    "recipes/*.yaml",
+    "recipes/*.jsonl",
+    "bench/**/*.py",
+    "tests/ops/*.py",
+    "tests/adapters/*.py",
+)
+_MORE_PACKAGES = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "unsloth")
+
+
+def header(device: Device, command: str, commit: str | None) -> Row:
+    """commit: of this code, where it lies without git."""
+    from peftlab.measuring import machine
+
+    return {
+        "format": FORMAT,
+        "name": "gpu-check",
+        "dry_run": device.dry,
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe_machine(device.kind) | machine.size_of_machine(),
+        "versions": machine.versions((*machine.PACKAGES, *_MORE_PACKAGES)),
+        "commit": commit or machine.git_commit(ROOT / "peftlab", *CODE),
+        "source": machine.source_digest(ROOT, _CODE_FILES),
+        "clocks": machine.clocks(device.kind),
+    }
+
+
+def plain(value: Any) -> Any:
+    """As it will be read again."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def identity(task: Mapping[str, Any]) -> str:
+    return json.dumps(task, sort_keys=True)
+
+
+def counting_rows(records: Iterable[Row]) -> list[Row]:
+    """The rows that count, in the order in which they were written."""
+    found: dict[tuple[str, str], Row] = {}
+    about: dict[str, list[Row]] = {}
+    order: dict[int, int] = {}
+    for number, record in enumerate(records):
+        if record["kind"] == "begin":
+            about.pop(record["section"], None)
+        elif record["kind"] == "row":
+            order[id(record)] = number
+            if "task" in record:
+                found[record["section"], identity(record["task"])] = record
+            else:
+                about.setdefault(record["section"], []).append(record)
+    kept = [*found.values(), *(row for rows in about.values() for row in rows)]
+    return sorted(kept, key=lambda row: order[id(row)])
+
+
+def tasks_listed(records: Iterable[Row]) -> dict[str, list[Row]]:
+    """The tasks of each section that has begun."""
+    return {r["section"]: r["tasks"] for r in records if r["kind"] == "begin"}
+
+
+def finished(records: Sequence[Row]) -> set[str]:
+    """Sections of which every task has a green row, and that say nothing else about themselves."""
+    rows = counting_rows(records)
+    green = {(r["section"], identity(r["task"])) for r in rows if "task" in r and r["ok"] is True}
+    unsaid = {r["section"] for r in rows if "task" not in r}
+    return {
+        section
+        for section, tasks in tasks_listed(records).items()
+        if tasks and section not in unsaid and all((section, identity(task)) in green for task in tasks)
+    }
+
+
+def unproven(records: Sequence[Row], gates: Iterable[str]) -> list[str]:
+    """Of each of these sections that is not green: what is wrong with it."""
+    done, rows = finished(records), counting_rows(records)
+    begun = tasks_listed(records)
+    others = {gate: [r for r in rows if r["section"] == gate and r["ok"] is not True] for gate in gates}
+    return [_state(gate, others[gate], begun=gate in begun) for gate in others if gate not in done]
+
+
+def _state(gate: str, others: list[Row], *, begun: bool) -> str:
+    """others: its rows that are not green."""
+    if red := [row for row in others if row["ok"] is False]:
+        return f"`{gate}` has {len(red)} red {'row' if len(red) == 1 else 'rows'}{_why(red)}"
+    if others or begun:
+        return f"`{gate}` is unfinished{_why(others)}"
+    return f"`{gate}` has not run"
+
+
+def _why(rows: list[Row]) -> str:
+    texts = (row.get("failed") or row.get("not_run") or row.get("stopped") for row in rows)
+    said = next((str(text).splitlines()[0][:120] for text in texts if text), "")
+    return f" ({said})" if said else ""
