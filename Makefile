@@ -13,7 +13,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Two pips in one environment overwrite each other, so `make -j` runs the stages one by one.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow conformance lint format constraints gpu-check clean
+.PHONY: help quickstart test test-quick test-slow conformance lint format constraints gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -72,7 +72,6 @@ format: $(VENV)/.dev ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.PHONY: test-quick
 test-quick: $(VENV)/.dev $(VENV)/.assets ## the tests of the tier `unit`: no process, no training, no interpreter
 	$(BIN)/python -m pytest -m "unit and not slow and not gpu" $(PARALLEL) $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Writes the tables of bench/RESULTS.md and README.md from the files in bench/results/.
+"""Writes the tables of bench/RESULTS.md, README.md and docs/ from the files in bench/results/.
 
     python -m bench.write_results
 
@@ -22,7 +22,7 @@ from bench.peers import report as peers_report
 from bench.studies import call_overhead, cpu_path, distillation, embedding_probe, linear_losses, loss_curves
 from peftlab.measuring.journal import read_records
 
-PAGE, README = ROOT / "bench" / "RESULTS.md", ROOT / "README.md"
+PAGE, README, DISTILLATION = ROOT / "bench" / "RESULTS.md", ROOT / "README.md", ROOT / "docs" / "distillation.md"
 
 
 def result(name: str) -> Any:
@@ -34,6 +34,11 @@ def _confirmed() -> str:
     return pending.confirmed(read_records(path) if path.is_file() else [], claims.load())
 
 
+def _short_distillation() -> str:
+    found = result("distillation")
+    return distillation.table({name: found[name] for name in distillation.SHORT})
+
+
 def _cpu_paths() -> str:
     return "\n\n".join(cpu_path.table(result(path.stem)) for path in sorted(RESULTS.glob("cpu_path-*.json")))
 
@@ -41,7 +46,8 @@ def _cpu_paths() -> str:
 # (file, marker) -> what makes the table.
 TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (README, "peers"): lambda: peers_report.short_table(RESULTS),
-    (README, "distillation"): lambda: distillation.table(result("distillation")),
+    (README, "distillation"): _short_distillation,
+    (DISTILLATION, "distillation"): lambda: distillation.table(result("distillation")),
     (PAGE, "peers"): lambda: peers_report.tables(RESULTS),
     (PAGE, "cpu_kd"): lambda: distilled_by_peers.table(result("cpu_kd")),
     (PAGE, "cpu_path"): _cpu_paths,

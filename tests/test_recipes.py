@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 import peftlab
 from peftlab.api.distill import distill
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert", "embedding": "tiny:bert", "image_cls": "tiny:vit"}
 DISTILLING = [name for name in recipe_names() if load_recipe(name).recipe.distill is not None]
 
@@ -81,25 +78,6 @@ def test_header_says_what_to_expect(name: str) -> None:
     text = " ".join(header).lower()
     for word in ("cores", "memory", "expect"):
         assert word in text, f"{name}: the header does not state {word}"
-
-
-def test_the_recipes_in_the_readme_are_valid() -> None:
-    whole, section = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    recipe = yaml.safe_load(whole)
-    load_recipe(recipe)
-    load_recipe(recipe | {"run": {}} | yaml.safe_load(section))
-
-
-def test_the_commands_in_the_readme_exist() -> None:
-    from peftlab.cli.app import run
-
-    readme = (ROOT / "README.md").read_text()
-    verbs = set(re.findall(r"^    peftlab ([a-z]+)", readme, flags=re.MULTILINE)) | set(
-        re.findall(r"^\| `([a-z]+)[ `]", readme, flags=re.MULTILINE)
-    )
-    assert {"train", "eval", "predict", "chat", "merge", "doctor", "recipes"} <= verbs
-    for verb in verbs:
-        assert run([verb, "--help"]) == 0
 
 
 def _measured(name: str, folder: Path) -> tuple[dict[str, object], float, int]:

@@ -22,17 +22,21 @@ class TeacherSection(Section):
         description="run folder, or a model as in model.name; self: the student's own backbone without its adapter"
     )
     adapter: str | None = Field(
-        None, description="folder of a PEFT adapter to put on that model; with name: self beside the student's own"
+        None,
+        description="folder of a PEFT adapter to load onto that model; with name: self it is loaded beside the "
+        "student's adapter",
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     quantize: StorageName | None = Field(
-        None, description="storage of the teacher's linear weights; default none, of a run the run's own"
+        None,
+        description="how the teacher's linear weights are stored; default: as the run was trained, or none for a model",
     )
-    dtype: DType = Field("auto", description="dtype of the teacher's other weights")
-    device: Literal["auto", "cpu"] = Field("auto", description="cpu keeps the teacher out of the GPU's memory")
-    weight: float = Field(1.0, gt=0, description="of its loss, among several teachers")
+    dtype: DType = Field("auto", description="dtype of the unquantized teacher weights")
+    device: Literal["auto", "cpu"] = Field("auto", description="where the teacher runs; cpu keeps it out of GPU memory")
+    weight: float = Field(1.0, gt=0, description="weight of this teacher's loss, when there are several teachers")
     rows: dict[str, str | list[str]] = Field(
-        default_factory=dict, description="only rows with this value in this column: {language: de}"
+        default_factory=dict,
+        description="use this teacher only for rows with this value in this column, such as {language: de}",
     )
 
     @model_validator(mode="after")
@@ -46,22 +50,27 @@ class TeacherSection(Section):
 
 class StudentInitSection(Section):
     layers: list[int] | None = Field(None, description="layers of model.name to keep, counted from 0")
-    num_layers: int | None = Field(None, ge=1, description="how many layers to keep, instead of a list")
+    num_layers: int | None = Field(None, ge=1, description="number of layers to keep, instead of a list")
     choose: Literal["even", "first", "importance"] = Field(
         "even",
-        description="which num_layers: evenly spaced, the first ones, or those whose removal changes the output most",
+        description="which num_layers to keep: evenly spaced, the first ones, or those whose removal changes the "
+        "output most",
     )
     search: Literal["greedy", "once"] = Field(
-        "greedy", description="importance: measure again after each removed layer, or rank all layers once"
+        "greedy",
+        description="how importance is measured: again after each removed layer, or once for all layers; needs "
+        "choose: importance",
     )
     hidden_size: int | None = Field(None, ge=1, description="width of the hidden states")
-    num_heads: int | None = Field(None, ge=1, description="attention heads of each layer")
-    num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads of each layer")
-    intermediate_size: int | None = Field(None, ge=1, description="width inside the feed-forward blocks")
+    num_heads: int | None = Field(None, ge=1, description="attention heads per layer")
+    num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads per layer")
+    intermediate_size: int | None = Field(None, ge=1, description="width of the feed-forward blocks")
     weights: Literal["copied", "random"] = Field(
-        "copied", description="random: the same architecture with fresh weights of each run's seed, as a control"
+        "copied",
+        description="copied: take the weights of model.name; random: the same architecture with random weights from "
+        "the run's seed, as a control",
     )
-    sample_rows: int = Field(64, ge=1, description="training rows that importance is measured on")
+    sample_rows: int = Field(64, ge=1, description="number of training rows to measure importance on")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -82,15 +91,19 @@ class StudentInitSection(Section):
 
 
 class LossSection(Section):
-    kind: LossName = Field(description="what is compared, and how")
-    weight: float = Field(1.0, gt=0, description="of this loss among the list")
+    kind: LossName = Field(description="name of the loss")
+    weight: float = Field(1.0, gt=0, description="weight of this loss in the sum")
     layers: dict[int, int] | None = Field(
         None,
-        description="hidden_*, attention_*, relation_kl: which layers are compared, {student's: teacher's}, counted from 0; default "
-        "the last ones; of hidden_* in task: embedding the embeddings",
+        description="which layers to compare, {student layer: teacher layer}, counted from 0, for hidden_*, "
+        "attention_* and relation_kl; default: the last layers; without it, hidden_* in task: embedding "
+        "compares the embeddings",
     )
     relation_heads: int | None = Field(
-        None, ge=1, description="relation_kl: parts that queries, keys and values are split into; default their heads"
+        None,
+        ge=1,
+        description="number of parts that queries, keys and values are split into, for relation_kl; default: their "
+        "heads",
     )
 
     @model_validator(mode="after")
@@ -111,13 +124,20 @@ class LossSection(Section):
 class TargetsSection(Section):
     fill: Literal["topk", "sampled", "mixed", "hidden"] = Field(
         "topk",
-        description="what is stored of the teacher per token: its k likeliest classes and the mass of all others; classes drawn "
-        "from it; k likeliest and draws from the rest; its last hidden state",
+        description="what to store of the teacher at each position. topk: the k likeliest classes and the mass of "
+        "all others; sampled: drawn classes; mixed: the k likeliest and draws from the rest; hidden: the "
+        "last hidden state",
     )
-    k: int | None = Field(None, ge=1, description="topk, mixed: classes per token; default 50, or all of fewer")
-    draws: int = Field(50, ge=1, le=255, description="sampled, mixed: draws per token")
-    values: Literal["float16", "float32"] = Field("float16", description="topk, mixed: of the log-probabilities")
-    states: Literal["bfloat16", "int8", "float32"] = Field("bfloat16", description="hidden: of the stored states")
+    k: int | None = Field(
+        None, ge=1, description="classes per position, for topk and mixed; default: 50, or all if there are fewer"
+    )
+    draws: int = Field(50, ge=1, le=255, description="draws per position, for sampled and mixed")
+    values: Literal["float16", "float32"] = Field(
+        "float16", description="dtype of the stored log-probabilities, for topk and mixed"
+    )
+    states: Literal["bfloat16", "int8", "float32"] = Field(
+        "bfloat16", description="dtype of the stored states, for hidden"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -129,19 +149,28 @@ class TargetsSection(Section):
 
 class OnPolicySection(Section):
     phases: int = Field(
-        2, ge=1, description="how often the student, as it is by then, writes answers and learns from them"
+        2, ge=1, description="number of phases; in each, the current student writes answers and then learns from them"
     )
     rows: int | None = Field(
         None,
         ge=1,
-        description="training rows of a phase; default: the rows of all phases together are the training rows",
+        description="training rows per phase; default: the training rows divided among all phases",
     )
     student_share: float = Field(
-        1.0, gt=0, le=1, description="share of those rows whose answer the student writes; the others keep their own"
+        1.0,
+        gt=0,
+        le=1,
+        description="share of those rows whose answer the student writes; the other rows keep their own answer",
     )
-    temperature: float = Field(1.0, ge=0, description="the student's, while it writes; 0: always the likeliest token")
-    top_p: float = Field(1.0, gt=0, le=1, description="it draws from the likeliest tokens of together this probability")
-    max_new_tokens: int = Field(128, ge=1, description="longest answer; one that is cut off there learns no end")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of the student while it writes; 0: greedy")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="nucleus sampling: smallest set of tokens with this total probability"
+    )
+    max_new_tokens: int = Field(
+        128,
+        ge=1,
+        description="longest answer in tokens; the student learns no end of turn from an answer that is cut off here",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -151,48 +180,59 @@ class OnPolicySection(Section):
 
 
 class DistillSection(Section):
-    teacher: TeacherSection | None = Field(None, description="the model to learn from; a name alone will do")
+    teacher: TeacherSection | None = Field(None, description="the model to learn from; its name alone is enough")
     teachers: list[TeacherSection] = Field(
-        default_factory=list, description="several of them, weighted or each for its own rows"
+        default_factory=list, description="several teachers, each with a weight or with its own rows"
     )
     student_init: StudentInitSection | None = Field(
-        None, description="cuts the student out of model.name; without it model.name is the student"
+        None, description="cut the student out of model.name; default: model.name is the student"
     )
     losses: list[LossSection] = Field(
         default_factory=list,
-        description="default forward_kl; for task: embedding hidden_cosine, or similarity_kl where the widths differ",
+        description="losses against the teacher; default: forward_kl; for task: embedding hidden_cosine, or "
+        "similarity_kl if the widths differ",
     )
     share: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="of the teacher in the mixture of skew_forward_kl and jsd, of the student in that of skew_reverse_kl",
+        description="share of the teacher in the mixture of skew_forward_kl and jsd, and of the student in that of "
+        "skew_reverse_kl",
     )
     temperature: float = Field(
-        1.0, gt=0, le=1000, description="of both softmaxes; 1 for language models, 2 to 8 for few classes"
+        1.0,
+        gt=0,
+        le=1000,
+        description="temperature of the teacher's and the student's softmax; 1 for language models, 2 to 8 for a few "
+        "classes",
     )
     scale_by_t2: bool = Field(True, description="multiply the divergence by the squared temperature")
     hard_weight: float = Field(0.0, ge=0, le=1, description="share of the labels' cross-entropy in the loss")
     transfer: str | None = Field(
-        None, description="rows without labels that the student learns from instead of data.train"
+        None, description="rows without labels that the student learns from, instead of data.train"
     )
     cache: str | None = Field(
-        None, description="folder of stored teacher targets; made by `peftlab teach`, or by distill where it is missing"
+        None,
+        description="folder for the cached teacher outputs; `peftlab teach` fills it, and `peftlab distill` does if "
+        "it is missing",
     )
     targets: TargetsSection = Field(default_factory=TargetsSection, description="what the cache stores")
     on_policy: OnPolicySection | None = Field(
         None,
-        description="causal_lm: in phases, the student writes answers to the training prompts, the teacher says into the cache "
-        "what it would have written at each token, and the student learns from that",
+        description="the student writes answers to the training prompts, the teacher scores every token of them into "
+        "the cache, and the student learns from that, in phases (causal_lm)",
     )
     cross_tokenizer: Literal["uld"] | None = Field(
-        None, description="uld compares sorted probabilities at shared text positions of different tokenizers"
+        None,
+        description="for a teacher with another tokenizer; uld compares sorted probabilities at shared text positions (causal_lm)",
     )
     headline: str | None = Field(
-        None, description="metric of the verdict; default accuracy, perplexity or spearman: f1_macro, recall_spam"
+        None,
+        description="metric of the verdict, such as f1_macro or recall_spam; default: accuracy, perplexity or "
+        "spearman, by task",
     )
     baseline: bool = Field(True, description="also train the same student on the labels alone, with the same budget")
-    seeds: int = Field(1, ge=1, description="number of repetitions with seeds run.seed, run.seed + 1, ...")
+    seeds: int = Field(1, ge=1, description="number of repetitions, with seeds run.seed, run.seed + 1, ...")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

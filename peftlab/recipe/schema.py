@@ -30,13 +30,17 @@ else:
 
 class ModelSection(Section):
     name: str = Field(
-        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit, "
-        "or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit, or "
+        "shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
-    quantize: StorageName = Field("none", description="storage of the frozen linear weights (bitsandbytes)")
-    double_quant: bool = Field(True, description="nf4: quantize the block scales too")
-    compute_dtype: DType = Field("auto", description="nf4: dtype the weights are dequantized to for the matmul")
+    quantize: StorageName = Field(
+        "none", description="how the frozen linear weights are stored (bitsandbytes); nf4 is what QLoRA uses"
+    )
+    double_quant: bool = Field(True, description="quantize the scales of the blocks as well; needs quantize: nf4")
+    compute_dtype: DType = Field(
+        "auto", description="dtype that the weights are dequantized to for the matmul; needs quantize: nf4"
+    )
     dtype: DType = Field(
         "auto", description="dtype of the weights that are not quantized; auto: bfloat16 on CUDA, float32 on CPU"
     )
@@ -48,7 +52,7 @@ class ModelSection(Section):
     )
     pooling: Literal["mean", "cls", "last"] | None = Field(
         None,
-        description="embedding: a text's vector out of its tokens'; default: what the model's files say, else mean",
+        description="how token vectors become one text vector; default: what the model's files say, else mean (embedding)",
     )
     trust_remote_code: bool = Field(False, description="run Python code that ships with a hub model")
 
@@ -69,15 +73,15 @@ class AdapterSection(Section):
     targets: str | list[str] = Field(
         "all-linear", description="all-linear, a list of module name endings, or one regular expression"
     )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
-    dora: bool = Field(False, description="weight-decomposed LoRA")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases to train")
+    rslora: bool = Field(False, description="scale the update by alpha / sqrt(rank) instead of alpha / rank")
+    dora: bool = Field(False, description="use DoRA, weight-decomposed LoRA")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases to train")
     modules_to_save: list[str] = Field(
-        default_factory=list, description="modules trained in full and saved with the adapter"
+        default_factory=list, description="modules that are trained in full and saved with the adapter"
     )
     freeze: list[str] = Field(
         default_factory=list,
-        description="method none: module name endings whose weights stay as they are: [embeddings]",
+        description="endings of module names whose weights are not trained, such as [embeddings]; needs method: none",
     )
 
     @field_validator("targets")
@@ -95,7 +99,7 @@ class AdapterSection(Section):
 
 class BinsSection(Section):
     edges: list[float] = Field(
-        min_length=1, description="ascending cut points; a value above an edge is in the next bin"
+        min_length=1, description="ascending cut points; a value above an edge falls into the next bin"
     )
     names: list[str] = Field(description="one class name per bin, len(edges) + 1")
 
@@ -130,42 +134,48 @@ class TemplateSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; NAME#500 samples "
-        "500 rows"
+        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; "
+        "NAME#500 samples 500 rows"
     )
-    eval: str | None = Field(None, description="held-out data, same forms; without it a part of train is held out")
-    eval_fraction: float = Field(0.1, gt=0, lt=1, description="share of train that is held out, without data.eval")
-    eval_rows: int | None = Field(None, ge=1, description="number of held-out rows instead of a share")
+    eval: str | None = Field(
+        None, description="held-out data, in the same forms as train; default: a part of train is held out"
+    )
+    eval_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the training rows to hold out when data.eval is not set"
+    )
+    eval_rows: int | None = Field(None, ge=1, description="number of rows to hold out, instead of eval_fraction")
     format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text"] = Field(
-        "auto", description="file format; auto goes by the file ending"
+        "auto", description="file format; auto uses the file ending"
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
-    column_names: list[str] | None = Field(
-        None, description="names for the columns of a csv or tsv file without a header"
-    )
+    column_names: list[str] | None = Field(None, description="column names of a csv or tsv file without a header")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     columns: dict[Column, str] = Field(
-        default_factory=dict, description="which column plays which part: {text: body, label: is_spam}"
+        default_factory=dict, description="which column plays which part, such as {text: body, label: is_spam}"
     )
     exclude: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="rows of data.train with one of these values in this column are not trained on: {label: [spam]}; their classes "
-        "stay classes, and held-out rows keep them",
+        description="leave rows with one of these values in this column out of training, such as {label: [spam]}; "
+        "their classes remain classes, and held-out rows keep them",
     )
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
-    label_names: dict[str, str] = Field(default_factory=dict, description="value in the label column: class name")
-    bins: BinsSection | None = Field(None, description="cuts a numeric label column into classes")
-    seed: int | None = Field(None, ge=0, description="seed of the split and of sampled rows; default run.seed")
-    max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: what the model allows")
-    too_long: Literal["error", "truncate", "drop"] = Field("error", description="what to do with longer rows")
+    label_names: dict[str, str] = Field(
+        default_factory=dict, description="class name for each value in the label column"
+    )
+    bins: BinsSection | None = Field(None, description="cut a numeric label column into classes")
+    seed: int | None = Field(None, ge=0, description="seed of the split and of sampled rows; default: run.seed")
+    max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: the model's limit")
+    too_long: Literal["error", "truncate", "drop"] = Field(
+        "error", description="what to do with rows longer than max_length"
+    )
     packing: bool = Field(
         False,
-        description="causal_lm: several rows in one sequence of up to max_length tokens; attention stays within each row. "
-        "train.batch_size then counts such sequences",
+        description="put several rows into one sequence of up to max_length tokens; attention stays within each row, "
+        "and train.batch_size counts sequences (causal_lm)",
     )
 
     allow: list[Literal["untrained_terminator", "wrong_mask", "pad_is_eos", "template_family"]] = Field(
-        default_factory=list, description="causal_lm: errors of `peftlab check` that are meant to be so"
+        default_factory=list, description="errors of `peftlab check` to accept (causal_lm)"
     )
 
     @field_validator("exclude", mode="before")
@@ -196,29 +206,31 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    epochs: float | None = Field(None, gt=0, description="passes over the training rows (default 1)")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    batch_size: int | None = Field(
-        None, ge=1, description="rows per batch, with data.packing packed sequences (default 8)"
-    )
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows; default 1")
+    max_steps: int | None = Field(None, ge=1, description="number of optimizer steps, instead of epochs")
+    batch_size: int | None = Field(None, ge=1, description="rows per batch, or sequences with data.packing; default 8")
     batch_tokens: int | None = Field(None, ge=1, description="tokens per batch, instead of batch_size")
     accumulate: int = Field(1, ge=1, description="batches per optimizer step")
     grouping: Literal["none", "step", "epoch"] = Field(
         "step",
-        description="step: the rows of one optimizer step are cut into micro-batches of like length (same gradient, "
-        "less padding); epoch: rows of like length share a step; none: padded batches in data order",
+        description="step: cut the rows of one optimizer step into micro-batches of similar length (same gradient, "
+        "less padding); epoch: put rows of similar length into the same step; none: batch in data order",
     )
-    optimizer: OptimizerName = Field("adamw", description="how gradients move the weights")
+    optimizer: OptimizerName = Field("adamw", description="optimizer")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    schedule: ScheduleName = Field("linear", description="learning-rate schedule after warm-up")
-    warmup: float = Field(0.03, ge=0, description="warm-up: below 1 a share of the steps, else a number of steps")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    schedule: ScheduleName = Field("linear", description="learning-rate schedule after the warm-up")
+    warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps if below 1, else a number of steps")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
-    max_grad_norm: float = Field(1.0, ge=0, description="clips the gradient norm; 0 turns clipping off")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
-    precision: DType = Field("auto", description="autocast dtype; auto: bfloat16 on a GPU that has it, else float32")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this value; 0: no clipping")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, slower"
+    )
+    precision: DType = Field(
+        "auto", description="autocast dtype; auto: bfloat16 on a GPU that supports it, else float32"
+    )
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
-        "none", description="seq_cls, image_cls: weight of each class in the loss"
+        "none", description="weight of each class in the loss (seq_cls, image_cls)"
     )
 
     @model_validator(mode="after")
@@ -231,17 +243,19 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    metrics: list[str] | None = Field(None, description="metric names; default: the task's own")
-    before: bool = Field(True, description="evaluate the untouched model first")
-    every: int | None = Field(None, ge=1, description="evaluate every so many steps (always at the end)")
+    metrics: list[str] | None = Field(None, description="metric names; default: the metrics of the task")
+    before: bool = Field(True, description="evaluate the model before training as well")
+    every: int | None = Field(None, ge=1, description="evaluate every N steps; the end of training is always evaluated")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per evaluation batch")
     choices: list[str] | None = Field(
-        None, min_length=2, description="causal_lm: the possible completions; gives accuracy and F1 over them"
+        None, min_length=2, description="the possible completions; adds accuracy and F1 over them (causal_lm)"
     )
     best: str | None = Field(None, description="keep the checkpoint with the best value of this metric")
-    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better eval.best")
-    prompts: list[str] = Field(default_factory=list, description="causal_lm: answered before and after training")
-    max_new_tokens: int = Field(64, ge=1, description="causal_lm: longest answer to a prompt")
+    patience: int | None = Field(None, ge=1, description="stop after N evaluations without a better value of eval.best")
+    prompts: list[str] = Field(
+        default_factory=list, description="prompts that the model answers before and after training (causal_lm)"
+    )
+    max_new_tokens: int = Field(64, ge=1, description="longest answer to a prompt, in tokens (causal_lm)")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -253,22 +267,27 @@ class EvalSection(Section):
 
 
 class RunSection(Section):
-    dir: str | None = Field(None, description="run folder; default runs/NAME, numbered")
-    seed: int = Field(0, ge=0, description="seed of the split, the order, the adapter and the dropout")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
-    deterministic: bool = Field(True, description="deterministic algorithms: same machine, same adapter bytes")
+    dir: str | None = Field(None, description="run folder; default: runs/NAME, with a number if it exists")
+    seed: int = Field(0, ge=0, description="seed of the split, the row order, the adapter and the dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to run on")
+    deterministic: bool = Field(
+        True, description="use deterministic algorithms: the same machine gives the same adapter bytes"
+    )
     kernels: KernelMode = Field(
         "auto",
-        description="adapter path: auto is fused (Triton on a GPU, PyTorch on a CPU), triton insists on Triton, "
-        "reference is PEFT's own; cpu-bf16 and cpu-int8 are fused with operands rounded for a processor's AMX or VNNI",
+        description="how adapted layers are computed. auto: fused (Triton on a GPU, PyTorch on a CPU); triton: fail "
+        "if Triton does not work; reference: PEFT's own code; cpu-bf16, cpu-int8: fused, with operands "
+        "rounded for a CPU's AMX or VNNI units",
     )
     log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=list, description="trackers beside metrics.jsonl"
+        default_factory=list, description="trackers to log to, beside metrics.jsonl"
     )
-    save_every: int | None = Field(None, ge=1, description="checkpoint every so many steps")
-    keep: int = Field(2, ge=1, description="number of step checkpoints kept")
+    save_every: int | None = Field(None, ge=1, description="save a checkpoint every N steps")
+    keep: int = Field(2, ge=1, description="number of step checkpoints to keep")
     merge: Literal["none", "original", "dequantized"] = Field(
-        "none", description="merge after training into the original or the dequantized weights, and verify"
+        "none",
+        description="merge the adapter after training, into the original or the dequantized weights, and verify the "
+        "result",
     )
 
 
@@ -278,9 +297,9 @@ class Recipe(Section):
     adapter: AdapterSection = Field(default_factory=AdapterSection, description="what is trained")
     data: DataSection = Field(description="rows, columns and texts")
     train: TrainSection = Field(default_factory=TrainSection, description="the training loop")
-    eval: EvalSection = Field(default_factory=EvalSection, description="metrics and when to take them")
+    eval: EvalSection = Field(default_factory=EvalSection, description="metrics and when to compute them")
     distill: DistillSection | None = Field(None, description="teacher and student, for `teach` and `distill`")
-    run: RunSection = Field(default_factory=RunSection, description="where and how the run is kept")
+    run: RunSection = Field(default_factory=RunSection, description="run folder, device, seed and checkpoints")
     lock: dict[str, Any] | None = Field(
         None, description="written by a run: package versions and fingerprints, checked when the run is repeated"
     )

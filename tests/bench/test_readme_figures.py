@@ -1,4 +1,4 @@
-"""Every table of figures in README.md and bench/RESULTS.md is what its program makes of the JSON in bench/results."""
+"""Every table of figures in README.md, docs/ and bench/RESULTS.md is what its program makes of the JSON in bench/results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ def test_tables_are_made_of_the_results(path: Path, name: str) -> None:
 
 def test_no_table_is_without_a_program() -> None:
     by_hand = {(PAGE, "kd_conformance"), (PAGE, "peft_suite")}  # of make conformance, and compared in tests/conformance
-    for path in (README, PAGE, ROOT / "bench" / "README.md", ROOT / "bench" / "FINDINGS.md"):
+    for path in (
+        README,
+        PAGE,
+        ROOT / "bench" / "README.md",
+        ROOT / "bench" / "FINDINGS.md",
+        *(ROOT / "docs").glob("*.md"),
+    ):
         lines = path.read_text(encoding="utf-8").splitlines()
         marks = {(path, line[6:-4]) for line in lines if line.startswith("<!-- /")}
         assert marks == {key for key in TABLES.keys() | by_hand if key[0] == path}
