@@ -4,7 +4,7 @@
 
 Shapes come from models on the meta device, without weights. The student is frozen in bfloat16 under LoRA factors in
 float32, computes in bfloat16 and recomputes its layers in backward; the head is frozen. Every term is written out below, and
-tests/bench/test_kd_plan.py compares it with what PyTorch holds at tiny shapes.
+tests/bench/studies/test_kd_plan.py compares it with what PyTorch holds at tiny shapes.
 """
 
 from __future__ import annotations

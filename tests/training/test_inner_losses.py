@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_distilling import TEXTS, Classes, Texts, moved
+from test_distill_loss import TEXTS, Classes, Texts, moved
 from test_normalisation import CLASS_WEIGHTS
 from torch import Tensor
 

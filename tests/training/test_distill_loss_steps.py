@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
-from test_distilling import Goal, even, even_ids, moved, plain_divergence, voice, without_adapter
+from test_distill_loss import Goal, even, even_ids, moved, plain_divergence, voice, without_adapter
 from test_normalisation import (
     CLASSIFIED,
     LM_MODEL,

@@ -15,7 +15,7 @@ from bench.gpu_check import claims
 from bench.gpu_check.base import Device
 from bench.gpu_check.sections import SECTIONS, sections_of_ops, tasks_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PLANTED = """
 import torch
 from peftlab_kernels.cases import Check, Compared, Compiled, Timing

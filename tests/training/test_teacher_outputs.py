@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_distilling import Texts, moved, voice
+from test_distill_loss import Texts, moved, voice
 from torch import Tensor
 
 from peftlab.adapters import add_adapter, save_adapter

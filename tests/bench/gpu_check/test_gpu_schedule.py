@@ -17,7 +17,7 @@ from bench.gpu_check import base, conductor, run
 from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import begin, read_records
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
 IMPORTS_S = 25.0  # of a process, where many start at once in a sandbox
 # The tasks of a section that matter, each with what it takes when everything is slow: a row of the losses compiles its

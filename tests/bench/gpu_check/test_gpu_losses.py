@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bench.gpu_check import base, loss_model, loss_rivals, loss_speed
 from bench.gpu_check.loss_model import TIMED
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 SHAPE = (64, 8, 4096)
 
 

@@ -17,7 +17,7 @@ from bench.gpu_check import base, linears, preflight, run
 from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import begin
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:

@@ -15,7 +15,7 @@ from bench.gpu_check import base, conductor, journal, loss_model, pending, roofl
 from bench.gpu_check.claims import fits, judge, load
 from bench.gpu_check.sections import BY_NAME, SECTIONS, tasks_of
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 HEADER = {
     "kind": "header", "format": 2, "name": "gpu-check", "dry_run": False, "command": "python -m bench.gpu_check",
     "date": "2026-01-02T03:04:05+00:00", "machine": {"name": "NVIDIA H200", "device": "sm_90", "platform": "Linux"},

@@ -18,7 +18,7 @@ from bench.gpu_check.__main__ import chosen_sections
 from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import read_records
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
 ARGUMENTS = argparse.ArgumentParser()
 
@@ -36,7 +36,7 @@ def rows_of(path: Path) -> list[Row]:
 
 def figures_are_there(rows: list[Row]) -> None:
     """Each figure that a claim is decided by is in the dry rows with the keys that it asks for. Two sections have no rows here,
-    for want of packages: tests/bench/test_gpu_unsloth.py and test_gpu_losses.py look at theirs."""
+    for want of packages: tests/bench/peers/test_gpu_unsloth.py and test_gpu_losses.py look at theirs."""
     claims = json.loads((ROOT / "bench" / "results" / "claims.json").read_text())
     seen = {row["section"] for row in rows}
     rules = [
@@ -254,7 +254,7 @@ def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
     ],
 )
 def test_a_red_row_leaves_the_others_timed(tmp_path: Path, spoilt: str, real: str) -> None:
-    """In processes of their own, as in a run; tests/bench/test_gpu_schedule.py has all cases without processes."""
+    """In processes of their own, as in a run; tests/bench/gpu_check/test_gpu_schedule.py has all cases without processes."""
     code, rows, said = driven(tmp_path, spoilt, real)
     assert code == 6, said
     assert "planted" in said

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bench.gpu_check import base, unsloth
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def linear(proj: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,149 @@
+"""A run folder: choosing it, opening it again, and what it must not be."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftlab.errors import ArtifactError, RecipeError
+from peftlab.recipe import LoadedRecipe, load_recipe, local_files
+
+LOCK_NAME = "recipe.lock.yaml"
+RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or interrupted training run.
+
+    Attributes:
+        folder: holds recipe.lock.yaml, metrics.jsonl, run.json, adapter/ (or model/, without an adapter) and, if asked
+            for, checkpoints/ and merged/.
+        summary: contents of run.json: status, metrics before and after, training figures, samples, merge report.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    def recipe(self) -> LoadedRecipe:
+        """The resolved recipe of the run."""
+        return load_recipe(self.folder / LOCK_NAME)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        from peftlab.training.metrics_log import read_metrics
+
+        return read_metrics(self.folder / "metrics.jsonl")
+
+
+def open_run(folder: str | os.PathLike[str]) -> Run:
+    """The run in ``folder``. Raises: RecipeError (no run there), ArtifactError (its run.json is damaged)."""
+    path = Path(folder)
+    if not (path / LOCK_NAME).is_file():
+        raise RecipeError(f"{path} is not a run folder: it has no {LOCK_NAME}")
+    try:
+        summary = json.loads((path / RUN_NAME).read_text(encoding="utf-8")) if (path / RUN_NAME).exists() else {}
+    except ValueError as error:
+        raise ArtifactError(f"{path / RUN_NAME} is damaged: {error}") from error
+    return Run(path, summary)
+
+
+def open_source(
+    recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, resume: bool = False
+) -> tuple[LoadedRecipe, Path | None]:
+    """The recipe, and the run folder when the recipe was given as one that is to be resumed.
+
+    Args: recipe: path, shipped name, dict, or a run folder, whose lock file is the recipe.
+    """
+    if isinstance(recipe, Mapping):
+        return load_recipe(recipe, overrides), None
+    path = Path(recipe)
+    if path.is_dir():
+        path = open_run(path).folder / LOCK_NAME
+    loaded = load_recipe(path, overrides)
+    return loaded, path.parent if resume and path.name == LOCK_NAME else None
+
+
+def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
+    """The run folder: run.dir, or one by the recipe's name. Raises: RecipeError when it cannot take the run."""
+    wanted = loaded.recipe.run.dir
+    if resume:
+        folder = Path(wanted) if wanted else Path("runs") / loaded.name
+        if not (folder / LOCK_NAME).is_file():
+            verb = "train" if loaded.recipe.distill is None else "distill"
+            raise RecipeError(
+                f"there is no run in {folder} to resume; name the run folder: peftlab {verb} RUN --resume"
+            )
+        return folder
+    if wanted is None:
+        folder = Path("runs") / loaded.name
+        if not (replace and folder.exists()):
+            return _free_folder(loaded.name)
+    else:
+        folder = Path(wanted)
+    check_folder_is_free(folder, replace=replace)
+    if replace:
+        _check_unneeded(loaded, folder)
+    return folder
+
+
+def check_folder_is_free(folder: Path, *, replace: bool, key: str = "run.dir") -> None:
+    """Raises RecipeError when ``folder`` cannot take a new run; a folder that is no run is never replaced."""
+    if folder.is_file():
+        raise RecipeError(f"{folder} is a file, not a folder", key=key)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / LOCK_NAME).is_file():
+        raise RecipeError(f"{folder} holds other files and no run; choose another run.dir", key=key)
+    if not replace:
+        raise RecipeError(
+            f"{folder} holds another run; continue it with --resume, replace it with --replace, or choose another run.dir",
+            key=key,
+        )
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a run goes on from. Raises: RecipeError where there is none."""
+    from peftlab.training.checkpoint import list_checkpoints
+
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        status = open_run(folder).summary.get("status", "unknown")
+        why = "it is finished" if status == "finished" else "it has no checkpoint"
+        raise RecipeError(f"the run in {folder} cannot be resumed: {why}")
+    return checkpoints[-1]
+
+
+def _free_folder(name: str) -> Path:
+    """``runs/NAME``, or the first ``runs/NAME-2``, ``-3``, ... that does not exist yet."""
+    path, number = Path("runs") / name, 2
+    while path.exists():
+        path, number = Path("runs") / f"{name}-{number}", number + 1
+    return path
+
+
+def _check_unneeded(loaded: LoadedRecipe, folder: Path) -> None:
+    """Raises RecipeError where a run folder that would be removed holds what the recipe reads, such as its teacher."""
+    for key, path in local_files(loaded).items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise RecipeError(
+                f"{os.path.relpath(path)} lies in the run folder {folder}, which --replace removes; choose another run.dir, or "
+                "move it",
+                key=key,
+            )
