@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 ARGS ?=
 # A file of tests stays in one process: its fixtures are made once. Tests run on one thread each (tests/conftest.py).
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+# Files are handed out in the order of tests/tiers.py, the long ones first.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 # Two pips in one environment overwrite each other, so `make -j` runs the stages one by one.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow conformance lint format constraints gpu-check clean
+.PHONY: help quickstart test test-quick test-slow conformance lint format constraints gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +71,9 @@ lint: $(VENV)/.dev ## ruff check, ruff format --check, mypy
 format: $(VENV)/.dev ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+test-quick: $(VENV)/.dev $(VENV)/.assets ## the tests of the tier `unit`: no process, no training, no interpreter
+	$(BIN)/python -m pytest -m "unit and not slow and not gpu" $(PARALLEL) $(ARGS)
 
 gpu-check: ## check and measure on this machine's GPU
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m bench.gpu_check; else "$(PYTHON)" -m bench.gpu_check; fi

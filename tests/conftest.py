@@ -21,6 +21,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests import tiers
+
 AUTO_CLASS = {"tiny:llama": "AutoModelForCausalLM", "tiny:bert": "AutoModelForSequenceClassification"}
 
 
@@ -43,6 +45,35 @@ def _assert_within_budget(actual: Any, eager: Any, truth: Any, *, slack: float) 
     mean_error, mean_allowed = (float((x.double() - truth).abs().mean()) for x in (actual, eager))
     assert error <= allowed + slack * scale, f"max error {error:.3g}, eager {allowed:.3g}, scale {scale:.3g}"
     assert mean_error <= mean_allowed + slack * scale, f"mean error {mean_error:.3g}, eager {mean_allowed:.3g}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for tier in tiers.TIERS:
+        config.addinivalue_line("markers", f"{tier}: set by tests/tiers.py, by what a test uses")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            item.add_marker(tiers.tier_of(item))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = tiers.long_files_first(items)
+
+
+GUARD = tiers.Guard()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    GUARD.begin()
+    return (yield)
+
+
+@pytest.fixture(autouse=True)
+def as_its_tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    tier = next(name for name in tiers.TIERS if request.node.get_closest_marker(name))
+    assert not GUARD.wrong(tier), f"a test of the tier `{tier}` does this: {GUARD.wrong(tier)}; see tests/tiers.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,6 +100,33 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "operands_problem", lambda backend: None)
     if runtime.int8_saturates():
         monkeypatch.setattr(torch, "_int_mm", exact_product)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """``tests.trained_runs.TrainedRuns``: finished runs that tests read, shared by the workers of a session."""
+    from tests.trained_runs import TrainedRuns
+
+    base = tmp_path_factory.getbasetemp()
+    runs = TrainedRuns((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained")
+    yield runs
+    runs.check()
+
+
+@pytest.fixture
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report card of a distillation times the models for a moment, not for seconds."""
+    from peftlab.experiments import card_figures as comparing
+
+    monkeypatch.setattr(comparing, "_TIMED_SECONDS", 0.05)
+
+
+@pytest.fixture(scope="session")
+def process() -> Any:
+    """``tests.processes.Processes``: starts Python processes as forks of one that has the libraries loaded."""
+    from tests.processes import Processes
+
+    return Processes()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def report() -> dict[str, Any]:
     return doctor()
 
 
-def test_structure(report: dict[str, Any]) -> None:
+def test_doctor_structure(report: dict[str, Any]) -> None:
     assert [section["title"] for section in report["sections"]] == TITLES
     facts = _facts(report)
     assert len(facts) == sum(len(section["facts"]) for section in report["sections"]), "names are unique in a section"
@@ -42,11 +42,11 @@ def test_structure(report: dict[str, Any]) -> None:
     assert report["problems"] == sum(fact["status"] == "problem" for fact in facts.values())
 
 
-def test_survives_json(report: dict[str, Any]) -> None:
+def test_doctor_survives_json(report: dict[str, Any]) -> None:
     assert json.loads(json.dumps(report)) == report
 
 
-def test_this_environment_is_in_order(report: dict[str, Any]) -> None:
+def test_doctor_this_environment_is_in_order(report: dict[str, Any]) -> None:
     facts = _facts(report)
     for name in PACKAGES:
         assert facts[f"software: {name}"]["value"] == importlib.metadata.version(name)
@@ -57,7 +57,7 @@ def test_this_environment_is_in_order(report: dict[str, Any]) -> None:
     assert facts["model hub: reachable"]["value"] == "not tried"
 
 
-def test_names_every_op_what_runs_it_and_tries_one(report: dict[str, Any]) -> None:
+def test_doctor_names_every_op_what_runs_it_and_tries_one(report: dict[str, Any]) -> None:
     import peftlab_kernels
 
     facts = _facts(report)
@@ -68,7 +68,7 @@ def test_names_every_op_what_runs_it_and_tries_one(report: dict[str, Any]) -> No
     assert facts["kernels: lora_linear trial"]["status"] == "ok"
 
 
-def test_a_wrong_kernel_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_wrong_kernel_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     from peftlab import ops
 
     right = ops.lora_linear
@@ -78,7 +78,7 @@ def test_a_wrong_kernel_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "train with run.kernels=reference" in fact["detail"]
 
 
-def test_opens_no_connection_and_prints_nothing(
+def test_doctor_opens_no_connection_and_prints_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object) -> None:
@@ -90,7 +90,7 @@ def test_opens_no_connection_and_prints_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -105,7 +105,7 @@ def test_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["software: triton"]["value"], facts["software: triton"]["status"]) == ("missing", "note")
 
 
-def test_too_old_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_too_old_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "peft" else real(name))
     fact = _facts(doctor())["software: peft"]
@@ -123,7 +123,7 @@ def test_too_old_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
         ("psutil", "memory and disk: RAM", "problem"),
     ],
 )
-def test_module_that_does_not_import_is_a_row(
+def test_doctor_module_that_does_not_import_is_a_row(
     monkeypatch: pytest.MonkeyPatch, module: str, name: str, status: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -149,7 +149,7 @@ def _torch_with_gpu(**cuda: Any) -> Any:
     )
 
 
-def test_gpu_rows() -> None:
+def test_doctor_gpu_rows() -> None:
     name, memory, bf16 = _gpus(_torch_with_gpu())
     assert (name["value"], name["detail"]) == ("A GPU", "compute capability 9.0")
     assert memory["value"] == "20.0 GiB free of 24.0 GiB"
@@ -158,7 +158,7 @@ def test_gpu_rows() -> None:
     assert (bf16["value"], bf16["status"]) == ("no", "note")
 
 
-def test_gpu_that_fails_is_a_problem() -> None:
+def test_doctor_gpu_that_fails_is_a_problem() -> None:
     def crash(_: object) -> None:
         raise RuntimeError("CUDA error: no kernel image is available")
 
@@ -167,14 +167,14 @@ def test_gpu_that_fails_is_a_problem() -> None:
     assert "no kernel image" in fact["detail"]
 
 
-def test_driver_without_a_cuda_build_of_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_driver_without_a_cuda_build_of_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/somewhere/{name}")
     (fact,) = _gpus(_torch_with_gpu(is_available=lambda: False))
     assert fact["status"] == "problem"
     assert "CPU build" in fact["detail"]
 
 
-def test_quantization_that_gives_wrong_numbers_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_quantization_that_gives_wrong_numbers_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes.functional as functional
 
     real = functional.dequantize_4bit
@@ -184,7 +184,7 @@ def test_quantization_that_gives_wrong_numbers_is_a_problem(monkeypatch: pytest.
     assert "relative error" in fact["detail"]
 
 
-def test_quantization_that_crashes_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_quantization_that_crashes_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes.functional as functional
 
     def crash(*_: object) -> None:
@@ -196,7 +196,7 @@ def test_quantization_that_crashes_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert "RuntimeError: no kernel image is available" in fact["detail"]
 
 
-def test_import_of_bitsandbytes_gets_no_code_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_import_of_bitsandbytes_gets_no_code_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_kernels = ModuleType("kernels")
     seen: list[object] = []
     real = importlib.import_module
@@ -216,7 +216,7 @@ def test_import_of_bitsandbytes_gets_no_code_from_the_hub(monkeypatch: pytest.Mo
     assert sys.modules["kernels"] is hub_kernels
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cache" / "deep").mkdir(parents=True)
     (tmp_path / "cache" / "deep" / "file").write_bytes(b"x" * (1 << 20) * 103)
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
@@ -227,13 +227,13 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert _facts(doctor())["memory and disk: cache"]["detail"] == "0.0 GiB used"
 
 
-def test_offline_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_offline_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fact = _facts(doctor())["model hub: reachable"]
     assert (fact["value"], fact["status"]) == ("not tried", "note")
 
 
-def test_matrix_units_of_a_processor_are_told(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_matrix_units_of_a_processor_are_told(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from peftlab import ops
 
     here = _facts(report)

@@ -50,6 +50,7 @@ def test_recipe_trains_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: p
     assert all("before" in s and "after" in s for s in summary["samples"])
 
 
+@pytest.mark.usefixtures("short_timing")
 @pytest.mark.parametrize("name", DISTILLING)
 def test_recipe_distills_on_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher is the whole tiny model, trained for two steps where it needs a head; one layer of it is the student."""

@@ -27,7 +27,7 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("argument", ["--help", "recipes"])
-def test_answers_within_half_a_second(argument: str) -> None:
+def test_command_line_answers_within_half_a_second(argument: str) -> None:
     seconds: list[float] = []
     libraries: list[float] = []
     for _ in range(NUM_RUNS):
@@ -44,7 +44,7 @@ def test_answers_within_half_a_second(argument: str) -> None:
 
 
 @pytest.mark.parametrize("argument", ["--help", "recipes"])
-def test_imports_nothing_heavy(argument: str) -> None:
+def test_command_line_imports_nothing_heavy(argument: str) -> None:
     report = _run(sys.executable, "-X", "importtime", COMMAND, argument).stderr
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in report.splitlines() if "|" in line}
     assert "peftlab" in imported
@@ -52,7 +52,7 @@ def test_imports_nothing_heavy(argument: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["check", "train", "teach", "distill"])
-def test_a_misspelt_key_is_told_before_anything_heavy_is_imported(verb: str) -> None:
+def test_command_line_misspelt_key_is_told_before_anything_heavy_is_imported(verb: str) -> None:
     command = (sys.executable, "-X", "importtime", COMMAND, verb, "smoke", "train.epoch=2")
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
     assert done.returncode == 2

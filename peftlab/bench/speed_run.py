@@ -68,10 +68,10 @@ def run_benchmark(
         raise RecipeError(f"nothing to measure: none of {len(made.cells)} cells can exist; the first: {reason}")
     with tempfile.TemporaryDirectory(prefix="peftlab-bench-") as temporary:
         texts = Path(temporary) / "texts.npz"
+        if made.num_tokens is not None:
+            cells.write_texts(texts, assembly, num_tokens=made.num_tokens)
         opened = journal.open_journal(made.folder, made.header, resume=resume, replace=replace)
         try:
-            if made.num_tokens is not None:
-                cells.write_texts(texts, assembly, num_tokens=made.num_tokens)
             run_sweep(
                 made.alive,
                 job_of=partial(_job, made, texts),

@@ -32,17 +32,17 @@ def numbers_of(
 
 
 @contextlib.contextmanager
-def bench_progress() -> Iterator[Callable[[int, int, str], None]]:
+def bench_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int, int, str], None]]:
     """Tells on stderr which case is measured: a live line in a terminal, else a line now and then."""
     console = make_console(sys.stderr)
-    told = time.monotonic()
+    told = clock()
     seen: list[tuple[int, float]] = []  # jobs done, and when; what was measured before a resume took no time now
 
     def text(done: int, total: int, case: str) -> str:
         if not seen or seen[-1][0] != done:
-            seen.append((done, time.monotonic()))
+            seen.append((done, clock()))
         before, since = seen[len(seen) // 2 if len(seen) > 2 else 0]  # gates come first, and take less than runs
-        left = (time.monotonic() - since) / (done - before) * (total - done) if done > before else 0
+        left = (clock() - since) / (done - before) * (total - done) if done > before else 0
         return f"measuring {min(done + 1, total)} of {total}: {case}" + (
             f", about {duration(left)} left" if left else ""
         )
@@ -55,8 +55,8 @@ def bench_progress() -> Iterator[Callable[[int, int, str], None]]:
     def tell(done: int, total: int, case: str) -> None:
         nonlocal told
         begun, line = not seen, text(done, total, case)
-        if case and (begun or time.monotonic() - told >= _LINE_EVERY_S):
-            told = time.monotonic()
+        if case and (begun or clock() - told >= _LINE_EVERY_S):
+            told = clock()
             console.print(line, markup=False, soft_wrap=True)
 
     yield tell

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
 from peftlab.cli.output import Output
+from peftlab.specs.metrics import family_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,19 +48,8 @@ _COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("steps", _count),
 }
 
-# What fits a screen beside the headline; --verbose has all.
-_TELLING = {
-    "loss",
-    "perplexity",
-    "token_accuracy",
-    "accuracy",
-    "agreement",
-    "kl",
-    "spearman",
-    "neighbour_recall",
-    "cosine",
-}
-_TELLING_COSTS = {name: _COSTS[name] for name in ("num_parameters", "latency_ms", "tokens_per_s", "seconds")}
+# What the card without --verbose has of them.
+_SHORT_COSTS = {name: _COSTS[name] for name in ("num_parameters", "latency_ms", "tokens_per_s", "seconds")}
 
 Card = Mapping[str, Any]
 
@@ -69,14 +59,14 @@ def show_card(out: Output, card: Card) -> None:
     seed when there are several."""
     out.show(*verdict_lines(card))
     out.line()
-    rows = _shown_metrics(card) if out.verbose else [row for row in _shown_metrics(card) if _is_telling(row, card)]
+    rows = _shown_metrics(card) if out.verbose else [row for row in _shown_metrics(card) if _is_short(row, card)]
     who = _columns(rows, out.console.width)
     out.show(quality_table(rows, who))
     if out.verbose:
         out.show(notes_table(quality_notes(card, rows, who)))
     if any(card["costs"].values()):
         out.line()
-        out.show(cost_table(card, _COSTS if out.verbose else _TELLING_COSTS))
+        out.show(cost_table(card, _COSTS if out.verbose else _SHORT_COSTS))
         if out.verbose:
             out.show(notes_table(cost_notes(card)))
     if out.verbose and card["num_seeds"] > 1:
@@ -144,8 +134,9 @@ def _columns(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     return who if fits or "baseline" not in who else [name for name in who if name != "cut"]
 
 
-def _is_telling(row: Mapping[str, Any], card: Card) -> bool:
-    return row["name"] == card["headline"] or row["name"] in _TELLING
+def _is_short(row: Mapping[str, Any], card: Card) -> bool:
+    family = family_of(row["name"])
+    return row["name"] == card["headline"] or (family is not None and family.on_short_card)
 
 
 def cost_table(card: Card, costs_shown: Mapping[str, tuple[str, Callable[[Any], str]]] = _COSTS) -> Table:

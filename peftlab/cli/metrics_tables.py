@@ -7,22 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftlab import formatting
+from peftlab.specs.metrics import METRICS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_FIRST = (
-    "loss",
-    "perplexity",
-    "token_accuracy",
-    "exact_match",
-    "accuracy",
-    "precision_macro",
-    "recall_macro",
-    "f1_macro",
-)
-_PER_CLASS = ("precision", "recall", "f1")
+_FIRST = tuple(spec.headline for spec in METRICS.values())
+_PER_CLASS = tuple(name for name, spec in METRICS.items() if spec.averaged)
 _CONFUSION = re.compile(r"confusion_(.+)_as_\1")
 # Beyond this many the worst classes are shown; --json has them all.
 _MAX_CLASSES = 20

@@ -26,6 +26,7 @@ class MetricSpec:
         averaged: it gives NAME_macro and one NAME_CLASS per class instead of NAME.
         by_default: whether a recipe that names no metrics gets it.
         on_card: whether the report card shows the family's headline value wherever it can be computed.
+        on_short_card: whether the card that the screen shows without --verbose has it beside the headline metric.
         share: its values are shares, shown in percent points. kept_as: how the card says what the student keeps of the
             teacher's value; None: not at all, as of a metric that compares with the teacher already.
         label, note: its name on the card, and what it means in one line.
@@ -41,6 +42,7 @@ class MetricSpec:
     averaged: bool = False
     by_default: bool = True
     on_card: bool = True
+    on_short_card: bool = False
     share: bool = False
     kept_as: Literal["share", "times"] | None = None
     label: str = ""
@@ -82,6 +84,7 @@ METRICS: dict[str, MetricSpec] = {
             needs={"nll_sum": "nll_sum", "num_tokens": "num_scored"},
             rows=("nll", "positions"),
             better="lower",
+            on_short_card=True,
             label="loss",
             note="its surprise at what is right, in nats; lower is better",
         ),
@@ -91,6 +94,7 @@ METRICS: dict[str, MetricSpec] = {
             rows=("nll", "tokens"),
             better="lower",
             kept_as="times",
+            on_short_card=True,
             label="perplexity",
             note="as unsure as a free choice among so many tokens; lower is better",
         ),
@@ -99,6 +103,7 @@ METRICS: dict[str, MetricSpec] = {
             needs={"num_correct": "num_correct", "num_tokens": "num_tokens"},
             rows=("correct_tokens", "tokens"),
             kept_as="share",
+            on_short_card=True,
             label="token accuracy",
             note="share of the tokens that were the top guess",
         ),
@@ -116,6 +121,7 @@ METRICS: dict[str, MetricSpec] = {
             of_classes=True,
             rows=("correct_classes", "class_positions"),
             kept_as="share",
+            on_short_card=True,
             label="accuracy",
             note="share of the rows answered right",
         ),
@@ -141,12 +147,14 @@ METRICS: dict[str, MetricSpec] = {
             rows=("vectors",),
             lowest=-1.0,
             highest=1.0,
+            on_short_card=True,
             label="Spearman",
             note="whether pairs of texts are as similar, in order, as for the teacher; 1 is equal",
         ),
         _share(
             "neighbour_recall",
             rows=("vectors",),
+            on_short_card=True,
             label="top-10 recall",
             note="share of the teacher's ten nearest texts that it finds too",
         ),
@@ -154,12 +162,14 @@ METRICS: dict[str, MetricSpec] = {
             "cosine",
             lowest=-1.0,
             highest=1.0,
+            on_short_card=True,
             label="cosine",
             note="of its vector of a text with the teacher's; 1 is equal",
         ),
         _share(
             "agreement",
             rows=("agree", "positions"),
+            on_short_card=True,
             label="agreement",
             note="how often its top answer is the teacher's, right or wrong",
         ),
@@ -167,6 +177,7 @@ METRICS: dict[str, MetricSpec] = {
             "kl",
             rows=("kl", "positions"),
             better="lower",
+            on_short_card=True,
             label="KL to teacher",
             note="how far its probabilities are from the teacher's, in nats; 0 is equal",
         ),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,7 +77,7 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("options", [["ddp"], ["fsdp2"], ["fsdp2", "checkpointing"]], ids=" ".join)
-def test_two_processes_get_the_gradients_of_one(tmp_path: Path, options: list[str]) -> None:
+def test_two_processes_get_the_gradients_of_one(process: Any, tmp_path: Path, options: list[str]) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     root = Path(__file__).parents[2]
@@ -88,6 +87,4 @@ def test_two_processes_get_the_gradients_of_one(tmp_path: Path, options: list[st
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]),
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, *options], env=env, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    process.run_ranks([script, *options], env=env, timeout=180)

@@ -250,8 +250,8 @@ def test_files_that_are_refused(tiny: Callable[..., Any], tmp_path: Path, damage
 SAVE = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from conftest import _tiny
+sys.path.insert(0, {root!r})
+from tests.conftest import _tiny
 from peftlab.adapters import save_adapter
 save_adapter(_tiny("tiny:llama", targets=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"],
                    modules_to_save=["lm_head", "norm"]), Path(sys.argv[1]))
@@ -259,7 +259,7 @@ save_adapter(_tiny("tiny:llama", targets=["q_proj", "k_proj", "v_proj", "o_proj"
 
 
 def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
-    code = SAVE.format(tests=str(Path(__file__).parents[1]))
+    code = SAVE.format(root=str(Path(__file__).parents[2]))
     for seed in ("1", "2"):
         subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / seed)],

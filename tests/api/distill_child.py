@@ -1,7 +1,4 @@
-"""A distillation in a process of its own that kills itself at a given moment; for ``test_api_distill``.
-
-The process is forked from one that has imported what a run needs, so that it costs no imports of its own.
-"""
+"""A distillation in a process of its own that kills itself at a given moment; for ``test_api_distill``."""
 
 from __future__ import annotations
 
@@ -11,12 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate  # noqa: F401
-import evaluate  # noqa: F401
-import peft  # noqa: F401
-import sklearn.metrics  # noqa: F401
 import torch
-from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
 
 from peftlab.api.distill import distill
 from peftlab.distillation.cache import SplitWriter

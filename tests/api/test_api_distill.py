@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
-import multiprocessing
-import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import distill_child
 import pytest
 import torch
-from test_api_train import Stopper, contents, recipe, train, write_data
+from test_api_train import Stopper, contents, recipe, write_data
 
 import peftlab
 from peftlab.api.distill import distill
@@ -65,18 +63,16 @@ def lesson(task: str, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lessons(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, rows without labels, and a teacher of each task."""
     folder = tmp_path_factory.mktemp("lessons")
     write_data(folder)
     (folder / "transfer.csv").write_text(
         "text\n" + "".join(f"{w} {i}\n" for i in range(20, 26) for w in ("red", "cow"))
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for task in ("causal_lm", "seq_cls"):
-            changes = {"run": {"dir": f"teacher-{task}"}, "eval": {"before": False}}
-            train(recipe(task, **changes, train={"max_steps": 12, "lr": 3e-2}))
+    for task in ("causal_lm", "seq_cls"):
+        teacher = recipe(task, eval={"before": False}, train={"max_steps": 12, "lr": 3e-2})
+        shutil.copytree(trained(teacher, write_data) / "run", folder / f"teacher-{task}")
     return folder
 
 
@@ -262,18 +258,12 @@ def test_a_mistake_does_not_cost_the_earlier_run(here: Path) -> None:
         distill(document, progress=SilentProgress())
 
 
-def test_killed_at_every_moment_it_ends_with_the_same_student(
-    here: Path, texts: Done, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # a fork server does not take sys.path along
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill_child"])
+def test_killed_at_every_moment_it_ends_with_the_same_student(process: Any, here: Path, texts: Done) -> None:
     for number, moment in enumerate(distill_child.MOMENTS):
         arguments = (here, lesson("causal_lm"), moment)
-        child = context.Process(target=distill_child.run, args=arguments, kwargs={"resume": number > 0})
-        child.start()
-        child.join(120)
-        assert child.exitcode == -signal.SIGKILL, moment
+        with process.start(functools.partial(distill_child.run, *arguments, resume=number > 0)) as child:
+            done = child.wait()
+        assert done.returncode == -signal.SIGKILL, f"{moment}: {done.stderr}"
         assert peftlab.open_run("run").summary["status"] == "running"
     run = distill("run", resume=True, progress=SilentProgress())
     assert weights(run.folder) == weights(texts.folder / "run")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_api_train import contents, recipe, train, write_data
+from test_api_train import contents, recipe, write_data
 
 from peftlab.api.teach import teach
 from peftlab.assembly import Assembly
@@ -26,14 +26,12 @@ TASKS = ["causal_lm", "seq_cls"]
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def taught(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data and a teacher of each task."""
     folder = tmp_path_factory.mktemp("taught")
     write_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for task in TASKS:
-            train(recipe(task, run={"dir": f"teacher-{task}"}, eval={"before": False}))
+    for task in TASKS:
+        shutil.copytree(trained(recipe(task), write_data) / "run", folder / f"teacher-{task}")
     return folder
 
 

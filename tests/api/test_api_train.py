@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import errno
+import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,13 +76,10 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["causal_lm", "seq_cls"])
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def done(request: pytest.FixtureRequest, trained: Any) -> Done:
     """One finished run per task; tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp(request.param)
-    write_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return Done(folder, train(recipe(request.param)))
+    folder = trained(recipe(request.param), write_data)
+    return Done(folder, peftlab.open_run(folder / "run"))
 
 
 @pytest.fixture
@@ -206,7 +202,7 @@ save_file({"logits": model(input_ids=ids).logits.detach().contiguous()}, sys.arg
 """
 
 
-def test_merge_into_files_that_plain_transformers_loads(done: Done, copy: Path, tmp_path: Path) -> None:
+def test_merge_into_files_that_plain_transformers_loads(process: Any, done: Done, copy: Path, tmp_path: Path) -> None:
     from peftlab.adapters import load_adapter
     from peftlab.models import find_pretrained, load_model, load_tokenizer
 
@@ -218,15 +214,11 @@ def test_merge_into_files_that_plain_transformers_loads(done: Done, copy: Path, 
     settings = done.run.recipe().recipe
     auto = "AutoModelForCausalLM" if settings.task == "causal_lm" else "AutoModelForSequenceClassification"
     (tmp_path / "elsewhere").mkdir()
-    # -I: neither the repository nor PYTHONPATH; the editable install is left out by removing its finder.
+    # Neither the repository nor PYTHONPATH; the editable install is left out by removing its finder.
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n" + MERGED
-    subprocess.run(
-        [sys.executable, "-I", "-c", code, str(copy / "merged"), auto, str(tmp_path / "logits")],
-        cwd=tmp_path / "elsewhere",
-        check=True,
-        capture_output=True,
-        timeout=90,
-    )
+    arguments = ["-c", code, copy / "merged", auto, tmp_path / "logits"]
+    without = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    process.run(arguments, cwd=tmp_path / "elsewhere", env=without, timeout=90, check=True)
     pretrained = find_pretrained(settings.model.name)
     base = load_model(pretrained, auto_class=auto, device="cpu")
     model = load_adapter(base, copy / "adapter").eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from peftlab.models.student import StudentCut, make_student
 from peftlab.recipe import load_recipe
 from peftlab.training.progress import SilentProgress
 
+pytestmark = pytest.mark.usefixtures("short_timing")
+
 
 def digits(folder: Path, distill: dict[str, Any] | None = None, **data: Any) -> dict[str, Any]:
     recipe = {
@@ -35,11 +38,12 @@ def digits(folder: Path, distill: dict[str, Any] | None = None, **data: Any) -> 
     return recipe | ({"distill": {"teacher": str(folder / "teacher"), **distill}} if distill is not None else {})
 
 
-def untaught(folder: Path) -> Path:
-    """``folder`` with a teacher that has the labels and little more."""
-    recipe = digits(folder)
-    peftlab.train(recipe | {"train": {"max_steps": 1}}, progress=SilentProgress())
-    return folder
+@pytest.fixture
+def untaught(trained: Any, tmp_path: Path) -> Path:
+    """A folder with a teacher that has the labels and little more."""
+    run = trained(digits(Path()) | {"train": {"max_steps": 1}}, lambda folder: None)
+    shutil.copytree(run / "run", tmp_path / "teacher")
+    return tmp_path
 
 
 def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) -> None:
@@ -82,11 +86,11 @@ def test_a_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["recall_33", "recall", "ece", "perplexity"])
-def test_a_headline_that_is_no_metric_is_refused_before_anything_is_trained(tmp_path: Path, name: str) -> None:
-    recipe = digits(untaught(tmp_path), {"headline": name})
+def test_a_headline_that_is_no_metric_is_refused_before_anything_is_trained(untaught: Path, name: str) -> None:
+    recipe = digits(untaught, {"headline": name})
     with pytest.raises(RecipeError, match="expected a metric of the report card"):
         distill(recipe, progress=SilentProgress())
-    assert not (tmp_path / "run").exists()
+    assert not (untaught / "run").exists()
 
 
 @pytest.mark.parametrize("family", ["recall", "precision", "f1"])
@@ -150,8 +154,8 @@ def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Pat
         ({"weights": "copied"}, "cuts nothing"),
     ],
 )
-def test_impossible_beginnings_are_refused(tmp_path: Path, init: dict[str, Any], said: str) -> None:
-    recipe = digits(untaught(tmp_path), {"student_init": init})
+def test_impossible_beginnings_are_refused(untaught: Path, init: dict[str, Any], said: str) -> None:
+    recipe = digits(untaught, {"student_init": init})
     with pytest.raises(RecipeError, match=said):
         distill(recipe, progress=SilentProgress())
 
@@ -223,7 +227,7 @@ def test_losses_between_layers_that_cannot_be(tmp_path: Path, distilling: dict[s
         load_recipe(digits(tmp_path, distilling))
 
 
-def test_a_layer_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
-    recipe = digits(untaught(tmp_path), {"losses": [{"kind": "hidden_cosine", "layers": {0: 2}}]})
+def test_a_layer_that_is_not_there_is_found_by_check(untaught: Path) -> None:
+    recipe = digits(untaught, {"losses": [{"kind": "hidden_cosine", "layers": {0: 2}}]})
     with pytest.raises(RecipeError, match="hidden_cosine: the teacher has 2 layers, 0 to 1; found layer 2"):
         peftlab.check(recipe, progress=SilentProgress())

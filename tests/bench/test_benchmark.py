@@ -13,8 +13,8 @@ from peftlab import ops
 from peftlab.api.benchmark import benchmark
 from peftlab.bench import speed_run
 from peftlab.bench.worker import run_job
-from peftlab.cli import bench as bench_cli
 from peftlab.cli.app import run
+from peftlab.cli.bench_options import bench_progress
 from peftlab.errors import ArtifactError, Interrupted, PeftlabError, RecipeError
 from peftlab.measuring import machine, subprocesses
 from tests.bench.bench_examples import FakeJobs
@@ -103,7 +103,7 @@ def test_a_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest
 
     monkeypatch.setattr(ops, "lora_linear", wrong)
 
-    def here(_module: str, spec: dict[str, Any]) -> dict[str, Any]:
+    def here(spec: dict[str, Any]) -> dict[str, Any]:
         try:
             return {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
         except PeftlabError as error:
@@ -256,16 +256,16 @@ def test_a_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pyt
 
 
 def test_a_job_in_a_process_and_its_errors() -> None:
-    spec = {"job": "run", "recipe": {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}}
+    recipe = {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}
+    spec = {"job": "run", "recipe": recipe, "texts": None, "batch": 1, "steps": 1}
     found = subprocesses.launch("peftlab.bench.worker", spec)
     assert found["status"] == "impossible" and "unknown shape" in found["reason"]
 
 
-def test_time_left_goes_by_the_later_jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_left_goes_by_the_later_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     """Four gates of 10 s, then runs of 30 s: before the first run the estimate is too low, after the third right."""
     now = [0.0]
-    monkeypatch.setattr(bench_cli.time, "monotonic", lambda: now[0])
-    with bench_cli.bench_progress() as tell:
+    with bench_progress(lambda: now[0]) as tell:
         for done, now[0] in enumerate((0, 10, 20, 30, 40, 70, 100, 130)):
             tell(done, 20, f"job {done}")
     lines = capsys.readouterr().err.splitlines()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +121,7 @@ def test_a_mistake(here: Path, capsys: pytest.CaptureFixture[str], name: str) ->
     assert left == before | ({"runs"} if name == "NaN loss" else set())  # the steps before the bad one are kept
 
 
-def test_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "data.csv").write_bytes(b"text,label\nok,x\ncaf\xe9,y\n")
     assert cli(["train", write(here)]) == 3
     message = " ".join(capsys.readouterr().err.split())
@@ -132,7 +129,7 @@ def test_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert part in message, message
 
 
-def test_folder_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_folder_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write(here, run={"dir": "mine"}, eval={"before": False})
     assert cli(["train", recipe]) == 0
     kept = {p: p.read_bytes() for p in (here / "mine").rglob("*") if p.is_file()}
@@ -146,7 +143,7 @@ def test_folder_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert (here / "papers/thesis.txt").read_text() == "years of work"
 
 
-def test_adapters_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_adapters_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["train", write(here, run={"dir": "mine"}, eval={"before": False})]) == 0
     other = write(here, "causal_lm", data=CHAT)
     capsys.readouterr()
@@ -163,27 +160,24 @@ def test_adapters_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]
     assert "pickle" in " ".join(capsys.readouterr().err.split())
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(here: Path) -> None:
+def test_command_line_ctrl_c_saves_and_says_how_to_go_on(process: Any, here: Path) -> None:
     recipe = write(here, train={"max_steps": 100_000}, run={"dir": "mine"}, eval={"before": False})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peftlab", "train", recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     log = here / "mine/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) > 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "peftlab train mine --resume" in " ".join(err.split())
+    with process.start(["-m", "peftlab", "train", recipe]) as training:
+        training.wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
+        training.send_signal(signal.SIGINT)
+        done = training.wait(60)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert "peftlab train mine --resume" in " ".join(done.stderr.split())
     (step,) = [int(p.name.removeprefix("step-")) for p in (here / "mine/checkpoints").iterdir()]
     assert json.loads((here / "mine/run.json").read_text())["status"] == "interrupted"
     assert step >= 3
 
 
-def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_full_disk(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(here)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert cli(["train", write(here, run={"dir": "mine"})]) == 4
@@ -191,7 +185,7 @@ def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert not (here / "mine").exists()
 
 
-def test_a_folder_that_cannot_be_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_folder_that_cannot_be_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["train", write(here, run={"dir": "data.csv/mine"}, eval={"before": False})]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "data.csv/mine" in message

@@ -152,7 +152,7 @@ def test_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "train.lr=1"], "expected a name before the settings"),
         (["train"], "missing argument 'RECIPE'"),
         (["train", "smoke", "--train.lr=3"], "no such option"),
-        (["train", "smoke", "--resume", "--replace"], "give one of them"),
+        (["train", "smoke", "--resume", "--replace"], "--resume and --replace exclude each other"),
         (["chat", "runs/x", "hello"], "unexpected argument 'hello'"),
         (["merge", "runs/x", "--base", "other"], "other"),
         (["predict", "runs/x", "text", "--file", "f.csv"], "not both"),

@@ -52,7 +52,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, out, err
 
 
-def test_chats(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_chats(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = told(capsys, "chat.yaml", "--show", "2")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
@@ -75,7 +75,7 @@ def test_chats(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reading data" in err and "reading data" not in out
 
 
-def test_packing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_packing(capsys: pytest.CaptureFixture[str]) -> None:
     """Sixteen rows of 39 to 82 tokens; the leak test needs the model, and comes with training."""
     code, out, _ = told(capsys, "chat.yaml", "data.packing=true", "data.max_length=170", "--show", "0")
     assert code == 0
@@ -85,7 +85,7 @@ def test_packing(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(found[2]) == round(100 * (1 - tokens / (int(found[1]) * 170)), 1)
 
 
-def test_labels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_labels(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = told(capsys, "labels.yaml", "--show", "0")
     assert code == 0
     assert re.search(r"^b +8 +33 % +2 +33 %$", out, re.MULTILINE)
@@ -93,7 +93,7 @@ def test_labels(capsys: pytest.CaptureFixture[str]) -> None:
     assert "note: " in out and "repeat an earlier one (texts.csv:" in out
 
 
-def test_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = told(capsys, "chat.yaml", "--show", "3", "--json", "data.max_length=80", "data.too_long=truncate")
     report = json.loads(out)
     assert code == 0 and report["ok"]
@@ -106,7 +106,7 @@ def test_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture[str])
     assert report["estimate"]["steps"] == 2 and report["estimate"]["seconds"] > 0
 
 
-def test_an_error_ends_with_exit_code_3_after_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_error_ends_with_exit_code_3_after_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja")
     assert code == 3
     assert "written by" in out
@@ -134,17 +134,17 @@ def test_train_refuses_what_check_refuses(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     "arguments", [["nope.yaml"], ["chat.yaml", "data.allow=[typo]"], ["chat.yaml", "--show", "-1"]]
 )
-def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = told(capsys, *arguments)
     assert code == 2 and not out and err.startswith("error: ")
 
 
-def test_allow_has_no_effect_on_classes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_allow_has_no_effect_on_classes(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = told(capsys, "labels.yaml", "data.allow=[pad_is_eos]")
     assert code == 2 and "allow: has no effect for task: seq_cls" in err
 
 
-def test_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = told(capsys, "chat.yaml", "data.max_length=4")
     assert code == 3
     assert "16 rows refused: longer than data.max_length (4 tokens): chats.jsonl:" in out
@@ -160,7 +160,7 @@ def test_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
         (b" \n", "is empty; expected a Jinja chat template"),
     ],
 )
-def test_a_file_that_is_no_template(template: bytes, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_file_that_is_no_template(template: bytes, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.jinja").write_bytes(template)
     code, out, err = told(capsys, "chat.yaml", "model.chat_template=t.jinja")
     assert code == 2 and not out and says in err and "Traceback" not in err
@@ -176,7 +176,9 @@ def test_a_file_that_is_no_template(template: bytes, says: str, capsys: pytest.C
         ("data.columns={messages: nope}", 3, "no column 'nope'"),
     ],
 )
-def test_what_training_would_refuse(setting: str, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_what_training_would_refuse(
+    setting: str, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     found, out, err = told(capsys, "chat.yaml", setting)
     assert found == code and not out and says in err, err
 
@@ -189,13 +191,13 @@ def test_what_training_would_refuse(setting: str, code: int, says: str, capsys: 
         ({"role": "user"}, "expected a list of messages with role and content"),
     ],
 )
-def test_messages_in_another_form(message: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_messages_in_another_form(message: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("chats.jsonl").write_text(json.dumps({"messages": [message]}) + "\n" * 8)
     code, _, err = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
     assert code == 3 and "chats.jsonl:1: " in err and says in err
 
 
-def test_roles_of_others_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_roles_of_others_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     chat = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "ho"}]
     Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     code, out, _ = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
@@ -209,7 +211,9 @@ def test_a_run_folder_is_checked_by_its_lock_file(capsys: pytest.CaptureFixture[
     assert code == 0 and "ready to train" in out
 
 
-def test_a_narrow_terminal_keeps_the_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_narrow_terminal_keeps_the_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("peftlab.cli.output.WIDTH", 40)
     code, out, _ = told(capsys, "chat.yaml")
     assert code == 0
@@ -232,7 +236,7 @@ class Recorder(SilentProgress):
         self.lines.append(console.file.getvalue())  # type: ignore[attr-defined]
 
 
-def test_the_first_lines_of_train() -> None:
+def test_check_first_lines_of_train() -> None:
     recorder = Recorder()
     finished = peftlab.train("chat.yaml", ["eval.before=false"], progress=recorder)
     text = "\n".join(recorder.lines)
@@ -250,7 +254,7 @@ def test_the_first_lines_of_train() -> None:
     assert finished.summary["training"]["tokens"] <= ledger["train"]["tokens"]
 
 
-def test_the_same_numbers_before_and_after() -> None:
+def test_check_same_numbers_before_and_after() -> None:
     """What the ledger promises for an epoch is what the loop then counts."""
     recorder = Recorder()
     options = ["eval.before=false", "train.max_steps=null", "train.epochs=2", "train.batch_tokens=300"]
@@ -271,7 +275,7 @@ PREVIEW: Mapping[str, Any] = {
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
-def test_the_preview_in_colours_and_without(environment: dict[str, str]) -> None:
+def test_check_preview_in_colours_and_without(environment: dict[str, str]) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard", _environ=environment)
     console.print(PreviewText(PREVIEW))
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -283,14 +287,14 @@ def test_the_preview_in_colours_and_without(environment: dict[str, str]) -> None
     assert "3 tokens cut off" in text
 
 
-def test_a_long_stretch_shows_its_ends() -> None:
+def test_check_long_stretch_shows_its_ends() -> None:
     console = Console(file=io.StringIO(), width=2000, color_system=None)
     segments = [("a" * 5000 + "b", "user", False), ("c", "assistant", True)]
     console.print(PreviewText({**PREVIEW, "segments": segments}, longest=10))
     assert "aaaaa [... 4,991 characters ...] aaaab{+c+}" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_progress_shows_renderables() -> None:
+def test_check_progress_shows_renderables() -> None:
     stream = io.StringIO()
     PlainProgress(stream).show(PreviewText(PREVIEW))
     assert "{+tell<|im_end|>+}" in stream.getvalue() and "\x1b" not in stream.getvalue()
@@ -299,7 +303,7 @@ def test_progress_shows_renderables() -> None:
     assert "\x1b[32mtell" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_shares_and_places() -> None:
+def test_check_shares_and_places() -> None:
     assert [share(p, 1000) for p in (0, 0.1, 46, 370, 995, 999.99, 1000)] == [
         "0 %", "0.1 %", "4.6 %", "37 %", "99.5 %", "99.9 %", "100 %",
     ]  # fmt: skip
@@ -310,7 +314,7 @@ def test_shares_and_places() -> None:
 
 
 @pytest.mark.slow
-def test_a_million_short_chats_in_three_minutes() -> None:
+def test_check_million_short_chats_in_three_minutes() -> None:
     """On two cores that do nothing else, with the tokenizer of a real model."""
     rng = random.Random(0)
     words = "the quick brown fox jumps over lazy dog train model token answer question please what".split()  # noqa: SIM905

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -113,15 +111,9 @@ def test_the_way_to_the_hub_may_be_a_proxy(monkeypatch: pytest.MonkeyPatch, hub:
     assert "cannot be reached" in error("owner/name")[0]
 
 
-def test_offline_mode_is_named(tmp_path: Path) -> None:
+def test_offline_mode_is_named(process: Any, tmp_path: Path) -> None:
     program = "from peftlab.data import load_rows\ntry: load_rows('owner/name')\nexcept ValueError as e: print(e)"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
+    result = process.run(
+        ["-c", program], cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=60, check=True
     )
     assert "HF_HUB_OFFLINE=1 allows only what was loaded before; files, folders and package:" in result.stdout

@@ -30,11 +30,6 @@ LowRank = tuple[Tensor, Tensor, float]
 Op = Callable[..., Tensor]
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def quantized(N: int, K: int, device: torch.device, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A random weight whose rows differ in size, as bitsandbytes stores it: int8 [N, K], float32 [N]."""
     values = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.1, 3.0, N)[:, None]
@@ -91,7 +86,7 @@ def check_merge(
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_equals_bitsandbytes_bit_for_bit(
+def test_int8_dequant_equals_bitsandbytes_bit_for_bit(
     device: torch.device, backend: str, dtype: torch.dtype, N: int, K: int
 ) -> None:
     check_exact(int8_dequant, *quantized(N, K, device), dtype, backend)
@@ -99,12 +94,14 @@ def test_equals_bitsandbytes_bit_for_bit(
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_equals_the_formula(device: torch.device, backend: str, dtype: torch.dtype, N: int, K: int) -> None:
+def test_int8_dequant_equals_the_formula(
+    device: torch.device, backend: str, dtype: torch.dtype, N: int, K: int
+) -> None:
     weight, row_absmax = quantized(N, K, device)
     check_rounded_once(int8_dequant(weight, row_absmax, dtype=dtype, backend=backend), truth(weight, row_absmax), dtype)
 
 
-def test_reference(device: torch.device) -> None:
+def test_int8_dequant_reference(device: torch.device) -> None:
     weight, row_absmax = quantized(33, 130, device)
     wide = int8_dequant_reference(weight, row_absmax.double(), dtype=torch.float64)
     torch.testing.assert_close(wide, truth(weight, row_absmax), rtol=1e-15, atol=0)
@@ -114,7 +111,7 @@ def test_reference(device: torch.device) -> None:
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 64, 100])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_merge_rounds_once(device: torch.device, backend: str, dtype: torch.dtype, rank: int) -> None:
+def test_int8_dequant_merge_rounds_once(device: torch.device, backend: str, dtype: torch.dtype, rank: int) -> None:
     for N, K in [(33, 130), (5, 33), (130, 64), (1, 7)]:
         weight, row_absmax = quantized(N, K, device)
         check_merge(int8_dequant, weight, row_absmax, factors(weight, row_absmax, rank, dtype), dtype, backend)
@@ -122,7 +119,7 @@ def test_merge_rounds_once(device: torch.device, backend: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 64, 100])
 @pytest.mark.parametrize(("backend", "dtype"), [b for b in BACKENDS if b.values[1] != torch.float32])
-def test_merge_errs_no_more_than_rounding_twice(
+def test_int8_dequant_merge_errs_no_more_than_rounding_twice(
     device: torch.device, backend: str, dtype: torch.dtype, rank: int
 ) -> None:
     weight, row_absmax = quantized(70, 130, device)
@@ -135,7 +132,7 @@ def test_merge_errs_no_more_than_rounding_twice(
 
 
 @EACH_BACKEND
-def test_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
+def test_int8_dequant_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
     weight, row_absmax = quantized(33, 130, device)
     A, B, scale = factors(weight, row_absmax, 8, torch.float16)
     low_rank = (A.float().t().contiguous().t(), B.float().t().contiguous().t(), scale)
@@ -145,7 +142,7 @@ def test_factors_of_another_layout_and_type(device: torch.device, backend: str) 
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_out_is_overwritten_and_nothing_else(
+def test_int8_dequant_out_is_overwritten_and_nothing_else(
     device: torch.device, backend: str, dtype: torch.dtype, merge: bool
 ) -> None:
     weight, row_absmax = quantized(33, 130, device)
@@ -160,7 +157,7 @@ def test_out_is_overwritten_and_nothing_else(
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (7, 0)])
-def test_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
+def test_int8_dequant_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
     weight = torch.empty(shape, dtype=torch.int8, device=device)
     assert int8_dequant(weight, torch.ones(shape[0], device=device), dtype=torch.float16).shape == shape
 
@@ -174,7 +171,9 @@ def test_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
         (torch.zeros(33, 130, dtype=torch.int8), torch.ones(130), "expected 33 row scales, found 130"),
     ],
 )
-def test_weights_that_do_not_fit(device: torch.device, weight: Tensor, row_absmax: Tensor, found: str) -> None:
+def test_int8_dequant_weights_that_do_not_fit(
+    device: torch.device, weight: Tensor, row_absmax: Tensor, found: str
+) -> None:
     with pytest.raises(ValueError, match=found):
         int8_dequant(weight.to(device), row_absmax.to(device), dtype=torch.float32)
 
@@ -185,7 +184,7 @@ def test_weights_that_do_not_fit(device: torch.device, weight: Tensor, row_absma
     # Too large, not too small: unchecked, the latter would be read beyond their end.
     [((8, 131), (33, 8), "131"), ((8, 130), (34, 8), "34"), ((8, 130), (33, 19), "19")],
 )
-def test_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, found: str) -> None:
+def test_int8_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, found: str) -> None:
     weight, row_absmax = quantized(33, 130, device)
     low_rank = (torch.zeros(A, device=device), torch.zeros(B, device=device), 1.0)
     with pytest.raises(ValueError, match=found):
@@ -200,14 +199,14 @@ def test_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: 
         (torch.empty(130, 33).t(), "contiguous"),
     ],
 )
-def test_out_that_does_not_fit(device: torch.device, out: Tensor, found: str) -> None:
+def test_int8_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, found: str) -> None:
     weight, row_absmax = quantized(33, 130, device)
     with pytest.raises(ValueError, match=found):
         int8_dequant(weight, row_absmax, dtype=torch.float32, out=out.to(device))
 
 
 @NEEDS_TRITON
-def test_backends_that_cannot_run(device: torch.device) -> None:
+def test_int8_dequant_backends_that_cannot_run(device: torch.device) -> None:
     weight, row_absmax = quantized(33, 130, device)
     with pytest.raises(ValueError, match="found 'cuda'"):
         int8_dequant(weight, row_absmax, dtype=torch.float32, backend="cuda")
@@ -239,7 +238,9 @@ def _without_low_rank(weight: Tensor, row_absmax: Tensor, *, low_rank: LowRank, 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize("fault", [_neighbours_swapped, _divided_by_128, _one_scale_off])
-def test_deliberate_faults_are_caught(device: torch.device, fault: Op, backend: str, dtype: torch.dtype) -> None:
+def test_int8_dequant_deliberate_faults_are_caught(
+    device: torch.device, fault: Op, backend: str, dtype: torch.dtype
+) -> None:
     weight, row_absmax = quantized(33, 130, device)
     with pytest.raises(AssertionError, match="error"):
         check_exact(fault, weight, row_absmax, dtype, backend)
@@ -247,7 +248,7 @@ def test_deliberate_faults_are_caught(device: torch.device, fault: Op, backend: 
 
 @pytest.mark.parametrize("fault", [_neighbours_swapped, _one_scale_off, _without_scale, _without_low_rank])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_deliberate_faults_of_a_merge_are_caught(
+def test_int8_dequant_deliberate_faults_of_a_merge_are_caught(
     device: torch.device, fault: Op, backend: str, dtype: torch.dtype
 ) -> None:
     weight, row_absmax = quantized(33, 130, device)

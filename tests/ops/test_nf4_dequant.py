@@ -33,11 +33,6 @@ LowRank = tuple[Tensor, Tensor, float]
 Op = Callable[..., Tensor]
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture(autouse=True)
 def eager_bitsandbytes() -> Iterator[None]:
     """bitsandbytes compiles its CPU path for an odd K, anew for each shape: seconds each, for the same bits."""
@@ -113,7 +108,7 @@ def check_merge(op: Op, weight: NF4Weight, low_rank: LowRank, dtype: torch.dtype
 
 @pytest.mark.parametrize(("blocksize", "nested"), BLOCKS)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_equals_bitsandbytes_bit_for_bit(
+def test_nf4_dequant_equals_bitsandbytes_bit_for_bit(
     device: torch.device, backend: str, dtype: torch.dtype, blocksize: int, nested: bool
 ) -> None:
     for N, K in SHAPES:
@@ -121,7 +116,7 @@ def test_equals_bitsandbytes_bit_for_bit(
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_many_blocks_of_blocks(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+def test_nf4_dequant_many_blocks_of_blocks(device: torch.device, backend: str, dtype: torch.dtype) -> None:
     """More than 256 blocks, so that a second entry of the nested scales is read."""
     weight, state = quantized(300, 130, device, nested=True)
     assert weight.nested is not None and weight.nested[1].numel() == 3
@@ -131,7 +126,7 @@ def test_many_blocks_of_blocks(device: torch.device, backend: str, dtype: torch.
 
 @pytest.mark.parametrize(("blocksize", "nested"), BLOCKS)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_equals_the_formula(
+def test_nf4_dequant_equals_the_formula(
     device: torch.device, backend: str, dtype: torch.dtype, blocksize: int, nested: bool
 ) -> None:
     for N, K in SHAPES:
@@ -141,14 +136,14 @@ def test_equals_the_formula(
 
 @pytest.mark.parametrize(("N", "K", "blocksize"), [(7, 96, 64), (40, 16, 64), (9, 64, 128), (4, 192, 128)])
 @EACH_BACKEND
-def test_blocks_that_span_rows(device: torch.device, backend: str, N: int, K: int, blocksize: int) -> None:
+def test_nf4_dequant_blocks_that_span_rows(device: torch.device, backend: str, N: int, K: int, blocksize: int) -> None:
     """K is a multiple of 16 but not of the blocksize: on a CPU with AVX512 bitsandbytes 0.50.2 then errs by the size of
     the weights (max error 1.4 for normal values), so it is no reference here."""
     weight, _ = quantized(N, K, device, blocksize=blocksize)
     check_rounded_once(nf4_dequant(weight, dtype=torch.float32, backend=backend), truth(weight), torch.float32)
 
 
-def test_reference_in_float32_has_the_roundings_of_bitsandbytes(device: torch.device) -> None:
+def test_nf4_dequant_reference_in_float32_has_the_roundings_of_bitsandbytes(device: torch.device) -> None:
     weight, state = quantized(33, 130, device, nested=True)
     plain = nf4_dequant_reference(weight.packed, weight.absmax, weight.code, weight.shape, nested=weight.nested)
     assert torch.equal(plain, of_bitsandbytes(weight, state, torch.float32))
@@ -159,7 +154,7 @@ def test_reference_in_float32_has_the_roundings_of_bitsandbytes(device: torch.de
     [(33, 130, 64, True), (5, 33, 64, False), (70, 128, 64, True), (130, 256, 128, False), (1, 64, 64, False)],
 )
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_merge_rounds_once(
+def test_nf4_dequant_merge_rounds_once(
     device: torch.device, backend: str, dtype: torch.dtype, N: int, K: int, blocksize: int, nested: bool
 ) -> None:
     weight, _ = quantized(N, K, device, blocksize=blocksize, nested=nested)
@@ -169,7 +164,7 @@ def test_merge_rounds_once(
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 64, 100])
 @pytest.mark.parametrize(("backend", "dtype"), [b for b in BACKENDS if b.values[1] != torch.float32])
-def test_merge_errs_no_more_than_rounding_twice(
+def test_nf4_dequant_merge_errs_no_more_than_rounding_twice(
     device: torch.device, backend: str, dtype: torch.dtype, rank: int
 ) -> None:
     weight, _ = quantized(70, 130, device, nested=True)
@@ -182,7 +177,7 @@ def test_merge_errs_no_more_than_rounding_twice(
 
 
 @EACH_BACKEND
-def test_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
+def test_nf4_dequant_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
     weight, _ = quantized(33, 130, device)
     A, B, scale = factors(weight, 8, torch.float16)
     low_rank = (A.float().t().contiguous().t(), B.float().t().contiguous().t(), scale)
@@ -192,7 +187,7 @@ def test_factors_of_another_layout_and_type(device: torch.device, backend: str) 
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_out_is_overwritten_and_nothing_else(
+def test_nf4_dequant_out_is_overwritten_and_nothing_else(
     device: torch.device, backend: str, dtype: torch.dtype, merge: bool
 ) -> None:
     weight, _ = quantized(33, 130, device, nested=True)
@@ -207,7 +202,7 @@ def test_out_is_overwritten_and_nothing_else(
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (7, 0)])
-def test_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
+def test_nf4_dequant_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
     packed = torch.empty(0, dtype=torch.uint8, device=device)
     weight = NF4Weight(packed, torch.empty(0, device=device), torch.zeros(16, device=device), shape)
     assert nf4_dequant(weight, dtype=torch.float16).shape == shape
@@ -226,7 +221,7 @@ def test_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
         (lambda w: replace(w, nested=(w.nested[0], w.nested[1].repeat(2), w.nested[2])), "found 2"),
     ],
 )
-def test_weights_that_do_not_fit(device: torch.device, backend: str, change: Any, found: str) -> None:
+def test_nf4_dequant_weights_that_do_not_fit(device: torch.device, backend: str, change: Any, found: str) -> None:
     weight, _ = quantized(33, 130, device, nested=True)
     with pytest.raises(ValueError, match=found):
         nf4_dequant(change(weight), dtype=torch.float32, backend=backend)
@@ -237,7 +232,7 @@ def test_weights_that_do_not_fit(device: torch.device, backend: str, change: Any
     ("A", "B", "found"),
     [((8, 131), (33, 8), "131"), ((8, 130), (34, 8), "34"), ((8, 130), (33, 19), "19")],
 )
-def test_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, found: str) -> None:
+def test_nf4_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, found: str) -> None:
     weight, _ = quantized(33, 130, device)
     low_rank = (torch.zeros(A, device=device), torch.zeros(B, device=device), 1.0)
     with pytest.raises(ValueError, match=found):
@@ -252,7 +247,7 @@ def test_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: 
         (torch.empty(130, 33).t(), "contiguous"),
     ],
 )
-def test_out_that_does_not_fit(device: torch.device, out: Tensor, found: str) -> None:
+def test_nf4_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, found: str) -> None:
     weight, _ = quantized(33, 130, device)
     out = out.to(device)
     with pytest.raises(ValueError, match=found):
@@ -260,7 +255,7 @@ def test_out_that_does_not_fit(device: torch.device, out: Tensor, found: str) ->
 
 
 @NEEDS_TRITON
-def test_backends_that_cannot_run(device: torch.device) -> None:
+def test_nf4_dequant_backends_that_cannot_run(device: torch.device) -> None:
     weight, _ = quantized(33, 130, device)
     with pytest.raises(ValueError, match="found 'cuda'"):
         nf4_dequant(weight, dtype=torch.float32, backend="cuda")
@@ -268,7 +263,7 @@ def test_backends_that_cannot_run(device: torch.device) -> None:
         nf4_dequant(weight, dtype=torch.float64, backend="triton")
 
 
-def test_float64_is_right_or_refused(device: torch.device) -> None:
+def test_nf4_dequant_float64_is_right_or_refused(device: torch.device) -> None:
     """The types are float32, float16 and bfloat16; another must not return memory that nobody wrote."""
     weight, _ = quantized(33, 130, device)
     try:
@@ -308,7 +303,7 @@ def _without_low_rank(weight: NF4Weight, *, low_rank: LowRank, **kwargs: Any) ->
     ("fault", "nested"),
     [(_swapped_nibbles, False), (_one_scale_off, False), (_one_scale_off, True), (_without_offset, True)],
 )
-def test_deliberate_faults_are_caught(
+def test_nf4_dequant_deliberate_faults_are_caught(
     device: torch.device, fault: Op, nested: bool, backend: str, dtype: torch.dtype
 ) -> None:
     weight, state = quantized(33, 130, device, nested=nested)
@@ -319,7 +314,7 @@ def test_deliberate_faults_are_caught(
 
 @pytest.mark.parametrize("fault", [_swapped_nibbles, _one_scale_off, _without_scale, _without_low_rank])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_deliberate_faults_of_a_merge_are_caught(
+def test_nf4_dequant_deliberate_faults_of_a_merge_are_caught(
     device: torch.device, fault: Op, backend: str, dtype: torch.dtype
 ) -> None:
     weight, _ = quantized(33, 130, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,19 +98,18 @@ def test_no_probe_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> 
     assert "wrong result" in str(runtime.triton_problem(CUDA, products=True))
 
 
-def test_tensors_without_values_do_not_reach_the_probe() -> None:
+def test_tensors_without_values_do_not_reach_the_probe(process: Any) -> None:
     code = (
         "import torch; from peftlab_kernels import runtime; from torch._subclasses.fake_tensor import FakeTensorMode\n"
         "with FakeTensorMode(): print(runtime._probed(torch.device('cpu')))"
     )
-    assert _interpreted(code) == "None"
+    assert _interpreted(process, code) == "None"
 
 
-def _interpreted(code: str) -> str:
+def _interpreted(process: Any, code: str) -> str:
     """What a program prints in a process of its own, in Triton's interpreter."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    return done.stdout.strip()
+    return str(process.run(["-c", code], env=environment, check=True).stdout.strip())
 
 
 def _on_cuda() -> Any:
@@ -209,14 +207,14 @@ def test_every_launch_goes_through_runtime() -> None:
         assert len(launches) == (path.name == "runtime.py"), f"{path}: {[ast.unparse(n) for n in launches]}"
 
 
-def test_the_probe_runs_in_the_interpreter() -> None:
+def test_the_probe_runs_in_the_interpreter(process: Any) -> None:
     code = (
         "import torch; from peftlab_kernels import runtime\n"
         "assert runtime._probed(torch.device('cpu')) is None\n"
         "from peftlab_kernels import probe; probe.row_sums = lambda x: x.sum(0)\n"
         "runtime._probes.clear(); print(runtime._probed(torch.device('cpu')))"
     )
-    assert _interpreted(code) == "Triton's first kernel gave a wrong result"
+    assert _interpreted(process, code) == "Triton's first kernel gave a wrong result"
 
 
 def test_seeds_stay_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def weights(model: Any) -> dict[str, Any]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_everything_comes_back(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_everything_comes_back(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, modules_to_save=["lm_head"])
     folder = save(tmp_path, model, optimizer)
     assert folder.name == "step-00000002"
@@ -70,7 +70,7 @@ def test_everything_comes_back(tiny: Callable[..., Any], tmp_path: Path) -> None
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == draws
 
 
-def test_equal_states_give_equal_bytes(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_equal_states_give_equal_bytes(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny)
     rng = RngState.capture()
     for root in ("a", "b"):
@@ -101,7 +101,7 @@ def test_damage_is_found_and_the_earlier_checkpoint_named(
     check_checkpoint(tmp_path / "step-00000001")
 
 
-def test_a_check_that_skips_the_hash_is_caught(
+def test_checkpoint_check_that_skips_the_hash_is_caught(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_module, "_sha256", lambda path: "0")
@@ -109,7 +109,7 @@ def test_a_check_that_skips_the_hash_is_caught(
         test_damage_is_found_and_the_earlier_checkpoint_named(tiny, tmp_path, "adapter_model.safetensors", "flip")
 
 
-def test_a_damaged_manifest(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_damaged_manifest(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     folder = save(tmp_path, model, optimizer)
     (folder / "manifest.json").write_text("{")
@@ -117,7 +117,7 @@ def test_a_damaged_manifest(tiny: Callable[..., Any], tmp_path: Path) -> None:
         check_checkpoint(folder)
 
 
-def test_an_empty_manifest_vouches_for_nothing(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_empty_manifest_vouches_for_nothing(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     folder = save(tmp_path, model, optimizer)
     (folder / "manifest.json").write_text("{}")
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_rank(tiny: Callable[..., Any], tmp_path: Path) 
         load_checkpoint(folder, model=model, optimizer=optimizer)
 
 
-def test_only_the_newest_are_kept(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_only_the_newest_are_kept(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     for step in (1, 2, 3, 10, 100):
         save(tmp_path, model, optimizer, step=step, keep=2)
@@ -172,7 +172,7 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tiny: Callable[..., Any], tmp_
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
 
 
-def test_saving_a_step_again_replaces_it(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_saving_a_step_again_replaces_it(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     save(tmp_path, model, optimizer, step=1)
     check_checkpoint(save(tmp_path, model, optimizer, step=1))

@@ -170,8 +170,8 @@ torch.save(found, folder / f"{accelerator.process_index}.pt")
 """
 
 
-def test_two_ranks(texts: DistillLab, tmp_path: Path) -> None:
-    for found in two_processes(tmp_path, RANK):
+def test_two_ranks(process: Any, texts: DistillLab, tmp_path: Path) -> None:
+    for found in two_processes(process, tmp_path, RANK):
         for name, (shapes, plan, lr) in RANK_CASES.items():
             if lr:
                 assert_same(found[name], texts.steps(shapes, plan, lr))

@@ -114,7 +114,7 @@ def bench(tiny: Any, tokenizer_of: Any, accelerator: Any, tmp_path: Path) -> Cal
     return lambda **options: Bench(tiny, tokenizer_of("tiny:llama"), accelerator, tmp_path, **options)
 
 
-def test_learning_rate_and_log(bench: Callable[..., Bench]) -> None:
+def test_loop_learning_rate_and_log(bench: Callable[..., Bench]) -> None:
     b, recorder = bench(), Recorder()
     settings = LoopSettings(lr=3.0e-3, schedule="linear", warmup=2, max_grad_norm=1.0)
     result = b.loop(settings, progress=recorder, max_steps=5).run()
@@ -129,7 +129,7 @@ def test_learning_rate_and_log(bench: Callable[..., Bench]) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.25, 1e6])
-def test_clipping(bench: Callable[..., Bench], limit: float) -> None:
+def test_loop_clipping(bench: Callable[..., Bench], limit: float) -> None:
     b, recorder, norms = bench(), Recorder(), []
     settings = LoopSettings(lr=1e-3, schedule="constant", warmup=0, max_grad_norm=limit)
     loop = b.loop(settings, progress=recorder, max_steps=1)
@@ -146,7 +146,7 @@ def test_clipping(bench: Callable[..., Bench], limit: float) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "marked"), [(4, 7), (12, 7), (12, 0), (12, 3), (12, 11)])
-def test_a_nan_stops_before_the_weights_change(
+def test_loop_nan_stops_before_the_weights_change(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, tokenizer_of: Any, batch_size: int, marked: int
 ) -> None:
     b = bench(marked=marked)
@@ -172,7 +172,7 @@ def test_a_nan_stops_before_the_weights_change(
     assert all(str(p) in str(caught.value) for p in saved)
 
 
-def test_a_rank_without_a_micro_batch_names_the_first(
+def test_loop_rank_without_a_micro_batch_names_the_first(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes part with the first one, and a NaN times 0 is one."""
@@ -188,7 +188,7 @@ def test_a_rank_without_a_micro_batch_names_the_first(
     assert math.isnan(loss) and bad == 0
 
 
-def test_an_infinite_gradient_stops_too(bench: Callable[..., Bench]) -> None:
+def test_loop_infinite_gradient_stops_too(bench: Callable[..., Bench]) -> None:
     b = bench()
     loop = b.loop()
     before = b.weights()
@@ -202,7 +202,7 @@ def interrupt_at(step: int) -> Recorder:
     return Recorder(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(bench: Callable[..., Bench]) -> None:
+def test_loop_ctrl_c_saves_and_says_how_to_go_on(bench: Callable[..., Bench]) -> None:
     b, handler = bench(), signal.getsignal(signal.SIGINT)
     recorder = interrupt_at(3)
     loop = b.loop(progress=recorder, max_steps=9)
@@ -216,7 +216,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(bench: Callable[..., Bench]) -> None
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_ctrl_c_before_the_first_step(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_ctrl_c_before_the_first_step(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     b, right = bench(), CausalLM.loss_sum
 
     def impatient(self: Any, model: Any, batch: Any) -> Any:
@@ -229,7 +229,7 @@ def test_ctrl_c_before_the_first_step(bench: Callable[..., Bench], monkeypatch: 
     assert not (b.folder / "checkpoints").exists()
 
 
-def test_ctrl_c_within_a_step_loses_only_that_step(
+def test_loop_ctrl_c_within_a_step_loses_only_that_step(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the micro-batches of step 3 are done: neither their gradients nor their random numbers may stay."""
@@ -257,7 +257,7 @@ def test_ctrl_c_within_a_step_loses_only_that_step(
 
 
 @pytest.mark.parametrize("stop", [3, 5])
-def test_a_resumed_run_ends_with_the_same_bytes(bench: Callable[..., Bench], stop: int) -> None:
+def test_loop_resumed_run_ends_with_the_same_bytes(bench: Callable[..., Bench], stop: int) -> None:
     b = bench(dropout=0.3)
     settings = LoopSettings(lr=1e-2, schedule="cosine", warmup=2, save_every=3)
     b.loop(settings, max_steps=8).run()
@@ -277,17 +277,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(bench: Callable[..., Bench], sto
     assert b.adapter_bytes("resumed") == want
 
 
-def test_a_resume_without_the_generators_is_caught(
+def test_loop_resume_without_the_generators_is_caught(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peftlab.training.checkpoint import RngState
 
     monkeypatch.setattr(RngState, "restore", lambda self: None)
     with pytest.raises(AssertionError):
-        test_a_resumed_run_ends_with_the_same_bytes(bench, 3)
+        test_loop_resumed_run_ends_with_the_same_bytes(bench, 3)
 
 
-def test_a_damaged_checkpoint_is_refused_on_resume(bench: Callable[..., Bench]) -> None:
+def test_loop_damaged_checkpoint_is_refused_on_resume(bench: Callable[..., Bench]) -> None:
     b = bench()
     settings = LoopSettings(lr=1e-2, save_every=2, keep=3)
     b.loop(settings, max_steps=6).run()
@@ -298,7 +298,7 @@ def test_a_damaged_checkpoint_is_refused_on_resume(bench: Callable[..., Bench]) 
         b.loop(settings, max_steps=6).resume(late)
 
 
-def test_best_and_patience(bench: Callable[..., Bench]) -> None:
+def test_loop_best_and_patience(bench: Callable[..., Bench]) -> None:
     b, seen = bench(), {}
     values = iter([3.0, 2.0, 2.5, 2.0, 9.0])
 
@@ -322,7 +322,7 @@ def test_best_and_patience(bench: Callable[..., Bench]) -> None:
         assert torch.equal(best[name.replace(".default", "")], value), name
 
 
-def test_best_of_a_metric_that_should_grow(bench: Callable[..., Bench]) -> None:
+def test_loop_best_of_a_metric_that_should_grow(bench: Callable[..., Bench]) -> None:
     b, values = bench(), iter([0.5, 0.7, 0.6])
     settings = LoopSettings(lr=1e-2, eval_every=1, best="accuracy")
     loop = b.loop(settings, evaluate=lambda: {"accuracy": next(values)}, max_steps=4)
@@ -331,7 +331,7 @@ def test_best_of_a_metric_that_should_grow(bench: Callable[..., Bench]) -> None:
     assert loop.result.best_step == 4
 
 
-def test_patience_survives_a_resume(bench: Callable[..., Bench]) -> None:
+def test_loop_patience_survives_a_resume(bench: Callable[..., Bench]) -> None:
     b = bench()
     settings = LoopSettings(lr=1e-2, eval_every=1, best="loss", patience=3, save_every=1)
     values = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]

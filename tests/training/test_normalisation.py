@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -545,52 +541,25 @@ def drawn(count: int, *, packed: bool) -> list[tuple[Any, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: Any) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: Any, process: Any) -> list[dict[str, Any]]:
     """What two processes over gloo found for ``RANK_CASES``, and with its rows and plan for each ``drawn`` case."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(drawn(6, packed=False) + drawn(24, packed=True), folder / "drawn.pt")
-    return two_processes(folder, RANK)
+    return two_processes(process, folder, RANK)
 
 
-def two_processes(folder: Path, script: str) -> list[dict[str, Any]]:
+def two_processes(process: Any, folder: Path, script: str) -> list[dict[str, Any]]:
     """What ``script`` wrote as RANK.pt into the folder that is its argument, run as two ranks over gloo."""
     (folder / "rank.py").write_text(script)
     tests = Path(__file__).parents[1]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": os.pathsep.join(map(str, [tests.parent, tests.parent / "kernels", tests, Path(__file__).parent])),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    running = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, str(folder / "rank.py"), str(folder)]
-            rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running.append(subprocess.Popen(command, env=rank_env, stdout=out, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + 120
-    try:
-        # A rank that fails leaves the other one waiting for it.
-        while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        codes = [p.poll() for p in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    if codes != [0, 0]:
-        tails = "\n".join(f"rank {rank}:\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
-        pytest.fail(f"exit codes {codes} (None: still running after 120 s or when the other failed)\n{tails}")
+    process.run_ranks([folder / "rank.py", folder], env=env)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -62,7 +62,7 @@ def recipe(task: str = "causal_lm", **changes: Any) -> dict[str, Any]:
         ("seq_cls", "cpu-int8", "int8"),  # its head has no int8 weights
     ],
 )
-def test_rounded_operands_are_told_from_faults(
+def test_parity_rounded_operands_are_told_from_faults(
     here: Path, monkeypatch: pytest.MonkeyPatch, any_processor: None, task: str, kernels: str, quantize: str
 ) -> None:
     """The training path is compared in float32, then its rounding with that; evaluation takes it too."""
@@ -82,7 +82,7 @@ def test_rounded_operands_are_told_from_faults(
         train(**changes, run={"kernels": kernels, "dir": "faulty"})
 
 
-def test_plans_that_round_no_rows_are_told_from_faults(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_plans_that_round_no_rows_are_told_from_faults(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU bitsandbytes' layers round rows of x to 8 bits in training, here by force. The training path is compared
     with them rounded as well, and then as it trains, which may be without."""
     from bitsandbytes.autograd import _functions as bnb
@@ -115,7 +115,7 @@ def test_plans_that_round_no_rows_are_told_from_faults(here: Path, monkeypatch: 
         train(**changes, run={"dir": "faulty"})
 
 
-def test_a_processor_without_the_units_opens_such_a_run(
+def test_parity_processor_without_the_units_opens_such_a_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, any_processor: None
 ) -> None:
     run = train(task="seq_cls", run={"kernels": "cpu-bf16"})
@@ -135,12 +135,12 @@ def test_a_processor_without_the_units_opens_such_a_run(
         ({"run": {"kernels": "cpu-bf16"}, "model": {"dtype": "bfloat16"}}, "is for float32; leave train.precision"),
     ],
 )
-def test_where_rounded_operands_make_no_sense(here: Path, changes: dict[str, Any], message: str) -> None:
+def test_parity_where_rounded_operands_make_no_sense(here: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         train(**changes)
 
 
-def test_full_fine_tuning_has_nothing_to_round(here: Path) -> None:
+def test_parity_full_fine_tuning_has_nothing_to_round(here: Path) -> None:
     whole = recipe(run={"kernels": "cpu-bf16"}) | {"adapter": {"method": "none"}}
     with pytest.raises(RecipeError, match="without an adapter none is frozen; write auto"):
         peftlab.train(whole, progress=SilentProgress())
@@ -153,7 +153,7 @@ def train(**changes: Any) -> Any:
 @pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_result_is_in_the_run_folder(here: Path, task: str, quantize: str, dropout: float) -> None:
+def test_parity_result_is_in_the_run_folder(here: Path, task: str, quantize: str, dropout: float) -> None:
     train(task=task, model={"quantize": quantize}, adapter={"dropout": dropout})
     found = json.loads((here / "run" / "run.json").read_text())["parity"]
     assert found["num_planned"] == found["num_adapted"] == found["num_fused"] > 0
@@ -166,7 +166,7 @@ def test_the_result_is_in_the_run_folder(here: Path, task: str, quantize: str, d
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_pefts_own_path_is_a_choice_and_is_listed(here: Path, dropout: float) -> None:
+def test_parity_pefts_own_path_is_a_choice_and_is_listed(here: Path, dropout: float) -> None:
     """With masks of its own, on both sides of the comparison."""
     train(run={"kernels": "reference"}, adapter={"dropout": dropout})
     found = json.loads((here / "run" / "run.json").read_text())["parity"]
@@ -174,7 +174,7 @@ def test_pefts_own_path_is_a_choice_and_is_listed(here: Path, dropout: float) ->
     assert set(found["slow"].values()) == {"run.kernels=reference"}
 
 
-def test_the_gate_leaves_no_trace(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_gate_leaves_no_trace(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(adapter={"dropout": 0.1})
     gated = (here / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     fake = dataclasses.make_dataclass("Report", [])()
@@ -273,7 +273,7 @@ FAULTS: dict[Callable[..., None], tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_each_fault_stops_the_run_and_is_named(
+def test_parity_each_fault_stops_the_run_and_is_named(
     here: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None]
 ) -> None:
     task, message = FAULTS[fault]
@@ -283,7 +283,7 @@ def test_each_fault_stops_the_run_and_is_named(
     assert not (here / "run").exists(), "nothing was trained, so nothing is kept"
 
 
-def test_a_long_row_is_cut_to_its_last_trained_token() -> None:
+def test_parity_long_row_is_cut_to_its_last_trained_token() -> None:
     from peftlab.tasks import Example
 
     trained = np.zeros(1000, dtype=bool)

@@ -65,7 +65,7 @@ def _line_steps(stream: io.StringIO) -> Iterator[int]:
     return (int(m[1].replace(",", "")) for m in re.finditer(r"^step ([\d,]+)/", stream.getvalue(), flags=re.MULTILINE))
 
 
-def test_a_plain_session_reads_like_this(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_plain_session_reads_like_this(stream: FakeTerminal, clock: FakeClock) -> None:
     with PlainProgress(stream, clock) as progress:
         progress.stage("loading model")
         progress.note("24 modules adapted")
@@ -85,36 +85,60 @@ def test_a_plain_session_reads_like_this(stream: FakeTerminal, clock: FakeClock)
         "step 1/5  loss 1.235  lr 2.0e-04  grad 0.51  1,234 tok/s  2.1 GB",
         "step 2/5  loss 1.235  lr 2.0e-04  grad 0.51  1,234 tok/s  2.1 GB  0:06 left",
         "step 5/5  loss 1.235  lr 2.0e-04  grad 0.51  1,234 tok/s  2.1 GB  took 0:10",
-        "evaluating ...",
-        "evaluating: 1.0 s",
+        "evaluating ... 1.0 s",
         "eval at step 5: loss 0.5000, f1_macro 0.9123",
     ]
 
 
-def test_plain_lines_of_a_fast_run_are_the_first_few_and_the_last(stream: FakeTerminal, clock: FakeClock) -> None:
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("kind", [PlainProgress, RichProgress])
+def test_progress_inside_quietly_only_warnings_are_shown_unless_all_was_asked_for(
+    stream: FakeTerminal, clock: FakeClock, kind: type[Progress], verbose: bool
+) -> None:
+    to = stream if kind is PlainProgress else Console(file=stream, width=80, color_system=None)
+    with kind(to, clock, verbose=verbose) as progress:  # type: ignore[call-arg]
+        progress.detail("a detail")
+        progress.stage("loading")
+        with progress.quietly():
+            clock.now += 1.0
+            progress.stage("a stage of a second arm")
+            clock.now += 1.0
+            progress.note("a note")
+            progress.warn("look")
+            progress.evaluated(5, {"loss": 0.5})
+        progress.note("outside again")
+    shown = "\n".join(_screen(stream))
+    assert "warning: look" in shown and "outside again" in shown and "loading ..." in shown
+    for text in ("a detail", "a stage of a second arm", "a note", "eval at step 5"):
+        assert (text in shown) == verbose, text
+
+
+def test_progress_plain_lines_of_a_fast_run_are_the_first_few_and_the_last(
+    stream: FakeTerminal, clock: FakeClock
+) -> None:
     _run(PlainProgress(stream, clock), clock, 1000, step_s=0.004)
     assert list(_line_steps(stream)) == [1, 2, 5, 10, 1000]
 
 
-def test_plain_lines_are_five_seconds_and_two_percent_apart(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_plain_lines_are_five_seconds_and_two_percent_apart(stream: FakeTerminal, clock: FakeClock) -> None:
     _run(PlainProgress(stream, clock), clock, 1000, step_s=1.0)
     steps = list(_line_steps(stream))
     assert steps[4:7] == [30, 50, 70]
     assert steps[-1] == 1000
 
 
-def test_plain_lines_of_a_slow_run_come_each_minute(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_plain_lines_of_a_slow_run_come_each_minute(stream: FakeTerminal, clock: FakeClock) -> None:
     _run(PlainProgress(stream, clock), clock, 100_000, step_s=1.0)
     steps = list(_line_steps(stream))[4:-1]
     assert {later - earlier for earlier, later in itertools.pairwise(steps)} == {60}
 
 
-def test_a_resumed_run_counts_its_own_first_steps(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_resumed_run_counts_its_own_first_steps(stream: FakeTerminal, clock: FakeClock) -> None:
     _run(PlainProgress(stream, clock), clock, 1000, step_s=0.001, first_step=400)
     assert list(_line_steps(stream)) == [401, 402, 405, 410, 1000]
 
 
-def test_time_left_leaves_out_the_first_step(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_time_left_leaves_out_the_first_step(stream: FakeTerminal, clock: FakeClock) -> None:
     progress = PlainProgress(stream, clock)
     progress.start(101)
     clock.now += 600.0
@@ -124,7 +148,9 @@ def test_time_left_leaves_out_the_first_step(stream: FakeTerminal, clock: FakeCl
     assert stream.getvalue().splitlines() == ["step 1/101", "step 2/101  0:50 left"]
 
 
-def test_plain_output_has_no_control_codes_and_many_metrics_are_cut(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_plain_output_has_no_control_codes_and_many_metrics_are_cut(
+    stream: FakeTerminal, clock: FakeClock
+) -> None:
     progress = PlainProgress(stream, clock)
     progress.evaluated(1200, {f"f1_{i}": i / 10 for i in range(20)})
     progress.note("[bold] stays")
@@ -136,7 +162,7 @@ def test_plain_output_has_no_control_codes_and_many_metrics_are_cut(stream: Fake
 @pytest.mark.parametrize("width", [20, 40, 80, 81, 132])
 @pytest.mark.parametrize("values", [VALUES, HUGE, {}])
 @pytest.mark.parametrize("total_steps", [10, 1_000_000])
-def test_the_live_line_fits_the_terminal(
+def test_progress_live_line_fits_the_terminal(
     stream: FakeTerminal, clock: FakeClock, width: int, values: dict[str, float], total_steps: int
 ) -> None:
     with _rich(stream, clock, width) as progress:
@@ -152,7 +178,7 @@ def test_the_live_line_fits_the_terminal(
     assert max(map(len, live)) <= width
 
 
-def test_at_80_columns_nothing_is_left_out(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_at_80_columns_nothing_is_left_out(stream: FakeTerminal, clock: FakeClock) -> None:
     with _rich(stream, clock) as progress:
         progress.start(10_000)
         for step in (1, 1001):
@@ -162,7 +188,7 @@ def test_at_80_columns_nothing_is_left_out(stream: FakeTerminal, clock: FakeCloc
     assert re.fullmatch(r"step 1,001/10,000 {2}.{8,} {2}loss 1.235  1,234 tok/s  2.1 GB  15:00 left\s*", last), last
 
 
-def test_a_narrow_terminal_loses_the_bar_then_memory_then_speed(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_narrow_terminal_loses_the_bar_then_memory_then_speed(stream: FakeTerminal, clock: FakeClock) -> None:
     with _rich(stream, clock, width=40) as progress:
         progress.start(10)
         for step in (1, 2):
@@ -171,7 +197,9 @@ def test_a_narrow_terminal_loses_the_bar_then_memory_then_speed(stream: FakeTerm
     assert _screen(stream)[-1].rstrip() == "step 2/10  loss 1.235  0:08 left"
 
 
-def test_rich_notes_keep_user_text_and_metrics_wrap_between_names(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_rich_notes_keep_user_text_and_metrics_wrap_between_names(
+    stream: FakeTerminal, clock: FakeClock
+) -> None:
     path = "/runs/" + "x" * 100
     with _rich(stream, clock) as progress:
         progress.note(f"[red]{path}")
@@ -182,14 +210,14 @@ def test_rich_notes_keep_user_text_and_metrics_wrap_between_names(stream: FakeTe
     lines = [line.rstrip() for line in _screen(stream)]
     assert f"[red]{path}" in lines
     assert "warning: look" in lines
-    assert "[b] load: 1.0 s" in lines
+    assert "[b] load ... 1.0 s" in lines
     first = next(i for i, line in enumerate(lines) if line.startswith("eval at step 7: metric_number_0 0.5000,"))
     assert [len(line) <= 80 for line in lines[first : first + 4]] == [True] * 4
     assert lines[first + 2].endswith("metric_number_7 0.5000,")
     assert lines[first + 3] == "  and 12 more"
 
 
-def test_an_interrupt_gives_the_terminal_back(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_interrupt_gives_the_terminal_back(stream: FakeTerminal, clock: FakeClock) -> None:
     before = (sys.stdout, sys.stderr)
     progress = _rich(stream, clock)
 
@@ -206,7 +234,7 @@ def test_an_interrupt_gives_the_terminal_back(stream: FakeTerminal, clock: FakeC
     assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l") > -1
 
 
-def test_stop_without_start_and_stages_after_stop_show_no_bar(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_stop_without_start_and_stages_after_stop_show_no_bar(stream: FakeTerminal, clock: FakeClock) -> None:
     progress = _rich(stream, clock)
     progress.stop()
     _run(progress, clock, 3, step_s=1.0)
@@ -229,7 +257,7 @@ def test_make_progress_goes_by_the_stream(
     assert capsys.readouterr() == ("", "hello\n")
 
 
-def test_silence(capsys: pytest.CaptureFixture[str], clock: FakeClock) -> None:
+def test_progress_silence(capsys: pytest.CaptureFixture[str], clock: FakeClock) -> None:
     with SilentProgress() as progress:
         progress.stage("a")
         progress.note("b")
@@ -252,11 +280,11 @@ def test_silence(capsys: pytest.CaptureFixture[str], clock: FakeClock) -> None:
         (float("inf"), "inf"),
     ],
 )
-def test_numbers(value: float, text: str) -> None:
+def test_progress_numbers(value: float, text: str) -> None:
     assert format_number(value) == text
 
 
-def test_bytes_and_durations() -> None:
+def test_progress_bytes_and_durations() -> None:
     assert [format_bytes(b) for b in (5e6, 999.4e6, 999.6e6, 2.14e9)] == ["5 MB", "999 MB", "1.0 GB", "2.1 GB"]
     assert [format_duration(s) for s in (0, 44.2, 83, 3723, 180_000)] == ["0:00", "0:45", "1:23", "1:02:03", "50:00:00"]
 

@@ -7,8 +7,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,7 +244,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, whole: dict[str, bytes]
     assert contents(tmp_path) == whole
 
 
-def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+def test_two_writers_of_one_folder(process: Any, tmp_path: Path) -> None:
     """A process that is alive keeps the folder; killed from outside, it leaves it to the next."""
     program = """
 import sys, time, torch
@@ -263,20 +261,16 @@ with CacheWriter(Path(sys.argv[1]), fill, {}) as writer:
 """
     root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "twenty\n"
+    with process.start(["-c", program, tmp_path], env=environment) as other:
+        other.wait_for(lambda: other.stdout == "twenty\n")
         fill = Fill("topk", k=2, num_classes=9)
         with (
-            pytest.raises(RecipeError, match=f"process {process.pid} is writing the cache there: wait for it to end"),
+            pytest.raises(RecipeError, match=f"process {other.pid} is writing the cache there: wait for it to end"),
             CacheWriter(tmp_path, fill, {}),
         ):
             pass
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        other.send_signal(signal.SIGKILL)
+        assert other.wait().returncode == -signal.SIGKILL
     with pytest.raises(ArtifactError, match="found 21 of 50 examples of train"):
         open_cache(tmp_path)
     with CacheWriter(tmp_path, fill, {}) as writer:

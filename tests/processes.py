@@ -1,0 +1,268 @@
+"""Python processes of a test's own, as forks of one server that has the libraries loaded.
+
+A new interpreter needs about five seconds of a core to import torch, transformers, peft, datasets, evaluate and bitsandbytes.
+A fork of a process that has imported them needs a tenth of a second. The server imports nothing of ours and runs one thread.
+
+A fork has what a new interpreter has, except: the libraries are imported already, with the environment of the server, and
+functions of ``atexit`` do not run. Where a test asks for another value of a variable that is read at an import, it gets a new
+interpreter. Tests of imports, of startup and of ``python -m`` start a new interpreter themselves, with ``subprocess``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = [
+    "torch.distributed", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "accelerate", "peft", "datasets",
+    "evaluate", "sklearn.metrics", "bitsandbytes", "safetensors.torch", "pydantic.json_schema", "typer", "rich.live", "rich.progress",
+    "rich.table", "yaml", "psutil",
+]  # fmt: skip
+# Variables that the interpreter or a library reads only once, by the beginnings of their names.
+READ_ONCE = (
+    "ACCELERATE_TORCH", "BNB_", "CUDA_", "GOMP_", "HF_", "HOME", "HUGGINGFACE_", "LD_", "MALLOC_", "MKL_", "OMP_",
+    "OPENBLAS_", "PYTHON", "TORCH", "TRANSFORMERS_", "TRITON_", "XDG_CACHE_HOME",
+)  # fmt: skip
+# Of these a fork gets PYTHONPATH as a new interpreter does, nothing reads the second without a GPU, a thread that is alone
+# does not spin, and Inductor reads its folder, which it writes into the environment itself, when it compiles.
+NOT_READ = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")
+START_S = 300  # the imports take 5 s on an idle core
+
+
+def _read_once(environment: Mapping[str, str]) -> dict[str, str]:
+    return {k: v for k, v in environment.items() if k.startswith(READ_ONCE) and k not in NOT_READ}
+
+
+class Child:
+    """A running process, forked or new, and what it has written so far."""
+
+    def __init__(self, process: BaseProcess | subprocess.Popen[bytes], arguments: Any, folder: Path) -> None:
+        self._process, self._arguments, self._folder = process, arguments, folder
+        assert process.pid is not None
+        self.pid = process.pid
+
+    @property
+    def stdout(self) -> str:
+        return (self._folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "stderr").read_text()
+
+    def poll(self) -> int | None:
+        """The exit status, minus the signal that killed it, or None while it runs."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """What became of it. A process that needs longer is killed: ``subprocess.TimeoutExpired``."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if isinstance(self._process, subprocess.Popen):
+                self._process.wait(timeout)
+            else:
+                self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self._arguments, timeout, self.stdout, self.stderr)
+        return subprocess.CompletedProcess(self._arguments, status, self.stdout, self.stderr)
+
+    def wait_for(self, found: Callable[[], bool], timeout: float = 120) -> None:
+        """Until ``found()``, while the process runs."""
+        deadline = time.monotonic() + timeout
+        while not found():
+            assert self.poll() is None, f"ended with {self.poll()}: {self.stdout}{self.stderr}"
+            assert time.monotonic() < deadline, f"after {timeout} s: {self.stdout}{self.stderr}"
+            time.sleep(0.02)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+        if isinstance(self._process, subprocess.Popen):
+            self._process.wait()
+        else:
+            self._process.join()
+
+
+class Processes:
+    """Starts processes. ``arguments`` are those of ``python``: ``["-c", CODE, ...]``, ``["-m", MODULE, ...]`` or
+    ``[FILE, ...]``; or a function, which with its arguments can be pickled."""
+
+    def __init__(self) -> None:
+        self._running: list[Child] = []
+        # CUDA does not survive a fork, and looking for a GPU is enough to load it.
+        torch = importlib.import_module("torch")
+        self.forks = hasattr(os, "fork") and not torch.cuda.is_available()
+        self._environment = _read_once(os.environ)
+        if self.forks:
+            self.num_threads = _start_server()
+
+    def run(
+        self,
+        arguments: Sequence[str | Path],
+        *,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120,
+        check: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        """As ``subprocess.run([sys.executable, *arguments], text=True, capture_output=True, stdin=DEVNULL)``."""
+        with self.start(arguments, cwd=cwd, env=env) as child:
+            done = child.wait(timeout)
+        if check and done.returncode:
+            raise AssertionError(f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def run_ranks(
+        self, arguments: Sequence[str | Path], *, env: Mapping[str, str], timeout: float = 120, num_ranks: int = 2
+    ) -> None:
+        """Runs the ranks of one process group on this machine. A rank that fails ends them all."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with contextlib.ExitStack() as stack:
+            ranks = [
+                stack.enter_context(self.start(arguments, env={**env, **group, "RANK": str(i), "LOCAL_RANK": str(i)}))
+                for i in range(num_ranks)
+            ]
+            deadline = time.monotonic() + timeout
+            # A rank that fails leaves the other one waiting for it.
+            while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.02)
+            codes = [r.poll() for r in ranks]
+            tails = "\n".join(f"rank {i}:\n{(r.stdout + r.stderr)[-3000:]}" for i, r in enumerate(ranks))
+        assert codes == [0] * num_ranks, (
+            f"exit codes {codes} (None: still running after {timeout} s or when the other failed)\n{tails}"
+        )
+
+    @contextlib.contextmanager
+    def start(
+        self,
+        work: Sequence[str | Path] | Callable[[], Any],
+        *,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Iterator[Child]:
+        """The running process; it is killed where the block ends before it."""
+        environment = dict(os.environ if env is None else env)
+        folder = os.getcwd() if cwd is None else str(cwd)
+        with tempfile.TemporaryDirectory() as written:
+            out, err = (Path(written, name) for name in ("stdout", "stderr"))
+            others = sorted(_read_once(environment).items() ^ self._environment.items())
+            if self.forks and not others:
+                arguments = work if callable(work) else [str(a) for a in work]
+                process: Any = multiprocessing.get_context("forkserver").Process(
+                    target=_child, args=(arguments, folder, environment, out, err)
+                )
+                out.touch()
+                err.touch()
+                process.start()
+            else:
+                assert not callable(work), f"a function is run in a fork, a new interpreter is needed: {others}"
+                with out.open("w") as stdout, err.open("w") as stderr:
+                    process = subprocess.Popen(
+                        [sys.executable, *work], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=stdout,
+                        stderr=stderr,
+                    )  # fmt: skip
+            child = Child(process, work, Path(written))
+            try:
+                yield child
+            finally:
+                child.kill()
+
+
+def _start_server() -> int:
+    """Loads the libraries in the server, and gives its number of threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    # pyarrow's allocator would start a thread of its own.
+    before = os.environ.get("JE_ARROW_MALLOC_CONF")
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["JE_ARROW_MALLOC_CONF"]
+        if before is not None:
+            os.environ["JE_ARROW_MALLOC_CONF"] = before
+    receiver, sender = context.Pipe(duplex=False)
+    # Starting a process waits for the server, so it is started beside.
+    first = context.Process(target=_count_threads, args=(sender,))
+    starter = threading.Thread(target=first.start, daemon=True)
+    starter.start()
+    assert receiver.poll(START_S), f"the server of processes has not answered within {START_S} s"
+    found = int(receiver.recv())
+    starter.join()
+    first.join()
+    assert found == 1, (
+        f"the server of processes has {found} threads; a fork would copy one of them and the locks of all"
+    )
+    return found
+
+
+def _count_threads(sender: Any) -> None:
+    tasks = Path(f"/proc/{os.getppid()}/task")
+    sender.send(len(list(tasks.iterdir())) if tasks.exists() else 1)
+
+
+def _child(work: Any, folder: str, environment: dict[str, str], out: Path, err: Path) -> None:
+    """Makes a fork of the server look like a new interpreter, and works."""
+    if sys.platform == "linux":
+        # 1 is PR_SET_PDEATHSIG: the server ends when pytest does, however that ends.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # A child holds what the server waits for at its end, so that it can ask for more children. Ours may not outlive it.
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = server._forkserver_address = None
+    for number, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    importlib.import_module("numpy").random.seed()
+    if callable(work):
+        work()
+        return
+    prefixes = (sys.prefix, sys.base_prefix)
+    installed = [p for p in sys.path if p and any(Path(p).is_relative_to(prefix) for prefix in prefixes)]
+    sys.path[:] = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *installed]
+    if work[0] == "-c":
+        sys.argv = ["-c", *work[2:]]
+        sys.path.insert(0, "")
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(work[1], "<string>", "exec"), main.__dict__)
+    elif work[0] == "-m":
+        sys.argv = ["-m", *work[2:]]
+        sys.path.insert(0, folder)
+        runpy.run_module(work[1], run_name="__main__", alter_sys=True)
+    else:
+        assert not work[0].startswith("-"), f"{work[0]} is an option of the interpreter: use subprocess"
+        sys.argv = [*work]
+        sys.path.insert(0, str(Path(work[0]).parent))
+        runpy.run_path(work[0], run_name="__main__")
