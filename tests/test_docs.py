@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ import yaml
 
 import peftlab
 from peftlab.cli.app import run
+from peftlab.cli.card_tables import show_card
 from peftlab.cli.failures import EXIT_CODES
+from peftlab.cli.output import Output
 from peftlab.cli.verbs import VERBS, Group
 from peftlab.recipe import Recipe, load_recipe, recipe_names
 from peftlab.recipe.keys import known_keys, spec_at
@@ -79,12 +82,12 @@ def wrong_command(words: list[str]) -> str | None:
 
 
 @pages
-def test_every_command_parses(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_all_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {shlex.join(words): problem for words in commands(page.read_text()) if (problem := wrong_command(words))}
     assert not wrong, capsys.readouterr().err
 
 
-def test_a_wrong_command_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_are_wrong_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
     text = "    peftlab trian x\n\nor `peftlab train x --resum` and `peftlab train x train.lrr=1`, `peftlab bench x --plan`"
     assert [wrong_command(words) for words in commands(text)] == [
         "does not parse",
@@ -94,7 +97,7 @@ def test_a_wrong_command_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_the_readme_lists_every_verb() -> None:
+def test_readme_lists_every_verb() -> None:
     table = README.read_text().partition("| command |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z]+)", table, flags=re.MULTILINE)) == set(VERBS)
 
@@ -121,12 +124,12 @@ def unknown_keys(text: str) -> list[str]:
 
 
 @pages
-def test_every_recipe_key_exists(page: Path) -> None:
+def test_recipe_keys_all_exist(page: Path) -> None:
     attributes = {f"run.{name}" for name in [*dir(Run), *Run.__dataclass_fields__]}
     assert not [span for span in unknown_keys(page.read_text()) if span not in attributes]
 
 
-def test_an_unknown_key_is_seen() -> None:
+def test_recipe_keys_that_are_unknown_are_seen() -> None:
     assert unknown_keys("`train.lrr=1` `run.json` `data.columns.text` `model.quantise: nf4` `train.lr: 1`") == [
         "train.lrr=1",
         "model.quantise: nf4",
@@ -134,7 +137,7 @@ def test_an_unknown_key_is_seen() -> None:
 
 
 @pages
-def test_every_recipe_is_valid(page: Path) -> None:
+def test_recipes_are_valid(page: Path) -> None:
     (whole,) = blocks(README.read_text(), "yaml")
     base = yaml.safe_load(whole)
     for block in blocks(page.read_text(), "yaml"):
@@ -144,7 +147,7 @@ def test_every_recipe_is_valid(page: Path) -> None:
 
 
 @pages
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if "://" in target:
@@ -158,7 +161,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pages
-def test_every_path_exists(page: Path) -> None:
+def test_paths_exist(page: Path) -> None:
     """Files of the repository in code spans; NAME and other capitals stand for a file of the reader's."""
     spans = [s.partition("::")[0] for s in inline_code(page.read_text())]
     paths = [s for s in spans if re.fullmatch(r"(peftlab|kernels|tests|bench|recipes|docs|\.ci)/[\w./-]*", s)]
@@ -173,7 +176,7 @@ def test_lines_are_short_and_ascii(page: Path) -> None:
     assert not [line for line in prose(text).splitlines() if len(line) > WIDTH and not line.startswith("|")]
 
 
-def test_the_recipe_reference_is_what_the_schema_says() -> None:
+def test_recipe_reference_is_what_the_schema_says() -> None:
     assert (DOCS / "recipe.md").read_text() == reference(), "python -m peftlab.recipe.reference > docs/recipe.md"
     keys = re.findall(r"^- \*\*`([\w.]+)`\*\* \(", reference(), flags=re.MULTILINE)
     assert set(Recipe.model_fields) <= set(keys) and len(keys) == len(set(keys)) > 100
@@ -185,17 +188,25 @@ def test_exit_codes_are_all_there() -> None:
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)] == sorted(EXIT_CODES)
 
 
-def test_errors_that_can_be_allowed_are_all_there() -> None:
+def test_allowed_errors_are_all_there() -> None:
     table = (DOCS / "data.md").read_text().partition("| error |")[2].partition("\n\n")[0]
     allowed = spec_at(["data", "allow", 0])
     assert allowed is not None
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == set(get_args(allowed.kind))
 
 
-def test_the_rooms_are_all_there() -> None:
+def test_rooms_are_all_there() -> None:
     table = (DOCS / "architecture.md").read_text().partition("| room |")[2].partition("\n\n")[0]
     rooms = {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)}
     assert rooms == set(ALLOWED) - {"__main__", "<root>"}
+
+
+def test_report_card_is_that_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads((ROOT / "bench" / "results" / "distillation.json").read_text())["digits-few-labels"]["card"]
+    show_card(Output(), found)
+    printed = capsys.readouterr().out.replace("\u2500", "-").rstrip().splitlines()
+    page = (DOCS / "distillation.md").read_text()
+    assert "\n".join(f"    {line}".rstrip() for line in printed) in page
 
 
 def calls_of_peftlab(code: str) -> Iterator[tuple[str, ast.Call | None]]:
@@ -222,7 +233,7 @@ def test_python_examples_fit_the_functions() -> None:
 
 
 @pytest.mark.parametrize("heading", ["Recipes", "Errors"])
-def test_quick_python_examples_run(heading: str) -> None:
+def test_python_examples_run_when_quick(heading: str) -> None:
     section = (DOCS / "python.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     (block,) = blocks(section, "python")
     exec(compile(block, "docs/python.md", "exec"), {"peftlab": peftlab})

@@ -127,7 +127,7 @@ def test_a_bare_clone_finds_its_folder(tmp_path: Path) -> None:
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from peftlab.recipe import catalog\n"
+        "from peftlab.recipe import shipped as catalog\n"
         "print(type(catalog._folder()).__name__, catalog._folder().name)"
     )
     assert _python(code, tmp_path, "-S") == "PosixPath recipes"
