@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ class Pretrained:
     commit: str | None = None
     local_files_only: bool = True
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Of a hub model its commit, else sha256 of its weights and config, which are read then and not before."""
+        """Of a hub model its commit, else sha256 of its weights and config, which are read at the first use."""
         return f"{self.source.path}@{self.commit}" if self.source.kind == "hub" else self.source.weights_fingerprint()
 
     @property

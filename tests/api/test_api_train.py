@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from run_examples import Stopper, contents, recipe, write_data
 from safetensors.torch import load_file
 
 import peftlab
@@ -29,41 +30,6 @@ from peftlab.errors import (
 )
 from peftlab.tasks.causal_lm import CausalLM
 from peftlab.training.progress import SilentProgress
-
-COLOURS = {"red": "colour", "green": "colour", "blue": "colour", "cat": "animal", "dog": "animal", "cow": "animal"}
-
-
-def write_data(folder: Path) -> None:
-    with (folder / "data.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["word", "kind", "text"])
-        for i in range(8):
-            for word, kind in COLOURS.items():
-                writer.writerow([f"{word} {i}", kind, f"{word} {i}"])
-
-
-def recipe(task: str = "causal_lm", **sections: Any) -> dict[str, Any]:
-    data = {"train": "data.csv", "eval_rows": 12}
-    base: dict[str, Any] = {
-        "causal_lm": {
-            "model": {"name": "tiny:llama"},
-            "data": {**data, "template": {"user": "{word}", "assistant": "{kind}"}},
-            "eval": {"choices": ["animal", "colour"]},
-        },
-        "seq_cls": {
-            "model": {"name": "tiny:bert"},
-            "data": {**data, "columns": {"text": "text", "label": "kind"}},
-        },
-    }[task]
-    base |= {
-        "task": task,
-        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
-        "train": {"max_steps": 6, "batch_size": 8, "lr": 1e-2},
-        "run": {"dir": "run"},
-    }
-    for name, changes in sections.items():
-        base[name] = {**base.get(name, {}), **changes}
-    return base
 
 
 def train(document: Any, *overrides: str, **options: Any) -> Any:
@@ -95,10 +61,6 @@ def copy(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(done.folder / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_run_is_complete(done: Done) -> None:
@@ -375,20 +337,6 @@ def test_a_fault_after_training_keeps_the_trained_weights(here: Path, monkeypatc
     with pytest.raises(RuntimeError, match="out of luck"):
         train(recipe())
     assert list((here / "run").rglob("adapter_model.safetensors")), "nothing is left of the training"
-
-
-class Stopper(SilentProgress):
-    """Ctrl-C after a step."""
-
-    def __init__(self, at: int) -> None:
-        self._at = at
-
-    def step(self, step: int, values: Any) -> None:
-        if step == self._at:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_stop_and_resume_ends_with_the_same_bytes(here: Path) -> None:

@@ -36,7 +36,7 @@ def _summary(classes: list[str]) -> dict[str, Any]:
     }
     return {
         "name": "x",
-        "task": "classification",
+        "task": "seq_cls",
         "eval_rows": 1234,
         "adapter": {"num_trained": 16384, "num_total": 107072},
         "before": _metrics("nan", 0.25, classes),

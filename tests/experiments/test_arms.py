@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import distill_child
 import pytest
 import torch
-from test_api_train import Stopper, contents, recipe, write_data
+from run_examples import Stopper, contents, recipe, write_data
 
 import peftlab
 from peftlab.api.distill import distill

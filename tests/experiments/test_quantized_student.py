@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_api_train import write_data
+from run_examples import write_data
 from transformers import AutoModelForCausalLM
 
 from peftlab.api.distill import distill

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_api_train import contents, recipe, write_data
+from run_examples import contents, recipe, write_data
 
 from peftlab.api.teach import teach
 from peftlab.assembly import Assembly
