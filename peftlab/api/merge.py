@@ -46,7 +46,7 @@ def merge(
             f": {found.loaded.recipe.model.name} is its trained model" if found.kind == "run" else "; name a run folder"
         )
         raise RecipeError(f"{target} has no adapter to merge{full}")
-    with located(found.loaded), frozen_heap():
+    with located(found.loaded), frozen_heap(), progress or make_progress() as progress:
         return merge_run(
             Path(target),
             base=base,
@@ -54,5 +54,5 @@ def merge(
             dtype=dtype,
             limits={k: v for k, v in (("kl_mean", max_kl), ("top1", min_top1)) if v is not None},
             replace=replace,
-            progress=progress or make_progress(),
+            progress=progress,
         )

@@ -70,7 +70,13 @@ def merge_run(
     _check_output(output, replace)
     reference = _Reference.take(target, progress, assembly)
     release_memory()
-    report: dict[str, Any] = {"target": chosen, "output": str(output), "dtype": dtype, "targets": {}}
+    report: dict[str, Any] = {
+        "target": chosen,
+        "output": str(output),
+        "model_class": target.loaded.recipe.spec.auto_class,
+        "dtype": dtype,
+        "targets": {},
+    }
     for name in [t for t in TARGETS if quantized or t == "original"]:
         progress.stage(
             f"merge: folding the adapter into the {name} weights" + ("" if name == chosen else " (for comparison)")

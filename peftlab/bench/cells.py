@@ -141,7 +141,7 @@ def _of_tokens(ids: np.ndarray, labels: np.ndarray, row: int) -> Example:
 
 
 def _of_token_classes(ids: np.ndarray, labels: np.ndarray, row: int) -> Example:
-    return Example(ids, row, float(len(ids)), trained=np.ones(len(ids), dtype=bool), label=labels)
+    return Example(ids, row, float(len(ids)), trained=np.ones(len(ids), dtype=bool), label=labels.astype(np.int64))
 
 
 def _of_classes(ids: np.ndarray, labels: np.ndarray, row: int) -> Example:

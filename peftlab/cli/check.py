@@ -9,9 +9,7 @@ import typer
 from peftlab.cli.ledger_tables import show_check
 from peftlab.cli.options import Debug, Json, Overrides, Recipe, check_overrides, check_recipe
 from peftlab.cli.output import output_of
-
-# Wrong data; see peftlab.errors.DataError.
-_REFUSED = 3
+from peftlab.errors import DataError
 
 
 def check(
@@ -34,4 +32,4 @@ def check(
     else:
         show_check(out, report)
     if not report["ok"]:
-        raise typer.Exit(_REFUSED)
+        raise typer.Exit(DataError.exit_code)

@@ -67,4 +67,4 @@ def merge(
     out.show(*merge_table(report))
     out.line()
     out.line(f"use it:   peftlab eval {report['output']}")
-    out.line(f'          AutoModel.from_pretrained("{report["output"]}")', style="dim")
+    out.line(f'          {report["model_class"]}.from_pretrained("{report["output"]}")', style="dim")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,9 +120,9 @@ def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> N
     for record in records:
         if single:
             _print_one(record, out)
-        elif "vector" in record:
-            out.line(json.dumps(record["vector"]))
-        elif "label" not in record:
+        elif not _is_short(record):
+            out.line(_as_json(record))
+        elif "text" in record:
             out.line(formatting.one_line(record["text"]) if out.styled else _escaped(record["text"]))
         elif not out.styled:
             out.line(f"{record['label']}\t{record['probability']:.6f}")
@@ -134,14 +134,25 @@ def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> N
 
 
 def _print_one(record: dict[str, Any], out: Output) -> None:
-    if "vector" in record:
-        out.line(json.dumps(record["vector"]))
-    elif "label" not in record:
+    if not _is_short(record):
+        out.line(_as_json(record))
+    elif "text" in record:
         out.line(formatting.printable(record["text"]) if out.styled else record["text"])
     elif out.styled:
         out.line(f"{record['label']}  {100 * record['probability']:.1f} %")
     else:
         out.line(f"{record['label']}\t{record['probability']:.6f}")
+
+
+def _is_short(record: Mapping[str, Any]) -> bool:
+    """Whether the answer is a text, or a label with its probability; others are printed as JSON."""
+    return "text" in record or {"label", "probability"} <= set(record)
+
+
+def _as_json(record: Mapping[str, Any]) -> str:
+    """The answer without the row it belongs to; one value without its name."""
+    answer = {name: value for name, value in record.items() if name not in ("row", "input")}
+    return json.dumps(next(iter(answer.values())) if len(answer) == 1 else answer)
 
 
 def _escaped(text: str) -> str:

@@ -185,8 +185,7 @@ class PlainProgress:
         self._end_stage()
         self._pace.advance(step)
         if self._is_due(step):
-            parts = [self._pace.step_text(), *value_texts(values, with_optimizer=True), self._pace.time_text()]
-            self._print("  ".join(part for part in parts if part))
+            self._write(f"{self._step_line(value_texts(values, with_optimizer=True))}\n")
             self._line_step, self._line_time = step, self._clock()
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -204,6 +203,11 @@ class PlainProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _step_line(self, values: list[str]) -> str:
+        """One line: the last values go where they do not fit."""
+        line = "  ".join(part for part in (self._pace.step_text(), *values, self._pace.time_text()) if part)
+        return line if len(line) <= _PLAIN_WIDTH or len(values) <= 1 else self._step_line(values[:-1])
 
     def _is_due(self, step: int) -> bool:
         waited = self._clock() - self._line_time

@@ -47,7 +47,8 @@ def _summary(classes: list[str]) -> dict[str, Any]:
             "tokens_per_s": 12345.6, "peak_memory_bytes": 1056432128, "best_step": 40, "stopped_early": True,
         },
         "merge": {
-            "target": "dequantized", "output": "runs/x/merged", "dtype": "auto", "verified": True,
+            "target": "dequantized", "output": "runs/x/merged", "model_class": "AutoModelForCausalLM",
+            "dtype": "auto", "verified": True,
             "targets": {"original": target, "dequantized": target},
         },
     }  # fmt: skip
@@ -80,7 +81,7 @@ def test_train_passes_its_arguments_and_closes_with_tables(
     for text in (
         "1,234 held-out rows",
         "+0.6250",
-        "f1_spam",
+        "\nspam       0.8750",
         "[b]?",
         "(empty)",
         "1,200 steps in 1 h 02 min (stopped early)",

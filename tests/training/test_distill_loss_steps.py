@@ -158,7 +158,7 @@ import torch
 from pathlib import Path
 from accelerate import Accelerator
 from conftest import _tiny
-from test_distilling_steps import RANK_CASES, language_lab
+from test_distill_loss_steps import RANK_CASES, language_lab
 from peftlab.models import find_pretrained, load_tokenizer
 
 folder = Path(sys.argv[1])

@@ -90,6 +90,17 @@ def test_progress_plain_session_reads_like_this(stream: FakeTerminal, clock: Fak
     ]
 
 
+def test_progress_plain_steps_stay_on_one_line(stream: FakeTerminal, clock: FakeClock) -> None:
+    progress = PlainProgress(stream, clock)
+    progress.start(10_000_000)
+    for step in (1, 2):
+        clock.now += 4321.0
+        progress.step(step, HUGE)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 80
+    assert lines[1].startswith("step 2/10,000,000  loss 1.234e-05") and lines[1].endswith(" left")
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("kind", [PlainProgress, RichProgress])
 def test_progress_inside_quietly_only_warnings_are_shown_unless_all_was_asked_for(
