@@ -31,7 +31,7 @@ from peftlab.teaching.capture import capture_all, taught_examples
 from peftlab.teaching.teacher import named_teachers
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.checkpoint import list_checkpoints
-from peftlab.training.progress import Progress
+from peftlab.training.progress import Progress, first_in_full
 
 STUDENT, BASELINE = "student", "labels"
 
@@ -112,7 +112,8 @@ class Distillation:
 
     def _train_and_compare(self) -> None:
         arms = list(_arms(self._assembly, self._folder))
-        students = {seed: self._student(seed) for seed in dict.fromkeys(arm.seed for arm in arms)}
+        seeds = dict.fromkeys(arm.seed for arm in arms)
+        students = {seed: self._student(seed) for seed in first_in_full(self._progress, seeds)}
         first, progress = students[arms[0].seed], self._progress
         distill = first.distill
         if distill.cache is not None and distill.on_policy is None and not is_stored(first):
@@ -133,6 +134,7 @@ class Distillation:
             # The first one says what is trained; the others differ in seed and teacher alone.
             with progress.quietly() if number > 1 else contextlib.nullcontext():
                 figures[arm] = self._train(students[arm.seed], arm, taught_by, steps.get(arm.seed))
+            progress.done()
             progress.note(_arm_line(number, len(arms), what, arm.seed, figures[arm]))
             steps.setdefault(arm.seed, figures[arm]["training"]["steps"])
             release_memory()

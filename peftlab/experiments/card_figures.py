@@ -19,7 +19,7 @@ from peftlab.measuring.memory import release_memory
 from peftlab.models import num_parameters
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.distill_loss import TaughtLogits
-from peftlab.training.progress import Progress
+from peftlab.training.progress import Progress, first_in_full
 
 # Positions whose logits exist at a time, of each model: 256 x 49,152 float32 values are 48 MiB.
 _CHUNK = 256
@@ -52,7 +52,7 @@ def compare_students(
     """
     comparer = _Comparer(student, teachers, progress, from_weights=from_weights)
     seeds: list[Seed] = []
-    for seed in sorted({arm.seed for arm in arms}):
+    for seed in first_in_full(progress, sorted({arm.seed for arm in arms})):
         seeds.append(comparer.seed(seed, {arm: summary for arm, summary in arms.items() if arm.seed == seed}))
         release_memory()
     figures: dict[str, Any] = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Protocol, Self, TextIO, TypeVar
 
 from peftlab.training.progress_text import Clock, Pace, Stage, metrics_text, value_texts, wrapped
 
@@ -23,6 +23,8 @@ _MIN_INTERVAL_S = 5.0
 _MAX_INTERVAL_S = 60.0
 _MIN_BAR_WIDTH = 8
 _PLAIN_WIDTH = 80
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -81,6 +83,13 @@ def make_progress(stream: TextIO | None = None, *, verbose: bool = False) -> Pro
     from rich.console import Console
 
     return RichProgress(Console(file=stream), verbose=verbose)
+
+
+def first_in_full(progress: Progress, items: Iterable[T]) -> Iterator[T]:
+    """The items one by one. While the first is worked on everything is shown, afterwards only warnings and the bar."""
+    for number, item in enumerate(items):
+        with progress.quietly() if number else nullcontext():
+            yield item
 
 
 class SilentProgress:

@@ -14,7 +14,14 @@ import pytest
 from rich.console import Console
 
 from peftlab.training import progress as progress_module
-from peftlab.training.progress import PlainProgress, Progress, RichProgress, SilentProgress, make_progress
+from peftlab.training.progress import (
+    PlainProgress,
+    Progress,
+    RichProgress,
+    SilentProgress,
+    first_in_full,
+    make_progress,
+)
 from peftlab.training.progress_text import format_bytes, format_duration, format_number
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -88,6 +95,14 @@ def test_progress_plain_session_reads_like_this(stream: FakeTerminal, clock: Fak
         "evaluating ... 1.0 s",
         "eval at step 5: loss 0.5000, f1_macro 0.9123",
     ]
+
+
+def test_progress_first_in_full_is_quiet_from_the_second_on(stream: FakeTerminal, clock: FakeClock) -> None:
+    progress = PlainProgress(stream, clock)
+    for seed in first_in_full(progress, ["a", "b", "c"]):
+        progress.note(f"seed {seed}")
+    progress.note("all seeds")
+    assert stream.getvalue().splitlines() == ["seed a", "all seeds"]
 
 
 def test_progress_plain_steps_stay_on_one_line(stream: FakeTerminal, clock: FakeClock) -> None:
