@@ -147,7 +147,10 @@ class Assembly:
         else:
             reader = load_tokenizer(self.pretrained, chat_template=self.recipe.model.chat_template)
         # Students that were cut out of one model have the same one; with it they share their examples.
-        return self._once("reader by content", _content(reader), lambda: reader)
+        shared = self._once("reader by content", _content(reader), lambda: reader)
+        # Encoding changes the truncation that a tokenizer's file may set, and with it the fingerprint.
+        self._once("fingerprint of the reader", id(shared), lambda: tokenizer_fingerprint(reader))
+        return shared
 
     @property
     def data(self) -> DataParts:
@@ -249,8 +252,9 @@ class Assembly:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Hashes of model, tokenizer and data. They go through all weights once, as long as the files do not change."""
-        reader = tokenizer_fingerprint(self.reader)
-        return {"model": self.pretrained.fingerprint, "tokenizer": reader, **self.data.fingerprints}
+        reader = self.reader
+        of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
+        return {"model": self.pretrained.fingerprint, "tokenizer": of_reader, **self.data.fingerprints}
 
     def model(self, **changes: Any) -> Any:
         """The frozen backbone, loaded anew; ``changes`` replace loading options, such as ``quantize="none"``."""

@@ -13,7 +13,7 @@ import peftlab
 from peftlab.assembly import Assembly
 from peftlab.assembly import assembly as assembly_module
 from peftlab.errors import RecipeError
-from peftlab.models import fingerprints
+from peftlab.models import fingerprints, load_tokenizer, tokenizer_fingerprint
 from peftlab.recipe import load_recipe
 from peftlab.training.progress import SilentProgress
 
@@ -79,6 +79,26 @@ def test_each_is_found_once_for_an_assembly_and_all_that_derive_from_it(
         ["load_data", "find_pretrained", "load_tokenizer", "task_class", "read_class_labels"]
     )
     assert all(arm.train is assembly.train and arm.task is assembly.task for arm in arms)
+
+
+def test_assembly_fingerprint_of_a_tokenizer_is_that_of_its_files_before_and_after_encoding(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding turns off the truncation that a tokenizer's file sets, as that of MiniLM does."""
+
+    def truncating(*args: Any, **options: Any) -> Any:
+        tokenizer = load_tokenizer(*args, **options)
+        tokenizer.backend_tokenizer.enable_truncation(16)
+        return tokenizer
+
+    monkeypatch.setattr(assembly_module, "load_tokenizer", truncating)
+    assembly = Assembly(load_recipe(classifier()))
+    expected = tokenizer_fingerprint(truncating(assembly.pretrained))
+    assert len(assembly.train.examples) > 0
+    assert tokenizer_fingerprint(assembly.reader) != expected, "this tokenizer does not show the fault"
+    assert assembly.fingerprints["tokenizer"] == expected
+    again = assembly.derive({"model.chat_template": None, "run.seed": 3})
+    assert again.fingerprints["tokenizer"] == expected
 
 
 CHANGES: list[tuple[Any, dict[str, Any]]] = [
