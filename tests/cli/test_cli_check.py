@@ -186,7 +186,7 @@ def test_check_what_training_would_refuse(
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        ({"from": "human", "value": "hi"}, "ShareGPT's form: rename from to role"),
+        ({"from": "human", "value": "hi"}, "the ShareGPT format: rename from to role"),
         ({"role": "assistant", "content": None}, "expected a list of messages with role and content"),
         ({"role": "user"}, "expected a list of messages with role and content"),
     ],
@@ -202,7 +202,7 @@ def test_check_roles_of_others_are_named(capsys: pytest.CaptureFixture[str]) -> 
     Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     code, out, _ = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
     assert code == 3
-    assert "turns are written by 'human', 'gpt', and what the model learns by 'assistant'" in " ".join(out.split())
+    assert "the roles are 'human', 'gpt', and only 'assistant' turns are trained" in " ".join(out.split())
 
 
 def test_a_run_folder_is_checked_by_its_lock_file(capsys: pytest.CaptureFixture[str]) -> None:
