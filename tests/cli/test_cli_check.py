@@ -66,7 +66,7 @@ def test_check_chats(capsys: pytest.CaptureFixture[str]) -> None:
         r"train: \d+ assistant turns, each ends with a trained <\|im_end\|>",
         r"tokens per row, uncut \(limit 512\): \d+ to \d+, median \d+, 95 % up to \d+",
         r"2 steps,  1 epoch,  .* tokens,  \d+ of them trained",
-        r"chats.jsonl:\d+  \(trained between \{\+ and \+\}\)",
+        r"chats.jsonl:\d+  \(trained text is marked \{\+ \+\}\)",
         r"  \{\+answer \d+<\|im_end\|>\+\}",
         r"ready to train",
     ):
@@ -171,7 +171,7 @@ def test_check_file_that_is_no_template(template: bytes, says: str, capsys: pyte
     [
         ("eval.best=nope", 2, "'nope' is not among this run's metrics"),
         ("adapter.targets=[nope]", 2, "nope"),
-        ("eval.choices=[a, b, a]", 2, "the same one stands there twice"),
+        ("eval.choices=[a, b, a]", 2, "contains 'a' twice"),
         ("data.template={user: hi, assistant: '{messages:5d}'}", 2, "the template cannot be filled"),
         ("data.columns={messages: nope}", 3, "no column 'nope'"),
     ],

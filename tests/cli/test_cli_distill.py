@@ -187,7 +187,7 @@ CASES: dict[str, Case] = {
     ),
     "no section": ("distill", "seq_cls", {}, {}, [], 2, ["no section distill", "peftlab train"]),
     "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run: peftlab distill"]),
-    "no teacher": ("distill", "seq_cls", {"hard_weight": 0.1}, {}, [], 2, ["names no teacher: give teacher"]),
+    "no teacher": ("distill", "seq_cls", {"hard_weight": 0.1}, {}, [], 2, ["has no teacher: set teacher"]),
     "temperature 0": (
         "distill", "seq_cls", {"teacher": "classifier", "temperature": 0}, {}, [], 2,
         ["line", "distill.temperature: expected a number above 0 and of at most 1000, found 0"],
@@ -317,10 +317,10 @@ CASES: dict[str, Case] = {
     ),
     "override: a teacher beside teachers": (
         "distill", "seq_cls", routed(), {}, ["distill.teacher=classifier"], 2,
-        ["command line", "distill.teacher: there are teachers as well", "`distill.teachers=[]`"],
+        ["command line", "distill.teacher: set either teacher or teachers", "`distill.teachers=[]`"],
     ),
     "override: none left": (
-        "distill", "seq_cls", {"teacher": "classifier"}, {}, ["distill.teacher="], 2, ["names no teacher"],
+        "distill", "seq_cls", {"teacher": "classifier"}, {}, ["distill.teacher="], 2, ["has no teacher"],
     ),
 }  # fmt: skip
 
@@ -563,7 +563,7 @@ def test_what_the_recipe_reads_is_not_replaced(
 ) -> None:
     """The fault: --replace removed the run folder, and the teacher with it, before the teacher was loaded."""
     recipe, before = write(here, "causal_lm", distill=distill, run={"dir": "run"}), files(here)
-    parts = [f"{key}` (r.yaml:", f"{name} lies in the run folder run, which --replace removes"]
+    parts = [f"{key}` (r.yaml:", f"{name} is in the run folder run, which --replace overwrites"]
     assert_told(capsys, cli(["distill", recipe, "--replace"]), 2, parts)
     assert files(here) == before
 

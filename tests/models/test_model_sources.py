@@ -56,7 +56,7 @@ def test_unknown_names(tmp_path: Path, folder: Path) -> None:
 def test_packages() -> None:
     refused("package:", RecipeError, "expected package:IMPORT_NAME/RELATIVE/PATH")
     refused("package:torch", RecipeError, "expected package:IMPORT_NAME/RELATIVE/PATH")
-    refused("package:no_such_package/model", RecipeError, "no installed package 'no_such_package'")
+    refused("package:no_such_package/model", RecipeError, r"package 'no_such_package' \(from .*\) is not installed")
     refused("package:torch/no_such_thing", RecipeError, "has no 'no_such_thing'")
     refused("package:torch/optm", RecipeError, "did you mean 'optim'")
 
