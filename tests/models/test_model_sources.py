@@ -41,7 +41,7 @@ def test_names() -> None:
 def test_a_local_folder(folder: Path) -> None:
     source = resolve_model(str(folder))
     assert (source.kind, source.path) == ("folder", str(folder))
-    refused(str(folder), RecipeError, "revision only belongs to a hub model", revision="main")
+    refused(str(folder), RecipeError, "a revision needs a hub model", revision="main")
 
 
 def test_unknown_names(tmp_path: Path, folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_unknown_names(tmp_path: Path, folder: Path) -> None:
     refused("./no/such", RecipeError, "the folder no does not exist either")
     refused("model.gguf", RecipeError, "no such model file")
     refused("a b c", RecipeError, "no such model file")
-    refused("tiny:llama", RecipeError, "revision only belongs to a hub model", revision="main")
+    refused("tiny:llama", RecipeError, "a revision needs a hub model", revision="main")
 
 
 def test_packages() -> None:
