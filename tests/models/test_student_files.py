@@ -147,7 +147,7 @@ def test_folders_that_are_no_such_student_are_left_alone(tmp_path: Path) -> None
         _make(tmp_path / "mine", cut)
     _make(tmp_path / "student", cut)
     (tmp_path / "student" / "model.safetensors").unlink()
-    with pytest.raises(ArtifactError, match="config.json or weights are missing"):
+    with pytest.raises(ArtifactError, match=r"config\.json or weights are missing"):
         _make(tmp_path / "student", cut)
     (tmp_path / "student" / "student.json").write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):
