@@ -1,18 +1,18 @@
-"""The errors a user can cause, each with the exit code that the command line returns for it.
+"""The errors that a user can cause, each with its exit code on the command line.
 
-A message says what was expected, what was found, where, and what to do. Everything that is not a
-``PeftlabError`` is our own fault: exit code 1.
+A message says what was expected, what was found, where, and what to do. Any other exception is an internal error:
+exit code 1.
 """
 
 from __future__ import annotations
 
 
 class PeftlabError(ValueError):
-    """Base of the errors that are shown without a traceback.
+    """Base class of errors shown without a traceback.
 
     Args:
         message: what was expected, what was found, what to do.
-        key: the recipe key at fault, such as ``data.columns.text``; the public functions add its file and line.
+        key: the recipe key to correct, such as ``data.columns.text``; the public functions add its file and line.
     """
 
     exit_code = 1
@@ -35,13 +35,13 @@ class DataError(PeftlabError):
 
 
 class ResourceError(PeftlabError):
-    """Does not fit: out of memory, or no room left on the disk."""
+    """Does not fit: out of memory, or the disk is full."""
 
     exit_code = 4
 
 
 class ArtifactError(PeftlabError):
-    """A checkpoint, adapter or model file is damaged, refused, or belongs to something else."""
+    """A checkpoint, adapter or model file is damaged, refused, or mismatched."""
 
     exit_code = 5
 
@@ -53,6 +53,6 @@ class VerificationError(PeftlabError):
 
 
 class Interrupted(PeftlabError):
-    """Stopped by Ctrl-C after saving a checkpoint; the message says how to go on."""
+    """Stopped by Ctrl-C after saving a checkpoint; the message says how to resume."""
 
     exit_code = 130

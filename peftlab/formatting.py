@@ -1,4 +1,4 @@
-"""Numbers and texts as people read them."""
+"""Formats numbers and texts for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftlab.specs.metrics import family_of
 
 
 def number(value: Any) -> float:
-    """A float; run.json holds non-finite ones as text."""
+    """``value`` as a float; run.json stores non-finite ones as text."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -35,7 +35,7 @@ def _is_unbounded(name: str) -> bool:
 
 
 def change(name: str, before: Any, after: Any) -> tuple[str, int]:
-    """The difference with its sign, and whether it is better (1), worse (-1) or neither (0)."""
+    """The signed difference, and whether it is better (1), worse (-1) or neither (0)."""
     if before is None or after is None:
         return "", 0
     difference = number(after) - number(before)
@@ -84,7 +84,7 @@ def one_line(text: str, width: int | None = None) -> str:
 
 
 def joined(parts: Iterable[str], *, width: int, gap: str = ",  ") -> Sequence[str]:
-    """The parts in as few lines of ``width`` characters as hold them."""
+    """The parts, joined into as few lines of ``width`` characters as possible."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + len(gap) + len(part) <= width:
@@ -95,7 +95,7 @@ def joined(parts: Iterable[str], *, width: int, gap: str = ",  ") -> Sequence[st
 
 
 def share(part: float, whole: float) -> str:
-    """``37 %``, below ten ``4.6 %``; shares that are not quite none or all do not read so."""
+    """``37 %``, below ten ``4.6 %``; 0 % and 100 % mean exactly none and all."""
     percent = 100 * part / whole if whole else 0.0
     if 0 < percent < 9.95 or 99 < percent < 100:
         return f"{min(max(percent, 0.1), 99.9):.1f} %"

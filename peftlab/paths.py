@@ -1,4 +1,4 @@
-"""Where things are on this machine: files inside installed packages, and the cache folder."""
+"""Paths on this machine: files inside installed packages, and the cache folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cache_root() -> Path:
 
 
 def kernel_plans_file() -> Path:
-    """Where ``peftlab bench tune-kernels`` writes by default and every run looks."""
+    """The file that ``peftlab bench tune-kernels`` writes by default and every run reads."""
     return cache_root() / "kernel-plans.json"
 
 
@@ -34,7 +34,7 @@ def existing_folder(path: Path) -> Path:
 def package_path(name: str, *, key: str, error: type[PeftlabError]) -> Path:
     """The file or folder that ``package:IMPORT_NAME/RELATIVE/PATH`` names, without importing the package.
 
-    Raises: ``error`` when the form is wrong, the package is not installed, or has no such file.
+    Raises: ``error`` if the form is wrong, the package is not installed, or it has no such file.
     """
     import_name, _, relative = name.removeprefix(PACKAGE_PREFIX).partition("/")
     if not import_name or not relative:
@@ -45,7 +45,8 @@ def package_path(name: str, *, key: str, error: type[PeftlabError]) -> Path:
         spec = None
     if spec is None:
         raise error(
-            f"no installed package {import_name!r} (from {name!r}); install it with pip, or give a local path", key=key
+            f"package {import_name!r} (from {name!r}) is not installed; install it with pip, or use a local path",
+            key=key,
         )
     folders = list(spec.submodule_search_locations or [])
     for folder in folders:
@@ -63,8 +64,8 @@ def _nearest(folders: list[str], relative: str) -> str:
 
 
 def sha256_of_files(paths: list[Path]) -> str:
-    """Hex sha256 over the contents of ``paths`` in the order given. Their bytes are read once, as long as the files do not
-    change: path, size and time of change.
+    """Hex sha256 over the contents of ``paths`` in the given order. It is cached while path, size and modification time stay
+    the same.
     """
     return _sha256(tuple((path, *_state(path)) for path in paths))
 
@@ -80,6 +81,6 @@ def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Size and time of change in ns."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    """Size, and modification time in ns."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Adapters: recipe values to PEFT, saving, loading, merging."""
+"""Adapters: injection through PEFT, saving, loading, merging."""
 
 from peftlab.adapters.adapter_files import (
     ADAPTER_FILES,

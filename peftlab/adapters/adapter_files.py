@@ -1,4 +1,4 @@
-"""Adapters on disk, in PEFT's own format: written, loaded, and checked to be whole and of this model."""
+"""Writes and loads adapters in PEFT's format, and checks that they are complete and fit the model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def save_adapter(model: Any, folder: Path) -> None:
     """Writes the adapter in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    PEFT writes its lists from sets, whose order changes between processes; sorted, equal runs give equal files.
+    PEFT writes lists from sets, whose order changes between processes; they are sorted, so equal runs give equal files.
     """
     model.save_pretrained(
         str(folder),
         safe_serialization=True,
-        selected_adapters=["default"],  # a teacher's adapter may be loaded beside it
+        selected_adapters=["default"],  # a teacher's adapter may be loaded too
         save_embedding_layers=_trains_embeddings(model),
     )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
@@ -41,9 +41,9 @@ def _trains_embeddings(model: Any) -> bool:
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, kernels: str = "auto") -> Any:
-    """``model`` with a saved adapter, every tensor of which was used; ``kernels`` as in ``inject``.
+    """``model`` with a saved adapter, after checking that every tensor was used; ``kernels`` as in ``inject``.
 
-    Raises: ArtifactError when files are missing, damaged, or made for another model.
+    Raises: ArtifactError if files are missing, damaged, or made for another model.
     """
     from peft import LoraConfig, PeftConfig, PeftModel
     from safetensors import SafetensorError
@@ -72,9 +72,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
 
 
 def add_adapter(model: Any, folder: Path, *, name: str) -> None:
-    """Loads a saved adapter beside the one that ``model`` trains, frozen and not active.
+    """Loads a saved adapter next to the one that ``model`` trains, frozen and not active.
 
-    Raises: ArtifactError when files are missing, damaged, or made for another model.
+    Raises: ArtifactError if files are missing, damaged, or made for another model.
     """
     check_adapter_files(folder)
     active = model.active_adapter
@@ -91,7 +91,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Puts saved adapter tensors into a model that carries the same adapter."""
+    """Loads saved adapter tensors into a model with the same adapter."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -99,14 +99,16 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Raises ArtifactError when ``folder`` does not hold a readable adapter in safetensors format."""
+    """Raises ArtifactError unless ``folder`` contains a readable adapter in safetensors format."""
     from safetensors import SafetensorError, safe_open
 
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             pickled = (folder / "adapter_model.bin").exists()
-            found = "found adapter_model.bin, a pickle, which can run code when loaded" if pickled else "it is missing"
-            raise ArtifactError(f"expected {folder / name}; {found}")
+            problem = (
+                "found adapter_model.bin, a pickle, which can run code when loaded" if pickled else "it is missing"
+            )
+            raise ArtifactError(f"expected {folder / name}; {problem}")
     try:
         config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
         if not isinstance(config, dict) or "peft_type" not in config:
@@ -119,11 +121,11 @@ def check_adapter_files(folder: Path) -> None:
     except SafetensorError as error:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
     if not names:
-        raise ArtifactError(f"{folder / ADAPTER_FILES[1]} holds no tensors")
+        raise ArtifactError(f"{folder / ADAPTER_FILES[1]} contains no tensors")
 
 
 def brought_parameters(folder: Path) -> set[str]:
-    """Names, in the model without it, of the parameters that an adapter's files hold as a whole, such as a task head."""
+    """Names, in the base model, of the parameters that an adapter's files contain in full, such as a task head."""
     from safetensors import safe_open
 
     with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
@@ -131,7 +133,7 @@ def brought_parameters(folder: Path) -> set[str]:
 
 
 def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
-    """PEFT only warns about tensors that fit nowhere and modules that got none; both mean another model."""
+    """Raises ArtifactError for unused tensors and modules without tensors: PEFT only warns, but they mean another model."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""Training a model's own weights, without an adapter; and the files of whatever is trained, adapter or weights."""
+"""Training a model's own weights without an adapter, and the files of what is trained, adapter or weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WEIGHTS_FILE = "trained.safetensors"
 
 
 def train_all(model: nn.Module, *, freeze: Sequence[str] = ()) -> AdapterReport:
-    """Lets every floating-point weight of ``model`` be trained but those of the modules in ``freeze``; the report counts
+    """Makes every floating-point weight of ``model`` trainable except those of the modules in ``freeze``; the report counts
     both.
 
     Args: freeze: module name endings, such as ``embeddings``.
-    Raises: RecipeError where a name matches nothing, or nothing is left to train.
+    Raises: RecipeError if a name matches nothing, or nothing is left to train.
     """
     names = [name for name, _ in model.named_modules() if name]
     for ending in freeze:
@@ -47,7 +47,7 @@ def trained_files(model: Any) -> tuple[str, ...]:
 
 
 def save_trained(model: Any, folder: Path) -> None:
-    """Writes what is trained of ``model``: its adapter in PEFT's format, or else its trained weights by name."""
+    """Writes the trained part of ``model``: its adapter in PEFT's format, or else its trained weights by name."""
     if _is_adapted(model):
         save_adapter(model, folder)
         return
@@ -59,7 +59,7 @@ def save_trained(model: Any, folder: Path) -> None:
 
 
 def load_trained(model: Any, folder: Path) -> None:
-    """Puts what ``save_trained`` wrote into a model that trains the same. Raises: ArtifactError where it does not."""
+    """Loads the files of ``save_trained`` into a model that trains the same weights. Raises: ArtifactError if it does not."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

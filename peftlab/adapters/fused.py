@@ -1,7 +1,7 @@
-"""PEFT's LoRA linears with a fused forward: subclasses of its own layers, entered through its custom-module mapping.
+"""PEFT's LoRA linears with a fused forward: subclasses of PEFT's layers, registered through its custom-module mapping.
 
-Injection, files, merging, hot swapping and every tool that reads PEFT go on working, because only ``forward`` differs.
-What the fused operation does not cover runs through PEFT's own forward, and is listed with its reason (contract C7).
+Injection, files, merging, hot swapping and every tool that reads PEFT keep working, because only ``forward`` differs.
+What the fused operation does not support runs through PEFT's own forward, and is listed with its reason (contract C7).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 else:
     LoraLayer = object
 
-# The value of run.kernels a layer runs under; "compared" is PEFT's forward with the dropout masks of the fused one.
+# Values of run.kernels; "compared" is PEFT's forward with the dropout masks of the fused one.
 MODES = ("auto", "triton", *ops.CPU_OPERANDS, "reference", "compared")
 
 
 class Factors(NamedTuple):
-    """A LoRA adapter: A [R, K], B [N, R], scaling, and the probability of a zero in its input now."""
+    """A LoRA adapter: A [R, K], B [N, R], scaling, and the current dropout probability on its input."""
 
     A_RK: Tensor
     B_NR: Tensor
@@ -37,11 +37,11 @@ class Factors(NamedTuple):
 
 
 class FusedLora(LoraLayer):
-    """Mixed in before a PEFT LoRA layer.
+    """Mixin before a PEFT LoRA layer.
 
-    Each forward reads everything that decides how it runs, so nothing can be stale. A cached verdict would save nothing:
-    a complete check of it reads the same things. The reads are cheap instead: ``_modules`` and ``parameter`` avoid
-    ``nn.Module.__getattr__``, ``plain_reads`` the Python behind each property of an NF4 weight.
+    Each forward reads everything that decides how it runs, so nothing can be stale. Caching the decision would save nothing:
+    validating it reads the same values. The reads are cheap instead: ``_modules`` and ``parameter`` avoid
+    ``nn.Module.__getattr__``, ``plain_reads`` avoids the Python code behind each property of an NF4 weight.
     """
 
     kernels = "auto"
@@ -49,7 +49,7 @@ class FusedLora(LoraLayer):
     """Set by the layer: why its last forward was PEFT's own; None when it was fused."""
 
     def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Fused")  # what PEFT's tools and tests read in a printed model
+        return type(self).__name__.removeprefix("Fused")  # PEFT's tools and tests read this name in a printed model
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reason = self.slow_reason(x, args, kwargs)
@@ -69,7 +69,7 @@ class FusedLora(LoraLayer):
         kwargs: dict[str, Any] | None = None,
         kernels: str = "",
     ) -> str | None:
-        """Why a forward on ``x`` takes PEFT's path; without ``x``, what is known before one."""
+        """Why a forward on ``x`` takes PEFT's path, or None; without ``x``, as far as known before a forward."""
         layer: Any = self
         if (kernels or layer.kernels) in ("reference", "compared"):
             return "run.kernels=reference"
@@ -109,7 +109,7 @@ class FusedLora(LoraLayer):
             return f"its input is {x.dtype}"
         if x.device != weight.device:
             return f"its input is on {x.device}, its weight on {weight.device}"
-        # A trace would follow the question into the kernel that answers it; the operator asks again when it runs.
+        # A trace would follow this check into the kernel; the operator checks again when it runs.
         asks = self.kernels == "triton" and not torch.compiler.is_compiling()
         if asks and (problem := ops.triton_problem(x.device, products=True)):
             return problem
@@ -121,11 +121,11 @@ class FusedLora(LoraLayer):
         raise NotImplementedError
 
     def _base_weight(self, base: Any) -> ops.BaseWeight:
-        """That of a layer without a ``slow_reason``."""
+        """The base weight of a layer without a ``slow_reason``."""
         raise NotImplementedError
 
     def factors(self) -> Factors:
-        """Those of the one active adapter."""
+        """The factors of the single active adapter."""
         layer: Any = self
         modules = layer._modules
         adapters = modules["lora_A"]._modules
@@ -142,7 +142,7 @@ class FusedLora(LoraLayer):
         layer: Any = self
         base, factors = layer._modules["base_layer"], self.factors()
         weight, dtype = self._base_weight(base), compute_dtype(x)
-        # A head or another layer that loading left in floating point has no int8 product.
+        # A head or another layer that was loaded in floating point has no int8 product.
         exact = self.kernels == "cpu-int8" and not isinstance(weight, ops.Int8Weight)
         return ops.lora_linear(
             x if x.dtype == dtype else x.to(dtype),
@@ -158,7 +158,7 @@ class FusedLora(LoraLayer):
 
     @contextlib.contextmanager
     def _drawn_dropout(self) -> Iterator[None]:
-        """The active dropout draws the very mask that the fused operation would draw here."""
+        """Makes the active dropout draw the same mask as the fused operation."""
         layer: Any = self
         name = next(name for name in layer.active_adapters if name in layer.lora_A)
         dropout = layer.lora_dropout[name]
@@ -183,7 +183,7 @@ class _DrawnDropout(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type products of ``x`` run in: autocast's where it is on, else that of ``x``."""
+    """The dtype of products with ``x``: autocast's if it is on, else that of ``x``."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(kind)
@@ -191,14 +191,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """``module.name``, without ``nn.Module.__getattr__`` where it is a parameter."""
+    """``module.name``, without ``nn.Module.__getattr__`` if it is a parameter."""
     parameters = module._parameters
-    # Replicas of DataParallel and FSDP1's flat shards have plain attributes in their place.
+    # Replicas of DataParallel and FSDP1's flat shards have plain attributes instead.
     return parameters[name] if name in parameters else getattr(module, name)
 
 
 def plain_reads() -> Any:
-    """Within it the properties of a bitsandbytes weight are read as those of any tensor, not by ``__torch_function__``."""
+    """A context in which properties of a bitsandbytes weight are read like any tensor's, without ``__torch_function__``."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
@@ -222,9 +222,9 @@ def _is_sharded(weight: Tensor) -> bool:
 
 
 class _PlainLinear(type):
-    """What PEFT's mapping is asked with ``isinstance``: an nn.Linear itself, whose weight is an ordinary tensor.
+    """For ``isinstance`` in PEFT's mapping: matches only nn.Linear itself with an ordinary tensor as weight.
 
-    Quantized linears of other libraries subclass nn.Linear or put tensor subclasses into it; those stay with PEFT.
+    Quantized linears of other libraries subclass nn.Linear or hold tensor subclasses; those stay with PEFT.
     """
 
     def __instancecheck__(cls, module: object) -> bool:
@@ -236,7 +236,7 @@ class PlainLinear(metaclass=_PlainLinear):
 
 
 def fused_classes() -> dict[type, type]:
-    """Base layer type -> fused LoRA layer, in the order to try; bitsandbytes' types once it has been imported."""
+    """Base layer type -> fused LoRA layer, in the order to try; with bitsandbytes' types if it was imported."""
     bnb = sys.modules.get("bitsandbytes")
     classes: dict[type, type] = {}
     if bnb is not None:
@@ -245,15 +245,15 @@ def fused_classes() -> dict[type, type]:
 
 
 def __getattr__(name: str) -> type:
-    """Where pickle finds the fused classes, which are made at their first use: PEFT is slow to import."""
-    made = {"FusedLinear": _fused_dense, "FusedLinear4bit": _fused_4bit, "FusedLinear8bitLt": _fused_8bit}
-    if name not in made:
+    """The fused classes by name, for pickle. They are created at their first use, because PEFT is slow to import."""
+    factories = {"FusedLinear": _fused_dense, "FusedLinear4bit": _fused_4bit, "FusedLinear8bitLt": _fused_8bit}
+    if name not in factories:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return made[name]()
+    return factories[name]()
 
 
-def _found_by_name(layer: type) -> type:
-    """``layer``, made in a function, as if it stood at the top of this file."""
+def _top_level(layer: type) -> type:
+    """``layer``, a class defined in a function, renamed as if it were defined at the top level of this file."""
     layer.__qualname__ = layer.__name__
     return layer
 
@@ -275,7 +275,7 @@ def _fused_dense() -> type:
         def _base_weight(self, base: Any) -> ops.BaseWeight:
             return ops.DenseWeight(parameter(base, "weight"))
 
-    return _found_by_name(FusedLinear)
+    return _top_level(FusedLinear)
 
 
 @functools.cache
@@ -296,7 +296,7 @@ def _fused_4bit() -> type:
         def _base_weight(self, base: Any) -> ops.BaseWeight:
             return _nf4_weight(base, parameter(base, "weight"))
 
-    return _found_by_name(FusedLinear4bit)
+    return _top_level(FusedLinear4bit)
 
 
 @functools.cache
@@ -317,11 +317,11 @@ def _fused_8bit() -> type:
         def _base_weight(self, base: Any) -> ops.BaseWeight:
             return _int8_weight(base, parameter(base, "weight"))
 
-    return _found_by_name(FusedLinear8bitLt)
+    return _top_level(FusedLinear8bitLt)
 
 
 def frozen_weight(base: Any) -> ops.BaseWeight | None:
-    """The weight of a linear as the operations take it; None for a linear they do not know."""
+    """The weight of a linear in the form that the operations take; None for an unsupported linear."""
     bnb = sys.modules.get("bitsandbytes")
     if isinstance(base, PlainLinear):
         return ops.DenseWeight(parameter(cast(nn.Linear, base), "weight"))
@@ -354,7 +354,7 @@ def _int8_weight(base: Any, weight: Any) -> ops.Int8Weight:
     if weight.CB is not None:
         base.init_8bit_state()
     state = base.state
-    weight.data = state.CB  # as bitsandbytes does, so that the weight is still what gets saved
+    weight.data = state.CB  # as bitsandbytes does, so that this weight is saved
     return ops.Int8Weight(state.CB, state.SCB, float(state.threshold))
 
 
@@ -380,7 +380,7 @@ def _int8_reason(base: Any, weight: Any) -> str | None:
 
 
 def register(config: Any) -> Any:
-    """``config`` (a LoraConfig), with the fused layers in its custom-module mapping; nothing of it is saved."""
+    """``config`` (a LoraConfig) with the fused layers in its custom-module mapping; the mapping is not saved."""
     # Not closures: the configuration is pickled with its model.
     config._register_custom_module({base: functools.partial(_make, layer) for base, layer in fused_classes().items()})
     return config
@@ -388,7 +388,7 @@ def register(config: Any) -> Any:
 
 def _make(layer: type, target: nn.Module, adapter_name: str, **options: Any) -> Any:
     if options.get("parameter_name") is not None:
-        return None  # an adapter on a bare parameter: PEFT goes on to its own layers
+        return None  # an adapter on a bare parameter: PEFT uses its own layers
     return layer(target, adapter_name, **options)
 
 
@@ -403,7 +403,7 @@ def set_kernels(model: nn.Module, kernels: str) -> None:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """fused: names of modules on the fused path; slow: name -> reason of those on PEFT's own."""
+    """fused: names of modules on the fused path; slow: name -> reason of modules on PEFT's path."""
 
     fused: list[str]
     slow: dict[str, str] = field(default_factory=dict)
@@ -421,7 +421,7 @@ class FusionReport:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Which adapted modules run fused, and why the others do not; after a forward it is what that one did."""
+    """Which adapted modules run fused, and why the others do not; after a forward, what that forward did."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     fused, slow = [], {}

@@ -1,4 +1,4 @@
-"""The loss of a model's output head on the fused operation, with whatever is on that head: an adapter, a quantized weight."""
+"""The loss of a model's output head on the fused operation; the head may have an adapter or a quantized weight."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peftlab.adapters.fused import FusedLora, compute_dtype, frozen_weight, is_h
 
 
 class HeadInput(NamedTuple):
-    """head: as the fused losses take it. hidden: [N, H] in the type its products run in. adapter_hidden: what an adapter
-    on the head reads where dropout changes it, or None."""
+    """head: in the form that the fused losses take. hidden: [N, H] in the dtype of its products. adapter_hidden: the input
+    of an adapter on the head if dropout changes it, else None."""
 
     head: ops.Head
     hidden: Tensor
@@ -23,7 +23,7 @@ class HeadInput(NamedTuple):
 class HeadLoss:
     """Summed cross-entropy of an output head: ``(module, hidden, targets, softcap, scale) -> [] or None``.
 
-    None where ``head_reason`` has a reason, and with ``reference``: the caller then takes the logits.
+    None if ``head_reason`` has a reason, and with ``reference``: the caller then uses the logits.
     Args: kernels: the value of run.kernels.
     """
 
@@ -33,11 +33,11 @@ class HeadLoss:
     def __call__(
         self, module: nn.Module, hidden: Tensor, targets: Tensor, *, softcap: float | None, scale: float
     ) -> Tensor | None:
-        found = None if self._kernels == "reference" else head_input(module, hidden, softcap=softcap, scale=scale)
-        if found is None:
+        inputs = None if self._kernels == "reference" else head_input(module, hidden, softcap=softcap, scale=scale)
+        if inputs is None:
             return None
         return ops.linear_cross_entropy(
-            found.hidden, found.head, targets, adapter_hidden=found.adapter_hidden, backend=self._kernels
+            inputs.hidden, inputs.head, targets, adapter_hidden=inputs.adapter_hidden, backend=self._kernels
         ).total
 
 
@@ -49,9 +49,9 @@ def head_input(
     scale: float = 1.0,
     num_classes: int | None = None,
 ) -> HeadInput | None:
-    """What the fused losses take for the head ``module`` and hidden states [N, H]; None where it is not covered.
+    """The input of the fused losses for the head ``module`` and hidden states [N, H]; None if the head is not supported.
 
-    Args: num_classes: leading columns that are classes, None: all.
+    Args: num_classes: number of leading columns that are classes; None: all.
     """
     if head_reason(module, hidden) is not None:
         return None
@@ -59,7 +59,7 @@ def head_input(
     weight = frozen_weight(base)
     assert weight is not None
     low_rank = adapter_hidden = None
-    # As the module itself would: in autocast's type where that is on, else in the weight's.
+    # Like the module itself: in autocast's dtype if it is on, else in the weight's.
     as_stored = isinstance(weight, ops.DenseWeight) and not torch.is_autocast_enabled(hidden.device.type)
     hidden = hidden.to(base.weight.dtype if as_stored else compute_dtype(hidden))
     if adapted:
@@ -72,7 +72,7 @@ def head_input(
 
 
 def head_reason(module: nn.Module, hidden: Tensor | None = None) -> str | None:
-    """Why the fused losses do not take the head ``module`` (for these hidden states), in words; None where they do."""
+    """Why the fused losses do not support the head ``module`` (for these hidden states); None if they do."""
     layer, base, adapted = _layers(module)
     if adapted and (reason := layer.slow_reason(hidden)):
         return str(reason)
@@ -82,7 +82,7 @@ def head_reason(module: nn.Module, hidden: Tensor | None = None) -> str | None:
 
 
 def _layers(module: nn.Module) -> tuple[Any, Any, bool]:
-    """What is called, the linear in it, and whether an adapter is at work on it."""
+    """The called module, its linear, and whether an adapter is active on it."""
     layer: Any = _active_module(module)
     if isinstance(layer, FusedLora):
         return layer, layer.get_base_layer(), not (layer.disable_adapters or layer.merged)
@@ -90,7 +90,7 @@ def _layers(module: nn.Module) -> tuple[Any, Any, bool]:
 
 
 def _active_module(module: Any) -> Any:
-    """The copy that PEFT trains where the head is in ``modules_to_save``."""
+    """The copy that PEFT trains if the head is in ``modules_to_save``."""
     from peft.utils import ModulesToSaveWrapper
 
     if not isinstance(module, ModulesToSaveWrapper):

@@ -1,4 +1,4 @@
-"""Any adapter method of ``specs.methods`` through PEFT: plain values in, an injected model and a report of what is trained out."""
+"""Injects any adapter method of ``specs.methods`` through PEFT, and reports what is trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftlab.specs.methods import METHODS
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What is adapted and how much is trained (counts of parameters and of modules)."""
+    """What is adapted and how much is trained (numbers of parameters and modules)."""
 
     num_modules: int
     num_trained: int
@@ -40,16 +40,16 @@ def inject(
     kernels: str = "auto",
     **options: Any,
 ) -> Any:
-    """The model with adapters injected by PEFT (a ``PeftModel``), only these requiring gradients.
+    """The model with adapters injected by PEFT (a ``PeftModel``); only the adapters require gradients.
 
     Args:
-        method: name in ``specs.methods`` of one that adds an adapter.
-        peft_type: PEFT task type, such as ``CAUSAL_LM``; None where PEFT knows none: the modules outside the body are the
-            head then, which is trained in full, as PEFT does with the head of a sequence classifier.
+        method: name in ``specs.methods`` of a method that adds an adapter.
+        peft_type: PEFT task type, such as ``CAUSAL_LM``; None if PEFT has none: the modules outside the body are then the
+            head, which is trained in full, as PEFT does for sequence classifiers.
         targets: ``all-linear``, module name endings, or one regular expression over full module names.
         kernels: auto, triton or reference; see ``fused.set_kernels``. No effect for a method without fused layers.
         options: the method's other keys of the section ``adapter``, such as ``rank``.
-    Raises: RecipeError when a target or a module to save matches nothing.
+    Raises: RecipeError if a target or a module to save matches nothing.
     """
     import peft
 
@@ -62,7 +62,7 @@ def inject(
     head = _head(model) if peft_type is None else []
     alpha = options.get("alpha")
     if alpha is not None and float(alpha).is_integer():
-        options["alpha"] = int(alpha)  # as PEFT's own files have it
+        options["alpha"] = int(alpha)  # as in PEFT's own files
     config = getattr(peft, spec.config)(
         task_type=peft_type,
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -74,7 +74,7 @@ def inject(
     if isinstance(config, peft.LoraConfig):
         fused.register(config)
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 for an attribute under its old name.
+        # PEFT 0.21 reads an attribute of transformers 5 under its old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         peft_model = peft.get_peft_model(model, config)
     fused.set_kernels(peft_model, kernels)
@@ -82,7 +82,7 @@ def inject(
 
 
 def planned_modules(model: nn.Module, *, peft_type: str | None, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the modules of a model without adapters that ``targets`` stands for, by PEFT's own rules."""
+    """Full names of the modules of a model without adapters that match ``targets``, by PEFT's own rules."""
     from peft import LoraConfig, PeftConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
@@ -100,7 +100,7 @@ def planned_modules(model: nn.Module, *, peft_type: str | None, targets: str | S
 
 
 def report(model: Any) -> AdapterReport:
-    """Counts over an injected model. Raises: RecipeError when nothing is trained."""
+    """Counts over an injected model. Raises: RecipeError if nothing is trained."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     kinds: dict[str, int] = {}
@@ -114,11 +114,11 @@ def report(model: Any) -> AdapterReport:
 
 
 def _head(model: nn.Module) -> list[str]:
-    """Names of the modules with weights beside the body of a transformers model."""
+    """Names of the modules with weights outside the body of a transformers model."""
     body: Any = model.base_model
     return [n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())]
 
 
 def _inside(modules: Sequence[str]) -> str | None:
-    """A regular expression for the names of ``modules`` and of all in them; None without any."""
+    """A regular expression for the names of ``modules`` and all their submodules; None without modules."""
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None

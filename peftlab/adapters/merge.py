@@ -1,4 +1,4 @@
-"""Folding an adapter into the weights, and the numbers that say what that cost (contract C6)."""
+"""Checks a merge of an adapter into the weights, and measures its error (contract C6)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class WeightError:
-    """Merged weights against ``W + scaling * B A`` in float64, over all adapted modules.
+    """Error of merged weights against ``W + scaling * B A`` in float64, over all adapted modules.
 
     Attributes:
-        max_error, mean_error: absolute, in units of the weights. relative: mean error / mean |update|: a merge that
-            lost its update has 1.
+        max_error, mean_error: absolute, in units of the weights. relative: mean error / mean |update|; 1 for a merge that
+            lost its update.
     """
 
     max_error: float
@@ -29,7 +29,7 @@ class WeightError:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Merged model against base + adapter on held-out positions: mean and max KL in nats, share of equal top-1."""
+    """Agreement of merged model and base + adapter on held-out positions: mean and max KL in nats, share of equal top-1."""
 
     kl_mean: float
     kl_max: float
@@ -38,10 +38,10 @@ class Agreement:
 
 
 def exact_updates(model: Any) -> dict[str, dict[str, Tensor]]:
-    """Per adapted module of a ``PeftModel`` the tensors that its merged weight follows from, on the CPU.
+    """For each adapted module of a ``PeftModel``, the tensors that determine its merged weight, on the CPU.
 
     Written from the formulas (Hu et al. 2021, section 4.1; Liu et al. 2024, equation 5 for DoRA), not from PEFT's
-    merge code, so that the two check each other.
+    merge code, so that each checks the other.
     """
     updates = {}
     base = model.get_base_model()
@@ -78,7 +78,7 @@ def weight_error(
     base_weights: Mapping[str, Tensor], merged_weights: Mapping[str, Tensor], updates: dict[str, dict[str, Tensor]]
 ) -> WeightError | None:
     """Compares merged weights with ``expected_weight`` of the base weights; all are keyed by module name. None without
-    updates, as of a method whose formula is not known here."""
+    updates, as for a method without a formula here."""
     if not updates:
         return None
     worst, total, moved, count = 0.0, 0.0, 0.0, 0
@@ -107,7 +107,7 @@ def agreement(reference: list[Tensor], merged: list[Tensor]) -> Agreement:
 class DequantizedWeights(Mapping[str, Tensor]):
     """The bitsandbytes linears of a model as float32 [out, in] weights on the CPU, by module name.
 
-    Each is dequantized when it is asked for: what is kept is the quantized storage, an eighth of the size.
+    Each is dequantized on access; only the quantized storage is kept, an eighth of the size.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Which modules of a model a recipe's names mean, and a clear error where they mean none."""
+"""Checks which modules of a model match a recipe's names, with a clear error if none does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftlab.errors import RecipeError
 
 
 def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
-    """Raises RecipeError for the first target that no adaptable module answers to, with the nearest names."""
+    """Raises RecipeError for the first target that matches no adaptable module, with the nearest names."""
     names = [name for name, module in model.named_modules() if is_adaptable(module)]
     if targets == "all-linear":
         return
@@ -26,8 +26,8 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
         for name, module in model.named_modules():
             if re.fullmatch(targets, name) and not is_adaptable(module):
                 raise RecipeError(
-                    f"the regular expression {targets!r} also matches {name!r}, a {type(module).__name__}, which takes no "
-                    r"adapter; let it end in the names of linear layers, such as (q_proj|v_proj)",
+                    f"the regular expression {targets!r} also matches {name!r}, a {type(module).__name__}, which cannot have "
+                    r"an adapter; end it with the names of linear layers, such as (q_proj|v_proj)",
                     key="adapter.targets",
                 )
         return
@@ -43,7 +43,7 @@ def check_modules_to_save(model: nn.Module, modules: Sequence[str]) -> None:
 
 
 def match_ending(target: str, names: list[str], key: str) -> None:
-    """Raises RecipeError where ``target`` is the end of none of the module ``names``."""
+    """Raises RecipeError if no module name in ``names`` ends with ``target``."""
     if any(name == target or name.endswith("." + target) for name in names):
         return
     endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})

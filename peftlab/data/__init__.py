@@ -1,4 +1,4 @@
-"""Data: from the sources that a recipe names to rows, their classes, the held-out part, and batches."""
+"""Data: loads rows from the sources that a recipe names, reads labels, splits, tokenizes and batches."""
 
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, find, require

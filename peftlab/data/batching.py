@@ -1,4 +1,4 @@
-"""Which rows share a batch: a pure function of lengths, seed and epoch, so that a run can be repeated and resumed."""
+"""Assigns rows to batches: a pure function of lengths, seed and epoch, so that runs can be repeated and resumed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Indices = npt.NDArray[np.int64]
 
 # grouping=epoch sorts by length within windows of this many optimizer steps, so that steps stay mixed in content.
 _WINDOW_STEPS = 50
-# Padded tokens that are worth one more batch of evaluation: on a CPU that costs about 64 tokens, on a GPU a launch of the
-# model. Of 240 texts in 3 batches 46 % were padding, of 966 in 8 batches 18 %; now 15 % (9 batches) and 7 % (16).
+# Evaluation starts another batch to save this many padded tokens. A batch costs about 64 tokens on a CPU, and one launch
+# of the model on a GPU. Padding fell from 46 % to 15 % (240 texts, 3 to 9 batches) and from 18 % to 7 % (966, 8 to 16).
 _EVAL_PADDING = 128
 
 
@@ -43,15 +43,14 @@ class BatchPlan:
 
     Args:
         lengths: [N] tokens per example.
-        grouping: ``none`` (padded batches of ``batch_size`` in order), ``step``, or ``epoch`` (like lengths share
-            a step too).
-        split_cost: what one more micro-batch costs, in padded tokens.
-        most_tokens: padded tokens a micro-batch has at most (one longer row still makes one), whatever the batch size;
-            None: no limit. Not with grouping ``none``.
-        packing: tokens a pack has at most; None: rows are padded. ``grouping``, ``split_cost`` and ``most_tokens`` have
+        grouping: ``none`` (padded batches of ``batch_size`` in order), ``step``, or ``epoch`` (rows of similar length
+            also share a step).
+        split_cost: cost of one more micro-batch, in padded tokens.
+        most_tokens: maximum padded tokens of a micro-batch, whatever the batch size (a single longer row is still
+            one); None: no limit. Not with grouping ``none``.
+        packing: maximum tokens of a pack; None: rows are padded. ``grouping``, ``split_cost`` and ``most_tokens`` have
             no effect on packs.
-        span: the first step and the one after the last that are taken from these rows, where the others of the
-            ``max_steps`` of the run are taken from other rows; None: all.
+        span: ``(first, end)``, the steps that use these rows, if other rows serve the rest of ``max_steps``; None: all.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class BatchPlan:
         return self._packing is not None
 
     def times_seen(self) -> Indices:
-        """[N] how often each row is trained on in the steps of this plan."""
+        """[N] how often this plan trains on each row."""
         counts, epoch = np.zeros(len(self._lengths), dtype=np.int64), 0
         left = self.end_step - self.first_step
         while left > 0:
@@ -107,7 +106,7 @@ class BatchPlan:
         return max(1, steps)
 
     def step(self, index: int) -> PlannedStep:
-        """The ``index``-th optimizer step of the run, counted from 0. Its epoch is one of these rows."""
+        """Optimizer step ``index`` of the run, counted from 0. Its epoch counts passes over these rows."""
         epoch, first = 0, self.first_step
         while index >= first + len(self._epoch(epoch)):
             first += len(self._epoch(epoch))
@@ -116,7 +115,7 @@ class BatchPlan:
         return PlannedStep(epoch, groups if self.packed else self._micro_batches(groups[0]))
 
     def _epoch(self, epoch: int) -> list[list[Indices]]:
-        """Rows of each step of an epoch, in one array, or one per pack. Only the last two epochs asked for are kept."""
+        """The rows of each step of an epoch, in one array or one per pack. Only the last two epochs are cached."""
         if epoch not in self._epoch_cache:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(len(self._lengths))
@@ -181,7 +180,7 @@ class BatchPlan:
 def _cheapest_cuts(lengths: list[int], *, max_rows: int, max_tokens: int, split_cost: int) -> list[int]:
     """Cut points of descending ``lengths`` that minimise padded tokens + ``split_cost`` per part (exact, O(N * rows)).
 
-    A single row longer than ``max_tokens`` still makes a part of its own.
+    A single row longer than ``max_tokens`` still gets its own part.
     """
     best, back = [0.0] + [math.inf] * len(lengths), [0] * (len(lengths) + 1)
     for start, longest in enumerate(lengths):
@@ -199,8 +198,8 @@ def _cheapest_cuts(lengths: list[int], *, max_rows: int, max_tokens: int, split_
 def _padded_batches(
     order: Indices, lengths: Indices, max_tokens: int, max_padding: float = math.inf
 ) -> Iterator[Indices]:
-    """Consecutive rows of ``order`` in batches of at most ``max_tokens`` padded tokens, of which ``max_padding`` are
-    padding (at least one row each)."""
+    """Consecutive rows of ``order`` in batches of at most ``max_tokens`` padded tokens, at most ``max_padding`` of them
+    padding. Each has at least one row."""
     first, longest, real = 0, 0, 0
     for i, row in enumerate(order):
         length = int(lengths[row])
@@ -217,14 +216,14 @@ def _padded_batches(
 def eval_batches(
     lengths: Sequence[int] | Indices, batch_tokens: int, *, max_padding: float = _EVAL_PADDING
 ) -> list[Indices]:
-    """Batches for evaluation: longest rows first, at most ``batch_tokens`` padded tokens each, ``max_padding`` of them
-    padding."""
+    """Batches for evaluation, longest rows first: at most ``batch_tokens`` padded tokens each, at most ``max_padding`` of
+    them padding."""
     array = np.asarray(lengths, dtype=np.int64)
     return list(_padded_batches(np.argsort(-array, kind="stable"), array, batch_tokens, max_padding))
 
 
 def fit_lengths(lengths: Indices, *, max_length: int, too_long: str) -> Indices:
-    """[N] tokens that are kept of rows of ``lengths``: with ``truncate`` at most ``max_length``, else 0 of a longer row."""
+    """[N] tokens to keep of each row: at most ``max_length`` with ``truncate``, otherwise 0 for a longer row."""
     if too_long == "truncate":
         return np.minimum(lengths, max_length)
     return np.where(lengths > max_length, 0, lengths)

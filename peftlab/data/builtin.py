@@ -1,4 +1,4 @@
-"""Built-in data sets, which are on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` of installed packages."""
+"""Built-in data sets, available on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` of installed packages."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from peftlab.errors import DataError
 
 DIGITS, DOCSTRINGS = "sklearn:digits", "docstrings:"
 _PARTS = ("train", "test")
-# A row is a test row if the first byte of its content's hash is below this: about a quarter of the rows.
+# A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
-# A line that ends a signature, and the string that stands alone below it; or the string a file begins with. Read as syntax
-# trees, torch and transformers would take half a minute instead of a second.
+# The end of a signature and the string alone on the next line, or the string at the start of a file. Parsing syntax trees
+# of torch and transformers would take half a minute instead of a second.
 _DOCSTRING = re.compile(
     r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*(?:#[^\n]*)?\n[ \t]+)[rRuU]{0,2}"""(.+?)"""', re.DOTALL
 )
 _FEWEST_WORDS = 5
-# How people write a package's name besides its import name.
+# Other ways to write a package's name than its import name.
 _ALIASES = {
     "datasets": (),
     "networkx": ("nx",),
@@ -48,11 +48,11 @@ def load_builtin(name: str, *, key: str) -> Rows:
 
     ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 255) and ``label``
     ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
-    installed packages (not imported), of five words or more, each text once, none that two of them have; columns ``text``
-    and ``label`` (the package). In the text the packages' names read PACKAGE.
+    installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
+    packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
 
-    With ``:train`` or ``:test`` behind: about three quarters and one quarter of the rows, told apart by their content, so
-    that a row is on the same side wherever it appears.
+    The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
+    row's content, so a row is on the same side wherever it appears.
 
     Raises: DataError at ``key`` for an unknown name or a package that is not installed.
     """
@@ -66,8 +66,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; there are {DIGITS} and {DOCSTRINGS}PACKAGE,PACKAGE, each also with :train or "
-            ":test behind",
+            f"unknown built-in data {name!r}; expected {DIGITS} or {DOCSTRINGS}PACKAGE,PACKAGE, optionally followed by :train "
+            "or :test",
             key=key,
         )
     if part is None:
@@ -79,9 +79,9 @@ def load_builtin(name: str, *, key: str) -> Rows:
 def _digits(name: str) -> tuple[Rows, list[bytes]]:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    digits = load_digits()
     # scikit-learn's values are 0 to 16; image processors expect those of image files.
-    images, labels = np.rint(found.images * (255 / 16)).astype(np.uint8), found.target
+    images, labels = np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
     rows = Rows(
         name=name,
         columns={"image": images.tolist(), "label": [str(label) for label in labels]},
@@ -100,7 +100,7 @@ def _docstrings(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, l
     return dataclasses.replace(rows, name=name), contents
 
 
-# A distillation asks for its rows a dozen times, in parts and under several keys, and 100 MB of sources take five seconds.
+# Distillation loads its rows a dozen times, in parts and under several keys; reading 100 MB of sources takes five seconds.
 @functools.lru_cache(maxsize=2)
 def _search(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
     """Rows in the order of the packages, of their files' paths, and of the lines."""
@@ -134,7 +134,7 @@ def _folder(package: str, key: str) -> Path:
         near = difflib.get_close_matches(package, _ALIASES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(
-            f"no installed package {package!r} to take docstrings from (expected {DOCSTRINGS}PACKAGE,PACKAGE){hint}",
+            f"package {package!r} is not installed, so it has no docstrings (expected {DOCSTRINGS}PACKAGE,PACKAGE){hint}",
             key=key,
         )
     return Path(next(iter(spec.submodule_search_locations)))
@@ -145,16 +145,16 @@ def _paragraphs(folder: Path) -> Iterator[tuple[str, int, str]]:
     for file in sorted(folder.rglob("*.py")):
         source = file.read_text(encoding="utf-8", errors="replace")
         line, counted = 1, 0
-        for found in _DOCSTRING.finditer(source) if '"""' in source else ():
-            line, counted = line + source.count("\n", counted, found.start(1)), found.start(1)
-            first = found[1].replace("\\\n", "\n").strip().split("\n\n")[0]
+        for match in _DOCSTRING.finditer(source) if '"""' in source else ():
+            line, counted = line + source.count("\n", counted, match.start(1)), match.start(1)
+            first = match[1].replace("\\\n", "\n").strip().split("\n\n")[0]
             text = " ".join(first.split())
             if len(text.split()) >= _FEWEST_WORDS:
                 yield str(file), line, text
 
 
 def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:
-    """Replaces the packages' names and abbreviations: a classifier that reads the answer in the text learns nothing."""
+    """A function that replaces the packages' names and abbreviations, so that the text does not contain the label."""
     names = sorted({alias for package in packages for alias in (package, *_ALIASES.get(package, ()))}, key=len)
     long = "|".join(re.escape(name) for name in reversed(names) if len(name) > 2)
     short = "|".join(rf"\b{re.escape(name)}\b" for name in names if len(name) <= 2)

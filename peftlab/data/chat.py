@@ -1,4 +1,4 @@
-"""Rows to text for language models, and which characters of it are trained."""
+"""Renders rows as text for language models, and marks which characters are trained."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Formatter:
     """Turns a row into text: plain text, prompt + completion, or chat messages through the tokenizer's template.
 
     Args:
-        columns: part -> column name, parts ``text``, ``prompt``, ``completion``, ``messages``.
+        columns: part -> column name; the parts are ``text``, ``prompt``, ``completion`` and ``messages``.
         template: the non-empty fields of the recipe's ``data.template``.
-        available: the columns the data has; without ``columns`` and ``template`` the style follows from them.
+        available: the columns of the data. They determine the style if ``columns`` and ``template`` are empty.
     Raises: DataError (columns), RecipeError (template), DataError (no chat template).
     """
 
@@ -46,8 +46,8 @@ class Formatter:
                     )
         if self.style == "chat" and not tokenizer.chat_template:
             raise DataError(
-                "these rows are chat messages, but the tokenizer has no chat template; give one with "
-                "model.chat_template=FILE.jinja, or use a prompt / completion template",
+                "these rows are chat messages, but the tokenizer has no chat template; set model.chat_template=FILE.jinja, "
+                "or use a prompt / completion template",
                 key="data.template" if self._template else "data.columns",
             )
 
@@ -77,7 +77,7 @@ class Formatter:
 
     @property
     def prompt_column(self) -> str | None:
-        """The one column that the prompt is made from, when there is exactly one."""
+        """The column of the prompt, if it is made from exactly one."""
         if self._template:
             asked = self._template.get("prompt") or self._template.get("user") or ""
             names = sorted({n for part in (asked, self._template.get("system") or "") for n in _fields(part)})
@@ -89,7 +89,7 @@ class Formatter:
         return self.render_all([row], [where])[0]
 
     def render_all(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
-        """As ``render``, for many rows at once: the template engine then starts once, not once a row."""
+        """Like ``render`` for many rows at once, so that the template engine starts once instead of once per row."""
         if self.style == "text":
             texts = [self._text(row, "text", where) for row, where in zip(rows, wheres, strict=True)]
             return [Rendered(text, [Part(0, len(text), "text", trained=True)]) for text in texts]
@@ -103,14 +103,14 @@ class Formatter:
         )
 
     def render_answer(self, row: Mapping[str, Any], where: str, answer: str) -> Rendered:
-        """The prompt of ``row`` answered with ``answer``, whatever its own completion is."""
+        """The prompt of ``row`` with ``answer`` in place of its completion."""
         if self.style == "chat":
             asked = self._prompt_messages(row, where)
             return self.chat_template.render([[*asked, {"role": "assistant", "content": answer}]], [where])[0]
         return _completed(self.render_prompt(row, where), answer)
 
     def render_prompt(self, row: Mapping[str, Any], where: str) -> str:
-        """Text up to where the model answers. A ``messages`` row is cut before its last assistant turn."""
+        """The text up to where the model answers. A ``messages`` row is cut before its last assistant turn."""
         if self.style != "chat":
             return self._text(row, "text" if self.style == "text" else "prompt", where)
         return self.chat_template.text(self._prompt_messages(row, where), where, add_generation_prompt=True)
@@ -122,14 +122,14 @@ class Formatter:
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
     def prompt_row(self, prompt: str) -> dict[str, Any]:
-        """The row that a plain text typed by a person stands for. Raises: RecipeError when that is not determined."""
+        """A row with ``prompt`` as its prompt. Raises: RecipeError if the prompt needs several columns."""
         if self.style == "text":
             return {self._columns["text"]: prompt}
         if self.style == "chat" and not self._template:
             return {self._columns["messages"]: [{"role": "user", "content": prompt}]}
         if (column := self.prompt_column) is None:
             raise RecipeError(
-                "the prompt is made from several columns, so a single text does not say enough; give a file with those columns",
+                "the prompt is made from several columns, so a single text is not enough; give a file with those columns",
                 key="data.template",
             )
         return {column: prompt}
@@ -158,7 +158,9 @@ class Formatter:
         odd = next((m for m in messages if not _is_message(m)), messages) if isinstance(messages, list) else messages
         hint = ""
         if isinstance(odd, Mapping) and {"from", "value"} <= odd.keys():
-            hint = "; this is ShareGPT's form: rename from to role (human: user, gpt: assistant) and value to content"
+            hint = (
+                "; this is the ShareGPT format: rename from to role (human: user, gpt: assistant) and value to content"
+            )
         raise DataError(
             f"{where}: expected a list of messages with role and content, found {str(odd)[:80]!r}{hint}",
             key="data.columns.messages",
@@ -170,7 +172,7 @@ class Formatter:
 
 
 def _is_message(message: Any) -> bool:
-    """With role and content; the content may be absent or null where tools are called."""
+    """Whether it has a role and content; the content may be absent or null in tool calls."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         return False
     return message.get("content") is not None or bool(message.get("tool_calls"))
@@ -193,10 +195,10 @@ def _fields(template: str) -> list[str]:
 
 
 def _value(row: Mapping[str, Any], column: str, where: str, *, key: str) -> Any:
-    """A row's value. Raises: DataError for a column that its file does not have, unlike the one that columns are chosen by."""
+    """The value of a row. Raises: DataError if its file lacks the column, unlike the file that columns were chosen from."""
     if column not in row:
-        found = ", ".join(map(repr, row))
-        raise DataError(f"{where}: no column {column!r}; found the columns {found}", key=key)
+        columns = ", ".join(map(repr, row))
+        raise DataError(f"{where}: no column {column!r}; found the columns {columns}", key=key)
     return row[column]
 
 
@@ -207,5 +209,5 @@ def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
             raise DataError(f"{where}: column {name!r} is empty in this row", key="data.template")
     try:
         return template.format(**{name: row[name] for name in names})
-    except (ValueError, TypeError) as error:  # a format specification that the value does not have
+    except (ValueError, TypeError) as error:  # a format specification that does not fit the value
         raise RecipeError(f"{where}: the template cannot be filled: {error}", key="data.template") from None

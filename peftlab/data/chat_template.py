@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: conversations as text, and which characters of it each message wrote."""
+"""A tokenizer's chat template: renders conversations as text and locates each message in it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, Literal
 from peftlab.errors import DataError, RecipeError
 
 Message = dict[str, Any]
-# What can be wrong with a part: the words of its message are not in it, or the header of an answer is.
+# Flaws of a part: it lacks the words of its message, or it includes the header of an answer.
 Flaw = Literal["", "words", "header"]
 
-# Stands for an answer where only what a template writes around it is of interest.
+# A placeholder answer, to see what a template writes around it.
 _PROBE = "peftlab probe"
-# Characters of a header that tell it from the words of a message.
+# Characters of a header that distinguish it from the words of a message.
 _OPENING = 16
 _ROWS_PROBED = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Characters ``start:end`` of a row's text that one role wrote; an answer's include the end of its turn.
+    """Characters ``start:end`` of a row's text, written by one role; for an answer including the end of its turn.
 
     Attributes: trained: whether the model learns to write it.
     """
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Text of one row and its parts in order; what no part holds the template wrote."""
+    """The text of one row and its parts in order; the template wrote everything else."""
 
     text: str
     parts: list[Part]
@@ -43,7 +43,7 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """What a template writes before a message's part, in the part before its words, and after them."""
+    """What a template writes before a message's part, within the part before its words, and after them."""
 
     role: str
     opening: str
@@ -64,7 +64,7 @@ class ChatTemplate:
         self._outlines: dict[tuple[str, ...], list[_Turn] | None] = {}
 
     def text(self, messages: list[Message], where: str, **options: Any) -> str:
-        """One conversation as text. Raises: DataError when the template refuses it, RecipeError when it is no template."""
+        """One conversation as text. Raises: DataError if the template rejects it, RecipeError if the template is invalid."""
         from jinja2 import TemplateSyntaxError
 
         try:
@@ -73,16 +73,17 @@ class ChatTemplate:
             raise RecipeError(
                 f"line {error.lineno} of the chat template: {error.message}", key="model.chat_template"
             ) from None
-        except Exception as error:  # Jinja templates raise what they like, raise_exception() included
+        except Exception as error:  # Jinja templates raise any exception, through raise_exception() too
             raise DataError(
-                f"{where}: the chat template refused these messages: {error}", key="model.chat_template"
+                f"{where}: the chat template rejects these messages: {error}", key="model.chat_template"
             ) from error
         return str(text)
 
     def render(self, chats: list[list[Message]], wheres: Sequence[str]) -> list[Rendered]:
-        """Text and parts of conversations, the parts by the outline of their roles where that gives the same text.
+        """The text and parts of conversations. The outline of their roles gives the parts if it reproduces the text;
+        otherwise they are searched for.
 
-        Raises: DataError where an answer cannot be told from what surrounds it.
+        Raises: DataError if an answer cannot be separated from the text around it.
         """
         try:
             texts = list(self._tokenizer.apply_chat_template(chats, tokenize=False))
@@ -94,8 +95,8 @@ class ChatTemplate:
         return rendered
 
     def probe(self, chats: Iterable[list[Message]]) -> str | None:
-        """The beginning of one of ``chats`` up to a first answer that says ``_PROBE``, other messages ``?``; None where the
-        template refuses that."""
+        """The start of one of ``chats`` up to its first answer, with ``_PROBE`` as the answer and ``?`` as the other
+        messages; None if the template rejects that."""
         if self._probed is None:
             for _, chat in zip(range(_ROWS_PROBED), chats, strict=False):
                 roles = [m["role"] for m in chat]
@@ -111,12 +112,13 @@ class ChatTemplate:
         return self._probed
 
     def turn_end(self, chats: Iterable[list[Message]]) -> str | None:
-        """What the template writes after an answer; None where that cannot be found out."""
+        """What the template writes after an answer; None if unknown."""
         probed = self.probe(chats)
         return None if probed is None else probed[probed.rindex(_PROBE) + len(_PROBE) :]
 
     def _outlined(self, chat: list[Message], text: str) -> Rendered | None:
-        """None where ``text`` is not what the template writes around the words of ``chat``, as they are or stripped."""
+        """The parts of ``text`` by the outline; None if the outline with the words of ``chat``, as they are or stripped,
+        does not reproduce ``text``."""
         roles = tuple(str(m["role"]) for m in chat)
         if roles not in self._outlines:
             self._outlines[roles] = self._outline(roles)
@@ -127,7 +129,7 @@ class ChatTemplate:
         return self._laid_out(text, outline, contents) or self._laid_out(text, outline, [c.strip() for c in contents])
 
     def _outline(self, roles: tuple[str, ...]) -> list[_Turn] | None:
-        """What the template writes around the words of each message; None where that changes with the messages after it."""
+        """What the template writes around the words of each message; None if that depends on the messages after it."""
         chat = [{"role": role, "content": f"{_PROBE} {i};"} for i, role in enumerate(roles)]
         turns, at = [], 0
         try:
@@ -150,40 +152,40 @@ class ChatTemplate:
                     ending = text[end:] if i == len(chat) - 1 else ""
                     turns.append(_Turn(message["role"], text[at:start], "", ending))
                     at = end
-        except (DataError, ValueError):  # refused, or rewritten
+        except (DataError, ValueError):  # rejected, or rewritten
             return None
         return turns
 
     def _searched(self, chat: list[Message], text: str, where: str) -> Rendered:
-        """An answer is what the template adds to the conversation up to the generation prompt of its turn."""
+        """The parts, located by search. An answer is what the template adds after the generation prompt of its turn."""
         parts: list[Part] = []
         cursor = 0
         for i, message in enumerate(chat):
-            found = self._answer(chat, i, text, cursor, where) if message["role"] == "assistant" else None
-            part = found or self._asked(chat, i, text, cursor)
+            answer = self._answer(chat, i, text, cursor, where) if message["role"] == "assistant" else None
+            part = answer or self._other_message(chat, i, text, cursor)
             if part.end > part.start or part.flaw:
                 parts.append(part)
             cursor = part.end
         return Rendered(text, parts)
 
-    def _asked(self, chat: list[Message], i: int, text: str, cursor: int) -> Part:
-        """Where the words of ``chat[i]``, which is no answer, stand after ``cursor``: an empty part if they do not."""
+    def _other_message(self, chat: list[Message], i: int, text: str, cursor: int) -> Part:
+        """The words of ``chat[i]``, which is not an answer, after ``cursor``; an empty part if they are missing."""
         role, content = str(chat[i]["role"]), chat[i].get("content")
         before = str(chat[i - 1]["role"]) if i else None
         opening = self._opening(role, before)  # without it "user" would be found in a header
         stripped = _words(content)
-        # As they are and stripped: what the template did not write of the two may still open a later message.
-        said = (content, stripped) if isinstance(content, str) else (stripped,)
-        # The end of an answer's turn is in its part, and in the opening after it.
+        # As they are and stripped: the form that the template did not write may still start a later message.
+        forms = (content, stripped) if isinstance(content, str) else (stripped,)
+        # The end of an answer's turn belongs to its part, and to the opening after it.
         start = max(0, cursor - len(opening)) if before == "assistant" else cursor
-        found = [(at, words) for words in said if (at := text.find(opening + words, start)) >= 0]
-        at, words = min(found, key=lambda place: place[0], default=(-1, stripped))
+        matches = [(at, words) for words in forms if (at := text.find(opening + words, start)) >= 0]
+        at, words = min(matches, key=lambda match: match[0], default=(-1, stripped))
         at = at + len(opening) if at >= 0 else text.find(words, cursor)
         return Part(at, at + len(words), role) if at >= 0 else Part(cursor, cursor, role, flaw="words")
 
     def _opening(self, role: str, before: str | None) -> str:
-        """The end of what the chat template writes before a message of this role, between its words and those of the message
-        before it, if there is one; empty where it refuses the two."""
+        """The end of what the chat template writes before a message of this role, after the words of the previous message
+        if there is one; empty if the template rejects that order."""
         if (role, before) not in self._openings:
             opening = ""
             for roles in [[]] if before is None else [[before], ["user", before], ["user", "assistant", before]]:
@@ -198,33 +200,35 @@ class ChatTemplate:
         return self._openings[role, before]
 
     def _answer(self, messages: list[Message], i: int, text: str, cursor: int, where: str) -> Part:
-        """Where the answer ``messages[i]`` and the end of its turn stand in ``text``."""
+        """The answer ``messages[i]`` and the end of its turn in ``text``."""
         before = self._prompt(messages[:i], where)
         through = text if i == len(messages) - 1 else self.text(messages[: i + 1], where)
-        said = _said(messages[i])
+        required = _required_words(messages[i])
         if text.startswith(before) and text.startswith(through) and len(through) > len(before):
             part = text[len(before) : len(through)]
-            if not all(words in part for words in said):
+            if not all(words in part for words in required):
                 return Part(len(before), len(through), "assistant", trained=True, flaw="words")
-            lead = part[: part.find(said[0])] if said[0] else part.removesuffix(self.turn_end([messages]) or part)
+            lead = (
+                part[: part.find(required[0])] if required[0] else part.removesuffix(self.turn_end([messages]) or part)
+            )
             if self._flaw(lead):
-                # Thoughts and calls may hold special tokens too: a header is what an answer without them has.
+                # Thoughts and calls may contain special tokens too. A header is what precedes an answer without them.
                 plain = [*messages[:i], {"role": "assistant", "content": _PROBE}]
                 lead = self.text(plain, where).removeprefix(before).partition(_PROBE)[0]
             return Part(len(before), len(through), "assistant", trained=True, flaw=self._flaw(lead))
-        # Templates of thinking models drop the thoughts of earlier turns, so that no shorter conversation is a prefix.
-        # What stands around an answer stays the same.
+        # Templates of thinking models drop the thoughts of earlier turns, so no shorter conversation is a prefix.
+        # The text around an answer stays the same.
         opening = before.removeprefix(self.text(messages[:i], where)) if i else ""
         ending = self.turn_end([messages]) or ""
         start = text.find(opening, cursor) + len(opening) if opening in text[cursor:] else -1
-        at = text.find(said[0], max(0, start))
-        # The words may hold what ends a turn. With such an end before them they are those of a later turn.
-        end = text.find(ending, at + len(said[0])) + len(ending) if ending.strip() else -1
-        within = at >= 0 and ending not in text[start:at] and all(words in text[start:end] for words in said)
+        at = text.find(required[0], max(0, start))
+        # The words may contain the end of a turn. If one precedes them, they belong to a later turn.
+        end = text.find(ending, at + len(required[0])) + len(ending) if ending.strip() else -1
+        within = at >= 0 and ending not in text[start:at] and all(words in text[start:end] for words in required)
         if not opening or start < 0 or end <= start or not within:
             raise DataError(
-                f"{where}: the assistant's part cannot be told apart: the chat template {_why(text, said, messages, i)}; "
-                "give a template for training with model.chat_template",
+                f"{where}: cannot locate the assistant's part: the chat template {_why(text, required, messages, i)}; "
+                "set model.chat_template to a template for training",
                 key="model.chat_template",
             )
         return Part(start, end, "assistant", trained=True)
@@ -237,14 +241,14 @@ class ChatTemplate:
             if messages:
                 raise
             raise DataError(
-                f"{where}: the first message is an answer, and the chat template needs one before it to write the header "
-                "of an answer; begin with a user message",
+                f"{where}: the first message is an answer, but the chat template needs a message before it to write the "
+                "header; begin with a user message",
                 key="data.columns",
             ) from None
 
     def _flaw(self, lead: str) -> Flaw:
-        """Whether ``lead``, what any answer begins with, is a header: it has special tokens, and no generation prompt is
-        written. After one they are the model's to write, as the channel of an answer is."""
+        """``header`` if ``lead``, the start of every answer, is a header: it has special tokens, and the template writes no
+        generation prompt. After a generation prompt the model writes them itself, such as the channel of an answer."""
         return "header" if any(token in lead for token in self._special) and not self._prompts() else ""
 
     def _prompts(self) -> bool:
@@ -258,7 +262,7 @@ class ChatTemplate:
         return self._has_prompt
 
     def _laid_out(self, text: str, outline: list[_Turn], contents: Sequence[str]) -> Rendered | None:
-        """``text`` in parts, if it is ``contents`` in this outline."""
+        """``text`` in parts; None unless it is ``contents`` in this outline."""
         pieces = [
             piece for t, words in zip(outline, contents, strict=True) for piece in (t.opening, t.lead, words, t.ending)
         ]
@@ -282,17 +286,17 @@ def _words(content: Any) -> str:
     return content.strip() if isinstance(content, str) else ""
 
 
-def _said(message: Message) -> list[str]:
-    """What must be in an answer: its words, without thoughts, and the names of the tools it calls."""
+def _required_words(message: Message) -> list[str]:
+    """What an answer must contain: its words without thoughts, and the names of the tools it calls."""
     calls = message.get("tool_calls") or []
     functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
     names = [str(f["name"]) for f in functions if isinstance(f, Mapping) and f.get("name")]
     return [_words(message.get("content")).split("</think>")[-1].strip(), *names]
 
 
-def _why(text: str, said: list[str], messages: list[Message], i: int) -> str:
-    if not all(words in text for words in said):
-        return f"does not write what turn {i + 1} says"
+def _why(text: str, required: list[str], messages: list[Message], i: int) -> str:
+    if not all(words in text for words in required):
+        return f"does not write the content of turn {i + 1}"
     if i == len(messages) - 1:
         return "writes another header before an answer than for a generation prompt"
     return f"writes turn {i + 1} differently when more turns follow"

@@ -1,4 +1,4 @@
-"""What a ledger shows to be wrong, or worth knowing, before training."""
+"""Finds errors and notes in a ledger before training."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from peftlab.errors import DataError
 
 _SHOWN_ROWS = 3
 _SHOWN_TOKENS = 3
-# What templates of all families write around turns: <|im_end|>, <end_of_turn>, </s>, [INST], <<SYS>>, with the wide bars
-# of DeepSeek's (U+FF5C) too.
+# Markers that templates of all families write around turns: <|im_end|>, <end_of_turn>, </s>, [INST], <<SYS>>, also with
+# DeepSeek's wide bars (U+FF5C).
 _MARKER = re.compile(r"<[|\uff5c][^<>\s]{1,40}?[|\uff5c]>|</?[A-Za-z_][\w:-]{0,30}>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
-# What makes data unfit for anything, not for training alone.
+# Errors that make data unusable for evaluation too, not only for training.
 _ALWAYS = ("too_long", "zero_trained", "no_rows")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know before training.
+    """An error or note about the data.
 
     Attributes:
-        kind: its name; the recipe's ``data.allow`` takes those of errors in how answers are trained.
-        message: what was found and what to do; where, the rows say.
-        key: the recipe key to look at. rows: indices of the rows concerned, where it concerns single rows.
-        error: whether training refuses it.
+        kind: its name; the recipe's ``data.allow`` accepts the kinds that are errors in how answers are trained.
+        message: what was found and what to do, without the rows.
+        key: the recipe key to look at. rows: indices of the affected rows, if it is about single rows.
+        error: whether training refuses the data.
     """
 
     kind: str
@@ -39,22 +39,22 @@ class Finding:
 
 
 def find(ledger: Ledger) -> list[Finding]:
-    """Errors, then notes."""
-    found = [
+    """The findings of a ledger: errors first, then notes."""
+    findings = [
         *_unfit(ledger),
         *_template(ledger),
         *_answers(ledger),
         *_messages(ledger),
-        *_rows_found(ledger),
+        *_row_notes(ledger),
         *_labels(ledger),
     ]
-    return sorted(found, key=lambda finding: not finding.error)
+    return sorted(findings, key=lambda finding: not finding.error)
 
 
 def require(ledger: Ledger, *, allow: Collection[str] = (), training: bool = True) -> None:
     """Raises DataError with every error of the ledger that is not allowed.
 
-    Args: training: False leaves out what concerns training alone, for data that is only evaluated.
+    Args: training: False skips errors that matter only for training, for data that is only evaluated.
     """
     errors = [f for f in find(ledger) if f.error and f.kind not in allow and (training or f.kind in _ALWAYS)]
     if errors:
@@ -86,15 +86,11 @@ def _unfit(ledger: Ledger) -> Iterator[Finding]:
         yield Finding("no_rows", f"{ledger.rows.name}: no row is left", "data.too_long", error=True)
     elif not ledger.per_row and not ledger.num_trained:
         why = "; ".join(f"{len(rows):,} {reason}" for reason, rows in ledger.left_out.items())
-        wrote = ", ".join(map(repr, ledger.writers))
-        roles = (
-            f"; turns are written by {wrote}, and what the model learns by 'assistant'"
-            if ledger.style == "chat"
-            else ""
-        )
+        writers = ", ".join(map(repr, ledger.writers))
+        roles = f"; the roles are {writers}, and only 'assistant' turns are trained" if ledger.style == "chat" else ""
         yield Finding(
             "zero_trained",
-            f"{ledger.rows.name}: zero trained tokens in all {_rows(len(ledger.rows))} ({why}){roles}; look at data.columns, "
+            f"{ledger.rows.name}: zero trained tokens in all {_rows(len(ledger.rows))} ({why}){roles}; check data.columns, "
             f"data.template and data.max_length ({ledger.max_length:,})",
             ledger.formatter.key if ledger.formatter else "data.columns",
             error=True,
@@ -102,14 +98,14 @@ def _unfit(ledger: Ledger) -> Iterator[Finding]:
 
 
 def _turn_end(ledger: Ledger) -> str | None:
-    """What the chat template writes after an answer; None without one, or where it cannot be found out."""
+    """What the chat template writes after an answer; None without a template, or if unknown."""
     if ledger.formatter is None or ledger.style != "chat":
         return None
     return ledger.formatter.chat_template.turn_end(ledger.formatter.chats(ledger.rows))
 
 
 def _of_another_family(ledger: Ledger) -> str | None:
-    """The marker that ends a turn and that the tokenizer does not know."""
+    """The end-of-turn marker of the template, if the tokenizer does not know it."""
     markers = _markers(_turn_end(ledger) or "")
     if any(ledger.tokenizer.convert_tokens_to_ids(marker) in ledger.stop_ids for marker in markers):
         return None
@@ -122,9 +118,9 @@ def _template(ledger: Ledger) -> Iterator[Finding]:
         pieces = len(ledger.tokenizer(marker, add_special_tokens=False)["input_ids"])
         yield Finding(
             "template_family",
-            f"the chat template ends a turn with {marker!r}, which this tokenizer does not know ({pieces} pieces of text): a "
-            f"template of another model family; {_own_ends(ledger)}. Take the model's own template, or give one with "
-            "model.chat_template; data.allow=[template_family] trains it all the same",
+            f"the chat template ends a turn with {marker!r}, which is not a token of this tokenizer ({pieces} pieces of "
+            f"text): it belongs to another model family; {_own_ends(ledger)}. Use the model's own template, or set "
+            "model.chat_template; data.allow=[template_family] trains it anyway",
             "model.chat_template",
             error=True,
         )
@@ -135,8 +131,8 @@ def _template(ledger: Ledger) -> Iterator[Finding]:
     ):
         yield Finding(
             "added_end",
-            f"the chat template writes no end-of-turn token after an answer, but {end!r}; {ledger.tokenizer.eos_token!r} is "
-            "added after the last turn of each row",
+            f"the chat template writes no end-of-turn token after an answer, only {end!r}; peftlab adds "
+            f"{ledger.tokenizer.eos_token!r} after the last turn of each row",
             "model.chat_template",
         )
     if end is not None and ledger.formatter is not None:
@@ -157,8 +153,8 @@ def _answers(ledger: Ledger) -> Iterator[Finding]:
     if len(words):
         yield Finding(
             "wrong_mask",
-            f"in {len(words):,} of {total} the trained tokens do not hold what the message says: the chat template drops or "
-            "rewrites what the model should learn; correct it (model.chat_template), or data.allow=[wrong_mask]",
+            f"in {len(words):,} of {total} the trained tokens do not contain the message: the chat template drops or "
+            "rewrites what the model should learn; fix it (model.chat_template), or set data.allow=[wrong_mask]",
             "model.chat_template",
             words,
             error=True,
@@ -166,8 +162,8 @@ def _answers(ledger: Ledger) -> Iterator[Finding]:
     if len(header):
         yield Finding(
             "wrong_mask",
-            f"in {len(header):,} of {total} the header of the answer is trained too, because the chat template writes none "
-            "when it is asked for a generation prompt (add_generation_prompt); correct it (model.chat_template), or "
+            f"in {len(header):,} of {total} the header of the answer is trained too, because the chat template ignores "
+            "add_generation_prompt and writes no header there; fix it (model.chat_template), or set "
             "data.allow=[wrong_mask]",
             "model.chat_template",
             header,
@@ -176,16 +172,16 @@ def _answers(ledger: Ledger) -> Iterator[Finding]:
     if ledger.num_masked_eos and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield Finding(
             "pad_is_eos",
-            f"the padding token is the end-of-text token {tokenizer.eos_token!r}, and {ledger.num_masked_eos:,} of them inside "
-            f"{what} are not trained, as if they were padding: the model would not learn to stop; give the tokenizer another "
-            "padding token, or data.allow=[pad_is_eos]",
+            f"the padding token is the end-of-text token {tokenizer.eos_token!r}, so {ledger.num_masked_eos:,} of them inside "
+            f"{what} are masked as padding: the model would not learn to stop; give the tokenizer another padding token, or "
+            "set data.allow=[pad_is_eos]",
             "model.name",
             error=True,
         )
-    # A template of another family ends no turn: that was said.
+    # A template of another family ends no turn: reported above.
     if len(unended) and _of_another_family(ledger) is None:
         end, is_text = _turn_end(ledger), ledger.style == "text"
-        remedy = "Correct the template (model.chat_template), or data.allow=[untrained_terminator]"
+        remedy = "Fix the template (model.chat_template), or set data.allow=[untrained_terminator]"
         wrote = f" (the chat template writes {end!r} after them)" if end is not None else ""
         yield Finding(
             "untrained_terminator",
@@ -197,10 +193,10 @@ def _answers(ledger: Ledger) -> Iterator[Finding]:
         )
     empty, inner, cut = (ledger.marked(name) for name in ("empty", "inner_end", "cut"))
     if len(empty):
-        yield Finding("empty_answer", f"{len(empty):,} of {total} are empty: their end alone is trained", None, empty)
+        yield Finding("empty_answer", f"{len(empty):,} of {total} are empty: only their end is trained", None, empty)
     if len(inner):
         yield Finding(
-            "inner_end", f"{len(inner):,} of {total} hold a token that ends an answer before their end", None, inner
+            "inner_end", f"{len(inner):,} of {total} contain an end-of-turn token before their end", None, inner
         )
     if len(cut):
         yield Finding("answer_cut", f"truncation cuts {len(cut):,} of {total}", "data.too_long", cut)
@@ -219,10 +215,10 @@ def _messages(ledger: Ledger) -> Iterator[Finding]:
                 rows,
             )
     if ledger.style == "chat" and "tools" in ledger.rows.columns:
-        yield Finding("unused_tools", "the column 'tools' is not given to the chat template", "data.columns")
+        yield Finding("unused_tools", "the column 'tools' is not passed to the chat template", "data.columns")
 
 
-def _rows_found(ledger: Ledger) -> Iterator[Finding]:
+def _row_notes(ledger: Ledger) -> Iterator[Finding]:
     repeated, doubled = ledger.repeated_rows(), ledger.marked("doubled_bos")
     if len(repeated):
         verb = "repeats" if len(repeated) == 1 else "repeat"
@@ -231,8 +227,8 @@ def _rows_found(ledger: Ledger) -> Iterator[Finding]:
         verb = "begins" if len(doubled) == 1 else "begin"
         yield Finding(
             "doubled_bos",
-            f"{_rows(len(doubled))} {verb} with {ledger.tokenizer.bos_token!r} twice: the text or its template writes it, and so "
-            "does the tokenizer",
+            f"{_rows(len(doubled))} {verb} with {ledger.tokenizer.bos_token!r} twice: both the text (or its template) and the "
+            "tokenizer write it",
             "data.template",
             doubled,
         )
@@ -241,10 +237,13 @@ def _rows_found(ledger: Ledger) -> Iterator[Finding]:
 def _labels(ledger: Ledger) -> Iterator[Finding]:
     clash = ledger.contradicting_rows()
     if len(clash):
-        what = "an image" if ledger.style == "images" else "a text"
-        verb = f"{'has' if len(clash) == 1 else 'have'} {what} that has"
+        what = "image" if ledger.style == "images" else "text"
+        verb = "has" if len(clash) == 1 else "have"
         yield Finding(
-            "contradicting", f"{_rows(len(clash))} {verb} another label elsewhere", "data.columns.label", clash
+            "contradicting",
+            f"{_rows(len(clash))} {verb} another label than a row with the same {what}",
+            "data.columns.label",
+            clash,
         )
     absent = [entry["label"] for entry in ledger.label_counts() or [] if not entry["rows"]]
     if absent:

@@ -1,4 +1,4 @@
-"""Images: from what a row holds (a path, the bytes of a file, or numbers) to pixels, read when they are needed."""
+"""Images: turns the value of a row (a path, the bytes of a file, or numbers) into pixels, read when needed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _KEY = "data.columns.image"
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image that was checked and not yet decoded.
+    """One image, checked but not yet decoded.
 
     Attributes:
         source: a file, the bytes of one, or pixels [H, W] or [H, W, 3] uint8.
-        where: its place in the data, for messages. length: positions that the model makes of it.
+        where: its place in the data, for messages. length: number of positions it takes in the model.
     """
 
     source: Path | bytes | npt.NDArray[np.uint8]
@@ -41,8 +41,8 @@ class Image:
         if isinstance(self.source, np.ndarray):
             return PIL.Image.fromarray(self.source).convert(mode)
         raw = _bytes_of(self.source, self.where)
-        with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as found:
-            return found.convert(mode)
+        with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
+            return opened.convert(mode)
 
 
 def read_images(rows: Rows, column: str, *, length: int) -> Iterator[tuple[Image, int]]:
@@ -52,7 +52,7 @@ def read_images(rows: Rows, column: str, *, length: int) -> Iterator[tuple[Image
     ``{"bytes", "path"}`` as ``datasets`` writes it, or pixels as nested lists or an array: [H, W] or [H, W, 3] whole
     numbers from 0 to 255.
 
-    Raises: DataError with file and row for one that is missing, no image, or damaged as far as its header shows.
+    Raises: DataError with file and row if an image is missing, in an unknown format, or damaged in its header.
     """
     for index, value in enumerate(rows.column(column, key=_KEY)):
         where = rows.where(index)
@@ -91,19 +91,19 @@ def _source(value: Any, where: str, folder: Path) -> Path | bytes | npt.NDArray[
 
 def _pixels(value: Any, where: str) -> npt.NDArray[np.uint8]:
     try:
-        found = np.asarray(value)
+        pixels = np.asarray(value)
     except ValueError:
-        found = np.zeros(0, dtype=object)
-    numbers = found.dtype.kind in "uif" and found.size > 0
-    fits = found.ndim == 2 or (found.ndim == 3 and found.shape[2] == 3)
-    if not (numbers and fits and found.min() >= 0 and found.max() <= 255 and np.array_equal(found, np.rint(found))):
+        pixels = np.zeros(0, dtype=object)
+    numbers = pixels.dtype.kind in "uif" and pixels.size > 0
+    fits = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    if not (numbers and fits and pixels.min() >= 0 and pixels.max() <= 255 and np.array_equal(pixels, np.rint(pixels))):
         raise DataError(
             f"{where}: expected pixels [height, width] or [height, width, 3] of whole numbers from 0 to 255, found "
-            f"shape {list(found.shape)}"
-            + (f" with values from {found.min()} to {found.max()}" if numbers else f" of {found.dtype}"),
+            f"shape {list(pixels.shape)}"
+            + (f" with values from {pixels.min()} to {pixels.max()}" if numbers else f" of {pixels.dtype}"),
             key=_KEY,
         )
-    return found.astype(np.uint8)
+    return pixels.astype(np.uint8)
 
 
 def _bytes_of(source: Path | bytes, where: str) -> bytes:
@@ -116,21 +116,21 @@ def _bytes_of(source: Path | bytes, where: str) -> bytes:
 
 
 def _check(content: bytes, source: Path | bytes, where: str) -> None:
-    """Header and, where the format has them, checksums: without decoding, which would take ten times as long."""
+    """Checks the header and, if the format has them, checksums. Decoding would take ten times as long."""
     import PIL.Image
 
-    with _damaged(source, where), PIL.Image.open(io.BytesIO(content)) as found:
-        found.verify()
+    with _damaged(source, where), PIL.Image.open(io.BytesIO(content)) as opened:
+        opened.verify()
 
 
 @contextlib.contextmanager
 def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
-    """Turns what Pillow raises for a file that it cannot read into a DataError."""
+    """Turns Pillow's errors for an unreadable file into a DataError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which changes no pixel
             yield
-    # Its plugins raise what comes: an unknown format or a truncated file is an OSError, other faults are not.
+    # Its plugins raise many types: an unknown format or a truncated file is an OSError, other faults are not.
     except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
         name = str(source) if isinstance(source, Path) else f"{len(source):,} bytes"
         raise DataError(

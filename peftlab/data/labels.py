@@ -32,16 +32,15 @@ def read_labels(
         key: the recipe key that names the column.
         label_names: value as text -> class name; if not empty, every value must be in it.
         bins: (ascending edges, a class name per bin, one more than edges); a value above an edge is in the next bin.
-        all_names_used: a key of ``label_names`` that no row has is an error. False for held-out data, which may lack
-            a class.
+        all_names_used: an unused key of ``label_names`` is an error. False for held-out data, which may lack a class.
 
     Returns: N class names.
 
-    Raises: DataError: no such column, a row without label, a value that ``label_names`` lacks or that is no number
-        for ``bins``.
+    Raises: DataError: missing column, a row without label, a value missing in ``label_names``, or a value for ``bins``
+        that is not a number.
     """
     if label_names and bins is not None:
-        raise DataError("give label_names or bins, not both: bins have their own class names", key="data.bins")
+        raise DataError("set label_names or bins, not both: bins have their own class names", key="data.bins")
     raw = rows.column(column, key=key)
     for i, value in enumerate(raw):
         if isinstance(value, (list, dict, bytes)):
@@ -65,16 +64,16 @@ def class_names(labels: Sequence[str], *, key: str = "data.columns.label") -> li
 
     Raises: DataError: fewer than two.
     """
-    found = set(labels)
-    if not found:
+    names = set(labels)
+    if not names:
         raise DataError("no labels, because there are no rows; classification needs at least two classes", key=key)
-    if len(found) == 1:
+    if len(names) == 1:
         raise DataError(
             f"one class only: {labels[0]!r} in all {len(labels)} rows; classification needs at least two", key=key
         )
-    if all(re.fullmatch(r"[+-]?[0-9]{1,4000}", label) for label in found):
-        return sorted(found, key=lambda label: (int(label), label))
-    return sorted(found)
+    if all(re.fullmatch(r"[+-]?[0-9]{1,4000}", label) for label in names):
+        return sorted(names, key=lambda label: (int(label), label))
+    return sorted(names)
 
 
 def _as_text(value: Any) -> str:
@@ -122,15 +121,15 @@ def _renamed(
             near = difflib.get_close_matches(value, label_names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(
-                f"{rows.where(i)}: the column {column!r} holds {value!r}, which data.label_names lacks; "
+                f"{rows.where(i)}: the column {column!r} contains {value!r}, which is missing in data.label_names; "
                 f"it has {known}{hint}",
                 key="data.label_names",
             )
     unused = set(label_names).difference(values) if all_names_used else set()
     if unused:
-        found = ", ".join(map(repr, sorted(set(values))))
+        values_found = ", ".join(map(repr, sorted(set(values))))
         raise DataError(
-            f"{rows.name}: no row has {', '.join(map(repr, sorted(unused)))} in the column {column!r}, found {found}; "
+            f"{rows.name}: no row has {', '.join(map(repr, sorted(unused)))} in the column {column!r}, found {values_found}; "
             "remove it from data.label_names or correct it",
             key="data.label_names",
         )

@@ -1,4 +1,4 @@
-"""The loss ledger: what of a data set is trained, who wrote it, how its answers end, and which rows are left out and why."""
+"""The loss ledger: which tokens of a data set are trained, who wrote them, how answers end, which rows are left out and why."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _MAX_BINS = 8
 
 
 class Ledger:
-    """The account of one data set, filled while its rows are encoded.
+    """The ledger of one data set, filled while its rows are encoded.
 
-    It holds a few numbers per row and none per token, so that a million rows cost tens of megabytes.
+    It stores a few numbers per row and none per token, so a million rows take tens of megabytes.
 
     Args:
         rows: the data set.
-        tokenizer: None for rows that are not read as tokens.
-        max_length: the longest row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
+        tokenizer: None for rows that are not tokenized.
+        max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
         keep_last: a truncated row keeps its last token.
         formatter: how rows became text, for a language model. class_names: for rows with a label.
-        style: of rows without a formatter: labels, images or texts.
+        style: labels, images or texts, for rows without a formatter.
         stop_ids: tokens that can end an answer.
     """
 
@@ -54,9 +54,9 @@ class Ledger:
         self.stop_ids = set(stop_ids)
         self._lengths: list[Indices] = []
         self._kept: list[Indices] = []
-        self._learnt: list[Indices] = []
+        self._num_trained: list[Indices] = []
         self._hashes: list[Indices] = []
-        self._asked: list[Indices] = []
+        self._prompt_hashes: list[Indices] = []
         self._labels: list[Indices] = []
         num_ids = 0 if tokenizer is None else len(tokenizer)
         self._seen = np.zeros(num_ids, dtype=np.int64)
@@ -70,23 +70,25 @@ class Ledger:
         self._writers: dict[str, None] = {}
 
     def add(self, first: int, tokens: Tokens, kept: Indices, labels: Indices | None = None) -> None:
-        """Enters the rows ``first``, ``first + 1``, ...
+        """Adds the rows ``first``, ``first + 1``, ...
 
-        Args: kept: [N] tokens of each row that are trained on; 0: left out. labels: [N] class indices.
+        Args: kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices.
         """
         lengths, in_row = tokens.lengths, first + np.arange(len(tokens), dtype=np.int64)
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(kept.astype(np.int32))
-        self._learnt.append(tokens.num_trained(kept).astype(np.int32))
+        self._num_trained.append(tokens.num_trained(kept).astype(np.int32))
         raw, at = tokens.ids.tobytes(), (4 * tokens.bounds).tolist()
         self._hashes.append(np.array([hash(raw[a:b]) for a, b in pairwise(at)], dtype=np.int64))
         if labels is not None:
             self._labels.append(labels.astype(np.int32))
-            # The prompt of an answer that is a label, or the whole text.
+            # The prompt if the answer is a label, otherwise the whole text.
             ends = [
                 4 * (bounds.start + _first(tokens.trained[bounds])) for bounds in map(tokens.row, range(len(tokens)))
             ]
-            self._asked.append(np.array([hash(raw[a:b]) for a, b in zip(at, ends, strict=False)], dtype=np.int64))
+            self._prompt_hashes.append(
+                np.array([hash(raw[a:b]) for a, b in zip(at, ends, strict=False)], dtype=np.int64)
+            )
         self._leave_out(tokens, kept, lengths, in_row)
         self._count(tokens, kept, lengths)
         self._read_answers(tokens, kept, first)
@@ -102,17 +104,17 @@ class Ledger:
         self._writers.update(dict.fromkeys(tokens.role_names[1:]))
 
     def add_whole(self, hashes: Indices, lengths: Indices, labels: Indices | None = None) -> None:
-        """Enters the next rows, which are no tokens.
+        """Adds the next rows, which are not tokens.
 
-        Args: hashes: [N] of what is in them. lengths: [N] in positions of the model. labels: [N] class indices.
+        Args: hashes: [N] hashes of their content. lengths: [N] positions in the model. labels: [N] class indices.
         """
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(lengths.astype(np.int32))
-        self._learnt.append(np.zeros(len(lengths), dtype=np.int32))
+        self._num_trained.append(np.zeros(len(lengths), dtype=np.int32))
         self._hashes.append(hashes)
         if labels is not None:
             self._labels.append(labels.astype(np.int32))
-            self._asked.append(hashes)
+            self._prompt_hashes.append(hashes)
 
     def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
         long = lengths > self.max_length
@@ -154,7 +156,7 @@ class Ledger:
             self._role_trained[name] += count_trained
 
     def _read_answers(self, tokens: Tokens, kept: Indices, first: int) -> None:
-        """How the answers of the rows that stay end, as the text has them: what truncation takes is told apart."""
+        """Counts how the answers of the kept rows end in the untruncated text; truncated answers are counted apart."""
         here = kept[tokens.answer_rows] > 0
         rows, starts, ends = tokens.answer_rows[here], tokens.answer_starts[here], tokens.answer_ends[here]
         if not len(rows):
@@ -184,9 +186,9 @@ class Ledger:
             self._marks.setdefault(what, []).append(rows)
 
     def marked(self, what: str) -> Indices:
-        """The row of each answer or message of which ``what`` holds: ``unended``, ``cut`` (by truncation), ``words`` (not in
-        what is trained), ``header`` (is trained), ``empty``, ``inner_end`` (an end before its end), ``doubled_bos``, and
-        ``unwritten ROLE`` (a message whose words are not in the text)."""
+        """The row of each answer or message with the mark ``what``: ``unended``, ``cut`` (by truncation), ``words`` (missing
+        in the trained text), ``header`` (trained too), ``empty``, ``inner_end`` (an end token before its end),
+        ``doubled_bos``, and ``unwritten ROLE`` (a message whose words are missing in the text)."""
         return _joined(self._marks.get(what, []))
 
     @property
@@ -195,12 +197,12 @@ class Ledger:
 
     @property
     def writers(self) -> list[str]:
-        """Who wrote a part of any row, kept or not."""
+        """The roles that wrote a part of any row, kept or not."""
         return list(self._writers)
 
     @property
     def per_row(self) -> bool:
-        """Whether a row has one answer, as with labels, and not trained tokens."""
+        """Whether a row has one answer, such as a label, instead of trained tokens."""
         return self.formatter is None
 
     @property
@@ -210,23 +212,23 @@ class Ledger:
 
     @property
     def row_lengths(self) -> Indices:
-        """[number of rows] tokens of every row, before anything is cut."""
+        """[number of rows] tokens of every row before truncation."""
         return _joined(self._lengths)
 
     @property
     def lengths(self) -> Indices:
-        """[N] tokens of each row that is trained on, in order, as ``Encoded.lengths``."""
+        """[N] tokens of each kept row, in order, as ``Encoded.lengths``."""
         kept = _joined(self._kept)
         return kept[kept > 0]
 
     @property
     def trained(self) -> Indices:
-        """[N] trained tokens of each row that is trained on, in order."""
-        return _joined(self._learnt)[self.kept_rows]
+        """[N] trained tokens of each kept row, in order."""
+        return _joined(self._num_trained)[self.kept_rows]
 
     @property
     def kept_rows(self) -> Indices:
-        """The indices of the rows that are trained on."""
+        """The indices of the kept rows."""
         return np.flatnonzero(_joined(self._kept))
 
     @property
@@ -238,7 +240,7 @@ class Ledger:
         return int(self._trained.sum())
 
     def repeated_rows(self) -> Indices:
-        """Kept rows whose tokens are those of an earlier kept row."""
+        """Kept rows with the same tokens as an earlier kept row."""
         rows = self.kept_rows
         _, first = np.unique(_joined(self._hashes)[rows], return_index=True)
         again = np.ones(len(rows), dtype=bool)
@@ -246,12 +248,12 @@ class Ledger:
         return rows[again]
 
     def contradicting_rows(self) -> Indices:
-        """Kept rows whose text, or prompt, has another label in another kept row."""
+        """Kept rows whose text or prompt has another label in another kept row."""
         rows = self.kept_rows
         if not self._labels or not len(rows):
             return np.zeros(0, dtype=np.int64)
         labels = _joined(self._labels)[rows]
-        _, text = np.unique(_joined(self._asked)[rows], return_inverse=True)
+        _, text = np.unique(_joined(self._prompt_hashes)[rows], return_inverse=True)
         low = np.full(text.max() + 1, 2**31, dtype=np.int64)
         high = np.full(len(low), -1, dtype=np.int64)
         np.minimum.at(low, text, labels)
@@ -260,18 +262,18 @@ class Ledger:
         return clash
 
     def shared_with(self, other: Ledger) -> list[tuple[int, int]]:
-        """``(row here, row there)`` for each kept row here whose tokens are also those of a kept row of ``other``."""
-        here, there = self.kept_rows, other.kept_rows
-        mine, theirs = _joined(self._hashes)[here], _joined(other._hashes)[there]
-        values, first = np.unique(theirs, return_index=True)
+        """``(own row, row of other)`` for each kept row with the same tokens as a kept row of ``other``."""
+        rows, other_rows = self.kept_rows, other.kept_rows
+        hashes, other_hashes = _joined(self._hashes)[rows], _joined(other._hashes)[other_rows]
+        values, first = np.unique(other_hashes, return_index=True)
         if not len(values):
             return []
-        at = np.minimum(np.searchsorted(values, mine), len(values) - 1)
-        same = np.flatnonzero(values[at] == mine)
-        return list(zip(here[same].tolist(), there[first[at[same]]].tolist(), strict=True))
+        at = np.minimum(np.searchsorted(values, hashes), len(values) - 1)
+        same = np.flatnonzero(values[at] == hashes)
+        return list(zip(rows[same].tolist(), other_rows[first[at[same]]].tolist(), strict=True))
 
     def report(self, *, most_places: int | None = None) -> dict[str, Any]:
-        """All of it as plain values; ``where`` lists name every row concerned, or the first ``most_places``."""
+        """The ledger as plain values; ``where`` lists name every affected row, or the first ``most_places``."""
         lengths = _joined(self._lengths)
         special = self._special_rows()
         return {
@@ -306,10 +308,10 @@ class Ledger:
             "left_out": [
                 {
                     "reason": reason,
-                    "rows": len(found),
-                    "where": [self.rows.where(i) for i in found[:most_places].tolist()],
+                    "rows": len(rows),
+                    "where": [self.rows.where(i) for i in rows[:most_places].tolist()],
                 }
-                for reason, found in self.left_out.items()
+                for reason, rows in self.left_out.items()
             ],
         }
 
@@ -334,7 +336,7 @@ class Ledger:
         return bool(self._labels)
 
     def label_counts(self) -> list[dict[str, Any]] | None:
-        """Kept rows of each class; None without classes."""
+        """The number of kept rows of each class; None without classes."""
         if not self.has_labels or self.class_names is None:
             return None
         counts = np.bincount(_joined(self._labels)[_joined(self._kept) > 0], minlength=len(self.class_names)).tolist()
@@ -342,13 +344,13 @@ class Ledger:
 
 
 def _role_order(role: str) -> int:
-    """As in a conversation; what a template or the tokenizer adds comes last."""
+    """Sort key of a role: as in a conversation, with the template's and the tokenizer's tokens last."""
     order = ("system", "user", "assistant", "tool", "template", "tokenizer")
     return order.index(role) if role in order else 3
 
 
 def _cumulated(mask: npt.NDArray[np.bool_]) -> Indices:
-    """[T + 1] how many are true before each position."""
+    """[T + 1] number of true values before each position."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(mask, dtype=np.int64)])
 
 
@@ -362,8 +364,8 @@ def _joined(parts: Sequence[Indices]) -> Indices:
 
 
 def _histogram(lengths: Indices) -> list[dict[str, int]]:
-    """Rows per range of lengths. The ranges end at powers of two, or at halves between them while that makes few; the last
-    one takes the longest percent of the rows, however long."""
+    """Rows per range of lengths. The ranges end at powers of two, and halfway between them if that gives few ranges. The
+    last one holds the longest percent of the rows, however long."""
     if not len(lengths):
         return []
     low, high, most = max(1, int(lengths.min())), int(np.percentile(lengths, 99)), int(lengths.max())

@@ -1,4 +1,4 @@
-"""The ledger in words: a few lines before training, and rows as the training sees them."""
+"""The ledger as text: a few lines before training, and previews of rows as training sees them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.text import Text
 
-# As `git diff --word-diff` marks what is added, where there are no colours.
+# Without colours, trained text is marked like additions in `git diff --word-diff`.
 OPEN, CLOSE = "{+", "+}"
 _COLOURS = {"trained": "green", "masked": "dim"}
 
 
 def places(where: Sequence[str], shown: int = 3) -> str:
-    """``mails.csv:17, 18, 21 and 12 more``: the first places, by the name of their file, said once where it is one."""
+    """``mails.csv:17, 18, 21 and 12 more``: the first places; consecutive places in one file name it once."""
     texts: list[str] = []
     files = [_file_and_row(place) for place in where[:shown]]
     for i, (file, mark, row) in enumerate(files):
@@ -33,7 +33,7 @@ def _file_and_row(place: str) -> tuple[str, str, str]:
 
 
 def answers_line(report: Mapping[str, Any]) -> str:
-    """How the answers of a data set end, in a sentence; empty where there are none."""
+    """A sentence on how the answers of a data set end; empty if there are none."""
     answers, count = report["answers"], report["answers"]["count"]
     what = {"chat": "assistant turn", "text": "text"}.get(report["style"], "answer")
     if not count:
@@ -41,7 +41,7 @@ def answers_line(report: Mapping[str, Any]) -> str:
     ends = " or ".join(printable(token) for token in answers["terminators"]) or "end-of-turn token"
     if answers["ended"] == count:
         return (
-            f"1 {what}, it ends with a trained {ends}"
+            f"1 {what}, ends with a trained {ends}"
             if count == 1
             else f"{count:,} {what}s, each ends with a trained {ends}"
         )
@@ -50,7 +50,7 @@ def answers_line(report: Mapping[str, Any]) -> str:
 
 
 def left_out_lines(report: Mapping[str, Any]) -> list[str]:
-    """One line per reason for which rows were changed or left out."""
+    """One line per reason why rows were changed or left out."""
     return [
         f"{entry['rows']:,} row{'' if entry['rows'] == 1 else 's'} {entry['reason']}: {places(entry['where'])}"
         for entry in report["left_out"]
@@ -58,7 +58,7 @@ def left_out_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def finding_line(finding: Mapping[str, Any]) -> str:
-    """A finding of ``check`` with its kind and the rows it is about."""
+    """A finding of ``check`` with its kind and its rows."""
     held_out = f" ({finding['data']})" if finding["data"] != "train" else ""
     kind = f" {finding['kind']}" if finding["level"] != "note" else ""
     where = f" ({places(finding['where'])})" if finding["where"] else ""
@@ -66,14 +66,14 @@ def finding_line(finding: Mapping[str, Any]) -> str:
 
 
 def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
-    """The shared rows in a line."""
+    """One line on the rows that are in both parts of the data."""
     count = f"{len(shared):,} held-out row{' is' if len(shared) == 1 else 's are'} also among the training rows"
     first = shared[0]
     return f"{count}: {places([s['held_out'] for s in shared])} (the first equals {places([first['train']])})"
 
 
 def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
-    """What ``train`` says about a data set before it begins, with ``counts`` also per role and special token."""
+    """The lines that ``train`` prints about a data set; with ``counts`` also figures per role and special token."""
     rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
@@ -85,16 +85,16 @@ def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list
         roles = [(r["role"], r) for r in report["roles"]]
         special = [(printable(t["token"]), t) for t in report["special_tokens"]]
         for what, entries in (("by role", roles), ("special tokens", special)):
-            said = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
-            lines += [f"  trained {what}: {said}"] if said and counts else []
+            counted = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
+            lines += [f"  trained {what}: {counted}"] if counted and counts else []
         lines += [f"  {line}" for line in [answers_line(report)] if line]
     return [*lines, *(f"  {line}" for line in left_out_lines(report))]
 
 
 class PreviewText:
-    """A row of ``check``'s ``preview``: trained text in green, the rest dim; between ``{+`` and ``+}`` without colours.
+    """A row of ``check``'s ``preview``: trained text is green and the rest dim; without colours it is marked {+ +}.
 
-    Args: longest: characters of a stretch that are shown; of a longer one its beginning and end.
+    Args: longest: maximum characters shown of a stretch; a longer one is shortened in the middle.
     """
 
     def __init__(self, preview: Mapping[str, Any], *, longest: int = 400) -> None:
@@ -112,7 +112,7 @@ class PreviewText:
         elif coloured:
             head.append("  ").append("trained", _COLOURS["trained"]).append(" ").append("masked", _COLOURS["masked"])
         else:
-            head.append(f"  (trained between {OPEN} and {CLOSE})")
+            head.append(f"  (trained text is marked {OPEN} {CLOSE})")
         yield head
         body = self._body(coloured, preview["label"] is not None)
         body.rstrip()

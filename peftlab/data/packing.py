@@ -1,4 +1,4 @@
-"""Which documents share one packed sequence: best-fit decreasing, a pure function of the lengths and their order."""
+"""Packs documents into sequences: best-fit decreasing, a pure function of the lengths and their order."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 
 def pack(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[npt.NDArray[np.int64]]:
-    """Indices of the documents of each pack: every document once, longest first, ``capacity`` tokens per pack at most.
+    """Indices of the documents of each pack: every document once, longest first, at most ``capacity`` tokens per pack.
 
-    Best-fit decreasing: each document goes into the pack with the least room that still takes it. Among documents of
-    one length the earlier comes first. One longer than ``capacity`` gets a pack of its own.
+    Best-fit decreasing: each document goes into the pack with the least room in which it fits. Among documents of
+    equal length the earlier comes first. A document longer than ``capacity`` gets its own pack.
 
     Args: lengths: [N] tokens per document, positive.
     """
@@ -39,7 +39,7 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[
             else:
                 room, chosen = capacity, num_packs
                 num_packs += 1
-            # What is left of the room, if it takes this length again, is then the least that does.
+            # If the remaining room fits this length again, it is then the least room that does.
             taken = min(end - start, max(1, room // length))
             pack_of[start : start + taken] = chosen
             start += taken
@@ -54,6 +54,6 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[
 
 
 def packing_figures(lengths: npt.NDArray[np.int64], capacity: int) -> dict[str, Any]:
-    """``capacity``, the number of ``packs`` for rows of [N] ``lengths``, and the share of their room that stays ``empty``."""
+    """``capacity``, the number of ``packs`` for rows of [N] ``lengths``, and the share of their room left ``empty``."""
     packs = len(pack(lengths, capacity))
     return {"capacity": capacity, "packs": packs, "empty": 1 - int(lengths.sum()) / (packs * capacity)}

@@ -1,6 +1,6 @@
-"""One reader per file format: bytes in, columns and the position of each row out.
+"""One reader per file format: turns bytes into columns and the position of each row.
 
-Each reader fails with ``file:line`` (or record) on the first thing in the file that is not as it should be.
+Each reader reports the first problem in the file with ``file:line`` (or record).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Options(NamedTuple):
 
 
 def read_table(raw: bytes, path: Path, format_name: str, options: Options) -> Table:
-    """The table in ``raw``, the content of the file at ``path`` (decompressed here when it ends with .gz).
+    """The table in ``raw``, the content of the file at ``path`` (decompressed here if it ends with .gz).
 
-    Raises: DataError: damaged or empty file, wrong encoding, or an option that this format has no use for.
+    Raises: DataError: damaged or empty file, wrong encoding, or an option that does not apply to this format.
     """
     codec = _codec_name(options.encoding)
     if options.column_names is not None and format_name not in ("csv", "tsv"):
         raise DataError(
-            f"{path} is read as {format_name}; column names can be given for csv and tsv only", key="data.column_names"
+            f"{path} is read as {format_name}; column names apply to csv and tsv only", key="data.column_names"
         )
     if path.name.lower().endswith(".gz"):
         raw = _gunzip(raw, path, options)
@@ -72,20 +72,20 @@ def _gunzip(raw: bytes, path: Path, options: Options) -> bytes:
 
 
 def _codec_name(encoding: str) -> str:
-    """The normal name of a text encoding; utf-8-sig is utf-8, because a byte order mark is always taken off."""
+    """The standard name of a text encoding; utf-8-sig becomes utf-8, because a byte order mark is always removed."""
     try:
         codec = codecs.lookup(encoding).name
-        "".encode(codec)  # fails for the codecs that are not text encodings, such as hex and rot13
+        "".encode(codec)  # fails for codecs that are not text encodings, such as hex and rot13
     except (LookupError, ValueError):
         raise DataError(
-            f"unknown text encoding {encoding!r}; known are for example utf-8, latin-1, cp1252 and utf-16",
+            f"unknown text encoding {encoding!r}; examples are utf-8, latin-1, cp1252 and utf-16",
             key="data.encoding",
         ) from None
     return "utf-8" if codec == "utf-8-sig" else codec
 
 
 def _decode(raw: bytes, codec: str, path: Path, options: Options) -> str:
-    """The text of the file without byte order mark; files of old Macs (only CR) get LF line ends."""
+    """The text of the file without a byte order mark; CR line ends of old Macs become LF."""
     try:
         text = raw.decode(codec).removeprefix("\ufeff")
     except UnicodeDecodeError as exc:
@@ -118,7 +118,7 @@ def _undecodable(raw: bytes, exc: UnicodeDecodeError, path: Path, options: Optio
 
 @contextmanager
 def _unlimited_fields() -> Iterator[None]:
-    """The csv module's limit of 128 KiB per field is one for the whole process: lift it, and put it back."""
+    """Lifts the csv module's limit of 128 KiB per field, which is global to the process, and restores it afterwards."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -146,7 +146,7 @@ def _csv_records(text: str, path: Path, options: Options) -> Iterator[tuple[int,
 
 
 def _tsv_records(text: str, path: Path, options: Options) -> Iterator[tuple[int, list[str]]]:
-    """As `_csv_records`; a tab always separates and a quote is a plain character (IANA text/tab-separated-values)."""
+    """Like `_csv_records`; a tab always separates and a quote is a plain character (IANA text/tab-separated-values)."""
     for line, content in enumerate(text.split("\n"), 1):
         content = content.removesuffix("\r")
         if content:
@@ -163,7 +163,7 @@ def _read_tsv(text: str, path: Path, options: Options) -> Table:
 
 
 def _read_delimited(records: Iterator[tuple[int, list[str]]], path: Path, options: Options, form: str) -> Table:
-    """Columns from records that all have as many fields as the header, or as ``options.column_names``."""
+    """Columns from records with as many fields as the header or ``options.column_names``."""
     if options.column_names is not None:
         names, source, key = list(options.column_names), "data.column_names", "data.column_names"
     else:
@@ -219,10 +219,10 @@ def _read_json(text: str, path: Path, options: Options) -> Table:
     if isinstance(content, dict):
         lists = [name for name, value in content.items() if isinstance(value, list)]
         if len(lists) != 1:
-            found = f"{len(lists)} lists: {', '.join(map(repr, lists))}" if lists else "no list"
+            lists_text = f"{len(lists)} lists: {', '.join(map(repr, lists))}" if lists else "no list"
             raise DataError(
                 f"{path}: expected an array of objects, or an object with exactly one list in it; "
-                f"found an object with {found}",
+                f"found an object with {lists_text}",
                 key=options.key,
             )
         content = content[lists[0]]
@@ -242,7 +242,7 @@ def _parse_json(text: str, first_line: int, path: Path, options: Options) -> Any
         line = first_line + exc.lineno - 1
         raise DataError(f"{path}:{line}: broken JSON at column {exc.colno}: {exc.msg}", key=options.key) from None
     except (ValueError, RecursionError) as exc:  # a number of over 4,300 digits, or nested too deeply
-        raise DataError(f"{path}:{first_line}: JSON that cannot be read: {exc}", key=options.key) from None
+        raise DataError(f"{path}:{first_line}: cannot read this JSON: {exc}", key=options.key) from None
 
 
 def _checked_record(record: Any, where: str, options: Options) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _may_hold_half_characters(text: str) -> bool:
 
 
 def _reject_half_characters(record: dict[str, Any], where: str, options: Options) -> None:
-    """JSON can escape half of a surrogate pair (cut-off emoji); the tokenizers would fail on it, much later."""
+    """JSON can escape half of a surrogate pair (a cut emoji), on which tokenizers would fail much later."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as exc:
@@ -265,7 +265,7 @@ def _reject_half_characters(record: dict[str, Any], where: str, options: Options
 
 
 def _columns_of(records: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The values by name; None where a record lacks one."""
+    """Column name -> values; None if a record lacks the key."""
     columns: dict[str, list[Any]] = {}
     for i, record in enumerate(records):
         for name in record:
@@ -277,7 +277,7 @@ def _columns_of(records: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _read_text(text: str, path: Path, options: Options) -> Table:
-    """One row per paragraph (block of lines without a blank line in it), in the column ``text``."""
+    """One row per paragraph (a block of lines without a blank line), in the column ``text``."""
     paragraphs: list[list[str]] = []
     lines: list[int] = []
     inside = False

@@ -1,4 +1,4 @@
-"""The rows of a data set: columns in memory, and for each row the place in the file it came from."""
+"""The rows of a data set: columns in memory, and the place of each row in its file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Origin(NamedTuple):
-    """One file (or hub split) that rows came from, and what their positions in it count, from 1."""
+    """A file (or hub split) that rows came from, and the unit of their 1-based positions in it."""
 
     path: str
     unit: Literal["line", "record"]
@@ -24,12 +24,12 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A table of N rows that knows where each row came from.
+    """A table of N rows that records where each row came from.
 
     Args:
         name: the data source as written in the recipe.
-        columns: column name -> N values; csv and tsv values are text, the others what the file holds.
-        fingerprint: sha256 hex over the bytes of the files in order (of one file: its ``sha256sum``), or the
+        columns: column name -> N values; csv and tsv values are text, others have the type in the file.
+        fingerprint: hex sha256 over the bytes of the files in order (for one file its ``sha256sum``), or the
             fingerprint of the hub data set. A selection keeps that of its source: the recipe determines the selection.
         origins: the files, in reading order.
         origin_index: [N] int64, the index into ``origins`` of each row.
@@ -50,7 +50,7 @@ class Rows:
 
     @classmethod
     def from_dicts(cls, rows: Sequence[Mapping[str, Any]], *, name: str) -> Rows:
-        """Rows made in memory; all need the keys of the first one. ``where`` counts them as records of ``name``."""
+        """Rows from memory, all with the keys of the first one. ``where`` counts them as records of ``name``."""
         columns = {column: [row[column] for row in rows] for column in (rows[0] if rows else {})}
         numbers = np.arange(len(rows), dtype=np.int64)
         return cls(name, columns, "", (Origin(name, "record"),), np.zeros_like(numbers), numbers + 1)
@@ -77,8 +77,8 @@ class Rows:
             return self.columns[name]
         near = difflib.get_close_matches(name, self.columns, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        found = ", ".join(map(repr, self.columns))
-        raise DataError(f"{self.name}: no column {name!r}; found the columns {found}{hint}", key=key)
+        columns = ", ".join(map(repr, self.columns))
+        raise DataError(f"{self.name}: no column {name!r}; found the columns {columns}{hint}", key=key)
 
     def select(self, indices: Sequence[int] | IntArray) -> Rows:
         """The rows at ``indices``, in that order, with their origins."""

@@ -1,4 +1,4 @@
-"""From the name of a data source in a recipe to its rows."""
+"""Loads the rows of a data source by its name in a recipe."""
 
 from __future__ import annotations
 
@@ -51,33 +51,37 @@ def load_rows(
 ) -> Rows:
     """The rows of a data source.
 
-    Names: a file; a folder (its files of readable formats, also in folders below, sorted by name, which need the same
-    columns; hidden ones are left out; with ``format`` only those with an ending of that format, or all if none has);
-    a folder of images with a folder below it for each class (columns ``image``, a path, and ``label``);
-    ``package:IMPORT_NAME/PATH``, a file or folder inside an installed package, which is not imported; a hub data set
-    ``ID`` or ``ID:SPLIT``; a built-in one, see ``load_builtin``. Any of them with ``#500`` behind: 500 rows drawn with
-    ``seed``, in their original order.
-    An existing file or folder of exactly this name always wins.
+    A name is one of:
 
-    Formats go by the ending, also before ``.gz``. csv (quotes, RFC 4180) and tsv (no quotes) need a header or
+    - a file;
+    - a folder: its readable files, also in subfolders, sorted by name. They need the same columns; hidden files are
+      skipped. With ``format`` only files with an ending of that format are read, or all if none has one;
+    - a folder of images with one subfolder per class (columns ``image``, a path, and ``label``);
+    - ``package:IMPORT_NAME/PATH``: a file or folder inside an installed package, which is not imported;
+    - ``ID`` or ``ID:SPLIT``: a hub data set;
+    - a built-in data set, see ``load_builtin``.
+
+    The suffix ``#500`` draws 500 rows with ``seed`` and keeps their order. An existing file or folder of exactly this
+    name always wins.
+
+    The ending determines the format, also before ``.gz``. csv (quotes, RFC 4180) and tsv (no quotes) need a header or
     ``column_names``; their values are text. json: an array of objects, or an object with exactly one list in it.
-    jsonl: one object per line. A key that a record lacks is None. text: one row per paragraph (a block of lines
-    between blank lines), not per file or line, in the column ``text``. Hub columns come as stored: class labels are
-    their numbers.
+    jsonl: one object per line. A missing key is None. text: one row per paragraph (a block of lines between blank
+    lines), not per file or line, in the column ``text``. Hub columns come as stored: class labels are numbers.
 
     Args:
         key: the recipe key that holds ``name``, for the errors.
         format: csv, tsv, json, jsonl, parquet or text; ``auto``: by the file ending.
-        encoding: of text files; a byte order mark is taken off.
-        column_names: for csv and tsv files without a header: their first line is data.
+        encoding: encoding of text files; a byte order mark is removed.
+        column_names: for csv and tsv files without a header, whose first line is data.
         subset: the configuration of a hub data set.
-        seed: of the ``#500`` sample.
-        default_split: of a hub data set without ``:SPLIT``.
+        seed: seed of the ``#500`` sample.
+        default_split: split of a hub data set without ``:SPLIT``.
 
-    Raises: DataError: anything that is missing, empty or broken, or an argument without effect on this source.
+    Raises: DataError: something is missing, empty or broken, or an argument has no effect on this source.
     """
     if format != "auto" and format not in FORMATS:
-        raise DataError(f"unknown format {format!r}; known are auto, {', '.join(FORMATS)}", key="data.format")
+        raise DataError(f"unknown format {format!r}; expected auto, {', '.join(FORMATS)}", key="data.format")
     base, num_sampled = _split_sample_size(name, key)
     path = _local_path(base, key)
     if is_builtin(base) and not os.path.exists(path):
@@ -115,7 +119,7 @@ def _refuse(base: str, *, format: str, column_names: Sequence[str] | None, encod
 
 
 def _split_sample_size(name: str, key: str) -> tuple[str, int | None]:
-    """``NAME#500`` -> (NAME, 500); a name without ``#``, or of something that exists -> (name, None)."""
+    """``NAME#500`` -> (NAME, 500); a name without ``#``, or the name of an existing file -> (name, None)."""
     if not name.strip():
         raise DataError("the name of the data is empty", key=key)
     if "#" not in name or _exists(name, key):
@@ -123,8 +127,8 @@ def _split_sample_size(name: str, key: str) -> tuple[str, int | None]:
     base, _, count = name.rpartition("#")
     if not base or not re.fullmatch(r"[1-9][0-9]{0,17}", count):
         raise DataError(
-            f"{name!r}: after '#' stands the number of rows to sample, 1 or more, as in NAME#500; found {count!r} "
-            "(and there is no file of this whole name)",
+            f"{name!r}: expected a number of rows to sample after '#', 1 or more, as in NAME#500; found {count!r} "
+            "(and no file has this whole name)",
             key=key,
         )
     return base, int(count)
@@ -138,19 +142,19 @@ def _exists(name: str, key: str) -> bool:
 
 
 def _local_path(name: str, key: str) -> Path:
-    """Where a local source of this name lies, whether it exists or not (for ``package:`` an error if not)."""
+    """The path of a local source with this name, which need not exist (for ``package:`` a missing one is an error)."""
     if name.startswith(PACKAGE_PREFIX):
         return package_path(name, key=key, error=DataError)
     return Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves the home of an unknown user as it is
 
 
 def _format_of(path: Path) -> str | None:
-    """The format that the file ending (before ``.gz``) stands for; None: not a known ending."""
+    """The format of the file ending (before ``.gz``); None: unknown ending."""
     return _ENDINGS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
 def _is_meant_as_file(name: str) -> bool:
-    """Whether a name that does not exist can only be a missing file: hub ids have none of these forms."""
+    """Whether a missing name can only be a file: hub ids have none of these forms."""
     looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
     return looks_local or _format_of(Path(name)) is not None
 
@@ -179,8 +183,7 @@ def _load_local(
         file_format = _format_of(file) if format == "auto" else format
         if file_format is None:
             raise DataError(
-                f"{file}: the ending {file.suffix!r} does not tell the format; set data.format to one of "
-                f"{', '.join(FORMATS)}",
+                f"{file}: unknown file ending {file.suffix!r}; set data.format to one of {', '.join(FORMATS)}",
                 key="data.format",
             )
         try:
@@ -202,11 +205,11 @@ def _load_local(
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The images in the folders below ``folder``; none where it holds tables, which may name the images."""
-    found = _visible(folder)
-    if any(_format_of(path) not in (None, "text") for path in found):
+    """The images in subfolders of ``folder``; none if it contains tables, which may name the images."""
+    files = _visible(folder)
+    if any(_format_of(path) not in (None, "text") for path in files):
         return []
-    return [p for p in found if p.suffix.lower() in IMAGE_ENDINGS and len(p.relative_to(folder).parts) > 1]
+    return [p for p in files if p.suffix.lower() in IMAGE_ENDINGS and len(p.relative_to(folder).parts) > 1]
 
 
 def _load_images(name: str, folder: Path, images: list[Path], key: str) -> Rows:
@@ -234,7 +237,7 @@ def _joined(parts: list[list[object]]) -> list[object]:
 
 
 def _require_same_columns(tables: list[Table], files: list[Path], key: str) -> None:
-    """Compares the newest table with the first: of the columns the names count, not the order."""
+    """Raises DataError unless the newest table has the column names of the first, in any order."""
     first, newest = tables[0].columns, tables[-1].columns
     if first.keys() != newest.keys():
         raise DataError(
@@ -245,7 +248,7 @@ def _require_same_columns(tables: list[Table], files: list[Path], key: str) -> N
 
 
 def _visible(folder: Path) -> list[Path]:
-    """All files in and below ``folder`` by name, without hidden ones."""
+    """All files in and below ``folder``, sorted by name, without hidden ones."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -254,19 +257,19 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _files_in(folder: Path, format: str, key: str) -> list[Path]:
-    found = _visible(folder)
-    readable = [path for path in found if _format_of(path) is not None and format in ("auto", _format_of(path))]
+    files = _visible(folder)
+    readable = [path for path in files if _format_of(path) is not None and format in ("auto", _format_of(path))]
     if format != "auto" and not readable:
-        readable = found
+        readable = files
     if not readable:
-        raise DataError(f"the folder {folder} has no file with one of the endings {', '.join(_ENDINGS)}", key=key)
+        raise DataError(f"the folder {folder} has no file with a known ending: {', '.join(_ENDINGS)}", key=key)
     return readable
 
 
 def _no_such_file(path: Path, shown: str, key: str) -> DataError:
     folder = path.parent
     if not folder.is_dir():
-        return DataError(f"{shown!r}: no such file, and there is no folder {folder}", key=key)
+        return DataError(f"{shown!r}: no such file, and the folder {folder} does not exist", key=key)
     near = difflib.get_close_matches(path.name, os.listdir(folder), n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return DataError(f"{shown!r}: no such file in the folder {folder.absolute()}{hint}", key=key)
@@ -275,25 +278,25 @@ def _no_such_file(path: Path, shown: str, key: str) -> DataError:
 def _load_hub(name: str, base: str, key: str, subset: str | None, default_split: str) -> Rows:
     hub_id, _, split = base.partition(":")
     if not _HUB_ID.fullmatch(hub_id):
-        raise DataError(f"{base!r} is no existing file or folder, and cannot be the id of a hub data set", key=key)
+        raise DataError(f"{base!r} is not an existing file or folder, nor a valid hub data set id", key=key)
     if os.path.exists(hub_id):
         raise DataError(f"{base!r}: {hub_id!r} is a local file or folder; only hub data sets have splits", key=key)
     import datasets
 
     split = split or default_split
-    tried = f"{base!r} is no local file or folder, so it was looked up as hub data set {hub_id!r}, split {split!r}"
+    tried = f"{base!r} is not a local file or folder; looked for hub data set {hub_id!r}, split {split!r}"
     advice = "files, folders and package:IMPORT_NAME/PATH work without network"
     offline = datasets.config.HF_HUB_OFFLINE
     if not offline and (reason := _why_unreachable(datasets.config.HF_ENDPOINT)):
         raise DataError(
             f"{tried}; {datasets.config.HF_ENDPOINT} cannot be reached ({reason}); {advice}, "
-            "and with HF_HUB_OFFLINE=1 so does a hub data set that was loaded before",
+            "and so does a cached hub data set with HF_HUB_OFFLINE=1",
             key=key,
         )
     try:
         table = datasets.load_dataset(hub_id, subset, split=split)
-    except Exception as exc:  # datasets, huggingface_hub, httpx and pyarrow raise more kinds than can be listed
-        offline_note = "; HF_HUB_OFFLINE=1 allows only what was loaded before" if offline else ""
+    except Exception as exc:  # datasets, huggingface_hub, httpx and pyarrow raise too many types to list
+        offline_note = "; HF_HUB_OFFLINE=1 allows only cached data sets" if offline else ""
         raise DataError(f"{tried}; {type(exc).__name__}: {exc}{offline_note}; {advice}", key=key) from exc
     if len(table) == 0:
         raise DataError(f"the split {split!r} of the hub data set {hub_id!r} has no rows", key=key)
@@ -308,9 +311,9 @@ def _load_hub(name: str, base: str, key: str, subset: str | None, default_split:
 
 
 def _why_unreachable(endpoint: str) -> str | None:
-    """Why no connection to the hub (or to the proxy on the way) can be opened; None: it can.
+    """Why the hub (or the proxy to it) is unreachable; None: it is reachable.
 
-    ``datasets`` itself finds out only after six attempts with pauses: 23 s without DNS, minutes behind a firewall.
+    ``datasets`` itself makes six attempts with pauses first: 23 s without DNS, minutes behind a firewall.
     """
     target = urlsplit(endpoint)
     if not urllib.request.proxy_bypass(target.hostname or ""):

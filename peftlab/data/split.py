@@ -1,4 +1,4 @@
-"""Cuts rows into a part to train on and a part that is held out."""
+"""Splits rows into training rows and held-out rows."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def split_rows(
     seed: int = 0,
     labels: Sequence[str] | None = None,
 ) -> tuple[IntArray, IntArray]:
-    """The indices of the rows to train on and of the held-out rows, each ascending; together all rows, once.
+    """The indices of the training rows and of the held-out rows, each ascending; each row is in exactly one of them.
 
-    The same arguments give the same split, on every machine. With labels, each class gives its share of the held-out
-    rows (largest remainder, so that the total is exact). A class of two rows or more is on both sides if there are
-    enough held-out rows for that; a class of one row is trained on, unless all others together are too few.
+    The same arguments give the same split on every machine. With labels, each class gets its proportional share of the
+    held-out rows (largest remainder, so the total is exact). A class of two rows or more is in both parts if there are
+    enough held-out rows; a class of one row is trained on, unless all others together are too few.
 
     Args:
-        fraction: share of the held-out rows, between 0 and 1; at least one row, and never all.
+        fraction: share of held-out rows, between 0 and 1; at least one row is held out, and never all.
         num_rows: number of held-out rows, instead of the share.
         seed: >= 0.
         labels: [N] the class of each row.
@@ -54,7 +54,7 @@ def split_rows(
 def _num_eval(rows: Rows, fraction: float, num_rows: int | None) -> int:
     if len(rows) < 2:
         raise DataError(
-            f"{rows.name} has {len(rows)} row(s), too few to hold a part out; give data.eval", key="data.eval_fraction"
+            f"{rows.name} has {len(rows)} row(s), too few to hold some out; set data.eval", key="data.eval_fraction"
         )
     if num_rows is None:
         if not 0 < fraction < 1:
@@ -63,14 +63,14 @@ def _num_eval(rows: Rows, fraction: float, num_rows: int | None) -> int:
     if not 1 <= num_rows < len(rows):
         raise DataError(
             f"{num_rows} rows cannot be held out of the {len(rows)} rows of {rows.name}: "
-            f"expected 1 to {len(rows) - 1}, so that some are left to train on",
+            f"expected 1 to {len(rows) - 1}, to leave some for training",
             key="data.eval_rows",
         )
     return num_rows
 
 
 def _eval_counts(sizes: IntArray, num_eval: int) -> IntArray:
-    """[C] held-out rows of each class, from [C] its rows: the proportional share, rounded and within its bounds."""
+    """[C] held-out rows of each class, given [C] rows of each: the proportional share, rounded and within bounds."""
     share = sizes * num_eval / sizes.sum()
     fewest = np.minimum(sizes - 1, 1)
     most = sizes - 1

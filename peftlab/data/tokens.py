@@ -1,4 +1,4 @@
-"""Rows as tokens: which of them are trained, who wrote them, and how each answer ends."""
+"""Tokenized rows: which tokens are trained, who wrote them, and how each answer ends."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ import numpy.typing as npt
 from peftlab.data.chat_template import Rendered
 from peftlab.data.rows import Rows
 
-# So many rows, or characters, are text and tokens at the same time: the lists in between take far more room than tokens.
+# Maximum rows, or characters, tokenized at once: the intermediate lists take far more memory than the tokens.
 _PIECE_ROWS = 4096
 _PIECE_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """N rows of T tokens in all, one after the other.
+    """N rows with T tokens in total, concatenated.
 
     Attributes:
         ids: [T] int32 token ids. bounds: [N + 1] int64; row i is ``bounds[i]:bounds[i + 1]``.
         trained: [T] bool, tokens whose prediction is trained.
-        roles: [T] int16, index into ``role_names`` of who wrote the token.
-        answer_rows: [A] int64, the row of each part that is to be trained. answer_starts, answer_ends: [A] int64, its
-            tokens.
-        answer_ended: [A] bool, whether the last of them can end an answer.
-        answer_flaws: for each what ``Part.flaw`` says.
-        unwritten: ``(row, role)`` of each other message whose words are not in the text.
+        roles: [T] int16, the writer of each token, as an index into ``role_names``.
+        answer_rows: [A] int64, the row of each trained part. answer_starts, answer_ends: [A] int64, its tokens.
+        answer_ended: [A] bool, whether its last token can end an answer.
+        answer_flaws: [A] ``Part.flaw`` of each.
+        unwritten: ``(row, role)`` of each other message whose words are missing in the text.
     """
 
     ids: npt.NDArray[np.int32]
@@ -62,7 +61,7 @@ class Tokens:
         return inside
 
     def row(self, index: int, length: int | None = None) -> slice:
-        """Where row ``index``, or its first ``length`` tokens, stands in ``ids``, ``trained`` and ``roles``."""
+        """The slice of ``ids``, ``trained`` and ``roles`` with row ``index``, or with its first ``length`` tokens."""
         start, end = int(self.bounds[index]), int(self.bounds[index + 1])
         return slice(start, end if length is None else min(end, start + length))
 
@@ -70,8 +69,8 @@ class Tokens:
 def pieces(
     rows: Rows, render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Rendered]]
 ) -> Iterator[tuple[int, list[Rendered]]]:
-    """Yields ``(index of the first row, rendered rows)`` for consecutive rows, some thousand or a few megabytes at a time."""
-    # The collector by itself would look through all rows again and again. It looks at what is new, once a piece.
+    """Yields ``(index of the first row, rendered rows)`` for consecutive rows, a few thousand or a few megabytes at a time."""
+    # The automatic garbage collector would scan all rows again and again. Here it scans new objects once per piece.
     automatic = gc.isenabled()
     gc.disable()
     try:
@@ -99,15 +98,15 @@ def tokenize(
     stop_ids: Collection[int],
     special_ids: Collection[int] = (),
 ) -> Tokens:
-    """Tokens of ``rendered``, each row closed by a trained end-of-text token where neither it nor the tokenizer ends it.
+    """The tokens of ``rendered``. A row without an end token gets a trained end-of-text token.
 
     A token that straddles the start of a part belongs to it. White space after the stop token that ends a trained part is
     not trained: a template often writes a newline there, which the model never has to produce. The first token of a row
-    is not trained either, since nothing comes before it to predict it.
+    is not trained either, because no token before it can predict it.
 
     Args:
         chat: a chat template wrote the text, with all the special tokens it needs.
-        stop_ids: tokens that can end an answer. special_ids: all that are no text.
+        stop_ids: tokens that can end an answer. special_ids: all tokens that are not text.
     """
     encoded = tokenizer(
         [row.text for row in rendered],
@@ -120,13 +119,13 @@ def tokenize(
     lengths = np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64, count=len(rendered))
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32, count=int(bounds[-1]))
-    # Each row's characters are numbered after those of the rows before it, so that one search serves all rows.
+    # Characters are numbered across all rows, so that one search serves them all.
     bases = np.concatenate([[0], np.cumsum([len(row.text) + 1 for row in rendered])]).astype(np.int64)
     flat = chain.from_iterable(chain.from_iterable(e.offsets for e in encoded.encodings or []))
     offsets = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
     starts, ends = (offsets + np.repeat(bases[:-1], lengths)[:, None]).T
     real = ends > starts
-    if not real.all():  # those the tokenizer adds, and white space where it takes that out of the offsets
+    if not real.all():  # tokens added by the tokenizer, and white space that it excludes from the offsets
         added = chain.from_iterable(e.special_tokens_mask for e in encoded.encodings or [])
         real |= ~np.fromiter(added, dtype=np.bool_, count=len(ids))
     ends = np.maximum.accumulate(ends)
@@ -146,10 +145,10 @@ def answered(
     author: str,
     stop_ids: Collection[int],
 ) -> Tokens:
-    """Prompts, each followed by the tokens that ``author``, a model, answered: all of those are trained, and no others.
+    """Prompts, each followed by the tokens that the model ``author`` generated; only the generated tokens are trained.
 
-    An answer gets no end that its author did not write: what was cut off does not teach to stop there. One that is empty
-    but for its end is left without a trained token.
+    No end token is added: a truncated answer must not teach the model to stop there. An answer with nothing but its end
+    has no trained token.
     """
     written = [a if len(set(a.tolist()) - set(stop_ids)) else a[:0] for a in answers]
     counts = np.array([[len(p), len(a)] for p, a in zip(prompts, written, strict=True)], dtype=np.int64).reshape(-1, 2)
@@ -183,7 +182,7 @@ def _owned(
     special_ids: Collection[int],
     rest: str,
 ) -> Tokens:
-    """The tokens with their roles and the mask, by the characters each part covers; ``rest`` wrote what none does."""
+    """The tokens with roles and mask, by the characters that each part covers; tokens outside all parts get role ``rest``."""
     parts = [(i, part) for i, row in enumerate(rendered) for part in row.parts]
     names = (rest, *dict.fromkeys(part.role for _, part in parts if part.role != rest))
     number = {name: i for i, name in enumerate(names)}
@@ -210,7 +209,7 @@ def _owned(
         elif special[after : last[k]].any() and all(
             special[t] or not text[starts[t] - bases[i] : ends[t] - bases[i]].strip() for t in range(after, last[k])
         ):
-            # Some templates write two ends; the model learns both.
+            # Some templates write two end tokens; the model learns both.
             last[k], ended[k] = after + np.flatnonzero(special[after : last[k]])[-1] + 1, True
 
     counts = last - first
@@ -236,7 +235,7 @@ def _owned(
 
 
 def _closed(tokens: Tokens, eos: int | None, stop_ids: Collection[int]) -> Tokens:
-    """Ends the answer with a trained end-of-text token where neither template nor tokenizer wrote an end."""
+    """Adds a trained end-of-text token to an answer if neither template nor tokenizer wrote an end."""
     if eos is None or not tokens.trained.any():
         return tokens
     at = np.flatnonzero(tokens.trained)
@@ -245,7 +244,7 @@ def _closed(tokens: Tokens, eos: int | None, stop_ids: Collection[int]) -> Token
     ended = tokens.answer_ends[tokens.answer_ended] - 1
     open_ = final[~np.isin(tokens.ids[final], list(stop_ids)) & ~np.isin(final, ended)]
     rows = np.searchsorted(tokens.bounds, open_, side="right") - 1
-    # Not where a message follows: the end would stand behind that one.
+    # Not if a message follows: the end token would come after that message.
     written_by = np.flatnonzero(tokens.roles)
     closes = written_by[np.searchsorted(written_by, tokens.bounds[rows + 1]) - 1] == open_
     open_, rows = open_[closes], rows[closes]

@@ -1,4 +1,4 @@
-"""Distillation: the loss contract. Losses and targets are pure functions; models, data and recipes are elsewhere."""
+"""Distillation losses and targets: pure functions, without models, data and recipes."""
 
 from peftlab.distillation.features import INNER_ATTENTION, INNER_HIDDEN, VECTOR_LOSSES, relation_kl
 from peftlab.distillation.gradients import GradientReport, gradient_report

@@ -1,10 +1,10 @@
-"""Losses between inner representations: hidden states, attention, relations of tokens, sentence embeddings.
+"""Losses between inner representations: hidden states, attention, token relations, sentence embeddings.
 
-Every function returns one value per position or text and reduces nothing over them: the caller takes the valid ones.
-Computed in float32 (float64 stays float64); the teacher never receives a gradient. Divergences are in nats.
+Every function returns one value per position or text, without reducing over them: the caller selects the valid ones.
+Computation is in float32 (float64 stays); the teacher never receives a gradient. Divergences are in nats.
 """
 
-# Shapes: N rows, B texts, T positions, A heads, H width; the widths of student and teacher may differ where it says so.
+# Shapes: N rows, B texts, T positions, A heads, H width; H_s and H_t may differ.
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def hidden_mse(student: Tensor, teacher: Tensor, *, projector: Projector | None 
     """[...] mean over the width of the squared difference, ``((projector(student) - teacher) ** 2).mean(-1)``.
 
     Args: student: [..., H_s] hidden states or sentence embeddings. teacher: [..., H_t]. projector: trained map from H_s
-    to H_t, such as ``nn.Linear(H_s, H_t, bias=False)``; needed where the widths differ.
-    Raises: RecipeError where widths differ. Source: Jiao et al. 2020 (TinyBERT), section 3.1; Reimers and Gurevych 2020.
+    to H_t, such as ``nn.Linear(H_s, H_t, bias=False)``; required if the widths differ.
+    Raises: RecipeError if widths differ. Source: Jiao et al. 2020 (TinyBERT), section 3.1; Reimers and Gurevych 2020.
     """
     student, teacher = _projected(student, teacher, projector)
     return (student - teacher).square().mean(-1)
@@ -45,8 +45,8 @@ def attention_mse(student_scores: Tensor, teacher_scores: Tensor, *, visible: Te
     """[B, T] squared difference of attention scores before the softmax, mean over heads and the keys a query sees.
 
     Args: student_scores, teacher_scores: [B, A, T, S], scaled by 1 / sqrt(head width). visible: bool, broadcasts to
-    them, True where a query may look; a query that sees nothing gives 0.
-    Raises: RecipeError where the numbers of heads differ. Source: Jiao et al. 2020 (TinyBERT), section 3.1.
+    them, True where a query sees a key; a query that sees nothing gives 0.
+    Raises: RecipeError if the numbers of heads differ. Source: Jiao et al. 2020 (TinyBERT), section 3.1.
     """
     student, teacher, seen = _attention(student_scores, teacher_scores, visible)
     squares = torch.where(seen, student, 0.0).sub(torch.where(seen, teacher, 0.0)).square().sum(-1)
@@ -65,12 +65,12 @@ def attention_kl(student_scores: Tensor, teacher_scores: Tensor, *, visible: Ten
 def relation_kl(student: Tensor, teacher: Tensor, *, num_heads: int, visible: Tensor | None = None) -> Tensor:
     """[B, T] KL(teacher || student) of self-relations in nats, mean over ``num_heads`` relation heads.
 
-    The states are split anew into relation heads x, whose relation is ``softmax(x x' / sqrt(width of a head))``: both
-    models need neither the same width nor the same number of attention heads. Called once for each of Q-Q, K-K and V-V.
+    The states are split into relation heads x, whose relation is ``softmax(x x' / sqrt(width of a head))``. The models may
+    differ in width and number of attention heads. Call it once for each of Q-Q, K-K and V-V.
 
-    Args: student: [B, T, H_s] all heads' queries, keys or values side by side. teacher: [B, T, H_t]. visible: as in
+    Args: student: [B, T, H_s] queries, keys or values of all heads, concatenated. teacher: [B, T, H_t]. visible: as in
     ``attention_mse``, with ``num_heads`` heads.
-    Raises: RecipeError where a width is no multiple of ``num_heads``. Source: Wang et al. 2021 (MiniLMv2), section 3.1.
+    Raises: RecipeError if a width is not a multiple of ``num_heads``. Source: Wang et al. 2021 (MiniLMv2), section 3.1.
     """
     if student.dim() != 3 or student.shape[:2] != teacher.shape[:2]:
         raise ValueError(f"expected states [B, T, H], found {list(student.shape)} and {list(teacher.shape)}")
@@ -78,9 +78,9 @@ def relation_kl(student: Tensor, teacher: Tensor, *, num_heads: int, visible: Te
 
 
 def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """[N] squared difference of cosines with the other texts of the batch, mean over those; 0 for a batch of one.
+    """[N] squared difference of cosines with the other texts of the batch, mean over them; 0 for a batch of one.
 
-    Depends on which texts share a batch, unlike all else here. Args: student: [N, H_s] embeddings. teacher: [N, H_t].
+    Depends on which texts share a batch. Args: student: [N, H_s] embeddings. teacher: [N, H_t].
     Source: Tung and Mori 2019 (similarity-preserving knowledge distillation), on cosines.
     """
     student, teacher, others = _similarities(student, teacher)
@@ -90,7 +90,7 @@ def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
 def similarity_kl(student: Tensor, teacher: Tensor, *, temperature: float = 0.05) -> Tensor:
     """[N] KL(teacher || student) in nats of ``softmax(cosine / temperature)`` over the other texts of the batch.
 
-    Depends on which texts share a batch. Args: as ``similarity_mse``; temperature: above 0, without a factor T^2, since
+    Depends on which texts share a batch. Args: as ``similarity_mse``; temperature: above 0, without a factor T^2, because
     it is part of the definition on both sides. Source: Fang et al. 2021 (SEED).
     """
     if not temperature > 0:
@@ -106,7 +106,7 @@ def _projected(student: Tensor, teacher: Tensor, projector: Projector | None) ->
     if mapped.shape[-1] != teacher.shape[-1]:
         raise RecipeError(
             f"hidden states of the student have {mapped.shape[-1]:,} values and those of the teacher {teacher.shape[-1]:,}: "
-            "give a projector from one to the other, or compare relations or similarities, which need none"
+            "pass a projector, or compare relations or similarities, which need none"
         )
     return _exact(mapped), _exact(teacher.detach())
 
@@ -117,7 +117,7 @@ def _attention(student: Tensor, teacher: Tensor, visible: Tensor | None) -> tupl
     if student.shape[1] != teacher.shape[1]:
         raise RecipeError(
             f"the student has {student.shape[1]} attention heads and the teacher {teacher.shape[1]}: attention of layers "
-            "with different heads cannot be compared; use relations (MiniLMv2), which split both anew"
+            "with different heads cannot be compared; use relation_kl (MiniLMv2), which splits both into its own heads"
         )
     seen = torch.ones_like(student, dtype=torch.bool) if visible is None else visible.expand_as(student)
     return _exact(student), _exact(teacher.detach()), seen
@@ -127,7 +127,7 @@ def _relation(states: Tensor, num_heads: int) -> Tensor:
     batch, length, width = states.shape
     if num_heads < 1 or width % num_heads:
         raise RecipeError(
-            f"a width of {width:,} cannot be split into {num_heads} relation heads of equal width; take a common divisor of "
+            f"a width of {width:,} cannot be split into {num_heads} relation heads of equal width; use a common divisor of "
             "both models' widths"
         )
     heads = _exact(states).view(batch, length, num_heads, width // num_heads).transpose(1, 2)
@@ -135,7 +135,7 @@ def _relation(states: Tensor, num_heads: int) -> Tensor:
 
 
 def _similarities(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, N] cosines of both, and where the pair is of two texts."""
+    """[N, N] cosines of both, and a mask of the pairs of different texts."""
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         raise ValueError(f"expected embeddings [N, H], found {list(student.shape)} and {list(teacher.shape)}")
     own, other = (F.normalize(_exact(x), dim=-1) for x in (student, teacher.detach()))
@@ -144,9 +144,9 @@ def _similarities(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _masked_kl(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
-    """KL over the last dimension among the ``seen`` entries; 0 where there are none."""
+    """KL over the last dimension among the ``seen`` entries; 0 if there are none."""
     any_seen = seen.any(-1, keepdim=True)
-    # A softmax over nothing is NaN, and its gradient too: such rows compare zeros instead.
+    # A softmax over nothing is NaN, and so is its gradient: such rows compare zeros instead.
     rows = [torch.where(seen, x, torch.where(any_seen, -math.inf, 0.0)).flatten(0, -2) for x in (student, teacher)]
     return token_divergence(rows[0], rows[1], kind="forward_kl").view(seen.shape[:-1])
 
@@ -155,14 +155,14 @@ def _exact(states: Tensor) -> Tensor:
     return states if states.dtype == torch.float64 else states.float()
 
 
-# By name, as in ``specs.losses``: those that compare vectors of the answers.
+# The losses between output vectors, by name as in ``specs.losses``.
 VECTOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hidden_cosine": hidden_cosine,
     "hidden_mse": hidden_mse,
     "similarity_mse": similarity_mse,
     "similarity_kl": similarity_kl,
 }
-# Those that compare a layer of each model: its hidden states, and its attention scores. relation_kl compares more of it.
+# The losses between layers: of hidden states, and of attention scores. relation_kl compares queries, keys and values.
 INNER_HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hidden_mse": hidden_mse,
     "hidden_cosine": hidden_cosine,

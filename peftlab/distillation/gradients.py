@@ -1,4 +1,4 @@
-"""The gradient doctor: what the chosen temperature, weight and number of classes do to the gradient at step 0."""
+"""The gradient doctor: the effect of temperature, weight and number of classes on the gradient at step 0."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from peftlab.distillation.targets import SparseTarget, Tail
 
 # A few [chunk, V] float32 tensors exist at a time: 64 MiB each.
 _CHUNK_BYTES = 64 * 2**20
-# Columns of the hidden states that a head's gradient is taken with: its V x H values would be a second head in memory.
+# Columns of the hidden states used for a head's gradient: all V x H values would be a second head in memory.
 _DIRECTIONS = 64
-# Where a warning begins. Below a tenth of the step the teacher's term is within the noise of the labels'; a third of the
-# gradient is more than a temperature should cost. Angles measured in the head of SmolLM2-135M and its copy without layer
-# 14, 496 tokens: tail bucket 2 degrees with 50 classes and 6 with 12, renormalized 11 and 20.
+# Thresholds of the warnings. Below a tenth of the step the teacher's term is within the noise of the labels' term; a
+# temperature should not cost a third of the gradient. Angles measured in the head of SmolLM2-135M and its copy without
+# layer 14, 496 tokens: tail bucket 2 degrees with 50 classes and 6 with 12, renormalized 11 and 20.
 _NOISE, _SHRUNK, _ANGLE_DEG, _LENGTH = 0.1, 0.67, 10.0, 1.25
-# A gradient this much below the labels' is what float32 leaves of an exact 0.
+# A gradient smaller than this share of the labels' is float32 rounding of an exact 0.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Gradients of the mean loss over the given tokens as one vector each: with respect to the weights of the head where
+    """Gradients of the mean loss over the given tokens, each as one vector: with respect to the weights of the head if
     hidden states were given (``of`` is then "head"), else to the logits.
 
     Attributes:
         kd_norm, ce_norm: norms of T^2 D and of CE, before ``hard_weight``. ratio: kd_norm / ce_norm.
         weighted_ratio: the same with the weights of the step loss; None at hard_weight 0.
-        kd_norm_at_t1: kd_norm at temperature 1; None when the teacher is known at its own temperature only.
+        kd_norm_at_t1: kd_norm at temperature 1; None if the teacher is only known at its own temperature.
         k, tail: stored classes compared with all of them, with angle_deg between the two gradients and
-            norm_ratio = sparse / dense; None when not asked for.
+            norm_ratio = sparse / dense; None if not requested.
     """
 
     num_tokens: int
@@ -80,12 +80,12 @@ def gradient_report(
 ) -> GradientReport:
     """Measures ||g_KD|| / ||g_CE|| and, for ``k`` stored classes of dense teacher logits, their angle to the dense gradient.
 
-    With ``hidden`` it is the gradient of the head's weights, a sum over tokens as every trained weight's is.
+    With ``hidden`` it measures the gradient of the head's weights, a sum over tokens like that of every trained weight.
 
-    Args: student_logits: [N, V] of selected positions. teacher: logits [N, V], or the stored classes that will train.
-    targets: [N] int64. k, tail: of a target to be stored; forward KL and dense logits only. hidden: [N, H] that the
-    student's logits were made of; of more than 64 columns 64 random combinations are taken, which changes norms and
-    angles by a few percent.
+    Args: student_logits: [N, V] of selected positions. teacher: logits [N, V], or the stored classes used for training.
+    targets: [N] int64. k, tail: of a target to be stored; forward KL and dense logits only. hidden: [N, H] hidden states
+    of the student's logits; with more than 64 columns, 64 random combinations are used, which changes norms and angles by
+    a few percent.
     Raises: ValueError without rows, and as ``Objective``.
     """
     if not len(student_logits):
@@ -102,16 +102,16 @@ def gradient_report(
         chosen = slice(start, start + size)
         logits = student_logits[chosen].detach()
         rows = teacher[chosen] if isinstance(teacher, Tensor) else teacher.rows(chosen)
-        found = {
+        gradients = {
             "ce": _gradient(cross_entropy, logits, targets[chosen]),
             "kd": _gradient(objective.soft_losses, logits, rows),
         }
         if isinstance(rows, Tensor) and temperature != 1:
-            found["t1"] = _gradient(at_t1.soft_losses, logits, rows)
+            gradients["t1"] = _gradient(at_t1.soft_losses, logits, rows)
         if isinstance(rows, Tensor) and k is not None:
             stored = SparseTarget.from_logits(rows, k, temperature=temperature, tail=tail)
-            found["sparse"] = _gradient(objective.soft_losses, logits, stored)
-        vectors.add(chosen, found)
+            gradients["sparse"] = _gradient(objective.soft_losses, logits, stored)
+        vectors.add(chosen, gradients)
     num_tokens = len(student_logits)
     kd, ce, t1, sparse = (math.sqrt(vectors.product(n, n)) / num_tokens for n in ("kd", "ce", "t1", "sparse"))
     kd = kd if kd > _ROUNDING * ce else 0.0
@@ -142,7 +142,7 @@ class _Vectors:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, chosen: slice, gradients: dict[str, Tensor]) -> None:
-        """Args: gradients: [n, V] each, of the tokens ``chosen``."""
+        """Adds a chunk. Args: gradients: [n, V] each, of the tokens ``chosen``."""
         if self._hidden is not None:
             for name, gradient in gradients.items():
                 part = gradient.T @ self._hidden[chosen]
@@ -153,7 +153,7 @@ class _Vectors:
                 self._products[pair] = self._products.get(pair, 0.0) + _dot(gradients[pair[0]], gradients[pair[1]])
 
     def product(self, one: str, other: str) -> float:
-        """0 for a gradient that was never added."""
+        """The inner product of two gradients; 0 if one was never added."""
         if self._hidden is None:
             return self._products.get((one, other), 0.0)
         return _dot(self._sums[one], self._sums[other]) if one in self._sums and other in self._sums else 0.0
@@ -164,7 +164,7 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 
 def _directions(hidden: Tensor) -> Tensor:
-    """[N, at most 64] random combinations of the columns that keep inner products in the mean (Johnson-Lindenstrauss)."""
+    """[N, at most 64] random combinations of the columns that preserve inner products on average (Johnson-Lindenstrauss)."""
     width = hidden.shape[1]
     if width <= _DIRECTIONS:
         return hidden
@@ -173,37 +173,37 @@ def _directions(hidden: Tensor) -> Tensor:
 
 
 def _warnings(report: GradientReport, objective: Objective) -> list[str]:
-    found = []
+    warnings = []
     if report.kd_norm == 0:
-        found.append("the teacher's term has no gradient: the student already gives the teacher's probabilities")
-        return found
+        warnings.append("the teacher's term has no gradient: the student already has the teacher's probabilities")
+        return warnings
     if report.kd_norm_at_t1 and report.kd_norm < _SHRUNK * report.kd_norm_at_t1:
         factor = f"T^2 = {objective.temperature**2:g} is applied" if objective.scale_by_t2 else "T^2 is not applied"
-        found.append(
+        warnings.append(
             f"temperature {objective.temperature:g} makes the teacher's gradient {report.kd_norm_at_t1 / report.kd_norm:.1f} x "
-            f"smaller than temperature 1 ({report.kd_norm:.3g} against {report.kd_norm_at_t1:.3g}; {factor}): take temperature 1 "
-            "for a language model, higher ones for a few hundred classes"
+            f"smaller than temperature 1 ({report.kd_norm:.3g} against {report.kd_norm_at_t1:.3g}; {factor}): use temperature 1 "
+            "for language models, higher temperatures for up to a few hundred classes"
         )
     if report.weighted_ratio is not None and objective.hard_weight < 1 and report.weighted_ratio < _NOISE:
-        found.append(
-            f"the teacher's term is {report.weighted_ratio:.3g} of the labels' with hard_weight {objective.hard_weight:g}: this "
-            "trains on the labels. Lower hard_weight or the temperature"
+        warnings.append(
+            f"the teacher's term is {report.weighted_ratio:.3g} of the labels' term with hard_weight "
+            f"{objective.hard_weight:g}: the labels dominate training. Lower hard_weight or the temperature"
         )
     if report.angle_deg is not None and report.norm_ratio is not None:
         long = max(report.norm_ratio, 1 / report.norm_ratio)
         if report.angle_deg > _ANGLE_DEG or long > _LENGTH:
             advice = "store more classes" if report.tail == "bucket" else "use tail: bucket, or store more classes"
-            found.append(
-                f"{report.k:,} classes per token ({report.tail}) give a gradient {report.angle_deg:.0f} degrees off the one of all "
-                f"classes and {report.norm_ratio:.2f} x as long; the error is the same in every step and does not average "
+            warnings.append(
+                f"{report.k:,} classes per token ({report.tail}) give a gradient {report.angle_deg:.0f} degrees away from that of "
+                f"all classes and {report.norm_ratio:.2f} x as long; the error is the same in every step and does not average "
                 f"out: {advice}"
             )
     if report.tail == "renormalized" and report.angle_deg is None:
-        found.append(
-            f"{report.k:,} renormalized classes per token: what the student gives to other classes is free, and without the "
-            "teacher's logits the error cannot be measured. Use tail: bucket where the stored masses allow it"
+        warnings.append(
+            f"{report.k:,} renormalized classes per token: probability that the student gives to other classes costs nothing, and "
+            "the error cannot be measured without the teacher's logits. Use tail: bucket if the stored masses allow it"
         )
-    return found
+    return warnings
 
 
 def _gradient(losses: Callable[[Tensor, Any], Tensor], logits: Tensor, against: Tensor | SparseTarget) -> Tensor:

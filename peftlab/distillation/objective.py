@@ -1,7 +1,7 @@
 """The step loss: hard_weight * CE + (1 - hard_weight) * T^2 * D on the positions that predict a trained token.
 
-Everything here returns sums. Each sum is divided by ``num_targets`` of the whole optimizer step, over all micro-batches
-and ranks (contract C3), so that a step does not depend on how it is cut.
+All functions return sums. Each sum is divided by ``num_targets`` of the whole optimizer step, over all micro-batches
+and ranks (contract C3), so that a step does not depend on its micro-batches.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from peftlab.errors import RecipeError
 def select(values: Tensor, trained: Tensor) -> Tensor:
     """[N, ...] rows of ``values`` [B, T, ...] at positions whose *next* token is trained, text by text in order.
 
-    Values are hidden states or logits of either model, each of its own width. With ``trained`` [B, T] bool the first
-    trained token is predicted by the position before it and the last by the one before the last; a token at position 0
-    has no prediction. ``trained`` is False for prompts, padding and the first token of each packed text.
+    Values are hidden states or logits of either model, of any width. ``trained`` is [B, T] bool. The position before a
+    trained token predicts it, so a token at position 0 has no prediction. ``trained`` is False for prompts, padding and the
+    first token of each packed text.
     """
     _check(values, trained)
     return values[:, :-1][trained[:, 1:]]
 
 
 def select_targets(input_ids: Tensor, trained: Tensor) -> Tensor:
-    """[N] the tokens that ``select``'s rows predict. Args: input_ids: [B, T] int64. trained: [B, T] bool."""
+    """[N] the tokens that the rows of ``select`` predict. Args: input_ids: [B, T] int64. trained: [B, T] bool."""
     _check(input_ids, trained)
     return input_ids[:, 1:][trained[:, 1:]]
 
 
 def num_targets(trained: Tensor) -> int:
-    """How many rows ``select`` gives: what a micro-batch adds to the divisor of its step."""
+    """The number of rows that ``select`` gives, which a micro-batch adds to the divisor of its step."""
     return int(trained[:, 1:].sum())
 
 
 @contextlib.contextmanager
 def as_teacher(model: nn.Module) -> Iterator[None]:
-    """Within it ``model`` has no dropout and builds no graph; after it every module is in the mode it was in.
+    """Inside the block ``model`` has no dropout and builds no graph; afterwards every module is back in its mode.
 
-    The teacher may share its modules with the student, as the base under an adapter does.
+    The teacher may share modules with the student, such as the base model of an adapter.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -59,14 +59,14 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
 
 
 def combine(hard: Tensor | None, soft: Tensor | None, *, hard_weight: float, weights: Tensor | None = None) -> Tensor:
-    """Sum over rows of ``hard_weight * hard + (1 - hard_weight) * soft``; a part of weight 0 is left out unseen.
+    """Sum over rows of ``hard_weight * hard + (1 - hard_weight) * soft``; a part of weight 0 is ignored.
 
     Args: hard: [N] per-token CE in nats, None at weight 0. soft: [N] per-token T^2 D, None at weight 1.
-    hard_weight: 0 to 1; at 1 the result is ``hard.sum()`` to the bit. weights: [N] factors of the rows, None: all 1.
-    Raises: ValueError when a part that has a weight is missing, or the two are of different rows.
+    hard_weight: 0 to 1; at 1 the result is bit-identical to ``hard.sum()``. weights: [N] factors of the rows, None: all 1.
+    Raises: ValueError if a part with a weight is missing, or the rows of the parts differ.
     """
     if (hard is None and hard_weight > 0) or (soft is None and hard_weight < 1):
-        raise ValueError(f"expected losses of both parts, or a weight of 0 for the missing one, found {hard_weight}")
+        raise ValueError(f"expected losses of both parts, or weight 0 for the missing one, found {hard_weight}")
     if hard is not None and soft is not None and hard.shape != soft.shape:
         raise ValueError(f"expected losses of the same rows, found {list(hard.shape)} and {list(soft.shape)}")
     hard_sum, soft_sum = (
@@ -89,7 +89,7 @@ class Objective:
     Args:
         kind, share, temperature: see ``losses.divergence``. scale_by_t2: the factor T^2 on D; CE never has it.
         hard_weight: share of CE, 0 to 1.
-    Raises: RecipeError on a value out of its range.
+    Raises: RecipeError on a value out of range.
     """
 
     kind: str = "forward_kl"
@@ -121,8 +121,8 @@ class Objective:
             )
         if self.kind != "forward_kl":
             raise RecipeError(
-                f"stored classes of the teacher give forward_kl only, found {self.kind}: the others need the teacher's "
-                "probability of every class; store hidden states, or run the teacher beside the student"
+                f"stored classes of the teacher only support forward_kl, found {self.kind}: other losses need the teacher's "
+                "probability of every class; store hidden states, or use a live teacher"
             )
         return sparse_divergence(student_logits, teacher, temperature=self.temperature, scale_by_t2=self.scale_by_t2)
 
@@ -134,10 +134,10 @@ class Objective:
         *,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """The step loss summed over rows; no rows give a 0 that backward passes through.
+        """The step loss summed over rows; without rows a differentiable 0.
 
         Args:
-            student_logits: [N, V] as ``select`` gives them, soft-cap and logit scale applied, cut to the shared width.
+            student_logits: [N, V] from ``select``, with soft-cap and logit scale applied, cut to the shared width.
             targets: [N] int64; None at hard_weight 0. teacher: logits [N, V] or stored classes; None at hard_weight 1.
             weights: [N] factors of the rows, None: all 1.
         """
@@ -156,11 +156,11 @@ class Objective:
         adapter_hidden: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """As ``loss_sum``, on the fused operation: the logits of all rows never exist together.
+        """Like ``loss_sum``, on the fused operation: the logits of all rows never exist at once.
 
-        Args: hidden: [N, H] of the student as ``select`` gives them. head: the student's, with soft-cap, scale and
-        ``num_classes`` of the shared width. teacher: also its own hidden states and head. adapter_hidden: [N, H] what an
-        adapter on the head reads, as ``adapters.head.head_input`` gives it. backend: auto, triton or torch.
+        Args: hidden: [N, H] of the student from ``select``. head: the student's head, with soft-cap, scale and
+        ``num_classes`` of the shared width. teacher: may also be its hidden states and head. adapter_hidden: [N, H] input
+        of an adapter on the head, from ``adapters.head.head_input``. backend: auto, triton or torch.
         """
         if self.hard_weight == 1:
             assert targets is not None
@@ -168,16 +168,16 @@ class Objective:
                 hidden, head, targets, weights=weights, adapter_hidden=adapter_hidden, backend=backend
             ).total
         assert teacher is not None
-        taught: ops.OnlineTeacher | ops.DenseTeacher | ops.SparseTeacher
+        source: ops.OnlineTeacher | ops.DenseTeacher | ops.SparseTeacher
         if isinstance(teacher, SparseTarget):
             teacher.require_temperature(self.temperature)
-            taught = ops.SparseTeacher(teacher.ids, teacher.probs, teacher.tail)
+            source = ops.SparseTeacher(teacher.ids, teacher.probs, teacher.tail)
         else:
-            taught = ops.DenseTeacher(teacher) if isinstance(teacher, Tensor) else teacher
+            source = ops.DenseTeacher(teacher) if isinstance(teacher, Tensor) else teacher
         return ops.linear_kl(
             hidden,
             head,
-            taught,
+            source,
             targets if self.hard_weight else None,
             divergence=self.kind,
             share=self.share,
@@ -192,19 +192,19 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class VectorObjective:
-    """A loss between vectors that are a model's answer, such as sentence embeddings.
+    """A loss between output vectors, such as sentence embeddings.
 
-    Args: kind: hidden_cosine or hidden_mse (of equal widths), similarity_mse or similarity_kl (of any).
+    Args: kind: hidden_cosine or hidden_mse (equal widths), similarity_mse or similarity_kl (any widths).
     """
 
     kind: str = "hidden_cosine"
 
     def __post_init__(self) -> None:
         if self.kind not in VECTOR_LOSSES:
-            raise RecipeError(f"expected a loss between vectors out of {', '.join(VECTOR_LOSSES)}, found {self.kind!r}")
+            raise RecipeError(f"expected a loss between vectors ({', '.join(VECTOR_LOSSES)}), found {self.kind!r}")
 
     def losses(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """[N] per text. Args: student: [N, H_s]. teacher: [N, H_t]. Raises: RecipeError on widths that cannot be compared."""
+        """[N] loss per text. Args: student: [N, H_s]. teacher: [N, H_t]. Raises: RecipeError on incompatible widths."""
         return VECTOR_LOSSES[self.kind](student, teacher)
 
 

@@ -1,4 +1,4 @@
-"""Teacher distributions of which a few classes per row are kept."""
+"""Sparse teacher distributions, with a few classes per row."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from peftlab.errors import RecipeError
 
 Tail = Literal["bucket", "renormalized", "none"]
 TAILS: tuple[str, ...] = get_args(Tail)
-# Sums over the classes before each class are in float64; so many bytes of them exist at a time.
+# Bytes of cumulative sums over the classes, in float64, that exist at once.
 _CHUNK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SparseTarget:
-    """Teacher probabilities of k classes per row, at the temperature they were taken.
+    """Teacher probabilities of k classes per row, at a fixed temperature.
 
-    A row of fewer than k classes is filled up with an id it already has, at probability 0. Other ids occur once.
+    A row with fewer than k classes is padded with one of its ids, at probability 0. Other ids occur once.
 
     Args:
         ids: [N, k] int64. probs: [N, k] float32; weights for ``none``.
-        temperature: of the teacher's softmax. What is kept cannot be brought to another one: that needs all classes.
-        tail: what stands for the classes that are not kept, see ``losses.sparse_divergence``.
-    Raises: ValueError on shapes, types, ``tail`` or temperature.
+        temperature: temperature of the teacher's softmax. Converting to another one would need all classes.
+        tail: how classes that are not kept are treated, see ``losses.sparse_divergence``.
+    Raises: ValueError on invalid shapes, dtypes, ``tail`` or temperature.
     """
 
     ids: Tensor
@@ -46,7 +46,7 @@ class SparseTarget:
                 f"expected ids int64 and probabilities float32, found {self.ids.dtype} and {self.probs.dtype}"
             )
         if self.tail not in TAILS:
-            raise ValueError(f"expected a tail out of {', '.join(TAILS)}, found {self.tail!r}")
+            raise ValueError(f"expected tail to be one of {', '.join(TAILS)}, found {self.tail!r}")
         if not self.temperature > 0:
             raise ValueError(f"expected a temperature above 0, found {self.temperature}")
 
@@ -60,14 +60,12 @@ class SparseTarget:
     @classmethod
     @torch.no_grad()
     def from_logits(cls, logits: Tensor, k: int, *, temperature: float = 1.0, tail: Tail = "bucket") -> SparseTarget:
-        """The k most probable classes of each row of ``logits`` [N, V]; without a tail they are no distribution.
+        """The k most probable classes of each row of ``logits`` [N, V]; without a tail they are not a distribution.
 
-        Raises: ValueError for ``none``, RecipeError for a k that is not in 1..V.
+        Raises: ValueError for ``none``, RecipeError if k is not in 1..V.
         """
         if tail == "none":
-            raise ValueError(
-                "expected bucket or renormalized: the largest k probabilities as they are sum to less than 1"
-            )
+            raise ValueError("expected bucket or renormalized: the largest k probabilities alone sum to less than 1")
         if not 1 <= k <= logits.shape[-1]:
             raise RecipeError(f"expected to keep 1 to {logits.shape[-1]:,} classes per token, found {k:,}")
         log_p, ids = _log_probs(logits, temperature).topk(k, dim=-1)
@@ -80,10 +78,10 @@ class SparseTarget:
     ) -> SparseTarget:
         """``draws`` classes of each row drawn with replacement from softmax(logits / T); probs = count / draws.
 
-        Unbiased: E[probs] is the softmax, so the gradient's mean over draws is the dense one's. The ids of a row ascend.
-        A row that is no distribution (NaN, no class) gets NaN, as ``from_logits`` gives it.
+        Unbiased: E[probs] is the softmax, so the mean gradient over draws is the dense one. The ids of a row ascend.
+        A row that is not a distribution (NaN, no class) gets NaN, as in ``from_logits``.
 
-        Args: logits: [N, V], on any device. generator: on the CPU, so that every device draws alike.
+        Args: logits: [N, V], on any device. generator: on the CPU, so that every device draws the same.
         Raises: RecipeError for less than one draw.
         Source: Anshumann et al. 2025 (arXiv 2503.16870), section 3, proposal distribution p.
         """
@@ -97,11 +95,11 @@ class SparseTarget:
     def head_and_samples(
         cls, logits: Tensor, k: int, draws: int, *, temperature: float = 1.0, generator: torch.Generator
     ) -> SparseTarget:
-        """The k most probable classes as they are, then ``draws`` classes of the others with count / draws of their mass.
+        """The k most probable classes, then ``draws`` classes of the others with count / draws of their mass.
 
-        Unbiased as ``sampled``, with the variance of the others only. Where no other class exists a row has k classes.
+        Unbiased like ``sampled``, with variance only from the others. A row without other classes has k classes.
 
-        Args: as ``sampled``. Raises: RecipeError for less than one draw, or a k that is not in 1..V-1.
+        Args: as ``sampled``. Raises: RecipeError for less than one draw, or if k is not in 1..V-1.
         """
         if not 1 <= k < logits.shape[-1]:
             raise RecipeError(
@@ -117,7 +115,7 @@ class SparseTarget:
 
     @classmethod
     def concatenated(cls, parts: Sequence[SparseTarget]) -> SparseTarget:
-        """The rows of all ``parts``, which have one temperature and tail; narrower ones are filled up."""
+        """The rows of all ``parts``, which share one temperature and tail; narrower ones are padded."""
         width = max(part.num_classes for part in parts)
         ids = [torch.cat([p.ids, p.ids[:, :1].expand(-1, width - p.num_classes)], 1) for p in parts]
         probs = [torch.nn.functional.pad(p.probs, (0, width - p.num_classes)) for p in parts]
@@ -130,12 +128,12 @@ class SparseTarget:
         return SparseTarget(self.ids.to(device), self.probs.to(device), self.temperature, self.tail)
 
     def require_temperature(self, temperature: float) -> None:
-        """Raises: RecipeError when the target was taken at another temperature."""
+        """Raises: RecipeError if the target has another temperature."""
         if temperature != self.temperature:
             raise RecipeError(
-                f"the teacher's {self.num_classes:,} classes per token were stored at temperature {self.temperature:g} and "
-                f"the loss asks for {temperature:g}: probabilities of some classes cannot be brought to another "
-                f"temperature. Set the temperature to {self.temperature:g}, or store the teacher again"
+                f"the teacher's {self.num_classes:,} classes per token were stored at temperature {self.temperature:g}, but "
+                f"the loss needs {temperature:g}: stored probabilities cannot be converted to another temperature. Set the "
+                f"temperature to {self.temperature:g}, or store the teacher again"
             )
 
 
@@ -145,12 +143,12 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _drawn(weights: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ids [N, m] that were drawn in proportion to ``weights`` [N, V] and their counts, m the most different ones of a row.
+    """Ids [N, m] drawn in proportion to ``weights`` [N, V], and their counts; m is the largest number of different ids.
 
-    A row with fewer is filled up with its first id, 0 times. A class of weight 0 is drawn only where all are 0.
+    A row with fewer is padded with its first id, count 0. A class of weight 0 is drawn only if all are 0.
 
-    By inversion of the distribution function: only the uniform numbers come from the generator, so one seed on the CPU
-    serves every device, which ``torch.multinomial`` does not, and its float32 would lose classes below 6e-8.
+    Draws invert the distribution function. Only the uniform numbers come from the generator, so one CPU seed serves every
+    device, unlike ``torch.multinomial``, whose float32 would also lose classes below 6e-8.
     """
     if draws < 1:
         raise RecipeError(f"expected at least 1 draw per token, found {draws}")
@@ -162,10 +160,10 @@ def _drawn(weights: Tensor, draws: int, generator: torch.Generator) -> tuple[Ten
         rows = slice(start, start + size)
         below = weights[rows].cumsum(-1, dtype=torch.float64)
         total = below[:, -1:].contiguous()
-        found = torch.searchsorted(below, uniform[rows].to(below.device) * total, right=True)
-        # The product may round up to the whole sum, which belongs to the last class that has any weight.
+        drawn = torch.searchsorted(below, uniform[rows].to(below.device) * total, right=True)
+        # The product may round up to the whole sum, which belongs to the last class with a weight.
         last = torch.searchsorted(below, total).clamp_max(num_classes - 1)
-        chosen[rows] = torch.minimum(found, last).cpu()
+        chosen[rows] = torch.minimum(drawn, last).cpu()
     chosen = chosen.sort(-1).values
     new = torch.ones_like(chosen, dtype=torch.bool)
     new[:, 1:] = chosen[:, 1:] != chosen[:, :-1]

@@ -1,8 +1,8 @@
 """Distillation between different tokenizers: universal logit distillation on byte-aligned positions.
 
-Two tokenizers cut one text at different places. Where both begin a token at the same byte, both models have read the
-same text, and what they expect next can be compared; the other positions take no part. Their classes have no common
-names, so the sorted probabilities are compared. Source: Boizard et al. 2024 (ULD), section 3.
+Two tokenizers split a text at different places. Where both start a token at the same byte, both models have read the
+same text, and their predictions can be compared; other positions are skipped. The vocabularies do not match, so sorted
+probabilities are compared. Source: Boizard et al. 2024 (ULD), section 3.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from peftlab.errors import DataError
 
 Offsets = Sequence[tuple[int, int]]
-# Rows whose probabilities are sorted at a time: 256 x 128,256 in float32 are 131 MB on each side.
+# Rows whose probabilities are sorted at once: 256 x 128,256 in float32 are 131 MB on each side.
 _ROWS = 256
 
 
 def byte_starts(text: str, offsets: Offsets) -> list[int | None]:
-    """Per token the number of UTF-8 bytes of ``text`` before it; None for a token that begins inside a character.
+    """For each token, the number of UTF-8 bytes of ``text`` before it; None for a token that begins inside a character.
 
-    A token starts where the one before it ends: whether the blank before a word is counted to it differs between
-    tokenizers that do the same. A token without text, such as one for the beginning or the end, starts there too.
+    A token starts where the previous one ends, because equal tokenizers differ in whether a token's offsets include the
+    space before a word. A token without text, such as a start or end token, starts there too.
 
     Args: offsets: characters [begin, end) per token, as ``offset_mapping`` of a fast tokenizer.
-    Raises: DataError where offsets are not those of ``text``.
+    Raises: DataError if offsets are outside ``text``.
     """
     bytes_before = [0]
     for character in text:
@@ -43,7 +43,7 @@ def byte_starts(text: str, offsets: Offsets) -> list[int | None]:
         if first == last:
             starts.append(bytes_before[end])
             continue
-        # A character of several tokens is given whole to each of them: all but the first begin inside it.
+        # Each token of a multi-token character has the whole character as offsets: all but the first begin inside it.
         starts.append(bytes_before[end] if first >= end else None)
         end = max(end, last)
     return starts
@@ -52,9 +52,9 @@ def byte_starts(text: str, offsets: Offsets) -> list[int | None]:
 def aligned_tokens(text: str, student_offsets: Offsets, teacher_offsets: Offsets) -> list[tuple[int, int]]:
     """Pairs (student token, teacher token) that begin at the same byte, in the order of the text.
 
-    The pair's predictions are in the position *before* each. Among tokens at one byte the one with text counts, and
-    at the end of the text the first without: end is compared with end, and a beginning that one side has alone is not
-    compared with anything.
+    The predictions of a pair are at the position *before* each token. Among tokens at one byte the one with text counts,
+    and at the end of the text the first one without text: end tokens are compared with each other, and a start token that
+    only one side has is skipped.
     """
     student, teacher = (_token_at(text, offsets) for offsets in (student_offsets, teacher_offsets))
     return [(student[at], teacher[at]) for at in sorted(student.keys() & teacher.keys())]
@@ -63,9 +63,9 @@ def aligned_tokens(text: str, student_offsets: Offsets, teacher_offsets: Offsets
 def aligned_answers(
     student: str, student_offsets: Offsets, teacher: str, teacher_offsets: Offsets
 ) -> list[tuple[int, int]]:
-    """``aligned_tokens`` of one answer in two chat templates: of the text both have in the beginning, and of its end.
+    """``aligned_tokens`` of one answer in two chat templates, within their common prefix and at its end.
 
-    Args: student, teacher: the answer with what each template ends it with.
+    Args: student, teacher: the answer with the end that each template writes.
     """
     length = next((i for i, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b), None)
     length = min(len(student), len(teacher)) if length is None else length
@@ -80,7 +80,7 @@ class UldObjective:
     temperature: float = 1.0
 
     def losses(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[N] see ``uld``; a few rows at a time, made again in backward, since sorting copies every logit."""
+        """[N] see ``uld``; computed a few rows at a time and recomputed in backward, because sorting copies every logit."""
         parts = zip(torch.split(student_logits, _ROWS), torch.split(teacher_logits, _ROWS), strict=True)
         return torch.cat([checkpoint(uld, s, t, temperature=self.temperature, use_reentrant=False) for s, t in parts])
 
@@ -88,11 +88,11 @@ class UldObjective:
 def uld(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """[N] L1 distance of the sorted probabilities, in probability (0 to 2), not nats; no factor T^2.
 
-    The narrower vocabulary is filled up with classes of probability 0. Wasserstein distance with a cost of 1 between
+    The smaller vocabulary is padded with classes of probability 0. It is the Wasserstein distance with a cost of 1 between
     any two classes. Zero does not mean equal models: only the shapes of their distributions are compared.
 
     Args: student_logits: [N, V_s] at aligned positions. teacher_logits: [N, V_t], -inf or cut where padded.
-    temperature: above 0, of both sides. Returns: [N] float32 (float64 stays). Raises: ValueError on shapes.
+    temperature: above 0, of both sides. Returns: [N] float32 (float64 stays). Raises: ValueError on a shape mismatch.
     """
     if student_logits.dim() != 2 or teacher_logits.dim() != 2 or len(student_logits) != len(teacher_logits):
         raise ValueError(
@@ -113,8 +113,8 @@ def uld(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
 def _token_at(text: str, offsets: Offsets) -> dict[int, int]:
     """Byte -> index of the token that begins there."""
     end = len(text.encode("utf-8", "surrogatepass"))
-    found: dict[int, int] = {}
+    tokens: dict[int, int] = {}
     for i, ((first, last), start) in enumerate(zip(offsets, byte_starts(text, offsets), strict=True)):
         if start is not None and (first < last or start == end):
-            found.setdefault(start, i)
-    return found
+            tokens.setdefault(start, i)
+    return tokens

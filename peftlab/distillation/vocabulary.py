@@ -1,4 +1,4 @@
-"""Whether two models have the same classes: decided by what their tokenizers do, never by the width of their logits."""
+"""Checks whether two models have the same classes, by their tokenizers' behaviour, never by the width of their logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from peftlab.errors import RecipeError
 
-# Encoded without special tokens around them. Each kind tells tokenizers apart that agree on the others: pieces of
-# words, digit grouping, indentation, byte fallback, normalisation of accents and spaces.
+# Encoded without special tokens. Each kind distinguishes tokenizers that agree on the others: pieces of words, digit
+# grouping, indentation, byte fallback, normalisation of accents and spaces.
 PROBES: tuple[str, ...] = (
     "The quick brown fox jumps over the lazy dog.",
     "It's what they'd've said: \"don't\" & 'won't' - I'll, we're!",
@@ -34,17 +34,17 @@ PROBES: tuple[str, ...] = (
     "    ",
     "a\u0000b\u200bc",
 )
-# The largest difference that is shown of two encodings.
+# Maximum number of ids shown of an encoding.
 _SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the tokenizers make of the probes.
+    """How two tokenizers encode the probes.
 
     Attributes:
-        num_shared_ids: columns that mean the same in both models. difference: the first probe they encode differently,
-            with both encodings; None when they are the same. notes: special tokens that one of them has alone.
+        num_shared_ids: columns with the same meaning in both models. difference: the first probe that they encode
+            differently, with both encodings; None if they are the same. notes: special tokens that only one of them has.
     """
 
     num_shared_ids: int
@@ -57,10 +57,10 @@ class Comparison:
 
 
 def compare(student_tokenizer: Any, teacher_tokenizer: Any) -> Comparison:
-    """Encodes the probes and the special tokens that both have, and compares the ids.
+    """Compares the ids of the probes and of the common special tokens.
 
-    A special token that one has alone is no difference as long as its id is free in the other: padding or chat tokens
-    that were added later. An id that means a special token here and something else there is one.
+    A special token that only one tokenizer has is no difference if its id is unused in the other, such as padding or chat
+    tokens added later. An id with a special token in one and another token in the other is a difference.
     """
     student, teacher = _special_ids(student_tokenizer), _special_ids(teacher_tokenizer)
     difference = _first_difference(
@@ -73,51 +73,51 @@ def compare(student_tokenizer: Any, teacher_tokenizer: Any) -> Comparison:
     ):
         alone = []
         for token, i in sorted(own.items(), key=lambda item: item[1]):
-            there = other_tokenizer.convert_ids_to_tokens(i) if i < _num_ids(other_tokenizer) else None
-            if token in other or there == token:
+            other_token = other_tokenizer.convert_ids_to_tokens(i) if i < _num_ids(other_tokenizer) else None
+            if token in other or other_token == token:
                 continue
-            if there is not None and difference is None:
-                difference = f"id {i:,} is the special token {token!r} of the {name} and {there!r} of the other"
+            if other_token is not None and difference is None:
+                difference = f"id {i:,} is the special token {token!r} of the {name} and {other_token!r} of the other"
             alone.append(f"{token} ({i:,})")
         if alone:
-            notes.append(f"special tokens of the {name} alone: {', '.join(alone)}")
+            notes.append(f"special tokens that only the {name} has: {', '.join(alone)}")
     num_shared = min(_num_ids(student_tokenizer), _num_ids(teacher_tokenizer))
     return Comparison(num_shared, difference, tuple(notes))
 
 
 def require_same(student_tokenizer: Any, teacher_tokenizer: Any, *, cross_tokenizer: str | None = None) -> Comparison:
-    """``compare``, and an error where the tokenizers differ.
+    """``compare``, with an error if the tokenizers differ.
 
-    Args: cross_tokenizer: ``uld`` allows it, for a loss that compares no class with the one of the same number.
-    Raises: RecipeError naming the first probe that differs, both encodings and the way out.
+    Args: cross_tokenizer: ``uld`` allows a difference, for a loss that does not compare classes by number.
+    Raises: RecipeError with the first probe that differs, both encodings and what to do.
     """
     if cross_tokenizer not in (None, "uld"):
-        raise RecipeError(f"expected cross_tokenizer uld or none at all, found {cross_tokenizer!r}")
+        raise RecipeError(f"expected cross_tokenizer to be uld or unset, found {cross_tokenizer!r}")
     comparison = compare(student_tokenizer, teacher_tokenizer)
     if not comparison.same and cross_tokenizer is None:
         raise RecipeError(
-            f"the student's tokenizer is not the teacher's: {comparison.difference}. The same column of their logits means "
-            "different tokens, so their distributions cannot be compared class by class. Take a teacher with the student's "
-            "tokenizer, or ask for cross_tokenizer: uld"
+            f"student and teacher have different tokenizers: {comparison.difference}. The columns of their logits mean "
+            "different tokens, so their distributions cannot be compared class by class. Use a teacher with the student's "
+            "tokenizer, or set cross_tokenizer: uld"
         )
     return comparison
 
 
 def shared_width(comparison: Comparison, student_width: int, teacher_width: int) -> tuple[int, str]:
-    """How many leading columns both models' logits are cut to, and the line that says so.
+    """The number of leading columns to cut both models' logits to, and a line about it.
 
-    Columns beyond the tokenizer's ids are padding that makes a matrix's size round. Without them a softmax is what it
-    would be with -inf there; with zeros there they would hold probability.
+    Columns beyond the tokenizer's ids are padding to a round matrix size. Cutting them equals -inf there; zeros would hold
+    probability.
 
     Args: student_width, teacher_width: number of columns of the logits.
-    Raises: RecipeError where a model has fewer columns than the tokenizers share ids.
+    Raises: RecipeError if a model has fewer columns than its tokenizer has shared ids.
     """
     columns = comparison.num_shared_ids
     for name, width in (("student", student_width), ("teacher", teacher_width)):
         if width < columns:
             raise RecipeError(
-                f"the {name}'s logits have {width:,} columns and its tokenizer {columns:,} ids: model and tokenizer do not "
-                "belong together, or the tokenizer got tokens that the model's embeddings were not resized for"
+                f"the {name}'s logits have {width:,} columns but its tokenizer has {columns:,} ids: model and tokenizer do not "
+                "match, or tokens were added to the tokenizer without resizing the model's embeddings"
             )
     if student_width == teacher_width == columns:
         return columns, f"vocabulary: same tokenizer, {columns:,} ids on both sides"
@@ -128,7 +128,7 @@ def shared_width(comparison: Comparison, student_width: int, teacher_width: int)
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over the ids of the probes and the special tokens: equal for tokenizers that may share stored targets."""
+    """SHA-256 over the ids of the probes and the special tokens; tokenizers with equal ones can share stored targets."""
     content = {
         "probes": [_encode(tokenizer, probe) for probe in PROBES],
         "special": sorted(_special_ids(tokenizer).items()),
@@ -140,7 +140,7 @@ def _first_difference(probes: Sequence[str], student_tokenizer: Any, teacher_tok
     for probe in probes:
         student, teacher = _encode(student_tokenizer, probe), _encode(teacher_tokenizer, probe)
         if student != teacher:
-            return f"{probe!r} is {_shown(student)} to the student and {_shown(teacher)} to the teacher"
+            return f"{probe!r} is {_shown(student)} for the student and {_shown(teacher)} for the teacher"
     return None
 
 

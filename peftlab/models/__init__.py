@@ -1,4 +1,4 @@
-"""Backbones: finding, loading, quantizing."""
+"""Finds, loads and quantizes backbones."""
 
 from peftlab.models.bnb import import_bitsandbytes
 from peftlab.models.config import label_names, load_skeleton

@@ -1,4 +1,4 @@
-"""Importing bitsandbytes without letting it fetch code."""
+"""Imports bitsandbytes without letting it fetch code."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 def import_bitsandbytes() -> Any:
     """The ``bitsandbytes`` module; call this before anything else (PEFT, transformers) imports it.
 
-    On processors with AVX512-BF16 its import asks the package ``kernels``, where that is installed, for code from the
-    model hub (0.50.2, backends/cpu/ops.py). Nothing leaves this machine unasked (contract C12), so that package is
-    hidden for the duration. Raises: ImportError.
+    On processors with AVX512-BF16 its import requests code from the model hub through the package ``kernels``, if
+    installed (0.50.2, backends/cpu/ops.py). peftlab makes no unrequested connections (contract C12), so that package is
+    hidden meanwhile. Raises: ImportError.
     """
     with _without_hub_kernels(), _compiling_later():
         return importlib.import_module("bitsandbytes")
@@ -24,15 +24,15 @@ def import_bitsandbytes() -> Any:
 
 @contextlib.contextmanager
 def _compiling_later() -> Iterator[None]:
-    """``torch.compile`` as a decorator compiles nothing, but imports the compiler, 0.6 s. Functions decorated meanwhile are
-    given to it at their first call."""
+    """Delays ``torch.compile`` of decorated functions until their first call: as a decorator it imports the compiler (0.6 s)
+    but compiles nothing."""
     import torch
 
     compiler = torch.compile
 
     def later(function: Any = None, /, **options: Any) -> Any:
         if function is None:
-            return lambda found: later(found, **options)
+            return lambda decorated: later(decorated, **options)
         compiled: Callable[[], Callable[..., Any]] = functools.cache(lambda: compiler(function, **options))
 
         @functools.wraps(function)

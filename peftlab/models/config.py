@@ -1,4 +1,4 @@
-"""The configuration of a model, and what it says without weights: labels, modules and shapes."""
+"""The configuration of a model, and what it determines without weights: labels, modules and shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_config(pretrained: Pretrained, **kwargs: Any) -> Any:
 
 
 def label_names(pretrained: Pretrained) -> list[str]:
-    """Class names of a classifier's config, by index; transformers' own LABEL_0, LABEL_1 where nobody named them."""
+    """Class names in a classifier's config, by index; transformers' default LABEL_0, LABEL_1 if unnamed."""
     named = load_config(pretrained).id2label
     return [str(named[i]) for i in sorted(named)]
 

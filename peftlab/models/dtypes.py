@@ -1,4 +1,4 @@
-"""The types of weights and matmuls that ``auto`` stands for on a device."""
+"""Resolves the ``auto`` dtype of weights and matmuls for a device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def resolve_dtype(name: str, device: str) -> Any:
 
 
 def resolve_precision(name: str, device: str) -> Any:
-    """torch dtype of the matmuls: ``auto`` is bfloat16 on a GPU that has it, else float32.
+    """torch dtype of the matmuls: ``auto`` is bfloat16 on a GPU that supports it, else float32.
 
-    Also on CPUs with AMX: oneDNN compiles its bfloat16 kernels per shape, and in batches of ever new lengths that costs
+    CPUs with AMX get float32 too: oneDNN compiles its bfloat16 kernels per shape, and with changing batch lengths that costs
     more than the tiles save (measured: a tiny model 30 x slower over its first 60 steps, SmolLM2-135M no faster).
     """
     import torch

@@ -1,4 +1,4 @@
-"""Hashes of weight files, which take seconds a gigabyte: computed once, as long as the files do not change."""
+"""Cached hashes of weight files: hashing takes seconds per gigabyte, so an unchanged file is hashed once."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from peftlab.paths import cache_root, sha256_of_files
 
 _FILE = "file-hashes.json"
-# Files that are read within a moment are not worth an entry.
+# Smaller files are hashed quickly and not cached.
 _LEAST_BYTES = 2**26
 _MOST_ENTRIES = 500
 
 
 def weights_fingerprint(paths: list[Path]) -> str:
-    """Hex sha256 over the contents of ``paths`` in the order given.
+    """Hex sha256 over the contents of ``paths`` in the given order.
 
-    Of large files it is kept in the cache folder, by path, size and time of change, so that a command does not read again
-    what an earlier one has read.
+    For large files it is cached in the cache folder, by path, size and modification time, so that later commands do not
+    read the files again.
     """
-    states = [(str(p), found.st_size, found.st_mtime_ns) for p in paths for found in [p.stat()]]
+    states = [(str(p), stat.st_size, stat.st_mtime_ns) for p in paths for stat in [p.stat()]]
     if sum(size for _, size, _ in states) < _LEAST_BYTES:
         return sha256_of_files(paths)
     key, known = json.dumps(states), _read()
@@ -34,13 +34,13 @@ def weights_fingerprint(paths: list[Path]) -> str:
 def _read() -> dict[str, str]:
     try:
         known = json.loads(_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # not there, damaged, or no home folder
+    except (OSError, ValueError, RuntimeError):  # missing, damaged, or no home folder
         return {}
     return {k: v for k, v in known.items() if isinstance(v, str)} if isinstance(known, dict) else {}
 
 
 def _write(known: dict[str, str]) -> None:
-    """By a rename; a cache that cannot be written is none."""
+    """Writes the cache atomically; a cache that cannot be written is skipped."""
     kept = dict(list(known.items())[-_MOST_ENTRIES:])
     with contextlib.suppress(OSError, RuntimeError):
         path = _path()

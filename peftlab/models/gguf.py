@@ -13,17 +13,17 @@ from typing import Any
 from peftlab.errors import ArtifactError, RecipeError, ResourceError
 from peftlab.paths import cache_root
 
-# Part of the folder name: raised when the conversion itself changes, so that old folders are not used.
+# Part of the folder name: increased when the conversion changes, so that old folders are not reused.
 _CONVERSION = 1
 
 
 def converted_folder(gguf: Path, fingerprint: str) -> Path:
-    """The safetensors folder (float32 weights, config, tokenizer, chat template) for a GGUF file, made if missing.
+    """The safetensors folder (float32 weights, config, tokenizer, chat template) of a GGUF file, converted if missing.
 
-    The quantized blocks are dequantized exactly; a folder is published by one rename, so a killed conversion
-    leaves nothing that a later run would take for a model.
+    The quantized blocks are dequantized exactly. The folder is published by one rename, so a killed conversion leaves no
+    partial model.
 
-    Raises: ArtifactError when the file is damaged, RecipeError for an architecture transformers cannot read.
+    Raises: ArtifactError if the file is damaged, RecipeError for an architecture that transformers cannot read.
     """
     folder = cache_root() / "gguf" / f"{gguf.stem}-{fingerprint[:16]}-v{_CONVERSION}"
     if (folder / "config.json").is_file():
@@ -38,7 +38,7 @@ def converted_folder(gguf: Path, fingerprint: str) -> Path:
         try:
             os.replace(partial, folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster, and its folder is as good
+            if not (folder / "config.json").is_file():  # else another process was faster; its folder is equal
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -49,7 +49,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its tqdm bar has no switch
+        with contextlib.redirect_stderr(io.StringIO()):  # its tqdm bar cannot be switched off
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except OSError as error:
@@ -62,7 +62,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ArtifactError(
             f"{gguf} is damaged or not supported: {type(error).__name__}: {error}", key="model.name"
         ) from error
-    # save_pretrained refuses a model that carries the GGUF quantization config: its weights are plain by now.
+    # save_pretrained refuses a model with the GGUF quantization config, although its weights are dequantized now.
     config = loaded.config
     del config.quantization_config
     loaded.hf_quantizer = None

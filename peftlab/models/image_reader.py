@@ -1,4 +1,4 @@
-"""Image processors: what a model's own files say about turning images into pixel values."""
+"""Image processors: turn images into pixel values as a model's files specify."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from peftlab.models.config import load_config
 from peftlab.models.load_errors import load_errors, quiet
 from peftlab.models.pretrained import Pretrained
 
-# Patches of models that have none, such as convolutional networks: only for sharing images out to batches.
+# Patch size for models without patches, such as convolutional networks; used only to batch images.
 _PATCH = 16
 
 
 class ImageReader:
-    """Pixel values [B, C, H, W] float32 of PIL images, as the model's ``AutoImageProcessor`` makes them.
+    """Pixel values [B, C, H, W] float32 of PIL images, as from the model's ``AutoImageProcessor``.
 
     Attributes:
-        mode: PIL's name for the colours the model sees, RGB or L. length: positions that the model makes of an image.
+        mode: PIL's name for the colours the model sees, RGB or L. length: positions of an image in the model.
     """
 
     def __init__(self, processor: Any, *, channels: int, patch: int) -> None:
@@ -38,7 +38,7 @@ class ImageReader:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over all settings that make pixel values."""
+        """sha256 over all settings that affect pixel values."""
         settings = {k: v for k, v in self._processor.to_dict().items() if not k.startswith("_") and "type" not in k}
         return hashlib.sha256(json.dumps([self.mode, settings], sort_keys=True, default=str).encode()).hexdigest()
 
@@ -48,7 +48,7 @@ class ImageReader:
 
 
 def load_image_reader(pretrained: Pretrained) -> ImageReader:
-    """The image processor of a model. Raises: RecipeError where it has none."""
+    """The image processor of a model. Raises: RecipeError if it has none."""
     config = load_config(pretrained)
     patch = getattr(config, "patch_size", None) or _PATCH
     patch = patch if isinstance(patch, int) else max(patch)
@@ -65,7 +65,7 @@ def load_image_reader(pretrained: Pretrained) -> ImageReader:
 
 
 def tiny_image_processor() -> Any:
-    """Of ``tiny:vit``: 8 x 8 pixels, from -1 to 1."""
+    """The image processor of ``tiny:vit``: 8 x 8 pixels, from -1 to 1."""
     with quiet():
         from transformers import ViTImageProcessor
 

@@ -1,4 +1,4 @@
-"""What happens inside a model while it runs: hidden states of its layers, and the queries, keys and values of its attention."""
+"""Records inner states of a running model: hidden states of layers, and queries, keys and values of their attention."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from transformers.masking_utils import sdpa_mask
 from peftlab.errors import RecipeError
 from peftlab.models.student.stack import find_stack
 
-# Registered with transformers' attention interface: its sdpa attention, told to whoever records.
+# Name in transformers' attention interface of sdpa attention that also records its inputs.
 _RECORDED_SDPA = "peftlab_sdpa"
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the attention of one layer compared, rotary positions applied.
+    """The attention inputs of one layer, with rotary positions applied.
 
     Attributes:
         query: [B, A, T, D]. key, value: [B, K, T, D], where K divides A.
         mask: [B, 1 or A, T, T], bool or added to the scores; None: every key, or with ``causal`` those up to the query.
-        scaling: factor of the scores.
+        scaling: factor on the scores.
     """
 
     query: Tensor
@@ -39,7 +39,7 @@ class Attention:
     scaling: float
 
     def row(self, index: int, tokens: slice) -> Attention:
-        """One text's part, B = 1: the ``tokens`` of row ``index``."""
+        """The part of one text, B = 1: the ``tokens`` of row ``index``."""
         query, key, value = (x[index : index + 1, :, tokens] for x in (self.query, self.key, self.value))
         mask = self.mask
         if mask is not None:
@@ -53,7 +53,7 @@ class Attention:
         return query @ key.transpose(-1, -2) * self.scaling
 
     def visible(self) -> Tensor:
-        """[B, 1 or A, T, T] bool, True where a query may look."""
+        """[B, 1 or A, T, T] bool, True where a query sees a key."""
         if self.mask is not None:
             return self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min / 2
         seen = torch.ones(1, 1, *(2 * [self.query.shape[2]]), dtype=torch.bool, device=self.query.device)
@@ -62,7 +62,7 @@ class Attention:
 
 @dataclass
 class InnerStates:
-    """By layer, counted from 0: ``hidden`` [B, T, H], what the layer puts out, and its ``attention``."""
+    """By layer, counted from 0: ``hidden`` [B, T, H], the output of the layer, and its ``attention``."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
@@ -73,11 +73,11 @@ _recording: ContextVar[tuple[InnerStates, int] | None] = ContextVar("_recording"
 
 @contextlib.contextmanager
 def recording(model: Any, *, hidden: Collection[int] = (), attention: Collection[int] = ()) -> Iterator[InnerStates]:
-    """Collects the inner states of the last forward pass of ``model`` (a transformers model, or PEFT's over one) inside the
-    block; they are part of its graph. Afterwards the model is as it was.
+    """Collects the inner states of the last forward pass of ``model`` (a transformers model, or a PEFT model) inside the
+    block; they are part of its graph. The model is restored afterwards.
 
     Args: hidden, attention: layers to record.
-    Raises: RecipeError when attention is asked of a model that runs another one than transformers' sdpa attention.
+    Raises: RecipeError if attention is requested but the model does not use transformers' sdpa attention.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers, states = find_stack(base).layers, InnerStates()
@@ -89,12 +89,12 @@ def recording(model: Any, *, hidden: Collection[int] = (), attention: Collection
             for hook in _attention_hooks(layers[index], states, index):
                 stack.callback(hook.remove)
         if attention:
-            stack.enter_context(_telling_attention(base))
+            stack.enter_context(_recording_attention(base))
         yield states
     if missing := sorted(set(attention) - set(states.attention)):
         raise RecipeError(
-            f"{type(base).__name__} does not run its attention through transformers' attention interface (layer {missing[0]}), so "
-            "it cannot be compared; take hidden_cosine or hidden_mse",
+            f"{type(base).__name__} does not use transformers' attention interface (layer {missing[0]}), so its attention "
+            "cannot be compared; use hidden_cosine or hidden_mse",
             key="distill.losses",
         )
 
@@ -107,7 +107,7 @@ def _keep_output(states: InnerStates, index: int) -> Any:
 
 
 def _attention_hooks(layer: nn.Module, states: InnerStates, index: int) -> Iterator[Any]:
-    """While ``layer`` runs, its attention is told where to record."""
+    """Sets where the attention records while ``layer`` runs."""
     tokens = []
     yield layer.register_forward_pre_hook(lambda *_: tokens.append(_recording.set((states, index))))
     yield layer.register_forward_hook(lambda *_: _recording.reset(tokens.pop()), always_call=True)
@@ -116,8 +116,8 @@ def _attention_hooks(layer: nn.Module, states: InnerStates, index: int) -> Itera
 def _recorded_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    if (here := _recording.get()) is not None:
-        states, index = here
+    if (target := _recording.get()) is not None:
+        states, index = target
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -126,11 +126,11 @@ def _recorded_sdpa(
 
 
 @contextlib.contextmanager
-def _telling_attention(base: Any) -> Iterator[None]:
+def _recording_attention(base: Any) -> Iterator[None]:
     before = base.config._attn_implementation
     if before != "sdpa":
         raise RecipeError(
-            f"expected sdpa attention to compare what it looks at, found {before!r}; write model.attention: sdpa",
+            f"attention losses need sdpa attention, found {before!r}; set model.attention: sdpa",
             key="model.attention",
         )
     AttentionInterface.register(_RECORDED_SDPA, _recorded_sdpa)

@@ -1,4 +1,4 @@
-"""Backbones: loaded on the right device, frozen, optionally quantized by bitsandbytes."""
+"""Loads backbones: on the right device, frozen, optionally quantized by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftlab.models.presets import build_preset
 from peftlab.models.pretrained import Pretrained
 from peftlab.models.tiny import tiny_config
 
-# The output layers stay in full precision: they are few parameters and the loss is most sensitive to them.
+# Output layers stay in full precision: they have few parameters and the loss is most sensitive to them.
 _NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler.dense"]
 
 
@@ -32,13 +32,13 @@ def load_model(
     brought: Collection[str] = (),
     **model_kwargs: Any,
 ) -> Any:
-    """The frozen backbone on ``device``, in eval mode, no parameter requiring a gradient.
+    """The frozen backbone on ``device``, in eval mode; no parameter requires a gradient.
 
     Args:
         auto_class: name of a transformers auto class, such as ``AutoModelForCausalLM``.
         quantize: ``none``, ``nf4`` or ``int8``: storage of the linear weights except output layers.
-        whole: refuse a model whose task head is not in its files, instead of giving it a new one. brought: names of parameters
-            that an adapter will bring, which need not be there.
+        whole: refuse a model without a task head in its files, instead of adding a new one. brought: names of parameters that
+            an adapter supplies, which may be missing.
         model_kwargs: passed to the config (``num_labels``, ``id2label``, ...).
     Raises: RecipeError, ArtifactError, ResourceError.
     """
@@ -62,7 +62,7 @@ def load_model(
                 pretrained.location, use_safetensors=True, output_loading_info=True, **pretrained.hub_kwargs, **kwargs
             )
             missing = set(loading["missing_keys"])
-            _check_nothing_made_up(pretrained, model, missing, absent_head=missing - set(brought) if whole else set())
+            _check_complete(pretrained, model, missing, absent_head=missing - set(brought) if whole else set())
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
@@ -73,7 +73,7 @@ def load_model(
 
 
 def num_parameters(model: Any) -> int:
-    """Weights of a model as they count when nothing is quantized: bitsandbytes packs two of NF4 into one byte."""
+    """The number of weights of a model before quantization: bitsandbytes packs two NF4 weights into one byte."""
     count = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -81,13 +81,13 @@ def num_parameters(model: Any) -> int:
     return count
 
 
-def _check_nothing_made_up(pretrained: Pretrained, model: Any, missing: set[str], *, absent_head: set[str]) -> None:
-    """transformers fills tensors that the files lack with random values; only a new task head may be new."""
+def _check_complete(pretrained: Pretrained, model: Any, missing: set[str], *, absent_head: set[str]) -> None:
+    """Raises if weights are missing: transformers fills missing tensors with random values, allowed only for a new head."""
     is_base = model.base_model is model
     if absent_head and not is_base:
         raise RecipeError(
-            f"{pretrained.source.name!r} has no head for this task ({', '.join(sorted(absent_head)[:3])} would be random numbers): "
-            "train it for the task first, and give the run folder or the merged model",
+            f"{pretrained.source.name!r} has no head for this task ({', '.join(sorted(absent_head)[:3])} would be random): "
+            "train it for the task first, and use the run folder or the merged model",
             key="model.name",
         )
     inner = "" if is_base else f"{model.base_model_prefix}."
@@ -130,9 +130,11 @@ def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> An
         torch.manual_seed(0)
         model = auto.from_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        # save_pretrained writes on the first rank only; each rank has a folder of its own.
+        # save_pretrained writes on the first rank only; each rank has its own folder.
         config.save_pretrained(folder)
-        weights = {name: weight.clone() for name, weight in model.state_dict().items()}  # a tied one under both names
+        weights = {
+            name: weight.clone() for name, weight in model.state_dict().items()
+        }  # a tied weight under both names
         save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
         model = auto.from_pretrained(folder, **load)
     model.config.name_or_path = model.name_or_path = pretrained.source.path

@@ -1,4 +1,4 @@
-"""What the libraries say while they load a model: kept quiet, and errors told in our words."""
+"""Silences the libraries while they load a model, and translates their errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the libraries' progress bars and load reports off the terminal; errors still raise."""
+    """Hides the libraries' progress bars and load reports; errors still raise."""
     from transformers.utils import logging as hf_logging
 
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
-    """What the libraries raise while they load ``what`` of a model, as errors that say what to do."""
+    """Turns the libraries' errors while they load ``what`` of a model into errors that say what to do."""
     import torch
     from safetensors import SafetensorError
 

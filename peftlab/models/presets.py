@@ -1,4 +1,4 @@
-"""Models of publicly known shape with random weights, ``shape:NAME``: for benchmarks and memory trials, without a hub."""
+"""Models of published shapes with random weights, ``shape:NAME``: for benchmarks and memory tests, without a hub."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from peftlab.paths import cache_root
 
 PREFIX = "shape:"
 _STD = 0.02
-# Elements drawn from one generator. The pieces are drawn in parallel, so 6 bytes of each are all that is ever float32.
+# Elements drawn from one generator. Pieces are drawn in parallel; only these few exist in float32 (6 bytes per element).
 _PIECE = 1 << 20
-# Part of the fingerprint: raised when the same configuration gets other weights.
+# Part of the fingerprint: increased when the same configuration gets other weights.
 _DRAW = 1
 
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
@@ -45,7 +45,7 @@ _QWEN3 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
 
-# Config class of transformers and values, as in the config.json published with each model.
+# transformers config class and values, as in the config.json published with each model.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": (  # meta-llama/Meta-Llama-3-8B
         "LlamaConfig",
@@ -171,7 +171,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def check_preset(name: str) -> None:
-    """Raises: RecipeError when there is no preset ``shape:NAME``."""
+    """Raises: RecipeError if there is no preset ``shape:NAME``."""
     short = name.removeprefix(PREFIX)
     if short in PRESETS:
         return
@@ -181,7 +181,7 @@ def check_preset(name: str) -> None:
 
 
 def preset_fingerprint(name: str) -> str:
-    """sha256 over the name and its configuration, which the weights follow from: gigabytes need no hashing."""
+    """sha256 over the name and its configuration. They determine the weights, so no gigabytes need hashing."""
     short = name.removeprefix(PREFIX)
     return hashlib.sha256(json.dumps([short, PRESETS[short], _DRAW], sort_keys=True).encode()).hexdigest()
 
@@ -197,14 +197,14 @@ def preset_config(name: str, **kwargs: Any) -> Any:
 
 
 def preset_tokenizer(name: str) -> Any:
-    """The byte-level tokenizer of the tiny models, for texts as long as the model takes."""
+    """The byte-level tokenizer of the tiny models, with the model's maximum length."""
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = PRESETS[name.removeprefix(PREFIX)][1]["max_position_embeddings"]
     return tokenizer
 
 
 def linear_shapes(name: str) -> list[tuple[int, int]]:
-    """The distinct (out features, in features) of the linears in a preset's decoder; its output layer is none of them."""
+    """The distinct (out features, in features) of the linears in a preset's decoder, without its output layer."""
     values = PRESETS[name.removeprefix(PREFIX)][1]
     hidden, inner, num_heads = values["hidden_size"], values["intermediate_size"], values["num_attention_heads"]
     head = values.get("head_dim", hidden // num_heads)
@@ -214,7 +214,7 @@ def linear_shapes(name: str) -> list[tuple[int, int]]:
 
 
 def config_folder(name: str, fingerprint: str) -> Path:
-    """A folder in the cache with the preset's config.json and nothing else, for what reads a model's config from files."""
+    """A cache folder with only the preset's config.json, for code that reads a model's config from files."""
     folder = cache_root() / "shapes" / f"{name.removeprefix(PREFIX)}-{fingerprint[:16]}"
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,11 +235,11 @@ def build_preset(
     attn_implementation: str | None = None,
     **config_kwargs: Any,
 ) -> Any:
-    """The model on ``device``, made tensor by tensor: one linear weight at most waits in ``dtype`` to be quantized.
+    """The model on ``device``, built tensor by tensor: at most one unquantized linear weight exists at a time.
 
-    Linear and embedding weights are normal with std 0.02, norms neutral, biases 0. Which values a weight has depends on
-    preset and parameter name alone: they are drawn on the CPU and rounded to bfloat16 as in published files, so every
-    device, dtype and quantization starts from the same model.
+    Linear and embedding weights are normal with std 0.02, norms neutral, biases 0. The values depend only on preset and
+    parameter name: they are drawn on the CPU and rounded to bfloat16 as in published files, so every device, dtype and
+    quantization starts from the same model.
 
     Args:
         auto: a transformers auto class.
@@ -254,18 +254,18 @@ def build_preset(
     with torch.device("meta"):
         model = auto.from_config(preset_config(name, **config_kwargs), dtype=dtype, **attention)
     quantizer = None
-    if quantization_config is not None:  # the steps of from_pretrained, around a loop of our own
+    if quantization_config is not None:  # the steps of from_pretrained, around our own loop
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
         quantizer.validate_environment(device_map=device_map)
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for path, empty in list(model.named_parameters()):  # a tied head is not among them
+        for path, empty in list(model.named_parameters()):  # without a tied head
             owner, _, key = path.rpartition(".")
             module = model.get_submodule(owner)
             if key == "weight" and isinstance(module, nn.Linear | nn.Embedding):
                 seed = f"{name}/{path}"
                 parameter = _weight(model, path, empty.shape, dtype, device, seed=seed, quantizer=quantizer, pool=pool)
-                parameter._is_hf_initialized = True  # what transformers' own initialization then leaves alone
+                parameter._is_hf_initialized = True  # transformers' own initialization then skips it
             else:
                 parameter = nn.Parameter(torch.zeros(empty.shape, dtype=dtype, device=device), requires_grad=False)
             setattr(module, key, parameter)
@@ -273,7 +273,7 @@ def build_preset(
         owner, _, key = path.rpartition(".")
         setattr(model.get_submodule(owner), key, torch.empty_like(buffer, device=device))
     model.tie_weights()
-    model.initialize_weights()  # norms, and buffers that no file has: rotary frequencies, Gemma's embedding scale
+    model.initialize_weights()  # norms, and buffers that are in no file: rotary frequencies, Gemma's embedding scale
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
@@ -285,7 +285,7 @@ def build_preset(
 def _weight(
     model: Any, path: str, shape: Any, dtype: Any, device: str, *, seed: str, quantizer: Any, pool: Executor
 ) -> Any:
-    """The parameter for ``path``, quantized where the quantizer wants it so."""
+    """The parameter for ``path``, quantized if the quantizer requires it."""
     from torch import nn
 
     value = random_weight(shape, dtype=dtype, device=device, seed=seed, pool=pool)

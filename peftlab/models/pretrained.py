@@ -27,7 +27,7 @@ class Pretrained:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of a hub model its commit, else sha256 of its weights and config, which are read at the first use."""
+        """The commit of a hub model, else sha256 of weights and config, read at the first use."""
         return f"{self.source.path}@{self.commit}" if self.source.kind == "hub" else self.source.weights_fingerprint()
 
     @property
@@ -57,7 +57,7 @@ def find_pretrained(name: str, *, revision: str | None = None, trust_remote_code
 
 
 def _find_on_hub(source: ModelSource, trust_remote_code: bool) -> Pretrained:
-    """Asks the hub once, with a bounded wait: ``from_pretrained`` alone would retry an absent network for a minute."""
+    """Queries the hub once, with a timeout: ``from_pretrained`` alone would retry for a minute without network."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -67,7 +67,7 @@ def _find_on_hub(source: ModelSource, trust_remote_code: bool) -> Pretrained:
         if not isinstance(cached, str):
             raise RecipeError(
                 f"model {source.name!r} is neither a local folder or file, nor in the hub's cache on this machine, "
-                f"and the hub did not give it: {str(error).strip().splitlines()[0]}",
+                f"and the hub did not provide it: {str(error).strip().splitlines()[0]}",
                 key="model.name",
             ) from error
         return Pretrained(source, source.path, source.revision, trust_remote_code, commit=Path(cached).parent.name)

@@ -1,4 +1,4 @@
-"""Writing a model as a plain transformers folder."""
+"""Writes a model as a plain transformers folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peftlab.models.load_errors import quiet
 
 
 def save_plain(model: Any, tokenizer: Any, folder: Path, *, beside: Path | None = None) -> None:
-    """Writes config, safetensors and tokenizer so that ``from_pretrained(folder)`` loads them; a rename publishes them.
+    """Writes config, safetensors and tokenizer so that ``from_pretrained(folder)`` loads them; one rename publishes them.
 
-    What was in ``folder`` is replaced. Args: beside: a file that is copied into it.
+    ``folder`` is overwritten. Args: beside: a file to copy into it.
     """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The files by which sentence-transformers knows how a model's hidden states become one vector."""
+"""The files that tell sentence-transformers how a model's hidden states become one vector."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 @dataclass(frozen=True)
 class SentenceFiles:
-    """What a model folder says about its vectors.
+    """The settings of a model folder for its vectors.
 
     Attributes:
-        pooling: mean, cls, last, or another one's name in its config; None where nothing is said. normalize: whether
-            vectors are divided by their length. max_length: longest text in tokens; None: as the model allows.
-        files: name inside the folder -> where it is.
+        pooling: mean, cls, last, or another mode's name in its config; None if unspecified. normalize: whether vectors are
+            divided by their length. max_length: longest text in tokens; None: the model's limit.
+        files: name inside the folder -> path.
     """
 
     pooling: str | None = None
@@ -38,12 +38,12 @@ class SentenceFiles:
     files: tuple[tuple[str, Path], ...] = ()
 
     def writer(self, tokenizer: Any, *, pooling: str) -> SentenceWriter:
-        """What writes ``tokenizer`` and these files beside a model."""
+        """A writer of ``tokenizer`` and these files into a model folder."""
         return SentenceWriter(tokenizer, self, pooling=pooling)
 
 
 def sentence_files(pretrained: Pretrained) -> SentenceFiles:
-    """What the folder of a model has of sentence-transformers.
+    """The sentence-transformers files and settings of a model folder.
 
     Raises: ArtifactError (damaged), RecipeError for a module that is neither transformer, pooling nor normalization.
     """
@@ -55,17 +55,17 @@ def sentence_files(pretrained: Pretrained) -> SentenceFiles:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
             name = f"{module['path']}/config.json"
-            found = _find(pretrained, name)
-            if found is None:
-                raise ArtifactError(f"{pretrained.source.name!r} lacks its {name}; copy it again", key="model.name")
-            pooling = _pooling(_json(found))
-            files.append((name, found))
+            path = _find(pretrained, name)
+            if path is None:
+                raise ArtifactError(f"{name} is missing in {pretrained.source.name!r}; copy it again", key="model.name")
+            pooling = _pooling(_json(path))
+            files.append((name, path))
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
             raise RecipeError(
-                f"{pretrained.source.name!r} ends in a module {kind!r}, which would be left out of its vectors; expected "
-                "transformer, pooling and normalization",
+                f"{pretrained.source.name!r} ends with a module {kind!r}, which is not supported; expected transformer, "
+                "pooling and normalization",
                 key="model.name",
             )
     files += [(name, path) for name in _BESIDE if (path := _find(pretrained, name)) is not None]
@@ -75,15 +75,15 @@ def sentence_files(pretrained: Pretrained) -> SentenceFiles:
 
 
 class SentenceWriter:
-    """Writes tokenizer and the files of sentence-transformers beside a model, with the pooling that is in use."""
+    """Writes tokenizer and sentence-transformers files into a model folder, with the pooling in use."""
 
-    def __init__(self, tokenizer: Any, found: SentenceFiles, *, pooling: str) -> None:
-        self._tokenizer, self._found, self._pooling = tokenizer, found, pooling
+    def __init__(self, tokenizer: Any, files: SentenceFiles, *, pooling: str) -> None:
+        self._tokenizer, self._files, self._pooling = tokenizer, files, pooling
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Args: folder: which has the model's config.json already."""
+        """Args: folder: must contain the model's config.json."""
         self._tokenizer.save_pretrained(folder)
-        for name, path in self._found.files:
+        for name, path in self._files.files:
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if name.endswith("/config.json"):
@@ -98,7 +98,7 @@ class SentenceWriter:
 
 
 def _pooling(settings: dict[str, Any]) -> str:
-    """Newer files name the mode, older ones have a switch for each."""
+    """The pooling mode. Newer files name it; older ones have a flag for each mode."""
     mode = settings.get("pooling_mode")
     if isinstance(mode, str):
         return _NAMES.get(mode, mode)
@@ -116,14 +116,14 @@ def _find(pretrained: Pretrained, name: str) -> Path | None:
 
     options = {k: v for k, v in pretrained.hub_kwargs.items() if k != "trust_remote_code"}
     with quiet(), load_errors(pretrained, name):
-        found = cached_file(
+        cached = cached_file(
             pretrained.location,
             name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             **options,
         )
-    return None if found is None else Path(found)
+    return None if cached is None else Path(cached)
 
 
 def _json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Which model a name means: hub id, local folder, GGUF file, file inside a package, or a built-in one (tiny, shape)."""
+"""Resolves a model name: hub id, local folder, GGUF file, file inside a package, or a built-in model (tiny, shape)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelSource:
     revision: str | None = None
 
     def weights_fingerprint(self) -> str:
-        """sha256 of the weight files and config of a local model, the name of a tiny one, or of a shape's name and config."""
+        """sha256 of the weight files and config of a local model, of a tiny model's name, or of a shape's name and config."""
         if self.kind == "gguf":
             return weights_fingerprint([Path(self.path)])
         if self.kind == "folder":
@@ -41,7 +41,7 @@ class ModelSource:
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelSource:
-    """Finds out what ``name`` means and checks what can be checked without loading it.
+    """Resolves ``name`` and checks what can be checked without loading it.
 
     Raises: RecipeError (unknown model), ArtifactError (pickled or incomplete weights).
     """
@@ -61,7 +61,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     else:
         return ModelSource("hub", name, name, revision)
     if revision is not None:
-        raise RecipeError(f"a revision only belongs to a hub model; {name!r} is a local one", key="model.revision")
+        raise RecipeError(f"a revision needs a hub model; {name!r} is a local one", key="model.revision")
     return source
 
 
@@ -80,11 +80,11 @@ def _local(name: str, path: Path) -> ModelSource:
         raise RecipeError(f"{path} is not a model folder: it has no config.json{hint}", key="model.name")
     if not list(path.glob("*.safetensors")):
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLED)
-        found = (
+        contents = (
             f"only pickled weights ({', '.join(pickled)}), which can run code when loaded" if pickled else "no weights"
         )
         raise ArtifactError(
-            f"expected *.safetensors in {path}, found {found}; convert to safetensors", key="model.name"
+            f"expected *.safetensors in {path}, found {contents}; convert to safetensors", key="model.name"
         )
     return ModelSource("folder", name, str(path.resolve()))
 

@@ -1,4 +1,4 @@
-"""Tiny random models and a byte-level tokenizer, built on the spot for tests and small recipes."""
+"""Tiny random models and a byte-level tokenizer, built in memory for tests and small recipes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
     from transformers import BertConfig, LlamaConfig, ViTConfig
 
     if name == "tiny:vit":
-        # One patch: smaller ones learn digits slower, and their students not the class that the recipe digits-missing-class
-        # leaves out (recall of it 0.5 with patches of 4 where this gets 0.9).
+        # One patch: with smaller ones the model learns digits more slowly, and students in the recipe digits-missing-class
+        # do not learn the missing class (recall 0.5 with patches of 4, 0.9 with one patch).
         return ViTConfig(
             image_size=8,
             patch_size=8,

@@ -15,7 +15,7 @@ from peftlab.models.tiny import tiny_tokenizer
 
 
 def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) -> Any:
-    """The tokenizer, with a padding token (never a new vocabulary entry) and the template file if one is given.
+    """The tokenizer, with a padding token (never a new vocabulary entry) and the given template file, if any.
 
     Raises: RecipeError.
     """
@@ -34,7 +34,7 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
             key="model.name",
         )
     if tokenizer.pad_token_id is None:
-        # Padding is always masked out by position, so any existing token serves and the vocabulary stays as it is.
+        # Padding is always masked by position, so any existing token works and the vocabulary does not change.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if chat_template is not None:
         path = Path(chat_template)
@@ -50,13 +50,13 @@ def load_tokenizer(pretrained: Pretrained, *, chat_template: str | None = None) 
 
 
 def model_max_length(pretrained: Pretrained, tokenizer: Any) -> int:
-    """The longest input in tokens, by the model's position embeddings and its tokenizer."""
+    """The longest input in tokens that the model's position embeddings and its tokenizer allow."""
     positions = getattr(load_config(pretrained).get_text_config(), "max_position_embeddings", None)
     return min(int(positions or 2**31), int(min(tokenizer.model_max_length, 2**31)))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 over the tokenizer's own serialisation and its chat template; of an ``ImageReader`` its fingerprint."""
+    """sha256 over the tokenizer's serialisation and its chat template, or the fingerprint of an ``ImageReader``."""
     if hasattr(tokenizer, "fingerprint"):
         return str(tokenizer.fingerprint)
     text = tokenizer.backend_tokenizer.to_str() + "\0" + str(tokenizer.chat_template)

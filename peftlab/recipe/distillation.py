@@ -76,7 +76,7 @@ class StudentInitSection(Section):
     def _consistent(self) -> Self:
         widths = (self.hidden_size, self.num_heads, self.num_key_value_heads, self.intermediate_size)
         if self.layers is not None and self.num_layers is not None:
-            raise ValueError("give layers or num_layers, not both")
+            raise ValueError("set layers or num_layers, not both")
         if self.num_layers is None:
             self._reject_unless_default(["choose"], "without num_layers")
         if self.choose != "importance":
@@ -84,9 +84,9 @@ class StudentInitSection(Section):
         if self.weights == "random":
             self._reject_unless_default(["choose", "search", "sample_rows"], "with weights: random")
         elif self.layers is None and self.num_layers is None and not any(widths):
-            raise ValueError("cuts nothing: give layers, num_layers or a width")
+            raise ValueError("cuts nothing: set layers, num_layers or a width")
         if self.weights == "copied" and self.choose != "importance" and not any(widths):
-            self._reject_unless_default(["sample_rows"], "where nothing is measured")
+            self._reject_unless_default(["sample_rows"], "without a choice by importance")
         return self
 
 
@@ -111,13 +111,13 @@ class LossSection(Section):
         if "layers" not in LOSSES[self.kind].keys:
             self._reject_unless_default(["layers"], f"for kind: {self.kind}, which compares answers")
         if self.layers == {}:
-            raise ValueError("layers: names none; write {0: 1} for the student's layer 0 and the teacher's layer 1")
+            raise ValueError("layers: is empty; write {0: 1} for the student's layer 0 and the teacher's layer 1")
         if "relation_heads" not in LOSSES[self.kind].keys:
             self._reject_unless_default(["relation_heads"], f"for kind: {self.kind}")
         return self
 
     def compares_layers(self, predicts: str) -> bool:
-        """Whether it is about what is inside the models, and not about their answers. Args: predicts: of the task."""
+        """Whether it compares layers inside the models, not their outputs. Args: predicts: what the task predicts."""
         return LOSSES[self.kind].compares_layers(predicts, layers_given=self.layers is not None)
 
 
@@ -237,11 +237,11 @@ class DistillSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.teacher is None and not self.teachers:
-            raise ValueError("names no teacher: give teacher, or teachers for several of them")
+            raise ValueError("has no teacher: set teacher, or teachers for several of them")
         if self.teacher is not None and self.teachers:
             raise ValueError(
-                "teacher: there are teachers as well; keep one of the two keys (on the command line `distill.teachers=[]` "
-                "leaves out the list)"
+                "teacher: set either teacher or teachers, not both (on the command line, `distill.teachers=[]` removes the "
+                "list)"
             )
         if self.cache is None:
             self._reject_unless_default(["targets"], "without distill.cache")
@@ -250,21 +250,19 @@ class DistillSection(Section):
                 ["losses", "scale_by_t2"], "with cross_tokenizer, which compares sorted probabilities in one way"
             )
             if self.cache is not None or self.teachers or self.all_teachers[0].name == SELF:
-                raise ValueError("cross_tokenizer: uld takes one teacher that runs beside the student, without a cache")
+                raise ValueError("cross_tokenizer: uld needs a single live teacher, not a cache or several teachers")
         if self.on_policy is not None:
             self._check_on_policy()
         if self.transfer is not None and self.hard_weight:
-            raise ValueError(
-                "hard_weight: the rows of transfer have no labels to weigh; remove hard_weight or transfer"
-            )
+            raise ValueError("hard_weight: the rows of transfer have no labels; remove hard_weight or transfer")
         names = [loss.kind for loss in self.losses]
         if len(set(names)) < len(names):
-            raise ValueError("losses: the same kind stands there twice")
+            raise ValueError(f"losses: contains {next(n for n in names if names.count(n) > 1)} twice")
         needs_all = [name for name in names if LOSSES[name].needs_every_class]
         if self.cache is not None and self.targets.fill != "hidden" and needs_all:
             raise ValueError(
-                f"losses: {needs_all[0]} needs the teacher's probability of every class, and the cache stores some; write "
-                "targets: {fill: hidden}, or leave out cache"
+                f"losses: {needs_all[0]} needs the teacher's probability of every class, but the cache stores only some; set "
+                "targets: {fill: hidden}, or remove cache"
             )
         if not any("share" in LOSSES[name].keys for name in names):
             self._reject_unless_default(["share"], "without jsd or a skewed divergence among the losses")
@@ -273,12 +271,12 @@ class DistillSection(Section):
     def _check_on_policy(self) -> None:
         if self.cache is None:
             raise ValueError(
-                "on_policy needs cache, a folder: teacher and student are never in memory together, and what the teacher says of "
-                "the student's answers is stored there"
+                "on_policy needs cache, a folder for the teacher's scores of the student's answers: teacher and student are "
+                "never in memory together"
             )
-        self._reject_unless_default(["hard_weight"], "with on_policy: what the student wrote is no label to learn")
+        self._reject_unless_default(["hard_weight"], "with on_policy: the student's own answers are not labels")
         self._reject_unless_default(
-            ["cross_tokenizer"], "with on_policy: the teacher reads the very tokens that the student wrote"
+            ["cross_tokenizer"], "with on_policy: the teacher reads the tokens that the student wrote"
         )
 
     @property
@@ -287,7 +285,7 @@ class DistillSection(Section):
 
 
 def expand_names(data: Any, lines: dict[str, Any]) -> None:
-    """Writes a teacher or a loss that is given by its name alone as the section it stands for, in place."""
+    """Expands a teacher or a loss that is only a name to its section, in place."""
     section = data.get("distill") if isinstance(data, dict) else None
     if not isinstance(section, dict):
         return

@@ -1,4 +1,4 @@
-"""The keys of the schema: what each one holds, and which one was meant by a name that is none of them."""
+"""The keys of the schema: the type of each, and the nearest key for an unknown name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from peftlab.recipe.schema import Recipe
 
-# What a key is called in transformers, PEFT, bitsandbytes, TRL, Axolotl, LLaMA-Factory, Unsloth and torchtune.
+# Names of a key in transformers, PEFT, bitsandbytes, TRL, Axolotl, LLaMA-Factory, Unsloth and torchtune.
 _FOREIGN_NAMES = {
     "task": "task_type task_name",
     "model.name": "model_name_or_path model_name base_model base_model_name_or_path pretrained_model_name_or_path "
@@ -75,7 +75,7 @@ _FOREIGN_NAMES = {
 
 
 class Spec(NamedTuple):
-    """What the schema says of one key: its annotation, the bounds on it, and its description."""
+    """One key of the schema: its annotation, bounds and description."""
 
     kind: Any
     bounds: Sequence[Any] = ()
@@ -87,7 +87,7 @@ def is_section(kind: Any) -> bool:
 
 
 def container(kind: Any) -> Any:
-    """The member of a union that has keys or items of its own; any other kind unchanged."""
+    """The member of a union that has keys or items; any other kind unchanged."""
     if get_origin(kind) in (Union, UnionType):
         inner = [arg for arg in get_args(kind) if is_section(arg) or get_origin(arg) in (dict, list, tuple)]
         return inner[0] if inner else None
@@ -95,7 +95,7 @@ def container(kind: Any) -> Any:
 
 
 def spec_at(path: Sequence[str | int]) -> Spec | None:
-    """The spec of a key, of a list item or of a value in a free mapping; None when there is no such key."""
+    """The spec of a key, of a list item or of a value in a free mapping; None if the key does not exist."""
     spec = Spec(Recipe)
     for part in path:
         kind = container(spec.kind)
@@ -114,7 +114,7 @@ def spec_at(path: Sequence[str | int]) -> Spec | None:
 
 
 def names_in(kind: Any) -> list[str]:
-    """The names a mapping of this kind may hold; empty when it holds no names of ours or any name at all."""
+    """The names that a mapping of this kind may hold; empty if it has no fixed names."""
     kind = container(kind)
     if is_section(kind):
         return list(kind.model_fields)
@@ -124,25 +124,25 @@ def names_in(kind: Any) -> list[str]:
 
 
 def is_free_mapping(kind: Any) -> bool:
-    """True for a mapping whose names are the user's own, such as ``data.label_names``."""
+    """Whether the user chooses the names in the mapping, such as ``data.label_names``."""
     return get_origin(container(kind)) is dict and not names_in(kind)
 
 
 @cache
 def known_keys() -> dict[str, list[str]]:
     """Dotted name of each section (the recipe itself: empty) and the names in it."""
-    found: dict[str, list[str]] = {}
+    keys: dict[str, list[str]] = {}
 
     def visit(path: tuple[str, ...]) -> None:
         spec = spec_at(path)
         names = names_in(spec.kind) if spec else []
         if names:
-            found[".".join(path)] = names
+            keys[".".join(path)] = names
             for name in names:
                 visit((*path, name))
 
     visit(())
-    return found
+    return keys
 
 
 @cache
@@ -155,7 +155,7 @@ def join(section: str, name: str) -> str:
 
 
 def nearest_keys(section: str, name: str) -> list[str]:
-    """Dotted keys that ``name``, found in ``section``, may have been meant for; best guess first, may be empty."""
+    """Dotted keys that ``name`` in ``section`` may stand for; best guess first, may be empty."""
     sections, foreign = known_keys(), _foreign()
     spelt = name.lower().replace("-", "_").replace(" ", "_")
     siblings = _siblings(section)
@@ -174,13 +174,13 @@ def nearest_keys(section: str, name: str) -> list[str]:
 
 
 def _siblings(section: str) -> list[str]:
-    """The names in a section, also in one that is an item of a list: ``distill.teachers.1``."""
+    """The names in a section, also if it is an item of a list: ``distill.teachers.1``."""
     spec = spec_at(section.split(".") if section else [])
     return names_in(spec.kind) if spec else []
 
 
 def did_you_mean(section: str, name: str) -> str:
-    """``"; did you mean `lr`?"``, or nothing when no key is near."""
+    """``"; did you mean `lr`?"``, or empty if no key is near."""
     if any(name == join(other, key) for other, names in known_keys().items() for key in names) and "." in name:
         parent, _, last = name.rpartition(".")
         return f"; sections are nested: write `{last}:` indented under `{parent}:`"

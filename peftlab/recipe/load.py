@@ -1,4 +1,4 @@
-"""From a YAML file, a shipped recipe's name or a dict, and overrides, to a checked ``Recipe`` that knows its lines."""
+"""Loads a checked ``Recipe`` with line numbers from a YAML file, a shipped recipe's name or a dict, plus overrides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftlab.recipe.schema import Recipe
 from peftlab.recipe.shipped import nearest_recipes, recipe_file, recipe_names
 from peftlab.recipe.yaml_lines import Lines, Parsed, Problem, parse_yaml
 
-# A recipe has a few kilobytes; beyond this the path is a data or weight file given by mistake.
+# A recipe has a few kilobytes; a larger file is a data or weight file given by mistake.
 _MAX_BYTES = 1 << 20
 
 Error = TypeVar("Error", bound=PeftlabError)
@@ -40,10 +40,10 @@ class LoadedRecipe:
     origins: dict[str, str] = field(default_factory=dict)
 
     def derive(self, changes: Mapping[str, Any], *, name: str | None = None) -> LoadedRecipe:
-        """The recipe with other values, checked like any other.
+        """The recipe with changed values, checked like any other.
 
-        Args: changes: dotted key -> value. name: of the new recipe, default the same.
-        Raises: RecipeError with everything that is wrong with them.
+        Args: changes: dotted key -> value. name: name of the new recipe; default: the same.
+        Raises: RecipeError that lists every problem with them.
         """
         data = self.recipe.model_dump()
         for key, value in changes.items():
@@ -59,7 +59,7 @@ class LoadedRecipe:
         return replace(self, recipe=recipe, name=self.name if name is None else name)
 
     def where(self, key: str) -> str | None:
-        """Origin of the key or of its nearest parent; None when neither was given."""
+        """Origin of the key or of its nearest parent; None if neither was given."""
         while key:
             if key in self.origins:
                 return self.origins[key]
@@ -90,7 +90,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
         source: path of a YAML file, name of a shipped recipe, or the settings themselves.
         overrides: ``section.key=value``, the value in YAML; applied in order, over the source.
 
-    Raises: RecipeError that lists every problem with its line and, where there is one, the nearest valid key.
+    Raises: RecipeError that lists every problem with its line and the nearest valid key, if any.
     """
     origin = _read(source)
     data, lines = origin.parsed.data, origin.parsed.lines
@@ -98,7 +98,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     problems = list(origin.parsed.problems)
     for override in overrides:
         problems += _override(data, lines, override)
-        expand_names(data, lines)  # it may have put a name there again, and the next one a key beside it
+        expand_names(data, lines)  # an override may set a name again, and the next one a key next to it
     problems += misread_numbers(data)
     recipe = None
     try:
@@ -131,8 +131,8 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> _Source:
     if parsed.data is None and not parsed.problems:
         raise RecipeError(f"{given} is empty; expected sections such as `task:`, `model:` and `data:`")
     if not isinstance(parsed.data, dict):
-        found = "a list" if isinstance(parsed.data, list) else "a single value"
-        raise RecipeError(f"{given}: expected sections such as `task:`, `model:` and `data:`, found {found}")
+        kind = "a list" if isinstance(parsed.data, list) else "a single value"
+        raise RecipeError(f"{given}: expected sections such as `task:`, `model:` and `data:`, found {kind}")
     return _Source(path.stem, path.name, path, parsed)
 
 
@@ -165,7 +165,7 @@ def _decode(content: bytes, label: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A copy in the types that YAML gives, so that every source is checked in the same way."""
+    """A copy with YAML's types, so that every source is checked in the same way."""
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -174,7 +174,7 @@ def _plain(value: Any) -> Any:
 
 
 def _override(data: dict[str, Any], lines: Lines, text: str) -> list[Problem]:
-    """Applies one override in place; an unknown key goes in too, and the schema rejects it like one of the file."""
+    """Applies one override in place. An unknown key is set too; the schema rejects it like one in the file."""
     key, sign, value = text.partition("=")
     key = key.strip()
     if not (sign and key):
@@ -193,7 +193,7 @@ def _override(data: dict[str, Any], lines: Lines, text: str) -> list[Problem]:
         if not isinstance(child, dict):
             spec = spec_at(path.split("."))
             if child is not None and spec is not None and is_section(spec.kind):
-                return []  # the file has something else than a section here, which the schema reports
+                return []  # the file has no section here, which the schema reports
             lines[path] = lines.get(path, COMMAND_LINE) if child is None else COMMAND_LINE
             child = node[part] = {}
         node = child

@@ -1,4 +1,4 @@
-"""The lock file of a run: the resolved recipe with the versions and fingerprints it was made with."""
+"""The lock file of a run: the resolved recipe with the versions and fingerprints that the run used."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _HEADER = """\
 _LOCAL_PATHS = (("model", "name"), ("model", "chat_template"), ("data", "train"), ("data", "eval"))
 # Settings that do not change what a run computes.
 _FREE_ON_RESUME = {"run.log", "run.save_every", "run.keep", "run.merge", "eval.prompts", "eval.max_new_tokens"}
-_DATA_REMEDY = "restore the file it was made with"
+_DATA_REMEDY = "restore the original data file"
 _REMEDIES = {
-    "model": "restore the weights it was made with, or set model.revision to their commit",
-    "tokenizer": "restore the tokenizer files it was made with, or set model.revision to their commit",
+    "model": "restore the original weights, or set model.revision to their commit",
+    "tokenizer": "restore the original tokenizer files, or set model.revision to their commit",
     "train data": _DATA_REMEDY,
     "eval data": _DATA_REMEDY,
 }
 
 
 def package_versions() -> dict[str, str]:
-    """Installed version of each package that can change a result; those not installed are left out."""
+    """Version of each installed package that can change a result."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -61,11 +61,11 @@ def write_lock(
     fingerprints: Mapping[str, str | None],
     environment: Mapping[str, Any],
 ) -> None:
-    """Writes the lock file atomically: a reader sees the old file or the new one, never a part.
+    """Writes the lock file atomically: a reader sees the old file or the new one, never a partial one.
 
     Args:
-        fingerprints: hash by what it belongs to: model, tokenizer, train data, eval data; None where there is none.
-        environment: plain values about the machine, for people; not checked.
+        fingerprints: hash of each of model, tokenizer, train data and eval data; None if it has none.
+        environment: plain values about the machine, for information; not checked.
 
     Raises: RecipeError (the folder cannot be written), ResourceError (the disk is full).
     """
@@ -97,7 +97,7 @@ def _settings(loaded: LoadedRecipe) -> dict[str, Any]:
 
 
 def local_files(loaded: LoadedRecipe) -> dict[str, Path]:
-    """Recipe key -> absolute path of what lies on this machine of all that a recipe names; a sampling suffix stays."""
+    """Recipe key -> absolute path of each local file or folder that a recipe names; a sampling suffix stays."""
     settings = _settings(loaded)
     named = {f"{section}.{name}": settings[section][name] for section, name in _LOCAL_PATHS}
     if (distill := settings["distill"]) is not None:
@@ -109,7 +109,7 @@ def local_files(loaded: LoadedRecipe) -> dict[str, Path]:
 
 
 def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
-    """Raises RecipeError when a run would be continued with settings that change what it computes."""
+    """Raises RecipeError if a run would be resumed with settings that change what it computes."""
     now, then = _settings(loaded), _settings(stored)
     changed = [
         f"{section}.{name}"
@@ -123,20 +123,20 @@ def check_same_settings(loaded: LoadedRecipe, stored: LoadedRecipe) -> None:
     ]
     if changed:
         raise RecipeError(
-            f"the run was made with other settings ({', '.join(changed)}), and resuming continues it as it was; "
-            "resume without these changes, or start a new run with --replace or another run.dir",
+            f"cannot resume with changed settings ({', '.join(changed)}); resume without these changes, or start a new run "
+            "with --replace or another run.dir",
             key=changed[0],
         )
 
 
 def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None], resumed: bool = False) -> list[str]:
-    """Notes about package versions that differ from those of the lock; empty without a lock.
+    """Notes on package versions that differ from the lock; empty without a lock.
 
     Args:
-        fingerprints: as for ``write_lock``, taken now. Only what is known on both sides is compared.
-        resumed: whether the run of the lock is to be continued, not repeated.
+        fingerprints: current ones, as for ``write_lock``. Only those known on both sides are compared.
+        resumed: whether the run is resumed, not repeated.
 
-    Raises: ArtifactError when the model, the tokenizer or the data are not those of the lock.
+    Raises: ArtifactError if the model, the tokenizer or the data differ from the lock.
     """
     lock = loaded.recipe.lock
     if lock is None:
@@ -152,8 +152,8 @@ def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None], 
         )
         remedies = ", ".join(dict.fromkeys(_REMEDIES.get(name, f"restore the {name}") for name in changed))
         key = f"lock.fingerprints.{changed[0]}" if len(changed) == 1 else "lock.fingerprints"
-        again, anew = ("continue", "give --replace") if resumed else ("repeat", "add `lock=` to the command")
-        raise ArtifactError(f"{rows}. To {again} the run, {remedies}; for a new run, {anew}", key=key)
+        verb, new_run = ("resume", "use --replace") if resumed else ("repeat", "add `lock=` to the command")
+        raise ArtifactError(f"{rows}. To {verb} the run, {remedies}; for a new run, {new_run}", key=key)
     then, now = _mapping(lock, "packages") | {"peftlab": lock.get("peftlab")}, package_versions()
     return [
         f"{name}: {then.get(name) or 'not installed'} when the run was made, {now.get(name, 'not installed')} now"
@@ -176,7 +176,7 @@ def _short(fingerprint: object) -> str:
 
 
 def _absolute(name: str | None) -> str | None:
-    """``name`` made absolute when it is a path that exists here; a sampling suffix such as ``#500`` stays."""
+    """``name`` as an absolute path if it exists; a sampling suffix such as ``#500`` stays."""
     if name is None or name.startswith(("package:", "tiny:")):
         return name
     if os.path.exists(name):

@@ -17,7 +17,7 @@ from peftlab.recipe.keys import Spec, did_you_mean, is_section, known_keys, name
 from peftlab.recipe.rules import BrokenRules
 from peftlab.recipe.yaml_lines import Lines, Problem
 
-# Stands in for a line number; larger than any, so that these problems are listed last.
+# Line number of a command-line override: larger than any, so that these problems are listed last.
 COMMAND_LINE = 1 << 30
 
 KeyPath = tuple[str | int, ...]
@@ -40,28 +40,28 @@ def report(problems: Sequence[Problem], lines: Lines, label: str) -> RecipeError
 
 
 def translate(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
-    """One problem per key, whatever the number of union branches that pydantic tried."""
-    found: dict[str, Problem] = {}
+    """One problem per key, however many union branches pydantic tried."""
+    problems: dict[str, Problem] = {}
     mistyped: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         path = _path(detail, data)
         key = ".".join(map(str, path))
         if detail["type"] == "extra_forbidden" or detail["loc"][-1:] == ("[key]",):
-            found[key] = Problem(key, _unknown(path))
+            problems[key] = Problem(key, _unknown(path))
         elif detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
-            found[key] = Problem(key, _missing(path))
+            problems[key] = Problem(key, _missing(path))
         elif isinstance(broken := detail.get("ctx", {}).get("error"), BrokenRules):
             for problem in _from_rules(broken, data):
-                found.setdefault(problem.key or problem.message, problem)
+                problems.setdefault(problem.key or problem.message, problem)
         elif detail["type"] == "value_error":
-            found.update({p.key: p for p in _from_validator(key, detail["msg"], data)})
+            problems.update({p.key: p for p in _from_validator(key, detail["msg"], data)})
         else:
             mistyped[key] = Problem(key, _mistyped(path, _value_at(path, data)))
-    return [*found.values(), *_deepest(mistyped, found)]
+    return [*problems.values(), *_deepest(mistyped, problems)]
 
 
 def misread_numbers(data: Any, path: KeyPath = ()) -> list[Problem]:
-    """Values that pydantic would take for a number but nobody meant as one: ``save_every: true``, ``lr: .inf``."""
+    """Values that pydantic would accept as a number by mistake: ``save_every: true``, ``lr: .inf``."""
     if isinstance(data, dict):
         return [problem for name, value in data.items() for problem in misread_numbers(value, (*path, name))]
     if isinstance(data, list):
@@ -74,14 +74,14 @@ def misread_numbers(data: Any, path: KeyPath = ()) -> list[Problem]:
     return []
 
 
-def _deepest(mistyped: dict[str, Problem], found: dict[str, Problem]) -> list[Problem]:
-    """Leaves out what a more precise problem explains: a union also complains at the key that holds the wrong item."""
-    known = [*mistyped, *found]
-    return [p for key, p in mistyped.items() if key not in found and not any(k.startswith(f"{key}.") for k in known)]
+def _deepest(mistyped: dict[str, Problem], problems: dict[str, Problem]) -> list[Problem]:
+    """Skips problems that a more precise one explains: a union also reports the key that holds the wrong item."""
+    known = [*mistyped, *problems]
+    return [p for key, p in mistyped.items() if key not in problems and not any(k.startswith(f"{key}.") for k in known)]
 
 
 def _path(detail: ErrorDetails, data: Any) -> KeyPath:
-    """The location without the names of union branches, which pydantic mixes into it."""
+    """The location without the names of union branches, which pydantic adds to it."""
     path: list[str | int] = []
     loc = detail["loc"]
     for index, part in enumerate(loc):
@@ -114,9 +114,9 @@ def _missing(path: KeyPath) -> str:
     return f"missing{expected} ({spec.description})"
 
 
-def _from_rules(broken: BrokenRules, data: dict[str, Any]) -> Iterator[Problem]:
-    """A problem at each key that the recipe gives, else one without a place."""
-    for keys, message in broken.found:
+def _from_rules(error: BrokenRules, data: dict[str, Any]) -> Iterator[Problem]:
+    """A problem at each key that the recipe sets, else one without a place."""
+    for keys, message in error.problems:
         if all(_is_given(key, data) for key in keys):
             yield from (Problem(key, message) for key in keys)
         else:
@@ -132,7 +132,7 @@ def _is_given(key: str, data: Any) -> bool:
 
 
 def _from_validator(section: str, message: str, data: dict[str, Any]) -> list[Problem]:
-    """Problems of a model validator, placed at the keys that its message starts with where it names some."""
+    """Problems of a model validator, placed at the keys that its message starts with, if any."""
     message = message.removeprefix("Value error, ")
     named, colon, rest = message.partition(": ")
     if not colon or not re.fullmatch(r"[\w.]+(?:, [\w.]+)*", named):
@@ -142,7 +142,7 @@ def _from_validator(section: str, message: str, data: dict[str, Any]) -> list[Pr
 
 
 def _given_key(section: str, name: str, data: dict[str, Any]) -> str | None:
-    """Dotted key of a name that the validator of ``section`` speaks of, if exactly one such key is in the recipe."""
+    """Dotted key of a name in a message of ``section``'s validator, if exactly one such key is in the recipe."""
     inner, _, last = name.rpartition(".")
     sections = {section, inner} if inner else {s for s in known_keys() if s == section or s.startswith(section)}
     given = []
@@ -221,7 +221,7 @@ def _shown(value: Any) -> str:
 
 
 def _line_of(key: str, lines: Lines) -> int | None:
-    """Line of the key or of its nearest parent; line 1 stands for the recipe as a whole."""
+    """Line of the key or of its nearest parent; line 1 means the whole recipe."""
     while key:
         if key in lines:
             return lines[key]

@@ -1,4 +1,4 @@
-"""``docs/recipe.md``: the reference of every recipe key and of what the keys may name, from the schema and the specs.
+"""Generates ``docs/recipe.md``, the reference of every recipe key and its possible names, from the schema and the specs.
 
 python -m peftlab.recipe.reference > docs/recipe.md
 """
@@ -48,7 +48,7 @@ def reference() -> str:
 
 
 def _section(path: str, section: Any, shown: dict[Any, str]) -> Iterator[str]:
-    """A section's keys as a list, then the sections inside it. Args: shown: where each section stands already."""
+    """A section's keys as a list, then the sections inside it. Args: shown: section -> path where it was listed."""
     fields: dict[str, FieldInfo] = section.model_fields
     if path:
         yield f"{'#' * (path.count('.') + 2)} {path}"
@@ -64,7 +64,7 @@ def _section(path: str, section: Any, shown: dict[Any, str]) -> Iterator[str]:
 
 
 def _inner_section(kind: Any) -> Any:
-    """The section that a key holds, also as an item of a list; None for a key that holds none."""
+    """The section that a key holds, also as an item of a list; None if it holds none."""
     kind = container(kind)
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
@@ -107,14 +107,14 @@ def _kind(kind: Any) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     signs = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
-    found = [
+    limits = [
         f"{sign} {getattr(item, kind.__name__.lower()):g}"
         for kind, sign in signs.items()
         for item in field.metadata
         if type(item) is kind
     ]
-    found += [f"at least {item.min_length}" for item in field.metadata if isinstance(item, annotated_types.MinLen)]
-    return " and ".join(found)
+    limits += [f"at least {item.min_length}" for item in field.metadata if isinstance(item, annotated_types.MinLen)]
+    return " and ".join(limits)
 
 
 def _default(field: FieldInfo) -> str:
@@ -131,7 +131,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _names() -> Iterator[str]:
-    """What the keys may name: a list for each kind of row in ``peftlab.specs``."""
+    """The names that keys accept: a list for each kind of row in ``peftlab.specs``."""
     yield "# Names"
     yield from _rows(
         "Tasks",

@@ -1,6 +1,6 @@
-"""What the sections of a recipe ask of each other: one small function per rule.
+"""Rules across the sections of a recipe: one small function per rule.
 
-A rule yields ``(keys, message)`` for what it finds wrong. A key that would have no effect is wrong, because nothing in a recipe is ever
+A rule yields ``(keys, message)`` for each problem. A key without effect is a problem, because nothing in a recipe is ever
 ignored (contract C1).
 """
 
@@ -19,26 +19,26 @@ from peftlab.specs.tasks import KEYS_OF_TASKS, NEEDS, TASKS
 if TYPE_CHECKING:
     from peftlab.recipe.schema import Recipe
 
-Found = Iterator[tuple[tuple[str, ...], str]]
+Problems = Iterator[tuple[tuple[str, ...], str]]
 
 
 class BrokenRules(ValueError):
-    """All that the rules found wrong. Attributes: found: keys and message of each."""
+    """All problems that the rules found. Attributes: problems: keys and message of each."""
 
-    def __init__(self, found: list[tuple[tuple[str, ...], str]]) -> None:
-        super().__init__("; ".join(f"{', '.join(keys)}: {message}" for keys, message in found))
-        self.found = found
+    def __init__(self, problems: list[tuple[tuple[str, ...], str]]) -> None:
+        super().__init__("; ".join(f"{', '.join(keys)}: {message}" for keys, message in problems))
+        self.problems = problems
 
 
 def check_rules(recipe: Recipe) -> None:
-    """Raises BrokenRules with everything that the sections of ``recipe`` disagree about."""
-    found = [problem for rule in RULES for problem in rule(recipe)]
-    if found:
-        raise BrokenRules(found)
+    """Raises BrokenRules with every conflict between the sections of ``recipe``."""
+    problems = [problem for rule in RULES for problem in rule(recipe)]
+    if problems:
+        raise BrokenRules(problems)
 
 
 def is_set(recipe: Recipe, key: str) -> bool:
-    """Whether the dotted ``key`` has another value than its default; not where its section is not there."""
+    """Whether the dotted ``key`` has another value than its default; False if its section is missing."""
     *parents, name = key.split(".")
     section: Any = recipe
     for parent in parents:
@@ -49,13 +49,13 @@ def is_set(recipe: Recipe, key: str) -> bool:
     return bool(getattr(section, name) != default)
 
 
-def _no_effect(recipe: Recipe, keys: Iterable[str], reason: str) -> Found:
+def _no_effect(recipe: Recipe, keys: Iterable[str], reason: str) -> Problems:
     idle = tuple(key for key in keys if is_set(recipe, key))
     if idle:
         yield idle, f"has no effect {reason}; remove it"
 
 
-def keys_of_other_tasks(recipe: Recipe) -> Found:
+def keys_of_other_tasks(recipe: Recipe) -> Problems:
     spec = TASKS[recipe.task]
     for key in KEYS_OF_TASKS:
         if key not in spec.keys:
@@ -66,7 +66,7 @@ def keys_of_other_tasks(recipe: Recipe) -> Found:
             yield (f"data.columns.{part}",), f"has no effect for task: {recipe.task}; remove it"
 
 
-def keys_of_other_methods(recipe: Recipe) -> Found:
+def keys_of_other_methods(recipe: Recipe) -> Problems:
     spec = METHODS[recipe.adapter.method]
     every = dict.fromkeys(key for other in METHODS.values() for key in other.keys)
     for key in every:
@@ -79,7 +79,7 @@ def keys_of_other_methods(recipe: Recipe) -> Found:
             yield from _no_effect(recipe, [f"adapter.{key}"], reason)
 
 
-def keys_of_other_optimizers(recipe: Recipe) -> Found:
+def keys_of_other_optimizers(recipe: Recipe) -> Problems:
     for kind, rows in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         chosen = rows[getattr(recipe.train, kind)]
         for key in dict.fromkeys(key for row in rows.values() for key in row.keys):
@@ -87,79 +87,77 @@ def keys_of_other_optimizers(recipe: Recipe) -> Found:
                 yield from _no_effect(recipe, [f"train.{key}"], f"for train.{kind}: {chosen.name}")
 
 
-def label_names_name_a_column(recipe: Recipe) -> Found:
+def label_names_name_a_column(recipe: Recipe) -> Problems:
     has_column = TASKS[recipe.task].classifies or "label" in recipe.data.columns
     if recipe.data.label_names and "data.label_names" in TASKS[recipe.task].keys and not has_column:
-        yield ("data.label_names",), "names the values of a label column; say which with data.columns.label"
+        yield ("data.label_names",), "names the values of a label column; set data.columns.label"
 
 
-def packed_rows_have_no_groups(recipe: Recipe) -> Found:
+def packed_rows_have_no_groups(recipe: Recipe) -> Problems:
     if recipe.data.packing:
         yield from _no_effect(recipe, ["train.grouping"], "with data.packing")
 
 
-def merge_has_something_to_merge(recipe: Recipe) -> Found:
+def merge_has_something_to_merge(recipe: Recipe) -> Problems:
     if recipe.run.merge == "dequantized" and recipe.model.quantize == "none":
-        yield ("run.merge",), "dequantized needs a quantized model; write run.merge: original"
+        yield ("run.merge",), "dequantized needs a quantized model; set run.merge: original"
     if recipe.distill is not None:
-        yield from _no_effect(
-            recipe, ["run.merge"], "in a distillation, which writes the student as a model of its own"
-        )
+        yield from _no_effect(recipe, ["run.merge"], "in a distillation, which writes the student as a complete model")
     elif not METHODS[recipe.adapter.method].adapts:
         yield from _no_effect(recipe, ["run.merge"], "without an adapter: the run's model/ is the trained model")
     elif not METHODS[recipe.adapter.method].mergeable and recipe.run.merge != "none":
-        yield ("run.merge",), f"{METHODS[recipe.adapter.method].label} cannot be merged into the weights; leave it out"
+        yield ("run.merge",), f"{METHODS[recipe.adapter.method].label} cannot be merged into the weights; remove it"
 
 
-def quantized_weights_are_not_trained(recipe: Recipe) -> Found:
+def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:
     method = METHODS[recipe.adapter.method]
     if method.quantized or recipe.model.quantize == "none":
         return
     if not method.adapts:
         yield (
             ("adapter.method",),
-            f"none trains the weights themselves, and {recipe.model.quantize} weights cannot be trained; write model.quantize: none, "
+            f"none trains the weights themselves, and {recipe.model.quantize} weights cannot be trained; set model.quantize: none, "
             "or train an adapter",
         )
     else:
-        yield ("adapter.method",), f"{method.label} does not work over quantized weights; write model.quantize: none"
+        yield ("adapter.method",), f"{method.label} does not work on quantized weights; set model.quantize: none"
 
 
-def rounded_operands_have_a_path(recipe: Recipe) -> Found:
+def rounded_operands_have_a_path(recipe: Recipe) -> Problems:
     mode = KERNEL_MODES[recipe.run.kernels]
     if mode.operands is None:
         return
     _, variant = VARIANTS[variant_of(recipe.adapter.method, recipe.adapter.model_dump())]
     if not variant.fused:
-        why = "DoRA does not run fused" if recipe.adapter.dora else "without an adapter none is frozen"
-        yield ("run.kernels",), f"{mode.name} rounds products with frozen weights under LoRA, and {why}; write auto"
+        why = "DoRA does not run fused" if recipe.adapter.dora else "without an adapter no weight is frozen"
+        yield ("run.kernels",), f"{mode.name} rounds products with frozen weights under LoRA, and {why}; set auto"
     elif recipe.train.precision not in ("auto", "float32") or recipe.model.dtype not in ("auto", "float32"):
-        yield ("run.kernels",), f"{mode.name} is for float32; leave train.precision and model.dtype out"
+        yield ("run.kernels",), f"{mode.name} is for float32; remove train.precision and model.dtype"
     elif mode.storage not in (None, recipe.model.quantize):
         yield (
             ("run.kernels",),
-            f"{mode.name} multiplies weights stored in {mode.storage}; write model.quantize: {mode.storage}",
+            f"{mode.name} multiplies weights stored in {mode.storage}; set model.quantize: {mode.storage}",
         )
 
 
-def self_is_a_backbone(recipe: Recipe) -> Found:
+def self_is_a_backbone(recipe: Recipe) -> Problems:
     distill = recipe.distill
     if distill is None or all(teacher.name != SELF for teacher in distill.all_teachers):
         return
     if not METHODS[recipe.adapter.method].adapts:
         yield (
             ("distill.teacher",),
-            "self is the backbone without its adapter, and adapter.method: none trains the backbone; train an adapter, or name the "
-            "model again as the teacher",
+            "self is the backbone without its adapter, but adapter.method: none trains the backbone; train an adapter, or set "
+            "the teacher to the model's name",
         )
     if distill.student_init is not None:
         yield (
             ("distill.student_init",),
-            "cuts the backbone that teacher: self would be; name the whole model as the teacher",
+            "cuts the backbone that teacher: self uses; set the teacher to the whole model's name",
         )
 
 
-def losses_compare_what_there_is(recipe: Recipe) -> Found:
+def losses_compare_what_there_is(recipe: Recipe) -> Problems:
     distill, spec = recipe.distill, TASKS[recipe.task]
     if distill is None:
         return
@@ -169,30 +167,30 @@ def losses_compare_what_there_is(recipe: Recipe) -> Found:
         elif spec.predicts == "vectors" and "vectors" not in LOSSES[loss.kind].compares:
             yield (
                 ("distill.losses",),
-                f"{loss.kind} compares probabilities, and task: {recipe.task} has none; take hidden_cosine, or similarity_kl where "
+                f"{loss.kind} compares probabilities, and task: {recipe.task} has none; use hidden_cosine, or similarity_kl if "
                 "the widths differ",
             )
         elif spec.predicts != "vectors" and "probabilities" not in LOSSES[loss.kind].compares:
             yield (
                 ("distill.losses",),
-                f"{loss.kind} compares vectors, and task: {recipe.task} has none; take forward_kl",
+                f"{loss.kind} compares vectors, and task: {recipe.task} has none; use forward_kl",
             )
     if spec.predicts == "vectors" and distill.teachers:
-        yield ("distill.teachers",), "vectors of several teachers do not mix; give distill.teacher"
+        yield ("distill.teachers",), "vectors of several teachers cannot be mixed; set distill.teacher"
 
 
-def _one_live_teacher(recipe: Recipe, kind: str) -> Found:
+def _one_live_teacher(recipe: Recipe, kind: str) -> Problems:
     assert recipe.distill is not None
     if recipe.distill.cache is not None:
         yield (
             ("distill.losses",),
-            f"{kind} looks into the teacher's layers, and the cache stores its answers; leave out distill.cache",
+            f"{kind} compares the teacher's layers, but the cache stores only its outputs; remove distill.cache",
         )
     elif len(recipe.distill.all_teachers) > 1:
-        yield ("distill.losses",), f"{kind} compares the layers of one teacher; give distill.teacher"
+        yield ("distill.losses",), f"{kind} compares the layers of one teacher; set distill.teacher"
 
 
-def on_policy_knows_its_steps(recipe: Recipe) -> Found:
+def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
     if recipe.distill is None or recipe.distill.on_policy is None:
         return
     t, phases = recipe.train, recipe.distill.on_policy.phases
@@ -204,16 +202,16 @@ def on_policy_knows_its_steps(recipe: Recipe) -> Found:
     if t.max_steps is None and (t.batch_tokens is not None or recipe.data.packing):
         yield (
             ("distill.on_policy",),
-            "how many tokens the student will write is not known before, so batches that count tokens need train.max_steps",
+            "the length of the student's answers is not known in advance, so train.batch_tokens needs train.max_steps",
         )
     if recipe.eval.choices is not None:
         yield (
             ("distill.on_policy",),
-            "the student writes freely, not one of eval.choices; remove one of the two",
+            "the student writes free text, not one of eval.choices; remove one of the two",
         )
 
 
-RULES: tuple[Callable[[Recipe], Found], ...] = (
+RULES: tuple[Callable[[Recipe], Problems], ...] = (
     keys_of_other_tasks,
     keys_of_other_methods,
     keys_of_other_optimizers,

@@ -128,7 +128,7 @@ class TemplateSection(Section):
         some_raw = self.prompt is not None or self.completion is not None
         some_chat = self.user is not None or self.assistant is not None or self.system is not None
         if not ((raw and not some_chat) or (chat and not some_raw)):
-            raise ValueError("give either prompt and completion, or user and assistant (and optionally system)")
+            raise ValueError("set either prompt and completion, or user and assistant (and optionally system)")
         return self
 
 
@@ -191,7 +191,7 @@ class DataSection(Section):
     def _label_keys_are_text(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        # Labels are compared as the text they are read as, in which booleans are lower case.
+        # Labels are compared as text, with lower-case booleans.
         return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in value.items()}
 
     @model_validator(mode="after")
@@ -201,7 +201,7 @@ class DataSection(Section):
         if self.bins is not None and self.label_names:
             raise ValueError("bins name the classes themselves; remove label_names")
         if self.eval_rows is not None and self.eval_fraction != 0.1:
-            raise ValueError("give eval_fraction or eval_rows, not both")
+            raise ValueError("set eval_fraction or eval_rows, not both")
         return self
 
 
@@ -236,9 +236,9 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give epochs or max_steps, not both")
+            raise ValueError("set epochs or max_steps, not both")
         if self.batch_size is not None and self.batch_tokens is not None:
-            raise ValueError("give batch_size or batch_tokens, not both")
+            raise ValueError("set batch_size or batch_tokens, not both")
         return self
 
 
@@ -260,7 +260,7 @@ class EvalSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.choices is not None and len(set(self.choices)) < len(self.choices):
-            raise ValueError("choices: the same one stands there twice")
+            raise ValueError(f"choices: contains {next(c for c in self.choices if self.choices.count(c) > 1)!r} twice")
         if self.patience is not None and (self.best is None or self.every is None):
             raise ValueError("patience needs eval.best and eval.every")
         return self
@@ -280,7 +280,7 @@ class RunSection(Section):
         "rounded for a CPU's AMX or VNNI units",
     )
     log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=list, description="trackers to log to, beside metrics.jsonl"
+        default_factory=list, description="trackers to log to, in addition to metrics.jsonl"
     )
     save_every: int | None = Field(None, ge=1, description="save a checkpoint every N steps")
     keep: int = Field(2, ge=1, description="number of step checkpoints to keep")
@@ -306,12 +306,12 @@ class Recipe(Section):
 
     @property
     def spec(self) -> TaskSpec:
-        """What the task is."""
+        """The spec of the task."""
         return TASKS[self.task]
 
     @property
     def method(self) -> MethodSpec:
-        """What the adapter method is."""
+        """The spec of the adapter method."""
         return METHODS[self.adapter.method]
 
     @model_validator(mode="after")

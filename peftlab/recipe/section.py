@@ -1,4 +1,4 @@
-"""What every section of a recipe has in common."""
+"""The base class of all recipe sections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Section(BaseModel):
         return {} if value is None else value
 
     def _reject_unless_default(self, names: list[str], reason: str) -> None:
-        """Nothing in a recipe is ever ignored: a key that would have no effect is an error."""
+        """Raises ValueError for keys without effect: nothing in a recipe is ever ignored."""
         idle = [
             n for n in names if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)
         ]

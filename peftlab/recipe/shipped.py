@@ -1,6 +1,6 @@
 """The recipes that ship with peftlab: list, show, copy, and the JSON Schema for editors.
 
-No pydantic here except in ``recipe_schema``: ``peftlab recipes`` answers at once.
+Only ``recipe_schema`` imports pydantic, so that ``peftlab recipes`` starts fast.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def recipe_names() -> list[str]:
 
 
 def recipe_file(name: str) -> Traversable:
-    """The file of a shipped recipe. Raises: RecipeError when there is none of that name."""
+    """The file of a shipped recipe. Raises: RecipeError if there is none with that name."""
     if name not in recipe_names():
-        raise RecipeError(f"no shipped recipe is called `{name}`{nearest_recipes(name)}")
+        raise RecipeError(f"no shipped recipe named `{name}`{nearest_recipes(name)}")
     return _folder() / f"{name}.yaml"
 
 
@@ -36,7 +36,7 @@ def recipe_text(name: str) -> str:
 
 
 def recipe_summary(name: str) -> str:
-    """First comment line of the header of a shipped recipe, without its ``#``; empty when it has no header."""
+    """First comment line of the header of a shipped recipe, without its ``#``; empty without a header."""
     for line in recipe_text(name).splitlines():
         text = line.lstrip("# ").rstrip()
         if line.strip() and not line.startswith("#"):
@@ -47,33 +47,35 @@ def recipe_summary(name: str) -> str:
 
 
 def copy_recipe(name: str, destination: str | os.PathLike[str] | None = None) -> Path:
-    """Path of a new copy of a shipped recipe, comments kept.
+    """The path of a new copy of a shipped recipe, with its comments.
 
     Args:
         destination: a file, or an existing folder (then DIR/NAME.yaml); default NAME.yaml in the current folder.
 
-    Raises: RecipeError when the file exists already, or its folder does not.
+    Raises: RecipeError if the file exists, or its folder does not.
     """
     content = recipe_file(name).read_bytes()
     target = Path(f"{name}.yaml" if destination is None else destination)
     if target.is_dir():
         target = target / f"{name}.yaml"
     elif destination is not None and os.fspath(destination).endswith(("/", os.sep)):
-        raise RecipeError(f"cannot copy {name} into {target}: there is no such folder; create it first")
+        raise RecipeError(f"cannot copy {name} into {target}: no such folder; create it first")
     try:
         with open(target, "xb") as file:
             file.write(content)
     except FileExistsError:
-        raise RecipeError(f"{target} exists already and is not overwritten; give another file name") from None
+        raise RecipeError(f"{target} already exists and is not overwritten; use another file name") from None
     except FileNotFoundError:
-        raise RecipeError(f"cannot write {target}: there is no folder {target.parent}; create it first") from None
+        raise RecipeError(
+            f"cannot write {target}: the folder {target.parent} does not exist; create it first"
+        ) from None
     except OSError as error:
         raise RecipeError(f"cannot write {target}: {error.strerror}") from None
     return target
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe, every key with its description."""
+    """JSON Schema (draft 2020-12) of a recipe, with a description for every key."""
     from peftlab.recipe.schema import Recipe
 
     header = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "peftlab recipe"}
@@ -81,7 +83,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def nearest_recipes(name: str) -> str:
-    """End of a message about a name that is no shipped recipe: the near ones, and where the list is."""
+    """The end of a message about an unknown recipe name: similar names, and how to list all."""
     near = get_close_matches(name, recipe_names(), n=3, cutoff=0.5)
     guess = f"; did you mean {' or '.join(f'`{other}`' for other in near)}?" if near else ";"
     return f"{guess} `peftlab recipes` lists the shipped recipes"

@@ -1,4 +1,4 @@
-"""YAML in and out: text to plain values with the line of every key, and back.
+"""Reads YAML as plain values with the line of every key, and writes it.
 
 The scalars follow the YAML 1.2 core rules, not the 1.1 rules of PyYAML: ``1e-4`` is a number, only ``true`` and
 ``false`` are booleans (``no``, ``yes``, ``on`` stay text), nothing is a date. Mapping keys are always text.
@@ -32,7 +32,7 @@ _CORE_SCALARS: list[tuple[str, str, list[str]]] = [
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of the report: the key at fault (dotted, may be empty) and what is wrong with it."""
+    """One line of the report: the dotted key (may be empty) and what is wrong with it."""
 
     key: str
     message: str
@@ -41,7 +41,7 @@ class Problem:
 
 @dataclass
 class Parsed:
-    """Plain values, the line of each dotted key (list items too: ``eval.choices.0``), and what could not be read."""
+    """Plain values, the line of each dotted key (list items too: ``eval.choices.0``), and the problems."""
 
     data: Any = None
     lines: Lines = field(default_factory=dict)
@@ -53,13 +53,13 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps the 1.1 rules beside the 1.2 ones, so that text which is special under either of them is quoted."""
+    """Applies the YAML 1.1 rules as well as the 1.2 rules, so that text which is special under either is quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # Double quotes escape; PyYAML's other styles write NEL and U+2028 raw, which are read back as a space.
+        # Double quotes escape; PyYAML's other styles write NEL and U+2028 raw, which read back as a space.
         return self.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"')
 
 
@@ -72,8 +72,8 @@ for _kind, _pattern, _first in _CORE_SCALARS:
 def parse_yaml(text: str, label: str) -> Parsed:
     """Values of one YAML document; ``label`` names the file in messages.
 
-    Raises: RecipeError with line and column when the text is not YAML. Duplicate keys, aliases and unknown tags are
-    collected in ``problems`` so that they are reported together with the errors of the schema.
+    Raises: RecipeError with line and column if the text is not YAML. Duplicate keys, aliases and unknown tags are
+    collected in ``problems``, to be reported together with the errors of the schema.
     """
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -107,16 +107,16 @@ def _syntax_message(error: yaml.YAMLError, text: str, label: str) -> str:
 
 
 class _Reader:
-    """Builds values from composed nodes and fills the lines and problems of one ``Parsed``."""
+    """Builds values from composed nodes and fills in the lines and problems of one ``Parsed``."""
 
     def __init__(self, parsed: Parsed) -> None:
         self.parsed = parsed
         self.seen: set[int] = set()
 
     def value(self, node: yaml.Node, key: str) -> Any:
-        # One check rules out recursive aliases, exponential expansion, and keys whose line is somewhere else.
+        # Rejecting aliases excludes recursion, exponential expansion, and keys with a line elsewhere.
         if id(node) in self.seen:
-            return self.problem(node, key, "YAML aliases (*name) are not read; write the value out")
+            return self.problem(node, key, "YAML aliases (*name) are not supported; write the value out")
         self.seen.add(id(node))
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self.mapping(node, key)
@@ -124,7 +124,7 @@ class _Reader:
             return [self.item(child, f"{key}.{index}") for index, child in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, key)
-        return self.problem(node, key, f"the YAML tag {_short(node.tag)} is not read; write a plain value")
+        return self.problem(node, key, f"the YAML tag {_short(node.tag)} is not supported; write a plain value")
 
     def item(self, node: yaml.Node, key: str) -> Any:
         self.parsed.lines[key] = node.start_mark.line + 1
@@ -139,7 +139,7 @@ class _Reader:
             name, line = str(name_node.value), name_node.start_mark.line + 1
             key = f"{prefix}.{name}" if prefix else name
             if name in values:
-                self.problem(name_node, key, f"given twice, on line {self.parsed.lines[key]} and on line {line}")
+                self.problem(name_node, key, f"duplicate key, on line {self.parsed.lines[key]} and on line {line}")
                 continue
             self.parsed.lines[key] = line
             values[name] = self.value(value_node, key)
@@ -162,7 +162,7 @@ class _Reader:
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
             return self.problem(node, key, f"{text[:40]!r} is not a number")
-        return self.problem(node, key, f"the YAML tag {_short(node.tag)} is not read; write a plain value")
+        return self.problem(node, key, f"the YAML tag {_short(node.tag)} is not supported; write a plain value")
 
     def problem(self, node: yaml.Node, key: str, message: str) -> None:
         self.parsed.problems.append(Problem(key, message, node.start_mark.line + 1))

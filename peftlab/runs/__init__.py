@@ -1,4 +1,4 @@
-"""Run folders: what a training or a distillation leaves behind, opening it again, and its status."""
+"""Run folders: the results of a training or a distillation, and how to open them."""
 
 from peftlab.runs.folder import (
     LOCK_NAME,

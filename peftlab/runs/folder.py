@@ -1,4 +1,4 @@
-"""A run folder: choosing it, opening it again, and what it must not be."""
+"""Run folders: chooses one for a new run, opens an existing one, and protects other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Run:
     Attributes:
         folder: holds recipe.lock.yaml, metrics.jsonl, run.json, adapter/ (or model/, without an adapter) and, if asked
             for, checkpoints/ and merged/.
-        summary: contents of run.json: status, metrics before and after, training figures, samples, merge report.
+        summary: the contents of run.json: status, metrics before and after, training figures, samples, merge report.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
 def open_source(
     recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), *, resume: bool = False
 ) -> tuple[LoadedRecipe, Path | None]:
-    """The recipe, and the run folder when the recipe was given as one that is to be resumed.
+    """The recipe, and the run folder if ``recipe`` is a run folder to resume.
 
     Args: recipe: path, shipped name, dict, or a run folder, whose lock file is the recipe.
     """
@@ -81,15 +81,13 @@ def open_source(
 
 
 def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
-    """The run folder: run.dir, or one by the recipe's name. Raises: RecipeError when it cannot take the run."""
+    """The run folder: run.dir, or one named after the recipe. Raises: RecipeError if it cannot hold the run."""
     wanted = loaded.recipe.run.dir
     if resume:
         folder = Path(wanted) if wanted else Path("runs") / loaded.name
         if not (folder / LOCK_NAME).is_file():
             verb = "train" if loaded.recipe.distill is None else "distill"
-            raise RecipeError(
-                f"there is no run in {folder} to resume; name the run folder: peftlab {verb} RUN --resume"
-            )
+            raise RecipeError(f"no run to resume in {folder}; name the run folder: peftlab {verb} RUN --resume")
         return folder
     if wanted is None:
         folder = Path("runs") / loaded.name
@@ -104,22 +102,22 @@ def choose_folder(loaded: LoadedRecipe, *, resume: bool, replace: bool) -> Path:
 
 
 def check_folder_is_free(folder: Path, *, replace: bool, key: str = "run.dir") -> None:
-    """Raises RecipeError when ``folder`` cannot take a new run; a folder that is no run is never replaced."""
+    """Raises RecipeError if ``folder`` cannot hold a new run; a folder that is not a run is never overwritten."""
     if folder.is_file():
         raise RecipeError(f"{folder} is a file, not a folder", key=key)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / LOCK_NAME).is_file():
-        raise RecipeError(f"{folder} holds other files and no run; choose another run.dir", key=key)
+        raise RecipeError(f"{folder} contains other files but no run; choose another run.dir", key=key)
     if not replace:
         raise RecipeError(
-            f"{folder} holds another run; continue it with --resume, replace it with --replace, or choose another run.dir",
+            f"{folder} contains another run; resume it with --resume, overwrite it with --replace, or choose another run.dir",
             key=key,
         )
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a run goes on from. Raises: RecipeError where there is none."""
+    """The checkpoint to resume a run from. Raises: RecipeError if there is none."""
     from peftlab.training.checkpoint import list_checkpoints
 
     checkpoints = list_checkpoints(folder / "checkpoints")
@@ -131,7 +129,7 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def _free_folder(name: str) -> Path:
-    """``runs/NAME``, or the first ``runs/NAME-2``, ``-3``, ... that does not exist yet."""
+    """``runs/NAME``, or the first of ``runs/NAME-2``, ``-3``, ... that does not exist."""
     path, number = Path("runs") / name, 2
     while path.exists():
         path, number = Path("runs") / f"{name}-{number}", number + 1
@@ -139,11 +137,11 @@ def _free_folder(name: str) -> Path:
 
 
 def _check_unneeded(loaded: LoadedRecipe, folder: Path) -> None:
-    """Raises RecipeError where a run folder that would be removed holds what the recipe reads, such as its teacher."""
+    """Raises RecipeError if the run folder to overwrite contains files that the recipe reads, such as its teacher."""
     for key, path in local_files(loaded).items():
         if path.resolve().is_relative_to(folder.resolve()):
             raise RecipeError(
-                f"{os.path.relpath(path)} lies in the run folder {folder}, which --replace removes; choose another run.dir, or "
-                "move it",
+                f"{os.path.relpath(path)} is in the run folder {folder}, which --replace overwrites; move it, or choose another "
+                "run.dir",
                 key=key,
             )

@@ -1,4 +1,4 @@
-"""JSON files that a reader sees whole."""
+"""Writes JSON files atomically."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes JSON by a rename, so that a reader sees the old or the new file; non-finite floats become text."""
+    """Writes JSON and renames it, so that a reader sees the old or the new file; non-finite floats become text."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(finite(document), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def finite(value: Any) -> Any:
-    """``value`` with inf and nan, which JSON does not have, replaced by their names."""
+    """``value`` with inf and nan, which JSON lacks, replaced by their names."""
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     if isinstance(value, dict):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelMode:
-    """What everyone else asks about a mode.
+    """Properties of a kernel mode.
 
     Attributes:
-        label: its name in a table, ``long_label`` in the key of a picture.
+        label: its name in a table; ``long_label``: in the key of a picture.
         benched: whether ``peftlab bench --kernels`` offers it.
-        operands: what a processor's units round the operands to; None: nothing is rounded.
-        storage: the only storage of weights that it runs with; None: any.
+        operands: the type that the processor's units round operands to; None: no rounding.
+        storage: the only weight storage that it supports; None: any.
     """
 
     name: str

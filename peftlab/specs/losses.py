@@ -1,4 +1,4 @@
-"""The losses of a distillation against its teacher."""
+"""The distillation losses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What everyone else asks about a loss.
+    """Properties of a distillation loss.
 
     Attributes:
-        compares: what of teacher and student it compares: ``probabilities`` (formula in ``kernels/.../linear_kl``), ``vectors``
-            or ``layers`` (``distillation.features``). The first one is what it compares unless its key ``layers`` is given or
-            the task predicts no vectors.
-        needs_every_class: whether it needs the teacher's probability of every class, and not only of the likeliest.
-        keys: of the section ``losses`` and of ``distill`` that it uses, beside ``weight``.
+        compares: what it compares between teacher and student: ``probabilities`` (formula in ``kernels/.../linear_kl``),
+            ``vectors`` or ``layers`` (``distillation.features``). The first entry applies, unless the key ``layers`` is set
+            or the task predicts no vectors.
+        needs_every_class: whether it needs the teacher's probability of every class, not only of the likeliest ones.
+        keys: the keys of ``losses`` and ``distill`` that it uses, in addition to ``weight``.
     """
 
     name: str
@@ -23,9 +23,9 @@ class LossSpec:
     keys: tuple[str, ...] = ()
 
     def compares_layers(self, predicts: str, *, layers_given: bool) -> bool:
-        """Whether it is about what is inside the models, and not about their answers.
+        """Whether it compares layers inside the models, not their outputs.
 
-        Args: predicts: of the task. layers_given: whether the recipe says which layers.
+        Args: predicts: what the task predicts. layers_given: whether the recipe sets ``layers``.
         """
         return "layers" in self.compares and (predicts not in self.compares or layers_given)
 

@@ -1,4 +1,4 @@
-"""The adapter methods. A method of PEFT is a row here and nothing else."""
+"""The adapter methods. A PEFT method needs only a row here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Variant:
 
     Attributes:
         settings: keys of the section ``adapter`` that differ from their defaults.
-        fused: whether it has a fused path. several: whether PEFT generates with several such adapters in one batch.
+        fused: whether it has a fused path. several: whether PEFT can generate with several such adapters in one batch.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -23,19 +23,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What everyone else asks about an adapter method.
+    """Properties of an adapter method.
 
     Attributes:
         label: its name in a sentence.
-        config: PEFT's configuration class; None where no adapter is added.
-        keys: keys of the section ``adapter`` that it uses, and what PEFT calls them. ``targets`` and ``modules_to_save``
-            are handled for all.
-        fixed: what PEFT's configuration needs besides.
-        formula: the name in ``adapters.merge.FORMULAS`` by which a merged weight is checked; None: only the merged model's
-            outputs are.
-        mergeable: whether the adapter can be folded into the weights.
-        quantized: whether it can be trained over quantized weights.
-        variants: how the benchmark calls it; default: its own name.
+        config: PEFT's configuration class; None if no adapter is added.
+        keys: keys of the section ``adapter`` that it uses -> their names in PEFT. ``targets`` and ``modules_to_save``
+            apply to all methods.
+        fixed: other settings that PEFT's configuration needs.
+        formula: name in ``adapters.merge.FORMULAS`` of the formula that checks a merged weight; None: only the outputs of
+            the merged model are checked.
+        mergeable: whether the adapter can be merged into the weights.
+        quantized: whether it can be trained on quantized weights.
+        variants: its names in the benchmark; default: its own name.
     """
 
     name: str
@@ -50,7 +50,7 @@ class MethodSpec:
 
     @property
     def adapts(self) -> bool:
-        """Whether it adds an adapter: else the model's own weights are trained."""
+        """Whether it adds an adapter; otherwise the model's own weights are trained."""
         return self.config is not None
 
     @property
@@ -94,7 +94,7 @@ METHODS: dict[str, MethodSpec] = {
     )
 }
 
-# Name in the benchmark -> (method, variant), in the order they are listed.
+# Name in the benchmark -> (method, variant), in display order.
 VARIANTS: dict[str, tuple[MethodSpec, Variant]] = {
     name: (spec, variant)
     for spec in METHODS.values()
@@ -103,8 +103,7 @@ VARIANTS: dict[str, tuple[MethodSpec, Variant]] = {
 
 
 def variant_of(method: str, settings: Mapping[str, Any]) -> str:
-    """Name in the benchmark of a section ``adapter`` with these ``settings``: of the variants of ``method`` the last that they agree
-    with."""
+    """The benchmark's name for a section ``adapter`` with these ``settings``: the last variant of ``method`` that matches them."""
     names = [name for name, (spec, _) in VARIANTS.items() if spec.name == method]
     fits = [name for name in names if all(settings[k] == v for k, v in VARIANTS[name][1].settings.items())]
     return fits[-1]

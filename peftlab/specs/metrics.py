@@ -1,4 +1,4 @@
-"""The metrics, in the order they are computed and shown. ``peftlab/evaluation/modules/NAME.py`` implements each.
+"""The metrics, in the order of computation and display. ``peftlab/evaluation/modules/NAME.py`` implements each.
 
 A metric is a family (``f1``) that gives one or more flat values (``f1_macro``, ``f1_spam``).
 """
@@ -13,23 +13,22 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """What everyone else asks about a metric.
+    """Properties of a metric.
 
     Attributes:
-        needs: argument of its module -> the column of ``Task.score`` that it is computed from. It exists for the tasks that
-            give these columns. Empty: it is on the report card alone.
-        rows: the columns of ``evaluation.comparison`` that its value with an interval over rows is computed from; empty: it
-            has none.
-        of_classes: whether it needs the names of the classes.
-        better: which direction is better; None where the values have no order.
-        lowest, highest: no value is beyond.
+        needs: argument of its module -> the column of ``Task.score`` that it uses. Tasks with these columns have the
+            metric. Empty: it is only on the report card.
+        rows: the columns of ``evaluation.comparison`` for its value with an interval over rows; empty: it has no interval.
+        of_classes: whether it needs the class names.
+        better: which direction is better; None if the values have no order.
+        lowest, highest: bounds of its values.
         averaged: it gives NAME_macro and one NAME_CLASS per class instead of NAME.
-        by_default: whether a recipe that names no metrics gets it.
-        on_card: whether the report card shows the family's headline value wherever it can be computed.
-        on_short_card: whether the card that the screen shows without --verbose has it beside the headline metric.
-        share: its values are shares, shown in percent points. kept_as: how the card says what the student keeps of the
-            teacher's value; None: not at all, as of a metric that compares with the teacher already.
-        label, note: its name on the card, and what it means in one line.
+        by_default: whether recipes without ``eval.metrics`` compute it.
+        on_card: whether the report card shows the family's headline value if it can be computed.
+        on_short_card: whether the card on the screen shows it without --verbose, in addition to the headline metric.
+        share: its values are shares, shown in percentage points. kept_as: how the card expresses how much of the teacher's
+            value the student keeps; None: not shown, as for metrics that already compare with the teacher.
+        label, note: its name on the card, and its meaning in one line.
     """
 
     name: str
@@ -65,7 +64,7 @@ def _share(name: str, **about: object) -> MetricSpec:
 _PAIRS = {"predictions": "predictions", "references": "references"}
 _CLASS_ROWS = ("predicted_class", "true_class")
 
-# The columns of a comparison on held-out rows, by what the task predicts; see ``MetricSpec.rows``.
+# The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
 ROWS: dict[str, frozenset[str]] = {
     "tokens": _POSITIONS | {"tokens", "correct_tokens"},
@@ -73,7 +72,7 @@ ROWS: dict[str, frozenset[str]] = {
     "classes": _POSITIONS | {"class_positions", "correct_classes", "brier", *_CLASS_ROWS},
     "vectors": frozenset({"vectors"}),
 }
-# Those that answers chosen among eval.choices add.
+# Additional columns of answers chosen from eval.choices.
 ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
 
 METRICS: dict[str, MetricSpec] = {
@@ -86,7 +85,7 @@ METRICS: dict[str, MetricSpec] = {
             better="lower",
             on_short_card=True,
             label="loss",
-            note="its surprise at what is right, in nats; lower is better",
+            note="cross-entropy of the correct answer, in nats; lower is better",
         ),
         MetricSpec(
             "perplexity",
@@ -96,7 +95,7 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="times",
             on_short_card=True,
             label="perplexity",
-            note="as unsure as a free choice among so many tokens; lower is better",
+            note="equivalent to choosing uniformly among this many tokens; lower is better",
         ),
         _share(
             "token_accuracy",
@@ -105,7 +104,7 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             on_short_card=True,
             label="token accuracy",
-            note="share of the tokens that were the top guess",
+            note="share of tokens that were the top prediction",
         ),
         _share(
             "exact_match",
@@ -113,7 +112,7 @@ METRICS: dict[str, MetricSpec] = {
             rows=("correct_tokens", "tokens"),
             kept_as="share",
             label="exact match",
-            note="share of the rows with every token right",
+            note="share of rows with every token correct",
         ),
         _share(
             "accuracy",
@@ -123,7 +122,7 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             on_short_card=True,
             label="accuracy",
-            note="share of the rows answered right",
+            note="share of rows answered correctly",
         ),
         _share(
             "precision", needs=_PAIRS, of_classes=True, rows=_CLASS_ROWS, averaged=True, on_card=False, kept_as="share"
@@ -139,7 +138,7 @@ METRICS: dict[str, MetricSpec] = {
             averaged=True,
             kept_as="share",
             label="macro F1",
-            note="F1 averaged over classes, rare ones counting as much",
+            note="F1 averaged over classes, all with equal weight",
         ),
         MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
         MetricSpec(
@@ -149,14 +148,14 @@ METRICS: dict[str, MetricSpec] = {
             highest=1.0,
             on_short_card=True,
             label="Spearman",
-            note="whether pairs of texts are as similar, in order, as for the teacher; 1 is equal",
+            note="rank correlation with the teacher's similarities of text pairs; 1 is equal",
         ),
         _share(
             "neighbour_recall",
             rows=("vectors",),
             on_short_card=True,
             label="top-10 recall",
-            note="share of the teacher's ten nearest texts that it finds too",
+            note="share of the teacher's ten nearest texts that it also finds",
         ),
         MetricSpec(
             "cosine",
@@ -164,14 +163,14 @@ METRICS: dict[str, MetricSpec] = {
             highest=1.0,
             on_short_card=True,
             label="cosine",
-            note="of its vector of a text with the teacher's; 1 is equal",
+            note="cosine between its vector and the teacher's for the same text; 1 is equal",
         ),
         _share(
             "agreement",
             rows=("agree", "positions"),
             on_short_card=True,
             label="agreement",
-            note="how often its top answer is the teacher's, right or wrong",
+            note="how often its top answer equals the teacher's, right or wrong",
         ),
         MetricSpec(
             "kl",
@@ -179,21 +178,21 @@ METRICS: dict[str, MetricSpec] = {
             better="lower",
             on_short_card=True,
             label="KL to teacher",
-            note="how far its probabilities are from the teacher's, in nats; 0 is equal",
+            note="divergence of its probabilities from the teacher's, in nats; 0 is equal",
         ),
         MetricSpec(
             "ece",
             better="lower",
             highest=1.0,
             label="ECE",
-            note="how far its confidence is from how often it is right; 0 is honest",
+            note="difference between its confidence and its accuracy; 0 is calibrated",
         ),
         MetricSpec(
             "adaptive_ece",
             better="lower",
             highest=1.0,
             label="adaptive ECE",
-            note="ECE with as many answers in every bin; 0 is honest",
+            note="ECE with equally many answers in every bin; 0 is calibrated",
         ),
         MetricSpec(
             "brier",
@@ -206,7 +205,7 @@ METRICS: dict[str, MetricSpec] = {
     )
 }
 
-# The order of the report card; other metrics follow by name.
+# The order on the report card; other metrics follow by name.
 CARD_ORDER = (
     "accuracy",
     "f1_macro",
@@ -226,9 +225,9 @@ CARD_ORDER = (
 
 
 def class_slugs(class_names: Sequence[str]) -> list[str]:
-    """The class names as they appear in flat metric names: white space becomes ``_``, all else stays.
+    """The class names as used in flat metric names: white space becomes ``_``, everything else stays.
 
-    A name that would collide with an earlier one, or with ``macro``, gets its class index appended.
+    A duplicate of an earlier name or of ``macro`` gets its class index appended.
     """
     slugs = ["macro"]
     for index, name in enumerate(class_names):
@@ -240,9 +239,9 @@ def class_slugs(class_names: Sequence[str]) -> list[str]:
 
 
 def family_of(name: str, slugs: Sequence[str] | None = None) -> MetricSpec | None:
-    """The family of a family name or flat value; None where there is no such.
+    """The family of a family name or flat name; None if there is none.
 
-    Args: slugs: the classes, as in flat names; None: any class name is believed.
+    Args: slugs: the class names in flat names; None: any class name is accepted.
     """
     if name in METRICS:
         return METRICS[name]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What everyone else asks about an optimizer.
+    """Properties of an optimizer.
 
-    Attributes: keys: of the section ``train`` that it uses beside ``lr``.
+    Attributes: keys: the keys of ``train`` that it uses, in addition to ``lr``.
     """
 
     name: str
@@ -19,7 +19,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """What everyone else asks about a schedule. Attributes: keys: of the section ``train`` that it uses beside ``warmup``."""
+    """Properties of a schedule. Attributes: keys: the keys of ``train`` that it uses, in addition to ``warmup``."""
 
     name: str
     summary: str

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StorageSpec:
-    """What everyone else asks about a storage of weights.
+    """Properties of a weight storage.
 
     Attributes:
-        label: in a table, ``long_label`` in the key of a picture; colour: there.
-        keys: of the section ``model`` that it uses.
-        split_cost: what one more micro-batch costs in padded tokens, by kind of device: launches and weight traffic that do
+        label: its name in a table; ``long_label`` and ``colour``: in a picture.
+        keys: the keys of ``model`` that it uses.
+        split_cost: cost of one more micro-batch in padded tokens, by kind of device: launches and weight traffic that do
             not depend on its size, and dequantization. Measured with bench/peers.py --split-cost on 2 cores; a GPU needs
-            thousands of tokens to fill.
-        overhead: time of a training step over that of its matmuls alone. Measured on 2 CPU cores with the shipped recipes
-            (1.8 to 2.5, NF4 1.1 to 3.5 as the machine's speed moved): norms, activations, optimizer, dequantizing.
+            thousands of tokens to be busy.
+        overhead: time of a training step relative to its matmuls alone: norms, activations, optimizer, dequantization.
+            Measured on 2 CPU cores with the shipped recipes (1.8 to 2.5; NF4 1.1 to 3.5 as the machine's speed varied).
     """
 
     name: str
@@ -33,7 +33,7 @@ class StorageSpec:
         return self.name != "none"
 
 
-# Colours of Okabe and Ito (2008), which the colour-blind tell apart too.
+# Colours of Okabe and Ito (2008), which are safe for colour-blind readers.
 STORAGES: dict[str, StorageSpec] = {
     spec.name: spec
     for spec in (

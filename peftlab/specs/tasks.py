@@ -5,31 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# What a model predicts at each scored position, and so what its loss, its teacher and its report card are about: tokens of a
-# vocabulary, a class per token, one class per row, or a vector per row.
+# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, or a vector per
+# row. Loss, teacher and report card depend on it.
 Predicts = Literal["tokens", "token classes", "classes", "vectors"]
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What everyone else asks about a task.
+    """Properties of a task.
 
     Attributes:
-        summary: of the task, in a few words.
+        summary: the task in a few words.
         implementation: ``FILE:CLASS`` under ``peftlab/tasks``.
-        auto_class: the transformers auto class. peft_type: PEFT's task type; None where PEFT has none.
+        auto_class: the transformers auto class. peft_type: PEFT's task type; None if PEFT has none.
         predicts: what is scored. reader: what turns the inputs into numbers.
-        columns: the parts that columns of the data can play (data.columns).
-        keys: of the recipe keys that not all tasks use, those that this task uses. A key that no task lists is for all.
-        scores: the columns that ``Task.score`` gives the metrics; ``scores_with_classes``: those it gives besides where it has
-            classes.
-        classes_from: the key that names the classes; None: there are none. A task whose classes come from the data has one
-            label per row and a head for the classes.
+        columns: the roles that data columns can have (data.columns).
+        keys: the recipe keys that this task uses among those that not all tasks use. A key that no task lists is for all.
+        scores: the columns that ``Task.score`` gives to the metrics; ``scores_with_classes``: additional ones with classes.
+        classes_from: the key that names the classes; None: there are none. A task with classes from the data has one
+            label per row and a classification head.
         headline: the metric of a distillation's verdict; with classes ``headline_with_classes``.
-        learns_from_labels: False where a teacher is all there is to learn from.
-        generates: whether it writes text: it is ``tasks.Generates`` then. redraws: whether its examples differ each time they
-            are trained on: it is ``tasks.Redraws`` then.
-        example_input: an argument of ``peftlab predict``.
+        learns_from_labels: False if it can only learn from a teacher.
+        generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
+            each pass (it then implements ``tasks.Redraws``).
+        example_input: an example argument for ``peftlab predict``.
     """
 
     name: str
@@ -53,12 +52,12 @@ class TaskSpec:
 
     @property
     def has_softmax(self) -> bool:
-        """Whether it predicts probabilities, whose loss is the cross-entropy."""
+        """Whether it predicts probabilities, with cross-entropy as the loss."""
         return self.predicts in ("tokens", "token classes", "classes")
 
     @property
     def classifies(self) -> bool:
-        """Whether it has one label per row and a head for the classes."""
+        """Whether it has one label per row and a classification head."""
         return self.classes_from == "data"
 
 
@@ -67,7 +66,7 @@ _SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patie
 _LABELS = ("data.label_names", "distill.hard_weight", "distill.baseline", *_SCORED)
 _CLASSES = ("data.bins", "train.class_weights", *_LABELS)
 _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
-# What a task without these keys lacks.
+# What a task lacks if it does not use the key.
 NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *_SCORED), "labels") | dict.fromkeys(
     _SOFTMAX, "softmax"
 )
@@ -149,7 +148,7 @@ TASKS: dict[str, TaskSpec] = {
     )
 }
 
-# Every part that a column can play for some task.
+# Every role that a data column can have in some task.
 COLUMNS: tuple[str, ...] = tuple(dict.fromkeys(name for spec in TASKS.values() for name in spec.columns))
 
 # Recipe keys that some tasks use and others do not.

@@ -1,4 +1,4 @@
-"""Tasks: one file each, behind the protocol in ``base``; their rows are in ``specs.tasks``."""
+"""Tasks: one file each, implementing the protocol in ``base``; their specs are in ``specs.tasks``."""
 
 from importlib import import_module
 
@@ -13,8 +13,8 @@ from peftlab.tasks.preview import Preview
 def task_class(name: str) -> type[Task]:
     """The class that implements a task, by its name in ``specs.tasks``."""
     file, _, class_name = TASKS[name].implementation.partition(":")
-    found: type[Task] = getattr(import_module(f".{file}", __name__), class_name)
-    return found
+    implementation_class: type[Task] = getattr(import_module(f".{file}", __name__), class_name)
+    return implementation_class
 
 
 __all__ = [

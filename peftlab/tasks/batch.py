@@ -1,4 +1,4 @@
-"""Examples become the tensors of a micro-batch, padded or packed."""
+"""Collates examples into the tensors of a micro-batch, padded or packed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from peftlab.tasks.example import Example
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of a micro-batch.
+    """The tensors of a micro-batch.
 
     Attributes:
-        inputs: what the model is called with, by name, such as ``input_ids`` [B, T] int64, padded on the right, and
-            ``attention_mask`` [B, T] int64, which is not there when no row is padded (attention then runs unmasked). Packed
-            documents are one row, B = 1, and have ``position_ids`` [1, T] int64 from 0 for each; transformers keeps them
-            apart by these, if there is neither a mask nor a cache.
+        inputs: arguments of the model by name, such as ``input_ids`` [B, T] int64, padded on the right, and
+            ``attention_mask`` [B, T] int64, which is absent if no row is padded (attention then runs unmasked). Packed
+            documents are one row, B = 1, with ``position_ids`` [1, T] int64 from 0 for each; transformers separates them by
+            these, without a mask and a cache.
         weights: [B] float64 weights of the examples, as the divisor of the step sums them.
-        examples: what it was made of, in order.
-        trained: [B, T] bool or None. labels: [B, ...] what is right, or None.
+        examples: the examples in the batch, in order.
+        trained: [B, T] bool or None. labels: [B, ...] the labels, or None.
     """
 
     inputs: dict[str, Tensor]
@@ -50,7 +50,7 @@ class Batch:
         return self.weights.device
 
     def rows(self, chosen: Sequence[int]) -> Batch:
-        """The batch of some of its examples, by index."""
+        """A batch of some of its examples, by index."""
         examples = tuple(self.examples[i] for i in chosen)
         if self.packed:
             return collate_packed(examples, device=self.device)
@@ -89,7 +89,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
 
 
 def stacked_labels(examples: Sequence[Example], device: Any) -> Tensor | None:
-    """[B] or [B, ...] the labels of ``examples``; None where one has none. Arrays of different length are padded with -100."""
+    """[B] or [B, ...] the labels of ``examples``; None if one has none. Arrays of different length are padded with -100."""
     labels = [e.label for e in examples]
     if any(label is None for label in labels):
         return None
@@ -102,7 +102,7 @@ def example_weights(examples: Sequence[Example], device: Any) -> Tensor:
 
 
 def _stacked(arrays: Sequence[np.ndarray], *, fill: int) -> np.ndarray:
-    """The arrays along a new first axis, each padded on the right of its own first axis to the longest."""
+    """The arrays stacked on a new first axis, each padded to the longest at the end of its own first axis."""
     if len({a.shape for a in arrays}) > 1:
         longest = max(len(a) for a in arrays)
         arrays = [np.pad(a, [(0, longest - len(a)), *[(0, 0)] * (a.ndim - 1)], constant_values=fill) for a in arrays]
@@ -111,8 +111,8 @@ def _stacked(arrays: Sequence[np.ndarray], *, fill: int) -> np.ndarray:
 
 
 def collate_packed(examples: Sequence[Example], *, device: Any) -> Batch:
-    """``examples`` one after the other as one row: a language model's documents, whose first token is never trained,
-    so that none predicts the start of the next."""
+    """``examples`` concatenated into one row: documents of a language model. Their first token is never trained, so no
+    document predicts the start of the next."""
     trained = []
     for example in examples:
         assert example.trained is not None and not example.trained[0]

@@ -24,7 +24,7 @@ from peftlab.tasks.lm_head import LMHead
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
 
-# Positions scored at a time: 256 x 49,152 float32 logits are 48 MiB.
+# Positions scored at once: 256 x 49,152 float32 logits are 48 MiB.
 _SCORE_CHUNK = 256
 
 
@@ -54,7 +54,7 @@ class CausalLM:
         self._choice_ids: list[tuple[int, ...]] | None = None
         added = tokenizer.added_tokens_decoder
         special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        # Tokens that can end an answer: a chat template may end turns with another special token than eos.
+        # Tokens that can end an answer; a chat template may end turns with another special token than eos.
         never = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
         self._stop_ids = (special - never) | ({tokenizer.eos_token_id} - {None})
         self._special_ids = special
@@ -81,7 +81,7 @@ class CausalLM:
             tokens = self._tokenize(rendered)
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
             trained = tokens.num_trained(kept)
-            # A choice that was cut off is no longer one of the choices.
+            # A truncated choice is no longer one of the choices.
             kept[(trained == 0) | (bool(self.class_names) & (trained < tokens.num_trained(tokens.lengths)))] = 0
             labels = self._labels(rows, first, tokens, kept) if self.class_names else None
             ledger.add(first, tokens, kept, labels)
@@ -90,10 +90,10 @@ class CausalLM:
         return Encoded(examples, ledger)
 
     def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
-        """The rows with ``answers`` that the model being trained has written, as ``write_answers`` gives them, in place of
-        their own: token for token, since another split of the same text into tokens may be unlikely for it.
+        """The rows with ``answers`` of the model in training, as ``write_answers`` gives them, in place of their own. The
+        tokens are kept as written, because the model may find another tokenization of the same text unlikely.
 
-        Rows whose answer is empty are left out.
+        Rows with an empty answer are left out.
         """
         ledger = self._ledger(rows, max_length=max_length, too_long="error")
         tokens = answered(self._rows_prompt_ids(rows), answers, author="student", stop_ids=self._stop_ids)
@@ -128,7 +128,7 @@ class CausalLM:
         )
 
     def _encode_choices(self, rows: Rows) -> list[tuple[int, ...]]:
-        """Token ids of each choice after a prompt, with the token that ends it, so that none is another's prefix."""
+        """Token ids of each choice after a prompt, with its end token, so that no choice is a prefix of another."""
         assert self.class_names is not None
         row, where = rows.row(0), rows.where(0)
         before = self._prompt_ids([self.formatter.render_prompt(row, where)])[0]
@@ -145,7 +145,7 @@ class CausalLM:
         return [tuple(tokens.ids[span][tokens.trained[span]].tolist()) for span in spans]
 
     def _labels(self, rows: Rows, first: int, tokens: Tokens, kept: np.ndarray) -> np.ndarray:
-        """[N] the choice that each row's answer is; -1 for rows that are left out."""
+        """[N] index of the choice in each row's answer; -1 for rows that are left out."""
         labels = np.full(len(tokens), -1, dtype=np.int64)
         for i in np.flatnonzero(kept).tolist():
             span = tokens.row(i)
@@ -157,7 +157,7 @@ class CausalLM:
         if tokens in self._choice_ids:
             return self._choice_ids.index(tokens)
         raise DataError(
-            f"{rows.where(i)}: the completion {self.tokenizer.decode(tokens, skip_special_tokens=True)!r} is none of eval.choices: "
+            f"{rows.where(i)}: the completion {self.tokenizer.decode(tokens, skip_special_tokens=True)!r} is not one of eval.choices: "
             f"{', '.join(map(repr, self.class_names))}",
             key="eval.choices",
         )
@@ -165,7 +165,7 @@ class CausalLM:
     def _prompt_ids(self, prompts: list[str]) -> list[np.ndarray]:
         encoded = self.tokenizer(prompts, add_special_tokens=self.formatter.style != "chat", verbose=False)
         ids = [np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]
-        if self.formatter.style != "chat":  # some tokenizers end every text with eos: a prompt goes on
+        if self.formatter.style != "chat":  # some tokenizers end every text with eos, but a prompt continues
             eos = self.tokenizer.eos_token_id
             ids = [row[:-1] if len(row) > 1 and row[-1] == eos else row for row in ids]
         return ids
@@ -174,7 +174,7 @@ class CausalLM:
         return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
 
     def _selected(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, H] that predict a trained token, and those tokens [N]."""
+        """The hidden states [N, H] that predict a trained token, and those tokens [N]."""
         hidden = self._head.hidden_states(model, batch.inputs)
         assert batch.trained is not None
         chosen = batch.trained[:, 1:]
@@ -237,10 +237,10 @@ class CausalLM:
         return scores
 
     def _choose(self, model: nn.Module, prefixes: list[Tensor], logits: Tensor) -> list[tuple[int, float]]:
-        """Per row the choice that greedy decoding constrained to the choices gives, with its probability.
+        """The choice of each row by greedy decoding constrained to the choices, with its probability.
 
-        Args: prefixes: token ids before the answer. logits: [B, V] at the last of them. When the choices begin with
-        different tokens, as they mostly do, no further forward pass is needed.
+        Args: prefixes: token ids before the answer. logits: [B, V] at the last of them. If the choices begin with
+        different tokens, which is usual, no further forward pass is needed.
         """
         assert self._choice_ids is not None
         results = []
@@ -269,7 +269,7 @@ class CausalLM:
     def predict(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **sampling: Any
     ) -> Iterator[dict[str, Any]]:
-        """Yields ``{"label", "probability"}`` per row with choices, else ``{"text"}``, as ``generate`` does."""
+        """Yields ``{"label", "probability"}`` per row with choices, otherwise ``{"text"}`` as ``generate``."""
         if not self.class_names:
             yield from self.generate(model, rows, batch_tokens=batch_tokens, max_length=max_length, **sampling)
             return
@@ -289,9 +289,9 @@ class CausalLM:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> Iterator[dict[str, Any]]:
-        """Yields ``{"text": answer}`` per row, written freely also where the task has choices.
+        """Yields ``{"text": answer}`` per row, as free text even if the task has choices.
 
-        Args: temperature: 0 decodes greedily. A prompt that leaves no room for the answer loses its beginning.
+        Args: temperature: 0 decodes greedily. A prompt without room for the answer is truncated at its start.
         """
         sampling = _sampling(temperature, top_p)
         ids = [row[-max(1, max_length - max_new_tokens) :] for row in self._rows_prompt_ids(rows)]
@@ -309,23 +309,23 @@ class CausalLM:
         temperature: float,
         top_p: float,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields ``(index, token ids)`` of the answer to each row, as they come: the tokens themselves, the last of them one
-        that can end an answer unless it was cut off after ``max_new_tokens``. Drawn from the model's own distribution at that
-        temperature, if its generation_config asks for nothing beside.
+        """Yields ``(index, token ids)`` of the answer to each row, as they finish. The last token can end an answer, unless
+        the answer was truncated at ``max_new_tokens``. Tokens are drawn from the model's own distribution at that
+        temperature, unless its generation_config sets something else.
         """
-        sampling = _sampling(temperature, top_p) | ({"top_k": 0} if temperature else {})  # transformers' own is 50
+        sampling = _sampling(temperature, top_p) | ({"top_k": 0} if temperature else {})  # transformers' default is 50
         yield from self._written(model, self._rows_prompt_ids(rows), batch_tokens, max_new_tokens, sampling)
 
     def prompt_lengths(self, rows: Rows) -> list[int]:
-        """Tokens before the answer of each row."""
+        """The number of tokens before the answer of each row."""
         return [len(ids) for ids in self._rows_prompt_ids(rows)]
 
     def text_of(self, answer: np.ndarray) -> str:
-        """The words of an answer's tokens, without its end."""
+        """The text of an answer's tokens, without its end."""
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def ends(self, answer: np.ndarray) -> bool:
-        """Whether an answer's last token is one that can end it."""
+        """Whether the last token of an answer can end it."""
         return len(answer) > 0 and int(answer[-1]) in self._stop_ids
 
     def _written(
@@ -336,7 +336,7 @@ class CausalLM:
         max_new_tokens: int,
         sampling: Mapping[str, Any],
     ) -> Iterator[tuple[int, np.ndarray]]:
-        # Padding costs less than one more batch, which reads all weights again for each new token.
+        # Padding costs less than another batch, which reads all weights again for each new token.
         lengths = [len(row) + max_new_tokens for row in ids]
         for part in eval_batches(lengths, batch_tokens, max_padding=math.inf):
             answers = self._generate(model, [ids[i] for i in part], max_new_tokens, sampling)
@@ -360,7 +360,7 @@ class CausalLM:
         yield from (results[i] for i in range(len(ids)))
 
     def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of ``generate`` that stop at every token that can end an answer."""
+        """Arguments of ``generate``, which stops at every token that can end an answer."""
         return {
             "max_new_tokens": max_new_tokens,
             "eos_token_id": sorted(self._stop_ids),
@@ -371,7 +371,7 @@ class CausalLM:
     def _generate(
         self, model: nn.Module, ids: list[np.ndarray], max_new_tokens: int, sampling: Mapping[str, Any]
     ) -> list[np.ndarray]:
-        """The tokens of each answer, through the first that ends it."""
+        """The tokens of each answer, up to and including the first that ends it."""
         device = next(model.parameters()).device
         longest = max(map(len, ids))
         tokens = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.int64)
@@ -390,7 +390,7 @@ class CausalLM:
 
 
 def _expected_columns(columns: Mapping[str, str], template: Mapping[str, str] | None) -> list[str]:
-    """Columns to reckon with where no data is at hand, as for a prediction."""
+    """The columns to assume without data, as for a prediction."""
     fields = [name for text in (template or {}).values() for _, name, _, _ in string.Formatter().parse(text) if name]
     return sorted({*columns.values(), *fields}) or ["text", "prompt", "completion", "messages"]
 

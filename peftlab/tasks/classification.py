@@ -1,4 +1,4 @@
-"""One label per row: what the tasks that classify texts and images have in common."""
+"""One label per row: shared code of text and image classification."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Labels:
     """Reads the label column.
 
     Attributes:
-        names: the classes, in index order. column: of the labels.
+        names: the classes, in index order. column: the label column.
         value_names: value in that column -> class. bins: cut points and class names of a numeric column.
         class_weights: weight of each class in the loss, by name, or ``balanced`` (inverse frequency of the training
             rows, mean 1 over them), or ``none``.
@@ -49,7 +49,7 @@ class Labels:
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """Of the config of a model with a head for these classes."""
+        """Config values of a model with a head for these classes."""
         return {
             "num_labels": len(self.names),
             "id2label": dict(enumerate(self.names)),
@@ -57,11 +57,11 @@ class Labels:
         }
 
     def read(self, rows: Rows) -> list[str]:
-        """Class name of each row; that every value of ``value_names`` occurs is checked where the classes are collected."""
+        """Class name of each row. Unused ``value_names`` are checked where the classes are collected."""
         return read_labels(rows, self.column, label_names=self.value_names, bins=self.bins, all_names_used=False)
 
     def indices(self, rows: Rows) -> np.ndarray:
-        """[N] class index of each row. Raises: DataError for a label that is none of the classes."""
+        """[N] class index of each row. Raises: DataError for an unknown label."""
         index = {name: i for i, name in enumerate(self.names)}
         labels = self.read(rows)
         for i, label in enumerate(labels):
@@ -89,7 +89,7 @@ def outputs_of(logits: Tensor, batch: Batch) -> Outputs:
 
 
 def reference_outputs_of(logits: Tensor, examples: list[Example], device: Any) -> Outputs:
-    """The same from the examples themselves."""
+    """The same, from the examples."""
     weights = example_weights(examples, device)
     return Outputs(logits, [1] * len(examples), targets=stacked_labels(examples, device), weights=weights)
 

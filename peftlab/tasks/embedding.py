@@ -28,7 +28,7 @@ class Embedding:
     Args:
         pooling: mean over the tokens of a text, its first (cls) or its last token.
         normalize: whether a vector is divided by its length.
-        files: writes, with ``save_pretrained(folder)``, what reads texts: the tokenizer and whatever belongs beside it.
+        files: writes the tokenizer and its related files, with ``save_pretrained(folder)``.
     """
 
     spec = TASKS["embedding"]
@@ -51,13 +51,13 @@ class Embedding:
 
     @classmethod
     def make(cls, parts: TaskParts) -> Embedding:
-        """Raises: RecipeError when the model's files ask for another pooling."""
+        """The task of ``parts``. Raises: RecipeError if the model's files set an unsupported pooling."""
         assert parts.sentences is not None
         files = parts.sentences()
         pooling = parts.pooling or files.pooling or "mean"
         if pooling not in POOLINGS:
             raise RecipeError(
-                f"the model's files ask for the pooling {pooling!r}; expected {', '.join(POOLINGS)}",
+                f"the model's files set the pooling {pooling!r}; expected {', '.join(POOLINGS)}",
                 key="model.pooling",
             )
         return cls(
@@ -114,7 +114,7 @@ class Embedding:
         return Outputs(vectors, [1] * len(vectors), vectors=True, weights=weights)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
-        """Each text's vector from its own tokens alone."""
+        """The vector of each text, computed on its own tokens only."""
         inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
         hidden = at_least_float32(model(**inputs).last_hidden_state)
         texts = [states[: len(e)] for states, e in zip(hidden, examples, strict=True)]
@@ -123,7 +123,7 @@ class Embedding:
         return self._outputs(torch.stack([pools[self._pooling](t) for t in texts]), example_weights(examples, device))
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
-        """Nothing: there are no labels."""
+        """No columns: there are no labels."""
         return {}
 
     def row_from_text(self, text: str) -> dict[str, Any]:
@@ -144,6 +144,6 @@ class Embedding:
 
 
 def _masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """[B, H] mean of ``hidden`` [B, T, H] over the tokens that ``mask`` [B, T] has."""
+    """[B, H] mean of ``hidden`` [B, T, H] over the tokens in ``mask`` [B, T]."""
     seen = mask.to(hidden.dtype)[..., None]
     return (hidden * seen).sum(1) / seen.sum(1)

@@ -1,4 +1,4 @@
-"""One encoded row, and all of a data set."""
+"""One encoded row, and an encoded data set."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Example:
     """One encoded row.
 
     Attributes:
-        ids: [T] int32 token ids; none of an image.
+        ids: [T] int32 token ids; empty for an image.
         row: index into the ``Rows`` it came from, for messages.
-        weight: its share of the step's normaliser: the sum of the weights of its scored positions, such as trained tokens
-            (causal_lm) or the weight of its class (seq_cls).
-        trained: [T] bool, tokens whose prediction is trained; None where a row has one prediction.
-        label: what is right: a class index, a number, or an array, such as a class per token, a class vector, a span or
-            boxes. None for language modelling without choices, and for a row without a label.
-        image: what is looked at instead of tokens, read when a batch is made of it.
-        extra: further inputs of the model by name, such as the ids of a decoder.
+        weight: its contribution to the step's normaliser: the sum of the weights of its scored positions, such as trained
+            tokens (causal_lm) or the weight of its class (seq_cls).
+        trained: [T] bool, tokens whose prediction is trained; None if a row has one prediction.
+        label: the correct answer: a class index, a number, or an array, such as a class per token, a class vector, a span
+            or boxes. None for language modelling without choices, and for a row without a label.
+        image: the image instead of tokens, read when it is batched.
+        extra: additional inputs of the model by name, such as the ids of a decoder.
     """
 
     ids: np.ndarray
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples of one data set, and the account of all its rows."""
+    """The examples of one data set, and the ledger of all its rows."""
 
     examples: list[Example]
     ledger: Ledger

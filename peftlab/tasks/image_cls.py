@@ -95,7 +95,7 @@ class ImageClassification:
         return outputs_of(model(**_as(model, batch.inputs)).logits, batch)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
-        """Each image prepared by itself."""
+        """The outputs, with each image prepared separately."""
         pixels = torch.cat([self.tokenizer([self._pixels(e)]) for e in examples]).to(device)
         return reference_outputs_of(model(**_as(model, {"pixel_values": pixels})).logits, examples, device)
 
@@ -103,7 +103,7 @@ class ImageClassification:
         return labels_score(self, model, batch)
 
     def row_from_text(self, text: str) -> dict[str, Any]:
-        """A path."""
+        """The row for a path."""
         return {self._image_column: text}
 
     @torch.no_grad()
@@ -119,6 +119,6 @@ class ImageClassification:
 
 
 def _as(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pixel values in the type of the model's weights, which convolutions insist on."""
+    """Pixel values in the dtype of the model's weights, which convolutions require."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {name: value.to(dtype) for name, value in inputs.items()}

@@ -1,4 +1,4 @@
-"""The output head of a causal language model, applied to chosen positions only."""
+"""The output head of a causal language model, applied only to chosen positions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.nn import functional as F
 from peftlab.errors import RecipeError
 from peftlab.tasks.outputs import OutputHead
 
-# Their logits exist whole, twice and in float32: those of 4,096 tokens over 128,256 classes would be 8 GB for a moment.
+# Their full logits exist twice in float32: for 4,096 tokens over 128,256 classes they would briefly take 8 GB.
 _VERIFIED_TOKENS = 32
 
 
 class LMHead:
-    """Runs decoder and head of a transformers causal LM apart, so that logits exist for chosen positions only.
+    """Runs decoder and head of a transformers causal LM separately, so that logits exist only for chosen positions.
 
-    The first call compares the beginning of a row with the model's own forward; an architecture whose logits are not
+    The first call compares the start of a row with the model's own forward; an architecture whose logits are not
     ``cap(scale * head(hidden))`` is an error rather than a silently different loss.
 
     Args:
         head_loss: summed cross-entropy of the head module on chosen hidden states, without their logits in memory, or None
-            for a head that it does not know, as ``adapters.HeadLoss``.
+            for an unsupported head, as ``adapters.HeadLoss``.
     """
 
     def __init__(self, head_loss: Callable[..., Tensor | None]) -> None:
@@ -71,7 +71,7 @@ class LMHead:
         if not error <= 0.01 * max(size, 1.0):
             raise RecipeError(
                 f"{type(base).__name__}: logits of chosen positions differ from the model's own by {error:.3g} "
-                f"(largest logit {size:.3g}); this architecture transforms its logits in a way peftlab does not know",
+                f"(largest logit {size:.3g}); peftlab does not support this architecture's output transform",
                 key="model.name",
             )
 
@@ -86,7 +86,7 @@ def _decoder(base: Any) -> nn.Module:
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:
-    """Soft-cap and scale as the transformers families name them: Gemma 2, Cohere, Granite."""
+    """Soft-cap and scale, under the names in transformers' families: Gemma 2, Cohere, Granite."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     if divisor := getattr(text, "logits_scaling", None):

@@ -1,4 +1,4 @@
-"""What a model says at the scored positions of a batch."""
+"""The outputs of a model at the scored positions of a batch."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says at the N scored positions of a batch, example by example. The loss, distillation and the
-    comparison of models are made of it, so that a task which gives it has all three.
+    """The outputs of a model at the N scored positions of a batch, example by example. The loss, distillation and the
+    comparison of models use it, so a task that provides it has all three.
 
     Attributes:
-        values: [N, H] hidden states that ``head`` turns into logits; [N, C] logits without one; or [N, H] vectors.
-        head: of a language model, whose logits are many and are made a part at a time.
-        vectors: whether the values themselves are the answer, as with sentence embeddings.
-        targets: [N] or [N, ...] what is right, of any type; None where the rows have no labels. weights: [N] factors of the
+        values: [N, H] hidden states that ``head`` turns into logits; [N, C] logits without a head; or [N, H] vectors.
+        head: the head of a language model, whose logits are computed a part at a time.
+        vectors: whether the values are the answer themselves, as with sentence embeddings.
+        targets: [N] or [N, ...] correct answers of any type; None if the rows have no labels. weights: [N] factors on the
             losses; None: all 1.
-        counts: positions of each example of the batch.
+        counts: number of positions of each example in the batch.
     """
 
     values: Tensor
@@ -68,5 +68,5 @@ def cross_entropy(outputs: Outputs) -> Tensor:
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """[] the sum of [N] ``losses``, each times its weight."""
+    """[] the weighted sum of [N] ``losses``."""
     return (losses if weights is None else losses * weights.to(losses.dtype)).sum()

@@ -1,4 +1,4 @@
-"""One row as it is trained, in text."""
+"""A text preview of one row as it is trained."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Preview:
     """One row as it is trained.
 
     Attributes:
-        segments: ``(text, role, trained)`` of neighbouring tokens that share both. label: of a classification row.
-        cut: tokens that truncation takes off its end.
+        segments: ``(text, role, trained)`` of neighbouring tokens with the same role and ``trained``. label: the label of a
+            classification row.
+        cut: number of tokens that truncation removes at its end.
     """
 
     where: str
@@ -29,15 +30,15 @@ def preview(
     where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None, keep_last: bool = False
 ) -> Preview:
     """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``."""
-    here = np.arange(min(max_length, len(tokens.ids)))
+    kept = np.arange(min(max_length, len(tokens.ids)))
     if keep_last:
-        here[-1] = len(tokens.ids) - 1
-    ids, trained, roles = tokens.ids[here], tokens.trained[here], tokens.roles[here]
+        kept[-1] = len(tokens.ids) - 1
+    ids, trained, roles = tokens.ids[kept], tokens.trained[kept], tokens.roles[kept]
     changes = np.flatnonzero((np.diff(trained.astype(np.int8)) != 0) | (np.diff(roles) != 0)) + 1
     segments, shown = [], ""
     for part in np.split(np.arange(len(ids)), changes):
         if len(part):
-            # As the end of all that came before: decoded alone, a token may lose the space in front of it.
+            # Decoded together with all tokens before: alone, a token may lose the space in front of it.
             text = tokenizer.decode(ids[: part[-1] + 1], clean_up_tokenization_spaces=False)
             segments.append((text[len(shown) :], tokens.role_names[roles[part[0]]], bool(trained[part[0]])))
             shown = text

@@ -1,4 +1,4 @@
-"""Rows with one text each, as tokens."""
+"""Tokenizes rows with one text each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Texts:
         self._tokenizer, self.column = tokenizer, column
 
     def pieces(self, rows: Rows) -> Iterator[tuple[int, Tokens]]:
-        """``(index of the first row, tokens)`` for some thousand rows at a time. Raises: DataError for an empty text."""
+        """``(index of the first row, tokens)`` for a few thousand rows at a time. Raises: DataError for an empty text."""
         rows.column(self.column)
         for first, rendered in pieces(rows, self._rendered):
             tokens = self._tokenize(rendered)
@@ -47,7 +47,7 @@ class Texts:
 
 
 def fitted(tokens: Tokens, kept: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Index and ids of the rows that stay; a truncated one keeps its last token, the separator encoder models end with."""
+    """Index and ids of the kept rows; a truncated row keeps its last token, the end separator of encoder models."""
     for i in np.flatnonzero(kept).tolist():
         ids = tokens.ids[tokens.row(i, int(kept[i]))]
         if kept[i] < tokens.lengths[i]:

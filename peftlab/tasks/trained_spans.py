@@ -1,4 +1,4 @@
-"""Where the tokens of a language model's answers stand in their text: what two tokenizers of one row are compared by."""
+"""The positions of a language model's answer tokens in their text, to compare two tokenizers on one row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peftlab.data.chat import Formatter
 class TrainedSpan:
     """One trained part of a row.
 
-    Attributes: text: with what the template ends it with. tokens: index in the row of each token that reaches into it.
-    offsets: its characters [begin, end) in ``text``.
+    Attributes: text: with the end that the template writes. tokens: index in the row of each token that overlaps it.
+    offsets: characters [begin, end) in ``text`` of each token.
     """
 
     text: str

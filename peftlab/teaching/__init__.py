@@ -1,1 +1,1 @@
-"""Teachers: what a recipe names as one, the loaded model, its stored targets, and what the loss asks of it."""
+"""Teachers: the recipe's teacher names, the loaded models, their stored targets, and their part in the loss."""

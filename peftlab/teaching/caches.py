@@ -1,4 +1,4 @@
-"""A recipe's teacher caches: where they lie, how they are filled, and what they must have been made for."""
+"""A recipe's teacher caches: their folders, what they store, and checks of what they were made for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REASONS = {
 
 
 def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
-    """What a teacher's targets of the examples of ``rows`` depend on beside the teacher."""
+    """What a teacher's targets for the examples of ``rows`` depend on besides the teacher."""
     recipe, task = assembly.recipe, assembly.task
     split = recipe.data.model_dump(include={"eval", "eval_fraction", "eval_rows", "exclude"})
     split["seed"] = assembly.seed
@@ -55,7 +55,7 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
 
 
 def key_of(example: Example) -> int:
-    """What an example is known by in a cache: its tokens and which are trained, or the content of its image."""
+    """The key of an example in a cache, from its tokens and trained mask, or from the content of its image."""
     if example.image is None:
         return example_key(example.ids, example.trained)
     source = example.image.source
@@ -64,17 +64,17 @@ def key_of(example: Example) -> int:
 
 
 def cache_folder(assembly: Assembly, teacher: NamedTeacher) -> Path:
-    """Of one teacher: the recipe's folder, or one inside it where there are several."""
+    """The cache folder of one teacher: the recipe's folder, or a subfolder if there are several teachers."""
     assert assembly.distill.cache is not None
     folder = Path(assembly.distill.cache)
     return folder if assembly.distill.teacher is not None else folder / f"teacher-{teacher.index}"
 
 
 def open_stored(examples: Mapping[str, Any], assembly: Assembly, teacher: NamedTeacher) -> TeacherCache:
-    """The cache of one teacher, made by it and for these examples. Only the teacher's files are looked at, it is not loaded.
+    """The cache of one teacher, made by it for these examples. Only the teacher's files are read; it is not loaded.
 
-    Args: examples: of ``examples_identity``.
-    Raises: ArtifactError when there is none, or it is not complete, damaged, or made for something else.
+    Args: examples: from ``examples_identity``.
+    Raises: ArtifactError if the cache is missing, incomplete, damaged, or made for something else.
     """
     folder = cache_folder(assembly, teacher)
     identity = dict(examples) | teacher.identity()
@@ -87,20 +87,21 @@ def open_stored(examples: Mapping[str, Any], assembly: Assembly, teacher: NamedT
 
 
 def check_cache_folder(folder: Path) -> None:
-    """Raises RecipeError for a file, and for a folder of something else, such as a model or a run."""
+    """Raises RecipeError for a file, and for a folder with other contents, such as a model or a run."""
     if folder.is_file():
-        raise RecipeError(f"{folder} cannot hold a cache: it is a file; choose another folder", key="distill.cache")
+        raise RecipeError(f"{folder} is a file, not a folder; choose another folder", key="distill.cache")
     if folder.is_dir() and not any((folder / name).is_file() for name in (MANIFEST, CAPTURE)):
         others = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name) and not p.name.startswith("."))
         if others:
             shown = ", ".join(others[:3])
             raise RecipeError(
-                f"{folder} holds other files ({shown}) and no teacher cache; choose another folder", key="distill.cache"
+                f"{folder} contains other files ({shown}) but no teacher cache; choose another folder",
+                key="distill.cache",
             )
 
 
 def check_begun_cache(examples: Mapping[str, Any], assembly: Assembly, teacher: NamedTeacher) -> None:
-    """Raises ArtifactError for a capture that was cut off and cannot go on: damaged, or made for something else."""
+    """Raises ArtifactError for an unfinished capture that cannot be resumed: damaged, or made for something else."""
     folder = cache_folder(assembly, teacher)
     identity = dict(examples) | teacher.identity()
     try:
@@ -110,7 +111,7 @@ def check_begun_cache(examples: Mapping[str, Any], assembly: Assembly, teacher: 
 
 
 def is_stored(assembly: Assembly) -> bool:
-    """Whether every teacher of the recipe has a cache, complete or not the right one."""
+    """Whether every teacher of the recipe has a complete cache, not necessarily a matching one."""
     return all((cache_folder(assembly, teacher) / MANIFEST).is_file() for teacher in named_teachers(assembly))
 
 
@@ -120,13 +121,13 @@ def planned_fill(assembly: Assembly, skeleton: Any) -> Fill:
     num_classes, width = None, skeleton.config.get_text_config().hidden_size
     if assembly.spec.predicts == "tokens":
         num_classes = len(task.tokenizer)
-    elif task.class_names:  # few classes: their logits themselves are what `hidden` stores
+    elif task.class_names:  # few classes: `hidden` stores the logits themselves
         num_classes = width = len(task.class_names)
     return fill_of(assembly, num_classes=num_classes, hidden_size=width)
 
 
 def fill_of(assembly: Assembly, *, num_classes: int | None, hidden_size: int | None) -> Fill:
-    """How the recipe stores a teacher of so many classes and such a width."""
+    """How the recipe stores a teacher with this number of classes and this width."""
     t = assembly.distill.targets
     if t.fill == "hidden":
         return Fill("hidden", hidden=t.states, hidden_size=hidden_size)
@@ -144,10 +145,10 @@ def fill_of(assembly: Assembly, *, num_classes: int | None, hidden_size: int | N
 
 
 def _fill_like(assembly: Assembly, folder: Path, stored: Mapping[str, Any]) -> Fill:
-    """How the recipe stores a teacher that is ``stored`` so. Raises: ArtifactError for another kind of targets."""
+    """How the recipe stores the teacher of the cache ``stored``. Raises: ArtifactError for another kind of targets."""
     wanted = assembly.distill.targets.fill
     if unlike := differences({"fill": stored["kind"]}, {"fill": wanted}, {"fill": "made with other targets"}):
-        raise unfit(f"the teacher cache {folder} is not for this", unlike)
+        raise unfit(f"the teacher cache {folder} does not match", unlike)
     return fill_of(assembly, num_classes=stored.get("num_classes"), hidden_size=stored.get("hidden_size"))
 
 

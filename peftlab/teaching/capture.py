@@ -1,4 +1,4 @@
-"""Storing what teachers say about the training examples, once for as many distillations as one likes."""
+"""Caches the teachers' outputs for the training examples, to be reused by any number of distillations."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ from peftlab.teaching.caches import (
 from peftlab.teaching.teacher import NamedTeacher, TeacherModel, named_teachers
 from peftlab.training.progress import Progress
 
-# Examples that are answered before the first of them is written: enough to batch those of like length.
+# Examples computed before the first of them is written: enough to batch those of similar length.
 _WINDOW = 512
-# Positions whose logits exist at a time: 256 x 128,256 float32 values are 131 MB.
+# Positions whose logits exist at once: 256 x 128,256 float32 values are 131 MB.
 _CHUNK = 256
-_INDEX_BYTES = 20  # of each example, beside its record
+_INDEX_BYTES = 20  # per example, in addition to its record
 _INDEX_HEADER_BYTES = 384
 
 
 @dataclass(frozen=True)
 class TaughtExamples:
-    """The training examples that teachers answer, and what identifies them. Nothing of a model is loaded.
+    """The training examples for the teachers, and their identity. No model is loaded.
 
-    Attributes: rows: what they were made of.
+    Attributes: rows: the rows of the examples.
     """
 
     assembly: Assembly
@@ -64,20 +64,20 @@ class TaughtExamples:
 
 
 def taught_examples(assembly: Assembly) -> TaughtExamples:
-    """The examples that training will be on. Raises: DataError, RecipeError."""
+    """The training examples of ``assembly``. Raises: DataError, RecipeError."""
     rows = assembly.data.train
     return TaughtExamples(assembly, rows, assembly.train, examples_identity(assembly, rows))
 
 
 def capture_all(taught: TaughtExamples, progress: Progress, *, replace: bool = False) -> list[dict[str, Any]]:
-    """Captures every teacher, one after the other, so that no two are in memory together."""
+    """Caches the outputs of every teacher, one teacher at a time in memory."""
     assembly, captured = taught.assembly, []
     for teacher in named_teachers(assembly):
         identity = taught.identity | teacher.identity()
         folder = cache_folder(assembly, teacher)
         if (folder / MANIFEST).is_file() and not replace:
             cache = open_stored(taught.identity, assembly, teacher)
-            progress.note(f"{folder} has them all already")
+            progress.note(f"{folder} is already complete")
             captured.append(_described(cache, teacher.name, seconds=0.0))
             continue
         check_cache_folder(folder)
@@ -93,7 +93,7 @@ def capture_all(taught: TaughtExamples, progress: Progress, *, replace: bool = F
 
 
 def _examples_of(taught: TaughtExamples, teacher: NamedTeacher) -> list[Example]:
-    """Those that a teacher answers: all, or those of its own rows."""
+    """The examples of a teacher: all, or those of its own rows."""
     theirs = teacher.takes(taught.rows)
     return [e for e in taught.train.examples if theirs[e.row]]
 
@@ -111,16 +111,16 @@ def _capture(
     folder = cache_folder(assembly, teacher)
     own = theirs.read(taught.rows) if theirs.own_texts else None
     examples = _examples_of(taught, teacher)
-    answers = _Answers(theirs, assembly.recipe.eval.batch_tokens)
+    runner = _TeacherRunner(theirs, assembly.recipe.eval.batch_tokens)
     if own is None and theirs.columns.count is not None:
         check_ids(assembly.task.tokenizer, taught.rows, taught.train, theirs.columns.count)
     one = examples[:1] if own is None else [own[examples[0].row]]
-    num_classes, hidden_size, head = answers.shape(one)
-    transform = answers.transform(one)
+    num_classes, hidden_size, head = runner.shape(one)
+    transform = runner.transform(one)
     fill = fill_of(assembly, num_classes=num_classes, hidden_size=hidden_size)
     if fill.kind == "hidden" and transform and not head:
         raise RecipeError(
-            "the head of this teacher is quantized or adapted, so its hidden states cannot be played back through it; merge the "
+            "the head of this teacher is quantized or adapted, so stored hidden states cannot be run through it again; merge the "
             "teacher first, or store classes (fill: topk)",
             key="distill.targets.fill",
         )
@@ -128,15 +128,15 @@ def _capture(
     with _storing(folder), CacheWriter(folder, fill, identity, replace=replace, reasons=REASONS) as writer:
         split = writer.split("train", len(examples))
         if split.done:
-            progress.note(f"{folder}: {split.done:,} of {len(examples):,} examples are there already")
+            progress.note(f"{folder}: resuming, {split.done:,} of {len(examples):,} examples are already stored")
         if fill.kind == "hidden" and head:
             writer.save_tensors(head)
-        progress.stage(f"storing what the teacher says about {len(examples):,} examples")
+        progress.stage(f"storing the teacher's outputs for {len(examples):,} examples")
         progress.start(len(examples), split.done)
         while split.done < len(examples):
             window = examples[split.done : split.done + _WINDOW]
             asked = window if own is None else [own[e.row] for e in window]
-            for example, target in zip(window, answers.targets(asked, fill, first=split.done), strict=True):
+            for example, target in zip(window, runner.targets(asked, fill, first=split.done), strict=True):
                 split.add(key_of(example), target)
             progress.step(split.done, {})
         progress.stop()
@@ -146,18 +146,18 @@ def _capture(
 
 @contextlib.contextmanager
 def _storing(folder: Path) -> Iterator[None]:
-    """Errors of the disk as errors of the recipe's cache."""
+    """Turns disk errors into errors about the recipe's cache."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"the disk is full: {error}; free some room and run the same again: it goes on with what is stored",
+                f"the disk is full: {error}; free some space and run the same command again to resume",
                 key="distill.cache",
             ) from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise RecipeError(
-                f"{folder} cannot hold a cache: {error}; choose another folder", key="distill.cache"
+                f"cannot write a cache to {folder}: {error}; choose another folder", key="distill.cache"
             ) from error
         raise
 
@@ -173,14 +173,14 @@ def _described(cache: TeacherCache, name: str, *, seconds: float) -> dict[str, A
     }
 
 
-class _Answers:
-    """Runs a teacher over examples, those of like length together, and makes the targets that are stored."""
+class _TeacherRunner:
+    """Runs a teacher over examples, batched by length, and computes the targets to store."""
 
     def __init__(self, theirs: TeacherModel, batch_tokens: int) -> None:
         self._theirs, self._batch_tokens = theirs, batch_tokens
 
     def shape(self, examples: Sequence[Example]) -> tuple[int | None, int, dict[str, Tensor]]:
-        """Number of classes, width of what ``hidden`` stores, and the tensors of the head that goes with it."""
+        """The number of classes, the width that ``hidden`` stores, and the tensors of its head."""
         outputs = self._ask(examples)
         if outputs.head is None:
             width = outputs.values.shape[1]
@@ -194,19 +194,19 @@ class _Answers:
         return count, outputs.values.shape[1], tensors
 
     def transform(self, examples: Sequence[Example]) -> dict[str, float | None]:
-        """Soft-cap and scale of the head."""
+        """The soft-cap and scale of the head."""
         head = self._ask(examples).head
         return {} if head is None else {"softcap": head.softcap, "scale": head.scale}
 
     def targets(self, examples: Sequence[Example], fill: Fill, *, first: int) -> list[Any]:
-        """What is stored of each example; ``first`` is the number of the first of them."""
-        found: dict[int, Any] = {}
+        """The stored target of each example; ``first`` is the number of the first example."""
+        targets: dict[int, Any] = {}
         for part in eval_batches([len(e) for e in examples], self._batch_tokens):
             outputs = self._ask([examples[i] for i in part])
             end = np.cumsum(outputs.counts)
             for i, stop, count in zip(part.tolist(), end.tolist(), outputs.counts, strict=True):
-                found[i] = _on_cpu(fill.target(self._parts(outputs, stop - count, stop, fill), first + i))
-        return [found[i] for i in range(len(examples))]
+                targets[i] = _on_cpu(fill.target(self._parts(outputs, stop - count, stop, fill), first + i))
+        return [targets[i] for i in range(len(examples))]
 
     def _parts(self, outputs: Outputs, start: int, stop: int, fill: Fill) -> Iterator[Tensor]:
         if fill.kind == "hidden" and (outputs.head is not None or outputs.vectors):
@@ -226,7 +226,7 @@ def _on_cpu(target: Any) -> Any:
 
 
 def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any]:
-    """Disk and time of a capture, from the teacher's configuration alone."""
+    """The disk space and time of a capture, from the teacher's configuration only."""
     assembly, theirs = taught.assembly, teacher.target.loaded.recipe
     skeleton = teacher.skeleton()
     head = skeleton.get_output_embeddings() if assembly.spec.predicts == "tokens" else None
@@ -263,13 +263,13 @@ def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any
 
 
 def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:
-    """[N] scored positions of each example."""
+    """[N] number of scored positions of each example."""
     return np.array([1.0 if e.trained is None else e.weight for e in examples])
 
 
 def _stored_bytes(fill: Fill, counts: NDArray[np.float64]) -> int:
-    """Of examples with so many positions each; where classes are drawn, the most that it can be."""
-    records = np.ceil(fill.bytes_per_position() * counts) + (2 if fill.draws else 0)  # parts begin at a whole byte
+    """Stored size of examples with these numbers of positions; an upper bound if classes are drawn."""
+    records = np.ceil(fill.bytes_per_position() * counts) + (2 if fill.draws else 0)  # parts begin at whole bytes
     num_shards: int = max(1, round(records.sum() / SHARD_BYTES))
     return int(records.sum()) + _INDEX_BYTES * len(counts) + _INDEX_HEADER_BYTES * num_shards
 
@@ -278,7 +278,7 @@ def _check_room(folder: Path, needed: float) -> None:
     free = shutil.disk_usage(existing_folder(folder)).free
     if free < needed:
         raise ResourceError(
-            f"the targets need about {needed / 2**20:,.0f} MiB in {folder}, and {free / 2**20:,.0f} MiB are free; free some "
-            "room, choose another folder, or store less: distill.targets.k, or fill: sampled",
+            f"the targets need about {needed / 2**20:,.0f} MiB in {folder}, but only {free / 2**20:,.0f} MiB are free; free some "
+            "space, choose another folder, or store less: distill.targets.k, or fill: sampled",
             key="distill.cache",
         )

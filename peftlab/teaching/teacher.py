@@ -1,4 +1,4 @@
-"""One teacher of a recipe: what its name means, what its answers depend on, and the loaded model."""
+"""One teacher of a recipe: resolves its name, identifies its outputs, and loads the model."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
 from peftlab.training.teacher_outputs import Columns
 
-# Recipe keys of a teacher that stand for other keys while it is loaded.
+# Recipe keys used while a teacher is loaded -> the teacher's keys for error messages.
 _KEYS = {"model.name": "name", "model.revision": "revision", "model.quantize": "quantize", "model.dtype": "dtype"}
 
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A teacher that was loaded.
+    """A loaded teacher.
 
     Attributes:
-        key: of its section in the recipe. task: with its own tokenizer and classes. limit: longest text it reads, tokens.
-        own_texts: whether it reads texts with another tokenizer than the student. columns: of its logits that the
-            student has too. notes: what a person should know.
+        key: the key of its section in the recipe. task: its task, with its own tokenizer and classes. limit: maximum length
+            of a text in tokens.
+        own_texts: whether it reads texts with another tokenizer than the student. columns: the columns of its logits that
+            the student has too. notes: notes for the user.
     """
 
     key: str
@@ -56,15 +57,15 @@ class TeacherModel:
     notes: list[str]
 
     def read(self, rows: Rows) -> dict[int, Example]:
-        """Each row as the teacher's own tokenizer has it; what is too long for it is cut."""
+        """Each row, encoded with the teacher's own tokenizer and truncated to its limit."""
         encoded = self.task.encode(rows, max_length=self.limit, too_long="truncate", training=False, labelled=False)
         return {e.row: e for e in encoded.examples}
 
 
 class NamedTeacher:
-    """One teacher as a recipe names it; nothing is loaded until ``open``.
+    """One teacher in a recipe; nothing is loaded before ``open``.
 
-    Args: assembly: the student's. index: among all teachers of the recipe.
+    Args: assembly: the student's assembly. index: its index among the teachers of the recipe.
     """
 
     def __init__(self, assembly: Assembly, index: int) -> None:
@@ -84,12 +85,12 @@ class NamedTeacher:
 
     @property
     def adapter(self) -> Path | None:
-        """Folder of the adapter that the recipe puts on it."""
+        """The folder of the adapter that the recipe loads onto it."""
         return None if self.section.adapter is None else Path(self.section.adapter)
 
     @functools.cached_property
     def target(self) -> Target:
-        """What the name means: a run or a merged model with its own recipe, or a model with the student's.
+        """The target of the name: a run or a merged model with its own recipe, or a model with the student's recipe.
 
         Raises: RecipeError.
         """
@@ -103,8 +104,8 @@ class NamedTeacher:
             theirs = target.loaded.recipe
             if theirs.task != student.task:
                 raise RecipeError(
-                    f"it was trained for task: {theirs.task}, and the student is for task: {student.task}; take a teacher of "
-                    "this task"
+                    f"it was trained for task: {theirs.task}, but the student is for task: {student.task}; use a teacher of "
+                    "the student's task"
                 )
             changes: dict[str, Any] = {
                 "run.device": student.run.device,
@@ -127,7 +128,7 @@ class NamedTeacher:
         return Target("base", loaded, None, self._labels(loaded))
 
     def _labels(self, loaded: LoadedRecipe) -> list[str] | None:
-        """What the columns of a model's own head mean."""
+        """The labels of the columns of a model's own head."""
         return label_names(Assembly(loaded).pretrained) if loaded.recipe.spec.classifies else None
 
     def open(self, progress: Progress) -> TeacherModel:
@@ -148,21 +149,21 @@ class NamedTeacher:
             with self.located(part="adapter"):
                 model = load_adapter(model, self.adapter, kernels=self._assembly.recipe.run.kernels).eval()
         columns, own_texts, notes = self._columns(opened.task)
-        # Its own tokenizer and classes, and the student's columns: those that it was trained with may be named otherwise.
+        # Its own tokenizer and classes, but the student's data columns: its training data may have had other names.
         task = self._assembly.task_for(opened.assembly.reader, classes=opened.task.class_names)
         return TeacherModel(self.key, self.name, model, task, opened.device, opened.limit, own_texts, columns, notes)
 
     def check(self) -> None:
-        """Raises what ``open`` does for another task, other labels, another tokenizer or damaged adapters; loads no weights."""
+        """Raises the errors of ``open`` for another task, labels or tokenizer, or damaged adapters; loads no weights."""
         self.check_adapters()
         if self.is_self and self.adapter is not None:
-            return  # its labels are those of the adapter's head, which only the weights tell
+            return  # its labels are those of the adapter's head, which only the weights show
         with self.located():
             task = self.target.assembly().task
         self._columns(task)
 
     def check_adapters(self) -> None:
-        """Raises ArtifactError unless the adapters that the teacher has are there and whole."""
+        """Raises ArtifactError unless the teacher's adapters exist and are complete."""
         if self.adapter is not None:
             with self.located(part="adapter"):
                 check_adapter_files(self.adapter)
@@ -175,7 +176,7 @@ class NamedTeacher:
         return self.target.assembly().skeleton(self._assembly.task)
 
     def identity(self) -> dict[str, str]:
-        """What the answers depend on, from the files alone. Raises: RecipeError when they are not there."""
+        """What the outputs depend on, from the files only. Raises: RecipeError if they are missing."""
         self.check_adapters()
         with self.located():
             recipe, adapters = self.target.loaded.recipe, self._adapters()
@@ -189,16 +190,16 @@ class NamedTeacher:
             }
 
     def fingerprint(self) -> str:
-        """Hex sha256 of the files, whatever they are loaded as. Raises: as ``identity``."""
+        """Hex sha256 of the files, independent of dtype and quantization. Raises: as ``identity``."""
         identity = self.identity()
         return hashlib.sha256(f"{identity['teacher']} {identity['teacher_adapter']}".encode()).hexdigest()
 
     def takes(self, rows: Rows) -> np.ndarray:
-        """[N] bool, the rows that the teacher answers. Raises: DataError for a column that is not there."""
+        """[N] bool, the rows of this teacher. Raises: DataError for a missing column."""
         return _rows_with(rows, self.section.rows, f"{self.key}.rows")
 
     def backbone_columns(self, columns: Columns) -> Columns:
-        """Of the backbone as a teacher: its own head may have the student's classes in another order."""
+        """The columns of the backbone as a teacher: its own head may order the student's classes differently."""
         labels, classes = self.target.labels, self._assembly.task.class_names
         if labels is None or classes is None or self.adapter is not None:
             return columns
@@ -206,7 +207,7 @@ class NamedTeacher:
 
     @contextlib.contextmanager
     def located(self, *, part: str = "name") -> Iterator[None]:
-        """Puts the teacher's name in front of errors, and its key in place of the one they have within its own recipe."""
+        """Prefixes errors with the teacher's name, and replaces the key in the teacher's own recipe by the teacher's key."""
         try:
             yield
         except (RecipeError, ArtifactError) as error:
@@ -218,7 +219,7 @@ class NamedTeacher:
         return [folder for folder in (self.target.adapter, self.adapter) if folder is not None]
 
     def _columns(self, theirs: Task) -> tuple[Columns, bool, list[str]]:
-        """Which of the teacher's columns the student has, whether it reads texts in its own way, and notes."""
+        """The teacher's columns that the student has too, whether it tokenizes texts differently, and notes."""
         student, spec = self._assembly.task, self._assembly.spec
         if spec.reader == "image processor":
             assert student.class_names is not None
@@ -246,13 +247,11 @@ class NamedTeacher:
 
     def _same_classes(self, ours: list[str], theirs: list[str]) -> tuple[int, ...] | None:
         if sorted(ours) != sorted(theirs):
-            made_up = theirs == [f"LABEL_{i}" for i in range(len(theirs))]
-            unnamed = (
-                " (so transformers calls the labels of a model that was never trained for this task)" if made_up else ""
-            )
+            is_default = theirs == [f"LABEL_{i}" for i in range(len(theirs))]
+            unnamed = " (transformers' default labels of a model not trained for this task)" if is_default else ""
             raise RecipeError(
-                f"the teacher has other labels: {', '.join(theirs)}{unnamed}; the student's are {', '.join(ours)}. Take a teacher "
-                "that was trained on these labels (or name them alike in its config)",
+                f"the teacher has other labels: {', '.join(theirs)}{unnamed}; the student's are {', '.join(ours)}. Use a teacher "
+                "trained on these labels, or rename the labels in its config",
                 key=f"{self.key}.name",
             )
         return None if ours == theirs else tuple(theirs.index(name) for name in ours)
@@ -264,12 +263,12 @@ def named_teachers(assembly: Assembly) -> list[NamedTeacher]:
 
 
 def _kernels(students: str) -> str:
-    """A teacher's frozen layers run as the student's do, but for rounded operands, which belong to its adapter."""
+    """The teacher's kernel mode: the student's, but without rounded operands, which are for the student's adapter."""
     return "auto" if KERNEL_MODES[students].operands is not None else students
 
 
 def _nearest_folder(name: str) -> str:
-    """A folder that may have been meant by a name that is none; empty where there is no such."""
+    """A suggestion of a folder with a similar name; empty if there is none."""
     path = Path(name)
     if name == SELF or path.exists() or not path.parent.is_dir():
         return ""
@@ -278,7 +277,7 @@ def _nearest_folder(name: str) -> str:
 
 
 def _rows_with(rows: Rows, wanted: Mapping[str, str | list[str]], key: str) -> np.ndarray:
-    """[N] bool, rows that have one of the wanted values in each of the columns."""
+    """[N] bool, rows with one of the wanted values in each of the columns."""
     chosen = np.ones(len(rows), dtype=bool)
     for column, value in wanted.items():
         values = {value} if isinstance(value, str) else set(value)

@@ -1,4 +1,4 @@
-"""The teachers of a recipe together: what the loss and the comparison of models ask of them."""
+"""The teachers of a recipe together, for the loss and for the comparison of models."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _SECOND = "teacher"  # name of a second adapter on the student's backbone
 
 
 class Teachers:
-    """The teachers of a recipe, each loaded when it is first asked for and then kept for all the arms of a run.
+    """The teachers of a recipe, each loaded at first use and kept for all arms of a run.
 
-    Args: assembly: of the students, whose teachers, task and losses it names.
+    Args: assembly: the students' assembly, with the recipe's teachers, task and losses.
     """
 
     def __init__(self, assembly: Assembly, progress: Progress) -> None:
@@ -51,7 +51,7 @@ class Teachers:
         self._caches: dict[int, TeacherCache] = {}
 
     def model(self, index: int) -> TeacherModel:
-        """One that is not ``self``."""
+        """The loaded model of a teacher that is not ``self``."""
         if index not in self._models:
             self._models[index] = self._named[index].open(self._progress)
             for note in self._models[index].notes:
@@ -59,7 +59,7 @@ class Teachers:
         return self._models[index]
 
     def release(self) -> None:
-        """Lets go of the loaded models; the next one who asks loads them again."""
+        """Frees the loaded models; the next use loads them again."""
         self._models.clear()
 
     def loss(self, student: Assembly, model: Any, rows: Rows, encoded: Encoded) -> DistillLoss:
@@ -82,12 +82,10 @@ class Teachers:
             terms = [(1.0, UldObjective(d.temperature))]
         inner = self._inner(model, losses)
         if not terms and not d.hard_weight:
-            self._progress.warn(
-                "the losses compare layers alone: what turns the last layer into answers learns nothing"
-            )
+            self._progress.warn("the losses only compare layers: the output head learns nothing")
         packing = student.recipe.data.packing
         shares = self.shares(task, model, rows, encoded, packing=packing, stored=d.cache is not None)
-        self._say_if_larger(student, model)
+        self._warn_if_larger(student, model)
         return DistillLoss(
             task,
             terms,
@@ -98,8 +96,8 @@ class Teachers:
             kernels=student.recipe.run.kernels,
         )
 
-    def _say_if_larger(self, student: Assembly, model: Any) -> None:
-        """A student may be larger than its teacher, but hardly on purpose; the sizes of stored teachers are not known."""
+    def _warn_if_larger(self, student: Assembly, model: Any) -> None:
+        """Warns about a student larger than its teacher, which is rarely intended; sizes of cached teachers are unknown."""
         largest = max((num_parameters(theirs.model) for theirs in self._models.values()), default=None)
         own = num_parameters(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if student.method.adapts:
@@ -129,8 +127,8 @@ class Teachers:
     ) -> list[Share]:
         """Each teacher with its part of the examples ``encoded`` of ``rows``.
 
-        Args: model: the student in training; None: the teachers stand apart from any, also one that is the backbone.
-        stored: the examples are those of the caches, and the teachers are read from there.
+        Args: model: the student in training; None: the teachers share no model with a student, not even the backbone.
+        stored: the examples are those of the caches, and the teachers' outputs are read from there.
         """
         columns, shares = self.columns(), []
         if columns.count is not None:
@@ -145,10 +143,10 @@ class Teachers:
         return shares
 
     def columns(self) -> Columns:
-        """The columns that the student and all teachers have. Of stored targets no teacher is loaded to find out."""
+        """The columns that the student and all teachers share. With stored targets no teacher is loaded for this."""
         if self._assembly.spec.predicts != "tokens":
             return Columns()
-        # Of a teacher whose answers are stored that is known without it: with a cache it is not in memory while students train.
+        # With a cache the columns are known without the teacher, which is not in memory while students train.
         counts = [
             cache.extra["num_classes"] if (cache := self._caches.get(i)) is not None else self.model(i).columns.count
             for i, teacher in enumerate(self._named)
@@ -157,11 +155,11 @@ class Teachers:
         return Columns(min((c for c in counts if c is not None), default=None))
 
     def costs(self) -> dict[str, Any]:
-        """Parameters of the teachers together, for the report card."""
+        """The total parameters of the teachers, for the report card."""
         return {"num_parameters": sum(num_parameters(m.model) for m in self._models.values())}
 
     def runs(self, examples: Sequence[Example]) -> dict[str, Callable[[], object]]:
-        """The forward pass of a single teacher on some of the student's examples, to be timed."""
+        """The forward pass of a single teacher on some of the student's examples, for timing."""
         if len(self._named) > 1:
             return {}
         theirs = self.model(0)
@@ -174,12 +172,12 @@ class Teachers:
         return {"teacher": run}
 
     def choosers(self) -> list[tuple[str, Any]]:
-        """The single teacher's model, where it can be asked to choose as the student is."""
+        """The single teacher's model, if it can choose among eval.choices like the student."""
         only = len(self._named) == 1 and not self.model(0).own_texts
         return [("teacher", self.model(0).model)] if only else []
 
     def _stored(self, index: int, model: Any, examples: Sequence[Example]) -> CachedTeacher:
-        """Raises: ArtifactError when the cache holds other examples, or they are in another order."""
+        """The cached teacher. Raises: ArtifactError if the cache has other examples, or another order."""
         cache = self._caches[index]
         split = cache.split("train")
         split.check_keys(np.array([key_of(e) for e in examples], dtype=np.uint64))
@@ -247,12 +245,12 @@ class Teachers:
             num_positions, num_aligned = num_positions + int(example.weight), num_aligned + len(pairs)
         if not num_aligned:
             raise DataError(
-                "the tokenizers of teacher and student begin no token of the answers at the same byte: there is nothing to compare",
+                "teacher and student tokens never start at the same byte, so uld has nothing to compare",
                 key="distill.cross_tokenizer",
             )
         self._progress.note(
-            f"uld: at {num_aligned:,} of {num_positions:,} trained positions both tokenizers begin a token; the others learn "
-            "from the labels alone" + ("" if self._distill.hard_weight else ", of which hard_weight 0 takes nothing")
+            f"uld: both tokenizers start a token at {num_aligned:,} of {num_positions:,} trained positions; the others learn "
+            + ("only from the labels" if self._distill.hard_weight else "nothing, because hard_weight is 0")
         )
         return TranslatedTeacher(
             theirs.model,
@@ -268,12 +266,12 @@ class Teachers:
         width = int(base.get_output_embeddings().weight.shape[0])
         if width < count:
             raise RecipeError(
-                f"the student's logits have {width:,} columns and the tokenizers share {count:,} ids: the student and its "
-                "tokenizer do not belong together",
+                f"the student's logits have {width:,} columns, but the tokenizers share {count:,} ids: the student and its "
+                "tokenizer do not match",
                 key="model.name",
             )
         if width > count:
-            self._progress.note(f"vocabulary: {count:,} ids are compared of the student's {width:,} columns")
+            self._progress.note(f"vocabulary: {count:,} of the student's {width:,} columns are compared")
 
     def _default_loss(self, task: Task, model: Any) -> LossSection:
         if task.spec.predicts != "vectors":
@@ -283,14 +281,14 @@ class Teachers:
         return LossSection(kind="hidden_cosine" if len(set(widths)) == 1 else "similarity_kl")
 
     def _inner(self, model: Any, losses: Sequence[LossSection]) -> InnerLosses | None:
-        """The losses between layers. Raises: RecipeError where layers of these two models cannot be compared."""
+        """The losses between layers. Raises: RecipeError if layers of the two models cannot be compared."""
         chosen = inner_settings(losses, self._assembly.spec.predicts)
         if not chosen:
             return None
         own = self._named[0].is_self
         if not own and self.model(0).own_texts:
             raise RecipeError(
-                f"{chosen[0][0]}: the teacher reads the texts with another tokenizer, so its layers are about other tokens",
+                f"{chosen[0][0]}: the teacher uses another tokenizer, so its layers cannot be compared token by token",
                 key="distill.losses",
             )
         terms = plan_inner_losses(chosen, model, model if own else self.model(0).model)
@@ -307,12 +305,12 @@ class Teachers:
 
 
 def inner_settings(losses: Sequence[LossSection], predicts: str) -> list[Any]:
-    """Those of ``losses`` that compare layers, as ``plan_inner_losses`` takes them. Args: predicts: of the task."""
+    """The layer losses among ``losses``, as ``plan_inner_losses`` takes them. Args: predicts: what the task predicts."""
     return [(x.kind, x.weight, x.layers, x.relation_heads) for x in losses if x.compares_layers(predicts)]
 
 
 class _Takes:
-    """Whether an example is of the chosen rows."""
+    """Whether an example belongs to the chosen rows."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows

@@ -267,13 +267,13 @@ def test_merge_after_training(here: Path) -> None:
 def test_a_folder_in_use_is_not_touched(here: Path) -> None:
     train(recipe(train={"max_steps": 1}))
     before = contents(here)
-    with pytest.raises(RecipeError, match="holds another run; continue it with --resume") as caught:
+    with pytest.raises(RecipeError, match="contains another run; resume it with --resume") as caught:
         train(recipe())
     assert caught.value.exit_code == 2 and caught.value.key == "run.dir"
     (here / "papers").mkdir()
     (here / "papers/thesis.txt").write_text("42")
     for replace in (False, True):
-        with pytest.raises(RecipeError, match="holds other files and no run"):
+        with pytest.raises(RecipeError, match="contains other files but no run"):
             train(recipe(run={"dir": "papers"}), replace=replace)
     with pytest.raises(RecipeError, match="is a file"):
         train(recipe(run={"dir": "data.csv"}))

@@ -92,7 +92,7 @@ def test_card_tables_language_model_of_one_seed() -> None:
     assert _row(printed, "perplexity") == ["perplexity", "14.92", "1,629", "20.49", "18.73", "1.26x"]
     # The loss says what the perplexity says, and one seed has no table of seeds.
     assert "\nloss" not in printed and "seed  " not in printed
-    assert "how far its probabilities are from the teacher's, in nats; 0 is equal" in printed
+    assert "divergence of its probabilities from the teacher's, in nats; 0 is equal" in printed
     assert "0.328-0.366" in printed and "95 % interval over the 1,500 held-out rows" in printed
 
 

@@ -66,7 +66,7 @@ def test_check_chats(capsys: pytest.CaptureFixture[str]) -> None:
         r"train: \d+ assistant turns, each ends with a trained <\|im_end\|>",
         r"tokens per row, uncut \(limit 512\): \d+ to \d+, median \d+, 95 % up to \d+",
         r"2 steps,  1 epoch,  .* tokens,  \d+ of them trained",
-        r"chats.jsonl:\d+  \(trained between \{\+ and \+\}\)",
+        r"chats.jsonl:\d+  \(trained text is marked \{\+ \+\}\)",
         r"  \{\+answer \d+<\|im_end\|>\+\}",
         r"ready to train",
     ):
@@ -171,7 +171,7 @@ def test_check_file_that_is_no_template(template: bytes, says: str, capsys: pyte
     [
         ("eval.best=nope", 2, "'nope' is not among this run's metrics"),
         ("adapter.targets=[nope]", 2, "nope"),
-        ("eval.choices=[a, b, a]", 2, "the same one stands there twice"),
+        ("eval.choices=[a, b, a]", 2, "contains 'a' twice"),
         ("data.template={user: hi, assistant: '{messages:5d}'}", 2, "the template cannot be filled"),
         ("data.columns={messages: nope}", 3, "no column 'nope'"),
     ],
@@ -186,7 +186,7 @@ def test_check_what_training_would_refuse(
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        ({"from": "human", "value": "hi"}, "ShareGPT's form: rename from to role"),
+        ({"from": "human", "value": "hi"}, "the ShareGPT format: rename from to role"),
         ({"role": "assistant", "content": None}, "expected a list of messages with role and content"),
         ({"role": "user"}, "expected a list of messages with role and content"),
     ],
@@ -202,7 +202,7 @@ def test_check_roles_of_others_are_named(capsys: pytest.CaptureFixture[str]) -> 
     Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     code, out, _ = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
     assert code == 3
-    assert "turns are written by 'human', 'gpt', and what the model learns by 'assistant'" in " ".join(out.split())
+    assert "the roles are 'human', 'gpt', and only 'assistant' turns are trained" in " ".join(out.split())
 
 
 def test_a_run_folder_is_checked_by_its_lock_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ Case = tuple[str, str, dict[str, Any], dict[str, Any], list[str], int, list[str]
 CASES: dict[str, Case] = {
     "another tokenizer": (
         "distill", "causal_lm", {"teacher": "reversed"}, {}, [], 2,
-        [TEACHER, "the student's tokenizer is not the teacher's", "The quick brown fox", "cross_tokenizer: uld"],
+        [TEACHER, "student and teacher have different tokenizers", "The quick brown fox", "cross_tokenizer: uld"],
     ),
     "a token that the teacher has not": (
         "distill", "causal_lm", {"teacher": "lm"},
@@ -187,7 +187,7 @@ CASES: dict[str, Case] = {
     ),
     "no section": ("distill", "seq_cls", {}, {}, [], 2, ["no section distill", "peftlab train"]),
     "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run: peftlab distill"]),
-    "no teacher": ("distill", "seq_cls", {"hard_weight": 0.1}, {}, [], 2, ["names no teacher: give teacher"]),
+    "no teacher": ("distill", "seq_cls", {"hard_weight": 0.1}, {}, [], 2, ["has no teacher: set teacher"]),
     "temperature 0": (
         "distill", "seq_cls", {"teacher": "classifier", "temperature": 0}, {}, [], 2,
         ["line", "distill.temperature: expected a number above 0 and of at most 1000, found 0"],
@@ -218,7 +218,7 @@ CASES: dict[str, Case] = {
     ),
     "a row of no teacher": (
         "distill", "seq_cls", routed(rows={"text": ["red 1"]}), {}, [], 3,
-        ["distill.teachers` (r.yaml:", "data.csv:", "no teacher takes this row, nor"],
+        ["distill.teachers` (r.yaml:", "data.csv:", "no teacher for this row and"],
     ),
     "rows of no column": (
         "distill", "seq_cls", routed(rows={"labl": "x"}), {}, [], 3,
@@ -260,11 +260,11 @@ CASES: dict[str, Case] = {
     "teach without a cache": ("teach", "causal_lm", {"teacher": "lm"}, {}, [], 2, ["distill.cache", "such as caches/mine"]),
     "a cache that is a file": (
         "distill", "causal_lm", {"teacher": "lm", "cache": "data.csv"}, {}, [], 2,
-        ["distill.cache` (r.yaml:", "data.csv cannot hold a cache"],
+        ["distill.cache` (r.yaml:", "data.csv is a file, not a folder"],
     ),
     "check: a cache that is a file": (
         "check", "causal_lm", {"teacher": "lm", "cache": "data.csv"}, {}, [], 2,
-        ["distill.cache` (r.yaml:", "data.csv cannot hold a cache"],
+        ["distill.cache` (r.yaml:", "data.csv is a file, not a folder"],
     ),
     "check: a cache that is a model": (
         "check", "causal_lm", {"teacher": "lm", "cache": "classifier"}, {}, [], 2,
@@ -317,10 +317,10 @@ CASES: dict[str, Case] = {
     ),
     "override: a teacher beside teachers": (
         "distill", "seq_cls", routed(), {}, ["distill.teacher=classifier"], 2,
-        ["command line", "distill.teacher: there are teachers as well", "`distill.teachers=[]`"],
+        ["command line", "distill.teacher: set either teacher or teachers", "`distill.teachers=[]`"],
     ),
     "override: none left": (
-        "distill", "seq_cls", {"teacher": "classifier"}, {}, ["distill.teacher="], 2, ["names no teacher"],
+        "distill", "seq_cls", {"teacher": "classifier"}, {}, ["distill.teacher="], 2, ["has no teacher"],
     ),
 }  # fmt: skip
 
@@ -462,7 +462,7 @@ def test_a_cache_that_was_cut_off_goes_on(here: Path, capsys: pytest.CaptureFixt
     assert cli(["check", recipe]) == 0
     assert "cache: cache, not complete" in capsys.readouterr().out
     assert cli(["distill", recipe]) == 0
-    assert "22 of 22 examples are there already" in capsys.readouterr().err
+    assert "22 of 22 examples are already stored" in capsys.readouterr().err
     assert (here / "cache/train-00000.bin").stat().st_mtime_ns == written
     assert (here / "cache/manifest.json").is_file() and (here / "mine/student/config.json").is_file()
 
@@ -563,7 +563,7 @@ def test_what_the_recipe_reads_is_not_replaced(
 ) -> None:
     """The fault: --replace removed the run folder, and the teacher with it, before the teacher was loaded."""
     recipe, before = write(here, "causal_lm", distill=distill, run={"dir": "run"}), files(here)
-    parts = [f"{key}` (r.yaml:", f"{name} lies in the run folder run, which --replace removes"]
+    parts = [f"{key}` (r.yaml:", f"{name} is in the run folder run, which --replace overwrites"]
     assert_told(capsys, cli(["distill", recipe, "--replace"]), 2, parts)
     assert files(here) == before
 

@@ -113,10 +113,14 @@ def test_what_is_found_is_what_the_syntax_tree_has() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; there are sklearn:digits and docstrings:"),
-        ("docstrings:numpyy", {}, "no installed package 'numpyy' to take docstrings from .*; did you mean 'numpy'"),
-        ("docstrings:", {}, "no installed package ''"),
-        ("docstrings:os.path", {}, "no installed package 'os.path'"),
+        ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; expected sklearn:digits or docstrings:"),
+        (
+            "docstrings:numpyy",
+            {},
+            "package 'numpyy' is not installed, so it has no docstrings .*; did you mean 'numpy'",
+        ),
+        ("docstrings:", {}, "package '' is not installed"),
+        ("docstrings:os.path", {}, "package 'os.path' is not installed"),
         ("sklearn:digits", {"format": "csv"}, "has no effect on the built-in data"),
         ("sklearn:digits", {"encoding": "latin-1"}, "has no effect on the built-in data"),
         ("sklearn:digits#2000", {}, "asks for 2000 rows, but there are only 1797"),

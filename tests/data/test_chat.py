@@ -136,7 +136,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
 
 def test_a_template_that_raises_names_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = REFUSING
-    with pytest.raises(DataError, match=r"a\.jsonl:9: the chat template refused .*only user turns"):
+    with pytest.raises(DataError, match=r"a\.jsonl:9: the chat template rejects .*only user turns"):
         formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "a.jsonl:9")
 
 

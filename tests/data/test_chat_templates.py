@@ -294,7 +294,7 @@ def test_tool_messages_are_not_trained(make: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
 def test_a_system_turn_that_the_template_refuses(make: Callable[[str], Any], name: str) -> None:
-    with pytest.raises(DataError, match=r"record 1: the chat template refused"):
+    with pytest.raises(DataError, match=r"record 1: the chat template rejects"):
         trained(make(name), DIALOG)
 
 

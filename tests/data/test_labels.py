@@ -66,7 +66,7 @@ def test_value_that_label_names_lacks() -> None:
     with pytest.raises(DataError) as info:
         read_labels(rows_of(["pos", "negg"]), "label", label_names={"pos": "+", "neg": "-"})
     assert str(info.value) == (
-        "a.csv:3: the column 'label' holds 'negg', which data.label_names lacks; it has 'pos', 'neg'; "
+        "a.csv:3: the column 'label' contains 'negg', which is missing in data.label_names; it has 'pos', 'neg'; "
         "did you mean 'neg'?"
     )
     assert info.value.key == "data.label_names"

@@ -182,7 +182,7 @@ def test_padding_that_masks_the_end_of_text(tokenizer: Any, monkeypatch: pytest.
     masked(monkeypatch, tokenizer.pad_token_id)
     ledger = encode(tokenizer, rows).ledger
     assert kinds(ledger) == ["pad_is_eos", "untrained_terminator"]
-    with pytest.raises(DataError, match=r"1 of them inside assistant turns are not trained, as if they were padding"):
+    with pytest.raises(DataError, match=r"1 of them inside assistant turns are masked as padding"):
         require(ledger, allow=["untrained_terminator"])
     require(ledger, allow=["untrained_terminator", "pad_is_eos"])
 
@@ -235,7 +235,7 @@ def test_a_template_that_does_not_write_what_was_said(tokenizer: Any, written: s
     )
     ledger = encode(tokenizer, [turns("question", "the answer"), turns("question", "")]).ledger
     assert kinds(ledger) == ["wrong_mask"]
-    with pytest.raises(DataError, match=r"data, record 1: in 1 of 2 assistant turns the trained tokens do not hold"):
+    with pytest.raises(DataError, match=r"data, record 1: in 1 of 2 assistant turns the trained tokens do not contain"):
         require(ledger)
     require(ledger, allow=["wrong_mask"])
 

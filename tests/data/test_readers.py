@@ -84,7 +84,7 @@ def test_column_names_make_the_first_line_data(tmp_path: Path) -> None:
         "data.column_names",
     )
     message, key = error(tmp_path, "a.jsonl", "{}", column_names=["text"])
-    assert message == "a.jsonl is read as jsonl; column names can be given for csv and tsv only"
+    assert message == "a.jsonl is read as jsonl; column names apply to csv and tsv only"
     assert key == "data.column_names"
 
 
@@ -162,7 +162,7 @@ def test_jsonl_round_trip(records: list[dict[str, Any]], ascii_only: bool) -> No
         ('{"a": 1}\n{"a": }\n', "a.jsonl:2: broken JSON at column 7: Expecting value"),
         ('{"a": 1}\n\n[1]\n', "a.jsonl:3: expected an object, found list"),
         ('{"a": "\\ud83d"}\n', "a.jsonl:1: \\ud83d is half of a surrogate pair, not a character"),
-        ("[" * 100_000, "a.jsonl:1: JSON that cannot be read: "),
+        ("[" * 100_000, "a.jsonl:1: cannot read this JSON: "),
         ("\n", "a.jsonl has no rows"),
         ("{}\n{}\n", "a.jsonl has no columns: its records are empty"),
     ],
@@ -279,7 +279,7 @@ def test_utf_16_is_recognized(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["utf-9", "hex", "rot13", "undefined", "a\0b", ""])
 def test_unknown_encoding(tmp_path: Path, name: str) -> None:
     message, key = error(tmp_path, "a.csv", "a\n1\n", encoding=name)
-    assert message.startswith(f"unknown text encoding {name!r}; known are for example utf-8")
+    assert message.startswith(f"unknown text encoding {name!r}; examples are utf-8")
     assert key == "data.encoding"
 
 

@@ -58,7 +58,7 @@ def test_a_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
 
 def test_a_missing_split(hub: list[tuple[Any, ...]]) -> None:
     message, key = error("owner/name:dev", key="data.eval")
-    assert "looked up as hub data set 'owner/name', split 'dev'; ValueError: " in message
+    assert "looked for hub data set 'owner/name', split 'dev'; ValueError: " in message
     assert 'Unknown split "dev"' in message
     assert key == "data.eval"
 
@@ -91,7 +91,7 @@ def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         message, key = error("owner/name")
         assert time.monotonic() - start < 5
     assert message.startswith(
-        "'owner/name' is no local file or folder, so it was looked up as hub data set 'owner/name', split 'train'; "
+        "'owner/name' is not a local file or folder; looked for hub data set 'owner/name', split 'train'; "
         f"{endpoint} cannot be reached ("
     )
     assert "files, folders and package:IMPORT_NAME/PATH work without network" in message
@@ -116,4 +116,4 @@ def test_offline_mode_is_named(process: Any, tmp_path: Path) -> None:
     result = process.run(
         ["-c", program], cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=60, check=True
     )
-    assert "HF_HUB_OFFLINE=1 allows only what was loaded before; files, folders and package:" in result.stdout
+    assert "HF_HUB_OFFLINE=1 allows only cached data sets; files, folders and package:" in result.stdout

@@ -131,7 +131,7 @@ def test_is_the_same_under_any_hash_seed() -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_rows(count: int) -> None:
-    with pytest.raises(DataError, match=rf"^a.csv has {count} row\(s\), too few to hold a part out; give data.eval$"):
+    with pytest.raises(DataError, match=rf"^a.csv has {count} row\(s\), too few to hold some out; set data.eval$"):
         split_rows(rows_of(count))
 
 

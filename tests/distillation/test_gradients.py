@@ -128,7 +128,7 @@ def test_a_weight_that_leaves_noise() -> None:
     student, teacher, targets = models(noise=0.1)
     found = gradient_report(student, teacher, targets, hard_weight=0.9)
     (warning,) = found.warnings
-    assert f"the teacher's term is {found.weighted_ratio:.3g} of the labels' with hard_weight 0.9" in warning
+    assert f"the teacher's term is {found.weighted_ratio:.3g} of the labels' term with hard_weight 0.9" in warning
 
 
 def test_renormalized_classes_of_a_good_student() -> None:
@@ -136,7 +136,7 @@ def test_renormalized_classes_of_a_good_student() -> None:
     found = gradient_report(student, teacher, targets, k=12, tail="renormalized")
     (warning,) = found.warnings
     assert found.angle_deg is not None and found.angle_deg > 15
-    assert f"12 classes per token (renormalized) give a gradient {found.angle_deg:.0f} degrees off" in warning
+    assert f"12 classes per token (renormalized) give a gradient {found.angle_deg:.0f} degrees away" in warning
     assert "use tail: bucket" in warning
     bucket = gradient_report(student, teacher, targets, k=12)
     assert bucket.angle_deg is not None and bucket.angle_deg < 0.7 * found.angle_deg
@@ -152,7 +152,7 @@ def test_a_perfect_student() -> None:
         found = gradient_report(student, teacher, targets, k=3, temperature=2.0, hard_weight=0.5)
         assert found.kd_norm == 0 and found.angle_deg is None
         assert found.warnings == [
-            "the teacher's term has no gradient: the student already gives the teacher's probabilities"
+            "the teacher's term has no gradient: the student already has the teacher's probabilities"
         ]
 
 

@@ -476,9 +476,9 @@ def test_settings_out_of_range(choice: dict[str, Any], found: str) -> None:
 
 def test_stored_classes_give_forward_kl_only() -> None:
     target = SparseTarget.from_logits(torch.randn(2, V), 3)
-    with pytest.raises(RecipeError, match="forward_kl only, found jsd"):
+    with pytest.raises(RecipeError, match="only support forward_kl, found jsd"):
         Objective(kind="jsd").loss_sum(torch.randn(2, V), None, target)
-    with pytest.raises(RecipeError, match="stored at temperature 1 and the loss asks for 2"):
+    with pytest.raises(RecipeError, match="stored at temperature 1, but the loss needs 2"):
         Objective(temperature=2.0).loss_sum(torch.randn(2, V), None, target)
 
 

@@ -223,7 +223,7 @@ def test_another_temperature_is_an_error() -> None:
     """The bug of a temperature applied to the log-probabilities of some classes, which were normalised at another."""
     student, teacher = logits(3, 9)
     target = SparseTarget.from_logits(teacher, 4, temperature=1.0)
-    with pytest.raises(RecipeError, match="stored at temperature 1 and the loss asks for 2"):
+    with pytest.raises(RecipeError, match="stored at temperature 1, but the loss needs 2"):
         sparse_divergence(student, target, temperature=2.0)
     again = (target.probs.log() / 2.0).exp()
     true = SparseTarget.from_logits(teacher, 4, temperature=2.0).probs

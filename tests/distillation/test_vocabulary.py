@@ -41,7 +41,7 @@ def test_bug_equal_width_and_different_ids() -> None:
     with pytest.raises(RecipeError) as error:
         require_same(student, teacher)
     message = str(error.value)
-    assert repr(PROBES[0]) in message and "44 ids] to the teacher" in message and "cross_tokenizer: uld" in message
+    assert repr(PROBES[0]) in message and "44 ids] for the teacher" in message and "cross_tokenizer: uld" in message
     first = student(PROBES[0], add_special_tokens=False)["input_ids"][:3]
     assert str(first)[:-1] in message
 
@@ -65,20 +65,20 @@ def test_a_cache_of_another_tokenizer_has_another_fingerprint() -> None:
 def test_each_kind_of_text_is_probed(merges: tuple[tuple[str, str], ...]) -> None:
     """Digits, runs of blanks, accents, emoji, CJK: one merge more in one of them is found, and its probe named."""
     found = compare(byte_level(), byte_level(merges=merges))
-    assert not found.same and found.difference is not None and " to the student and " in found.difference
+    assert not found.same and found.difference is not None and " for the student and " in found.difference
 
 
 def test_a_special_token_that_one_has_alone_is_no_difference() -> None:
     student = byte_level(special=("<pad>", "<eos>", "<|chat|>"))
     found = require_same(student, byte_level())
     assert found.num_shared_ids == 258
-    assert found.notes == ("special tokens of the student alone: <|chat|> (258)",)
-    assert compare(byte_level(), student).notes == ("special tokens of the teacher alone: <|chat|> (258)",)
+    assert found.notes == ("special tokens that only the student has: <|chat|> (258)",)
+    assert compare(byte_level(), student).notes == ("special tokens that only the teacher has: <|chat|> (258)",)
 
 
 def test_special_tokens_that_contradict_each_other() -> None:
     both = [byte_level(special=("<pad>", "<eos>", *extra)) for extra in (("<a>", "<b>"), ("<b>", "<a>"))]
-    with pytest.raises(RecipeError, match="'<a>' is \\[258\\] to the student and \\[259\\] to the teacher"):
+    with pytest.raises(RecipeError, match="'<a>' is \\[258\\] for the student and \\[259\\] for the teacher"):
         require_same(*both)
     one, other = (byte_level(special=("<pad>", "<eos>", extra)) for extra in ("<x>", "<y>"))
     with pytest.raises(RecipeError, match="id 258 is the special token '<x>' of the student and '<y>' of the other"):
@@ -86,7 +86,7 @@ def test_special_tokens_that_contradict_each_other() -> None:
 
 
 def test_real_tokenizers_differ(tokenizer_of: Callable[[str], Any]) -> None:
-    with pytest.raises(RecipeError, match="is not the teacher's: 'The quick brown fox"):
+    with pytest.raises(RecipeError, match="different tokenizers: 'The quick brown fox"):
         require_same(tokenizer_of("tiny:llama"), byte_level())
 
 
@@ -103,7 +103,7 @@ def test_padded_columns_are_cut_and_said() -> None:
 
 @pytest.mark.parametrize(("widths", "who"), [((99, 120), "student"), ((120, 99), "teacher")])
 def test_fewer_columns_than_ids(widths: tuple[int, int], who: str) -> None:
-    with pytest.raises(RecipeError, match=f"the {who}'s logits have 99 columns and its tokenizer 100 ids"):
+    with pytest.raises(RecipeError, match=f"the {who}'s logits have 99 columns but its tokenizer has 100 ids"):
         shared_width(Comparison(100, None), *widths)
 
 

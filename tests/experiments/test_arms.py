@@ -254,7 +254,7 @@ def test_a_mistake_does_not_cost_the_earlier_run(here: Path) -> None:
         with pytest.raises(PeftlabError):
             distill(document, [wrong], replace=True, progress=SilentProgress())
         assert contents(here / "run") == before
-    with pytest.raises(RecipeError, match="holds another run"):
+    with pytest.raises(RecipeError, match="contains another run"):
         distill(document, progress=SilentProgress())
 
 

@@ -205,7 +205,7 @@ def test_layers_are_compared_beside_the_answers(tmp_path: Path) -> None:
     ("distilling", "said"),
     [
         ({"losses": [{"kind": "forward_kl", "layers": {0: 1}}]}, "layers: has no effect for kind: forward_kl"),
-        ({"losses": [{"kind": "hidden_mse", "layers": {}}]}, "layers: names none; write {0: 1}"),
+        ({"losses": [{"kind": "hidden_mse", "layers": {}}]}, "layers: is empty; write {0: 1}"),
         (
             {"losses": [{"kind": "hidden_mse", "relation_heads": 2}]},
             "relation_heads: has no effect for kind: hidden_mse",

@@ -460,12 +460,15 @@ def test_a_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytes
     ("changes", "message"),
     [
         ({"distill": {"teacher": "strong"}}, "on_policy needs cache"),
-        ({"distill": {"teacher": "strong", "cache": "c", "hard_weight": 0.5}}, "what the student wrote is no label"),
+        (
+            {"distill": {"teacher": "strong", "cache": "c", "hard_weight": 0.5}},
+            "the student's own answers are not labels",
+        ),
         (
             {"distill": {"teacher": "strong", "cache": "c", "cross_tokenizer": "uld"}},
             "cross_tokenizer: uld takes one teacher",
         ),
-        ({"eval": {"choices": ["animal", "colour"]}}, "the student writes freely"),
+        ({"eval": {"choices": ["animal", "colour"]}}, "the student writes free text"),
         ({"train": {"batch_size": None, "batch_tokens": 99}}, "need train.max_steps"),
         ({"data": {"packing": True}}, "need train.max_steps"),
         ({"train": {"max_steps": 1}}, "2 phases need as many steps, found train.max_steps: 1"),

@@ -245,7 +245,7 @@ def test_unknown_names() -> None:
         with pytest.raises(RecipeError, match=message) as caught:
             resolve_model(name)
         assert caught.value.key == "model.name"
-    with pytest.raises(RecipeError, match="revision only belongs to a hub model"):
+    with pytest.raises(RecipeError, match="a revision needs a hub model"):
         resolve_model("shape:llama-3-8b", "main")
 
 

@@ -237,5 +237,5 @@ def test_what_is_no_choice_of_layers_is_refused(layers: list[int], expected: str
 
 
 def test_a_decoder_only_model_has_no_part() -> None:
-    with pytest.raises(RecipeError, match="so no encoder to name"):
+    with pytest.raises(RecipeError, match="has one stack of layers and no encoder"):
         cut_layers(_teacher("llama"), [0], part="encoder")

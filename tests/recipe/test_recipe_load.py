@@ -222,7 +222,7 @@ def test_an_override_may_drop_the_lock() -> None:
             "adapter.targets=[q",
             ["command line  adapter.targets: '[q' is not valid YAML; check its brackets and quotes"],
         ),
-        ("train.betas={a: 1, a: 2}", ["command line  train.betas.a: given twice"]),
+        ("train.betas={a: 1, a: 2}", ["command line  train.betas.a: duplicate key"]),
         ("=3", ["command line  =3: expected section.key=value, such as train.lr=1e-3"]),
     ],
 )
@@ -272,23 +272,26 @@ def test_text_that_is_no_recipe(write: Write, text: str, parts: list[str]) -> No
 def test_duplicate_keys_name_both_lines_beside_other_problems(write: Write) -> None:
     text = message(write(GOOD + "  lr: 2e-4\n  lrr: 3\ntrain: {}\n"))
     assert text.startswith("3 problems in recipe.yaml:\n")
-    assert "  line 10  train.lr: given twice, on line 9 and on line 10\n" in text
+    assert "  line 10  train.lr: duplicate key, on line 9 and on line 10\n" in text
     assert "  line 11  train.lrr: unknown key; did you mean `lr`?" in text
-    assert "  line 12  train: given twice, on line 8 and on line 12" in text
+    assert "  line 12  train: duplicate key, on line 8 and on line 12" in text
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("adapter: &a {rank: 4}\nrun: *a\n", "line 10  run: YAML aliases (*name) are not read; write the value out"),
+        (
+            "adapter: &a {rank: 4}\nrun: *a\n",
+            "line 10  run: YAML aliases (*name) are not supported; write the value out",
+        ),
         ("adapter: &a {rank: *a}\n", "line 10  adapter.rank: YAML aliases"),
         (
             "adapter: {rank: !!python/name:os.system x}\n",
-            "adapter.rank: the YAML tag !!python/name:os.system is not read",
+            "adapter.rank: the YAML tag !!python/name:os.system is not supported",
         ),
-        ("adapter: !mine {rank: 4}\n", "line 10  adapter: the YAML tag !mine is not read; write a plain value"),
+        ("adapter: !mine {rank: 4}\n", "line 10  adapter: the YAML tag !mine is not supported; write a plain value"),
         ("adapter: {rank: !!int four}\n", "line 10  adapter.rank: 'four' is not a number"),
-        ("adapter: {rank: !!bool 4}\n", "line 10  adapter.rank: the YAML tag !!bool is not read"),
+        ("adapter: {rank: !!bool 4}\n", "line 10  adapter.rank: the YAML tag !!bool is not supported"),
         ("adapter: {[a]: 4}\n", "line 10  adapter: a key must be a plain word"),
     ],
 )
@@ -393,10 +396,10 @@ def test_problems_of_a_dict_have_no_line() -> None:
             "expected a mapping with the keys text, prompt, completion, messages, label, image, found",
         ),
         ("data", {"bins": 5}, "data.bins: expected a section with the keys edges, names, found 5"),
-        ("data", {"template": {"prompt": "a"}}, "data.template: give either prompt and completion, or user and"),
-        ("train", {"epochs": 1, "max_steps": 2}, "train: give epochs or max_steps, not both"),
+        ("data", {"template": {"prompt": "a"}}, "data.template: set either prompt and completion, or user and"),
+        ("train", {"epochs": 1, "max_steps": 2}, "train: set epochs or max_steps, not both"),
         ("model", {"double_quant": False}, "model.double_quant: has no effect without quantize: nf4; remove it"),
-        ("run", {"merge": "dequantized"}, "run.merge: dequantized needs a quantized model; write run.merge: original"),
+        ("run", {"merge": "dequantized"}, "run.merge: dequantized needs a quantized model; set run.merge: original"),
         ("model", {"name": "x" * 200}, None),
         ("model", {"name": ["x" * 200]}, "found the list ['" + "x" * 55 + "..."),
     ],

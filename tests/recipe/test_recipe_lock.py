@@ -163,7 +163,7 @@ def test_check_names_what_changed_and_what_to_do(tmp_path: Path) -> None:
         check_lock(loaded, fingerprints=FINGERPRINTS | {"train data": "d" * 64})
     assert str(caught.value) == (
         "the train data has changed: cccccccccccc when the run was made, dddddddddddd now. To repeat the run, "
-        "restore the file it was made with; for a new run, add `lock=` to the command"
+        "restore the original data file; for a new run, add `lock=` to the command"
     )
     assert caught.value.exit_code == 5
     assert str(loaded.locate(caught.value)).startswith("`lock.fingerprints.train data` (recipe.lock.yaml:")

@@ -46,7 +46,7 @@ def test_an_unknown_name(shipped: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_text("sms-spm")
     assert str(caught.value) == (
-        "no shipped recipe is called `sms-spm`; did you mean `sms-spam`? `peftlab recipes` lists the shipped recipes"
+        "no shipped recipe named `sms-spm`; did you mean `sms-spam`? `peftlab recipes` lists the shipped recipes"
     )
 
 
@@ -64,15 +64,15 @@ def test_copy_never_overwrites(shipped: Path, tmp_path: Path) -> None:
     target = tmp_path / "sms-spam.yaml"
     target.write_text("mine", encoding="utf-8")
     for destination in (target, tmp_path):
-        with pytest.raises(RecipeError, match=r"sms-spam\.yaml exists already and is not overwritten"):
+        with pytest.raises(RecipeError, match=r"sms-spam\.yaml already exists and is not overwritten"):
             copy_recipe("sms-spam", destination)
     assert target.read_text(encoding="utf-8") == "mine"
 
 
 def test_copy_into_a_folder_that_is_missing(shipped: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"there is no folder .*nowhere; create it first"):
+    with pytest.raises(RecipeError, match=r"the folder .*nowhere does not exist; create it first"):
         copy_recipe("sms-spam", tmp_path / "nowhere" / "a.yaml")
-    with pytest.raises(RecipeError, match="there is no such folder; create it first"):
+    with pytest.raises(RecipeError, match="no such folder; create it first"):
         copy_recipe("sms-spam", f"{tmp_path}/nowhere/")
     with pytest.raises(RecipeError, match="Not a directory"):
         copy_recipe("sms-spam", shipped / "chat.yaml" / "a.yaml")

@@ -402,7 +402,9 @@ def test_nested_choices_end_with_the_token_that_was_trained(tokenizer: Any, tiny
 def test_a_completion_that_is_no_choice(tokenizer: Any) -> None:
     rows = rows_of([{"q": "1", "a": "ham"}, {"q": "2", "a": "hams"}])
     task = make(tokenizer, rows, template=CHAT, choices=["ham", "spam"])
-    with pytest.raises(DataError, match=r"a\.csv:3: the completion 'hams' is none of eval.choices: 'ham', 'spam'") as e:
+    with pytest.raises(
+        DataError, match=r"a\.csv:3: the completion 'hams' is not one of eval.choices: 'ham', 'spam'"
+    ) as e:
         encode(task, rows)
     assert e.value.key == "eval.choices"
 

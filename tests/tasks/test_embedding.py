@@ -141,7 +141,7 @@ def test_pooling_is_read_and_written(tmp_path: Path, config: dict[str, Any], poo
 
 def test_files_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path / "dense", {"pooling_mode": "mean"}, extra="Dense")
-    with pytest.raises(RecipeError, match="ends in a module 'Dense'"):
+    with pytest.raises(RecipeError, match="ends with a module 'Dense'"):
         sentence_files(find_pretrained(str(folder)))
     folder = sentence_folder(tmp_path / "damaged", {"pooling_mode": "mean"})
     (folder / "modules.json").write_text("[")

@@ -175,7 +175,7 @@ def test_a_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.Monk
     progress = SilentProgress()
     progress.note = notes.append  # type: ignore[method-assign]
     teach(document, progress=progress)
-    assert notes[-1] == "cache has them all already"
+    assert notes[-1] == "cache is already complete"
 
 
 def test_a_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

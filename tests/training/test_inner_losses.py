@@ -244,7 +244,7 @@ def test_layers_that_cannot_be_compared(tiny: Any) -> None:
     (term,) = plan_inner_losses([("relation_kl", 0.5, None, None)], model, other)
     assert term == InnerTerm("relation_kl", 0.5, ((1, 1),))
     model.config._attn_implementation = "eager"
-    expected = pytest.raises(RecipeError, match=r"expected sdpa attention to compare what it looks at, found 'eager'")
+    expected = pytest.raises(RecipeError, match=r"attention losses need sdpa attention, found 'eager'")
     with expected, recording(model, attention=[0]):
         pass
     model.config._attn_implementation = "sdpa"

@@ -130,8 +130,8 @@ def test_parity_processor_without_the_units_opens_such_a_run(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"run": {"kernels": "cpu-int8"}}, "cpu-int8 multiplies weights stored in int8; write model.quantize: int8"),
-        ({"run": {"kernels": "cpu-bf16"}, "adapter": {"dora": True}}, "DoRA does not run fused; write auto"),
+        ({"run": {"kernels": "cpu-int8"}}, "cpu-int8 multiplies weights stored in int8; set model.quantize: int8"),
+        ({"run": {"kernels": "cpu-bf16"}, "adapter": {"dora": True}}, "DoRA does not run fused; set auto"),
         ({"run": {"kernels": "cpu-bf16"}, "model": {"dtype": "bfloat16"}}, "is for float32; leave train.precision"),
     ],
 )
@@ -142,7 +142,7 @@ def test_parity_where_rounded_operands_make_no_sense(here: Path, changes: dict[s
 
 def test_parity_full_fine_tuning_has_nothing_to_round(here: Path) -> None:
     whole = recipe(run={"kernels": "cpu-bf16"}) | {"adapter": {"method": "none"}}
-    with pytest.raises(RecipeError, match="without an adapter none is frozen; write auto"):
+    with pytest.raises(RecipeError, match="without an adapter no weight is frozen; set auto"):
         peftlab.train(whole, progress=SilentProgress())
 
 

@@ -1,6 +1,6 @@
-"""The teacher cache: soft targets captured once, on disk, checked, for as many distillations as one likes.
+"""The teacher cache: soft targets, captured once on disk, checked, and reused by any number of distillations.
 
-The caller runs the teacher: ``Fill.target`` makes the target of an example, ``CacheWriter`` stores it, ``open_cache`` reads.
+The caller runs the teacher: ``Fill.target`` makes the target of an example, ``CacheWriter`` stores it, ``open_cache`` reads it.
 """
 
 from peftlab.distillation.cache.fill import Fill

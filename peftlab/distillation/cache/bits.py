@@ -1,4 +1,4 @@
-"""Integers of any width up to 32 bits, one after the other without gaps."""
+"""Packs integers of any width up to 32 bits without gaps."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _GROUP, _WORD, _WORDS = 8, 64, 4
 
 
 def width_for(largest: int) -> int:
-    """Bits that 0 to ``largest`` need; 0 for a value that is always 0. Raises: ValueError beyond 32 bits."""
+    """The number of bits for 0 to ``largest``; 0 for a value that is always 0. Raises: ValueError beyond 32 bits."""
     if not 0 <= largest < 2**32:
         raise ValueError(f"expected values from 0 to 2^32 - 1, found {largest}")
     return largest.bit_length()
 
 
 def packed_bytes(count: int, width: int) -> int:
-    """Bytes that ``pack`` gives for ``count`` values."""
+    """The number of bytes that ``pack`` returns for ``count`` values."""
     return (count * width + 7) // 8
 
 
 def pack(values: NDArray[np.integer], width: int) -> bytes:
-    """``values`` in row order, ``width`` bits each, lowest bit first; the last byte is filled up with zeros.
+    """``values`` in row order, ``width`` bits each, lowest bit first; the last byte is padded with zeros.
 
     At width 8, 16 and 32 these are the bytes of little-endian unsigned integers.
     Args: values: of any shape, from 0 to 2^width - 1. Raises: ValueError for a value out of range.
@@ -44,7 +44,7 @@ def pack(values: NDArray[np.integer], width: int) -> bytes:
 
 
 def unpack(data: bytes | memoryview, count: int, width: int) -> NDArray[np.int64]:
-    """[count] the values that were packed. Raises: ValueError when ``data`` has another length than they need."""
+    """[count] the packed values. Raises: ValueError if ``data`` does not have the length for them."""
     if len(data) != packed_bytes(count, width):
         raise ValueError(f"expected {packed_bytes(count, width)} bytes of {count} values, found {len(data)}")
     groups = -(-count // _GROUP)
@@ -62,5 +62,5 @@ def unpack(data: bytes | memoryview, count: int, width: int) -> NDArray[np.int64
 
 
 def _places(width: int) -> Iterator[tuple[int, int, int]]:
-    """Number of a value in its group, the word and the bit of it where the value begins."""
+    """For each value in a group: its number, and the word and bit where it begins."""
     return ((i, i * width // _WORD, i * width % _WORD) for i in range(_GROUP))

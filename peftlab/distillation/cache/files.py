@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the lock of a folder that is being written."""
+"""Atomic writes, and the lock of a folder being written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from peftlab.errors import ArtifactError, RecipeError
 
 LOCK = ".lock"
-REMEDY = "restore the file, or run `peftlab teach --replace` to write the cache anew"
+REMEDY = "restore the file, or overwrite the cache with `peftlab teach --replace`"
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Writes ``path`` so that a crash at any moment leaves the old file or the new one. Raises: OSError."""
+    """Writes ``path`` atomically: a crash leaves the old file or the new one. Raises: OSError."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as stream:
         stream.write(data)
@@ -26,7 +26,7 @@ def publish(path: Path, data: bytes) -> None:
 
 
 def rename(partial: Path, path: Path) -> None:
-    """Gives a file that is on the disk its name, and waits until the name is there too."""
+    """Renames a file that is on the disk, and waits until the new name is on the disk too."""
     os.replace(partial, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -36,7 +36,7 @@ def rename(partial: Path, path: Path) -> None:
 
 
 def write_at(file: int, data: bytes, offset: int) -> None:
-    """Writes all of ``data`` at ``offset``; a write that failed may simply be repeated. Raises: OSError."""
+    """Writes all of ``data`` at ``offset``; a failed write can be repeated. Raises: OSError."""
     rest = memoryview(data)
     while rest:
         written = os.pwrite(file, rest, offset)
@@ -50,26 +50,26 @@ def sha256(path: Path) -> str:
 
 
 def damaged(path: Path, how: str) -> ArtifactError:
-    """The error of a file of a cache that is not as it was written."""
+    """The error for a damaged file of a cache."""
     return ArtifactError(f"teacher cache {path.parent} is damaged: {path.name} {how}; {REMEDY}")
 
 
 def check_file(path: Path, *, num_bytes: int, digest: str | None = None) -> None:
-    """Raises: ArtifactError unless ``path`` has the length and, where given, the sha256 that were recorded."""
+    """Raises: ArtifactError unless ``path`` has the recorded length and, if given, the recorded sha256."""
     if not path.is_file():
         raise damaged(path, "is missing")
-    if (found := path.stat().st_size) != num_bytes:
-        raise damaged(path, f"has {found:,} bytes, expected {num_bytes:,}")
+    if (size := path.stat().st_size) != num_bytes:
+        raise damaged(path, f"has {size:,} bytes, expected {num_bytes:,}")
     if digest is not None and sha256(path) != digest:
         raise damaged(path, "does not have its recorded hash")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within it no other process writes ``folder``. The kernel holds the lock and ends it with the process, however that
-    ends; the process id in the file is for the message.
+    """Locks ``folder`` against writes by other processes. The kernel releases the lock when the process ends in any way; the
+    process id in the file is for the message.
 
-    Raises: RecipeError when another process has it.
+    Raises: RecipeError if another process holds the lock.
     """
     path = folder / LOCK
     file = _lock(path)
@@ -91,10 +91,9 @@ def _lock(path: Path) -> int:
             owner = os.pread(file, 32, 0).decode(errors="replace") or "unknown"
             os.close(file)
             raise RecipeError(
-                f"expected {path.parent} free to write, found that process {owner} is writing the cache there: wait for it to "
-                "end, or choose another folder"
+                f"process {owner} is already writing a cache to {path.parent}: wait for it to end, or choose another folder"
             ) from None
-        # Its holder may have removed the file between our open and our lock: then others lock another one.
+        # The holder may have removed the file between our open and our lock: others would then lock a new file.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file).st_ino:
                 return file

@@ -1,4 +1,4 @@
-"""Bytes of hidden states: bfloat16, float32, or int8 with one bfloat16 scale for 32 neighbours of a row."""
+"""Encodes hidden states as bfloat16, float32, or int8 with one bfloat16 scale for 32 neighbours of a row."""
 
 # Shapes: P positions, H width, G groups of a row.
 
@@ -27,7 +27,7 @@ def encode_hidden(hidden: Tensor, fill: Fill) -> bytes:
 
 
 def decode_hidden(data: memoryview, num_positions: int, fill: Fill) -> Tensor:
-    """[P, H] hidden states: bfloat16 to the bit where they were stored so, else float32."""
+    """[P, H] hidden states: bit-identical bfloat16 if stored so, else float32."""
     assert fill.hidden_size is not None
     shape = (num_positions, fill.hidden_size)
     if fill.hidden == "float32":
@@ -42,12 +42,12 @@ def decode_hidden(data: memoryview, num_positions: int, fill: Fill) -> Tensor:
 
 
 def _grouped(rows: Tensor) -> Tensor:
-    """[P, G, 32] of [P, H], the last group filled up with zeros."""
+    """[P, G, 32] from [P, H], the last group padded with zeros."""
     groups = -(-rows.shape[1] // INT8_GROUP)
     return torch.nn.functional.pad(rows, (0, groups * INT8_GROUP - rows.shape[1])).view(len(rows), groups, INT8_GROUP)
 
 
 def _rounded_up(scales: Tensor) -> Tensor:
-    """The next bfloat16 from ``scales`` (float32, at least 0) on up: rounded down, the largest of a group would not fit."""
+    """``scales`` (float32, at least 0) rounded up to bfloat16: rounded down, the largest value of a group would not fit."""
     bits = scales.contiguous().view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)

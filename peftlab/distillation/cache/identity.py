@@ -1,4 +1,4 @@
-"""What a cache belongs to: the key of an example, and what differs between two captures, in words."""
+"""The identity of a cache: the key of an example, and the differences between two captures as text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Identity = Mapping[str, str | int | float | None]
 
 
 def example_key(ids: NDArray[np.integer], trained: NDArray[np.bool_] | None = None) -> int:
-    """64 bits that stand for an example: the first of blake2b over its ids and over which of them are trained.
+    """A 64-bit key of an example: the first bits of blake2b over its ids and its trained mask.
 
-    Args: ids: token ids, of any integer type and without padding. trained: bool, as long; None where the task has no such.
+    Args: ids: token ids, of any integer type, without padding. trained: bool, of the same length; None if the task has none.
     """
     digest = hashlib.blake2b(
         ids.astype("<i8").tobytes(), digest_size=8, person=b"plain" if trained is None else b"trained"
@@ -31,30 +31,30 @@ def example_key(ids: NDArray[np.integer], trained: NDArray[np.bool_] | None = No
 def differences(
     found: Mapping[str, Any], expected: Mapping[str, Any], reasons: Mapping[str, str] | None = None
 ) -> list[str]:
-    """One phrase for each key whose value differs or that only one side has; empty when all agree.
+    """One phrase for each key with different values or on one side only; empty if all are equal.
 
-    Args: reasons: what it means that a key differs, such as {"data": "made for other data"}.
+    Args: reasons: the meaning of a difference in a key, such as {"data": "made for other data"}.
     """
-    told = []
+    mismatches = []
     for key in dict.fromkeys([*expected, *found]):
         if key in found and key in expected and found[key] == expected[key]:
             continue
         reason = (reasons or {}).get(key, f"made with another {key.replace('_', ' ')}")
-        there, here = (_shown(side[key]) if key in side else "nothing" for side in (found, expected))
-        told.append(f"{reason}: {key} is {there} in the cache, {here} here")
-    return told
+        cached, current = (_shown(side[key]) if key in side else "nothing" for side in (found, expected))
+        mismatches.append(f"{reason}: {key} is {cached} in the cache, {current} here")
+    return mismatches
 
 
-def unfit(title: str, told: list[str]) -> ArtifactError:
-    """The error for a cache, complete or begun, that was made for something else."""
+def unfit(title: str, mismatches: list[str]) -> ArtifactError:
+    """The error for a complete or unfinished cache that was made for something else."""
     return ArtifactError(
-        f"{title}: {'; '.join(told)}. Go back to what it was made with, choose another folder, or make it anew with `peftlab "
+        f"{title}: {'; '.join(mismatches)}. Restore what it was made with, choose another folder, or overwrite it with `peftlab "
         "teach --replace`"
     )
 
 
 def _shown(value: object) -> str:
-    """The value; of a hash its beginning."""
+    """The value as text; a hash is shortened."""
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value):
         return f"{value[:8]}..."
     return repr(value)

@@ -22,19 +22,19 @@ from peftlab.errors import ArtifactError
 FORMAT, VERSION = "peftlab teacher cache", 1
 MANIFEST, CAPTURE, TENSORS = "manifest.json", "capture.json", "tensors.safetensors"
 SPLITS = ("train", "eval")
-# Everything a cache may leave in its folder, so that replacing one touches nothing else.
+# All files that a cache may have in its folder, so that overwriting a cache touches nothing else.
 OWN = re.compile(
     rf"((({'|'.join(SPLITS)})-\d{{5,}}\.(bin|index|journal))|tensors\.safetensors|capture\.json|manifest\.json)(\.partial)?"
 )
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
-    """Raises: OSError."""
+    """Writes ``document`` as JSON. Raises: OSError."""
     publish(path, json.dumps({"format": FORMAT, "version": VERSION, **document}, indent=1).encode())
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The document of ``path``; None when there is no such file. Raises: ArtifactError when it is no file of a cache."""
+    """The document in ``path``; None if the file is missing. Raises: ArtifactError if it does not belong to a cache."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def refuse_another(path: Path) -> None:
-    """Raises: ArtifactError when ``path`` is a readable file of something else than a cache."""
+    """Raises: ArtifactError if ``path`` is a readable file that does not belong to a cache."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -61,12 +61,12 @@ def refuse_another(path: Path) -> None:
 
 def _own(document: object, path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ArtifactError(f"expected {path} to be of a teacher cache, found another file; choose another folder")
+        raise ArtifactError(f"{path} does not belong to a teacher cache; choose another folder")
     return document
 
 
 def describe_split(num_examples: int, shards: list[Shard]) -> dict[str, Any]:
-    """A split's part of the manifest; bytes_per_position has all of its files in it, index included."""
+    """A split's part of the manifest; bytes_per_position covers all its files, including the index."""
     sizes = [(shard.num_bytes, shard.index.stat().st_size) for shard in shards]
     num_positions, num_bytes = sum(shard.num_positions for shard in shards), sum(a + b for a, b in sizes)
     return {
@@ -93,7 +93,7 @@ def describe_split(num_examples: int, shards: list[Shard]) -> dict[str, Any]:
 def describe(
     folder: Path, fill: Fill, identity: Mapping[str, Any], splits: dict[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of a cache whose files are all there."""
+    """The manifest of a cache with all its files."""
     tensors = folder / TENSORS
     return {
         "fill": fill.settings(),

@@ -1,4 +1,4 @@
-"""Reading a cache: checked when it is opened, then any examples in any order by memory map."""
+"""Reads a cache: checks it when opening, then reads any examples in any order through memory maps."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from peftlab.distillation.cache.shards import ROW, Shard, checksum, read_shard, 
 from peftlab.distillation.targets import SparseTarget
 from peftlab.errors import ArtifactError
 
-# Hashing takes about a second per GiB. Beyond this a cache is opened without: every record has its own checksum.
+# Hashing takes about a second per GiB. A larger cache is opened without it: every record has its own checksum.
 _HASHED_BYTES = 4 * 2**30
 # A map holds a file descriptor; a process may have 1,024.
 _OPEN_MAPS = 256
 
 
 class CachedSplit:
-    """The examples of one split, by their number in the order of the capture."""
+    """The examples of one split, numbered in the order of the capture."""
 
     def __init__(self, name: str, fill: Fill, shards: list[Shard]) -> None:
         self.name, self.fill = name, fill
@@ -45,15 +45,15 @@ class CachedSplit:
         return len(self._rows)
 
     def num_positions(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
-        """[n] positions that each of the examples has."""
+        """[n] number of positions of each example."""
         return self._rows["positions"][np.asarray(indices, dtype=np.int64)].astype(np.int64)
 
     def read(self, indices: Sequence[int] | NDArray[np.integer]) -> SparseTarget | Tensor:
-        """The targets of the examples' positions, one example after the other in the order of ``indices``.
+        """The targets of the examples' positions, concatenated in the order of ``indices``.
 
-        Returns: a SparseTarget, tail bucket for topk, else none; for hidden a tensor [N, H], bfloat16 where it was stored
-        so, else float32. On the CPU.
-        Raises: ArtifactError for a record that is damaged, IndexError for an example that is not there.
+        Returns: a SparseTarget, with tail bucket for topk, else none; for hidden a tensor [N, H], bfloat16 if stored so,
+        else float32. On the CPU.
+        Raises: ArtifactError for a damaged record, IndexError for a missing example.
         """
         decoded = [self._decoded(int(i)) for i in indices]
         hidden = [part for part in decoded if isinstance(part, Tensor)]
@@ -63,11 +63,11 @@ class CachedSplit:
         return torch.cat(hidden) if hidden else torch.empty(0, self.fill.hidden_size or 0, dtype=dtype)
 
     def check_keys(self, keys: NDArray[np.uint64]) -> None:
-        """Raises: ArtifactError unless ``keys``, ``example_key`` of each example, are those of the capture in its order."""
+        """Raises: ArtifactError unless ``keys``, ``example_key`` of each example, equal those of the capture, in order."""
         own = self._rows["key"]
         if len(keys) != len(own):
             raise ArtifactError(
-                f"the teacher cache holds {len(own):,} examples of {self.name}, the data has {len(keys):,}: it was made for "
+                f"the teacher cache has {len(own):,} examples of {self.name}, the data has {len(keys):,}: it was made for "
                 "other data; run `peftlab teach --replace`"
             )
         differ = np.flatnonzero(own != keys)
@@ -76,7 +76,7 @@ class CachedSplit:
         reason = (
             "they are in another order"
             if np.array_equal(np.sort(own), np.sort(keys))
-            else "the data, the template, the tokenizer or max_length is another one"
+            else "the data, the template, the tokenizer or max_length has changed"
         )
         raise ArtifactError(
             f"the teacher cache was made for other examples: {len(differ):,} of {len(own):,} of {self.name} differ, the first "
@@ -104,8 +104,8 @@ class CachedSplit:
 class TeacherCache:
     """A complete cache. ``open_cache`` makes it.
 
-    Attributes: fill: how the targets are stored. manifest: all of ``manifest.json``. extra: what the caller of
-    ``CacheWriter.finish`` gave.
+    Attributes: fill: how the targets are stored. manifest: all of ``manifest.json``. extra: the caller's values from
+    ``CacheWriter.finish``.
     """
 
     def __init__(self, folder: Path, document: dict[str, Any]) -> None:
@@ -119,11 +119,11 @@ class TeacherCache:
 
     @property
     def names(self) -> list[str]:
-        """The splits that are there, out of train and eval."""
+        """The splits in the cache: train, eval or both."""
         return list(self._splits)
 
     def split(self, name: str) -> CachedSplit:
-        """Raises: ArtifactError when the capture had no such split."""
+        """The split ``name``. Raises: ArtifactError if the capture had no such split."""
         if name not in self._splits:
             raise ArtifactError(
                 f"expected {name} in the teacher cache {self.folder}, found {', '.join(self._splits) or 'nothing'}: run "
@@ -132,7 +132,7 @@ class TeacherCache:
         return self._splits[name]
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """What ``CacheWriter.save_tensors`` was given. Raises: ArtifactError when nothing was, or the file is damaged."""
+        """The tensors from ``CacheWriter.save_tensors``. Raises: ArtifactError if there are none, or the file is damaged."""
         if self.manifest["tensors"] is None:
             raise ArtifactError(
                 f"expected the teacher's head in the cache {self.folder}, found none; run `peftlab teach --replace`"
@@ -141,7 +141,7 @@ class TeacherCache:
         return load_file(self.folder / manifest.TENSORS)
 
     def verify(self) -> None:
-        """Compares every file with its recorded hash. Raises: ArtifactError that names the first that differs."""
+        """Compares every file with its recorded hash. Raises: ArtifactError with the first that differs."""
         for entry in _shards(self.manifest):
             _check_shard(self.folder, entry, hashed=True)
         if self.manifest["tensors"] is not None:
@@ -159,20 +159,20 @@ def open_cache(
     fill: Fill | None = None,
     reasons: Mapping[str, str] | None = None,
 ) -> TeacherCache:
-    """The cache in ``folder``, its files checked: sizes always, hashes below 4 GiB.
+    """The cache in ``folder``, with its files checked: sizes always, hashes below 4 GiB.
 
-    Args: identity, fill: what it must have been made for; None asks for nothing. reasons: what a difference in a key of
-    the identity means, such as {"data": "made for other data"}.
-    Raises: ArtifactError when there is none, or it is not complete, damaged, or made for something else.
+    Args: identity, fill: what it must have been made for; None: anything. reasons: the meaning of a difference in a key of
+    the identity, such as {"data": "made for other data"}.
+    Raises: ArtifactError if the cache is missing, incomplete, damaged, or made for something else.
     """
     document = manifest.read(folder / manifest.MANIFEST)
     if document is None:
         raise ArtifactError(_absence(folder))
     try:
-        told = differences(document["fill"], fill.settings()) if fill else []
-        told += differences(document["identity"], identity, reasons) if identity is not None else []
-        if told:
-            raise unfit(f"the teacher cache {folder} is not for this", told)
+        mismatches = differences(document["fill"], fill.settings()) if fill else []
+        mismatches += differences(document["identity"], identity, reasons) if identity is not None else []
+        if mismatches:
+            raise unfit(f"the teacher cache {folder} does not match", mismatches)
         hashed = sum(split["bytes"] for split in document["splits"].values()) < _HASHED_BYTES
         for entry in _shards(document):
             _check_shard(folder, entry, hashed=hashed)
@@ -180,7 +180,7 @@ def open_cache(
             check_file(folder / entry["file"], num_bytes=entry["bytes"])
         return TeacherCache(folder, document)
     except (KeyError, TypeError, AttributeError) as error:
-        raise damaged(folder / manifest.MANIFEST, f"does not have the contents of one ({error!r})") from error
+        raise damaged(folder / manifest.MANIFEST, f"has invalid contents ({error!r})") from error
 
 
 def _shards(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -188,25 +188,25 @@ def _shards(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_shard(folder: Path, entry: Mapping[str, Any], *, hashed: bool) -> None:
-    """Raises: ArtifactError. The index is small and always hashed."""
+    """Checks the files of a shard; the index is small and always hashed. Raises: ArtifactError."""
     check_file(folder / entry["file"], num_bytes=entry["bytes"], digest=entry["sha256"] if hashed else None)
     check_file(folder / entry["index"], num_bytes=entry["index_bytes"], digest=entry["index_sha256"])
 
 
 def _absence(folder: Path) -> str:
-    """Why no complete cache is in ``folder``."""
+    """Why ``folder`` has no complete cache."""
     begun = manifest.read(folder / manifest.CAPTURE)
     if begun is None:
         return f"expected a teacher cache in {folder}, found none; run `peftlab teach` first"
-    told = [f"{_num_stored(folder, name):,} of {n:,} examples of {name}" for name, n in begun["splits"].items()]
+    stored = [f"{_num_stored(folder, name):,} of {n:,} examples of {name}" for name, n in begun["splits"].items()]
     return (
-        f"expected a complete teacher cache in {folder}, found {' and '.join(told) or 'no example'}; run `peftlab teach` "
-        "again to go on"
+        f"expected a complete teacher cache in {folder}, found {' and '.join(stored) or 'no example'}; run `peftlab teach` "
+        "again to resume"
     )
 
 
 def _num_stored(folder: Path, split: str) -> int:
-    """Examples of an unfinished cache: those of complete shards and those in the journal of the next."""
+    """The number of examples in an unfinished cache: in complete shards, and in the journal of the next."""
     stored, number = 0, 0
     while (path := shard_path(folder, split, number)).with_suffix(".index").is_file():
         stored, number = stored + len(read_shard(path).rows), number + 1

@@ -1,14 +1,14 @@
-"""The bytes of one example: its positions one after the other, part by part.
+"""The bytes of one example: all its positions, part by part.
 
 topk      ids of k classes, bit-packed | values of k classes and, where kept, of the rest
 sampled   number of different classes, bit-packed | their ids, bit-packed | their counts - 1, bit-packed
 mixed     as topk, then as sampled
 hidden    values [P, H] | for int8: scales [P, H / 32]
 
-Values are little-endian. A part begins at a whole byte. The number of positions stands in the index.
+Values are little-endian. A part begins at a whole byte. The number of positions is in the index.
 """
 
-# Shapes: P positions, k classes of the head, u different draws in all of the record.
+# Shapes: P positions, k classes of the head, u different draws in the whole record.
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _VALUES = {"float16": "<f2", "float32": "<f4"}
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """Stored classes of P positions, rows filled up as ``SparseTarget`` wants it: ids int64, probs float32, both [P, w]."""
+    """Stored classes of P positions, rows padded as in ``SparseTarget``: ids int64, probs float32, both [P, w]."""
 
     ids: NDArray[np.int64]
     probs: NDArray[np.float32]
 
 
 def encode(target: SparseTarget | Tensor, fill: Fill, *, where: str) -> bytes:
-    """The record of ``target``, which is as ``fill.target`` makes it.
+    """The record of ``target``, which comes from ``fill.target``.
 
-    Args: where: the example, for the message. Raises: VerificationError for values that are not finite; ValueError for a
-    target that is not of this fill.
+    Args: where: the example, for messages. Raises: VerificationError for non-finite values; ValueError for a target of
+    another fill.
     """
     if isinstance(target, Tensor) != (fill.kind == "hidden"):
         raise ValueError(f"expected a target of fill {fill.kind}, found {type(target).__name__}")
@@ -50,7 +50,7 @@ def encode(target: SparseTarget | Tensor, fill: Fill, *, where: str) -> bytes:
         rows = (~values.isfinite().all(-1)).nonzero()[:, 0]
         raise VerificationError(
             f"expected finite values of the teacher, found NaN or inf at {len(rows)} of {len(values)} positions of {where}, "
-            f"the first at position {int(rows[0])}: run the teacher in bfloat16 or float32, or leave this example out"
+            f"the first at position {int(rows[0])}: run the teacher in bfloat16 or float32, or remove this example"
         )
     if isinstance(target, Tensor):
         return encode_hidden(target, fill)
@@ -70,7 +70,7 @@ def encode(target: SparseTarget | Tensor, fill: Fill, *, where: str) -> bytes:
 
 
 def decode(record: bytes, num_positions: int, fill: Fill) -> Classes | Tensor:
-    """What was stored: classes, or hidden states [P, H], bfloat16 as stored, else float32."""
+    """The stored values: classes, or hidden states [P, H] in bfloat16 if stored so, else float32."""
     data = memoryview(record)
     if fill.kind == "hidden":
         return decode_hidden(data, num_positions, fill)
@@ -90,7 +90,7 @@ def decode(record: bytes, num_positions: int, fill: Fill) -> Classes | Tensor:
 
 
 def join(parts: list[Classes], fill: Fill) -> SparseTarget:
-    """The target of several examples one after the other, rows filled up to the widest with their first id."""
+    """The concatenated target of several examples, rows padded to the widest with their first id."""
     width = max((part.ids.shape[1] for part in parts if len(part.ids)), default=max(fill.k or 0, 1))
     num_rows = sum(len(part.ids) for part in parts)
     ids, probs = np.empty((num_rows, width), dtype=np.int64), np.zeros((num_rows, width), dtype=np.float32)
@@ -105,11 +105,11 @@ def join(parts: list[Classes], fill: Fill) -> SparseTarget:
 
 
 def _encode_values(probs: NDArray[np.floating], fill: Fill) -> bytes:
-    """Head [P, k] and rest: the probability of all classes that are not in the head, for mixed the mass of its draws."""
+    """Head [P, k] and rest: the probability of all classes outside the head; for mixed the mass of its draws."""
     assert fill.k is not None
     head = probs[:, : fill.k]
     if fill.keeps_rest:
-        # In float64: of a small rest 1 - sum leaves little but the rounding. The weights of draws have it exactly.
+        # In float64: for a small rest, 1 - sum would be mostly rounding. The weights of draws give it exactly.
         drawn, above = probs[:, fill.k :].sum(1, dtype=np.float64), 1.0 - head.sum(1, dtype=np.float64)
         head = np.column_stack([head, drawn if fill.kind == "mixed" else np.maximum(above, 0.0)])
     if fill.values == "float16":
@@ -119,25 +119,25 @@ def _encode_values(probs: NDArray[np.floating], fill: Fill) -> bytes:
 
 
 def _decode_values(values: NDArray[np.floating], fill: Fill) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Head [P, k] and rest [P], of sum 1 where they are a distribution, never above."""
+    """Head [P, k] and rest [P]; their sum is 1 for a distribution, never above."""
     assert fill.k is not None
     exact = np.exp(values.astype(np.float32)) if fill.values == "float16" else values.astype(np.float32)
     total = exact.sum(1, dtype=np.float64)
-    # Rounded logarithms: all classes are here, so what is missing from 1 is rounding, and a bucket would take it for the
-    # mass of others. Probabilities in float32 come back to the bit unless there is too much.
+    # Rounded logarithms: all classes are stored, so the difference to 1 is rounding, which a bucket would count as mass of
+    # others. float32 probabilities are restored bit for bit unless their sum is above 1.
     divisor = total if fill.values == "float16" else np.maximum(total, 1.0)
     exact = (exact / divisor[:, None]).astype(np.float32)
     return exact[:, : fill.k], exact[:, fill.k] if fill.keeps_rest else np.zeros(len(exact), dtype=np.float32)
 
 
 def _encode_draws(ids: NDArray[np.int64], weights: NDArray[np.floating], fill: Fill) -> list[bytes]:
-    """Args: ids, weights: [P, m]; the counts are what ``weights`` are multiples of, an entry of weight 0 is no draw."""
+    """Args: ids, weights: [P, m]; ``weights`` are proportional to the counts; weight 0 is no draw."""
     assert fill.draws is not None
     drawn = weights > 0
     mass = weights.sum(1, dtype=np.float64, keepdims=True)
     counts = np.rint(weights / np.where(mass > 0, mass, 1.0) * fill.draws).astype(np.int64)
     if not (counts.sum(1)[drawn.any(1)] == fill.draws).all():
-        raise ValueError(f"expected weights out of {fill.draws} draws, found {counts.sum(1).tolist()} per position")
+        raise ValueError(f"expected weights of {fill.draws} draws, found {counts.sum(1).tolist()} per position")
     return [
         pack(drawn.sum(1), width_for(fill.draws)),
         pack(ids[drawn], fill.id_bits),
@@ -148,7 +148,7 @@ def _encode_draws(ids: NDArray[np.int64], weights: NDArray[np.floating], fill: F
 def _with_draws(
     ids: NDArray[np.int64], probs: NDArray[np.float32], rest: NDArray[np.float32], data: memoryview, fill: Fill
 ) -> Classes:
-    """The head [P, k] and beside it the classes drawn, each with its count's part of ``rest`` [P]."""
+    """The head [P, k] followed by the drawn classes, each with its count's share of ``rest`` [P]."""
     assert fill.draws is not None
     num_rows, k = ids.shape
     size = packed_bytes(num_rows, width_for(fill.draws))

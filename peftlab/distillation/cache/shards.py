@@ -1,13 +1,12 @@
-"""Shards: records of successive examples in one file, their index beside it.
+"""Shards: records of successive examples in one file, with their index in another.
 
-train-00000.bin            records, one after the other
+train-00000.bin            records, concatenated
 train-00000.index          safetensors: per example key, bytes, positions and crc32; sha256 and bytes of the shard
 train-00001.bin.partial    the shard being written, and
 train-00001.journal        its index so far, a row per example
 
-A shard is complete when its index is there, which is the last to come. What was being written when a process was killed is
-kept up to the first record whose crc32 does not fit, so that little is done twice, and every shard gets the bytes it would
-have got.
+A shard is complete once its index exists, which is written last. After a kill, the shard being written is kept up to the
+first record with a wrong crc32, so that little is repeated, and every shard gets the same bytes as without the kill.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ ROW = np.dtype([("key", "<u8"), ("bytes", "<u4"), ("positions", "<u4"), ("crc", 
 
 
 def checksum(record: bytes, key: int, num_positions: int) -> int:
-    """crc32 of an example's key, its number of positions and its record: of a row of zeros, which a machine that lost its
-    power may leave behind, it is not 0."""
+    """crc32 of an example's key, its number of positions and its record. It is not 0 for a row of zeros, which a power
+    failure may leave behind."""
     return zlib.crc32(record, zlib.crc32(struct.pack("<QI", key, num_positions)))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A complete shard. rows: [examples] of ``ROW``. num_bytes: of the records."""
+    """A complete shard. rows: [examples] of ``ROW``. num_bytes: size of the records."""
 
     path: Path
     rows: NDArray[np.void]
@@ -59,16 +58,16 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 def complete_shards(folder: Path, split: str) -> list[Shard]:
-    """Complete shards of ``split`` in order, up to the first that is not. Raises: ArtifactError for a damaged one."""
-    found: list[Shard] = []
-    while (path := shard_path(folder, split, len(found))).with_suffix(".index").is_file():
-        found.append(read_shard(path))
-        check_file(path, num_bytes=found[-1].num_bytes)
-    return found
+    """The complete shards of ``split`` in order, up to the first incomplete one. Raises: ArtifactError for a damaged one."""
+    shards: list[Shard] = []
+    while (path := shard_path(folder, split, len(shards))).with_suffix(".index").is_file():
+        shards.append(read_shard(path))
+        check_file(path, num_bytes=shards[-1].num_bytes)
+    return shards
 
 
 def read_shard(path: Path) -> Shard:
-    """The shard of records ``path``, of which only the index is read. Raises: ArtifactError."""
+    """The shard with the records ``path``; only its index is read. Raises: ArtifactError."""
     index = path.with_suffix(".index")
     try:
         with safe_open(index, framework="numpy") as tensors:
@@ -81,12 +80,12 @@ def read_shard(path: Path) -> Shard:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise damaged(index, f"cannot be read ({error})") from error
     if int(rows["bytes"].sum(dtype=np.int64)) != shard.num_bytes:
-        raise damaged(index, "does not add up to its shard")
+        raise damaged(index, "does not match the size of its shard")
     return shard
 
 
 class OpenShard:
-    """The shard being written. Begins with what is left of an earlier process. Raises: OSError."""
+    """The shard being written. It resumes from the data of an earlier process. Raises: OSError."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, path.with_name(f"{path.name}.partial")
@@ -131,7 +130,7 @@ class OpenShard:
         os.close(self._index)
 
     def _recover(self) -> None:
-        """Takes the records whose row in the journal fits them; what comes after is written over."""
+        """Recovers the records that match their row in the journal; later data is overwritten."""
         journal = self._journal.read_bytes()
         rows = np.frombuffer(journal[: len(journal) // ROW.itemsize * ROW.itemsize], dtype=ROW)
         for row in rows.tolist():

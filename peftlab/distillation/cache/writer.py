@@ -1,4 +1,4 @@
-"""Writing a cache: example by example in order, killed and gone on with at any moment."""
+"""Writes a cache, example by example in order; it can be killed and resumed at any moment."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def check_begun(
     identity: Identity,
     reasons: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
-    """What a capture that was cut off in ``folder`` has written of itself; None where there is none.
+    """The description of an unfinished capture in ``folder``; None if there is none.
 
-    Args: fill_like: how a capture with these settings would be stored now. The others as of ``open_cache``.
-    Raises: ArtifactError when it is damaged, or of something else than what is asked for.
+    Args: fill_like: how a capture with these settings would be stored now. Others: as in ``open_cache``.
+    Raises: ArtifactError if it is damaged, or made for something else.
     """
     begun = manifest.read(folder / manifest.CAPTURE)
     if begun is None:
         return None
     try:
-        told = differences(begun["fill"], fill_like(begun["fill"]).settings())
-        told += differences(begun["identity"], identity, reasons)
+        mismatches = differences(begun["fill"], fill_like(begun["fill"]).settings())
+        mismatches += differences(begun["identity"], identity, reasons)
     except (KeyError, TypeError, AttributeError) as error:
-        raise damaged(folder / manifest.CAPTURE, f"does not have the contents of one ({error!r})") from error
-    if told:
-        raise unfit(f"the teacher cache begun in {folder} is not for this", told)
+        raise damaged(folder / manifest.CAPTURE, f"has invalid contents ({error!r})") from error
+    if mismatches:
+        raise unfit(f"the unfinished teacher cache in {folder} does not match", mismatches)
     return begun
 
 
 class SplitWriter:
-    """One split of a cache: ``done`` examples are there, ``add`` takes the next."""
+    """One split of a cache: ``done`` examples are stored, ``add`` stores the next."""
 
     def __init__(self, folder: Path, name: str, fill: Fill, *, num_examples: int, shard_bytes: int) -> None:
         self.name, self.num_examples = name, num_examples
@@ -65,15 +65,15 @@ class SplitWriter:
 
     @property
     def done(self) -> int:
-        """How many examples are stored; ``add`` goes on with the one of this number."""
+        """The number of stored examples, and the number of the next one for ``add``."""
         return self._in_shards + (0 if self._open is None else len(self._open))
 
     def add(self, key: int, target: SparseTarget | Tensor) -> None:
         """Stores the next example.
 
-        Args: key: ``example_key`` of it. target: as ``fill.target`` makes it, of any number of positions.
-        Raises: VerificationError for values that are not finite, ValueError for one example too many. OSError when the
-        disk is full: the next writer goes on with what is stored.
+        Args: key: its ``example_key``. target: from ``fill.target``, with any number of positions.
+        Raises: VerificationError for non-finite values, ValueError for one example too many, OSError if the disk is full:
+        the next writer resumes from the stored examples.
         """
         if self.done >= self.num_examples:
             raise ValueError(f"expected {self.num_examples} examples of {self.name}, found one more")
@@ -84,7 +84,7 @@ class SplitWriter:
         self._publish_if_due()
 
     def close(self) -> None:
-        """Leaves the open shard as it is for a writer that goes on."""
+        """Leaves the open shard for a writer that resumes."""
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -98,15 +98,15 @@ class SplitWriter:
 
 
 class CacheWriter:
-    """A context in which a cache is written into ``folder``; left early, the next writer goes on where it ended.
+    """A context that writes a cache into ``folder``; if it is left early, the next writer resumes there.
 
     Args:
-        identity: what the targets depend on beside the fill: teacher, tokenizer, template, data. A cache that was begun
-            for another one is refused. shard_bytes: a shard ends with the record that reaches it.
-        replace: what is there, complete or not, is removed first.
+        identity: what the targets depend on besides the fill: teacher, tokenizer, template, data. An unfinished cache with
+            another identity is refused. shard_bytes: a shard ends with the record that reaches this size.
+        replace: remove an existing cache first, complete or not.
         reasons: see ``differences``.
-    Raises, on entering: RecipeError when a complete cache is there and not to be replaced, or another process writes
-    it; ArtifactError when it was begun for another fill or identity, or is damaged; OSError.
+    Raises, on entering: RecipeError if a complete cache exists and ``replace`` is False, or another process is writing it;
+    ArtifactError if an unfinished one has another fill or identity, or is damaged; OSError.
     """
 
     def __init__(
@@ -141,13 +141,13 @@ class CacheWriter:
         self._stack.close()
 
     def split(self, name: str, num_examples: int) -> SplitWriter:
-        """The writer of ``name``, train or eval. Raises: ArtifactError when it was begun with another number."""
+        """The writer of ``name``, train or eval. Raises: ArtifactError if it was begun with another number of examples."""
         assert name in manifest.SPLITS and name not in self._splits
         planned: dict[str, int] = self._capture["splits"]
         if planned.setdefault(name, num_examples) != num_examples:
             raise ArtifactError(
                 f"teacher cache {self.folder} was begun for {planned[name]:,} examples of {name}, found {num_examples:,}: the "
-                "data has changed; choose another folder, or replace this cache"
+                "data has changed; choose another folder, or overwrite this cache"
             )
         manifest.write(self.folder / manifest.CAPTURE, self._capture)
         self._splits[name] = SplitWriter(
@@ -156,7 +156,7 @@ class CacheWriter:
         return self._splits[name]
 
     def save_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stores ``tensors`` once, such as the teacher's head for hidden states; they replace earlier ones."""
+        """Stores ``tensors``, such as the teacher's head for hidden states; they replace earlier ones."""
         path = self.folder / manifest.TENSORS
         partial = path.with_name(f"{path.name}.partial")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
@@ -165,15 +165,15 @@ class CacheWriter:
         rename(partial, path)
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Makes the cache complete. Args: extra: JSON values of the caller, such as the teacher's metrics.
+        """Completes the cache. Args: extra: JSON values of the caller, such as the teacher's metrics.
 
-        Raises: ValueError when examples are missing, OSError.
+        Raises: ValueError if examples are missing, OSError.
         """
         for name, split in self._splits.items():
             if split.done != split.num_examples:
                 raise ValueError(f"expected {split.num_examples} examples of {name}, found {split.done}")
         if missing := sorted(set(self._capture["splits"]) - set(self._splits)):
-            raise ValueError(f"expected all splits that were begun, {', '.join(missing)} is not finished")
+            raise ValueError(f"expected all splits to be finished, {', '.join(missing)} is not")
         splits = {name: manifest.describe_split(s.num_examples, s.shards) for name, s in self._splits.items()}
         document = manifest.describe(self.folder, self.fill, self.identity, splits, extra or {})
         manifest.write(self.folder / manifest.MANIFEST, document)
@@ -184,19 +184,19 @@ class CacheWriter:
             self._clear()
         elif manifest.read(self.folder / manifest.MANIFEST) is not None:
             raise RecipeError(
-                f"expected a folder without a teacher cache, found a complete one in {self.folder}: use it as it is, choose "
-                "another folder, or replace it"
+                f"expected a folder without a teacher cache, found a complete one in {self.folder}: reuse it, choose another "
+                "folder, or overwrite it"
             )
         begun = check_begun(self.folder, lambda _: self.fill, self.identity, self._reasons)
         if begun is None:
-            self._clear()  # shards without a capture are what a killed replacement left
+            self._clear()  # shards without a capture are left from a killed replacement
             begun = {"fill": self.fill.settings(), "identity": self.identity, "splits": {}}
         self._capture = {key: begun[key] for key in ("fill", "identity", "splits")}
 
     def _clear(self) -> None:
-        """Removes a cache, complete or not, and nothing else. Its manifest first: from then on it is none.
+        """Removes a cache, complete or not, and nothing else. The manifest goes first, which invalidates the cache.
 
-        Raises: ArtifactError when the manifest there is of something else, such as a checkpoint.
+        Raises: ArtifactError if the manifest belongs to something else, such as a checkpoint.
         """
         manifest.refuse_another(self.folder / manifest.MANIFEST)
         for name in (manifest.MANIFEST, manifest.CAPTURE):

@@ -1,4 +1,4 @@
-"""Students cut from their teacher: fewer layers, narrower ones, written as plain transformers checkpoints."""
+"""Students cut from their teacher: fewer or narrower layers, written as plain transformers checkpoints."""
 
 from peftlab.models.student.cut import StudentCut, check_cut, evenly_spaced
 from peftlab.models.student.families import Sizes, Widths

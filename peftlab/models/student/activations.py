@@ -1,4 +1,4 @@
-"""What flows through chosen modules, as means over a sample, and the loudest of it."""
+"""Mean activations of chosen modules over a sample, and the largest of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ROWS = 512
 
 
 class Observer:
-    """Hooks that see the positions of a running model that are no padding, as rows of its dtype.
+    """Hooks that see the unpadded positions of a running model, as rows of its dtype.
 
-    Padding is what a two-dimensional ``attention_mask`` given to the model by name says; activations of another shape than
+    A two-dimensional keyword argument ``attention_mask`` of the model marks padding; activations of another shape than
     [batch, length, width], such as a pooler's, are seen whole.
     """
 
@@ -37,7 +37,7 @@ class Observer:
 
     @torch.no_grad()
     def run(self, sample: Outputs) -> None:
-        """Runs the model in eval mode over the sample, then takes the hooks away, also on an error."""
+        """Runs the model in eval mode over the sample, then removes the hooks, also after an error."""
         training = self._model.training
         self._model.eval()
         self._handles.append(self._model.register_forward_pre_hook(self._take_mask, with_kwargs=True))
@@ -77,7 +77,7 @@ class Total:
     @property
     def mean(self) -> Tensor:
         if self._sum is None or not self._num_rows:
-            raise ValueError("the sample did not run a module that is to be measured")
+            raise ValueError("the sample did not run a module to be measured")
         return self._sum / self._num_rows
 
 
@@ -87,20 +87,20 @@ def magnitude(rows: Tensor) -> Tensor:
 
 
 def head_norms(num_heads: int) -> Callable[[Tensor], Tensor]:
-    """From [n, num_heads * head_dim] rows to the L2 norm of each head, [n, num_heads]."""
+    """A function from rows [n, num_heads * head_dim] to the L2 norm of each head, [n, num_heads]."""
     return lambda rows: rows.view(len(rows), num_heads, -1).norm(dim=-1)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """The numbers of the ``count`` largest entries, ascending; of equal ones the first."""
+    """The indices of the ``count`` largest entries, ascending; the first among equal ones."""
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def largest_heads(scores: Tensor, *, num_groups: int, keep_groups: int, keep_in_group: int) -> tuple[Tensor, Tensor]:
-    """Which heads and which groups to keep so that every group keeps as many: (heads, groups), both ascending.
+    """The heads and groups to keep, with equally many heads per group: (heads, groups), both ascending.
 
-    A group is the query heads that share a key/value head. In each the best heads are taken, then the groups with the
-    largest sums over those.
+    A group is the query heads that share a key/value head. The best heads of each group are chosen, then the groups with
+    the largest sums over them.
 
     Args: scores: [num_heads].
     """

@@ -1,4 +1,4 @@
-"""What to cut from a teacher, as plain values, and whether that is a possible cut of a given model."""
+"""What to cut from a teacher, as plain values, and whether a given model allows that cut."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _SECTION = "distill.student_init"
 
 @dataclass(frozen=True)
 class StudentCut:
-    """A smaller model inside a larger one; what is None stays as it is.
+    """A smaller model inside a larger one; None keeps a size.
 
     Attributes:
         layers: numbers of the layers to keep, ascending.
-        num_layers: how many layers to keep, in place of ``layers``.
-        by: which ones then: evenly spaced, the first ones, or those whose removal changes the output least.
+        num_layers: how many layers to keep, instead of ``layers``.
+        by: which ones to keep: evenly spaced, the first ones, or those whose removal changes the output most.
         search: for ``by="importance"``: remove one layer, measure again, remove the next; or measure once and remove
             the least important ones together.
-        part: of an encoder-decoder model the half whose layers are cut; None is its decoder.
+        part: which half of an encoder-decoder model is cut; None: the decoder.
         hidden_size, num_heads, num_key_value_heads, intermediate_size: widths, as in ``cut_width``.
     """
 
@@ -44,21 +44,21 @@ class StudentCut:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the choice needs outputs of the teacher on a sample."""
+        """Whether the choice needs the teacher's outputs on a sample."""
         return self.widths != Widths() or (self.num_layers is not None and self.by == "importance")
 
 
 def evenly_spaced(num_layers: int, keep: int) -> tuple[int, ...]:
-    """The layers floor(i (num_layers - 1) / (keep - 1)) for i = 0 .. keep - 1: the first, the last, and between them.
+    """The layers floor(i (num_layers - 1) / (keep - 1)) for i = 0 .. keep - 1, from the first to the last.
 
-    Rounded down, so that of two equally near layers the lower one is kept: 6 -> 3 is 0, 2, 5. One layer is the first.
+    Rounding down keeps the lower of two equally near layers: 6 -> 3 is 0, 2, 5. A single layer is the first.
     """
     assert 1 <= keep <= num_layers
     return tuple(i * (num_layers - 1) // max(keep - 1, 1) for i in range(keep))
 
 
 def check_cut(cut: StudentCut, model: nn.Module) -> None:
-    """Raises RecipeError unless ``model`` can be cut so; it may be a skeleton on the meta device, which is then cut."""
+    """Raises RecipeError unless ``model`` allows the cut; a skeleton on the meta device is cut in place."""
     depth = cut.layers is not None or cut.num_layers is not None
     if not depth and cut.widths == Widths():
         raise RecipeError(
@@ -67,21 +67,21 @@ def check_cut(cut: StudentCut, model: nn.Module) -> None:
             key=_SECTION,
         )
     if cut.layers is not None and cut.num_layers is not None:
-        raise RecipeError("layers and num_layers exclude each other; leave one out", key=f"{_SECTION}.num_layers")
+        raise RecipeError("layers and num_layers exclude each other; remove one", key=f"{_SECTION}.num_layers")
     for name, value, needs, given in (
         ("by", cut.by != "even", "num_layers", cut.num_layers is not None),
         ("search", cut.search != "greedy", "by=importance", cut.by == "importance"),
         ("part", cut.part is not None, "layers or num_layers", depth),
     ):
         if value and not given:
-            raise RecipeError(f"{name} has no effect without {needs}; leave it out", key=f"{_SECTION}.{name}")
+            raise RecipeError(f"{name} has no effect without {needs}; remove it", key=f"{_SECTION}.{name}")
     _check_plain(model)
     if depth:
         _check_depth(cut, model)
     if cut.widths != Widths():
         before, after = resolve_sizes(model, cut.widths)
         if before == after and not depth:
-            raise RecipeError("the sizes are the model's own: nothing is cut", key=_SECTION)
+            raise RecipeError("these are already the model's sizes: nothing is cut", key=_SECTION)
 
 
 def _check_depth(cut: StudentCut, model: nn.Module) -> None:
@@ -101,7 +101,7 @@ def _check_depth(cut: StudentCut, model: nn.Module) -> None:
 
 
 def chosen_layers(cut: StudentCut, num_layers: int) -> tuple[int, ...]:
-    """The layers to keep, where no measurement is needed to say so."""
+    """The layers to keep, for a choice without measurement."""
     if cut.layers is not None:
         return cut.layers
     assert cut.num_layers is not None and cut.by != "importance"
@@ -112,6 +112,6 @@ def _check_plain(model: nn.Module) -> None:
     config: Any = model.config
     if getattr(config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
         raise RecipeError(
-            "a student is cut from plain weights, and this model's are quantized; name the model that they came from",
+            "a student can only be cut from unquantized weights, but this model's are quantized; use the original model",
             key=_SECTION,
         )

@@ -1,4 +1,4 @@
-"""The architectures whose width can be cut: where their linears are, which sizes they may have, what reads what."""
+"""The architectures whose width can be cut: their linears, their possible sizes, and which module reads which."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ _FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _DECODER),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), _ENCODER),
 }
-# Head layers whose output channels are their own: (the dense layer, the module whose output is what is read, the readers).
+# Head layers with their own output channels: (the dense layer, the module whose output is read, the readers).
 _PRIVATE_HEADS = (
     ("pooler.dense", "pooler", ("classifier", "cls.seq_relationship")),
     ("classifier.dense", "classifier.dense", ("classifier.out_proj",)),
 )
-# Masked-LM heads end in the word embeddings, so their channels are the hidden ones.
+# Masked-LM heads end in the word embeddings, so their channels are the hidden channels.
 _TIED_TRANSFORMS = (
     ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
     ("lm_head.dense", "lm_head.layer_norm"),
@@ -70,7 +70,7 @@ _TIED_TRANSFORMS = (
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths asked for; None keeps the source's."""
+    """The requested widths; None keeps the source's."""
 
     hidden_size: int | None = None
     num_heads: int | None = None
@@ -102,7 +102,7 @@ class Sizes:
         )
 
     def write(self, config: Any) -> None:
-        """Sets the config's entries; ``head_dim`` only where the architecture reads it."""
+        """Sets the config's entries; ``head_dim`` only if the architecture reads it."""
         config.hidden_size = self.hidden_size
         config.num_attention_heads = self.num_heads
         config.intermediate_size = self.intermediate_size
@@ -126,7 +126,7 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class PrivateHead:
-    """A head layer with output channels of its own: ``activated`` is the module that puts them out."""
+    """A head layer with its own output channels; ``activated`` is the module that outputs them."""
 
     dense: nn.Module
     activated: nn.Module
@@ -135,7 +135,7 @@ class PrivateHead:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything in a model that one of its widths passes through.
+    """Every part of a model that depends on one of its widths.
 
     Attributes:
         norms: over the hidden channels, in the base model. head_norms: the same in a masked-LM head.
@@ -154,7 +154,7 @@ class Parts:
 
 
 def find_parts(model: nn.Module) -> Parts:
-    """The modules of ``model``, which is of one of the families."""
+    """The parts of ``model``, which must be of one of the families."""
     config: Any = model.config
     names = _FAMILIES[config.model_type]
     sizes = Sizes.of(config)
@@ -176,7 +176,7 @@ def find_parts(model: nn.Module) -> Parts:
         base.get_submodule(names.outer_norm)
     ]
     transforms = [(modules[d], modules[n]) for d, n in _TIED_TRANSFORMS if d in modules]
-    private = [found for head in _PRIVATE_HEADS if (found := _private(modules, head))]
+    private = [part for head in _PRIVATE_HEADS if (part := _private(modules, head))]
     known = {id(m) for dense, norm in transforms for m in (dense, norm)}
     known |= {id(m) for head in private for m in (head.dense, *head.readers)}
     known |= {id(m) for m in stack.layers.modules()}
@@ -199,14 +199,14 @@ def _private(modules: dict[str, nn.Module], head: tuple[str, str, tuple[str, ...
     if path is None:
         return None
     prefix = path.removesuffix(dense)
-    found = tuple(modules[name] for name in readers if isinstance(modules.get(name), nn.Linear))
-    return PrivateHead(modules[path], modules[prefix + activated], found)
+    linears = tuple(modules[name] for name in readers if isinstance(modules.get(name), nn.Linear))
+    return PrivateHead(modules[path], modules[prefix + activated], linears)
 
 
 def resolve_sizes(model: nn.Module, widths: Widths) -> tuple[Sizes, Sizes]:
-    """The sizes as they are and as they will be.
+    """The sizes before and after the cut.
 
-    Raises: RecipeError (another architecture, larger than the source, not divisible).
+    Raises: RecipeError (unsupported architecture, larger than the source, not divisible).
     """
     config: Any = model.config
     if config.model_type not in _FAMILIES:
@@ -231,7 +231,7 @@ def resolve_sizes(model: nn.Module, widths: Widths) -> tuple[Sizes, Sizes]:
         intermediate_size=widths.intermediate_size or before.intermediate_size,
         norm_eps=before.norm_eps * before.hidden_size / hidden,
     )
-    # Some configs have rules of their own, such as Llama's hidden_size % num_heads == 0.
+    # Some configs have their own rules, such as Llama's hidden_size % num_heads == 0.
     smaller = copy.deepcopy(config)
     after.write(smaller)
     rebuilt(model, smaller, key=_first_key(widths))
@@ -249,13 +249,13 @@ def _decoder_heads(before: Sizes, widths: Widths) -> tuple[int, int]:
         groups = heads if per_group == 1 else before.num_key_value_heads
     if heads % groups:
         raise RecipeError(
-            f"expected num_heads to be a multiple of the {groups} key/value heads, found {heads}: all of them keep equally "
-            "many query heads; set num_key_value_heads as well to remove whole groups",
+            f"expected num_heads to be a multiple of the {groups} key/value heads, found {heads}: each keeps equally many "
+            "query heads; set num_key_value_heads as well to remove whole groups",
             key=f"{_SECTION}.num_heads",
         )
     if heads // groups > per_group:
         raise RecipeError(
-            f"expected at most {per_group} query heads per key/value head, as the model has, found {heads} for {groups}",
+            f"expected at most {per_group} query heads per key/value head as in the model, found {heads} for {groups}",
             key=f"{_SECTION}.num_heads",
         )
     return heads, groups
@@ -264,7 +264,7 @@ def _decoder_heads(before: Sizes, widths: Widths) -> tuple[int, int]:
 def _encoder_heads(config: Any, before: Sizes, widths: Widths) -> tuple[int, int]:
     if widths.num_key_value_heads is not None:
         raise RecipeError(
-            f"{config.model_type} has a key and a value for each of its heads; set num_heads",
+            f"{config.model_type} has one key and one value per head; set num_heads",
             key=f"{_SECTION}.num_key_value_heads",
         )
     heads = widths.num_heads or before.num_heads
@@ -278,8 +278,8 @@ def _encoder_heads(config: Any, before: Sizes, widths: Widths) -> tuple[int, int
             fitting = f"choose a multiple of {before.head_dim} and the num_heads for it"
         raise RecipeError(
             f"expected hidden_size = num_heads x {before.head_dim}, found {hidden} and {heads}: the config of "
-            f"{config.model_type} has no size of a head, which is therefore hidden_size / num_heads, and the heads keep "
-            f"their {before.head_dim} channels; {fitting}",
+            f"{config.model_type} has no head size, so it is hidden_size / num_heads, and heads keep their "
+            f"{before.head_dim} channels; {fitting}",
             key=f"{_SECTION}.{'hidden_size' if widths.hidden_size is not None else 'num_heads'}",
         )
     return heads, heads

@@ -1,4 +1,4 @@
-"""Students with fresh random weights: the control that says what the copied weights are worth."""
+"""Students with fresh random weights: a control that shows the value of copied weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _IN_CONFIG = {"num_heads": "num_attention_heads"}
 
 
 def fresh_student(skeleton: Any, cut: StudentCut, *, auto_class: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    """A float32 model of the cut architecture with its own initialisation from ``seed``, and what was cut.
+    """A float32 model of the cut architecture, initialised from ``seed``, and notes on the cut.
 
-    Args: skeleton: the source on the meta device; its layers are cut. cut: of any architecture whose config has the sizes.
-    Raises: RecipeError for layers or sizes that the architecture cannot have.
+    Args: skeleton: the source on the meta device; its layers are cut. cut: for any architecture whose config has the sizes.
+    Raises: RecipeError for layers or sizes that the architecture does not allow.
     """
     import transformers
 
     start = time.perf_counter()
     notes: dict[str, Any] = {"parameters_before": _num_parameters(skeleton), **_cut_shapes(skeleton, cut)}
     rebuilt(skeleton, skeleton.config, key=_SECTION)
-    # The caller's random state stays as it is; a new model is made on the CPU.
+    # The caller's random state does not change; a new model is created on the CPU.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, auto_class).from_config(skeleton.config, dtype=torch.float32)
@@ -47,7 +47,7 @@ def fresh_skeleton(skeleton: Any, cut: StudentCut) -> Any:
 
 
 def _cut_shapes(skeleton: Any, cut: StudentCut) -> dict[str, Any]:
-    """Cuts the skeleton's layers and its config; what was done to the layers."""
+    """Cuts the skeleton's layers and its config; returns notes on the layers."""
     notes: dict[str, Any] = {}
     if cut.layers is not None or cut.num_layers is not None:
         check_cut(StudentCut(layers=cut.layers, num_layers=cut.num_layers), copy.deepcopy(skeleton))

@@ -1,4 +1,4 @@
-"""Which layers a model can miss: its outputs without each of them, compared with its outputs as it is."""
+"""Ranks layers by importance: compares a model's outputs without each layer with its full outputs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from peftlab.models.student.stack import LAYERS_KEY, Part, Stack, can_cut, find_
 
 # Runs a model over the sample and yields its outputs, [n, V] or [n, H] at a time, always in the same order.
 Outputs = Callable[[nn.Module], Iterator[Tensor]]
-# From [n, V] outputs as the reference and as measured to [n] distances, 0 where they are the same.
+# From reference and measured outputs, both [n, V], to [n] distances, 0 for equal outputs.
 Distance = Callable[[Tensor, Tensor], Tensor]
-# Rows that are compared at a time: two float32 blocks of 256 x 152k columns are 311 MB.
+# Rows compared at a time: two float32 blocks of 256 x 152k columns are 311 MB.
 _ROWS = 256
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What removing layers costs, as mean distance per position (nats, for ``kl_divergence``).
+    """The cost of removing layers, as mean distance per position (nats for ``kl_divergence``).
 
     Attributes:
         kept: the layers left, ascending. removed: the others, in the order of removal.
-        distance: of the model with ``kept`` alone from the whole one.
+        distance: distance between the model with only ``kept`` and the full model.
         rounds: for each round of measuring, (layer, distance without it and without those removed before).
-        num_positions: the positions measured. seconds: of wall time.
+        num_positions: number of positions measured. seconds: wall time.
     """
 
     kept: tuple[int, ...]
@@ -65,20 +65,20 @@ def layers_by_importance(
     max_positions: int = 4096,
     on_round: Callable[[int, int], None] = lambda done, total: None,
 ) -> Importance:
-    """The ``keep`` layers without whose fellows the outputs change least.
+    """The ``keep`` layers for which removing the others changes the outputs least.
 
-    ``greedy`` removes the layer that is missed least, measures all others again without it, and so on: the cost of removing
-    two layers is not the sum of their costs. ``once`` measures each layer alone and removes the cheapest ones together: one
-    round in place of many. SmolLM2-135M from 30 to 20 layers by 256 tokens of pydoc's topics, perplexity on 1,024 others
-    (whole: 15.6), without training: 84 greedy (255 passes), 90 once (30 passes), 16,202 evenly spaced.
+    ``greedy`` removes the least important layer, measures the others again without it, and so on: the cost of removing two
+    layers is not the sum of their costs. ``once`` measures each layer alone and removes the cheapest ones together, in one
+    round. SmolLM2-135M from 30 to 20 layers by 256 tokens of pydoc's topics, perplexity on 1,024 others (full model: 15.6),
+    without training: 84 greedy (255 passes), 90 once (30 passes), 16,202 evenly spaced.
 
-    A layer that the architecture holds in its place (see ``cut_layers``) is never removed. Layers are bypassed in place:
+    A layer that the architecture fixes in its position (see ``cut_layers``) is never removed. Layers are bypassed in place;
     no weights are copied.
 
     Args:
-        max_positions: further outputs are not asked for once there are so many; they are kept as float32.
-        on_round: called with the rounds done and their number.
-    Raises: RecipeError when the architecture lets fewer layers be removed.
+        max_positions: maximum number of outputs to use; they are kept as float32.
+        on_round: called with the number of finished rounds and of all rounds.
+    Raises: RecipeError if the architecture does not allow removing that many layers.
     """
     start = time.perf_counter()
     stack = find_stack(model, part)
@@ -97,8 +97,8 @@ def layers_by_importance(
             cheapest = [layer for layer, _ in sorted(costs, key=lambda cost: cost[1])[:take]]
             if len(cheapest) < take or not can_cut(model, stack, [i for i in kept if i not in cheapest]):
                 raise RecipeError(
-                    f"{type(model).__name__} cannot go down to {keep} layers by importance: its layers are not alike, and "
-                    f"too few can be removed; name the layers to keep in {LAYERS_KEY}",
+                    f"{type(model).__name__} cannot be cut to {keep} layers by importance: its layers differ, and too few "
+                    f"can be removed; list the layers to keep in {LAYERS_KEY}",
                     key=LAYERS_KEY,
                 )
             removed += cheapest
@@ -126,7 +126,7 @@ def _without(model: nn.Module, stack: Stack, kept: Sequence[int], reference: _Re
 
 
 class _Reference:
-    """Outputs of the whole model, float32, and how far those of another are from them."""
+    """The outputs of the full model in float32, to measure the distance of another model's outputs."""
 
     def __init__(self, model: nn.Module, outputs: Outputs, distance: Distance, max_positions: int) -> None:
         self._outputs, self._distance = outputs, distance
@@ -136,14 +136,14 @@ class _Reference:
             self._chunks.append(chunk[: max_positions - self.num_positions].float().clone())
             self.num_positions += len(self._chunks[-1])
             if self._chunks[-1].isnan().any():
-                raise VerificationError("the teacher's outputs are no numbers (nan) on the sample, before any cut")
+                raise VerificationError("the teacher's outputs are NaN on the sample, before any cut")
             if self.num_positions >= max_positions:
                 break
         if not self.num_positions:
             raise ValueError("the sample gave no outputs to compare")
 
     def distance_of(self, model: nn.Module) -> float:
-        """Mean over all positions, summed in float64; infinite for outputs that are no numbers."""
+        """Mean distance over all positions, summed in float64; infinite for NaN outputs."""
         total, stream = 0.0, self._outputs(model)
         for reference in self._chunks:
             output = next(stream)

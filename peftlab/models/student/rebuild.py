@@ -1,4 +1,4 @@
-"""A changed model against the one that its own config describes: what ``from_pretrained`` would make of it."""
+"""Compares a changed model with the model that its config describes, as ``from_pretrained`` would build it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import nn
 from peftlab.errors import RecipeError
 from peftlab.models.load_errors import quiet
 
-# By these names modules of transformers know their place: the cache files keys and values under it.
+# Attributes with the index of a module in the stack; the cache stores keys and values under it.
 _LAYER_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 # Set from outside, not by the config.
 _NOT_FROM_CONFIG = {"training", "gradient_checkpointing"}
 
 
 def rebuilt(model: nn.Module, config: Any, *, key: str) -> Any:
-    """A model of the class of ``model`` on the meta device, built from ``config`` as a file would keep it.
+    """A model of the class of ``model`` on the meta device, built from ``config`` as if read from a file.
 
-    Raises: RecipeError when the class refuses the config.
+    Raises: RecipeError if the class refuses the config.
     """
     try:
         plain = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
@@ -31,7 +31,7 @@ def rebuilt(model: nn.Module, config: Any, *, key: str) -> Any:
         with quiet(), torch.device("meta"):
             return type(model)(plain)
     except (StrictDataclassError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AssertionError) as error:
-        reason = str(error.__cause__ or error).strip()  # the config's own words, under a wrapper's
+        reason = str(error.__cause__ or error).strip()  # the config's message, without the wrapper's
         raise RecipeError(
             f"{type(model).__name__} cannot be built with the student's sizes: {reason}", key=key
         ) from error
@@ -44,20 +44,20 @@ def check_tensors(model: nn.Module, expected: nn.Module, *, key: str) -> None:
         return
     name = min(has.items() ^ wants.items())[0]
     raise RecipeError(
-        f"{type(model).__name__} with the student's sizes has {_tensor(name, wants)}, and the cut has {_tensor(name, has)}: "
-        "this architecture cannot be cut so",
+        f"{type(model).__name__} with the student's sizes has {_tensor(name, wants)}, but the cut has {_tensor(name, has)}: "
+        "this architecture does not allow this cut",
         key=key,
     )
 
 
 def check_layers(model: nn.Module, expected: nn.Module, stack: str, kept: Sequence[int], *, key: str) -> None:
-    """Raises RecipeError unless the layers in ``model`` are what its config says, but for the numbers they carry.
+    """Raises RecipeError unless the layers in ``model`` match its config, apart from their layer numbers.
 
-    A layer can differ from its neighbours by its place: T5's first one alone has the position bias, ModernBERT's first one
-    has no norm before its attention, GPT-2 may scale by depth. Such a layer cannot stand elsewhere in a plain checkpoint.
+    A layer can depend on its position: only T5's first layer has the position bias, ModernBERT's first layer has no norm
+    before its attention, GPT-2 may scale by depth. Such a layer cannot move in a plain checkpoint.
 
     Args:
-        stack: path of the list of layers. kept: the number that each of them had in the source.
+        stack: path of the list of layers. kept: the number of each layer in the source.
     """
     for new, old in enumerate(kept):
         problem = _difference(model.get_submodule(f"{stack}.{new}"), expected.get_submodule(f"{stack}.{new}"))
@@ -72,12 +72,12 @@ def check_layers(model: nn.Module, expected: nn.Module, stack: str, kept: Sequen
 
 
 def same_but_for_their_number(layers: nn.ModuleList) -> bool:
-    """Whether any of ``layers`` could stand in the place of any other."""
+    """Whether any of ``layers`` could replace any other."""
     return all(_difference(layer, layers[0]) is None for layer in layers)
 
 
 def _difference(layer: nn.Module, wanted: nn.Module) -> tuple[str, str] | None:
-    """What the one has and the other should have, in words, where they first differ."""
+    """The first difference as text: what ``layer`` has, and what ``wanted`` has."""
     has, wants = _shapes(layer), _shapes(wanted)
     if has != wants:
         name = min(has.items() ^ wants.items())[0]
@@ -89,13 +89,13 @@ def _difference(layer: nn.Module, wanted: nn.Module) -> tuple[str, str] | None:
 
 
 def adopt_sizes(model: nn.Module, expected: nn.Module) -> None:
-    """Gives the modules of ``model`` the plain attributes that the same ones in ``expected`` have: numbers and sizes."""
+    """Copies plain attributes (numbers and sizes) from the modules of ``expected`` to those of ``model``."""
     for path, name, _, value in list(_differences(model, expected)):
         setattr(model.get_submodule(path), name, copy.copy(value))
 
 
 def _differences(model: nn.Module, expected: nn.Module) -> Iterator[tuple[str, str, Any, Any]]:
-    """(module, attribute, value, expected value) of plain attributes that both modules have."""
+    """(module, attribute, value, expected value) of the plain attributes of both modules."""
     others = dict(expected.named_modules())
     for path, module in model.named_modules():
         if path not in others:

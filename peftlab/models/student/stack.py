@@ -1,4 +1,4 @@
-"""The layers of a transformers model as one stack: found by the config's count, shortened for a while or for good."""
+"""The layers of a transformers model as one stack: finds it by the config's count, and shortens it temporarily or for good."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from peftlab.models.student.rebuild import adopt_sizes, check_layers, rebuilt, s
 
 LAYERS_KEY = "distill.student_init.layers"
 Part = Literal["encoder", "decoder"]
-# Config entries with "layer" in their name that hold layer numbers and not one value per layer.
+# Config entries with "layer" in their name that hold layer numbers instead of one value per layer.
 _HOLD_LAYER_NUMBERS = {"mlp_only_layers"}
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers that a hidden state passes one after the other.
+    """The layers that a hidden state passes in sequence.
 
     Attributes:
-        path: of the ``ModuleList`` inside the model.
-        counts: each config object with the attribute of it that is the number of layers.
+        path: path of the ``ModuleList`` inside the model.
+        counts: each config object with its attribute for the number of layers.
     """
 
     path: str
@@ -47,14 +47,14 @@ def find_stack(model: nn.Module, part: Part | None = None) -> Stack:
     """The outermost ``ModuleList`` with as many members as the config has layers.
 
     Args:
-        part: which half of an encoder-decoder model; by default its decoder, where generation spends its time.
-    Raises: RecipeError when there is none or more than one, as in a model that shares one layer's weights (ALBERT).
+        part: which half of an encoder-decoder model; default: the decoder, where generation spends its time.
+    Raises: RecipeError if there is none or more than one, as in a model that shares one layer's weights (ALBERT).
     """
     config: Any = model.config
     if not getattr(config, "is_encoder_decoder", False):
         if part is not None:
             raise RecipeError(
-                f"{type(model).__name__} is no encoder-decoder model: it has one stack of layers, so no {part} to name",
+                f"{type(model).__name__} is not an encoder-decoder model: it has one stack of layers and no {part}",
                 key="distill.student_init.part",
             )
         text = config.get_text_config()
@@ -65,12 +65,11 @@ def find_stack(model: nn.Module, part: Part | None = None) -> Stack:
     half = getattr(model, f"get_{part}")()
     if count is None or half is None:
         raise RecipeError(
-            f"{type(model).__name__} keeps the number of its {part} layers in none of {' or '.join(names)}; its layers "
-            "cannot be cut",
+            f"the config of {type(model).__name__} has no {' or '.join(names)} for its {part} layers, so they cannot be cut",
             key=LAYERS_KEY,
         )
     counts = [(config, count)]
-    if half.config is not config:  # T5 gives each half a copy, in which the half's own number is num_layers
+    if half.config is not config:  # T5 gives each half a copy, with its own number as num_layers
         counts.append((half.config, "num_hidden_layers" if hasattr(half.config, "num_layers") else count))
     prefix = next(name for name, module in model.named_modules() if module is half)
     return _find(half, f"{prefix}." if prefix else "", getattr(config, count), tuple(counts))
@@ -86,9 +85,9 @@ def _find(model: nn.Module, prefix: str, num_layers: int, counts: tuple[tuple[An
     if len(outer) > 1:
         outer = {k: v for k, v in outer.items() if all(isinstance(m, GradientCheckpointingLayer) for m in v)}
     if len(outer) != 1:
-        found = ", ".join(outer) or "none"
+        names = ", ".join(outer) or "none"
         raise RecipeError(
-            f"expected one list of {num_layers} layers in {type(model).__name__}, found {found}; its layers cannot be cut",
+            f"expected one list of {num_layers} layers in {type(model).__name__}, found {names}; its layers cannot be cut",
             key=LAYERS_KEY,
         )
     path = next(iter(outer))
@@ -97,9 +96,9 @@ def _find(model: nn.Module, prefix: str, num_layers: int, counts: tuple[tuple[An
 
 
 def check_layer_numbers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """``layers``, if they are a choice of some of ``num_layers``.
+    """``layers``, if they are a valid choice from ``num_layers``.
 
-    Raises: RecipeError (out of range, twice, not ascending, none).
+    Raises: RecipeError (out of range, duplicate, not ascending, none).
     """
     wanted = f"expected different numbers from 0 to {num_layers - 1} in ascending order"
     outside = [i for i in layers if not 0 <= i < num_layers]
@@ -119,9 +118,9 @@ def check_layer_numbers(layers: Sequence[int], num_layers: int) -> tuple[int, ..
 
 @contextlib.contextmanager
 def only_layers(model: nn.Module, stack: Stack, kept: Sequence[int]) -> Iterator[None]:
-    """Within it, ``model`` has the layers ``kept`` and no others; afterwards everything is as it was, also on an error.
+    """Inside the block, ``model`` has only the layers ``kept``. Everything is restored afterwards, also after an error.
 
-    Nothing is copied. The layers keep their numbers, by which a cache would file keys and values, so the cache is off.
+    Nothing is copied. The layers keep their numbers, under which a cache would store keys and values, so the cache is off.
     """
     layers, saved = stack.layers, _config_of(stack)
     try:
@@ -135,7 +134,7 @@ def only_layers(model: nn.Module, stack: Stack, kept: Sequence[int]) -> Iterator
 
 
 def can_cut(model: nn.Module, stack: Stack, kept: Sequence[int]) -> bool:
-    """Whether ``cut_layers`` would take this choice."""
+    """Whether ``cut_layers`` accepts this choice."""
     if same_but_for_their_number(stack.layers):
         return True
     with only_layers(model, stack, kept):
@@ -147,15 +146,15 @@ def can_cut(model: nn.Module, stack: Stack, kept: Sequence[int]) -> bool:
 
 
 def cut_layers(model: nn.Module, layers: Sequence[int], *, part: Part | None = None) -> tuple[str, ...]:
-    """Notes about the cut, which leaves ``model`` with ``layers`` alone, renumbered from 0, and a config that says so.
+    """Cuts ``model`` to ``layers``, renumbered from 0, with a matching config, and returns notes on the cut.
 
-    The result is the model that ``from_pretrained`` makes from its saved files: that is compared, tensor by tensor and
-    attribute by attribute, with a model built from the new config. When they differ, ``model`` stays as it was.
+    The result equals the model that ``from_pretrained`` builds from its saved files: it is compared, tensor by tensor and
+    attribute by attribute, with a model built from the new config. If they differ, ``model`` is unchanged.
 
     Args:
         layers: numbers of the layers to keep, ascending and different.
         part: as in ``find_stack``.
-    Raises: RecipeError for a choice that is none, and for one that the architecture does not allow.
+    Raises: RecipeError for an invalid choice, and for one that the architecture does not allow.
     """
     stack = find_stack(model, part)
     layers = check_layer_numbers(layers, len(stack))
@@ -177,7 +176,7 @@ def cut_layers(model: nn.Module, layers: Sequence[int], *, part: Part | None = N
 
 
 def _config_of(stack: Stack) -> list[tuple[Any, str, Any]]:
-    """What is changed in configs: (config, attribute, value)."""
+    """The changes to configs: (config, attribute, value)."""
     saved: list[tuple[Any, str, Any]] = []
     for config, count in stack.counts:
         names = [count, "use_cache", *_per_layer(vars(config), len(stack))]
@@ -192,7 +191,7 @@ def _restore(stack: Stack, layers: nn.ModuleList, saved: list[tuple[Any, str, An
 
 
 def _per_layer(config: dict[str, Any], num_layers: int) -> dict[str, list[Any]]:
-    """The entries of a config that have one value per layer, such as ``layer_types`` and ``no_rope_layers``."""
+    """The config entries with one value per layer, such as ``layer_types`` and ``no_rope_layers``."""
     return {
         name: list(value)
         for name, value in config.items()

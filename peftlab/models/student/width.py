@@ -1,13 +1,13 @@
-"""Narrower models: the channels, heads and neurons that a sample activates most, and norms that allow for the rest.
+"""Makes models narrower: keeps the channels, heads and neurons that a sample activates most, and corrects the norms.
 
-Importance is that of Minitron (arXiv 2408.11796, section 2.2), as means over the sample's positions: of |act(gate) up| for
-an MLP's neurons, of the L2 norm of a head's output for heads, of |norm output| summed over the norms for hidden channels.
+Importance follows Minitron (arXiv 2408.11796, section 2.2), as means over the sample's positions: |act(gate) up| for an
+MLP's neurons, the L2 norm of a head's output for heads, |norm output| summed over the norms for hidden channels.
 
-A norm divides by a mean over channels, which changes with them. Here a removed channel counts as a zero: each norm's weight
-is multiplied by sqrt(old size / new size) and its epsilon by old size / new size. An RMSNorm then puts out what the wide one
-does for zeros in the removed channels, exactly; a LayerNorm does where the mean of the kept ones is zero. Minitron leaves the
-norms as they are. Measured on held-out text with hidden channels cut to 3/4 (pydoc's topics, no training): SmolLM2-135M KL 2.60
-nats so, 3.27 with norms as they are, 2.70 with one factor per norm fitted to the sample; all-MiniLM-L6 (and heads 12 -> 9)
+A norm divides by a mean over channels, which changes with them. Here a removed channel counts as zero: each norm's weight is
+multiplied by sqrt(old size / new size) and its epsilon by old size / new size. An RMSNorm then equals the wide one with zeros
+in the removed channels exactly; a LayerNorm does if the mean of the kept channels is zero. Minitron does not change the norms.
+Measured on held-out text with hidden channels cut to 3/4 (pydoc's topics, no training), for this method, for unchanged norms,
+and for one factor per norm fitted to the sample: SmolLM2-135M KL 2.60, 3.27 and 2.70 nats; all-MiniLM-L6 (and heads 12 -> 9)
 correlation of pairwise similarities with the teacher's 0.741, 0.705 and 0.732.
 """
 
@@ -38,13 +38,13 @@ _KEY = "distill.student_init"
 
 @dataclass(frozen=True)
 class WidthCut:
-    """What ``cut_width`` did.
+    """The result of ``cut_width``.
 
     Attributes:
         before, after: sizes.
-        kept_share: by kind of width that was cut, the share of the summed importance that stays (0 to 1).
-        heads: per layer the query heads kept, where heads were cut.
-        num_positions: of the sample. seconds: of wall time.
+        kept_share: kind of width that was cut -> share of the summed importance that stays (0 to 1).
+        heads: the query heads kept per layer, if heads were cut.
+        num_positions: positions in the sample. seconds: wall time.
     """
 
     before: Sizes
@@ -57,7 +57,7 @@ class WidthCut:
 
 @dataclass
 class _Choice:
-    """What stays: hidden channels, and per layer neurons, query heads and key/value heads; outputs of head layers."""
+    """What is kept: hidden channels; neurons, query heads and key/value heads per layer; outputs of head layers."""
 
     channels: Tensor
     neurons: list[Tensor]
@@ -75,15 +75,15 @@ def cut_width(
     intermediate_size: int | None = None,
     sample: Outputs,
 ) -> WidthCut:
-    """Makes ``model`` narrower in place, and says what it did.
+    """Makes ``model`` narrower in place and reports what changed.
 
-    The size of a head stays. With grouped queries every key/value head keeps equally many query heads: fewer key/value
+    The head size stays. With grouped queries every key/value head keeps equally many query heads: fewer key/value
     heads remove whole groups, fewer query heads remove the same number from each group. Embeddings keep all their rows.
 
     Args:
         hidden_size, num_heads, num_key_value_heads, intermediate_size: the new sizes; None keeps the old one.
-        sample: runs the model over texts; what it yields is only counted.
-    Raises: RecipeError for sizes that the model cannot have.
+        sample: runs the model over texts; its outputs are only counted.
+    Raises: RecipeError for sizes that the model does not allow.
     """
     start = time.perf_counter()
     widths = Widths(hidden_size, num_heads, num_key_value_heads, intermediate_size)
@@ -105,7 +105,7 @@ def cut_width(
 def _choose(
     model: nn.Module, parts: Parts, before: Sizes, after: Sizes, sample: Outputs
 ) -> tuple[_Choice, dict[str, float], int]:
-    """Runs the sample once and ranks what is to be cut."""
+    """Runs the sample once and ranks what to cut."""
     channels = [Total(magnitude) for _ in parts.norms]
     neurons = [Total(magnitude) for _ in parts.layers]
     heads = [Total(head_norms(before.num_heads)) for _ in parts.layers]
@@ -157,7 +157,7 @@ def _choose(
 
 @torch.no_grad()
 def _scale_norms(parts: Parts, ratio: float) -> None:
-    """See the top of the file; the epsilons are the config's."""
+    """Corrects the norms as described in the module docstring; the config sets the epsilons."""
     for norm in [*parts.norms, *parts.head_norms]:
         weight: Any = norm.weight
         weight.mul_(math.sqrt(ratio))
@@ -194,7 +194,7 @@ def _rows_of(heads: Tensor, head_dim: int) -> Tensor:
 
 @torch.no_grad()
 def take(module: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Replaces the weight by ``weight[rows][:, columns]`` and the bias, if there is one, by ``bias[rows]``."""
+    """Replaces the weight by ``weight[rows][:, columns]`` and the bias, if any, by ``bias[rows]``."""
     for name, chosen in (("weight", (rows, columns)), ("bias", (rows,))):
         old: Any = getattr(module, name, None)
         if old is None or all(index is None for index in chosen):

@@ -1,4 +1,4 @@
-"""Students as files: a plain transformers folder, with what was cut in ``student.json`` beside the weights."""
+"""Writes students as plain transformers folders, with notes on the cut in ``student.json``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peftlab.models.student.stack import cut_layers, find_stack
 from peftlab.models.student.width import cut_width
 
 NOTES_NAME = "student.json"
-# Part of the request: raised when the same cut gives other weights, so that older folders are not taken for it.
+# Part of the request: increased when the same cut gives other weights, so that older folders are not reused.
 _VERSION = 1
 
 
@@ -45,19 +45,18 @@ def make_student(
     random_seed: int | None = None,
     **model_kwargs: Any,
 ) -> dict[str, Any]:
-    """The notes of a student in ``folder``, which is cut from ``pretrained`` and written unless it is there already.
+    """The notes of the student in ``folder``, cut from ``pretrained``; an existing student is reused.
 
-    The source is loaded once, in the dtype that it is stored in; everything that can be checked without its weights is
-    checked first.
+    The source is loaded once, in its stored dtype; everything that can be checked without its weights is checked first.
 
     Args:
-        auto_class: transformers auto class of the student; its head is cut along.
-        tokenizer: written beside the weights (an image processor does as well); None writes none.
+        auto_class: transformers auto class of the student; its head is cut too.
+        tokenizer: a tokenizer or image processor to write into the folder; None: none.
         outputs: runs a model over a sample; needed for a choice by importance and for widths.
-        sample: what identifies that sample, such as a hash; another one is another student.
+        sample: identifies the sample, such as by a hash; another sample is another student.
         distance: how outputs are compared.
         device: where the outputs are computed.
-        random_seed: the architecture alone is taken, with fresh weights of this seed; of any architecture, also uncut.
+        random_seed: take only the architecture, cut or uncut, with fresh weights from this seed.
         model_kwargs: for the config, as in ``load_model``.
     Raises: RecipeError (impossible cut, folder in use), ArtifactError, ResourceError.
     """
@@ -90,7 +89,7 @@ def make_student(
 
 
 def _written(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
-    written: dict[str, Any] = json.loads(json.dumps(notes))  # as they are when they are read again
+    written: dict[str, Any] = json.loads(json.dumps(notes))  # as they read back
     write_student(model.cpu(), tokenizer, folder, notes=written)
     return written
 
@@ -98,7 +97,7 @@ def _written(model: Any, tokenizer: Any, folder: Path, notes: dict[str, Any]) ->
 def _cut(
     model: Any, cut: StudentCut, outputs: Outputs | None, distance: Distance, on_round: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Cuts layers, then widths, and says what was done: the widths are measured on the layers that are left."""
+    """Cuts layers, then widths, measured on the remaining layers; returns notes."""
     start = time.perf_counter()
     notes: dict[str, Any] = {"parameters_before": _num_parameters(model)}
     if cut.layers is not None or cut.num_layers is not None:
@@ -122,10 +121,10 @@ def _cut(
 def write_student(model: Any, tokenizer: Any, folder: Path, *, notes: dict[str, Any]) -> None:
     """Writes a plain transformers folder with ``student.json``, published by one rename.
 
-    Raises: RecipeError when ``folder`` exists, ResourceError when the disk is full or not writable.
+    Raises: RecipeError if ``folder`` exists, ResourceError if the disk is full or not writable.
     """
     if folder.exists():
-        raise RecipeError(f"{folder} exists already; remove it or choose another folder")
+        raise RecipeError(f"{folder} already exists; remove it or choose another folder")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -144,23 +143,23 @@ def write_student(model: Any, tokenizer: Any, folder: Path, *, notes: dict[str, 
 
 
 def _existing(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The notes of the student that lies in ``folder``, if it is the one asked for."""
+    """The notes of the student in ``folder``, if it is the requested one."""
     path = folder / NOTES_NAME
     if not path.is_file():
-        raise RecipeError(f"{folder} exists already and holds no student; choose another folder")
+        raise RecipeError(f"{folder} already exists and contains no student; choose another folder")
     try:
         notes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = notes["request"]
+        stored = notes["request"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); remove {folder} and run again") from error
-    if found != request:
-        differing = [name for name in request if found.get(name) != request[name]]
+    if stored != request:
+        differing = [name for name in request if stored.get(name) != request[name]]
         raise RecipeError(
-            f"{folder} holds a student that was cut otherwise ({', '.join(differing)} differ); remove it or choose another "
+            f"{folder} contains a student with another cut ({', '.join(differing)} differ); remove it or choose another "
             "folder"
         )
     if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder} lacks its config.json or its weights; remove it and run again")
+        raise ArtifactError(f"config.json or weights are missing in {folder}; remove it and run again")
     return notes
 
 

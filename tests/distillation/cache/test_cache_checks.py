@@ -70,7 +70,7 @@ def changed(data: bytes, at: int) -> bytes:
         (
             "manifest.json",
             lambda d: d.replace(b'"splits"', b'"slits"'),
-            "manifest.json does not have the contents of one",
+            "manifest.json has invalid contents",
         ),
     ],
 )
@@ -80,7 +80,8 @@ def test_damage_is_found_when_it_is_opened(
     left = damage((cache / name).read_bytes())
     (cache / name).unlink() if left is None else (cache / name).write_bytes(left)
     with pytest.raises(
-        ArtifactError, match=f"cache is damaged: {told}.*restore the file, or run `peftlab teach --replace`"
+        ArtifactError,
+        match=f"cache is damaged: {told}.*restore the file, or overwrite the cache with `peftlab teach --replace`",
     ):
         open_cache(cache, fill=FILL, identity=IDENTITY)
 
@@ -120,7 +121,7 @@ def test_none_or_not_complete(tmp_path: Path) -> None:
         open_cache(tmp_path / "nowhere")
     write(tmp_path, upto=5)
     assert (tmp_path / "train-00000.index").exists() and (tmp_path / "train-00001.journal").exists()
-    told = "found 5 of 6 examples of train and 0 of 1 examples of eval; run `peftlab teach` again to go on"
+    told = "found 5 of 6 examples of train and 0 of 1 examples of eval; run `peftlab teach` again to resume"
     with pytest.raises(ArtifactError, match=told):
         open_cache(tmp_path)
     with CacheWriter(tmp_path, FILL, IDENTITY) as writer:
@@ -135,15 +136,17 @@ def test_another_identity_is_told_key_by_key(cache: Path) -> None:
     with pytest.raises(ArtifactError) as error:
         open_cache(cache, identity=other, reasons={"data": "made for other data"})
     assert (
-        f"the teacher cache {cache} is not for this: made for other data: data is 'd1' in the cache, 'd2' here; "
+        f"the teacher cache {cache} does not match: made for other data: data is 'd1' in the cache, 'd2' here; "
         "made with another max length: max_length is 64 in the cache, 128 here; "
         "made with another revision: revision is nothing in the cache, 'main' here; "
-        "made with another template: template is None in the cache, nothing here. Go back"
+        "made with another template: template is None in the cache, nothing here. Restore what it was made with"
     ) in str(error.value)
 
 
 def test_another_fill_is_told(cache: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"made with another k: k is 3 in the cache, 4 here. Go back"):
+    with pytest.raises(
+        ArtifactError, match=r"made with another k: k is 3 in the cache, 4 here. Restore what it was made with"
+    ):
         open_cache(cache, fill=Fill("topk", k=4, num_classes=20))
     with pytest.raises(ArtifactError, match="made with another kind: kind is 'topk' in the cache, 'sampled' here; "):
         open_cache(cache, fill=Fill("sampled", draws=4, num_classes=20))
@@ -152,7 +155,7 @@ def test_another_fill_is_told(cache: Path) -> None:
 def test_keys_of_the_examples(cache: Path) -> None:
     train = open_cache(cache).split("train")
     train.check_keys(KEYS)
-    with pytest.raises(ArtifactError, match="holds 6 examples of train, the data has 5: it was made for other data"):
+    with pytest.raises(ArtifactError, match="has 6 examples of train, the data has 5: it was made for other data"):
         train.check_keys(KEYS[:5])
     other = KEYS.copy()
     other[[2, 4]] += np.uint64(100)
@@ -179,21 +182,22 @@ def test_the_key_of_an_example() -> None:
 
 
 def test_a_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"found a complete one in .*: use it as it is, choose another folder, or replace"
-    ):
+    with pytest.raises(RecipeError, match=r"found a complete one in .*: reuse it, choose another folder, or overwrite"):
         write(cache)
     begun = tmp_path / "begun"
     write(begun, upto=3)
     with (
         pytest.raises(
-            ArtifactError, match=r"begun in .* is not for this: made with another k: k is 3 in the cache, 4 here. Go"
+            ArtifactError,
+            match=r"the unfinished teacher cache in .* does not match: made with another k: k is 3 in the cache, 4 here. Restore",
         ),
         CacheWriter(begun, Fill("topk", k=4, num_classes=20), IDENTITY),
     ):
         pass
     with (
-        pytest.raises(ArtifactError, match=r"is not for this: other data: data is 'd1' in the cache, 'd2' here. Go"),
+        pytest.raises(
+            ArtifactError, match=r"does not match: other data: data is 'd1' in the cache, 'd2' here. Restore"
+        ),
         CacheWriter(begun, FILL, {**IDENTITY, "data": "d2"}, reasons={"data": "other data"}),
     ):
         pass
@@ -205,7 +209,7 @@ def test_a_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> No
     checkpoint.mkdir()
     (checkpoint / "manifest.json").write_text(json.dumps({"adapter.safetensors": "00"}))
     for replace in (False, True):
-        with pytest.raises(ArtifactError, match="to be of a teacher cache, found another file; choose another folder"):
+        with pytest.raises(ArtifactError, match="does not belong to a teacher cache; choose another folder"):
             write(checkpoint, replace=replace)
     assert os.listdir(checkpoint) == ["manifest.json"]
 

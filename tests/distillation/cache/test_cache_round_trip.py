@@ -226,7 +226,7 @@ def test_a_target_of_another_fill_is_our_mistake() -> None:
         with pytest.raises(ValueError, match="expected a target of"):
             encode(other, fill, where="x")
     drawn = Fill("sampled", draws=4, num_classes=9)
-    with pytest.raises(ValueError, match="expected weights out of 4 draws"):
+    with pytest.raises(ValueError, match="expected weights of 4 draws"):
         encode(SparseTarget(torch.tensor([[1, 2, 3]]), torch.full((1, 3), 1 / 3), 1.0, "none"), drawn, where="x")
 
 
