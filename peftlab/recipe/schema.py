@@ -13,6 +13,7 @@ from peftlab.recipe.section import DType, Section, StorageName
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.methods import METHODS, MethodSpec
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
+from peftlab.specs.storages import STORAGES
 from peftlab.specs.tasks import COLUMNS, TASKS, TaskSpec
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _quantize_keys(self) -> Self:
-        if self.quantize != "nf4":
-            self._reject_unless_default(["double_quant", "compute_dtype"], "without quantize: nf4")
+        used = STORAGES[self.quantize].keys
+        for storage in STORAGES.values():
+            idle = [key for key in storage.keys if key not in used]
+            self._reject_unless_default(idle, f"without quantize: {storage.name}")
         return self
 
 
