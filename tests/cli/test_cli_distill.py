@@ -183,7 +183,7 @@ CASES: dict[str, Case] = {
     ),
     "self without an adapter": (
         "distill", "seq_cls", {"teacher": "self"}, {"adapter": {"rank": 8, "method": "none"}}, [], 2,
-        ["distill.teacher: self is the backbone without its adapter", "name the model again"],
+        ["distill.teacher: self is the backbone without its adapter", "set the teacher to the model's name"],
     ),
     "no section": ("distill", "seq_cls", {}, {}, [], 2, ["no section distill", "peftlab train"]),
     "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run: peftlab distill"]),
