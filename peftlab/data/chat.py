@@ -105,8 +105,8 @@ class Formatter:
     def render_answer(self, row: Mapping[str, Any], where: str, answer: str) -> Rendered:
         """The prompt of ``row`` with ``answer`` in place of its completion."""
         if self.style == "chat":
-            asked = self._prompt_messages(row, where)
-            return self.chat_template.render([[*asked, {"role": "assistant", "content": answer}]], [where])[0]
+            prompt = self._prompt_messages(row, where)
+            return self.chat_template.render([[*prompt, {"role": "assistant", "content": answer}]], [where])[0]
         return _completed(self.render_prompt(row, where), answer)
 
     def render_prompt(self, row: Mapping[str, Any], where: str) -> str:

@@ -254,9 +254,9 @@ class ChatTemplate:
     def _prompts(self) -> bool:
         """Whether the template writes a generation prompt."""
         if self._has_prompt is None:
-            asked = [{"role": "user", "content": "?"}]
+            chat = [{"role": "user", "content": "?"}]
             try:
-                self._has_prompt = self.text(asked, "", add_generation_prompt=True) != self.text(asked, "")
+                self._has_prompt = self.text(chat, "", add_generation_prompt=True) != self.text(chat, "")
             except DataError:
                 self._has_prompt = False
         return self._has_prompt

@@ -157,15 +157,15 @@ class Ledger:
 
     def _read_answers(self, tokens: Tokens, kept: Indices, first: int) -> None:
         """Counts how the answers of the kept rows end in the untruncated text; truncated answers are counted apart."""
-        here = kept[tokens.answer_rows] > 0
-        rows, starts, ends = tokens.answer_rows[here], tokens.answer_starts[here], tokens.answer_ends[here]
+        used = kept[tokens.answer_rows] > 0
+        rows, starts, ends = tokens.answer_rows[used], tokens.answer_starts[used], tokens.answer_ends[used]
         if not len(rows):
             return
         last = np.maximum(ends - 1, 0)
-        ended = tokens.answer_ended[here] & tokens.trained[last] & (ends > starts)
+        ended = tokens.answer_ended[used] & tokens.trained[last] & (ends > starts)
         cut = ends > tokens.bounds[rows] + kept[rows]
         trained = _cumulated(tokens.trained)
-        flaws = tokens.answer_flaws[here]
+        flaws = tokens.answer_flaws[used]
         stops = _cumulated(tokens.trained & np.isin(tokens.ids, list(self.stop_ids)))
         self.num_answers += len(rows)
         self.num_ended += int((ended & ~cut).sum())

@@ -154,12 +154,12 @@ def answered(
     counts = np.array([[len(p), len(a)] for p, a in zip(prompts, written, strict=True)], dtype=np.int64).reshape(-1, 2)
     bounds = np.concatenate([[0], np.cumsum(counts.sum(1))])
     ids = [part.astype(np.int32) for pair in zip(prompts, written, strict=True) for part in pair]
-    theirs = np.repeat(np.tile([False, True], len(prompts)), counts.ravel())
+    generated = np.repeat(np.tile([False, True], len(prompts)), counts.ravel())
     return Tokens(
         ids=np.concatenate(ids) if ids else np.zeros(0, dtype=np.int32),
         bounds=bounds,
-        trained=theirs,
-        roles=theirs.astype(np.int16),
+        trained=generated,
+        roles=generated.astype(np.int16),
         role_names=("prompt", author),
         answer_rows=np.arange(len(prompts), dtype=np.int64),
         answer_starts=bounds[:-1] + counts[:, 0],

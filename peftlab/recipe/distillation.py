@@ -23,7 +23,7 @@ class TeacherSection(Section):
     )
     adapter: str | None = Field(
         None,
-        description="folder of a PEFT adapter to load onto that model; with name: self it is loaded beside the "
+        description="folder of a PEFT adapter to load onto that model; with name: self it is loaded alongside the "
         "student's adapter",
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")

@@ -92,10 +92,10 @@ class Embedding:
         return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
 
     def losses(self, outputs: Outputs) -> Tensor:
-        raise ValueError("texts without labels have no loss of their own: a teacher's vectors are needed")
+        raise ValueError("texts have no labels, so the loss needs a teacher's vectors")
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        raise ValueError("texts without labels have no loss of their own: a teacher's vectors are needed")
+        raise ValueError("texts have no labels, so the loss needs a teacher's vectors")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         hidden = at_least_float32(model(**batch.inputs).last_hidden_state)

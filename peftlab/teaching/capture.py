@@ -94,14 +94,14 @@ def capture_all(taught: TaughtExamples, progress: Progress, *, replace: bool = F
 
 def _examples_of(taught: TaughtExamples, teacher: NamedTeacher) -> list[Example]:
     """The examples of a teacher: all, or those of its own rows."""
-    theirs = teacher.takes(taught.rows)
-    return [e for e in taught.train.examples if theirs[e.row]]
+    taken = teacher.takes(taught.rows)
+    return [e for e in taught.train.examples if taken[e.row]]
 
 
 def _capture(
     taught: TaughtExamples,
     teacher: NamedTeacher,
-    theirs: TeacherModel,
+    model: TeacherModel,
     identity: dict[str, Any],
     progress: Progress,
     *,
@@ -109,11 +109,11 @@ def _capture(
 ) -> dict[str, Any]:
     assembly, started = taught.assembly, time.perf_counter()
     folder = cache_folder(assembly, teacher)
-    own = theirs.read(taught.rows) if theirs.own_texts else None
+    own = model.read(taught.rows) if model.own_texts else None
     examples = _examples_of(taught, teacher)
-    runner = _TeacherRunner(theirs, assembly.recipe.eval.batch_tokens)
-    if own is None and theirs.columns.count is not None:
-        check_ids(assembly.task.tokenizer, taught.rows, taught.train, theirs.columns.count)
+    runner = _TeacherRunner(model, assembly.recipe.eval.batch_tokens)
+    if own is None and model.columns.count is not None:
+        check_ids(assembly.task.tokenizer, taught.rows, taught.train, model.columns.count)
     one = examples[:1] if own is None else [own[examples[0].row]]
     num_classes, hidden_size, head = runner.shape(one)
     transform = runner.transform(one)
@@ -135,13 +135,13 @@ def _capture(
         progress.start(len(examples), split.done)
         while split.done < len(examples):
             window = examples[split.done : split.done + _WINDOW]
-            asked = window if own is None else [own[e.row] for e in window]
-            for example, target in zip(window, runner.targets(asked, fill, first=split.done), strict=True):
+            inputs = window if own is None else [own[e.row] for e in window]
+            for example, target in zip(window, runner.targets(inputs, fill, first=split.done), strict=True):
                 split.add(key_of(example), target)
             progress.step(split.done, {})
         progress.stop()
-        writer.finish({"name": theirs.name, "num_classes": num_classes, "head": transform})
-    return _described(open_cache(folder), theirs.name, seconds=time.perf_counter() - started)
+        writer.finish({"name": model.name, "num_classes": num_classes, "head": transform})
+    return _described(open_cache(folder), model.name, seconds=time.perf_counter() - started)
 
 
 @contextlib.contextmanager
@@ -176,8 +176,8 @@ def _described(cache: TeacherCache, name: str, *, seconds: float) -> dict[str, A
 class _TeacherRunner:
     """Runs a teacher over examples, batched by length, and computes the targets to store."""
 
-    def __init__(self, theirs: TeacherModel, batch_tokens: int) -> None:
-        self._theirs, self._batch_tokens = theirs, batch_tokens
+    def __init__(self, model: TeacherModel, batch_tokens: int) -> None:
+        self._model, self._batch_tokens = model, batch_tokens
 
     def shape(self, examples: Sequence[Example]) -> tuple[int | None, int, dict[str, Tensor]]:
         """The number of classes, the width that ``hidden`` stores, and the tensors of its head."""
@@ -186,7 +186,7 @@ class _TeacherRunner:
             width = outputs.values.shape[1]
             return (None if outputs.vectors else width), width, {}
         module = outputs.head.module
-        count = self._theirs.columns.count or int(cast(Tensor, module.weight).shape[0])
+        count = self._model.columns.count or int(cast(Tensor, module.weight).shape[0])
         tensors = {}
         if type(module) is nn.Linear:
             tensors = {"weight": module.weight[:count]}
@@ -213,11 +213,11 @@ class _TeacherRunner:
             yield outputs.values[start:stop]
             return
         for at in range(start, max(stop, start + 1), _CHUNK):
-            yield self._theirs.columns.of(outputs.logits(slice(at, min(stop, at + _CHUNK))))
+            yield self._model.columns.of(outputs.logits(slice(at, min(stop, at + _CHUNK))))
 
     @torch.no_grad()
     def _ask(self, examples: Sequence[Example]) -> Outputs:
-        t = self._theirs
+        t = self._model
         return t.task.outputs(t.model, t.task.collate(list(examples), t.device))
 
 
@@ -227,7 +227,7 @@ def _on_cpu(target: Any) -> Any:
 
 def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any]:
     """The disk space and time of a capture, from the teacher's configuration only."""
-    assembly, theirs = taught.assembly, teacher.target.loaded.recipe
+    assembly, recipe = taught.assembly, teacher.target.loaded.recipe
     skeleton = teacher.skeleton()
     head = skeleton.get_output_embeddings() if assembly.spec.predicts == "tokens" else None
     fill = planned_fill(assembly, skeleton)
@@ -236,8 +236,8 @@ def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any
     counts = _num_positions(examples)
     positions, size = int(counts.sum()), _stored_bytes(fill, counts)
     if fill.kind == "hidden" and head is not None:
-        size += head.weight.numel() * resolve_dtype(theirs.model.dtype, "cpu").itemsize
-    device = pick_device(theirs.run.device)
+        size += head.weight.numel() * resolve_dtype(recipe.model.dtype, "cpu").itemsize
+    device = pick_device(recipe.run.device)
     seconds = forward_seconds(
         skeleton,
         tokens=int(lengths.sum()),
@@ -245,7 +245,7 @@ def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any
         scored=positions if head is not None else 0,
         dtype=resolve_precision(assembly.recipe.train.precision, device),
         device=device,
-        storage=theirs.model.quantize,
+        storage=recipe.model.quantize,
     )
     folder = cache_folder(assembly, teacher)
     return {

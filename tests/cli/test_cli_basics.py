@@ -68,7 +68,7 @@ def test_recipes_show_copy_and_schema(capsys: pytest.CaptureFixture[str], tmp_pa
     assert str(tmp_path / "quickstart.yaml") in capsys.readouterr().out
     assert (tmp_path / "quickstart.yaml").read_text() == text
     assert run(["recipes", "copy", "quickstart", str(tmp_path)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert run(["recipes", "schema", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == recipe_schema()
 

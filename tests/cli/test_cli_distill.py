@@ -152,9 +152,9 @@ CASES: dict[str, Case] = {
         {"model": {"name": "longer"}, "data": {"template": {**TEMPLATE, "user": "{text}<|more|>"}}}, [], 3,
         [KEY, "data.csv:2", "the teacher's tokenizer has no '<|more|>' (id 260)"],
     ),
-    "no head": ("distill", "seq_cls", {"teacher": "headless"}, {}, [], 2, [TEACHER, "LABEL_0, LABEL_1", "never trained"]),
+    "no head": ("distill", "seq_cls", {"teacher": "headless"}, {}, [], 2, [TEACHER, "LABEL_0, LABEL_1", "not trained for this task"]),
     "the backbone has no head": (
-        "distill", "seq_cls", {"teacher": "self"}, {"model": {"name": "headless"}}, [], 2, [TEACHER, "never trained"],
+        "distill", "seq_cls", {"teacher": "self"}, {"model": {"name": "headless"}}, [], 2, [TEACHER, "not trained for this task"],
     ),
     "other labels": ("distill", "seq_cls", {"teacher": "others"}, {}, [], 2, [TEACHER, "a, b, c", "animal, colour"]),
     "another task": (
@@ -183,7 +183,7 @@ CASES: dict[str, Case] = {
     ),
     "self without an adapter": (
         "distill", "seq_cls", {"teacher": "self"}, {"adapter": {"rank": 8, "method": "none"}}, [], 2,
-        ["distill.teacher: self is the backbone without its adapter", "name the model again"],
+        ["distill.teacher: self is the backbone without its adapter", "set the teacher to the model's name"],
     ),
     "no section": ("distill", "seq_cls", {}, {}, [], 2, ["no section distill", "peftlab train"]),
     "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run: peftlab distill"]),
@@ -214,7 +214,7 @@ CASES: dict[str, Case] = {
     ),
     "a teacher of no row": (
         "distill", "seq_cls", routed(rows={"label": "plant"}), {}, [], 3,
-        ["distill.teachers.1.rows` (r.yaml:", "no training row has label: plant", "there is animal, colour"],
+        ["distill.teachers.1.rows` (r.yaml:", "no training row has label: plant", "the values are animal, colour"],
     ),
     "a row of no teacher": (
         "distill", "seq_cls", routed(rows={"text": ["red 1"]}), {}, [], 3,
@@ -268,11 +268,11 @@ CASES: dict[str, Case] = {
     ),
     "check: a cache that is a model": (
         "check", "causal_lm", {"teacher": "lm", "cache": "classifier"}, {}, [], 2,
-        ["distill.cache` (r.yaml:", "classifier holds other files", "choose another folder"],
+        ["distill.cache` (r.yaml:", "classifier contains other files", "choose another folder"],
     ),
     "a cache that is a model": (
         "teach", "causal_lm", {"teacher": "lm", "cache": "classifier"}, {}, [], 2,
-        ["distill.cache` (r.yaml:", "classifier holds other files", "choose another folder"],
+        ["distill.cache` (r.yaml:", "classifier contains other files", "choose another folder"],
     ),
     "misspelt key of a teacher": (
         "distill", "seq_cls", {"teacher": {"name": "classifier", "quantise": "nf4"}}, {}, [], 2,
@@ -422,11 +422,11 @@ STALE: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], list[str]]
         {"distill": {"targets": {"fill": "hidden"}}},
         ["fill is 'topk' in the cache, 'hidden' here"],
     ),
-    "other data, and begun": (begin_with_other_data, {}, ["begun in cache", "made for other data"]),
+    "other data, and begun": (begin_with_other_data, {}, ["unfinished teacher cache in cache", "made for other data"]),
     "another temperature, and begun": (
         begin,
         {"distill": {"temperature": 2.0}},
-        ["begun in cache", "temperature is 1.0 in the cache, 2.0 here"],
+        ["unfinished teacher cache in cache", "temperature is 1.0 in the cache, 2.0 here"],
     ),
     "a damaged begin": (damage_capture, {}, ["damaged: capture.json cannot be read"]),
     "a damaged shard": (damage_shard, {}, ["damaged: train-00000.bin", "restore the file"]),
@@ -584,7 +584,7 @@ def test_a_mistake_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixtur
 def test_an_unfinished_distillation_names_its_own_verb(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a teacher, and where there is none to resume. The fault: `peftlab train`, which refuses."""
     recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
-    assert_told(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run in mine to resume", "peftlab distill RUN"])
+    assert_told(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run to resume in mine", "peftlab distill RUN"])
     lock(here / "first", recipe)
     assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run: peftlab distill"])
     recipe = write(here, "seq_cls", distill={"teacher": "first"})

@@ -278,7 +278,7 @@ def test_ctrl_c_and_resume(here: Path, texts: Done) -> None:
         distill(lesson("causal_lm"), progress=Stopper(3))
     assert caught.value.exit_code == 130
     assert peftlab.open_run("run").summary["status"] == "interrupted"
-    with pytest.raises(RecipeError, match="the run was made with other settings"):
+    with pytest.raises(RecipeError, match="cannot resume with changed settings"):
         distill("run", ["train.lr=0.5"], resume=True, progress=SilentProgress())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distilling, "compare_students", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -212,7 +212,7 @@ def test_layers_are_compared_beside_the_answers(tmp_path: Path) -> None:
         ),
         (
             {"losses": ["attention_kl"], "cache": "c"},
-            "attention_kl looks into the teacher's layers, and the cache stores",
+            "attention_kl compares the teacher's layers, but the cache stores only",
         ),
         (
             {"losses": ["hidden_mse"], "teacher": None, "teachers": ["a", "b"]},

@@ -466,7 +466,7 @@ def test_a_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytes
         ),
         (
             {"distill": {"teacher": "strong", "cache": "c", "cross_tokenizer": "uld"}},
-            "cross_tokenizer: uld takes one teacher",
+            "cross_tokenizer: uld needs a single live teacher",
         ),
         ({"eval": {"choices": ["animal", "colour"]}}, "the student writes free text"),
         ({"train": {"batch_size": None, "batch_tokens": 99}}, "need train.max_steps"),

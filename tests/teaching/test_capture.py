@@ -191,7 +191,9 @@ def test_a_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(SplitWriter, "add", full)
-        with pytest.raises(ResourceError, match=r"^`distill.cache`: the disk is full.* goes on with what is stored"):
+        with pytest.raises(
+            ResourceError, match=r"^`distill.cache`: the disk is full.* run the same command again to resume"
+        ):
             teach(document, progress=SilentProgress())
     teach(document, progress=SilentProgress())
     teach(lesson("causal_lm", cache="whole"), progress=SilentProgress())
