@@ -10,7 +10,7 @@ from peftlab.cli.ledger_tables import show_check
 from peftlab.cli.options import Debug, Json, Overrides, Recipe, check_overrides, check_recipe
 from peftlab.cli.output import output_of
 
-# Wrong data; see peftlab.errors.DataError.
+# The exit code of peftlab.errors.DataError.
 _REFUSED = 3
 
 

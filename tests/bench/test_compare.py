@@ -103,7 +103,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(command) == 0
     shown = capsys.readouterr().out
     assert "2.00 (1.9" in shown and "no difference" in shown
-    assert "the same machine, versions and protocol" in shown
+    assert "same machine, versions and protocol" in shown
     assert "only in A: train/lora/r64/none/auto/2x16/1 (memory)" in shown
     assert run([*command, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["cells"]) == 2

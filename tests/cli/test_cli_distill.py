@@ -505,7 +505,7 @@ def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.Cap
     assert "teacher: lm (90,688 parameters)\n" in out
     assert re.search(r"\ncache: cache, 2\d examples, [\d.]+ [kM]?B\n", out), out
     assert (
-        "student: 1 of 2 layers of tiny:llama (53,696 parameters), and the same on the labels alone, with 2 seeds"
+        "student: 1 of 2 layers of tiny:llama (53,696 parameters), and a baseline on the labels alone, with 2 seeds"
         in out
     )
     assert cli(["check", recipe, "distill.cache=new", "--json"]) == 0
@@ -609,7 +609,7 @@ def test_check_of_the_caches_of_phases(here: Path, capsys: pytest.CaptureFixture
     (here / "phases/phase-1-0123").mkdir(parents=True)
     recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "phases", "on_policy": {"phases": 1}})
     assert cli(["check", recipe]) == 0
-    assert "cache: phases, nothing yet" in capsys.readouterr().out
+    assert "cache: phases, empty" in capsys.readouterr().out
 
 
 def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
