@@ -42,7 +42,9 @@ class Chat:
         resolved = _chat_target(target, recipe, overrides)
         with located(resolved.loaded):
             if not resolved.loaded.recipe.spec.generates:
-                raise RecipeError(f"chat needs a language model; this is a {resolved.loaded.recipe.task} run: use predict")
+                raise RecipeError(
+                    f"chat needs a language model; this is a {resolved.loaded.recipe.task} run: use predict"
+                )
             self._opened = open_target(resolved, progress or SilentProgress())
             check_room_to_answer(max_new_tokens, self._opened)
             self._task = cast(Generates, self._opened.task)

@@ -43,7 +43,9 @@ def merge(
     resolved = find_target(target)
     if resolved.adapter is None:
         full = (
-            f": {resolved.loaded.recipe.model.name} is its trained model" if resolved.kind == "run" else "; name a run folder"
+            f": {resolved.loaded.recipe.model.name} is its trained model"
+            if resolved.kind == "run"
+            else "; name a run folder"
         )
         raise RecipeError(f"{target} has no adapter to merge{full}")
     with located(resolved.loaded), frozen_heap():

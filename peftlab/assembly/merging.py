@@ -87,11 +87,7 @@ def merge_run(
                 if failures:
                     raise VerificationError(
                         f"merge verification failed, nothing was written: {'; '.join(failures)}. Figures: {folder / 'merge.json'}"
-                        + (
-                            "; --base dequantized merges exactly"
-                            if name == "original" and quantized
-                            else ""
-                        )
+                        + ("; --base dequantized merges exactly" if name == "original" and quantized else "")
                     )
                 shutil.rmtree(output, ignore_errors=True)
                 os.replace(written, output)
@@ -159,7 +155,10 @@ class _Reference:
             return [outputs.logits().float().cpu() for outputs in outputs_per_batch]
         # Use the components of a unit vector as logits: equal vectors give equal logits, and the largest component is
         # distinct even if the vectors of two texts are close.
-        return [torch.nn.functional.normalize(o.values.float().cpu(), dim=-1) / _VECTOR_TEMPERATURE for o in outputs_per_batch]
+        return [
+            torch.nn.functional.normalize(o.values.float().cpu(), dim=-1) / _VECTOR_TEMPERATURE
+            for o in outputs_per_batch
+        ]
 
 
 def _merge_one(target: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:

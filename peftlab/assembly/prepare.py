@@ -107,7 +107,7 @@ def prepare(
     plans = ((recipe.lock or {}).get("environment") or {}).get("kernel_plans", ops.plans_in_use())
     if plans != ops.plans_in_use():
         progress.note(
-            f"kernel plans: {plans} in the original run, {ops.plans_in_use()} now: the last bits may differ"
+            f"kernel plans: {plans} when the run was made, {ops.plans_in_use()} now: the last bits may differ"
         )
     task, limit = assembly.task, assembly.limit
     metrics = assembly.metrics

@@ -90,9 +90,7 @@ def find_target(
     if (path / LOCK_NAME).is_file():
         return _run_target(path, recipe if recipe is not None else path / LOCK_NAME, overrides)
     if recipe is None:
-        raise RecipeError(
-            f"{str(target)!r} is neither a run nor a merged folder; for a base model add --recipe NAME"
-        )
+        raise RecipeError(f"{str(target)!r} is neither a run nor a merged folder; for a base model add --recipe NAME")
     return Target("base", load_recipe(recipe, [f"model.name={target}", *overrides]), None)
 
 

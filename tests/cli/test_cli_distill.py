@@ -586,7 +586,7 @@ def test_an_unfinished_distillation_names_its_own_verb(here: Path, capsys: pytes
     recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
     assert_told(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run in mine to resume", "peftlab distill RUN"])
     lock(here / "first", recipe)
-    assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run: peftlab distill"])
+    assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run peftlab distill"])
     recipe = write(here, "seq_cls", distill={"teacher": "first"})
     parts = [TEACHER, "the run in first has no student yet; continue it with: peftlab distill first --resume"]
     assert_told(capsys, cli(["distill", recipe]), 5, parts)
