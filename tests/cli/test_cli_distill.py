@@ -186,7 +186,7 @@ CASES: dict[str, Case] = {
         ["distill.teacher: self is the backbone without its adapter", "name the model again"],
     ),
     "no section": ("distill", "seq_cls", {}, {}, [], 2, ["no section distill", "peftlab train"]),
-    "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run: peftlab distill"]),
+    "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run peftlab distill"]),
     "no teacher": ("distill", "seq_cls", {"hard_weight": 0.1}, {}, [], 2, ["names no teacher: give teacher"]),
     "temperature 0": (
         "distill", "seq_cls", {"teacher": "classifier", "temperature": 0}, {}, [], 2,
