@@ -1,4 +1,4 @@
-"""peftlab adapts and distills transformer models on one GPU or CPU: one recipe, one verb, a verified result."""
+"""peftlab fine-tunes and distills transformer models on one GPU or CPU: one recipe, one command, a verified result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Name -> module it comes from: importing peftlab does no work, torch is loaded by what needs it.
+# Name -> module. Importing peftlab is cheap: modules, and torch, are imported on first use.
 _EXPORTS = {
     "benchmark": "peftlab.api.benchmark",
     "benchmark_quality": "peftlab.api.benchmark_quality",

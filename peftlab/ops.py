@@ -1,4 +1,4 @@
-"""The only door to ``peftlab_kernels``: the rest of the engine imports its ops from here."""
+"""The only importer of ``peftlab_kernels``: the rest of peftlab imports its ops from here."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ from peftlab_kernels.runtime import CPU_OPERANDS, new_seed, operands_problem, re
 
 from peftlab.errors import ArtifactError
 
-# Operation -> whether its kernels are matrix products. Both dequantizations have one that merges an adapter.
+# Operation -> whether its kernels need matrix products. Both dequantizations include one that merges an adapter.
 _TRITON_OPS = {
     "int8_dequant": False, "linear_cross_entropy": False, "linear_kl": False, "lora_linear": True, "nf4_dequant": False,
 }  # fmt: skip
 
 
 def kernel_paths(device_type: str) -> dict[str, tuple[str, str]]:
-    """Per operation what runs on this kind of device with ``run.kernels: auto``, and why not something faster."""
-    asked = None if device_type == "cuda" else "run.kernels=triton asks for it"
+    """Per operation: what runs on this device type with ``run.kernels: auto``, and why nothing faster."""
+    hint = None if device_type == "cuda" else "run.kernels=triton asks for it"
     problems = {name: triton_problem(device_type, products=products) for name, products in _TRITON_OPS.items()}
     return {
-        name: ("PyTorch, fused", problem or asked or "") if problem or asked else ("Triton", "")
+        name: ("PyTorch, fused", problem or hint or "") if problem or hint else ("Triton", "")
         for name, problem in problems.items()
     }
 
 
 def kernels_note(device_type: str) -> str | None:
-    """What PyTorch does in place of the kernels on a GPU, with the reason; None where Triton does it all."""
+    """Which kernels a GPU runs in PyTorch, and why; None if Triton runs all."""
     if device_type != "cuda":
         return None
     if problem := triton_problem(device_type, products=False):
@@ -67,12 +67,12 @@ def kernels_note(device_type: str) -> str | None:
 
 
 def plan_by_rule(key: PlanKey) -> Plan:
-    """The plan without measurements."""
+    """The plan that applies without measurements."""
     return plan.rule(key.device, key.kind, M=key.m, N=key.n, K=key.k, dropout=key.dropout)
 
 
 def read_plans(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table of measured plans. Raises: ArtifactError when ``path`` is not one."""
+    """The rows of a table of measured plans. Raises: ArtifactError if ``path`` is not such a table."""
     try:
         return plan.read_table(path)
     except ValueError as error:
@@ -80,9 +80,9 @@ def read_plans(path: Path) -> list[dict[str, Any]]:
 
 
 def use_plans(path: Path | None) -> None:
-    """Plans measured in ``path`` are used from now on, in place of those of an earlier call; None: none are.
+    """Uses the plans measured in ``path`` from now on, replacing those of an earlier call; None: use no plans.
 
-    Raises: ArtifactError when ``path`` is not such a table.
+    Raises: ArtifactError if ``path`` is not such a table.
     """
     try:
         plan.use_table(path)
@@ -91,7 +91,7 @@ def use_plans(path: Path | None) -> None:
 
 
 def _not_a_table(error: ValueError) -> ArtifactError:
-    return ArtifactError(f"{error}; `peftlab bench tune-kernels` rewrites it, or delete it")
+    return ArtifactError(f"{error}; run `peftlab bench tune-kernels` to rewrite it, or delete it")
 
 
 __all__ = [

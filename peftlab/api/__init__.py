@@ -1,1 +1,1 @@
-"""The public functions, one file each, named as the function."""
+"""The public functions, one file each, named after the function."""

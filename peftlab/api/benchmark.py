@@ -1,4 +1,4 @@
-"""``benchmark``: how fast and how large a recipe's training is here, over adapters, weights and kernels."""
+"""``benchmark``: measures speed and memory of a recipe's training over adapters, weights and kernels."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def benchmark(
     plan: bool = False,
     progress: Tell = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Measures every cell of a sweep in processes of its own, and writes bench.json, bench.csv and a picture.
+    """Measures every cell of a sweep in separate processes, and writes bench.json, bench.csv and a picture.
 
     Args:
-        recipe, overrides: as for ``train``. methods: of ``specs.methods.VARIANTS``. ranks: of the adapters. quantize: of
-            ``specs.storages``. kernels: of ``specs.kernels``: auto is fused, reference PEFT's own. batch: rows of a step.
-            length: tokens of a row. adapters: that the rows of a batch are spread over. what: train, generate. Each is the
-            recipe's own value if None; quantize then none and nf4, kernels both.
-        repeats: processes per cell. steps: measured in each, after the warm-up. new_tokens: of each generated answer.
-        out: the folder; default runs/bench-NAME. resume: measure what its folder lacks. replace: begin it anew.
-        plan: list the cells and measure nothing. progress: told (jobs done, all jobs, the next).
+        recipe, overrides: as for ``train``. methods: names in ``specs.methods.VARIANTS``. ranks: adapter ranks. quantize:
+            names in ``specs.storages``. kernels: names in ``specs.kernels``; auto is fused, reference is PEFT's path. batch:
+            rows per step. length: tokens per row. adapters: number of adapters in one batch. what: train, generate. None
+            means the recipe's value; for quantize none and nf4, for kernels both.
+        repeats: processes per cell. steps: measured steps per process, after the warm-up. new_tokens: per generated answer.
+        out: the folder; default runs/bench-NAME. resume: measure only the missing cells. replace: overwrite the folder.
+        plan: list the cells and measure nothing. progress: called with (jobs done, all jobs, next job).
 
     Returns: the contents of bench.json, ``header``, ``ceilings`` and ``cells`` (see ``bench.summary``), with ``folder``.
-    Raises: RecipeError, DataError, ArtifactError (another benchmark to resume), Interrupted. Cells that are red, too large
-        or impossible are rows that say so, not errors.
+    Raises: RecipeError, DataError, ArtifactError (resume of another benchmark), Interrupted. Cells that fail their check, do
+        not fit in memory or are impossible become rows with that status, not errors.
     """
     prepare_libraries()
     loaded = load_recipe(recipe, overrides)
-    asked = {"what": what, "methods": methods, "ranks": ranks, "quantize": quantize, "kernels": kernels}
-    asked |= {"batch": batch, "length": length, "adapters": adapters}
+    choices = {"what": what, "methods": methods, "ranks": ranks, "quantize": quantize, "kernels": kernels}
+    choices |= {"batch": batch, "length": length, "adapters": adapters}
     protocol = {"repeats": repeats, "steps": steps, "new_tokens": new_tokens}
     with located(loaded):
         return run_benchmark(
             Assembly(loaded),
             overrides,
-            asked,
+            choices,
             protocol,
             folder=Path(out) if out is not None else Path("runs") / f"bench-{loaded.name}",
             resume=resume,

@@ -1,4 +1,4 @@
-"""``benchmark_quality``: the adapter methods trained on the recipe, equally long and with equal seeds, and scored."""
+"""``benchmark_quality``: trains and scores the adapter methods on one recipe, with equal steps and seeds."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def benchmark_quality(
 ) -> dict[str, Any]:
     """Trains each method and rank with ``seeds`` seeds and writes quality.json, quality.csv and a picture.
 
-    All have the recipe's steps, batches and held-out rows, and are scored at the end. Alpha stays the recipe's. A learning rate
-    that is right for one method is wrong for another: with the first seed each tries all of ``learning_rates``, and goes on
-    to the other seeds with the best. That choice looks at the held-out rows, of all methods alike.
+    All methods use the recipe's steps, batches, alpha and held-out rows. Methods need different learning rates: with the
+    first seed each method tries all of ``learning_rates`` and keeps its best for the other seeds. For every method that
+    choice uses the held-out rows.
 
-    Args: methods: default all of ``specs.methods.VARIANTS``. ranks: default the recipe's. learning_rates: default a tenth of the
-        recipe's, which full fine-tuning often needs, and the recipe's. out: default runs/quality-NAME. plan: train nothing.
+    Args: methods: default all of ``specs.methods.VARIANTS``. ranks: default the recipe's. learning_rates: default the recipe's
+        rate and a tenth of it, which full fine-tuning often needs. out: default runs/quality-NAME. plan: train nothing.
         resume, replace, progress: as for ``benchmark``.
     Returns: the contents of quality.json, ``header`` and ``methods`` (see ``bench.quality``), with ``folder``.
     Raises: RecipeError, DataError, ArtifactError, Interrupted.

@@ -23,7 +23,7 @@ class Chat:
 
     Args:
         target, recipe, overrides: as for ``evaluate``.
-        system: system message; default: the constant one of the recipe's template, if it has one.
+        system: system message; default: that of the recipe's template, if it is constant.
     """
 
     def __init__(
@@ -39,16 +39,18 @@ class Chat:
         progress: Progress | None = None,
     ) -> None:
         prepare_libraries()
-        found = _chat_target(target, recipe, overrides)
-        with located(found.loaded):
-            if not found.loaded.recipe.spec.generates:
-                raise RecipeError(f"chat needs a language model; this is a {found.loaded.recipe.task} run: use predict")
-            self._opened = open_target(found, progress or SilentProgress())
+        resolved = _chat_target(target, recipe, overrides)
+        with located(resolved.loaded):
+            if not resolved.loaded.recipe.spec.generates:
+                raise RecipeError(
+                    f"chat needs a language model; this is a {resolved.loaded.recipe.task} run: use predict"
+                )
+            self._opened = open_target(resolved, progress or SilentProgress())
             check_room_to_answer(max_new_tokens, self._opened)
             self._task = cast(Generates, self._opened.task)
             if not self._task.tokenizer.chat_template:
                 raise RecipeError("the tokenizer has no chat template; use predict", key="model.chat_template")
-        template = found.loaded.recipe.data.template
+        template = resolved.loaded.recipe.data.template
         constant = template.system if template and template.system and "{" not in template.system else None
         self._start = [{"role": "system", "content": text}] if (text := system or constant) else []
         self._sampling = (
@@ -58,19 +60,19 @@ class Chat:
         self.messages: list[dict[str, str]] = list(self._start)
 
     def reset(self) -> None:
-        """Forgets the conversation, keeps the system message."""
+        """Forgets the conversation but keeps the system message."""
         self.messages = list(self._start)
 
     def reply(self, text: str) -> Iterator[str]:
         """Yields the answer piece by piece and adds both turns to ``messages``.
 
-        Closing the generator early (Ctrl-C) stops the model; what was written so far is kept as its turn.
+        Closing the generator early (Ctrl-C) stops the model; the text so far is kept as its turn.
         """
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         opened, tokenizer = self._opened, self._task.tokenizer
-        asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        turns = [*self.messages, {"role": "user", "content": text}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(opened.device)
         room = opened.limit - self._max_new_tokens
         inputs = {name: value[:, -room:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
@@ -86,7 +88,7 @@ class Chat:
                         stopping_criteria=StoppingCriteriaList([lambda *_: stop.is_set()]),
                         **self._task.generation_kwargs(self._max_new_tokens, self._sampling),
                     )
-            except BaseException as error:  # shown by the thread that reads the stream
+            except BaseException as error:  # raised in the thread that reads the stream
                 failure.append(error)
                 streamer.end()
 
@@ -101,13 +103,13 @@ class Chat:
             stop.set()
             thread.join()
             if not failure:
-                self.messages = [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]
+                self.messages = [*turns, {"role": "assistant", "content": "".join(pieces).strip()}]
         if failure:
             raise failure[0]
 
 
 def _chat_target(target: str | os.PathLike[str], recipe: RecipeSource | None, overrides: Sequence[str]) -> Target:
-    """A base model needs no recipe to chat: its data section is never read."""
+    """The target; a base model gets a minimal recipe, because chat never reads its data section."""
     try:
         return find_target(target, recipe, overrides)
     except RecipeError:

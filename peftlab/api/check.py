@@ -1,4 +1,4 @@
-"""``check``: what a recipe would train, from tokenizer and data alone."""
+"""``check``: shows what a recipe would train; needs the tokenizer and the data only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(
     show: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The loss ledger of a recipe: nothing is trained, no weights are loaded, nothing is written.
+    """Returns the loss ledger of a recipe. Trains nothing, loads no weights, writes nothing.
 
     Args:
         recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used).
@@ -38,12 +38,12 @@ def check(
         show: number of training rows to preview.
         progress: where progress goes; default: stderr.
 
-    Returns: plain values. ``ok``: no error that ``data.allow`` does not name. ``train``, ``held_out``: rows, tokens,
-        roles, special tokens, answers, lengths, labels, and the rows left out with reason and place. ``shared``: rows
-        in both. ``distill``: teachers, their caches and the student, where the recipe has them; else None.
-        ``findings``: errors and notes with the rows concerned. ``estimate``: steps, tokens and seconds.
-        ``preview``: segments of text with role and whether they are trained.
-    Raises: RecipeError, DataError where the data cannot be read or turned into text at all.
+    Returns: plain values. ``ok``: whether ``data.allow`` covers all errors. ``train``, ``held_out``: rows, tokens,
+        roles, special tokens, answers, lengths, labels, and the dropped rows with reason and place. ``shared``: rows
+        in both. ``distill``: teachers, their caches and the student; None without the section.
+        ``findings``: errors and notes with their rows. ``estimate``: steps, tokens and seconds.
+        ``preview``: text segments with role and whether they are trained.
+    Raises: RecipeError, DataError if the data cannot be read or rendered as text.
     """
     prepare_libraries(measured_plans=False)
     progress = progress or make_progress()
@@ -88,7 +88,7 @@ def check(
 
 
 def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any] | None:
-    """Steps, tokens and time; None where no row is left to train on, rows are refused, or the student will write them."""
+    """Steps, tokens and time; None if no rows remain, rows are refused, or the student will write the rows."""
     recipe, lengths, limit = assembly.recipe, train.lengths, assembly.limit
     if recipe.distill is not None and recipe.distill.on_policy is not None:
         return None
@@ -97,7 +97,7 @@ def _estimate(assembly: Assembly, skeleton: Any, train: Ledger) -> dict[str, Any
     plan = make_plan(assembly, lengths, packing=limit if recipe.data.packing else None)
     seen = plan.times_seen()
     rows, tokens, trained = int(seen.sum()), int(seen @ lengths), int(seen @ train.trained)
-    scored = rows if train.per_row else trained  # positions whose logits are computed
+    scored = rows if train.per_row else trained  # positions with computed logits
     return {
         "steps": plan.total_steps,
         "epochs": rows / len(lengths),

@@ -1,4 +1,4 @@
-"""``compare_benchmarks``: two results of ``benchmark``, cell by cell. No torch is needed for it."""
+"""``compare_benchmarks``: compares two results of ``benchmark``, cell by cell, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from peftlab.measuring import journal
 
 
 def compare_benchmarks(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> dict[str, Any]:
-    """Two results of ``benchmark``, cell by cell; see ``bench.compare``.
+    """Compares two results of ``benchmark``, cell by cell; see ``bench.compare``.
 
-    Args: a, b: a folder or its bench.json. Raises: RecipeError (no result there), ArtifactError (damaged, other work).
+    Args: a, b: a folder or its bench.json. Raises: RecipeError (result missing), ArtifactError (damaged, or a different workload).
     """
     return compare_results(journal.read_result(Path(a)), journal.read_result(Path(b)), (os.fspath(a), os.fspath(b)))

@@ -1,4 +1,4 @@
-"""``distill``: a student learns from a teacher, next to the same student on the labels alone, and both are compared."""
+"""``distill``: trains a student from a teacher, and a baseline on the labels alone, and compares them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def distill(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Run:
-    """Trains the student that the recipe describes on its teacher and returns the run.
+    """Trains the recipe's student from its teacher and returns the run.
 
     Args:
         recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used), with a section ``distill``.
         overrides: ``section.key=value``.
-        seeds: repetitions, in place of distill.seeds.
-        resume: continue the run in the run folder: finished trainings are kept, an interrupted one goes on from its
-            newest checkpoint.
-        replace: an earlier run in the run folder is removed.
+        seeds: number of seeds; overrides distill.seeds.
+        resume: resume the run in the run folder: keep finished trainings, continue an interrupted one from its newest
+            checkpoint.
+        replace: overwrite an earlier run in the run folder.
         progress: where progress goes; default: a live bar or plain lines on stderr, with ``verbose`` every detail.
 
     Returns: the ``Run``: ``student/`` is the student as a plain transformers folder, ``summary["card"]`` the report card.
@@ -44,13 +44,13 @@ def distill(
     """
     prepare_libraries()
     progress = progress or make_progress(verbose=verbose)
-    repeated = [f"distill.seeds={seeds}"] if seeds else []
-    loaded, folder = open_source(recipe, [*overrides, *repeated], resume=resume)
+    seed_override = [f"distill.seeds={seeds}"] if seeds else []
+    loaded, folder = open_source(recipe, [*overrides, *seed_override], resume=resume)
     with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
         if loaded.recipe.distill is None:
             raise RecipeError(
-                f"{loaded.name} has no section distill, which names the teacher; to train without one: peftlab train"
+                f"{loaded.name} has no section distill, which names the teacher; to train without a teacher: peftlab train"
             )
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
         if resume:

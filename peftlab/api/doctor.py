@@ -1,4 +1,4 @@
-"""``doctor``: what is installed, what this machine has, and what really works on it."""
+"""``doctor``: checks the installation and what works on this machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from peftlab.diagnosing.facts import Fact, all_facts
 
 
 def doctor() -> dict[str, Any]:
-    """The report: ``{"sections": [{"title", "facts": [{"name", "value", "status", "detail"}]}], "problems": int}``.
+    """Returns the report: ``{"sections": [{"title", "facts": [{"name", "value", "status", "detail"}]}], "problems": int}``.
 
-    status: ``ok``; ``note`` for what is absent or limited and may be so; ``problem`` for what will stop or surprise.
+    status: ``ok``; ``note`` for something missing or limited that is optional; ``problem`` for what will fail or mislead.
     """
     sections: dict[str, list[Fact]] = all_facts()
     return {

@@ -1,4 +1,4 @@
-"""``evaluate``: the metrics of a run, a merged model or a base model."""
+"""``evaluate``: computes the metrics of a run, a merged model or a base model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def evaluate(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a target on the held-out rows of its recipe.
+    """Computes the metrics of a target on the held-out rows of its recipe.
 
     Args:
-        target: a run folder, its merged/ folder, an adapter folder, or a base model (then ``recipe`` says what on).
+        target: a run folder, its merged/ folder, an adapter folder, or a base model (which needs ``recipe``).
         overrides: ``section.key=value``, such as ``data.eval=other.csv``.
 
     Returns: ``{"target", "kind", "rows", "metrics": {flat name: value}}``.
@@ -32,19 +32,19 @@ def evaluate(
     """
     prepare_libraries()
     progress = progress or make_progress()
-    found = find_target(target, recipe, overrides)
-    with located(found.loaded):
-        settings = found.loaded.recipe
+    resolved = find_target(target, recipe, overrides)
+    with located(resolved.loaded):
+        settings = resolved.loaded.recipe
         if not settings.spec.learns_from_labels:
             raise RecipeError(
-                "there are no labels to score vectors with; `peftlab distill` compares a student's with its teacher's",
+                "this task has no labels to score vectors with; `peftlab distill` compares a student's vectors with its teacher's",
                 key="task",
             )
         if settings.eval.metrics is not None:
             check_metrics(settings.eval.metrics, settings.task, bool(settings.eval.choices))
         progress.stage("reading data")
-        assembly = found.assembly(reads_data=True)
-        opened = open_target(found, progress, assembly=assembly)
+        assembly = resolved.assembly(reads_data=True)
+        opened = open_target(resolved, progress, assembly=assembly)
         progress.stage(f"evaluating on {len(assembly.held_out.examples):,} rows")
         metrics = evaluate_examples(
             opened.model,
@@ -57,5 +57,5 @@ def evaluate(
         )
         progress.stop()
         return {
-            "target": str(target), "kind": found.kind, "rows": len(assembly.held_out.examples), "metrics": metrics,
+            "target": str(target), "kind": resolved.kind, "rows": len(assembly.held_out.examples), "metrics": metrics,
         }  # fmt: skip

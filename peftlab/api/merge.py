@@ -1,4 +1,4 @@
-"""``merge``: folds an adapter into its base model and verifies the files that come out (contract C6)."""
+"""``merge``: folds an adapter into its base model and verifies the written files (contract C6)."""
 
 from __future__ import annotations
 
@@ -28,25 +28,27 @@ def merge(
     """Merges a run's adapter, writes a plain transformers folder, and compares it with base + adapter.
 
     Args:
-        target: a run folder or an adapter folder of one.
-        base: ``original`` (weights as published) or ``dequantized`` (the quantized weights the adapter was trained on,
+        target: a run folder or its adapter folder.
+        base: ``original`` (published weights) or ``dequantized`` (the quantized weights the adapter was trained on,
             written out); default: dequantized for a quantized run. The report has the errors of both.
         output: folder to write; default ``RUN/merged``.
-        dtype: of the written weights; auto: that of the original weights.
-        max_kl, min_top1: thresholds on mean KL in nats and on top-1 agreement, in place of the defaults.
+        dtype: dtype of the written weights; auto: that of the original weights.
+        max_kl, min_top1: thresholds on mean KL in nats and on top-1 agreement; override the defaults.
         replace: overwrite ``output``.
 
     Returns: the report, also written to ``RUN/merge.json``.
-    Raises: VerificationError when the merged model is beyond a threshold: then nothing is written to ``output``.
+    Raises: VerificationError if the merged model exceeds a threshold; ``output`` is then not written.
     """
     prepare_libraries()
-    found = find_target(target)
-    if found.adapter is None:
+    resolved = find_target(target)
+    if resolved.adapter is None:
         full = (
-            f": {found.loaded.recipe.model.name} is its trained model" if found.kind == "run" else "; name a run folder"
+            f": {resolved.loaded.recipe.model.name} is its trained model"
+            if resolved.kind == "run"
+            else "; name a run folder"
         )
         raise RecipeError(f"{target} has no adapter to merge{full}")
-    with located(found.loaded), frozen_heap(), progress or make_progress() as progress:
+    with located(resolved.loaded), frozen_heap(), progress or make_progress() as progress:
         return merge_run(
             Path(target),
             base=base,

@@ -1,4 +1,4 @@
-"""``predict``: one result per input, from a run, a merged model or a base model."""
+"""``predict``: yields one result per input, from a run, a merged model or a base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftlab.errors import DataError, RecipeError
 from peftlab.tasks import Task
 from peftlab.training.progress import Progress, make_progress
 
-# Rows predicted together: enough to group by length, few enough that the first results come soon.
+# Rows per window: enough to group by length, few enough for quick first results.
 _WINDOW = 256
 
 
@@ -38,11 +38,11 @@ def predict(
     """
     prepare_libraries()
     progress = progress or make_progress()
-    found = find_target(target, recipe, overrides)
-    with located(found.loaded):
-        settings = found.loaded.recipe
+    resolved = find_target(target, recipe, overrides)
+    with located(resolved.loaded):
+        settings = resolved.loaded.recipe
         rows = _rows_of_file(inputs, settings.data.encoding) if isinstance(inputs, Path) else None
-        opened = open_target(found, progress)
+        opened = open_target(resolved, progress)
         check_room_to_answer(max_new_tokens or settings.eval.max_new_tokens, opened)
         rows = rows if rows is not None else _input_rows(inputs, opened.task)
         progress.stop()
@@ -64,11 +64,11 @@ def _rows_of_file(path: Path, encoding: str) -> Rows:
     try:
         return load_rows(str(path), encoding=encoding)
     except DataError as error:
-        raise DataError(str(error)) from None  # the fault is in the input, not in a key of the recipe
+        raise DataError(str(error)) from None  # the error is in the input, not in a recipe key
 
 
 def _input_rows(inputs: Any, task: Task) -> Rows:
     items = [inputs] if isinstance(inputs, str) else list(inputs)
     if not items:
-        raise RecipeError("there is nothing to predict: the input is empty")
+        raise RecipeError("nothing to predict: the input is empty")
     return Rows.from_dicts([i if isinstance(i, dict) else task.row_from_text(i) for i in items], name="input")

@@ -1,4 +1,4 @@
-"""``teach``: what the teacher says about every training example, stored for any number of distillations."""
+"""``teach``: caches the teacher's outputs for every training example, for any number of distillations."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ def teach(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Stores what the recipe's teacher says about its training examples in ``distill.cache``; a capture that was cut off
-    goes on where it ended.
+    """Stores the teacher's outputs for the training examples in ``distill.cache``. Resumes an interrupted capture.
 
     Args:
         recipe: path, shipped name, dict, or a run folder, with a section ``distill``.
         overrides: ``section.key=value``.
-        plan: say what it takes in disk and time, and do nothing.
-        replace: a complete cache that is there is made anew. verbose: show every detail on the way.
+        plan: estimate disk and time; store nothing.
+        replace: overwrite a complete cache. verbose: show every detail.
 
     Returns: plain values, one entry per teacher: folder, examples, positions, bytes, bytes_per_position, seconds, and the
-        teacher's held-out metrics; of a plan the first ones, as estimates.
+        teacher's held-out metrics. A plan has estimates and no metrics.
     Raises: RecipeError, DataError, ResourceError, ArtifactError.
     """
     prepare_libraries()
@@ -46,16 +45,16 @@ def teach(
     with located(loaded), frozen_heap(), progress:
         assembly = Assembly(loaded, transfer=True)
         if assembly.distill.cache is None:
-            raise RecipeError("expected the folder to store the targets in, such as caches/mine", key="distill.cache")
+            raise RecipeError("expected a folder for the targets, such as caches/mine", key="distill.cache")
         if assembly.distill.on_policy is not None:
             raise RecipeError(
-                "the teacher will read what the student writes, phase by phase: peftlab distill asks it then",
+                "on-policy distillation has no cache to prepare; run peftlab distill",
                 key="distill.on_policy",
             )
         check_settings(assembly)
         progress.stage("reading data")
         taught, teachers = taught_examples(assembly), named_teachers(assembly)
-        # Of all teachers, before the first of them is loaded.
+        # Check all teachers before loading the first.
         check_routes(assembly)
         for teacher in teachers:
             teacher.check()

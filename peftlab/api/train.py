@@ -1,4 +1,4 @@
-"""``train``: one recipe in, a run folder with a verified result out."""
+"""``train``: trains a recipe and writes a run folder with a verified result."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def train(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Run:
-    """Trains what the recipe describes and returns the run.
+    """Trains a recipe and returns the run.
 
     Args:
         recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used).
         overrides: ``section.key=value``.
-        resume: continue the run in the run folder from its newest checkpoint.
-        replace: an earlier run in the run folder is removed once this one is ready to start.
+        resume: resume the run in the run folder from its newest checkpoint.
+        replace: remove an earlier run in the run folder once this one is ready to start.
         progress: where progress goes; default: a live bar or plain lines on stderr, with ``verbose`` every detail.
 
     Returns: the ``Run``; its ``summary`` has metrics before and after, speed, memory, samples and the merge report.
@@ -45,15 +45,14 @@ def train(
     with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
         if loaded.recipe.distill is not None:
-            raise RecipeError("this recipe names a teacher; run: peftlab distill, or remove the section", key="distill")
+            raise RecipeError("this recipe names a teacher; run peftlab distill, or remove the section", key="distill")
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
         checkpoint = newest_checkpoint(folder) if resume else None
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
         if not loaded.recipe.spec.learns_from_labels:
             raise RecipeError(
-                "sentence embeddings are learned from a teacher's vectors: name it in a section distill and run `peftlab "
-                "distill`",
+                "sentence embeddings need a teacher's vectors; name the teacher in a section distill and run `peftlab distill`",
                 key="task",
             )
         assembly = Assembly(loaded)

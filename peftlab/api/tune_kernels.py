@@ -1,4 +1,4 @@
-"""``tune_kernels``: which plan of an adapted linear is fastest on this machine."""
+"""``tune_kernels``: finds the fastest plans for adapted linears on this machine."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def tune_kernels(
     out: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Measures the plans and writes the faster ones to a file that later runs read.
+    """Measures the plans and writes the fastest to a file that later runs read.
 
     Args:
-        model: preset whose linears are measured, ``shape:NAME``. rows: of the input, each standing for its power of two.
-        rank: of the adapter. kinds: of dense, nf4, int8. dropout: probabilities; plans only tell zero from the rest.
-        out: default is the file that every run reads, in the cache. progress: told (cases done, all cases, the next).
-    Returns: ``{"file", "plans", "kept", "notes", "machine", "versions", "date"}``; a plan has the key that it is chosen by,
-        what was chosen and what the rule says, and milliseconds per candidate.
-    Raises: RecipeError (wrong arguments, a file that cannot be written), ResourceError (memory), VerificationError (a
-        plan computes something else than the formula).
+        model: preset whose linears are measured, ``shape:NAME``. rows: input rows; each count covers its power of two.
+        rank: adapter rank. kinds: among dense, nf4, int8. dropout: probabilities; plans differ only between zero and nonzero.
+        out: default: the file in the cache that every run reads. progress: called with (cases done, all cases, next case).
+    Returns: ``{"file", "plans", "kept", "notes", "machine", "versions", "date"}``; a plan has its lookup key, the choice,
+        the choice by rule, and milliseconds per candidate.
+    Raises: RecipeError (invalid arguments, a file that cannot be written), ResourceError (memory), VerificationError (a
+        plan does not match the formula).
     """
-    prepare_libraries(measured_plans=False)  # a damaged file of them is replaced here
+    prepare_libraries(measured_plans=False)  # this function replaces a damaged plans file
     return plan_tuning.tune(
         model=model,
         rows=rows,

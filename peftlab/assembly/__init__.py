@@ -1,14 +1,13 @@
-"""A recipe with what it names, each found once; and what a run is made of. The last floor that reads recipe values.
+"""Resolves what a recipe names and builds runs from it. The layers below take plain values, not recipes.
 
-``Assembly`` is where a reader begins: everything above takes one, or plain values.
+Start with ``Assembly``: the layers above take one, or plain values.
 """
 
 import os
 
-# Read when torch is first imported, which every module here does. By default OpenMP threads spin for milliseconds
-# before they sleep; when another process needs the cores, that turns a shared machine to a crawl. Measured on 2 cores
-# with the step of bench/studies/spin.py: 5,000 costs nothing alone (421 tokens/s) and leaves two processes side by side
-# 140 each, 1,000 costs 7 % alone, 20,000 leaves 83 each.
+# Set before torch is first imported. By default OpenMP threads spin for milliseconds before they sleep, which slows a
+# shared machine to a crawl. Measured on 2 cores with the step of bench/studies/spin.py: 5,000 costs a single process
+# nothing (421 tokens/s) and gives two concurrent processes 140 each; 1,000 costs 7 % alone; 20,000 gives 83 each.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from peftlab.assembly.assembly import Assembly

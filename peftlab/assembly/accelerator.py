@@ -15,13 +15,13 @@ from peftlab.assembly.assembly import Assembly
 
 @contextlib.contextmanager
 def run_accelerator(assembly: Assembly, folder: Path) -> Iterator[Any]:
-    """An Accelerator for this run; seeds and deterministic mode are set for its duration."""
+    """Yields an Accelerator for this run, with its seeds and deterministic mode set."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     recipe = assembly.recipe
-    if AcceleratorState._shared_state:  # an earlier run of this process may have used another precision
+    if AcceleratorState._shared_state:  # an earlier run in this process may have used another precision
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision=assembly.precision,
@@ -32,7 +32,7 @@ def run_accelerator(assembly: Assembly, folder: Path) -> Iterator[Any]:
     before = torch.are_deterministic_algorithms_enabled()
     set_seed(recipe.run.seed)
     torch.use_deterministic_algorithms(recipe.run.deterministic, warn_only=True)
-    # Deterministic mode also fills every new tensor with NaN, a pass over memory that hides no randomness here.
+    # Deterministic mode also fills every new tensor with NaN: an extra memory pass that is not needed here.
     switch = cast("torch.utils.deterministic._Deterministic", torch.utils.deterministic)
     filled, switch.fill_uninitialized_memory = switch.fill_uninitialized_memory, False
     try:

@@ -1,4 +1,4 @@
-"""The loss ledger of a run: what it says of training and held-out rows together, and telling it."""
+"""Combines the loss ledgers of training and held-out rows, and reports them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from peftlab.data.ledger_text import PreviewText, finding_line, opening_lines, s
 from peftlab.tasks import Preview, Task
 from peftlab.training.progress import Progress
 
-# Rows that run.json names for each reason to leave rows out; `check --json` names all.
+# Rows listed in run.json per reason for dropping rows; `check --json` lists all.
 MOST_PLACES = 20
-# Found in held-out rows too; the others are about the template, and told once.
+# Findings reported for held-out rows too; the others concern the template and are reported once.
 _OF_EACH_SET = {
     "too_long", "zero_trained", "no_rows", "repeated", "contradicting", "answer_cut", "empty_answer", "inner_end", "doubled_bos",
 }  # fmt: skip
 
 
-def tell_ledger(
+def report_ledger(
     task: Task, train: Ledger, held_out: Ledger, progress: Progress, *, allow: Sequence[str]
 ) -> dict[str, Any]:
-    """Says what is trained, with one row as an example; the account for the run's summary."""
+    """Reports what is trained, with one example row; returns the ledgers for the run's summary."""
     reports = {"train": train.report(most_places=MOST_PLACES), "held_out": held_out.report(most_places=MOST_PLACES)}
     for line in [
         *opening_lines("train", reports["train"], counts=True),
@@ -31,22 +31,22 @@ def tell_ledger(
         progress.note(line)
     shared = shared_rows(train, held_out)
     if shared:
-        progress.warn(f"{shared_line(shared)}: the metrics count what was trained on too")
-    told = findings(train, held_out, allow=allow)
-    for finding in told:
+        progress.warn(f"{shared_line(shared)}: the metrics include training rows")
+    reported = findings(train, held_out, allow=allow)
+    for finding in reported:
         progress.note(finding_line(finding))
     for row in previews(task, train, 1):
         progress.show(PreviewText(asdict(row), longest=160))
-    return {**reports, "findings": {"kinds": [f["kind"] for f in told], "shared": len(shared)}}
+    return {**reports, "findings": {"kinds": [f["kind"] for f in reported], "shared": len(shared)}}
 
 
 def findings(train: Ledger, held_out: Ledger, *, allow: Sequence[str]) -> list[dict[str, Any]]:
-    """What the ledgers have to say: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``."""
-    told = [_plain(f, train, "train", allow) for f in find(train)]
-    # What is wrong with the template is wrong for both: it is told once.
-    told += [_plain(f, held_out, "held out", allow) for f in find(held_out) if f.kind in _OF_EACH_SET]
+    """The findings of both ledgers: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``."""
+    reported = [_plain(f, train, "train", allow) for f in find(train)]
+    # Template problems concern both data sets; report them once.
+    reported += [_plain(f, held_out, "held out", allow) for f in find(held_out) if f.kind in _OF_EACH_SET]
     levels = ("error", "allowed", "note")
-    return sorted(told, key=lambda f: levels.index(f["level"]))
+    return sorted(reported, key=lambda f: levels.index(f["level"]))
 
 
 def _plain(finding: Finding, ledger: Ledger, data: str, allow: Sequence[str]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def shared_rows(train: Ledger, held_out: Ledger) -> list[dict[str, str]]:
 
 
 def previews(task: Task, ledger: Ledger, count: int) -> list[Preview]:
-    """The first ``count`` training rows that are kept; without labels where the ledger has none."""
+    """Previews of the first ``count`` kept training rows; without labels if the ledger has none."""
     labelled = ledger.style != "labels" or ledger.has_labels
     return [
         task.preview(ledger.rows, int(i), max_length=ledger.max_length, labelled=labelled)

@@ -1,4 +1,4 @@
-"""``Assembly``: a recipe with what it names, each found once and only when it is asked for."""
+"""``Assembly``: resolves what a recipe names, once and on first use."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks import Encoded, Task, TaskParts, task_class
 
 T = TypeVar("T")
-# Of the section data: what only says how rows are turned into examples.
+# Keys of the section data that affect examples but not rows.
 _NOT_ABOUT_ROWS = {"template", "max_length", "too_long", "packing", "allow", "seed"}
 
 
 class Assembly:
-    """A recipe with what it names: model files, reader, rows and their split, task, limit, examples, fingerprints.
+    """Resolves what a recipe names: model files, reader, rows and their split, task, limit, examples, fingerprints.
 
-    Each is found when it is first asked for, and then kept. An assembly that is derived from another one shares all that
-    depends on equal settings: the arms of a distillation read their data once.
+    Each part is resolved on first use and cached. A derived assembly shares every part whose settings are equal: the
+    arms of a distillation read their data once.
 
     Args:
         loaded: the recipe.
-        transfer: whether training is on the rows of distill.transfer, where the recipe has them.
+        transfer: whether to train on the rows of distill.transfer, if the recipe has them.
         classes: names of the classes; None: those of the training rows.
-        reads_data: False where there may be no data, as for a prediction: nothing but classes is taken from them.
+        reads_data: False if there may be no data, as in prediction; then only classes are read from it.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Assembly:
 
     @property
     def distill(self) -> DistillSection:
-        """The section ``distill``. Raises: RecipeError for a recipe that has none."""
+        """The section ``distill``. Raises: RecipeError if the recipe has none."""
         if self.recipe.distill is None:
             raise RecipeError(f"{self.name} has no section distill, which names the teacher")
         return self.recipe.distill
 
     @property
     def device(self) -> str:
-        """``cpu`` or ``cuda``. Raises: RecipeError when cuda is asked for and absent."""
+        """``cpu`` or ``cuda``. Raises: RecipeError if cuda is requested but missing."""
         return pick_device(self.recipe.run.device)
 
     @property
@@ -102,7 +102,7 @@ class Assembly:
 
     @property
     def seed(self) -> int:
-        """Of the split and of sampled rows."""
+        """The seed of the split and of sampled rows."""
         return data_seed(self.recipe)
 
     def derive(
@@ -113,7 +113,7 @@ class Assembly:
         transfer: bool | None = None,
         classes: Sequence[str] | None = None,
     ) -> Assembly:
-        """The assembly of the recipe with other values, checked as any recipe is; it shares what these do not change.
+        """Returns the assembly of the recipe with changed values, validated again. Shares the parts that do not change.
 
         Args: changes: dotted key -> value. classes: default the same. Raises: RecipeError.
         """
@@ -137,7 +137,7 @@ class Assembly:
 
     @property
     def reader(self) -> Any:
-        """What turns inputs into numbers: the tokenizer, or of images the ``ImageReader``. Raises: RecipeError."""
+        """The tokenizer, or the ``ImageReader`` for images. Raises: RecipeError."""
         settings = [*self._model_key, self.spec.reader, self.recipe.model.chat_template]
         return self._once("reader", settings, self._read_reader)
 
@@ -146,7 +146,7 @@ class Assembly:
             reader = load_image_reader(self.pretrained)
         else:
             reader = load_tokenizer(self.pretrained, chat_template=self.recipe.model.chat_template)
-        # Students that were cut out of one model have the same one; with it they share their examples.
+        # Students cut from one model have equal readers; sharing one lets them share their examples.
         shared = self._once("reader by content", _content(reader), lambda: reader)
         # Encoding changes the truncation that a tokenizer's file may set, and with it the fingerprint.
         self._once("fingerprint of the reader", id(shared), lambda: tokenizer_fingerprint(reader))
@@ -173,7 +173,7 @@ class Assembly:
 
     @property
     def task(self) -> Task:
-        """The task with reader, columns and classes. Raises: DataError, RecipeError."""
+        """The task, with reader, columns and classes. Raises: DataError, RecipeError."""
         return self._once("task", self._task_key, self._make_task)
 
     def _make_task(self) -> Task:
@@ -183,7 +183,7 @@ class Assembly:
         return self.task_for(self.reader, classes=self.classes, available=list(self.data.labelled.columns))
 
     def task_for(self, reader: Any, *, classes: list[str] | None, available: Sequence[str] = ()) -> Task:
-        """The recipe's task with another reader and its classes, as a teacher has them."""
+        """Returns the recipe's task with another reader and other classes, such as those of a teacher."""
         r, data = self.recipe, self.recipe.data
         parts = TaskParts(
             reader,
@@ -202,7 +202,7 @@ class Assembly:
 
     @property
     def limit(self) -> int:
-        """Longest row in tokens: data.max_length, at most what the model allows. Raises: RecipeError beyond that."""
+        """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less."""
         if self.spec.reader == "image processor":
             return int(self.reader.length)
         allowed = model_max_length(self.pretrained, self.reader)
@@ -211,13 +211,13 @@ class Assembly:
             return min(allowed, self.task.max_length or allowed)
         if wanted > allowed:
             raise RecipeError(
-                f"{self.recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length"
+                f"{self.recipe.model.name} reads at most {allowed:,} tokens, part {wanted:,}", key="data.max_length"
             )
         return wanted
 
     @property
     def train(self) -> Encoded:
-        """The examples that are trained on. Raises: DataError with all that the ledger refuses."""
+        """The training examples. Raises: DataError with everything the ledger refuses."""
         return self._once("train", self._examples_key, self._encode_train)
 
     def _encode_train(self) -> Encoded:
@@ -225,11 +225,11 @@ class Assembly:
 
     @property
     def held_out(self) -> Encoded:
-        """The examples that are evaluated on. Raises: as ``train``."""
+        """The held-out examples. Raises: as ``train``."""
         return self._once("held out", self._examples_key, lambda: self.encode(self.data.eval, training=False))
 
     def encode(self, rows: Rows, *, training: bool, labelled: bool = True) -> Encoded:
-        """The examples of ``rows``. Raises: DataError with all that the ledger refuses."""
+        """Encodes ``rows`` into examples. Raises: DataError with everything the ledger refuses."""
         data = self.recipe.data
         encoded = self.task.encode(
             rows, max_length=self.limit, too_long=data.too_long, training=training, labelled=labelled
@@ -239,7 +239,7 @@ class Assembly:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the run's metrics. Raises: RecipeError for an unknown one, or when eval.best is none of them."""
+        """Names of the run's metrics. Raises: RecipeError for an unknown metric, or if eval.best is not among them."""
         e, choices = self.recipe.eval, bool(self.recipe.eval.choices)
         if e.metrics is not None:
             check_metrics(e.metrics, self.recipe.task, choices)
@@ -251,21 +251,21 @@ class Assembly:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of model, tokenizer and data. They go through all weights once, as long as the files do not change."""
+        """Hashes of model, tokenizer and data. The weights are hashed once, as long as their files do not change."""
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
         return {"model": self.pretrained.fingerprint, "tokenizer": of_reader, **self.data.fingerprints}
 
     def model(self, **changes: Any) -> Any:
-        """The frozen backbone, loaded anew; ``changes`` replace loading options, such as ``quantize="none"``."""
-        # Not before the rows are encoded: the tokenizer's threads would wait for each other (measured: twice the time).
+        """Loads the frozen backbone, every time; ``changes`` override loading options, such as ``quantize="none"``."""
+        # Only after encoding: before, the tokenizer's threads would wait for each other (measured: twice the time).
         share_one_heap()
         model = self.recipe.model
         options: dict[str, Any] = {
             "quantize": model.quantize,
             "double_quant": model.double_quant,
             "compute_dtype": model.compute_dtype,
-            # Weights that are trained take many small steps, each below what 16 bits can hold.
+            # Trained weights need float32: a single update is often below the resolution of 16 bits.
             "dtype": "float32" if not self.method.adapts and model.dtype == "auto" else model.dtype,
             "attention": model.attention,
         }
@@ -278,12 +278,12 @@ class Assembly:
         )
 
     def skeleton(self, task: Task | None = None) -> Any:
-        """The model without weights, on the meta device. Args: task: whose head it gets; default the recipe's."""
+        """Returns the model without weights, on the meta device. Args: task: determines the head; default the recipe's."""
         kwargs = (task or self.task).model_kwargs()
         return load_skeleton(self.pretrained, auto_class=self.spec.auto_class, **kwargs)
 
     def headline(self) -> str:
-        """The metric that a distillation's verdict is about."""
+        """The metric of the distillation's verdict."""
         if self.distill.headline is not None:
             return self.distill.headline
         return (self.recipe.eval.choices and self.spec.headline_with_classes) or self.spec.headline
@@ -321,15 +321,15 @@ class Assembly:
         return [self._task_key, self._data_key, self.limit, data.too_long, data.allow]
 
     def _once(self, what: str, settings: Any, make: Callable[[], T]) -> T:
-        """What ``make`` gives, made once for all assemblies that share and have equal ``settings``."""
+        """Returns the result of ``make``, cached for all assemblies that share it and have equal ``settings``."""
         key = (what, json.dumps(settings, sort_keys=True, default=str))
         if key not in self._shared:
             self._shared[key] = make()
-        found: T = self._shared[key]
-        return found
+        part: T = self._shared[key]
+        return part
 
 
 def _content(reader: Any) -> list[Any]:
-    """All that two equal readers have in common."""
+    """Values that identify a reader by content."""
     names = ("special_tokens_map", "model_max_length", "padding_side")
     return [type(reader).__name__, tokenizer_fingerprint(reader), *(str(getattr(reader, name, None)) for name in names)]

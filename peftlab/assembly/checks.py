@@ -1,4 +1,4 @@
-"""What can be found wrong before anything is loaded, and before anything is written."""
+"""Checks that run before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftlab.specs.kernels import KERNEL_MODES
 
 
 def check_settings(assembly: Assembly) -> None:
-    """What can be found wrong without data or model."""
+    """Checks the settings that need neither data nor model. Raises: RecipeError."""
     recipe = assembly.recipe
     mode = KERNEL_MODES[recipe.run.kernels]
     if mode.name == "triton" and (problem := ops.triton_problem(assembly.device, products=True)):
@@ -33,9 +33,9 @@ def check_settings(assembly: Assembly) -> None:
 
 
 def check_room(assembly: Assembly, model: Any, *, num_total: int, folder: Path) -> None:
-    """Raises ResourceError when the disk cannot hold what the run will write: better now than in the last minute.
+    """Raises ResourceError if the disk has no room for what the run will write.
 
-    Args: num_total: parameters of the model.
+    Args: num_total: number of model parameters.
     """
     run = assembly.recipe.run
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -46,7 +46,7 @@ def check_room(assembly: Assembly, model: Any, *, num_total: int, folder: Path) 
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ResourceError(
-            f"the run needs about {needed / 2**20:,.0f} MiB in {existing}, and {free / 2**20:,.0f} MiB are free; free some "
-            "room, or choose another run.dir",
+            f"the run needs about {needed / 2**20:,.0f} MiB in {existing}, but only {free / 2**20:,.0f} MiB are free; free "
+            "disk space or choose another run.dir",
             key="run.dir",
         )

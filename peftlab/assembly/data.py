@@ -1,4 +1,4 @@
-"""The rows that a recipe names: read, labelled, and split into a training and a held-out part."""
+"""Reads a recipe's rows, labels them, and splits them into training and held-out rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DataParts:
     """Training and held-out rows, and what identifies them.
 
     Attributes:
-        labelled: rows that tell the classes: those of data.train that are not held out.
+        labelled: the rows that define the classes: those of data.train that are not held out.
         has_labels: whether ``train`` has labels; a transfer set has none.
     """
 
@@ -36,9 +36,9 @@ def data_seed(recipe: Recipe) -> int:
 
 
 def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
-    """Reads the rows and makes the split. Raises: DataError, RecipeError.
+    """Reads the rows and splits them. Raises: DataError, RecipeError.
 
-    Args: transfer: whether training is on the rows of distill.transfer, where the recipe has them.
+    Args: transfer: whether to train on the rows of distill.transfer, if the recipe has them.
     """
     data = recipe.data
     seed = data_seed(recipe)
@@ -70,16 +70,16 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
 
 
 def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
-    """Class name of each row, by the recipe's label column, names and bins."""
+    """Returns the class name of each row, from the recipe's label column, names and bins."""
     data = recipe.data
-    if not recipe.spec.classifies:  # the column holds the names already
+    if not recipe.spec.classifies:  # the column already holds the names
         return [str(v) for v in rows.column("label")]
     bins = (data.bins.edges, data.bins.names) if data.bins else None
     return read_labels(rows, data.columns.get("label", "label"), label_names=data.label_names, bins=bins)
 
 
 def check_columns(recipe: Recipe, rows: Rows) -> None:
-    """Raises DataError for the first of data.columns that the rows lack."""
+    """Raises DataError for the first of data.columns that is missing in the rows."""
     for part, name in recipe.data.columns.items():
         if part != "label":
             try:
@@ -97,7 +97,7 @@ def _with_transfer(recipe: Recipe, parts: DataParts, read: Callable[..., Rows]) 
 
 
 def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:
-    """The rows that data.exclude leaves. Raises: DataError for a value that no row has, or when nothing is left."""
+    """Drops the rows of data.exclude. Raises: DataError if a value matches no row, or if no rows remain."""
     kept = np.ones(len(rows), dtype=bool)
     for column, values in recipe.data.exclude.items():
         key = f"data.exclude.{column}"
@@ -111,7 +111,7 @@ def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:
 
 
 def _with_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool) -> Rows:
-    """The class names in a column ``label`` that templates can use, where the task has no head for classes."""
+    """Adds a column ``label`` with class names for templates, if the task has no classification head."""
     column = recipe.data.columns.get("label")
     if recipe.spec.classifies or column is None:
         return rows

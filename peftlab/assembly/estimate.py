@@ -1,4 +1,4 @@
-"""How long a training will take, from the model's shape and a matmul measured on the device: within a factor of two."""
+"""Estimates training time from the model's shape and a matmul timed on the device, to within a factor of two."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.models import resolve_precision
 from peftlab.specs.storages import STORAGES
 
-# Of each adapted linear in each step, whatever its size: Python and launches, forward and backward.
+# Fixed cost per adapted linear and step: Python and launches, forward and backward.
 _LAUNCH_SECONDS = 1e-3
-# Rows of the measured matmul: enough to fill the device, as micro-batches do.
+# Rows of the timed matmul: enough to fill the device, as micro-batches do.
 _PROBE_ROWS = {"cpu": 512, "cuda": 8192}
 _PROBE_REPEATS = 5
 
@@ -26,14 +26,14 @@ def estimate_seconds(
     squares: float,
     scored: int,
 ) -> dict[str, Any]:
-    """``seconds`` of the training steps alone, without loading and evaluation, and the ``flops_per_s`` they rest on.
+    """Estimates ``seconds`` of the training steps, without loading and evaluation, and the ``flops_per_s`` behind it.
 
     Args:
         skeleton: the model on the meta device.
-        tokens: trained on in the whole run. squares: sum of the squared row lengths. scored: positions with logits.
+        tokens: total tokens of the run. squares: sum of the squared row lengths. scored: positions with logits.
     """
     shape, recipe = _shape_of(skeleton), assembly.recipe
-    # Forward and the gradient of the input; of the weight itself only where it is trained. Recomputing is a forward more.
+    # Forward and input gradient; plus the weight gradient if weights are trained, plus a forward pass to recompute.
     passes = 2 + recipe.train.gradient_checkpointing + (not assembly.method.adapts)
     flops = 2.0 * passes * (tokens * shape["body"] + 2 * squares * shape["attention_width"])
     flops += 4.0 * scored * shape["head"]
@@ -46,14 +46,14 @@ def estimate_seconds(
 def forward_seconds(
     skeleton: Any, *, tokens: int, squares: float, scored: int, dtype: Any, device: str, storage: str
 ) -> float:
-    """Seconds that a model takes to read ``tokens``; arguments as ``estimate_seconds``, storage as model.quantize."""
+    """Estimates the seconds to read ``tokens``; arguments as ``estimate_seconds``, storage as model.quantize."""
     shape = _shape_of(skeleton)
     flops: float = 2.0 * (tokens * shape["body"] + 2 * squares * shape["attention_width"] + scored * shape["head"])
     return STORAGES[storage].overhead * flops / _matmul_speed(shape["widest"], dtype, device)
 
 
 def _shape_of(model: Any) -> dict[str, Any]:
-    """Weights of the linear layers in the body and in the head, summed width of all attention layers, widest weight."""
+    """Returns linear weights in the body and the head, summed width of the attention layers, largest weight."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -70,7 +70,7 @@ def _shape_of(model: Any) -> dict[str, Any]:
 
 
 def _matmul_speed(shape: tuple[int, int], dtype: Any, device: str) -> float:
-    """Floating-point operations per second of one linear layer of this shape: the median of a few."""
+    """Measures FLOP/s of one linear layer of this shape: the median of several repeats."""
     import torch
 
     rows = _PROBE_ROWS[device]
@@ -82,6 +82,6 @@ def _matmul_speed(shape: tuple[int, int], dtype: Any, device: str) -> float:
         torch.nn.functional.linear(x, weight)
         if device == "cuda":
             torch.cuda.synchronize()
-        if repeat:  # the first one starts threads and libraries
+        if repeat:  # the first call starts threads and libraries
             seconds.append(time.perf_counter() - began)
     return 2.0 * rows * shape[0] * shape[1] / max(statistics.median(seconds), 1e-9)

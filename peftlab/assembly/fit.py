@@ -1,4 +1,4 @@
-"""Training what was prepared: gates, the loop, evaluation, and the run folder with its status."""
+"""Runs a prepared training: gates, loop, evaluation, and the run folder with its status."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from peftlab.training.packing_check import check_packing
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import Progress
 
-# Tokens that the gradients at step 0 are compared on: their logits exist together.
+# Tokens for the gradient comparison at step 0, which holds all their logits at once.
 _FEW_TOKENS = 512
 
 
 def input_casts(model: Any, *, precision: str, adapts: bool) -> contextlib.AbstractContextManager[Any]:
-    """Under autocast PEFT's cast of every adapter input to float32 is undone by the next matmul: leave it out."""
+    """Disables PEFT's cast of adapter inputs to float32 under autocast, where the next matmul undoes it."""
     from peft.helpers import disable_input_dtype_casting
 
     if precision == "no" or not adapts:
@@ -55,9 +55,9 @@ class Fit:
     """One training, from the gates to the finished run folder.
 
     Args:
-        parts: of ``prepare``. folder: the run folder. checkpoint: where it goes on from; None: it begins.
-        replace: an earlier run in the folder is removed once this one is ready to start.
-        resume_hint: the command that continues it; default ``peftlab train``.
+        parts: result of ``prepare``. folder: the run folder. checkpoint: the one to resume from; None: start.
+        replace: remove an earlier run in the folder once this one is ready to start.
+        resume_hint: the command that resumes the run; default ``peftlab train``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Fit:
         self._summary = parts.summary
 
     def run(self) -> Run:
-        """Trains and scores, and merges where the recipe asks for it.
+        """Trains and evaluates, and merges if the recipe asks for it.
 
         Raises: VerificationError, ResourceError, ArtifactError, Interrupted.
         """
@@ -98,9 +98,9 @@ class Fit:
         return open_run(self._folder)
 
     def _check_packing(self) -> None:
-        """The leak test; a model that mixes packed rows gets a padded plan. Its result goes into the run's summary."""
+        """Runs the leak test and records it in the summary; a model that mixes packed rows gets a padded plan."""
         parts, progress = self._parts, self._progress
-        progress.stage("checking that packed rows stay apart")
+        progress.stage("checking that packed rows do not mix")
         problem = check_packing(
             parts.model,
             parts.task,
@@ -119,11 +119,11 @@ class Fit:
         self._summary["packing"] = {"off": None, **figures}
         progress.note(
             f"packing: {len(parts.train.examples):,} rows in {figures['packs']:,} sequences of up to {parts.limit:,} tokens, "
-            f"{100 * figures['empty']:.1f} % of the room stays empty"
+            f"{100 * figures['empty']:.1f} % padding"
         )
 
     def _check_parity(self) -> None:
-        """The parity gate on the first micro-batch; its result goes into the run's summary."""
+        """Runs the parity gate on the first micro-batch and records it in the summary."""
         parts, progress = self._parts, self._progress
         progress.stage("comparing the training path with the reference path")
         report = check_parity(
@@ -144,10 +144,10 @@ class Fit:
         progress.done()
         progress.detail(str(report))
         if parts.loss is not None:
-            self._tell_gradients(parts.loss)
+            self._report_gradients(parts.loss)
 
-    def _tell_gradients(self, loss: DistillLoss) -> None:
-        """What temperature, weight and stored classes do to the teacher's gradient, before it is followed for hours."""
+    def _report_gradients(self, loss: DistillLoss) -> None:
+        """Reports how temperature, weight and stored classes affect the teacher's gradient, before hours of training."""
         parts = self._parts
         rows = [parts.train.examples[i] for i in parts.plan.step(0).micro_batches[0]]
         few = [r for r, tokens in zip(rows, np.cumsum([len(r) for r in rows]), strict=True) if tokens <= _FEW_TOKENS]
@@ -162,12 +162,12 @@ class Fit:
                 self._progress.warn(warning)
 
     def _score_before(self) -> None:
-        """Metrics and answers of the untouched model; a resumed run has them already."""
+        """Evaluates the untrained model; a resumed run reuses the earlier results."""
         parts, summary = self._parts, self._summary
         earlier = open_run(self._folder).summary if self._checkpoint else {}
         summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
         if parts.recipe.eval.before and summary["before"] is None:
-            self._progress.stage(f"evaluating the untouched model on {len(parts.held_out.examples):,} held-out rows")
+            self._progress.stage(f"evaluating the untrained model on {len(parts.held_out.examples):,} held-out rows")
             summary["before"] = self._evaluate()
             summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
             release_memory()
@@ -185,7 +185,7 @@ class Fit:
         )
 
     def _answers(self) -> Iterator[tuple[str, str]]:
-        """The model's own answers to eval.prompts."""
+        """Yields the model's answers to eval.prompts."""
         parts, options = self._parts, self._parts.recipe.eval
         if not options.prompts:
             return
@@ -200,12 +200,12 @@ class Fit:
         yield from zip(options.prompts, (a["text"] for a in answers), strict=True)
 
     def _train_and_score(self, log: MetricsLog) -> bool:
-        """Whether that was the end of the run; after a phase before the last one a checkpoint is there and nothing else."""
+        """Trains; returns whether the run is complete. After a phase that is not the last, there is only a checkpoint."""
         parts, summary, progress = self._parts, self._summary, self._progress
         self._accelerator.init_trackers("peftlab", config={"recipe": parts.loaded.name})
         loop = self._loop(log)
         if self._checkpoint:
-            progress.note(f"continuing after step {loop.resume(self._checkpoint)}")
+            progress.note(f"resuming after step {loop.resume(self._checkpoint)}")
         if parts.phase is not None and parts.phase.before is not None:
             parts.phase.before(parts)
         progress.stage(f"training for {parts.plan.end_step - parts.plan.first_step:,} steps")
@@ -213,7 +213,7 @@ class Fit:
         if result.steps < parts.plan.total_steps and not result.stopped_early:
             summary["training"] = _figures(result)
             return False
-        self._save_result()  # now: whatever fails from here on, the training is kept
+        self._save_result()  # now, so that a later failure does not lose the training
         progress.stage("evaluating the trained model")
         final = self._evaluate()
         loop.finish(final)
@@ -247,18 +247,18 @@ class Fit:
         )
 
     def _keep_best(self, result: LoopResult) -> None:
-        """Goes back to the best evaluated step when eval.best asks for it."""
+        """Restores the best evaluated step if eval.best is set."""
         parts, best = self._parts, self._folder / "best"
         if result.best_step is not None and result.best_step != result.steps:
             self._progress.note(
-                f"keeping step {result.best_step}: {parts.recipe.eval.best} {result.best_value:.4g} is the best"
+                f"keeping step {result.best_step}: best {parts.recipe.eval.best} {result.best_value:.4g}"
             )
             load_trained(parts.model, best)
             self._save_result()
         shutil.rmtree(best, ignore_errors=True)
 
     def _save_result(self) -> None:
-        """The adapter, or without one the model as a plain transformers folder."""
+        """Saves the adapter, or without one the model as a plain transformers folder."""
         parts, folder = self._parts, self._folder
         if parts.recipe.method.adapts:
             save_trained(parts.model, folder / "adapter")
@@ -269,7 +269,7 @@ class Fit:
         """Merges if the recipe asks for it, and writes the final status."""
         started, merge = time.time(), self._parts.recipe.run.merge
         if merge != "none":
-            self._parts.model = None  # merging loads the base again: two copies would double the peak
+            self._parts.model = None  # merging loads the base again, and two copies would double peak memory
             release_memory()
             try:
                 self._summary["merge"] = merge_run(
@@ -282,7 +282,7 @@ class Fit:
 
     @contextlib.contextmanager
     def _open_folder(self) -> Iterator[MetricsLog]:
-        """The run folder with its lock file and status; one that ends without a checkpoint is removed again."""
+        """Creates the run folder with lock file and status; removes it if the run fails before a checkpoint."""
         folder, resumed = self._folder, self._checkpoint is not None
         if self._replace and not resumed and folder.exists():
             shutil.rmtree(folder)

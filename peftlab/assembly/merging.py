@@ -1,4 +1,4 @@
-"""Folding an adapter into its base model, and verifying the files that come out (contract C6)."""
+"""Folds an adapter into its base model, and verifies the written files (contract C6)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from peftlab.tasks import Batch, Task
 from peftlab.training.progress import Progress
 
 TARGETS = ("original", "dequantized")
-# Held-out positions that are compared: 512 x 49,152 float32 logits are 96 MiB.
+# Number of held-out positions to compare: 512 x 49,152 float32 logits are 96 MiB.
 _POSITIONS = 512
-# Largest mean KL (nats) and smallest top-1 agreement by what was merged into. Folding into the very weights that were
-# trained on only rounds; folding into the original weights also takes the quantization error out of the model.
+# Maximum mean KL (nats) and minimum top-1 agreement per base. A merge into the weights used in training only rounds; a
+# merge into the original weights also removes the quantization error.
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
 # Mean weight error relative to the mean update, for float32 files; a 16-bit file rounds the whole weight.
 _WEIGHT_LIMIT = 1e-3
@@ -57,7 +57,7 @@ def merge_run(
 ) -> dict[str, Any]:
     """Merges the adapter of the run or adapter ``folder`` and compares the written model with base + adapter.
 
-    Args and errors: see ``api.merge``. limits: thresholds in place of the defaults, by the name of the figure.
+    Args and errors: see ``api.merge``. limits: override the default thresholds, by figure name.
     assembly: see ``open_target``.
     """
     target = find_target(folder)
@@ -65,7 +65,7 @@ def merge_run(
     chosen = base or ("dequantized" if quantized else "original")
     if chosen not in TARGETS or (chosen == "dequantized" and not quantized):
         allowed = " or ".join(TARGETS) if quantized else "original (the base of this run is not quantized)"
-        raise RecipeError(f"expected a merge into {allowed}, found {chosen!r}", key="run.merge")
+        raise RecipeError(f"expected a merge into {allowed}, outputs_per_batch {chosen!r}", key="run.merge")
     output = output or folder / "merged"
     _check_output(output, replace)
     reference = _Reference.take(target, progress, assembly)
@@ -92,12 +92,8 @@ def merge_run(
                 write_json(folder / "merge.json", report)
                 if failures:
                     raise VerificationError(
-                        f"the merged model was not kept: {'; '.join(failures)}. Figures are in {folder / 'merge.json'}"
-                        + (
-                            ", and the dequantized target is exact: --base dequantized"
-                            if name == "original" and quantized
-                            else ""
-                        )
+                        f"merge verification failed, nothing was written: {'; '.join(failures)}. Figures: {folder / 'merge.json'}"
+                        + ("; --base dequantized merges exactly" if name == "original" and quantized else "")
                     )
                 shutil.rmtree(output, ignore_errors=True)
                 os.replace(written, output)
@@ -110,13 +106,13 @@ def merge_run(
 
 def _check_output(output: Path, replace: bool) -> None:
     if output.exists() and not replace:
-        raise RecipeError(f"{output} exists already; replace it with --replace or choose another --output")
+        raise RecipeError(f"{output} exists; overwrite it with --replace or choose another --output")
     if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise RecipeError(f"{output} holds other files and no model; choose another --output")
+        raise RecipeError(f"{output} contains other files and no model; choose another --output")
 
 
 class _Reference:
-    """What the merged model is compared with, taken from base + adapter as trained."""
+    """The reference for the merged model, computed from base + adapter as trained."""
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly, self.task = assembly, assembly.task
@@ -143,7 +139,7 @@ class _Reference:
     @classmethod
     def take(cls, target: Target, progress: Progress, assembly: Assembly | None) -> _Reference:
         recipe = target.loaded.recipe
-        # float32 matmuls: the comparison should see the merge, not bfloat16 noise.
+        # float32 matmuls, so that the comparison measures the merge and not bfloat16 noise.
         exact = {"compute_dtype": "float32"} if recipe.model.quantize == "nf4" else {}
         opened = open_target(target, progress, reads_data=True, assembly=assembly, **exact)
         if recipe.run.kernels in ops.CPU_OPERANDS:  # for the same reason
@@ -160,16 +156,19 @@ class _Reference:
     @torch.no_grad()
     def run(self, model: Any) -> list[torch.Tensor]:
         model.eval()
-        found = [self.task.outputs(model, batch) for batch in self.batches]
+        outputs_per_batch = [self.task.outputs(model, batch) for batch in self.batches]
         if self.task.spec.predicts != "vectors":
-            return [outputs.logits().float().cpu() for outputs in found]
-        # The components of a unit vector stand for logits: those of equal vectors are equal, and the largest one is apart
-        # from the others where two texts' vectors may not be.
-        return [torch.nn.functional.normalize(o.values.float().cpu(), dim=-1) / _VECTOR_TEMPERATURE for o in found]
+            return [outputs.logits().float().cpu() for outputs in outputs_per_batch]
+        # Use the components of a unit vector as logits: equal vectors give equal logits, and the largest component is
+        # distinct even if the vectors of two texts are close.
+        return [
+            torch.nn.functional.normalize(o.values.float().cpu(), dim=-1) / _VECTOR_TEMPERATURE
+            for o in outputs_per_batch
+        ]
 
 
 def _merge_one(target: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:
-    """Merges into one kind of base weights; with ``written`` the result goes to disk and is verified from there."""
+    """Merges into one kind of base weights; with ``written`` saves the result and verifies the reloaded files."""
     assembly = reference.assembly
     assert target.adapter is not None
     plain = assembly.model(quantize="none", dtype="float32")
@@ -204,7 +203,7 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path |
 
 
 def _base_weights(modules: dict[str, Any], reference: _Reference, name: str) -> Mapping[str, torch.Tensor]:
-    """The adapted modules' weights before the merge, which works in place. Dequantized ones are at hand already."""
+    """Copies the adapted modules' weights before the in-place merge; dequantized weights need no copy."""
     ready = reference.dequantized if name == "dequantized" else {}
     copied = {m: modules[m].weight.detach().to("cpu", copy=True) for m in reference.updates if m not in ready}
     return ChainMap(copied, ready)  # type: ignore[arg-type]  # read only
@@ -235,7 +234,7 @@ def _save(model: Any, reference: _Reference, written: Path, adapter: Path) -> No
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:
-    """The written files as any user of transformers loads them."""
+    """Loads the written files with plain transformers."""
     import transformers
 
     with quiet():
@@ -243,7 +242,7 @@ def _reload(folder: Path, task: Task, device: str) -> Any:
 
 
 def _tied_head(base: Any) -> tuple[bool, bool]:
-    """Whether the merged head must be tied to the embeddings, and whether it was and the adapter parts them."""
+    """Whether the merged head must be tied to the embeddings, and whether the adapter unties it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -254,7 +253,7 @@ def _tied_head(base: Any) -> tuple[bool, bool]:
 
 
 def _untie(model: Any) -> None:
-    """Gives the head a tensor of its own: an update of head or embedding alone must not reach the other."""
+    """Gives the head a separate tensor, so that an update of head or embedding does not change the other."""
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.get_text_config().tie_word_embeddings = False
@@ -267,7 +266,7 @@ def _is_tied(model: Any) -> bool:
 
 
 def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
-    """Whether the written tokenizer gives the same ids for probe texts and has the same template and special tokens."""
+    """Whether the written tokenizer has the same probe ids, template and special tokens."""
     written = find_pretrained(str(folder))
     if isinstance(tokenizer, ImageReader):
         return tokenizer.fingerprint == load_image_reader(written).fingerprint
@@ -280,7 +279,7 @@ def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
 
 
 def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[str, float]) -> Iterable[str]:
-    """In words, every check of the written model that failed."""
+    """Describes every failed check of the written model."""
     allowed = _LIMITS["original" if quantized and name == "original" else "same"] | limits
     logits, weights = figures["logits"], figures["weights"]
     failures = []
@@ -291,7 +290,7 @@ def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[
     if weights and figures["dtype"] == "float32" and not weights["relative"] <= _WEIGHT_LIMIT:
         failures.append(f"merged weights miss {weights['relative']:.1%} of the update on average")
     if not figures["tied_head_kept"]:
-        failures.append("the output head is no longer tied to the embeddings as it was")
+        failures.append("the output head is no longer tied to the embeddings")
     if not figures["tokenizer_same"]:
-        failures.append("the written tokenizer gives other ids")
+        failures.append("the written tokenizer gives different ids")
     return failures

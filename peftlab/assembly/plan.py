@@ -1,4 +1,4 @@
-"""From a recipe's values to the batch plan and the settings of the training loop."""
+"""Builds the batch plan and the training loop's settings from a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftlab.specs.optimizers import OPTIMIZERS
 from peftlab.specs.storages import STORAGES
 from peftlab.training.loop import LoopSettings
 
-# Twice as many rows at once are no faster on 2 cores, and take 200 MB more for MiniLM (bench/README.md).
+# Twice as many rows per micro-batch are no faster on 2 cores and use 200 MB more for MiniLM (bench/README.md).
 _MOST_TOKENS = {"cpu": 1024, "cuda": None}
 _BATCH_SIZE = 8
 
@@ -23,7 +23,7 @@ def make_plan(
     packing: int | None = None,
     span: tuple[int, int] | None = None,
 ) -> BatchPlan:
-    """The batch plan of a recipe for training rows of [N] ``lengths``, in packs of up to ``packing`` tokens or padded.
+    """Returns the batch plan for training rows of [N] ``lengths``, in packs of up to ``packing`` tokens or padded.
 
     Args: span: see ``BatchPlan``.
     """
@@ -45,7 +45,7 @@ def make_plan(
 
 
 def padded_plan(assembly: Assembly, lengths: npt.NDArray[np.int64], span: tuple[int, int] | None = None) -> BatchPlan:
-    """The plan of a packing recipe whose model cannot pack: steps and micro-batches of as many tokens, padded."""
+    """Returns the padded plan for a packing recipe whose model cannot pack, with equal tokens per step."""
     t = assembly.recipe.train
     if t.batch_tokens is None:
         rows = (t.batch_size or _BATCH_SIZE) * t.accumulate

@@ -1,4 +1,4 @@
-"""Everything a training is made of, built after all that can be checked was checked."""
+"""Builds the parts of a training, after all early checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from peftlab import ops
 from peftlab.adapters import AdapterReport, check_targets, head_reason, inject, planned_modules, report, train_all
 from peftlab.adapters.fused import fusion_report
-from peftlab.assembly.account import tell_ledger
+from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.plan import make_plan
 from peftlab.data import BatchPlan, Rows
@@ -22,11 +22,11 @@ from peftlab.training.progress import Progress, SilentProgress
 
 @dataclass(frozen=True)
 class Phase:
-    """Some of the steps of a run, on rows of their own.
+    """A range of a run's steps, with its own rows.
 
     Attributes:
-        rows: what ``train`` was made of. span: the first of the steps, and the one after the last.
-        before: called with the parts as soon as they are as the first of the steps finds them; None: nothing is.
+        rows: the rows of ``train``. span: the first step, and the one after the last.
+        before: called with the parts right before the first step; None: no call.
     """
 
     rows: Rows
@@ -35,17 +35,17 @@ class Phase:
     before: Callable[[Parts], None] | None = None
 
 
-# Of a student: from the assembly, the model, and the rows and examples that it is trained on, to its loss.
+# Makes a student's loss from its assembly, model, training rows and examples.
 MakeLoss = Callable[[Assembly, Any, Rows, Encoded], DistillLoss]
 
 
 @dataclass
 class Parts:
-    """Everything a training is made of.
+    """The parts of a training.
 
     Attributes:
-        rows: what ``train`` was made of. planned: names of the modules that were to be adapted. loss: of a student;
-            None: the task's own. summary: what run.json says of the run, as far as it is known.
+        rows: the rows of ``train``. planned: names of the modules to adapt. loss: the loss of a student; None: the
+            task's loss. summary: the contents of run.json so far.
     """
 
     assembly: Assembly
@@ -94,9 +94,9 @@ def prepare(
     make_loss: MakeLoss | None = None,
     phase: Phase | None = None,
 ) -> Parts:
-    """Data, then model: the cheap half first, so that most mistakes show within seconds.
+    """Prepares data, then model: the cheap half first, so that most mistakes show within seconds.
 
-    Args: make_loss: of a student; None: the labels alone are learned from. phase: what is trained now; None: all of it.
+    Args: make_loss: makes a student's loss; None: train on the labels alone. phase: the phase to train; None: all steps.
     """
     recipe, device = assembly.recipe, assembly.device
     progress.stage("reading data")
@@ -114,16 +114,16 @@ def prepare(
     train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
     rows = rows if phase is None else phase.rows
     progress.done()
-    told = phase is not None and phase.span[0] > 0
-    ledger = tell_ledger(
-        task, train.ledger, held_out.ledger, SilentProgress() if told else progress, allow=recipe.data.allow
+    reported = phase is not None and phase.span[0] > 0
+    ledger = report_ledger(
+        task, train.ledger, held_out.ledger, SilentProgress() if reported else progress, allow=recipe.data.allow
     )
     span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)
     storage = recipe.model.quantize if recipe.model.quantize != "none" else "unquantized"
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
     model, planned, trained = trainable(assembly, assembly.model())
-    release_memory()  # quantizing went through every weight in full precision
+    release_memory()  # quantizing held every weight in full precision
     progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
     if assembly.method.adapts:
@@ -133,7 +133,7 @@ def prepare(
             progress.note(note)
     full_logits = _full_logits_reason(assembly, model)
     if full_logits:
-        progress.note(f"output head: the loss takes full logits: {full_logits}")
+        progress.note(f"output head: the loss uses full logits: {full_logits}")
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     summary: dict[str, Any] = {
@@ -150,7 +150,7 @@ def prepare(
 
 
 def trainable(assembly: Assembly, model: Any) -> tuple[Any, list[str], AdapterReport]:
-    """The model with what the recipe trains, the names of the modules that were to be adapted, and the counts."""
+    """Returns the model ready to train, the names of the modules to adapt, and the counts."""
     a, method, peft_type = assembly.recipe.adapter, assembly.method, assembly.spec.peft_type
     if not method.adapts:
         return model, [], train_all(model, freeze=a.freeze)
@@ -176,7 +176,7 @@ def method_text(recipe: Recipe) -> str:
 
 
 def _full_logits_reason(assembly: Assembly, model: Any) -> str | None:
-    """Why the loss of a language model's head does not run fused; None where it does, or where there is no such head."""
+    """Why the loss of a language model's head is not fused; None if it is fused or there is no such head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings() if assembly.spec.predicts == "tokens" else None
     if head is None:

@@ -1,4 +1,4 @@
-"""What belongs to the whole process: the libraries' settings, the device, and errors of a recipe and the disk."""
+"""Process-wide setup: library settings, the device, and errors of recipe and disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftlab.recipe import LoadedRecipe
 
 @contextlib.contextmanager
 def located(loaded: LoadedRecipe | None) -> Iterator[None]:
-    """Adds the recipe's file and line to errors about a recipe key, and turns a full disk into a clear error."""
+    """Adds the recipe's file and line to errors about a recipe key, and reports a full disk clearly."""
     try:
         yield
     except PeftlabError as error:
@@ -31,39 +31,39 @@ def located(loaded: LoadedRecipe | None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ResourceError(f"the disk is full: {error}; free some room or choose another run.dir") from error
+        raise ResourceError(f"the disk is full: {error}; free disk space or choose another run.dir") from error
     except Exception as error:
-        # safetensors reports a failed write as its own error with the system's text in it.
+        # safetensors wraps a failed write in its own exception, with the system's text.
         if "No space left on device" not in str(error):
             raise
-        raise ResourceError(f"the disk is full: {error}; free some room or choose another run.dir") from error
+        raise ResourceError(f"the disk is full: {error}; free disk space or choose another run.dir") from error
 
 
 def prepare_libraries(*, measured_plans: bool = True) -> None:
-    """What must be done before the libraries start: a quiet tokenizer, deterministic cuBLAS, a guarded bitsandbytes,
+    """Configures the libraries before they start: a quiet tokenizer, deterministic cuBLAS, a guarded bitsandbytes, and
     the kernel plans measured on this machine.
 
-    Raises: ArtifactError when the file of measured plans is damaged.
+    Raises: ArtifactError if the file of measured plans is damaged.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with contextlib.suppress(ImportError):  # only a quantized model needs it, and says so
+    with contextlib.suppress(ImportError):  # only a quantized model needs it, and reports its absence
         import_bitsandbytes()
     if measured_plans:
         use_plans(_plans_here())
 
 
 def _plans_here() -> Path | None:
-    with contextlib.suppress(RuntimeError):  # without a home folder there is no cache
+    with contextlib.suppress(RuntimeError):  # no home folder, no cache
         file = kernel_plans_file()
         return file if os.path.exists(file) else None
     return None
 
 
 def pick_device(name: str) -> str:
-    """``cpu`` or ``cuda``. Raises: RecipeError when cuda is asked for and absent."""
+    """Returns ``cpu`` or ``cuda``. Raises: RecipeError if cuda is requested but missing."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("cuda was asked for, but torch finds no CUDA device; see `peftlab doctor`", key="run.device")
+        raise RecipeError("cuda was requested, but torch finds no CUDA device; see `peftlab doctor`", key="run.device")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

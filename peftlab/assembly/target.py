@@ -1,4 +1,4 @@
-"""What eval, predict, chat and merge are pointed at: a run, a merged model, an adapter, or a base model."""
+"""Resolves the target of eval, predict, chat and merge: a run, a merged model, an adapter, or a base model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A resolved target, nothing loaded yet.
+    """A resolved target, before anything is loaded.
 
     Attributes:
-        loaded: its recipe, or the one given beside it, with ``model.name`` as it is to be loaded. adapter: folder of the
-            adapter, None for a plain model.
-        kind: ``run``, ``adapter``, ``merged`` or ``base``. labels: class names of a base model that has the head already.
+        loaded: its recipe, or the given one, with the ``model.name`` to load. adapter: folder of the adapter, None for a
+            plain model.
+        kind: ``run``, ``adapter``, ``merged`` or ``base``. labels: class names of a base model that already has the head.
     """
 
     kind: str
@@ -47,13 +47,13 @@ class Target:
         return list(names) if names and self.kind != "base" else None
 
     def assembly(self, *, reads_data: bool = False) -> Assembly:
-        """What its recipe names. Args: reads_data: see ``Assembly``."""
+        """Returns the assembly of its recipe. Args: reads_data: see ``Assembly``."""
         return Assembly(self.loaded, classes=self.classes, reads_data=reads_data)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A target with everything loaded, the model in eval mode."""
+    """A loaded target, with the model in eval mode."""
 
     target: Target
     assembly: Assembly
@@ -69,7 +69,7 @@ class Opened:
         return self.assembly.limit
 
     def autocast(self) -> Any:
-        """The precision of training, so that a run evaluates to the figures it ended with."""
+        """Autocast as in training, so that eval reproduces the run's final metrics."""
         precision = self.assembly.precision
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device, dtype=dtype, enabled=precision != "no")
@@ -78,21 +78,19 @@ class Opened:
 def find_target(
     target: str | os.PathLike[str], recipe: RecipeSource | None = None, overrides: Sequence[str] = ()
 ) -> Target:
-    """What ``target`` is. Raises: RecipeError when it is nothing known, or a base model without a recipe."""
+    """Resolves ``target``. Raises: RecipeError if it is unknown, or a base model without a recipe."""
     path = Path(target)
     if (path / "adapter_config.json").is_file():
         lock = next((p / LOCK_NAME for p in [path, *path.resolve().parents[:2]] if (p / LOCK_NAME).is_file()), None)
         if recipe is None and lock is None:
-            raise RecipeError(f"{path} is an adapter without its run; say what it was trained for with --recipe")
+            raise RecipeError(f"{path} is an adapter without its run; name its recipe with --recipe")
         return Target("adapter", load_recipe(recipe if recipe is not None else str(lock), overrides), path)
     if (path / LOCK_NAME).is_file() and (path / "config.json").is_file():
         return _plain_target("merged", path, recipe if recipe is not None else path / LOCK_NAME, overrides)
     if (path / LOCK_NAME).is_file():
         return _run_target(path, recipe if recipe is not None else path / LOCK_NAME, overrides)
     if recipe is None:
-        raise RecipeError(
-            f"{str(target)!r} is neither a run nor a merged folder of one; for a base model say what to do with --recipe NAME"
-        )
+        raise RecipeError(f"{str(target)!r} is neither a run nor a merged folder; for a base model add --recipe NAME")
     return Target("base", load_recipe(recipe, [f"model.name={target}", *overrides]), None)
 
 
@@ -110,7 +108,7 @@ def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> T
 
 
 def _plain_target(kind: str, folder: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
-    """A model folder that a run wrote: its weights hold all that was trained."""
+    """The target for a model folder that a run wrote; its weights include the training."""
     settings = [f"model.name={folder}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
     settings += ["model.revision=", "run.merge=none"]
     return Target(kind, load_recipe(recipe, [*settings, *overrides]), None)
@@ -127,14 +125,14 @@ def open_target(
     """Loads tokenizer, model and adapter of a target.
 
     Args:
-        reads_data: whether columns and classes that the target does not fix are taken from its recipe's data.
-        assembly: of the training that wrote the target, where it is at hand; default: what the target's recipe names.
+        reads_data: whether to read columns and classes that the target does not define from its recipe's data.
+        assembly: that of the training that wrote the target; default: made from the target's recipe.
         model_changes: loading options that differ from the recipe's.
-    Raises: RecipeError, ArtifactError (adapter damaged, or of another model).
+    Raises: RecipeError, ArtifactError (adapter damaged or made for another model).
     """
     recipe = target.loaded.recipe
     assembly = assembly or target.assembly(reads_data=reads_data)
-    pick_device(recipe.run.device)  # one that is not there is found first
+    pick_device(recipe.run.device)  # report a missing device first
     if target.adapter is not None:
         check_adapter_files(target.adapter)
     _check_same_model(target, assembly.pretrained)
@@ -147,21 +145,21 @@ def open_target(
 
 
 def _check_same_model(target: Target, pretrained: Pretrained) -> None:
-    """An adapter runs on the very weights it was trained on, or not at all."""
+    """Raises ArtifactError if an adapter was trained on other weights."""
     expected = (target.loaded.recipe.lock or {}).get("fingerprints", {}).get("model")
     if target.adapter is not None and expected is not None and expected != pretrained.fingerprint:
         raise ArtifactError(
-            f"the adapter in {target.adapter} was made for another model: it was trained on weights {expected[:12]}, and "
+            f"the adapter in {target.adapter} was made for another model: it was trained on weights {expected[:12]}, but "
             f"{pretrained.source.name!r} now has {pretrained.fingerprint[:12]}",
             key="model.name",
         )
 
 
 def check_room_to_answer(max_new_tokens: int, opened: Opened) -> None:
-    """Raises RecipeError where the model reads no more than it is to write."""
+    """Raises RecipeError if the answer length leaves no room for a prompt."""
     if opened.task.spec.generates and max_new_tokens >= opened.limit:
         raise RecipeError(
-            f"the model reads at most {opened.limit:,} tokens, which leaves no room for a prompt beside an answer of "
+            f"the model reads at most {opened.limit:,} tokens, which leaves no room for a prompt and an answer of "
             f"{max_new_tokens:,}",
             key="eval.max_new_tokens",
         )

@@ -1,1 +1,1 @@
-"""Measuring on this machine what later runs then use."""
+"""Benchmarks on this machine, and kernel plans for later runs."""

@@ -1,4 +1,4 @@
-"""The words for cells, machines and protocols that tables and pictures share."""
+"""Texts for cells, machines and protocols, shared by tables and pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.storages import STORAGES
 
-# Dimensions of a sweep: columns of the table where their values differ, else in the line above it.
+# Dimensions of a sweep: columns of the table if their values differ, else part of the line above it.
 DIMENSIONS = {
     "what": "work",
     "method": "method",
@@ -23,7 +23,7 @@ CAPTIONS = {"train": "Training", "generate": "Generation (tokens written)"}
 
 
 def dimensions(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Names of the dimensions whose values differ, and a text for each of the others."""
+    """Returns the names of the varying dimensions, and a text for each fixed one."""
     varying = [name for name in DIMENSIONS if len({cell[name] for cell in cells}) > 1]
     if {"method", "rank"} & set(varying) and {cell["rank"] for cell in cells} - {None}:
         varying = [n for n in DIMENSIONS if n in varying or (n == "rank" and len({c["method"] for c in cells}) > 1)]
@@ -66,7 +66,7 @@ def cell_label(cell: Mapping[str, Any], varying: Sequence[str]) -> str:
 
 
 def memory_unit(values: Sequence[float]) -> tuple[float, str]:
-    """Bytes of a unit that suits ``values``, and its name; decimal, as everywhere."""
+    """Returns the bytes and the name of a unit for ``values``; decimal, as everywhere."""
     return (1e9, "GB") if max(values) >= 999.5e6 else (1e6, "MB")
 
 
@@ -83,4 +83,4 @@ def protocol_text(header: Mapping[str, Any]) -> str:
     p = header["protocol"]
     processes = f"{p['repeats']} process{'es' if p['repeats'] != 1 else ''}"
     steps = f"{p['steps']} step{'s' if p['steps'] != 1 else ''}"
-    return f"{processes} per cell in turns, each {steps} after {p['warm_up']} of warm-up"
+    return f"{processes} per cell in turns, each {steps} after {p['warm_up']} warm-up"

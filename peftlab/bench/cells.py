@@ -1,4 +1,4 @@
-"""What a cell of a benchmark is made of: its recipe, and real tokens in rows of equal length."""
+"""Builds the cells of a benchmark: their recipes, and real tokens in rows of equal length."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from peftlab.specs.protocol import BATCH, LENGTH
 from peftlab.specs.tasks import Predicts
 from peftlab.tasks import Example
 
-# Rows encoded at first; twice as many while their tokens do not suffice. A million rows are not read for a few thousand tokens.
+# Rows encoded first, doubled until there are enough tokens: a few thousand tokens need not read a million rows.
 _FIRST_ROWS = 256
-# Settings of a run that a measured step has no use for.
+# Run settings that a measured step does not use.
 _UNUSED = {"train": ("epochs", "batch_tokens", "accumulate"), "data": ("packing",), "run": ("dir", "log", "save_every")}
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises RecipeError for a recipe that has no training of its own to measure."""
+    """Raises RecipeError for a recipe without a training to measure."""
     if recipe.distill is not None or not recipe.spec.learns_from_labels:
         raise RecipeError(
-            "bench measures adapters learning from labels, and this recipe learns from a teacher: give a recipe without a "
+            "bench needs a recipe that learns from labels, and this one learns from a teacher: use a recipe without a "
             "section distill, such as quickstart or sms-spam",
             key="distill" if recipe.distill is not None else "task",
         )
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe sets, by section, without its lock."""
+    """The recipe's explicit settings, by section, without its lock."""
     return recipe.model_dump(mode="json", exclude_defaults=True, exclude={"lock"})
 
 
 def method_of(recipe: Recipe) -> str:
-    """The recipe's adapter in the words of ``--methods``."""
+    """The recipe's adapter method, named as in ``--methods``."""
     return variant_of(recipe.adapter.method, recipe.adapter.model_dump())
 
 
-def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length: int | None) -> Sweep:
-    """The sweep that is asked for; a dimension that is not (None) has the recipe's value, paths and weights a small default.
+def sweep_of(recipe: Recipe, device: str, choices: Mapping[str, Any], fixed_length: int | None) -> Sweep:
+    """Returns the requested sweep. A missing dimension (None) gets the recipe's value; paths and weights get a small default.
 
     Raises: RecipeError, see ``make_sweep``.
     """
     length = fixed_length or min(recipe.data.max_length or LENGTH[device], LENGTH[device])
-    dense_only = not recipe.method.quantized and asked.get("methods") is None
+    dense_only = not recipe.method.quantized and choices.get("methods") is None
     default: dict[str, Sequence[Any]] = {
         "what": ["train"],
         "methods": [method_of(recipe)],
@@ -63,7 +63,7 @@ def sweep_of(recipe: Recipe, device: str, asked: Mapping[str, Any], fixed_length
         "length": [length],
         "adapters": [1],
     }
-    return make_sweep(**{name: default[name] if asked.get(name) is None else asked[name] for name in default})
+    return make_sweep(**{name: default[name] if choices.get(name) is None else choices[name] for name in default})
 
 
 def facts_of(assembly: Assembly, new_tokens: int) -> Facts:
@@ -82,7 +82,7 @@ def facts_of(assembly: Assembly, new_tokens: int) -> Facts:
 
 
 def cell_settings(base: Mapping[str, Any], cell: Cell, *, steps: int) -> dict[str, Any]:
-    """The recipe of ``cell``. Args: base: of ``settings_of``. steps: of the optimizer, warm-up included."""
+    """Returns the recipe of ``cell``. Args: base: from ``settings_of``. steps: optimizer steps, including warm-up."""
     settings = {name: dict(part) if isinstance(part, Mapping) else part for name, part in base.items()}
     for section, names in _UNUSED.items():
         for name in names:
@@ -99,7 +99,7 @@ def cell_settings(base: Mapping[str, Any], cell: Cell, *, steps: int) -> dict[st
 
 
 def adapter_settings(base: Mapping[str, Any], method: str, rank: int | None) -> dict[str, Any]:
-    """The section of the variant ``method``; what the recipe sets and the method uses, such as alpha and targets, stays."""
+    """Returns the adapter section for the variant ``method``; keeps the recipe's settings that the method uses, such as alpha."""
     spec, variant = VARIANTS[method]
     of_variants = {key for other in spec.variants.values() for key in other.settings}
     given = {k: v for k, v in base.get("adapter", {}).items() if k in spec.keys and k not in of_variants}
@@ -108,8 +108,8 @@ def adapter_settings(base: Mapping[str, Any], method: str, rank: int | None) -> 
 
 
 def write_texts(file: Path, assembly: Assembly, *, num_tokens: int) -> None:
-    """Real tokens for all cells: the ids of training rows one after the other, [N], and the label of each: its own, or that of
-    the row that it is from, -1 without any. Fewer than ``num_tokens`` are repeated. Raises: DataError when no row is left."""
+    """Writes real tokens for all cells: the concatenated ids of training rows, [N], and a label per token: its own, that of
+    its row, or -1. Cells repeat the tokens if there are fewer than ``num_tokens``. Raises: DataError if no rows remain."""
     rows = assembly.data.train
     taken, examples = _FIRST_ROWS, list[Example]()
     while True:
@@ -119,15 +119,15 @@ def write_texts(file: Path, assembly: Assembly, *, num_tokens: int) -> None:
             break
         taken *= 2
     if not examples:
-        raise DataError(f"no row of {rows.name} is left to measure with", key="data.train")
+        raise DataError(f"no rows of {rows.name} remain to measure with", key="data.train")
     ids = np.concatenate([e.ids for e in examples]).astype(np.int32)
     labels = np.concatenate([np.broadcast_to(-1 if e.label is None else e.label, len(e)) for e in examples])
     np.savez(file, ids=ids, labels=labels.astype(np.int32))
 
 
 def text_examples(file: Path, *, rows: int, length: int, predicts: Predicts) -> list[Example]:
-    """``rows`` examples of exactly ``length`` tokens. A language model predicts every token but the first of a row; a
-    classifier the label of the text that the row begins in, or of each token."""
+    """Returns ``rows`` examples of exactly ``length`` tokens. A language model predicts every token but the first of a row; a
+    classifier predicts the label of the text in which the row starts, or of each token."""
     with np.load(file) as stored:
         ids, labels = stored["ids"], stored["labels"]
     at = np.arange(rows * length).reshape(rows, length) % len(ids)

@@ -1,4 +1,4 @@
-"""Two results of ``peftlab bench`` side by side: which cells are faster in the second, beyond noise."""
+"""Compares two results of ``peftlab bench``: which cells are faster in the second, beyond noise."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from peftlab.errors import ArtifactError
 from peftlab.measuring.intervals import ratio_of_medians
 from peftlab.measuring.journal import differences
 
-# Of a header: what makes a step other work, so that a ratio of speeds would mean nothing.
+# Header entries that define the workload: if they differ, a ratio of speeds is meaningless.
 _WORK = ("task", "fingerprint", "precision", "new_tokens")
-# What may differ, and is said first.
-_SAID = ("machine", "versions", "commit", "protocol")
+# Header entries that may differ; the differences are reported.
+_REPORTED = ("machine", "versions", "commit", "protocol")
 
 
 def compare_results(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> dict[str, Any]:
-    """``speed`` (above 1: b is faster) and ``memory_ratio`` (below 1: b is smaller) of every cell that both measured.
+    """Returns ``speed`` (above 1: b is faster) and ``memory_ratio`` (below 1: b is smaller) of every cell in both results.
 
-    The two were not measured side by side, so their repetitions are drawn apart: what slowed the machine down during one
-    of them is not in the interval.
+    The results were measured at different times, so their repetitions are resampled independently: the interval does not
+    cover a slowdown of the machine during one of them.
 
-    Args: a, b: contents of bench.json. names: theirs, for messages.
-    Returns: ``said``: how machine, versions, commit and protocol differ; ``cells``: common ones; ``only_a``, ``only_b``:
-        keys of the others, with the status of those that have no figures.
-    Raises: ArtifactError when the two did different work.
+    Args: a, b: contents of bench.json. names: their names in messages.
+    Returns: ``said``: differences in machine, versions, commit and protocol; ``cells``: common cells; ``only_a``,
+        ``only_b``: keys and status of the others.
+    Raises: ArtifactError if the workloads differ.
     """
-    unlike = [
+    mismatches = [
         f"{name}: {a['header']['unit'][name]!r} and {b['header']['unit'][name]!r}"
         for name in _WORK
         if a["header"]["unit"][name] != b["header"]["unit"][name]
     ]
-    if unlike:
+    if mismatches:
         raise ArtifactError(
-            f"{names[0]} and {names[1]} did different work ({'; '.join(unlike)}): a ratio of their speeds would mean nothing. "
+            f"{names[0]} and {names[1]} cannot be compared, their workloads differ ({'; '.join(mismatches)}). "
             "Measure both with the same model, task, precision and --new-tokens"
         )
     left, right = ({cell["key"]: cell for cell in one["cells"]} for one in (a, b))
@@ -43,7 +43,7 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str
         "a": names[0],
         "b": names[1],
         "unit": dict(b["header"]["unit"]),
-        "said": list(_said(a["header"], b["header"])),
+        "said": list(_differences(a["header"], b["header"])),
         "cells": [_compared(left[key], right[key]) for key in common],
         "only_a": _others(left, common),
         "only_b": _others(right, common),
@@ -54,8 +54,8 @@ def _measured(cell: Mapping[str, Any]) -> bool:
     return bool(cell["status"] == "ok")
 
 
-def _said(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    for name in _SAID:
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+    for name in _REPORTED:
         for line in differences({name: a.get(name)}, {name: b.get(name)}):
             yield line.replace(" there, ", " in A, ").removesuffix(" now") + " in B"
 

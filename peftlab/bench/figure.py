@@ -1,4 +1,4 @@
-"""The picture of a benchmark: tokens per second against peak memory, a numbered point per cell, the Pareto front.
+"""Draws a benchmark: tokens per second against peak memory, a numbered point per cell, the Pareto front.
 
 matplotlib is imported only when a picture is drawn.
 """
@@ -21,12 +21,12 @@ MARKERS = dict(zip((mode.name for mode in KERNEL_MODES.values() if mode.benched)
 }
 _GREY = "#666666"
 _WIDTH, _PANEL_HEIGHT, _KEY_LINE, _LEFT = 10.0, 4.6, 0.19, 0.085
-# A long key does not stretch its panel beyond this.
+# Maximum panel height, even with a long key.
 _MOST_HEIGHT = 11.0
 
 
 def draw_picture(document: Mapping[str, Any], png: Path, svg: Path) -> bool:
-    """Writes the picture as PNG and SVG; False when no cell has figures to draw."""
+    """Writes the picture as PNG and SVG; returns False if no cell has figures."""
     if not drawn_cells(document):
         return False
     save_pictures(lambda: build_figure(document), png, svg)
@@ -34,12 +34,12 @@ def draw_picture(document: Mapping[str, Any], png: Path, svg: Path) -> bool:
 
 
 def drawn_cells(document: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The cells that have figures, with their number in the table."""
+    """The cells with figures, and their numbers in the table."""
     return [(i, cell) for i, cell in enumerate(document["cells"], start=1) if cell["status"] == "ok"]
 
 
 def build_figure(document: Mapping[str, Any]) -> Any:
-    """A matplotlib ``Figure`` with a panel for training and one for generation, whichever was measured."""
+    """Returns a matplotlib ``Figure`` with a panel each for training and generation, if measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,7 +67,7 @@ def build_figure(document: Mapping[str, Any]) -> Any:
     figure.text(
         _LEFT,
         0.16 / top,
-        "Bars: 95 % interval of the median, with fewer than 3 repetitions the quartiles. Grey line: no cell is both faster and "
+        "Bars: 95 % interval of the median; quartiles with fewer than 3 repetitions. Grey line: no cell is both faster and "
         "smaller.",
         fontsize=8,
         color=_GREY,
@@ -118,7 +118,7 @@ def _panel(axes: Any, work: str, cells: Sequence[tuple[int, Mapping[str, Any]]])
 
 
 def _key(axes: Any, cells: Sequence[tuple[int, Mapping[str, Any]]], varying: Sequence[str]) -> None:
-    """What the marks and the numbers mean, to the right of the panel."""
+    """Draws the key of marks and numbers to the right of the panel."""
     from matplotlib.lines import Line2D
 
     handles: list[Any] = []

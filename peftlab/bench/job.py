@@ -1,4 +1,4 @@
-"""What a process of the benchmark works on, and what it notes while it does."""
+"""The job of a benchmark process, and the figures it records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftlab.training.progress import SilentProgress
 
 @dataclass
 class Job:
-    """A cell ready to run. ``rows``: examples of equal length, ``batch`` for each step; plan: None when it generates."""
+    """A cell ready to run. ``rows``: examples of equal length, ``batch`` per step; plan: None for generation."""
 
     spec: Mapping[str, Any]
     assembly: Assembly
@@ -38,7 +38,7 @@ class Job:
 
 
 class Timing(SilentProgress):
-    """Takes times, losses and energy of the loop."""
+    """Records times, losses and energy of the loop."""
 
     def __init__(self, device: str) -> None:
         self.watch, self.losses, self.micro_batches = Stopwatch(device), list[float](), 0
@@ -53,4 +53,4 @@ class Timing(SilentProgress):
         self.joules.append(self._meter.read() if self._meter else None)
         self.losses.append(float(values["loss"] or 0.0))
         self.micro_batches = int(values["micro_batches"] or 0)
-        self.watch.end()  # of what comes after the last step nothing counts
+        self.watch.end()  # do not count what follows the last step

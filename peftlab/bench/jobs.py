@@ -1,4 +1,4 @@
-"""What is done with a cell once it is ready: the gate, steps of the training loop, or generating."""
+"""Runs a prepared cell: the gate, steps of the training loop, or generation."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from peftlab.training.loop import TrainingLoop
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.parity import check_parity, coarsest_dtype, woken
 
-# Of the prompt whose logits are compared: they exist whole, over the whole vocabulary.
+# Tokens of the compared prompt; its logits over the whole vocabulary exist at once.
 _GATE_TOKENS = 64
-# Largest error of the logits over what the adapter changes in them. In 16 bits, and where int8 rounds activations, a change
-# of a few percent is itself known to a fifth or so; a dropped scale or adapter is off by a half and more.
+# Maximum error of the logits, relative to the adapter's effect on them. In 16 bits, and if int8 rounds activations, an effect
+# of a few percent is only accurate to about a fifth; a missing scale or adapter is off by a half or more.
 _GATE_TOLERANCE = {"float32": 0.01, "rounded": 0.3}
 
 
 def gate(job: Job) -> dict[str, Any]:
-    """Whether the cell computes what PEFT's path computes, and what a step needs. Raises: VerificationError."""
+    """Checks the cell against PEFT's path and returns the needs of a step. Raises: VerificationError."""
     spec = job.spec
     if spec["what"] == "train":
         first = [job.rows[i] for i in job.plan.step(0).micro_batches[0]]
@@ -66,7 +66,7 @@ def gate(job: Job) -> dict[str, Any]:
 
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
-    """Steps of the training loop, as ``peftlab train`` runs it."""
+    """Times steps of the training loop that ``peftlab train`` runs."""
     progress = Timing(job.device)
     with MetricsLog(folder / "metrics.jsonl") as log, _casts(job):
         TrainingLoop(
@@ -93,7 +93,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def generate(job: Job) -> dict[str, Any]:
-    """Calls of ``model.generate`` with a fixed number of new tokens; a call is a step."""
+    """Times calls of ``model.generate`` with a fixed number of new tokens; a call is a step."""
     spec, watch = job.spec, Stopwatch(job.device)
     meter, _ = find_meter(job.device)
     rows, new_tokens = spec["batch"], spec["new_tokens"]
@@ -143,7 +143,7 @@ def _figures(job: Job, watch: Stopwatch, joules: list[float | None]) -> dict[str
         "num_fused": len(fusion.fused),
         "num_adapted": len(fusion.fused) + len(fusion.slow),
         "slow": sorted(set(fusion.slow.values())),
-        # Again, at this time: a machine that was busy when its ceilings were measured would seem to be surpassed.
+        # Measured again now: cells could seem to exceed ceilings that were measured on a busy machine.
         "matmul_flops_per_s": matmul_speed(job.device, resolve_precision(job.recipe.train.precision, job.device)),
     }
 
@@ -153,7 +153,7 @@ def _casts(job: Job) -> contextlib.AbstractContextManager[Any]:
 
 
 def _more_adapters(job: Job, number: int) -> list[str]:
-    """Names of ``number`` adapters on the one backbone, of the same shape."""
+    """Adds adapters of equal shape to the backbone until there are ``number``; returns their names."""
     names = ["default", *(f"adapter{i}" for i in range(2, number + 1))]
     for name in names[1:]:
         job.model.add_adapter(name, job.model.peft_config["default"])
@@ -167,9 +167,9 @@ def _prompt(job: Job, step: int) -> Tensor:
 
 
 def _generation_gate(job: Job) -> dict[str, Any]:
-    """The logits of a prompt on both paths, in evaluation mode and with an adapter that does something.
+    """Compares the logits of a prompt on both paths, in evaluation mode with a nonzero adapter.
 
-    They may differ by a share of what the adapter changes in them: a loss would hardly notice a wrong scale.
+    The error is relative to the adapter's effect on the logits: a loss would hardly show a wrong scale.
     Raises: VerificationError.
     """
     prompt = _prompt(job, 0)[:2, :_GATE_TOKENS]
@@ -192,15 +192,15 @@ def _generation_gate(job: Job) -> dict[str, Any]:
     error = float((got - want).norm()) / max(size, 1e-30)
     if not error <= allowed:
         raise VerificationError(
-            f"the logits of a prompt differ between the fused path and PEFT's by {error:.3g} of what the adapter changes in "
-            f"them (allowed {allowed:g})"
+            f"the logits of a prompt differ between the fused path and PEFT's by {error:.3g} of the adapter's effect on them "
+            f"(allowed {allowed:g})"
         )
     return {"loss": None, "loss_reference": None, "worst_cosine": None, "logits_error": error}
 
 
 @contextlib.contextmanager
 def _own_path(job: Job) -> Iterator[Any]:
-    """The task with everything on PEFT's path, whose layers can be counted."""
+    """Switches to PEFT's path, whose layers can be counted; yields the task."""
     before = job.recipe.run.kernels
     set_kernels(job.model, "reference")
     try:
@@ -210,7 +210,7 @@ def _own_path(job: Job) -> Iterator[Any]:
 
 
 def _training_flops(job: Job) -> float:
-    """Counted from one row and from two: a step of thousands of tokens on PEFT's path may not fit where the fused one does."""
+    """FLOP per step, extrapolated from one row and two: a full step on PEFT's path may not fit in memory."""
     rows, length = job.spec["batch"], len(job.rows[0])
     with _own_path(job) as task, job.accelerator.autocast():
         job.model.train()

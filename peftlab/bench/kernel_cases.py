@@ -1,4 +1,4 @@
-"""One adapted linear to measure: its tensors, its formula in float32, and whether a plan computes that."""
+"""One adapted linear to measure: its tensors, its formula in float32, and a check of plans against it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from peftlab.errors import RecipeError
 from peftlab.models import import_bitsandbytes
 
 SCALE = 0.5
-# Largest error allowed, relative in the Euclidean norm. Three or four roundings to bfloat16 give 3e-3. A dropped scale,
-# mask or term is off by tens of percent, because base and adapter are equally large.
+# Maximum relative error in the Euclidean norm. Three or four roundings to bfloat16 give 3e-3. A missing scale, mask or term
+# is off by tens of percent, because base and adapter are equally large.
 TOLERANCE = 1e-2
 # LLM.int8 rounds x to 8 bits: 1 % for normal values, a little more in longer rows.
 INT8_LIBRARY_TOLERANCE = 2e-2
-# transformers' default: columns of x that reach it are multiplied in 16 bits.
+# transformers' default: columns of x with larger values are multiplied in 16 bits.
 _INT8_THRESHOLD = 6.0
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A frozen weight of one kind. values: [N, K] float32, what it stands for."""
+    """A frozen weight of one kind. values: [N, K] float32, the values it represents."""
 
     kind: str
     base: ops.BaseWeight
@@ -31,9 +31,9 @@ class Weight:
 
 
 def make_weight(kind: str, values: Tensor, dtype: torch.dtype) -> Weight:
-    """``values`` [N, K] float32 as a model stores them. dtype: of a dense weight.
+    """Stores ``values`` [N, K] float32 as a model does. dtype: that of a dense weight.
 
-    Raises: RecipeError when a quantized one is asked for and bitsandbytes does not import.
+    Raises: RecipeError for a quantized kind if bitsandbytes cannot be imported.
     """
     if kind == "dense":
         dense = values.to(dtype)
@@ -42,7 +42,7 @@ def make_weight(kind: str, values: Tensor, dtype: torch.dtype) -> Weight:
         bnb = import_bitsandbytes().functional
     except ImportError as error:
         raise RecipeError(
-            f"--kinds: {kind} needs bitsandbytes, which does not import ({error}); give --kinds dense"
+            f"--kinds: {kind} needs bitsandbytes, which cannot be imported ({error}); use --kinds dense"
         ) from error
     if kind == "int8":
         stored, row_absmax, _ = bnb.int8_vectorwise_quant(values.half())
@@ -52,17 +52,17 @@ def make_weight(kind: str, values: Tensor, dtype: torch.dtype) -> Weight:
     nested = (state.state2.code, state.state2.absmax, state.offset)
     shape = (values.shape[0], values.shape[1])
     sizes = {"blocksize": state.blocksize, "nested": nested, "nested_blocksize": state.state2.blocksize}
-    # Not by bitsandbytes, whose values are wrong on a CPU where an even K is no multiple of 64 (0.50.2).
+    # Not by bitsandbytes, which is wrong on a CPU if an even K is not a multiple of 64 (0.50.2).
     meant = ops.nf4_dequant_reference(packed, state.absmax, state.code, shape, **sizes)
     return Weight(kind, ops.NF4Weight(packed, state.absmax, state.code, shape, **sizes), meant)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of ``lora_linear`` as a layer inside a model makes it: x needs a gradient.
+    """A call of ``lora_linear`` as inside a model: x needs a gradient.
 
     Attributes:
-        leaves: x [M, K], A [R, K] and B [N, R], the factors in float32. dy: [M, N], what flows back. seed: of the
+        leaves: x [M, K], A [R, K] and B [N, R]; the factors are float32. dy: [M, N], the output gradient. seed: of the
             dropout mask.
     """
 
@@ -78,11 +78,11 @@ class Case:
             return ops.lora_linear(x, self.weight.base, a, b, scale=SCALE, dropout=self.dropout, seed=self.seed)
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
-        """dx, dA and dB; may be called again."""
+        """Returns dx, dA and dB; may be called repeatedly."""
         return torch.autograd.grad(y, self.leaves, self.dy, retain_graph=True)
 
     def formula(self) -> tuple[Tensor, ...]:
-        """y, dx, dA and dB in float32, with the mask that the operation draws."""
+        """Returns y, dx, dA and dB in float32, with the operation's dropout mask."""
         keep, keep_scale = None, 1.0
         if self.dropout:
             keep, keep_scale = ops.dropout_mask(self.leaves[0].detach(), self.dropout, self.seed)
@@ -92,19 +92,19 @@ class Case:
         return y.detach(), *torch.autograd.grad(y, leaves, self.dy.float())
 
     def fault(self, plan: ops.Plan, want: tuple[Tensor, ...]) -> str:
-        """What ``plan`` gets wrong, compared with ``want``, the formula; "" when nothing."""
+        """Returns how ``plan`` differs from ``want``, the formula; "" if it does not."""
         y = self.forward(plan)
-        for name, found, wanted in zip(("y", "dx", "dA", "dB"), (y.detach(), *self.backward(y)), want, strict=True):
+        for name, actual, wanted in zip(("y", "dx", "dA", "dB"), (y.detach(), *self.backward(y)), want, strict=True):
             rounds_x = name == "y" and self.weight.kind == "int8" and plan.forward == "library"
             allowed = INT8_LIBRARY_TOLERANCE if rounds_x else TOLERANCE
-            error = float((found.float() - wanted).norm() / wanted.norm())
-            if not error <= allowed:  # nan is wrong, too
-                return f"{name} is {error:.2g} away from the formula in float32, at most {allowed:g} is allowed"
+            error = float((actual.float() - wanted).norm() / wanted.norm())
+            if not error <= allowed:  # also catches nan
+                return f"{name} differs from the formula in float32 by {error:.2g} (allowed {allowed:g})"
         return ""
 
 
 def make_case(weight: Weight, *, rows: int, rank: int, dropout: float, dtype: torch.dtype, device: str) -> Case:
-    """Random inputs, the same each time. ``scale * B A`` is as large as the weight."""
+    """Makes random inputs, always the same. ``scale * B A`` is as large as the weight."""
     num_out, num_in = weight.base.shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -119,13 +119,13 @@ def make_case(weight: Weight, *, rows: int, rank: int, dropout: float, dtype: to
 
 
 def candidates(kind: str, device: str, *, dropout: bool, dtype: torch.dtype) -> tuple[list[str], list[str]]:
-    """The forward and the backward plans that compute the same layer here. dtype: of x and of a dense weight."""
+    """Returns the forward and backward plans that apply here. dtype: that of x and of a dense weight."""
     forward, backward = list(ops.FORWARD_PLANS), list(ops.BACKWARD_PLANS)
-    # Dropout acts on x, so nothing can be merged; into 16 bits a small adapter would be rounded away.
+    # Dropout acts on x, so nothing can be merged; merging into 16 bits would round a small adapter away.
     if dropout or (kind == "dense" and dtype.itemsize == 2):
         forward.remove("merged")
         backward.remove("merged")
-    # A dense weight has no product of the library's own, and its int8 product rounds x on a CPU outside training only.
+    # The library has no dense product, and its int8 product on a CPU rounds x outside training only.
     if kind == "dense" or (kind == "int8" and device == "cpu"):
         forward.remove("library")
     return forward, backward

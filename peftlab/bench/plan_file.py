@@ -1,4 +1,4 @@
-"""The file of measured plans: what is kept of the old one, and writing the new one in one step."""
+"""The file of measured plans: merges old and new plans and writes them atomically."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from peftlab.paths import kernel_plans_file
 
 
 def check_file(path: Path) -> list[str]:
-    """Whether ``path`` can be written, before minutes are spent on what goes into it; lines to tell.
+    """Checks that ``path`` can be written, before minutes of measuring; returns notes for the user.
 
-    Raises: RecipeError when it cannot, or is a file of something else; ResourceError when the disk is full.
+    Raises: RecipeError if it cannot be written or is another kind of file; ResourceError if the disk is full.
     """
     if path.is_dir():
-        raise RecipeError(f"cannot write {path}: it is a folder; give --out a file")
+        raise RecipeError(f"cannot write {path}: it is a folder; set --out to a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -30,24 +30,24 @@ def check_file(path: Path) -> list[str]:
         raise _cannot_write(path, error) from error
     used = kernel_plans_file()
     is_used = path.absolute() == used.absolute()
-    notes = [] if is_used else [f"runs read these plans from {used} only, not from {path}"]
+    notes = [] if is_used else [f"runs read plans from {used} only, not from {path}"]
     if path.exists():
         try:
             ops.read_plans(path)
         except ArtifactError as error:
             if not is_used:
-                raise RecipeError(f"{path} holds something else than kernel plans; give another --out") from error
+                raise RecipeError(f"{path} is not a file of kernel plans; choose another --out") from error
             notes.append(f"{path} was damaged and has been replaced")
     return notes
 
 
 def write_plans(path: Path, plans: list[dict[str, Any]], **about: Any) -> int:
-    """Writes ``plans`` and the rows of the old file that have other keys, all or nothing; the number of those rows.
+    """Writes ``plans`` and the old file's rows with other keys atomically; returns the number of old rows kept.
 
     Raises: RecipeError, ResourceError.
     """
     old: list[dict[str, Any]] = []
-    with contextlib.suppress(ArtifactError):  # told by check_file
+    with contextlib.suppress(ArtifactError):  # reported by check_file
         old = ops.read_plans(path) if path.exists() else []
     new = {_key(row) for row in plans}
     kept = [row for row in old if _key(row) not in new]
@@ -70,5 +70,5 @@ def _key(row: dict[str, Any]) -> ops.PlanKey:
 
 def _cannot_write(path: Path, error: OSError) -> PeftlabError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"cannot write {path}: {error.strerror}; free some room or give another --out")
-    return RecipeError(f"cannot write {path}: {error.strerror}; give another --out")
+        return ResourceError(f"cannot write {path}: {error.strerror}; free disk space or choose another --out")
+    return RecipeError(f"cannot write {path}: {error.strerror}; choose another --out")

@@ -1,4 +1,4 @@
-"""Which plan of an adapted linear is fastest on this machine: measured per kind of weight, rows, shape and dropout."""
+"""Finds the fastest plans for adapted linears on this machine, per kind of weight, rows, shape and dropout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class _Job:
-    """A case to measure: its candidates, and what the rule would take."""
+    """A case to measure and its candidates."""
 
     key: ops.PlanKey
     rows: int
@@ -54,16 +54,16 @@ def tune(
     out: Path | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Measures the plans and writes the faster ones to a file that later runs read.
+    """Measures the plans and writes the fastest to a file that later runs read.
 
     Args:
-        model: preset whose linears are measured, ``shape:NAME``. rows: of the input, each standing for its power of two.
-        rank: of the adapter. kinds: of ``KINDS``. dropout: probabilities; plans only tell zero from the rest.
-        out: default is the file that every run reads, in the cache. progress: told (cases done, all cases, the next).
-    Returns: ``{"file", "plans", "kept", "notes", "machine", "versions", "date"}``; a plan has the key that it is chosen by,
-        what was chosen and what the rule says, and milliseconds per candidate.
-    Raises: RecipeError (wrong arguments, a file that cannot be written), ResourceError (memory), VerificationError (a
-        plan computes something else than the formula).
+        model: preset whose linears are measured, ``shape:NAME``. rows: input rows; each count covers its power of two.
+        rank: adapter rank. kinds: among ``KINDS``. dropout: probabilities; plans differ only between zero and nonzero.
+        out: default: the file in the cache that every run reads. progress: called with (cases done, all cases, next case).
+    Returns: ``{"file", "plans", "kept", "notes", "machine", "versions", "date"}``; a plan has its lookup key, the choice,
+        the choice by rule, and milliseconds per candidate.
+    Raises: RecipeError (invalid arguments, a file that cannot be written), ResourceError (memory), VerificationError (a
+        plan does not match the formula).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = resolve_precision("auto", device)
@@ -81,7 +81,7 @@ def tune(
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        raise ResourceError(f"out of memory at case {len(plans) + 1} of {len(jobs)}; give fewer --rows") from error
+        raise ResourceError(f"out of memory at case {len(plans) + 1} of {len(jobs)}; lower --rows") from error
     finally:
         ops.release_scratch()
     progress(len(jobs), len(jobs), "")
@@ -109,14 +109,14 @@ def _check(rows: Sequence[int], rank: int, kinds: Sequence[str], dropout: Sequen
         raise RecipeError(f"--dropout: expected probabilities in [0, 1), found {wrong_dropout[0]:g}")
     if len(above_zero := sorted({p for p in dropout if p})) > 1:
         raise RecipeError(
-            f"--dropout: expected 0 and one probability, which stands for all; found {above_zero[0]:g} and {above_zero[1]:g}"
+            f"--dropout: expected 0 and at most one other probability, found {above_zero[0]:g} and {above_zero[1]:g}"
         )
 
 
 def _shapes(model: str) -> list[tuple[int, int]]:
     try:
         check_preset(model)
-    except RecipeError as error:  # without the key of a recipe, which there is none of here
+    except RecipeError as error:  # without the recipe key: there is no recipe
         raise RecipeError(f"--model: {error}") from error
     return linear_shapes(model)
 
@@ -129,19 +129,19 @@ def _jobs(
     kinds: list[str],
     dropout: Sequence[float],
 ) -> tuple[list[_Job], list[str]]:
-    """Every combination that leaves a choice; notes on those that do not."""
+    """Returns every combination with a choice of plans, and notes on those without."""
     jobs: dict[ops.PlanKey, _Job] = {}
     notes = []
     for kind, p in itertools.product(kinds, dict.fromkeys(dropout)):
         forward, backward = candidates(kind, device, dropout=p > 0, dtype=dtype)
         if len(forward) == len(backward) == 1:
-            notes.append(f"{kind}, dropout {p:g}: {forward[0]} is the only plan, there is nothing to choose")
+            notes.append(f"{kind}, dropout {p:g}: {forward[0]} is the only plan, nothing to measure")
             continue
         for (num_out, num_in), num_rows in itertools.product(shapes, dict.fromkeys(rows)):
             key = ops.plan_key(kind, torch.device(device), M=num_rows, N=num_out, K=num_in, dropout=p > 0)
             if (other := jobs.get(key)) is not None:
                 raise RecipeError(
-                    f"--rows: {other.rows} and {num_rows} are both planned as {key.m} rows; give one of them"
+                    f"--rows: {other.rows} and {num_rows} use the same plan, that of {key.m} rows; keep one of them"
                 )
             jobs[key] = _Job(key, num_rows, p, forward, backward)
     if not jobs:
@@ -150,15 +150,15 @@ def _jobs(
 
 
 def _check_memory(jobs: list[_Job], rank: int, dtype: torch.dtype, device: str) -> None:
-    """The check of a case holds its inputs and outputs and about four copies of them in float32; decoding a weight takes
-    up to 32 bytes each element."""
+    """Raises ResourceError if a case does not fit: its check holds inputs and outputs and about four float32 copies, and
+    decoding a weight takes up to 32 bytes per element."""
     free, bytes_each = free_bytes(device), 16 + 4 * dtype.itemsize
     for job in jobs:
         inputs = (job.rows + rank) * (job.key.n + job.key.k) + job.rows * rank
         needed = 32 * job.key.n * job.key.k + inputs * bytes_each
         if needed > free:
             raise ResourceError(
-                f"{job}: needs about {needed / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free; give fewer --rows or a smaller "
+                f"{job}: needs about {needed / _GIB:.1f} GiB, but {free / _GIB:.1f} GiB are free; lower --rows or use a smaller "
                 "--model"
             )
 
@@ -168,7 +168,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _cases(jobs: list[_Job], rank: int, dtype: torch.dtype, device: str) -> Iterator[tuple[Case, _Job]]:
-    """The cases of the jobs; a weight is made once for all that share it."""
+    """Yields the cases of the jobs; jobs share their weights."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for shape, of_shape in itertools.groupby(sorted(jobs, key=_shape), key=_shape):
             values = random_weight(shape, dtype=torch.float32, device=device, seed=f"tune/{shape}", pool=pool)
@@ -184,8 +184,8 @@ def _shape(job: _Job) -> tuple[int, int]:
 
 
 def _measured(case: Case, job: _Job, device: str, notes: list[str]) -> dict[str, Any]:
-    """The row of the table for ``job``. Backward candidates are timed after the rule's forward: they do not depend on
-    it."""
+    """Measures ``job`` and returns its table row. Backward candidates are timed after the rule's forward, on which they do not
+    depend."""
     rule = ops.plan_by_rule(job.key)
     forward, backward = _usable(case, job, rule, notes)
     forward_ms = _times({how: partial(case.forward, ops.Plan(how, rule.backward)) for how in forward}, device)
@@ -208,21 +208,21 @@ def _times(runs: timing.Runs, device: str) -> timing.Times:
 
 
 def _usable(case: Case, job: _Job, rule: ops.Plan, notes: list[str]) -> tuple[list[str], list[str]]:
-    """The candidates that run here, all of them right; what the rule takes must be among them."""
+    """Returns the candidates that run here, after checking them; the rule's plan must be among them."""
     want = case.formula()
 
     def is_usable(plan: ops.Plan) -> bool:
         name = f"{job}: the plan forward {plan.forward}, backward {plan.backward}"
         try:
             fault = case.fault(plan, want)
-        except Exception as error:  # whatever a library says that lacks the product for this device or shape
+        except Exception as error:  # libraries raise anything for an unsupported device or shape
             if plan == rule or _is_out_of_memory(error):
                 raise
             notes.append(f"{name} does not run here: {type(error).__name__}: {error}")
             return False
         if fault:
             raise VerificationError(
-                f"{name} is wrong: {fault}. No plans were written. This is a fault of peftlab or of a library; train with "
+                f"{name} is wrong: {fault}. No plans were written. This is a bug in peftlab or a library; train with "
                 "run.kernels=reference"
             )
         return True

@@ -1,4 +1,4 @@
-"""Quality beside cost: rows of ``peftlab bench --quality``, and their picture in small multiples."""
+"""Quality and cost: the rows of ``peftlab bench --quality``, and their picture."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def name_of(method: str, rank: int | None) -> str:
 
 
 def chosen_rate(records: Sequence[Mapping[str, Any]], name: str, rates: Sequence[float], metric: str) -> float | None:
-    """Of the learning rates that were tried with the first seed the one with the best metric, the smaller of equals; None
-    while one of them has not been tried, or where none gave a metric (``nan`` is none)."""
+    """Returns the learning rate with the best metric on the first seed, the smaller one of equals; None until all are tried,
+    or if none has a finite metric."""
     tried = first_trials(records, name)
     if any(rate not in tried for rate in rates):
         return None
@@ -38,7 +38,7 @@ def chosen_rate(records: Sequence[Mapping[str, Any]], name: str, rates: Sequence
 
 
 def first_trials(records: Sequence[Mapping[str, Any]], name: str) -> dict[float, Mapping[str, Any]]:
-    """Learning rate -> record, of the first seed."""
+    """Maps learning rates to records of the first seed."""
     mine = [r for r in records if r["kind"] == "quality" and r["cell"] == name]
     return {r["lr"]: r for r in mine if r["turn"] == 0}
 
@@ -55,16 +55,16 @@ def quality_rows(
     metric: str,
     rates: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """A row per method and rank, with the learning rate that the first seed chose: the metric over seeds with its 95 % interval
-    (Student t), trained parameters, seconds (median) and memory of the training, and the difference of the metric to the
-    first row, seed by seed."""
+    """Returns a row per method and rank, with its learning rate: the metric over seeds with a 95 % interval (Student t),
+    trained parameters, seconds (median) and memory of the training, and the paired difference of the metric to the first
+    row."""
     rows = []
     for method, rank in variants:
         row: dict[str, Any] = {"method": method, "rank": rank, "name": name_of(method, rank), "status": "ok"}
         row["reason"] = None
         rate = chosen_rate(records, row["name"], rates, metric)
         tried = first_trials(records, row["name"])
-        row |= {"lr": rate, "tried": {f"{r:g}": _score(found, metric) for r, found in tried.items()}}
+        row |= {"lr": rate, "tried": {f"{r:g}": _score(record, metric) for r, record in tried.items()}}
         mine = [r for r in records if r["kind"] == "quality" and r["cell"] == row["name"] and r["lr"] == rate]
         bad = next((r for r in mine if r["status"] != "ok"), None)
         if rate is None and len(tried) == len(rates):
@@ -87,7 +87,7 @@ def quality_rows(
     return rows
 
 
-# Every training came to its end, and none to a number.
+# Every training finished, but none with a finite metric.
 _NO_METRIC = {"status": "failed", "reason": "its metric is not finite at any learning rate"}
 
 
@@ -109,9 +109,9 @@ def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
 def _difference(row: Mapping[str, Any], first: Mapping[str, Any], metric: str) -> dict[str, Any]:
     seeds = {r["seed"]: r for r in first["runs"]}
     pairs = [(r["metrics"][metric], seeds[r["seed"]]["metrics"][metric]) for r in row["runs"] if r["seed"] in seeds]
-    found = over_seeds([mine - theirs for mine, theirs in pairs])
-    differs = None if found.low is None or found.high is None else not found.low <= 0 <= found.high
-    return {**found.as_dict(), "differs": differs, "to": first["name"]}
+    interval = over_seeds([mine - theirs for mine, theirs in pairs])
+    differs = None if interval.low is None or interval.high is None else not interval.low <= 0 <= interval.high
+    return {**interval.as_dict(), "differs": differs, "to": first["name"]}
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -123,14 +123,16 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         line = {name: row[name] for name in columns if row.get(name) is not None}
         for name in ("metric", "seconds", "difference"):
-            found = row.get(name) or {}
-            line |= {f"{name}_{part}": found[part] for part in ("value", "low", "high") if found.get(part) is not None}
+            spread = row.get(name) or {}
+            line |= {
+                f"{name}_{part}": spread[part] for part in ("value", "low", "high") if spread.get(part) is not None
+            }
         writer.writerow(line)
     return text.getvalue()
 
 
 def draw_quality(document: Mapping[str, Any], png: Path, svg: Path) -> bool:
-    """Writes the picture as PNG and SVG; False when no method has figures."""
+    """Writes the picture as PNG and SVG; returns False if no method has figures."""
     if not any(row["status"] == "ok" for row in document["methods"]):
         return False
     save_pictures(lambda: build_figure(document), png, svg)
@@ -138,7 +140,7 @@ def draw_quality(document: Mapping[str, Any], png: Path, svg: Path) -> bool:
 
 
 def build_figure(document: Mapping[str, Any]) -> Any:
-    """A matplotlib ``Figure``: the metric against trained parameters, seconds and peak memory."""
+    """Returns a matplotlib ``Figure``: the metric against trained parameters, seconds and peak memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,9 +149,7 @@ def build_figure(document: Mapping[str, Any]) -> Any:
     scale, unit = memory_unit([row["peak_bytes"] for row in rows])
     figure: Any = Figure(figsize=(12, 5.4))
     FigureCanvasAgg(figure)
-    figure.text(
-        0.065, 0.945, f"{header['name']}: what each method learns, and what it costs", fontsize=14, fontweight="bold"
-    )
+    figure.text(0.065, 0.945, f"{header['name']}: quality and cost of each method", fontsize=14, fontweight="bold")
     lines = textwrap.wrap(f"{header['unit']['model']}; {machine_text(header)}; {_budget(header, rows)}", 150)
     figure.text(0.065, 0.92, "\n".join(lines), fontsize=9, color=_GREY, va="top", linespacing=1.4)
     panels: tuple[tuple[str, Callable[[Any], float]], ...] = (
@@ -191,7 +191,7 @@ def build_figure(document: Mapping[str, Any]) -> Any:
     figure.text(
         0.065,
         0.03,
-        "Bars: 95 % interval of the mean over seeds (Student t); of seconds, of the median (bootstrap). r8: rank 8.",
+        "Bars: 95 % interval of the mean over seeds (Student t); for seconds, of the median (bootstrap). r8: rank 8.",
         fontsize=8,
         color=_GREY,
     )
@@ -199,7 +199,7 @@ def build_figure(document: Mapping[str, Any]) -> Any:
 
 
 def _on_scale(interval: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Shares end at 0 and 1, which Student's t does not know."""
+    """Clips intervals of shares to 0..1, which Student's t can exceed."""
     if header["smaller_is_better"] or interval["low"] is None:
         return interval
     return {**interval, "low": max(0.0, interval["low"]), "high": min(1.0, interval["high"])}
@@ -220,7 +220,7 @@ def _budget(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
     text = f"{rows[0]['steps']} steps each, {seeds} seed{'s' if seeds != 1 else ''}, "
     if len(rates) == 1:
         return f"{text}learning rate {rates[0]:g} for all"
-    return f"{text}each with the best for its first seed of the learning rates {', '.join(f'{r:g}' for r in rates)}"
+    return f"{text}each with its best learning rate on the first seed, of {', '.join(f'{r:g}' for r in rates)}"
 
 
 def _rank(row: Mapping[str, Any]) -> str:

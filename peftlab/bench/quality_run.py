@@ -1,4 +1,4 @@
-"""``bench --quality``: the adapter methods trained on the recipe, equally long and with equal seeds, and scored."""
+"""``bench --quality``: trains and scores the adapter methods on one recipe, with equal steps and seeds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Variant = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class QualityRequest:
-    """What is asked for; None: the default of ``api.benchmark_quality``."""
+    """The requested settings; None: the default of ``api.benchmark_quality``."""
 
     methods: Sequence[str] | None
     ranks: Sequence[int] | None
@@ -43,7 +43,7 @@ class QualityRequest:
 def run_quality(
     assembly: Assembly,
     overrides: Sequence[str],
-    asked: QualityRequest,
+    request: QualityRequest,
     *,
     folder: Path,
     resume: bool,
@@ -52,33 +52,35 @@ def run_quality(
     progress: Tell,
     start: Launch | None = None,
 ) -> dict[str, Any]:
-    """See ``api.benchmark_quality``. Args: start: runs one job; default in a process of its own."""
+    """See ``api.benchmark_quality``. Args: start: runs one job; default: in a separate process."""
     if resume and replace:
-        raise RecipeError("--resume goes on with a benchmark and --replace removes it: give one of them")
-    if asked.seeds < 1:
-        raise RecipeError(f"--seeds: expected at least 1, found {asked.seeds}")
-    rates = asked.learning_rates
+        raise RecipeError("--resume and --replace exclude each other")
+    if request.seeds < 1:
+        raise RecipeError(f"--seeds: expected at least 1, found {request.seeds}")
+    rates = request.learning_rates
     if rates is not None and (not rates or not all(0 < r < math.inf for r in rates)):
         raise RecipeError(f"--learning-rates: expected numbers above 0, found {list(rates) or 'none'}")
     cells.check_recipe(assembly.recipe)
     check_settings(assembly)
-    variants, reasons = _variants(assembly.recipe, asked.methods, asked.ranks)
-    alive = [v for v in variants if v not in reasons]
-    if not alive:
-        raise RecipeError(f"nothing to train: none of {len(variants)} methods can be: {next(iter(reasons.values()))}")
+    variants, reasons = _variants(assembly.recipe, request.methods, request.ranks)
+    possible = [v for v in variants if v not in reasons]
+    if not possible:
+        raise RecipeError(
+            f"nothing to train: all {len(variants)} methods are impossible: {next(iter(reasons.values()))}"
+        )
     rates = list(dict.fromkeys(map(float, rates if rates is not None else _rates(assembly.recipe))))
-    header = _header(assembly, overrides, variants, rates, asked)
+    header = _header(assembly, overrides, variants, rates, request)
     if plan:
         rows = quality.quality_rows(variants, reasons, [], header["metric"], rates)
-        trainings = _trainings(alive, rates, asked.seeds)
+        trainings = _trainings(possible, rates, request.seeds)
         return {"folder": None, "picture": None, "trainings": trainings, "header": header, "methods": rows}
     opened = journal.open_journal(folder, header, resume=resume, replace=replace)
     try:
-        _train_all(alive, header, opened, progress, start or launch_worker)
+        _train_all(possible, header, opened, progress, start or launch_worker)
     except KeyboardInterrupt:
         done = len(opened.of("quality"))
         raise Interrupted(
-            f"interrupted; {done} trainings are in {opened.path}. Go on with the same command and --resume"
+            f"interrupted; {done} trainings are in {opened.path}. Resume with the same command and --resume"
         ) from None
     finally:
         opened.close()
@@ -112,12 +114,12 @@ def _rates(recipe: Recipe) -> list[float]:
     return [float(f"{lr / 10:.6g}"), lr]
 
 
-def _trainings(alive: Sequence[_Variant], rates: Sequence[float], seeds: int) -> int:
-    return len(alive) * (len(rates) + seeds - 1)
+def _trainings(possible: Sequence[_Variant], rates: Sequence[float], seeds: int) -> int:
+    return len(possible) * (len(rates) + seeds - 1)
 
 
 def metric_of(assembly: Assembly) -> str:
-    """The metric that methods are compared by: the headline of a task with classes, else the loss."""
+    """The metric for comparing methods: the headline of a task with classes, else the loss."""
     spec = assembly.spec
     if assembly.recipe.eval.choices and spec.headline_with_classes:
         return spec.headline_with_classes
@@ -129,14 +131,14 @@ def _header(
     overrides: Sequence[str],
     variants: Sequence[_Variant],
     rates: Sequence[float],
-    asked: QualityRequest,
+    request: QualityRequest,
 ) -> dict[str, Any]:
     recipe, device, metric = assembly.recipe, assembly.device, metric_of(assembly)
     command = ["peftlab", "bench", assembly.name, *overrides, "--quality"]
-    given = {"--methods": asked.methods, "--ranks": asked.ranks, "--learning-rates": asked.learning_rates}
+    given = {"--methods": request.methods, "--ranks": request.ranks, "--learning-rates": request.learning_rates}
     for option, values in given.items():
         command += [option, ",".join(map(str, values))] if values is not None else []
-    command += ["--seeds", str(asked.seeds)] if asked.seeds != SEEDS else []
+    command += ["--seeds", str(request.seeds)] if request.seeds != SEEDS else []
     return {
         "format": journal.FORMAT,
         "mode": "quality",
@@ -153,25 +155,25 @@ def _header(
         },
         "metric": metric,
         "smaller_is_better": quality.smaller_is_better(metric),
-        "protocol": {"seeds": asked.seeds, "learning_rates": list(rates)},
+        "protocol": {"seeds": request.seeds, "learning_rates": list(rates)},
         "variants": [list(v) for v in variants],
         "recipe": cells.settings_of(recipe),
     }
 
 
 def _train_all(
-    alive: Sequence[_Variant],
+    possible: Sequence[_Variant],
     header: Mapping[str, Any],
     opened: journal.Journal,
     tell: Tell,
     start: Launch,
 ) -> None:
-    """Seed by seed, there and back, so that what an interrupted run has is one training more or less of each."""
+    """Trains seed by seed in alternating order, so that an interrupted run has about equally many trainings per method."""
     seeds, rates = header["protocol"]["seeds"], header["protocol"]["learning_rates"]
-    total = _trainings(alive, rates, seeds)
+    total = _trainings(possible, rates, seeds)
     first_seed = int(header["recipe"].get("run", {}).get("seed", 0))
     for turn in range(seeds):
-        for method, rank in alive if turn % 2 == 0 else list(reversed(alive)):
+        for method, rank in possible if turn % 2 == 0 else list(reversed(possible)):
             name, seed = quality.name_of(method, rank), first_seed + turn
             done = {(r["turn"], r["lr"]): r["status"] for r in opened.of("quality", name)}
             chosen = quality.chosen_rate(opened.records, name, rates, header["metric"]) if turn else None
@@ -186,7 +188,7 @@ def _train_all(
 
 
 def training_settings(base: Mapping[str, Any], method: str, rank: int | None, seed: int, lr: float) -> dict[str, Any]:
-    """The recipe of one training: the same held-out rows for every seed, scored once, at the end of all steps."""
+    """Returns the recipe of one training: the same held-out rows for every seed, scored once, after the last step."""
     settings = {name: dict(part) if isinstance(part, Mapping) else part for name, part in base.items()}
     run = settings.setdefault("run", {})
     settings["data"].setdefault("seed", run.get("seed", 0))
@@ -203,7 +205,7 @@ def training_settings(base: Mapping[str, Any], method: str, rank: int | None, se
 
 
 def train_once(assembly: Assembly) -> dict[str, Any]:
-    """What a training in this process gives: the metrics, what is trained, and what it took."""
+    """Runs one training in this process; returns its metrics, trained parameters and costs."""
     progress = Timing(assembly.device)
     with tempfile.TemporaryDirectory(prefix="peftlab-bench-") as folder, located(assembly.loaded), frozen_heap():
         check_settings(assembly)

@@ -1,4 +1,4 @@
-"""bench.json and bench.csv, each written by a rename."""
+"""Writes bench.json and bench.csv, each by a rename."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Figures of a cell that have a spread, as columns of the table.
+# Figures with a spread: columns of the table.
 SPREADS = ("tokens_per_s", "examples_per_s", "step_s", "tflops", "share_of_peak", "peak_bytes", "joules_per_token")
 _PLAIN = ("what", "method", "rank", "quantize", "kernels", "batch", "length", "adapters", "status", "reason")
 
@@ -26,7 +26,7 @@ def write_result(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def csv_text(cells: Sequence[Mapping[str, Any]]) -> str:
-    """A line per cell, with the figures of bench.json; empty where there are none."""
+    """Returns a line per cell with the figures of bench.json, empty if missing."""
     columns = [*_PLAIN, "repetitions"]
     columns += [f"{name}_{part}" for name in SPREADS for part in ("median", "q1", "q3", "low", "high")]
     columns += ["load_peak_bytes", "increase_bytes", "num_trained", "num_fused", "num_adapted", "first_loss", "pareto"]

@@ -1,4 +1,4 @@
-"""All jobs of a benchmark in their order: ceilings, the gate of every cell, then the cells in turns, again and again."""
+"""Runs the jobs of a benchmark in order: ceilings, the gate of every cell, then repetitions over all cells in turn."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from peftlab.measuring.journal import Journal
 from peftlab.measuring.subprocesses import launch
 
 _WORKER = "peftlab.bench.worker"
-# From a job's settings to its result with ``status``, as ``processes.launch``.
+# Runs a job from its settings; returns the result with ``status``, as ``processes.launch``.
 Launch = Callable[[Mapping[str, Any]], dict[str, Any]]
 Tell = Callable[[int, int, str], None]
 
 
 def launch_worker(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """``processes.launch`` of a job of the benchmark."""
+    """Runs a benchmark job with ``processes.launch``."""
     return launch(_WORKER, spec)
 
 
@@ -29,12 +29,12 @@ def run_sweep(
     repeats: int,
     tell: Tell,
 ) -> None:
-    """Measures what the journal does not have yet.
+    """Measures what is missing in the journal.
 
-    A cell whose gate is red is never timed; one that fails in a repetition is not tried in the next.
+    A cell whose gate is red is never timed; a cell that fails in a repetition is skipped in the next ones.
 
-    Args: cells: those that can exist. job_of: the settings of a job, "ceilings", "gate" or "run", of a cell. tell: (jobs
-        done, all jobs, the next one).
+    Args: cells: the possible cells. job_of: settings of a cell's job, "ceilings", "gate" or "run". tell: called with (jobs
+        done, all jobs, next job).
     """
     gated = {r["cell"]: r["status"] for r in journal.of("gate")}
     ran = {(r["cell"], r["repetition"]): r["status"] for r in journal.of("run")}
@@ -53,10 +53,10 @@ def run_sweep(
         journal.write({"kind": "gate", "cell": cell.key, **result})
         gated[cell.key] = result["status"]
         done += 1
-    alive = [cell for cell in cells if gated[cell.key] == "ok"]
-    total = done + sum((cell.key, i) not in ran for cell in alive for i in range(repeats))
+    passed = [cell for cell in cells if gated[cell.key] == "ok"]
+    total = done + sum((cell.key, i) not in ran for cell in passed for i in range(repeats))
     for repetition in range(repeats):
-        for cell in interleaved(alive, repetition):
+        for cell in interleaved(passed, repetition):
             at = (cell.key, repetition)
             if any(ran.get((cell.key, i), "ok") != "ok" for i in range(repeats)):
                 continue

@@ -1,4 +1,4 @@
-"""A benchmark from its request to its files: the plan, all jobs in processes of their own, JSON, CSV and a picture."""
+"""Runs a benchmark: the plan, all jobs in separate processes, and JSON, CSV and picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peftlab.specs.protocol import NEW_TOKENS, REPEATS, STEPS, WARM_UP
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """All that is known before anything is measured. num_tokens: that all cells need; None of images."""
+    """The plan of a benchmark. num_tokens: needed by all cells; None for images."""
 
     cells: list[Cell]
     reasons: dict[str, str]
@@ -36,14 +36,14 @@ class _Plan:
     num_tokens: int | None
 
     @property
-    def alive(self) -> list[Cell]:
+    def possible(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.key not in self.reasons]
 
 
 def run_benchmark(
     assembly: Assembly,
     overrides: Sequence[str],
-    asked: Mapping[str, Any],
+    choices: Mapping[str, Any],
     protocol: Mapping[str, Any],
     *,
     folder: Path,
@@ -55,43 +55,43 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """See ``api.benchmark``.
 
-    Args: asked: values of the sweep's dimensions, None: the default. protocol: repeats, steps, new_tokens. start: runs one
-        job; default in a process of its own.
+    Args: choices: values of the sweep's dimensions, None: the default. protocol: repeats, steps, new_tokens. start: runs one
+        job; default: in a separate process.
     """
     if resume and replace:
-        raise RecipeError("--resume goes on with a benchmark and --replace removes it: give one of them")
-    made = _plan(assembly, overrides, asked, protocol, folder)
+        raise RecipeError("--resume and --replace exclude each other")
+    planned = _plan(assembly, overrides, choices, protocol, folder)
     if plan:
-        return {"folder": str(made.folder), "header": made.header, "cells": _planned(made)}
-    if not made.alive:
-        reason = next(iter(made.reasons.values()))
-        raise RecipeError(f"nothing to measure: none of {len(made.cells)} cells can exist; the first: {reason}")
+        return {"folder": str(planned.folder), "header": planned.header, "cells": _planned_cells(planned)}
+    if not planned.possible:
+        reason = next(iter(planned.reasons.values()))
+        raise RecipeError(f"nothing to measure: all {len(planned.cells)} cells are impossible; first: {reason}")
     with tempfile.TemporaryDirectory(prefix="peftlab-bench-") as temporary:
         texts = Path(temporary) / "texts.npz"
-        if made.num_tokens is not None:
-            cells.write_texts(texts, assembly, num_tokens=made.num_tokens)
-        opened = journal.open_journal(made.folder, made.header, resume=resume, replace=replace)
+        if planned.num_tokens is not None:
+            cells.write_texts(texts, assembly, num_tokens=planned.num_tokens)
+        opened = journal.open_journal(planned.folder, planned.header, resume=resume, replace=replace)
         try:
             run_sweep(
-                made.alive,
-                job_of=partial(_job, made, texts),
+                planned.possible,
+                job_of=partial(_job, planned, texts),
                 start=start or launch_worker,
                 journal=opened,
-                repeats=made.header["protocol"]["repeats"],
+                repeats=planned.header["protocol"]["repeats"],
                 tell=progress,
             )
         except KeyboardInterrupt:
             done = len(opened.of("run"))
             raise Interrupted(
-                f"interrupted; {done} measurements are in {opened.path}. Go on with the same command and --resume"
+                f"interrupted; {done} measurements are in {opened.path}. Resume with the same command and --resume"
             ) from None
         finally:
             opened.close()
-    return _write(made, opened)
+    return _write(planned, opened)
 
 
 def _plan(
-    assembly: Assembly, overrides: Sequence[str], asked: Mapping[str, Any], protocol: Mapping[str, Any], folder: Path
+    assembly: Assembly, overrides: Sequence[str], choices: Mapping[str, Any], protocol: Mapping[str, Any], folder: Path
 ) -> _Plan:
     recipe, device = assembly.recipe, assembly.device
     cells.check_recipe(recipe)
@@ -100,7 +100,7 @@ def _plan(
         if value is not None and value < 1:
             raise RecipeError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
     facts = cells.facts_of(assembly, protocol["new_tokens"])
-    sweep = cells.sweep_of(recipe, device, asked, facts.fixed_length)
+    sweep = cells.sweep_of(recipe, device, choices, facts.fixed_length)
     every = cells_of(sweep)
     reasons = {cell.key: why for cell in every if (why := impossible(cell, facts)) is not None}
     classes = assembly.classes if assembly.spec.classifies else None
@@ -109,7 +109,7 @@ def _plan(
     header = {
         "format": journal.FORMAT,
         "name": assembly.name,
-        "command": _command(assembly.name, overrides, asked, protocol),
+        "command": _command(assembly.name, overrides, choices, protocol),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(device) | size_of_machine(),
         "versions": versions(),
@@ -129,52 +129,52 @@ def _plan(
     return _Plan(every, reasons, classes, header, folder, num_tokens)
 
 
-def _job(made: _Plan, texts: Path, kind: str, cell: Cell) -> dict[str, Any]:
-    protocol = made.header["protocol"]
-    # The gate needs one step's rows; that the plan cuts them as a run's does follows from their equal length.
+def _job(planned: _Plan, texts: Path, kind: str, cell: Cell) -> dict[str, Any]:
+    protocol = planned.header["protocol"]
+    # The gate needs the rows of one step; equal lengths ensure that its plan forms the same micro-batches as a run's.
     steps = 1 if kind == "gate" else protocol["steps"] + protocol["warm_up"]
     return {
         "job": kind,
-        "recipe": cells.cell_settings(made.header["recipe"], cell, steps=steps),
-        "classes": made.classes,
-        "texts": None if made.num_tokens is None else str(texts),
+        "recipe": cells.cell_settings(planned.header["recipe"], cell, steps=steps),
+        "classes": planned.classes,
+        "texts": None if planned.num_tokens is None else str(texts),
         "steps": steps,
         "warm_up": protocol["warm_up"],
-        "new_tokens": made.header["unit"]["new_tokens"],
+        "new_tokens": planned.header["unit"]["new_tokens"],
         **{name: getattr(cell, name) for name in ("what", "batch", "length", "adapters")},
     }
 
 
-def _planned(made: _Plan) -> list[dict[str, Any]]:
+def _planned_cells(planned: _Plan) -> list[dict[str, Any]]:
     return [
         {
             "key": cell.key,
             **dataclasses.asdict(cell),
-            "status": "impossible" if cell.key in made.reasons else "pending",
-            "reason": made.reasons.get(cell.key),
+            "status": "impossible" if cell.key in planned.reasons else "pending",
+            "reason": planned.reasons.get(cell.key),
         }
-        for cell in made.cells
+        for cell in planned.cells
     ]
 
 
-def _write(made: _Plan, opened: journal.Journal) -> dict[str, Any]:
-    rows = summarize(made.cells, made.reasons, opened.records)
+def _write(planned: _Plan, opened: journal.Journal) -> dict[str, Any]:
+    rows = summarize(planned.cells, planned.reasons, opened.records)
     document = {
         "header": {k: v for k, v in opened.records[0].items() if k != "kind"},
         "ceilings": {k: v for k, v in best_ceilings(opened.records).items() if k != "kind"},
         "cells": rows,
     }
-    result_files.write_result(made.folder / journal.RESULT, document)
-    result_files.write_text(made.folder / journal.TABLE, result_files.csv_text(rows))
-    picture = made.folder / journal.PICTURE
-    drawn = draw_picture(document, picture, made.folder / journal.VECTOR)
-    return {"folder": str(made.folder), "picture": str(picture) if drawn else None, **document}
+    result_files.write_result(planned.folder / journal.RESULT, document)
+    result_files.write_text(planned.folder / journal.TABLE, result_files.csv_text(rows))
+    picture = planned.folder / journal.PICTURE
+    drawn = draw_picture(document, picture, planned.folder / journal.VECTOR)
+    return {"folder": str(planned.folder), "picture": str(picture) if drawn else None, **document}
 
 
-def _command(name: str, overrides: Sequence[str], asked: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    """What a person types for the same sweep."""
+def _command(name: str, overrides: Sequence[str], choices: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """The command line for the same sweep."""
     parts = ["peftlab", "bench", name, *overrides]
-    for option, value in asked.items():
+    for option, value in choices.items():
         if value is not None:
             parts += [f"--{option}", ",".join(map(str, value))]
     defaults = {"repeats": REPEATS, "steps": None, "new_tokens": NEW_TOKENS}

@@ -1,4 +1,4 @@
-"""From the measurements to a row of figures for each cell: medians, spread, intervals, and the ratio to its baseline."""
+"""Summarizes measurements into a row per cell: medians, spread, intervals, and the ratio to its baseline."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from peftlab.bench.sweep import Cell
 from peftlab.measuring.intervals import Interval, over_rounds, quartiles, ratio_of_medians
 
-# Largest relative difference of the first loss of a cell and of its twin on PEFT's path, by the type of the matmuls:
-# rounding stays within it, a dropped factor or mask is off by far more (peftlab.training.parity).
+# Maximum relative difference between the first losses of a cell and its twin on PEFT's path, by matmul dtype: rounding stays
+# within it, a missing factor or mask is off by far more (peftlab.training.parity).
 FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}
 
 
 def summarize(
     cells: Sequence[Cell], reasons: Mapping[str, str], records: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row per cell.
+    """Returns a row per cell.
 
-    Args: reasons: key -> why a cell cannot exist. records: of the journal.
-    Returns: rows with ``status`` ok, red, memory, impossible, failed or pending, a ``reason`` where it is not ok, and the
-        figures where it is: ``median``, quartiles ``q1`` and ``q3``, 95 % interval ``low`` and ``high`` over repetitions.
+    Args: reasons: key -> why a cell is impossible. records: those of the journal.
+    Returns: rows with ``status`` ok, red, memory, impossible, failed or pending, a ``reason`` if not ok, and figures if ok:
+        ``median``, quartiles ``q1`` and ``q3``, 95 % interval ``low`` and ``high`` over repetitions.
     """
     ceilings = best_ceilings(records)
     gates = {r["cell"]: r for r in records if r["kind"] == "gate"}
@@ -42,7 +42,7 @@ def summarize(
 
 
 def best_ceilings(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was measured first, with the quickest matmul of the whole benchmark; empty before anything was measured."""
+    """The first measured ceilings, with the fastest matmul of the whole benchmark; empty without measurements."""
     first = next((dict(r) for r in records if r["kind"] == "ceilings" and r["status"] == "ok"), {})
     speeds = [float(r["matmul_flops_per_s"]) for r in records if "matmul_flops_per_s" in r]
     return first | {"matmul_flops_per_s": max(speeds)} if first else {}
@@ -63,8 +63,8 @@ def _row(
     if gate is None:
         return row | {"status": "pending", "reason": "not measured yet"}
     if gate["status"] != "ok" or bad is not None:
-        found = bad if gate["status"] == "ok" and bad is not None else gate
-        return row | {"status": found["status"], "reason": found["reason"]}
+        failed = bad if gate["status"] == "ok" and bad is not None else gate
+        return row | {"status": failed["status"], "reason": failed["reason"]}
     if not mine:
         return row | {"status": "pending", "reason": "not measured yet"}
     fault = _first_loss_fault(cell, mine[0], runs, ceilings.get("dtype", "float32"))
@@ -76,7 +76,7 @@ def _row(
 def _first_loss_fault(
     cell: Cell, mine: Mapping[str, Any], runs: Mapping[str, Sequence[Mapping[str, Any]]], dtype: str
 ) -> str | None:
-    """What is wrong with the first loss; None where there is nothing to compare: no twin, or dropout, whose masks differ."""
+    """The problem with the first loss; None if it matches or cannot be compared: no twin, or dropout masks that differ."""
     twins = [r for r in runs.get(cell.twin.key, []) if r["status"] == "ok"]
     if cell.kernels == "reference" or not twins or not mine["losses"] or mine["draws"]:
         return None
@@ -123,23 +123,23 @@ def _figures(runs: Sequence[Mapping[str, Any]], gate: Mapping[str, Any], ceiling
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
     q1, median, q3 = quartiles(values)
-    found = over_rounds(values)
-    return {"median": median, "q1": q1, "q3": q3, "low": found.low, "high": found.high}
+    interval = over_rounds(values)
+    return {"median": median, "q1": q1, "q3": q3, "low": interval.low, "high": interval.high}
 
 
-def ratio(found: Interval) -> dict[str, Any]:
-    """A ratio as it is written down; ``differs`` is None where there were too few repetitions to tell."""
-    differs = None if found.low is None or found.high is None else not found.low <= 1 <= found.high
-    return {"value": found.value, "low": found.low, "high": found.high, "differs": differs}
+def ratio(interval: Interval) -> dict[str, Any]:
+    """Returns the ratio as plain values; ``differs`` is None if there are too few repetitions to decide."""
+    differs = None if interval.low is None or interval.high is None else not interval.low <= 1 <= interval.high
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "differs": differs}
 
 
 def per_second(row: Mapping[str, Any]) -> list[float]:
-    """tokens/s of each repetition."""
+    """Returns tokens/s per repetition."""
     return [row["tokens_per_step"] * len(r["step_s"]) / sum(r["step_s"]) for r in row["runs"]]
 
 
 def _compare(row: dict[str, Any], baseline: Mapping[str, Any]) -> None:
-    """``speed`` (above 1: faster) and ``memory_ratio`` (below 1: smaller) over the repetitions that both have."""
+    """Sets ``speed`` (above 1: faster) and ``memory_ratio`` (below 1: smaller) over the common repetitions."""
     row["baseline"] = None if baseline is row else baseline["key"]
     if baseline is row:
         row["speed"] = row["memory_ratio"] = None
@@ -159,7 +159,7 @@ def _compare(row: dict[str, Any], baseline: Mapping[str, Any]) -> None:
 
 
 def _mark_front(rows: Sequence[dict[str, Any]]) -> None:
-    """``pareto``: no other cell of the same work is both faster and smaller."""
+    """Sets ``pareto``: whether no other cell of the same work is both faster and smaller."""
     for row in rows:
         if row["status"] != "ok":
             continue

@@ -1,4 +1,4 @@
-"""The cells of a sweep: the product of what is asked for, those that cannot exist with the reason, and their order."""
+"""The cells of a sweep: the product of the requested values, the impossible cells with reasons, and the order."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Cell:
     """One configuration to measure.
 
     Attributes:
-        rank: None of a method without one. kernels: the value of run.kernels. batch: rows of a step. length: tokens of a row, of
-            its prompt when it generates. adapters: that the rows of a batch are spread over.
+        rank: None for a method without rank. kernels: the value of run.kernels. batch: rows per step. length: tokens per row,
+            or per prompt in generation. adapters: number of adapters in one batch.
     """
 
     what: str
@@ -44,14 +44,14 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Names the cell in files: ``train/lora/r8/nf4/auto/4x64/1``."""
+        """The cell's name in files: ``train/lora/r8/nf4/auto/4x64/1``."""
         rank = "-" if self.rank is None else f"r{self.rank}"
         shape = f"{self.batch}x{self.length}"
         return "/".join((self.what, self.method, rank, self.quantize, self.kernels, shape, str(self.adapters)))
 
     @property
     def twin(self) -> Cell:
-        """The same on PEFT's own path."""
+        """The same cell on PEFT's path."""
         return dataclasses.replace(self, kernels="reference")
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The values of each dimension, in the order they are listed in."""
+    """The values of each dimension, in order."""
 
     what: tuple[str, ...]
     methods: tuple[str, ...]
@@ -80,7 +80,7 @@ class Sweep:
 
 
 def make_sweep(**values: Sequence[Any]) -> Sweep:
-    """The checked sweep; what stands there twice counts once.
+    """Returns the validated sweep, without duplicate values.
 
     Raises: RecipeError for an empty dimension, an unknown name (with the nearest) or a number below 1.
     """
@@ -88,7 +88,7 @@ def make_sweep(**values: Sequence[Any]) -> Sweep:
     for name, given in values.items():
         if not given:
             raise RecipeError(
-                f"nothing to measure: --{name} is empty; leave it out for the recipe's own, or give a value"
+                f"nothing to measure: --{name} is empty; omit it to use the recipe's value, or give a value"
             )
         for value in given:
             if name in _KNOWN and value not in _KNOWN[name]:
@@ -103,8 +103,8 @@ def make_sweep(**values: Sequence[Any]) -> Sweep:
 
 
 def cells_of(sweep: Sweep) -> list[Cell]:
-    """The whole product, PEFT's path beside the fused one. A method without a rank, such as full fine-tuning, is there once, not once
-    per rank."""
+    """Returns the product of all values, PEFT's path next to the fused one. A method without a rank, such as full
+    fine-tuning, appears once, not once per rank."""
     ranks: tuple[int | None, ...] = sweep.ranks
     product = itertools.product(
         sweep.what, sweep.batch, sweep.length, sweep.adapters, sweep.methods, ranks, sweep.quantize, sweep.kernels
@@ -118,12 +118,12 @@ def cells_of(sweep: Sweep) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides whether a cell can exist.
+    """The facts that decide whether a cell is possible.
 
     Attributes:
-        max_length: tokens that the model reads. fixed_length: of images, whose tokens are not a choice; None of texts.
-        no_bitsandbytes: why it does not import; None when it does. no_operands: of ``cpu-bf16`` and ``cpu-int8`` those that
-            cannot run here, with the reason.
+        max_length: the model's maximum tokens. fixed_length: the number of tokens of an image; None for texts.
+        no_bitsandbytes: why it cannot be imported; None if it can. no_operands: the modes among ``cpu-bf16`` and
+            ``cpu-int8`` that cannot run here, with the reason.
     """
 
     task: str
@@ -135,25 +135,25 @@ class Facts:
 
 
 def impossible(cell: Cell, facts: Facts) -> str | None:
-    """Why ``cell`` cannot exist; None when it can, as far as is known before a model is loaded."""
+    """Why ``cell`` is impossible; None if it seems possible before a model is loaded."""
     method, variant = VARIANTS[cell.method]
     mode = KERNEL_MODES[cell.kernels]
     if STORAGES[cell.quantize].is_quantized and facts.no_bitsandbytes is not None:
-        return f"{cell.quantize} needs bitsandbytes, which does not import ({facts.no_bitsandbytes})"
+        return f"{cell.quantize} needs bitsandbytes, which cannot be imported ({facts.no_bitsandbytes})"
     if not method.quantized and STORAGES[cell.quantize].is_quantized:
         return f"{cell.quantize} weights cannot be trained: {method.label} needs --quantize none"
     if cell.kernels in facts.no_operands:
         return facts.no_operands[cell.kernels]
     if mode.operands is not None and not variant.fused:
-        return f"{cell.kernels} rounds products with frozen weights under LoRA, and {cell.method} has no such path"
+        return f"{cell.kernels} rounds products with frozen weights under LoRA, but {cell.method} has no such path"
     if mode.storage not in (None, cell.quantize):
         return f"{mode.name} multiplies weights stored in {mode.storage}: add --quantize {mode.storage}"
     if cell.what == "generate":
         return _no_generation(cell, facts)
     if cell.adapters > 1:
-        return "training has one adapter; several at once exist for --what generate"
+        return "training uses one adapter; several adapters need --what generate"
     if facts.fixed_length is not None and cell.length != facts.fixed_length:
-        return f"an image of this model has {facts.fixed_length} tokens, not {cell.length}: leave --length out"
+        return f"an image of this model has {facts.fixed_length} tokens, not {cell.length}: omit --length"
     if cell.length > facts.max_length:
         return f"the model reads at most {facts.max_length:,} tokens"
     return None
@@ -163,22 +163,20 @@ def _no_generation(cell: Cell, facts: Facts) -> str | None:
     if not TASKS[facts.task].generates:
         return f"task {facts.task} has nothing to generate"
     if cell.length + facts.new_tokens > facts.max_length:
-        return (
-            f"{cell.length} + {facts.new_tokens} new tokens are more than the {facts.max_length:,} that the model reads"
-        )
+        return f"{cell.length} + {facts.new_tokens} new tokens exceed the model's {facts.max_length:,}"
     if cell.adapters == 1:
         return None
     method, variant = VARIANTS[cell.method]
     if not method.adapts:
-        return "without an adapter there are not several; leave full out"
+        return "full has no adapter, so there cannot be several; omit full"
     if not variant.several:
-        return f"PEFT has no batch of several {'DoRA' if cell.method == 'dora' else cell.method} adapters; take lora"
+        return f"PEFT has no batch of several {'DoRA' if cell.method == 'dora' else cell.method} adapters; use lora"
     if cell.batch < cell.adapters:
         return f"{cell.batch} rows are fewer than {cell.adapters} adapters"
     return None
 
 
 def interleaved(cells: Sequence[Cell], repetition: int) -> list[Cell]:
-    """The order of repetition 0, 1, ...: A B C, then C B A. A machine that gets slower by and by, or warmer, then does no
-    more harm to the last cell than to the first."""
+    """Returns the order of repetition 0, 1, ...: A B C, then C B A, so that a machine that slows down or heats up affects the
+    first and the last cell equally."""
     return list(cells) if repetition % 2 == 0 else list(reversed(cells))

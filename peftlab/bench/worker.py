@@ -1,8 +1,8 @@
-"""One job of a benchmark in a process of its own, for clean memory: ``python -m peftlab.bench.worker JOB RESULT``.
+"""Runs one benchmark job in a separate process, for clean memory: ``python -m peftlab.bench.worker JOB RESULT``.
 
 JOB is a JSON file: ``job`` (ceilings, gate, run or quality), ``recipe`` (settings of the cell), ``what``, ``texts``, ``classes``,
-``batch``, ``length``, ``adapters``, ``steps``, ``warm_up``, ``new_tokens``. RESULT is written when the job is done, or
-failed with an error that has a name; a process that is killed leaves none.
+``batch``, ``length``, ``adapters``, ``steps``, ``warm_up``, ``new_tokens``. The process writes RESULT when the job is done
+or failed with an exception; a killed process writes none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_job(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The result of a job. Raises: PeftlabError; what a library raises."""
+    """Runs a job and returns its result. Raises: PeftlabError, and errors of libraries."""
     prepare_libraries()
     loaded = load_recipe(spec["recipe"])
     assembly = Assembly(loaded, classes=spec.get("classes"), reads_data=spec.get("texts") is None)
@@ -82,7 +82,7 @@ def _prepare(spec: Mapping[str, Any], assembly: Assembly, accelerator: Any) -> J
 
 @contextmanager
 def _reported(result: Path) -> Iterator[None]:
-    """Writes an error that has a name as the result."""
+    """Writes an exception as the result."""
     try:
         yield
     except Exception as error:
@@ -97,7 +97,7 @@ def _reported(result: Path) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """A benchmark that is killed leaves no process that measures beside the one that goes on with it."""
+    """Ends this process with its parent, so that a killed benchmark leaves no worker that disturbs a resumed one."""
     if sys.platform == "linux":
         import ctypes
         import signal
@@ -105,15 +105,13 @@ def _end_with_parent() -> None:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     parent = os.environ.get(PARENT)
-    if parent is not None and os.getppid() != int(parent):  # it went while this process was importing
+    if parent is not None and os.getppid() != int(parent):  # the parent ended while this process was importing
         os._exit(1)
 
 
 def main(arguments: list[str]) -> None:
     _end_with_parent()
-    with contextlib.suppress(
-        OSError
-    ):  # should memory run out, this process goes, and not the one that keeps the results
+    with contextlib.suppress(OSError):  # if memory runs out, kill this process and not the one with the results
         Path("/proc/self/oom_score_adj").write_text("500")
     spec, result = json.loads(Path(arguments[0]).read_text(encoding="utf-8")), Path(arguments[1])
     with _reported(result):
@@ -123,4 +121,4 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # the result is written: what is left is taking down gigabytes
+    os._exit(0)  # the result is written; skip the slow teardown of gigabytes

@@ -1,4 +1,4 @@
-"""The command line: thin, it parses, calls the public functions, and prints."""
+"""The command line: parses arguments, calls the public functions and prints their results."""
 
 from __future__ import annotations
 

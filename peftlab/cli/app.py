@@ -1,4 +1,4 @@
-"""The command line from its table of verbs, and the one place where exceptions become exit codes."""
+"""Builds the command line from the table of verbs; the only place where exceptions become exit codes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class _Command(TyperCommand):
 
     def get_help(self, ctx: Any) -> str:
         text = re.sub(r"\{([A-Z]+)\}", r"\1", super().get_help(ctx))
-        text = re.sub(r" <(?:str|list\[str\])>", lambda found: " " * len(found[0]), text)
+        text = re.sub(r" <(?:str|list\[str\])>", lambda match: " " * len(match[0]), text)
         return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 class _Verbs(TyperGroup):
-    """The verbs of a table, each loaded when it is used; an unknown one gets the nearest suggested."""
+    """The verbs of a table. Each is imported when used; an unknown verb is an error with a suggestion."""
 
     table: Mapping[str, Verb | Group] = VERBS
     group: Group | None = None
@@ -56,7 +56,7 @@ class _Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         verb = self.table.get(cmd_name)
-        return None if verb is None else _made(cmd_name, verb)
+        return None if verb is None else _click_command(cmd_name, verb)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -71,7 +71,7 @@ class _Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """``bench RECIPE`` is ``bench run RECIPE``, unless the first word is nearly another verb and nothing else."""
+        """Reads ``bench RECIPE`` as ``bench run RECIPE``, unless the first word looks like a misspelt verb."""
         default = None if self.group is None else self.group.default
         words = [word for word in args if not word.startswith("-")]
         if default and words and words[0] not in self.table and not self._is_misspelt(words[0]):
@@ -85,7 +85,7 @@ class _Verbs(TyperGroup):
         return bool(near) and not Path(word).exists() and word not in recipe_names()
 
 
-def _made(name: str, verb: Verb | Group) -> Any:
+def _click_command(name: str, verb: Verb | Group) -> Any:
     """The Click command of a verb."""
     app = typer.Typer(**_APP)
     if isinstance(verb, Group):
@@ -97,7 +97,7 @@ def _made(name: str, verb: Verb | Group) -> Any:
             epilog=f"Example: {verb.example}",
             invoke_without_command=alone is not None,
             context_settings=_CONTEXT,
-        )(_alone(alone))
+        )(_group_callback(alone))
         return typer.main.get_group(app)
     text = f"{verb.help}\n\n{verb.more}" if verb.more else verb.help
     app.command(name, cls=_Command, help=text, epilog=f"Example: {verb.example}", context_settings=_CONTEXT)(
@@ -111,8 +111,8 @@ def _function(name: str) -> Any:
     return getattr(import_module(f".{file}", __package__), function)
 
 
-def _alone(function: Any) -> Any:
-    """What a group does before its verb: nothing, or ``function`` where no verb is given."""
+def _group_callback(function: Any) -> Any:
+    """The callback of a group: calls ``function`` if no verb is given, else does nothing."""
 
     def group(context: typer.Context, _json: Json = False, _debug: Debug = False) -> None:
         if function is not None and context.invoked_subcommand is None:
@@ -121,8 +121,8 @@ def _alone(function: Any) -> Any:
     return group
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"peftlab {__version__}")
         raise typer.Exit()
 
@@ -147,7 +147,7 @@ def _command() -> Any:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Does what the arguments say; the exit code. Prints, never raises."""
+    """Runs the command and returns its exit code. Prints errors; never raises."""
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     verbose = "-v" in options or "--verbose" in options
     out = Output(json="--json" in options, debug="--debug" in options, verbose=verbose)
@@ -157,7 +157,7 @@ def run(arguments: Sequence[str]) -> int:
             with command.make_context("peftlab", [], resilient_parsing=True) as context:
                 typer.echo(context.get_help(), err=True)
             return 2
-        # Not app(): Click's own main would take Ctrl-C, a closed pipe and usage errors away from `handle`.
+        # Not app(): Click's main would handle Ctrl-C, closed pipes and usage errors before `handle` sees them.
         with command.make_context("peftlab", list(arguments), obj=out) as context:
             command.invoke(context)
             out.stdout.flush()
@@ -169,7 +169,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     """The console entry."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets its code, not a crash.
+        # Escape characters that the terminal cannot show instead of crashing.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))

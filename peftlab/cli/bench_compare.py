@@ -12,7 +12,7 @@ from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output, output_of
 
 _FIRST = typer.Argument(metavar="A", help="bench.json, or the folder that holds it.")
-_SECOND = typer.Argument(metavar="B", help="What A is compared with.")
+_SECOND = typer.Argument(metavar="B", help="bench.json or folder to compare with A.")
 
 
 def compare(
@@ -42,7 +42,7 @@ def _show(out: Output, report: dict[str, Any]) -> None:
     for line in report["said"]:
         paragraph(out, f"differs: {line}")
     if not report["said"]:
-        out.line("the same machine, versions and protocol")
+        out.line("same machine, versions and protocol")
     out.line()
     cells = report["cells"]
     if cells:
@@ -60,7 +60,7 @@ def _show(out: Output, report: dict[str, Any]) -> None:
         out.show(table)
         out.line()
     else:
-        out.line("no cell has figures in both")
+        out.line("no cell was measured in both")
     for name in ("a", "b"):
         for other in report[f"only_{name}"]:
             state = "" if other["status"] == "ok" else f" ({other['status']})"

@@ -1,4 +1,4 @@
-"""What the verbs of ``peftlab bench`` share: lists on the command line, and progress."""
+"""Shared by the verbs of ``peftlab bench``: parsing of lists, and progress."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def numbers_of(
 
 @contextlib.contextmanager
 def bench_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int, int, str], None]]:
-    """Tells on stderr which case is measured: a live line in a terminal, else a line now and then."""
+    """Shows on stderr which case is being measured: a live line in a terminal, else a line every ten seconds."""
     console = make_console(sys.stderr)
-    told = clock()
-    seen: list[tuple[int, float]] = []  # jobs done, and when; what was measured before a resume took no time now
+    printed = clock()
+    seen: list[tuple[int, float]] = []  # jobs done, and when; cells measured before a resume took no time now
 
     def text(done: int, total: int, case: str) -> str:
         if not seen or seen[-1][0] != done:
             seen.append((done, clock()))
-        before, since = seen[len(seen) // 2 if len(seen) > 2 else 0]  # gates come first, and take less than runs
+        before, since = seen[len(seen) // 2 if len(seen) > 2 else 0]  # checks come first and take less time than runs
         left = (clock() - since) / (done - before) * (total - done) if done > before else 0
         return f"measuring {min(done + 1, total)} of {total}: {case}" + (
             f", about {duration(left)} left" if left else ""
@@ -52,11 +52,11 @@ def bench_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Call
             yield lambda done, total, case: status.update(text(done, total, case))
         return
 
-    def tell(done: int, total: int, case: str) -> None:
-        nonlocal told
-        begun, line = not seen, text(done, total, case)
-        if case and (begun or clock() - told >= _LINE_EVERY_S):
-            told = clock()
+    def print_line(done: int, total: int, case: str) -> None:
+        nonlocal printed
+        first, line = not seen, text(done, total, case)
+        if case and (first or clock() - printed >= _LINE_EVERY_S):
+            printed = clock()
             console.print(line, markup=False, soft_wrap=True)
 
-    yield tell
+    yield print_line

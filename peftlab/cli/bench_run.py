@@ -19,7 +19,7 @@ from peftlab.specs.storages import STORAGES
 
 _LISTS = ("methods", "quantize", "kernels", "what")
 _WHOLE = "whole numbers such as 8,16"
-_TOKENS = f"Tokens of a row; default up to {LENGTH['cpu']}, on CUDA {LENGTH['cuda']}."
+_TOKENS = f"Tokens per row; default up to {LENGTH['cpu']}, on CUDA {LENGTH['cuda']}."
 _RATE = "numbers such as 1e-4,1e-3"
 
 
@@ -31,7 +31,7 @@ def bench_run(
         str | None, typer.Option("--methods", metavar="NAME,..", help=f"{', '.join(VARIANTS)}; default the recipe's.")
     ] = None,
     ranks: Annotated[
-        str | None, typer.Option("--ranks", metavar="N,..", help="Ranks of the adapters; default the recipe's.")
+        str | None, typer.Option("--ranks", metavar="N,..", help="Adapter ranks; default the recipe's.")
     ] = None,
     quantize: Annotated[
         str | None, typer.Option("--quantize", metavar="NAME,..", help=f"{', '.join(STORAGES)}; default none,nf4.")
@@ -45,7 +45,7 @@ def bench_run(
         ),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option("--batch", metavar="N,..", help="Rows of a step; default the recipe's.")
+        str | None, typer.Option("--batch", metavar="N,..", help="Rows per step; default the recipe's.")
     ] = None,
     length: Annotated[
         str | None,
@@ -56,35 +56,40 @@ def bench_run(
         ),
     ] = None,
     adapters: Annotated[
-        str | None, typer.Option("--adapters", metavar="N,..", help="Adapters that share a batch (generation).")
+        str | None, typer.Option("--adapters", metavar="N,..", help="Number of adapters in one batch (generation).")
     ] = None,
     what: Annotated[
         str | None, typer.Option("--what", metavar="NAME,..", help="train, generate; default train.")
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Processes of each cell.")] = REPEATS,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Processes per cell.")] = REPEATS,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="N", help=f"Steps in each; default {STEPS['cpu']}, on CUDA {STEPS['cuda']}."),
+        typer.Option(
+            "--steps", metavar="N", help=f"Steps per process; default {STEPS['cpu']}, on CUDA {STEPS['cuda']}."
+        ),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option("--new-tokens", metavar="N", help="Tokens of each generated answer.")
+        int, typer.Option("--new-tokens", metavar="N", help="Tokens per generated answer.")
     ] = NEW_TOKENS,
     out_folder: Annotated[
-        str | None, typer.Option("--out", metavar="FOLDER", help="Where it goes; default runs/bench-NAME.")
+        str | None, typer.Option("--out", metavar="FOLDER", help="Output folder; default runs/bench-NAME.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Measure what the folder lacks.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier benchmark in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Measure only the missing cells.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite an earlier benchmark in the folder.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="List the cells; measure nothing.")] = False,
     quality: Annotated[
-        bool, typer.Option("--quality", help="Train each method to the end and score it, instead of a few steps.")
+        bool, typer.Option("--quality", help="Train each method fully and score it, instead of timing a few steps.")
     ] = False,
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each, with --quality.")] = SEEDS,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", help="With --quality: number of seeds per method.")
+    ] = SEEDS,
     learning_rates: Annotated[
         str | None,
         typer.Option(
             "--learning-rates",
             metavar="X,..",
-            help="With --quality: of these each takes what is best for its first seed; default a tenth of the recipe's, and it.",
+            help="With --quality: learning rates to try; each method keeps its best on the first seed. "
+            "Default: the recipe's rate and a tenth of it.",
         ),
     ] = None,
     _json: Json = False,
@@ -94,7 +99,7 @@ def bench_run(
     settings = check_overrides(overrides, context, subject=recipe)
     given = {"methods": methods, "ranks": ranks, "quantize": quantize, "kernels": kernels, "batch": batch}
     given |= {"length": length, "adapters": adapters, "what": what}
-    asked: dict[str, Any] = {
+    choices: dict[str, Any] = {
         name: None
         if text is None
         else split_names(text)
@@ -114,8 +119,8 @@ def bench_run(
                 report = peftlab.benchmark_quality(
                     recipe,
                     settings,
-                    methods=asked["methods"],
-                    ranks=asked["ranks"],
+                    methods=choices["methods"],
+                    ranks=choices["ranks"],
                     seeds=seeds,
                     learning_rates=rates,
                     out=out_folder,
@@ -133,7 +138,7 @@ def bench_run(
         _raise_for(report["methods"], report["folder"])
         return
     if learning_rates is not None:
-        usage_error("--learning-rates has an effect with --quality only; add it", context)
+        usage_error("--learning-rates has no effect without --quality; add --quality", context)
     with out.working():
         import peftlab
 
@@ -141,7 +146,7 @@ def bench_run(
             report = peftlab.benchmark(
                 recipe,
                 settings,
-                **asked,
+                **choices,
                 repeats=repeats,
                 steps=steps,
                 new_tokens=new_tokens,
@@ -161,27 +166,27 @@ def bench_run(
 
 
 def _refuse(context: typer.Context, given: dict[str, str | None], known: set[str]) -> None:
-    """An option that would have no effect is an error."""
+    """Raises a usage error if an option would have no effect."""
     idle = [f"--{name}" for name, text in given.items() if text is not None and name not in known]
     if idle:
         usage_error(
-            f"{idle[0]} has no effect with --quality, which trains the recipe as it is; change the recipe with section.key=value",
+            f"{idle[0]} has no effect with --quality; change the recipe with section.key=value",
             context,
         )
 
 
 def _raise_for(cells: list[dict[str, Any]], folder: str) -> None:
-    """Exit code 6 for cells that compute something else, 1 for those that failed for no reason we know."""
+    """Raises for exit code 6 if a cell fails its check against PEFT, for 1 if a cell failed with an error."""
     red = [cell for cell in cells if cell["status"] == "red"]
     failed = [cell for cell in cells if cell["status"] == "failed"]
     if red:
         raise VerificationError(
-            f"{len(red)} of {len(cells)} cells compute something else than PEFT's path, and have no figures: {_name(red[0])}: "
+            f"{len(red)} of {len(cells)} cells do not match PEFT's path and were not timed: {_name(red[0])}: "
             f"{red[0]['reason']}"
         )
     if failed:
         raise PeftlabError(
-            f"{len(failed)} of {len(cells)} cells failed; the first, {_name(failed[0])}: {failed[0]['reason']}. The others are in "
+            f"{len(failed)} of {len(cells)} cells failed; first: {_name(failed[0])}: {failed[0]['reason']}. All are in "
             f"{folder}"
         )
 

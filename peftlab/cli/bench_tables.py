@@ -1,4 +1,4 @@
-"""Tables of ``peftlab bench`` for people, 80 columns wide."""
+"""Tables that ``peftlab bench`` prints, 80 columns wide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STATUS = {"red": "RED", "memory": "too large", "impossible": "impossible", "fai
 
 
 def show_bench(out: Output, report: Mapping[str, Any]) -> None:
-    """The table, what it was measured with, and where the files are."""
+    """Prints the table, machine and protocol, and the paths of the files."""
     header, cells = report["header"], report["cells"]
     varying, fixed = dimensions(cells)
     out.line()
@@ -42,7 +42,7 @@ def paragraph(out: Output, text: str) -> None:
 
 
 def show_quality(out: Output, report: Mapping[str, Any]) -> None:
-    """What each method learned and what it cost."""
+    """Prints the score and the cost of each method."""
     header, rows = report["header"], report["methods"]
     out.line()
     out.line(header["unit"]["model"])
@@ -50,18 +50,18 @@ def show_quality(out: Output, report: Mapping[str, Any]) -> None:
     out.line()
     metric = header["metric"]
     table = plain_table(
-        "cell", "lr", f"{metric}, 95 %", "trained", "seconds", "memory", f"{metric} less that of the first"
+        "cell", "lr", f"{metric}, 95 %", "trained", "seconds", "memory", f"{metric}, gain over the first"
     )
     table.columns[0].header = "method"
     for row in rows:
         if row["status"] != "ok":
             table.add_row(row["name"], _STATUS[row["status"]])
             continue
-        found, seconds = row["metric"], row["seconds"]["value"]
+        score, seconds = row["metric"], row["seconds"]["value"]
         size = formatting.size(row["peak_bytes"])
-        half = "" if found["high"] is None else f" ± {found['high'] - found['value']:.4f}"  # Student t's are symmetric
-        score = f"{found['value']:.4f}{half}"
-        cells = (row["name"], f"{row['lr']:g}", score, f"{row['num_trained']:,}", f"{seconds:,.1f}", size)
+        half = "" if score["high"] is None else f" ± {score['high'] - score['value']:.4f}"  # t intervals are symmetric
+        score_text = f"{score['value']:.4f}{half}"
+        cells = (row["name"], f"{row['lr']:g}", score_text, f"{row['num_trained']:,}", f"{seconds:,.1f}", size)
         table.add_row(*cells, _difference(row["difference"]))
     out.show(table)
     out.line()
@@ -69,7 +69,7 @@ def show_quality(out: Output, report: Mapping[str, Any]) -> None:
         if row["status"] != "ok":
             paragraph(out, f"{row['name']}: {_STATUS[row['status']]}: {row['reason']}")
     if len(header["protocol"]["learning_rates"]) > 1:
-        paragraph(out, f"{metric} of the first seed by learning rate: {'; '.join(map(_tried, rows))}")
+        paragraph(out, f"{metric} on the first seed by learning rate: {'; '.join(map(_tried, rows))}")
     out.line(f"results  {report['folder']}/quality.json, quality.csv")
     if report["picture"]:
         out.line(f"picture  {report['picture']}", style="cyan")
@@ -81,7 +81,7 @@ def _tried(row: Mapping[str, Any]) -> str:
 
 
 def show_trainings(out: Output, report: Mapping[str, Any]) -> None:
-    """What ``--quality`` would train."""
+    """Prints what ``--quality`` would train."""
     header, rows = report["header"], report["methods"]
     out.line()
     out.line(header["unit"]["model"])
@@ -93,24 +93,24 @@ def show_trainings(out: Output, report: Mapping[str, Any]) -> None:
     rates = ", ".join(f"{r:g}" for r in protocol["learning_rates"])
     out.line()
     paragraph(
-        out, f"learning rates {rates} with the first of {protocol['seeds']} seeds, the best of each with the others"
+        out, f"learning rates {rates} on the first of {protocol['seeds']} seeds, the best of each on the other seeds"
     )
     paragraph(
         out,
-        f"{report['trainings']} trainings; peftlab check {header['name']} says how long one takes. Nothing was trained",
+        f"{report['trainings']} trainings; nothing was trained. peftlab check {header['name']} estimates the time of one",
     )
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _difference(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
         return "baseline"
-    if found["differs"] is None:
-        return f"{found['value']:+.4f}"
-    return f"{found['value']:+.4f}" if found["differs"] else "no difference"
+    if difference["differs"] is None:
+        return f"{difference['value']:+.4f}"
+    return f"{difference['value']:+.4f}" if difference["differs"] else "no difference"
 
 
 def show_cells(out: Output, report: Mapping[str, Any]) -> None:
-    """The cells that would be measured."""
+    """Prints the cells that would be measured."""
     cells = report["cells"]
     varying, fixed = dimensions(cells)
     out.line()
@@ -119,17 +119,17 @@ def show_cells(out: Output, report: Mapping[str, Any]) -> None:
     paragraph(out, "; ".join(filter(None, [", ".join(fixed), protocol_text(report["header"])])))
     out.line()
     out.show(_planned([(cell_label(cell, varying), cell["reason"] or "") for cell in cells], "cell"))
-    alive = sum(cell["status"] == "pending" for cell in cells)
+    pending = sum(cell["status"] == "pending" for cell in cells)
     repeats = report["header"]["protocol"]["repeats"]
     out.line()
-    processes = 1 + alive * (1 + repeats) if alive else 0
-    out.line(f"{alive} of {len(cells)} cells, {processes} processes; nothing was measured", style="dim")
+    processes = 1 + pending * (1 + repeats) if pending else 0
+    out.line(f"{pending} of {len(cells)} cells, {processes} processes; nothing was measured", style="dim")
 
 
 def _planned(rows: Sequence[tuple[str, str]], kind: str) -> Table:
-    """Numbered names, with the reasons of those that cannot exist where there are any."""
+    """A numbered table of names, with a column of reasons if some cells are impossible."""
     reasons = any(reason for _, reason in rows)
-    table = plain_table("#", "cell", *(["cannot exist because"] if reasons else []))
+    table = plain_table("#", "cell", *(["impossible because"] if reasons else []))
     table.columns[1].header = kind
     for number, (name, reason) in enumerate(rows, start=1):
         table.add_row(str(number), name, *([reason] if reasons else []))
@@ -137,7 +137,7 @@ def _planned(rows: Sequence[tuple[str, str]], kind: str) -> Table:
 
 
 def plain_table(*columns: str) -> Table:
-    """A table whose columns stand one blank apart; ``cell`` and the last may take several lines."""
+    """A table with columns one blank apart; ``cell`` and the last column may wrap."""
     from rich import box
     from rich.table import Table
 
@@ -176,7 +176,7 @@ def _percent(share: float) -> str:
 
 
 def ratio_text(ratio: Mapping[str, Any]) -> str:
-    """``1.31 (1.28..1.35) as``, or that there is no difference to be seen; the name of the other follows."""
+    """``1.31 (1.28..1.35) as``, or ``no difference to``; the other's name follows."""
     if ratio["differs"] is None:
         return f"{ratio['value']:.2f} (no interval) as"
     return (
@@ -185,7 +185,7 @@ def ratio_text(ratio: Mapping[str, Any]) -> str:
 
 
 def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each cell without figures or not wholly on its path, and what the marks mean."""
+    """A line per reason why cells have no figures or modules on PEFT's path, and the meaning of the marks."""
     by_reason: dict[str, list[str]] = {}
     for i, cell in enumerate(cells, start=1):
         if cell["status"] != "ok":
@@ -197,7 +197,7 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     done = [cell for cell in cells if cell["status"] == "ok"]
     if len(done) > 1:
         lines.append(
-            "* no other cell is both faster and smaller. IQR: from quartile to quartile, as a share of the median. In brackets: "
+            "* no other cell is both faster and smaller. IQR: interquartile range as a share of the median. In brackets: "
             "95 % interval of the ratio of medians, by bootstrap over repetitions."
         )
     largest = max(done, key=lambda cell: cell["memory"]["load_peak_bytes"] / cell["peak_bytes"]["median"], default=None)

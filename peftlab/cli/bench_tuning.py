@@ -21,13 +21,17 @@ def tune_kernels(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", metavar="SHAPE", help="Whose linears; default shape:llama-3-8b, on a CPU smollm2-135m."
+            "--model",
+            metavar="SHAPE",
+            help="Model whose linears to measure; default shape:llama-3-8b, on a CPU smollm2-135m.",
         ),
     ] = None,
     rows: Annotated[str, typer.Option("--rows", metavar="N,..", help="Rows of the input.")] = "512,2048,8192",
     rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of the adapter.")] = 16,
     kinds: Annotated[str, typer.Option("--kinds", metavar="KIND,..", help="Kinds of weights.")] = "dense,nf4,int8",
-    dropout: Annotated[str, typer.Option("--dropout", metavar="P,..", help="0, and one for any other.")] = "0,0.05",
+    dropout: Annotated[
+        str, typer.Option("--dropout", metavar="P,..", help="0, and at most one other probability.")
+    ] = "0,0.05",
     out_file: Annotated[
         str | None,
         typer.Option("--out", metavar="FILE", help="Default: kernel-plans.json in the cache, used by all runs."),
@@ -60,12 +64,12 @@ def tune_kernels(
         out.document(report)
         return
     changed = sum({k: plan[k] for k in plan["rule"]} != plan["rule"] for plan in report["plans"])
-    kept = f", {report['kept']} kept from before" if report["kept"] else ""
-    out.line(f"{len(report['plans'])} plans, {changed} of them not by rule{kept}: {report['file']}")
+    kept = f", {report['kept']} earlier plans kept" if report["kept"] else ""
+    out.line(f"{len(report['plans'])} plans, {changed} differ from the rule{kept}: {report['file']}")
 
 
 def _table(plans: list[dict[str, Any]]) -> Table:
-    """One line for each choice: a plan has two, under dropout one."""
+    """A table with one row per direction: two for a plan, one with dropout."""
     from rich.table import Table
 
     hows = ("merged", "split", "library")
@@ -84,5 +88,5 @@ def _table(plans: list[dict[str, Any]]) -> Table:
             chosen = plan[direction] + ("" if plan[direction] == plan["rule"][direction] else " *")
             size = f"{plan['n']} x {plan['k']}"
             table.add_row(plan["kind"], str(plan["rows"]), size, f"{plan['probability']:g}", direction, *cells, chosen)
-    table.caption = "* not what the rule takes: at least 3 % faster beyond noise"
+    table.caption = "* differs from the rule: at least 3 % faster, beyond noise"
     return table

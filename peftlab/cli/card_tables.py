@@ -1,4 +1,4 @@
-"""The student report card on the screen: quality, size and speed, the verdict, and what the words mean."""
+"""Prints the student report card: verdict, quality, size and speed, and the meaning of the terms."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _WHO = {"teacher": "teacher", "cut": "untrained", "baseline": "labels alone", "s
 _WHO_NOTES = {
     "teacher": "",
     "cut": "the student before its training",
-    "baseline": "the same student, trained on the labels without the teacher",
-    "student": "the student, trained on what the teacher says",
+    "baseline": "the same student, trained on the labels alone",
+    "student": "the student, trained on the teacher's outputs",
 }
 _STYLES = {"helped": "bold green", "did_not_help": "bold red", "no_difference": "bold yellow"}
 
@@ -39,7 +39,7 @@ def _ms(value: float) -> str:
 
 _COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "num_parameters": ("parameters", _count),
-    "num_trained": ("of them trained", _count),
+    "num_trained": ("trained", _count),
     "file_bytes": ("file", formatting.size),
     "latency_ms": ("one forward pass", _ms),
     "tokens_per_s": ("tokens/s", formatting.rate),
@@ -48,15 +48,15 @@ _COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("steps", _count),
 }
 
-# What the card without --verbose has of them.
+# The costs shown without --verbose.
 _SHORT_COSTS = {name: _COSTS[name] for name in ("num_parameters", "latency_ms", "tokens_per_s", "seconds")}
 
 Card = Mapping[str, Any]
 
 
 def show_card(out: Output, card: Card) -> None:
-    """Prints the verdict and two tables that fit a screen; verbose: all metrics, all costs, what the words mean, and one line per
-    seed when there are several."""
+    """Prints the verdict and two tables that fit a screen; verbose: also all metrics and costs, what the terms mean,
+    and one line per seed if there are several."""
     out.show(*verdict_lines(card))
     out.line()
     rows = _shown_metrics(card) if out.verbose else [row for row in _shown_metrics(card) if _is_short(row, card)]
@@ -76,13 +76,13 @@ def show_card(out: Output, card: Card) -> None:
         out.line()
         out.show(
             notes_table(
-                [("second line", f"95 % interval over {_over(card)}"), ("-v", "all metrics, and what the words mean")]
+                [("second line", f"95 % interval over {_over(card)}"), ("-v", "all metrics, and what the terms mean")]
             )
         )
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Table:
-    """metric, the models of ``who``, kept: the value, and its interval in the line below; ``rows`` are the card's metrics."""
+    """A table of metric, the models of ``who``, kept: values with their intervals below. ``rows`` are the card's metrics."""
     from rich.text import Text
 
     kept = any(row["kept"] for row in rows)
@@ -97,36 +97,38 @@ def quality_table(rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Tabl
         def plain(value: float, row: Any = row) -> str:
             return _figure(row, value)
 
-        # The untrained student is a starting point: its interval would only cost width.
+        # The untrained student is only the starting point: its interval is not worth the width.
         shown = {name: row[name] and (row[name] | {"low": None} if name == "cut" else row[name]) for name in who}
         cells = [_cell(shown[name], plain, style=_gain_style(name, row)) for name in who]
         if kept:
-            known = row["kept"] and math.isfinite(formatting.number(row["kept"]["value"]))  # not a share of nothing
+            known = row["kept"] and math.isfinite(
+                formatting.number(row["kept"]["value"])
+            )  # infinite if the teacher has 0
             cells.append(_cell(row["kept"] if known else None, _share if row["kept_as"] == "share" else _times))
         table.add_row(Text(row["label"], style="bold" if place == 0 else ""), *cells)
     return table
 
 
 def quality_notes(card: Card, rows: Sequence[Mapping[str, Any]], who: Sequence[str]) -> list[tuple[str, str]]:
-    """What the second lines, the columns and the metrics mean."""
+    """Terms and meanings: the second lines, the columns and the metrics."""
     notes = [("second line", f"95 % interval over {_over(card)}")]
     notes += [(_WHO[name], _WHO_NOTES[name]) for name in who if _WHO_NOTES[name]]
     ways = {row["kept_as"] for row in rows if row["kept"]}
     if ways:
-        below = "; where less is better, 1.00x is as good" if "times" in ways else ""
+        below = "; if lower is better, 1.00x is as good" if "times" in ways else ""
         notes.append(("kept", f"distilled divided by teacher{below}"))
     return notes + [(row["label"], row["note"]) for row in rows if row["note"]]
 
 
 def _shown_metrics(card: Card) -> list[Mapping[str, Any]]:
-    """All but the loss where the perplexity, its exponential, is there; --json has both."""
+    """All metrics, without the loss if its exponential, the perplexity, is shown; --json has both."""
     names = {row["name"] for row in card["metrics"]}
     hidden = {"loss"} if "perplexity" in names and card["headline"] != "loss" else set()
     return [row for row in card["metrics"] if row["name"] not in hidden]
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    """Who has values; the untrained student only where no word of the table must be broken for it."""
+    """The models with values; the untrained student only if the table fits the width with it."""
     from rich.console import Console
 
     who = [name for name in _WHO if any(row[name] for row in rows)]
@@ -140,7 +142,7 @@ def _is_short(row: Mapping[str, Any], card: Card) -> bool:
 
 
 def cost_table(card: Card, costs_shown: Mapping[str, tuple[str, Callable[[Any], str]]] = _COSTS) -> Table:
-    """Size, speed and training of each model, and distilled divided by teacher."""
+    """A table of size, speed and training cost of each model, and the ratio distilled / teacher."""
     from rich.text import Text
 
     costs, ratios = card["costs"], card["ratios"]
@@ -150,8 +152,8 @@ def cost_table(card: Card, costs_shown: Mapping[str, tuple[str, Callable[[Any], 
     for name in (*(_WHO[name] for name in who), "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, (label, text) in costs_shown.items():
-        found = [costs[name].get(key) for name in who]
-        if all(value is None for value in found):
+        values = [costs[name].get(key) for name in who]
+        if all(value is None for value in values):
             continue
         cells = [_cost_cell(costs[name], key, text) for name in who]
         speed = costs["student"].get("speed") if key == "tokens_per_s" else None
@@ -164,23 +166,23 @@ def cost_notes(card: Card) -> list[tuple[str, str]]:
     notes = [("ratio", "distilled divided by teacher")]
     if any("latency_ms" in costs for costs in card["costs"].values()):
         where = f" ({formatting.one_line(card['timed_on'])})" if card.get("timed_on") else ""
-        notes.append(("one forward pass", f"median and quartiles, the models taking turns on one batch{where}"))
+        notes.append(("one forward pass", f"median and quartiles; the models take turns on one batch{where}"))
     return notes
 
 
 def verdict_lines(card: Card) -> list[RenderableType]:
-    """The verdict, and what a reader must know besides."""
+    """The verdict, and the notes of the card."""
     from rich.text import Text
 
-    outcome, said = card["verdict"]["outcome"], formatting.printable(card["verdict"]["text"])
-    # "Distillation helped", "No difference"; or what comes before a reason in brackets.
-    first = said.partition(":" if outcome in _STYLES else " (")[0]
-    text = Text.assemble((first, _STYLES.get(outcome, "bold")), said.removeprefix(first))
+    outcome, verdict = card["verdict"]["outcome"], formatting.printable(card["verdict"]["text"])
+    # "Distillation helped", "No difference"; or the text before a reason in brackets.
+    first = verdict.partition(":" if outcome in _STYLES else " (")[0]
+    text = Text.assemble((first, _STYLES.get(outcome, "bold")), verdict.removeprefix(first))
     return [text, *(Text(formatting.printable(note), style="yellow") for note in card["notes"])]
 
 
 def seed_table(card: Card) -> Table:
-    """The headline metric of every seed."""
+    """A table of the headline metric per seed."""
     from rich.text import Text
 
     head = card["metrics"][0]
@@ -201,7 +203,7 @@ def seed_table(card: Card) -> Table:
 
 
 def notes_table(notes: Sequence[tuple[str, str]]) -> Table:
-    """Terms and what they mean."""
+    """A table of terms and their meanings."""
     from rich.table import Table
     from rich.text import Text
 
@@ -214,7 +216,7 @@ def notes_table(notes: Sequence[tuple[str, str]]) -> Table:
 
 
 def _cell(interval: Mapping[str, Any] | None, text: Callable[[float], str], *, style: str = "") -> Text:
-    """The value, and in the line below, where it is known, its interval."""
+    """The value, with its interval, if known, on the line below."""
     from rich.text import Text
 
     if interval is None:
@@ -226,7 +228,7 @@ def _cell(interval: Mapping[str, Any] | None, text: Callable[[float], str], *, s
 
 
 def _range(low: Any, high: Any, text: Callable[[float], str]) -> str:
-    """``0.681-0.709``, the unit once: ``91.2-95.1 %``; a minus sign needs the word."""
+    """``0.681-0.709``, with the unit once: ``91.2-95.1 %``; ``to`` in place of ``-`` if the lower end is negative."""
     ends = [text(formatting.number(end)) for end in (low, high)]
     unit = next((unit for unit in (" %", "x", " ms", " s") if all(end.endswith(unit) for end in ends)), "")
     between = "-" if formatting.number(low) >= 0 else " to "
@@ -234,7 +236,7 @@ def _range(low: Any, high: Any, text: Callable[[float], str]) -> str:
 
 
 def _cost_cell(costs: Mapping[str, Any], key: str, text: Callable[[Any], str]) -> Text:
-    """A cost as it is; a latency with its quartiles."""
+    """The cost; a latency comes with its quartiles."""
     value = costs.get(key)
     if value is None:
         return _cell(None, text)
@@ -243,8 +245,8 @@ def _cost_cell(costs: Mapping[str, Any], key: str, text: Callable[[Any], str]) -
 
 
 def _figure(row: Mapping[str, Any], value: float) -> str:
-    """Three decimals below 1, four significant digits above; as in the verdict. Below 0.01 in as few characters as leave the
-    names of the metrics their place."""
+    """The value with three decimals below 1 and four significant digits above, as in the verdict; below 0.01 in exponent
+    form, to save width."""
     if row["in_points"] or not math.isfinite(value) or 0.1 <= abs(value) < 1 or value == 0:
         return f"{value:.3f}"
     if abs(value) >= 1000:
@@ -263,7 +265,7 @@ def _times(ratio: float) -> str:
 
 
 def _gain_style(who: str, row: Mapping[str, Any]) -> str:
-    """Green or red for the student where the interval of its gain excludes 0."""
+    """Green or red for the student if the interval of its gain excludes 0."""
     gain = row["gain"]
     if who != "student" or gain is None or gain["low"] is None:
         return ""
@@ -288,4 +290,4 @@ def _over(card: Card) -> str:
     rows = f"{card['num_rows']:,} held-out rows"
     if card["num_seeds"] == 1:
         return f"the {rows}"
-    return f"{card['num_seeds']} seeds, all on the same {rows} (over the rows where all seeds give one value)"
+    return f"{card['num_seeds']} seeds, all on the same {rows} (over the rows if all seeds give one value)"

@@ -16,9 +16,9 @@ from peftlab.cli.output import output_of
 
 _PROMPT = "> "
 _HELP = """  /reset  forget the conversation
-  /help   these lines
-  /quit   leave; so does Ctrl-D, and Ctrl-C at the prompt
-  Ctrl-C  while the model answers: stop the answer"""
+  /help   show these lines
+  /quit   leave, as do Ctrl-D, and Ctrl-C at the prompt
+  Ctrl-C  stop the answer while the model writes"""
 
 
 def chat(
@@ -26,7 +26,7 @@ def chat(
     target: Target,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings in place of the recipe's."),
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Override recipe settings."),
     ] = None,
     recipe: RecipeOption = None,
     system: Annotated[
@@ -34,14 +34,16 @@ def chat(
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 0.95,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum answer length in tokens.")
+    ] = 256,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
     out = output_of(context)
     settings, rest = split_overrides(overrides)
     if rest:
-        usage_error(f"unexpected argument {rest[0]!r}; start without a text, it is asked for", context)
+        usage_error(f"unexpected argument {rest[0]!r}; start chat without a text and type it at the prompt", context)
     out_of_band = sys.stderr if out.json else out.stdout
     sys.stderr.write(f"loading {target} ...\n")
     with out.working():
@@ -64,11 +66,11 @@ def chat(
 
 
 def talk(session: Any, stream: TextIO, *, interactive: bool) -> None:
-    """The loop of one conversation.
+    """Runs one conversation until the user leaves.
 
     Args:
         session: has ``reply(text)``, a generator of pieces, and ``reset()``.
-        stream: where answers go. interactive: prompts are shown and lines can be edited.
+        stream: where answers go. interactive: show prompts and allow line editing.
     """
     if interactive:
         with contextlib.suppress(ImportError):
@@ -79,7 +81,7 @@ def talk(session: Any, stream: TextIO, *, interactive: bool) -> None:
             return
         if text == "/reset":
             session.reset()
-            stream.write("(the conversation is forgotten)\n")
+            stream.write("(conversation forgotten)\n")
         elif text == "/help":
             stream.write(f"{_HELP}\n")
         elif text.startswith("/") and " " not in text:
@@ -90,7 +92,7 @@ def talk(session: Any, stream: TextIO, *, interactive: bool) -> None:
 
 
 def _ask(stream: TextIO, interactive: bool) -> str | None:
-    """The next line; None when there is none, or the person leaves."""
+    """The next line; None at the end of input, or when the user leaves."""
     try:
         if not interactive:
             line = sys.stdin.readline()
@@ -107,7 +109,7 @@ def _ask(stream: TextIO, interactive: bool) -> str | None:
 
 
 def _answer(pieces: Generator[str, None, None], stream: TextIO) -> None:
-    """Prints the pieces as they come; Ctrl-C stops them."""
+    """Prints the pieces as they arrive; Ctrl-C stops the answer."""
     clean = formatting.printable if stream.isatty() else str
     try:
         with contextlib.closing(pieces):

@@ -1,4 +1,4 @@
-"""What a training run ends with on the screen: gains, answers, speed, the merge, and what to do next."""
+"""Prints the end of a training run: gains, answers, speed, the merge, and the next commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _MAX_SAMPLES = 5
-# Classes that a screen has room for beside the rest; --verbose has them all.
+# Classes that fit a screen with the rest; --verbose shows all.
 _MAX_CLASSES = 4
 _MAX_ANSWER_LINES = 6
 _MAX_PROMPT_LINES = 3
@@ -50,7 +50,7 @@ def show_training(out: Output, folder: str, summary: Mapping[str, Any]) -> None:
 
 
 def samples_table(samples: Sequence[Mapping[str, Any]], width: int) -> Table:
-    """Each prompt, and under it the answers before and after, side by side."""
+    """A table of prompts, each above its answers before and after training, side by side."""
     from rich.table import Table
     from rich.text import Text
 
@@ -74,12 +74,12 @@ def _answer(text: Any, width: int) -> Text:
 
     if text is None:
         return Text("-", style="dim")
-    said = formatting.printable(str(text)).strip()
-    return _clipped(Text(said), width, _MAX_ANSWER_LINES) if said else Text("(empty)", style="dim")
+    answer = formatting.printable(str(text)).strip()
+    return _clipped(Text(answer), width, _MAX_ANSWER_LINES) if answer else Text("(empty)", style="dim")
 
 
 def _clipped(text: Text, width: int, max_lines: int) -> Text:
-    """At most ``max_lines`` lines of ``width`` characters, the last one ending in ``...`` if there were more."""
+    """The first ``max_lines`` lines of ``width`` characters; the last ends in ``...`` if lines were cut."""
     from rich.console import Console
     from rich.text import Text
 
@@ -92,7 +92,7 @@ def _clipped(text: Text, width: int, max_lines: int) -> Text:
 
 
 def figure_lines(summary: Mapping[str, Any], width: int) -> Sequence[str]:
-    """Steps, speed, size and time of the training, in as few lines as hold them."""
+    """Steps, speed, size and time of the training, in as few lines as possible."""
     figures = summary.get("training") or {}
     adapter = summary.get("adapter") or {}
     parts = []
@@ -115,7 +115,7 @@ def figure_lines(summary: Mapping[str, Any], width: int) -> Sequence[str]:
 
 
 def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
-    """One row per base weights that were merged into, and where the kept one lies."""
+    """A table with one row per base that was merged into, and the path of the kept model."""
     from rich.text import Text
 
     table = new_table()
@@ -125,7 +125,7 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
     verified = bool(report.get("verified"))
     for name, figures in report["targets"].items():
         kept = name == report["target"]
-        said = (
+        verdict = (
             Text("verified", "green") if kept and verified else Text("failed" if kept else "no", "red" if kept else "")
         )
         logits, weights = figures["logits"], figures["weights"]
@@ -134,23 +134,23 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
             formatting.small(logits["kl_mean"]),
             f"{100 * formatting.number(logits['top1']):.1f} %",
             "-" if weights is None else formatting.small(weights["relative"]),
-            said,
+            verdict,
         )
     chosen = report["targets"].get(report["target"], {})
     parts = [str(report["output"]), str(chosen.get("dtype", report.get("dtype", "")))]
     if chosen.get("bytes"):
         parts.append(formatting.size(chosen["bytes"]))
-    note = "against base + adapter on held-out rows; weight error relative to the update"
+    note = "compared with base + adapter on held-out rows; weight error relative to the update"
     return [table, Text(note, style="dim"), Text("merged model: " + ", ".join(p for p in parts if p))]
 
 
 def predict_line(folder: str, summary: Mapping[str, Any]) -> str:
-    """The command that tries a run on an input."""
+    """The command that runs the model on an example input."""
     return f"peftlab predict {shlex.quote(folder)} {TASKS[summary['task']].example_input}"
 
 
 def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
-    """The commands that make sense for this run."""
+    """A table of the useful next commands for this run."""
     from rich.table import Table
     from rich.text import Text
 

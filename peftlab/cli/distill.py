@@ -63,7 +63,7 @@ def distill(
 
 
 def phase_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """A line on each phase of an on-policy distillation, with a blank one after the last; none of any other."""
+    """One line per phase of an on-policy distillation, then a blank line; nothing for other runs."""
     runs = summary.get("on_policy", [])
     for run in runs:
         seed = f" of seed {run['seed']}" if len(runs) > 1 else ""
@@ -73,7 +73,7 @@ def phase_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"phase {phase['phase']}{seed}: {phase['written']:,} of {phase['rows']:,} rows written by the student{empty}, "
                 f"{phase['mean_answer_tokens']:.1f} tokens each, {100 * phase['ended']:.0f} % ended; "
-                f"{phase['kl']:.4f} nats a token from the teacher there; {seconds}"
+                f"KL to the teacher {phase['kl']:.4f} nats per token; {seconds}"
             )
     if runs:
         yield ""

@@ -41,9 +41,9 @@ def _facts(facts: list[dict[str, Any]]) -> Table:
     table.add_column(overflow="fold")
     for fact in facts:
         detail = f"  {fact['detail']}" if fact["detail"] else ""
-        said = Text.assemble(fact["value"], (detail, "dim" if fact["status"] == "ok" else ""))
+        text = Text.assemble(fact["value"], (detail, "dim" if fact["status"] == "ok" else ""))
         mark = Text(_MARKS[fact["status"]], style=_STYLES[fact["status"]])
-        table.add_row(mark, Text(fact["name"]), said)
+        table.add_row(mark, Text(fact["name"]), text)
     return table
 
 

@@ -1,4 +1,4 @@
-"""From any exception to an exit code and a message."""
+"""Turns any exception into an exit code and a message."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from peftlab.errors import PeftlabError
 
 EXIT_CODES = {
     0: "done",
-    1: "internal fault",
-    2: "wrong usage or recipe",
-    3: "wrong data",
+    1: "internal error",
+    2: "invalid usage or recipe",
+    3: "invalid data",
     4: "does not fit in memory or on the disk",
-    5: "checkpoint or artefact damaged or mismatched",
-    6: "a verification failed",
+    5: "damaged or mismatched file",
+    6: "verification failed",
     130: "interrupted",
 }
 # What a shell reports for a program that died writing into a closed pipe.
 _BROKEN_PIPE = 141
-# Typer ships its own copy of Click since 0.16 and does not export these two bases.
+# Since 0.16, Typer ships a copy of Click and does not export these two base classes.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is told about an error: ``kind`` and ``key`` are for JSON."""
+    """The report of an error; ``kind`` and ``key`` go to JSON."""
 
     kind: str
     message: str
@@ -41,7 +41,7 @@ class Failure:
 
 
 def handle(error: BaseException, out: Output) -> int:
-    """Tells people and programs about the error and returns the exit code."""
+    """Prints the error, as text and with --json as a document, and returns the exit code."""
     if isinstance(error, typer.Exit):
         return int(error.exit_code)
     if isinstance(error, BrokenPipeError):
@@ -76,7 +76,7 @@ def describe(error: BaseException) -> Failure:
         return Failure("Interrupted", "interrupted", 130)
     if isinstance(error, _ClickException):
         return Failure("UsageError", _usage_message(error), 2)
-    # torch's is a RuntimeError; importing torch to ask would take seconds.
+    # By name: torch's class is a RuntimeError, and importing torch to check takes seconds.
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         detail = str(error).strip().split("\n")[0]
         message = "out of memory" + (f": {detail}" if detail else "")
@@ -87,7 +87,7 @@ def describe(error: BaseException) -> Failure:
 
 
 def usage_error(message: str, context: typer.Context) -> NoReturn:
-    """Raises an error in how the command was written: exit code 2, with a pointer to its help."""
+    """Raises a usage error: exit code 2, with a pointer to the command's help."""
     raise _UsageError(message, ctx=context)
 
 
@@ -106,12 +106,12 @@ def _print_error(failure: Failure) -> None:
     text = Text(failure.message)
     if failure.exit_code == 1:
         text.stylize("bold red", 0, len("internal error"))
-    elif failure.exit_code != 130:  # who stops a run has made no error
+    elif failure.exit_code != 130:  # stopping a run is not an error
         text = Text.assemble(("error: ", "bold red"), text)
     console.print(text)
 
 
 def _silence_stdout() -> None:
     """Points stdout at nothing, so that the flush at exit does not complain."""
-    with contextlib.suppress(OSError, ValueError):  # under a test it is no real file
+    with contextlib.suppress(OSError, ValueError):  # under pytest stdout is not a real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

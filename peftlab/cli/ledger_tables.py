@@ -1,4 +1,4 @@
-"""The loss ledger on the screen: tables of what is trained, the lengths, what is wrong, and examples."""
+"""Prints the loss ledger: trained tokens, lengths, problems and example rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _BAR = 24
-# Columns that names keep in a narrow terminal.
+# Minimum width of names in a narrow terminal.
 _NAME = 9
 _MAX_LABELS = 12
 _STYLES = {"error": "bold red", "allowed": "yellow", "note": "yellow"}
@@ -66,31 +66,31 @@ def show_check(out: Output, report: Report) -> None:
     _show_findings(out, [f for f in report["findings"] if f["level"] != "error"])
     errors = sum(finding["level"] == "error" for finding in report["findings"])
     if errors:
-        verdict = f"{errors} error{'' if errors == 1 else 's'} (above): this recipe would not be trained"
+        verdict = f"{errors} error{'' if errors == 1 else 's'} (above): peftlab would refuse to train this recipe"
         out.line(verdict, style="bold red")
     else:
         out.line("ready to train", style="bold green")
 
 
-def _distill_lines(found: Report, model: str) -> list[str]:
-    """Who teaches whom, and what is stored of it."""
+def _distill_lines(distill: Report, model: str) -> list[str]:
+    """Lines on the teachers, their caches and the student."""
     lines = []
-    for teacher in found["teachers"]:
+    for teacher in distill["teachers"]:
         lines.append(f"teacher: {_sized(teacher['name'], teacher['num_parameters'])}")
         if (cache := teacher["cache"]) is None:
             continue
         if cache["examples"] is not None:
-            said = f"{cache['examples']:,} examples, {formatting.size(cache['bytes'])}"
+            state = f"{cache['examples']:,} examples, {formatting.size(cache['bytes'])}"
         else:
-            said = f"{'not complete' if cache['begun'] else 'nothing yet'}; `peftlab teach` or distill makes it"
-        lines.append(f"cache: {cache['folder']}, {said}")
-    student, name = found["student"], model
+            state = f"{'not complete' if cache['begun'] else 'empty'}; `peftlab teach` or `peftlab distill` fills it"
+        lines.append(f"cache: {cache['folder']}, {state}")
+    student, name = distill["student"], model
     if student["cut_from"]:
         name = f"{student['layers']} of {student['layers_before']} layers of {model}"
-    both = ", and the same on the labels alone" if found["baseline"] else ""
-    seeds = f", with {found['seeds']} seeds" if found["seeds"] > 1 else ""
+    both = ", and a baseline on the labels alone" if distill["baseline"] else ""
+    seeds = f", with {distill['seeds']} seeds" if distill["seeds"] > 1 else ""
     lines.append(f"student: {_sized(name, student['num_parameters'])}{both}{seeds}")
-    largest = max(teacher["num_parameters"] or 0 for teacher in found["teachers"])
+    largest = max(teacher["num_parameters"] or 0 for teacher in distill["teachers"])
     if 0 < largest < (student["num_parameters"] or 0):
         lines.append("the student is larger than its teacher")
     return lines
@@ -120,7 +120,7 @@ def _data_table(report: Report) -> Table:
 
 
 def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequence[Report]) -> Table:
-    """Tokens seen and trained per role or special token, of both data sets."""
+    """A table of tokens seen and trained per role or special token, for both data sets."""
     table = new_table()
     table.add_column(f"\n{title}", overflow="fold", min_width=_NAME)
     for column in ("train\ntokens", "\ntrained", "\nshare", "held out\ntokens", "\ntrained"):
@@ -174,7 +174,7 @@ def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table |
     from rich.text import Text
 
     summary = (
-        f"tokens per row, uncut (limit {limit:,}): {lengths['min']:,} to {lengths['max']:,}, median "
+        f"tokens per row before truncation (limit {limit:,}): {lengths['min']:,} to {lengths['max']:,}, median "
         f"{lengths['median']:,.0f}, 95 % up to {lengths['p95']:,.0f}"
     )
     table = new_table()
@@ -198,7 +198,7 @@ def _draws(out: Output) -> bool:
 
 
 def _show_rows(out: Output, report: Report) -> None:
-    """Rows that are cut, left out, or in both data sets."""
+    """Prints the rows that are truncated, dropped, or in both data sets."""
     from rich.text import Text
 
     lines = [f"{title}: {line}" for name, title in _TITLES.items() for line in left_out_lines(report[name])]
@@ -216,14 +216,14 @@ def _estimate_lines(estimate: Report, width: int, *, unit: str) -> Sequence[str]
         f"{estimate['tokens']:,} {unit}",
     ]
     if estimate["trained_tokens"] is not None:
-        parts.append(f"{estimate['trained_tokens']:,} of them trained")
+        parts.append(f"{estimate['trained_tokens']:,} trained")
     if (packing := estimate["packing"]) is not None:
         parts.append(
             f"{packing['packs']:,} packs of up to {packing['capacity']:,} tokens, {100 * packing['empty']:.1f} % empty"
         )
     seconds = estimate["seconds"]
     about = f"about {formatting.duration(seconds)}, within a factor of two," if seconds >= 1 else "a few seconds"
-    parts.append(f"{about} of training here")
+    parts.append(f"{about} of training on this machine")
     return formatting.joined(parts, width=width)
 
 

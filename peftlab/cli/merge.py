@@ -20,7 +20,7 @@ class Base(StrEnum):
 
 
 class DType(StrEnum):
-    """The type of the written weights."""
+    """The dtype of the written weights."""
 
     auto = "auto"
     float32 = "float32"
@@ -36,13 +36,15 @@ def merge(
         typer.Option("--base", help="Weights to merge into; default: dequantized for a quantized run."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Default: TARGET/merged.")] = None,
-    dtype: Annotated[DType, typer.Option("--dtype", help="Of the written weights; auto: as published.")] = DType.auto,
+    dtype: Annotated[
+        DType, typer.Option("--dtype", help="dtype of the written weights; auto: that of the published model.")
+    ] = DType.auto,
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", metavar="X", min=0.0, help="Largest mean KL allowed, in nats.")
+        float | None, typer.Option("--max-kl", metavar="X", min=0.0, help="Maximum mean KL, in nats.")
     ] = None,
     min_top1: Annotated[
         float | None,
-        typer.Option("--min-top1", metavar="X", min=0.0, max=1.0, help="Smallest top-1 agreement allowed."),
+        typer.Option("--min-top1", metavar="X", min=0.0, max=1.0, help="Minimum top-1 agreement."),
     ] = None,
     replace: Replace = False,
     _json: Json = False,

@@ -1,4 +1,4 @@
-"""Tables of metrics: before and after, class by class, and what was mistaken for what."""
+"""Tables of metrics: before and after, per class, and confusions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FIRST = tuple(spec.headline for spec in METRICS.values())
 _PER_CLASS = tuple(name for name, spec in METRICS.items() if spec.averaged)
 _CONFUSION = re.compile(r"confusion_(.+)_as_\1")
-# Beyond this many the worst classes are shown; --json has them all.
+# With more classes only the worst are shown; --json has all.
 _MAX_CLASSES = 20
 _MAX_MATRIX = 8
 _STYLES = {1: "green", -1: "red", 0: "dim"}
@@ -25,7 +25,7 @@ Metrics = Mapping[str, Any]
 
 
 def new_table() -> Table:
-    """The one look of all tables."""
+    """An empty table in the style of all tables."""
     from rich import box
     from rich.table import Table
 
@@ -33,21 +33,21 @@ def new_table() -> Table:
 
 
 def order(metrics: Metrics) -> list[str]:
-    """The names, most telling first; the counts of a confusion matrix are not among them."""
+    """The metric names, most important first, without the counts of a confusion matrix."""
     names = [name for name in _FIRST if name in metrics]
     names += [f"{f}_{c}" for c in class_names(metrics) for f in _PER_CLASS if f"{f}_{c}" in metrics]
     return names + [n for n in metrics if n not in names and not n.startswith("confusion_")]
 
 
 def class_names(metrics: Metrics) -> list[str]:
-    """The classes that have values of their own."""
+    """The classes that have per-class values."""
     prefixes = tuple(f"{family}_" for family in _PER_CLASS)
-    found = [n.partition("_")[2] for n in metrics if n.startswith(prefixes) and n not in _FIRST]
-    return list(dict.fromkeys(found))
+    classes = [n.partition("_")[2] for n in metrics if n.startswith(prefixes) and n not in _FIRST]
+    return list(dict.fromkeys(classes))
 
 
 def before_after(before: Metrics | None, after: Metrics, *, verbose: bool = False) -> Table:
-    """metric, before, after, change. Args: verbose: with the values of every class, which ``class_table`` has else."""
+    """A table of metric, before, after, change. verbose: include the per-class values of ``class_table``."""
     from rich.text import Text
 
     table = new_table()
@@ -68,12 +68,12 @@ def before_after(before: Metrics | None, after: Metrics, *, verbose: bool = Fals
 
 
 def _of_classes(metrics: Metrics) -> set[str]:
-    """The values that belong to one class each."""
+    """The names of the per-class values."""
     return {f"{family}_{name}" for family in _PER_CLASS for name in class_names(metrics)}
 
 
 def metric_table(metrics: Metrics) -> Table:
-    """metric, value; without the per-class values, which ``class_table`` has."""
+    """A table of metric and value, without the per-class values of ``class_table``."""
     from rich.text import Text
 
     table = new_table()
@@ -87,7 +87,7 @@ def metric_table(metrics: Metrics) -> Table:
 
 
 def class_table(metrics: Metrics, *, most: int = _MAX_CLASSES) -> Table | None:
-    """One row per class with its precision, recall and F1; of more than ``most`` classes the worst ones."""
+    """A table of precision, recall and F1 per class; only the worst if there are more than ``most``."""
     from rich.text import Text
 
     names = class_names(metrics)
@@ -109,8 +109,8 @@ def class_table(metrics: Metrics, *, most: int = _MAX_CLASSES) -> Table | None:
 
 
 def confusion_lines(metrics: Metrics) -> list[RenderableType]:
-    """The confusion matrix, or the most frequent confusions when it is too wide; nothing without its counts."""
-    classes = [found[1] for name in metrics if (found := _CONFUSION.fullmatch(name))]
+    """The confusion matrix, or the most frequent confusions if it is too wide; empty without counts."""
+    classes = [match[1] for name in metrics if (match := _CONFUSION.fullmatch(name))]
     if not classes:
         return []
     counts = {(a, b): round(formatting.number(metrics[f"confusion_{a}_as_{b}"])) for a in classes for b in classes}

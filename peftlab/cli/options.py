@@ -13,12 +13,12 @@ from peftlab.cli.failures import usage_error
 
 RESUME_OR_REPLACE = "--resume and --replace exclude each other"
 FORM = "section.key=value, such as train.lr=1e-3"
-# Sections of a recipe: a free text such as "a.b=c" is not taken for an override.
+# Sections of a recipe: a text such as "a.b=c" is not an override.
 SECTIONS = ("model", "adapter", "data", "train", "eval", "distill", "run")
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^=]+)?=")
 _SECTION_OVERRIDE = re.compile(rf"({'|'.join(SECTIONS)})\.[A-Za-z_][\w.]*=")
 
-# All are read before parsing, so that a usage error obeys them as well: see peftlab.cli.app.run.
+# peftlab.cli.app.run reads these before parsing, so that usage errors obey them too.
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -30,18 +30,18 @@ Target = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Override recipe settings.")]
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="R", help="Recipe in place of the run's; needed for a base model."),
+    typer.Option("--recipe", metavar="R", help="Override the run's recipe; required for a base model."),
 ]
 Temperature = Annotated[
     float, typer.Option("--temperature", metavar="T", min=0.0, help="Sampling temperature; 0 is greedy.")
 ]
-TopP = Annotated[float, typer.Option("--top-p", metavar="P", min=0.0, max=1.0, help="Nucleus sampling: its mass.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="P", min=0.0, max=1.0, help="Nucleus sampling probability.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Overwrite what is there.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Overwrite existing output.")]
 
 
 def check_overrides(extra: Sequence[str] | None, context: typer.Context, *, subject: str) -> list[str]:
-    """``extra`` if all of it looks like overrides. Raises: a usage error that says the form."""
+    """Returns ``extra`` if every item looks like an override. Raises: a usage error that shows the form."""
     for text in (subject, *(extra or [])):
         is_override = _OVERRIDE.match(text) is not None
         if text is subject and is_override and not Path(text).exists():
@@ -52,14 +52,14 @@ def check_overrides(extra: Sequence[str] | None, context: typer.Context, *, subj
 
 
 def check_start(context: typer.Context, *, resume: bool, replace: bool) -> None:
-    """Raises a usage error for a run that would be both gone on with and removed."""
+    """Raises a usage error if both --resume and --replace are given."""
     if resume and replace:
         usage_error(RESUME_OR_REPLACE, context)
 
 
 def check_recipe(recipe: str, overrides: Sequence[str]) -> None:
-    """Raises what is wrong with a recipe, unless it is that of a run folder. For verbs that import torch next: a misspelt key is
-    told in half a second, and not after the seconds which that takes."""
+    """Raises the errors of a recipe file; skips run folders. Call it before importing torch: a misspelt key is then
+    reported in half a second instead of after several."""
     from peftlab import load_recipe
 
     if not Path(recipe).is_dir():
@@ -67,6 +67,6 @@ def check_recipe(recipe: str, overrides: Sequence[str]) -> None:
 
 
 def split_overrides(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Overrides and texts, in a list of arguments that holds both."""
+    """Splits arguments into overrides and texts."""
     overrides = [text for text in arguments or [] if _SECTION_OVERRIDE.match(text)]
     return overrides, [text for text in arguments or [] if not _SECTION_OVERRIDE.match(text)]

@@ -1,4 +1,4 @@
-"""Where results go: tables and texts on stdout for people, or exactly one JSON document there."""
+"""Writes results to stdout: tables and texts for people, or exactly one JSON document."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _MAX_WIDTH = 100
 
 
 class Output:
-    """One invocation's output.
+    """The output of one command.
 
     Attributes:
-        json: one JSON document instead of tables. debug: tracebacks. verbose: every figure, not those of a screen.
-        written: whether the JSON document is out already; there is never a second one.
+        json: one JSON document instead of tables. debug: show tracebacks. verbose: show every figure.
+        written: whether the JSON document is already written; there is only one.
     """
 
     def __init__(self, *, json: bool = False, debug: bool = False, verbose: bool = False) -> None:
@@ -33,13 +33,13 @@ class Output:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Sends what libraries print to stderr: stdout is for the result."""
+        """Redirects what libraries print to stderr: stdout is for the result."""
         with contextlib.redirect_stdout(sys.stderr):
             yield
 
     @property
     def console(self) -> Console:
-        """The console of the result: 80 columns where the width is not that of a terminal."""
+        """The console for results; 80 columns wide if stdout is not a terminal."""
         if self._console is None:
             self._console = make_console(self.stdout)
         return self._console
@@ -56,27 +56,27 @@ class Output:
             self.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def line(self, text: str = "", style: str | None = None) -> None:
-        """A line that is never broken: paths and commands stay whole for copying."""
+        """Prints a line without wrapping, so that paths and commands can be copied."""
         if self.styled:
             self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         else:
             self.write(f"{text}\n")
 
     def write(self, text: str) -> None:
-        """Text as it is, at once."""
+        """Writes the text unchanged and flushes."""
         self.stdout.write(text)
         self.stdout.flush()
 
     def document(self, value: Any) -> None:
-        """The JSON document."""
+        """Writes the JSON document."""
         self.written = True
         self.write(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def output_of(context: typer.Context) -> Output:
-    found = context.find_object(Output)
-    assert found is not None
-    return found
+    output = context.find_object(Output)
+    assert output is not None
+    return output
 
 
 def make_console(stream: TextIO) -> Console:
@@ -88,7 +88,7 @@ def make_console(stream: TextIO) -> Console:
 
 
 def _finite(value: Any) -> Any:
-    """As ``peftlab.runs.finite``, which is imported only when there is a float to look at."""
+    """As ``peftlab.runs.finite``, which is imported only if there may be a float."""
     if isinstance(value, str | int | bool | None):
         return value
     from peftlab.runs import finite

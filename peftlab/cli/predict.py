@@ -25,17 +25,18 @@ def predict(
     target: Target,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TEXT", help="Texts, or - for stdin, one a line; settings may stand among them."),
+        typer.Argument(metavar="TEXT", help="Texts, or - for stdin, one per line; settings may be mixed in."),
     ] = None,
     file: Annotated[
-        str | None, typer.Option("--file", metavar="F", help="csv, jsonl, txt, ... with the recipe's columns.")
+        str | None,
+        typer.Option("--file", metavar="F", help="Input file (csv, jsonl, txt, ...) with the recipe's columns."),
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", metavar="F", help="Write the predictions to F, .jsonl or .csv.")
     ] = None,
     recipe: RecipeOption = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest generated answer.")
+        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum answer length in tokens.")
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -69,22 +70,22 @@ def predict(
 
 
 def _inputs(given: list[str], file: str | None, context: typer.Context) -> list[str] | None:
-    """The texts; None when a file is read in their place."""
+    """The texts; None if --file is given."""
     if file is not None:
         if given:
             usage_error(f"give texts or --file, not both: found {given[0]!r} and --file {file}", context)
         return None
     if given and given != ["-"]:
         if "-" in given:
-            usage_error("- stands for standard input and takes no other text beside it", context)
+            usage_error("- means standard input and cannot be combined with texts", context)
         return given
     if not given and (sys.stdin is None or sys.stdin.isatty()):
-        usage_error("nothing to predict: give a TEXT, --file F, or pipe in one text a line", context)
+        usage_error("nothing to predict: give a TEXT, --file F, or pipe in one text per line", context)
     return _read_stdin()
 
 
 def _read_stdin() -> list[str]:
-    """The lines of standard input that are not blank."""
+    """The lines of standard input, without blank lines."""
     try:
         raw = getattr(sys.stdin, "buffer", None)
         text = raw.read().decode("utf-8-sig") if raw is not None else sys.stdin.read()
@@ -94,19 +95,19 @@ def _read_stdin() -> list[str]:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise DataError("standard input has no text; expected one text a line")
+        raise DataError("standard input is empty; expected one text per line")
     blank = len(lines) - len(texts) - (lines[-1] == "")
     if blank:
-        sys.stderr.write(f"blank lines of standard input are skipped: {blank:,}\n")
+        sys.stderr.write(f"skipped {blank:,} blank line{'' if blank == 1 else 's'} of standard input\n")
     return texts
 
 
 def _records(results: Iterable[dict[str, Any]], inputs: list[str] | None, out: Output) -> Iterator[dict[str, Any]]:
-    """The results one by one, each with its input where that is known, else with its number in the file."""
+    """Yields the results, each with its input, or with its row number in the file."""
     stream = iter(results)
     index = 0
     while True:
-        with out.working():  # the work happens in here: a result is computed when it is asked for
+        with out.working():  # results are computed lazily, here
             result = next(stream, None)
         if result is None:
             return
@@ -116,7 +117,7 @@ def _records(results: Iterable[dict[str, Any]], inputs: list[str] | None, out: O
 
 
 def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> None:
-    """For one text just the answer, else a line each: tab-separated where a program may read it."""
+    """Prints only the answer for one text, else a line per record; tab-separated if stdout is not a terminal."""
     for record in records:
         if single:
             _print_one(record, out)
@@ -156,7 +157,7 @@ def _as_json(record: Mapping[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """One line from which the text can be had back."""
+    """The text on one line, with reversible escapes."""
     return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
 
 

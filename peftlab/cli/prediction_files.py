@@ -1,4 +1,4 @@
-"""Writing predictions to a file that appears only when it is complete."""
+"""Writes predictions to a file that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _FORMATS = (".jsonl", ".csv")
 
 
 def check_destination(output: str, *, replace: bool) -> Path:
-    """The path, after all that can be checked before the work. Raises: RecipeError."""
+    """Checks the path before any work and returns it. Raises: RecipeError."""
     path = Path(output)
     if path.suffix.lower() not in _FORMATS:
         raise RecipeError(f"--output {output}: expected a name that ends in {' or '.join(_FORMATS)}")
     if path.is_dir():
-        raise RecipeError(f"--output {output}: that is a folder, expected a file")
+        raise RecipeError(f"--output {output}: expected a file, found a folder")
     if not path.parent.is_dir():
-        raise RecipeError(f"--output {output}: there is no folder {path.parent}; create it first")
+        raise RecipeError(f"--output {output}: folder {path.parent} does not exist; create it first")
     if path.exists() and not replace:
-        raise RecipeError(f"--output {output}: exists already; replace it with --replace or choose another name")
+        raise RecipeError(f"--output {output}: the file exists; overwrite it with --replace or choose another name")
     return path
 
 
 class PredictionFile:
-    """Collects records and publishes them by a rename; after an error nothing is left behind."""
+    """Writes records to a temporary file and renames it at the end; removes it after an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,7 +47,7 @@ class PredictionFile:
         return self
 
     def add(self, record: dict[str, Any]) -> None:
-        """Writes one record; those of one file have the same keys."""
+        """Writes one record; all records of a file have the same keys."""
         try:
             self._file.write(
                 self._csv_line(_flat(record)) if self._is_csv else json.dumps(record, ensure_ascii=False) + "\n"

@@ -29,8 +29,8 @@ def list_recipes(context: typer.Context, _json: Json = False, _debug: Debug = Fa
         table.add_row(name, text)
     out.show(table)
     out.line()
-    out.line("peftlab train NAME runs one (distill NAME, where it names a teacher);", style="dim")
-    out.line("peftlab recipes copy NAME makes it yours", style="dim")
+    out.line("Run one: peftlab train NAME (or distill NAME if it has a teacher).", style="dim")
+    out.line("Copy one: peftlab recipes copy NAME", style="dim")
 
 
 def show(context: typer.Context, name: Name, _json: Json = False, _debug: Debug = False) -> None:

@@ -38,7 +38,7 @@ def teach(
     for teacher in report["teachers"]:
         _show(out, teacher, planned=report["plan"])
     if report["plan"]:
-        out.line("nothing was stored; without --plan it is done", style="dim")
+        out.line("Plan only; nothing was stored. Run without --plan to store it.", style="dim")
     else:
         out.line(f"next     {shlex.join(['peftlab', 'distill', recipe, *settings])}", style="cyan")
 
@@ -51,10 +51,10 @@ def _show(out: Output, teacher: Mapping[str, Any], *, planned: bool) -> None:
     table.add_row("stored per position", _fill(teacher["fill"]))
     table.add_row("positions", f"{teacher['positions']:,} of {teacher['examples']:,} examples")
     table.add_row(
-        "disk", f"{about}{formatting.size(teacher['bytes'])} ({teacher['bytes_per_position']:.0f} bytes a position)"
+        "disk", f"{about}{formatting.size(teacher['bytes'])} ({teacher['bytes_per_position']:.0f} bytes per position)"
     )
     if "free_bytes" in teacher:
-        table.add_row("free there", formatting.size(teacher["free_bytes"]))
+        table.add_row("free disk", formatting.size(teacher["free_bytes"]))
     table.add_row("time", f"{about}{formatting.duration(teacher['seconds'])}")
     table.add_row("folder", str(teacher["folder"]))
     out.show(table)
@@ -62,12 +62,12 @@ def _show(out: Output, teacher: Mapping[str, Any], *, planned: bool) -> None:
 
 
 def _fill(fill: Mapping[str, Any]) -> str:
-    """How a position is stored, in words."""
+    """Describes how a position is stored."""
     at = f", temperature {fill['temperature']:g}" if "temperature" in fill else ""
     if fill["kind"] == "topk":
-        return f"the {fill['k']:,} likeliest of {fill['num_classes']:,} classes and the mass of the others{at}"
+        return f"top {fill['k']:,} of {fill['num_classes']:,} classes and the mass of the others{at}"
     if fill["kind"] == "sampled":
         return f"{fill['draws']:,} draws from {fill['num_classes']:,} classes{at}"
     if fill["kind"] == "mixed":
-        return f"the {fill['k']:,} likeliest of {fill['num_classes']:,} classes and {fill['draws']:,} draws from the others{at}"
+        return f"top {fill['k']:,} of {fill['num_classes']:,} classes and {fill['draws']:,} draws from the others{at}"
     return f"{fill['hidden_size']:,} hidden values as {fill['hidden']}"

@@ -12,7 +12,7 @@ class Verb:
 
     Attributes:
         function: ``FILE:FUNCTION`` under ``peftlab/cli``. help: one line. example: a command that can be typed.
-        more: what its own help says besides.
+        more: extra text for the verb's help.
     """
 
     function: str
@@ -23,10 +23,11 @@ class Verb:
 
 @dataclass(frozen=True)
 class Group:
-    """A verb with verbs of its own.
+    """A verb with subcommands.
 
-    Attributes: default: the one that is meant where the first word is none of them; None: there is none. alone: the one that runs
-    without any word; None: the help is shown.
+    Attributes:
+        default: the subcommand to use if the first word is not one of them; None: no default.
+        alone: the subcommand to run without arguments; None: show the help.
     """
 
     help: str
@@ -50,7 +51,7 @@ VERBS: dict[str, Verb | Group] = {
     "teach": Verb("teach:teach", "Cache the teacher's outputs for distillation.", "peftlab teach film-student --plan"),
     "distill": Verb(
         "distill:distill",
-        "Train a student on its teacher, and show what it kept.",
+        "Train a student from a teacher and report what it kept.",
         "peftlab distill film-student --seeds 3",
     ),
     "eval": Verb(
@@ -65,7 +66,7 @@ VERBS: dict[str, Verb | Group] = {
     ),
     "chat": Verb(
         "chat:chat",
-        "Talk with a run or a model that has a chat template.",
+        "Chat with a run or a model that has a chat template.",
         "peftlab chat runs/quickstart --temperature 0.7",
     ),
     "merge": Verb(
@@ -82,7 +83,7 @@ VERBS: dict[str, Verb | Group] = {
                 "recipes:show", "Print a shipped recipe, comments included.", "peftlab recipes show quickstart"
             ),
             "copy": Verb(
-                "recipes:copy", "Copy a shipped recipe to a file of yours.", "peftlab recipes copy quickstart mine.yaml"
+                "recipes:copy", "Copy a shipped recipe to a file.", "peftlab recipes copy quickstart mine.yaml"
             ),
             "schema": Verb(
                 "recipes:schema",
@@ -109,7 +110,7 @@ VERBS: dict[str, Verb | Group] = {
             ),
             "tune-kernels": Verb(
                 "bench_tuning:tune_kernels",
-                "Measure which plan of an adapted linear is fastest here, for later runs.",
+                "Measure the fastest plans for adapted linears on this machine, for later runs.",
                 "peftlab bench tune-kernels --kinds nf4 --rows 2048",
             ),
         },

@@ -1,1 +1,1 @@
-"""Finding out what works on this machine."""
+"""Checks what works on this machine."""

@@ -1,7 +1,7 @@
-"""The facts of ``peftlab doctor``: what is installed, what this machine has, and what really works on it.
+"""The facts of ``peftlab doctor``: installed packages, hardware, and what works on this machine.
 
-Nothing is trusted that can be tried in a moment: quantization makes a round trip, attention and the GPU compute
-something small. Nothing touches the network.
+Everything that is quick to try is tried: quantization makes a round trip, attention and the GPU compute something small.
+Nothing uses the network.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from peftlab.paths import cache_root, kernel_plans_file
 
 Status = Literal["ok", "note", "problem"]
 
-# Package: what does not work without it.
+# Package -> what does not work without it.
 PACKAGES = {
     "torch": "nothing can be trained or evaluated",
     "transformers": "no model can be loaded",
     "peft": "no adapter can be made",
     "accelerate": "training cannot start",
     "bitsandbytes": "model.quantize: nf4 and int8 cannot be used; quantize: none can",
-    "triton": "fused kernels cannot run; the reference path in PyTorch does the work",
+    "triton": "fused kernels cannot run; the reference path in PyTorch is used",
     "datasets": "no data can be read",
     "evaluate": "no metric can be computed",
     "tokenizers": "no tokenizer can be loaded",
@@ -39,9 +39,9 @@ USEFUL_WITHOUT = {"bitsandbytes", "triton"}
 
 GIB = 1024**3
 LOW_DISK_BYTES = 10 * GIB
-# Root mean square error over root mean square of normally distributed values; 2 x what a working build shows.
+# Relative root mean square error for normally distributed values; twice that of a working build.
 ROUND_TRIP_BOUNDS = {"nf4": 0.2, "int8": 0.02}
-# Largest relative error of a small adapted linear in float32; on a GPU its products may run in TF32.
+# Maximum relative error of a small adapted linear in float32; on a GPU its products may run in TF32.
 LORA_TRIAL_BOUND = 5e-3
 
 
@@ -53,15 +53,15 @@ class Fact(TypedDict):
 
 
 def all_facts() -> dict[str, list[Fact]]:
-    """The facts by section."""
-    # A library that greets on stdout would spoil the one JSON document there.
+    """Returns the facts by section."""
+    # A library that prints to stdout would corrupt the JSON document.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             torch = importlib.import_module("torch")
         except Exception as error:
-            # A broken installation raises OSError and others: the doctor reports what it meets.
-            device = [_fact("torch", "does not import", "problem", _reason(error)), *_cpu()]
-            quantization = attention = kernels = [_fact("all", "unknown", "note", "torch does not import")]
+            # A broken installation raises OSError and others; report any error.
+            device = [_fact("torch", "cannot be imported", "problem", _reason(error)), *_cpu()]
+            quantization = attention = kernels = [_fact("all", "unknown", "note", "torch cannot be imported")]
         else:
             threads = _fact("CPU threads of torch", str(torch.get_num_threads()))
             device = [*_gpus(torch), *_cpu(), threads]
@@ -84,7 +84,7 @@ def _fact(name: str, value: str, status: Status = "ok", detail: str = "") -> Fac
 
 
 def _reason(error: BaseException) -> str:
-    """One line: the kind of the error and the first line of its message."""
+    """Returns one line: the error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -118,7 +118,7 @@ def _package(name: str, without: str) -> Fact:
 
 
 def _wanted(name: str) -> Any:
-    """The version specifier that peftlab's own metadata gives for ``name``; None when there is none."""
+    """Returns the version specifier for ``name`` in peftlab's metadata; None if missing."""
     with contextlib.suppress(ImportError, importlib.metadata.PackageNotFoundError):
         requirements = importlib.import_module("packaging.requirements")
         for text in importlib.metadata.requires("peftlab") or []:
@@ -132,12 +132,12 @@ def _gpus(torch: Any) -> list[Fact]:
     if torch.cuda.is_available():
         return [fact for index in range(torch.cuda.device_count()) for fact in _gpu(torch, index)]
     if not (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
-        return [_fact("GPU", "none", "note", "runs use the CPU: correct, and slow")]
+        return [_fact("GPU", "none", "note", "runs use the CPU: correct but slow")]
     cuda = torch.version.cuda
     why = (
         f"torch, built for CUDA {cuda}, finds no device" if cuda else "this torch is a CPU build: install a CUDA build"
     )
-    return [_fact("GPU", "not usable", "problem", f"an NVIDIA driver is here, but {why}")]
+    return [_fact("GPU", "not usable", "problem", f"an NVIDIA driver is installed, but {why}")]
 
 
 def _gpu(torch: Any, index: int) -> list[Fact]:
@@ -152,7 +152,7 @@ def _gpu(torch: Any, index: int) -> list[Fact]:
         return [_fact(name, "fails", "problem", _reason(error))]
     half = _fact(f"{name} bfloat16", "yes")
     if not bf16:
-        half = _fact(f"{name} bfloat16", "no", "note", "dtype and precision auto use float32; float16 can be asked for")
+        half = _fact(f"{name} bfloat16", "no", "note", "dtype and precision auto use float32; float16 can be requested")
     return [
         _fact(name, properties.name, detail=f"compute capability {properties.major}.{properties.minor}"),
         _fact(f"{name} memory", f"{_gib(free)} free of {_gib(total)}"),
@@ -193,7 +193,7 @@ def _space() -> list[Fact]:
     existing = next(folder for folder in [root, *root.parents] if folder.exists())
     cache = _fact("cache", str(root), detail=f"{_gib(_folder_bytes(root))} used")
     if not os.access(existing, os.W_OK):
-        cache["status"], cache["detail"] = "problem", "not writable; set PEFTLAB_CACHE to a folder that is"
+        cache["status"], cache["detail"] = "problem", "not writable; set PEFTLAB_CACHE to a writable folder"
     return [_ram(), disk, cache]
 
 
@@ -202,7 +202,7 @@ def _ram() -> Fact:
         memory = importlib.import_module("psutil").virtual_memory()
     except ImportError as error:
         return _fact("RAM", "unknown", "problem", _reason(error))
-    # In a container the kernel reports the whole machine; what may be used stands in the control group.
+    # In a container the kernel reports the whole machine; the control group has the limit.
     limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     if limit.isdigit() and used.isdigit() and int(limit) < memory.total:
         free = min(memory.available, int(limit) - int(used))
@@ -219,7 +219,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _round_trip(torch: Any, kind: str) -> Fact:
-    """Quantizes and dequantizes 64 x 64 normally distributed values on the device that a run would use."""
+    """Quantizes and dequantizes 64 x 64 normally distributed values on the device of a run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         functional = import_bitsandbytes().functional
@@ -230,11 +230,11 @@ def _round_trip(torch: Any, kind: str) -> Fact:
             back = functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(values)[:2])
         ratio = ((back.float() - values.float()).norm() / values.float().norm()).item()
     except ImportError as error:
-        return _fact(kind, "not available", "note", f"bitsandbytes does not import: {_reason(error)}")
+        return _fact(kind, "not available", "note", f"bitsandbytes cannot be imported: {_reason(error)}")
     except Exception as error:
         return _fact(kind, "does not work", "problem", f"on {device}: {_reason(error)}")
     if not ratio < ROUND_TRIP_BOUNDS[kind]:
-        detail = f"on {device}: relative error {ratio:.3f} in a round trip, below {ROUND_TRIP_BOUNDS[kind]} expected"
+        detail = f"on {device}: relative error {ratio:.3f} in a round trip, expected below {ROUND_TRIP_BOUNDS[kind]}"
         return _fact(kind, "does not work", "problem", detail)
     return _fact(kind, f"works on {device}", detail=f"relative error {ratio:.3f} in a round trip")
 
@@ -276,7 +276,7 @@ def _kernels(torch: Any) -> list[Fact]:
     try:
         facts.append(_fact("triton", "imports", detail=f"version {importlib.import_module('triton').__version__}"))
     except Exception as error:
-        facts.append(_fact("triton", "does not import", "note", _reason(error)))
+        facts.append(_fact("triton", "cannot be imported", "note", _reason(error)))
     return facts
 
 
@@ -290,10 +290,10 @@ def _operands(ops: Any, name: str) -> Fact:
 
 
 def _plans(torch: Any, ops: Any, device: str) -> Fact:
-    """Whether plans of the adapted linears were measured for this device."""
+    """Reports whether plans of adapted linears were measured for this device."""
     file = kernel_plans_file()
     if not os.path.exists(file):
-        return _fact("plans", "by rule", detail=f"`peftlab bench tune-kernels` writes measured ones to {file}")
+        return _fact("plans", "by rule", detail=f"`peftlab bench tune-kernels` writes measured plans to {file}")
     try:
         rows = ops.read_plans(file)
     except ArtifactError as error:
@@ -301,12 +301,12 @@ def _plans(torch: Any, ops: Any, device: str) -> Fact:
     own = ops.plan_key("dense", torch.device(device), M=1, N=1, K=1, dropout=False).device
     here = sum(row["device"] == own for row in rows)
     if not here:
-        return _fact("plans", "by rule", detail=f"{file} has none for {own}")
+        return _fact("plans", "by rule", detail=f"{file} has no plans for {own}")
     return _fact("plans", f"{here} measured plan{'' if here == 1 else 's'}", detail=str(file))
 
 
 def _lora_trial(torch: Any, ops: Any, device: str) -> Fact:
-    """One small adapted linear, forward and backward, against the formula."""
+    """Compares a small adapted linear, forward and backward, with the formula."""
     generator = torch.Generator().manual_seed(0)
     x, weight, a, b = (
         torch.randn(shape, generator=generator).to(device) for shape in ((64, 128), (96, 128), (16, 128), (96, 16))
@@ -324,4 +324,6 @@ def _lora_trial(torch: Any, ops: Any, device: str) -> Fact:
 def _hub() -> Fact:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return _fact("reachable", "not tried", "note", "HF_HUB_OFFLINE is set: hub names work only from the cache")
-    return _fact("reachable", "not tried", detail="doctor uses no network; a hub name is downloaded when first used")
+    return _fact(
+        "reachable", "not tried", detail="doctor does not use the network; a hub name is downloaded on first use"
+    )

@@ -1,4 +1,4 @@
-"""Whether a model is as often right as it says: expected calibration error from streamed counts."""
+"""Calibration: expected calibration error from streamed counts."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_BINS = 15
-# Cells per bin of the streamed counts: the equal-mass bins are built from them, to 1/15,000 of confidence.
+# Cells per bin of the streamed counts; equal-mass bins are built from them, to 1/15,000 of confidence.
 _CELLS_PER_BIN = 1000
 
 
 class Calibration:
-    """Counts over confidence, the probability a model gives to its own top class; 360 KB whatever is added.
+    """Counts over confidence, the probability of a model's top class; always 360 KB.
 
     Attributes:
-        counts: [cells, 3] float64; predictions, their summed confidence, how many of them were right.
+        counts: [cells, 3] float64: number of predictions, summed confidence, number correct.
     """
 
     def __init__(self) -> None:
         self.counts = np.zeros((NUM_BINS * _CELLS_PER_BIN, 3))
 
     def add(self, confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> None:
-        """Adds predictions: ``confidence`` [N] in (0, 1] and whether each is right, [N]."""
+        """Adds predictions: ``confidence`` [N] in (0, 1] and whether each is correct, [N]."""
         cells = len(self.counts)
-        # Bins are open at the left and closed at the right, as in the paper: 0.2 belongs to (2/15, 3/15].
+        # Bins exclude their left end and include the right one, as in the paper: 0.2 is in (2/15, 3/15].
         cell = np.clip(np.ceil(confidence * cells).astype(np.int64) - 1, 0, cells - 1)
         for column, weights in enumerate((np.ones_like(confidence), confidence, correct.astype(np.float64))):
             self.counts[:, column] += np.bincount(cell, weights, minlength=cells)
@@ -36,21 +36,21 @@ class Calibration:
         return _error(self.counts.reshape(NUM_BINS, _CELLS_PER_BIN, 3).sum(axis=1))
 
     def adaptive_ece(self) -> float:
-        """The same with 15 bins of equal numbers of predictions: a cross-check, as most confidences crowd near 1.
+        """The same with 15 bins of equal counts, as a cross-check: most confidences are near 1.
 
-        Predictions of one cell of 1/15,000 stay together, as equal confidences must.
+        Predictions in one cell of 1/15,000 share a bin, as equal confidences must.
         Source: Nixon et al. 2019, "Measuring Calibration in Deep Learning", section 3.
         """
         filled = self.counts[self.counts[:, 0] > 0]
         if not len(filled):
             return float("nan")
-        # A cell goes where the middle of its predictions lies in the order of all of them.
+        # A cell goes into the bin of its middle prediction in sorted order.
         middle = np.cumsum(filled[:, 0]) - filled[:, 0] / 2
         bins = np.minimum((middle * NUM_BINS / filled[:, 0].sum()).astype(np.int64), NUM_BINS - 1)
         return _error(np.stack([np.bincount(bins, column, minlength=NUM_BINS) for column in filled.T], axis=1))
 
 
 def _error(bins: NDArray[np.float64]) -> float:
-    """Of ``bins`` [B, 3] with predictions, summed confidence and right ones."""
+    """Calibration error of ``bins`` [B, 3]: predictions, summed confidence, number correct."""
     total = bins[:, 0].sum()
     return float(np.abs(bins[:, 2] - bins[:, 1]).sum() / total) if total else float("nan")

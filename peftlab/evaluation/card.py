@@ -1,4 +1,4 @@
-"""The student report card: what was measured of teacher, baseline and student becomes one document with a verdict."""
+"""Builds the student report card: one document with the figures of teacher, baseline and student, and a verdict."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Estimates = Mapping[str, Estimate]
 
 
 def as_metrics(estimates: Estimates, **values: float) -> dict[str, IntervalDict]:
-    """``Side.metrics`` of estimates and of figures without an interval, such as ``ece=0.04``."""
-    found = {name: estimate.interval().as_dict() for name, estimate in estimates.items()}
-    return found | {name: _bare(value) for name, value in values.items()}
+    """Returns ``Side.metrics`` from estimates, and from figures without an interval such as ``ece=0.04``."""
+    metrics = {name: estimate.interval().as_dict() for name, estimate in estimates.items()}
+    return metrics | {name: _bare(value) for name, value in values.items()}
 
 
 def paired(
     *, teacher: Estimates, student: Estimates, baseline: Estimates | None = None, cut: Estimates | None = None
 ) -> Paired:
-    """Differences and shares with intervals over the rows that all models were scored on.
+    """Returns differences and ratios with intervals over the rows, which all models must share.
 
-    Raises: ValueError when they were not scored on the same rows.
+    Raises: ValueError if the models were scored on different rows.
     """
     return {
         "gain": _differences(student, baseline or {}),
@@ -41,14 +41,14 @@ def paired(
 
 
 def make_card(figures: Figures) -> Card:
-    """The card of a run.
+    """Returns the report card of a run.
 
     With one seed every interval is over held-out rows. With several, figures are means over the seeds with Student's t
-    interval over them, unless all seeds gave the very same value (one teacher for all of them): then it is the interval
-    over rows, because nothing was seen of how seeds differ.
+    interval. If all seeds give the same value (such as a shared teacher), the interval is over rows, because seed variance
+    is unknown.
 
     Raises:
-        ValueError: no seed, or the headline is not among a student's metrics. RecipeError: a metric nobody knows.
+        ValueError: no seed, or the headline is not among a student's metrics. RecipeError: an unknown metric.
     """
     seeds, headline = figures["seeds"], figures["headline"]
     if not seeds or any(headline not in seed["student"]["metrics"] for seed in seeds):
@@ -93,9 +93,9 @@ def _all_have(seeds: Sequence[Seed], who: str) -> bool:
     return all(who in _sides(seed) for seed in seeds)
 
 
-def _mean(found: Iterable[IntervalDict | None]) -> IntervalDict | None:
-    """One interval of those of all seeds; None where a seed has none."""
-    known = list(found)
+def _mean(per_seed: Iterable[IntervalDict | None]) -> IntervalDict | None:
+    """Combines the intervals of all seeds; None if a seed has none."""
+    known = list(per_seed)
     intervals = [one for one in known if one is not None]
     if not intervals or len(intervals) < len(known):
         return None
@@ -103,8 +103,8 @@ def _mean(found: Iterable[IntervalDict | None]) -> IntervalDict | None:
     return intervals[0] if len(set(values)) == 1 else over_seeds(values).as_dict()
 
 
-def _possible(interval: IntervalDict | None, about: CardMetric) -> IntervalDict | None:
-    """Without the part of the interval that no value can be in: Student's t knows nothing of an error below 0."""
+def _clipped(interval: IntervalDict | None, about: CardMetric) -> IntervalDict | None:
+    """Clips the interval to the metric's range: Student's t can give an error below 0."""
     if interval is None or interval["low"] is None or interval["high"] is None:
         return interval
     low, high = max(interval["low"], about.lowest), min(interval["high"], about.highest)
@@ -115,8 +115,8 @@ def _row(name: str, seeds: Sequence[Seed]) -> MetricRow:
     about = card_metric(name)
 
     def of(who: str) -> IntervalDict | None:
-        found = (_sides(seed)[who]["metrics"].get(name) if who in _sides(seed) else None for seed in seeds)
-        return _possible(_mean(found), about)
+        per_seed = (_sides(seed)[who]["metrics"].get(name) if who in _sides(seed) else None for seed in seeds)
+        return _clipped(_mean(per_seed), about)
 
     gain, lead, progress = (_mean(_difference(name, seed, *who) for seed in seeds) for who in _DIFFERENCES)
     return {
@@ -141,7 +141,7 @@ _DIFFERENCES = (("gain", "student", "baseline"), ("lead", "teacher", "baseline")
 
 
 def _difference(name: str, seed: Seed, kind: str, a: str, b: str) -> IntervalDict | None:
-    """With its interval over rows where there is one; a figure such as the ECE has its plain difference."""
+    """The difference with its interval over rows; without an interval for figures such as the ECE."""
     measured: Mapping[str, Mapping[str, IntervalDict]] = {
         "gain": seed["paired"]["gain"], "lead": seed["paired"]["lead"], "progress": seed["paired"]["progress"],
     }  # fmt: skip
@@ -154,14 +154,14 @@ def _difference(name: str, seed: Seed, kind: str, a: str, b: str) -> IntervalDic
 
 
 def _mean_costs(sides: Sequence[Side]) -> Costs:
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for name in _COSTS:
         values = [value for side in sides if isinstance(value := side.get(name), int | float)]
         if len(values) == len(sides):
             mean = math.fsum(values) / len(values)
-            found[name] = round(mean) if all(isinstance(value, int) for value in values) else mean
+            means[name] = round(mean) if all(isinstance(value, int) for value in values) else mean
     speed = _mean(side.get("speed") for side in sides)
-    costs = cast(Costs, found)
+    costs = cast(Costs, means)
     if speed is not None:
         costs["speed"] = speed
     return costs

@@ -1,4 +1,4 @@
-"""What a report card says about a metric, and in which order."""
+"""How the report card shows each metric, and in which order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftlab.specs.tasks import TASKS
 
 @dataclass(frozen=True)
 class CardMetric:
-    """See ``card_shape.MetricRow`` for the attributes. lowest, highest: no value can be beyond."""
+    """See ``card_shape.MetricRow`` for the attributes. lowest, highest: the metric's range."""
 
     label: str
     higher_is_better: bool
@@ -27,7 +27,7 @@ class CardMetric:
 
 
 def card_metric(name: str) -> CardMetric:
-    """What a card says about a flat metric name. Raises: RecipeError for one that is in no family."""
+    """Returns how a card shows a flat metric name. Raises: RecipeError for an unknown metric."""
     spec = family_of(name)
     if spec is None:
         raise RecipeError(unknown_metric(name, list(METRICS), None), key="eval.best")
@@ -44,19 +44,19 @@ def card_metric(name: str) -> CardMetric:
 
 
 def in_order(names: set[str], headline: str) -> list[str]:
-    """The headline, the known ones in the card's order, the others by name."""
+    """Sorts metric names: the headline, known metrics in the card's order, then the others by name."""
     known = [name for name in CARD_ORDER if name in names and name != headline]
     return [headline, *known, *sorted(names - set(known) - {headline})]
 
 
 def class_metrics(names: Sequence[str] | None) -> dict[str, tuple[str, int]]:
-    """Flat name of each metric of one class, such as ``recall_spam`` -> (family, class index)."""
+    """Maps flat names of per-class metrics, such as ``recall_spam``, to (family, class index)."""
     families = [spec.name for spec in METRICS.values() if spec.averaged and spec.rows]
     return {f"{f}_{slug}": (f, i) for f in families for i, slug in enumerate(class_slugs(names or []))}
 
 
 def check_headline(name: str, task: str, class_names: Sequence[str] | None, *, has_choices: bool) -> None:
-    """Raises RecipeError where ``name`` is no metric with an interval over rows, which a verdict needs."""
+    """Raises RecipeError unless ``name`` is a metric with an interval over rows, which a verdict needs."""
     known = [*_verdict_metrics(task, has_choices), *class_metrics(class_names)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)

@@ -1,4 +1,4 @@
-"""The shapes of what goes into a student report card and of the card itself. All of it is plain JSON."""
+"""The types of the student report card and of its input. All are plain JSON."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from peftlab.measuring.intervals import IntervalDict
 
 Outcome = Literal["helped", "no_difference", "did_not_help", "not_compared", "undecided"]
 Ratio = Literal["share", "times"]
-# Who a figure is of. "baseline": the same student, trained on the labels alone with the same budget. "cut": the
+# The models on the card. "baseline": the same student, trained on the labels alone with the same budget. "cut": the
 # student before its training.
 WHO = ("teacher", "cut", "baseline", "student")
 
 
 class Costs(TypedDict, total=False):
-    """What one model costs. What was not measured is left out.
+    """The costs of one model, without those that were not measured.
 
-    num_parameters: of the whole model; num_trained: of them with a gradient. file_bytes: of its saved weights.
-    latency_ms, latency_low_ms, latency_high_ms: median and quartiles of one forward pass. tokens_per_s: of the median.
-    speed: how many times as fast as the teacher, whose own is 1.
-    peak_memory_bytes, seconds, steps: of its training in this run; a teacher that was not trained in it has none.
+    num_parameters: of the whole model; num_trained: parameters with a gradient. file_bytes: of the saved weights.
+    latency_ms, latency_low_ms, latency_high_ms: median and quartiles of one forward pass. tokens_per_s: at the median.
+    speed: speed relative to the teacher, which has 1.
+    peak_memory_bytes, seconds, steps: of its training in this run; missing for a teacher that was not trained in it.
     """
 
     num_parameters: int
@@ -36,7 +36,7 @@ class Costs(TypedDict, total=False):
 
 
 class Side(Costs, total=False):
-    """One model of one seed: its costs, and its metrics by flat name (``card_metrics`` knows the names)."""
+    """One model of one seed: its costs, and its metrics by flat name (see ``card_metrics``)."""
 
     metrics: Required[dict[str, IntervalDict]]
 
@@ -65,10 +65,10 @@ class Seed(TypedDict):
 
 
 class Figures(TypedDict):
-    """What ``card.make_card`` takes.
+    """The input of ``card.make_card``.
 
-    headline: flat name of the metric that the verdict is about. num_rows: held-out rows, the same for all.
-    no_baseline: why there is none, such as "distill.baseline: false". timed_on: the batch and device of the latencies.
+    headline: flat name of the verdict's metric. num_rows: held-out rows, the same for all models.
+    no_baseline: why there is no baseline, such as "distill.baseline: false". timed_on: batch and device of the latencies.
     """
 
     headline: str
@@ -79,11 +79,10 @@ class Figures(TypedDict):
 
 
 class MetricRow(TypedDict):
-    """One metric of all models; with several seeds the means over them, see ``card.make_card``.
+    """One metric of all models; with several seeds the means, see ``card.make_card``.
 
-    label, note: for people; the note is "" where the label says it all. in_points: differences are read as percentage
-    points. kept_as: "share" where student / teacher is read as a share kept, "times" where less is better, None where the
-    metric has no value of the teacher.
+    label, note: for people; the note may be "". in_points: show differences as percentage points. kept_as: "share" if
+    student / teacher is a share kept, "times" if lower is better, None if the teacher has no value.
     """
 
     name: str
@@ -123,7 +122,7 @@ class Card(TypedDict):
     """The report card.
 
     metrics: the headline first. costs: by ``WHO``, means over seeds. ratios: student / teacher of each cost both have.
-    notes: what a reader must know to trust the figures.
+    notes: caveats of the figures.
     """
 
     headline: str

@@ -1,4 +1,4 @@
-"""What one model says on held-out rows, next to its teacher: a few numbers per row, from streamed logits (contract C10)."""
+"""Compares a model with its teacher on held-out rows: a few numbers per row, from streamed logits (contract C10)."""
 
 # Shapes: N scored positions of one call, V classes or vocabulary entries.
 
@@ -17,22 +17,22 @@ from peftlab.measuring.intervals import Estimate, Floats, Statistic, bootstrap
 from peftlab.specs.metrics import METRICS
 from peftlab.specs.tasks import Predicts
 
-# Metrics that are 0 where no row (or token) is right and 1 where all are; see ``Estimate.interval``.
+# Metrics that range from 0 (no row or token correct) to 1 (all correct); see ``Estimate.interval``.
 SHARES = frozenset(spec.headline for spec in METRICS.values() if spec.share and spec.rows)
-# Largest number of logits whose softmax exists at once: 16 MB of float32.
+# Maximum number of logits per softmax: 16 MB of float32.
 _BLOCK = 2**22
 _COLUMNS = ("positions", "nll", "correct", "brier", "agree", "kl")
 
 
 class Comparison:
-    """Sums per row of everything a report card says about one model. Keeps 56 bytes per row, and nothing of size V.
+    """Per-row sums for the report card of one model. Keeps 56 bytes per row and nothing of size V.
 
     Args:
-        num_rows: how many held-out rows there are. Models that are to be compared get the same rows.
+        num_rows: number of held-out rows. Compare models on the same rows only.
         predicts: see ``TaskSpec``. "tokens", "token classes": a row has any number of scored positions. "classes": exactly one.
 
     Attributes:
-        calibration: of all positions.
+        calibration: over all positions.
     """
 
     def __init__(self, num_rows: int, *, predicts: Predicts) -> None:
@@ -44,16 +44,16 @@ class Comparison:
 
     @torch.no_grad()
     def add(self, logits: Tensor, targets: Tensor, row: Tensor, teacher: Tensor | None = None) -> None:
-        """Adds scored positions; the positions of one row may come in several calls.
+        """Adds scored positions; a row's positions may be split over several calls.
 
         Args:
-            logits: [N, V]; float64 is computed in float64, all else in float32. -inf is a class that does not exist.
-            targets: [N] int64, what is right there. row: [N] int64 in 0..num_rows-1, which row each position belongs to.
+            logits: [N, V]; float64 is computed in float64, other dtypes in float32. -inf marks a class that does not exist.
+            targets: [N] int64, the correct classes. row: [N] int64 in 0..num_rows-1, the row of each position.
             teacher: [N, V] logits of the teacher at the same positions, on the same device; in every call or in none.
 
         Raises:
             VerificationError: a logit is nan or +inf.
-            ValueError: shapes that do not fit, a row that is none, or a teacher in some calls only.
+            ValueError: mismatched shapes, a row out of range, or a teacher in some calls only.
         """
         self._check(logits, targets, row, teacher)
         where = row.cpu().numpy()
@@ -62,7 +62,7 @@ class Comparison:
             figures = _position_figures(**seen, teacher=None if teacher is None else teacher[part])
             values = {name: value.cpu().numpy() for name, value in figures.items()}
             for name in self._sums.keys() & values.keys():
-                # On the CPU, where the order of the additions is fixed.
+                # On the CPU, so that the order of additions is fixed.
                 self._sums[name] += np.bincount(where[part], values[name].astype(np.float64), minlength=self.num_rows)
             self.calibration.add(values["confidence"].astype(np.float64), values["correct"])
             if self.predicts == "classes":
@@ -89,23 +89,23 @@ class Comparison:
         return self._class_rows(1)
 
     def statistics(self) -> dict[str, Statistic]:
-        """The metrics by name, for ``bootstrap``, which may get others besides.
+        """The metrics by name, for ``bootstrap``.
 
-        tokens: loss, perplexity, token_accuracy, exact_match (rows with every position right, of those with any).
+        tokens: loss, perplexity, token_accuracy, exact_match (share of rows with every position correct, among rows with positions).
         classes: loss, accuracy, f1_macro, brier. With a teacher: agreement, kl.
 
         Raises:
-            DataError: no position was added.
+            DataError: no positions were added.
         """
-        from peftlab.evaluation.modules import row_statistics  # they import what takes seconds
+        from peftlab.evaluation.modules import row_statistics  # slow to import
 
         return row_statistics(self.columns())
 
     def columns(self) -> dict[str, Floats]:
-        """[num_rows] what ``statistics`` is computed from, by the names in ``specs.metrics``.
+        """The inputs of ``statistics``, [num_rows] each, by the names in ``specs.metrics``.
 
         Raises:
-            DataError: no position was added.
+            DataError: no positions were added.
         """
         if not self._sums["positions"].any():
             raise DataError("expected positions to score, found none: the evaluation data has no rows to score")
@@ -150,19 +150,19 @@ class Comparison:
         for whose, tensor in (("model", logits), ("teacher", teacher)):
             if tensor is not None and not bool((tensor < float("inf")).all()):
                 raise VerificationError(
-                    f"expected finite logits, found nan or inf in what the {whose} says on held-out rows: its training "
+                    f"expected finite logits, found nan or inf in the {whose}'s outputs on held-out rows: its training "
                     "diverged (try a lower learning rate) or its dtype is too narrow"
                 )
 
 
 def _blocks(num: int, width: int) -> Iterator[slice]:
-    """Positions whose logits are few enough to be worked on at once."""
+    """Slices of positions whose logits fit in one block."""
     step = max(1, _BLOCK // width)
     return (slice(first, first + step) for first in range(0, num, step))
 
 
 def _position_figures(logits: Tensor, targets: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
-    """What one block of positions adds, [N] each."""
+    """The figures of one block of positions, [N] each."""
     log_q = _log_softmax(logits)
     q = log_q.exp()
     confidence, top = q.max(dim=-1)
@@ -185,11 +185,11 @@ def _position_figures(logits: Tensor, targets: Tensor, teacher: Tensor | None) -
 def _kl(log_p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
     """[N] KL(p || q) in nats; infinite where q lacks a class that p has.
 
-    Summed as ``p log(p / q) - p + q``: no term is negative, and what the two float32 softmaxes miss of a sum of 1 counts
-    in second order only.
+    Summed as ``p log(p / q) - p + q``: no term is negative, and the deviation of the float32 softmaxes from a sum of 1 has
+    only a second-order effect.
     """
     p = log_p.exp()
-    # A class that neither has is -inf - -inf; p is 0 there, and the term is q.
+    # A class missing in both gives -inf - -inf; p is 0 there, and the term is q.
     log_ratio = torch.where(p > 0, log_p - log_q, 0.0)
     return (p * log_ratio - p + q).sum(-1, dtype=torch.float64)
 

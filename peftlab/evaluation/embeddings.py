@@ -1,4 +1,4 @@
-"""How much of the geometry of the teacher's embeddings a student keeps."""
+"""Measures how well a student keeps the geometry of the teacher's embeddings."""
 
 # Shapes: B texts of one call, N texts in all, H width of a vector, P pairs of texts.
 
@@ -15,15 +15,15 @@ from peftlab.evaluation import row_metrics
 from peftlab.measuring.intervals import Estimate, Floats, Statistic, bootstrap
 
 NEIGHBOURS = 10
-# Pairs of texts whose similarities are ranked; the sampling error of the correlation is below 0.003 then.
+# Maximum number of ranked pairs of texts; the sampling error of the correlation is then below 0.003.
 MAX_PAIRS = 100_000
 _PAIRS_SEED = 0
-# Texts whose similarities to all others exist at once.
+# Texts per block of similarities to all others.
 _QUERIES = 512
 
 
 class EmbeddingComparison:
-    """Vectors of student and teacher of the same texts, and how alike their neighbourhoods are.
+    """Compares the student's and teacher's vectors of the same texts, and their neighbourhoods.
 
     Keeps all vectors as float32 on the CPU: 4 (H_student + H_teacher) bytes per text.
     """
@@ -36,27 +36,27 @@ class EmbeddingComparison:
         """Adds texts.
 
         Args:
-            student: [B, H_student]. teacher: [B, H_teacher], of the same texts. Any length; cosines are compared.
+            student: [B, H_student]. teacher: [B, H_teacher], of the same texts. Norms do not matter: cosines are compared.
 
         Raises:
-            VerificationError: a vector is not finite. ValueError: shapes that do not fit.
+            VerificationError: a vector is not finite. ValueError: mismatched shapes.
         """
         if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
             raise ValueError(f"expected two [B, H], found {list(student.shape)} and {list(teacher.shape)}")
         for whose, vectors, kept in (("student", student, self._student), ("teacher", teacher, self._teacher)):
             if not bool(vectors.isfinite().all()):
                 raise VerificationError(
-                    f"expected finite vectors, found nan or inf in the {whose}'s: training diverged?"
+                    f"expected finite vectors, found nan or inf in those of the {whose}: training diverged?"
                 )
             kept.append(F.normalize(vectors.detach().float(), dim=-1).cpu())
 
     def statistics(self) -> dict[str, Statistic]:
         """The metrics by name, for ``bootstrap`` over texts.
 
-        spearman: rank correlation of the cosine similarities of pairs of texts; of ``MAX_PAIRS`` pairs drawn with a
-            fixed seed where there are more.
+        spearman: rank correlation of the cosine similarities of pairs of texts; over ``MAX_PAIRS`` pairs, drawn with a
+            fixed seed, if there are more.
         neighbour_recall: mean share of the teacher's 10 nearest texts that are among the student's 10 nearest.
-        cosine: mean cosine of the student's and the teacher's vector of a text, where they are equally wide.
+        cosine: mean cosine between the student's and the teacher's vector of a text, if they are equally wide.
 
         Raises:
             DataError: fewer than three texts.
@@ -92,17 +92,17 @@ def _pairs(num: int) -> NDArray[np.int64]:
 
 def _similarities(vectors: Tensor, pairs: NDArray[np.int64]) -> Floats:
     """[P] cosines of unit vectors [N, H]; summed in float64, so that equal vectors give equal cosines."""
-    found = [
+    cosines = [
         (vectors[a].double() * vectors[b].double()).sum(-1).numpy()
         for a, b in (torch.from_numpy(part) for part in np.array_split(pairs, -(-pairs.shape[1] // 4096), axis=1))
     ]
-    return np.concatenate(found)
+    return np.concatenate(cosines)
 
 
 def _spearman(x: Floats, y: Floats, pairs: NDArray[np.int64]) -> Statistic:
-    """Spearman's correlation of ``x`` and ``y`` [P], where a pair counts as often as both of its texts were drawn.
+    """Spearman's correlation of ``x`` and ``y`` [P]; a pair counts as often as both of its texts were drawn.
 
-    A text drawn twice makes no pair with itself. Ranks are computed anew for every draw; ties get their middle rank.
+    A text drawn twice makes no pair with itself. Ranks are recomputed for every draw; ties get their middle rank.
     """
     (num_x, place_x), (num_y, place_y) = ((len(u), i) for u, i in (np.unique(v, return_inverse=True) for v in (x, y)))
 
@@ -112,14 +112,14 @@ def _spearman(x: Floats, y: Floats, pairs: NDArray[np.int64]) -> Statistic:
         return np.asarray(middle[places])
 
     def statistic(counts: Floats) -> Floats:
-        found = np.empty(len(counts))
+        values = np.empty(len(counts))
         for draw, count in enumerate(counts):
             weights = count[pairs[0]] * count[pairs[1]]
             a, b = (ranks(weights, places, num) for places, num in ((place_x, num_x), (place_y, num_y)))
             with np.errstate(all="ignore"):
                 a, b = (r - np.dot(weights, r) / weights.sum() for r in (a, b))
-                found[draw] = np.dot(weights, a * b) / np.sqrt(np.dot(weights, a * a) * np.dot(weights, b * b))
-        return found
+                values[draw] = np.dot(weights, a * b) / np.sqrt(np.dot(weights, a * a) * np.dot(weights, b * b))
+        return values
 
     return statistic
 
@@ -134,6 +134,6 @@ def _neighbour_recall(student: Tensor, teacher: Tensor) -> Floats:
             similar = vectors[first : first + _QUERIES] @ vectors.T
             similar.diagonal(offset=first).fill_(-2.0)
             nearest.append(similar.topk(num, dim=-1).indices)
-        found = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(-1)
-        shares.append(found.double().mean(-1))
+        matches = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(-1)
+        shares.append(matches.double().mean(-1))
     return torch.cat(shares).numpy()

@@ -1,4 +1,4 @@
-"""The scores of one model on held-out rows, streamed, as the report card compares them."""
+"""Streams the scores of one model on held-out rows, for the report card."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from peftlab.specs.tasks import TaskSpec
 
 
 class HeldOutScores:
-    """Streamed scores of one model, by what its task predicts.
+    """Streamed scores of one model, depending on what its task predicts.
 
-    Args: headline: which may be a metric of one class.
+    Args: headline: may be a metric of one class.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class HeldOutScores:
             self._chosen[row] = (predicted, right)
 
     def estimates(self) -> dict[str, Estimate]:
-        """The metrics with an interval over rows; none before anything was added."""
+        """The metrics with an interval over rows; empty if nothing was added."""
         if not self._any:
             return {}
         if self._vectors is not None:
@@ -70,10 +70,10 @@ class HeldOutScores:
         some: dict[str, int] = {}
         headline, family, index = self._of_class
         if family:
-            # Of the rows of this class, or of those that are taken for it: far fewer than all.
+            # Based on the rows of this class, or those predicted as it: far fewer than all.
             statistics[headline], some[headline] = class_statistic(family, columns, index)
         return bootstrap(statistics, self._num_rows, shares=SHARES, shares_of=some)
 
     def figures(self) -> dict[str, float]:
-        """What has no interval over rows."""
+        """The metrics without an interval over rows."""
         return {} if self._logits is None or not self._any else {"ece": self._logits.calibration.ece()}

@@ -1,4 +1,4 @@
-"""One pass over held-out examples: nothing of the logits is kept (contract C10)."""
+"""One pass over held-out examples, without keeping logits (contract C10)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from peftlab.evaluation.scorer import Scorer
 def evaluate_examples(
     model: Any, task: Any, encoded: Any, *, metrics: list[str], batch_tokens: int, device: Any, autocast: Any
 ) -> dict[str, float]:
-    """Metrics of ``model`` on ``encoded`` examples, by flat name.
+    """Returns the metrics of ``model`` on ``encoded`` examples, by flat name.
 
     Args:
         task: a ``tasks.Task``; its ``score`` is called per padded batch of at most ``batch_tokens`` tokens.
-        metrics: none of a task without labels.
-        autocast: a zero-argument callable that gives the context the forward passes run in.
+        metrics: empty for a task without labels.
+        autocast: a zero-argument callable that returns the context of the forward passes.
     """
     if not metrics:
         return {}

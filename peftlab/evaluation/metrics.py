@@ -1,4 +1,4 @@
-"""Which metrics a recipe may ask for, by name. The numbers come from ``scorer``; nothing heavy is imported here."""
+"""The metrics that a recipe may name. ``scorer`` computes them; nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftlab.specs.tasks import TASKS
 
 
 def default_metrics(task: str, has_choices: bool) -> list[str]:
-    """The families a task is scored with when the recipe names none."""
+    """The metric families used if the recipe names none."""
     return [name for name in _available(task, has_choices) if METRICS[name].by_default]
 
 
@@ -24,14 +24,14 @@ def check_metrics(
         names: families ("f1") or flat values ("f1_macro", "f1_spam").
         task: the recipe's ``task``.
         has_choices: whether eval.choices is given.
-        class_names: without them any NAME_CLASS of a per-class family passes here; ``Scorer`` checks it again.
+        class_names: without them any NAME_CLASS of a per-class family passes; ``Scorer`` checks it again.
 
     Raises:
-        RecipeError: key eval.metrics, with all wrong names at once.
+        RecipeError: key eval.metrics, with all invalid names at once.
     """
     available, with_choices = _available(task, has_choices), _available(task, True)
     slugs = None if class_names is None else class_slugs(class_names)
-    problems = [] if names else ["no metric is named"]
+    problems = [] if names else ["the list is empty"]
     for name in names:
         family = family_of(name, slugs)
         if family is None or not family.needs:
@@ -46,7 +46,7 @@ def check_metrics(
 
 
 def flat_names(names: Sequence[str], class_names: Sequence[str] | None) -> list[str]:
-    """The flat values with an order that ``Scorer.compute`` gives for ``names``: what eval.best can be."""
+    """The flat values of ``names`` that can be ranked: the valid values of eval.best."""
     flat = []
     for name in names:
         if name not in METRICS:
@@ -59,10 +59,10 @@ def flat_names(names: Sequence[str], class_names: Sequence[str] | None) -> list[
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether a family or flat value is better when it is larger.
+    """Whether larger values of a family or flat value are better.
 
     Raises:
-        RecipeError: key eval.best; unknown, or without an order (confusion).
+        RecipeError: key eval.best; unknown metric, or one that cannot be ranked (confusion).
     """
     family = family_of(name)
     if family is None:
@@ -73,7 +73,7 @@ def higher_is_better(name: str) -> bool:
 
 
 def unknown_metric(name: str, families: Sequence[str], slugs: Sequence[str] | None) -> str:
-    """What is wrong with ``name``, with the nearest name among those of ``families``."""
+    """The error for an unknown metric, with the nearest name among those of ``families``."""
     nearest = difflib.get_close_matches(name, _spelled_out(families, slugs or ()), n=1)
     return f"unknown metric {name!r}" + (f", did you mean {nearest[0]!r}?" if nearest else "")
 

@@ -1,8 +1,7 @@
-"""Metrics as functions of how often each row counts: what ``intervals.bootstrap`` draws.
+"""Metrics as functions of row counts, for ``intervals.bootstrap``.
 
-Each function takes one number per row and returns a ``Statistic``. A ratio (token accuracy, perplexity) sums its
-numerators and denominators over the drawn rows before it divides: a row with many tokens weighs more, as it does in
-the metric itself.
+Each function takes one number per row and returns a ``Statistic``. A ratio (token accuracy, perplexity) sums numerators
+and denominators over the drawn rows before dividing, so that a row with many tokens weighs more, as in the metric.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ def mean(values: ArrayLike) -> Statistic:
 
 
 def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Statistic:
-    """``sum(numerators) / sum(denominators)``, both [N]; nan where no drawn row has a denominator."""
+    """``sum(numerators) / sum(denominators)``, both [N]; nan if no drawn row has a denominator."""
     columns = np.stack([_column(numerators), _column(denominators)])
 
     def statistic(counts: Floats) -> Floats:
@@ -43,7 +42,7 @@ def exp_ratio(numerators: ArrayLike, denominators: ArrayLike) -> Statistic:
 
 
 def share_of_class(numerators: ArrayLike, denominators: ArrayLike) -> Statistic:
-    """``ratio``, but 0 where no drawn row has a denominator (scikit-learn's rule)."""
+    """``ratio``, but 0 if no drawn row has a denominator (scikit-learn's rule)."""
     share = ratio(numerators, denominators)
 
     def statistic(counts: Floats) -> Floats:
@@ -59,7 +58,7 @@ def _column(values: ArrayLike) -> Floats:
 def _weighted_sums(counts: Floats, columns: Floats) -> Floats:
     """[K, D] sums of ``columns`` [K, N] over the rows of each draw of ``counts`` [D, N].
 
-    A row that was not drawn adds nothing even where its value is infinite: 0 * inf would be nan.
+    A row that was not drawn adds nothing even if its value is infinite: 0 * inf would be nan.
     """
     finite = np.isfinite(columns)
     sums = np.where(finite, columns, 0.0) @ counts.T

@@ -1,7 +1,7 @@
-"""The values of metrics from columns that a task's ``score`` gives batch by batch.
+"""Computes metrics from the columns that a task's ``score`` returns batch by batch.
 
-The numbers come from the ``evaluate`` modules in ``peftlab/evaluation/modules``; importing those takes seconds, so only
-``Scorer.compute`` does.
+The ``evaluate`` modules in ``peftlab/evaluation/modules`` compute the values. Importing them takes seconds, so only
+``Scorer.compute`` does it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation.metrics import unknown_metric
 from peftlab.specs.metrics import METRICS, class_slugs, family_of
 
-# What a task's ``score`` gives of one batch: a number, or one number per row, by the name of the column.
+# The result of a task's ``score`` for one batch: a number, or one number per row, by column name.
 Columns = Mapping[str, float | int | Sequence[float] | Sequence[int] | Sequence[bool]]
 
 
 class Scorer:
     """Collects columns batch by batch and computes the flat metric values.
 
-    Keeps what the columns hold, a few numbers per batch or row, and nothing of logits or vocabulary size. Writes no files
-    and shares no state, so several may live at once.
+    Keeps only the columns, a few numbers per batch or row, and nothing of the size of logits or vocabulary. Writes no files
+    and shares no state, so several can coexist.
 
     Args:
         names: families or flat values; only these are returned.
-        class_names: one per class index; needed by the metrics of classes.
+        class_names: one per class index; required by class metrics.
 
     Raises:
         RecipeError: key eval.metrics; unknown name, or class metrics without class names.
@@ -47,21 +47,21 @@ class Scorer:
         self._columns: dict[str, array[Any] | None] = dict.fromkeys(needed)
 
     def add(self, columns: Columns) -> None:
-        """Adds one batch; columns that no metric needs are passed over.
+        """Adds one batch; ignores columns that no metric needs.
 
         Args: columns: ``num_...`` counts of the batch, ``nll_sum`` nats summed in float64, or one number per row:
             ``predictions`` and ``references`` are class indices.
         Raises:
-            ValueError: a needed column is missing, two that belong together differ in length, or an index is not a class.
+            ValueError: a needed column is missing, related columns differ in length, or an index is not a class.
         """
         if missing := self._columns.keys() - columns.keys():
-            raise ValueError(f"expected the columns {', '.join(self._columns)}, found none called {min(missing)}")
+            raise ValueError(f"expected the columns {', '.join(self._columns)}, but {min(missing)} is missing")
         values = {name: _as_list(columns[name]) for name in self._columns}
         for family in dict.fromkeys(self._families.values()):
             needed = [values[column] for column in METRICS[family].needs.values()]
             if len({len(column) for column in needed}) > 1:
                 names = " and ".join(METRICS[family].needs.values())
-                raise ValueError(f"expected as many {names}, found {', '.join(str(len(c)) for c in needed)}")
+                raise ValueError(f"expected equally many {names}, found {', '.join(str(len(c)) for c in needed)}")
             if METRICS[family].of_classes:
                 self._check_classes(needed)
         for name, column in values.items():
@@ -71,20 +71,20 @@ class Scorer:
             kept.extend(column)
 
     def compute(self) -> dict[str, float]:
-        """The values asked for, by flat name: first one per family, in the order of names, then those per class.
+        """The requested values by flat name: one per family in the order of names, then the per-class values.
 
         A precision, recall or F1 without rows to divide by is 0.0; the macro average is over the classes that occur in
         predictions or references. ``confusion`` gives ``confusion_R_as_P``, the rows of class R predicted as P.
         Values may be ``nan`` or ``inf`` (perplexity beyond float64): JSON writers must handle them.
 
         Raises:
-            DataError: nothing was added that a metric needs.
+            DataError: a metric has no data.
         """
         from peftlab.evaluation.modules import load_metric, takes_class_names
 
         columns = {name: [] if kept is None else kept.tolist() for name, kept in self._columns.items()}
         values: dict[str, float] = {}
-        # The modules create their cache folder even when they keep everything in memory.
+        # The modules create a cache folder even if they keep everything in memory.
         with tempfile.TemporaryDirectory(prefix="peftlab-metrics-") as scratch:
             for family in dict.fromkeys(self._families.values()):
                 metric = load_metric(family)
@@ -106,7 +106,7 @@ class Scorer:
             raise ValueError(f"expected class indices in 0..{len(self._slugs) - 1}, found {sorted(outside)}")
 
     def _flat(self, computed: Mapping[str, Any]) -> dict[str, float]:
-        """``computed`` with a matrix over classes as one value per pair of them."""
+        """Flattens ``computed``: a matrix over classes becomes one value per pair."""
         flat: dict[str, float] = {}
         for name, value in computed.items():
             if not isinstance(value, list):

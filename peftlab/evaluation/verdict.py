@@ -1,4 +1,4 @@
-"""The sentences that say whether distillation helped, and what the student is worth."""
+"""Writes the verdict: whether distillation helped, and how the student compares with the teacher."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SAME = 0.02
 
 
 def verdict(card: Card, *, no_baseline: str | None) -> Verdict:
-    """The outcome and its sentences; they claim a difference only where the 95 % interval excludes 0.
+    """Returns the outcome and its sentences, which claim a difference only if the 95 % interval excludes 0.
 
-    Args: no_baseline: why there is no baseline, for the sentence that says so.
+    Args: no_baseline: why there is no baseline.
     """
     head = card["metrics"][0]
     outcome = _outcome(head)
@@ -25,7 +25,7 @@ def verdict(card: Card, *, no_baseline: str | None) -> Verdict:
 
 
 def excludes_zero(interval: IntervalDict) -> bool:
-    """Whether the interval is known and lies on one side of 0."""
+    """Whether the interval is known and excludes 0."""
     low, high = interval["low"], interval["high"]
     return low is not None and high is not None and (low > 0 or high < 0)
 
@@ -55,13 +55,13 @@ def _comparison(row: MetricRow, outcome: Outcome, card: Card) -> str:
             f"Too few held-out rows to tell ({card['num_rows']:,}; an interval needs {MIN_ROWS}): {against} "
             f"({_change(row, gain['value'], unit=True)})."
         )
-    said = {
+    opening = {
         "helped": "Distillation helped",
         "did_not_help": "Distillation did not help, the student is worse for it",
         "no_difference": "No difference",
     }[outcome]
     contains = ", which contains 0" if outcome == "no_difference" else ""
-    return f"{said}: {against} ({_with_interval(row, gain)}{contains}{_seeds(card, gain)})."
+    return f"{opening}: {against} ({_with_interval(row, gain)}{contains}{_seeds(card, gain)})."
 
 
 def _with_interval(row: MetricRow, difference: IntervalDict) -> str:
@@ -74,7 +74,7 @@ def _with_interval(row: MetricRow, difference: IntervalDict) -> str:
 
 
 def _seeds(card: Card, gain: IntervalDict) -> str:
-    """What the interval is over and how many seeds agree."""
+    """Says what the interval is over and how many seeds agree."""
     num = card["num_seeds"]
     if num == 1:
         return "; one seed: training noise is not in it"
@@ -86,29 +86,31 @@ def _seeds(card: Card, gain: IntervalDict) -> str:
 
 
 def _contradictions(card: Card, outcome: Outcome) -> list[str]:
-    """Metrics that say the opposite of the headline, or that something differs where the headline does not."""
-    found: dict[bool, list[str]] = {True: [], False: []}
+    """A sentence on metrics that contradict the headline, or that differ where the headline does not."""
+    differing: dict[bool, list[str]] = {True: [], False: []}
     has_perplexity = any(row["name"] == "perplexity" for row in card["metrics"])
     for row in card["metrics"][1:]:
-        said = _outcome(row)
-        # The perplexity is the exponential of the loss: one of them is enough.
-        if said not in ("helped", "did_not_help") or said == outcome or (row["name"] == "loss" and has_perplexity):
+        of_row = _outcome(row)
+        # The perplexity is the exponential of the loss; name only one of them.
+        if of_row not in ("helped", "did_not_help") or of_row == outcome or (row["name"] == "loss" and has_perplexity):
             continue
         assert row["student"] is not None and row["baseline"] is not None
         values = " against ".join(_figure(row, row[who]["value"]) for who in ("student", "baseline"))  # type: ignore[index]
-        found[said == "helped"].append(f"{_phrase(row)} ({values})")
-    sides = [f"{word} in {_joined(found[key])}" for word, key in (("better", True), ("worse", False)) if found[key]]
+        differing[of_row == "helped"].append(f"{_phrase(row)} ({values})")
+    sides = [
+        f"{word} in {_joined(differing[key])}" for word, key in (("better", True), ("worse", False)) if differing[key]
+    ]
     return [f"But against labels alone it is {', and '.join(sides)}."] if sides else []
 
 
 def _teacher(card: Card, outcome: Outcome) -> list[str]:
-    """Says so when the teacher is not better than the baseline, by the first metric that both have."""
+    """A sentence if the teacher is not better than the baseline, by the first metric that both have."""
     tasks = [row for row in card["metrics"] if row["kept_as"] or row["name"] == "loss"]
     row = next((row for row in tasks if row["lead"]), None)
     if row is None or row["lead"] is None or row["teacher"] is None or row["baseline"] is None:
         return []
     lead = row["lead"]
-    # Ahead, though perhaps not provably: few seeds would make a bad teacher of every teacher.
+    # The teacher leads, even if not significantly: with few seeds no teacher would lead significantly.
     if lead["low"] is None or (lead["value"] != 0 and (lead["value"] > 0) == row["higher_is_better"]):
         return []
     values = " against ".join(_figure(row, side["value"]) for side in (row["teacher"], row["baseline"]))
@@ -141,18 +143,18 @@ def _not_compared(row: MetricRow, reason: str) -> list[str]:
 
 
 def _kept(card: Card) -> list[str]:
-    """What the student keeps of the teacher, and at what size and speed."""
+    """Sentences on how much of the teacher the student keeps, and at what size and speed."""
     sentences = []
     row = next((row for row in card["metrics"] if row["kept"] and math.isfinite(row["kept"]["value"])), None)
     costs = _size_and_speed(card, named=row is not None)
     if row is not None and row["kept"] is not None:
         ratio = row["kept"]["value"]
         if row["kept_as"] == "share":
-            said = f"{'keeps' if ratio <= 1 else 'reaches'} {100 * ratio:.1f} % of the teacher's {_phrase(row)}"
-            sentences.append(f"The student {said}{f' at {costs}' if costs else ''}.")
+            kept = f"{'keeps' if ratio <= 1 else 'reaches'} {100 * ratio:.1f} % of the teacher's {_phrase(row)}"
+            sentences.append(f"The student {kept}{f' at {costs}' if costs else ''}.")
         else:
-            said = f"The student's {_phrase(row)} is {ratio:.2f}x the teacher's"
-            sentences.append(f"{said}{f', at {costs}' if costs else ''}.")
+            kept = f"The student's {_phrase(row)} is {ratio:.2f}x the teacher's"
+            sentences.append(f"{kept}{f', at {costs}' if costs else ''}.")
     elif costs:
         sentences.append(f"The student has {costs}.")
     if card["ratios"].get("num_parameters", 1.0) > 1 + _SAME:
@@ -162,7 +164,7 @@ def _kept(card: Card) -> list[str]:
 
 
 def _size_and_speed(card: Card, *, named: bool) -> str:
-    """``50 % of its parameters and 2.1x its speed``; ``named``: the sentence has named the teacher already."""
+    """``50 % of its parameters and 2.1x its speed``; ``named``: whether the sentence already names the teacher."""
     parts, whose = [], "its" if named else "the teacher's"
     ratio = card["ratios"].get("num_parameters")
     if ratio is not None and abs(ratio - 1) <= _SAME:

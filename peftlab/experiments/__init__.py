@@ -1,1 +1,1 @@
-"""Sets of trainings that belong together and can be resumed: a distillation's students, their baselines and their phases."""
+"""Groups of trainings that can be resumed: the students, baselines and phases of a distillation."""

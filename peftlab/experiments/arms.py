@@ -1,4 +1,4 @@
-"""The trainings of a distillation: students and baselines of all seeds, each finished once, and their comparison."""
+"""Runs the trainings of a distillation, students and baselines of all seeds, and compares them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Arm:
 
     @property
     def model(self) -> Path:
-        """Its trained model as a plain transformers folder."""
+        """The trained model, as a plain transformers folder."""
         full = self.folder / "model"
         return full if full.is_dir() else self.folder / "merged"
 
@@ -55,9 +55,8 @@ class Distillation:
     """All trainings of a recipe with a section ``distill``.
 
     Args:
-        assembly: of the recipe, trained on distill.transfer where it has it. folder: the run folder.
-        resume: whether the run in the folder goes on: finished trainings are kept, an interrupted one goes on from its newest
-            checkpoint.
+        assembly: that of the recipe; trains on distill.transfer if the recipe has it. folder: the run folder.
+        resume: resume the run in the folder: keep finished trainings, continue an interrupted one from its newest checkpoint.
     """
 
     def __init__(self, assembly: Assembly, folder: Path, progress: Progress, *, resume: bool = False) -> None:
@@ -65,9 +64,8 @@ class Distillation:
         self._summary: dict[str, Any] = {}
 
     def check(self) -> dict[str, str]:
-        """Fingerprints of the run, after all that can be checked without loading a model was checked, so that a mistake costs
-        seconds and no earlier run. A run that goes on must still agree with its lock, a new one with the recipe's own, where
-        it has one.
+        """Runs every check that needs no model and returns the fingerprints, so that a mistake costs seconds and no earlier
+        run. A resumed run must match its lock; a new run must match the recipe's lock, if it has one.
         """
         assembly = self._assembly
         check_routes(assembly)
@@ -81,9 +79,9 @@ class Distillation:
         return fingerprints
 
     def run(self, fingerprints: dict[str, str], *, replace: bool = False) -> None:
-        """Trains what is not finished yet, compares the models, and publishes the first seed's student as ``student/``.
+        """Trains what is unfinished, compares the models, and publishes the first seed's student as ``student/``.
 
-        Args: fingerprints: of ``check``. replace: an earlier run in the folder is removed.
+        Args: fingerprints: from ``check``. replace: overwrite an earlier run in the folder.
         Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
         """
         if self._resume:
@@ -98,7 +96,7 @@ class Distillation:
             write_json(self._folder / RUN_NAME, {**_head(loaded, "finished"), **self._summary})
 
     def _begin(self, fingerprints: dict[str, str], *, replace: bool) -> None:
-        """The run folder with its lock file."""
+        """Creates the run folder with its lock file."""
         folder, assembly = self._folder, self._assembly
         if replace and folder.exists():
             shutil.rmtree(folder)
@@ -118,7 +116,7 @@ class Distillation:
         distill = first.distill
         if distill.cache is not None and distill.on_policy is None and not is_stored(first):
             progress.note(
-                f"{distill.cache} does not hold all teacher targets yet: they are made first, as by `peftlab teach`"
+                f"{distill.cache} is incomplete: caching the missing teacher targets first, as `peftlab teach` does"
             )
             progress.stage("reading data")
             self._summary["teach"] = capture_all(taught_examples(first), progress)
@@ -131,7 +129,7 @@ class Distillation:
             what = "from the teacher" if arm.kind == STUDENT else "from the labels alone"
             progress.stage(f"training {number} of {len(arms)}: the student {what}, seed {arm.seed}")
             taught_by = teachers if arm.kind == STUDENT else None
-            # The first one says what is trained; the others differ in seed and teacher alone.
+            # Only the first training reports its details; the others differ in seed and teacher only.
             with progress.quietly() if number > 1 else contextlib.nullcontext():
                 figures[arm] = self._train(students[arm.seed], arm, taught_by, steps.get(arm.seed))
             progress.done()
@@ -147,28 +145,28 @@ class Distillation:
         _publish_student(arms[0], self._folder)
 
     def _student(self, seed: int) -> Assembly:
-        """Of a seed's students, whose model is what they begin as."""
+        """The assembly of a seed's students, with their initial model."""
         init = self._assembly.distill.student_init
         if init is None:
             return self._assembly
         where = self._folder / "init" if init.weights == "copied" else self._folder / f"seed-{seed}" / "init"
         if init.weights == "random" or "student_init" not in self._summary:
             self._summary["student_init"] = cut_student(self._assembly, where, self._progress, seed=seed)
-        # The student that was cut, in place of the model it was cut from.
+        # Use the cut student instead of the model it was cut from.
         changes = {"model.name": str(where.absolute()), "model.revision": None, "distill.student_init": None}
         return self._assembly.derive(changes)
 
     def _train(self, student: Assembly, arm: Arm, teachers: Teachers | None, steps: int | None) -> dict[str, Any]:
-        """The summary of one training; one that is finished already is read from its folder."""
-        # One split for all seeds: no student is scored on rows that it has learned.
+        """Trains one arm and returns its summary; a finished training is read from its folder."""
+        # One split for all seeds, so that no student is scored on its training rows.
         changes = {"data.seed": student.seed, "run.seed": arm.seed, "run.dir": str(arm.folder), "lock": None}
         if teachers is None:
-            # The same budget: as many steps, of as many rows.
+            # The same budget: equal steps and rows.
             changes |= {"distill": None, "train.epochs": None, "train.max_steps": steps}
         assembly = student.derive(changes, name=f"{self._assembly.name}-{arm.kind}", transfer=teachers is not None)
         if (arm.folder / LOCK_NAME).is_file() and open_run(arm.folder).summary.get("status") == "finished":
-            self._progress.note(f"{arm.folder} is finished already")
-            self._merge(arm, assembly)  # it may have been stopped between the two
+            self._progress.note(f"{arm.folder} is already finished")
+            self._merge(arm, assembly)  # the run may have stopped before the merge
             return open_run(arm.folder).summary
         if teachers is not None and assembly.distill.on_policy is not None:
             train_in_phases(assembly, arm.folder, self._progress)
@@ -187,14 +185,14 @@ class Distillation:
         return open_run(arm.folder).summary
 
     def _merge(self, arm: Arm, assembly: Assembly) -> None:
-        """Makes the plain model of a training that has an adapter, unless it is there."""
+        """Merges the adapter of a training into a plain model, unless that is already done."""
         if (arm.folder / "adapter").is_dir() and not (arm.folder / "merged").is_dir():
             base = "dequantized" if assembly.recipe.model.quantize != "none" else "original"
             merge_run(arm.folder, base=base, replace=True, progress=self._progress, assembly=assembly)
 
 
 def _arm_line(number: int, total: int, what: str, seed: int, summary: Mapping[str, Any]) -> str:
-    """One row of the table of trainings."""
+    """The progress line of a finished training."""
     training = summary["training"]
     return (
         f"{number:>{len(str(total))}} of {total}  {what:<21}  seed {seed:<3} {training['steps']:>6,} steps  "
@@ -203,7 +201,7 @@ def _arm_line(number: int, total: int, what: str, seed: int, summary: Mapping[st
 
 
 def _arms(assembly: Assembly, folder: Path) -> Iterator[Arm]:
-    """The students first: the teacher is not in memory while the baselines train."""
+    """Yields the arms, students first, so that the teacher is not in memory while the baselines train."""
     seed = assembly.recipe.run.seed
     for kind in [STUDENT] if no_baseline(assembly) else [STUDENT, BASELINE]:
         for number in range(seed, seed + assembly.distill.seeds):
@@ -211,11 +209,11 @@ def _arms(assembly: Assembly, folder: Path) -> Iterator[Arm]:
 
 
 def _publish_student(arm: Arm, folder: Path) -> None:
-    """The first seed's student as ``student/``, with the lock of the whole run beside it; a rename publishes it."""
+    """Publishes the first seed's student as ``student/`` with the lock of the whole run, by a rename."""
     partial = folder / ".student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for file in arm.model.rglob("*"):  # not copytree, whose error does not say that the disk is full
+    for file in arm.model.rglob("*"):  # not copytree, whose error hides a full disk
         if file.is_file() and file.name != LOCK_NAME:
             target = partial / file.relative_to(arm.model)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +224,7 @@ def _publish_student(arm: Arm, folder: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for the same bytes where the disk allows it: a student may have gigabytes."""
+    """Hard-links the file if the disk allows it, else copies: a student may have gigabytes."""
     try:
         os.link(source, target)
     except OSError:
@@ -234,15 +232,15 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _clear_partial(folder: Path) -> None:
-    """Removes what a killed process was writing: it may be a whole model, and its name has that process's number."""
+    """Removes partial files of a killed process. They may be whole models, and their names contain its process id."""
     for path in folder.glob("**/.*.partial*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _status(loaded: LoadedRecipe, folder: Path, *, resumed: bool) -> Iterator[None]:
-    """Keeps run.json up to date; a new run folder is removed again where no training got as far as a checkpoint, unless it
-    was stopped with a student cut already."""
+    """Keeps the status in run.json current. Removes a new run folder if no training reached a checkpoint, unless it was
+    interrupted after cutting the student."""
     try:
         write_json(folder / RUN_NAME, _head(loaded, "running"))
         yield
@@ -259,7 +257,7 @@ def _status(loaded: LoadedRecipe, folder: Path, *, resumed: bool) -> Iterator[No
         with contextlib.suppress(OSError):
             write_json(folder / RUN_NAME, _head(loaded, "interrupted" if stopped else "failed"))
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted. Continue with: {_resume_hint(folder)}") from None
+            raise Interrupted(f"interrupted. Resume with: {_resume_hint(folder)}") from None
         raise
 
 

@@ -1,4 +1,4 @@
-"""The report card's figures: teacher, student and baseline on the held-out rows, side by side, loaded from their files."""
+"""Computes the report card's figures: loads teacher, student and baseline and scores them on the held-out rows."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from peftlab.teaching.teachers import Teachers
 from peftlab.training.distill_loss import TaughtLogits
 from peftlab.training.progress import Progress, first_in_full
 
-# Positions whose logits exist at a time, of each model: 256 x 49,152 float32 values are 48 MiB.
+# Positions per chunk of logits and model: 256 x 49,152 float32 values are 48 MiB.
 _CHUNK = 256
-# The rows whose forward pass is timed, and the time spent on that.
+# Rows of the timed forward pass, and the time budget for timing.
 _TIMED_ROWS, _TIMED_SECONDS = 32, 20.0
-# Name of a training in the run folder -> of its model on the card.
+# Name of a training in the run folder -> name of its model on the card.
 _WHO = {"student": "student", "labels": "baseline"}
 
 
 def no_baseline(assembly: Assembly) -> str | None:
-    """Why no student is trained on labels alone; None where one is."""
+    """Why there is no baseline on the labels alone; None if there is one."""
     if not assembly.spec.learns_from_labels:
         return "no labels"
     return None if assembly.distill.baseline else "distill.baseline: false"
@@ -44,11 +44,11 @@ def compare_students(
     *,
     from_weights: bool,
 ) -> dict[str, Any]:
-    """The report card of a distillation, and the figures that it is made of.
+    """Returns the report card of a distillation and the figures behind it.
 
     Args:
-        student: of the first seed, with ``model.name`` as it began. arms: each training with its summary.
-        from_weights: whether students began with weights that mean something, so that they are scored untrained too.
+        student: assembly of the first seed's student, with the initial ``model.name``. arms: each training with its summary.
+        from_weights: whether students start from meaningful weights, so that the untrained student is scored too.
     """
     comparer = _Comparer(student, teachers, progress, from_weights=from_weights)
     seeds: list[Seed] = []
@@ -67,14 +67,14 @@ def compare_students(
 
 
 class _Comparer:
-    """Scores the models of one seed on the same held-out rows, each next to what the teachers say there."""
+    """Scores the models of one seed on the same held-out rows, and compares each with the teachers."""
 
     def __init__(self, student: Assembly, teachers: Teachers, progress: Progress, *, from_weights: bool) -> None:
-        self._cut = _as_it_began(student) if from_weights else None
+        self._cut = _untrained_student(student) if from_weights else None
         self._student, self._teachers, self._progress = student, teachers, progress
         self._task, self._encoded, self._device = student.task, student.held_out, student.device
         encoded, rows = self._encoded, student.data.eval
-        # Classes of another vocabulary cannot be compared one by one.
+        # Classes of different vocabularies cannot be compared one by one.
         self._shares = [] if teachers.translated() else teachers.shares(self._task, None, rows, encoded)
         self._columns = teachers.columns()
         self._index = {e.row: i for i, e in enumerate(encoded.examples)}
@@ -84,7 +84,7 @@ class _Comparer:
         self.timed_on = f"{len(self._timed)} held-out rows, {self.num_tokens:,} tokens, on {self._device}"
 
     def seed(self, seed: int, arms: Mapping[Any, Mapping[str, Any]]) -> Seed:
-        """All figures of one seed."""
+        """Computes all figures of one seed."""
         self._progress.stage(f"comparing teacher and student on {len(self._encoded.examples):,} held-out rows")
         models = {_WHO[arm.kind]: open_target(find_target(arm.model), self._progress).model for arm in arms}
         if self._cut is not None:
@@ -157,8 +157,8 @@ class _Comparer:
         return run
 
 
-def _as_it_began(student: Assembly) -> Target | None:
-    """The student before its training, where its answers mean something: not with a new head or made-up weights."""
+def _untrained_student(student: Assembly) -> Target | None:
+    """The student before training; None if its answers are meaningless: with a new head or random weights."""
     if student.spec.classifies or student.recipe.model.name.startswith("shape:"):
         return None
     return Target("base", student.loaded.derive({"distill": None, "lock": None}, name="cut"), None)

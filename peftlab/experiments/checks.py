@@ -1,4 +1,4 @@
-"""What can be found wrong with a distillation before any weight is loaded: teachers, student, losses, headline, caches."""
+"""Checks of a distillation before weights are loaded: teachers, student, losses, headline, caches."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from peftlab.training.inner_losses import plan_inner_losses
 
 @dataclass(frozen=True)
 class Skeletons:
-    """The models of a distillation without weights.
+    """The models of a distillation, without weights.
 
     Attributes:
-        student: cut, as far as no measurement chooses what. figures: of it, as ``check`` gives them. teachers: in order.
+        student: already cut, unless measurements decide the cut. figures: the student's part of ``check``. teachers: in order.
     """
 
     student: Any
@@ -38,10 +38,10 @@ class Skeletons:
 
 
 def describe_distillation(assembly: Assembly) -> tuple[dict[str, Any], Any]:
-    """Plain values for ``check``: ``teachers``, each with its cache, and ``student``. Beside them the student without weights, as
-    far as no measurement chooses what is cut.
+    """Returns plain values for ``check`` (``teachers``, each with its cache, and ``student``), and the student without
+    weights, already cut unless measurements decide the cut.
 
-    Raises: what ``distill`` would, as far as no weights are needed for it: RecipeError, DataError, ArtifactError.
+    Raises: the errors of ``distill`` that need no weights: RecipeError, DataError, ArtifactError.
     """
     distill = assembly.distill
     check_routes(assembly)
@@ -65,7 +65,7 @@ def describe_distillation(assembly: Assembly) -> tuple[dict[str, Any], Any]:
 
 
 def check_models(assembly: Assembly) -> Skeletons:
-    """Teachers and student of a recipe; caches and rows are not looked at. Raises: as ``describe_distillation``."""
+    """Checks teachers and student of a recipe, but not caches or rows. Raises: as ``describe_distillation``."""
     distill = assembly.distill
     if distill.headline is not None:
         choices = bool(assembly.recipe.eval.choices)
@@ -100,11 +100,11 @@ def _num_parameters(skeleton: Any) -> int:
 
 
 def _cache(assembly: Assembly, teacher: NamedTeacher) -> dict[str, Any] | None:
-    """Folder of a teacher's cache and what is in it; examples None: nothing complete."""
+    """The folder and contents of a teacher's cache; examples is None if it is incomplete."""
     if assembly.distill.cache is None:
         return None
     folder = cache_folder(assembly, teacher)
-    if assembly.distill.on_policy is not None:  # it holds a cache for each phase, of answers that do not exist yet
+    if assembly.distill.on_policy is not None:  # one cache per phase, for answers that do not exist yet
         return {"folder": str(folder), "examples": None, "begun": False}
     check_cache_folder(folder)
     identity = examples_identity(assembly, assembly.data.train)

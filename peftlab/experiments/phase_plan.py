@@ -1,4 +1,4 @@
-"""The phases of an on-policy distillation: which prompts each asks, and which steps of the training are its own."""
+"""Plans the phases of an on-policy distillation: the prompts and the training steps of each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from peftlab.training.progress import Progress
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What all phases of a training have in common.
+    """The settings shared by all phases of a training.
 
     Attributes:
-        assembly: of the student, with the steps of all phases. folder: of the training. base: all training rows, with their
-            own answers. candidates: [N] examples whose prompts may be asked.
-        spans: steps of each phase.
+        assembly: that of the student, with the steps of all phases. folder: the training's folder. base: all training rows
+            with their original answers. candidates: [N] examples whose prompts may be used.
+        spans: the steps of each phase.
     """
 
     assembly: Assembly
@@ -39,9 +39,9 @@ class PhasePlan:
         return on_policy_of(self.assembly)
 
     def choose(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Examples of phase ``number``, counted from 1: those that the student answers, and those that stay as they are.
+        """Returns the examples of phase ``number`` (from 1): those that the student answers, and those kept unchanged.
 
-        No row comes again before there are too few left that have not been.
+        No row repeats until too few unused rows are left.
         """
         phases_a_pass = len(self.candidates) // self.rows
         a_pass, place = divmod(number - 1, phases_a_pass)
@@ -64,7 +64,7 @@ def plan_phases(assembly: Assembly, folder: Path, progress: Progress) -> PhasePl
     base = taught_examples(assembly)
     if task.formatter.style == "text":
         raise DataError(
-            "these rows are plain text, and on_policy needs a prompt for the student to answer: expected messages, prompt and "
+            "on_policy needs prompts for the student to answer, but these rows are plain text: expected messages, prompt and "
             "completion, or a template",
             key=task.formatter.key,
         )
@@ -82,8 +82,8 @@ def plan_phases(assembly: Assembly, folder: Path, progress: Progress) -> PhasePl
 
 
 def _candidates(base: TaughtExamples, progress: Progress) -> np.ndarray:
-    """Examples whose prompt leaves room for the longest answer. Raises: DataError where one does not and data.too_long
-    has no other way."""
+    """Returns the examples whose prompt leaves room for the longest answer. Raises: DataError if a prompt does not and
+    data.too_long is error."""
     assembly, limit = base.assembly, base.assembly.limit
     task = cast(Generates, assembly.task)
     room = limit - on_policy_of(assembly).max_new_tokens
@@ -97,15 +97,15 @@ def _candidates(base: TaughtExamples, progress: Progress) -> np.ndarray:
         )
         if assembly.recipe.data.too_long == "error":
             raise DataError(
-                f"{problem}; lower it, raise data.max_length, or leave such rows out with data.too_long: drop",
+                f"{problem}; lower it, raise data.max_length, or drop such rows with data.too_long: drop",
                 key="distill.on_policy.max_new_tokens",
             )
-        progress.note(f"{problem}; these rows are left out")
+        progress.note(f"{problem}; these rows are dropped")
     return np.flatnonzero(lengths <= room)
 
 
 def _spans(assembly: Assembly, rows: int) -> list[tuple[int, int]]:
-    """The first step of each phase, and the one after its last. They do not depend on what the student will write."""
+    """The first step of each phase and the one after its last; independent of the student's answers."""
     t, phases = assembly.recipe.train, on_policy_of(assembly).phases
     if t.max_steps is not None:
         ends = [t.max_steps * (i + 1) // phases for i in range(phases)]

@@ -1,9 +1,9 @@
-"""On-policy distillation on one device, in phases: the student writes answers, the teacher says what it would have written
-at each of their tokens, the student learns from that; then it writes again.
+"""On-policy distillation on one device, in phases: the student writes answers, the teacher scores every token of them, and
+the student learns from the scores. Then the next phase starts.
 
-In a phase each of the two is loaded from its files and gone before the other is: what passes between them lies on the
-disk. The phases are one training: optimizer, learning rate and random numbers go on from the checkpoint at the end of
-the phase before. Source: GKD, arXiv 2306.13649, algorithm 1, with the student's samples renewed once in a phase.
+Only one of the two models is loaded at a time; they exchange data through files. The phases are one training: optimizer,
+learning rate and random numbers continue from the checkpoint of the previous phase. Source: GKD, arXiv 2306.13649,
+algorithm 1, with the student's samples renewed once per phase.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _NOTES_NAME = "phase.json"
 
 
 def train_in_phases(assembly: Assembly, folder: Path, progress: Progress) -> Run:
-    """Trains the student of one seed; what is finished already is not done again.
+    """Trains the student of one seed and skips finished phases.
 
-    Args: assembly: of the student, with ``distill.on_policy``. folder: of the training; those of the phases lie beside it.
+    Args: assembly: that of the student, with ``distill.on_policy``. folder: the training's folder, next to those of the phases.
     Raises: RecipeError, DataError, ResourceError, ArtifactError, VerificationError, Interrupted.
     """
     plan = plan_phases(assembly, folder, progress)
@@ -56,13 +56,13 @@ def train_in_phases(assembly: Assembly, folder: Path, progress: Progress) -> Run
             continue
         run = _train_phase(plan, number, checkpoints[-1] if checkpoints else None, begun=done > first)
         release_memory()
-        if run.summary["status"] == "finished":  # the last one, or eval.patience ran out
+        if run.summary["status"] == "finished":  # the last phase, or eval.patience ran out
             break
     return open_run(folder)
 
 
 def phase_notes(folder: Path) -> list[dict[str, Any]]:
-    """What was noted of each phase of the finished training in ``folder``, in order; the ledgers stay in the phases' files."""
+    """Returns the notes on each phase of the finished training in ``folder``, in order, without the ledgers."""
     files = sorted(folder.parent.glob(f"phase-*/{_NOTES_NAME}"), key=lambda path: int(path.parent.name[6:]))
     notes = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     begins = [n.pop("trained_before_s") for n in notes]
@@ -75,7 +75,7 @@ def phase_notes(folder: Path) -> list[dict[str, Any]]:
 
 
 def _train_phase(plan: PhasePlan, number: int, checkpoint: Path | None, *, begun: bool) -> Run:
-    """Args: begun: whether the checkpoint lies within the phase."""
+    """Trains one phase. Args: begun: whether the checkpoint is from within this phase."""
     notes = _Notes(plan.folder.parent / f"phase-{number}" / _NOTES_NAME)
     if not begun:
         notes.set(trained_before_s=_seconds_of(checkpoint))
@@ -103,7 +103,7 @@ def _train_phase(plan: PhasePlan, number: int, checkpoint: Path | None, *, begun
                 with accelerator.autocast():
                     notes.set(kl=_mean_kl(taught, written, parts))
                 plan.progress.note(
-                    f"phase {number}: the student is {notes.values['kl']:.4f} nats a token from the teacher on its own answers"
+                    f"phase {number}: KL to the teacher {notes.values['kl']:.4f} nats per token on the student's answers"
                 )
 
         phase = Phase(taught.rows, taught.train, plan.spans[number - 1], measure)
@@ -123,14 +123,14 @@ def _train_phase(plan: PhasePlan, number: int, checkpoint: Path | None, *, begun
 def _answers(
     plan: PhasePlan, number: int, checkpoint: Path | None, notes: _Notes, *, begun: bool
 ) -> list[WrittenAnswer]:
-    """What the student has written for this phase, or writes now."""
+    """Returns the student's answers for this phase; reads them if they are stored, else generates them."""
     folder = plan.folder.parent / f"phase-{number}"
     if (folder / ROWS_NAME).is_file():
         return read_answers(folder)
     if begun:
         raise ArtifactError(
-            f"expected {folder / ROWS_NAME}, which phase {number} was being trained on, found none; restore it, or begin again "
-            "with --replace"
+            f"{folder / ROWS_NAME} is missing, but phase {number} was trained on it; restore the file, or start over with "
+            "--replace"
         )
     started = time.perf_counter()
     chosen, _ = plan.choose(number)
@@ -151,7 +151,7 @@ def _answers(
 def _taught(
     plan: PhasePlan, number: int, answers: list[WrittenAnswer], notes: _Notes
 ) -> tuple[TaughtExamples, Encoded]:
-    """All examples of the phase as what the teachers read, into the cache of this phase; and those that the student wrote."""
+    """Returns the examples of the phase, with the phase's own cache, and those that the student wrote."""
     base, assembly = plan.base, plan.assembly
     task = cast(Generates, assembly.task)
     _, own = plan.choose(number)
@@ -169,7 +169,7 @@ def _taught(
     kept = [replace(base.train.examples[i], row=len(answers) + j) for j, i in enumerate(own)]
     if not written.examples:
         raise DataError(
-            f"phase {number}: the student wrote nothing in answer to {len(answers):,} prompts; train it on the rows first, or "
+            f"phase {number}: the student gave only empty answers to {len(answers):,} prompts; train it on the rows first, or "
             "raise distill.on_policy.temperature",
             key="distill.on_policy",
         )
@@ -180,8 +180,8 @@ def _taught(
 
 
 def _with_cache(assembly: Assembly, name: str, identity: dict[str, Any]) -> Assembly:
-    """The assembly with a cache that belongs to one phase of one run: the name of the folder, in distill.cache, says all that
-    its targets depend on, so that runs which share a folder never meet each other's."""
+    """Returns the assembly with a cache for one phase of one run. The folder name, in distill.cache, hashes everything that
+    the targets depend on, so that runs that share distill.cache do not collide."""
     d = assembly.distill
     assert d.cache is not None
     teachers = [teacher.identity() for teacher in named_teachers(assembly)]
@@ -192,8 +192,8 @@ def _with_cache(assembly: Assembly, name: str, identity: dict[str, Any]) -> Asse
 
 @torch.no_grad()
 def _mean_kl(taught: TaughtExamples, written: Encoded, parts: Parts) -> float:
-    """Mean over the tokens that the student wrote of KL(teacher || student) in nats, at distill.temperature; with targets
-    that hold some classes only, between what they tell apart, which is no more than that."""
+    """Mean KL(teacher || student) in nats over the student's tokens, at distill.temperature. With targets that hold only
+    some classes, the KL between the distributions they resolve, which is a lower bound."""
     forward_kl = {"distill.losses": [], "distill.share": 0.5, "distill.scale_by_t2": False, "data.packing": False}
     plain = taught.assembly.derive(forward_kl)
     loss = Teachers(plain, SilentProgress()).loss(plain, parts.model, taught.rows, taught.train)
@@ -206,7 +206,7 @@ def _mean_kl(taught: TaughtExamples, written: Encoded, parts: Parts) -> float:
 
 
 class _Notes:
-    """What is said of a phase in the end, kept in its folder as it comes to be known."""
+    """The notes on a phase, written to its folder as they become known."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -222,7 +222,7 @@ class _Notes:
 
 
 def _seconds_of(checkpoint: Path | None) -> float:
-    """Time of the steps that led to a checkpoint."""
+    """Training seconds up to a checkpoint."""
     if checkpoint is None:
         return 0.0
     return float(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["counted"]["seconds"])

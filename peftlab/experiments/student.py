@@ -1,4 +1,4 @@
-"""The student's beginning: cut out of a larger model by what the recipe says, on texts of the recipe."""
+"""Makes the initial student: cuts it out of a larger model as the recipe says, measured on the recipe's texts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from peftlab.models.student import StudentCut, cosine_distance, kl_divergence, m
 from peftlab.recipe.distillation import StudentInitSection
 from peftlab.training.progress import Progress
 
-# Positions whose logits exist at a time: 256 x 49,152 float32 values are 48 MiB.
+# Positions per chunk of logits: 256 x 49,152 float32 values are 48 MiB.
 _CHUNK = 256
 
 
 def cut_student(assembly: Assembly, folder: Path, progress: Progress, *, seed: int) -> dict[str, Any]:
-    """Writes the student of ``distill.student_init`` as a plain model to ``folder``; what was cut, as plain values.
+    """Writes the student of ``distill.student_init`` to ``folder`` as a plain model; returns what was cut, as plain values.
 
-    Args: assembly: of the whole model. seed: of the weights where they are random.
+    Args: assembly: that of the uncut model. seed: for random weights.
 
-    A folder that holds the same student already is taken as it is. Raises: RecipeError, DataError, ArtifactError.
+    Reuses a folder that already has the same student. Raises: RecipeError, DataError, ArtifactError.
     """
     init = assembly.distill.student_init
     assert init is not None
@@ -40,7 +40,7 @@ def cut_student(assembly: Assembly, folder: Path, progress: Progress, *, seed: i
         outputs = _Outputs(task, encoded.examples, assembly.recipe.eval.batch_tokens)
     progress.stage(f"cutting the student out of {assembly.recipe.model.name}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(assembly.recipe.run.seed)  # of a head that the model does not have yet
+        torch.manual_seed(assembly.recipe.run.seed)  # for a head that the model lacks
         notes = make_student(
             assembly.pretrained,
             cut,
@@ -65,7 +65,7 @@ def cut_student(assembly: Assembly, folder: Path, progress: Progress, *, seed: i
 
 
 def student_cut(init: StudentInitSection) -> StudentCut:
-    """The section as a cut."""
+    """Converts the recipe section to a ``StudentCut``."""
     return StudentCut(
         layers=None if init.layers is None else tuple(init.layers),
         num_layers=init.num_layers,
@@ -79,7 +79,7 @@ def student_cut(init: StudentInitSection) -> StudentCut:
 
 
 class _Outputs:
-    """Runs a model over the sample: outputs of the scored positions, a few hundred at a time."""
+    """Runs a model over the sample and yields the outputs of the scored positions, a few hundred at a time."""
 
     def __init__(self, task: Any, examples: list[Any], batch_tokens: int) -> None:
         self._task = task

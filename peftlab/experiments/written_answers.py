@@ -1,4 +1,4 @@
-"""What a student writes in a phase of on-policy distillation, and the file that keeps it."""
+"""The student's answers in a phase of on-policy distillation, and their file."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class WrittenAnswer:
     """One line of ``rows.jsonl``.
 
     Attributes:
-        row: index among the training rows. where: its place in the data. answer: the words, without the end.
-        tokens: what was written, with the end if there is one. ended: whether there is.
+        row: index among the training rows. where: its place in the data. answer: the text without the end token.
+        tokens: the generated tokens, including the end token. ended: whether there is one.
     """
 
     phase: int
@@ -44,7 +44,7 @@ class WrittenAnswer:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has no words: there is nothing to learn from it but to stop at once."""
+        """Whether the answer has no text; from such an answer a student only learns to stop at once."""
         return not self.answer.strip()
 
 
@@ -58,37 +58,38 @@ def write_answers(
     folder: Path,
     progress: Progress,
 ) -> list[WrittenAnswer]:
-    """The student's answers to the prompts of the ``chosen`` ones of ``rows``, also stored in ``folder``.
+    """Generates the student's answers to the prompts of the ``chosen`` rows, stores them in ``folder`` and returns them.
 
-    The draws depend on run.seed and the phase alone, so that a phase which was cut off writes the same answers again.
+    Sampling depends only on run.seed and the phase, so that an interrupted phase generates the same answers again.
 
     Args:
-        assembly: of the student, whose task generates. checkpoint: the student as it is by now; None: as it begins. folder: of the phase.
-    Raises: ArtifactError when the checkpoint is damaged.
+        assembly: that of the student; its task generates. checkpoint: the current student; None: the initial one. folder: that
+            of the phase.
+    Raises: ArtifactError if the checkpoint is damaged.
     """
     recipe, settings, task = assembly.recipe, assembly.distill.on_policy, cast(Generates, assembly.task)
     assert settings is not None
-    asked, written = rows.select(chosen), {}
+    prompts, written = rows.select(chosen), {}
     with run_accelerator(assembly, folder) as accelerator:
         progress.stage(f"loading {recipe.model.name} to write answers")
         student = _open_student(assembly, checkpoint)
-        progress.stage(f"phase {phase}: the student answers {len(asked):,} prompts")
-        progress.start(len(asked), 0)
+        progress.stage(f"phase {phase}: the student answers {len(prompts):,} prompts")
+        progress.start(len(prompts), 0)
         torch.manual_seed(int(np.random.default_rng([recipe.run.seed, phase]).integers(2**62)))
         with accelerator.autocast():
             for i, tokens in task.write_answers(
                 student,
-                asked,
+                prompts,
                 batch_tokens=recipe.eval.batch_tokens,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
             ):
-                prompt = task.formatter.render_prompt(asked.row(i), asked.where(i))
+                prompt = task.formatter.render_prompt(prompts.row(i), prompts.where(i))
                 written[i] = WrittenAnswer(
                     phase,
                     int(chosen[i]),
-                    asked.where(i),
+                    prompts.where(i),
                     prompt,
                     task.text_of(tokens),
                     task.ends(tokens),
@@ -98,25 +99,24 @@ def write_answers(
         progress.stop()
         del student
     release_memory()
-    answers = [written[i] for i in range(len(asked))]
+    answers = [written[i] for i in range(len(prompts))]
     _store(answers, folder)
     return answers
 
 
 def read_answers(folder: Path) -> list[WrittenAnswer]:
-    """What ``write_answers`` stored in ``folder``. Raises: ArtifactError for a damaged file."""
+    """Reads the answers that ``write_answers`` stored in ``folder``. Raises: ArtifactError for a damaged file."""
     path = folder / ROWS_NAME
     try:
         return [WrittenAnswer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(
-            f"{path} is damaged: {error}; remove it, and the student writes these answers again if the phase was not trained "
-            "on them yet"
+            f"{path} is damaged: {error}; delete it to generate the answers again, unless training on this phase has started"
         ) from error
 
 
 def _store(answers: Sequence[WrittenAnswer], folder: Path) -> None:
-    """By a rename: a file that is there is complete."""
+    """Writes the file and publishes it by a rename, so that an existing file is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{ROWS_NAME}.{os.getpid()}"
     with partial.open("w", encoding="utf-8") as file:
@@ -127,8 +127,8 @@ def _store(answers: Sequence[WrittenAnswer], folder: Path) -> None:
 
 
 def _open_student(assembly: Assembly, checkpoint: Path | None) -> Any:
-    """The student in eval mode, drawing from what it says and nothing else: many models come with a top_k, a repetition
-    penalty or the like of their own, and then do not write what they are trained as."""
+    """Loads the student in eval mode with plain sampling: many models ship a top_k or a repetition penalty, and would then
+    not sample from the distribution that is trained."""
     from transformers import GenerationConfig
 
     recipe, model = assembly.recipe, assembly.model()

@@ -1,1 +1,1 @@
-"""Measuring, whatever is measured: time, memory, energy and FLOPs, the machine and its ceilings, intervals, journals, pictures."""
+"""Measuring: time, memory, energy and FLOPs, the machine and its ceilings, intervals, journals, pictures."""

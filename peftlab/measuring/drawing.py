@@ -1,4 +1,4 @@
-"""What the pictures share: labels that cover nothing, and writing the files."""
+"""Shared code of the pictures: placing labels without overlap, and writing the files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Where the number of a point may stand, in points from it, best first.
+# Candidate offsets of a label from its point, in points, best first.
 _PLACES = [(9, 5), (9, -11), (-9, 5), (-9, -11), (0, 11), (0, -17), (17, -3), (-17, -3), (20, 12), (-20, 12)]
 _PLACES += [
     (20, -18),
@@ -25,24 +25,24 @@ _PLACES += [
     (0, -44),
 ]
 
-# Okabe and Ito (2008): told apart by the colour-blind, too.
+# Okabe and Ito (2008): safe for colour-blind readers.
 _PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 _MARKS = "os^DvPX*"
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name, by its place; after eight they come again."""
+    """Returns a colour per name, by position; colours repeat after eight."""
     return dict(zip(names, itertools.cycle(_PALETTE), strict=False))
 
 
 def markers(names: Iterable[str]) -> dict[str, str]:
-    """A marker for each name, by its place; after eight they come again, one further, so that no colour meets its marker again."""
+    """Returns a marker per name, by position; after eight they repeat, shifted by one, so that no pair of colour and marker repeats."""
     turned = itertools.chain.from_iterable((*_MARKS[i:], *_MARKS[:i]) for i in itertools.count())
     return dict(zip(names, turned, strict=False))
 
 
 def save_pictures(build: Callable[[], Any], png: Path, svg: Path) -> None:
-    """Writes the figure that ``build`` makes as PNG and SVG, each by a rename; the same figure gives the same SVG."""
+    """Writes the figure of ``build`` as PNG and SVG, each by a rename; equal figures give equal SVG files."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "peftlab", "font.size": 10}):
@@ -54,9 +54,9 @@ def save_pictures(build: Callable[[], Any], png: Path, svg: Path) -> None:
 
 
 def place_labels(axes: Any, points: Sequence[tuple[float, float, str, tuple[float, float], str]]) -> None:
-    """Puts a label beside each point, where it covers neither a point, a bar nor another label, if there is such a place.
+    """Puts a label next to each point, if possible without covering a point, a bar or another label.
 
-    Args: points: x, y, label, where the bar of y begins and ends, and the colour of the label.
+    Args: points: x, y, label, the ends of the y bar, and the colour of the label.
     """
     from matplotlib.transforms import Bbox
 

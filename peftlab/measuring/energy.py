@@ -1,4 +1,4 @@
-"""Joules that were used, where the machine counts them: NVML on a GPU, RAPL of the processor on Linux."""
+"""Energy in joules, if the machine counts it: NVML on a GPU, RAPL of the processor on Linux."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ RAPL = Path("/sys/class/powercap")
 
 @dataclass(frozen=True)
 class EnergyMeter:
-    """source: what counts. read: joules since some moment. wraps_at: joules at which the counter begins again at 0."""
+    """source: the counter. read: joules since an arbitrary start. wraps_at: joules at which the counter restarts at 0."""
 
     source: str
     read: Callable[[], float]
     wraps_at: float | None = None
 
     def between(self, before: float, after: float) -> float:
-        """Joules from one reading to the next, at most one wrap apart."""
+        """Returns the joules between two readings, at most one wrap apart."""
         return after - before if after >= before or self.wraps_at is None else after - before + self.wraps_at
 
 
 def find_meter(device: str, *, rapl: Path = RAPL) -> tuple[EnergyMeter | None, str]:
-    """The meter of ``device``, and what it is or why there is none."""
+    """Returns the meter of ``device``, and its name or why there is none."""
     return _nvml() if device == "cuda" else _rapl(rapl)
 
 
@@ -41,7 +41,7 @@ def _nvml() -> tuple[EnergyMeter | None, str]:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except (pynvml.NVMLError, AttributeError) as error:
-        return None, f"NVML does not tell: {error}"
+        return None, f"NVML reports no energy: {error}"
 
     def joules() -> float:
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
@@ -60,7 +60,7 @@ def _rapl(folder: Path) -> tuple[EnergyMeter | None, str]:
     except OSError as error:
         return None, f"{error.filename or files[0]} cannot be read: {error.strerror}"
     wraps_at = None
-    if len(files) == 1:  # of a sum nobody knows which part began anew
+    if len(files) == 1:  # in a sum it is unknown which counter wrapped
         with contextlib.suppress(OSError, ValueError):
             wraps_at = int((packages[0] / "max_energy_range_uj").read_text()) / 1e6
 

@@ -1,9 +1,9 @@
-"""How far a measured figure can be trusted: intervals over held-out rows (bootstrap), over seeds (Student t), and over
-the repetitions of a timing (bootstrap of the median).
+"""Confidence intervals of measured figures: over held-out rows (bootstrap), over seeds (Student t), and over the repetitions
+of a timing (bootstrap of the median).
 
-The unit that is drawn is the row (one example), never the token: the tokens of one text go together, and intervals over
-tokens are several times too narrow. Two models that were scored on the same rows are compared draw by draw
-(``Estimate.minus``, ``Estimate.over``), so that what is hard or easy for both cancels out.
+The resampled unit is the row (one example), never the token: the tokens of one text are correlated, and intervals over
+tokens are several times too narrow. Two models scored on the same rows are compared draw by draw (``Estimate.minus``,
+``Estimate.over``), so that rows that are hard or easy for both cancel out.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 Over = Literal["rows", "seeds", "rounds"]
-# How often each row was drawn, [D, N] with D draws of N rows, to the metric of each draw, [D].
+# Maps row counts, [D, N] for D draws of N rows, to the metric of each draw, [D].
 Statistic = Callable[[Floats], Floats]
 
 CONFIDENCE = 0.95
 DRAWS = 1000
-# With fewer rows a bootstrap interval means little: three rows that all improve would look like certainty.
+# With fewer rows a bootstrap interval is meaningless: three rows that all improve would look certain.
 MIN_ROWS = 10
-# With fewer repetitions of a timing a bootstrap interval is shorter than their noise: of two, the two themselves.
+# With fewer repetitions of a timing a bootstrap interval is shorter than the noise.
 MIN_ROUNDS = 3
-# Largest number of elements of one block of counts: 32 MB.
+# Maximum elements per block of counts: 32 MB.
 _BLOCK = 2**22
 
 
 class IntervalDict(TypedDict):
-    """An ``Interval`` in JSON: ``low`` and ``high`` are None where nothing is known about the spread."""
+    """An ``Interval`` in JSON: ``low`` and ``high`` are None if the spread is unknown."""
 
     value: float
     low: float | None
@@ -47,8 +47,8 @@ class Interval:
     """A figure with its 95 % interval.
 
     Attributes:
-        low, high: None where there are too few rows or seeds to tell, or the figure is not a finite number.
-        over: what would be drawn anew: held-out rows, seeds of the training, rounds of a timing. n: how many of them there were.
+        low, high: None if there are too few rows or seeds, or the figure is not finite.
+        over: the resampled unit: held-out rows, training seeds, or rounds of a timing. n: the number of units.
     """
 
     value: float
@@ -63,12 +63,12 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A metric over all rows, and over rows drawn with replacement.
+    """A metric on all rows, and on rows drawn with replacement.
 
     Attributes:
-        draws: [D]; the same draw is the same rows for every estimate of equal ``num_rows`` and ``seed``.
-        is_share: whether it is a share of the rows (or of their tokens) that have some property.
-        share_of: of how many rows, where it is not all of them, as with the recall of one class.
+        draws: [D]; a draw has the same rows for every estimate with equal ``num_rows`` and ``seed``.
+        is_share: whether it is a share of the rows (or of their tokens).
+        share_of: the number of rows behind the share if not all, as for the recall of one class.
     """
 
     value: float
@@ -81,8 +81,8 @@ class Estimate:
     def interval(self) -> Interval:
         """The 95 % percentile interval (Efron 1979).
 
-        Where all rows agree (no row wrong, or every row) no draw differs from another, and the percentiles would claim
-        certainty; a share then gets the exact binomial bound, 1 - 0.025^(1/n) away (Clopper and Pearson 1934).
+        If all rows agree (none or all wrong), all draws are equal and the percentiles would claim certainty; a share then
+        gets the exact binomial bound, 1 - 0.025^(1/n) away (Clopper and Pearson 1934).
         """
         if self.num_rows < MIN_ROWS or math.isnan(self.value):
             return Interval(self.value, None, None, "rows", self.num_rows)
@@ -90,18 +90,18 @@ class Estimate:
             bound = 1 - ((1 - CONFIDENCE) / 2) ** (1 / max(1, self.share_of or self.num_rows))
             low, high = (0.0, bound) if self.value == 0 else (1 - bound, 1.0)
         else:
-            # Order statistics: interpolation between infinite draws would give nan.
+            # Order statistics, because interpolating between infinite draws gives nan.
             cuts = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
             low, high = (float(x) for x in np.quantile(self.draws, cuts, method="inverted_cdf"))
         known = not (math.isnan(low) or math.isnan(high))
         return Interval(self.value, low if known else None, high if known else None, "rows", self.num_rows)
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference, draw by draw. Raises: ValueError when they were not estimated on the same draws."""
+        """Returns the difference, draw by draw. Raises: ValueError if the draws differ."""
         return self._paired(other, np.subtract)
 
     def over(self, other: Estimate) -> Estimate:
-        """The ratio, draw by draw. Raises: as ``minus``."""
+        """Returns the ratio, draw by draw. Raises: as ``minus``."""
         return self._paired(other, np.divide)
 
     def _paired(self, other: Estimate, operation: np.ufunc) -> Estimate:
@@ -122,13 +122,13 @@ def bootstrap(
     num_draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Each metric on all rows and on ``num_draws`` draws of ``num_rows`` rows with replacement.
+    """Estimates each metric on all rows and on ``num_draws`` draws of ``num_rows`` rows with replacement.
 
-    All metrics see the same draws, in this call and in every other one with the same ``num_rows`` and ``seed``.
+    All calls with the same ``num_rows`` and ``seed`` use the same draws.
 
     Args:
-        shares: names of the metrics that are a share of the rows; see ``Estimate.interval``.
-        shares_of: names of those that are a share of some rows -> how many.
+        shares: names of the metrics that are shares of the rows; see ``Estimate.interval``.
+        shares_of: names of the metrics that are shares of some rows -> number of those rows.
     """
     if num_rows < 1:
         raise ValueError(f"expected at least one row, found {num_rows}")
@@ -152,7 +152,7 @@ def bootstrap(
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """The mean of one value per seed, with the Student t interval of the mean from two seeds on."""
+    """Returns the mean over seeds, with the Student t interval of the mean if there are at least two."""
     n = len(values)
     with np.errstate(all="ignore"):
         mean = float(np.mean(values))
@@ -165,7 +165,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The first quartile, the median and the third, between the neighbours; of one value three times that."""
+    """Returns first quartile, median and third quartile, interpolated; a single value three times."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = stats.quantiles(values, n=4, method="inclusive")
@@ -173,21 +173,21 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def over_rounds(values: Sequence[float], *, min_rounds: int = MIN_ROUNDS, seed: int = 0) -> Interval:
-    """The median of one value per repetition, with its percentile interval (Efron 1979) from ``min_rounds`` on."""
+    """Returns the median over repetitions, with its percentile interval (Efron 1979) from ``min_rounds`` on."""
     return _of_medians(float(np.median(values)), lambda drawn: _medians(values, drawn), len(values), min_rounds, seed)
 
 
 def ratio_of_medians(
     above: Sequence[float], below: Sequence[float], *, paired: bool = True, min_rounds: int = MIN_ROUNDS, seed: int = 0
 ) -> Interval:
-    """The ratio of two medians, with its interval over repetitions.
+    """Returns the ratio of two medians, with its interval over repetitions.
 
-    Args: paired: the i-th values were measured side by side, and are drawn together: what slows the machine down for a
-        while slows both. Otherwise each side is drawn by itself.
+    Args: paired: resample the i-th values together, because they were measured next to each other and share slowdowns of
+        the machine. Otherwise each side is resampled separately.
     Raises: ValueError for unequal numbers of pairs.
     """
     if paired and len(above) != len(below):
-        raise ValueError(f"expected as many values on both sides, found {len(above)} and {len(below)}")
+        raise ValueError(f"expected equally many values on both sides, found {len(above)} and {len(below)}")
     value = float(np.median(above) / np.median(below))
     other = np.random.default_rng(seed + 1).integers(0, len(below), (DRAWS, len(below)))
 

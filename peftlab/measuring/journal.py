@@ -1,4 +1,4 @@
-"""A benchmark's folder: a journal that gets a line as soon as something is measured, so that a kill loses nothing of it."""
+"""A benchmark's folder and its journal, which gets a line after each measurement, so that a kill loses none."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from peftlab.errors import ArtifactError, RecipeError
 JOURNAL = "measurements.jsonl"
 RESULT, TABLE, PICTURE, VECTOR = (f"bench.{ending}" for ending in ("json", "csv", "png", "svg"))
 FORMAT = 1
-# Of a header: when, and how the machine was doing; two halves of one benchmark may differ in them.
+# Header entries that may differ between the two halves of a resumed benchmark.
 _FREE = ("command", "date", "clocks")
 _MOST_DIFFERENCES = 4
 
 
 class Journal:
-    """The records of a file, one JSON object a line, the header first; ``write`` appends one and brings it to the disk.
+    """The records of a file, one JSON object per line, the header first; ``write`` appends a record and syncs it to disk.
 
-    Several processes may have the same file open: a line is written whole, under a lock, and what a killed process left of
-    its last line goes before it. ``records`` are those of the beginning and of this process.
+    Several processes may have the file open: each line is written whole, under a lock, after removing a torn line of a
+    killed process. ``records`` are those read at the start and those of this process.
     """
 
     def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
@@ -39,7 +39,7 @@ class Journal:
         self.records.append(dict(record))
 
     def _drop_torn_line(self) -> None:
-        """Whoever lives and writes holds the lock: a line without an end belongs to a process that was killed."""
+        """Removes a torn line. A live writer holds the lock, so a line without an end is from a killed process."""
         size = self._file.seek(0, os.SEEK_END)
         if size == 0:
             return
@@ -54,13 +54,13 @@ class Journal:
         self._file.close()
 
     def of(self, kind: str, cell: str | None = None) -> list[dict[str, Any]]:
-        """Records of a kind, of one cell or of all."""
+        """Returns the records of a kind, for one cell or all."""
         return [r for r in self.records if r["kind"] == kind and cell in (None, r.get("cell"))]
 
 
 @contextlib.contextmanager
 def _locked(file: int) -> Iterator[None]:
-    """Windows has no such lock, and nothing there in which several processes write one journal."""
+    """Locks the file. Windows has no such lock, but no journal with several writers either."""
     try:
         import fcntl
     except ImportError:
@@ -74,7 +74,7 @@ def _locked(file: int) -> Iterator[None]:
 
 
 def begin(path: Path, header: Mapping[str, Any]) -> Journal:
-    """A journal of its own, whatever ``path`` held before."""
+    """Starts a new journal; overwrites an existing file."""
     path.unlink(missing_ok=True)
     journal = Journal(path, [])
     journal.write({"kind": "header", **header})
@@ -82,34 +82,34 @@ def begin(path: Path, header: Mapping[str, Any]) -> Journal:
 
 
 def go_on(path: Path, header: Mapping[str, Any], *, anew: str = "--replace") -> Journal:
-    """The journal at ``path``, to be gone on with. anew: what its messages say begins another one.
+    """Opens the journal at ``path`` to resume it. anew: the option that its messages name for starting over.
 
-    Raises: RecipeError (there is none), ArtifactError (it is damaged, or of another version or machine).
+    Raises: RecipeError (it is missing), ArtifactError (it is damaged, or from another version or machine).
     """
     if not path.is_file():
-        raise RecipeError(f"there is no benchmark in {path.parent} to resume; leave --resume out")
+        raise RecipeError(f"no benchmark in {path.parent} to resume; run without --resume")
     records = _repaired(path, anew)
     check_same(records[0], header, path)
     return Journal(path, records)
 
 
 def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, replace: bool) -> Journal:
-    """The journal of ``folder``, new or to be gone on with.
+    """Opens the journal of ``folder``, new or resumed.
 
-    Raises: RecipeError (the folder is taken, or there is nothing to resume), ArtifactError (its journal is damaged, or of
+    Raises: RecipeError (the folder is in use, or there is nothing to resume), ArtifactError (its journal is damaged, or from
         another version, machine, recipe or protocol).
     """
     path = folder / JOURNAL
     if folder.is_file():
-        raise RecipeError(f"{folder} is a file, not a folder; give another --out")
+        raise RecipeError(f"{folder} is a file, not a folder; choose another --out")
     taken = folder.exists() and any(folder.iterdir())
     if taken and not path.is_file():
-        raise RecipeError(f"{folder} holds other files and no benchmark; give another --out")
+        raise RecipeError(f"{folder} contains other files and no benchmark; choose another --out")
     if resume:
         return go_on(path, header)
     if taken and not replace:
         raise RecipeError(
-            f"{folder} holds another benchmark; go on with it with --resume, replace it with --replace, or give another --out"
+            f"{folder} already has a benchmark; use --resume to resume it, --replace to overwrite it, or choose another --out"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,11 +118,11 @@ def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, repla
                 (folder / f"{stem}.{ending}").unlink(missing_ok=True)
         return begin(path, header)
     except OSError as error:
-        raise RecipeError(f"cannot write {folder}: {error.strerror}; give another --out") from error
+        raise RecipeError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
 
 
 def read_records(path: Path, *, anew: str = "--replace") -> list[dict[str, Any]]:
-    """The records of a file that may be written to meanwhile, the header first; without a last line that has no end.
+    """Reads the records of a file that may be written concurrently, the header first, without an incomplete last line.
 
     Raises: ArtifactError, as ``go_on``.
     """
@@ -130,7 +130,7 @@ def read_records(path: Path, *, anew: str = "--replace") -> list[dict[str, Any]]
 
 
 def _records(path: Path, lines: list[bytes], anew: str, *, torn: bool = False) -> list[dict[str, Any]]:
-    """torn: the last line may be damaged, and is then left out."""
+    """Parses the lines. torn: skip a damaged last line."""
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -140,17 +140,17 @@ def _records(path: Path, lines: list[bytes], anew: str, *, torn: bool = False) -
                 records.append(record)
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines) or not torn:
-                raise ArtifactError(f"{path}, line {number} is damaged: {error}; begin anew with {anew}") from error
+                raise ArtifactError(f"{path}, line {number} is damaged: {error}; start over with {anew}") from error
     if not records or records[0]["kind"] != "header":
-        raise ArtifactError(f"{path} has no header line; begin anew with {anew}")
+        raise ArtifactError(f"{path} has no header line; start over with {anew}")
     return records
 
 
 def _repaired(path: Path, anew: str) -> list[dict[str, Any]]:
-    """The records; a line that a kill left torn, which can only be the last, is removed from the file."""
+    """Returns the records, and removes a torn last line from the file."""
     lines = path.read_bytes().split(b"\n")
     records = _records(path, lines, anew, torn=True)
-    if len(lines[-1]):  # a torn line, or a whole one whose line break is missing
+    if len(lines[-1]):  # a torn line, or a complete one without line break
         whole = b"".join(json.dumps(r).encode() + b"\n" for r in records)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_bytes(whole)
@@ -159,19 +159,19 @@ def _repaired(path: Path, anew: str) -> list[dict[str, Any]]:
 
 
 def check_same(stored: Mapping[str, Any], header: Mapping[str, Any], path: Path) -> None:
-    """Raises ArtifactError with what differs between the header of the file and that of this call."""
+    """Raises ArtifactError with the differences between the file's header and this call's."""
     now = json.loads(json.dumps({"kind": "header", **header}))
-    found = list(differences(stored, now))
-    if found:
-        more = f", and {len(found) - _MOST_DIFFERENCES} more" if len(found) > _MOST_DIFFERENCES else ""
+    changes = list(differences(stored, now))
+    if changes:
+        more = f", and {len(changes) - _MOST_DIFFERENCES} more" if len(changes) > _MOST_DIFFERENCES else ""
         raise ArtifactError(
-            f"{path} was measured otherwise: {'; '.join(found[:_MOST_DIFFERENCES])}{more}. Figures of both do not belong in one "
-            "table: resume as it was begun, or give another --out"
+            f"{path} was measured with other settings: {'; '.join(changes[:_MOST_DIFFERENCES])}{more}. Their figures cannot share "
+            "a table: resume with the original settings, or choose another --out"
         )
 
 
 def differences(stored: Any, now: Any, key: str = "") -> Iterator[str]:
-    """``key: X there, Y now`` for each leaf that differs."""
+    """Yields ``key: X there, Y now`` for each leaf that differs."""
     if isinstance(stored, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*stored, *now]):
             if not key and name in _FREE:
@@ -187,19 +187,21 @@ def _short(value: Any) -> str:
 
 
 def read_result(source: Path) -> dict[str, Any]:
-    """The bench.json of a file or folder. Raises: RecipeError (there is none), ArtifactError (it is something else)."""
+    """Reads the bench.json of a file or folder. Raises: RecipeError (it is missing), ArtifactError (it is another file)."""
     path = source / RESULT if source.is_dir() else source
     if not path.is_file():
         unfinished = (path.parent / JOURNAL).is_file() and source.is_dir()
         hint = (
             "the benchmark there is not finished: peftlab bench RECIPE --resume" if unfinished else "give a bench.json"
         )
-        raise RecipeError(f"{path} does not exist; {hint}, or a folder that holds one")
+        raise RecipeError(f"{path} does not exist; {hint}, or a folder that contains one")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        found = document["header"]["format"]
+        version = document["header"]["format"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is no result of peftlab bench, or damaged: {error!r}") from error
-    if found != FORMAT:
-        raise ArtifactError(f"{path} has format {found}, expected {FORMAT}: measure again with this version of peftlab")
+        raise ArtifactError(f"{path} is not a result of peftlab bench, or damaged: {error!r}") from error
+    if version != FORMAT:
+        raise ArtifactError(
+            f"{path} has format {version}, expected {FORMAT}: measure again with this version of peftlab"
+        )
     return dict(document)

@@ -1,9 +1,8 @@
-"""How long one forward pass takes, of several models measured in turns.
+"""Times the forward passes of several models in turns.
 
-Whole forward passes as a caller sees them, Python and launches included, unlike ``peftlab.measuring.timing``, which times
-single ops between two events on the GPU with its cache emptied. What they share is that candidates take turns: a machine
-that slows down for a second slows all of them. Here the order within a round is also drawn, because what ran before
-leaves its weights in the cache.
+Times whole forward passes, including Python and launches. ``peftlab.measuring.timing`` instead times single ops between two
+GPU events with a flushed cache. In both, candidates take turns, so that a slowdown of the machine affects all of them. Here
+the order within a round is random too, because each model leaves its weights in the cache.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class Latency:
 
     Attributes:
         median_ms, low_ms, high_ms: median and quartiles over ``num_rounds`` rounds.
-        tokens_per_s: of the median; None where the batch's tokens were not given.
-        speed, speed_low, speed_high: how many times as fast as the first model (2: half the time), as a ratio of medians
-            with its 95 % interval over rounds; the bounds are None for the first model and below 5 rounds.
+        tokens_per_s: at the median; None if the batch's tokens are unknown.
+        speed, speed_low, speed_high: speed relative to the first model (2: half the time), as a ratio of medians with its
+            95 % interval over rounds; the bounds are None for the first model and below 5 rounds.
     """
 
     median_ms: float
@@ -44,7 +43,7 @@ class Latency:
     speed_high: float | None
 
     def costs(self) -> dict[str, Any]:
-        """Its part of a report card; see ``evaluation.card_shape.Costs``."""
+        """Returns the entries for a report card; see ``evaluation.card_shape.Costs``."""
         return {
             "latency_ms": self.median_ms,
             "latency_low_ms": self.low_ms,
@@ -70,15 +69,15 @@ def measure_latency(
     seconds: float = 20.0,
     seed: int = 0,
 ) -> dict[str, Latency]:
-    """The time of each of ``runs``, with the ratio to the first.
+    """Measures the time of each of ``runs``, and its ratio to the first.
 
-    Rounds end after ``repeats`` or when the next one would pass ``seconds``, warm-up included; three are always taken.
+    Measuring ends after ``repeats`` rounds, or if the next would exceed ``seconds``, including warm-up; but not before three.
     A round calls each model once, in random order, with the device idle before and after.
 
     Args:
-        runs: by name, functions of no argument that run one forward over the same fixed batch, in evaluation mode and
-            without gradients. The first is what the others are compared with.
-        num_tokens: real tokens of that batch. device: where the models run; a GPU is waited for around each call.
+        runs: name -> function without arguments that runs one forward over the same fixed batch, in evaluation mode and
+            without gradients. The others are compared with the first.
+        num_tokens: real tokens of that batch. device: the models' device; a GPU is synchronized around each call.
         warmup: untimed calls of each model. seconds: of wall time.
     """
     if not runs or warmup < 0 or repeats < _MIN_ROUNDS:
@@ -105,7 +104,7 @@ def measure_latency(
 
 
 def _once(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call, until its device is done."""
+    """Returns the milliseconds of one call, until its device is idle."""
     _wait(device)
     started = time.perf_counter()
     run()

@@ -1,4 +1,4 @@
-"""What measurements hold for: the machine and the versions; and how much memory there is."""
+"""Describes the machine and the versions of a measurement, and the available memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from peftlab import __version__, ops
 
-# Those that the times of a training step depend on.
+# Packages that affect the time of a training step.
 PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate")
 
 
@@ -31,29 +31,29 @@ def describe_machine(device: str) -> dict[str, str | int]:
 
 
 def processor(flags: Sequence[str] = ()) -> str:
-    """The processor's name; with those of ``flags`` that it has, in brackets."""
+    """Returns the processor's name, with its features among ``flags`` in brackets."""
     info = ""
     with contextlib.suppress(OSError):
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    name = match.group(1).strip() if match else platform.processor() or platform.machine()
     has = [flag for flag in flags if re.search(rf"\b{flag}\b", info)]
     return f"{name} ({', '.join(has)})" if flags else name
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Version of peftlab, of Python and of each of the packages that is installed."""
-    found = {"peftlab": __version__, "python": platform.python_version()}
+    """Returns the versions of peftlab, Python and each installed package."""
+    installed = {"peftlab": __version__, "python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def clocks(device: str) -> dict[str, float]:
-    """MHz now, where the machine tells: of the cores, or of a GPU's multiprocessors and memory."""
+    """Returns the current clocks in MHz, if known: of the cores, or of a GPU's multiprocessors and memory."""
     if device == "cuda":
-        with contextlib.suppress(Exception):  # whatever NVML says; it is no dependency
+        with contextlib.suppress(Exception):  # any NVML error; it is optional
             import pynvml
 
             pynvml.nvmlInit()
@@ -63,27 +63,27 @@ def clocks(device: str) -> dict[str, float]:
         return {}
     with contextlib.suppress(OSError, ValueError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        found = [float(line.partition(":")[2]) for line in text.splitlines() if line.startswith("cpu MHz")]
-        if found:
-            return {"lowest": min(found), "highest": max(found)}
+        clock_mhz = [float(line.partition(":")[2]) for line in text.splitlines() if line.startswith("cpu MHz")]
+        if clock_mhz:
+            return {"lowest": min(clock_mhz), "highest": max(clock_mhz)}
     return {}
 
 
 def size_of_machine() -> dict[str, int]:
-    """Cores that this process may use, and bytes of memory."""
+    """Returns the cores that this process may use, and bytes of memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"cores": cores, "memory_bytes": int(psutil.virtual_memory().total)}
 
 
 def git_commit(folder: Path, *paths: str) -> str | None:
-    """The commit of the checkout that the package ``folder`` is in, with a + where files differ from it; None outside of one.
+    """Returns the commit of the checkout of the package ``folder``, with a + if files differ; None outside a checkout.
 
-    paths: as ``changed_files``; without them every file that git knows counts.
+    paths: as ``changed_files``; default: every tracked file.
     """
     try:
         _git(
             folder, "ls-files", "--error-unmatch", "__init__.py"
-        )  # an environment inside somebody's checkout is none of it
+        )  # an environment inside another checkout is not part of it
         changed = changed_files(folder, *paths) if paths else len(_git(folder, "status", "--porcelain", "-uno"))
         return _git(folder, "rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -91,8 +91,8 @@ def git_commit(folder: Path, *paths: str) -> str | None:
 
 
 def changed_files(folder: Path, *paths: str) -> int:
-    """How many files of ``paths`` (patterns from the root of the checkout that ``folder`` is in) differ from its commit or
-    are new."""
+    """Counts the files of ``paths`` (patterns from the root of the checkout of ``folder``) that differ from its commit or are
+    new."""
     return len(_git(folder, "status", "--porcelain", "--", *(f":/{path}" for path in paths)).splitlines())
 
 
@@ -102,7 +102,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def source_digest(root: Path, patterns: Sequence[str]) -> str:
-    """Of all files that match, by name and content: tells two states of the code apart where there is no git."""
+    """Hashes names and contents of all matching files, to distinguish states of the code without git."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()}):
         digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())

@@ -1,4 +1,4 @@
-"""Memory in use now and at the peak: of the CUDA allocator, or of this process on a CPU."""
+"""Current and peak memory: of the CUDA allocator, or of this process on a CPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _M_ARENA_MAX = -8  # malloc.h of glibc
 
 
 def memory_bytes(device_type: str) -> int:
-    """Bytes in use now.
+    """Returns the bytes in use.
 
     Args:
-        device_type: "cuda": held by tensors on the current device; any other: resident memory of this process.
+        device_type: "cuda": memory of tensors on the current device; otherwise: resident memory of this process.
     """
     if device_type == "cuda":
         import torch
@@ -27,13 +27,13 @@ def memory_bytes(device_type: str) -> int:
 
 
 def peak_memory_bytes(device_type: str) -> int:
-    """The most bytes in use at once, since ``torch.cuda.reset_peak_memory_stats`` ("cuda") or the start (others)."""
+    """Returns the peak bytes in use since ``torch.cuda.reset_peak_memory_stats`` ("cuda") or the start (others)."""
     if device_type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated())
     if sys.platform == "linux":
-        # Not ru_maxrss: it survives exec, so a child of a large process begins with the peak of its parent
+        # Not ru_maxrss: it survives exec, so a child of a large process starts with its parent's peak
         # (measured: 598 MB instead of 11 MB under a 600 MB parent).
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -49,10 +49,10 @@ def peak_memory_bytes(device_type: str) -> int:
 
 
 def share_one_heap() -> None:
-    """Makes all threads allocate from one heap of glibc, which is a setting of the whole process.
+    """Makes all threads of the process allocate from one glibc heap.
 
-    Otherwise what the forward pass frees in its thread is of no use to the backward pass in autograd's (measured: 40 MB
-    of 460 for MiniLM). A user's own MALLOC_ARENA_MAX wins.
+    Otherwise autograd's backward thread cannot reuse what the forward thread frees (measured: 40 MB of 460 for MiniLM). A
+    user's MALLOC_ARENA_MAX takes precedence.
     """
     import ctypes
 
@@ -63,8 +63,8 @@ def share_one_heap() -> None:
 
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Within it the cycle collector looks only at what is made there, not at hundreds of thousands of objects of the
-    imported modules, which take it 0.3 s each time. Outermost only: what is frozen thaws at its end."""
+    """Excludes existing objects from the cycle collector: scanning the hundreds of thousands of objects of imported modules
+    takes 0.3 s each time. Nested uses have no effect; the outermost one unfreezes at its end."""
     import gc
 
     if gc.get_freeze_count():
@@ -79,9 +79,9 @@ def frozen_heap() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Gives freed memory back: Python's cycles, CUDA's cache, and on Linux the C heap.
+    """Releases freed memory: Python's cycles, CUDA's cache, and on Linux the C heap.
 
-    Between training and merging glibc otherwise keeps over 1 GB of freed activations as its own (measured: peak of the
+    Otherwise glibc keeps over 1 GB of freed activations between training and merging (measured: peak of the
     quickstart 4.1 GB).
     """
     import ctypes

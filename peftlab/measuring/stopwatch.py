@@ -1,4 +1,4 @@
-"""Times and memory of a piece of work that repeats, such as the steps of a training."""
+"""Measures times and memory of repeated work, such as training steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from peftlab.measuring.memory import memory_bytes, peak_memory_bytes
 
 @dataclass
 class Stopwatch:
-    """``begin`` right before the first step, ``tick`` after each, ``end`` after the last.
+    """Call ``begin`` right before the first step, ``tick`` after each, ``end`` after the last.
 
     Attributes:
-        times, cpu_times: seconds on the clock and of the processor, at the end of each step.
-        load_peak_bytes: the most in use before ``begin``; before_bytes: in use at it; peak_bytes: the most since.
-        reserved_bytes: what CUDA's allocator held at most; 0 on a CPU.
+        times, cpu_times: wall-clock and processor seconds at the end of each step.
+        load_peak_bytes: peak before ``begin``; before_bytes: in use at ``begin``; peak_bytes: peak since.
+        reserved_bytes: peak reserved by CUDA's allocator; 0 on a CPU.
     """
 
     device: str = "cpu"
@@ -37,7 +37,7 @@ class Stopwatch:
 
             torch.cuda.reset_peak_memory_stats()
             return
-        # 5 resets the kernel's high-water mark, so that what loading needed does not hide what training needs.
+        # 5 resets the kernel's peak, so that the peak of loading does not hide that of training.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -57,7 +57,7 @@ class Stopwatch:
             self.reserved_bytes = int(torch.cuda.max_memory_reserved())
 
     def step_seconds(self, warm_up: int = 1) -> list[float]:
-        """Of each step but the first ``warm_up``, from the end of the one before it."""
+        """Returns the seconds of each step after the first ``warm_up``, from the end of the previous step."""
         used = self.times[warm_up - 1 :]
         return [round(b - a, 6) for a, b in itertools.pairwise(used)]
 

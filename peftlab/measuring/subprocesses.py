@@ -1,4 +1,4 @@
-"""A job in a process of its own, and what became of it."""
+"""Runs a job in a separate process and reports its outcome."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What an error of a job makes of its cell: a row that says so.
+# Error of a job -> status of its cell.
 _STATUS = {"ResourceError": "memory", "VerificationError": "red", "RecipeError": "impossible"}
 _TAIL = 600
-# The process that waits for the job.
+# Environment variable with the id of the process that waits for the job.
 PARENT = "PEFTLAB_BENCH_PARENT"
 
 
 def launch(module: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs ``python -m MODULE JOB RESULT`` and returns its result with ``status``: ok, or with a ``reason`` red (wrong
-    figures), memory (does not fit), impossible, failed (a fault of ours)."""
+    """Runs ``python -m MODULE JOB RESULT`` and returns its result with ``status``: ok, or with a ``reason``: red (wrong
+    figures), memory (does not fit), impossible, failed (internal error)."""
     with tempfile.TemporaryDirectory(prefix="peftlab-bench-") as folder:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log.txt"))
         job.write_text(json.dumps(spec), encoding="utf-8")
@@ -44,7 +44,7 @@ def launch(module: str, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def outcome(result: dict[str, Any] | None, code: int, log: str) -> dict[str, Any]:
-    """Args: result: the result file; None: there is none. code: of the process, negative: the signal that ended it."""
+    """Returns the outcome. Args: result: the result file, None if missing. code: exit code; negative: the ending signal."""
     if result is not None and "error" not in result:
         return {"status": "ok", **result}
     if result is not None:

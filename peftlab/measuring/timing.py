@@ -1,4 +1,4 @@
-"""Times of several candidates side by side, and which of them is faster beyond noise."""
+"""Times several candidates in turns, and picks the fastest beyond noise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from peftlab.measuring.intervals import quartiles
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
-# Per case and direction, as far as MIN_ROUNDS fit.
+# Time limit per case and direction; MIN_ROUNDS take precedence.
 LIMIT_S = {"cpu": 1.0, "cuda": 0.5}
 WARM_UPS = {"cpu": 1, "cuda": 20}
-# Largest number of interleaved calls that make a round on a GPU.
+# Maximum number of interleaved calls per round on a GPU.
 _BLOCK = 30
 FLUSH_BYTES = 256 * 2**20
 MARGIN = 0.03
@@ -27,7 +27,7 @@ Times = dict[str, list[float]]
 
 
 def measure(runs: Runs, device: str) -> Times:
-    """Milliseconds of each candidate in each round; within a round they take turns, A B C A B C."""
+    """Returns the milliseconds of each candidate per round; within a round they take turns, A B C A B C."""
     for _ in range(WARM_UPS[device]):
         for run in runs.values():
             run()
@@ -45,7 +45,7 @@ def measure(runs: Runs, device: str) -> Times:
 
 
 def time_round(runs: Runs, device: str, calls: int) -> dict[str, float]:
-    """Median milliseconds of ``calls`` calls of each candidate, taken in turns."""
+    """Returns the median milliseconds of ``calls`` calls of each candidate, in turns."""
     clock = _cuda_times if device == "cuda" else _cpu_times
     return {name: statistics.median(ms) for name, ms in clock(runs, calls).items()}
 
@@ -61,8 +61,8 @@ def _cpu_times(runs: Runs, calls: int) -> Times:
 
 
 def _cuda_times(runs: Runs, calls: int) -> Times:
-    """Time on the GPU between two events. Overwriting the L2 cache before each call is what the other layers of a model
-    do, and gives the CPU time to queue the kernels of the call."""
+    """Times calls on the GPU between two events. Overwriting the L2 cache before each call mimics the other layers of a model,
+    and gives the CPU time to queue the call's kernels."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     for _ in range(calls):
@@ -78,10 +78,10 @@ def _cuda_times(runs: Runs, calls: int) -> Times:
 
 
 def fastest(times: Times, by_rule: str) -> str:
-    """The candidate with the smallest median among those at least ``MARGIN`` faster than ``by_rule`` beyond noise, else
-    ``by_rule``.
+    """Returns the candidate with the smallest median among those at least ``MARGIN`` faster than ``by_rule`` beyond noise,
+    else ``by_rule``.
 
-    Beyond noise: so says the 95 % confidence bound (of order statistics) of the median ratio within a round.
+    Beyond noise: by the 95 % confidence bound (order statistics) of the median ratio within a round.
     """
     better = [
         name
@@ -93,7 +93,7 @@ def fastest(times: Times, by_rule: str) -> str:
 
 
 def _upper_bound(values: list[float]) -> float:
-    """What the median of their distribution is below with 95 % confidence: of 5 values the largest, of 100 the 58th."""
+    """Returns the upper 95 % confidence bound of the median: the largest of 5 values, the 58th of 100."""
     below, n = 0.0, len(values)
     for place, value in enumerate(sorted(values)):
         below += math.comb(n, place) / 2**n
@@ -103,6 +103,6 @@ def _upper_bound(values: list[float]) -> float:
 
 
 def spread(ms: list[float]) -> dict[str, float]:
-    """Median and quartiles, for the table."""
+    """Returns median and quartiles, for the table."""
     low, middle, high = quartiles(ms)
     return {"median": round(middle, 5), "low": round(low, 5), "high": round(high, 5)}

@@ -1,4 +1,4 @@
-"""Step checkpoints: everything a run needs to go on, without pickles, published by one rename.
+"""Step checkpoints: everything a run needs to resume, without pickles, published by one rename.
 
 step-00000040/
   adapter_config.json, adapter_model.safetensors    PEFT's format; without an adapter trained.safetensors
@@ -31,7 +31,7 @@ from peftlab.errors import ArtifactError
 
 @dataclass(frozen=True)
 class RngState:
-    """States of all generators a step may draw from."""
+    """The states of all random generators that a step may use."""
 
     torch_cpu: torch.Tensor
     torch_cuda: list[torch.Tensor]
@@ -64,7 +64,7 @@ def save_checkpoint(
     """Writes ``root/step-XXXXXXXX`` and removes all but the newest ``keep``.
 
     Args:
-        step: optimizer steps done. state: JSON values of the loop (best metric, plan fingerprint, ...).
+        step: number of optimizer steps done. state: JSON values of the loop (best metric, plan fingerprint, ...).
     """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:08d}"
@@ -87,7 +87,7 @@ def save_checkpoint(
 
 
 def _publish(partial: Path, final: Path) -> None:
-    """Adds hashes, forces the files to disk and renames the folder: a torn save never looks like a checkpoint."""
+    """Adds hashes, syncs the files to disk and renames the folder, so that a torn save never looks like a checkpoint."""
     files = sorted(p for p in partial.iterdir() if p.is_file())
     (partial / "manifest.json").write_text(json.dumps({p.name: _sha256(p) for p in files}, indent=1))
     for path in partial.iterdir():
@@ -104,12 +104,12 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def check_checkpoint(folder: Path, *, trained: Sequence[str] = ()) -> None:
-    """Raises ArtifactError when a file of the checkpoint is missing or differs from its recorded hash.
+    """Raises ArtifactError if a file of the checkpoint is missing or does not match its recorded hash.
 
-    Args: trained: names of the files that hold what is trained.
+    Args: trained: names of the files with trained weights.
     """
     earlier = [p.name for p in list_checkpoints(folder.parent) if p.name < folder.name]
-    remedy = f"; remove this folder to resume from {earlier[-1]}" if earlier else "; there is no earlier one"
+    remedy = f"; remove this folder to resume from {earlier[-1]}" if earlier else "; there is no earlier checkpoint"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
@@ -121,13 +121,13 @@ def check_checkpoint(folder: Path, *, trained: Sequence[str] = ()) -> None:
         if not (folder / name).is_file():
             raise ArtifactError(f"checkpoint {folder} is damaged: {name} is missing{remedy}")
         if _sha256(folder / name) != digest:
-            raise ArtifactError(f"checkpoint {folder} is damaged: {name} does not have its recorded hash{remedy}")
+            raise ArtifactError(f"checkpoint {folder} is damaged: {name} does not match its recorded hash{remedy}")
 
 
 def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], RngState]:
-    """Puts weights and optimizer state in place; returns the loop's state (with ``step``) and the generators.
+    """Loads weights and optimizer state; returns the loop's state (with ``step``) and the random generators.
 
-    Raises: ArtifactError when the checkpoint is damaged or does not belong to this model.
+    Raises: ArtifactError if the checkpoint is damaged or belongs to another model.
     """
     check_checkpoint(folder, trained=trained_files(model))
     load_trained(model, folder)
@@ -167,7 +167,7 @@ def _load_optimizer(
         name, _, entry = key.rpartition("/")
         by_parameter.setdefault(name, {})[entry] = value
     if set(by_parameter) != set(names.values()):
-        raise ArtifactError(f"checkpoint {folder} belongs to a run with other trained parameters; start a new run")
+        raise ArtifactError(f"checkpoint {folder} has different trained parameters than this run; start a new run")
     for parameter, name in names.items():
         optimizer.state[parameter] = {
             key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)

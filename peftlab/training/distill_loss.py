@@ -1,4 +1,4 @@
-"""The loss of a distillation, for the one training loop: a task's outputs against what its teachers say."""
+"""The loss of a distillation, for the training loop: compares a task's outputs with its teachers' outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftlab.training.teacher_outputs import Aligned, BackboneTeacher, Columns, 
 
 @dataclass(frozen=True)
 class Share:
-    """A teacher's part: its ``weight`` in the loss of the examples that ``takes`` says are its own; None: all."""
+    """A teacher and its ``weight`` in the loss of its examples. ``takes``: whether an example is its own; None: all."""
 
     teacher: Teacher
     weight: float = 1.0
@@ -29,16 +29,16 @@ class Share:
 
 
 class DistillLoss:
-    """Sum over positions of ``hard_weight * CE + (1 - hard_weight) * sum of weight * D(teacher, student)``, times the
-    example's weight; called with a student and a batch.
+    """Computes, for a student and a batch, the sum over positions of ``hard_weight * CE + (1 - hard_weight) * sum of
+    weight * D(teacher, student)``, times the example's weight.
 
     Args:
-        terms: ``(weight, objective)`` per divergence, each with ``hard_weight`` 0, or one that has the labels' part too;
-            none where only layers are compared.
-        inner: losses between layers, summed with those of ``terms``; they need a single teacher that runs as a model and
-            reads the student's own examples.
-        shares: the teachers. Weights of those who teach one example are brought to a sum of 1.
-        columns: those of the student's logits that are compared.
+        terms: ``(weight, objective)`` per divergence, each with ``hard_weight`` 0, or one that includes the labels' part;
+            empty if only layers are compared.
+        inner: losses between layers, added to those of ``terms``; they need a single live teacher that reads the
+            student's own examples.
+        shares: the teachers. The weights of the teachers of one example are normalised to a sum of 1.
+        columns: the columns of the student's logits to compare.
         kernels: the mode of run.kernels.
     """
 
@@ -59,11 +59,11 @@ class DistillLoss:
         self._mixed = None
         only = len(terms) == 1 and len(shares) == 1 and shares[0].takes is None
         if only and terms[0][0] == 1 and isinstance(terms[0][1], Objective):
-            # One divergence from one teacher of all rows: the labels' part shares its pass over the classes.
+            # One divergence and one teacher for all rows: the labels' part shares the pass over the classes.
             self._mixed = replace(terms[0][1], hard_weight=hard_weight)
 
     def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
-        # Teachers first: nothing of the student's graph is in memory while they run.
+        # Teachers first, before the student's graph takes memory.
         with self._recording(student, teacher=True) as theirs:
             parts = [(chosen, share, share.teacher(student, own)) for share, chosen, own in self._parts(batch)]
         with self._recording(student, teacher=False) as ours:
@@ -71,7 +71,7 @@ class DistillLoss:
         return self._loss(outputs, batch.examples, parts) + self._inner_loss(outputs, batch.examples, ours, theirs)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor:
-        """The same from the examples the long way, with full logits and plain losses, for the parity gate."""
+        """Computes the same by the reference path, with full logits and plain losses, for the parity gate."""
         parts = []
         with self._recording(student, teacher=True) as theirs:
             for share in self._shares:
@@ -85,8 +85,8 @@ class DistillLoss:
 
     @torch.no_grad()
     def gradients(self, student: nn.Module, batch: Batch) -> GradientReport | None:
-        """How long the teacher's gradient is next to the labels' on ``batch``; None where there are not both, or where
-        several teachers or losses make it."""
+        """Compares the norms of the teacher's and the labels' gradients on ``batch``; None if one of them is missing, or
+        with several teachers or losses."""
         if self._inner is not None or not (len(self._terms) == 1 and len(self._shares) == 1):
             return None
         objective = self._terms[0][1]
@@ -109,7 +109,7 @@ class DistillLoss:
 
     @contextlib.contextmanager
     def _recording(self, student: nn.Module, *, teacher: bool) -> Iterator[InnerStates | None]:
-        """What happens inside the student, or its teacher, while it runs; None where nothing of it is compared."""
+        """Records the inner states of the student or its teacher; yields None without losses between layers."""
         if self._inner is None:
             yield None
             return
@@ -133,15 +133,15 @@ class DistillLoss:
         return (1 - self._hard_weight) * self._inner.loss_sum(ours, theirs, examples, counted)
 
     def _parts(self, batch: Batch) -> list[tuple[Share, list[bool], Batch]]:
-        """Each teacher with the examples that are its own, and the batch of them."""
-        found = []
+        """Each teacher with its examples and their batch."""
+        parts = []
         for share in self._shares:
             chosen = _chosen(share, batch.examples)
             if all(chosen):
-                found.append((share, chosen, batch))
+                parts.append((share, chosen, batch))
             elif any(chosen):
-                found.append((share, chosen, _only(share, batch)))
-        return found
+                parts.append((share, chosen, _only(share, batch)))
+        return parts
 
     def _loss(
         self,
@@ -184,27 +184,27 @@ class DistillLoss:
         self, objective: Objective, outputs: Outputs, taught: Taught | None, weights: Tensor | None
     ) -> Tensor:
         head = outputs.head
-        found = None
+        fused = None
         if head is not None and self._kernels != "reference":
-            found = head_input(
+            fused = head_input(
                 head.module,
                 outputs.values,
                 softcap=head.softcap,
                 scale=head.scale,
                 num_classes=self._columns.count,
             )
-        if found is None:
+        if fused is None:
             return objective.loss_sum(
                 self._columns.of(outputs.logits()), outputs.targets, _dense(taught), weights=weights
             )
         assert not isinstance(taught, Aligned)
         return objective.linear_loss_sum(
-            found.hidden,
-            found.head,
+            fused.hidden,
+            fused.head,
             outputs.targets if objective.hard_weight else None,
             taught,
             weights=weights,
-            adapter_hidden=found.adapter_hidden,
+            adapter_hidden=fused.adapter_hidden,
             backend=self._kernels,
         )
 
@@ -214,7 +214,7 @@ def _chosen(share: Share, examples: Sequence[Example]) -> list[bool]:
 
 
 def _only(share: Share, batch: Batch) -> Batch:
-    """The rows of ``batch`` that are the teacher's own, as a batch."""
+    """The batch of the teacher's own rows of ``batch``."""
     return batch.rows([i for i, e in enumerate(batch.examples) if share.takes is None or share.takes(e)])
 
 
@@ -226,12 +226,12 @@ def _logits(taught: Taught, chosen: slice | Tensor) -> Tensor:
 
 
 def _sums(parts: Sequence[tuple[list[bool], Share, Taught]], num_examples: int) -> list[float]:
-    """Of each example the summed weights of those who teach it."""
+    """The summed teacher weights of each example."""
     return [sum(share.weight for chosen, share, _ in parts if chosen[i]) for i in range(num_examples)]
 
 
 def _positions(chosen: Sequence[bool], counts: Sequence[int], device: Any) -> Tensor:
-    """[N] bool, the positions of the chosen examples."""
+    """[N] bool: the positions of the chosen examples."""
     return torch.tensor(chosen).repeat_interleave(torch.tensor(counts)).to(device)
 
 
@@ -253,11 +253,11 @@ def _dense(taught: Taught | None) -> Tensor | SparseTarget | None:
 
 
 class TaughtLogits:
-    """What all teachers together say at the scored positions of a batch, for comparing a model with them.
+    """The combined outputs of all teachers at the scored positions of a batch, for comparing a model with them.
 
-    Of several teachers who share an example it is their mixture, with the weights of their shares.
+    If several teachers share an example, the result is their mixture, weighted by their shares.
 
-    Args: counts: positions of each example of the batch.
+    Args: counts: number of positions of each example.
     """
 
     def __init__(self, shares: Sequence[Share], student: nn.Module, batch: Batch, counts: Sequence[int]) -> None:
@@ -270,7 +270,7 @@ class TaughtLogits:
                 self._parts.append((share, places, share.teacher(student, own)))
 
     def rows(self, chosen: slice) -> Tensor:
-        """[n, C] logits; log-probabilities of a mixture."""
+        """[n, C] logits; for a mixture, log-probabilities."""
         if len(self._parts) == 1:
             return _logits(self._parts[0][2], chosen)
         mixed: Tensor | None = None

@@ -24,7 +24,7 @@ class InnerTerm:
 
     Attributes:
         kind: hidden_mse, hidden_cosine, attention_mse, attention_kl or relation_kl. layers: (student's, teacher's), from 0.
-        relation_heads: of relation_kl; None: as many as the key heads of both allow.
+        relation_heads: for relation_kl; None: as many as the key heads of both allow.
     """
 
     kind: str
@@ -33,7 +33,7 @@ class InnerTerm:
     relation_heads: int | None = None
 
     def loss(self, ours: InnerStates, theirs: InnerStates, our: tuple[int, slice], their: tuple[int, slice]) -> Tensor:
-        """[] of one text, mean over its tokens and the pairs of layers. Args: our, their: its row and tokens there."""
+        """[] loss of one text, mean over tokens and layer pairs. Args: our, their: its row and tokens in each model."""
         losses = []
         for mine, other in self.layers:
             if self.kind in INNER_HIDDEN:
@@ -50,17 +50,17 @@ class InnerTerm:
     def _relations(self, ours: Attention, theirs: Attention) -> Tensor:
         heads = self.relation_heads or math.gcd(ours.key.shape[1], theirs.key.shape[1])
         pairs = ((ours.query, theirs.query), (ours.key, theirs.key), (ours.value, theirs.value))
-        found = [
+        losses = [
             relation_kl(_side_by_side(a), _side_by_side(b), num_heads=heads, visible=ours.visible()[:, :1])
             for a, b in pairs
         ]
-        return torch.stack(found).mean()
+        return torch.stack(losses).mean()
 
 
 class InnerLosses:
-    """Sum over texts of weight * loss, each text with the weight that its scored positions have together in the step.
+    """The sum over texts of weight * loss; a text's weight is the total weight of its scored positions in the step.
 
-    Every text counts as the mean over its tokens, so that the sum does not depend on how a step is cut (contract C3).
+    A text's loss is the mean over its tokens, so that the sum does not depend on the micro-batches (contract C3).
     """
 
     def __init__(self, terms: Sequence[InnerTerm]) -> None:
@@ -81,27 +81,27 @@ class InnerLosses:
         return recording(model, hidden=wanted[False], attention=wanted[True])
 
     def loss_sum(self, ours: InnerStates, theirs: InnerStates, examples: Sequence[Example], counted: Tensor) -> Tensor:
-        """[] Args: counted: [B] float64 weight of each text. Raises: RecipeError for images cut into other patches."""
+        """[] summed loss. Args: counted: [B] float64 weight of each text. Raises: RecipeError if image patch counts differ."""
         with torch.autocast(counted.device.type, enabled=False):
             losses = []
             for our, their in zip(_places(ours, examples), _places(theirs, examples), strict=True):
                 if our[1] != their[1] and examples[0].image is not None:
                     raise RecipeError(
-                        f"the teacher sees an image as {their[1].stop} patches and the student as {our[1].stop}: their layers "
+                        f"the teacher cuts an image into {their[1].stop} patches and the student into {our[1].stop}: their layers "
                         "cannot be compared",
                         key="distill.losses",
                     )
                 terms = [term.weight * term.loss(ours, theirs, our, their) for term in self._terms]
                 losses.append(torch.stack(terms).sum())
-            found = torch.stack(losses)
-            return (found * counted.to(found.dtype)).sum()
+            per_text = torch.stack(losses)
+            return (per_text * counted.to(per_text.dtype)).sum()
 
 
 def _places(states: InnerStates, examples: Sequence[Example]) -> list[tuple[int, slice]]:
-    """Row and tokens of each example in what a model was given: padded on the right, packed, or images."""
-    found = [(h.shape[0], h.shape[1]) for h in states.hidden.values()]
-    found += [(a.query.shape[0], a.query.shape[2]) for a in states.attention.values()]
-    rows, width = found[0]
+    """Row and tokens of each example in a model's input: padded on the right, packed, or images."""
+    shapes = [(h.shape[0], h.shape[1]) for h in states.hidden.values()]
+    shapes += [(a.query.shape[0], a.query.shape[2]) for a in states.attention.values()]
+    rows, width = shapes[0]
     if examples[0].image is not None:
         return [(row, slice(0, width)) for row in range(rows)]
     if rows == len(examples):
@@ -120,17 +120,17 @@ def _to(attention: Attention, ours: InnerStates, layer: int) -> Attention:
 
 
 def _side_by_side(heads: Tensor) -> Tensor:
-    """[B, T, A * D] of [B, A, T, D]."""
+    """Reshapes [B, A, T, D] to [B, T, A * D]."""
     return heads.transpose(1, 2).flatten(2)
 
 
 def plan_inner_losses(
     losses: Sequence[tuple[str, float, Mapping[int, int] | None, int | None]], student: Any, teacher: Any
 ) -> list[InnerTerm]:
-    """The terms for these two models; weights are not looked at.
+    """Returns the terms for these two models, from their configs only.
 
-    Args: losses: (kind, weight, {student's layer: teacher's layer} or None for the last ones, relation heads).
-    Raises: RecipeError for a layer that is not there, and for widths or heads that cannot be compared.
+    Args: losses: (kind, weight, {student's layer: teacher's layer} or None for the last layers, relation heads).
+    Raises: RecipeError for a missing layer, and for widths or heads that cannot be compared.
     """
     counts = [len(find_stack(_base(model))) for model in (student, teacher)]
     configs = [_base(model).config.get_text_config() for model in (student, teacher)]
@@ -152,27 +152,27 @@ def plan_inner_losses(
 def _check_comparable(kind: str, student: Any, teacher: Any, heads: int | None) -> None:
     if kind in INNER_HIDDEN and student.hidden_size != teacher.hidden_size:
         raise RecipeError(
-            f"{kind}: hidden states of the student have {student.hidden_size:,} values and those of the teacher "
-            f"{teacher.hidden_size:,}; take relation_kl, which compares any widths",
+            f"{kind}: the student's hidden states have {student.hidden_size:,} values, the teacher's "
+            f"{teacher.hidden_size:,}; use relation_kl, which compares any widths",
             key="distill.losses",
         )
     if kind in INNER_ATTENTION and student.num_attention_heads != teacher.num_attention_heads:
         raise RecipeError(
-            f"{kind}: the student has {student.num_attention_heads} attention heads and the teacher "
-            f"{teacher.num_attention_heads}; take relation_kl, which compares any number",
+            f"{kind}: the student has {student.num_attention_heads} attention heads, the teacher "
+            f"{teacher.num_attention_heads}; use relation_kl, which compares any number",
             key="distill.losses",
         )
     for who, config in (("student", student), ("teacher", teacher)):
         if kind == "relation_kl" and heads is not None and any(width % heads for width in _widths(config)):
             raise RecipeError(
-                f"relation_kl: the {who}'s queries, keys and values have {' and '.join(map(str, _widths(config)))} values, which "
-                f"{heads} relation heads do not divide",
+                f"relation_kl: the {who}'s queries, keys and values have {' and '.join(map(str, _widths(config)))} values, not a "
+                f"multiple of {heads} relation heads",
                 key="distill.losses",
             )
 
 
 def _widths(config: Any) -> list[int]:
-    """Of the queries, and of the keys and values where that is another one."""
+    """The widths of queries, and of keys and values if different."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return sorted({heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width}, reverse=True)

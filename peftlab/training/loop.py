@@ -1,7 +1,7 @@
-"""The training loop, the only one.
+"""The training loop.
 
-Per optimizer step: the micro-batches of the plan, each adding the gradient of its loss sum divided by the weight of
-the *whole* step (contract C3), a finite check, clipping, the optimizer. Everything it needs is passed in as plain values.
+Per optimizer step: every micro-batch of the plan adds the gradient of its loss sum divided by the weight of the *whole*
+step (contract C3); then a finite check, clipping and the optimizer. All inputs are plain values.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from peftlab.training.schedules import learning_rate
 
 # A float16 loss scaler skips a step whose scaled gradients overflow and halves its scale; more in a row is divergence.
 _MAX_SKIPPED_STEPS = 25
-# Of the result, what a run that goes on from a checkpoint goes on counting.
+# Counters of the result that a resumed run continues.
 _COUNTED = ("seconds", "tokens", "trained_tokens", "rows")
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Plain values of the loop; see the recipe schema for their meaning."""
+    """The settings of the loop; see the recipe schema for their meaning."""
 
     lr: float = 2e-4
     optimizer: str = "adamw"
@@ -57,7 +57,7 @@ class LoopSettings:
 
 @dataclass
 class LoopResult:
-    """What the loop did. ``seconds`` is training time without evaluation; memory in bytes."""
+    """The outcome of the loop. ``seconds`` is training time without evaluation; memory is in bytes."""
 
     steps: int
     seconds: float = 0.0
@@ -76,7 +76,7 @@ LossSum = Callable[[nn.Module, Batch], Tensor]
 
 
 class LossModule(nn.Module):
-    """Model and loss as one module, so that DDP sees its forward and autocast covers it."""
+    """Wraps model and loss in one module, so that DDP sees its forward and autocast covers it."""
 
     def __init__(self, model: nn.Module, loss_sum: LossSum) -> None:
         super().__init__()
@@ -88,19 +88,19 @@ class LossModule(nn.Module):
 
 
 class _StopRequested(Exception):
-    """Ctrl-C arrived; raised between micro-batches, where nothing is half done."""
+    """Raised after Ctrl-C between micro-batches, where no work is half done."""
 
 
 class TrainingLoop:
-    """Runs a ``BatchPlan`` to its end; where that is not the end of the run, a checkpoint is left for what comes after.
+    """Runs a ``BatchPlan`` to its end; saves a checkpoint there if the run continues later.
 
     Args:
-        train: the examples that the plan names by index.
+        train: the examples, indexed by the plan.
         where: example row index -> place in the data, for messages.
-        loss_sum: sum of the losses of a micro-batch, each counted with its example's weight; default the task's own.
-        evaluate: returns the metrics of the current model, or None for no evaluation in between.
+        loss_sum: sum of the losses of a micro-batch, weighted by example; default the task's loss.
+        evaluate: returns the metrics of the current model, or None for no evaluation during training.
         folder: the run folder; checkpoints go to ``checkpoints/``, the best weights to ``best/``.
-        resume_hint: the command that continues the run.
+        resume_hint: the command that resumes the run.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class TrainingLoop:
         self._result = LoopResult(steps=plan.total_steps)
 
     def resume(self, checkpoint: Path) -> int:
-        """Continues from a checkpoint; returns the number of steps already done. Raises: ArtifactError."""
+        """Resumes from a checkpoint; returns the number of steps already done. Raises: ArtifactError."""
         state, rng = load_checkpoint(checkpoint, model=self._model, optimizer=self._inner_optimizer())
         self._step = int(state["step"])
         self._result.best_step, self._result.best_value = state["best_step"], state["best_value"]
@@ -179,7 +179,7 @@ class TrainingLoop:
         return self._result
 
     def finish(self, metrics: dict[str, float]) -> None:
-        """Takes the final evaluation into account for the best checkpoint."""
+        """Considers the final evaluation for the best checkpoint."""
         if not self._result.history or self._result.history[-1]["step"] != self._step:
             self._keep_best(metrics)
 
@@ -237,7 +237,7 @@ class TrainingLoop:
         self._record(rows, planned.epoch, weight, loss, lr, grad_norm, time.perf_counter() - started)
 
     def _example(self, index: int) -> Example:
-        """As it is trained on in this step: a task may draw it anew, always the same after a resume."""
+        """The example for this step. A task may redraw it, and draws the same after a resume."""
         example = self._train[index]
         if not self._task.spec.redraws:
             return example
@@ -245,14 +245,14 @@ class TrainingLoop:
         return cast(Redraws, self._task).redraw(example, rng)
 
     def _accumulate(self, rows: list[list[Any]], weight: float) -> tuple[float, int | None]:
-        """Gradients of the whole step; returns its loss (weighted mean over all ranks) and the first micro-batch,
-        by index, whose loss is not finite.
+        """Accumulates the gradients of the step; returns its loss (weighted mean over all ranks) and the index of the first
+        micro-batch whose loss is not finite, if any.
         """
         accelerator, world = self._accelerator, self._accelerator.num_processes
         first = accelerator.process_index
         mine = rows[first::world]
-        factor = world / weight  # DDP averages over ranks; the step's loss is a sum over them
-        if not mine:  # fewer micro-batches than ranks: take part in the gradient exchange with a zero
+        factor = world / weight  # DDP averages over ranks, but the step's loss is their sum
+        if not mine:  # fewer micro-batches than ranks: join the gradient exchange with zeros
             first, mine, factor = 0, rows[:1], 0.0
         sums = []
         for number, part in enumerate(mine, start=1):
@@ -279,11 +279,11 @@ class TrainingLoop:
         return collate_packed(part, device=device) if self._plan.packed else self._task.collate(part, device)
 
     def _num_tokens(self, part: list[Any]) -> int:
-        """Tokens of a micro-batch, with its padding."""
+        """Tokens of a micro-batch, including padding."""
         return sum(map(len, part)) if self._plan.packed else len(part) * max(map(len, part))
 
     def _clip_and_check(self, suspects: list[Any], loss: float) -> float:
-        """Gradient norm before clipping. Raises: VerificationError before anything is changed by a non-finite value."""
+        """Clips and returns the norm before clipping. Raises: VerificationError for a non-finite value, before any update."""
         trained = [p for p in self._model.parameters() if p.requires_grad]
         limit = self._settings.max_grad_norm or math.inf
         norm = float(self._accelerator.clip_grad_norm_(trained, limit))
@@ -370,13 +370,13 @@ class TrainingLoop:
 
     def _interrupt(self) -> None:
         if not self._step:
-            raise Interrupted("interrupted before the first step was done; there is nothing to resume")
+            raise Interrupted("interrupted before the first step; there is nothing to resume")
         path = self.save()
-        raise Interrupted(f"interrupted; step {self._step} is saved in {path}. Continue with: {self._resume_hint}")
+        raise Interrupted(f"interrupted; step {self._step} is saved in {path}. Resume with: {self._resume_hint}")
 
     @contextlib.contextmanager
     def _sigint_sets_flag(self) -> Iterator[None]:
-        """The first Ctrl-C asks the loop to stop at the next micro-batch, a second one stops at once."""
+        """The first Ctrl-C stops the loop at the next micro-batch, the second stops it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -385,7 +385,7 @@ class TrainingLoop:
             if self._stop:
                 raise KeyboardInterrupt
             self._stop = True
-            self._progress.note("stopping after this micro-batch and saving a checkpoint (Ctrl-C again: stop now)")
+            self._progress.note("stopping after this micro-batch and saving a checkpoint (Ctrl-C again to stop now)")
 
         before = signal.signal(signal.SIGINT, handler)
         try:

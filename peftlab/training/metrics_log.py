@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, appended as training goes, whole again after any kill."""
+"""metrics.jsonl: one JSON object per line, appended during training, repaired after a kill."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peftlab.errors import ArtifactError
 
 
 class MetricsLog:
-    """Appends records to a file and flushes each, so that SIGKILL loses no finished line.
+    """Appends records to a file and flushes each, so that SIGKILL loses no complete line.
 
-    A line that a kill left torn is removed first.
+    Removes a torn last line first.
 
     Args:
-        path: the file; it and its folder are created when missing.
-        resume_step: the step of the checkpoint to go on from: records of later steps are dropped, since they will be
-            made again. Records without an integer ``step`` stay.
+        path: the file; it and its folder are created if missing.
+        resume_step: the step of the checkpoint to resume from. Records of later steps are dropped, since those steps run
+            again. Records without an integer ``step`` stay.
 
     Raises:
         ArtifactError: a line other than the last is damaged.
@@ -35,7 +35,7 @@ class MetricsLog:
         self._file = self.path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; non-finite floats become the strings "nan", "inf" and "-inf" (JSON has none of them)."""
+        """Appends one record; non-finite floats become the strings "nan", "inf" and "-inf" (JSON has no such values)."""
         self._file.write(_to_line(record))
         self._file.flush()
 
@@ -57,7 +57,7 @@ class MetricsLog:
         whole = "".join(_to_line(record) for record in records).encode()
         if whole == self.path.read_bytes():
             return
-        # Replaced in one move: a kill here leaves the old file or the new one.
+        # Replaced by a rename: a kill here leaves the old file or the new one.
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         with temporary.open("wb") as file:
             file.write(whole)
@@ -67,7 +67,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a last line that a kill left torn.
+    """Reads the records of a metrics.jsonl, without a torn last line.
 
     Non-finite values are the strings "nan", "inf" and "-inf"; ``float`` reads them.
 

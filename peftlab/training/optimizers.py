@@ -10,7 +10,7 @@ from torch import nn
 
 
 def make_optimizer(model: nn.Module, name: str, *, lr: float, **options: Any) -> Any:
-    """The optimizer over the trained parameters of ``model``. Args: options: what its row calls its keys."""
+    """Returns the optimizer for the trained parameters of ``model``. Args: options: the keys of its row."""
     return OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad], lr=lr, **options)
 
 

@@ -1,4 +1,4 @@
-"""The leak test of packing (contract C4): whether this model, with this attention, keeps packed documents apart."""
+"""The leak test of packing (contract C4): whether this model and attention keep packed documents separate."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from peftlab.tasks import Example, Task, collate_packed
 from peftlab.training.parity import coarsest_dtype
 
-# Enough documents for a first, a middle and a last one; long enough that attention has something to see.
+# Enough documents for a first, middle and last one; long enough for attention to matter.
 _DOCUMENTS, _TOKENS = 4, 24
 
 
 class _Tolerance(NamedTuple):
-    """Differences of logits that are rounding, relative to the largest logit: other neighbours in the same shapes, and
-    packed against padded, which are two shapes and perhaps two attention kernels."""
+    """Logit differences allowed as rounding, relative to the largest logit. neighbours: other neighbours, same shapes.
+    alone: packed against padded, with different shapes and perhaps different attention kernels."""
 
     neighbours: float
     alone: float
 
 
-# A document that sees its neighbour is off by tens of percent in a trained model. Int8 rounds the activations of all
+# In a trained model, a document that sees its neighbour is off by tens of percent. Int8 rounds the activations of all
 # rows together.
 _TOLERANCES = {
     torch.float32: _Tolerance(1e-5, 1e-3),
@@ -39,12 +39,12 @@ _TOLERANCES = {
 def check_packing(
     model: nn.Module, task: Task, examples: Sequence[Example], *, device: Any, autocast: Any = contextlib.nullcontext
 ) -> str | None:
-    """None when packed documents give the logits they have alone, whatever is next to them; else why they do not.
+    """Returns None if packed documents get the same logits as alone, whatever their neighbours; else the reason.
 
-    Runs the first few ``examples``, cut short, in eval mode: packed, packed with the first and with the last of them
-    replaced by other tokens, and padded. With fewer than two documents there is nothing to compare.
+    Runs the first few ``examples``, shortened, in eval mode: packed, packed with other tokens in the first or the last of
+    them, and padded. Returns None for fewer than two documents.
 
-    Args: autocast: context the loop runs in.
+    Args: autocast: the context of the training loop.
     """
     documents = [_cut(example) for example in examples if len(example) > 1][:_DOCUMENTS]
     if len(documents) < 2:
@@ -79,26 +79,26 @@ def check_packing(
     )
     if not leak <= tolerance.neighbours:
         return (
-            f"other tokens in one row change the logits of the rows packed with it by {leak:.2g} of the largest (rounding: "
-            f"{tolerance.neighbours:g}), so {who} does not keep rows apart"
+            f"changing one row changes the logits of the rows packed with it by {leak:.2g} of the largest (rounding: "
+            f"{tolerance.neighbours:g}), so {who} mixes packed rows"
         )
     shift = _difference(packed, alone, size)
     if not shift <= tolerance.alone:
         return (
-            f"packed rows have other logits than alone, by {shift:.2g} of the largest (rounding: {tolerance.alone:g}), so "
-            f"{who} does not start each row anew"
+            f"the logits of packed and padded rows differ by {shift:.2g} of the largest (rounding: {tolerance.alone:g}), so "
+            f"{who} does not reset positions or state for each packed row"
         )
     return None
 
 
 def _cut(example: Example) -> Example:
-    """The first tokens of ``example``, all but one trained: logits then exist for every position but the last."""
+    """The first tokens of ``example``, all but one trained, so that every position but the last has logits."""
     ids = example.ids[:_TOKENS]
     return replace(example, ids=ids, trained=np.arange(len(ids)) > 0, weight=float(len(ids) - 1))
 
 
 def _other(example: Example, num_tokens: int) -> Example:
-    """``example`` with another token in every place."""
+    """``example`` with every token changed."""
     return replace(example, ids=(example.ids + 1) % num_tokens)
 
 
@@ -106,5 +106,5 @@ def _has_int8(model: nn.Module) -> bool:
     return any(p.dtype == torch.int8 for p in model.parameters())
 
 
-def _difference(found: Tensor, expected: Tensor, size: float) -> float:
-    return float((found - expected).abs().max()) / max(size, 1e-30)
+def _difference(actual: Tensor, expected: Tensor, size: float) -> float:
+    return float((actual - expected).abs().max()) / max(size, 1e-30)

@@ -1,7 +1,7 @@
-"""The parity gate (contract C7): the reference path against the path that will train, on the first micro-batch.
+"""The parity gate (contract C7): compares the training path with the reference path on the first micro-batch.
 
-The reference is transformers' own forward with PEFT's own layers and full logits; the fast path is what the loop runs.
-Both draw the same dropout masks. Loss, gradients and the adapted modules must agree before anything is trained.
+The reference is transformers' forward with PEFT's layers and full logits; the fast path is what the loop runs. Both draw
+the same dropout masks. Loss, gradients and the adapted modules must agree before training starts.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from peftlab.errors import VerificationError
 from peftlab.tasks import Batch, Example, Task, collate_packed, weighted_sum
 from peftlab.training.checkpoint import RngState
 
-# The sample of the first micro-batch: enough rows to mean something, few enough to take a moment.
+# Tokens sampled from the first micro-batch: enough to be meaningful, few enough to be quick.
 _MAX_TOKENS = {"cpu": 256, "cuda": 512}
 
 
-_NOTHING_DONE = "Nothing was trained; with run.kernels=reference the fused layers take no part"
+_NOTHING_DONE = "Nothing was trained; run.kernels=reference trains without the fused layers"
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest relative difference of the loss, smallest cosine and largest relative norm difference of a gradient."""
+    """Maximum relative difference of the loss, minimum cosine and maximum relative norm difference of a gradient."""
 
     loss: float
     cosine: float
     norm: float
 
 
-# Rounding alone stays within these (float32: sums in another order; 16 bits: through all layers of a deep model). A
-# dropped scaling factor or mask is off by tens of percent.
+# Rounding stays within these (float32: reordered sums; 16 bits: through all layers of a deep model). A missing scaling
+# factor or mask is off by tens of percent.
 TOLERANCES = {
     torch.float32: Tolerance(loss=1e-4, cosine=0.9999, norm=1e-2),
     torch.float16: Tolerance(loss=1e-2, cosine=0.99, norm=0.1),
@@ -47,15 +47,15 @@ TOLERANCES = {
 }
 
 
-# Rows of x in 8 bits: of SmolLM2's 420 gradients the least has a cosine of 0.80; its losses of steps 1, 2 and 4 were within 0.7 %.
+# Rows of x in 8 bits: the smallest cosine of SmolLM2's 420 gradients is 0.80; its losses at steps 1, 2, 4 are within 0.7 %.
 _INT8_ROWS = Tolerance(loss=2e-2, cosine=0.5, norm=0.5)
 _ROUNDED = {"cpu-bf16": TOLERANCES[torch.bfloat16], "cpu-int8": _INT8_ROWS}
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What the gate saw. ``worst_*``: the parameter that agrees least; None when the loss is not finite on either
-    path, which is for the loop to report."""
+    """The result of the gate. ``worst_*``: the parameter that agrees least; None if the loss is not finite on either path,
+    which the loop reports."""
 
     loss_reference: float
     loss_fast: float
@@ -73,28 +73,28 @@ class ParityReport:
     tokens: int
     seconds: float
     rounded: dict[str, Any] | None = None
-    """With run.kernels=cpu-bf16 or cpu-int8: loss and ``worst_*`` of their rounding, against the fast path without it."""
+    """With run.kernels=cpu-bf16 or cpu-int8: loss and ``worst_*`` of that rounding, against the fast path without it."""
     unrounded: dict[str, Any] | None = None
-    """Over int8 weights on a GPU: the same of the plans that train, which may round no rows of x to 8 bits, against the fast
-    path with bitsandbytes' own products. The figures above compare that with the reference, which rounds them."""
+    """With int8 weights on a GPU: the same for the training plans, which may not round rows of x to 8 bits, against the fast
+    path with bitsandbytes' products. The figures above compare the latter with the reference, which rounds rows."""
 
     def __str__(self) -> str:
         if self.worst_cosine is None:
             return f"parity: not compared, the loss of the first micro-batch is {self.loss_fast}"
-        found = (
+        text = (
             f"parity: loss {self.loss_fast:.6g}, on the reference path {self.loss_reference:.6g}; smallest cosine of "
             f"{self.num_parameters} gradients {self.worst_cosine:.6f} ({self.seconds:.1f} s)"
         )
         if self.rounded is not None and self.rounded["worst_cosine"] is not None:
-            found += (
+            text += (
                 f"; with rounded operands loss {self.rounded['loss']:.6g}, cosine {self.rounded['worst_cosine']:.4f}"
             )
         if self.unrounded is not None and self.unrounded["worst_cosine"] is not None:
-            found += (
+            text += (
                 f"; without bitsandbytes' rounding to 8 bits loss {self.unrounded['loss']:.6g}, cosine "
                 f"{self.unrounded['worst_cosine']:.4f}"
             )
-        return found
+        return text
 
 
 def check_parity(
@@ -111,23 +111,23 @@ def check_parity(
     loss_sum: Callable[[nn.Module, Batch], Tensor] | None = None,
     reference_loss_sum: Callable[[nn.Module, list[Example], Any], Tensor] | None = None,
 ) -> ParityReport:
-    """Compares the two paths; the model, its gradients and all random state are as before afterwards.
+    """Compares the two paths and restores the model, its gradients and all random state.
 
     Args:
-        micro_batch: the first one; a part of it is taken where it is large. planned: names of the modules to adapt.
-        kernels: the mode of run.kernels that will train. where: row index -> place in the data, for messages.
-        autocast: context the loop runs in. packed: the micro-batch is trained as one packed sequence; the reference
-        is padded. loss_sum: the loss of the loop, default the task's. reference_loss_sum: the same from the examples the
-        long way, default the task's own losses on ``task.reference_outputs``.
+        micro_batch: the first micro-batch; a large one is sampled. planned: names of the modules to adapt.
+        kernels: the run.kernels mode used in training. where: row index -> place in the data, for messages.
+        autocast: the context of the training loop. packed: whether training packs the micro-batch; the reference is padded.
+        loss_sum: the loss of the loop, default the task's. reference_loss_sum: the same loss by the reference path, default
+        the task's losses on ``task.reference_outputs``.
     Raises: VerificationError naming the module, the parameter or the loss that differs.
     """
     started = time.perf_counter()
     adapted = {_base_name(name) for name in _adapted(model)}
     if missing := sorted(set(planned) - adapted) or sorted(adapted - set(planned)):
-        state = "was to be adapted and is not" if missing[0] in planned else "is adapted and was not to be"
+        state = "should be adapted but is not" if missing[0] in planned else "should not be adapted but is"
         raise VerificationError(
-            f"{missing[0]} {state} ({len(adapted)} of {len(planned)} planned modules are adapted): the adapter would not be "
-            "what the recipe says. This is a fault of peftlab or PEFT; nothing was trained"
+            f"{missing[0]} {state} ({len(adapted)} of {len(planned)} planned modules are adapted): the adapter does not match "
+            "the recipe. This is a bug in peftlab or PEFT; nothing was trained"
         )
     sample = _sample(micro_batch, _MAX_TOKENS.get(torch.device(device).type, 256))
     rows = sum(map(len, micro_batch)) if packed else len(micro_batch) * max(map(len, micro_batch))
@@ -141,18 +141,18 @@ def check_parity(
     rng = RngState.capture()
     with woken(model):
         try:
-            if packed and _draws(fast_loss, autocast):  # one row has the same dropout masks packed and padded
+            if packed and _draws(fast_loss, autocast):  # a single row has the same dropout masks packed and padded
                 sample = sample[:1]
-            # With "compared" PEFT's layers draw the masks of the fused ones; those of "reference" draw their own on both sides.
+            # In mode "compared" PEFT's layers use the masks of the fused layers; in mode "reference" both sides draw PEFT's masks.
             set_kernels(model, "reference" if kernels == "reference" else "compared")
             reference = _pass(model, lambda: reference_loss(model, sample, device), autocast, sample)
             set_kernels(model, kernels)
             with ops.planned_for(rows):
-                if rounds:  # masks, adapters and head are told from rounding in float32
+                if rounds:  # float32 separates errors of masks, adapters and head from rounding
                     set_kernels(model, "auto")
                 library: contextlib.AbstractContextManager[list[ops.Plan]]
                 library = ops.int8_by_library() if rounds_x else contextlib.nullcontext([])
-                with library as replaced:  # and from the reference's
+                with library as replaced:  # likewise for the reference's rounding
                     fast = _pass(model, fast_loss, autocast, sample)
                 set_kernels(model, kernels)
                 trained = _pass(model, fast_loss, autocast, sample) if rounds or replaced else None
@@ -187,7 +187,7 @@ def check_parity(
 
 
 def int8_rounds_rows(model: nn.Module) -> bool:
-    """Whether adapted layers of bitsandbytes' multiply int8 by int8 in training: they do on a GPU."""
+    """Whether adapted bitsandbytes layers multiply int8 by int8 in training, as they do on a GPU."""
     bases = (module.get_base_layer() for module in model.modules() if isinstance(module, FusedLora))
     return any(b.weight.device.type == "cuda" and isinstance(frozen_weight(b), ops.Int8Weight) for b in bases)
 
@@ -211,8 +211,8 @@ def _base_name(name: str) -> str:
 
 
 def _sample(micro_batch: Sequence[Example], max_tokens: int) -> list[Example]:
-    """Rows of the micro-batch up to ``max_tokens`` padded tokens; a longer row is cut to what ends with its last
-    trained token."""
+    """Rows of the micro-batch up to ``max_tokens`` padded tokens; a longer row is cut so that it ends with its last trained
+    token."""
     cut = [_cut(example, max_tokens) for example in micro_batch]
     chosen = cut[:1]
     for example in cut[1:]:
@@ -230,14 +230,14 @@ def _cut(example: Example, max_tokens: int) -> Example:
     end = int(example.trained.nonzero()[0][-1]) + 1
     window = slice(max(0, end - max_tokens), end)
     trained = example.trained[window].copy()
-    trained[0] = False  # nothing precedes it, so it cannot be predicted
+    trained[0] = False  # the first token cannot be predicted
     return replace(example, ids=example.ids[window], trained=trained, weight=float(trained.sum()))
 
 
 @contextlib.contextmanager
 def woken(model: nn.Module) -> Iterator[None]:
-    """LoRA starts with B = 0, where neither the adapter's output nor A's gradient would show a fault: for the
-    comparison such a B gets values that change a layer's output by a few percent."""
+    """Gives zero LoRA B matrices values that change a layer's output by a few percent, for the comparison: with the initial
+    B = 0 neither the adapter's output nor A's gradient would show an error."""
     held: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
@@ -272,7 +272,7 @@ def _pass(model: nn.Module, loss_sum: Any, autocast: Any, sample: list[Example])
 
 @torch.no_grad()
 def _draws(loss_sum: Callable[[], Tensor], autocast: Any) -> bool:
-    """Whether the loss depends on the seed, as it does with dropout."""
+    """Whether the loss depends on the seed, as with dropout."""
     losses = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -282,17 +282,17 @@ def _draws(loss_sum: Callable[[], Tensor], autocast: Any) -> bool:
 
 
 def coarsest_dtype(model: nn.Module, autocast: Any, device: Any) -> torch.dtype:
-    """The type with the fewest digits that takes part in a forward."""
+    """The least precise dtype used in a forward pass."""
     kind = torch.device(device).type
     with autocast():
-        found: set[torch.dtype | None] = {torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else set()
-    found |= {p.dtype for p in model.parameters() if p.is_floating_point()}
-    found |= {
+        dtypes: set[torch.dtype | None] = {torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else set()
+    dtypes |= {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes |= {
         cast(torch.dtype | None, module.compute_dtype)
         for module in model.modules()
         if isinstance(module, nn.Linear) and hasattr(module, "compute_dtype")
     }
-    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
 
 
 def _compare(
@@ -303,8 +303,8 @@ def _compare(
     *,
     against: str = "the reference path",
 ) -> dict[str, Any]:
-    """The ``worst_*`` fields of the report. against: what ``reference`` is, in messages. Raises: VerificationError beyond
-    ``tolerance``."""
+    """Returns the ``worst_*`` fields of the report. against: the name of ``reference`` in messages. Raises:
+    VerificationError beyond ``tolerance``."""
     want, got = reference[0], fast[0]
     if not math.isfinite(want) and not math.isfinite(got):
         return dict.fromkeys(("worst_cosine", "worst_cosine_at", "worst_norm_ratio", "worst_norm_ratio_at"))
@@ -317,17 +317,17 @@ def _compare(
     floor = 1e-6 * max((float(g.norm()) for g in reference[1].values()), default=0.0)
     cosines, ratios = {}, {}
     for name, wanted in reference[1].items():
-        found = fast[1][name].double()
-        norm, found_norm = float(wanted.double().norm()), float(found.norm())
-        if max(norm, found_norm) <= floor:
+        gradient = fast[1][name].double()
+        norm, fast_norm = float(wanted.double().norm()), float(gradient.norm())
+        if max(norm, fast_norm) <= floor:
             continue
-        cosine = float((wanted.double() * found).sum()) / max(norm * found_norm, 1e-300)
-        counts = int(wanted.count_nonzero()), int(found.count_nonzero())
-        cosines[name], ratios[name] = cosine, found_norm / max(norm, 1e-300)
+        cosine = float((wanted.double() * gradient).sum()) / max(norm * fast_norm, 1e-300)
+        counts = int(wanted.count_nonzero()), int(gradient.count_nonzero())
+        cosines[name], ratios[name] = cosine, fast_norm / max(norm, 1e-300)
         if not cosine >= tolerance.cosine or not abs(ratios[name] - 1) <= tolerance.norm or counts[1] < 0.9 * counts[0]:
             raise VerificationError(
                 f"the gradient of {_base_name(name)} differs between the training path and {against}: cosine "
-                f"{cosine:.4f} (at least {tolerance.cosine:g}), norm {found_norm:.4g} against {norm:.4g} (within "
+                f"{cosine:.4f} (at least {tolerance.cosine:g}), norm {fast_norm:.4g} against {norm:.4g} (within "
                 f"{100 * tolerance.norm:g} %), {counts[1]:,} against {counts[0]:,} non-zero values of {wanted.numel():,}. "
                 f"{_NOTHING_DONE}"
             )

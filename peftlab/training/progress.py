@@ -28,42 +28,42 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """What the training loop and the verbs report to; usable as a context manager that stops at the end."""
+    """The interface that the training loop and the verbs report to; a context manager that stops at the end."""
 
     def stage(self, text: str) -> None:
-        """A long piece of work begins, such as "loading model"; it ends, and its time is shown, at the next call
-        of stage, start, step or evaluated."""
+        """Starts a stage, such as "loading model". The next call of stage, start, step or evaluated ends it and shows its
+        time."""
 
     def done(self) -> None:
-        """The stage has ended; what comes next is about its result."""
+        """Ends the stage before its results are reported."""
 
     def note(self, text: str) -> None:
-        """A line of information."""
+        """Shows a line of information."""
 
     def detail(self, text: str) -> None:
-        """A line for those who asked for all of them."""
+        """Shows a line in verbose mode only."""
 
     def quietly(self) -> AbstractContextManager[None]:
-        """Inside, only warnings and the bar are shown, unless everything was asked for."""
+        """Inside the context only warnings and the bar are shown, unless verbose."""
 
     def warn(self, text: str) -> None:
-        """A line that needs attention."""
+        """Shows a warning."""
 
     def show(self, renderable: RenderableType) -> None:
-        """Something for Rich to lay out, such as a coloured text."""
+        """Shows a Rich renderable, such as a coloured text."""
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
-        """Training begins; first_step steps were done before a resume."""
+        """Starts training; first_step steps were done before a resume."""
 
     def step(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Optimizer step ``step`` (1-based) is done. Known values, each optional: loss (nats), lr, grad_norm,
-        tokens_per_s, memory_bytes."""
+        """Reports optimizer step ``step`` (1-based). Known values, each optional: loss (nats), lr, grad_norm, tokens_per_s,
+        memory_bytes."""
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The flat metric values after ``step`` steps; the first eight are shown."""
+        """Shows the first eight flat metric values after ``step`` steps."""
 
     def stop(self) -> None:
-        """Gives the terminal back; may be called at any time and more than once."""
+        """Releases the terminal; may be called at any time and repeatedly."""
 
     def __enter__(self) -> Self: ...
 
@@ -73,9 +73,9 @@ class Progress(Protocol):
 
 
 def make_progress(stream: TextIO | None = None, *, verbose: bool = False) -> Progress:
-    """A live bar if the stream (default: stderr) is a terminal that can redraw lines, else plain lines.
+    """Returns a live bar if the stream (default: stderr) is a terminal that can redraw lines, else plain lines.
 
-    Args: verbose: details are shown too.
+    Args: verbose: show details too.
     """
     stream = sys.stderr if stream is None else stream
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
@@ -127,17 +127,17 @@ class SilentProgress:
 
 
 class PlainProgress:
-    """Whole lines without control codes, for files and pipes.
+    """Prints whole lines without control codes, for files and pipes.
 
-    Steps 1, 2, 5, 10 and the last have a line. Between them one comes when 5 s and 2 % of the steps have passed since
-    the last line, at the latest after 60 s: about fifty lines, or one a minute in a long run. A stage has one line, with its
-    time at the end of it.
+    Steps 1, 2, 5, 10 and the last get a line. In between, a line is due once 5 s and 2 % of the steps have passed since the
+    last one, at the latest after 60 s: about fifty lines, or one per minute in a long run. A stage gets one line that ends
+    with its time.
     """
 
     def __init__(self, stream: TextIO, clock: Clock = time.monotonic, *, verbose: bool = False) -> None:
         self._stream = stream
         self._verbose, self._quiet = verbose, False
-        self._open = False  # whether the last line still waits for the time of its stage
+        self._open = False  # whether the current line still needs its stage's time
         self._stage = Stage(clock)
         self._pace = Pace(clock)
         self._clock = clock
@@ -230,15 +230,15 @@ class PlainProgress:
     def _end_stage(self) -> None:
         name, seconds = self._stage.end()
         if self._open:
-            self._write(f" {seconds}\n" if seconds else "\n", goes_on=True)
-        elif seconds and not self._quiet:  # other lines came between
+            self._write(f" {seconds}\n" if seconds else "\n", continues=True)
+        elif seconds and not self._quiet:  # other lines came in between
             self._print(f"{name}: {seconds}")
 
     def _print(self, text: str) -> None:
         self._write(f"{wrapped(text, _PLAIN_WIDTH)}\n")
 
-    def _write(self, text: str, *, goes_on: bool = False) -> None:
-        if self._open and not goes_on:
+    def _write(self, text: str, *, continues: bool = False) -> None:
+        if self._open and not continues:
             self._stream.write("\n")
         self._open = False
         self._stream.write(text)
@@ -246,9 +246,9 @@ class PlainProgress:
 
 
 class RichProgress:
-    """One live line in a terminal: a spinner for a stage, a bar for training; notes and evaluations scroll above.
+    """Keeps one live line in a terminal: a spinner for a stage, a bar for training; notes and evaluations scroll above.
 
-    The line is fitted to the width: first the bar goes, then memory, then tokens/s.
+    A narrow terminal drops the bar first, then memory, then tokens/s.
     """
 
     def __init__(self, console: Console, clock: Clock = time.monotonic, *, verbose: bool = False) -> None:
@@ -261,7 +261,7 @@ class RichProgress:
         self._pace = Pace(clock)
         self._values: Mapping[str, float | None] = {}
         self._spinner = Spinner("line")
-        # Stdout is not redirected: Rich would send what is printed there to this console.
+        # Do not redirect stdout: Rich would send its prints to this console.
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, redirect_stdout=False)
 
     def stage(self, text: str) -> None:
@@ -314,7 +314,7 @@ class RichProgress:
 
     def stop(self) -> None:
         self._stage.end()
-        # Without a bar there is nothing to leave on the screen.
+        # Without a bar, leave nothing on the screen.
         self._live.transient = self._quiet or self._pace.total_steps == 0
         self._live.stop()
         self._pace.begin(0, 0)
@@ -333,7 +333,7 @@ class RichProgress:
             self._print(f"{name} ... {seconds}", style="dim")
 
     def _print(self, text: str, style: str | None = None) -> None:
-        # Paths must stay whole for copying, and [brackets] of user data are not markup.
+        # Keep paths whole for copying; [brackets] in user data are not markup.
         text = wrapped(text, self._console.width)
         self._console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 

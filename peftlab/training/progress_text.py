@@ -1,4 +1,4 @@
-"""The words and numbers of the progress lines, and the clockwork behind them."""
+"""Formats the progress lines and measures their times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MIN_STAGE_S = 0.05
 
 
 class Stage:
-    """The stage that is under way, if any."""
+    """The current stage, if any."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -24,11 +24,11 @@ class Stage:
         self._text, self._began = text, self._clock()
 
     def running(self) -> str | None:
-        """The line to show now, with the seconds so far; None if no stage is under way."""
+        """The current line, with the seconds so far; None without a stage."""
         return None if self._text is None else f"{self._text} ... {self._clock() - self._began:.0f} s"
 
     def end(self) -> tuple[str, str]:
-        """Ends it: its text, and its time where it took any worth telling; both empty if none was under way."""
+        """Ends the stage; returns its text, and its time if not negligible. Both are empty without a stage."""
         text, self._text = self._text, None
         elapsed = self._clock() - self._began
         return text or "", "" if text is None or elapsed < _MIN_STAGE_S else f"{elapsed:.1f} s"
@@ -44,7 +44,7 @@ class Pace:
     def begin(self, total_steps: int, first_step: int) -> None:
         self.total_steps, self.first_step, self.done = total_steps, first_step, first_step
         self._began = self._last = self._clock()
-        # Measured from the end of the first step: that one holds the compilation and the first allocations.
+        # Measured from the end of the first step, which includes compilation and first allocations.
         self._origin: tuple[int, float] | None = None
 
     def advance(self, step: int) -> None:
@@ -57,7 +57,7 @@ class Pace:
         return f"step {self.done:,}/{self.total_steps:,}"
 
     def time_text(self) -> str:
-        """The time left, or taken when all steps are done; empty until two steps are done."""
+        """The time left, or the total time after the last step; empty until two steps are done."""
         origin, done = self._origin, self.done
         if done >= self.total_steps:
             return f"took {format_duration(self._last - self._began)}"
@@ -95,7 +95,7 @@ def value_texts(values: Mapping[str, float | None], *, with_optimizer: bool) -> 
 
 
 def metrics_text(step: int, metrics: Mapping[str, float], width: int | None = None) -> str:
-    """The first eight metrics, in lines of at most width columns where the names allow; None: one line."""
+    """The first eight metrics, in lines of at most width columns if the names fit; None: one line."""
     shown = [f"{name} {format_number(value)}" for name, value in list(metrics.items())[:_MAX_SHOWN_METRICS]]
     if len(metrics) > len(shown):
         shown.append(f"and {len(metrics) - len(shown)} more")
@@ -103,9 +103,9 @@ def metrics_text(step: int, metrics: Mapping[str, float], width: int | None = No
 
 
 def wrapped(text: str, width: int) -> str:
-    """``text`` in lines of at most ``width`` columns, broken between words; what follows a break is indented by two more.
+    """Wraps ``text`` between words to at most ``width`` columns; continuation lines are indented by two more.
 
-    A word that is longer than a line, such as a path, stays whole.
+    A word longer than a line, such as a path, stays whole.
     """
     lines = []
     for line in text.split("\n"):

@@ -14,9 +14,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, *, total_steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """Learning rate of the optimizer step ``step`` (counted from 0).
+    """Returns the learning rate of optimizer step ``step`` (counted from 0).
 
-    Rises linearly over the warm-up (``warmup`` steps, or that share of all steps when below 1), then follows the
+    Rises linearly over the warm-up (``warmup`` steps, or that share of all steps if below 1), then follows the
     schedule, which reaches its end just after the last step.
     """
     num_warmup = math.ceil(round(warmup * total_steps, 9)) if warmup < 1 else int(warmup)

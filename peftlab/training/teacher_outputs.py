@@ -1,4 +1,4 @@
-"""Teachers: whatever tells, for the examples of a batch, what the student should say at their scored positions."""
+"""Teachers: they return the targets of a student at the scored positions of a batch."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Aligned:
     places: Tensor
 
 
-# Logits [N, C]; or stored classes of each position; or hidden states and the head that turns them into logits; or, for
-# tasks whose answer is a vector, vectors [N, H].
+# Logits [N, C]; stored classes per position; hidden states and the head that turns them into logits; or vectors [N, H]
+# for tasks that predict vectors.
 Taught = Tensor | SparseTarget | ops.OnlineTeacher | Aligned
 
 
 class Teacher(Protocol):
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
-        """What is taught at the scored positions of ``batch``, on the device of the batch. No gradient, no dropout."""
+        """Returns the targets at the scored positions of ``batch``, on its device. No gradient, no dropout."""
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget | Aligned:
-        """The same the long way, as ``Task.reference_outputs``."""
+        """Returns the same by the reference path, as ``Task.reference_outputs``."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a model's logits are compared.
+    """The columns of a model's logits to compare.
 
     Attributes:
-        count: leading columns; None: all. order: the student's class i is column order[i]; None: as they are.
+        count: leading columns; None: all. order: the student's class i is column order[i]; None: unchanged.
     """
 
     count: int | None = None
@@ -55,14 +55,14 @@ class Columns:
 
 
 class ModelTeacher:
-    """Another model that runs beside the student.
+    """A teacher model that runs next to the student.
 
     Args:
-        task: the student's task, with the teacher's tokenizer where that is another one.
-        device: the teacher's; its answers go to the student's.
-        examples: the teacher's own example of each row, by row; None: it reads the student's.
+        task: the student's task, with the teacher's tokenizer if it differs.
+        device: the teacher's device; its outputs move to the student's.
+        examples: the teacher's own examples, by row; None: the student's.
         kernels: the mode of run.kernels.
-        packs: whether it keeps packed rows apart; without it they are padded for it.
+        packs: whether the teacher keeps packed rows separate; if not, it gets padded rows.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class ModelTeacher:
         self._columns, self._examples, self._kernels, self._packs = columns, examples, kernels, packs
 
     def network(self, student: nn.Module) -> Any:
-        """The model that answers."""
+        """The model that computes the targets."""
         return self.model
 
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
         device = batch.device
         own = self._own(batch)
-        # The head stays where the teacher is, so from another device the logits come, not what goes into it.
+        # The head stays on the teacher's device; another device therefore gets logits instead of hidden states.
         kernels = self._kernels if _is_at(device, self.device) else "reference"
         with as_teacher(self.model), _autocast_like(device.type, self.device):
             outputs = self.task.outputs(self.model, own)
@@ -109,12 +109,12 @@ class ModelTeacher:
 
 
 class TranslatedTeacher:
-    """Another language model, whose tokenizer cuts texts at other places: it answers where both begin a token.
+    """A language model with another tokenizer: it gives targets where tokens of both models start at the same byte.
 
     Args:
-        examples: the teacher's own example of each row; trained are the tokens that the student begins at the same byte.
-        places: of each row, which of the student's positions those are.
-        num_classes: leading columns of the teacher's logits that are tokens.
+        examples: the teacher's own examples, by row; their trained tokens start at the same byte as a student's token.
+        places: per row, the student's positions of those tokens.
+        num_classes: number of leading columns of the teacher's logits that are tokens.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class TranslatedTeacher:
             assert example.trained is not None
             places += [start + place for place in self._places[example.row]]
             start += int(example.trained.sum())
-        found = torch.zeros(0, self._num_classes) if logits is None else logits[:, : self._num_classes]
-        return Aligned(found.to(device), torch.tensor(places, dtype=torch.int64, device=device))
+        aligned = torch.zeros(0, self._num_classes) if logits is None else logits[:, : self._num_classes]
+        return Aligned(aligned.to(device), torch.tensor(places, dtype=torch.int64, device=device))
 
 
 class BackboneTeacher:
-    """The student's own backbone: without its adapter, or with another one that is loaded beside it.
+    """The student's own backbone, without its adapter or with another loaded adapter.
 
-    Args: adapter: name of that other adapter in the ``PeftModel``; None: without any.
+    Args: adapter: name of the other adapter in the ``PeftModel``; None: no adapter.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class BackboneTeacher:
         self._task, self._adapter, self._columns, self._kernels = task, adapter, columns, kernels
 
     def network(self, student: nn.Module) -> Any:
-        """The model that answers."""
+        """The model that computes the targets."""
         return student
 
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
@@ -200,11 +200,11 @@ class BackboneTeacher:
 
 
 class CachedTeacher:
-    """Targets that were stored before; see ``distill.cache``.
+    """Cached targets; see ``distill.cache``.
 
     Args:
-        read: indices of examples -> their targets on the CPU. index_of: row -> index of its example in the cache.
-        head: of the teacher whose hidden states are stored; None: classes or vectors are.
+        read: example indices -> their targets on the CPU. index_of: row -> index of its example in the cache.
+        head: the teacher's head, if hidden states are stored; None: classes or vectors are stored.
     """
 
     def __init__(
@@ -229,40 +229,40 @@ class CachedTeacher:
         return ops.head_logits(stored.to(device, self._dtype()), self._head)
 
     def _dtype(self) -> torch.dtype:
-        """The type that the teacher's own products with its head were in."""
+        """The dtype in which the teacher multiplies with its head."""
         assert self._head is not None
         return self._head.weight.tensors()[0].dtype
 
 
 def taught(outputs: Outputs, columns: Columns, kernels: str) -> Taught:
-    """What a teacher's outputs hold for a student: of a head over many classes the hidden states, so that the logits of
-    all positions never exist; where that head has no fused form, the logits."""
+    """Returns the targets in a teacher's outputs: for a language model head hidden states, so that the logits of all positions
+    never exist at once; logits if that head has no fused form."""
     if outputs.head is None:
         return columns.of(outputs.values).detach()
     head = outputs.head
-    found = (
+    fused = (
         None
         if kernels == "reference"
         else head_input(head.module, outputs.values, softcap=head.softcap, scale=head.scale, num_classes=columns.count)
     )
-    if found is None:
+    if fused is None:
         return columns.of(outputs.logits())
-    return ops.OnlineTeacher(found.hidden, found.head)
+    return ops.OnlineTeacher(fused.hidden, fused.head)
 
 
-def _to(found: Taught, device: Any) -> Taught:
-    if isinstance(found, Tensor):
-        return found.to(device)
-    return found.to(device) if isinstance(found, SparseTarget) else found
+def _to(targets: Taught, device: Any) -> Taught:
+    if isinstance(targets, Tensor):
+        return targets.to(device)
+    return targets.to(device) if isinstance(targets, SparseTarget) else targets
 
 
 def _is_at(device: torch.device, place: Any) -> bool:
-    """Whether a tensor's ``device``, such as cuda:0, is ``place``, which may be the current device of its kind: cuda."""
+    """Whether a tensor's ``device``, such as cuda:0, is ``place``, which may lack an index: cuda."""
     place = torch.device(place)
     return device.type == place.type and place.index in (None, device.index)
 
 
 def _autocast_like(student: str, teacher: Any) -> contextlib.AbstractContextManager[Any]:
-    """A teacher on the CPU computes in its own type, whatever a student on a GPU does."""
+    """Disables autocast for a teacher on another device type, such as the CPU: it computes in its own dtype."""
     kind = torch.device(teacher).type
     return contextlib.nullcontext() if kind == student else torch.autocast(kind, enabled=False)

@@ -51,7 +51,7 @@ def test_what_stands_there_twice_counts_once() -> None:
             "--methods: expected some of lora, rslora, dora, full, found 'lorra'; did you mean 'lora'?",
         ),
         ({"quantize": ["nf8"]}, "--quantize: expected some of none, nf4, int8, found 'nf8'; did you mean 'nf4'?"),
-        ({"kernels": []}, "nothing to measure: --kernels is empty; leave it out for the recipe's own, or give a value"),
+        ({"kernels": []}, "nothing to measure: --kernels is empty; omit it to use the recipe's value, or give a value"),
         ({"batch": [0]}, "--batch: expected at least 1, found 0"),
         ({"length": [1]}, "--length: expected at least 2 tokens, of which one is predicted, found 1"),
     ],
@@ -69,13 +69,13 @@ def test_wrong_values_are_told(changes: dict[str, Any], message: str) -> None:
         ({"method": "full", "rank": None}, None),
         ({"method": "full", "rank": None, "quantize": "nf4"}, "cannot be trained"),
         ({"length": 129}, "reads at most 128 tokens"),
-        ({"adapters": 2}, "training has one adapter"),
+        ({"adapters": 2}, "training uses one adapter"),
         ({"what": "generate"}, None),
         ({"what": "generate", "adapters": 4}, None),
         ({"what": "generate", "adapters": 5}, "4 rows are fewer than 5 adapters"),
         ({"what": "generate", "adapters": 2, "method": "dora"}, "no batch of several DoRA"),
-        ({"what": "generate", "adapters": 2, "method": "full"}, "without an adapter"),
-        ({"what": "generate", "length": 100}, "100 + 32 new tokens are more than the 128"),
+        ({"what": "generate", "adapters": 2, "method": "full"}, "full has no adapter"),
+        ({"what": "generate", "length": 100}, "100 + 32 new tokens exceed the model's 128"),
     ],
 )
 def test_which_cells_can_exist(changes: dict[str, Any], reason: str | None) -> None:
@@ -86,7 +86,7 @@ def test_which_cells_can_exist(changes: dict[str, Any], reason: str | None) -> N
 def test_what_the_task_and_the_machine_rule_out() -> None:
     assert "seq_cls has nothing to generate" in str(impossible(cell(what="generate"), Facts("seq_cls", 512, 32)))
     missing = Facts("causal_lm", 128, 32, no_bitsandbytes="No module named 'bitsandbytes'")
-    assert "int8 needs bitsandbytes, which does not import (No module" in str(
+    assert "int8 needs bitsandbytes, which cannot be imported (No module" in str(
         impossible(cell(quantize="int8"), missing)
     )
     assert impossible(cell(), missing) is None

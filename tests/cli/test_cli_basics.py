@@ -156,7 +156,7 @@ def test_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> N
         (["chat", "runs/x", "hello"], "unexpected argument 'hello'"),
         (["merge", "runs/x", "--base", "other"], "other"),
         (["predict", "runs/x", "text", "--file", "f.csv"], "not both"),
-        (["predict", "runs/x", "text", "-"], "no other text"),
+        (["predict", "runs/x", "text", "-"], "cannot be combined with texts"),
         (["predict", "runs/x", "text", "--output", "f.txt"], ".jsonl or .csv"),
     ],
 )

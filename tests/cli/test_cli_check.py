@@ -64,9 +64,9 @@ def test_check_chats(capsys: pytest.CaptureFixture[str]) -> None:
         r"assistant +(\d+) +\1 +100 % +(\d+) +\2",
         r"<\|im_end\|> +(\d+) +\d+ +50 % ",
         r"train: \d+ assistant turns, each ends with a trained <\|im_end\|>",
-        r"tokens per row, uncut \(limit 512\): \d+ to \d+, median \d+, 95 % up to \d+",
-        r"2 steps,  1 epoch,  .* tokens,  \d+ of them trained",
-        r"chats.jsonl:\d+  \(trained text is marked \{\+ \+\}\)",
+        r"tokens per row before truncation \(limit 512\): \d+ to \d+, median \d+, 95 % up to \d+",
+        r"2 steps,  1 epoch,  .* tokens,  \d+ trained",
+        r"chats.jsonl:\d+  \(trained between \{\+ and \+\}\)",
         r"  \{\+answer \d+<\|im_end\|>\+\}",
         r"ready to train",
     ):
@@ -113,7 +113,7 @@ def test_check_error_ends_with_exit_code_3_after_the_tables(capsys: pytest.Captu
     assert re.search(
         r"^error untrained_terminator: \d+ of \d+ assistant turns do not end with a trained", out, re.MULTILINE
     )
-    assert out.rstrip().endswith("1 error (above): this recipe would not be trained")
+    assert out.rstrip().endswith("1 error (above): peftlab would refuse to train this recipe")
     code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja", "--json")
     assert code == 3 and not json.loads(out)["ok"]
     allowed = ["model.chat_template=bad.jinja", "data.allow=[untrained_terminator]"]

@@ -186,7 +186,7 @@ CASES: dict[str, Case] = {
         ["distill.teacher: self is the backbone without its adapter", "set the teacher to the model's name"],
     ),
     "no section": ("distill", "seq_cls", {}, {}, [], 2, ["no section distill", "peftlab train"]),
-    "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run: peftlab distill"]),
+    "train": ("train", "seq_cls", {"teacher": "classifier"}, {}, [], 2, [KEY, "run peftlab distill"]),
     "no teacher": ("distill", "seq_cls", {"hard_weight": 0.1}, {}, [], 2, ["has no teacher: set teacher"]),
     "temperature 0": (
         "distill", "seq_cls", {"teacher": "classifier", "temperature": 0}, {}, [], 2,
@@ -505,7 +505,7 @@ def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.Cap
     assert "teacher: lm (90,688 parameters)\n" in out
     assert re.search(r"\ncache: cache, 2\d examples, [\d.]+ [kM]?B\n", out), out
     assert (
-        "student: 1 of 2 layers of tiny:llama (53,696 parameters), and the same on the labels alone, with 2 seeds"
+        "student: 1 of 2 layers of tiny:llama (53,696 parameters), and a baseline on the labels alone, with 2 seeds"
         in out
     )
     assert cli(["check", recipe, "distill.cache=new", "--json"]) == 0
@@ -586,7 +586,7 @@ def test_an_unfinished_distillation_names_its_own_verb(here: Path, capsys: pytes
     recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
     assert_told(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run to resume in mine", "peftlab distill RUN"])
     lock(here / "first", recipe)
-    assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run: peftlab distill"])
+    assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run peftlab distill"])
     recipe = write(here, "seq_cls", distill={"teacher": "first"})
     parts = [TEACHER, "the run in first has no student yet; continue it with: peftlab distill first --resume"]
     assert_told(capsys, cli(["distill", recipe]), 5, parts)
@@ -609,7 +609,7 @@ def test_check_of_the_caches_of_phases(here: Path, capsys: pytest.CaptureFixture
     (here / "phases/phase-1-0123").mkdir(parents=True)
     recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "phases", "on_policy": {"phases": 1}})
     assert cli(["check", recipe]) == 0
-    assert "cache: phases, nothing yet" in capsys.readouterr().out
+    assert "cache: phases, empty" in capsys.readouterr().out
 
 
 def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,7 +196,7 @@ def test_predict_stdin(
     assert predicted["inputs"] == ["one", "two"]
     shown = capsys.readouterr()
     assert shown.out.splitlines() == ["spam\t0.900000", "ham\t0.750000"]
-    assert "blank lines" in shown.err
+    assert "skipped 1 blank line of standard input" in shown.err
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"ok\n\xff\n"])

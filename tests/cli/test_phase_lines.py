@@ -23,8 +23,8 @@ def test_phase_lines_line_for_each_phase() -> None:
         {"on_policy": [{"seed": 0, "phases": [PHASE, {**PHASE, "phase": 2, "empty": 0}]}]}
     )
     assert first == (
-        "phase 1: 900 of 1,200 rows written by the student (3 empty), 23.5 tokens each, 88 % ended; 0.3457 nats a token from the "
-        "teacher there; generating 61 s, scoring 9 s, training 1,234 s"
+        "phase 1: 900 of 1,200 rows written by the student (3 empty), 23.5 tokens each, 88 % ended; KL to the teacher "
+        "0.3457 nats per token; generating 61 s, scoring 9 s, training 1,234 s"
     )
     assert second.startswith("phase 2: 900 of 1,200 rows written by the student, 23.5") and blank == ""
 

@@ -150,7 +150,7 @@ def test_mistakes_of_the_caller() -> None:
 def test_a_model_that_diverged_is_said_so(value: float) -> None:
     logits = _logits(1)
     logits[3, 4] = value
-    with pytest.raises(VerificationError, match="in what the teacher says on held-out rows: its training diverged"):
+    with pytest.raises(VerificationError, match="in the teacher's outputs on held-out rows: its training diverged"):
         Comparison(ROWS, predicts="tokens").add(_logits(2), _targets(), torch.arange(ROWS), logits)
 
 
@@ -261,5 +261,5 @@ def test_embeddings_of_other_widths_have_no_cosine_and_mistakes_are_said() -> No
         _embeddings(student[:2], teacher[:2]).statistics()
     with pytest.raises(ValueError, match=r"expected two \[B, H\]"):
         _embeddings(student[:9], teacher)
-    with pytest.raises(VerificationError, match="in the student's"):
+    with pytest.raises(VerificationError, match="in those of the student"):
         _embeddings(student * math.nan, teacher)

@@ -176,7 +176,7 @@ def test_nothing_to_score_is_an_error(name: str) -> None:
 
 
 def test_add_refuses_a_batch_without_a_column_that_is_needed() -> None:
-    with pytest.raises(ValueError, match="found none called references"):
+    with pytest.raises(ValueError, match="but references is missing"):
         Scorer(["accuracy"], class_names=NAMES).add({"predictions": [0]})
 
 
@@ -196,7 +196,7 @@ def test_scorer_checks_per_class_names() -> None:
         (["perplexity"], "seq_cls", False, "'perplexity' does not apply to task: seq_cls"),
         (["f1_macro"], "causal_lm", False, "'f1_macro' needs eval.choices"),
         (["zzz", "qqq"], "seq_cls", False, "'zzz'; unknown metric 'qqq'; metrics for task seq_cls: loss, accuracy"),
-        ([], "seq_cls", False, "no metric is named"),
+        ([], "seq_cls", False, "the list is empty"),
     ],
 )
 def test_wrong_metric_names(names: list[str], task: str, has_choices: bool, message: str) -> None:

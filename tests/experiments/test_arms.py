@@ -198,7 +198,7 @@ def test_plain_transformers_loads_the_student(done: Done) -> None:
 
 
 def test_the_cache_was_made_first_and_the_rows_needed_no_labels(texts: Done, classes: Done) -> None:
-    assert any("does not hold all teacher targets yet" in note for note in texts.notes)
+    assert any("is incomplete: caching the missing teacher targets first" in note for note in texts.notes)
     assert texts.run.summary["teach"][0]["examples"] == 36
     assert (texts.folder / "cache/manifest.json").is_file()
     assert "label" not in (classes.folder / "transfer.csv").read_text()
@@ -274,7 +274,7 @@ def test_killed_at_every_moment_it_ends_with_the_same_student(process: Any, here
 
 
 def test_ctrl_c_and_resume(here: Path, texts: Done) -> None:
-    with pytest.raises(Interrupted, match="Continue with: peftlab distill run --resume") as caught:
+    with pytest.raises(Interrupted, match="Resume with: peftlab distill run --resume") as caught:
         distill(lesson("causal_lm"), progress=Stopper(3))
     assert caught.value.exit_code == 130
     assert peftlab.open_run("run").summary["status"] == "interrupted"
@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert not (here / "run/student").exists()
     notes = Notes()
     assert distill("run", resume=True, progress=notes).summary["status"] == "finished"
-    assert "run/seed-0/student is finished already" in notes.said
+    assert "run/seed-0/student is already finished" in notes.said
 
 
 def test_a_loss_that_is_not_a_number(here: Path) -> None:

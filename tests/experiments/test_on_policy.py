@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on_to_the_same_student(whole: Whole, here: Path, plac
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Path.unlink, "phase 2 was being trained on, found none"),
+        (Path.unlink, "is missing, but phase 2 was trained on it"),
         (lambda path: path.write_text('{"phase": 2}\n'), "rows.jsonl is damaged"),
     ],
 )
@@ -452,7 +452,7 @@ def test_a_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytes
         return [type(a)(**{**vars(a), "answer": " ", "tokens": [END]}) for a in right(*args, **options)]
 
     monkeypatch.setattr(on_policy_module, "write_answers", silent)
-    with pytest.raises(DataError, match="wrote nothing in answer to 6 prompts"):
+    with pytest.raises(DataError, match="gave only empty answers to 6 prompts"):
         run_it(recipe(here))
 
 
@@ -510,11 +510,11 @@ def test_prompts_that_are_too_long_are_left_out_where_the_recipe_says_so(here: P
     loaded = load_recipe(document)
     plan = plan_phases(Assembly(loaded, transfer=True), here / "run", Notes())
     assert 0 < len(plan.candidates) < len(plan.base.train.examples)
-    assert any("these rows are left out" in note for note in notes)
+    assert any("these rows are dropped" in note for note in notes)
 
 
 def test_teach_leaves_it_to_distill(here: Path) -> None:
-    with pytest.raises(RecipeError, match="the teacher will read what the student writes, phase by phase"):
+    with pytest.raises(RecipeError, match="on-policy distillation has no cache to prepare"):
         teach(recipe(here), progress=SilentProgress())
 
 

@@ -170,5 +170,5 @@ def test_a_slow_spell_that_hits_both_is_no_difference_of_the_ratio() -> None:
     slow = [1.0, 1.1, 0.9, 10.0, 11.0]
     found = ratio_of_medians([2 * s for s in slow], slow)
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
-    with pytest.raises(ValueError, match="as many values on both sides, found 1 and 2"):
+    with pytest.raises(ValueError, match="equally many values on both sides, found 1 and 2"):
         ratio_of_medians([1.0], [1.0, 2.0])

@@ -61,7 +61,7 @@ def test_going_on_needs_the_same_machine_and_versions(tmp_path: Path) -> None:
         go_on(path, later | {"versions": {"torch": "3"}})
     lines = path.read_text()
     path.write_text(lines + "{broken\n" + '{"kind": "row"}\n')
-    with pytest.raises(ArtifactError, match=r"line 2 is damaged.*begin anew with another run"):
+    with pytest.raises(ArtifactError, match=r"line 2 is damaged.*start over with another run"):
         go_on(path, HEADER, anew="another run")
     with pytest.raises(ArtifactError, match="line 2 is damaged"):
         read_records(path)

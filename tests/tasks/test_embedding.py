@@ -206,7 +206,7 @@ def test_random_weights_are_a_control_without_a_beginning_to_score(tmp_path: Pat
 def test_without_a_teacher_there_is_nothing_to_learn_or_to_score(tmp_path: Path) -> None:
     recipe = settings(tmp_path)
     del recipe["distill"]
-    with pytest.raises(RecipeError, match="learned from a teacher's vectors"):
+    with pytest.raises(RecipeError, match="sentence embeddings need a teacher's vectors"):
         train(recipe, progress=SilentProgress())
     with pytest.raises(RecipeError, match="no labels to score"):
         evaluate("tiny:bert", recipe=recipe, progress=SilentProgress())

@@ -235,11 +235,13 @@ def test_layers_that_cannot_be_compared(tiny: Any) -> None:
     other.config.hidden_size, other.config.num_attention_heads = 48, 3
     with pytest.raises(RecipeError, match=r"hidden_mse: the teacher has 2 layers, 0 to 1; found layer 7"):
         plan_inner_losses([("hidden_mse", 1.0, {0: 7}, None)], model, model)
-    with pytest.raises(RecipeError, match=r"64 values and those of the teacher 48; take relation_kl"):
+    with pytest.raises(RecipeError, match=r"64 values, the teacher's 48; use relation_kl"):
         plan_inner_losses([("hidden_mse", 1.0, None, None)], model, other)
-    with pytest.raises(RecipeError, match=r"the student has 4 attention heads and the teacher 3; take relation_kl"):
+    with pytest.raises(RecipeError, match=r"the student has 4 attention heads, the teacher 3; use relation_kl"):
         plan_inner_losses([("attention_kl", 1.0, None, None)], model, other)
-    with pytest.raises(RecipeError, match=r"the student's queries, keys and values have 64 and 32 values, which 5"):
+    with pytest.raises(
+        RecipeError, match=r"the student's queries, keys and values have 64 and 32 values, not a multiple of 5"
+    ):
         plan_inner_losses([("relation_kl", 1.0, None, 5)], model, other)
     (term,) = plan_inner_losses([("relation_kl", 0.5, None, None)], model, other)
     assert term == InnerTerm("relation_kl", 0.5, ((1, 1),))

@@ -207,7 +207,7 @@ def test_loop_ctrl_c_saves_and_says_how_to_go_on(bench: Callable[..., Bench]) ->
     recorder = interrupt_at(3)
     loop = b.loop(progress=recorder, max_steps=9)
     with pytest.raises(
-        Interrupted, match=r"step 3 is saved in .*step-00000003\. Continue with: peftlab train RUN --resume"
+        Interrupted, match=r"step 3 is saved in .*step-00000003\. Resume with: peftlab train RUN --resume"
     ):
         loop.run()
     assert [p.name for p in list_checkpoints(b.folder / "checkpoints")] == ["step-00000003"]

@@ -121,7 +121,7 @@ def test_no_leak_in_a_quantized_model(tiny: Any, task: CausalLM, quantize: str) 
 @pytest.mark.parametrize("family", LEAKING)
 def test_a_model_that_leaks_is_found_without_knowing_its_name(task: CausalLM, family: str) -> None:
     reason = check(make_model(family, "eager"), task)
-    assert reason is not None and "does not keep rows apart" in reason
+    assert reason is not None and "mixes packed rows" in reason
     assert "with eager attention" in reason
 
 
@@ -132,7 +132,7 @@ def test_a_run_without_position_ids_is_found(task: CausalLM, family: str, monkey
         return dataclasses.replace(batch, inputs={"input_ids": batch.input_ids})
 
     monkeypatch.setattr(packing_check, "collate_packed", without_positions)
-    assert "does not keep rows apart" in str(check(make_model(family, "sdpa"), task))
+    assert "mixes packed rows" in str(check(make_model(family, "sdpa"), task))
 
 
 def test_positions_that_go_on_are_found(task: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,9 @@ def test_positions_that_go_on_are_found(task: CausalLM, monkeypatch: pytest.Monk
         return dataclasses.replace(batch, inputs={**batch.inputs, "position_ids": positions + 50 * (document > 0)})
 
     monkeypatch.setattr(packing_check, "collate_packed", shifted)
-    assert "does not start each row anew" in str(check(make_model("gpt2", "sdpa"), task, documents(20, 7)))
+    assert "does not reset positions or state for each packed row" in str(
+        check(make_model("gpt2", "sdpa"), task, documents(20, 7))
+    )
 
 
 def test_a_model_that_takes_no_position_ids_is_found(task: CausalLM) -> None:
@@ -360,7 +362,7 @@ def test_a_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of:
     notes = Notes()
     run = train(recipe(model={"name": "./opt"}, data={"max_length": 96}), progress=notes)
     (line,) = [n for n in notes.notes if n.startswith("packing is off: ")]
-    assert "does not keep rows apart" in line and line.endswith("; rows are padded instead")
+    assert "mixes packed rows" in line and line.endswith("; rows are padded instead")
     assert line == f"packing is off: {run.summary['packing']['off']}; rows are padded instead"
     assert json.loads((here / "run" / "run.json").read_text())["packing"] == run.summary["packing"]
     records = [r for r in run.metrics() if "loss" in r]

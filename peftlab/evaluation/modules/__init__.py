@@ -1,8 +1,8 @@
-"""The metrics, a module each, by the names in ``specs.metrics``.
+"""The metrics, one module each, named as in ``specs.metrics``.
 
-Of a metric that evaluation computes the module holds an ``evaluate.Metric``, and loads by path with ``evaluate.load``, without
-a hub. Of one with an interval over rows it holds ``statistic``: the same value as a function of how often each row counts,
-or ``statistic_of_class`` for one class.
+The module of a metric that evaluation computes has an ``evaluate.Metric`` and loads by path with ``evaluate.load``, without
+a hub. The module of a metric with an interval over rows has ``statistic``, the same value as a function of row counts, or
+``statistic_of_class`` for one class.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def load_metric(name: str) -> Any:
 
     module = import_module(f".{METRICS[name].name}", __name__)
     (metric,) = [
-        found
-        for found in vars(module).values()
-        if inspect.isclass(found) and issubclass(found, evaluate.Metric) and found.__module__ == module.__name__
+        kind
+        for kind in vars(module).values()
+        if inspect.isclass(kind) and issubclass(kind, evaluate.Metric) and kind.__module__ == module.__name__
     ]
     return metric
 
 
 def takes_class_names(metric: Any) -> bool:
-    """Whether a metric is computed class by class."""
+    """Whether a metric is computed per class."""
     return "class_names" in inspect.signature(metric._compute).parameters
 
 
 def row_statistics(rows: Mapping[str, Floats]) -> dict[str, Statistic]:
-    """The headline values that can be computed from the columns ``rows``, [num_rows] each, by flat name."""
+    """Returns the headline statistics available from the columns ``rows``, [num_rows] each, by flat name."""
     return {
         spec.headline: import_module(f".{spec.name}", __name__).statistic(rows)
         for spec in METRICS.values()
@@ -44,6 +44,8 @@ def row_statistics(rows: Mapping[str, Floats]) -> dict[str, Statistic]:
 
 
 def class_statistic(family: str, rows: Mapping[str, Floats], index: int) -> tuple[Statistic, int]:
-    """The value of one class, and how many rows it is about."""
-    found: tuple[Statistic, int] = import_module(f".{METRICS[family].name}", __name__).statistic_of_class(rows, index)
-    return found
+    """Returns the statistic of one class, and its number of rows."""
+    statistic: tuple[Statistic, int] = import_module(f".{METRICS[family].name}", __name__).statistic_of_class(
+        rows, index
+    )
+    return statistic

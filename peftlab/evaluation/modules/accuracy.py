@@ -29,5 +29,5 @@ class Accuracy(evaluate.Metric):
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The same over drawn rows, of their ``correct_classes`` and ``class_positions``."""
+    """Accuracy over drawn rows, from ``correct_classes`` and ``class_positions``."""
     return row_metrics.ratio(rows["correct_classes"], rows["class_positions"])

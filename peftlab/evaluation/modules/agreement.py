@@ -1,4 +1,4 @@
-"""How often the top answer is the teacher's, right or wrong. On the report card alone."""
+"""How often the top answer equals the teacher's, right or wrong. On the report card only."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from peftlab.measuring.intervals import Floats, Statistic
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The share of positions over drawn rows, of their ``agree`` and ``positions``."""
+    """The share of agreeing positions over drawn rows, from ``agree`` and ``positions``."""
     return row_metrics.ratio(rows["agree"], rows["positions"])

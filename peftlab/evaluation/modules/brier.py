@@ -1,4 +1,4 @@
-"""The Brier score: the squared error of the probabilities, summed over the classes. On the report card alone."""
+"""The Brier score: the squared error of the probabilities, summed over the classes. On the report card only."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from peftlab.measuring.intervals import Floats, Statistic
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The mean over positions over drawn rows, of their ``brier`` and ``positions``."""
+    """The mean per position over drawn rows, from ``brier`` and ``positions``."""
     return row_metrics.ratio(rows["brier"], rows["positions"])

@@ -13,7 +13,7 @@ from peftlab.measuring.intervals import Floats, Statistic
 
 
 class ExactMatch(evaluate.Metric):
-    """Share of rows that match; nothing is stripped, lowercased or otherwise normalised."""
+    """Share of rows that match exactly: nothing is stripped, lowercased or otherwise normalised."""
 
     def _info(self) -> evaluate.MetricInfo:
         # Text comes first: evaluate takes the first schema that fits, and "3" also fits int64.
@@ -34,6 +34,6 @@ class ExactMatch(evaluate.Metric):
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The share of drawn rows whose ``tokens`` are all correct, of those with any."""
-    any_at_all = rows["tokens"] > 0
-    return row_metrics.ratio(any_at_all & (rows["correct_tokens"] == rows["tokens"]), any_at_all)
+    """The share of drawn rows whose ``tokens`` are all correct, among rows with tokens."""
+    has_tokens = rows["tokens"] > 0
+    return row_metrics.ratio(has_tokens & (rows["correct_tokens"] == rows["tokens"]), has_tokens)

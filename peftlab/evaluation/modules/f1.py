@@ -38,12 +38,12 @@ class F1(evaluate.Metric):
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """``f1_macro`` over drawn rows, of their ``predicted_class`` and ``true_class``."""
+    """``f1_macro`` over drawn rows, from ``predicted_class`` and ``true_class``."""
     return macro_f1(rows["predicted_class"].astype(np.int64), rows["true_class"].astype(np.int64))
 
 
 def statistic_of_class(rows: Mapping[str, Floats], index: int) -> tuple[Statistic, int]:
-    """F1 of the class ``index`` over drawn rows, 0 where none of them has it or is taken for it; and how many have it."""
+    """F1 of the class ``index`` over drawn rows, 0 if it is neither present nor predicted; and its number of rows."""
     predicted, true = rows["predicted_class"] == index, rows["true_class"] == index
     return row_metrics.share_of_class(2.0 * (predicted & true), 1.0 * true + predicted), int(true.sum())
 
@@ -64,10 +64,14 @@ def macro_f1(predictions: ArrayLike, references: ArrayLike) -> Statistic:
         return csr_array((np.ones(len(rows)), (rows, classes)), shape=(len(true), num_classes))
 
     hits = np.flatnonzero(predicted == true)
-    hit, found, there = one_hot(true[hits], hits), one_hot(predicted, everyone), one_hot(true, everyone)
+    hit, predictions_hot, references_hot = (
+        one_hot(true[hits], hits),
+        one_hot(predicted, everyone),
+        one_hot(true, everyone),
+    )
 
     def statistic(counts: Floats) -> Floats:
-        size = counts @ found + counts @ there
+        size = counts @ predictions_hot + counts @ references_hot
         f1 = np.divide(2 * (counts @ hit), size, out=np.zeros_like(size), where=size > 0)
         return np.asarray(f1.sum(axis=1) / (size > 0).sum(axis=1))
 

@@ -1,4 +1,4 @@
-"""KL(teacher || model) in nats. On the report card alone."""
+"""KL(teacher || model) in nats. On the report card only."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from peftlab.measuring.intervals import Floats, Statistic
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The mean over positions over drawn rows, of their ``kl`` and ``positions``."""
+    """The mean per position over drawn rows, from ``kl`` and ``positions``."""
     return row_metrics.ratio(rows["kl"], rows["positions"])

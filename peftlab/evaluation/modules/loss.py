@@ -29,5 +29,5 @@ class Loss(evaluate.Metric):
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The same over drawn rows, of their ``nll`` and ``positions``."""
+    """Loss over drawn rows, from ``nll`` and ``positions``."""
     return row_metrics.ratio(rows["nll"], rows["positions"])

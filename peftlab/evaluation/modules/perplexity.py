@@ -24,7 +24,7 @@ class Perplexity(evaluate.Metric):
         )
 
     def _compute(self, *, nll_sum: list[float], num_tokens: list[int]) -> dict[str, float]:
-        """``perplexity``, at least 1; ``inf`` where exp exceeds float64 (above 709 nats per token)."""
+        """``perplexity``, at least 1; ``inf`` if exp exceeds float64 (above 709 nats per token)."""
         try:
             return {"perplexity": math.exp(math.fsum(nll_sum) / sum(num_tokens))}
         except OverflowError:
@@ -32,5 +32,5 @@ class Perplexity(evaluate.Metric):
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The same over drawn rows, of their ``nll`` and ``tokens``."""
+    """Perplexity over drawn rows, from ``nll`` and ``tokens``."""
     return row_metrics.exp_ratio(rows["nll"], rows["tokens"])

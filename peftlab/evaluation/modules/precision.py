@@ -36,6 +36,6 @@ class Precision(evaluate.Metric):
 
 
 def statistic_of_class(rows: Mapping[str, Floats], index: int) -> tuple[Statistic, int]:
-    """Precision of the class ``index`` over drawn rows, 0 where none of them is taken for it; and how many are in all."""
+    """Precision of the class ``index`` over drawn rows, 0 if it is never predicted; and its total number of predictions."""
     predicted, true = rows["predicted_class"] == index, rows["true_class"] == index
     return row_metrics.share_of_class(predicted & true, predicted), int(predicted.sum())

@@ -36,6 +36,6 @@ class Recall(evaluate.Metric):
 
 
 def statistic_of_class(rows: Mapping[str, Floats], index: int) -> tuple[Statistic, int]:
-    """Recall of the class ``index`` over drawn rows, 0 where none of them has it; and how many have it in all."""
+    """Recall of the class ``index`` over drawn rows, 0 if no row has it; and its total number of rows."""
     predicted, true = rows["predicted_class"] == index, rows["true_class"] == index
     return row_metrics.share_of_class(predicted & true, true), int(true.sum())

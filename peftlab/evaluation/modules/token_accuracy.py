@@ -1,4 +1,4 @@
-"""The share of tokens whose most likely prediction is right."""
+"""The share of tokens whose top prediction is correct."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class TokenAccuracy(evaluate.Metric):
 
 
 def statistic(rows: Mapping[str, Floats]) -> Statistic:
-    """The same over drawn rows, of their ``correct_tokens`` and all ``tokens``."""
+    """Token accuracy over drawn rows, from ``correct_tokens`` and ``tokens``."""
     return row_metrics.ratio(rows["correct_tokens"], rows["tokens"])

@@ -140,7 +140,7 @@ def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
     path.write_text(json.dumps(changed) + "\n" + rest)
     code, _, said = check(tmp_path, *chosen, "--resume")
     assert code == 5 and len(measured()) == len(first)
-    assert 'versions.torch: "1.0" there' in said and "commit: " in said and "resume as it was begun" in said
+    assert 'versions.torch: "1.0" there' in said and "commit: " in said and "resume with the original settings" in said
 
 
 def test_a_dry_run_is_not_reported(tmp_path: Path) -> None:
