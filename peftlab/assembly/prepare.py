@@ -14,6 +14,7 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.plan import make_plan
 from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
+from peftlab.models import base_model
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distill_loss import DistillLoss
@@ -177,7 +178,7 @@ def method_text(recipe: Recipe) -> str:
 
 def _full_logits_reason(assembly: Assembly, model: Any) -> str | None:
     """Why the loss of a language model's head is not fused; None if it is fused or there is no such head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     head = base.get_output_embeddings() if assembly.spec.predicts == "tokens" else None
     if head is None:
         return None

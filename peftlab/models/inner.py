@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from peftlab.errors import RecipeError
+from peftlab.models.load import base_model
 from peftlab.models.student.stack import find_stack
 
 # Name in transformers' attention interface of sdpa attention that also records its inputs.
@@ -79,7 +80,7 @@ def recording(model: Any, *, hidden: Collection[int] = (), attention: Collection
     Args: hidden, attention: layers to record.
     Raises: RecipeError if attention is requested but the model does not use transformers' sdpa attention.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     layers, states = find_stack(base).layers, InnerStates()
     with contextlib.ExitStack() as stack:
         for index in hidden:

@@ -72,6 +72,11 @@ def load_model(
     return model.eval()
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, with the adapter's layers in it; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def num_parameters(model: Any) -> int:
     """The number of weights of a model before quantization: bitsandbytes packs two NF4 weights into one byte."""
     count = 0

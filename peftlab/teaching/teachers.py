@@ -16,7 +16,7 @@ from peftlab.data import Rows
 from peftlab.distillation import VECTOR_LOSSES, Objective, UldObjective, VectorObjective
 from peftlab.distillation.cache import TeacherCache
 from peftlab.errors import DataError, RecipeError
-from peftlab.models import num_parameters
+from peftlab.models import base_model, num_parameters
 from peftlab.recipe.distillation import LossSection
 from peftlab.tasks import Encoded, Example, Task
 from peftlab.teaching.alignment import aligned_tokens, check_ids
@@ -99,7 +99,7 @@ class Teachers:
     def _warn_if_larger(self, student: Assembly, model: Any) -> None:
         """Warns about a student larger than its teacher, which is rarely intended; sizes of cached teachers are unknown."""
         largest = max((num_parameters(theirs.model) for theirs in self._models.values()), default=None)
-        own = num_parameters(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        own = num_parameters(base_model(model))
         if student.method.adapts:
             own -= sum(p.numel() for p in model.parameters() if p.requires_grad)
         if largest is not None and own > largest:
@@ -262,7 +262,7 @@ class Teachers:
         )
 
     def _check_width(self, model: Any, count: int) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         width = int(base.get_output_embeddings().weight.shape[0])
         if width < count:
             raise RecipeError(

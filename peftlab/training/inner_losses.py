@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftlab.distillation import INNER_ATTENTION, INNER_HIDDEN, relation_kl
 from peftlab.errors import RecipeError
+from peftlab.models import base_model
 from peftlab.models.inner import Attention, InnerStates, recording
 from peftlab.models.student import find_stack
 from peftlab.tasks import Example
@@ -132,8 +133,8 @@ def plan_inner_losses(
     Args: losses: (kind, weight, {student's layer: teacher's layer} or None for the last layers, relation heads).
     Raises: RecipeError for a missing layer, and for widths or heads that cannot be compared.
     """
-    counts = [len(find_stack(_base(model))) for model in (student, teacher)]
-    configs = [_base(model).config.get_text_config() for model in (student, teacher)]
+    counts = [len(find_stack(base_model(model))) for model in (student, teacher)]
+    configs = [base_model(model).config.get_text_config() for model in (student, teacher)]
     terms = []
     for kind, weight, layers, heads in losses:
         pairs = tuple((layers or {counts[0] - 1: counts[1] - 1}).items())
@@ -176,7 +177,3 @@ def _widths(config: Any) -> list[int]:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return sorted({heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width}, reverse=True)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peftlab.models import base_model
 from peftlab.tasks import Example, Task, collate_packed
 from peftlab.training.parity import coarsest_dtype
 
@@ -49,7 +50,7 @@ def check_packing(
     documents = [_cut(example) for example in examples if len(example) > 1][:_DOCUMENTS]
     if len(documents) < 2:
         return None
-    base: Any = cast(Callable[[], nn.Module], model.get_base_model)() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     who = f"{type(base).__name__} with {base.config._attn_implementation} attention"
     num_tokens = base.get_input_embeddings().weight.shape[0]
     first, last = _other(documents[0], num_tokens), _other(documents[-1], num_tokens)
