@@ -200,9 +200,10 @@ def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
             f"{phases} phases need as many steps, found train.max_steps: {t.max_steps}",
         )
     if t.max_steps is None and (t.batch_tokens is not None or recipe.data.packing):
+        key = "data.packing" if recipe.data.packing else "train.batch_tokens"
         yield (
             ("distill.on_policy",),
-            "the length of the student's answers is not known in advance, so train.batch_tokens needs train.max_steps",
+            f"the length of the student's answers is not known in advance, so {key} needs train.max_steps",
         )
     if recipe.eval.choices is not None:
         yield (

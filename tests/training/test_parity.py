@@ -132,7 +132,7 @@ def test_parity_processor_without_the_units_opens_such_a_run(
     [
         ({"run": {"kernels": "cpu-int8"}}, "cpu-int8 multiplies weights stored in int8; set model.quantize: int8"),
         ({"run": {"kernels": "cpu-bf16"}, "adapter": {"dora": True}}, "DoRA does not run fused; set auto"),
-        ({"run": {"kernels": "cpu-bf16"}, "model": {"dtype": "bfloat16"}}, "is for float32; leave train.precision"),
+        ({"run": {"kernels": "cpu-bf16"}, "model": {"dtype": "bfloat16"}}, "is for float32; remove train.precision"),
     ],
 )
 def test_parity_where_rounded_operands_make_no_sense(here: Path, changes: dict[str, Any], message: str) -> None:
