@@ -11,7 +11,7 @@ from peftlab.adapters.adapter_files import (
 from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
 from peftlab.adapters.head import HeadLoss, head_input, head_reason
 from peftlab.adapters.inject import AdapterReport, inject, planned_modules, report
-from peftlab.adapters.targets import check_targets
+from peftlab.adapters.target_modules import check_targets
 
 __all__ = [
     "ADAPTER_FILES",

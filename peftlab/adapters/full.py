@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlab.adapters.adapter_files import ADAPTER_FILES, check_adapter_files, load_adapter_weights, save_adapter
 from peftlab.adapters.inject import AdapterReport
-from peftlab.adapters.targets import match_ending
+from peftlab.adapters.target_modules import match_ending
 from peftlab.errors import ArtifactError, RecipeError
 
 WEIGHTS_FILE = "trained.safetensors"

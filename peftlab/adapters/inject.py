@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.adapters.targets import check_modules_to_save, check_targets, is_adaptable
+from peftlab.adapters.target_modules import check_modules_to_save, check_targets, is_adaptable
 from peftlab.errors import RecipeError
 from peftlab.specs.methods import METHODS
 

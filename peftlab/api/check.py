@@ -18,7 +18,7 @@ from peftlab.assembly.estimate import estimate_seconds
 from peftlab.assembly.plan import make_plan
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.data import Ledger, packing_figures
-from peftlab.experiments.checks import describe_distillation
+from peftlab.experiments.distill_checks import describe_distillation
 from peftlab.runs import open_source
 from peftlab.training.progress import Progress, make_progress
 

@@ -18,7 +18,7 @@ from peftlab.assembly.fit import fit
 from peftlab.assembly.merging import merge_run
 from peftlab.errors import Interrupted
 from peftlab.experiments.card_figures import compare_students, no_baseline
-from peftlab.experiments.checks import check_models
+from peftlab.experiments.distill_checks import check_models
 from peftlab.experiments.phases import phase_notes, train_in_phases
 from peftlab.experiments.student import cut_student
 from peftlab.experiments.written_answers import ROWS_NAME
