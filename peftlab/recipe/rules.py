@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftlab.recipe.distillation import SELF
+from peftlab.recipe.distillation import SELF, DistillSection
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
@@ -163,7 +163,7 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
         return
     for loss in distill.losses:
         if loss.compares_layers(spec.predicts):
-            yield from _one_live_teacher(recipe, loss.kind)
+            yield from _one_live_teacher(distill, loss.kind)
         elif spec.predicts == "vectors" and "vectors" not in LOSSES[loss.kind].compares:
             yield (
                 ("distill.losses",),
@@ -179,14 +179,13 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
         yield ("distill.teachers",), "vectors of several teachers cannot be mixed; set distill.teacher"
 
 
-def _one_live_teacher(recipe: Recipe, kind: str) -> Problems:
-    assert recipe.distill is not None
-    if recipe.distill.cache is not None:
+def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
+    if distill.cache is not None:
         yield (
             ("distill.losses",),
             f"{kind} compares the teacher's layers, but the cache stores only its outputs; remove distill.cache",
         )
-    elif len(recipe.distill.all_teachers) > 1:
+    elif len(distill.all_teachers) > 1:
         yield ("distill.losses",), f"{kind} compares the layers of one teacher; set distill.teacher"
 
 

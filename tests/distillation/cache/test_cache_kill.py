@@ -278,7 +278,10 @@ with CacheWriter(Path(sys.argv[1]), fill, {}) as writer:
     with CacheWriter(tmp_path, fill, {}) as writer:
         split = writer.split("train", 50)
         assert split.done == 21
-        with pytest.raises(RecipeError, match=f"process {os.getpid()} is already writing"), CacheWriter(tmp_path, fill, {}):
+        with (
+            pytest.raises(RecipeError, match=f"process {os.getpid()} is already writing"),
+            CacheWriter(tmp_path, fill, {}),
+        ):
             pass
         for i in range(21, 50):
             split.add(i, fill.target(torch.randn(4, 9, generator=torch.Generator().manual_seed(i)), i))
