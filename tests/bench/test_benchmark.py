@@ -188,7 +188,7 @@ def test_folders_that_are_taken(jobs: FakeJobs) -> None:
     with pytest.raises(RecipeError, match="already has a benchmark"):
         bench()
     assert len(bench(replace=True)["cells"]) == 4
-    with pytest.raises(RecipeError, match="give one of them"):
+    with pytest.raises(RecipeError, match="exclude each other"):
         bench(replace=True, resume=True)
     Path("other").mkdir()
     Path("other/thesis.txt").write_text("do not remove")

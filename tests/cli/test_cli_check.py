@@ -66,7 +66,7 @@ def test_check_chats(capsys: pytest.CaptureFixture[str]) -> None:
         r"train: \d+ assistant turns, each ends with a trained <\|im_end\|>",
         r"tokens per row before truncation \(limit 512\): \d+ to \d+, median \d+, 95 % up to \d+",
         r"2 steps,  1 epoch,  .* tokens,  \d+ trained",
-        r"chats.jsonl:\d+  \(trained between \{\+ and \+\}\)",
+        r"chats.jsonl:\d+  \(trained text is marked \{\+ \+\}\)",
         r"  \{\+answer \d+<\|im_end\|>\+\}",
         r"ready to train",
     ):
