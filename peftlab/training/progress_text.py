@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +11,9 @@ Clock = Callable[[], float]
 
 _MAX_SHOWN_METRICS = 8
 _MIN_STAGE_S = 0.05
+# The space in "0.3 s", "2.1 GB", "98 %", and that before the time of a stage.
+_NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|min|h|[kMG]i?B|%)(?!\w))|(?<= \.\.\.) (?=\d)")
+_NO_BREAK = "\0"
 
 
 class Stage:
@@ -105,8 +109,9 @@ def metrics_text(step: int, metrics: Mapping[str, float], width: int | None = No
 def wrapped(text: str, width: int) -> str:
     """Wraps ``text`` between words to at most ``width`` columns; continuation lines are indented by two more.
 
-    A word longer than a line, such as a path, stays whole.
+    A word longer than a line, such as a path, stays whole; so does a number with its unit.
     """
+    text = _NUMBER_AND_UNIT.sub(_NO_BREAK, text)
     lines = []
     for line in text.split("\n"):
         indent = line[: len(line) - len(line.lstrip())]
@@ -119,7 +124,7 @@ def wrapped(text: str, width: int) -> str:
             break_on_hyphens=False,
         )
         lines += parts or [""]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(_NO_BREAK, " ")
 
 
 def _wrap_items(head: str, items: Sequence[str], width: int | None) -> str:

