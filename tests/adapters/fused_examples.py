@@ -58,7 +58,7 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_as_peft(layer: Any, x: torch.Tensor | None = None) -> torch.Tensor:
-    """The layer's output; it equals that of PEFT's own forward of a copy, made now."""
+    """The layer's output, checked against PEFT's own forward on a copy of the layer."""
     x = rows() if x is None else x
     truth = copy.deepcopy(layer)
     truth.kernels = "compared" if layer.kernels == "auto" else layer.kernels

@@ -1,4 +1,4 @@
-"""Fused LoRA layers are PEFT's own layers with another forward: same numbers, same files, and nothing silent."""
+"""Fused LoRA layers are PEFT's layers with another forward: same numbers, same files, each fallback reported."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def assert_same(fast: Any, reference: Any, rtol: float = 1e-4) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_training_equals_pefts_own_forward(tiny: Callable[..., Any], storage: str, dropout: float) -> None:
+def test_fused_training_equals_pefts_forward(tiny: Callable[..., Any], storage: str, dropout: float) -> None:
     model = tiny("tiny:llama", dropout=dropout, **STORAGES[storage]).train()
     fast = loss_and_gradients(model)
     report = fusion_report(model)
     assert len(report.fused) == 14
     assert not report.slow
-    set_kernels(model, "compared")  # PEFT's forward; under dropout with the masks of the fused one
+    set_kernels(model, "compared")  # PEFT's forward, under dropout with the masks of the fused forward
     assert_same(fast, loss_and_gradients(model))
     if not dropout:
         set_kernels(model, "reference")
@@ -63,7 +63,7 @@ def test_training_equals_pefts_own_forward(tiny: Callable[..., Any], storage: st
 
 
 @pytest.mark.parametrize("options", [{"rslora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_settings_that_stay_fused(tiny: Callable[..., Any], options: dict[str, Any]) -> None:
+def test_fused_layers_stay_fused_with_other_settings(tiny: Callable[..., Any], options: dict[str, Any]) -> None:
     model = tiny("tiny:llama", **options).train()
     assert len(fusion_report(model).fused) == 14
     fast = loss_and_gradients(model)
@@ -71,7 +71,7 @@ def test_settings_that_stay_fused(tiny: Callable[..., Any], options: dict[str, A
     assert_same(fast, loss_and_gradients(model))
 
 
-def test_a_trained_bias_gets_its_gradient(tiny: Callable[..., Any]) -> None:
+def test_fused_layer_gives_a_trained_bias_its_gradient(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:bert", bias="lora_only").train()
     biases = [n for n, p in model.named_parameters() if n.endswith("base_layer.bias") and p.requires_grad]
     assert biases
@@ -84,7 +84,7 @@ def test_a_trained_bias_gets_its_gradient(tiny: Callable[..., Any]) -> None:
             zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True)
         )
 
-    for module in model.modules():  # the hidden dropout of the model draws from the same generator in both runs
+    for module in model.modules():  # the model's hidden dropout draws from the same generator in both runs
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     fast = run()
@@ -95,7 +95,7 @@ def test_a_trained_bias_gets_its_gradient(tiny: Callable[..., Any]) -> None:
         torch.testing.assert_close(fast[1][name], reference[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_bfloat16_and_autocast(tiny: Callable[..., Any]) -> None:
+def test_fused_layers_in_bfloat16_and_autocast_are_as_exact_as_peft(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama", dtype="bfloat16").train()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, "PEFT keeps float32 masters"
     truth_model = copy.deepcopy(model).float()
@@ -109,13 +109,13 @@ def test_bfloat16_and_autocast(tiny: Callable[..., Any]) -> None:
         reference = loss_and_gradients(model)
         set_kernels(model, "auto")
         cast = loss_and_gradients(model)
-    for found in (fast, cast):
+    for result in (fast, cast):
         for name, wanted in truth[1].items():
-            error, allowed = ((x - wanted).norm() / wanted.norm() for x in (found[1][name], reference[1][name]))
+            error, allowed = ((x - wanted).norm() / wanted.norm() for x in (result[1][name], reference[1][name]))
             assert error <= 1.1 * allowed + 0.01, f"{name}: {error:.4f}, PEFT's own {allowed:.4f}"
 
 
-def test_a_scaling_lost_is_seen(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_comparison_catches_a_lost_scaling(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("tiny:llama").train()
     set_kernels(model, "reference")
     reference = loss_and_gradients(model)
@@ -126,7 +126,7 @@ def test_a_scaling_lost_is_seen(tiny: Callable[..., Any], monkeypatch: pytest.Mo
         assert_same(loss_and_gradients(model), reference)
 
 
-def test_files_are_pefts_and_go_both_ways(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_fused_adapter_files_load_in_peft_and_back(tiny: Callable[..., Any], tmp_path: Path) -> None:
     from peft import PeftModel
 
     model = tiny("tiny:llama").eval()
@@ -146,7 +146,7 @@ def test_files_are_pefts_and_go_both_ways(tiny: Callable[..., Any], tmp_path: Pa
         assert torch.equal(back(input_ids=IDS).logits, ours(input_ids=IDS).logits)
 
 
-def test_merging_and_unmerging(tiny: Callable[..., Any]) -> None:
+def test_fused_layers_merge_and_unmerge(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama").eval()
     with torch.no_grad():
         want = model(input_ids=IDS).logits
@@ -160,7 +160,7 @@ def test_merging_and_unmerging(tiny: Callable[..., Any]) -> None:
     assert not fused_layers(merged)
 
 
-def test_hot_swapping(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_fused_layers_hot_swap_adapters(tiny: Callable[..., Any], tmp_path: Path) -> None:
     from peft.utils.hotswap import hotswap_adapter
 
     other = tiny("tiny:llama", seed=1).eval()
@@ -174,13 +174,13 @@ def test_hot_swapping(tiny: Callable[..., Any], tmp_path: Path) -> None:
     assert not torch.allclose(before, after, atol=1e-3)
 
 
-def test_adapters_off_is_the_base_model(tiny: Callable[..., Any]) -> None:
+def test_fused_model_without_adapters_is_the_base_model(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama").eval()
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(input_ids=IDS).logits, tiny("tiny:llama", adapter=False)(input_ids=IDS).logits)
 
 
-def test_what_is_not_covered_says_why_and_stays_right(tiny: Callable[..., Any]) -> None:
+def test_fusion_report_says_why_a_layer_is_not_fused(tiny: Callable[..., Any]) -> None:
     from peft import LoraConfig
 
     dora = tiny("tiny:llama", dora=True).train()
@@ -221,7 +221,7 @@ def test_what_is_not_covered_says_why_and_stays_right(tiny: Callable[..., Any]) 
     assert layer.slow_reason(torch.ones(1, 64)) == "its input is torch.float32, its weight torch.bfloat16"
 
 
-def test_other_libraries_linears_are_left_to_peft() -> None:
+def test_fused_classes_leave_other_libraries_linears_to_peft() -> None:
     """torchao, GPTQ and others subclass nn.Linear or put tensor subclasses into it."""
 
     class Quantized(nn.Linear):
@@ -239,7 +239,7 @@ def test_other_libraries_linears_are_left_to_peft() -> None:
     assert not isinstance(nn.Embedding(4, 4), key)
 
 
-def test_adapters_on_bare_parameters_are_left_to_peft(tiny: Callable[..., Any]) -> None:
+def test_fused_classes_leave_bare_parameters_to_peft(tiny: Callable[..., Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
     from peftlab.adapters.fused import register
@@ -250,13 +250,13 @@ def test_adapters_on_bare_parameters_are_left_to_peft(tiny: Callable[..., Any]) 
     assert "lora.ParamWrapper" in repr(model)
 
 
-def test_a_printed_model_reads_as_pefts(tiny: Callable[..., Any]) -> None:
+def test_fused_model_prints_like_pefts(tiny: Callable[..., Any]) -> None:
     assert "(q_proj): lora.Linear(" in repr(tiny("tiny:llama"))
     assert "(q_proj): lora.Linear4bit(" in repr(tiny("tiny:llama", quantize="nf4"))
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
-def test_a_whole_model_is_pickled_as_pefts_is(tiny: Callable[..., Any], storage: str) -> None:
+def test_fused_model_survives_pickle(tiny: Callable[..., Any], storage: str) -> None:
     model = tiny("tiny:llama", **STORAGES[storage]).eval()
     again = pickle.loads(pickle.dumps(model))
     assert len(fused_layers(again)) == len(fused_layers(model)) > 0
@@ -264,7 +264,7 @@ def test_a_whole_model_is_pickled_as_pefts_is(tiny: Callable[..., Any], storage:
         assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-def test_mixed_batches_of_adapters(tiny: Callable[..., Any]) -> None:
+def test_fused_layers_run_batches_of_mixed_adapters(tiny: Callable[..., Any]) -> None:
     from peft import LoraConfig
 
     model = tiny("tiny:llama").eval()
@@ -277,7 +277,9 @@ def test_mixed_batches_of_adapters(tiny: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_replays_the_masks(tiny: Callable[..., Any], dropout: float) -> None:
+def test_fused_layer_replays_dropout_masks_in_activation_checkpointing(
+    tiny: Callable[..., Any], dropout: float
+) -> None:
     layer = next(iter(fused_layers(tiny("tiny:llama", dropout=dropout).train()).values()))
     x = torch.randn(6, layer.in_features, requires_grad=True)
     inputs = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
@@ -290,13 +292,13 @@ def test_activation_checkpointing_replays_the_masks(tiny: Callable[..., Any], dr
         assert torch.equal(plain, replayed)
 
 
-def test_dropout_off_outside_training(tiny: Callable[..., Any]) -> None:
+def test_fused_dropout_is_off_outside_training(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama", dropout=0.5).eval()
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-def test_inference_keeps_nothing(tiny: Callable[..., Any]) -> None:
+def test_fused_inference_builds_no_graph(tiny: Callable[..., Any]) -> None:
     layer = next(iter(fused_layers(tiny("tiny:llama").eval()).values()))
     with torch.no_grad():
         assert layer(torch.randn(3, layer.in_features)).grad_fn is None
@@ -304,7 +306,7 @@ def test_inference_keeps_nothing(tiny: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_compiled_in_one_graph(tiny: Callable[..., Any], storage: str, dropout: float) -> None:
+def test_fused_layer_compiles_into_one_graph(tiny: Callable[..., Any], storage: str, dropout: float) -> None:
     layer = next(iter(fused_layers(tiny("tiny:llama", dropout=dropout, **STORAGES[storage]).train()).values()))
     x = torch.randn(6, layer.in_features, requires_grad=True)
     inputs = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
@@ -312,10 +314,10 @@ def test_compiled_in_one_graph(tiny: Callable[..., Any], storage: str, dropout: 
     eager = layer(x)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.manual_seed(3)
-    found = compiled(x)
-    torch.testing.assert_close(found, eager)
+    output = compiled(x)
+    torch.testing.assert_close(output, eager)
     for got, want in zip(
-        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(eager.sum(), inputs), strict=True
+        torch.autograd.grad(output.sum(), inputs), torch.autograd.grad(eager.sum(), inputs), strict=True
     ):
         torch.testing.assert_close(got, want)
 
@@ -330,7 +332,7 @@ def test_compiled_in_one_graph(tiny: Callable[..., Any], storage: str, dropout: 
         ("tiny:bert", ["query", "output.dense"]),
     ],
 )
-def test_the_plan_of_modules_is_what_gets_adapted(tiny: Callable[..., Any], name: str, targets: Any) -> None:
+def test_planned_modules_are_the_adapted_modules(tiny: Callable[..., Any], name: str, targets: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base, peft_type = tiny(name, adapter=False), "CAUSAL_LM" if name == "tiny:llama" else "SEQ_CLS"
@@ -341,7 +343,7 @@ def test_the_plan_of_modules_is_what_gets_adapted(tiny: Callable[..., Any], name
     assert planned
 
 
-def test_an_unknown_mode_is_refused(tiny: Callable[..., Any]) -> None:
+def test_set_kernels_refuses_an_unknown_mode(tiny: Callable[..., Any]) -> None:
     known = "auto, triton, cpu-bf16, cpu-int8, reference, compared"
     with pytest.raises(ValueError, match=f"expected kernels as one of {known}, found 'fast'"):
         set_kernels(tiny("tiny:llama"), "fast")
@@ -349,8 +351,8 @@ def test_an_unknown_mode_is_refused(tiny: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["none", "nf4", "int8"])
-def test_twenty_steps_of_a_real_model_equal_pefts(tmp_path: Path, storage: str) -> None:
-    """SmolLM2: losses and the trained updates B A; AdamW turns rounding of near-zero gradients into whole steps."""
+def test_fused_training_of_a_real_model_equals_pefts_for_twenty_steps(tmp_path: Path, storage: str) -> None:
+    """Compares losses and trained updates B A of SmolLM2. AdamW turns rounding of near-zero gradients into whole steps."""
     import peftlab
     from peftlab.training.metrics_log import read_metrics
     from peftlab.training.progress import SilentProgress

@@ -1,4 +1,4 @@
-"""Whatever changes between two forwards of a fused layer is seen by the second: its path and its numbers."""
+"""The second forward of a fused layer sees every change since the first, in its path and its numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bare(features: tuple[int, int], kind: type = nn.Linear, *, bias: bool = Fals
     return kind(*features, bias=bias)
 
 
-# What changes: (where the weight is stored, how, why the next forward is PEFT's own or None).
+# Change: (storage of the weight, the change, why the next forward is PEFT's own, or None).
 Change = tuple[str, Callable[[Any], Any], str | None]
 CHANGES: dict[str, Change] = {
     "set_adapter": ("none", lambda m: m.set_adapter("other"), None),
@@ -135,7 +135,7 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_next_forward_sees(change: str) -> None:
+def test_fused_forward_sees_the_change(change: str) -> None:
     storage, apply, reason = CHANGES[change]
     layer = fused_layer(storage)
     before = assert_as_peft(layer)
@@ -182,7 +182,7 @@ class Doubled:
 
 
 @pytest.mark.parametrize("change", UNDONE)
-def test_undone_it_is_fused_again(change: str) -> None:
+def test_fused_layer_is_fused_again_after_undo(change: str) -> None:
     apply, undo, reason = UNDONE[change]
     layer = fused_layer()
     before = assert_as_peft(layer)
@@ -194,7 +194,7 @@ def test_undone_it_is_fused_again(change: str) -> None:
     assert layer.kept_slow is None
 
 
-def test_dropout_is_that_of_this_forward() -> None:
+def test_fused_forward_reads_the_current_dropout() -> None:
     layer = fused_layer(dropout=0.5)
     drawn = assert_as_peft(layer)
     layer.eval()
@@ -212,7 +212,7 @@ def test_dropout_is_that_of_this_forward() -> None:
     assert layer.kept_slow is None
 
 
-def test_the_inputs_type_device_and_autocast_are_those_of_this_forward() -> None:
+def test_fused_forward_reads_the_current_dtype_device_and_autocast() -> None:
     layer = fused_layer()
     assert assert_as_peft(layer).dtype == torch.float32
     half = rows(torch.bfloat16)
@@ -235,7 +235,7 @@ def test_the_inputs_type_device_and_autocast_are_those_of_this_forward() -> None
     assert layer.slow_reason(half) == "its input is on cpu, its weight on meta"
 
 
-def test_the_kernels_of_a_processor_are_asked_for_each_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_forward_asks_for_its_kernels_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fused_layer()
     assert_as_peft(layer)
     monkeypatch.setattr(ops, "operands_problem", lambda kernels: f"no {kernels} here")
@@ -246,8 +246,8 @@ def test_the_kernels_of_a_processor_are_asked_for_each_forward(monkeypatch: pyte
         assert layer.kept_slow == reason
 
 
-def test_a_trace_does_not_follow_the_question_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the answer runs a kernel, which no trace can hold. The operator asks when it runs."""
+def test_fused_layer_trace_skips_the_triton_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the check runs a kernel, which cannot be traced. The operator checks when it runs."""
     layer = fused_layer()
     layer.kernels = "triton"
 
@@ -260,7 +260,7 @@ def test_a_trace_does_not_follow_the_question_for_triton(monkeypatch: pytest.Mon
     assert torch.compile(layer, backend="eager", fullgraph=True)(rows()).shape == rows().shape
 
 
-def test_nf4_weights_that_are_no_longer_bitsandbytes_own() -> None:
+def test_fused_layer_leaves_changed_nf4_weights_to_peft() -> None:
     layer = fused_layer("nf4")
     assert_as_peft(layer)
     state = layer.base_layer.weight.quant_state
@@ -274,11 +274,11 @@ def test_nf4_weights_that_are_no_longer_bitsandbytes_own() -> None:
     assert layer.slow_reason(rows()) == "its weight is not quantized yet"
 
 
-def test_int8_weights_stay_where_bitsandbytes_saves_them() -> None:
+def test_fused_int8_weights_stay_where_bitsandbytes_saves_them() -> None:
     layer = fused_layer("int8")
     for _ in range(2):
         base = layer.base_layer
-        base.weight = linear("int8", seed=6).weight  # as after a move: the matrix and its scales are on the parameter
+        base.weight = linear("int8", seed=6).weight  # as after a move, the parameter holds the matrix and its scales
         assert base.weight.CB is not None
         assert_as_peft(layer)
         assert layer.kept_slow is None

@@ -1,4 +1,4 @@
-"""Fused layers inside DDP and FSDP2: two processes over gloo get the gradients of one."""
+"""Two gloo processes with fused layers in DDP and FSDP2 get the gradients of one process."""
 
 from __future__ import annotations
 
@@ -71,13 +71,15 @@ for name, gradient in want.items():
     error = float((got[name] - gradient).norm() / gradient.norm())
     assert error <= 1e-5, f"{name}: {error:.1e} away from one process"
 dist.destroy_process_group()
-# All is compared; torch's gloo threads now and then abort the interpreter's own end.
+# The comparison is done. torch's gloo threads sometimes abort the interpreter's exit.
 os._exit(0)
 """
 
 
 @pytest.mark.parametrize("options", [["ddp"], ["fsdp2"], ["fsdp2", "checkpointing"]], ids=" ".join)
-def test_two_processes_get_the_gradients_of_one(process: Any, tmp_path: Path, options: list[str]) -> None:
+def test_fused_layers_in_two_processes_get_the_gradients_of_one(
+    process: Any, tmp_path: Path, options: list[str]
+) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""What PEFT's forward calls inside a layer, such as a hook, a fused layer never passes over."""
+"""A fused layer calls everything that PEFT's forward calls inside a layer, such as hooks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("when", HOOKS)
 @pytest.mark.parametrize("part", PARTS)
-def test_a_hook_inside_runs(part: str, when: str) -> None:
+def test_fused_layer_runs_a_hook_inside_it(part: str, when: str) -> None:
     layer, seen = fused_layer(), []
     assert_as_peft(layer)
     module = layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
@@ -32,7 +32,7 @@ def test_a_hook_inside_runs(part: str, when: str) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_forward_of_its_own_is_called(part: str) -> None:
+def test_fused_layer_calls_a_replaced_forward(part: str) -> None:
     """accelerate's offloading replaces ``forward`` on the instance."""
     layer, calls = fused_layer(), []
     assert_as_peft(layer)
@@ -46,8 +46,8 @@ def test_a_forward_of_its_own_is_called(part: str) -> None:
     assert layer.kept_slow is None
 
 
-def test_an_adapter_below_is_not_passed_over() -> None:
-    """PEFT stacks adapters of two kinds: the base layer of one is then the other."""
+def test_fused_layer_calls_an_adapter_below_it() -> None:
+    """PEFT can stack adapters of two kinds. The base layer of one is then the other."""
     from peft import IA3Config, get_peft_model
     from peft.tuners.ia3 import IA3Layer
 
@@ -65,7 +65,7 @@ def test_an_adapter_below_is_not_passed_over() -> None:
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_a_quantized_layer_of_another_class_keeps_its_forward(storage: str) -> None:
+def test_fused_layer_keeps_the_forward_of_a_quantized_subclass(storage: str) -> None:
     layer = fused_layer(storage)
     kind = type(layer.base_layer)
     layer.base_layer.__class__ = type("Own", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})

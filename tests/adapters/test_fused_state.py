@@ -1,4 +1,4 @@
-"""A forward keeps nothing, so no weight is held, copied or saved by it; and it reads what it needs cheaply."""
+"""A fused forward stores nothing, so it holds, copies and saves no weight. It reads its inputs cheaply."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.adapters.fused_examples import STORAGES, N, fused_layer, linear, rows
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_forward_leaves_nothing_on_the_layer(storage: str) -> None:
+def test_fused_forward_leaves_nothing_on_the_layer(storage: str) -> None:
     layer = fused_layer(storage)
-    layer(rows())  # the first one of a int8 layer moves its matrix
+    layer(rows())  # the first forward of an int8 layer moves its matrix
     attributes, state = {**vars(layer)}, layer.state_dict()
     layer(rows()).sum().backward()
     assert vars(layer).keys() == attributes.keys()
@@ -25,7 +25,7 @@ def test_a_forward_leaves_nothing_on_the_layer(storage: str) -> None:
     assert layer.state_dict().keys() == state.keys()
 
 
-def test_what_is_replaced_is_freed() -> None:
+def test_fused_layer_frees_what_is_replaced() -> None:
     layer = fused_layer()
     layer(rows())
     gone = [
@@ -45,7 +45,7 @@ def test_what_is_replaced_is_freed() -> None:
     assert absmax() is None
 
 
-def test_a_copy_is_another_layer() -> None:
+def test_fused_layer_copy_is_independent() -> None:
     layer = fused_layer()
     before = run(layer, rows())
     other = copy.deepcopy(layer)
@@ -56,8 +56,10 @@ def test_a_copy_is_another_layer() -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_state_is_read_without_a_detour_through_python(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``nn.Module.__getattr__`` and ``Params4bit.__torch_function__`` were most of what a fused forward took in Python."""
+def test_fused_forward_reads_its_state_without_slow_python_lookups(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``nn.Module.__getattr__`` and ``Params4bit.__torch_function__`` took most of a fused forward's Python time."""
     layer, detours = fused_layer(storage), []
     x = rows()
     layer(x)

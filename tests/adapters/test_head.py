@@ -1,4 +1,4 @@
-"""The fused loss of an output head equals the loss of the head's own logits, whatever is on it."""
+"""The fused loss of an output head equals the loss of the head's own logits, with every kind of adapter."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor, fused: bool)
     else:
         loss = F.cross_entropy(head(hidden), targets, reduction="sum")
     trained = {n: p for n, p in head.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, [hidden, *trained.values()])
-    return {"loss": loss.detach(), **dict(zip(["hidden", *trained], found, strict=True))}
+    gradients = torch.autograd.grad(loss, [hidden, *trained.values()])
+    return {"loss": loss.detach(), **dict(zip(["hidden", *trained], gradients, strict=True))}
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_equals_the_loss_of_the_heads_own_logits(tiny: Callable[..., Any], name: str) -> None:
+def test_head_loss_equals_the_loss_of_the_heads_logits(tiny: Callable[..., Any], name: str) -> None:
     model = tiny("tiny:llama", dtype="float64", **HEADS[name]).train()
     config = model.get_base_model().config
     hidden = torch.randn(9, config.hidden_size, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_equals_the_loss_of_the_heads_own_logits(tiny: Callable[..., Any], name:
 
 
 @pytest.mark.parametrize(("storage", "kind"), [("nf4", NF4Weight), ("int8", Int8Weight)])
-def test_quantized_heads_are_known(storage: str, kind: type) -> None:
+def test_head_input_knows_quantized_heads(storage: str, kind: type) -> None:
     from peftlab.models.bnb import import_bitsandbytes
 
     bnb = import_bitsandbytes()
@@ -67,10 +67,10 @@ def test_quantized_heads_are_known(storage: str, kind: type) -> None:
     head = head.to("cpu").train()
     if storage == "int8" and head.weight.CB is None and head.state.CB is None:
         head(torch.zeros(1, 64))  # bitsandbytes quantizes at the first call
-    found = head_input(head, torch.randn(5, 64))
-    if found is None:
+    parts = head_input(head, torch.randn(5, 64))
+    if parts is None:
         pytest.fail(f"a {storage} head is not known")
-    assert isinstance(found.head.weight, kind)
+    assert isinstance(parts.head.weight, kind)
     hidden, targets = torch.randn(5, 64), torch.randint(96, (5,))
     loss = HeadLoss()(head, hidden, targets, softcap=None, scale=1.0)
     assert loss is not None
@@ -78,7 +78,7 @@ def test_quantized_heads_are_known(storage: str, kind: type) -> None:
     torch.testing.assert_close(loss, want.detach(), rtol=0.1, atol=0)
 
 
-def test_computes_in_the_type_the_module_would(tiny: Callable[..., Any]) -> None:
+def test_head_input_has_the_dtype_of_the_modules_forward(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama", **HEADS["frozen"])
     head = head_of(model)
     hidden = torch.randn(3, head.weight.shape[1])
@@ -91,7 +91,9 @@ def test_computes_in_the_type_the_module_would(tiny: Callable[..., Any]) -> None
     assert isinstance(inside.head.weight, DenseWeight)
 
 
-def test_reference_is_the_modules_own_logits(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_loss_reference_leaves_the_loss_to_the_modules_logits(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny("tiny:llama", **HEADS["frozen"])
     hidden, targets = torch.randn(3, model.get_base_model().config.hidden_size), torch.tensor([1, 2, 3])
     monkeypatch.setattr(ops, "linear_cross_entropy", None)
@@ -100,7 +102,7 @@ def test_reference_is_the_modules_own_logits(tiny: Callable[..., Any], monkeypat
         HeadLoss()(head_of(model), hidden, targets, softcap=None, scale=1.0)
 
 
-def test_what_is_not_covered_is_left_to_the_logits(tiny: Callable[..., Any]) -> None:
+def test_head_input_refuses_heads_that_it_does_not_cover(tiny: Callable[..., Any]) -> None:
     def known(model: Any) -> bool:
         return head_input(head_of(model), torch.randn(3, model.get_base_model().config.hidden_size)) is not None
 

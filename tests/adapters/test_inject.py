@@ -34,18 +34,18 @@ def lora(base: Any, **options: Any) -> Any:
     return inject(base, "lora", **{"peft_type": "CAUSAL_LM", "rank": 4, "alpha": 8, **options})
 
 
-def test_all_linear_leaves_the_head_alone(base: Any) -> None:
+def test_inject_all_linear_leaves_out_the_head(base: Any) -> None:
     model = lora(base)
     assert {name.rsplit(".", 1)[-1] for name in adapted(model)} == LINEARS
-    found = report(model)
-    assert found.num_modules == 14
-    assert found.kinds == dict.fromkeys(LINEARS, 2)
+    counts = report(model)
+    assert counts.num_modules == 14
+    assert counts.kinds == dict.fromkeys(LINEARS, 2)
     by_hand = sum(4 * (m.in_features + m.out_features) for n, m in base.named_modules() if hasattr(m, "lora_A"))
-    assert found.num_trained == by_hand == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert str(found).startswith(f"{by_hand:,} of ")
+    assert counts.num_trained == by_hand == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert str(counts).startswith(f"{by_hand:,} of ")
 
 
-def test_a_list_of_endings(base: Any) -> None:
+def test_inject_targets_match_name_endings(base: Any) -> None:
     model = lora(base, targets=["q_proj", "0.mlp.up_proj"])
     assert adapted(model) == {
         "model.layers.0.self_attn.q_proj",
@@ -54,21 +54,21 @@ def test_a_list_of_endings(base: Any) -> None:
     }
 
 
-def test_a_regular_expression_that_matches_more_than_linears(base: Any) -> None:
+def test_inject_refuses_a_regex_that_matches_more_than_linears(base: Any) -> None:
     with pytest.raises(
         RecipeError, match=r"also matches 'model.layers.1.self_attn', a LlamaAttention, which cannot have"
     ):
         lora(base, targets=r".*layers\.1\..*")
 
 
-def test_a_regular_expression_matches_whole_names(base: Any) -> None:
+def test_inject_regex_matches_whole_names(base: Any) -> None:
     assert adapted(lora(base, targets=r".*layers\.1\..*[qv]_proj")) == {
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",
     }
 
 
-def test_targets_of_bert(tiny: Callable[..., Any]) -> None:
+def test_inject_into_bert_trains_the_new_head(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:bert", targets=["query", "value"])
     assert report(model).kinds == {"query": 2, "value": 2}
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -91,7 +91,7 @@ def test_targets_of_bert(tiny: Callable[..., Any]) -> None:
         ),
     ],
 )
-def test_what_matches_nothing(base: Any, options: Any, message: str, key: str) -> None:
+def test_inject_refuses_targets_that_match_nothing(base: Any, options: Any, message: str, key: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         lora(base, **options)
     assert caught.value.key == key
@@ -121,7 +121,7 @@ IDS = torch.tensor([[5, 9, 33, 100, 7]])
 
 
 @pytest.mark.parametrize(("options", "config"), VARIANTS)
-def test_plain_peft_reads_what_was_saved(
+def test_save_adapter_files_load_in_plain_peft(
     tiny: Callable[..., Any], tmp_path: Path, options: Any, config: dict[str, Any]
 ) -> None:
     from peft import PeftModel
@@ -146,7 +146,7 @@ def test_plain_peft_reads_what_was_saved(
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_are_saved(tiny: Callable[..., Any], tmp_path: Path, bias: str) -> None:
+def test_save_adapter_saves_trained_biases(tiny: Callable[..., Any], tmp_path: Path, bias: str) -> None:
     from peft import PeftModel
 
     base = tiny("tiny:bert", adapter=False)
@@ -165,7 +165,7 @@ def test_biases_are_saved(tiny: Callable[..., Any], tmp_path: Path, bias: str) -
     assert torch.equal(ours(input_ids=IDS).logits, want)
 
 
-def test_an_alpha_that_is_no_integer_survives(base: Any, tmp_path: Path) -> None:
+def test_save_adapter_keeps_a_fractional_alpha(base: Any, tmp_path: Path) -> None:
     model = lora(base, alpha=2.5)
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 2.5
@@ -177,7 +177,9 @@ def saved(tiny: Callable[..., Any], folder: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("change", ["width", "fewer-layers", "bert"])
-def test_an_adapter_of_another_model(tiny: Callable[..., Any], tmp_path: Path, change: str) -> None:
+def test_load_adapter_refuses_an_adapter_of_another_model(
+    tiny: Callable[..., Any], tmp_path: Path, change: str
+) -> None:
     import transformers
 
     from peftlab.models.tiny import tiny_config
@@ -195,7 +197,7 @@ def test_an_adapter_of_another_model(tiny: Callable[..., Any], tmp_path: Path, c
         load_adapter(other, folder)
 
 
-def test_a_missing_tensor_is_noticed(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_load_adapter_refuses_a_missing_tensor(tiny: Callable[..., Any], tmp_path: Path) -> None:
     folder = saved(tiny, tmp_path / "a")
     path = str(folder / "adapter_model.safetensors")
     tensors = load_file(path)
@@ -205,12 +207,12 @@ def test_a_missing_tensor_is_noticed(tiny: Callable[..., Any], tmp_path: Path) -
         load_adapter(tiny("tiny:llama", adapter=False), folder)
 
 
-def test_without_the_completeness_check_a_missing_tensor_passes(
+def test_load_adapter_without_completeness_check_misses_the_tensor(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files_module, "_check_complete", lambda *args: None)
     with pytest.raises(pytest.fail.Exception):
-        test_a_missing_tensor_is_noticed(tiny, tmp_path)
+        test_load_adapter_refuses_a_missing_tensor(tiny, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,9 @@ def test_without_the_completeness_check_a_missing_tensor_passes(
         ("empty", r"contains no tensors"),
     ],
 )
-def test_files_that_are_refused(tiny: Callable[..., Any], tmp_path: Path, damage: str, message: str) -> None:
+def test_load_adapter_refuses_damaged_files(
+    tiny: Callable[..., Any], tmp_path: Path, damage: str, message: str
+) -> None:
     folder = saved(tiny, tmp_path / "a")
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if damage == "cut weights":
@@ -260,7 +264,7 @@ save_adapter(_tiny("tiny:llama", targets=["q_proj", "k_proj", "v_proj", "o_proj"
 """
 
 
-def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+def test_save_adapter_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     code = SAVE.format(root=str(Path(__file__).parents[2]))
     for seed in ("1", "2"):
         subprocess.run(

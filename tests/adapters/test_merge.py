@@ -1,4 +1,4 @@
-"""The figures that verify a merge, against PEFT's own merge and against merges that went wrong."""
+"""The figures that verify a merge, checked with PEFT's own merge and with wrong merges."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def merged(tiny: Callable[..., Any], **options: Any) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_pefts_merge_has_no_error(tiny: Callable[..., Any], options: Any) -> None:
+def test_weight_error_of_pefts_merge_is_zero(tiny: Callable[..., Any], options: Any) -> None:
     base, after, updates = merged(tiny, **options)
     error = weight_error(base, after, updates)
     assert error.max_error < 1e-6
@@ -42,7 +42,7 @@ def test_pefts_merge_has_no_error(tiny: Callable[..., Any], options: Any) -> Non
     assert error.num_modules == len(updates) > 0
 
 
-def test_every_adapted_module_is_compared(tiny: Callable[..., Any]) -> None:
+def test_exact_updates_cover_every_adapted_module(tiny: Callable[..., Any]) -> None:
     for name, options in (("tiny:llama", {}), ("tiny:bert", {"targets": ["query", "word_embeddings"]})):
         model = tiny(name, **options)
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -71,7 +71,7 @@ def _one_module_lost(base: Any, after: Any, updates: Any) -> Any:
 @pytest.mark.parametrize(
     ("fault", "relative"), [(_lost, 1.0), (_dropped_scaling, 0.5), (_twice, 1.0), (_one_module_lost, None)]
 )
-def test_wrong_merges_show(tiny: Callable[..., Any], fault: Any, relative: float | None) -> None:
+def test_weight_error_catches_wrong_merges(tiny: Callable[..., Any], fault: Any, relative: float | None) -> None:
     base, after, updates = merged(tiny)
     assert {float(u["scaling"]) for u in updates.values()} == {2.0}
     error = weight_error(base, fault(base, after, updates), updates)
@@ -80,7 +80,7 @@ def test_wrong_merges_show(tiny: Callable[..., Any], fault: Any, relative: float
         assert error.relative == pytest.approx(relative, rel=1e-4)
 
 
-def test_dora_by_hand() -> None:
+def test_expected_weight_of_dora_equals_the_values_by_hand() -> None:
     w, a, b = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0], [0.0]])
     update = {"A": a, "B": b, "scaling": torch.tensor(2.0, dtype=torch.float64)}
     assert expected_weight(w, update).tolist() == [[3.0, 4.0], [0.0, 2.0]]
@@ -88,13 +88,13 @@ def test_dora_by_hand() -> None:
     assert scaled.tolist() == [[6.0, 8.0], [0.0, 1.0]]
 
 
-def test_agreement_of_equal_logits() -> None:
+def test_agreement_of_equal_logits_is_perfect() -> None:
     logits = [torch.randn(3, 5), torch.randn(2, 5)]
     same = agreement(logits, [x + 7.0 for x in logits])
     assert same.kl_max < 1e-6 and same.top1 == 1.0 and same.num_positions == 5
 
 
-def test_agreement_by_hand() -> None:
+def test_agreement_equals_the_kl_by_hand() -> None:
     p, q = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
     got = agreement([p.log()], [q.log()])
     assert got.kl_mean == got.kl_max == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
@@ -117,12 +117,12 @@ def test_agreement_catches_infinities() -> None:
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_dequantized_weights_are_what_the_forward_uses(tiny: Callable[..., Any], quantize: str) -> None:
+def test_dequantized_weights_are_those_the_forward_uses(tiny: Callable[..., Any], quantize: str) -> None:
     plain = dict(tiny("tiny:llama", adapter=False).named_modules())
     model = tiny("tiny:llama", adapter=False, quantize=quantize)
-    found = DequantizedWeights(model)
-    assert len(found) == 14 and "lm_head" not in found
-    for name, weight in found.items():
+    dequantized = DequantizedWeights(model)
+    assert len(dequantized) == 14 and "lm_head" not in dequantized
+    for name, weight in dequantized.items():
         module = dict(model.named_modules())[name]
         original = plain[name].weight.detach()
         assert weight.shape == original.shape
@@ -133,8 +133,8 @@ def test_dequantized_weights_are_what_the_forward_uses(tiny: Callable[..., Any],
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_names_are_the_same_with_an_adapter(tiny: Callable[..., Any], quantize: str) -> None:
-    found = DequantizedWeights(tiny("tiny:llama", quantize=quantize).get_base_model())
+def test_dequantized_weights_have_the_same_names_with_an_adapter(tiny: Callable[..., Any], quantize: str) -> None:
+    adapted = DequantizedWeights(tiny("tiny:llama", quantize=quantize).get_base_model())
     bare = DequantizedWeights(tiny("tiny:llama", adapter=False, quantize=quantize))
-    assert found.keys() == bare.keys()
-    assert all(torch.equal(found[n], bare[n]) for n in bare)
+    assert adapted.keys() == bare.keys()
+    assert all(torch.equal(adapted[n], bare[n]) for n in bare)

@@ -1,4 +1,4 @@
-"""Training without an adapter: the model's own weights, from the first step to a folder that plain transformers loads."""
+"""Training of the whole model without an adapter, up to a folder that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def weights(name: str = "tiny:llama") -> Any:
     return load_model(find_pretrained(name), auto_class="AutoModelForCausalLM", device="cpu")
 
 
-def test_every_weight_moves_and_plain_transformers_loads_the_result(here: Path) -> None:
+def test_full_training_moves_every_weight_and_transformers_loads_them(here: Path) -> None:
     run = train(recipe())
     before, after = weights().state_dict(), AutoModelForCausalLM.from_pretrained(run.model).state_dict()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert not run.adapter.exists() and run.summary["full"]
     assert run.summary["adapter"]["num_trained"] == run.summary["adapter"]["num_total"]
     for target in (run.folder, run.model):
-        found = peftlab.evaluate(target, progress=SilentProgress())["metrics"]
-        assert found["loss"] == pytest.approx(run.summary["after"]["loss"], rel=1e-5)
+        metrics = peftlab.evaluate(target, progress=SilentProgress())["metrics"]
+        assert metrics["loss"] == pytest.approx(run.summary["after"]["loss"], rel=1e-5)
     with pytest.raises(RecipeError, match="no adapter to merge: run/model is its trained model"):
         peftlab.merge(run.folder, progress=SilentProgress())
 
 
-def test_frozen_modules_stay(here: Path) -> None:
+def test_freeze_keeps_modules_as_they_are(here: Path) -> None:
     run = train(recipe(adapter={"method": "none", "freeze": ["embed_tokens", "layers.0"]}))
     before, after = weights().state_dict(), AutoModelForCausalLM.from_pretrained(run.model).state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
@@ -73,7 +73,7 @@ class Stopper(SilentProgress):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_stop_and_resume_ends_with_the_same_bytes(here: Path) -> None:
+def test_full_training_resumed_ends_with_the_same_bytes(here: Path) -> None:
     whole = train(recipe(run={"dir": "whole"}))
     with pytest.raises(Interrupted):
         train(recipe(), progress=Stopper())
@@ -84,7 +84,7 @@ def test_stop_and_resume_ends_with_the_same_bytes(here: Path) -> None:
     assert any(not torch.equal(damaged[n], w) for n, w in weights().state_dict().items() if n in damaged)
 
 
-def test_the_best_step_is_what_is_kept(here: Path) -> None:
+def test_full_training_keeps_the_best_step(here: Path) -> None:
     run = train(
         recipe(train={"max_steps": 6, "lr": 0.2, "schedule": "constant"}, eval={"every": 1, "best": "loss"}),
     )
@@ -107,13 +107,13 @@ def test_the_best_step_is_what_is_kept(here: Path) -> None:
         ({"run": {"merge": "original"}}, "merge: has no effect without an adapter"),
     ],
 )
-def test_mistakes(here: Path, sections: Any, message: str) -> None:
+def test_full_training_refuses_impossible_recipes(here: Path, sections: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         train(recipe(**sections))
     assert not list(here.iterdir())
 
 
-def test_weights_of_another_training_are_refused(tmp_path: Path) -> None:
+def test_load_trained_refuses_weights_of_another_training(tmp_path: Path) -> None:
     one, other = weights(), weights()
     train_all(one)
     train_all(other, freeze=["embed_tokens"])

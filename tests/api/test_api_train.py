@@ -1,4 +1,4 @@
-"""The verbs end to end on tiny models: train, evaluate, predict, merge, repeat, and what stops them."""
+"""The verbs train, evaluate, predict and merge end to end on tiny models, and the errors that stop them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Done(NamedTuple):
 
 @pytest.fixture(scope="module", params=["causal_lm", "seq_cls"])
 def done(request: pytest.FixtureRequest, trained: Any) -> Done:
-    """One finished run per task; tests that change it work on a copy."""
+    """One finished run per task. A test that changes it works on a copy."""
     folder = trained(recipe(request.param), write_data)
     return Done(folder, peftlab.open_run(folder / "run"))
 
@@ -63,7 +63,7 @@ def copy(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_is_complete(done: Done) -> None:
+def test_train_run_folder_is_complete(done: Done) -> None:
     folder = done.folder / "run"
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {
@@ -80,7 +80,7 @@ def test_a_run_is_complete(done: Done) -> None:
     assert (summary["train_rows"], summary["eval_rows"]) == (36, 12)
 
 
-def test_evaluate_gives_the_final_metrics(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_repeats_the_final_metrics_of_the_run(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(done.folder)
     result = peftlab.evaluate("run", progress=SilentProgress())
     after = done.run.summary["after"]
@@ -90,7 +90,9 @@ def test_evaluate_gives_the_final_metrics(done: Done, monkeypatch: pytest.Monkey
         assert result["metrics"][name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_an_adapter_that_is_not_loaded_is_caught(done: Done, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_without_the_adapter_gives_other_metrics(
+    done: Done, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = copy / "adapter/adapter_model.safetensors"
     from safetensors.torch import save_file
 
@@ -99,7 +101,7 @@ def test_an_adapter_that_is_not_loaded_is_caught(done: Done, copy: Path, monkeyp
     assert result["metrics"]["loss"] != pytest.approx(done.run.summary["after"]["loss"], rel=1e-3)
 
 
-def test_predict(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_labels_texts_and_files(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(done.folder)
     texts = ["red 9", "cat 9", "cow 1"]
     results = list(peftlab.predict("run", texts, progress=SilentProgress()))
@@ -125,9 +127,7 @@ def test_predict_agrees_with_evaluate(done: Done, monkeypatch: pytest.MonkeyPatc
     assert metrics["accuracy"] == pytest.approx(share)
 
 
-def test_the_lock_file_repeats_the_run_byte_by_byte(
-    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_file_repeats_the_run_byte_by_byte(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.rand(7)
     again = train(done.folder / "run/recipe.lock.yaml", "run.dir=again")
@@ -138,7 +138,7 @@ def test_the_lock_file_repeats_the_run_byte_by_byte(
     assert (other.folder / name).read_bytes() != (done.folder / "run" / name).read_bytes()
 
 
-def test_changed_data_are_noticed(done: Done, copy: Path, tmp_path: Path) -> None:
+def test_lock_file_refuses_changed_data(done: Done, copy: Path, tmp_path: Path) -> None:
     lock = copy / "recipe.lock.yaml"
     shutil.copy(done.folder / "data.csv", tmp_path / "data.csv")
     lock.write_text(lock.read_text().replace(str(done.folder / "data.csv"), str(tmp_path / "data.csv")))
@@ -164,7 +164,7 @@ save_file({"logits": model(input_ids=ids).logits.detach().contiguous()}, sys.arg
 """
 
 
-def test_merge_into_files_that_plain_transformers_loads(process: Any, done: Done, copy: Path, tmp_path: Path) -> None:
+def test_merge_writes_files_that_plain_transformers_loads(process: Any, done: Done, copy: Path, tmp_path: Path) -> None:
     from peftlab.adapters import load_adapter
     from peftlab.models import find_pretrained, load_model, load_tokenizer
 
@@ -176,7 +176,7 @@ def test_merge_into_files_that_plain_transformers_loads(process: Any, done: Done
     settings = done.run.recipe().recipe
     auto = "AutoModelForCausalLM" if settings.task == "causal_lm" else "AutoModelForSequenceClassification"
     (tmp_path / "elsewhere").mkdir()
-    # Neither the repository nor PYTHONPATH; the editable install is left out by removing its finder.
+    # The process sees neither the repository nor PYTHONPATH. Removing its finder hides the editable install.
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n" + MERGED
     arguments = ["-c", code, copy / "merged", auto, tmp_path / "logits"]
     without = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -195,7 +195,7 @@ def test_merge_into_files_that_plain_transformers_loads(process: Any, done: Done
 
 
 @pytest.mark.parametrize("limits", [{"max_kl": -1.0}, {"min_top1": 1.01}], ids=str)
-def test_a_merge_beyond_a_threshold_is_not_kept(done: Done, copy: Path, limits: dict[str, float]) -> None:
+def test_merge_beyond_a_threshold_is_not_kept(done: Done, copy: Path, limits: dict[str, float]) -> None:
     before = set(contents(copy))
     with pytest.raises(VerificationError, match="merge verification failed, nothing was written") as caught:
         peftlab.merge(copy, progress=SilentProgress(), **limits)
@@ -204,7 +204,7 @@ def test_a_merge_beyond_a_threshold_is_not_kept(done: Done, copy: Path, limits: 
     assert sorted(p.name for p in copy.iterdir() if p.is_dir()) == ["adapter"]
 
 
-def test_a_failed_merge_keeps_the_earlier_one(done: Done, copy: Path) -> None:
+def test_merge_that_fails_keeps_the_earlier_merge(done: Done, copy: Path) -> None:
     peftlab.merge(copy, progress=SilentProgress())
     before = contents(copy / "merged")
     with pytest.raises(RecipeError, match="exists; overwrite it with --replace"):
@@ -214,7 +214,7 @@ def test_a_failed_merge_keeps_the_earlier_one(done: Done, copy: Path) -> None:
     assert contents(copy / "merged") == before
 
 
-def test_a_merge_that_loses_the_update_is_caught(done: Done, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_that_loses_the_update_is_caught(done: Done, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import Linear
 
     monkeypatch.setattr(Linear, "merge", lambda self, *args, **kwargs: None)
@@ -223,13 +223,13 @@ def test_a_merge_that_loses_the_update_is_caught(done: Done, copy: Path, monkeyp
     assert not (copy / "merged").exists()
 
 
-def test_another_target_is_not_available(done: Done, copy: Path) -> None:
+def test_merge_refuses_a_target_that_the_run_does_not_have(done: Done, copy: Path) -> None:
     with pytest.raises(RecipeError, match="original"):
         peftlab.merge(copy, base="dequantized", progress=SilentProgress())
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
-def test_merging_a_quantized_run(here: Path, task: str) -> None:
+def test_merge_of_a_quantized_run_has_two_targets(here: Path, task: str) -> None:
     run = train(recipe(task, model={"quantize": "nf4"}, eval={"before": False}))
     report = peftlab.merge("run", progress=SilentProgress())
     assert report["verified"] and report["target"] == "dequantized"
@@ -244,8 +244,8 @@ def test_merging_a_quantized_run(here: Path, task: str) -> None:
     assert other["target"] == "original" and (here / "other/model.safetensors").is_file()
 
 
-def test_dropped_scaling_is_caught(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference formula is the check: with a wrong one, right merges must fail."""
+def test_merge_check_with_a_wrong_formula_fails_a_right_merge(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference formula is the check. With a wrong formula, a right merge must fail."""
     train(recipe(eval={"before": False}))
     right = merge_figures.expected_weight
 
@@ -257,14 +257,14 @@ def test_dropped_scaling_is_caught(here: Path, monkeypatch: pytest.MonkeyPatch) 
         peftlab.merge("run", progress=SilentProgress())
 
 
-def test_merge_after_training(here: Path) -> None:
+def test_merge_after_training_is_verified(here: Path) -> None:
     run = train(recipe(run={"dir": "run", "merge": "original"}))
     assert run.summary["status"] == "finished"
     assert run.summary["merge"]["verified"]
     assert (run.merged / "config.json").is_file()
 
 
-def test_a_folder_in_use_is_not_touched(here: Path) -> None:
+def test_run_dir_in_use_is_not_touched(here: Path) -> None:
     train(recipe(train={"max_steps": 1}))
     before = contents(here)
     with pytest.raises(RecipeError, match="contains another run; resume it with --resume") as caught:
@@ -280,7 +280,7 @@ def test_a_folder_in_use_is_not_touched(here: Path) -> None:
     assert contents(here) == before | {"papers/thesis.txt": b"42"}
 
 
-def test_replace_removes_the_earlier_run_only_when_the_new_one_is_ready(here: Path) -> None:
+def test_replace_keeps_the_earlier_run_until_the_new_one_is_ready(here: Path) -> None:
     train(recipe(train={"max_steps": 1}))
     before = contents(here / "run")
     with pytest.raises(PeftlabError):
@@ -290,7 +290,7 @@ def test_replace_removes_the_earlier_run_only_when_the_new_one_is_ready(here: Pa
     assert peftlab.open_run("run").summary["training"]["steps"] == 2
 
 
-def test_run_folders_are_numbered(here: Path) -> None:
+def test_run_dir_default_is_numbered(here: Path) -> None:
     document = recipe(train={"max_steps": 1}, run={"dir": None})
     one, two = train(document), train(document)
     assert (one.folder, two.folder) == (Path("runs/recipe"), Path("runs/recipe-2"))
@@ -309,13 +309,13 @@ def test_run_folders_are_numbered(here: Path) -> None:
     ],
     ids=str,
 )
-def test_a_mistake_leaves_no_folder(here: Path, sections: Any, error: type[PeftlabError]) -> None:
+def test_train_with_a_bad_recipe_leaves_no_folder(here: Path, sections: Any, error: type[PeftlabError]) -> None:
     with pytest.raises(error):
         train(recipe(**sections))
     assert sorted(p.name for p in here.iterdir()) == ["data.csv"]
 
 
-def test_a_failure_in_the_first_step_leaves_no_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_that_fails_in_the_first_step_leaves_no_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = CausalLM.loss_sum
     monkeypatch.setattr(CausalLM, "loss_sum", lambda self, model, batch: right(self, model, batch) * float("nan"))
     with pytest.raises(VerificationError, match=r"data\.csv:\d+"):
@@ -323,8 +323,8 @@ def test_a_failure_in_the_first_step_leaves_no_folder(here: Path, monkeypatch: p
     assert sorted(p.name for p in here.iterdir()) == ["data.csv"]
 
 
-def test_a_fault_after_training_keeps_the_trained_weights(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps are done; a fault in the last evaluation must not throw them away."""
+def test_train_that_fails_after_the_last_step_keeps_the_weights(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the last evaluation must not throw away the finished steps."""
     right, calls = fit_module.evaluate_examples, []
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -339,7 +339,7 @@ def test_a_fault_after_training_keeps_the_trained_weights(here: Path, monkeypatc
     assert list((here / "run").rglob("adapter_model.safetensors")), "nothing is left of the training"
 
 
-def test_stop_and_resume_ends_with_the_same_bytes(here: Path) -> None:
+def test_resume_ends_with_the_same_bytes(here: Path) -> None:
     whole = train(recipe(run={"dir": "whole"}, eval={"every": 2}))
     with pytest.raises(Interrupted, match="peftlab train run --resume") as caught:
         train(recipe(eval={"every": 2}), progress=Stopper(3))
@@ -357,7 +357,7 @@ def test_stop_and_resume_ends_with_the_same_bytes(here: Path) -> None:
         train("whole", resume=True)
 
 
-def test_a_damaged_checkpoint_stops_the_resume(here: Path) -> None:
+def test_resume_refuses_a_damaged_checkpoint(here: Path) -> None:
     with pytest.raises(Interrupted):
         train(recipe(run={"dir": "run", "save_every": 2}), progress=Stopper(5))
     newest = sorted((here / "run/checkpoints").iterdir())[-1]
@@ -372,15 +372,15 @@ def test_a_damaged_checkpoint_stops_the_resume(here: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["train.batch_size=4", "adapter.rank=8", "run.seed=3", "train.lr=0.5"])
-def test_resuming_with_another_recipe_is_refused(here: Path, change: str) -> None:
-    """A resumed run has to end as if never stopped, so nothing that shapes the steps may change in between."""
+def test_resume_refuses_another_recipe(here: Path, change: str) -> None:
+    """A resumed run must end as if it never stopped, so nothing that shapes the steps may change."""
     with pytest.raises(Interrupted):
         train(recipe(eval={"before": False}), progress=Stopper(3))
     with pytest.raises(PeftlabError):
         train("run", change, resume=True)
 
 
-def test_too_little_room(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_refuses_to_start_with_too_little_disk_space(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(here)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ResourceError, match=r"the run needs about .* MiB") as caught:
@@ -392,7 +392,7 @@ def test_too_little_room(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota")], ids=str
 )
-def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+def test_train_on_a_full_disk_leaves_no_folder(here: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     def full(*args: Any) -> Any:
         raise error
 
@@ -403,7 +403,7 @@ def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch, error
     assert sorted(p.name for p in here.iterdir()) == ["data.csv"]
 
 
-def test_a_disk_that_fills_up_while_merging(done: Done, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_on_a_full_disk_leaves_nothing(done: Done, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> Any:
         args[2].mkdir()
         (args[2] / "half").write_text("x")
@@ -416,8 +416,8 @@ def test_a_disk_that_fills_up_while_merging(done: Done, copy: Path, monkeypatch:
     assert contents(copy) == before
 
 
-def test_an_adapter_on_other_weights_is_refused(here: Path, tiny: Callable[..., Any], tokenizer_of: Any) -> None:
-    """The folder of the base model was replaced after training."""
+def test_evaluate_refuses_an_adapter_on_other_weights(here: Path, tiny: Callable[..., Any], tokenizer_of: Any) -> None:
+    """The folder of the base model is replaced after training."""
     model = tiny("tiny:llama", adapter=False)
     model.save_pretrained(here / "base")
     tokenizer_of("tiny:llama").save_pretrained(here / "base")
@@ -428,8 +428,8 @@ def test_an_adapter_on_other_weights_is_refused(here: Path, tiny: Callable[..., 
         peftlab.evaluate("run", progress=SilentProgress())
 
 
-def test_best_step_is_what_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A learning rate that ruins the model late: the adapter of the best evaluation is the result."""
+def test_train_keeps_the_best_step(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learning rate ruins the model late. The result is the adapter of the best evaluation."""
     run = train(recipe(train={"max_steps": 6, "lr": 0.3, "schedule": "constant"}, eval={"every": 1, "best": "loss"}))
     losses = {r["step"]: r["eval"]["loss"] for r in run.metrics() if "eval" in r and not r.get("final")}
     best = run.summary["training"]["best_step"]

@@ -1,4 +1,4 @@
-"""What a recipe names is found once, and a derived assembly shares what its changes leave as it is, and nothing else."""
+"""An assembly finds what its recipe names once. A derived assembly shares exactly what its changes do not touch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def all_of(assembly: Assembly) -> dict[str, Any]:
     }
 
 
-def test_each_is_found_once_for_an_assembly_and_all_that_derive_from_it(
+def test_assembly_finds_each_thing_once_for_all_derived_assemblies(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -81,10 +81,10 @@ def test_each_is_found_once_for_an_assembly_and_all_that_derive_from_it(
     assert all(arm.train is assembly.train and arm.task is assembly.task for arm in arms)
 
 
-def test_assembly_fingerprint_of_a_tokenizer_is_that_of_its_files_before_and_after_encoding(
+def test_assembly_fingerprint_of_a_tokenizer_does_not_change_with_encoding(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoding turns off the truncation that a tokenizer's file sets, as that of MiniLM does."""
+    """Encoding turns off the truncation that a tokenizer's file sets. MiniLM's file sets it."""
 
     def truncating(*args: Any, **options: Any) -> Any:
         tokenizer = load_tokenizer(*args, **options)
@@ -127,7 +127,7 @@ CHANGES: list[tuple[Any, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("make", "changes"), CHANGES, ids=lambda value: value.__name__ if callable(value) else ",".join(value)
 )
-def test_a_derived_assembly_is_what_one_made_anew_would_be(files: Path, make: Any, changes: dict[str, Any]) -> None:
+def test_derived_assembly_equals_a_new_one(files: Path, make: Any, changes: dict[str, Any]) -> None:
     base = Assembly(load_recipe(make()))
     before = all_of(base)
     derived = base.derive(changes)
@@ -135,10 +135,10 @@ def test_a_derived_assembly_is_what_one_made_anew_would_be(files: Path, make: An
     assert all_of(base) == before
 
 
-def test_a_setting_that_is_left_out_of_what_something_depends_on_would_be_noticed(
+def test_derived_assembly_comparison_catches_a_forgotten_dependency(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deliberate fault of the test above: the split no longer depends on the seed."""
+    """A deliberate fault in the test above: the split no longer depends on the seed."""
     monkeypatch.setattr(
         Assembly, "_data_key", property(lambda self: [self.recipe.task, self.recipe.data.model_dump(exclude={"seed"})])
     )
@@ -148,7 +148,7 @@ def test_a_setting_that_is_left_out_of_what_something_depends_on_would_be_notice
     assert all_of(derived) != all_of(Assembly(derived.loaded))
 
 
-def test_a_derived_recipe_is_checked(files: Path) -> None:
+def test_derive_checks_the_changed_recipe(files: Path) -> None:
     assembly = Assembly(load_recipe(classifier()))
     with pytest.raises(RecipeError, match=r"data\.packing: has no effect for task: seq_cls"):
         assembly.derive({"data.packing": True})
@@ -156,7 +156,7 @@ def test_a_derived_recipe_is_checked(files: Path) -> None:
         assembly.derive({"data.eval_fraction": 1.5})
 
 
-def test_a_recipe_without_teachers_says_so(files: Path) -> None:
+def test_assembly_without_teachers_has_no_distill(files: Path) -> None:
     with pytest.raises(RecipeError, match="has no section distill"):
         _ = Assembly(load_recipe(classifier())).distill
 
@@ -176,9 +176,7 @@ def test_check_reads_no_weights(files: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert peftlab.check(recipe, progress=SilentProgress())["ok"]
 
 
-def test_weights_are_hashed_once_as_long_as_the_files_do_not_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_fingerprint_hashes_unchanged_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fingerprints, "_LEAST_BYTES", 0)
     right, read = fingerprints.sha256_of_files, []
@@ -191,5 +189,5 @@ def test_weights_are_hashed_once_as_long_as_the_files_do_not_change(
     assert fingerprints.weights_fingerprint([weights]) not in (first, "") and len(read) == 2
     (tmp_path / "cache" / "file-hashes.json").write_text("{damaged")
     assert fingerprints.weights_fingerprint([weights]) == right([weights])
-    monkeypatch.setenv("PEFTLAB_CACHE", "/proc/no-such-folder")  # where no cache can be written there is none
+    monkeypatch.setenv("PEFTLAB_CACHE", "/proc/no-such-folder")  # no cache can be written there
     assert fingerprints.weights_fingerprint([weights]) == right([weights])
