@@ -48,7 +48,7 @@ Row = dict[str, Any]
 
 def ways() -> list[tuple[str, Compiled]]:
     """Every op with each way in which it launches a kernel."""
-    return [(op, way) for op, found in gathered("COMPILED").items() for way in found]
+    return [(op, way) for op, op_ways in gathered("COMPILED").items() for way in op_ways]
 
 
 def jobs(*, quick: bool, only: str, archs: list[int]) -> list[tuple[int, str, str, int, int]]:
@@ -120,9 +120,9 @@ def compile_case(
 
 def _logged(log: str, pattern: str) -> int:
     """The sum of a number in the log of ptxas, which must be there."""
-    found = re.findall(pattern, log)
-    assert found, f"no {pattern!r} in the log of ptxas:\n{log}"
-    return sum(map(int, found))
+    counts = re.findall(pattern, log)
+    assert counts, f"no {pattern!r} in the log of ptxas:\n{log}"
+    return sum(map(int, counts))
 
 
 def _matrix_unit(compiled: Any) -> str:
@@ -182,8 +182,8 @@ def rewrite_readme(op: str, rows: list[Row], versions: str) -> None:
     )
     text += f"{len(rows)} compilations (with fp16, fp32 and rank 8), {bad} with problems; {versions}.\n"
     pattern, old = "(?s)(<!-- compiled -->\n).*(<!-- /compiled -->)", path.read_text(encoding="utf-8")
-    new, found = re.subn(pattern, lambda m: m[1] + text + m[2], old)
-    assert found == 1, f"{path} lacks the lines <!-- compiled --> and <!-- /compiled -->"
+    new, count = re.subn(pattern, lambda m: m[1] + text + m[2], old)
+    assert count == 1, f"{path} lacks the lines <!-- compiled --> and <!-- /compiled -->"
     path.write_text(new, encoding="utf-8")
 
 

@@ -35,8 +35,8 @@ def _confirmed() -> str:
 
 
 def _short_distillation() -> str:
-    found = result("distillation")
-    return distillation.table({name: found[name] for name in distillation.SHORT})
+    runs = result("distillation")
+    return distillation.table({name: runs[name] for name in distillation.SHORT})
 
 
 def _cpu_paths() -> str:

@@ -123,10 +123,10 @@ def measure(options: argparse.Namespace, sections: list[Section], deadline: Dead
     if options.dry_run_cpu and options.out.resolve() == RESULTS:
         raise RecipeError("a dry run does not write where the rows of GPUs are; give another --out")
     path = options.out / JOURNAL
-    found = preflight.look(sections, options.out, dry=options.dry_run_cpu)
-    if found:
-        print(preflight.told(found), file=sys.stderr)
-    if preflight.fatal(found):
+    findings = preflight.look(sections, options.out, dry=options.dry_run_cpu)
+    if findings:
+        print(preflight.message(findings), file=sys.stderr)
+    if preflight.fatal(findings):
         return 2
     now = described(options)
     if now is None:
@@ -175,9 +175,9 @@ def main() -> int:
         run_group(sections, Rows(Journal(path, read_records(path, anew=ANEW)), device), Deadline(options.child))
         return 0
     if options.preflight:
-        found = preflight.look(sections, options.out, dry=options.dry_run_cpu)
-        print(preflight.told(found) or "preflight: nothing is missing")
-        return 2 if preflight.fatal(found) else 0
+        findings = preflight.look(sections, options.out, dry=options.dry_run_cpu)
+        print(preflight.message(findings) or "preflight: nothing is missing")
+        return 2 if preflight.fatal(findings) else 0
     try:
         return report(path) if options.report else measure(options, sections, deadline)
     except PeftlabError as error:

@@ -78,7 +78,7 @@ class Device:
     """
 
     kind: str
-    found: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -136,9 +136,9 @@ class Device:
 
         from peftlab.measuring.timing import FLUSH_BYTES
 
-        if "flush" not in self.found:
-            self.found["flush"] = torch.empty(self.pick(FLUSH_BYTES, 1024), dtype=torch.uint8, device=self.kind)
-        self.found["flush"].zero_()
+        if "flush" not in self.kept:
+            self.kept["flush"] = torch.empty(self.pick(FLUSH_BYTES, 1024), dtype=torch.uint8, device=self.kind)
+        self.kept["flush"].zero_()
 
     def allocated(self) -> int:
         import torch

@@ -34,7 +34,7 @@ def _checked(check: Check) -> Row:
     }
 
 
-def judge(found: Compared) -> tuple[float, str]:
+def judge(compared: Compared) -> tuple[float, str]:
     """The largest error by its limit, and whose. Limits:
 
     - Root mean square: 1.1 x that of plain PyTorch in the same types. Largest: twice it, so that one wrong element of millions
@@ -44,12 +44,12 @@ def judge(found: Compared) -> tuple[float, str]:
       rounding, of many it is the same: 2 / sqrt(rounded) roundings of the result.
     """
     worst, where = 0.0, ""
-    eps = torch.finfo(next(iter(found.actual.values())).dtype).eps
-    slack = found.terms**0.5 * 2**-24 + (eps * found.rounded**-0.5 if found.rounded else 0.0)
-    for name, want in found.want.items():
-        if not bool(torch.isfinite(found.actual[name]).all()):
+    eps = torch.finfo(next(iter(compared.actual.values())).dtype).eps
+    slack = compared.terms**0.5 * 2**-24 + (eps * compared.rounded**-0.5 if compared.rounded else 0.0)
+    for name, want in compared.want.items():
+        if not bool(torch.isfinite(compared.actual[name]).all()):
             return float("inf"), f"{name} is not finite"
-        ours, theirs = ((t[name].double() - want).abs() for t in (found.actual, found.plain))
+        ours, theirs = ((t[name].double() - want).abs() for t in (compared.actual, compared.plain))
         mean = float(ours.norm()) / (1.1 * float(theirs.norm()) + slack * float(want.norm()))
         largest = float(ours.max()) / (2 * float(theirs.max()) + 4 * slack * float(want.abs().max()))
         for value, which in ((mean, "rms"), (largest, "largest")):
@@ -64,15 +64,15 @@ def times_of(device: Device, op: str) -> Iterator[Task]:
 
 
 def _timed(device: Device, timing: Timing) -> Row:
-    calls, said = timing.make()
+    calls, notes = timing.make()
     runs: dict[str, Run] = {name: _one_phase(call) for name, call in calls.items()}
-    found = interleaved(device, runs, seconds=timing.seconds, ahead=True)
+    times = interleaved(device, runs, seconds=timing.seconds, ahead=True)
     return {
-        "us": {name: phases["time"] for name, phases in found.spreads().items()},
-        "rounds_us": found.rounds(),
-        "ratio": found.ratio(*timing.ratio, "time"),
-        **said,
-        **found.protocol(),
+        "us": {name: phases["time"] for name, phases in times.spreads().items()},
+        "rounds_us": times.rounds(),
+        "ratio": times.ratio(*timing.ratio, "time"),
+        **notes,
+        **times.protocol(),
     }
 
 

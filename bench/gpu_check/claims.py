@@ -25,7 +25,7 @@ from bench.gpu_check.sections import BY_NAME
 CLAIMS = RESULTS / "claims.json"
 State = Literal["open", "confirmed", "failed"]
 Claim = dict[str, Any]
-# More figures than these are told by their range.
+# More figures than these are shown as a range.
 _MOST_FIGURES = 4
 
 
@@ -56,10 +56,10 @@ def fits(rule: Row, task: Row) -> bool:
 
 def figure_of(rule: Row, row: Row) -> Any:
     """None where the row lacks it: its contestant is not installed, or ran out of memory."""
-    found: Any = row
+    value: Any = row
     for name in rule["figure"]:
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def keeps(rule: Row, figure: Any) -> bool:
@@ -89,9 +89,9 @@ def judge(claim: Claim, records: Sequence[Row]) -> Verdict:
     texts, done, wanted = [], 0, 0
     for rule in claim["rules"]:
         tasks = [task for task in listed.get(rule["section"], []) if fits(rule, task)]
-        found = [rows[key] for task in tasks if (key := (rule["section"], identity(task))) in rows]
-        missed += [_red(row) for row in found if row["ok"] is False]
-        green = [row for row in found if row["ok"] is True]
+        measured = [rows[key] for task in tasks if (key := (rule["section"], identity(task))) in rows]
+        missed += [_red(row) for row in measured if row["ok"] is False]
+        green = [row for row in measured if row["ok"] is True]
         figures = {}
         if "figure" in rule:
             figures = {i: figure for i, row in enumerate(green) if (figure := figure_of(rule, row)) is not None}
@@ -111,17 +111,17 @@ def judge(claim: Claim, records: Sequence[Row]) -> Verdict:
 
 def _red(row: Row) -> str:
     why = row.get("failed") or row.get("not_run") or row.get("stopped") or row.get("bad") or row.get("differing") or ""
-    what = told_task(row["task"]) if "task" in row else f"`{row['section']}`"
+    what = task_text(row["task"]) if "task" in row else f"`{row['section']}`"
     return f"red: {what}" + (f" ({str(why).splitlines()[0][:200]})" if why else "")
 
 
 def _missed(rule: Row, row: Row, figure: Any) -> str:
-    return f"{told_task(row['task'])}: {_label(rule)}{told(rule, figure)}, expected {expected(rule)}"
+    return f"{task_text(row['task'])}: {_label(rule)}{figure_text(rule, figure)}, expected {expected(rule)}"
 
 
 def expected(rule: Row) -> str:
     bounds = {"at_least": "at least ", "at_most": "at most ", "equals": ""}
-    return " and ".join(f"{words}{_told_number(rule, rule[name])}" for name, words in bounds.items() if name in rule)
+    return " and ".join(f"{words}{_number_text(rule, rule[name])}" for name, words in bounds.items() if name in rule)
 
 
 def _measured(rule: Row, figures: list[tuple[Row, Any]], num_green: int) -> str:
@@ -130,11 +130,11 @@ def _measured(rule: Row, figures: list[tuple[Row, Any]], num_green: int) -> str:
         return f"{num_green} {'row' if num_green == 1 else 'rows'} green in `{rule['section']}`"
     if len(figures) > _MOST_FIGURES:
         values = sorted(f["value"] if isinstance(f, dict) else f for _, f in figures)
-        return f"{_label(rule)}{len(figures)} rows, {_told_number(rule, values[0])} to {_told_number(rule, values[-1])}"
+        return f"{_label(rule)}{len(figures)} rows, {_number_text(rule, values[0])} to {_number_text(rule, values[-1])}"
     tasks = [task for task, _ in figures]
     differing = [name for name in tasks[0] if any(task.get(name) != tasks[0][name] for task in tasks)] if tasks else []
     return _label(rule) + ", ".join(
-        ": ".join(filter(None, (told_task({n: task.get(n) for n in differing}), told(rule, figure))))
+        ": ".join(filter(None, (task_text({n: task.get(n) for n in differing}), figure_text(rule, figure))))
         for task, figure in figures
     )
 
@@ -143,7 +143,7 @@ def _label(rule: Row) -> str:
     return f"{rule['label']} " if "label" in rule else ""
 
 
-def told_task(task: Row) -> str:
+def task_text(task: Row) -> str:
     words = [str(task[name]) for name in ("check", "case") if name in task]
     words += [f"{name}={_plain(value)}" for name, value in task.items() if name not in ("check", "case")]
     return " ".join(words)
@@ -155,18 +155,18 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def told(rule: Row, figure: Any) -> str:
+def figure_text(rule: Row, figure: Any) -> str:
     if isinstance(figure, list):  # quartiles
-        low, median, high = (_told_number(rule, value) for value in figure)
+        low, median, high = (_number_text(rule, value) for value in figure)
         return f"{median} ({low}..{high})"
     if not isinstance(figure, dict):
-        return _told_number(rule, figure)
+        return _number_text(rule, figure)
     text = f"{figure['value']:.2f}"
     text += f" ({figure['low']:.2f}..{figure['high']:.2f})" if figure["low"] is not None else ""
     return text + (", no difference" if figure["differs"] is False else "")
 
 
-def _told_number(rule: Row, value: Any) -> str:
+def _number_text(rule: Row, value: Any) -> str:
     if isinstance(value, float | int) and not isinstance(value, bool):
         if any(name.endswith("_bytes") for name in rule["figure"]):
             return f"{value / 1e9:.2f} GB"

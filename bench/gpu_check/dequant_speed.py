@@ -119,21 +119,21 @@ def _against(device: Device, calls: dict[str, Calls], moved: float) -> Row:
     """Times per call of both, launched ahead and by themselves, and how far from the bytes that must move."""
     count = len(calls["peftlab"])
     alone = interleaved(device, {name: _one(each) for name, each in calls.items()}, seconds=0.5)
-    found = interleaved(device, {name: _all(each) for name, each in calls.items()}, seconds=1.5, ahead=True)
-    us = {name: [round(t / count, 3) for t in phases["time"]] for name, phases in found.spreads().items()}
+    times = interleaved(device, {name: _all(each) for name, each in calls.items()}, seconds=1.5, ahead=True)
+    us = {name: [round(t / count, 3) for t in phases["time"]] for name, phases in times.spreads().items()}
     floor = 1e6 * moved / bytes_per_s(device)
     return {
         "us": us,
-        "rounds_us": {name: {"time": [t / count for t in phases["time"]]} for name, phases in found.rounds().items()},
+        "rounds_us": {name: {"time": [t / count for t in phases["time"]]} for name, phases in times.rounds().items()},
         "alone_us": {name: phases["time"] for name, phases in alone.spreads().items()},
-        "ratio": found.ratio("bitsandbytes", "peftlab", "time"),
+        "ratio": times.ratio("bitsandbytes", "peftlab", "time"),
         "alone_ratio": alone.ratio("bitsandbytes", "peftlab", "time"),
         "floor_us": floor,
         "of_bandwidth": floor / us["peftlab"][1] if us["peftlab"][1] else None,
         # 10 %: a copy is not the fastest pattern there is.
         "above_limit": not device.dry and us["peftlab"][1] < 0.9 * floor,
         "weights_in_turn": count,
-        **found.protocol(),
+        **times.protocol(),
     }
 
 

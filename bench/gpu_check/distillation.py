@@ -52,12 +52,12 @@ def examples_of(lengths: tuple[int, ...], vocab: int, *, unscored: float = 1 / 3
 
     from peftlab.tasks import Example
 
-    rng, found = np.random.default_rng(0), []
+    rng, examples = np.random.default_rng(0), []
     for row, length in enumerate(lengths):
         trained = np.arange(length) >= max(1, int(unscored * length))
         ids = rng.integers(4, vocab, length).astype(np.int32)
-        found.append(Example(ids, row, float(trained.sum()), trained))
-    return found
+        examples.append(Example(ids, row, float(trained.sum()), trained))
+    return examples
 
 
 def _loss(device: Device, dtype_name: str, kind: str) -> Row:
@@ -211,8 +211,8 @@ def _latency(device: Device) -> Row:
             time.sleep(seconds)
 
     runs = {"once": lambda: work(SLEEP_S), "twice": lambda: work(2 * SLEEP_S)}
-    found = measure_latency(runs, device=device.kind, repeats=20, seconds=2.0)
+    latencies = measure_latency(runs, device=device.kind, repeats=20, seconds=2.0)
     # The clock is known to a factor of two, the ratio is not touched by that.
-    once, ratio = found["once"].median_ms, found["twice"].speed
+    once, ratio = latencies["once"].median_ms, latencies["twice"].speed
     good = 0.5e3 * SLEEP_S <= once <= 2e3 * SLEEP_S and 0.45 <= ratio <= 0.55
     return {"ms": once, "expected_ms": 1e3 * SLEEP_S, "speed_of_twice": ratio, "ok": good}

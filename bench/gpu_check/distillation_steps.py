@@ -48,14 +48,14 @@ def _build(device: Device) -> Row:
     from peftlab.adapters import inject
     from peftlab.adapters.fused import fusion_report
 
-    if "model" not in device.found:
+    if "model" not in device.kept:
         model, num_layers, _ = build_preset_model(device, kd_plan.TEACHER, quantize="nf4", left_s=20.0)
-        device.found |= {"model": model, "layers": num_layers}
-    teacher = device.found.pop("model")
+        device.kept |= {"model": model, "layers": num_layers}
+    teacher = device.kept.pop("model")
     teacher = teacher.unload() if hasattr(teacher, "unload") else teacher
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
-    device.found["teacher"] = teacher.eval()
+    device.kept["teacher"] = teacher.eval()
     before = device.allocated()
     student, _, _ = build_preset_model(device, kd_plan.STUDENT, quantize="none", left_s=0.0)
     student = inject(student, "lora", peft_type="CAUSAL_LM", rank=kd_plan.RANK, alpha=2 * kd_plan.RANK).train()
@@ -64,10 +64,10 @@ def _build(device: Device) -> Row:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.005)
     device.release()
-    device.found["student"] = student
+    device.kept["student"] = student
     fusion = fusion_report(student)
     return {
-        "layers": device.found["layers"],
+        "layers": device.kept["layers"],
         "teacher_bytes": before,
         "student_bytes": device.allocated() - before,
         "fusion": str(fusion),
@@ -76,7 +76,7 @@ def _build(device: Device) -> Row:
 
 
 def _leave(device: Device) -> Row:
-    device.found["teacher_shape"] = kd_plan.shape_of(device.found.pop("teacher"))
+    device.kept["teacher_shape"] = kd_plan.shape_of(device.kept.pop("teacher"))
     device.release()
     return {"held_bytes": device.allocated()}
 
@@ -84,20 +84,20 @@ def _leave(device: Device) -> Row:
 def _step(device: Device, stored: int | None, card: int) -> Row:
     import torch
 
-    if "student" not in device.found:
+    if "student" not in device.kept:
         return {"not_run": "the models were not built", "ok": None}
-    student, tokens = device.found["student"], _tokens(device)
+    student, tokens = device.kept["student"], _tokens(device)
     run, scored = _runner(device, student, tokens, stored)
-    teacher = device.found.get("teacher")
+    teacher = device.kept.get("teacher")
     shapes = (
         kd_plan.shape_of(student.get_base_model()),
-        (device.found["teacher_shape"] if teacher is None else kd_plan.shape_of(teacher)),
+        (device.kept["teacher_shape"] if teacher is None else kd_plan.shape_of(teacher)),
     )
     chunk = kd_plan.card_chunk(shapes[0], online=stored is None, card_bytes=card - CONTEXT_BYTES)
     step = kd_plan.Step(tokens, scored, kd_plan.RANK, chunk, stored, context_bytes=CONTEXT_BYTES)
     plan = kd_plan.memory_plan(*shapes, step)
     row: Row = {"plan_bytes": plan, "predicted_tokens_per_s": round(kd_plan.tokens_per_s(*shapes, step))}
-    row |= {"layers": device.found["layers"], "chunk": chunk}
+    row |= {"layers": device.kept["layers"], "chunk": chunk}
     try:
         with memory_of(device, card):
             seconds, losses = _timed(device, run)
@@ -135,7 +135,7 @@ def _runner(device: Device, student: Any, tokens: int, stored: int | None) -> tu
     examples = examples_of((tokens,), vocab, unscored=0.0)
     scored = int(examples[0].weight)
     if stored is None:
-        teacher: Any = ModelTeacher(device.found["teacher"], task, device=device.kind)
+        teacher: Any = ModelTeacher(device.kept["teacher"], task, device=device.kind)
     else:
         target = _random_target(scored, min(stored, vocab - 1), vocab)
         teacher = CachedTeacher(lambda indices: target, index_of={0: 0})

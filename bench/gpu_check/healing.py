@@ -41,23 +41,23 @@ def _heal(device: Device) -> Row:
     from peftlab.api.distill import distill
     from peftlab.training.progress import SilentProgress
 
-    found = ("tiny:llama", f"{ROOT}/recipes/smoke.jsonl") if device.dry else assets()
-    if found is None:
+    model_and_data = ("tiny:llama", f"{ROOT}/recipes/smoke.jsonl") if device.dry else assets()
+    if model_and_data is None:
         return {
             "not_run": f"neither installed nor packed: {WEIGHTS}, {TEXTS} (python -m bench.gpu_check.healing packs them)",
             "ok": None,
         }
     with tempfile.TemporaryDirectory() as folder:
-        settings = _settings(device, *found, Path(folder))
+        settings = _settings(device, *model_and_data, Path(folder))
         step_s = _step_seconds(settings, Path(folder))
-        budget_s = min(BUDGET_S, (device.found["until"] - time.time() - OTHER_S) / 2)
+        budget_s = min(BUDGET_S, (device.kept["until"] - time.time() - OTHER_S) / 2)
         steps = device.pick(max(20, int(budget_s / step_s)), 2)
         settings["train"]["max_steps"] = steps
         run = distill(settings, progress=SilentProgress())
         (seed,) = run.summary["seeds"]
         kept = run.summary["student_init"]["layers"]
         stored = run.summary["teach"][0]
-    sides: dict[str, Any] = {who: _told(seed[who]) for who in ("teacher", "student", "baseline")}
+    sides: dict[str, Any] = {who: _figures(seed[who]) for who in ("teacher", "student", "baseline")}
     ours, labels = sides["student"], sides["baseline"]
     return {
         "layers_kept": kept,
@@ -72,7 +72,7 @@ def _heal(device: Device) -> Row:
     }
 
 
-def _told(side: dict[str, Any]) -> dict[str, float | None]:
+def _figures(side: dict[str, Any]) -> dict[str, float | None]:
     metrics = {name: figure["value"] for name, figure in side["metrics"].items()}
     costs = ("seconds", "steps", "tokens_per_s", "peak_memory_bytes", "num_parameters")
     return metrics | {name: side[name] for name in costs if name in side}

@@ -61,7 +61,7 @@ def identity(task: Mapping[str, Any]) -> str:
 
 def counting_rows(records: Iterable[Row]) -> list[Row]:
     """The rows that count, in the order in which they were written."""
-    found: dict[tuple[str, str], Row] = {}
+    latest: dict[tuple[str, str], Row] = {}
     about: dict[str, list[Row]] = {}
     order: dict[int, int] = {}
     for number, record in enumerate(records):
@@ -70,10 +70,10 @@ def counting_rows(records: Iterable[Row]) -> list[Row]:
         elif record["kind"] == "row":
             order[id(record)] = number
             if "task" in record:
-                found[record["section"], identity(record["task"])] = record
+                latest[record["section"], identity(record["task"])] = record
             else:
                 about.setdefault(record["section"], []).append(record)
-    kept = [*found.values(), *(row for rows in about.values() for row in rows)]
+    kept = [*latest.values(), *(row for rows in about.values() for row in rows)]
     return sorted(kept, key=lambda row: order[id(row)])
 
 
@@ -113,5 +113,5 @@ def _state(gate: str, others: list[Row], *, begun: bool) -> str:
 
 def _why(rows: list[Row]) -> str:
     texts = (row.get("failed") or row.get("not_run") or row.get("stopped") for row in rows)
-    said = next((str(text).splitlines()[0][:120] for text in texts if text), "")
-    return f" ({said})" if said else ""
+    reason = next((str(text).splitlines()[0][:120] for text in texts if text), "")
+    return f" ({reason})" if reason else ""

@@ -102,18 +102,18 @@ def contestants(device: Device, layer: Layer, x: Any, grad: Any) -> dict[str, Ru
             with torch.autocast(device.kind, torch.bfloat16) if autocast else contextlib.nullcontext():
                 y = module(x)
             mark("forward")
-            found = torch.autograd.grad(y, leaves, grad)
+            gradients = torch.autograd.grad(y, leaves, grad)
             mark("backward")
-            return y.detach(), *found
+            return y.detach(), *gradients
 
         return run
 
     def bare(mark: Any) -> Any:
         y = F.linear(x, layer.weight)
         mark("forward")
-        found = torch.autograd.grad(y, [x], grad)
+        gradients = torch.autograd.grad(y, [x], grad)
         mark("backward")
-        return y.detach(), *found
+        return y.detach(), *gradients
 
     return {
         "peftlab": of(layer.wide, "auto", True),
@@ -151,19 +151,19 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
     slow = layer.wide.kept_slow
     memory = _memory(device, runs, dropout > 0)
     agree = agreement(runs, PEFT[0]) if not dropout else None
-    found = interleaved(device, runs, seconds=1.0, flush=M <= FLUSHED_ROWS, ahead=True)
+    times = interleaved(device, runs, seconds=1.0, flush=M <= FLUSHED_ROWS, ahead=True)
     phases = ("forward", "backward", "both")
-    best = {phase: found.fastest(PEFT, phase) for phase in phases}
-    ratios = {phase: found.ratio(best[phase], "peftlab", phase) for phase in phases}
+    best = {phase: times.fastest(PEFT, phase) for phase in phases}
+    ratios = {phase: times.ratio(best[phase], "peftlab", phase) for phase in phases}
     floor = _floor_us(device, kind, M, N, K)
-    ours = found.times["peftlab"]["both"].median
+    ours = times.times["peftlab"]["both"].median
     chosen = plan.choose(kind, x.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=kind == "dense", backend="triton")
     row: Row = {
-        "us": found.spreads(),
-        "rounds_us": found.rounds(),
+        "us": times.spreads(),
+        "rounds_us": times.rounds(),
         "ratio": ratios,
         "faster_peft": best,
-        "over_cublas": found.ratio("peftlab", "cuBLAS, no adapter", "both"),
+        "over_cublas": times.ratio("peftlab", "cuBLAS, no adapter", "both"),
         **memory,
         "plan": [chosen.forward, chosen.backward],
         "bitsandbytes_forward": _bnb_path(device, kind, M, N, K),
@@ -172,7 +172,7 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
         "above_limit": not device.dry and ours < 0.9 * floor,
         "l2_flushed": M <= FLUSHED_ROWS,
         "liger": "has no counterpart of a LoRA linear",
-        **found.protocol(),
+        **times.protocol(),
     }
     if M >= 512 and (card := card_of(device)):
         row["predicted_us"] = {
@@ -246,10 +246,10 @@ def _layer(device: Device, kind: str, M: int, R: int, dropout: float, shapes: li
     """Sums over the linears of a layer, beside what kernels.md's model says of them."""
     parts: list[tuple[int, Row]] = []
     for N, K in shapes:
-        found = device.row_of(**_what(kind, M, R, dropout), shape=[N, K])
-        if found is None:
+        measured = device.row_of(**_what(kind, M, R, dropout), shape=[N, K])
+        if measured is None:
             return {"not_run": f"{N}x{K} was not measured, or is red", "ok": None}
-        parts.append((LAYER.get((N, K), 1), found))
+        parts.append((LAYER.get((N, K), 1), measured))
     us = {name: sum(count * row["us"][name]["both"][1] for count, row in parts) for name in parts[0][1]["us"]}
 
     def blocks(who: Callable[[Row], str]) -> list[float]:

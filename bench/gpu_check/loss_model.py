@@ -18,7 +18,7 @@ from bench.gpu_check.roofline import CARD, CARDS, gemm_flops
 
 # By name, over all ops.
 TIMED: dict[str, TimedLoss] = {
-    name: timed for found in gathered("TIMED_LOSSES").values() for name, timed in found.items()
+    name: timed for op_losses in gathered("TIMED_LOSSES").values() for name, timed in op_losses.items()
 }
 CHUNK_ROWS = 4096  # of logits at a time on an H200 (heads.py): beside a teacher half of them are its own
 

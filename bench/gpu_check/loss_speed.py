@@ -61,9 +61,9 @@ def _loss_speed(device: Device, case: TimedLoss, names: list[str], shape: tuple[
     want = torch.autograd.grad(mine(), problem.leaves)[0]  # and cuBLAS takes its workspace before bytes are counted
     peaks = {"peftlab": device.peak(lambda: runs["peftlab"](lambda phase: None))}
     for name in names:
-        found, states[name] = _tried(device, case, problem, rival_of(case, name), want)
-        if found is not None:
-            runs[name], peaks[name] = found
+        runner, states[name] = _tried(device, case, problem, rival_of(case, name), want)
+        if runner is not None:
+            runs[name], peaks[name] = runner
     del want
     if len(runs) == 1:
         why = "; ".join(f"{name}: {state}" for name, state in states.items())
@@ -101,7 +101,7 @@ def _tried(
     """A contestant with the bytes that it needs, after it has worked once and agrees with ours, and what became of it."""
     if missing := not_installed(*rival.packages):
         return None, str(missing["not_run"])
-    if not device.dry and device.found["until"] - time.time() < ROW_S / 2:
+    if not device.dry and device.kept["until"] - time.time() < ROW_S / 2:
         return None, "no time was left to try it"
     try:
         loss = rival.make(problem)

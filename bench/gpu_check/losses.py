@@ -23,7 +23,7 @@ TEMPERATURE, HARD_WEIGHT, SOFTCAP = 2.0, 0.3, 20.0
 
 def loss_correctness(device: Device) -> Iterator[Task]:
     """Error against float64, at most that of eager code in the same dtype plus slack."""
-    losses = [item for found in gathered("LOSSES").values() for item in found.items()]
+    losses = [item for op_losses in gathered("LOSSES").values() for item in op_losses.items()]
     shapes = device.pick(SHAPES, DRY_SHAPES)
     for dtype, slack in (("float32", 5e-4), ("float16", 4e-3), ("bfloat16", 2e-2)):
         for shape, (name, loss) in itertools.product(shapes, losses):

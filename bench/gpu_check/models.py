@@ -117,7 +117,7 @@ def gpu_tests(device: Device) -> Iterator[Task]:
 
 
 def _tests(device: Device) -> Row:
-    limit_s = Deadline(device.found.get("until", 0)).left() - 5
+    limit_s = Deadline(device.kept.get("until", 0)).left() - 5
     workers = ["-n", "6"] if importlib.util.find_spec("xdist") and not device.dry else []
     chosen = device.pick(TESTS, DRY_TESTS)
     command = [

@@ -47,15 +47,15 @@ def judged(records: Sequence[Row], claims: Sequence[Claim]) -> Judged:
 
 def pending(records: Sequence[Row], claims: Sequence[Claim]) -> str:
     """PENDING.md: what failed first, then what no green row confirms."""
-    found = judged(records, claims)
+    verdicts = judged(records, claims)
     run = f"Last run: {where(records)}." if records else "No GPU run has been made yet."
     parts = [_INTRO.format(run=run)]
-    if failed := [(claim, verdict) for claim, verdict in found if verdict.state == "failed"]:
+    if failed := [(claim, verdict) for claim, verdict in verdicts if verdict.state == "failed"]:
         parts += [
             "## Failed",
             _table(failed, _MEASURED_HEADS, _measured_cells),
         ]
-    still = [(claim, verdict) for claim, verdict in found if verdict.state == "open"]
+    still = [(claim, verdict) for claim, verdict in verdicts if verdict.state == "open"]
 
     def of(part: str) -> Judged:
         return [(claim, verdict) for claim, verdict in still if claim["part"] == part]
@@ -72,12 +72,12 @@ def pending(records: Sequence[Row], claims: Sequence[Claim]) -> str:
 
 def confirmed(records: Sequence[Row], claims: Sequence[Claim]) -> str:
     """The confirmed claims, for bench/RESULTS.md."""
-    found = [(claim, verdict) for claim, verdict in judged(records, claims) if verdict.state == "confirmed"]
+    proven = [(claim, verdict) for claim, verdict in judged(records, claims) if verdict.state == "confirmed"]
     if not records:
         return "No GPU run has been made yet."
-    others = f"[results/PENDING.md](results/PENDING.md) has the other {len(claims) - len(found)}"
-    said = f"{len(found)} of {len(claims)} claims confirmed; {others}. {where(records)}."
-    return f"{said}\n\n{_table(found, _MEASURED_HEADS, _measured_cells)}"
+    others = f"[results/PENDING.md](results/PENDING.md) has the other {len(claims) - len(proven)}"
+    sentence = f"{len(proven)} of {len(claims)} claims confirmed; {others}. {where(records)}."
+    return f"{sentence}\n\n{_table(proven, _MEASURED_HEADS, _measured_cells)}"
 
 
 def _measured_cells(claim: Claim, verdict: Verdict) -> list[str]:
@@ -112,12 +112,12 @@ def where(records: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     commit = header["commit"][:9] + ("+" if header["commit"].endswith("+") else "") if header["commit"] else "unknown"
     calls = [r for r in records if r["kind"] in ("header", "resumed")]
-    told = ", then ".join(f"`{call['command']}` on {call['date'][:10]}" for call in calls)
-    return f"{machine['name']} ({machine['device']}), {machine['platform']}; {versions}; commit {commit}, source {header['source']}; {told}"
+    runs = ", then ".join(f"`{call['command']}` on {call['date'][:10]}" for call in calls)
+    return f"{machine['name']} ({machine['device']}), {machine['platform']}; {versions}; commit {commit}, source {header['source']}; {runs}"
 
 
 def write(records: Sequence[Row], *, pending_file: Path = PENDING, page: Path = PAGE) -> None:
     assert not records or not records[0]["dry_run"], "a dry run confirms nothing"
-    said = load()
-    pending_file.write_text(pending(records, said), encoding="utf-8")
-    replace_section(page, MARKER, confirmed(records, said))
+    claims = load()
+    pending_file.write_text(pending(records, claims), encoding="utf-8")
+    replace_section(page, MARKER, confirmed(records, claims))

@@ -40,17 +40,17 @@ class Finding:
 
 def look(sections: Iterable[Section], out: Path, *, dry: bool) -> list[Finding]:
     """What is missing. dry: neither a device nor a compiler is needed."""
-    found = [Finding(f"not installed: {name}; nothing runs without it", fatal=True) for name in lacking(*EVERYTHING)]
+    findings = [Finding(f"not installed: {name}; nothing runs without it", fatal=True) for name in lacking(*EVERYTHING)]
     if not dry:
-        found += [*_device(), *_compiler()]
-    return [*found, *_disk(out), *_packages(list(sections)), *_versions(CONSTRAINTS)]
+        findings += [*_device(), *_compiler()]
+    return [*findings, *_disk(out), *_packages(list(sections)), *_versions(CONSTRAINTS)]
 
 
 def fatal(findings: Iterable[Finding]) -> bool:
     return any(finding.fatal for finding in findings)
 
 
-def told(findings: Iterable[Finding]) -> str:
+def message(findings: Iterable[Finding]) -> str:
     """A line each, what is fatal first."""
     ordered = sorted(findings, key=lambda finding: not finding.fatal)
     return "\n".join(f"preflight: {'FATAL: ' if finding.fatal else ''}{finding.what}" for finding in ordered)

@@ -52,7 +52,7 @@ def run_group(sections: list[Section], rows: Rows, deadline: Deadline) -> None:
 def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
     """What made the device unusable for the rest of the process, or nothing."""
     device = rows.device
-    device.found["until"] = deadline.until
+    device.kept["until"] = deadline.until
     left_out: list[Row] = []
     try:
         tasks = list(tasks_of(section, device))
@@ -63,18 +63,18 @@ def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
                 continue
             started = time.perf_counter()
             try:
-                found = task.run()
+                result = task.run()
                 device.synchronize()
             except Exception as error:  # of any kind: the other rows are worth having too
-                found = _absent(error) or {"failed": _told(error), "ok": False}
+                result = _absent(error) or {"failed": _message(error), "ok": False}
             seconds = round(time.perf_counter() - started, 3)
             if device.dry:  # its figures mean nothing
-                found |= {key: None for key in ("target", "met", "held_met") if key in found}
-            rows.write(section.name, {"task": task.what, "ok": True, **found, "seconds": seconds})
-            if broken := _broken(device, found):
+                result |= {key: None for key in ("target", "met", "held_met") if key in result}
+            rows.write(section.name, {"task": task.what, "ok": True, **result, "seconds": seconds})
+            if broken := _broken(device, result):
                 return broken
     except Exception as error:
-        rows.write(section.name, {"failed": _told(error), "ok": False})
+        rows.write(section.name, {"failed": _message(error), "ok": False})
     if left_out:
         row = {"stopped": f"{len(left_out)} rows did not fit the time", "left_out": left_out[:40]}
         rows.write(section.name, {**row, "ok": None})
@@ -98,14 +98,14 @@ def _absent(error: Exception) -> Row | None:
     return not_installed(name) if name in PACKAGES else None
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     lines = traceback.format_exception(error)
     return f"{type(error).__name__}: {error}"[:1500] + "\n" + "".join(lines[-4:])[-1500:]
 
 
-def _broken(device: Device, found: Any) -> str:
+def _broken(device: Device, result: Any) -> str:
     """After a failure: whether CUDA still answers. An illegal access breaks it for the rest of the process."""
-    if "failed" not in found:
+    if "failed" not in result:
         return ""
     try:
         device.release()

@@ -162,16 +162,16 @@ def functions_of(file: Path) -> set[str]:
 
 def sections_of_ops() -> list[Section]:
     """Of every op that has rows of its own in cases.py and no place in the schedule above."""
-    placed, found = {word for section in SECTIONS for word in section.source.split(":")}, []
+    placed, sections = {word for section in SECTIONS for word in section.source.split(":")}, []
     for op, file in case_files().items():
         rows = functions_of(file) if op not in placed else set()
         checked = (op,) if "checks" in rows else ()
         if checked:
-            found.append(Section(op, op, f"bench.gpu_check.checks:checks_of:{op}", 60))
+            sections.append(Section(op, op, f"bench.gpu_check.checks:checks_of:{op}", 60))
         if "times" in rows:
             source = f"bench.gpu_check.checks:times_of:{op}"
-            found.append(Section(f"{op} speed", "more ops", source, 60, wave=2, timing=True, stands_on=checked))
-    return found
+            sections.append(Section(f"{op} speed", "more ops", source, 60, wave=2, timing=True, stands_on=checked))
+    return sections
 
 
 SECTIONS += sections_of_ops()

@@ -23,9 +23,9 @@ def compared(above: Sequence[float], below: Sequence[float]) -> Row:
     return ratio(ratio_of_medians(above, below))
 
 
-def reaches(found: Row, target: float | None) -> bool | None:
+def reaches(row: Row, target: float | None) -> bool | None:
     """Whether a ratio reaches its target beyond noise; None where there is no target."""
-    return None if target is None else found["value"] >= target and found["differs"] is not False
+    return None if target is None else row["value"] >= target and row["differs"] is not False
 
 
 @dataclass
@@ -170,13 +170,13 @@ def _block(device: Device, run: Run, times: dict[str, Times], per_block: int, be
             mark("time")
         calls.append(marks)
     device.synchronize()
-    found: dict[str, list[float]] = {}
+    us: dict[str, list[float]] = {}
     for marks in calls:
         for (_, start), (phase, end) in itertools.pairwise(marks):
-            found.setdefault(phase, []).append(device.between_us(start, end))
+            us.setdefault(phase, []).append(device.between_us(start, end))
         if len(marks) > 2:
-            found.setdefault("both", []).append(device.between_us(marks[0][1], marks[-1][1]))
-    for phase, values in found.items():
+            us.setdefault("both", []).append(device.between_us(marks[0][1], marks[-1][1]))
+    for phase, values in us.items():
         times.setdefault(phase, Times()).blocks.append(values)
 
 

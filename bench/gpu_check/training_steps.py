@@ -49,7 +49,7 @@ def _build(device: Device) -> Row:
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.005)
     device.release()
-    device.found["model"], device.found["layers"] = model, num_layers
+    device.kept["model"], device.kept["layers"] = model, num_layers
     fusion = fusion_report(model)
     row = {"layers": num_layers, "of_layers": NUM_LAYERS, "build_s": build_s, "expected_s": expected_s}
     return {**row, "resident_bytes": device.allocated(), "fusion": str(fusion), "ok": not fusion.slow}
@@ -73,7 +73,7 @@ def build_preset_model(device: Device, preset: str, *, quantize: str, left_s: fl
             device.synchronize()
             one_s = time.perf_counter() - started
     expected_s = 1.5 * one_s * NUM_PARAMETERS[preset] / (shape[0] * shape[1])
-    whole = not device.dry and (not left_s or expected_s + left_s < device.found["until"] - time.time())
+    whole = not device.dry and (not left_s or expected_s + left_s < device.kept["until"] - time.time())
     num_layers = values["num_hidden_layers"] if whole else device.pick(SHARE_LAYERS, 1)
     small = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
@@ -96,9 +96,9 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
 
     from peftlab.adapters.fused import FusedLora
 
-    if "model" not in device.found:
+    if "model" not in device.kept:
         return {"not_run": "the model was not built", "ok": None}
-    model = device.found["model"]
+    model = device.kept["model"]
     fused: list[Any] = [module for module in model.modules() if isinstance(module, FusedLora)]
     for module in fused:  # PEFT leaves dropout 0 out altogether
         module.lora_dropout["default"] = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
@@ -113,7 +113,7 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
         torch.manual_seed(0)
         peaks[name] = base + device.peak(partial(_kept, losses, name, run))
     values = {name: float(loss) for name, loss in losses.items()}
-    seconds = device.pick(min(ROW_S, (device.found["until"] - time.time()) / 2.5), 1)
+    seconds = device.pick(min(ROW_S, (device.kept["until"] - time.time()) / 2.5), 1)
     found = interleaved(device, runs, seconds=seconds, per_block=4, warmups=3)
     tokens = batch * length
     row: Row = {
@@ -124,7 +124,7 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
         "full_logits_ratio": found.ratio(FULL_LOGITS, "peftlab", "time"),
         "peak_bytes": peaks,
         "saved_bytes": peaks[FULL_LOGITS] - peaks["peftlab"],
-        "layers": device.found["layers"],
+        "layers": device.kept["layers"],
         "loss": values,
         "target": STEP_TARGET if device.has(CARD) else None,
         **found.protocol(),

@@ -56,21 +56,21 @@ def _unsloth(device: Device, M: int, dropout: float) -> Row:
         THEIRS: _run(device, _theirs(their_own, kernels), their_own, tensors, autocast=False),
     }
     agree = agreement(runs, THEIRS) if not dropout else None
-    found = interleaved(device, runs, seconds=3.0, ahead=True)
-    ratio = found.ratio(THEIRS, OURS, "both")
+    times = interleaved(device, runs, seconds=3.0, ahead=True)
+    ratio = times.ratio(THEIRS, OURS, "both")
     target = UNSLOTH_TARGET[M][dropout > 0] if device.has(CARD) else None
     return {
-        "us": found.spreads(),
-        "rounds_us": found.rounds(),
+        "us": times.spreads(),
+        "rounds_us": times.rounds(),
         "ratio": ratio,
-        "eager_ratio": found.ratio(THEIRS, EAGER, "both"),
+        "eager_ratio": times.ratio(THEIRS, EAGER, "both"),
         **_predicted(device, M, dropout > 0),
         "version": importlib.metadata.version("unsloth"),
         "target": target,
         "met": reaches(ratio, target),
         "agreement": agree,
         "ok": agree is None or agree["ok"],
-        **found.protocol(),
+        **times.protocol(),
     }
 
 
@@ -101,13 +101,13 @@ def _layers(device: Device, dropout: float) -> dict[str, Layer]:
 def _tensors(device: Device, layers: dict[str, Layer], M: int) -> Tensors:
     import torch
 
-    found = {}
+    tensors = {}
     for number, (part, names) in enumerate(PARTS.items()):
         K = layers[names[0]].weight.shape[1]
         x = device.randn(1, M, K, seed=10 + number, dtype=torch.bfloat16).requires_grad_()
         sizes = [layers[name].weight.shape[0] for name in (names if part != "MLP" else ("down",))]
-        found[part] = x, [device.randn(1, M, N, seed=20 + i, dtype=torch.bfloat16) for i, N in enumerate(sizes)]
-    return found
+        tensors[part] = x, [device.randn(1, M, N, seed=20 + i, dtype=torch.bfloat16) for i, N in enumerate(sizes)]
+    return tensors
 
 
 def _run(device: Device, forwards: Forwards, modules: dict[str, Any], tensors: Tensors, *, autocast: bool) -> Run:
@@ -123,14 +123,14 @@ def _run(device: Device, forwards: Forwards, modules: dict[str, Any], tensors: T
     }
 
     def run(mark: Any) -> Any:
-        found: list[Any] = []
+        results: list[Any] = []
         for part, (x, grads) in tensors.items():
             with torch.autocast(device.kind, torch.bfloat16, enabled=autocast):
                 outputs = forwards[part](x)
             gradients = torch.autograd.grad(outputs, leaves[part], grads)
             mark(part)
-            found += [*(y.detach() for y in outputs), *gradients]
-        return tuple(found)
+            results += [*(y.detach() for y in outputs), *gradients]
+        return tuple(results)
 
     return run
 

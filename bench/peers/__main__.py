@@ -51,12 +51,12 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         settings = settings_of(case, work, rows=options.rows, full=options.full, steps=options.steps, device=device)
         say(f"{name}: gate")
         checked = gate(engines, settings, work, device)
-        for peer, found in checked["peers"].items():
-            verdict = "" if found["passed"] else ": not the same training, it is not timed"
+        for peer, check in checked["peers"].items():
+            verdict = "" if check["passed"] else ": not the same training, it is not timed"
             say(
-                f"{name}: {peer}: losses differ by {found['first']:.1e} at step 1, at most {found['largest']:.1e}{verdict}"
+                f"{name}: {peer}: losses differ by {check['first']:.1e} at step 1, at most {check['largest']:.1e}{verdict}"
             )
-        timed = ["peftlab", *(peer for peer, found in checked["peers"].items() if found["passed"])]
+        timed = ["peftlab", *(peer for peer, check in checked["peers"].items() if check["passed"])]
         if len(timed) > 1:
             measure("init", settings, work, no_dropout=False)
         for repetition in range(options.repeats if len(timed) > 1 else 0):
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in options.cases or CASES:
             result = run_case(name, options)
-            refused += [f"{name} {peer}" for peer, found in result["gate"]["peers"].items() if not found["passed"]]
+            refused += [f"{name} {peer}" for peer, check in result["gate"]["peers"].items() if not check["passed"]]
             if result["rows"]:
                 write_json(options.out / f"peers-{name}-{result['device']}.json", result)
                 for line in report.verdict(result):

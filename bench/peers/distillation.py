@@ -69,17 +69,17 @@ def settings_of(name: str, work: Path, *, rows: int, eval_rows: int, steps: int)
 
 def judge(losses: dict[str, list[float]]) -> dict[str, Any]:
     """Whether the engines train the same, by their losses of each step."""
-    found: dict[str, Any] = {"losses": losses, "relative_differences": {}}
+    judgement: dict[str, Any] = {"losses": losses, "relative_differences": {}}
     for engine in ("gkd", "distillation"):
-        found["relative_differences"][engine] = loss_differences(losses["online"], losses[engine])
-    first = max(d[0] for d in found["relative_differences"].values())
-    largest = max(max(d) for d in found["relative_differences"].values())
+        judgement["relative_differences"][engine] = loss_differences(losses["online"], losses[engine])
+    first = max(d[0] for d in judgement["relative_differences"].values())
+    largest = max(max(d) for d in judgement["relative_differences"].values())
     # Of the first step only: after it the two students differ.
     stored = losses["cached"][0] / losses["online"][0]
     limits = {"first": FIRST_LIMIT, "largest": LATER_LIMIT, "stored_over_online": 1 + STORED_LIMIT}
     passed = first <= FIRST_LIMIT and largest <= LATER_LIMIT and 0 < stored <= 1 + STORED_LIMIT
     return {
-        **found,
+        **judgement,
         "first": first,
         "largest": largest,
         "stored_over_online": stored,
@@ -101,18 +101,18 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
         shared = measure("init")
         judged: list[dict[str, Any]] = []
-        while len(judged) < options.repeats and all(found["passed"] for found in judged):
-            found = {}
+        while len(judged) < options.repeats and all(judgement["passed"] for judgement in judged):
+            results = {}
             for engine in list(ENGINES) if len(judged) % 2 == 0 else list(ENGINES)[::-1]:
                 load = os.getloadavg()[0]
-                found[engine] = measure(engine)
+                results[engine] = measure(engine)
                 place = {"repetition": len(judged), "position": len(rows), "load_before": load}
-                rows.append({**place, **found[engine]})
-                say(f"{name}: repetition {len(judged) + 1}, {ENGINES[engine]}: {found[engine]['seconds']:.2f} s")
-            judged.append(judge({engine: row["losses"] for engine, row in found.items()}))
+                rows.append({**place, **results[engine]})
+                say(f"{name}: repetition {len(judged) + 1}, {ENGINES[engine]}: {results[engine]['seconds']:.2f} s")
+            judged.append(judge({engine: row["losses"] for engine, row in results.items()}))
             say(f"{name}: losses differ by {judged[-1]['first']:.1e} at step 1, at most {judged[-1]['largest']:.1e}")
         shown = json.loads(json.dumps(settings).replace(str(work), "."))
-    worst = max(judged, key=lambda found: (not found["passed"], found["largest"]))
+    worst = max(judged, key=lambda judgement: (not judgement["passed"], judgement["largest"]))
     passed = worst["passed"]
     return {
         "case": name,
@@ -150,7 +150,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for ours, theirs in PAIRS
     }
-    return {"engines": {e: report.engine_figures(found) for e, found in by_engine.items()}, "ratios": ratios}
+    return {"engines": {e: report.engine_figures(results) for e, results in by_engine.items()}, "ratios": ratios}
 
 
 def table(results: dict[str, Any]) -> str:

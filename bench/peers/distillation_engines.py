@@ -118,14 +118,14 @@ def run_distillation(settings: dict[str, Any], adapter: Path, work: Path) -> dic
 
     def sides(prompts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Tokens of the prompts and of the completions; a prompt is the number of its row."""
-        found: tuple[list[list[int]], list[list[int]]] = ([], [])
+        both: tuple[list[list[int]], list[list[int]]] = ([], [])
         for prompt in prompts:
             row = rows[int(prompt)]
             first = int(row.trained.argmax())
             assert row.trained[first:].all(), "the trained tokens are no completion"
-            found[0].append(row.ids[:first].tolist())
-            found[1].append(row.ids[first:].tolist())
-        return found
+            both[0].append(row.ids[:first].tolist())
+            both[1].append(row.ids[first:].tolist())
+        return both
 
     def build_trainer(recording: type, timer: type) -> Any:
         from datasets import Dataset
@@ -157,18 +157,18 @@ def _models(p: Prepared, adapter: Path) -> dict[str, Any]:
     """Student, teacher, tokenizer and adapter for a trainer of TRL."""
     assert p.recipe.distill is not None and p.recipe.distill.teacher is not None
     student = p.assembly.model()
-    found = {"processing_class": p.tokenizer}
+    options = {"processing_class": p.tokenizer}
     if p.recipe.adapter.method == "none":
         train_all(student, freeze=[])
     else:
         from peft import LoraConfig
 
-        found["peft_config"] = LoraConfig.from_pretrained(str(adapter))
-        found["peft_config"].inference_mode = False
+        options["peft_config"] = LoraConfig.from_pretrained(str(adapter))
+        options["peft_config"].inference_mode = False
     teacher = load_model(
         find_pretrained(p.recipe.distill.teacher.name), auto_class=p.task.spec.auto_class, device="cpu"
     )
-    return {"model": student, "teacher_model": teacher, **found}
+    return {"model": student, "teacher_model": teacher, **options}
 
 
 def _with_adapter(adapter: Path, trainer: Any) -> Any:

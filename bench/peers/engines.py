@@ -110,8 +110,8 @@ def prepare(settings: dict[str, Any]) -> Prepared:
     planned = [plan.step(i) for i in range(plan.total_steps)]
     if any(p.epoch for p in planned) or len(planned) < 2:
         # Trainer starts a new batch at the end of an epoch, so only within one are its steps those of the plan.
-        found = f"{len(planned)} steps over {planned[-1].epoch + 1} epochs"
-        raise SystemExit(f"expected 2 or more steps within one epoch, found {found}: change --steps or --rows")
+        length = f"{len(planned)} steps over {planned[-1].epoch + 1} epochs"
+        raise SystemExit(f"expected 2 or more steps within one epoch, found {length}: change --steps or --rows")
     steps = [p.micro_batches for p in planned]
     return Prepared(assembly, train, held_out, plan, steps)
 

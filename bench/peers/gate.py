@@ -22,17 +22,17 @@ def gate(engines: Sequence[str], settings: dict[str, Any], work: Path, device: s
     train = {k: v for k, v in settings["train"].items() if k != "epochs"} | {"max_steps": GATE_STEPS}
     short = {**settings, "train": train}
     measure("init", short, work, no_dropout=True)
-    found = {engine: measure(engine, short, work, no_dropout=True) for engine in engines}
+    results = {engine: measure(engine, short, work, no_dropout=True) for engine in engines}
     first_limit, later_limit = LIMITS[device]
     peers = {}
     for engine in engines[1:]:
-        differences = loss_differences(found["peftlab"]["losses"], found[engine]["losses"])
+        differences = loss_differences(results["peftlab"]["losses"], results[engine]["losses"])
         first, largest = differences[0], max(differences)
         passed = first <= first_limit and largest <= later_limit
         peers[engine] = {"differences": differences, "first": first, "largest": largest, "passed": passed}
     return {
-        "losses": {engine: result["losses"] for engine, result in found.items()},
-        "held_out_loss_before": {engine: result["before"]["loss"] for engine, result in found.items()},
+        "losses": {engine: result["losses"] for engine, result in results.items()},
+        "held_out_loss_before": {engine: result["before"]["loss"] for engine, result in results.items()},
         "limits": {"first": first_limit, "largest": later_limit},
         "peers": peers,
     }

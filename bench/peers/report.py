@@ -21,7 +21,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         by_engine.setdefault(row["engine"], []).append(row)
     ours = by_engine["peftlab"]
     return {
-        "engines": {engine: engine_figures(found) for engine, found in by_engine.items()},
+        "engines": {engine: engine_figures(results) for engine, results in by_engine.items()},
         "ratios": {
             engine: {
                 "speed": ratio_of(ours, theirs, lambda r: r["seconds"]),
@@ -59,8 +59,8 @@ def ratio_of(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
 ) -> dict[str, float | None]:
     """Ratio of medians with a 95 % bootstrap interval over pairs of one repetition; none for a single pair."""
-    found = ratio_of_medians([value(r) for r in theirs], [value(r) for r in ours], min_rounds=2)
-    return {"ratio": found.value, "low": found.low, "high": found.high}
+    ratio = ratio_of_medians([value(r) for r in theirs], [value(r) for r in ours], min_rounds=2)
+    return {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
 
 
 def ratio_text(ratio: dict[str, float | None]) -> str:
@@ -75,15 +75,15 @@ def ratio_text(ratio: dict[str, float | None]) -> str:
 def verdict(result: dict[str, Any]) -> list[str]:
     """A line per peer: speed and memory against what is expected."""
     return [
-        f"against {title}: speed ratio {ratio_text(found['speed'])}"
+        f"against {title}: speed ratio {ratio_text(ratios['speed'])}"
         + (f", expected {result['expected_ratio']}" if place == 0 else "")
-        + f"; training memory ratio {ratio_text(found['training_memory'])}"
-        for place, (title, found) in enumerate(_ratios(result))
+        + f"; training memory ratio {ratio_text(ratios['training_memory'])}"
+        for place, (title, ratios) in enumerate(_ratios(result))
     ]
 
 
 def _ratios(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(result["peers"][engine], found) for engine, found in result["summary"]["ratios"].items()]
+    return [(result["peers"][engine], ratios) for engine, ratios in result["summary"]["ratios"].items()]
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
@@ -104,8 +104,8 @@ def short_table(folder: Path) -> str:
     lines = ["| work | against | speed, times | peak memory, times less |", "|---|---|---|---|"]
     results = _results(folder)
     for r in results:
-        for title, found in _ratios(r):
-            figures = f"{ratio_text(found['speed'])} | {ratio_text(found['peak_memory'])}"
+        for title, ratios in _ratios(r):
+            figures = f"{ratio_text(ratios['speed'])} | {ratio_text(ratios['peak_memory'])}"
             lines.append(f"| {r['title']}, {r['device'].upper()} | {title} | {figures} |")
     if not results:
         return "No results yet."
@@ -120,10 +120,10 @@ def _ratio_table(results: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for r in results:
-        for place, (title, found) in enumerate(_ratios(r)):
+        for place, (title, ratios) in enumerate(_ratios(r)):
             expected = f"{r['expected_ratio']:.1f}" if place == 0 else ""
-            memory = f"{ratio_text(found['peak_memory'])} | {ratio_text(found['training_memory'])}"
-            lines.append(f"| `{r['case']}` | {title} | {ratio_text(found['speed'])} | {expected} | {memory} |")
+            memory = f"{ratio_text(ratios['peak_memory'])} | {ratio_text(ratios['training_memory'])}"
+            lines.append(f"| `{r['case']}` | {title} | {ratio_text(ratios['speed'])} | {expected} | {memory} |")
     return "\n".join(lines)
 
 

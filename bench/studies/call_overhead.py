@@ -119,7 +119,7 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    found = []
+    cases = []
     for storage in STORAGES:
         for rows in ROWS:
             ways = contestants(storage, rows)
@@ -134,8 +134,8 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
                 gc.collect()
             gc.enable()
             us = {name: statistics.median(values[1:]) for name, values in times.items()}
-            found.append({"storage": storage, "rows": rows, "us": us})
-    return found
+            cases.append({"storage": storage, "rows": rows, "us": us})
+    return cases
 
 
 def in_turns(before: str, processes: int, arguments: list[str]) -> dict[str, list[Any]]:
@@ -162,8 +162,8 @@ def ratio(result: dict[str, Any], side: str, case: int, name: str) -> str:
     from bench import tables
 
     backward = ", backward" if name.endswith(", backward") else ""
-    found = [process[case]["us"] for process in result["sides"][side]]
-    values = [us[name] / us[f"empty{backward}"] for us in found]
+    times = [process[case]["us"] for process in result["sides"][side]]
+    values = [us[name] / us[f"empty{backward}"] for us in times]
     return tables.spread({"median": statistics.median(values), "min": min(values), "max": max(values)}, 1)
 
 
@@ -205,10 +205,10 @@ def main() -> int:
 
     sizes = ["--rounds", str(options.rounds), "--calls", str(options.calls)]
     command = " ".join(["python -m bench.studies.call_overhead", *sys.argv[1:]])
-    found = {"before": options.before, **records.provenance(command)}
-    found["sides"] = in_turns(options.before, options.processes, sizes)
-    records.write_json(options.out / "call_overhead.json", found)
-    print(table(found))
+    document = {"before": options.before, **records.provenance(command)}
+    document["sides"] = in_turns(options.before, options.processes, sizes)
+    records.write_json(options.out / "call_overhead.json", document)
+    print(table(document))
     return 0
 
 

@@ -82,14 +82,14 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
     mark("rest")
     run = peftlab.train(spec["recipe"], spec["overrides"], progress=Watch())
     mark("end")
-    found: dict[str, dict[str, float]] = {}
+    stages: dict[str, dict[str, float]] = {}
     for (name, wall, cpu), (_, wall_end, cpu_end) in itertools.pairwise(marks):
-        part = found.setdefault(name, {"seconds": 0.0, "cpu_seconds": 0.0})
+        part = stages.setdefault(name, {"seconds": 0.0, "cpu_seconds": 0.0})
         part["seconds"] += wall_end - wall
         part["cpu_seconds"] += cpu_end - cpu
     summary = run.summary
     return {
-        "stages": found,
+        "stages": stages,
         "peak_memory_bytes": summary["training"]["peak_memory_bytes"],
         "tokens_per_s": summary["training"]["tokens"] / summary["training"]["seconds"],
         "losses": [record["loss"] for record in run.metrics() if "loss" in record],
@@ -118,8 +118,8 @@ def run_once(tree: Path, case: str, overrides: Sequence[str], threads: int, work
         )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{case} {' '.join(overrides)} failed:\n{log.read_text()[-2000:]}")
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
+    document: dict[str, Any] = json.loads(result.read_text())
+    return document
 
 
 def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -129,7 +129,7 @@ def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> It
 
     absent = {f"run.kernels={name}": problem for name in ops.CPU_OPERANDS if (problem := ops.operands_problem(name))}
     names = [n for n, (_, overrides) in CONTESTANTS.items() if not absent.keys() & set(overrides)]
-    found: dict[str, Any] = {case: {name: [] for name in names} for case in cases}
+    runs_of: dict[str, Any] = {case: {name: [] for name in names} for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         old = unpacked(before, Path(folder) / "before")
         for repetition in range(repeats):
@@ -139,10 +139,10 @@ def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> It
                     with tempfile.TemporaryDirectory(dir=folder) as work:
                         load = os.getloadavg()[0]
                         row = run_once(old if is_old else ROOT, case, overrides, threads, Path(work))
-                    found[case][name].append({**row, "load_before": load})
+                    runs_of[case][name].append({**row, "load_before": load})
                     total = sum(part["seconds"] for part in row["stages"].values())
                     print(f"{case}, {name}, repetition {repetition + 1}: {total:.1f} s", file=sys.stderr, flush=True)
-                measured = {case: runs for case, runs in found.items() if all(runs.values())}
+                measured = {case: runs for case, runs in runs_of.items() if all(runs.values())}
                 yield {"cases": measured, "absent": absent, "threads": threads}
 
 
@@ -213,9 +213,9 @@ def main() -> int:
         ["git", "rev-parse", options.before], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     provenance = {**records.provenance(command), "before": commit}
-    for found in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
-        records.write_json(options.out / f"cpu_path-{options.processor}.json", {**provenance, **found})
-    print(table({**provenance, **found}))
+    for document in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
+        records.write_json(options.out / f"cpu_path-{options.processor}.json", {**provenance, **document})
+    print(table({**provenance, **document}))
     return 0
 
 

@@ -40,33 +40,35 @@ def collected(run: Path) -> tuple[str, dict[str, Any]]:
     """Name of the recipe and what is kept of its run."""
     from peftlab.recipe import load_recipe
 
-    found = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    if found["name"] not in SHOWN or found["status"] != "finished":
-        raise SystemExit(f"{run} is no finished run of {', '.join(SHOWN)}, but of {found['name']} ({found['status']})")
+    summary = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    if summary["name"] not in SHOWN or summary["status"] != "finished":
+        raise SystemExit(
+            f"{run} is no finished run of {', '.join(SHOWN)}, but of {summary['name']} ({summary['status']})"
+        )
     lock = load_recipe(run / "recipe.lock.yaml").recipe.lock or {}
-    return found["name"], {
-        "card": {name: found["card"][name] for name in _KEPT if name in found["card"]},
-        "seconds": found["seconds"],
+    return summary["name"], {
+        "card": {name: summary["card"][name] for name in _KEPT if name in summary["card"]},
+        "seconds": summary["seconds"],
         "versions": {"peftlab": lock["peftlab"], **lock["packages"]},
         "fingerprints": lock["fingerprints"],
-        **{k: v for k, v in provenance(f"peftlab distill {found['name']}").items() if k != "versions"},
+        **{k: v for k, v in provenance(f"peftlab distill {summary['name']}").items() if k != "versions"},
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(runs: dict[str, Any]) -> str:
     lines = ["| recipe | measure | teacher | labels alone | distilled | |", "|---|---|---|---|---|---|"]
     for name, (what, metric) in SHOWN.items():
-        if name not in found:
+        if name not in runs:
             continue
-        card = found[name]["card"]
+        card = runs[name]["card"]
         row = next(m for m in card["metrics"] if m["name"] == metric)
         teacher = _PERFECT.get(metric) or _value(row["teacher"])
         student = _value(row["student"]) + (f" ({_value(row['cut'])} as cut)" if row["cut"] else "")
         baseline = _value(row["baseline"]) or "no labels"
         seeds = card["num_seeds"]
-        said = "no difference; " if card["verdict"]["outcome"] == "no_difference" else ""
+        verdict = "no difference; " if card["verdict"]["outcome"] == "no_difference" else ""
         lines.append(
-            f"| `{name}` | {what} | {teacher} | {baseline} | {student} | {said}{seeds} seed{'s' if seeds != 1 else ''} |"
+            f"| `{name}` | {what} | {teacher} | {baseline} | {student} | {verdict}{seeds} seed{'s' if seeds != 1 else ''} |"
         )
     return "\n".join(lines)
 
@@ -79,10 +81,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     options = parser.parse_args()
-    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    found |= dict(map(collected, options.runs))
-    write_json(RESULT, {name: found[name] for name in SHOWN if name in found})
-    print(table(found))
+    runs = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    runs |= dict(map(collected, options.runs))
+    write_json(RESULT, {name: runs[name] for name in SHOWN if name in runs})
+    print(table(runs))
     return 0
 
 

@@ -38,23 +38,23 @@ def vectors(model: str, texts: list[str]) -> np.ndarray:
         "data": {"train": f"docstrings:{PACKAGES}", "max_length": 64, "too_long": "truncate"},
         "run": {"device": "cpu"},
     }
-    said = predict(model, texts, recipe=recipe, overrides=["run.device=cpu"], progress=SilentProgress())
-    return np.array([record["vector"] for record in said])
+    records = predict(model, texts, recipe=recipe, overrides=["run.device=cpu"], progress=SilentProgress())
+    return np.array([record["vector"] for record in records])
 
 
 def table(document: dict[str, Any]) -> str:
-    def told(found: dict[str, Any], unit: float, digits: int) -> str:
-        value, low, high = (f"{unit * found[name]:.{digits}f}" for name in ("value", "low", "high"))
+    def as_text(interval: dict[str, Any], unit: float, digits: int) -> str:
+        value, low, high = (f"{unit * interval[name]:.{digits}f}" for name in ("value", "low", "high"))
         return f"{value} ({low}..{high})"
 
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    rows, accuracy = document["rows"], {who: told(document[who]["accuracy"], 1, 3) for who in ("teacher", "student")}
+    rows, accuracy = document["rows"], {who: as_text(document[who]["accuracy"], 1, 3) for who in ("teacher", "student")}
     return "\n".join(
         [
             "| accuracy of the probe | teacher | student | kept, % | majority class |",
             "|---|---|---|---|---|",
             f"| {rows['train']:,} rows to fit, {rows['test']:,} to score | {accuracy['teacher']} | {accuracy['student']} | "
-            f"{told(document['kept'], 100, 1)} | {document['majority']:.3f} |",
+            f"{as_text(document['kept'], 100, 1)} | {document['majority']:.3f} |",
             "",
             f"{document['cores']} cores; {versions}.",
         ]
@@ -74,18 +74,18 @@ def main() -> None:
         part: load_rows(f"docstrings:{PACKAGES}:{part}#{count}", seed=options.seed + 1)
         for part, count in (("train", options.train), ("test", options.test))
     }
-    labels = {part: np.array(found.columns["label"]) for part, found in rows.items()}
+    labels = {part: np.array(table.columns["label"]) for part, table in rows.items()}
     hits, report = {}, {}
     for who, model in (("teacher", options.teacher), ("student", options.student)):
         started = time.perf_counter()
-        inputs = {part: vectors(model, found.columns["text"]) for part, found in rows.items()}
+        inputs = {part: vectors(model, table.columns["text"]) for part, table in rows.items()}
         probe = LogisticRegression(C=10.0, max_iter=2000).fit(inputs["train"], labels["train"])
         hits[who] = probe.predict(inputs["test"]) == labels["test"]
         report[who] = {"model": model, "width": inputs["train"].shape[1], "seconds": time.perf_counter() - started}
-    found = bootstrap({who: row_metrics.mean(hit) for who, hit in hits.items()}, options.test, shares=set(hits))
+    accuracies = bootstrap({who: row_metrics.mean(hit) for who, hit in hits.items()}, options.test, shares=set(hits))
     document: dict[str, Any] = {
-        **{who: {**report[who], "accuracy": found[who].interval().as_dict()} for who in hits},
-        "kept": found["student"].over(found["teacher"]).interval().as_dict(),
+        **{who: {**report[who], "accuracy": accuracies[who].interval().as_dict()} for who in hits},
+        "kept": accuracies["student"].over(accuracies["teacher"]).interval().as_dict(),
         "rows": {part: len(labels[part]) for part in labels},
         "majority": float(np.mean(labels["test"] == max(set(labels["train"]), key=list(labels["train"]).count))),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "scikit-learn")},

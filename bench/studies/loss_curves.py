@@ -99,15 +99,15 @@ def run_all(steps: int) -> dict[str, Any]:
         }
         for name, options in paths.items():
             plan = options.pop("plan", None)
-            found = train(work, f"bf16-{name}", steps, *SMALL, *(f"{k}={v}" for k, v in options.items()), plan=plan)
+            curves = train(work, f"bf16-{name}", steps, *SMALL, *(f"{k}={v}" for k, v in options.items()), plan=plan)
             result["bfloat16"][name] = {
-                "losses": found["losses"],
-                "held_out": found["held_out"],
+                "losses": curves["losses"],
+                "held_out": curves["held_out"],
                 "mean_loss_difference": sum(
-                    abs(a - b) / abs(b) for a, b in zip(found["losses"], truth["losses"], strict=True)
+                    abs(a - b) / abs(b) for a, b in zip(curves["losses"], truth["losses"], strict=True)
                 )
                 / steps,
-                "adapter_difference": distance(found["adapter"], truth["adapter"]),
+                "adapter_difference": distance(curves["adapter"], truth["adapter"]),
             }
         result["truth"] = {"losses": truth["losses"], "held_out": truth["held_out"]}
     return result

@@ -226,8 +226,8 @@ class TimedLoss:
 
 def case_files() -> dict[str, Path]:
     """The cases.py of every op that has one, by op; nothing is imported."""
-    found = {path.parent.name: path for folder in peftlab_kernels.__path__ for path in Path(folder).glob("*/cases.py")}
-    return dict(sorted(found.items()))
+    files = {path.parent.name: path for folder in peftlab_kernels.__path__ for path in Path(folder).glob("*/cases.py")}
+    return dict(sorted(files.items()))
 
 
 def cases_of(op: str) -> ModuleType:

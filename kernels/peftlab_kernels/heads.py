@@ -260,16 +260,16 @@ class HeadPass:
     def gradients(self, head: Head) -> list[Tensor]:
         """Those that are wanted: hidden, adapter_hidden, weight, bias, A, B. In the types of their tensors, but for the
         weight's: see ``Finish``."""
-        found = [t for t in (self.dH_NH, self.dadapter_NH) if t is not None]
+        gradients = [t for t in (self.dH_NH, self.dadapter_NH) if t is not None]
         if self._wanted.weight:
             if self.dW_VH is None:  # of no tokens
                 self.dW_VH = self._hidden_NH.new_zeros(self._shape, dtype=_sum_dtype(self._hidden_NH.dtype))
-            found.append(self.dW_VH)
+            gradients.append(self.dW_VH)
         if self.dbias_V is not None and head.bias is not None:
-            found.append(self.dbias_V.to(head.bias.dtype))
+            gradients.append(self.dbias_V.to(head.bias.dtype))
         if self.dA_RH is not None and self.dB_VR is not None and head.low_rank is not None:
-            found += [self.dA_RH.to(head.low_rank[0].dtype), self.dB_VR.to(head.low_rank[1].dtype)]
-        return found
+            gradients += [self.dA_RH.to(head.low_rank[0].dtype), self.dB_VR.to(head.low_rank[1].dtype)]
+        return gradients
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -325,21 +325,21 @@ class Finish:
     dtype: torch.dtype
     deferred: bool
 
-    def weight(self, found: Tensor, dtotal: Tensor, hidden_NH: Tensor, *, last: bool) -> Tensor:
-        """From what ``HeadPass.gradients`` has of the weight. last: nobody needs that again."""
+    def weight(self, gradient: Tensor, dtotal: Tensor, hidden_NH: Tensor, *, last: bool) -> Tensor:
+        """The weight's gradient, from the entry of ``HeadPass.gradients``. last: that entry is not needed again."""
         if self.deferred:
             if written_at_once(self.dtype, hidden_NH.dtype):
-                return product(found.t(), scaled(hidden_NH, dtotal), rows=self.rows, dtype=self.dtype)
-            found = product(found.t(), hidden_NH, rows=self.rows, dtype=_sum_dtype(hidden_NH.dtype))
-        if type(found) is not Tensor:  # traced
-            return (found * dtotal).to(self.dtype)
-        keeps_memory = found.dtype == self.dtype and (last or self.deferred)
-        out = found if keeps_memory else torch.empty_like(found, dtype=self.dtype)
-        if out.dtype == found.dtype or found.is_cuda:
-            return torch.mul(found, dtotal, out=out)
+                return product(gradient.t(), scaled(hidden_NH, dtotal), rows=self.rows, dtype=self.dtype)
+            gradient = product(gradient.t(), hidden_NH, rows=self.rows, dtype=_sum_dtype(hidden_NH.dtype))
+        if type(gradient) is not Tensor:  # traced
+            return (gradient * dtotal).to(self.dtype)
+        keeps_memory = gradient.dtype == self.dtype and (last or self.deferred)
+        out = gradient if keeps_memory else torch.empty_like(gradient, dtype=self.dtype)
+        if out.dtype == gradient.dtype or gradient.is_cuda:
+            return torch.mul(gradient, dtotal, out=out)
         # On a CPU PyTorch would cast a copy of all of it.
         for rows in chunks(len(out), max(1, _CPU_PIECE // out.shape[1])):
-            torch.mul(found[rows], dtotal, out=out[rows])
+            torch.mul(gradient[rows], dtotal, out=out[rows])
         return out
 
 
@@ -385,21 +385,21 @@ def empty_gradients(
     num_classes, stored, has_bias = numbers[2], numbers[3], numbers[4]
     chosen = [hidden_NH] if wanted.hidden else []
     chosen += [adapter_NH] if wanted.adapter_hidden and adapter_NH is not None else []
-    found = [t.new_empty(t.shape) for t in chosen]
+    empty = [t.new_empty(t.shape) for t in chosen]
     if wanted.weight and deferred:
-        found.append(hidden_NH.new_empty((hidden_NH.shape[0], num_classes)))
+        empty.append(hidden_NH.new_empty((hidden_NH.shape[0], num_classes)))
     elif wanted.weight:
-        found.append(tensors[0].new_empty(tensors[0].shape, dtype=_sum_dtype(hidden_NH.dtype)))
+        empty.append(tensors[0].new_empty(tensors[0].shape, dtype=_sum_dtype(hidden_NH.dtype)))
     rest = [tensors[stored]] if wanted.bias else []
     rest += tensors[stored + has_bias :] if wanted.factors else []
-    return [*found, *(t.new_empty(t.shape) for t in rest)]
+    return [*empty, *(t.new_empty(t.shape) for t in rest)]
 
 
 def spread_gradients(
-    found: list[Tensor], wanted: Wanted, num_tensors: int, numbers: list[int]
+    gradients: list[Tensor], wanted: Wanted, num_tensors: int, numbers: list[int]
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of hidden, adapter_hidden and each tensor of ``pack_head`` from those of ``HeadPass.gradients``."""
-    rest = list(found)
+    rest = list(gradients)
     hidden = rest.pop(0) if wanted.hidden else None
     adapter = rest.pop(0) if wanted.adapter_hidden else None
     stored, has_bias = numbers[3], numbers[4]

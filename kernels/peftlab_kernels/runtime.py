@@ -45,8 +45,8 @@ def _unfit(device_type: str, index: int | None, products: bool) -> str | None:
         capability, needed = torch.cuda.get_device_capability(index), MIN_CAPABILITY[products]
         if capability >= needed:
             return None
-        found = "the GPU has compute capability {}.{}, and {}.{} is needed".format(*capability, *needed)
-        return found + (" for matrix products" if products else "")
+        reason = "the GPU has compute capability {}.{}, and {}.{} is needed".format(*capability, *needed)
+        return reason + (" for matrix products" if products else "")
     if device_type == "cpu" and INTERPRETED:
         return None
     return f"Triton has no {device_type} backend"

@@ -196,19 +196,19 @@ def backward_of_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]
     """The gradients of a sum, made in its forward pass, times what flows back."""
     if dtotal is None:
         return (None, None, [None] * ctx.num_tensors, *[None] * (ctx.num_inputs - 3))
-    hidden_NH, *found = ctx.saved_tensors
+    hidden_NH, *gradients = ctx.saved_tensors
     # In place where this is the last use: dW of a trained head would else be there twice.
     last = not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
     at_weight = ctx.wanted.hidden + ctx.wanted.adapter_hidden if ctx.wanted.weight else None
     with torch.no_grad():
-        found = [
+        gradients = [
             ctx.finish.weight(g, dtotal, hidden_NH, last=last) if place == at_weight else scaled(g, dtotal)
-            for place, g in enumerate(found)
+            for place, g in enumerate(gradients)
         ]
     if torch.is_grad_enabled():  # create_graph=True
         once: Any = runtime.DifferentiableOnce.apply
-        found = [once("the fused losses", g, dtotal, hidden_NH) for g in found]
-    dhidden, dadapter, dhead = spread_gradients(found, ctx.wanted, ctx.num_tensors, ctx.numbers)
+        gradients = [once("the fused losses", g, dtotal, hidden_NH) for g in gradients]
+    dhidden, dadapter, dhead = spread_gradients(gradients, ctx.wanted, ctx.num_tensors, ctx.numbers)
     return (dhidden, dadapter, dhead, *[None] * (ctx.num_inputs - 3))
 
 

@@ -145,9 +145,9 @@ def _sides(teacher: Teacher) -> int:
 def _check_teacher(teacher: Teacher, N: int, V: int, divergence: str) -> None:
     if isinstance(teacher, OnlineTeacher):
         teacher.head.check(teacher.hidden)
-        found = [teacher.hidden.shape[0], teacher.head.num_logits]
+        shape = [teacher.hidden.shape[0], teacher.head.num_logits]
     elif isinstance(teacher, DenseTeacher):
-        found = list(teacher.logits.shape)
+        shape = list(teacher.logits.shape)
     else:
         if teacher.tail not in TAILS:
             raise ValueError(f"expected a tail out of {', '.join(TAILS)}, found {teacher.tail!r}")
@@ -157,9 +157,9 @@ def _check_teacher(teacher: Teacher, N: int, V: int, divergence: str) -> None:
         if len(ids) != 2 or ids != probs or ids[0] != N or not 1 <= ids[1] <= V:
             raise ValueError(f"expected ids and probs [{N}, 1 to {V}], found {list(ids)} and {list(probs)}")
         return
-    if found != [N, V]:
+    if shape != [N, V]:
         raise ValueError(
-            f"expected teacher logits [{N}, {V}], found {found}; where one vocabulary is padded, num_classes says "
+            f"expected teacher logits [{N}, {V}], found {shape}; where one vocabulary is padded, num_classes says "
             "how many classes there are"
         )
 
@@ -464,9 +464,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dtotal: Tensor, *rest: Any) -> tuple[Any, ...]:
-    found = list(backward_of_sum(ctx, dtotal, *rest))
-    found[ctx.teacher_at] = [None] * ctx.num_teacher
-    return tuple(found)
+    gradients = list(backward_of_sum(ctx, dtotal, *rest))
+    gradients[ctx.teacher_at] = [None] * ctx.num_teacher
+    return tuple(gradients)
 
 
 linear_kl_op.register_autograd(_backward, setup_context=_setup_context)

@@ -162,11 +162,11 @@ def unfused(case: Case, *, library: bool = False) -> dict[str, Tensor]:
         dropped = x if keep is None else x * keep
         return F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * SCALE
 
-    found = gradients(lambda x, A, B, bias: F.linear(x, W, bias) + adapter(x, A, B), case)
+    values = gradients(lambda x, A, B, bias: F.linear(x, W, bias) + adapter(x, A, B), case)
     if library:
         product = library_linear(case.x, case.base, case.bias)
-        found["y"] = product + adapter(case.x, case.A, case.B)
-    return found
+        values["y"] = product + adapter(case.x, case.A, case.B)
+    return values
 
 
 def truth(case: Case) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
 
 
-def told(out: Path) -> dict[str, bool]:
+def findings(out: Path) -> dict[str, bool]:
     """What is said -> whether it is fatal."""
     sections = [s for s in SECTIONS if not s.asked]
     return {finding.what: finding.fatal for finding in preflight.look(sections, out, dry=True)}
@@ -33,11 +33,11 @@ def told(out: Path) -> dict[str, bool]:
 
 def test_a_missing_package_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "bitsandbytes")
-    (said,) = (text for text in told(tmp_path) if "bitsandbytes" in text)
+    (said,) = (text for text in findings(tmp_path) if "bitsandbytes" in text)
     out, less = said.removeprefix("not installed: bitsandbytes; ").split("; ")
     assert out.startswith("left out: `NF4 linears, 8,192 rows`") and "`smoke recipe`" in out
     assert less.startswith("not whole: `lora_linear bfloat16`")
-    assert not any(told(tmp_path).values())
+    assert not any(findings(tmp_path).values())
 
 
 def test_what_stands_on_a_section_with_a_missing_package(tmp_path: Path) -> None:
@@ -58,29 +58,29 @@ def test_what_stands_on_a_section_with_a_missing_package(tmp_path: Path) -> None
 
 def test_without_torch_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "triton")
-    assert told(tmp_path)["not installed: triton; nothing runs without it"] is True
+    assert findings(tmp_path)["not installed: triton; nothing runs without it"] is True
 
 
 def test_another_version_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==0.1\npeft==0.0.1\n")
     monkeypatch.setattr(preflight, "CONSTRAINTS", constraints)
-    said = told(tmp_path)
+    said = findings(tmp_path)
     (peft,) = (text for text in said if "constraints.txt has" in text)
     assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not said[peft]
 
 
 def test_the_folder_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert not any(told(tmp_path / "new" / "folder").values())
+    assert not any(findings(tmp_path / "new" / "folder").values())
     assert not (tmp_path / "new").exists(), "looking makes nothing"
-    (said,) = (text for text, fatal in told(tmp_path / "file").items() if fatal)
+    (said,) = (text for text, fatal in findings(tmp_path / "file").items() if fatal)
     assert said == f"{tmp_path / 'file'} is a file, not a folder; give another --out"
 
 
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
-    said = told(tmp_path)
+    said = findings(tmp_path)
     assert said[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
     assert said["0.0 GiB are free for temporary files, and recipes may need 2"] is False
 
@@ -124,7 +124,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("no C compiler (CC", True),
         (f"no Python.h in {tmp_path}", False),
     ]
-    assert preflight.told(found).startswith("preflight: FATAL: no C compiler")
+    assert preflight.message(found).startswith("preflight: FATAL: no C compiler")
 
 
 def test_the_wheels_are_those_of_the_constraints() -> None:
