@@ -163,7 +163,7 @@ def violations(root: Path) -> list[str]:
     return found
 
 
-def test_the_tree_keeps_the_rules() -> None:
+def test_tree_keeps_the_rules() -> None:
     found = violations(ROOT)
     assert not found, "\n" + "\n".join(found)
 
@@ -195,7 +195,7 @@ def test_nothing_outside_specs_and_tasks_asks_which_task_it_is(tmp_path: Path) -
     assert questions_which_task_it_is(tmp_path) == [f"peftlab/api/a.py:{i}" for i in (1, 2, 3)]
 
 
-def test_the_map_has_no_circle() -> None:
+def test_map_has_no_circle() -> None:
     reached: set[str] = set()
     remaining = {unit: {ok.split(".")[0] for ok in allowed} for unit, allowed in ALLOWED.items()}
     while ready := {unit for unit, needs in remaining.items() if needs <= reached}:

@@ -74,7 +74,7 @@ def test_figures_by_hand(jobs: FakeJobs) -> None:
     assert fast["pareto"] and not slow["pareto"]
 
 
-def test_a_red_gate_has_no_figures_and_exit_code_6(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_red_gate_has_no_figures_and_exit_code_6(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
     jobs.broken["gate", "auto"] = {"status": "red", "reason": "the gradient of q_proj differs"}
     command = ["bench", "smoke", "--batch", "2", "--length", "16", "--repeats", "3"]
     assert run([*command, "--json"]) == 6
@@ -97,7 +97,7 @@ def test_first_losses_that_differ_are_red_after_the_timing(jobs: FakeJobs) -> No
     assert "runs" not in cells[1]
 
 
-def test_a_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any, scale: float, **options: Any) -> Any:
         return RIGHT_LORA_LINEAR(*args, scale=0.9 * scale, **options)
 
@@ -124,7 +124,7 @@ def test_a_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest
     assert cells[2]["tokens_per_step"] == 4, "two rows, two new tokens each"
 
 
-def test_a_killed_cell_is_a_row_and_is_not_tried_again(jobs: FakeJobs) -> None:
+def test_killed_cell_is_a_row_and_is_not_tried_again(jobs: FakeJobs) -> None:
     jobs.broken["run", "auto"] = subprocesses.outcome(None, -9, "")
     cells = bench(quantize=["none"])["cells"]
     assert [c["status"] for c in cells] == ["ok", "memory"]
@@ -132,7 +132,7 @@ def test_a_killed_cell_is_a_row_and_is_not_tried_again(jobs: FakeJobs) -> None:
     assert jobs.asked.count(("run", "none/auto")) == 1 and jobs.asked.count(("run", "none/reference")) == 3
 
 
-def test_a_fault_of_ours_is_exit_code_1_and_the_others_are_kept(
+def test_fault_of_ours_is_exit_code_1_and_the_others_are_kept(
     jobs: FakeJobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs.broken["run", "auto"] = subprocesses.outcome(None, 1, "Traceback\nKeyError: 'x'\n")
@@ -172,7 +172,7 @@ def test_another_version_recipe_or_sweep_is_not_gone_on_with(jobs: FakeJobs, mon
         bench(resume=True)
 
 
-def test_a_damaged_journal_is_refused(jobs: FakeJobs) -> None:
+def test_damaged_journal_is_refused(jobs: FakeJobs) -> None:
     bench()
     path = OUT / "measurements.jsonl"
     lines = path.read_text().splitlines()
@@ -211,7 +211,7 @@ def test_csv_and_json_agree(jobs: FakeJobs) -> None:
             assert row["reason"] == "out of memory, with a comma" and row["tokens_per_s_median"] == ""
 
 
-def test_a_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--plan", "--methods", "lora,full", "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert [c["status"] for c in cells] == ["pending"] * 6 + ["impossible"] * 2
@@ -247,7 +247,7 @@ def test_bad_input(
     assert not jobs.asked and not Path("runs").exists()
 
 
-def test_a_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--methods", "lora,dora", "smoke", "--ranks", "8,64", "--batch", "2,4", "--length", "16"]) == 0
     shown = capsys.readouterr()
     assert max(map(len, shown.out.splitlines())) <= 80
@@ -255,7 +255,7 @@ def test_a_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pyt
     assert "about" in shown.err or "measuring 1 of" in shown.err
 
 
-def test_a_job_in_a_process_and_its_errors() -> None:
+def test_job_in_a_process_and_its_errors() -> None:
     recipe = {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}
     spec = {"job": "run", "recipe": recipe, "texts": None, "batch": 1, "steps": 1}
     found = subprocesses.launch("peftlab.bench.worker", spec)

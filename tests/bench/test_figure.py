@@ -48,7 +48,7 @@ def document() -> dict[str, Any]:
     return {"header": header, "ceilings": CEILINGS, "cells": summarize(cells, reasons, records)}
 
 
-def test_a_point_for_each_cell_that_has_figures(document: dict[str, Any]) -> None:
+def test_point_for_each_cell_that_has_figures(document: dict[str, Any]) -> None:
     figure = build_figure(document)
     measured = [c for c in document["cells"] if c["status"] == "ok"]
     assert len(measured) == 20 and len(document["cells"]) == 24
@@ -78,7 +78,7 @@ def test_texts_are_whole_and_apart(document: dict[str, Any]) -> None:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text.get_text()
 
 
-def test_the_files(document: dict[str, Any], tmp_path: Path) -> None:
+def test_files(document: dict[str, Any], tmp_path: Path) -> None:
     png, svg = tmp_path / "bench.png", tmp_path / "bench.svg"
     assert draw_picture(document, png, svg)
     with Image.open(png) as image:

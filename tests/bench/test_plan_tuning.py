@@ -146,7 +146,7 @@ def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyP
     ops.use_plans(file)
 
 
-def test_the_candidates_take_turns_for_at_least_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_take_turns_for_at_least_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(timing, "LIMIT_S", {"cpu": 0.0})
     order: list[str] = []
@@ -171,14 +171,14 @@ def test_faster_beyond_noise(split: list[float], merged: list[float], winner: st
     assert timing.fastest({"merged": merged, "split": split}, "split") == winner
 
 
-def test_the_bound_of_the_median() -> None:
+def test_bound_of_the_median() -> None:
     """By hand: P(at least 59 of 100 fair coins) < 5 % <= P(at least 58); four values bound nothing."""
     assert timing._upper_bound([float(v) for v in range(1, 101)]) == 59
     assert timing._upper_bound([3.0, 1.0, 2.0, 5.0, 4.0]) == 5
     assert timing._upper_bound([1.0] * 4) == float("inf")
 
 
-def test_the_fastest_of_those_that_beat_the_rule() -> None:
+def test_fastest_of_those_that_beat_the_rule() -> None:
     times = {"merged": [0.8] * 5, "split": [1.0] * 5, "library": [0.5] * 5}
     assert timing.fastest(times, "split") == "library"
     assert timing.fastest({}, "split") == "split"
@@ -222,7 +222,7 @@ def _wrong_gradient(right: Callable[..., Any]) -> Callable[..., Any]:
         (_wrong_gradient, "backward", "dx differs from the formula in float32 by 0.05 "),
     ],
 )
-def test_a_wrong_candidate_is_an_error(
+def test_wrong_candidate_is_an_error(
     fault: Any, part: str, found: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = ops.lora_linear
@@ -239,7 +239,7 @@ def test_a_wrong_candidate_is_an_error(
     assert not file.exists()
 
 
-def test_a_candidate_that_does_not_run_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidate_that_does_not_run_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.lora_linear
 
     def lora_linear(*args: Any, **options: Any) -> Any:
@@ -268,7 +268,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_stops_a_run_and_is_rewritten(
+def test_damaged_file_stops_a_run_and_is_rewritten(
     content: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.parent.mkdir()
@@ -350,7 +350,7 @@ def test_bad_input(name: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert not file.exists()
 
 
-def test_the_verb_alone_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verb_alone_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench"]) == 2
     assert "missing command" in capsys.readouterr().err
     assert run(["bench", "tune-kernel"]) == 2
@@ -395,7 +395,7 @@ def test_ctrl_c_leaves_the_old_file(
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 4), (errno.EACCES, 2)])
-def test_a_file_that_cannot_be_replaced(
+def test_file_that_cannot_be_replaced(
     number: int, code: int, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: Any) -> Any:
@@ -407,7 +407,7 @@ def test_a_file_that_cannot_be_replaced(
     assert list(file.parent.iterdir()) == []
 
 
-def test_a_run_says_when_its_plans_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_says_when_its_plans_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another plan adds in another order: the repeated adapter may differ in its last bits, and that is said."""
     import peftlab
     from peftlab import ops

@@ -118,7 +118,7 @@ def test_interrupted_and_resumed(trainings: Trainings) -> None:
         quality(resume=True, seeds=4)
 
 
-def test_a_learning_rate_that_diverges_only_loses(trainings: Trainings) -> None:
+def test_learning_rate_that_diverges_only_loses(trainings: Trainings) -> None:
     trainings.diverged = {("lora", LR), ("full", LR), ("full", LR / 10)}
     lora, dora, full = quality()["methods"]
     assert (lora["lr"], lora["tried"][f"{LR:g}"]) == (LR / 10, None)
@@ -129,7 +129,7 @@ def test_a_learning_rate_that_diverges_only_loses(trainings: Trainings) -> None:
     )
 
 
-def test_the_choice_of_a_learning_rate() -> None:
+def test_choice_of_a_learning_rate() -> None:
     def record(lr: float, loss: float, turn: int = 0, status: str = "ok") -> dict[str, Any]:
         return {
             "kind": "quality",
@@ -217,7 +217,7 @@ def test_bad_input(
     assert not trainings.asked
 
 
-def test_a_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         quality_run, "launch_worker", lambda spec: {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
     )

@@ -32,13 +32,13 @@ def test_no_table_is_without_a_program() -> None:
         assert marks == {key for key in TABLES.keys() | by_hand if key[0] == path}
 
 
-def test_a_changed_figure_is_seen() -> None:
+def test_changed_figure_is_seen() -> None:
     text, table = README.read_text(encoding="utf-8"), TABLES[README, "distillation"]()
     assert "0.820" in table
     assert table != section(text.replace("0.820", "0.920"), "distillation")
 
 
-def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:
+def test_table_goes_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- /one -->\nold\n<!-- two -->\nold\n<!-- /two -->\n")
     replace_section(page, "two", "| new |")

@@ -1,4 +1,4 @@
-"""The mistakes of newcomers, through the command line: exit code, one message that helps, nothing left behind."""
+"""Common mistakes on the command line give an exit code and one helpful message, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHAT = {"template": {"user": "{text}", "assistant": "{label}"}}
 RAW = {"template": {"prompt": "{text}", "completion": "{label}"}}
 
 CASES: dict[str, tuple[str, dict[str, Any], str | None, int, list[str]]] = {
-    # name: task, recipe sections, contents of data.csv (None: the good one), exit code, parts of the message
+    # name: task, recipe sections, contents of data.csv (None: the valid file), exit code, parts of the message
     "misspelt key": ("seq_cls", {"train": {"lrr": 1}}, None, 2, ["r.yaml", "line", "train.lrr", "did you mean `lr`"]),
     "wrong type": ("seq_cls", {"train": {"lr": "fast"}}, None, 2, ["line", "train.lr", "fast"]),
     "unknown task": ("seq_clss", {}, None, 2, ["task", "seq_cls"]),
@@ -105,7 +105,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None, int, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_command_line_mistake_gives_one_message(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     task, sections, content, code, parts = CASES[name]
     if content is not None:
         (here / "data.csv").write_text(content)
@@ -121,7 +121,7 @@ def test_a_mistake(here: Path, capsys: pytest.CaptureFixture[str], name: str) ->
     assert left == before | ({"runs"} if name == "NaN loss" else set())  # the steps before the bad one are kept
 
 
-def test_command_line_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_reports_a_byte_that_is_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "data.csv").write_bytes(b"text,label\nok,x\ncaf\xe9,y\n")
     assert cli(["train", write(here)]) == 3
     message = " ".join(capsys.readouterr().err.split())
@@ -129,7 +129,7 @@ def test_command_line_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -
         assert part in message, message
 
 
-def test_command_line_folder_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_keeps_the_folder_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write(here, run={"dir": "mine"}, eval={"before": False})
     assert cli(["train", recipe]) == 0
     kept = {p: p.read_bytes() for p in (here / "mine").rglob("*") if p.is_file()}
@@ -143,7 +143,7 @@ def test_command_line_folder_of_another_run(here: Path, capsys: pytest.CaptureFi
     assert (here / "papers/thesis.txt").read_text() == "years of work"
 
 
-def test_command_line_adapters_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_refuses_adapters_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["train", write(here, run={"dir": "mine"}, eval={"before": False})]) == 0
     other = write(here, "causal_lm", data=CHAT)
     capsys.readouterr()
@@ -160,7 +160,7 @@ def test_command_line_adapters_that_do_not_fit(here: Path, capsys: pytest.Captur
     assert "pickle" in " ".join(capsys.readouterr().err.split())
 
 
-def test_command_line_ctrl_c_saves_and_says_how_to_go_on(process: Any, here: Path) -> None:
+def test_command_line_ctrl_c_saves_and_says_how_to_resume(process: Any, here: Path) -> None:
     recipe = write(here, train={"max_steps": 100_000}, run={"dir": "mine"}, eval={"before": False})
     log = here / "mine/metrics.jsonl"
     with process.start(["-m", "peftlab", "train", recipe]) as training:
@@ -175,7 +175,7 @@ def test_command_line_ctrl_c_saves_and_says_how_to_go_on(process: Any, here: Pat
     assert step >= 3
 
 
-def test_command_line_full_disk(
+def test_command_line_on_a_full_disk_leaves_nothing(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(here)
@@ -185,7 +185,7 @@ def test_command_line_full_disk(
     assert not (here / "mine").exists()
 
 
-def test_command_line_folder_that_cannot_be_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_reports_a_run_dir_that_cannot_be_created(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["train", write(here, run={"dir": "data.csv/mine"}, eval={"before": False})]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "data.csv/mine" in message

@@ -1,4 +1,4 @@
-"""The printed report card: aligned in 80 columns, complete without colours, and understandable alone."""
+"""The printed report card fits 80 columns, is complete without colours, and explains itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUNS: list[Callable[[], Any]] = [
 
 
 def _printed(figures: Any, *, width: int = 80, colours: bool = False, verbose: bool = True) -> str:
-    """As from a run folder: the card has been through JSON."""
+    """The printed card, read back from JSON as from a run folder."""
     card = json.loads(json.dumps(finite(make_card(figures)), allow_nan=False))
     out = Output(verbose=verbose)
     out.stdout = io.StringIO()
@@ -42,7 +42,7 @@ def _row(printed: str, label: str) -> list[str]:
 
 @pytest.mark.parametrize("figures", RUNS)
 @pytest.mark.parametrize("width", [80, 100])
-def test_card_tables_no_line_is_too_long_and_nothing_is_cut(figures: Callable[[], Any], width: int) -> None:
+def test_card_tables_keep_to_the_width_and_cut_nothing(figures: Callable[[], Any], width: int) -> None:
     printed = _printed(figures(), width=width)
     assert max(len(line) for line in printed.splitlines()) <= width
     assert (
@@ -55,14 +55,14 @@ def test_card_tables_no_line_is_too_long_and_nothing_is_cut(figures: Callable[[]
     assert all(line == line.rstrip() for line in printed.splitlines())
 
 
-def test_card_tables_classification_over_five_seeds() -> None:
+def test_card_tables_of_classification_over_five_seeds() -> None:
     printed = _printed(examples.classification())
     lines = printed.splitlines()
     assert _row(printed, "metric") == ["metric", "teacher", "labels alone", "distilled", "kept"]
     assert _row(printed, "accuracy") == ["accuracy", "0.741", "0.472", "0.695", "93.7 %"]
     place = next(i for i, line in enumerate(lines) if line.startswith("accuracy"))
     assert lines[place + 1].split() == ["0.719-0.763", "0.460-0.484", "0.683-0.707", "92.2-95.3", "%"]
-    # The ends of value and interval stand under each other.
+    # Value and interval are right-aligned.
     assert (
         len(lines[place]) == len(lines[place + 1])
         and lines[place].index("0.741") + 5 == lines[place + 1].index("0.719") + 11
@@ -85,18 +85,18 @@ def test_card_tables_without_verbose_fit_a_screen(figures: Callable[[], Any]) ->
     assert short[-1].startswith("-v") and len(short) < len(whole.splitlines())
 
 
-def test_card_tables_language_model_of_one_seed() -> None:
+def test_card_tables_of_a_language_model_with_one_seed() -> None:
     printed = _printed(examples.language_model(), width=100)
     assert _row(printed, "metric") == ["metric", "teacher", "untrained", "labels alone", "distilled", "kept"]
     assert _row(printed, "KL to teacher") == ["KL to teacher", "-", "1.194", "0.346", "0.200", "-"]
     assert _row(printed, "perplexity") == ["perplexity", "14.92", "1,629", "20.49", "18.73", "1.26x"]
-    # The loss says what the perplexity says, and one seed has no table of seeds.
+    # The loss repeats the perplexity, so it is not printed. One seed has no table of seeds.
     assert "\nloss" not in printed and "seed  " not in printed
     assert "divergence of its probabilities from the teacher's, in nats; 0 is equal" in printed
     assert "0.328-0.366" in printed and "95 % interval over the 1,500 held-out rows" in printed
 
 
-def test_card_tables_untrained_student_makes_room_for_large_numbers() -> None:
+def test_card_tables_drop_the_untrained_student_for_large_numbers() -> None:
     figures = examples.language_model()
     for name in ("teacher", "baseline", "student", "cut"):
         side: Any = figures["seeds"][0][name]  # type: ignore[literal-required]
@@ -106,7 +106,7 @@ def test_card_tables_untrained_student_makes_room_for_large_numbers() -> None:
     assert "untrained" not in _printed(figures) and "untrained" in _printed(figures, width=100)
 
 
-def test_card_tables_embedding_model_has_no_columns_without_a_value() -> None:
+def test_card_tables_of_an_embedding_model_have_no_empty_columns() -> None:
     printed = _printed(examples.embedding())
     assert _row(printed, "metric") == ["metric", "untrained", "distilled"]
     assert _row(printed, "Spearman") == ["Spearman", "0.573", "0.845"]
@@ -126,7 +126,7 @@ def test_card_tables_colours_follow_the_verdict_and_add_nothing(student: float, 
     assert [line.rstrip() for line in plain.splitlines()] == _printed(figures).splitlines()
 
 
-def test_card_tables_figures_that_are_no_numbers_and_negative_intervals_are_printed() -> None:
+def test_card_tables_print_inf_and_negative_intervals() -> None:
     figures = examples.embedding()
     seed = figures["seeds"][0]
     seed["student"]["metrics"]["spearman"] |= {"value": 0.01, "low": -0.02, "high": 0.04}
@@ -136,8 +136,8 @@ def test_card_tables_figures_that_are_no_numbers_and_negative_intervals_are_prin
     assert _row(printed, "KL to teacher") == ["KL to teacher", "-", "inf"]
 
 
-def test_card_tables_student_that_diverged_is_printed_as_run_json_holds_it() -> None:
-    """There infinite numbers are text."""
+def test_card_tables_print_a_diverged_student_from_run_json() -> None:
+    """run.json stores infinite numbers as text."""
     figures = examples.classification(2)
     infinite = {"value": float("inf"), "low": float("inf"), "high": float("inf"), "over": "rows", "n": 1500}
     for seed in figures["seeds"]:
@@ -150,7 +150,7 @@ def test_card_tables_student_that_diverged_is_printed_as_run_json_holds_it() -> 
     assert _row(printed, "  18")[-2:] == ["inf", "+inf"]
 
 
-def test_card_tables_notes_stand_under_the_verdict() -> None:
+def test_card_tables_print_notes_under_the_verdict() -> None:
     figures = examples.classification()
     for seed in figures["seeds"]:
         seed["baseline"]["steps"] = 200
@@ -158,7 +158,7 @@ def test_card_tables_notes_stand_under_the_verdict() -> None:
     assert "Not the same budget: the student had 300 steps, the baseline 200." in printed.splitlines()
 
 
-def test_card_tables_without_costs_there_is_no_table_of_them() -> None:
+def test_card_tables_without_costs_have_no_cost_table() -> None:
     figures = examples.classification(1)
     for name in ("teacher", "student", "baseline"):
         side: Any = figures["seeds"][0][name]  # type: ignore[literal-required]
@@ -167,8 +167,8 @@ def test_card_tables_without_costs_there_is_no_table_of_them() -> None:
     assert "cost" not in _printed(figures)
 
 
-def test_card_tables_slow_model_and_a_metric_that_is_zero_for_all() -> None:
-    """Seconds instead of thousands of milliseconds; no share of nothing; no word of a label is broken."""
+def test_card_tables_of_a_slow_model_and_a_metric_that_is_always_zero() -> None:
+    """Prints seconds instead of thousands of milliseconds, no share of zero, and unbroken words in labels."""
     figures = examples.language_model()
     seed = figures["seeds"][0]
     for name in ("teacher", "student", "baseline"):

@@ -1,4 +1,4 @@
-"""Help, recipes, usage errors, exit codes, and the promise of one JSON document."""
+"""Help, recipes, usage errors, exit codes, and one JSON document per command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_main_help_lists_verbs_and_exit_codes(capsys: pytest.CaptureFixture[str]
     assert all(f" {code}  " in shown for code in (0, 1, 2, 3, 4, 5, 6, 130))
 
 
-def test_no_arguments_show_the_help_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cli_without_arguments_shows_the_help_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     shown = capsys.readouterr()
     assert not shown.out
@@ -52,7 +52,7 @@ def test_no_arguments_show_the_help_on_stderr(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "list"]])
-def test_recipes_are_listed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_lists_all_recipes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in recipe_names())
@@ -60,7 +60,7 @@ def test_recipes_are_listed(arguments: list[str], capsys: pytest.CaptureFixture[
     assert "\x1b" not in shown
 
 
-def test_recipes_show_copy_and_schema(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_recipes_show_copy_and_schema_print_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(["recipes", "show", "quickstart"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("#")
@@ -110,7 +110,7 @@ def test_json_is_one_document(arguments: list[str], capsys: pytest.CaptureFixtur
         (RuntimeError("wrong"), 1),
     ],
 )
-def test_exit_codes(
+def test_exit_codes_follow_the_error_class(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _fail_with(monkeypatch, error)
@@ -130,11 +130,11 @@ def test_exit_codes(
     assert document["error"]["key"] == getattr(error, "key", None)
 
 
-def test_an_internal_error_asks_for_debug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_internal_error_asks_for_debug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _fail_with(monkeypatch, ZeroDivisionError("[/red] oh"))
     run(["doctor"])
-    told = capsys.readouterr().err
-    assert told.endswith(
+    message = capsys.readouterr().err
+    assert message.endswith(
         "internal error: ZeroDivisionError: [/red] oh. This is a bug in peftlab; run again with --debug for the traceback\n"
     )
 
@@ -145,7 +145,7 @@ def test_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["train", "smoke", "more"], "section.key=value"),
         (["eval", "runs/x", "more"], "section.key=value"),
@@ -160,26 +160,26 @@ def test_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> N
         (["predict", "runs/x", "text", "--output", "f.txt"], ".jsonl or .csv"),
     ],
 )
-def test_usage_errors(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_exit_with_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
     shown = capsys.readouterr()
-    assert said in shown.err
+    assert message in shown.err
     assert shown.err.startswith("error: ")
     assert not shown.out
 
 
-def test_the_sections_are_those_of_the_schema() -> None:
+def test_cli_sections_are_those_of_the_schema() -> None:
     kept = {name for name, spec in recipe_schema()["properties"].items() if "$ref" in json.dumps(spec)}
     assert set(options.SECTIONS) == kept - {"task", "lock"}
 
 
-def test_texts_and_overrides_are_told_apart() -> None:
+def test_split_overrides_separates_texts_from_overrides() -> None:
     overrides, texts = options.split_overrides(["eval.max_new_tokens=3", "a.b=c", "x=1", "model.name is = y", "hi"])
     assert overrides == ["eval.max_new_tokens=3"]
     assert texts == ["a.b=c", "x=1", "model.name is = y", "hi"]
 
 
-def test_python_m_and_a_closed_pipe() -> None:
+def test_python_m_peftlab_survives_a_closed_pipe() -> None:
     command = [sys.executable, "-m", "peftlab"]
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0

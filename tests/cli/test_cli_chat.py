@@ -1,4 +1,4 @@
-"""The conversation loop, with a fake model."""
+"""The chat loop with a fake model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftlab.cli.chat import talk
 
 
 class FakeChat:
-    """Answers word by word; after "stop" it is interrupted."""
+    """A chat that answers word by word and is interrupted after "stop"."""
 
     def __init__(self, *_: Any, **options: Any) -> None:
         self.options = options
@@ -41,17 +41,19 @@ def test_chat_streams_resets_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "hello\n/reset\n\nstop\nagain\n/help\n/what\n/quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     talk(session, stream, interactive=False)
-    said = stream.getvalue()
-    assert said.startswith("well, hello\n")
-    assert "well,  [stopped]\n" in said
-    assert "well, again\n" in said
-    assert "Ctrl-D" in said and "unknown command /what" in said
+    output = stream.getvalue()
+    assert output.startswith("well, hello\n")
+    assert "well,  [stopped]\n" in output
+    assert "well, again\n" in output
+    assert "Ctrl-D" in output and "unknown command /what" in output
     assert [m["content"] for m in session.messages] == ["stop", "again"]
     assert session.closed == 3
 
 
 @pytest.mark.parametrize("leaving", [EOFError, KeyboardInterrupt])
-def test_chat_is_left_at_the_prompt(leaving: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_ends_with_ctrl_d_or_ctrl_c_at_the_prompt(
+    leaving: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = iter(["hello"])
 
     def ask(_: str = "") -> str:
@@ -65,7 +67,7 @@ def test_chat_is_left_at_the_prompt(leaving: type[BaseException], monkeypatch: p
     assert "well, hello\n" in stream.getvalue()
 
 
-def test_chat_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_json_prints_the_messages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("peftlab.api.chat.Chat", FakeChat)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert run(["chat", "runs/x", "--json", "--system", "Be brief."]) == 0

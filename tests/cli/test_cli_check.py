@@ -1,4 +1,4 @@
-"""``peftlab check`` as people and programs see it, and the first lines of ``train``."""
+"""The text and JSON output of ``peftlab check``, and the first lines of ``train``."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def write(name: str, task: str, model: str, data: str) -> None:
     Path(name).write_text(f"task: {task}\nmodel: {{name: {model}}}\ndata: {{train: {data}}}\ntrain: {{max_steps: 2}}\n")
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def run_check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = run(["check", *arguments])
     out, err = capsys.readouterr()
     return code, out, err
 
 
-def test_check_chats(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = told(capsys, "chat.yaml", "--show", "2")
+def test_check_prints_the_tables_of_chats(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run_check(capsys, "chat.yaml", "--show", "2")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
     for line in (
@@ -75,26 +75,28 @@ def test_check_chats(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reading data" in err and "reading data" not in out
 
 
-def test_check_packing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Sixteen rows of 39 to 82 tokens; the leak test needs the model, and comes with training."""
-    code, out, _ = told(capsys, "chat.yaml", "data.packing=true", "data.max_length=170", "--show", "0")
+def test_check_packing_prints_the_empty_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """Checks sixteen rows of 39 to 82 tokens. The leak test needs the model, so training runs it."""
+    code, out, _ = run_check(capsys, "chat.yaml", "data.packing=true", "data.max_length=170", "--show", "0")
     assert code == 0
-    found = re.search(r"(\d+) packs of up to 170 tokens, (\d+\.\d) % empty", " ".join(out.split()))
-    assert found is not None
+    packs = re.search(r"(\d+) packs of up to 170 tokens, (\d+\.\d) % empty", " ".join(out.split()))
+    assert packs is not None
     tokens = int(re.search(r"^train +16 +16 +([\d,]+)", out, re.MULTILINE)[1].replace(",", ""))  # type: ignore[index]
-    assert float(found[2]) == round(100 * (1 - tokens / (int(found[1]) * 170)), 1)
+    assert float(packs[2]) == round(100 * (1 - tokens / (int(packs[1]) * 170)), 1)
 
 
-def test_check_labels(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = told(capsys, "labels.yaml", "--show", "0")
+def test_check_labels_counts_classes_and_shared_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_check(capsys, "labels.yaml", "--show", "0")
     assert code == 0
     assert re.search(r"^b +8 +33 % +2 +33 %$", out, re.MULTILINE)
     assert re.search(r"held-out rows are also among the training rows: texts.csv:\d+", out)
     assert "note: " in out and "repeat an earlier one (texts.csv:" in out
 
 
-def test_check_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = told(capsys, "chat.yaml", "--show", "3", "--json", "data.max_length=80", "data.too_long=truncate")
+def test_check_json_is_one_complete_document(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_check(
+        capsys, "chat.yaml", "--show", "3", "--json", "data.max_length=80", "data.too_long=truncate"
+    )
     report = json.loads(out)
     assert code == 0 and report["ok"]
     assert len(report["preview"]) == 3 and report["preview"][0]["segments"][0][1:] == ["template", False]
@@ -107,17 +109,17 @@ def test_check_json_is_one_document_with_all_of_it(capsys: pytest.CaptureFixture
 
 
 def test_check_error_ends_with_exit_code_3_after_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja")
+    code, out, _ = run_check(capsys, "chat.yaml", "model.chat_template=bad.jinja")
     assert code == 3
     assert "written by" in out
     assert re.search(
         r"^error untrained_terminator: \d+ of \d+ assistant turns do not end with a trained", out, re.MULTILINE
     )
     assert out.rstrip().endswith("1 error (above): peftlab would refuse to train this recipe")
-    code, out, _ = told(capsys, "chat.yaml", "model.chat_template=bad.jinja", "--json")
+    code, out, _ = run_check(capsys, "chat.yaml", "model.chat_template=bad.jinja", "--json")
     assert code == 3 and not json.loads(out)["ok"]
     allowed = ["model.chat_template=bad.jinja", "data.allow=[untrained_terminator]"]
-    code, out, _ = told(capsys, "chat.yaml", *allowed)
+    code, out, _ = run_check(capsys, "chat.yaml", *allowed)
     assert code == 0 and "allowed untrained_terminator: " in out
 
 
@@ -134,18 +136,18 @@ def test_train_refuses_what_check_refuses(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     "arguments", [["nope.yaml"], ["chat.yaml", "data.allow=[typo]"], ["chat.yaml", "--show", "-1"]]
 )
-def test_check_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = told(capsys, *arguments)
+def test_check_with_wrong_usage_exits_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run_check(capsys, *arguments)
     assert code == 2 and not out and err.startswith("error: ")
 
 
 def test_check_allow_has_no_effect_on_classes(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = told(capsys, "labels.yaml", "data.allow=[pad_is_eos]")
+    code, _, err = run_check(capsys, "labels.yaml", "data.allow=[pad_is_eos]")
     assert code == 2 and "allow: has no effect for task: seq_cls" in err
 
 
-def test_check_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = told(capsys, "chat.yaml", "data.max_length=4")
+def test_check_reports_rows_that_are_all_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_check(capsys, "chat.yaml", "data.max_length=4")
     assert code == 3
     assert "16 rows refused: longer than data.max_length (4 tokens): chats.jsonl:" in out
     assert "error too_long: 16 rows have more tokens than the limit of 4" in out
@@ -160,9 +162,11 @@ def test_check_everything_too_long(capsys: pytest.CaptureFixture[str]) -> None:
         (b" \n", "is empty; expected a Jinja chat template"),
     ],
 )
-def test_check_file_that_is_no_template(template: bytes, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_refuses_a_file_that_is_no_template(
+    template: bytes, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("t.jinja").write_bytes(template)
-    code, out, err = told(capsys, "chat.yaml", "model.chat_template=t.jinja")
+    code, out, err = run_check(capsys, "chat.yaml", "model.chat_template=t.jinja")
     assert code == 2 and not out and says in err and "Traceback" not in err
 
 
@@ -176,11 +180,11 @@ def test_check_file_that_is_no_template(template: bytes, says: str, capsys: pyte
         ("data.columns={messages: nope}", 3, "no column 'nope'"),
     ],
 )
-def test_check_what_training_would_refuse(
+def test_check_refuses_what_training_refuses(
     setting: str, code: int, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, out, err = told(capsys, "chat.yaml", setting)
-    assert found == code and not out and says in err, err
+    exit_code, out, err = run_check(capsys, "chat.yaml", setting)
+    assert exit_code == code and not out and says in err, err
 
 
 @pytest.mark.parametrize(
@@ -191,23 +195,23 @@ def test_check_what_training_would_refuse(
         ({"role": "user"}, "expected a list of messages with role and content"),
     ],
 )
-def test_check_messages_in_another_form(message: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_refuses_messages_in_another_format(message: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("chats.jsonl").write_text(json.dumps({"messages": [message]}) + "\n" * 8)
-    code, _, err = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
+    code, _, err = run_check(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
     assert code == 3 and "chats.jsonl:1: " in err and says in err
 
 
-def test_check_roles_of_others_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_names_unknown_roles(capsys: pytest.CaptureFixture[str]) -> None:
     chat = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "ho"}]
     Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
-    code, out, _ = told(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
+    code, out, _ = run_check(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
     assert code == 3
     assert "the roles are 'human', 'gpt', and only 'assistant' turns are trained" in " ".join(out.split())
 
 
-def test_a_run_folder_is_checked_by_its_lock_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reads_the_lock_file_of_a_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
     run_folder = peftlab.train("chat.yaml", ["eval.before=false"], progress=SilentProgress()).folder
-    code, out, _ = told(capsys, str(run_folder))
+    code, out, _ = run_check(capsys, str(run_folder))
     assert code == 0 and "ready to train" in out
 
 
@@ -215,7 +219,7 @@ def test_check_narrow_terminal_keeps_the_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("peftlab.cli.output.WIDTH", 40)
-    code, out, _ = told(capsys, "chat.yaml")
+    code, out, _ = run_check(capsys, "chat.yaml")
     assert code == 0
     assert all(name in out for name in ("train", "held out", "assistant", "user"))
 
@@ -236,7 +240,7 @@ class Recorder(SilentProgress):
         self.lines.append(console.file.getvalue())  # type: ignore[attr-defined]
 
 
-def test_check_first_lines_of_train() -> None:
+def test_train_prints_the_ledger_first() -> None:
     recorder = Recorder()
     finished = peftlab.train("chat.yaml", ["eval.before=false"], progress=recorder)
     text = "\n".join(recorder.lines)
@@ -254,8 +258,8 @@ def test_check_first_lines_of_train() -> None:
     assert finished.summary["training"]["tokens"] <= ledger["train"]["tokens"]
 
 
-def test_check_same_numbers_before_and_after() -> None:
-    """What the ledger promises for an epoch is what the loop then counts."""
+def test_check_estimate_equals_the_counts_of_training() -> None:
+    """The loop counts what the ledger promises for an epoch."""
     recorder = Recorder()
     options = ["eval.before=false", "train.max_steps=null", "train.epochs=2", "train.batch_tokens=300"]
     promised = peftlab.check("chat.yaml", options, progress=recorder)["estimate"]
@@ -275,7 +279,7 @@ PREVIEW: Mapping[str, Any] = {
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
-def test_check_preview_in_colours_and_without(environment: dict[str, str]) -> None:
+def test_check_preview_with_and_without_colours(environment: dict[str, str]) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard", _environ=environment)
     console.print(PreviewText(PREVIEW))
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -287,7 +291,7 @@ def test_check_preview_in_colours_and_without(environment: dict[str, str]) -> No
     assert "3 tokens cut off" in text
 
 
-def test_check_long_stretch_shows_its_ends() -> None:
+def test_check_preview_shows_both_ends_of_a_long_segment() -> None:
     console = Console(file=io.StringIO(), width=2000, color_system=None)
     segments = [("a" * 5000 + "b", "user", False), ("c", "assistant", True)]
     console.print(PreviewText({**PREVIEW, "segments": segments}, longest=10))
@@ -303,7 +307,7 @@ def test_check_progress_shows_renderables() -> None:
     assert "\x1b[32mtell" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_check_shares_and_places() -> None:
+def test_check_formats_shares_and_places() -> None:
     assert [share(p, 1000) for p in (0, 0.1, 46, 370, 995, 999.99, 1000)] == [
         "0 %", "0.1 %", "4.6 %", "37 %", "99.5 %", "99.9 %", "100 %",
     ]  # fmt: skip
@@ -314,14 +318,14 @@ def test_check_shares_and_places() -> None:
 
 
 @pytest.mark.slow
-def test_check_million_short_chats_in_three_minutes() -> None:
-    """On two cores that do nothing else, with the tokenizer of a real model."""
+def test_check_of_a_million_short_chats_takes_three_minutes() -> None:
+    """Needs two idle cores. Uses the tokenizer of a real model."""
     rng = random.Random(0)
     words = "the quick brown fox jumps over lazy dog train model token answer question please what".split()  # noqa: SIM905
     with open("million.jsonl", "w") as file:
         for i in range(1_000_000):
-            asked, said = (" ".join(rng.choices(words, k=rng.randint(4, 12))) for _ in range(2))
-            turns = [{"role": "user", "content": f"{asked}?"}, {"role": "assistant", "content": f"{said} {i}."}]
+            question, answer = (" ".join(rng.choices(words, k=rng.randint(4, 12))) for _ in range(2))
+            turns = [{"role": "user", "content": f"{question}?"}, {"role": "assistant", "content": f"{answer} {i}."}]
             file.write(json.dumps({"messages": turns}) + "\n")
     write("million.yaml", "causal_lm", SMOLLM2, "million.jsonl, eval_rows: 1000")
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Mistakes with teachers, students and caches, through the command line: exit code, one message that helps, nothing left."""
+"""Mistakes with teachers, students and caches give an exit code and one helpful message, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save_classifier(folder: Path, labels: list[str], tokenizer: Any) -> None:
 
 
 def reversed_alphabet() -> Any:
-    """The tiny tokenizer with the ids of its letters the other way round: as many of them, with other meanings."""
+    """The tiny tokenizer with the ids of its letters reversed. It has the same ids with other meanings."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +63,7 @@ def reversed_alphabet() -> Any:
 
 @pytest.fixture(scope="module")
 def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and teachers good and bad: ``lm`` and ``run`` are right for their tasks."""
+    """A folder with data, good teachers and bad teachers. ``lm`` and ``run`` fit their tasks."""
     from transformers import BertModel, LlamaForCausalLM
 
     from peftlab.models.tiny import tiny_config, tiny_tokenizer
@@ -108,7 +108,7 @@ def here(school: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, task: str, **sections: Any) -> str:
-    """A recipe of one short training; a section that is None is left out."""
+    """The name of a recipe for one short training. A section that is None is left out."""
     lm = task == "causal_lm"
     recipe: dict[str, Any] = {
         "task": task,
@@ -126,7 +126,7 @@ def write(folder: Path, task: str, **sections: Any) -> str:
 
 
 def lock(folder: Path, recipe: str) -> None:
-    """A run folder as it is before the first checkpoint."""
+    """Writes a run folder as it is before the first checkpoint."""
     folder.mkdir()
     write_lock(folder / LOCK_NAME, load_recipe(recipe), fingerprints={}, environment={})
 
@@ -326,17 +326,17 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_distill_mistake_gives_one_message(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     verb, task, distill, sections, overrides, code, parts = CASES[name]
     before = files(here)
     recipe = write(here, task, **({"distill": distill} if distill else {}), **sections)
-    assert_told(capsys, cli([verb, recipe, *overrides]), code, parts)
+    assert_error(capsys, cli([verb, recipe, *overrides]), code, parts)
     assert files(here) == before, "something was left or changed"
 
 
-def assert_told(capsys: pytest.CaptureFixture[str], found: int, code: int, parts: list[str]) -> None:
+def assert_error(capsys: pytest.CaptureFixture[str], exit_code: int, code: int, parts: list[str]) -> None:
     out, err = capsys.readouterr()
-    assert found == code, err
+    assert exit_code == code, err
     assert "Traceback" not in err + out
     message = " ".join(err[err.index("error:") :].split())
     assert message.count("error:") == 1
@@ -369,7 +369,7 @@ def remove_shard(folder: Path) -> None:
 
 
 def begin(folder: Path) -> None:
-    """As a kill before the last file leaves it."""
+    """Leaves the cache as a kill before the last file does."""
     document = json.loads((folder / "cache/manifest.json").read_text())
     (folder / "cache/manifest.json").unlink()
     begun = {name: document[name] for name in ("format", "version", "fill", "identity")}
@@ -390,7 +390,7 @@ def damage_manifest(folder: Path) -> None:
     (folder / "cache/manifest.json").write_text("{")
 
 
-# name: what happens to the files, sections of the recipe beside the one the cache was made with, parts of the message
+# name: change of the files, recipe sections that differ from those of the cache, parts of the message
 STALE: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], list[str]]] = {
     "other data": (change_data, {}, ["made for other data"]),
     "another teacher": (change_teacher, {}, ["made by another teacher"]),
@@ -436,8 +436,10 @@ STALE: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], list[str]]
 
 
 @pytest.mark.parametrize("name", STALE)
-def test_a_cache_that_does_not_fit(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Told alike by all verbs, and what the message says to do works."""
+def test_distill_cache_mismatch_is_refused_by_all_verbs(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """All verbs give the same message, and its advice works."""
     change, sections, parts = STALE[name]
     if change:
         change(here)
@@ -447,15 +449,15 @@ def test_a_cache_that_does_not_fit(here: Path, capsys: pytest.CaptureFixture[str
     }
     recipe, before = write(here, "causal_lm", **sections), files(here)
     for verb in ("check", "teach", "distill"):
-        told = ["distill.cache` (r.yaml:", "peftlab teach --replace", *parts]
-        assert_told(capsys, cli([verb, recipe]), 5, told)
+        expected = ["distill.cache` (r.yaml:", "peftlab teach --replace", *parts]
+        assert_error(capsys, cli([verb, recipe]), 5, expected)
         assert files(here) == before
     assert cli(["teach", recipe, "--replace"]) == 0
     assert cli(["check", recipe]) == 0
 
 
-def test_a_cache_that_was_cut_off_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A kill before the last file: what is stored is taken, and distill makes the rest."""
+def test_distill_completes_an_interrupted_cache(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a kill before the last file, distill reuses what is stored and adds the rest."""
     begin(here)
     written = (here / "cache/train-00000.bin").stat().st_mtime_ns
     recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "cache", "baseline": False})
@@ -467,8 +469,10 @@ def test_a_cache_that_was_cut_off_goes_on(here: Path, capsys: pytest.CaptureFixt
     assert (here / "cache/manifest.json").is_file() and (here / "mine/student/config.json").is_file()
 
 
-def test_a_teacher_whose_labels_are_in_another_order_works(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a teacher it is the same as the model whose head has the rows exchanged."""
+def test_distill_teacher_with_reordered_labels_gives_the_same_student(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher equals the model whose head has the rows swapped."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(here / "classifier/model.safetensors")
@@ -486,8 +490,10 @@ def test_a_teacher_whose_labels_are_in_another_order_works(here: Path, capsys: p
     assert cards[0] == cards[1]
 
 
-def test_the_backbone_with_labels_in_another_order(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The fault: ``self`` answering in the order of its own head."""
+def test_distill_teacher_self_with_reordered_labels_answers_in_their_order(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fault: ``self`` answered in the order of its own head."""
     recipe = write(here, "seq_cls", model={"name": "permuted"}, distill={"teacher": "self", "baseline": False})
     assert cli(["distill", recipe, "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["card"]["metrics"]}
@@ -497,7 +503,7 @@ def test_the_backbone_with_labels_in_another_order(here: Path, capsys: pytest.Ca
     assert rows["loss"] == others["loss"]
 
 
-def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_teacher_student_and_cache(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"teacher": "lm", "cache": "cache", "student_init": {"num_layers": 1}, "seeds": 2}
     recipe = write(here, "causal_lm", distill=changes)
     assert cli(["check", recipe]) == 0
@@ -509,11 +515,11 @@ def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.Cap
         in out
     )
     assert cli(["check", recipe, "distill.cache=new", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["distill"]
-    assert found["teachers"] == [
+    report = json.loads(capsys.readouterr().out)["distill"]
+    assert report["teachers"] == [
         {"name": "lm", "num_parameters": 90_688, "cache": {"folder": "new", "examples": None, "begun": False}}
     ]
-    assert found["student"]["num_parameters"] == 53_696
+    assert report["student"]["num_parameters"] == 53_696
     assert not (here / "new").exists()
     assert cli(["check", write(here, "causal_lm"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["distill"] is None
@@ -522,8 +528,8 @@ def test_check_tells_of_teacher_student_and_cache(here: Path, capsys: pytest.Cap
     assert "\nthe student is larger than its teacher\n" in capsys.readouterr().out
 
 
-def test_check_of_a_student_with_random_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The fault: widths asked for an architecture whose weights can be cut, though none are kept."""
+def test_check_counts_the_parameters_of_a_random_student(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault: widths required an architecture whose weights can be cut, though random weights keep none."""
     init = {"weights": "random", "hidden_size": 32, "intermediate_size": 64}
     recipe = write(here, "seq_cls", adapter={"rank": 8, "method": "none"}, distill={"teacher": "classifier"})
     data = {"train": "sklearn:digits:train#50", "eval": "sklearn:digits:test"}
@@ -540,10 +546,10 @@ def test_check_of_a_student_with_random_weights(here: Path, capsys: pytest.Captu
     distilling = {"teacher": "teacher", "student_init": init}
     Path(recipe).write_text(yaml.safe_dump({**train, "run": {"dir": "mine"}, "distill": distilling}))
     assert cli(["check", recipe, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["distill"]["student"]["num_parameters"]
+    num_parameters = json.loads(capsys.readouterr().out)["distill"]["student"]["num_parameters"]
     assert cli(["distill", recipe, "distill.baseline=false", "--json"]) == 0
     costs = json.loads(capsys.readouterr().out)["card"]["costs"]
-    assert told == costs["student"]["num_parameters"] < costs["teacher"]["num_parameters"]
+    assert num_parameters == costs["student"]["num_parameters"] < costs["teacher"]["num_parameters"]
 
 
 @pytest.mark.parametrize(
@@ -558,61 +564,63 @@ def test_check_of_a_student_with_random_weights(here: Path, capsys: pytest.Captu
         ({"teacher": "lm", "cache": "run/answers"}, "distill.cache", "run/answers"),
     ],
 )
-def test_what_the_recipe_reads_is_not_replaced(
+def test_replace_refuses_to_remove_what_the_recipe_reads(
     here: Path, capsys: pytest.CaptureFixture[str], distill: dict[str, Any], key: str, name: str
 ) -> None:
     """The fault: --replace removed the run folder, and the teacher with it, before the teacher was loaded."""
     recipe, before = write(here, "causal_lm", distill=distill, run={"dir": "run"}), files(here)
     parts = [f"{key}` (r.yaml:", f"{name} is in the run folder run, which --replace overwrites"]
-    assert_told(capsys, cli(["distill", recipe, "--replace"]), 2, parts)
+    assert_error(capsys, cli(["distill", recipe, "--replace"]), 2, parts)
     assert files(here) == before
 
 
 @pytest.mark.parametrize(
     "wrong", [{"headline": "recal_animal"}, {"student_init": {"layers": [7]}}, {"cache": "new", "targets": {"k": 3}}]
 )
-def test_a_mistake_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]) -> None:
-    """The fault: these were looked at after the folder was removed."""
+def test_replace_with_a_mistake_keeps_the_earlier_run(
+    here: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]
+) -> None:
+    """The fault: these keys were checked after the folder was removed."""
     lock(here / "mine", write(here, "seq_cls"))
     recipe, before = write(here, "seq_cls", distill={"teacher": "classifier", **wrong}), files(here)
-    assert_told(
+    assert_error(
         capsys, cli(["distill", recipe, "--replace"]), 2, [f"distill.{next(iter(wrong))}".replace("cache", "targets.k")]
     )
     assert files(here) == before
 
 
-def test_an_unfinished_distillation_names_its_own_verb(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a teacher, and where there is none to resume. The fault: `peftlab train`, which refuses."""
+def test_resume_of_a_distillation_names_peftlab_distill(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Covers an unfinished run as a teacher and a missing run. The fault: the message named `peftlab train`."""
     recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
-    assert_told(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run to resume in mine", "peftlab distill RUN"])
+    assert_error(capsys, cli(["distill", recipe, "--resume"]), 2, ["no run to resume in mine", "peftlab distill RUN"])
     lock(here / "first", recipe)
-    assert_told(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run peftlab distill"])
+    assert_error(capsys, cli(["train", "first", "--resume"]), 2, ["this recipe names a teacher; run peftlab distill"])
     recipe = write(here, "seq_cls", distill={"teacher": "first"})
     parts = [TEACHER, "the run in first has no student yet; continue it with: peftlab distill first --resume"]
-    assert_told(capsys, cli(["distill", recipe]), 5, parts)
+    assert_error(capsys, cli(["distill", recipe]), 5, parts)
 
 
-def test_merge_names_the_student_that_there_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The fault: a folder `model`, which a distillation does not leave."""
+def test_merge_of_a_distillation_names_the_student(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault: the message named a folder `model`, which a distillation does not write."""
     lock(here / "first", write(here, "seq_cls", distill={"teacher": "classifier"}))
     shutil.copytree("classifier", "first/student")
-    assert_told(capsys, cli(["merge", "first"]), 2, ["no adapter to merge: first/student is its trained model"])
+    assert_error(capsys, cli(["merge", "first"]), 2, ["no adapter to merge: first/student is its trained model"])
 
 
-def test_what_teach_proposes_next_keeps_the_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_teach_proposes_distill_with_the_same_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write(here, "seq_cls", distill={"teacher": "classifier"})
     assert cli(["teach", recipe, "distill.cache=my answers"]) == 0
     assert "\nnext     peftlab distill r.yaml 'distill.cache=my answers'\n" in capsys.readouterr().out
 
 
-def test_check_of_the_caches_of_phases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_accepts_the_cache_of_on_policy_phases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "phases/phase-1-0123").mkdir(parents=True)
     recipe = write(here, "causal_lm", distill={"teacher": "lm", "cache": "phases", "on_policy": {"phases": 1}})
     assert cli(["check", recipe]) == 0
     assert "cache: phases, empty" in capsys.readouterr().out
 
 
-def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_accepts_transfer_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write(here, "seq_cls", distill={"teacher": "classifier", "transfer": "more.csv"})
     assert cli(["check", recipe]) == 0
     out = capsys.readouterr().out
@@ -620,8 +628,8 @@ def test_check_of_rows_without_labels(here: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_an_adapter_that_brings_the_head_makes_a_teacher(here: Path, cached: bool) -> None:
-    """The encoder has no head in its files; the run's adapter has."""
+def test_distill_teacher_can_get_its_head_from_an_adapter(here: Path, cached: bool) -> None:
+    """The files of the encoder have no head. The run's adapter has one."""
     model = {"name": "headless"}
     assert cli(["train", write(here, "seq_cls", model=model, run={"dir": "adapted"})]) == 0
     distilling = {"teacher": "adapted", **({"cache": "answers"} if cached else {})}

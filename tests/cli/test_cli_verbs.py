@@ -1,4 +1,4 @@
-"""The verbs that work with a model, with the functions they call replaced."""
+"""The verbs that need a model, with fake functions behind them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def train_result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return calls
 
 
-def test_train_passes_its_arguments_and_closes_with_tables(
+def test_train_passes_its_arguments_and_ends_with_tables(
     train_result: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["train", "smoke", "train.lr=1", "--replace", "eval.choices=[a, b]"]) == 0
@@ -105,7 +105,7 @@ def test_train_with_many_classes_stays_short(train_result: dict[str, Any], capsy
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_train_json(train_result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_json_prints_the_metrics(train_result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "smoke", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["run"] == "runs/x"
@@ -175,7 +175,9 @@ def _stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-def test_predict_one_text(predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_prints_label_and_probability_of_one_text(
+    predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     predicted["results"] = LABELS[:1]
     assert run(["predict", "runs/x", "a text with a.b=c", "eval.batch_tokens=9", "--temperature", "0.5"]) == 0
     assert capsys.readouterr().out == "spam\t0.900000\n"
@@ -185,7 +187,7 @@ def test_predict_one_text(predicted: dict[str, Any], capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("argument", [[], ["-"]])
-def test_predict_stdin(
+def test_predict_reads_lines_from_stdin(
     argument: list[str],
     predicted: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -200,7 +202,7 @@ def test_predict_stdin(
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"ok\n\xff\n"])
-def test_predict_wrong_stdin(
+def test_predict_refuses_bad_stdin(
     content: bytes,
     predicted: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -211,7 +213,9 @@ def test_predict_wrong_stdin(
     assert "standard input" in capsys.readouterr().err
 
 
-def test_predict_generated_texts_keep_to_a_line(predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_prints_each_generated_text_on_one_line(
+    predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     predicted["results"] = [{"text": "a\nb"}, {"text": "[red]c[/red]"}]
     run(["predict", "runs/x", "one", "two"])
     assert capsys.readouterr().out == "a\\nb\n[red]c[/red]\n"
@@ -220,13 +224,15 @@ def test_predict_generated_texts_keep_to_a_line(predicted: dict[str, Any], capsy
     assert capsys.readouterr().out == "a\nb\n"
 
 
-def test_predict_json(predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_json_prints_inputs_and_labels(predicted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["predict", "runs/x", "one", "two", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["predictions"] == [{"input": "one"} | LABELS[0], {"input": "two"} | LABELS[1]]
 
 
-def test_predict_file_to_files(predicted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_writes_jsonl_and_csv(
+    predicted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("out.jsonl", "out.csv"):
         assert run(["predict", "runs/x", "--file", "in.csv", "--output", str(tmp_path / name)]) == 0
         assert "2 predictions in" in capsys.readouterr().out
@@ -243,7 +249,7 @@ def test_predict_file_to_files(predicted: dict[str, Any], tmp_path: Path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "out.jsonl"]
 
 
-def test_predict_leaves_no_part_of_a_file(
+def test_predict_interrupted_leaves_no_partial_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def predict(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
@@ -255,7 +261,7 @@ def test_predict_leaves_no_part_of_a_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_not_turned_into_pictures(
+def test_eval_prints_names_without_emoji_and_markup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -1,4 +1,4 @@
-"""What ``peftlab distill`` says of the phases of an on-policy run."""
+"""The lines that ``peftlab distill`` prints about the phases of an on-policy run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHASE: dict[str, Any] = {
 }
 
 
-def test_phase_lines_line_for_each_phase() -> None:
+def test_phase_lines_has_one_line_per_phase() -> None:
     first, second, blank = phase_lines(
         {"on_policy": [{"seed": 0, "phases": [PHASE, {**PHASE, "phase": 2, "empty": 0}]}]}
     )
@@ -29,7 +29,7 @@ def test_phase_lines_line_for_each_phase() -> None:
     assert second.startswith("phase 2: 900 of 1,200 rows written by the student, 23.5") and blank == ""
 
 
-def test_phase_lines_seeds_are_told_apart_and_other_runs_have_none() -> None:
+def test_phase_lines_names_the_seed_and_is_empty_for_other_runs() -> None:
     lines = list(phase_lines({"on_policy": [{"seed": s, "phases": [PHASE]} for s in (0, 1)]}))
     assert [line.partition(":")[0] for line in lines[:2]] == ["phase 1 of seed 0", "phase 1 of seed 1"]
     assert list(phase_lines({"card": {}})) == []

@@ -77,7 +77,7 @@ def test_peftlab_passes_every_case(system: Any, case: Any) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_cases_notice(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_notice(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, replacement, noticed = FAULTS[fault]
     monkeypatch.setattr(module, name, replacement)
     for case in (case for case in ALL_CASES if case.name in noticed):
@@ -97,7 +97,7 @@ def found_by(name: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [system.name for system in PEERS])
-def test_a_peer_does_what_is_recorded_of_it(name: str, write_results: bool) -> None:
+def test_peer_does_what_is_recorded_of_it(name: str, write_results: bool) -> None:
     """A failed case is a difference from our contract and no fault of the peer: what is asserted is that it is still there."""
     version, recorded = version_of(name), json.loads(RECORDED.read_text(encoding="utf-8"))
     if version is None:
@@ -109,7 +109,7 @@ def test_a_peer_does_what_is_recorded_of_it(name: str, write_results: bool) -> N
 
 
 @pytest.mark.peers
-def test_the_results_are_written(write_results: bool) -> None:
+def test_results_are_written(write_results: bool) -> None:
     if not write_results:
         pytest.skip("--write-results writes bench/results/kd_conformance.json and its table")
     versions = {name: version_of(name) for name in BY_NAME}
@@ -119,7 +119,7 @@ def test_the_results_are_written(write_results: bool) -> None:
     tables.replace_section(PAGE, "kd_conformance", table(versions, results))
 
 
-def test_the_table_is_made_of_the_results() -> None:
+def test_table_is_made_of_the_results() -> None:
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     made = table(recorded["systems"], recorded["results"])
     assert made == tables.section(PAGE.read_text(encoding="utf-8"), "kd_conformance")

@@ -68,7 +68,7 @@ def test_rounding_is_shown(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_fault_is_worse(checkout: Path) -> None:
+def test_fault_is_worse(checkout: Path) -> None:
     found = peft_suite.compare(checkout, ["test_lora.py"], [0])
     assert found["worse"]["tests/test_lora.py::test_faulty"]["failed"] == {"peft": 0, "fused": 200}
 
@@ -79,7 +79,7 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_seed_is_that_of_both_sides(checkout: Path) -> None:
+def test_seed_is_that_of_both_sides(checkout: Path) -> None:
     test = "tests/test_lora.py::test_of_two_seeds"
     for seed, outcome in enumerate(["passed", "failed"]):
         for fused in (False, True):
@@ -105,6 +105,6 @@ def test_no_lora_test_of_peft_gets_worse(request: pytest.FixtureRequest, write_r
     assert not found["worse"]
 
 
-def test_the_table_is_made_of_the_results() -> None:
+def test_table_is_made_of_the_results() -> None:
     made = peft_suite.table(json.loads(RECORDED.read_text(encoding="utf-8")))
     assert made == tables.section(PAGE.read_text(encoding="utf-8"), "peft_suite")

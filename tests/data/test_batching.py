@@ -59,7 +59,7 @@ def test_every_row_exactly_once_per_epoch(plan: Any, grouping: str) -> None:
         assert all(len(part) for step in steps for part in step.micro_batches)
 
 
-def test_a_lost_row_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_row_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = BatchPlan._micro_batches
     monkeypatch.setattr(
         BatchPlan, "_micro_batches", lambda self, rows: right(self, rows[1:] if len(rows) > 1 else rows)
@@ -70,7 +70,7 @@ def test_a_lost_row_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(plan=plans(), grouping=st.sampled_from(GROUPINGS))
-def test_a_pure_function_of_its_arguments(plan: Any, grouping: str) -> None:
+def test_pure_function_of_its_arguments(plan: Any, grouping: str) -> None:
     lengths, options = plan
     one, two = (BatchPlan(lengths, grouping=grouping, epochs=3, **options) for _ in range(2))
     assert one.total_steps == two.total_steps

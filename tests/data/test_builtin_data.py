@@ -35,7 +35,7 @@ def test_parts_share_no_row_and_are_all_rows(name: str) -> None:
     assert 0.15 < len(test) / len(whole) < 0.35
 
 
-def test_a_row_is_on_the_same_side_in_another_data_set() -> None:
+def test_row_is_on_the_same_side_in_another_data_set() -> None:
     one = set(load_rows("docstrings:accelerate:test").columns["text"])
     both = load_rows("docstrings:accelerate,peft:train")
     assert not one & set(both.columns["text"])

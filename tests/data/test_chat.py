@@ -63,7 +63,7 @@ def test_prompt_and_completion(tokenizer: Any) -> None:
         {"columns": {"messages": "a"}},
     ],
 )
-def test_a_row_of_a_file_without_the_column(tokenizer: Any, options: dict[str, Any]) -> None:
+def test_row_of_a_file_without_the_column(tokenizer: Any, options: dict[str, Any]) -> None:
     """As of distill.transfer, which is another file than the one that the columns were chosen by."""
     f = formatter(tokenizer, ["q", "a"], **options)
     with pytest.raises(DataError, match=r"^b\.csv:7: no column 'a'; found the columns 'q', 'x'$"):
@@ -112,7 +112,7 @@ def test_messages_may_come_as_an_array(tokenizer: Any) -> None:
     assert trained_text(r) == ["a<|im_end|>\n"]
 
 
-def test_a_row_without_assistant_trains_nothing(tokenizer: Any) -> None:
+def test_row_without_assistant_trains_nothing(tokenizer: Any) -> None:
     r = formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "here")
     assert trained_text(r) == []
 
@@ -124,7 +124,7 @@ def test_what_is_no_list_of_messages(tokenizer: Any, value: Any) -> None:
     assert caught.value.key == "data.columns.messages"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+def test_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = REWRITING
     f = formatter(tokenizer, ["messages"])
     turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
@@ -134,7 +134,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
     assert caught.value.key == "model.chat_template"
 
 
-def test_a_template_that_raises_names_the_row(tokenizer: Any) -> None:
+def test_template_that_raises_names_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = REFUSING
     with pytest.raises(DataError, match=r"a\.jsonl:9: the chat template rejects .*only user turns"):
         formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "a.jsonl:9")
@@ -156,7 +156,7 @@ def test_columns_that_are_not_there(tokenizer: Any) -> None:
         formatter(tokenizer, ["q", "a"], template={"prompt": "{qq}", "completion": "{a}"})
 
 
-def test_a_broken_template_is_a_recipe_error(tokenizer: Any) -> None:
+def test_broken_template_is_a_recipe_error(tokenizer: Any) -> None:
     with pytest.raises(RecipeError, match="not a valid template"):
         formatter(tokenizer, ["q", "a"], template={"prompt": "{q", "completion": "{a}"})
 
@@ -170,7 +170,7 @@ def test_template_fields_are_column_names_only(tokenizer: Any, template: str) ->
         )
 
 
-def test_an_empty_cell_names_row_and_column(tokenizer: Any) -> None:
+def test_empty_cell_names_row_and_column(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "a"], template={"prompt": "{q}", "completion": "{a}"})
     with pytest.raises(DataError, match=r"a\.csv:7: column 'a' is empty"):
         f.render({"q": "x", "a": None}, "a.csv:7")
@@ -183,7 +183,7 @@ def test_braces_in_the_data_are_data(tokenizer: Any) -> None:
     assert f.render({"q": "{a} {", "a": "}"}, "here").text == "{a} {}"
 
 
-def test_a_prompt_of_several_columns_cannot_be_typed(tokenizer: Any) -> None:
+def test_prompt_of_several_columns_cannot_be_typed(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "c", "a"], template={"prompt": "{c}: {q}", "completion": "{a}"})
     assert f.prompt_column is None
     with pytest.raises(RecipeError, match="several columns"):

@@ -150,7 +150,7 @@ def test_outline_search_and_marks_agree(lab_of: Callable[[str], Lab], name: str)
     assert all(outlined) if name in PLAIN else any(outlined)
 
 
-def test_an_outline_follows_from_the_roles_alone(lab_of: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outline_follows_from_the_roles_alone(lab_of: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     template, seen = ChatTemplate(lab_of("chatml").tokenizer), []
     monkeypatch.setattr(template, "_outline", lambda roles: seen.append(roles))
     for roles in ("user assistant", "user user", "user assistant"):

@@ -247,7 +247,7 @@ def test_words_of_an_answer_elsewhere_are_not_trained(make: Callable[[str], Any]
 
 
 @EACH_FAMILY
-def test_a_dialog_that_ends_with_the_user(make: Callable[[str], Any], name: str) -> None:
+def test_dialog_that_ends_with_the_user(make: Callable[[str], Any], name: str) -> None:
     assert tuple(trained(make(name), dialog(name)[:-1])) == FAMILIES[name].masks[:2]
 
 
@@ -293,7 +293,7 @@ def test_tool_messages_are_not_trained(make: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
-def test_a_system_turn_that_the_template_refuses(make: Callable[[str], Any], name: str) -> None:
+def test_system_turn_that_the_template_refuses(make: Callable[[str], Any], name: str) -> None:
     with pytest.raises(DataError, match=r"record 1: the chat template rejects"):
         trained(make(name), DIALOG)
 
@@ -321,12 +321,12 @@ def test_masks_are_those_of_transformers(make: Callable[..., Any], name: str, me
 
 
 @EACH_FAMILY
-def test_a_token_across_the_start_of_an_answer_belongs_to_it(make: Callable[..., Any], name: str) -> None:
+def test_token_across_the_start_of_an_answer_belongs_to_it(make: Callable[..., Any], name: str) -> None:
     header = "]" if name == "mistral" else "\n"
     assert trained(make(name, merged=True), dialog(name))[0] == header + FAMILIES[name].masks[0]
 
 
-def test_an_answer_whose_first_character_no_token_has() -> None:
+def test_answer_whose_first_character_no_token_has() -> None:
     """This tokenizer takes the space out of the offsets of " one". From there on transformers 5.23 marks nothing in the row;
     where no token has the last character of a block, it marks all that follows (its issue 47325)."""
     tokenizer = equipped(merging(trim_offsets=True), FAMILIES["chatml"])

@@ -129,7 +129,7 @@ def test_totals_are_those_of_the_examples(tokenizer_of: Any, rows: Any, limit: i
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(0, 100_000) | st.integers(0, 50), min_size=1, max_size=30))
-def test_the_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None:
+def test_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None:
     bins = module._histogram(np.array(lengths))
     assert len(bins) <= 9
     assert all(a["to"] + 1 == b["from"] for a, b in pairwise(bins))
@@ -138,7 +138,7 @@ def test_the_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None
     assert sum(entry["rows"] for entry in bins) == len(lengths)
 
 
-def test_a_clean_data_set_has_nothing_to_say(tokenizer: Any) -> None:
+def test_clean_data_set_has_nothing_to_say(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a", "b"), turns("c", "d", "e", "f")]).ledger
     assert find(ledger) == []
     require(ledger)
@@ -165,7 +165,7 @@ def masked(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
 @pytest.mark.parametrize(
     "rows", [[turns("a", "b", "c", "d")], [{"prompt": "a", "completion": "b"}]], ids=["chat", "completion"]
 )
-def test_an_untrained_end_of_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
+def test_untrained_end_of_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
     masked(monkeypatch, tokenizer.eos_token_id)
     ledger = encode(tokenizer, rows).ledger
     assert kinds(ledger) == ["untrained_terminator"]
@@ -187,7 +187,7 @@ def test_padding_that_masks_the_end_of_text(tokenizer: Any, monkeypatch: pytest.
     require(ledger, allow=["untrained_terminator", "pad_is_eos"])
 
 
-def test_a_template_without_an_end_of_turn(tokenizer: Any) -> None:
+def test_template_without_an_end_of_turn(tokenizer: Any) -> None:
     """The last turn of a row is closed by the end of text; those before it are not."""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -211,7 +211,7 @@ def chatml(start: str, end: str) -> str:
 @pytest.mark.parametrize(
     "end", ["<|eot_id|>", "<end_of_turn>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end|>"]
 )
-def test_a_template_of_another_family(tokenizer: Any, end: str) -> None:
+def test_template_of_another_family(tokenizer: Any, end: str) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", end)
     ledger = encode(tokenizer, [turns("a", "b")]).ledger
     assert "template_family" in kinds(ledger)
@@ -229,7 +229,7 @@ def test_headers_of_plain_text_are_no_error(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("written", ["{{ m.content | upper }}", "{{ m.content[:3] }}", ""])
-def test_a_template_that_does_not_write_what_was_said(tokenizer: Any, written: str) -> None:
+def test_template_that_does_not_write_what_was_said(tokenizer: Any, written: str) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", END).replace(
         "{{ m.content }}", f"{{% if m.role == 'assistant' %}}{written}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
     )
@@ -240,7 +240,7 @@ def test_a_template_that_does_not_write_what_was_said(tokenizer: Any, written: s
     require(ledger, allow=["wrong_mask"])
 
 
-def test_a_header_that_is_trained(tokenizer: Any) -> None:
+def test_header_that_is_trained(tokenizer: Any) -> None:
     """Without a generation prompt the header of an answer cannot be told from the answer."""
     tokenizer.chat_template = chatml("<|im_start|>", END).partition("{% if add_generation_prompt %}")[0]
     ledger = encode(tokenizer, [turns("a", "b"), turns("a", "")]).ledger
@@ -282,7 +282,7 @@ def test_tool_calls(tokenizer: Any, more: dict[str, Any]) -> None:
     assert "call get_weather" + END in tokenizer.decode(example.ids[example.trained])
 
 
-def test_a_template_that_refuses_other_conversations(tokenizer: Any) -> None:
+def test_template_that_refuses_other_conversations(tokenizer: Any) -> None:
     """What is looked up about a template goes by a conversation it takes, not by one of ours."""
     tokenizer.chat_template = (
         "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
@@ -291,7 +291,7 @@ def test_a_template_that_refuses_other_conversations(tokenizer: Any) -> None:
     require(encode(tokenizer, [turns("s", "a", "b", roles="sua")] * 2).ledger)
 
 
-def test_an_end_that_is_added_is_told(tokenizer: Any) -> None:
+def test_end_that_is_added_is_told(tokenizer: Any) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", "")
     ledger = encode(tokenizer, [turns("a", "b")]).ledger
     (note,) = find(ledger)
@@ -312,7 +312,7 @@ def test_answers_that_are_empty_or_end_in_the_middle(tokenizer: Any) -> None:
     assert found == {"empty_answer": [0], "inner_end": [1]}
 
 
-def test_an_unended_turn_before_a_last_question_is_not_closed_behind_it(tokenizer: Any) -> None:
+def test_unended_turn_before_a_last_question_is_not_closed_behind_it(tokenizer: Any) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", "")
     encoded = encode(tokenizer, [turns("a", "b", "c"), turns("d", "e")])
     assert encoded.examples[0].ids[-1] != tokenizer.eos_token_id
@@ -345,7 +345,7 @@ def test_repeated_rows_and_rows_of_both_sets(tokenizer: Any) -> None:
     assert ledger.shared_with(other) == [(0, 2), (2, 2), (3, 1), (4, 2)]
 
 
-def test_the_beginning_written_twice(tokenizer: Any) -> None:
+def test_beginning_written_twice(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.bos_token = "<|im_start|>"
@@ -379,7 +379,7 @@ def test_choices_that_truncation_cuts(tokenizer: Any) -> None:
     assert ledger.report()["labels"] == [{"label": " yes", "rows": 1}, {"label": " no", "rows": 0}]
 
 
-def test_a_cut_text_keeps_its_separator_in_account_and_preview(tokenizer_of: Callable[[str], Any]) -> None:
+def test_cut_text_keeps_its_separator_in_account_and_preview(tokenizer_of: Callable[[str], Any]) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tokenizer_of("tiny:bert")
@@ -406,7 +406,7 @@ def test_rows_that_are_left_out_are_not_shared_or_repeated(tokenizer: Any) -> No
     assert ledger.repeated_rows().tolist() == []
 
 
-def test_the_garbage_collector_is_as_it_was(tokenizer: Any) -> None:
+def test_garbage_collector_is_as_it_was(tokenizer: Any) -> None:
     gc.freeze()
     frozen = gc.get_freeze_count()
     encode(tokenizer, [turns("a", "b")])
@@ -433,7 +433,7 @@ def test_prompts_with_two_answers_and_choices_nobody_gives(tokenizer: Any) -> No
     }  # fmt: skip
 
 
-def test_an_account_that_forgets_truncation_is_caught(tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_account_that_forgets_truncation_is_caught(tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Ledger._count
     monkeypatch.setattr(Ledger, "_count", lambda self, tokens, kept, lengths: right(self, tokens, lengths, lengths))
     with pytest.raises(AssertionError):

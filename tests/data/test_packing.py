@@ -77,7 +77,7 @@ def test_at_most_two_percent_stay_empty_for_film_dialogs(dialog_lengths: np.ndar
     assert len(pack(few, capacity)) <= 1.02 * few.sum() / capacity + 1
 
 
-def test_a_million_documents_take_seconds() -> None:
+def test_million_documents_take_seconds() -> None:
     rng = np.random.default_rng(0)
     started = time.perf_counter()
     packs = pack(rng.integers(1, 4096, 1_000_000), 4096)
@@ -92,7 +92,7 @@ def test_a_million_documents_take_seconds() -> None:
     accumulate=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_a_packed_plan(lengths: list[int], size: dict[str, int], accumulate: int, seed: int) -> None:
+def test_packed_plan(lengths: list[int], size: dict[str, int], accumulate: int, seed: int) -> None:
     one, two = (BatchPlan(lengths, **size, accumulate=accumulate, seed=seed, epochs=2, packing=50) for _ in range(2))
     steps = [one.step(i) for i in range(one.total_steps)]
     for epoch in range(2):
@@ -119,7 +119,7 @@ def test_seed_and_epoch_change_the_packs() -> None:
     assert first != [p.tolist() for p in plan.step(per_epoch).micro_batches]
 
 
-def test_a_lost_document_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_document_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching_module, "pack", lambda lengths, capacity: pack(lengths, capacity)[1:])
     with pytest.raises(AssertionError):
-        test_a_packed_plan.hypothesis.inner_test([30, 30, 30], {"batch_size": 1}, 1, 0)
+        test_packed_plan.hypothesis.inner_test([30, 30, 30], {"batch_size": 1}, 1, 0)

@@ -171,7 +171,7 @@ def test_broken_jsonl(tmp_path: Path, content: str, expected: str) -> None:
     assert error(tmp_path, "a.jsonl", content)[0].startswith(expected)
 
 
-def test_an_escaped_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+def test_escaped_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
     assert load(tmp_path, "a.jsonl", '{"a": "\\ud83d\\ude00"}').column("a") == ["\U0001f600"]
 
 

@@ -44,7 +44,7 @@ def test_unknown_column_without_a_near_one(rows: Rows) -> None:
 
 
 @pytest.mark.parametrize("indices", [[2, 0], (2, 0), np.array([2, 0])])
-def test_a_selection_keeps_order_and_provenance(rows: Rows, indices: list[int]) -> None:
+def test_selection_keeps_order_and_provenance(rows: Rows, indices: list[int]) -> None:
     chosen = rows.select(indices)
     assert chosen.columns == {"text": ["c", "a"], "label": [0, 0]}
     assert [chosen.where(0), chosen.where(1)] == ["folder/b.json, record 17", "folder/a.csv:2"]
@@ -53,7 +53,7 @@ def test_a_selection_keeps_order_and_provenance(rows: Rows, indices: list[int]) 
     assert len(rows) == 3
 
 
-def test_an_empty_selection(rows: Rows) -> None:
+def test_empty_selection(rows: Rows) -> None:
     assert len(rows.select([])) == 0
     assert rows.select([]).columns == {"text": [], "label": []}
 

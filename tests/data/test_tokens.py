@@ -109,7 +109,7 @@ def test_trained_tokens(spans: Any, ids: list[int], expected: list[int], ended: 
     assert got.answer_ended.astype(int).tolist() == ended
 
 
-def test_an_open_answer_gets_its_end_and_the_rows_after_it_move() -> None:
+def test_open_answer_gets_its_end_and_the_rows_after_it_move() -> None:
     word = [(5, (0, 1)), (5, (1, 2))]
     script = {"qa": word, "qb": [(5, (0, 1)), (EOS, (1, 2))], "qc": [*word, (EOS, (0, 0))], "qd": word, "xx": word}
     rows = [Rendered(t, [Part(1, 2, "answer", trained=True)] if t != "xx" else []) for t in script]

@@ -122,7 +122,7 @@ def test_hidden_cosine() -> None:
     assert torch.allclose(hidden_cosine(s, -s), torch.full((2, 3), 2.0, dtype=torch.float64))
 
 
-def test_a_projector_bridges_widths_and_is_trained() -> None:
+def test_projector_bridges_widths_and_is_trained() -> None:
     s, t = normal(4, 3), normal(4, 7, seed=1)
     projector = nn.Linear(3, 7, bias=False).double()
     torch.testing.assert_close(hidden_mse(s, t, projector=projector), ((s @ projector.weight.T - t) ** 2).mean(-1))
@@ -211,7 +211,7 @@ def test_16_bit_states_are_summed_in_float32(half: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("function", [hidden_mse, hidden_cosine, similarity_mse, similarity_kl])
-def test_the_teacher_gets_no_gradient(function: Loss) -> None:
+def test_teacher_gets_no_gradient(function: Loss) -> None:
     s, t = normal(3, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()
     function(s, t).sum().backward()
     assert s.grad is not None and t.grad is None

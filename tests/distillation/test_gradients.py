@@ -95,7 +95,7 @@ def test_stored_classes_of_the_run_itself() -> None:
     assert (found.k, found.tail, found.warnings) == (12, "bucket", [])
 
 
-def test_a_sound_choice_gets_no_warning() -> None:
+def test_sound_choice_gets_no_warning() -> None:
     student, teacher, targets = models()
     found = gradient_report(student, teacher, targets, hard_weight=0.5, k=50)
     assert not found.warnings, found
@@ -104,7 +104,7 @@ def test_a_sound_choice_gets_no_warning() -> None:
 
 
 @pytest.mark.parametrize(("scale_by_t2", "said"), [(True, "T\\^2 = 16 is applied"), (False, "T\\^2 is not applied")])
-def test_a_temperature_that_shrinks_the_term(scale_by_t2: bool, said: str) -> None:
+def test_temperature_that_shrinks_the_term(scale_by_t2: bool, said: str) -> None:
     student, teacher, targets = models(noise=2.0)
     found = gradient_report(student, teacher, targets, temperature=4.0, scale_by_t2=scale_by_t2)
     (warning,) = found.warnings
@@ -124,7 +124,7 @@ def test_few_classes_bear_a_higher_temperature() -> None:
     ).warnings
 
 
-def test_a_weight_that_leaves_noise() -> None:
+def test_weight_that_leaves_noise() -> None:
     student, teacher, targets = models(noise=0.1)
     found = gradient_report(student, teacher, targets, hard_weight=0.9)
     (warning,) = found.warnings
@@ -146,7 +146,7 @@ def test_renormalized_classes_of_a_good_student() -> None:
     assert "the error cannot be measured" in unmeasured
 
 
-def test_a_perfect_student() -> None:
+def test_perfect_student() -> None:
     _, teacher, targets = models(N=4, V=50)
     for student in (teacher, teacher + 3.0):
         found = gradient_report(student, teacher, targets, k=3, temperature=2.0, hard_weight=0.5)
@@ -178,7 +178,7 @@ def test_only_chunks_of_float32_logits_exist(monkeypatch: pytest.MonkeyPatch) ->
     assert largest.numel == 8 * 100
 
 
-def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, targets = models(N=5, V=40)
     kd, ce, _ = gradients(student, teacher, targets, 2.0, 5, "bucket")
     right = gradients_module._gradient

@@ -217,7 +217,7 @@ def test_jsd_ends_by_its_formula_are_caught(share: float) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(case=st.sampled_from(CASES), temperature=st.floats(0.3, 10.0), seed=st.integers(0, 99), shift=st.floats(-50, 50))
-def test_a_perfect_student_has_no_loss_and_no_gradient(
+def test_perfect_student_has_no_loss_and_no_gradient(
     case: tuple[str, float], temperature: float, seed: int, shift: float
 ) -> None:
     student, _ = logits(3, 20, seed=seed, dtype=torch.float64)
@@ -232,14 +232,14 @@ def test_a_perfect_student_has_no_loss_and_no_gradient(
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tvd"])
-def test_a_perfect_student_is_0_to_the_bit_in_float32(kind: str) -> None:
+def test_perfect_student_is_0_to_the_bit_in_float32(kind: str) -> None:
     student, _ = logits(7, 1000)
     loss, gradient = loss_and_grad(divergence, student, student.clone(), kind=kind)
     assert not loss.any()
     assert gradient.abs().max() <= 1e-7
 
 
-def test_the_teacher_gets_no_gradient() -> None:
+def test_teacher_gets_no_gradient() -> None:
     student, teacher = logits(3, 8)
     student.requires_grad_(), teacher.requires_grad_()
     for kind in DIVERGENCES:

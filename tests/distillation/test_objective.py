@@ -167,7 +167,7 @@ def check() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.3, 1.0])
-def test_the_step_loss_is_what_the_texts_say(temperature: float, hard_weight: float) -> None:
+def test_step_loss_is_what_the_texts_say(temperature: float, hard_weight: float) -> None:
     choice = {"temperature": temperature, "hard_weight": hard_weight}
     assert_same(step(STUDENT, TEACHER, choice, Layout()), truth(STUDENT, TEACHER, **choice))
     check()
@@ -248,7 +248,7 @@ def test_all_classes_stored_is_dense(temperature: float) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(choice=choices.filter(lambda c: c["kind"] != "tvd"))
-def test_a_perfect_student_has_no_loss_and_no_gradient(choice: dict[str, Any]) -> None:
+def test_perfect_student_has_no_loss_and_no_gradient(choice: dict[str, Any]) -> None:
     perfect = step(TEACHER, TEACHER, {**choice, "hard_weight": 0.0}, Layout())
     assert_same(perfect, [torch.zeros_like(x) for x in perfect])
 
@@ -482,7 +482,7 @@ def test_stored_classes_give_forward_kl_only() -> None:
         Objective(temperature=2.0).loss_sum(torch.randn(2, V), None, target)
 
 
-def test_a_missing_part_is_an_error() -> None:
+def test_missing_part_is_an_error() -> None:
     for hard_weight, arguments in ((0.5, (None, torch.zeros(2, V))), (0.5, (torch.zeros(2, dtype=torch.int64), None))):
         with pytest.raises(ValueError, match="losses of both parts"):
             Objective(hard_weight=hard_weight).loss_sum(torch.zeros(2, V), *arguments)
@@ -492,7 +492,7 @@ def test_a_missing_part_is_an_error() -> None:
 
 @pytest.mark.parametrize("kind", [*DIVERGENCES, "bucket", "renormalized", "none"])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.4, 1.0])
-def test_the_fused_operation_computes_the_same_step_loss(kind: str, hard_weight: float) -> None:
+def test_fused_operation_computes_the_same_step_loss(kind: str, hard_weight: float) -> None:
     """Soft-cap, logit scale and a padded vocabulary on both heads: the losses, and the gradients of hidden and head."""
     g = torch.Generator().manual_seed(0)
     hidden, taught = torch.randn(9, 6, generator=g).double(), torch.randn(9, 4, generator=g).double()
@@ -523,7 +523,7 @@ def test_the_fused_operation_computes_the_same_step_loss(kind: str, hard_weight:
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.4, 1.0])
-def test_an_adapter_on_the_head_reads_its_own_input(hard_weight: float) -> None:
+def test_adapter_on_the_head_reads_its_own_input(hard_weight: float) -> None:
     """Dropout before the adapter changes what it reads, and not what the head itself does."""
     g = torch.Generator().manual_seed(0)
     hidden, dropped, W, A, B, teacher = (

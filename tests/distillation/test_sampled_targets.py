@@ -58,12 +58,12 @@ def chi_square(kind: str, *, T: float = 1.0, draws: int = 8) -> float:
 
 @pytest.mark.parametrize("kind", ["sampled", "mixed"])
 @pytest.mark.parametrize("T", [1.0, 3.0])
-def test_the_mean_of_many_draws_is_the_softmax(kind: str, T: float) -> None:
+def test_mean_of_many_draws_is_the_softmax(kind: str, T: float) -> None:
     # Mean 1, standard deviation sqrt(2 / 8) for the 8 degrees of freedom of mixed.
     assert chi_square(kind, T=T) < 3.0
 
 
-def test_the_mean_gradient_is_the_dense_one() -> None:
+def test_mean_gradient_is_the_dense_one() -> None:
     z, student = teacher(), teacher(seed=1).expand(ROWS, V)
     want = torch.autograd.functional.jacobian(lambda s: divergence(s, z)[0], student[:1])[0]
     for kind in ("sampled", "mixed"):
@@ -74,7 +74,7 @@ def test_the_mean_gradient_is_the_dense_one() -> None:
         assert ((gradient.mean(0) - want).abs() < 4 * spread + 1e-12).all()
 
 
-def test_a_biased_sampler_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_biased_sampler_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing from p at another temperature, and a distribution function that is off by one class."""
     original = targets._drawn
     monkeypatch.setattr(targets, "_drawn", lambda w, n, g: original(w.pow(0.9), n, g))
@@ -98,7 +98,7 @@ def test_classes_that_do_not_exist_are_never_drawn() -> None:
 
 
 @pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1.0, V - 2)])
-def test_the_ends_of_the_uniform_numbers_fall_on_classes_that_exist(
+def test_ends_of_the_uniform_numbers_fall_on_classes_that_exist(
     uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """0 can come, and the largest number below 1 times the sum can round up to the sum."""
@@ -108,7 +108,7 @@ def test_the_ends_of_the_uniform_numbers_fall_on_classes_that_exist(
     assert drawn("sampled", z).ids.tolist() == [[expected]]
 
 
-def test_a_rest_without_classes_draws_nothing() -> None:
+def test_rest_without_classes_draws_nothing() -> None:
     z = torch.full((4, V), -math.inf)
     z[:, [2, 7]] = torch.tensor([1.0, 2.0])
     target = drawn("mixed", z)
@@ -127,7 +127,7 @@ def test_ids_are_unique_and_rows_are_filled_up_with_their_own() -> None:
             assert set(ids) == set(real)
 
 
-def test_a_seed_gives_the_same_draws_whatever_else_is_drawn_and_however_rows_are_cut(
+def test_seed_gives_the_same_draws_whatever_else_is_drawn_and_however_rows_are_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     z = torch.randn(40, V, generator=seeded(3))
@@ -174,7 +174,7 @@ def test_wrong_numbers_are_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_draws_what_the_cpu_draws() -> None:
+def test_gpu_draws_what_the_cpu_draws() -> None:
     """One generator on the CPU for both; sums over classes in another order may move a draw to a neighbour."""
     z = torch.randn(200, 50_000, generator=seeded()) * 3
     for kind in ("sampled", "mixed"):

@@ -146,7 +146,7 @@ def test_all_classes_stored_beside_columns_that_do_not_exist() -> None:
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalized"])
 @pytest.mark.parametrize("k", [1, 3, 11])
-def test_a_perfect_student_has_no_loss_and_no_gradient(tail: str, k: int) -> None:
+def test_perfect_student_has_no_loss_and_no_gradient(tail: str, k: int) -> None:
     _, teacher = logits(4, 11)
     target = SparseTarget.from_logits(teacher, k, temperature=2.0, tail=tail)
     loss, gradient = loss_and_grad(sparse_divergence, teacher, target, temperature=2.0)
@@ -154,7 +154,7 @@ def test_a_perfect_student_has_no_loss_and_no_gradient(tail: str, k: int) -> Non
     assert gradient.abs().max() < 1e-14
 
 
-def test_a_bucket_never_exceeds_the_dense_divergence() -> None:
+def test_bucket_never_exceeds_the_dense_divergence() -> None:
     """Merging classes loses information (log sum inequality), and the loss is never negative."""
     student, teacher = logits(20, 50)
     dense = divergence(student, teacher)
@@ -186,7 +186,7 @@ def test_renormalized_classes_are_biased() -> None:
     assert float(sparse_divergence(student, SparseTarget.from_logits(teacher, 3), temperature=1.0)) > 0.5
 
 
-def test_the_rest_of_the_student_is_not_one_minus_a_sum() -> None:
+def test_rest_of_the_student_is_not_one_minus_a_sum() -> None:
     """A student's rest of 2e-9 is -20 in logarithm; 1 - sum q in float32 is 0, and the loss inf with a gradient of NaN."""
     student = torch.tensor([[20.0, 0.0, 0.0, 0.0]])
     target = SparseTarget(torch.tensor([[0]]), torch.tensor([[0.9]]), 1.0, "bucket")
@@ -264,7 +264,7 @@ def test_deliberate_faults_are_caught(fault: Callable[..., Tensor]) -> None:
         check(fault, "bucket")
 
 
-def test_a_dropped_bucket_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_bucket_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     check(sparse_divergence, "bucket")
     monkeypatch.setattr(losses, "_rest", lambda logits, log_sum, target: logits.sum() * 0)
     with pytest.raises(AssertionError):

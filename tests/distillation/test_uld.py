@@ -24,7 +24,7 @@ def test_starts_are_counted_in_bytes() -> None:
     assert byte_starts(text, [(i, i + 1) for i in range(5)]) == [0, 1, 3, 6, 10]
 
 
-def test_a_token_inside_a_character_has_no_start() -> None:
+def test_token_inside_a_character_has_no_start() -> None:
     """A byte-level tokenizer gives the whole character to each of its bytes; here 'x' + first bytes, rest, 'y'."""
     assert byte_starts("x\U0001f600y", [(0, 2), (1, 2), (2, 3)]) == [0, None, 5]
     assert byte_starts("\U0001f600", [(0, 1)] * 4) == [0, None, None, None]

@@ -29,7 +29,7 @@ def byte_level(
     return fast
 
 
-def test_the_same_tokenizer_is_the_same() -> None:
+def test_same_tokenizer_is_the_same() -> None:
     found = require_same(byte_level(), byte_level())
     assert found.same and found.num_shared_ids == 258 and not found.notes
     assert fingerprint(byte_level()) == fingerprint(byte_level())
@@ -53,7 +53,7 @@ def test_other_tokenizers_where_asked_for(tokenizer_of: Callable[[str], Any]) ->
         require_same(*pair, cross_tokenizer="udl")
 
 
-def test_a_cache_of_another_tokenizer_has_another_fingerprint() -> None:
+def test_cache_of_another_tokenizer_has_another_fingerprint() -> None:
     others = [byte_level(rotate=1), byte_level(merges=(("t", "h"),)), byte_level(special=("<pad>", "</s>"))]
     assert len({fingerprint(t) for t in [byte_level(), *others]}) == 4
 
@@ -68,7 +68,7 @@ def test_each_kind_of_text_is_probed(merges: tuple[tuple[str, str], ...]) -> Non
     assert not found.same and found.difference is not None and " for the student and " in found.difference
 
 
-def test_a_special_token_that_one_has_alone_is_no_difference() -> None:
+def test_special_token_that_one_has_alone_is_no_difference() -> None:
     student = byte_level(special=("<pad>", "<eos>", "<|chat|>"))
     found = require_same(student, byte_level())
     assert found.num_shared_ids == 258
@@ -107,7 +107,7 @@ def test_fewer_columns_than_ids(widths: tuple[int, int], who: str) -> None:
         shared_width(Comparison(100, None), *widths)
 
 
-def test_the_probes_stay_as_they_are() -> None:
+def test_probes_stay_as_they_are() -> None:
     """A changed probe changes every stored fingerprint."""
     assert len(PROBES) == len(set(PROBES)) == 20
     assert fingerprint(byte_level())[:12] == "471228d4c5e7"

@@ -118,7 +118,7 @@ def test_less_is_better_for_a_language_model(headline: str) -> None:
         assert "(-0.147 nats, 95 % interval -0.167 to -0.126 over held-out rows; one seed" in text
 
 
-def test_a_headline_that_other_metrics_contradict() -> None:
+def test_headline_that_other_metrics_contradict() -> None:
     text = _said(examples.language_model("kl", baseline_nll=2.8))
     assert text.startswith("Distillation helped: KL to the teacher")
     assert (
@@ -136,7 +136,7 @@ def test_a_headline_that_other_metrics_contradict() -> None:
         (0.61, 0.64, "And yet the teacher itself is worse than the baseline (accuracy 0.610 against 0.640)."),
     ],
 )  # fmt: skip
-def test_a_teacher_that_is_no_better_than_the_baseline(teacher: float, baseline: float, sentence: str) -> None:
+def test_teacher_that_is_no_better_than_the_baseline(teacher: float, baseline: float, sentence: str) -> None:
     figures = examples.classification(5, teacher=teacher, baseline=baseline, spread=0.002)
     assert sentence in _said(figures)
     assert "teacher is" not in _said(examples.classification()) and "teacher itself" not in _said(
@@ -144,7 +144,7 @@ def test_a_teacher_that_is_no_better_than_the_baseline(teacher: float, baseline:
     )
 
 
-def test_a_student_that_is_larger_or_slower() -> None:
+def test_student_that_is_larger_or_slower() -> None:
     slow = {"value": 0.84, "low": 0.81, "high": 0.88, "over": "rounds", "n": 50}
     text = _said(_with_costs(examples.classification(), "student", num_parameters=15_000_000, speed=slow))
     assert "at 141 % of its parameters and 0.84x its speed. The student is larger than the teacher (1.4x its" in text

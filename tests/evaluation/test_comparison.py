@@ -147,7 +147,7 @@ def test_mistakes_of_the_caller() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_model_that_diverged_is_said_so(value: float) -> None:
+def test_model_that_diverged_is_said_so(value: float) -> None:
     logits = _logits(1)
     logits[3, 4] = value
     with pytest.raises(VerificationError, match="in the teacher's outputs on held-out rows: its training diverged"):
@@ -163,7 +163,7 @@ def test_ece_by_hand() -> None:
     assert math.isnan(Calibration().ece()) and math.isnan(Calibration().adaptive_ece())
 
 
-def test_a_bin_holds_its_upper_edge() -> None:
+def test_bin_holds_its_upper_edge() -> None:
     """0.2 is the end of (2/15, 3/15]: in one bin with 0.15 the errors cancel, in two they would not."""
     found = Calibration()
     found.add(np.array([0.2, 0.15]), np.array([True, False]))
@@ -228,7 +228,7 @@ def test_embeddings_against_scipy_and_by_brute_force() -> None:
     )
 
 
-def test_a_drawn_spearman_is_scipys_on_the_repeated_pairs() -> None:
+def test_drawn_spearman_is_scipys_on_the_repeated_pairs() -> None:
     """Texts 0 and 1 are the same text, so that there are ties."""
     student, teacher = _vectors(12, 0.7)
     student[1], teacher[1] = student[0], teacher[0]
@@ -241,7 +241,7 @@ def test_a_drawn_spearman_is_scipys_on_the_repeated_pairs() -> None:
         assert statistic(counts[None].astype(float))[0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_student_that_turns_the_space_is_a_perfect_one_but_for_the_cosine() -> None:
+def test_student_that_turns_the_space_is_a_perfect_one_but_for_the_cosine() -> None:
     _, teacher = _vectors(600, 0.0)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1))).Q
     values = {

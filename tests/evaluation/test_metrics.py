@@ -73,7 +73,7 @@ def test_class_metrics_match_scikit_learn_called_directly() -> None:
         assert [values[f"{name}_{c}"] for c in NAMES] == function(references, predictions, average=None).tolist()
 
 
-def test_a_class_that_never_occurs_does_not_lower_the_macro_average() -> None:
+def test_class_that_never_occurs_does_not_lower_the_macro_average() -> None:
     values = _score_classes(["f1"], [0, 1, 1], [0, 1, 1])
     assert values == {"f1_macro": 1.0, "f1_ham": 1.0, "f1_spam": 1.0, "f1_other": 0.0}
 
@@ -120,7 +120,7 @@ def test_token_metrics_weigh_batches_by_their_tokens() -> None:
     assert scorer.compute() == {"loss": 1.0, "perplexity": pytest.approx(math.e), "token_accuracy": 0.5}
 
 
-def test_a_perplexity_beyond_float64_is_inf_and_nan_stays_nan() -> None:
+def test_perplexity_beyond_float64_is_inf_and_nan_stays_nan() -> None:
     scorer = Scorer(["perplexity"])
     scorer.add(tokens(1e6, 10, 0))
     assert scorer.compute() == {"perplexity": math.inf}
@@ -282,7 +282,7 @@ def test_offline_the_scorer_writes_nothing_and_each_module_loads_by_path(tmp_pat
 
 
 @pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs and spec.rows and spec.on_card])
-def test_the_value_over_rows_is_the_value_of_the_evaluation(name: str) -> None:
+def test_value_over_rows_is_the_value_of_the_evaluation(name: str) -> None:
     """Two programs of one rule: scikit-learn's over all rows, and a sum over rows that may be drawn again."""
     rng = np.random.default_rng(1)
     predicted, true = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
@@ -312,7 +312,7 @@ def test_the_value_over_rows_is_the_value_of_the_evaluation(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["precision", "recall", "f1"])
-def test_the_value_of_one_class_over_rows_is_that_of_the_evaluation(family: str) -> None:
+def test_value_of_one_class_over_rows_is_that_of_the_evaluation(family: str) -> None:
     rng = np.random.default_rng(2)
     predicted, true = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
     values = _score_classes([family], predicted.tolist(), true.tolist())

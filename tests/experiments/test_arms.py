@@ -120,7 +120,7 @@ def weights(run: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(run / "student").items() if not name.endswith(".yaml")}
 
 
-def test_a_run_is_complete(done: Done) -> None:
+def test_run_is_complete(done: Done) -> None:
     names = {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     model |= {"recipe.lock.yaml"} | ({"generation_config.json"} if done.task == "causal_lm" else set())
@@ -142,7 +142,7 @@ def test_a_run_is_complete(done: Done) -> None:
     assert summary["card"]["num_rows"] == 12 and summary["card"]["num_seeds"] == len(seeds)
 
 
-def test_the_card_has_the_metrics_of_the_files(done: Done) -> None:
+def test_card_has_the_metrics_of_the_files(done: Done) -> None:
     """The student and the baseline, each evaluated again from its files; one seed after the other where there are two."""
     card = done.run.summary["card"]
     for who, kind in (("student", "student"), ("baseline", "labels")):
@@ -160,7 +160,7 @@ def test_the_card_has_the_metrics_of_the_files(done: Done) -> None:
     assert {"accuracy", "loss"} <= {row["name"] for row in card["metrics"]}
 
 
-def test_the_teacher_on_the_card_is_the_teacher(done: Done) -> None:
+def test_teacher_on_the_card_is_the_teacher(done: Done) -> None:
     rows = {row["name"]: row for row in done.run.summary["card"]["metrics"]}
     alone = peftlab.evaluate(f"teacher-{done.task}", progress=SilentProgress())["metrics"]
     for name in ("accuracy", "loss"):
@@ -197,21 +197,21 @@ def test_plain_transformers_loads_the_student(done: Done) -> None:
         assert model.config.num_hidden_layers == 1
 
 
-def test_the_cache_was_made_first_and_the_rows_needed_no_labels(texts: Done, classes: Done) -> None:
+def test_cache_was_made_first_and_the_rows_needed_no_labels(texts: Done, classes: Done) -> None:
     assert any("is incomplete: caching the missing teacher targets first" in note for note in texts.notes)
     assert texts.run.summary["teach"][0]["examples"] == 36
     assert (texts.folder / "cache/manifest.json").is_file()
     assert "label" not in (classes.folder / "transfer.csv").read_text()
 
 
-def test_the_lock_file_repeats_the_student_byte_by_byte(done: Done) -> None:
+def test_lock_file_repeats_the_student_byte_by_byte(done: Done) -> None:
     torch.rand(7)
     again = distill("run/recipe.lock.yaml", ["run.dir=again", "distill.seeds=1"], progress=SilentProgress())
     assert weights(again.folder) == weights(Path("run"))
     shutil.rmtree("again")
 
 
-def test_a_new_head_of_a_cut_student_is_the_same_each_time(here: Path) -> None:
+def test_new_head_of_a_cut_student_is_the_same_each_time(here: Path) -> None:
     """The fault: a head drawn from whatever state the generator was in."""
     from transformers import BertModel
 
@@ -246,7 +246,7 @@ def test_what_was_changed_since_is_noticed(here: Path) -> None:
         distill("run", resume=True, progress=SilentProgress())
 
 
-def test_a_mistake_does_not_cost_the_earlier_run(here: Path) -> None:
+def test_mistake_does_not_cost_the_earlier_run(here: Path) -> None:
     document = lesson("seq_cls", distill={"seeds": 1, "baseline": False})
     distill(document, progress=SilentProgress())
     before = contents(here / "run")
@@ -287,7 +287,7 @@ def test_ctrl_c_and_resume(here: Path, texts: Done) -> None:
     assert weights(distill("run", resume=True, progress=SilentProgress()).folder) == weights(texts.folder / "run")
 
 
-def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -309,7 +309,7 @@ def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "run/seed-0/student is already finished" in notes.said
 
 
-def test_a_loss_that_is_not_a_number(here: Path) -> None:
+def test_loss_that_is_not_a_number(here: Path) -> None:
     before = contents(here)
     with pytest.raises(
         VerificationError, match=r"step 2 is nan.*transfer\.csv:\d+.*were not updated|transfer\.csv:\d+"
@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_a_number(here: Path) -> None:
     assert set(contents(here)) == set(before) or (here / "run").exists()
 
 
-def test_a_student_that_is_larger_than_its_teacher(here: Path) -> None:
+def test_student_that_is_larger_than_its_teacher(here: Path) -> None:
     small = lesson("seq_cls", distill={"seeds": 1, "student_init": {"layers": [0]}, "baseline": False})
     distill(small, ["run.dir=small"], progress=SilentProgress())
     notes = Notes()

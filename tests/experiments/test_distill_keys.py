@@ -63,12 +63,12 @@ def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) 
         ({"label": [str(i) for i in range(10)]}, "nothing is left to train on"),
     ],
 )
-def test_an_exclusion_that_does_nothing_or_all_is_refused(tmp_path: Path, exclude: Any, said: str) -> None:
+def test_exclusion_that_does_nothing_or_all_is_refused(tmp_path: Path, exclude: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         load_data(load_recipe(digits(tmp_path, exclude=exclude)).recipe)
 
 
-def test_a_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
+def test_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
     train(digits(tmp_path), progress=SilentProgress())
     init = {"weights": "random", "num_layers": 1, "hidden_size": 64, "intermediate_size": 128}
     recipe = digits(
@@ -86,7 +86,7 @@ def test_a_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["recall_33", "recall", "ece", "perplexity"])
-def test_a_headline_that_is_no_metric_is_refused_before_anything_is_trained(untaught: Path, name: str) -> None:
+def test_headline_that_is_no_metric_is_refused_before_anything_is_trained(untaught: Path, name: str) -> None:
     recipe = digits(untaught, {"headline": name})
     with pytest.raises(RecipeError, match="expected a metric of the report card"):
         distill(recipe, progress=SilentProgress())
@@ -109,7 +109,7 @@ def test_metrics_of_a_class_are_those_of_scikit_learn_on_every_draw(family: str)
             assert value == pytest.approx(score(b, a, labels=[index], average="macro", zero_division=0.0))
 
 
-def test_a_share_of_no_row_at_all_has_an_interval() -> None:
+def test_share_of_no_row_at_all_has_an_interval() -> None:
     found = bootstrap({"x": row_metrics.mean(np.zeros(50))}, 50, shares_of={"x": 0})["x"].interval()
     assert (found.low, found.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
 
@@ -227,7 +227,7 @@ def test_losses_between_layers_that_cannot_be(tmp_path: Path, distilling: dict[s
         load_recipe(digits(tmp_path, distilling))
 
 
-def test_a_layer_that_is_not_there_is_found_by_check(untaught: Path) -> None:
+def test_layer_that_is_not_there_is_found_by_check(untaught: Path) -> None:
     recipe = digits(untaught, {"losses": [{"kind": "hidden_cosine", "layers": {0: 2}}]})
     with pytest.raises(RecipeError, match="hidden_cosine: the teacher has 2 layers, 0 to 1; found layer 2"):
         peftlab.check(recipe, progress=SilentProgress())

@@ -160,7 +160,7 @@ def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(folder, run.summary, progress.places)
 
 
-def test_a_run_says_what_its_phases_were(whole: Whole) -> None:
+def test_run_says_what_its_phases_were(whole: Whole) -> None:
     ((seed, phases),) = [(one["seed"], one["phases"]) for one in whole.summary["on_policy"]]
     assert seed == 0 and [p["phase"] for p in phases] == [1, 2]
     assert [p["steps"] for p in phases] == [[0, 2], [2, 4]], "8 rows in batches of 4, twice"
@@ -185,7 +185,7 @@ def test_a_run_says_what_its_phases_were(whole: Whole) -> None:
     assert whole.summary["card"] and (whole.folder / "run" / "student" / "model.safetensors").is_file()
 
 
-def test_the_phases_are_one_training(whole: Whole) -> None:
+def test_phases_are_one_training(whole: Whole) -> None:
     folder = whole.folder / "run" / "seed-0" / "student"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
@@ -218,7 +218,7 @@ def killed_at(whole: Whole, place: str, aside: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_card")
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_run_goes_on_to_the_same_student(whole: Whole, here: Path, place: str) -> None:
+def test_killed_run_goes_on_to_the_same_student(whole: Whole, here: Path, place: str) -> None:
     """Between phases and within them: while the student writes, before its rows are stored, after the teacher was asked, in
     the first step of a phase and behind a checkpoint in its midst."""
     assert set(PLACES) <= whole.places
@@ -445,7 +445,7 @@ def test_answers_are_drawn_from_what_the_student_says(here: Path, models: Path) 
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_a_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = on_policy_module.write_answers
 
     def silent(*args: Any, **options: Any) -> list[Any]:

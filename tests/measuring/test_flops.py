@@ -25,7 +25,7 @@ def _counted(model: Any, forward: Callable[[torch.Tensor], Any]) -> flops.Counte
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_training_step(tiny: Callable[..., Any], dora: bool) -> None:
+def test_training_step(tiny: Callable[..., Any], dora: bool) -> None:
     from peftlab.adapters.fused import set_kernels
 
     model = tiny("tiny:llama", attention="eager", dora=dora).train()

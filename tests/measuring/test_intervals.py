@@ -29,14 +29,14 @@ def _texts(rng: np.random.Generator, num: int = 60) -> tuple[np.ndarray, np.ndar
     return rng.binomial(tokens, rng.beta(2, 2, num)), tokens
 
 
-def test_the_interval_of_a_share_covers_in_95_of_100() -> None:
+def test_interval_of_a_share_covers_in_95_of_100() -> None:
     def one_set(rng: np.random.Generator) -> Estimate:
         return bootstrap({"m": row_metrics.mean(rng.random(100) < 0.7)}, 100)["m"]
 
     assert 0.90 <= _coverage(one_set, 0.7) <= 0.99
 
 
-def test_the_interval_of_a_ratio_over_rows_covers_and_one_over_tokens_does_not() -> None:
+def test_interval_of_a_ratio_over_rows_covers_and_one_over_tokens_does_not() -> None:
     """The fault: tokens drawn one by one, as if the tokens of a text had nothing to do with each other."""
 
     def by_rows(rng: np.random.Generator) -> Estimate:
@@ -52,7 +52,7 @@ def test_the_interval_of_a_ratio_over_rows_covers_and_one_over_tokens_does_not()
     assert _coverage(by_tokens, 0.5) < 0.6
 
 
-def test_a_paired_difference_covers_and_is_narrower_than_an_unpaired_one() -> None:
+def test_paired_difference_covers_and_is_narrower_than_an_unpaired_one() -> None:
     def both(rng: np.random.Generator) -> tuple[Estimate, Estimate]:
         ease = rng.random(120)
         a, b = (0.8 * ease + 0.2 * rng.random(120) > cut for cut in (0.4, 0.5))
@@ -72,7 +72,7 @@ def test_a_paired_difference_covers_and_is_narrower_than_an_unpaired_one() -> No
     assert together.high - together.low < 0.8 * (apart.high - apart.low)
 
 
-def test_the_interval_is_scipys() -> None:
+def test_interval_is_scipys() -> None:
     values = np.random.default_rng(1).exponential(2.0, 80)
     ours = bootstrap({"m": row_metrics.mean(values)}, 80, num_draws=9999)["m"].interval()
     theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(2)).confidence_interval
@@ -81,14 +81,14 @@ def test_the_interval_is_scipys() -> None:
     assert ours.value == pytest.approx(values.mean()) and ours.over == "rows" and ours.n == 80
 
 
-def test_a_ratio_draws_numerators_and_denominators_together() -> None:
+def test_ratio_draws_numerators_and_denominators_together() -> None:
     nats, tokens = np.array([2.0, 30.0, 1.0]), np.array([1.0, 10.0, 5.0])
     counts = np.array([[1.0, 1.0, 1.0], [2.0, 0.0, 1.0]])
     assert row_metrics.ratio(nats, tokens)(counts) == pytest.approx([33 / 16, 5 / 7])
     assert row_metrics.exp_ratio(nats, tokens)(counts) == pytest.approx([math.exp(33 / 16), math.exp(5 / 7)])
 
 
-def test_an_infinite_row_counts_only_where_it_was_drawn() -> None:
+def test_infinite_row_counts_only_where_it_was_drawn() -> None:
     found = row_metrics.mean([1.0, np.inf, 3.0])(np.array([[1.0, 0.0, 2.0], [1.0, 1.0, 1.0]]))
     assert found.tolist() == [pytest.approx(7 / 3), np.inf]
 
@@ -165,7 +165,7 @@ def test_of_few_repetitions_there_is_no_interval() -> None:
     assert (found.value, found.low, found.high) == (2.0, 1.0, 3.0)
 
 
-def test_a_slow_spell_that_hits_both_is_no_difference_of_the_ratio() -> None:
+def test_slow_spell_that_hits_both_is_no_difference_of_the_ratio() -> None:
     """The machine is ten times as slow in the last two repetitions; side by side the first is always twice the second."""
     slow = [1.0, 1.1, 0.9, 10.0, 11.0]
     found = ratio_of_medians([2 * s for s in slow], slow)

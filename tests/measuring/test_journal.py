@@ -67,7 +67,7 @@ def test_going_on_needs_the_same_machine_and_versions(tmp_path: Path) -> None:
         read_records(path)
 
 
-def test_a_new_journal_forgets_the_one_before(tmp_path: Path) -> None:
+def test_new_journal_forgets_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     first = begin(path, HEADER)
     first.write({"kind": "row"})

@@ -52,7 +52,7 @@ def test_each_round_has_every_model_in_an_order_of_its_own(monkeypatch: pytest.M
     assert {frozenset(r) for r in rounds} == {frozenset("abc")} and len(set(rounds)) == 6
 
 
-def test_a_drift_of_the_machine_cancels_where_taking_turns_and_not_one_after_the_other(
+def test_drift_of_the_machine_cancels_where_taking_turns_and_not_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The fault: all rounds of one model, then all of the other, while the machine gets slower."""
@@ -78,7 +78,7 @@ def test_time_is_bounded_but_three_rounds_are_taken(monkeypatch: pytest.MonkeyPa
     assert found["b"].num_rounds == 3 and found["b"].speed_low is None and found["b"].tokens_per_s is None
 
 
-def test_the_ratio_interval_covers_in_95_of_100() -> None:
+def test_ratio_interval_covers_in_95_of_100() -> None:
     held = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def test_on_the_clock_of_the_machine() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_waited_for() -> None:
+def test_gpu_is_waited_for() -> None:
     a = torch.randn(4096, 4096, device="cuda")
 
     def products(num: int) -> Callable[[], object]:

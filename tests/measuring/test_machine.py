@@ -42,7 +42,7 @@ def test_outside_of_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path
     assert machine.git_commit(stranger) is None
 
 
-def test_the_digest_tells_code_apart(checkout: Path) -> None:
+def test_digest_tells_code_apart(checkout: Path) -> None:
     def digest() -> str:
         return machine.source_digest(checkout.parent, ("package/*.py",))
 

@@ -23,7 +23,7 @@ QUANTIZED = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("name", ["tiny:llama", "tiny:bert"])
-def test_a_backbone_is_frozen_and_close_to_the_original(tiny: Callable[..., Any], name: str, quantize: str) -> None:
+def test_backbone_is_frozen_and_close_to_the_original(tiny: Callable[..., Any], name: str, quantize: str) -> None:
     plain = tiny(name, adapter=False)
     model = tiny(name, adapter=False, quantize=quantize)
     assert not model.training
@@ -48,7 +48,7 @@ def test_dtypes(tiny: Callable[..., Any]) -> None:
     assert resolve_dtype("float16", "cpu") == torch.float16
 
 
-def test_a_tiny_model_is_the_same_whatever_the_seed(tiny: Callable[..., Any]) -> None:
+def test_tiny_model_is_the_same_whatever_the_seed(tiny: Callable[..., Any]) -> None:
     logits = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -133,7 +133,7 @@ def test_using_a_tokenizer_does_not_change_its_fingerprint(tokenizer_of: Callabl
     assert tokenizer_fingerprint(tokenizer) == before
 
 
-def test_the_fingerprint_is_stable_across_processes() -> None:
+def test_fingerprint_is_stable_across_processes() -> None:
     code = (
         "from peftlab.models import *\n"
         "print(tokenizer_fingerprint(load_tokenizer(find_pretrained('tiny:llama'))))"

@@ -79,14 +79,14 @@ def build(name: str = "small-llama-3-8b", auto_class: str = "AutoModelForCausalL
         ("smollm2-135m", 134_515_008),
     ],
 )
-def test_the_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
+def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(preset_config(f"shape:{name}"))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_linear_shapes_are_those_of_the_decoder(name: str) -> None:
+def test_linear_shapes_are_those_of_the_decoder(name: str) -> None:
     config = preset_config(f"shape:{name}")
     config.num_hidden_layers = 1
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def test_the_linear_shapes_are_those_of_the_decoder(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_logits_are_those_of_an_ordinary_model_with_these_weights(family: str) -> None:
+def test_logits_are_those_of_an_ordinary_model_with_these_weights(family: str) -> None:
     model = build(f"small-{family}")
     ordinary = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
     norms = {n: p for n, p in ordinary.named_parameters() if "norm" in n}  # 1, but 0 where the family adds 1
@@ -204,7 +204,7 @@ def test_every_build_gives_the_same_weights() -> None:
     assert not torch.equal(one["model.layers.0.mlp.up_proj.weight"], one["model.layers.1.mlp.up_proj.weight"])
 
 
-def test_the_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets_module, "_PIECE", 100)
     weights = []
     for workers in (1, 4):
@@ -249,7 +249,7 @@ def test_unknown_names() -> None:
         resolve_model("shape:llama-3-8b", "main")
 
 
-def test_the_fingerprint_follows_name_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_follows_name_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "shape:small-llama-3-8b"
     before = find_pretrained(name)
     assert before.fingerprint == find_pretrained(name).fingerprint
@@ -262,14 +262,14 @@ def test_the_fingerprint_follows_name_and_configuration(monkeypatch: pytest.Monk
     assert after.location != before.location
 
 
-def test_the_cache_holds_the_config_alone() -> None:
+def test_cache_holds_the_config_alone() -> None:
     pretrained = find_pretrained("shape:llama-3.2-1b")
     assert [p.name for p in Path(pretrained.location).iterdir()] == ["config.json"]
     config = AutoConfig.from_pretrained(pretrained.location)
     assert config.to_dict() == preset_config("shape:llama-3.2-1b").to_dict() | {"_name_or_path": config.name_or_path}
 
 
-def test_the_tokenizer_is_the_byte_level_one() -> None:
+def test_tokenizer_is_the_byte_level_one() -> None:
     pretrained = find_pretrained("shape:llama-3-8b")
     tokenizer = load_tokenizer(pretrained)
     assert tokenizer.chat_template

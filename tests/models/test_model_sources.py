@@ -38,7 +38,7 @@ def test_names() -> None:
     assert resolve_model("gpt2").kind == "hub"
 
 
-def test_a_local_folder(folder: Path) -> None:
+def test_local_folder(folder: Path) -> None:
     source = resolve_model(str(folder))
     assert (source.kind, source.path) == ("folder", str(folder))
     refused(str(folder), RecipeError, "a revision needs a hub model", revision="main")
@@ -94,7 +94,7 @@ def load(name: str, **options: Any) -> Any:
     return load_model(find_pretrained(name), auto_class="AutoModelForCausalLM", device="cpu", **options)
 
 
-def test_a_folder_loads_to_the_same_weights(folder: Path, tiny: Any) -> None:
+def test_folder_loads_to_the_same_weights(folder: Path, tiny: Any) -> None:
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(load(str(folder))(input_ids=ids).logits, tiny("tiny:llama", adapter=False)(input_ids=ids).logits)
 
@@ -109,7 +109,7 @@ def test_damaged_safetensors(folder: Path, damage: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-def test_a_damaged_config(folder: Path) -> None:
+def test_damaged_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises((RecipeError, ArtifactError)):
         load(str(folder))
@@ -136,14 +136,14 @@ def test_tensors_of_another_shape(folder: Path) -> None:
         load(str(folder))
 
 
-def test_a_missing_tokenizer(folder: Path) -> None:
+def test_missing_tokenizer(folder: Path) -> None:
     for path in folder.glob("token*"):
         path.unlink()
     with pytest.raises(RecipeError, match=r"the tokenizer of .* cannot be loaded"):
         load_tokenizer(find_pretrained(str(folder)))
 
 
-def test_a_chat_template_file(tmp_path: Path) -> None:
+def test_chat_template_file(tmp_path: Path) -> None:
     pretrained = find_pretrained("tiny:llama")
     (tmp_path / "t.jinja").write_text("{{ messages }}")
     assert load_tokenizer(pretrained, chat_template=str(tmp_path / "t.jinja")).chat_template == "{{ messages }}"
@@ -152,12 +152,12 @@ def test_a_chat_template_file(tmp_path: Path) -> None:
     assert caught.value.key == "model.chat_template"
 
 
-def test_an_unknown_hub_model_offline() -> None:
+def test_unknown_hub_model_offline() -> None:
     with pytest.raises(RecipeError, match="neither a local folder or file, nor in the hub's cache"):
         find_pretrained("no-such-org/no-such-model")
 
 
-def test_the_fingerprint_follows_the_weights(folder: Path) -> None:
+def test_fingerprint_follows_the_weights(folder: Path) -> None:
     before = find_pretrained(str(folder)).fingerprint
     assert before == find_pretrained(str(folder)).fingerprint
     content = bytearray((folder / "model.safetensors").read_bytes())
@@ -172,7 +172,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "gguf"
 
 
-def test_a_gguf_that_is_none(tmp_path: Path, cache: Path) -> None:
+def test_gguf_that_is_none(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"<html>")
     with pytest.raises(ArtifactError, match="does not start with the GGUF magic bytes"):
         find_pretrained(str(tmp_path / "m.gguf"))
@@ -183,7 +183,7 @@ def test_a_gguf_that_is_none(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("killed"), KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_conversion_that_fails_leaves_nothing(
+def test_conversion_that_fails_leaves_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -198,7 +198,7 @@ def test_a_conversion_that_fails_leaves_nothing(
     assert list(cache.iterdir()) == []
 
 
-def test_a_conversion_is_made_once_per_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_is_made_once_per_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def convert(gguf: Path, folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_evenly_spaced_layers_are_different_ones_with_both_ends() -> None:
             assert len(set(layers)) == keep and layers[0] == 0 and layers[-1] == num_layers - 1
 
 
-def test_a_student_is_a_plain_checkpoint_of_the_teacher_s_layer(tmp_path: Path) -> None:
+def test_student_is_a_plain_checkpoint_of_the_teacher_s_layer(tmp_path: Path) -> None:
     notes = _make(tmp_path / "student", StudentCut(layers=(1,)))
     teacher = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
     cut_layers(teacher, [1])
@@ -104,7 +104,7 @@ def test_importance_and_widths_are_in_the_notes(tmp_path: Path) -> None:
     )
 
 
-def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
+def test_classifier_keeps_its_head(tmp_path: Path) -> None:
     labels = {"auto_class": "AutoModelForSequenceClassification", "num_labels": 3}
     _make(tmp_path / "student", StudentCut(num_layers=1, by="first"), "tiny:bert", **labels)
     teacher = load_model(find_pretrained("tiny:bert"), device="cpu", **labels)
@@ -113,7 +113,7 @@ def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_stored_dtype_stays(dtype: str, tmp_path: Path) -> None:
+def test_stored_dtype_stays(dtype: str, tmp_path: Path) -> None:
     teacher = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu", dtype=dtype)
     teacher.save_pretrained(tmp_path / "teacher")
     load_tokenizer(find_pretrained("tiny:llama")).save_pretrained(tmp_path / "teacher")
@@ -122,7 +122,7 @@ def test_the_stored_dtype_stays(dtype: str, tmp_path: Path) -> None:
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
 
 
-def test_the_same_request_is_not_cut_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_request_is_not_cut_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = StudentCut(num_layers=1, by="importance")
     notes = _make(tmp_path / "student", cut, sample="a")
     with monkeypatch.context() as patch:
@@ -154,7 +154,7 @@ def test_folders_that_are_no_such_student_are_left_alone(tmp_path: Path) -> None
         _make(tmp_path / "student", cut)
 
 
-def test_a_student_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_student_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
 
     class FullDisk:
@@ -200,7 +200,7 @@ def test_a_student_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         (StudentCut(num_heads=3), ".num_heads", "a multiple of the 2 key/value heads"),
     ],
 )
-def test_an_impossible_cut_is_refused_before_weights_are_loaded(
+def test_impossible_cut_is_refused_before_weights_are_loaded(
     cut: StudentCut, key: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_module, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -210,7 +210,7 @@ def test_an_impossible_cut_is_refused_before_weights_are_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_a_layer_cannot_take_is_seen_without_weights() -> None:
+def test_place_that_a_layer_cannot_take_is_seen_without_weights() -> None:
     config = tf.ModernBertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,

@@ -108,7 +108,7 @@ def test_greedy_search_sees_that_two_layers_stand_in_for_each_other() -> None:
     assert greedy.distance < once.distance / 2
 
 
-def test_the_model_comes_out_as_it_went_in_even_after_an_error() -> None:
+def test_model_comes_out_as_it_went_in_even_after_an_error() -> None:
     model = _teacher().train()
     before = torch.cat(list(_outputs(model)))
     calls = 0
@@ -154,7 +154,7 @@ def test_embeddings_are_compared_by_their_cosine() -> None:
     assert len(found.kept) == 2 and 0.0 < found.distance < 2.0 and found.num_positions == 6
 
 
-def test_a_layer_that_is_held_in_its_place_is_never_removed() -> None:
+def test_layer_that_is_held_in_its_place_is_never_removed() -> None:
     torch.manual_seed(0)
     config = tf.ModernBertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0,
@@ -171,7 +171,7 @@ def test_a_layer_that_is_held_in_its_place_is_never_removed() -> None:
         layers_by_importance(gpt2, 1, outputs=_outputs, search="once")
 
 
-def test_a_broken_teacher_is_said_to_be_broken() -> None:
+def test_broken_teacher_is_said_to_be_broken() -> None:
     model = _teacher()
     model.lm_head.weight[3] = torch.nan
     with pytest.raises(VerificationError, match="are NaN on the sample"):

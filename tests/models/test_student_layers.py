@@ -98,7 +98,7 @@ def _output(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_a_cut_model_is_the_teacher_without_the_other_layers(name: str, tmp_path: Path) -> None:
+def test_cut_model_is_the_teacher_without_the_other_layers(name: str, tmp_path: Path) -> None:
     """The bypass takes hand-made references out of transformers' own forward; the files are read by it alone."""
     model = _teacher(name)
     whole = _output(model)
@@ -117,7 +117,7 @@ def test_a_cut_model_is_the_teacher_without_the_other_layers(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "t5", "bart"])
-def test_a_cut_model_generates_with_a_cache_what_it_generates_without(name: str) -> None:
+def test_cut_model_generates_with_a_cache_what_it_generates_without(name: str) -> None:
     model = _teacher(name)
     cut_layers(model, [0, 2, 4])
     ids = torch.arange(3, 9)[None]
@@ -134,7 +134,7 @@ def test_layers_that_keep_their_numbers_break_the_cache(monkeypatch: pytest.Monk
         model.generate(torch.arange(3, 9)[None], max_new_tokens=4, do_sample=False)
 
 
-def test_the_kept_layers_are_the_teachers_own_and_learn_as_when_read_back(tmp_path: Path) -> None:
+def test_kept_layers_are_the_teachers_own_and_learn_as_when_read_back(tmp_path: Path) -> None:
     model = _teacher("llama")
     third = copy.deepcopy(model.model.layers[3].state_dict())
     cut_layers(model, [1, 3])
@@ -149,7 +149,7 @@ def test_the_kept_layers_are_the_teachers_own_and_learn_as_when_read_back(tmp_pa
     assert all(torch.equal(p.grad, others[name].grad) for name, p in model.named_parameters())
 
 
-def test_the_config_s_lists_follow_and_a_changed_pattern_is_noted() -> None:
+def test_config_s_lists_follow_and_a_changed_pattern_is_noted() -> None:
     gemma = _teacher("gemma2")
     notes = cut_layers(gemma, [0, 2, 3])
     assert gemma.config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
@@ -172,7 +172,7 @@ def test_either_half_of_an_encoder_decoder_model_can_be_cut(name: str, tmp_path:
     assert [len(find_stack(again, part)) for part in ("encoder", "decoder")] == [2, 2]
 
 
-def test_a_failing_measurement_leaves_the_model_whole() -> None:
+def test_failing_measurement_leaves_the_model_whole() -> None:
     model = _teacher("gemma2")
     whole, config = _output(model), model.config.to_dict()
 
@@ -198,7 +198,7 @@ def test_a_failing_measurement_leaves_the_model_whole() -> None:
         ),
     ],
 )
-def test_a_layer_that_only_works_in_its_place_is_refused(name: str, layers: list[int], expected: str) -> None:
+def test_layer_that_only_works_in_its_place_is_refused(name: str, layers: list[int], expected: str) -> None:
     model = _teacher(name)
     whole, config = _output(model), model.config.to_dict()
     with pytest.raises(RecipeError) as caught:
@@ -236,6 +236,6 @@ def test_what_is_no_choice_of_layers_is_refused(layers: list[int], expected: str
     assert expected in str(caught.value) and caught.value.key == "distill.student_init.layers"
 
 
-def test_a_decoder_only_model_has_no_part() -> None:
+def test_decoder_only_model_has_no_part() -> None:
     with pytest.raises(RecipeError, match="has one stack of layers and no encoder"):
         cut_layers(_teacher("llama"), [0], part="encoder")

@@ -123,7 +123,7 @@ def test_silent_neurons_and_groups_of_heads_go_without_a_trace(name: str) -> Non
     assert (report.after.num_heads, report.after.num_key_value_heads, report.after.head_dim) == (2, 1, 8)
 
 
-def test_a_head_that_nobody_reads_goes_from_inside_its_group() -> None:
+def test_head_that_nobody_reads_goes_from_inside_its_group() -> None:
     """Each group keeps its louder head; first it is found which, then the others' readers are silenced."""
     trial = _decoder(num_hidden_layers=1)
     (kept,) = cut_width(trial, num_heads=2, sample=_sample).heads or ()
@@ -178,7 +178,7 @@ def test_silent_channels_and_heads_of_an_encoder_go_without_a_trace(name: str) -
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
-def test_a_pooler_keeps_its_own_loudest_outputs(name: str) -> None:
+def test_pooler_keeps_its_own_loudest_outputs(name: str) -> None:
     """Its channels are not the hidden ones: those it silences go, whatever their numbers are in the residual stream."""
     model = _make(*ENCODERS[name], layer_norm_eps=1e-2)
     _silence_encoder(model, torch.arange(2, 32, 4), head=1)
@@ -204,7 +204,7 @@ CUTS: list[dict[str, int]] = [
     + [(name, {"hidden_size": 16, "num_heads": 2, "intermediate_size": 30}) for name in ENCODERS],
     ids=str,
 )
-def test_a_narrow_model_reads_back_as_it_is_and_learns_alike(name: str, cut: dict[str, int], tmp_path: Path) -> None:
+def test_narrow_model_reads_back_as_it_is_and_learns_alike(name: str, cut: dict[str, int], tmp_path: Path) -> None:
     model = _decoder(name, tie_word_embeddings=True) if name in DECODERS else _make(*ENCODERS[name])
     report = cut_width(model, **cut, sample=_sample)
     assert {k: getattr(report.after, k) for k in cut} == cut

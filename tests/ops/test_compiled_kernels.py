@@ -140,7 +140,7 @@ def test_such_a_read_is_seen(compiled: tuple[int, list[Row]], folder: Path) -> N
     assert _unordered_reads(re.sub(r"^\s*bar(rier)?\.sync.*$", "", ptx, flags=re.MULTILINE), "linear_kl")
 
 
-def test_a_merge_has_its_codes_on_the_way_before_it_waits(compiled: tuple[int, list[Row]], folder: Path) -> None:
+def test_merge_has_its_codes_on_the_way_before_it_waits(compiled: tuple[int, list[Row]], folder: Path) -> None:
     """Of aligned weights, whose registers they fit: packed bytes and scales before the first wait for a product."""
     for variant in ("nested", "flat"):
         ptx = (folder / f"nf4_merge_kernel-{variant}-bf16-fp32-16-sm_90.ptx").read_text()
@@ -161,7 +161,7 @@ def test_a_merge_has_its_codes_on_the_way_before_it_waits(compiled: tuple[int, l
         pytest.param("dropout_dx", "BLOCK_K=48", "does not compile", id="no-power-of-two"),
     ],
 )
-def test_a_bad_case_is_reported(tmp_path: Path, only: str, change: str, problem: str) -> None:
+def test_bad_case_is_reported(tmp_path: Path, only: str, change: str, problem: str) -> None:
     code, rows = _compile(tmp_path, "--quick", "--arch", "90", "--only", only, "--set", change)
     assert code == 1
     assert len(rows) == 2  # bf16 and fp16

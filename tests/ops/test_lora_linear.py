@@ -103,7 +103,7 @@ def test_lora_linear_errs_no_more_than_the_unfused_formula(
         *[pytest.param(*p.values, 1e-3, id=p.id, marks=p.marks) for p in SIXTEEN_BITS if p.id == "triton-bf16"],
     ],
 )
-def test_a_small_adapter_is_not_rounded_away(
+def test_small_adapter_is_not_rounded_away(
     device: torch.device, force_plan: Any, backend: str, dtype: torch.dtype, ratio: float, autocast: bool, kind: str,
     how: str,
 ) -> None:  # fmt: skip

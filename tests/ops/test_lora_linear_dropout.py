@@ -160,7 +160,7 @@ def test_lora_linear_checkpointing_replays_the_mask(device: torch.device, backen
 
 @pytest.mark.gpu
 @NEEDS_TRITON
-def test_a_graph_draws_a_fresh_mask_at_each_replay() -> None:
+def test_graph_draws_a_fresh_mask_at_each_replay() -> None:
     """Captured once; each replay has the mask of a seed of its own, and that mask is the NumPy reference's."""
     device = torch.device("cuda")
     case = problem("dense", (64, 48, 128, 8), torch.float16, device)

@@ -50,7 +50,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *,
     return probed
 
 
-def test_a_kernel_runs_once_before_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_runs_once_before_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = made_up_gpu(monkeypatch, (9, 0))
     assert runtime.triton_problem(CUDA, products=True) is None
     assert runtime.triton_problem("cuda", products=False) is None
@@ -129,7 +129,7 @@ def test_products_need_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> N
     assert note is not None and note.startswith("the adapter's products run in PyTorch, slower: the GPU has compute")
 
 
-def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = made_up_gpu(monkeypatch, (7, 0))
     assert runtime.choose_backend("auto", _on_cuda(), products=False) == "torch"
     assert "7.0, and 7.5 is needed" in str(ops.kernels_note("cuda")) and not probed
@@ -156,7 +156,7 @@ class _Kernel:
         return lambda *args, **options: self.launches.append((self.current[-1], grid, args, options))
 
 
-def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [0]
 
     @contextmanager
@@ -173,7 +173,7 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("hip", "there"), [(None, True), ("6.4", False)])
-def test_an_option_that_amds_backend_does_not_know(monkeypatch: pytest.MonkeyPatch, hip: Any, there: bool) -> None:
+def test_option_that_amds_backend_does_not_know(monkeypatch: pytest.MonkeyPatch, hip: Any, there: bool) -> None:
     from peftlab_kernels.linear_cross_entropy.op import rows_options
 
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -207,7 +207,7 @@ def test_every_launch_goes_through_runtime() -> None:
         assert len(launches) == (path.name == "runtime.py"), f"{path}: {[ast.unparse(n) for n in launches]}"
 
 
-def test_the_probe_runs_in_the_interpreter(process: Any) -> None:
+def test_probe_runs_in_the_interpreter(process: Any) -> None:
     code = (
         "import torch; from peftlab_kernels import runtime\n"
         "assert runtime._probed(torch.device('cpu')) is None\n"

@@ -66,7 +66,7 @@ def with_section(section: str, **settings: Any) -> dict[str, Any]:
 # What loads
 
 
-def test_a_file_gives_settings_and_their_lines(write: Write) -> None:
+def test_file_gives_settings_and_their_lines(write: Write) -> None:
     path = write(GOOD)
     loaded = load_recipe(path)
     assert loaded.recipe.train.lr == 1e-4
@@ -97,7 +97,7 @@ def test_locate_puts_key_and_line_in_front(write: Write) -> None:
     assert loaded.locate(keyless) is keyless
 
 
-def test_a_dict_is_copied_and_has_no_origins(tmp_path: Path) -> None:
+def test_dict_is_copied_and_has_no_origins(tmp_path: Path) -> None:
     settings = BASE | {"data": {"train": tmp_path / "a.csv"}, "train": {"betas": (0.9, 0.95)}}
     loaded = load_recipe(settings, ["train.lr=1"])
     assert (loaded.name, loaded.path, loaded.origins) == (
@@ -109,13 +109,13 @@ def test_a_dict_is_copied_and_has_no_origins(tmp_path: Path) -> None:
     assert settings["train"] == {"betas": (0.9, 0.95)}
 
 
-def test_a_shipped_name(shipped: Path) -> None:
+def test_shipped_name(shipped: Path) -> None:
     loaded = load_recipe("sms-spam")
     assert (loaded.name, loaded.path) == ("sms-spam", shipped / "sms-spam.yaml")
     assert loaded.where("train.lr") == "sms-spam.yaml:9"
 
 
-def test_a_file_wins_over_a_shipped_name_and_a_folder_does_not(
+def test_file_wins_over_a_shipped_name_and_a_folder_does_not(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,12 +125,12 @@ def test_a_file_wins_over_a_shipped_name_and_a_folder_does_not(
     assert load_recipe("chat-style").path == Path("chat-style")
 
 
-def test_the_name_stored_in_a_lock_is_kept(write: Write) -> None:
+def test_name_stored_in_a_lock_is_kept(write: Write) -> None:
     assert load_recipe(write(GOOD + "lock: {name: spam-run, anything: [1]}\n")).name == "spam-run"
     assert load_recipe(write(GOOD + "lock: {anything: 1}\n")).name == "recipe"
 
 
-def test_a_byte_order_mark_is_taken_off(tmp_path: Path) -> None:
+def test_byte_order_mark_is_taken_off(tmp_path: Path) -> None:
     path = tmp_path / "bom.yaml"
     path.write_text(GOOD, encoding="utf-8-sig")
     assert load_recipe(path).recipe.task == "seq_cls"
@@ -190,20 +190,20 @@ def test_overrides_replace_and_the_last_one_wins(write: Write) -> None:
     assert loaded.where("data.columns.label") == "recipe.yaml:7"
 
 
-def test_an_override_of_a_whole_section_forgets_its_lines(write: Write) -> None:
+def test_override_of_a_whole_section_forgets_its_lines(write: Write) -> None:
     loaded = load_recipe(write(GOOD), ["train={max_steps: 3}"])
     assert (loaded.recipe.train.max_steps, loaded.recipe.train.lr) == (3, 2e-4)
     assert loaded.where("train.lr") == "command line"
 
 
-def test_a_name_with_a_dot_in_a_free_mapping() -> None:
+def test_name_with_a_dot_in_a_free_mapping() -> None:
     settings = BASE | {"task": "seq_cls"}
     loaded = load_recipe(settings, ["train.class_weights.not.spam=2", "data.label_names.0.5=half"])
     assert loaded.recipe.train.class_weights == {"not.spam": 2.0}
     assert loaded.recipe.data.label_names == {"0.5": "half"}
 
 
-def test_an_override_may_drop_the_lock() -> None:
+def test_override_may_drop_the_lock() -> None:
     assert load_recipe(BASE | {"lock": {"name": "x"}}, ["lock="]).recipe.lock is None
 
 
@@ -231,7 +231,7 @@ def test_wrong_overrides(write: Write, override: str, parts: list[str]) -> None:
     assert all(part in text for part in parts), text
 
 
-def test_an_override_does_not_hide_a_section_that_is_none(write: Write) -> None:
+def test_override_does_not_hide_a_section_that_is_none(write: Write) -> None:
     text = message(write(GOOD.replace("train:\n  lr: 1e-4", "train: 5")), "train.lr=1")
     assert "line 8  train: expected a section with the keys epochs," in text
     assert "found 5" in text
@@ -240,7 +240,7 @@ def test_an_override_does_not_hide_a_section_that_is_none(write: Write) -> None:
 # Files that are no recipe
 
 
-def test_a_path_that_is_nothing(shipped: Path) -> None:
+def test_path_that_is_nothing(shipped: Path) -> None:
     assert message("sms-spm") == (
         "`sms-spm` is neither a file nor the name of a shipped recipe; did you mean `sms-spam`? "
         "`peftlab recipes` lists the shipped recipes"
@@ -306,13 +306,13 @@ def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
     assert message(path) == "latin.yaml, line 2: not UTF-8 text (byte 0xe9); save the file as UTF-8"
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_folder(tmp_path: Path) -> None:
     assert message(tmp_path) == f"{tmp_path} is a folder, expected a recipe file; give a recipe file inside it"
     (tmp_path / "recipe.lock.yaml").write_text(GOOD, encoding="utf-8")
     assert message(tmp_path).endswith(f"did you mean {tmp_path / 'recipe.lock.yaml'}?")
 
 
-def test_an_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(GOOD)
 
     def refuse(*_: object, **__: object) -> None:
@@ -322,7 +322,7 @@ def test_an_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> No
     assert message(path) == f"cannot read {path}: Permission denied"
 
 
-def test_a_data_file_given_by_mistake(tmp_path: Path) -> None:
+def test_data_file_given_by_mistake(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"a" * (1 << 20) + b"b")
     assert "larger than 1 MiB: not a recipe" in message(path)
@@ -461,11 +461,11 @@ def test_names_from_other_tools_and_other_sections(key: str, meant: str) -> None
     assert f"{key}: unknown key; did you mean `{meant}`?" in message(settings)
 
 
-def test_a_name_near_nothing_gets_the_list_of_keys() -> None:
+def test_name_near_nothing_gets_the_list_of_keys() -> None:
     assert "train.qqq: unknown key (keys of train: epochs, " in message(with_section("train", qqq=1))
 
 
-def test_a_dotted_key_in_the_file(write: Write) -> None:
+def test_dotted_key_in_the_file(write: Write) -> None:
     text = message(write(GOOD + "adapter.rank: 4\n"))
     assert "adapter.rank: unknown key; sections are nested: write `rank:` indented under `adapter:`" in text
 

@@ -61,7 +61,7 @@ def test_loads_again_to_the_same_settings(tmp_path: Path) -> None:
     assert again.name == "recipe"
 
 
-def test_a_lock_of_a_lock_is_the_same_file(tmp_path: Path) -> None:
+def test_lock_of_a_lock_is_the_same_file(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     loaded = lock_of(SETTINGS, first)
     write_lock(second, loaded, fingerprints=FINGERPRINTS, environment={})
@@ -82,7 +82,7 @@ def test_every_setting_is_explicit_in_the_order_of_the_schema(tmp_path: Path, ve
     assert values["lock"]["packages"] == {"torch": "2.8.0", "numpy": "2.0.0"}
 
 
-def test_the_name_survives(tmp_path: Path) -> None:
+def test_name_survives(tmp_path: Path) -> None:
     source = tmp_path / "spam.yaml"
     source.write_text(dump_yaml(SETTINGS), encoding="utf-8")
     path = tmp_path / "recipe.lock.yaml"
@@ -115,14 +115,14 @@ def test_other_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
     assert lock_of(settings, tmp_path / "recipe.lock.yaml").recipe.data.train == name
 
 
-def test_a_file_whose_whole_name_looks_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_whose_whole_name_looks_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows#7").touch()
     recipe = lock_of(SETTINGS | {"data": {"train": "rows#7"}}, tmp_path / "recipe.lock.yaml").recipe
     assert recipe.data.train == str(tmp_path / "rows#7")
 
 
-def test_the_old_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.lock.yaml"
     path.write_text("old", encoding="utf-8")
 
@@ -135,7 +135,7 @@ def test_the_old_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pyte
     assert [(p.name, p.read_text(encoding="utf-8")) for p in tmp_path.iterdir()] == [("recipe.lock.yaml", "old")]
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
+def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot write .*: No such file or directory"):
         lock_of(SETTINGS, tmp_path / "nowhere" / "recipe.lock.yaml")
 
@@ -191,7 +191,7 @@ def test_check_notes_other_versions(tmp_path: Path, versions: dict[str, str]) ->
     ]
 
 
-def test_a_lock_edited_by_hand() -> None:
+def test_lock_edited_by_hand() -> None:
     loaded = load_recipe(SETTINGS | {"lock": {"fingerprints": 5}})
     with pytest.raises(RecipeError, match="expected a mapping, found 5"):
         check_lock(loaded, fingerprints=FINGERPRINTS)

@@ -42,7 +42,7 @@ def test_no_folder_means_no_names(shipped: Path, monkeypatch: pytest.MonkeyPatch
     assert recipe_names() == []
 
 
-def test_an_unknown_name(shipped: Path) -> None:
+def test_unknown_name(shipped: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_text("sms-spm")
     assert str(caught.value) == (
@@ -89,7 +89,7 @@ def test_schema_describes_every_key() -> None:
     assert all(model["additionalProperties"] is False for model in models)
 
 
-def test_the_shipped_recipes_load_and_say_what_they_are() -> None:
+def test_shipped_recipes_load_and_say_what_they_are() -> None:
     for name in recipe_names():
         assert recipe_summary(name), name
         assert load_recipe(name).name == name
@@ -120,7 +120,7 @@ def test_loading_imports_no_torch(tmp_path: Path) -> None:
     assert _python(code, tmp_path) == "[] False"
 
 
-def test_a_bare_clone_finds_its_folder(tmp_path: Path) -> None:
+def test_bare_clone_finds_its_folder(tmp_path: Path) -> None:
     root = Path(catalog.__file__).parents[2]
     (tmp_path / "peftlab").symlink_to(root / "peftlab")
     code = (

@@ -39,12 +39,12 @@ print(sorted(name for name in found if name.startswith("peftlab.") or name in ("
 
 
 @pytest.mark.parametrize("rows", [TASKS, METHODS, LOSSES, METRICS, OPTIMIZERS, SCHEDULES, KERNEL_MODES, STORAGES])
-def test_a_row_is_found_by_its_name(rows: dict[str, object]) -> None:
+def test_row_is_found_by_its_name(rows: dict[str, object]) -> None:
     assert rows and all(getattr(row, "name", None) == name for name, row in rows.items())
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_is_implemented_by_what_its_row_names(name: str) -> None:
+def test_task_is_implemented_by_what_its_row_names(name: str) -> None:
     spec, found = TASKS[name], task_class(name)
     assert found.spec is spec
     protocols = [Task, *([Generates] if spec.generates else []), *([Redraws] if spec.redraws else [])]
@@ -53,21 +53,21 @@ def test_a_task_is_implemented_by_what_its_row_names(name: str) -> None:
     assert spec.predicts in ROWS and family_of(spec.headline).rows
 
 
-def test_the_keys_of_tasks_are_keys_of_the_recipe() -> None:
+def test_keys_of_tasks_are_keys_of_the_recipe() -> None:
     known = {f"{section}.{name}" for section, names in known_keys().items() for name in names}
     assert set(KEYS_OF_TASKS) <= known and set(NEEDS) <= set(KEYS_OF_TASKS)
     assert {f"data.columns.{part}" for part in COLUMNS} <= known
 
 
 @pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs])
-def test_a_metric_takes_what_its_row_says(name: str) -> None:
+def test_metric_takes_what_its_row_says(name: str) -> None:
     metric = modules.load_metric(name)
     assert modules.takes_class_names(metric) <= METRICS[name].of_classes
     assert set(inspect.signature(metric._compute).parameters) - {"self", "class_names"} == set(METRICS[name].needs)
     assert any(set(METRICS[name].needs.values()) <= {*t.scores, *t.scores_with_classes} for t in TASKS.values())
 
 
-def test_the_columns_of_a_comparison_are_those_that_rows_name() -> None:
+def test_columns_of_a_comparison_are_those_that_rows_name() -> None:
     import torch
 
     for predicts, wanted in ROWS.items():
@@ -97,7 +97,7 @@ def test_optimizers_and_schedules_are_implemented_and_their_keys_exist() -> None
 
 
 @pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.adapts])
-def test_a_method_of_peft_has_the_fields_that_its_keys_stand_for(name: str) -> None:
+def test_method_of_peft_has_the_fields_that_its_keys_stand_for(name: str) -> None:
     spec = METHODS[name]
     fields = getattr(peft, spec.config).__dataclass_fields__
     assert {*spec.keys.values(), *spec.fixed} <= set(fields)

@@ -101,7 +101,7 @@ def test_every_assistant_turn_is_trained_with_its_end(tokenizer: Any) -> None:
     ]
 
 
-def test_an_untrained_end_of_turn_is_caught(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untrained_end_of_turn_is_caught(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = CausalLM._tokenize
 
     def faulty(self: Any, rendered: Any) -> Any:
@@ -114,13 +114,13 @@ def test_an_untrained_end_of_turn_is_caught(tokenizer: Any, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("text", ["hello", "hello" + EOS])
-def test_the_end_is_written_once(tokenizer: Any, text: str) -> None:
+def test_end_is_written_once(tokenizer: Any, text: str) -> None:
     assert masks(tokenizer, [{"text": text}]) == [(False, "h"), (True, "ello" + EOS)]
     assert masks(tokenizer, [{"prompt": "Q", "completion": text}]) == [(False, "Q"), (True, "hello" + EOS)]
 
 
 @pytest.mark.parametrize("special", ["<|im_start|>", "<|unk|>", "<|pad|>"])
-def test_a_special_token_inside_a_text_does_not_end_it(tokenizer: Any, special: str) -> None:
+def test_special_token_inside_a_text_does_not_end_it(tokenizer: Any, special: str) -> None:
     """Only what follows the token that *ends* the answer is untrained, not what follows any special token."""
     assert masks(tokenizer, [{"prompt": "Q", "completion": f"a{special}b"}]) == [
         (False, "Q"),
@@ -129,7 +129,7 @@ def test_a_special_token_inside_a_text_does_not_end_it(tokenizer: Any, special: 
     assert masks(tokenizer, [{"text": f"{special}hello"}]) == [(False, special), (True, "hello" + EOS)]
 
 
-def test_a_tokenizer_that_writes_its_own_eos_is_not_doubled(tokenizer: Any) -> None:
+def test_tokenizer_that_writes_its_own_eos_is_not_doubled(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_writes_its_own_eos_is_not_doubled(tokenizer: Any) -> N
         ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}, None),
     ],
 )
-def test_the_prompt_at_prediction_is_the_beginning_of_the_training_row(tokenizer: Any, row: Any, template: Any) -> None:
+def test_prompt_at_prediction_is_the_beginning_of_the_training_row(tokenizer: Any, row: Any, template: Any) -> None:
     rows = rows_of([row])
     task = make(tokenizer, rows, template=template)
     (example,) = encode(task, rows).examples
@@ -254,7 +254,7 @@ def _unmasked(self: CausalLM, model: Any, batch: Batch) -> Any:
 
 
 @pytest.mark.parametrize("fault", [_shifted_targets, _unmasked])
-def test_a_wrong_selection_is_caught(
+def test_wrong_selection_is_caught(
     tokenizer: Any, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     monkeypatch.setattr(CausalLM, "_selected", fault)
@@ -274,7 +274,7 @@ def test_score_counts_what_the_loss_trains(tokenizer: Any, tiny: Callable[..., A
     assert scores["rows_right"] == [bool(h[m].all()) for h, m in zip(hits, batch.trained[:, 1:], strict=True)]
 
 
-def test_a_head_that_transforms_its_logits_is_refused(
+def test_head_that_transforms_its_logits_is_refused(
     tokenizer: Any, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("tiny:llama")
@@ -293,7 +293,7 @@ def test_a_head_that_transforms_its_logits_is_refused(
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "gpt2"])
-def test_the_head_knows_how_families_transform_logits(family: str) -> None:
+def test_head_knows_how_families_transform_logits(family: str) -> None:
     import transformers
 
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
@@ -399,7 +399,7 @@ def test_nested_choices_end_with_the_token_that_was_trained(tokenizer: Any, tiny
             assert task.score(model, task.collate(examples, "cpu"))["predictions"] == want
 
 
-def test_a_completion_that_is_no_choice(tokenizer: Any) -> None:
+def test_completion_that_is_no_choice(tokenizer: Any) -> None:
     rows = rows_of([{"q": "1", "a": "ham"}, {"q": "2", "a": "hams"}])
     task = make(tokenizer, rows, template=CHAT, choices=["ham", "spam"])
     with pytest.raises(
@@ -446,7 +446,7 @@ def test_generation_is_independent_of_batching(tokenizer: Any, tiny: Callable[..
     assert answers[0] == answers[1]
 
 
-def test_the_head_is_verified_on_the_beginning_of_a_row_only() -> None:
+def test_head_is_verified_on_the_beginning_of_a_row_only() -> None:
     """All logits of a long row, twice and in float32, could be gigabytes that training itself never needs."""
     from peftlab.models import find_pretrained, load_model
 

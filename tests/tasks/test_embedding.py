@@ -80,7 +80,7 @@ def test_distillation_gradient_is_that_of_plain_pytorch_however_it_is_split() ->
         torch.testing.assert_close(torch.autograd.grad(found, weight)[0], slope, rtol=1e-7, atol=1e-12)
 
 
-def test_the_parity_gate_sees_a_mean_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_gate_sees_a_mean_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deliberate fault: padding counts as text."""
     import peftlab.tasks.embedding as module
 
@@ -168,7 +168,7 @@ def settings(folder: Path, model: str = "tiny:bert", **distill: Any) -> dict[str
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])
-def test_a_student_with_fewer_layers(tmp_path: Path, method: str) -> None:
+def test_student_with_fewer_layers(tmp_path: Path, method: str) -> None:
     source = sentence_folder(tmp_path / "source", {"pooling_mode": "cls"})
     teacher = sentence_folder(tmp_path / "teacher", {"pooling_mode": "cls"}, seed=1)
     recipe = settings(tmp_path, str(source), student_init={"layers": [0]}) | {"train": {"max_steps": 40, "lr": 1e-2}}

@@ -81,7 +81,7 @@ def test_what_is_no_image_is_named(tmp_path: Path, value: Any, said: str) -> Non
     assert caught.value.key == "data.columns.image"
 
 
-def test_a_folder_of_a_folder_per_class(tmp_path: Path) -> None:
+def test_folder_of_a_folder_per_class(tmp_path: Path) -> None:
     for label, level in (("cat", 10), ("dog", 200)):
         for i in range(3):
             (tmp_path / label).mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def test_loss_and_gradient_against_plain_pytorch_in_float64_however_it_is_split(
         torch.testing.assert_close(torch.autograd.grad(loss, model.classifier.weight)[0], slope, rtol=1e-5, atol=1e-7)
 
 
-def test_the_ledger_finds_repeated_and_contradicting_images() -> None:
+def test_ledger_finds_repeated_and_contradicting_images() -> None:
     _, task = vit()
     other = 255 - PIXELS
     rows = Rows.from_dicts(
@@ -167,7 +167,7 @@ def test_lora_leaves_the_head_to_be_trained_in_full() -> None:
     assert report.num_adapted == len(planned) == report.num_fused
 
 
-def test_the_parity_gate_sees_images_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_gate_sees_images_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deliberate fault: labels stay where they were."""
     from peftlab.errors import VerificationError
 
@@ -196,7 +196,7 @@ def digits(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])
-def test_a_run_learns_predicts_and_loads_in_plain_transformers(tmp_path: Path, method: str) -> None:
+def test_run_learns_predicts_and_loads_in_plain_transformers(tmp_path: Path, method: str) -> None:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     more: dict[str, Any] = {"adapter": {"method": method}}

@@ -136,7 +136,7 @@ def test_bug_adapter_on_the_head_ignored() -> None:
     assert (step_loss(own, taught, goal, without_adapter) - want).abs() > 0.01 * want
 
 
-def test_a_teacher_that_is_the_base_under_the_students_adapter() -> None:
+def test_teacher_that_is_the_base_under_the_students_adapter() -> None:
     """One set of weights, in both roles in turn: dropout off and adapter off for one, both on for the other."""
     from peft import LoraConfig, get_peft_model
 

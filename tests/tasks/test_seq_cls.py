@@ -61,7 +61,7 @@ def step_loss(task: Any, model: Any, encoded: Any, grouping: str, batch_size: in
 
 @pytest.mark.parametrize("weights", ["none", "balanced", {"pos": 0.2, "neg": 3.0, "mid": 1.0}], ids=str)
 @pytest.mark.parametrize(("grouping", "batch_size"), [("none", 2), ("none", 99), ("step", 2), ("step", 3)])
-def test_the_step_loss_is_torchs_weighted_mean(
+def test_step_loss_is_torchs_weighted_mean(
     tokenizer: Any, tiny: Callable[..., Any], weights: Any, grouping: str, batch_size: int
 ) -> None:
     rows = rows_of(TEXTS, LABELS)
@@ -78,7 +78,7 @@ def test_the_step_loss_is_torchs_weighted_mean(
     assert step_loss(task, model, encoded, grouping, batch_size) == pytest.approx(float(want), rel=1e-5)
 
 
-def test_a_mean_per_micro_batch_is_caught(
+def test_mean_per_micro_batch_is_caught(
     tokenizer: Any, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = SequenceClassification.loss_sum
@@ -88,7 +88,7 @@ def test_a_mean_per_micro_batch_is_caught(
 
     monkeypatch.setattr(SequenceClassification, "loss_sum", mean)
     with pytest.raises(AssertionError):
-        test_the_step_loss_is_torchs_weighted_mean(tokenizer, tiny, {"pos": 0.2, "neg": 3.0, "mid": 1.0}, "step", 2)
+        test_step_loss_is_torchs_weighted_mean(tokenizer, tiny, {"pos": 0.2, "neg": 3.0, "mid": 1.0}, "step", 2)
 
 
 def test_held_out_rows_are_not_weighted(tokenizer: Any) -> None:
@@ -104,7 +104,7 @@ def test_weights_must_name_every_class(tokenizer: Any) -> None:
         SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights={"pos": 1.0, "neg": 1.0}))
 
 
-def test_a_label_that_training_did_not_have(tokenizer: Any) -> None:
+def test_label_that_training_did_not_have(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer, labels=Labels(["neg", "pos"]))
     with pytest.raises(DataError, match=r"a\.csv:4: label 'mid' does not occur in the training data.*neg, pos") as e:
         encode(task, rows_of(TEXTS, LABELS), training=False)
@@ -160,7 +160,7 @@ def test_predicting_needs_no_label_column(tokenizer: Any, tiny: Callable[..., An
 
 
 @pytest.mark.parametrize("grouping", ["none", "step", "epoch"])
-def test_an_empty_text_names_its_row_or_trains(
+def test_empty_text_names_its_row_or_trains(
     tokenizer_of: Callable[[str], Any], tiny: Callable[..., Any], grouping: str
 ) -> None:
     """A tokenizer without special tokens makes no token of it."""

@@ -33,7 +33,7 @@ def said(task: Any, template: dict[str, str], *, end: bool) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "completion"])
-def test_an_answer_that_ended_is_trained_as_the_formatter_would(
+def test_answer_that_ended_is_trained_as_the_formatter_would(
     tokenizer_of: Callable[[str], Any], template: dict[str, str]
 ) -> None:
     """The same text as a row of the data gives the same example, up to what a template writes after the end of a turn,
@@ -52,7 +52,7 @@ def test_an_answer_that_ended_is_trained_as_the_formatter_would(
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "completion"])
-def test_an_answer_that_was_cut_off_gets_no_end(tokenizer_of: Callable[[str], Any], template: dict[str, str]) -> None:
+def test_answer_that_was_cut_off_gets_no_end(tokenizer_of: Callable[[str], Any], template: dict[str, str]) -> None:
     """Its words are trained and nothing else: the formatter would have closed it, and taught to stop there."""
     task = task_of(tokenizer_of("tiny:llama"), template)
     answers = said(task, template, end=False)

@@ -110,7 +110,7 @@ def test_records_of_other_examples_are_caught(here: Path, monkeypatch: pytest.Mo
         assert_same_step(step_of(document, here), step_of(lesson("causal_lm"), here), 1e-6)
 
 
-def test_a_stored_teacher_is_not_in_memory_while_a_student_trains(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_teacher_is_not_in_memory_while_a_student_trains(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = lesson("causal_lm", cache="cache")
     teach(document, progress=SilentProgress())
     monkeypatch.setattr(Teachers, "model", lambda *args: pytest.fail("the teacher was loaded"))
@@ -131,7 +131,7 @@ def test_a_stored_teacher_is_not_in_memory_while_a_student_trains(here: Path, mo
     ],
     ids=str,
 )
-def test_the_plan_is_what_a_capture_takes(here: Path, task: str, targets: Any, tolerance: float | None) -> None:
+def test_plan_is_what_a_capture_takes(here: Path, task: str, targets: Any, tolerance: float | None) -> None:
     """Draws may fall on one class: of them the plan is the most that it can be."""
     document = lesson(task, cache="cache", targets=targets)
     before = contents(here)
@@ -160,7 +160,7 @@ class StopAt(SilentProgress):
             raise KeyboardInterrupt
 
 
-def test_a_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_WINDOW", 5)
     document = lesson("causal_lm", cache="cache", targets={"fill": "sampled"})
     with pytest.raises(KeyboardInterrupt):
@@ -178,7 +178,7 @@ def test_a_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.Monk
     assert notes[-1] == "cache is already complete"
 
 
-def test_a_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftlab.distillation.cache.writer import SplitWriter
 
     document = lesson("causal_lm", cache="cache")

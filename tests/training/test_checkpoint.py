@@ -126,14 +126,14 @@ def test_checkpoint_empty_manifest_vouches_for_nothing(tiny: Callable[..., Any],
         load_checkpoint(folder, model=model, optimizer=optimizer)
 
 
-def test_a_checkpoint_of_other_parameters(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_of_other_parameters(tiny: Callable[..., Any], tmp_path: Path) -> None:
     folder = save(tmp_path, *trained(tiny, targets=["q_proj"]))
     model, optimizer = trained(tiny, targets=["q_proj", "v_proj"])
     with pytest.raises(ArtifactError, match="different trained parameters"):
         load_checkpoint(folder, model=model, optimizer=optimizer)
 
 
-def test_a_checkpoint_of_another_rank(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_of_another_rank(tiny: Callable[..., Any], tmp_path: Path) -> None:
     folder = save(tmp_path, *trained(tiny, targets=["q_proj"], rank=4))
     model, optimizer = trained(tiny, targets=["q_proj"], rank=8)
     with pytest.raises(ArtifactError):
@@ -149,7 +149,7 @@ def test_checkpoint_only_the_newest_are_kept(tiny: Callable[..., Any], tmp_path:
 
 
 @pytest.mark.parametrize("at", ["_optimizer_tensors", "_sha256", "_publish"])
-def test_a_torn_save_leaves_the_earlier_checkpoint_and_nothing_else(
+def test_torn_save_leaves_the_earlier_checkpoint_and_nothing_else(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])

@@ -289,7 +289,7 @@ def test_classes_with_weights(lab: Lab, hard_weight: float) -> None:
     lab.classes.check(goal, [Share(taught_by(lab.classes, lab.classifier))], [voice(lab.classifier)])
 
 
-def test_a_teacher_whose_classes_are_in_another_order(lab: Lab) -> None:
+def test_teacher_whose_classes_are_in_another_order(lab: Lab) -> None:
     def say(student: Any, ids: Tensor) -> Tensor:
         return lab.classifier(input_ids=ids).logits[:, list(ORDER)]
 
@@ -297,7 +297,7 @@ def test_a_teacher_whose_classes_are_in_another_order(lab: Lab) -> None:
     lab.classes.check(Goal(hard_weight=0.3), [Share(teacher)], [(say, 1.0, lambda ids: True)])
 
 
-def test_a_teacher_that_reads_with_its_own_tokenizer(lab: Lab) -> None:
+def test_teacher_that_reads_with_its_own_tokenizer(lab: Lab) -> None:
     own = {e.row: replace(e, ids=np.append(e.ids[::-1], [7]).astype(np.int32)) for e in lab.classes.examples}
 
     def say(student: Any, ids: Tensor) -> Tensor:
@@ -335,7 +335,7 @@ def test_padded_columns_are_cut(tiny: Any, tokenizer_of: Any) -> None:
     bench.check(Goal(hard_weight=0.3), [Share(taught_by(bench, teacher))], [voice(teacher)])
 
 
-def test_the_mixture_that_students_are_compared_with(lab: Lab) -> None:
+def test_mixture_that_students_are_compared_with(lab: Lab) -> None:
     shares = [Share(taught_by(lab.texts, lab.lm), 3.0, even), Share(taught_by(lab.texts, lab.other_lm), 1.0)]
     batch = lab.texts.batch()
     counts = lab.texts.task.outputs(lab.texts.student, batch).counts
@@ -468,12 +468,12 @@ CAUGHT_BY: list[tuple[Callable[[Any], None], tuple[Any, dict[str, Any]]]] = [
     (rows_in_another_order, ROUTED),
     (adapter_left_on, ROUTED),
     (class_weights_forgotten, (test_classes_with_weights, {"hard_weight": 0.3})),
-    (order_ignored, (test_a_teacher_whose_classes_are_in_another_order, {})),
+    (order_ignored, (test_teacher_whose_classes_are_in_another_order, {})),
 ]
 
 
 @pytest.mark.parametrize(("fault", "caught"), CAUGHT_BY, ids=lambda x: getattr(x, "__name__", None))
-def test_a_fault_is_caught(lab: Lab, monkeypatch: pytest.MonkeyPatch, fault: Any, caught: Any) -> None:
+def test_fault_is_caught(lab: Lab, monkeypatch: pytest.MonkeyPatch, fault: Any, caught: Any) -> None:
     check, arguments = caught
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"(loss|gradient).* path"):

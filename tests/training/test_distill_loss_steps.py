@@ -133,7 +133,7 @@ def test_any_cut_of_classified_texts(classes: DistillClasses, shapes: Any, plan:
     classes.check(shapes, plan)
 
 
-def test_a_step_that_is_divided_in_its_parts_is_caught(texts: DistillLab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_that_is_divided_in_its_parts_is_caught(texts: DistillLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean over each micro-batch, as most distillation code has it."""
     right = DistillLoss.__call__
 

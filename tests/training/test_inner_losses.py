@@ -189,7 +189,7 @@ def test_any_cut_of_a_batch_gives_the_same(kind: str, tiny: Any, tokenizer_of: A
 
 
 @pytest.mark.parametrize("kind", ["hidden_mse", "hidden_cosine", "attention_mse", "attention_kl", "relation_kl"])
-def test_a_perfect_student_has_no_loss(kind: str, tiny: Any, tokenizer_of: Any) -> None:
+def test_perfect_student_has_no_loss(kind: str, tiny: Any, tokenizer_of: Any) -> None:
     bench, _ = texts_case(tiny, tokenizer_of)
     term = InnerTerm(kind, 1.0, ((0, 0), (1, 1)))
     with bench.student.disable_adapter():
@@ -252,7 +252,7 @@ def test_layers_that_cannot_be_compared(tiny: Any) -> None:
     model.config._attn_implementation = "sdpa"
 
 
-def test_the_faults_that_this_catches(tiny: Any, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_that_this_catches(tiny: Any, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding counted as tokens; one weight for all rows; no causal mask."""
     bench, teacher = texts_case(tiny, tokenizer_of)
 

@@ -26,7 +26,7 @@ def rows_of(step: Any) -> list[list[int]]:
     return [part.tolist() for part in step.micro_batches]
 
 
-def test_a_span_takes_the_first_steps_of_its_own_rows() -> None:
+def test_span_takes_the_first_steps_of_its_own_rows() -> None:
     whole = BatchPlan(LENGTHS, batch_size=2, seed=3, max_steps=9)
     part = BatchPlan(LENGTHS, batch_size=2, seed=3, max_steps=9, span=(4, 8))
     assert (whole.first_step, whole.end_step, whole.total_steps) == (0, 9, 9)
@@ -37,7 +37,7 @@ def test_a_span_takes_the_first_steps_of_its_own_rows() -> None:
 
 
 @pytest.mark.parametrize("span", [(0, 10), (3, 3), (-1, 2)])
-def test_a_span_lies_within_the_run(span: tuple[int, int]) -> None:
+def test_span_lies_within_the_run(span: tuple[int, int]) -> None:
     with pytest.raises(AssertionError):
         BatchPlan(LENGTHS, batch_size=2, max_steps=9, span=span)
 

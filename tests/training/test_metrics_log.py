@@ -54,7 +54,7 @@ def test_non_finite_values_are_strings_and_every_line_is_strict_json(tmp_path: P
     assert math.isnan(float(records[1]["loss"]))
 
 
-def test_a_record_that_is_not_json_leaves_no_partial_line(tmp_path: Path) -> None:
+def test_record_that_is_not_json_leaves_no_partial_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         with pytest.raises(TypeError):
@@ -91,7 +91,7 @@ def test_records_without_a_step_survive_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
-def test_a_line_torn_anywhere_is_dropped_and_the_log_goes_on(tmp_path: Path, cut: int) -> None:
+def test_line_torn_anywhere_is_dropped_and_the_log_goes_on(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, range(2))
     kept = path.read_bytes()
@@ -104,14 +104,14 @@ def test_a_line_torn_anywhere_is_dropped_and_the_log_goes_on(tmp_path: Path, cut
 
 
 @pytest.mark.parametrize("tail", [b"\x00" * 4096, b"\xff\xfe", b'"text"', b"12"])
-def test_a_last_line_that_is_no_record_counts_as_torn(tmp_path: Path, tail: bytes) -> None:
+def test_last_line_that_is_no_record_counts_as_torn(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, range(2))
     path.write_bytes(path.read_bytes() + tail)
     assert _steps(path) == [0, 1]
 
 
-def test_an_empty_log_has_no_records(tmp_path: Path) -> None:
+def test_empty_log_has_no_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.touch()
     assert read_metrics(path) == []
@@ -129,7 +129,7 @@ def test_damage_before_the_last_line_is_an_error_naming_the_line(tmp_path: Path)
     assert path.read_text().count("\n") == 3
 
 
-def test_a_killed_writer_leaves_all_its_lines(tmp_path: Path) -> None:
+def test_killed_writer_leaves_all_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     program = f"""
         import os, signal
@@ -153,7 +153,7 @@ def test_memory_readings_of_this_process_are_bytes() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_the_peak_of_a_child_is_not_that_of_its_parent() -> None:
+def test_peak_of_a_child_is_not_that_of_its_parent() -> None:
     block = np.ones(40_000_000)
     program = "from peftlab.measuring.memory import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
     done = subprocess.run(
@@ -193,7 +193,7 @@ def test_all_threads_allocate_from_one_heap() -> None:
     assert inside("own") == "False", "the test must see a heap of the thread's own"
 
 
-def test_a_frozen_heap_thaws_and_still_collects_what_is_new() -> None:
+def test_frozen_heap_thaws_and_still_collects_what_is_new() -> None:
     class Node:
         pass
 

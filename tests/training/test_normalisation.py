@@ -439,7 +439,7 @@ FAULTS = {
 @pytest.mark.parametrize(
     ("fault", "step"), [("mean_of_means", 0), ("all_tokens", 0), ("size_of_a_full_step", 4)], ids=str
 )
-def test_a_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
+def test_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
     FAULTS[fault](monkeypatch)
     with pytest.raises(AssertionError, match=f"loss of step {step}"):
         labs["auto"].check(UNEVEN, PARTIAL)
@@ -458,7 +458,7 @@ def test_a_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, f
     ],
     ids=str,
 )
-def test_a_fault_of_packing_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
+def test_fault_of_packing_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
     lab = labs["auto"]
     FAULTS[fault](monkeypatch)
     got = lab.steps(UNEVEN, PACKED_PARTIAL)
@@ -468,7 +468,7 @@ def test_a_fault_of_packing_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch
             compare(UNEVEN, PACKED_PARTIAL, got)
 
 
-def test_a_wrong_gradient_is_caught_under_a_right_loss(labs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_gradient_is_caught_under_a_right_loss(labs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and the gradient are compared each for itself."""
     right = CausalLM.loss_sum
 
@@ -594,7 +594,7 @@ def test_two_ranks_train_as_one_process_does(labs: Any, ranks: Any, name: str, n
 
 
 @pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if case[0]])
-def test_a_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
+def test_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
     _, shapes, plan, _ = RANK_CASES[name]
     for compare in (labs["auto"].assert_right, labs["auto"].assert_as_one_padded_batch):
         with pytest.raises(AssertionError, match="loss of step 0"):

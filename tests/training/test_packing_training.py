@@ -119,14 +119,14 @@ def test_no_leak_in_a_quantized_model(tiny: Any, task: CausalLM, quantize: str) 
 
 
 @pytest.mark.parametrize("family", LEAKING)
-def test_a_model_that_leaks_is_found_without_knowing_its_name(task: CausalLM, family: str) -> None:
+def test_model_that_leaks_is_found_without_knowing_its_name(task: CausalLM, family: str) -> None:
     reason = check(make_model(family, "eager"), task)
     assert reason is not None and "mixes packed rows" in reason
     assert "with eager attention" in reason
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_a_run_without_position_ids_is_found(task: CausalLM, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_position_ids_is_found(task: CausalLM, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_positions(examples: Any, *, device: Any) -> Batch:
         batch = collate_packed(examples, device=device)
         return dataclasses.replace(batch, inputs={"input_ids": batch.input_ids})
@@ -150,7 +150,7 @@ def test_positions_that_go_on_are_found(task: CausalLM, monkeypatch: pytest.Monk
     )
 
 
-def test_a_model_that_takes_no_position_ids_is_found(task: CausalLM) -> None:
+def test_model_that_takes_no_position_ids_is_found(task: CausalLM) -> None:
     model = make_model("llama", "sdpa")
     right = model.model.forward
     model.model.forward = lambda input_ids, attention_mask=None, use_cache=False: right(
@@ -166,7 +166,7 @@ def test_one_document_has_nothing_to_leak_into(task: CausalLM) -> None:
     assert check(model, task, documents(20, 1)) is None, "one token predicts nothing that is looked at"
 
 
-def test_the_check_leaves_the_model_as_it_was(task: CausalLM) -> None:
+def test_check_leaves_the_model_as_it_was(task: CausalLM) -> None:
     model = make_model("llama", "sdpa").train()
     model.model.layers[0].eval()
     before = {name: (module.training) for name, module in model.named_modules()}
@@ -190,7 +190,7 @@ def test_no_document_predicts_the_start_of_the_next() -> None:
         collate_packed([*documents(3), bad], device="cpu")
 
 
-def test_the_first_token_is_never_trained(task: CausalLM) -> None:
+def test_first_token_is_never_trained(task: CausalLM) -> None:
     """Whatever the prompt: the last position of a packed row would predict the first token of the next."""
     rows = Rows.from_dicts([{"prompt": "", "completion": "a"}, {"prompt": "b", "completion": "c"}], name="rows")
     for example in task.encode(rows, max_length=64, too_long="error", training=True).examples:
@@ -242,7 +242,7 @@ def test_packed_gradients_are_padded_gradients(task: CausalLM, family: str, atte
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_a_pack_is_what_transformers_collator_makes_of_it(task: CausalLM, family: str) -> None:
+def test_pack_is_what_transformers_collator_makes_of_it(task: CausalLM, family: str) -> None:
     """Loss and gradients of DataCollatorWithFlattening and the model's own loss: packing as transformers and TRL do it."""
     from transformers import DataCollatorWithFlattening
 
@@ -321,7 +321,7 @@ def adapter(run: Any) -> bytes:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Batch] = []
     right = CausalLM.loss_sum
 
@@ -347,7 +347,7 @@ def test_a_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatc
         assert adapter(train(document, "run.dir=again")) == adapter(run)
 
 
-def test_a_packed_run_is_resumed_with_the_same_bytes(here: Path) -> None:
+def test_packed_run_is_resumed_with_the_same_bytes(here: Path) -> None:
     document = recipe(train={"epochs": None, "max_steps": 4})
     whole = train(document, "run.dir=whole")
     with pytest.raises(Interrupted):
@@ -356,7 +356,7 @@ def test_a_packed_run_is_resumed_with_the_same_bytes(here: Path) -> None:
     assert adapter(resumed) == adapter(whole)
 
 
-def test_a_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of: Callable[[str], Any]) -> None:
+def test_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of: Callable[[str], Any]) -> None:
     make_model("opt", "eager").save_pretrained(here / "opt")
     tokenizer_of("tiny:llama").save_pretrained(here / "opt")
     notes = Notes()
@@ -370,7 +370,7 @@ def test_a_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of:
     assert max(r["tokens"] for r in records) <= 2 * 96, "steps of as many tokens as packs would have had"
 
 
-def test_a_leak_during_the_run_does_not_pass_the_gate(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leak_during_the_run_does_not_pass_the_gate(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the leak test were wrong, packed rows without position ids would not agree with padded ones."""
     monkeypatch.setattr(fit_module, "check_packing", lambda *_, **__: None)
 

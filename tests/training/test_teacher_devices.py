@@ -25,7 +25,7 @@ def task(tokenizer_of: Callable[[str], Any]) -> CausalLM:
     return CausalLM(tokenizer, formatter, head_loss=HeadLoss())
 
 
-def test_a_teacher_elsewhere_sends_logits(task: CausalLM) -> None:
+def test_teacher_elsewhere_sends_logits(task: CausalLM) -> None:
     """Its head cannot be multiplied on the student's device."""
     model = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
     trained = np.array([False, True, True, True])

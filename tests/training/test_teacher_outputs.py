@@ -81,7 +81,7 @@ def check_second(bench: Texts, second: Any) -> None:
     assert state(bench.student) == before
 
 
-def test_the_backbone_without_its_adapter(bench: Texts) -> None:
+def test_backbone_without_its_adapter(bench: Texts) -> None:
     check_backbone(bench)
 
 
@@ -90,7 +90,7 @@ def test_another_adapter_on_the_backbone(bench: Texts, second: Any) -> None:
 
 
 @pytest.mark.parametrize("adapter", [None, "teacher"])
-def test_an_exception_leaves_the_student_as_it_was(
+def test_exception_leaves_the_student_as_it_was(
     bench: Texts, second: Any, adapter: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(bench.student)
@@ -180,7 +180,7 @@ def with_dropout(patch: Any) -> None:
 @pytest.mark.parametrize(
     "fault", [no_restoring, flags_not_restored, eval_for_good, with_dropout], ids=lambda f: f.__name__
 )
-def test_a_fault_is_caught(bench: Texts, second: Any, monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+def test_fault_is_caught(bench: Texts, second: Any, monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         check_second(bench, second)
@@ -195,11 +195,11 @@ def check_no_graph(bench: Texts, patch: pytest.MonkeyPatch) -> None:
     assert graphs == [False]
 
 
-def test_a_teacher_builds_no_graph(bench: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_builds_no_graph(bench: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
     check_no_graph(bench, monkeypatch)
 
 
-def test_a_teacher_that_builds_a_graph_is_caught(bench: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_that_builds_a_graph_is_caught(bench: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
     with_a_graph(monkeypatch)
     with pytest.raises(AssertionError):
         check_no_graph(bench, monkeypatch)

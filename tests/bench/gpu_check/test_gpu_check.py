@@ -56,7 +56,7 @@ def sections() -> list[str]:
     return [section.name for section in SECTIONS if not section.asked]
 
 
-def test_a_copied_tree_runs_its_own_code(tmp_path: Path) -> None:
+def test_copied_tree_runs_its_own_code(tmp_path: Path) -> None:
     """With nothing but an interpreter, in which another peftlab may be installed."""
     for name in ("bench", "kernels", "peftlab"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -91,7 +91,7 @@ OPS = ("dequant", "ceilings", "dequant speed", "order of addition")
 @pytest.mark.parametrize(
     "names", [OPS, pytest.param((*OPS, "linear losses", "tests", "loss speed"), marks=pytest.mark.slow)]
 )
-def test_a_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", *names)
     assert code == 0, said
     assert {row["section"] for row in rows} == set(names)
@@ -110,7 +110,7 @@ def test_a_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
         assert listed[name] == [row["task"] for row in rows if row["section"] == name]
 
 
-def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
+def test_run_is_gone_on_with(tmp_path: Path) -> None:
     """After a kill in the middle of a line; then on another version, and with nothing left to do."""
     path, chosen = tmp_path / "gpu_check.jsonl", ("--dry-run-cpu", "--only", "order of addition", "ceilings")
 
@@ -143,7 +143,7 @@ def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
     assert 'versions.torch: "1.0" there' in said and "commit: " in said and "resume with the original settings" in said
 
 
-def test_a_dry_run_is_not_reported(tmp_path: Path) -> None:
+def test_dry_run_is_not_reported(tmp_path: Path) -> None:
     files = [ROOT / "bench" / name for name in ("RESULTS.md", "results/PENDING.md")]
     before = [file.read_bytes() for file in files]
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
@@ -253,7 +253,7 @@ def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
         ),
     ],
 )
-def test_a_red_row_leaves_the_others_timed(tmp_path: Path, spoilt: str, real: str) -> None:
+def test_red_row_leaves_the_others_timed(tmp_path: Path, spoilt: str, real: str) -> None:
     """In processes of their own, as in a run; tests/bench/gpu_check/test_gpu_schedule.py has all cases without processes."""
     code, rows, said = driven(tmp_path, spoilt, real)
     assert code == 6, said

@@ -98,7 +98,7 @@ def test_claims_are_of_sections_and_tasks_that_exist() -> None:
     assert not any(fits(wrong, task) for task in there["dequant"])
 
 
-def test_a_task_is_known_by_what_it_says() -> None:
+def test_task_is_known_by_what_it_says() -> None:
     for section, whats in [*tasks("cuda").items(), *tasks("cpu").items()]:
         assert len({journal.identity(what) for what in whats}) == len(whats), section
 
@@ -156,7 +156,7 @@ def test_targets_of_layers_are_within_what_the_model_says() -> None:
     assert checked == 12
 
 
-def test_a_good_run_confirms_all_that_has_rules() -> None:
+def test_good_run_confirms_all_that_has_rules() -> None:
     records, claims = good(), load()
     found = states(records)
     here = {claim["id"] for claim in claims if claim["rules"] and claim.get("card", "H200") == "H200"}
@@ -231,7 +231,7 @@ def test_one_fault(section: str, task: Row, change: Row, claim: str, state: str)
     assert verdict.state == state, verdict
 
 
-def test_a_run_that_left_rows_out_confirms_nothing_of_them() -> None:
+def test_run_that_left_rows_out_confirms_nothing_of_them() -> None:
     records = good()
     records.remove(rows(records, "order of addition")[0])
     verdict = states(records)["order-of-addition"]
@@ -239,7 +239,7 @@ def test_a_run_that_left_rows_out_confirms_nothing_of_them() -> None:
     assert "`order of addition`; 7 of 8 rows green |" in pending.pending(records, load())
 
 
-def test_a_figure_counts_where_its_own_gate_is_green() -> None:
+def test_figure_counts_where_its_own_gate_is_green() -> None:
     """A row of correctness is missing or red: what stands on it stays open, the other figures count."""
     for spoil in ("missing", "red"):
         records = good()
@@ -277,7 +277,7 @@ def test_what_a_figure_stands_on_is_checked_in_the_same_wave_or_before() -> None
             assert section.timing, section.name
 
 
-def test_a_claim_is_of_its_card() -> None:
+def test_claim_is_of_its_card() -> None:
     records = good()
     (claim,) = [c for c in load() if c["id"] == "layer"]
     assert claim["card"] == "H200" and judge(claim, records).state == "confirmed"
@@ -289,7 +289,7 @@ def test_a_claim_is_of_its_card() -> None:
     assert f"| {claim['what']} | H200 |" in left and claim["what"] not in told
 
 
-def test_a_dry_run_confirms_nothing(tmp_path: Path) -> None:
+def test_dry_run_confirms_nothing(tmp_path: Path) -> None:
     records = good()
     records[0]["dry_run"] = True
     assert {verdict.state for verdict in states(records).values()} == {"open"}
@@ -298,7 +298,7 @@ def test_a_dry_run_confirms_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_later_row_replaces_an_earlier_one() -> None:
+def test_later_row_replaces_an_earlier_one() -> None:
     """Red at first and green after --resume; the section's own complaint goes when it begins anew."""
     records = good()
     (smoke, *_) = rows(records, "smoke recipe", quantize="none")
@@ -343,7 +343,7 @@ def test_what_a_process_has_lost() -> None:
     assert lost(None) == names
 
 
-def test_the_committed_files_are_what_is_written(tmp_path: Path) -> None:
+def test_committed_files_are_what_is_written(tmp_path: Path) -> None:
     rows_file = ROOT / "bench" / "results" / "gpu_check.jsonl"
     records = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
     pending_file, page = tmp_path / "PENDING.md", tmp_path / "RESULTS.md"

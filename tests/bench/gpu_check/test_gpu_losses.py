@@ -101,7 +101,7 @@ def rival(make: Any) -> ModuleType:
         (lambda p: lambda: torch.empty(0).max(), "failed: RuntimeError: max(): "),
     ],
 )
-def test_a_contestant_that_fails_costs_its_own_figure(monkeypatch: pytest.MonkeyPatch, make: Any, state: str) -> None:
+def test_contestant_that_fails_costs_its_own_figure(monkeypatch: pytest.MonkeyPatch, make: Any, state: str) -> None:
     device, case = base.Device("cpu"), TIMED["cross-entropy, frozen head"]
     monkeypatch.setitem(loss_rivals.RIVALS, "Liger", loss_rivals.Rival(make))
     row = loss_speed._loss_speed(device, case, ["Liger"], SHAPE)

@@ -31,7 +31,7 @@ def findings(out: Path) -> dict[str, bool]:
     return {finding.what: finding.fatal for finding in preflight.look(sections, out, dry=True)}
 
 
-def test_a_missing_package_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_package_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "bitsandbytes")
     (said,) = (text for text in findings(tmp_path) if "bitsandbytes" in text)
     out, less = said.removeprefix("not installed: bitsandbytes; ").split("; ")
@@ -70,7 +70,7 @@ def test_another_version_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not said[peft]
 
 
-def test_the_folder_of_the_rows(tmp_path: Path) -> None:
+def test_folder_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert not any(findings(tmp_path / "new" / "folder").values())
     assert not (tmp_path / "new").exists(), "looking makes nothing"
@@ -78,7 +78,7 @@ def test_the_folder_of_the_rows(tmp_path: Path) -> None:
     assert said == f"{tmp_path / 'file'} is a file, not a folder; give another --out"
 
 
-def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
     said = findings(tmp_path)
     assert said[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
@@ -103,7 +103,7 @@ class Driver:
     ("driver", "said"),
     [(Driver(0, 1), []), (Driver(100, 0), ["finds none (error 100)"]), (Driver(0, 0), ["finds none"])],
 )
-def test_the_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
+def test_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
     monkeypatch.setattr(preflight.ctypes, "CDLL", lambda name: driver)
     monkeypatch.setattr(preflight, "_torch_finds_one", lambda: False)
     found = list(preflight._device())
@@ -127,7 +127,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert preflight.message(found).startswith("preflight: FATAL: no C compiler")
 
 
-def test_the_wheels_are_those_of_the_constraints() -> None:
+def test_wheels_are_those_of_the_constraints() -> None:
     """So that a GPU machine without network gets what everything else is tested with; Liger is no dependency of peftlab."""
 
     def pins(name: str) -> dict[str, str]:

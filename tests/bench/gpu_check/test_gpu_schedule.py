@@ -144,7 +144,7 @@ CORRECTNESS = [section.name for section in SECTIONS if not section.timing]
     "bad", [{"ok": False, "failed": "off by 3\ntrace"}, {"ok": None, "not_run": "not installed: x"}]
 )
 @pytest.mark.parametrize("spoilt", CORRECTNESS)
-def test_a_bad_row_stops_only_what_stands_on_it(
+def test_bad_row_stops_only_what_stands_on_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: str, bad: Row
 ) -> None:
     sections = [s for s in SECTIONS if not s.asked]

@@ -54,7 +54,7 @@ def test_every_op_with_a_kernel_has_cases() -> None:
     assert kernels == case_files().keys() == gathered("COMPILED").keys()
 
 
-def test_a_new_op_gets_rows_and_compilations(planted: Any) -> None:
+def test_new_op_gets_rows_and_compilations(planted: Any) -> None:
     checked, timed = sections_of_ops()
     assert (checked.name, timed.name, timed.stands_on) == ("doubled", "doubled speed", ("doubled",))
     device = Device("cpu")
@@ -67,7 +67,7 @@ def test_a_new_op_gets_rows_and_compilations(planted: Any) -> None:
     assert [claim["id"] for claim in claims.load()][-1:] == ["doubled"]
 
 
-def test_a_fault_of_a_new_op_is_red(planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_of_a_new_op_is_red(planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planted, "FACTOR", 2.01)
     (check,) = tasks_of(sections_of_ops()[0], Device("cpu"))
     row = check.run()

@@ -13,14 +13,14 @@ from bench.peers.gate import loss_differences
 SMOKE = f"{ROOT}/recipes/smoke.jsonl"
 
 
-def test_the_cost_of_a_micro_batch_is_fitted() -> None:
+def test_cost_of_a_micro_batch_is_fitted() -> None:
     padded = [8, 16, 64, 512]
     found = split_cost.fit(padded, [2e-3 + 1e-5 * tokens for tokens in padded])
     assert found["constant_ms"] == pytest.approx(2) and found["ms_per_token"] == pytest.approx(0.01)
     assert found["split_cost_tokens"] == pytest.approx(200) and found["largest_relative_residual"] < 1e-9
 
 
-def test_the_cost_of_a_micro_batch_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_of_a_micro_batch_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_cost, "LENGTHS", (4, 8))
     recipe = {
         "task": "causal_lm",

@@ -63,7 +63,7 @@ def test_weights(storage: str) -> None:
     assert held(tensors) == pytest.approx(kd_plan.weight_bytes(kd_plan.shape_of(tiny()), storage), rel=0.01)
 
 
-def test_the_adapter_and_its_optimizer() -> None:
+def test_adapter_and_its_optimizer() -> None:
     model = adapted()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -138,7 +138,7 @@ def test_flops(rank: int | None) -> None:
     assert counted == pytest.approx(want, rel=0.25 if rank else 1e-6)
 
 
-def test_the_plan_of_the_issue() -> None:
+def test_plan_of_the_issue() -> None:
     """Both ways fit the smaller card, by the research's own estimates of 10.7 and 4.6 GB to within a tenth."""
     student, teacher = kd_plan.preset_shape(kd_plan.STUDENT), kd_plan.preset_shape(kd_plan.TEACHER)
     for stored, estimate in ((None, 10.7e9), (kd_plan.NUM_STORED, 4.6e9)):

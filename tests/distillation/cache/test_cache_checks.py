@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_complete_cache_opens(cache: Path) -> None:
+def test_complete_cache_opens(cache: Path) -> None:
     found = open_cache(cache, identity=dict(reversed(IDENTITY.items())), fill=FILL)
     assert found.fill == FILL and found.extra == {"accuracy": 0.75} and found.names == ["train", "eval"]
     assert found.manifest["identity"] == IDENTITY
@@ -86,7 +86,7 @@ def test_damage_is_found_when_it_is_opened(
         open_cache(cache, fill=FILL, identity=IDENTITY)
 
 
-def test_a_large_cache_finds_damage_when_it_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_cache_finds_damage_when_it_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_HASHED_BYTES", 100)
     shard = cache / "train-00001.bin"
     shard.write_bytes(changed(shard.read_bytes(), 30))
@@ -100,14 +100,14 @@ def test_a_large_cache_finds_damage_when_it_is_read(cache: Path, monkeypatch: py
         found.verify()
 
 
-def test_a_damaged_head_is_found_when_it_is_read(cache: Path) -> None:
+def test_damaged_head_is_found_when_it_is_read(cache: Path) -> None:
     path = cache / "tensors.safetensors"
     path.write_bytes(changed(path.read_bytes(), len(path.read_bytes()) - 1))
     with pytest.raises(ArtifactError, match=r"tensors.safetensors does not have its recorded hash"):
         open_cache(cache).head_tensors()
 
 
-def test_a_shard_of_another_cache_does_not_pass(cache: Path, tmp_path: Path) -> None:
+def test_shard_of_another_cache_does_not_pass(cache: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write(other, fill=Fill("topk", k=3, num_classes=20, temperature=2.0))
     for kind in ("bin", "index"):
@@ -167,7 +167,7 @@ def test_keys_of_the_examples(cache: Path) -> None:
         train.check_keys(KEYS[::-1])
 
 
-def test_the_key_of_an_example() -> None:
+def test_key_of_an_example() -> None:
     ids, trained = np.array([1, 2, 3]), np.array([False, True, True])
     keys = {
         example_key(ids),
@@ -181,7 +181,7 @@ def test_the_key_of_an_example() -> None:
     assert example_key(ids) == 8990308797230768126, "fixed: caches of an earlier version stay valid"
 
 
-def test_a_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> None:
+def test_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"found a complete one in .*: reuse it, choose another folder, or overwrite"):
         write(cache)
     begun = tmp_path / "begun"
@@ -230,7 +230,7 @@ def test_what_a_killed_replacement_left_is_not_gone_on_with(cache: Path) -> None
         assert writer.split("train", 6).done == 0
 
 
-def test_a_cache_of_another_version(cache: Path) -> None:
+def test_cache_of_another_version(cache: Path) -> None:
     path = cache / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ArtifactError, match=r"expected version 1 of the teacher cache's format in .*, found 2"):

@@ -92,7 +92,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(folder)
 
 
-def test_the_capture_has_several_shards(whole: dict[str, bytes]) -> None:
+def test_capture_has_several_shards(whole: dict[str, bytes]) -> None:
     assert {name for name in whole if name.endswith(".bin")} == {
         "train-00000.bin",
         "train-00001.bin",
@@ -161,7 +161,7 @@ def test_little_is_done_twice(tmp_path: Path) -> None:
         assert writer.split("train", 7).done == 5
 
 
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[int] = set()
     names, pwrite, replace = [], os.pwrite, os.replace
 
@@ -220,7 +220,7 @@ def test_what_a_lost_power_leaves_is_kept_as_far_as_it_fits(
     )
 
 
-def test_a_full_disk_keeps_what_is_there(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_full_disk_keeps_what_is_there(tmp_path: Path, whole: dict[str, bytes]) -> None:
     """A limit on the size of files stands for the disk: the kernel writes a part and refuses the rest, as it does there."""
 
     def limited() -> int:
@@ -290,7 +290,7 @@ with CacheWriter(Path(sys.argv[1]), fill, {}) as writer:
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer before ends between the open and the lock of the next one: a third would lock a new file."""
     flock = files.fcntl.flock
     calls: list[int] = []

@@ -152,7 +152,7 @@ def stored(fill: Fill, target: SparseTarget | Tensor) -> SparseTarget:
     return SparseTarget(torch.from_numpy(read.ids), torch.from_numpy(read.probs), fill.temperature, "bucket")
 
 
-def test_a_rest_out_of_rounding_would_be_a_loss() -> None:
+def test_rest_out_of_rounding_would_be_a_loss() -> None:
     """Why the rest is stored: of a sure teacher 1 - sum of rounded values is noise of 1e-4, beside a true rest of 1e-6."""
     fill = Fill("topk", k=3, num_classes=20)
     z = torch.full((1, 20), -14.0)
@@ -165,7 +165,7 @@ def test_a_rest_out_of_rounding_would_be_a_loss() -> None:
 
 
 @pytest.mark.parametrize("values", ["float16", "float32"])
-def test_the_mass_of_draws_is_exact_however_small(values: str) -> None:
+def test_mass_of_draws_is_exact_however_small(values: str) -> None:
     """1e-9 of it: one minus the head's sum would be the rounding of float32, 1e-8 or 0."""
     fill = Fill("mixed", k=3, draws=8, num_classes=20, values=values)
     z = torch.full((6, 20), -23.0)
@@ -206,7 +206,7 @@ def test_all_classes_in_float32_are_the_dense_loss(T: float, tmp_path: Path) -> 
     ],
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_teacher_that_is_broken_is_not_stored(fill: Fill, values: Tensor, wrong: float) -> None:
+def test_teacher_that_is_broken_is_not_stored(fill: Fill, values: Tensor, wrong: float) -> None:
     broken = values.clone()
     broken[2, 3] = wrong
     with pytest.raises(VerificationError, match="at 1 of 4 positions of example 7 of train, the first at position 2"):
@@ -216,7 +216,7 @@ def test_a_teacher_that_is_broken_is_not_stored(fill: Fill, values: Tensor, wron
             encode(fill.target(torch.full((4, 9), -math.inf), 0), fill, where="x")
 
 
-def test_a_target_of_another_fill_is_our_mistake() -> None:
+def test_target_of_another_fill_is_our_mistake() -> None:
     fill = Fill("topk", k=2, num_classes=9)
     for other in (
         SparseTarget.from_logits(torch.zeros(3, 9), 3),
