@@ -52,7 +52,7 @@ def test_command_line_imports_nothing_heavy(argument: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["check", "train", "teach", "distill"])
-def test_command_line_misspelt_key_is_told_before_anything_heavy_is_imported(verb: str) -> None:
+def test_command_line_reports_a_misspelt_key_before_heavy_imports(verb: str) -> None:
     command = (sys.executable, "-X", "importtime", COMMAND, verb, "smoke", "train.epoch=2")
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
     assert done.returncode == 2

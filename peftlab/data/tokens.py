@@ -14,10 +14,6 @@ import numpy.typing as npt
 from peftlab.data.chat_template import Rendered
 from peftlab.data.rows import Rows
 
-# Maximum rows, or characters, tokenized at once: the intermediate lists take far more memory than the tokens.
-_PIECE_ROWS = 4096
-_PIECE_CHARACTERS = 4_000_000
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -67,19 +63,25 @@ class Tokens:
 
 
 def pieces(
-    rows: Rows, render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Rendered]]
+    rows: Rows,
+    render: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Rendered]],
+    *,
+    max_rows: int = 4096,
+    max_characters: int = 4_000_000,
 ) -> Iterator[tuple[int, list[Rendered]]]:
-    """Yields ``(index of the first row, rendered rows)`` for consecutive rows, a few thousand or a few megabytes at a time."""
+    """Yields ``(index of the first row, rendered rows)`` for consecutive rows, at most ``max_rows`` or, beyond one row,
+    ``max_characters`` at a time: the lists that tokenizing makes take far more memory than the tokens.
+    """
     # The automatic garbage collector would scan all rows again and again. Here it scans new objects once per piece.
     automatic = gc.isenabled()
     gc.disable()
     try:
-        for first in range(0, len(rows), _PIECE_ROWS):
-            part = range(first, min(first + _PIECE_ROWS, len(rows)))
+        for first in range(0, len(rows), max_rows):
+            part = range(first, min(first + max_rows, len(rows)))
             rendered = render([rows.row(i) for i in part], [rows.where(i) for i in part])
             start = characters = 0
             for i, row in enumerate(rendered):
-                if characters and characters + len(row.text) > _PIECE_CHARACTERS:
+                if characters and characters + len(row.text) > max_characters:
                     yield first + start, rendered[start:i]
                     start, characters = i, 0
                 characters += len(row.text)

@@ -14,8 +14,6 @@ from peftlab.distillation.losses import cross_entropy
 from peftlab.distillation.objective import Objective
 from peftlab.distillation.targets import SparseTarget, Tail
 
-# A few [chunk, V] float32 tensors exist at a time: 64 MiB each.
-_CHUNK_BYTES = 64 * 2**20
 # Columns of the hidden states used for a head's gradient: all V x H values would be a second head in memory.
 _DIRECTIONS = 64
 # Thresholds of the warnings. Below a tenth of the step the teacher's term is within the noise of the labels' term; a
@@ -77,6 +75,7 @@ def gradient_report(
     k: int | None = None,
     tail: Tail = "bucket",
     hidden: Tensor | None = None,
+    chunk_bytes: int = 64 * 2**20,
 ) -> GradientReport:
     """Measures ||g_KD|| / ||g_CE|| and, for ``k`` stored classes of dense teacher logits, their angle to the dense gradient.
 
@@ -85,7 +84,7 @@ def gradient_report(
     Args: student_logits: [N, V] of selected positions. teacher: logits [N, V], or the stored classes used for training.
     targets: [N] int64. k, tail: of a target to be stored; forward KL and dense logits only. hidden: [N, H] hidden states
     of the student's logits; with more than 64 columns, 64 random combinations are used, which changes norms and angles by
-    a few percent.
+    a few percent. chunk_bytes: of the float32 logits of one chunk of tokens.
     Raises: ValueError without rows, and as ``Objective``.
     """
     if not len(student_logits):
@@ -97,7 +96,7 @@ def gradient_report(
     objective = Objective(kind, temperature, share, hard_weight, scale_by_t2)
     at_t1 = Objective(kind, 1.0, share, hard_weight, scale_by_t2)
     vectors = _Vectors(None if hidden is None else _directions(hidden.detach().float()))
-    size = max(1, _CHUNK_BYTES // (4 * student_logits.shape[1]))
+    size = max(1, chunk_bytes // (4 * student_logits.shape[1]))
     for start in range(0, len(student_logits), size):
         chosen = slice(start, start + size)
         logits = student_logits[chosen].detach()

@@ -28,8 +28,6 @@ DRAWS = 1000
 MIN_ROWS = 10
 # With fewer repetitions of a timing a bootstrap interval is shorter than the noise.
 MIN_ROUNDS = 3
-# Maximum elements per block of counts: 32 MB.
-_BLOCK = 2**22
 
 
 class IntervalDict(TypedDict):
@@ -121,6 +119,7 @@ def bootstrap(
     shares_of: Mapping[str, int] | None = None,
     num_draws: int = DRAWS,
     seed: int = 0,
+    max_drawn: int = 2**22,
 ) -> dict[str, Estimate]:
     """Estimates each metric on all rows and on ``num_draws`` draws of ``num_rows`` rows with replacement.
 
@@ -129,12 +128,13 @@ def bootstrap(
     Args:
         shares: names of the metrics that are shares of the rows; see ``Estimate.interval``.
         shares_of: names of the metrics that are shares of some rows -> number of those rows.
+        max_drawn: rows drawn at a time, which limits memory and changes no value.
     """
     if num_rows < 1:
         raise ValueError(f"expected at least one row, found {num_rows}")
     rng = np.random.default_rng(seed)
     draws = {name: np.empty(num_draws) for name in statistics}
-    block = max(1, _BLOCK // num_rows)
+    block = max(1, max_drawn // num_rows)
     for first in range(0, num_draws, block):
         size = min(block, num_draws - first)
         drawn = rng.integers(0, num_rows, (size, num_rows)) + num_rows * np.arange(size)[:, None]

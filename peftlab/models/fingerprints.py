@@ -10,19 +10,19 @@ from pathlib import Path
 from peftlab.paths import cache_root, sha256_of_files
 
 _FILE = "file-hashes.json"
-# Smaller files are hashed quickly and not cached.
-_LEAST_BYTES = 2**26
 _MOST_ENTRIES = 500
 
 
-def weights_fingerprint(paths: list[Path]) -> str:
+def weights_fingerprint(paths: list[Path], *, cached_from: int = 2**26) -> str:
     """Hex sha256 over the contents of ``paths`` in the given order.
 
     For large files it is cached in the cache folder, by path, size and modification time, so that later commands do not
     read the files again.
+
+    Args: cached_from: size in bytes of large files; smaller ones are hashed quickly.
     """
     states = [(str(p), stat.st_size, stat.st_mtime_ns) for p in paths for stat in [p.stat()]]
-    if sum(size for _, size, _ in states) < _LEAST_BYTES:
+    if sum(size for _, size, _ in states) < cached_from:
         return sha256_of_files(paths)
     key, known = json.dumps(states), _read()
     if key not in known:

@@ -17,8 +17,6 @@ from peftlab.paths import cache_root
 
 PREFIX = "shape:"
 _STD = 0.02
-# Elements drawn from one generator. Pieces are drawn in parallel; only these few exist in float32 (6 bytes per element).
-_PIECE = 1 << 20
 # Part of the fingerprint: increased when the same configuration gets other weights.
 _DRAW = 1
 
@@ -294,12 +292,15 @@ def _weight(
     return quantizer.get_quantize_ops().convert({path: value}, model=model, full_layer_name=path)[path]
 
 
-def random_weight(shape: Any, *, dtype: Any, device: str, seed: str, pool: Executor) -> Any:
-    """A tensor of ``shape`` with normal values of std 0.02, rounded to bfloat16, the same for the same ``seed``."""
+def random_weight(shape: Any, *, dtype: Any, device: str, seed: str, pool: Executor, piece_size: int = 2**20) -> Any:
+    """A tensor of ``shape`` with normal values of std 0.02, rounded to bfloat16, the same for the same ``seed``.
+
+    ``piece_size`` elements come from one generator: pieces are drawn in parallel, and only these exist in float32.
+    """
     import torch
 
     weight = torch.empty(shape, dtype=dtype)
-    pieces = list(enumerate(weight.view(-1).split(_PIECE)))
+    pieces = list(enumerate(weight.view(-1).split(piece_size)))
 
     def draw(numbered: tuple[int, Any]) -> None:
         number, piece = numbered

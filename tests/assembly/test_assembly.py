@@ -178,16 +178,15 @@ def test_check_reads_no_weights(files: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_weights_fingerprint_hashes_unchanged_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fingerprints, "_LEAST_BYTES", 0)
     right, read = fingerprints.sha256_of_files, []
     monkeypatch.setattr(fingerprints, "sha256_of_files", lambda paths: (read.append(paths), right(paths))[1])
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(np.arange(100).tobytes())
-    first = fingerprints.weights_fingerprint([weights])
-    assert fingerprints.weights_fingerprint([weights]) == first == right([weights]) and len(read) == 1
+    first = fingerprints.weights_fingerprint([weights], cached_from=0)
+    assert fingerprints.weights_fingerprint([weights], cached_from=0) == first == right([weights]) and len(read) == 1
     weights.write_bytes(np.arange(1, 101).tobytes())
-    assert fingerprints.weights_fingerprint([weights]) not in (first, "") and len(read) == 2
+    assert fingerprints.weights_fingerprint([weights], cached_from=0) not in (first, "") and len(read) == 2
     (tmp_path / "cache" / "file-hashes.json").write_text("{damaged")
-    assert fingerprints.weights_fingerprint([weights]) == right([weights])
+    assert fingerprints.weights_fingerprint([weights], cached_from=0) == right([weights])
     monkeypatch.setenv("PEFTLAB_CACHE", "/proc/no-such-folder")  # no cache can be written there
-    assert fingerprints.weights_fingerprint([weights]) == right([weights])
+    assert fingerprints.weights_fingerprint([weights], cached_from=0) == right([weights])

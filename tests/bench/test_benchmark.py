@@ -59,7 +59,7 @@ def test_what_is_known_about_a_machine_is_in_the_header(jobs: FakeJobs) -> None:
     assert header["protocol"] == {"repeats": 3, "steps": 4, "warm_up": 1}
 
 
-def test_figures_by_hand(jobs: FakeJobs) -> None:
+def test_benchmark_figures_by_hand(jobs: FakeJobs) -> None:
     jobs.step_s = {("reference", "none"): 0.2, ("auto", "none"): 0.1}
     cells = {c["key"]: c for c in bench(quantize=["none"])["cells"]}
     slow, fast = cells["train/lora/r8/none/reference/2x16/1"], cells["train/lora/r8/none/auto/2x16/1"]
@@ -211,7 +211,7 @@ def test_csv_and_json_agree(jobs: FakeJobs) -> None:
             assert row["reason"] == "out of memory, with a comma" and row["tokens_per_s_median"] == ""
 
 
-def test_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--plan", "--methods", "lora,full", "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert [c["status"] for c in cells] == ["pending"] * 6 + ["impossible"] * 2
@@ -239,7 +239,7 @@ def test_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str
         (["smoke", "data.train=absent.csv"], 3, "absent.csv"),
     ],
 )
-def test_bad_input(
+def test_benchmark_refuses_bad_input(
     jobs: FakeJobs, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["bench", *arguments]) == code

@@ -58,7 +58,7 @@ STEADY = [1.0, 1.01, 0.99, 1.02, 0.98]
 NAMES = ("a", "b")
 
 
-def test_difference_and_none() -> None:
+def test_compare_of_a_difference_and_of_none() -> None:
     a = result({8: STEADY, 16: STEADY})
     b = result({8: [0.5 * s for s in STEADY], 16: [1.03, 0.97, 1.0, 1.05, 0.96]}, peak=5e7)
     found = compare_results(a, b, NAMES)
@@ -81,7 +81,7 @@ def test_another_number_of_repetitions_is_compared() -> None:
     assert found["cells"][0]["speed"]["differs"]
 
 
-def test_another_machine_is_said_and_other_work_refused() -> None:
+def test_compare_reports_another_machine_and_refuses_another_workload() -> None:
     a, b = result({8: STEADY}), result({8: STEADY})
     b["header"]["machine"]["name"] = "H100"
     b["header"]["versions"]["torch"] = "2.14"
@@ -96,7 +96,7 @@ def test_another_machine_is_said_and_other_work_refused() -> None:
         compare_results(a, b, NAMES)
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = result({8: STEADY, 16: STEADY}), result({8: [0.5 * s for s in STEADY], 16: STEADY, 64: STEADY})
     for name, document in (("a", a), ("b", b)):
         (tmp_path / name).mkdir()

@@ -78,7 +78,7 @@ def test_texts_are_whole_and_apart(document: dict[str, Any]) -> None:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text.get_text()
 
 
-def test_files(document: dict[str, Any], tmp_path: Path) -> None:
+def test_figure_files(document: dict[str, Any], tmp_path: Path) -> None:
     png, svg = tmp_path / "bench.png", tmp_path / "bench.svg"
     assert draw_picture(document, png, svg)
     with Image.open(png) as image:

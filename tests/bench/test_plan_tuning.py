@@ -239,7 +239,7 @@ def test_wrong_candidate_is_an_error(
     assert not file.exists()
 
 
-def test_candidate_that_does_not_run_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidate_that_does_not_run_is_reported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.lora_linear
 
     def lora_linear(*args: Any, **options: Any) -> Any:
@@ -332,7 +332,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_kernels_refuses_bad_input(
+    name: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def never(*args: Any) -> Any:
         raise AssertionError("measured")
 

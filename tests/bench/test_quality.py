@@ -82,7 +82,7 @@ def quality(**options: Any) -> dict[str, Any]:
     return benchmark_quality("smoke", **{"methods": ["lora", "dora", "full"], **options})
 
 
-def test_figures_by_hand(trainings: Trainings) -> None:
+def test_quality_figures_by_hand(trainings: Trainings) -> None:
     rows = quality()["methods"]
     assert [row["name"] for row in rows] == ["lora r8", "dora r8", "full"]
     lora, dora, _ = rows
@@ -107,7 +107,7 @@ def test_all_have_the_same_budget_and_held_out_rows(trainings: Trainings) -> Non
     assert all(r["eval"]["before"] is False and "prompts" not in r["eval"] for r in trainings.recipes)
 
 
-def test_interrupted_and_resumed(trainings: Trainings) -> None:
+def test_quality_resumes_after_an_interruption(trainings: Trainings) -> None:
     trainings.stop_after = 4
     with pytest.raises(Interrupted, match="4 trainings are in"):
         quality()
@@ -154,7 +154,7 @@ def test_choice_of_a_learning_rate() -> None:
     assert chosen_rate([record(1e-4, 2.0, status="red")], "lora r8", [1e-4], "loss") is None
 
 
-def test_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quality_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--quality", "--plan", "--methods", "lora,full", "--seeds", "5"]) == 0
     shown = capsys.readouterr().out
     assert "12 trainings" in shown and "full" in shown and max(map(len, shown.splitlines())) <= 80
@@ -168,7 +168,7 @@ def test_full_fine_tuning_of_quantized_weights_is_a_row(trainings: Trainings) ->
         benchmark_quality("smoke", ["model.quantize=nf4"], methods=["full"], out="other")
 
 
-def test_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quality_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--quality", "--methods", "lora,dora,full"]) == 0
     shown = capsys.readouterr()
     assert max(map(len, shown.out.splitlines())) <= 80
@@ -209,7 +209,7 @@ def test_bars_of_an_accuracy_end_at_one(trainings: Trainings) -> None:
         (["--seeds", "0"], "--seeds: expected at least 1, found 0"),
     ],
 )
-def test_bad_input(
+def test_quality_refuses_bad_input(
     trainings: Trainings, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["bench", "smoke", "--quality", *arguments]) == 2
@@ -217,7 +217,7 @@ def test_bad_input(
     assert not trainings.asked
 
 
-def test_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_of_a_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         quality_run, "launch_worker", lambda spec: {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
     )

@@ -39,7 +39,7 @@ def test_cells_by_hand() -> None:
     ], "full fine-tuning has no rank: once, not once per rank"
 
 
-def test_what_stands_there_twice_counts_once() -> None:
+def test_sweep_counts_a_repeated_value_once() -> None:
     assert len(cells_of(make_sweep(**{**ONE, "ranks": [8, 8]}))) == 2
 
 
@@ -56,7 +56,7 @@ def test_what_stands_there_twice_counts_once() -> None:
         ({"length": [1]}, "--length: expected at least 2 tokens, of which one is predicted, found 1"),
     ],
 )
-def test_wrong_values_are_told(changes: dict[str, Any], message: str) -> None:
+def test_sweep_refuses_wrong_values(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         make_sweep(**{**ONE, **changes})
     assert str(caught.value) == message

@@ -77,7 +77,7 @@ def test_peftlab_passes_every_case(system: Any, case: Any) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_cases_notice(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kd_cases_notice_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, replacement, noticed = FAULTS[fault]
     monkeypatch.setattr(module, name, replacement)
     for case in (case for case in ALL_CASES if case.name in noticed):

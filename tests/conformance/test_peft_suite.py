@@ -23,16 +23,16 @@ def layer_and_input():
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     return layer, torch.randn(8, 64)
 
-def test_sum():
+def test_peft_suite_sums_its_results():
     layer, x = layer_and_input()
     low = x.flip(-1) @ layer.lora_A["default"].weight.t().flip(0) @ layer.lora_B["default"].weight.t()
     torch.testing.assert_close(layer(x), layer.base_layer(x) + low, rtol=0, atol=1e-7)
 
-def test_faulty():
+def test_peft_suite_reports_faulty_tests():
     layer, x = layer_and_input()
     assert not type(layer).__name__.startswith("Fused")
 
-def test_of_two_seeds():
+def test_peft_suite_of_two_seeds():
     assert torch.rand(()) < 0.6
 """
 
@@ -62,7 +62,7 @@ def test_what_counts_as_rounding(seeds: int, peft: int, fused: int, float64: int
 
 @pytest.mark.slow
 def test_rounding_is_shown(checkout: Path) -> None:
-    found = peft_suite.again(checkout, "tests/test_lora.py::test_sum")
+    found = peft_suite.again(checkout, "tests/test_lora.py::test_peft_suite_sums_its_results")
     assert found.is_rounding() and found.failed["fused"] > 0, found
     assert 0 < found.error["fused"] < 1e-6 and 0 < found.error["peft"] < 1e-6
 
@@ -70,7 +70,10 @@ def test_rounding_is_shown(checkout: Path) -> None:
 @pytest.mark.slow
 def test_fault_is_worse(checkout: Path) -> None:
     found = peft_suite.compare(checkout, ["test_lora.py"], [0])
-    assert found["worse"]["tests/test_lora.py::test_faulty"]["failed"] == {"peft": 0, "fused": 200}
+    assert found["worse"]["tests/test_lora.py::test_peft_suite_reports_faulty_tests"]["failed"] == {
+        "peft": 0,
+        "fused": 200,
+    }
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_seed_is_that_of_both_sides(checkout: Path) -> None:
-    test = "tests/test_lora.py::test_of_two_seeds"
+    test = "tests/test_lora.py::test_peft_suite_of_two_seeds"
     for seed, outcome in enumerate(["passed", "failed"]):
         for fused in (False, True):
             assert peft_suite.run(checkout, [test], fused=fused, seed=seed)["outcomes"] == {test: outcome}

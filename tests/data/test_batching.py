@@ -208,7 +208,7 @@ def test_greedy_cuts_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     ("epochs", "steps"), [(0.5, 5), (1.0, 10), (1.5, 15), (2.01, 21), (0.001, 1), (0.91, 10), (None, 10)]
 )
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_fractional_epochs(epochs: float | None, steps: int, grouping: str) -> None:
+def test_plan_of_fractional_epochs(epochs: float | None, steps: int, grouping: str) -> None:
     plan = BatchPlan([7] * 39, batch_size=4, epochs=epochs, grouping=grouping)
     assert plan.total_steps == steps
     assert plan.step(steps - 1).epoch == (steps - 1) // 10

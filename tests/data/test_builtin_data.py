@@ -126,7 +126,7 @@ def test_what_is_found_is_what_the_syntax_tree_has() -> None:
         ("sklearn:digits#2000", {}, "asks for 2000 rows, but there are only 1797"),
     ],
 )
-def test_refused(name: str, options: dict[str, str], said: str) -> None:
+def test_builtin_data_that_is_refused(name: str, options: dict[str, str], said: str) -> None:
     with pytest.raises(DataError, match=said) as caught:
         load_rows(name, **options)  # type: ignore[arg-type]
     assert isinstance(caught.value, PeftlabError) and caught.value.key

@@ -35,7 +35,7 @@ def trained_text(rendered: Any) -> list[str]:
     return [rendered.text[part.start : part.end] for part in rendered.parts if part.trained]
 
 
-def test_text(tokenizer: Any) -> None:
+def test_rows_of_text(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["text", "other"])
     assert f.style == "text"
     r = f.render({"text": "hello", "other": 1}, "here")
@@ -43,7 +43,7 @@ def test_text(tokenizer: Any) -> None:
     assert f.render_prompt({"text": "hello"}, "here") == "hello"
 
 
-def test_prompt_and_completion(tokenizer: Any) -> None:
+def test_rows_of_prompt_and_completion(tokenizer: Any) -> None:
     f = formatter(
         tokenizer, ["question", "completion", "prompt"], columns={"prompt": "question", "completion": "completion"}
     )
@@ -140,7 +140,7 @@ def test_template_that_raises_names_the_row(tokenizer: Any) -> None:
         formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "a.jsonl:9")
 
 
-def test_no_chat_template(tokenizer: Any) -> None:
+def test_messages_need_a_chat_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         formatter(tokenizer, ["messages"])

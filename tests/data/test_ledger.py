@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import tracemalloc
@@ -19,10 +20,11 @@ from hypothesis import strategies as st
 from peftlab.adapters import HeadLoss
 from peftlab.data import Ledger, Rows, find, require
 from peftlab.data import ledger as module
-from peftlab.data import tokens as tokens_module
 from peftlab.data.chat import Formatter
+from peftlab.data.tokens import pieces
 from peftlab.errors import DataError
 from peftlab.tasks import Encoded
+from peftlab.tasks import causal_lm as causal_lm_module
 from peftlab.tasks.causal_lm import CausalLM
 from peftlab.tasks.classification import Labels
 from peftlab.tasks.seq_cls import SequenceClassification
@@ -56,7 +58,7 @@ def roles(ledger: Ledger) -> dict[str, tuple[int, int]]:
     return {entry["role"]: (entry["seen"], entry["trained"]) for entry in ledger.report()["roles"]}
 
 
-def test_by_hand(tokenizer: Any) -> None:
+def test_ledger_equals_counts_by_hand(tokenizer: Any) -> None:
     """One token is one byte, or one special token."""
     rows = [
         turns("be", "ask", "answer", roles="sua"),
@@ -144,7 +146,7 @@ def test_clean_data_set_has_nothing_to_say(tokenizer: Any) -> None:
     require(ledger)
 
 
-def test_nothing_is_trained(tokenizer: Any) -> None:
+def test_ledger_where_nothing_is_trained(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a"), turns("b")]).ledger
     with pytest.raises(DataError, match=r"zero trained tokens in all 2 rows \(2 dropped: no assistant turn"):
         require(ledger, training=False)
@@ -229,7 +231,7 @@ def test_headers_of_plain_text_are_no_error(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("written", ["{{ m.content | upper }}", "{{ m.content[:3] }}", ""])
-def test_template_that_does_not_write_what_was_said(tokenizer: Any, written: str) -> None:
+def test_template_that_does_not_write_the_message(tokenizer: Any, written: str) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", END).replace(
         "{{ m.content }}", f"{{% if m.role == 'assistant' %}}{written}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
     )
@@ -267,7 +269,7 @@ def calling(name: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("more", [{"content": ""}, {"content": None}, {}])
-def test_tool_calls(tokenizer: Any, more: dict[str, Any]) -> None:
+def test_ledger_of_tool_calls(tokenizer: Any, more: dict[str, Any]) -> None:
     """A template that does not write them would teach silence where a tool should be called."""
     rows = [calling("get_weather", **more)]
     tokenizer.chat_template = chatml("<|im_start|>", END).replace("m.content", "m.content or ''")
@@ -291,7 +293,7 @@ def test_template_that_refuses_other_conversations(tokenizer: Any) -> None:
     require(encode(tokenizer, [turns("s", "a", "b", roles="sua")] * 2).ledger)
 
 
-def test_end_that_is_added_is_told(tokenizer: Any) -> None:
+def test_ledger_notes_an_added_end(tokenizer: Any) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", "")
     ledger = encode(tokenizer, [turns("a", "b")]).ledger
     (note,) = find(ledger)
@@ -319,7 +321,7 @@ def test_unended_turn_before_a_last_question_is_not_closed_behind_it(tokenizer: 
     assert kinds(encoded.ledger) == ["untrained_terminator"]
 
 
-def test_too_long(tokenizer: Any) -> None:
+def test_ledger_of_rows_that_are_too_long(tokenizer: Any) -> None:
     rows = [{"prompt": "q", "completion": "a" * n} for n in (3, 30, 20)]
     ledger = encode(tokenizer, rows, max_length=10).ledger
     (finding,) = find(ledger)
@@ -345,7 +347,7 @@ def test_repeated_rows_and_rows_of_both_sets(tokenizer: Any) -> None:
     assert ledger.shared_with(other) == [(0, 2), (2, 2), (3, 1), (4, 2)]
 
 
-def test_beginning_written_twice(tokenizer: Any) -> None:
+def test_ledger_notes_a_beginning_written_twice(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.bos_token = "<|im_start|>"
@@ -442,7 +444,7 @@ def test_account_that_forgets_truncation_is_caught(tokenizer_of: Any, monkeypatc
 
 def test_memory_does_not_grow_with_the_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the rows themselves: some numbers a row, and the tokens of one piece."""
-    monkeypatch.setattr(tokens_module, "_PIECE_ROWS", 250)
+    monkeypatch.setattr(causal_lm_module, "pieces", functools.partial(pieces, max_rows=250))
 
     def peak(count: int) -> int:
         rows = [turns(f"question {i:05} " * 4, f"answer {i:05} " * 8) for i in range(count)]

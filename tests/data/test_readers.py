@@ -102,7 +102,7 @@ def test_column_names_make_the_first_line_data(tmp_path: Path) -> None:
         ("a,b\n", "a.csv has no rows"),
     ],
 )
-def test_broken_csv(tmp_path: Path, content: str, expected: str) -> None:
+def test_csv_that_is_broken_is_refused_with_its_line(tmp_path: Path, content: str, expected: str) -> None:
     message, key = error(tmp_path, "a.csv", content, key="data.eval")
     assert message.startswith(expected)
     assert key == "data.eval"
@@ -167,7 +167,7 @@ def test_jsonl_round_trip(records: list[dict[str, Any]], ascii_only: bool) -> No
         ("{}\n{}\n", "a.jsonl has no columns: its records are empty"),
     ],
 )
-def test_broken_jsonl(tmp_path: Path, content: str, expected: str) -> None:
+def test_jsonl_that_is_broken_is_refused_with_its_line(tmp_path: Path, content: str, expected: str) -> None:
     assert error(tmp_path, "a.jsonl", content)[0].startswith(expected)
 
 
@@ -194,7 +194,7 @@ def test_json(tmp_path: Path, content: str) -> None:
         (" ", "a.json has no rows"),
     ],
 )
-def test_broken_json(tmp_path: Path, content: str, expected: str) -> None:
+def test_json_that_is_broken_is_refused(tmp_path: Path, content: str, expected: str) -> None:
     assert error(tmp_path, "a.json", content)[0].startswith(expected)
 
 
@@ -241,7 +241,7 @@ def test_gzip(tmp_path: Path, file: str, content: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"a\n1\n", gzip.compress(b"a\n1\n")[:-9]], ids=["plain", "cut"])
-def test_broken_gzip(tmp_path: Path, content: bytes) -> None:
+def test_gzip_that_is_broken_is_refused(tmp_path: Path, content: bytes) -> None:
     message, _ = error(tmp_path, "a.csv.gz", content)
     assert message.startswith("a.csv.gz ends with .gz but cannot be decompressed: ")
 
@@ -277,7 +277,7 @@ def test_utf_16_is_recognized(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["utf-9", "hex", "rot13", "undefined", "a\0b", ""])
-def test_unknown_encoding(tmp_path: Path, name: str) -> None:
+def test_encoding_that_is_unknown_is_refused(tmp_path: Path, name: str) -> None:
     message, key = error(tmp_path, "a.csv", "a\n1\n", encoding=name)
     assert message.startswith(f"unknown text encoding {name!r}; examples are utf-8")
     assert key == "data.encoding"

@@ -53,7 +53,7 @@ def test_selection_keeps_order_and_provenance(rows: Rows, indices: list[int]) ->
     assert len(rows) == 3
 
 
-def test_empty_selection(rows: Rows) -> None:
+def test_rows_of_an_empty_selection(rows: Rows) -> None:
     assert len(rows.select([])) == 0
     assert rows.select([]).columns == {"text": [], "label": []}
 

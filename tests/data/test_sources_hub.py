@@ -56,14 +56,14 @@ def test_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
     ]
 
 
-def test_missing_split(hub: list[tuple[Any, ...]]) -> None:
+def test_hub_split_that_is_missing(hub: list[tuple[Any, ...]]) -> None:
     message, key = error("owner/name:dev", key="data.eval")
     assert "looked for hub data set 'owner/name', split 'dev'; ValueError: " in message
     assert 'Unknown split "dev"' in message
     assert key == "data.eval"
 
 
-def test_empty_split(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_split_that_is_empty(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": []}))
@@ -77,7 +77,7 @@ def test_settings_without_effect_are_refused(tmp_path: Path, monkeypatch: pytest
     assert "only hub data sets have splits" in error(f"{tmp_path.name}:test")[0]
 
 
-def test_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_that_is_unreachable_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):

@@ -130,7 +130,7 @@ def test_is_the_same_under_any_hash_seed() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_too_few_rows(count: int) -> None:
+def test_split_of_too_few_rows(count: int) -> None:
     with pytest.raises(DataError, match=rf"^a.csv has {count} row\(s\), too few to hold some out; set data.eval$"):
         split_rows(rows_of(count))
 
@@ -143,7 +143,7 @@ def test_wrong_number_of_rows(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
-def test_wrong_share(fraction: float) -> None:
+def test_split_refuses_a_wrong_share(fraction: float) -> None:
     with pytest.raises(DataError, match="expected a share between 0 and 1") as info:
         split_rows(rows_of(5), fraction=fraction)
     assert info.value.key == "data.eval_fraction"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from peftlab.data import Rows, pieces, tokenize
-from peftlab.data import tokens as module
 from peftlab.data.chat_template import Part, Rendered
 
 EOS = 2
@@ -129,12 +128,13 @@ def test_open_answer_gets_its_end_and_the_rows_after_it_move() -> None:
     assert {got.role_names[r] for r in got.roles[got.trained]} == {"answer"}
 
 
-def test_pieces_are_all_rows_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE_ROWS", 4)
-    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 10)
+def test_pieces_are_all_rows_in_order() -> None:
     lengths = [3, 3, 30, 3, 1, 1, 1, 1, 9, 2]
     rows = Rows.from_dicts([{"text": "x" * n} for n in lengths], name="data")
-    got = list(pieces(rows, lambda part, wheres: [Rendered(row["text"], []) for row in part]))
+    rendered = pieces(
+        rows, lambda part, wheres: [Rendered(row["text"], []) for row in part], max_rows=4, max_characters=10
+    )
+    got = list(rendered)
     assert [(first, [len(r.text) for r in part]) for first, part in got] == [
         (0, [3, 3]),
         (2, [30]),
@@ -145,6 +145,6 @@ def test_pieces_are_all_rows_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_no_rows() -> None:
+def test_encoding_of_no_rows() -> None:
     got = tokenize(Scripted({}, eos_token_id=EOS), [], chat=True, stop_ids={EOS})
     assert len(got) == 0 and not len(got.ids) and np.array_equal(got.bounds, [0])

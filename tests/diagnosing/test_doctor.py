@@ -227,13 +227,13 @@ def test_doctor_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert _facts(doctor())["memory and disk: cache"]["detail"] == "0.0 GiB used"
 
 
-def test_doctor_offline_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_an_offline_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fact = _facts(doctor())["model hub: reachable"]
     assert (fact["value"], fact["status"]) == ("not tried", "note")
 
 
-def test_doctor_matrix_units_of_a_processor_are_told(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_matrix_units_of_a_processor(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from peftlab import ops
 
     here = _facts(report)

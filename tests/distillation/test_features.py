@@ -96,7 +96,7 @@ def check_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("fault", [None, lambda x: x * 2, lambda x: x.sum()[None].expand(6)])
-def test_hidden_mse(fault: Callable[[Tensor], Tensor] | None) -> None:
+def test_hidden_mse_equals_the_reference(fault: Callable[[Tensor], Tensor] | None) -> None:
     s, t = normal(6, 5), normal(6, 5, seed=1)
     want = torch.tensor(
         [sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)) / 5 for x, y in zip(s, t, strict=True)]
@@ -110,7 +110,7 @@ def test_hidden_mse(fault: Callable[[Tensor], Tensor] | None) -> None:
     check_gradient(lambda x: hidden_mse(x, t), s)
 
 
-def test_hidden_cosine() -> None:
+def test_hidden_cosine_equals_the_reference() -> None:
     s, t = normal(2, 3, 5), normal(2, 3, 5, seed=1)
     for b in range(2):
         for i in range(3):
@@ -134,7 +134,7 @@ def test_projector_bridges_widths_and_is_trained() -> None:
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention(kind: str, masked: bool) -> None:
+def test_attention_losses_equal_the_reference(kind: str, masked: bool) -> None:
     function = {"mse": attention_mse, "kl": attention_kl}[kind]
     s, t = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
     seen = causal([4, 2], 4) if masked else torch.ones(2, 1, 4, 4, dtype=torch.bool)

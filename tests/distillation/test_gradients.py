@@ -51,14 +51,15 @@ def gradients(
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalized"])
 @pytest.mark.parametrize("T", [1.0, 2.0])
-def test_norms_and_angle_are_those_of_the_closed_forms(T: float, tail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_and_angle_are_those_of_the_closed_forms(T: float, tail: Any) -> None:
     student, teacher, targets = models(N=17, V=300)
     kd, ce, sparse = gradients(student, teacher, targets, T, 12, tail)
     cosine = float((kd * sparse).sum() / (kd.norm() * sparse.norm()))
     at_t1 = gradients(student, teacher, targets, 1.0, 12, tail)[0]
-    for chunk_bytes in (gradients_module._CHUNK_BYTES, 4 * 300 * 5, 1):
-        monkeypatch.setattr(gradients_module, "_CHUNK_BYTES", chunk_bytes)
-        found = gradient_report(student, teacher, targets, temperature=T, hard_weight=0.25, k=12, tail=tail)
+    for chunk_bytes in (2**26, 4 * 300 * 5, 1):
+        found = gradient_report(
+            student, teacher, targets, temperature=T, hard_weight=0.25, k=12, tail=tail, chunk_bytes=chunk_bytes
+        )
         assert found.kd_norm == pytest.approx(float(kd.norm()) / 17, rel=1e-4)
         assert found.ce_norm == pytest.approx(float(ce.norm()) / 17, rel=1e-4)
         assert found.ratio == pytest.approx(float(kd.norm() / ce.norm()), rel=1e-4)
@@ -70,14 +71,15 @@ def test_norms_and_angle_are_those_of_the_closed_forms(T: float, tail: Any, monk
 
 
 @pytest.mark.parametrize("width", [8, 500])
-def test_gradients_of_the_head(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_the_head(width: int) -> None:
     """Exact for narrow hidden states; of wide ones random directions give norms and angles within a few percent."""
     student, teacher, targets = models(N=40, V=300)
     hidden = torch.randn(40, width, generator=torch.Generator().manual_seed(1)) + 1.0
     kd, ce, sparse = (g.T @ hidden.double() for g in gradients(student, teacher, targets, 2.0, 12, "renormalized"))
     cosine = float((kd * sparse).sum() / (kd.norm() * sparse.norm()))
-    monkeypatch.setattr(gradients_module, "_CHUNK_BYTES", 4 * 300 * 7)
-    found = gradient_report(student, teacher, targets, temperature=2.0, k=12, tail="renormalized", hidden=hidden)
+    found = gradient_report(
+        student, teacher, targets, temperature=2.0, k=12, tail="renormalized", hidden=hidden, chunk_bytes=4 * 300 * 7
+    )
     near = 1e-4 if width == 8 else 0.1
     assert found.of == "head"
     assert found.kd_norm == pytest.approx(float(kd.norm()) / 40, rel=near)
@@ -146,7 +148,7 @@ def test_renormalized_classes_of_a_good_student() -> None:
     assert "the error cannot be measured" in unmeasured
 
 
-def test_perfect_student() -> None:
+def test_gradients_of_a_perfect_student() -> None:
     _, teacher, targets = models(N=4, V=50)
     for student in (teacher, teacher + 3.0):
         found = gradient_report(student, teacher, targets, k=3, temperature=2.0, hard_weight=0.5)
@@ -170,11 +172,10 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
-def test_only_chunks_of_float32_logits_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_chunks_of_float32_logits_exist() -> None:
     student, teacher, targets = (x.bfloat16() if x.is_floating_point() else x for x in models(N=40, V=100))
-    monkeypatch.setattr(gradients_module, "_CHUNK_BYTES", 4 * 100 * 8)
     with LargestOutput() as largest:
-        gradient_report(student, teacher, targets, temperature=2.0, k=10)
+        gradient_report(student, teacher, targets, temperature=2.0, k=10, chunk_bytes=4 * 100 * 8)
     assert largest.numel == 8 * 100
 
 

@@ -292,7 +292,7 @@ def test_bug_mean_of_means_over_micro_batches(monkeypatch: pytest.MonkeyPatch) -
     caught()
 
 
-def test_bug_t2_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objective_without_t2_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "divergence", _without("scale_by_t2", False, losses.divergence))
     caught()
 
@@ -441,7 +441,7 @@ def test_bug_teacher_and_student_swapped(monkeypatch: pytest.MonkeyPatch) -> Non
     caught()
 
 
-def test_bug_weights_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objective_with_swapped_weights_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = objective.combine
     monkeypatch.setattr(
         objective,

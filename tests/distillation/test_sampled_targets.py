@@ -152,7 +152,7 @@ def test_rare_classes_are_drawn_as_often_as_they_should() -> None:
     assert len(target.ids[target.ids > 0].unique()) > 0.9 * rare
 
 
-def test_no_rows() -> None:
+def test_sampled_targets_of_no_rows() -> None:
     for kind in ("sampled", "mixed"):
         assert len(drawn(kind, torch.zeros(0, V))) == 0
 

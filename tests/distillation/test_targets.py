@@ -133,7 +133,7 @@ def test_all_classes_stored_is_dense(tail: str, V: int, T: float, seed: int, dty
     torch.testing.assert_close(gradient, dense_gradient, rtol=rounding, atol=rounding * T)
 
 
-def test_all_classes_stored_beside_columns_that_do_not_exist() -> None:
+def test_all_classes_stored_next_to_columns_that_do_not_exist() -> None:
     student, teacher = logits(3, 8)
     for z in (student, teacher):
         z[:, 6:] = -math.inf

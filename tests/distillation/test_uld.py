@@ -88,7 +88,7 @@ def test_agrees_with_the_definition(V_s: int, V_t: int, T: float, seed: int) -> 
     )
 
 
-def test_gradient() -> None:
+def test_uld_gradient() -> None:
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, n, generator=g, dtype=torch.float64) for n in (5, 7))
     student.requires_grad_(), teacher.requires_grad_()

@@ -90,7 +90,7 @@ def test_real_tokenizers_differ(tokenizer_of: Callable[[str], Any]) -> None:
         require_same(tokenizer_of("tiny:llama"), byte_level())
 
 
-def test_padded_columns_are_cut_and_said() -> None:
+def test_padded_columns_are_cut_and_reported() -> None:
     """Qwen2.5: 151,936 and 152,064 columns for 151,665 ids of one tokenizer."""
     columns, line = shared_width(Comparison(151_665, None), 151_936, 152_064)
     assert columns == 151_665

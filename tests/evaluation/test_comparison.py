@@ -147,7 +147,7 @@ def test_mistakes_of_the_caller() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_model_that_diverged_is_said_so(value: float) -> None:
+def test_model_that_diverged_is_reported(value: float) -> None:
     logits = _logits(1)
     logits[3, 4] = value
     with pytest.raises(VerificationError, match="in the teacher's outputs on held-out rows: its training diverged"):
@@ -254,7 +254,7 @@ def test_student_that_turns_the_space_is_a_perfect_one_but_for_the_cosine() -> N
     assert abs(other["spearman"]) < 0.1 and other["neighbour_recall"] < 0.1
 
 
-def test_embeddings_of_other_widths_have_no_cosine_and_mistakes_are_said() -> None:
+def test_embeddings_of_other_widths_have_no_cosine_and_mistakes_are_errors() -> None:
     student, teacher = _vectors(20, 0.5)
     assert set(_embeddings(student[:, :8], teacher).statistics()) == {"spearman", "neighbour_recall"}
     with pytest.raises(DataError, match="expected at least 3 texts to compare embeddings on, found 2"):

@@ -199,7 +199,7 @@ def test_scorer_checks_per_class_names() -> None:
         ([], "seq_cls", False, "the list is empty"),
     ],
 )
-def test_wrong_metric_names(names: list[str], task: str, has_choices: bool, message: str) -> None:
+def test_metric_names_that_are_wrong_are_refused(names: list[str], task: str, has_choices: bool, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         check_metrics(names, task, has_choices)
     assert caught.value.key == "eval.metrics"

@@ -120,7 +120,7 @@ def weights(run: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(run / "student").items() if not name.endswith(".yaml")}
 
 
-def test_run_is_complete(done: Done) -> None:
+def test_distillation_run_is_complete(done: Done) -> None:
     names = {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     model |= {"recipe.lock.yaml"} | ({"generation_config.json"} if done.task == "causal_lm" else set())

@@ -160,7 +160,7 @@ def test_impossible_beginnings_are_refused(untaught: Path, init: dict[str, Any],
         distill(recipe, progress=SilentProgress())
 
 
-def test_layers_are_compared_beside_the_answers(tmp_path: Path) -> None:
+def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
     """With a large weight the student's only layer comes nearer to the teacher's than without."""
 
     said: list[str] = []

@@ -445,7 +445,7 @@ def test_answers_are_drawn_from_what_the_student_says(here: Path, models: Path) 
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_policy_reports_a_student_that_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = on_policy_module.write_answers
 
     def silent(*args: Any, **options: Any) -> list[Any]:
@@ -480,7 +480,7 @@ def test_student_that_writes_nothing_is_told_of(here: Path, monkeypatch: pytest.
         ({"data": {"template": None, "columns": {"text": "word"}}}, "these rows are plain text"),
     ],
 )
-def test_what_cannot_be_is_said(here: Path, changes: dict[str, Any], message: str) -> None:
+def test_on_policy_refuses_impossible_settings(here: Path, changes: dict[str, Any], message: str) -> None:
     document = recipe(here)
     on_policy = document["distill"]["on_policy"] | changes.pop("on_policy", {})
     for name, values in changes.items():

@@ -103,11 +103,10 @@ def test_macro_f1_of_drawn_rows_is_scikit_learns_on_the_repeated_rows() -> None:
     assert macro_f1(predictions, references)(counts.astype(float)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bootstrap_blocks_change_nothing() -> None:
     metric = {"m": row_metrics.mean(np.arange(50.0))}
     whole = bootstrap(metric, 50, num_draws=20)["m"].draws
-    monkeypatch.setattr("peftlab.measuring.intervals._BLOCK", 150)
-    assert bootstrap(metric, 50, num_draws=20)["m"].draws.tolist() == whole.tolist()
+    assert bootstrap(metric, 50, num_draws=20, max_drawn=150)["m"].draws.tolist() == whole.tolist()
 
 
 def test_rows_that_all_agree_get_the_exact_binomial_bound() -> None:

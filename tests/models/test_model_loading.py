@@ -41,7 +41,7 @@ def test_backbone_is_frozen_and_close_to_the_original(tiny: Callable[..., Any], 
     assert float((got - want).norm()) <= bound * float(want.norm())
 
 
-def test_dtypes(tiny: Callable[..., Any]) -> None:
+def test_load_model_in_each_dtype(tiny: Callable[..., Any]) -> None:
     assert tiny("tiny:llama", adapter=False).dtype == torch.float32
     assert tiny("tiny:llama", adapter=False, dtype="bfloat16").dtype == torch.bfloat16
     assert resolve_dtype("auto", "cpu") == torch.float32

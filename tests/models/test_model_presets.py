@@ -204,19 +204,20 @@ def test_every_build_gives_the_same_weights() -> None:
     assert not torch.equal(one["model.layers.0.mlp.up_proj.weight"], one["model.layers.1.mlp.up_proj.weight"])
 
 
-def test_weights_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets_module, "_PIECE", 100)
+def test_weights_do_not_depend_on_the_number_of_threads() -> None:
     weights = []
     for workers in (1, 4):
         with ThreadPoolExecutor(workers) as pool:
-            weights.append(random_weight((37, 29), dtype=torch.float32, device="cpu", seed="a", pool=pool))
+            weights.append(
+                random_weight((37, 29), dtype=torch.float32, device="cpu", seed="a", pool=pool, piece_size=100)
+            )
     assert torch.equal(*weights)
     assert len(weights[0].unique()) > 500  # the pieces differ
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
-def test_dtypes(quantize: str, dtype: str) -> None:
+def test_presets_in_each_dtype(quantize: str, dtype: str) -> None:
     model = build(quantize=quantize, dtype=dtype)
     assert model.dtype == model.config.dtype == getattr(torch, dtype)
     plain = {p.dtype for n, p in model.named_parameters() if "_proj" not in n or quantize == "none"}
@@ -233,7 +234,7 @@ def test_attention_and_task_heads() -> None:
     assert type(model.score) is torch.nn.Linear
 
 
-def test_unknown_names() -> None:
+def test_presets_refuse_unknown_names() -> None:
     for name, message in [
         (
             "shape:llama3-8b",

@@ -31,20 +31,20 @@ def refused(name: str, error: type[PeftlabError], message: str, **options: Any) 
     assert type(caught.value) is error
 
 
-def test_names() -> None:
+def test_resolve_model_by_name() -> None:
     assert resolve_model("tiny:llama").kind == "tiny"
     hub = resolve_model("HuggingFaceTB/SmolLM2-135M", "main")
     assert (hub.kind, hub.path, hub.revision) == ("hub", "HuggingFaceTB/SmolLM2-135M", "main")
     assert resolve_model("gpt2").kind == "hub"
 
 
-def test_local_folder(folder: Path) -> None:
+def test_resolve_model_in_a_local_folder(folder: Path) -> None:
     source = resolve_model(str(folder))
     assert (source.kind, source.path) == ("folder", str(folder))
     refused(str(folder), RecipeError, "a revision needs a hub model", revision="main")
 
 
-def test_unknown_names(tmp_path: Path, folder: Path) -> None:
+def test_resolve_model_refuses_unknown_names(tmp_path: Path, folder: Path) -> None:
     refused("tiny:gpt", RecipeError, "there are tiny:llama, tiny:bert, tiny:vit")
     refused(str(tmp_path / "lama"), RecipeError, "did you mean '.*llama'")
     refused("./no/such", RecipeError, "the folder no does not exist either")
@@ -53,7 +53,7 @@ def test_unknown_names(tmp_path: Path, folder: Path) -> None:
     refused("tiny:llama", RecipeError, "a revision needs a hub model", revision="main")
 
 
-def test_packages() -> None:
+def test_resolve_model_refuses_missing_packages() -> None:
     refused("package:", RecipeError, "expected package:IMPORT_NAME/RELATIVE/PATH")
     refused("package:torch", RecipeError, "expected package:IMPORT_NAME/RELATIVE/PATH")
     refused("package:no_such_package/model", RecipeError, r"package 'no_such_package' \(from .*\) is not installed")
@@ -80,12 +80,12 @@ def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
     refused(str(tmp_path / name), ArtifactError, "pickled weight file, which can run code")
 
 
-def test_other_files(tmp_path: Path) -> None:
+def test_resolve_model_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"")
     refused(str(tmp_path / "model.onnx"), RecipeError, "expected a model folder or a .gguf file")
 
 
-def test_pickles_beside_safetensors_are_not_read(folder: Path) -> None:
+def test_pickles_next_to_safetensors_are_not_read(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80 not even a pickle")
     load(str(folder))
 
@@ -100,7 +100,7 @@ def test_folder_loads_to_the_same_weights(folder: Path, tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "empty"])
-def test_damaged_safetensors(folder: Path, damage: str) -> None:
+def test_safetensors_that_are_damaged_are_refused(folder: Path, damage: str) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes({"cut": content[:-500], "header": b"\xff" * 40 + content[40:], "empty": b""}[damage])
@@ -109,7 +109,7 @@ def test_damaged_safetensors(folder: Path, damage: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-def test_damaged_config(folder: Path) -> None:
+def test_config_that_is_damaged_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises((RecipeError, ArtifactError)):
         load(str(folder))
@@ -136,7 +136,7 @@ def test_tensors_of_another_shape(folder: Path) -> None:
         load(str(folder))
 
 
-def test_missing_tokenizer(folder: Path) -> None:
+def test_tokenizer_that_is_missing_is_reported(folder: Path) -> None:
     for path in folder.glob("token*"):
         path.unlink()
     with pytest.raises(RecipeError, match=r"the tokenizer of .* cannot be loaded"):

@@ -99,7 +99,7 @@ def _redundant() -> Any:
     return model
 
 
-def test_greedy_search_sees_that_two_layers_stand_in_for_each_other() -> None:
+def test_greedy_search_sees_that_two_layers_replace_each_other() -> None:
     model = _redundant()
     once = layers_by_importance(model, 2, outputs=_outputs, search="once")
     greedy = layers_by_importance(model, 2, outputs=_outputs, search="greedy")
@@ -171,7 +171,7 @@ def test_layer_that_is_held_in_its_place_is_never_removed() -> None:
         layers_by_importance(gpt2, 1, outputs=_outputs, search="once")
 
 
-def test_broken_teacher_is_said_to_be_broken() -> None:
+def test_importance_reports_a_broken_teacher() -> None:
     model = _teacher()
     model.lm_head.weight[3] = torch.nan
     with pytest.raises(VerificationError, match="are NaN on the sample"):

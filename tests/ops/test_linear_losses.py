@@ -74,7 +74,7 @@ def test_divergences_agree_with_the_formula(
 
 @EACH_HEAD
 @EACH_BACKEND
-def test_distilling_every_head(assert_within_budget: Budget, name: str, backend: str, dtype: torch.dtype) -> None:
+def test_linear_kl_of_every_head(assert_within_budget: Budget, name: str, backend: str, dtype: torch.dtype) -> None:
     case = make_case(name, dtype)
     taught = make_teacher(case, "online")
     options: dict[str, Any] = {"temperature": 1.5, "hard_weight": 0.2, "chunk": 6}

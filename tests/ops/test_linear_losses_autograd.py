@@ -199,7 +199,7 @@ def test_linear_losses_operators_are_registered_as_they_behave(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["dense+softcap", "dense+trained+bias", "nf4+lora"])
-def test_compiled_whole(name: str) -> None:
+def test_linear_losses_compile_whole(name: str) -> None:
     case = make_case(name, torch.float32)
     taught = make_teacher(case, "online")
 

@@ -49,7 +49,9 @@ COMPILERS = ["aot_eager"] + (["inductor"] if torch.cuda.is_available() else [])
 @EACH_DROPOUT
 @EACH_BACKEND
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_whole(device: torch.device, backend: str, dropout: float, kind: str, compiler: str) -> None:
+def test_lora_linear_compiles_whole(
+    device: torch.device, backend: str, dropout: float, kind: str, compiler: str
+) -> None:
     """One graph, the seed drawn within it, and the results of eager code."""
     case = problem(kind, (10, 50, 33, 4), torch.float32, device)
 

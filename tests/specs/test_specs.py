@@ -97,14 +97,14 @@ def test_optimizers_and_schedules_are_implemented_and_their_keys_exist() -> None
 
 
 @pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.adapts])
-def test_method_of_peft_has_the_fields_that_its_keys_stand_for(name: str) -> None:
+def test_method_of_peft_has_the_fields_of_its_keys(name: str) -> None:
     spec = METHODS[name]
     fields = getattr(peft, spec.config).__dataclass_fields__
     assert {*spec.keys.values(), *spec.fixed} <= set(fields)
     assert set(spec.keys) <= set(AdapterSection.model_fields)
 
 
-def test_variants_are_told_apart_by_their_settings() -> None:
+def test_variants_differ_in_their_settings() -> None:
     for name, (spec, variant) in VARIANTS.items():
         section = AdapterSection(method=spec.name, **variant.settings).model_dump()
         assert variant_of(spec.name, section) == name

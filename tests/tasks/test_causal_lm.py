@@ -80,7 +80,7 @@ def test_completion_without_prompt_skips_the_first_token(tokenizer: Any) -> None
     assert masks(tokenizer, [{"prompt": "", "completion": "yes"}]) == [(False, "y"), (True, "es" + EOS)]
 
 
-def test_raw_template(tokenizer: Any) -> None:
+def test_raw_template_trains_the_assistant_part(tokenizer: Any) -> None:
     assert masks(tokenizer, [{"q": "1+1", "a": 2}], template=RAW) == [(False, "1+1:"), (True, " 2" + EOS)]
 
 
@@ -167,7 +167,7 @@ def test_zero_trained_tokens(tokenizer: Any) -> None:
         require(encode(make(tokenizer, empty), empty).ledger)
 
 
-def test_rows_without_trained_tokens_are_dropped_and_told(tokenizer: Any) -> None:
+def test_rows_without_trained_tokens_are_dropped_and_reported(tokenizer: Any) -> None:
     user = [{"role": "user", "content": "u"}]
     rows = rows_of([{"messages": user}, {"messages": [*user, {"role": "assistant", "content": "a"}]}])
     encoded = encode(make(tokenizer, rows), rows)
@@ -177,7 +177,7 @@ def test_rows_without_trained_tokens_are_dropped_and_told(tokenizer: Any) -> Non
     ]
 
 
-def test_too_long(tokenizer: Any) -> None:
+def test_rows_that_are_too_long(tokenizer: Any) -> None:
     rows = rows_of([{"prompt": "Q", "completion": "y"}, {"prompt": "Q", "completion": "yes!"}])
     task = make(tokenizer, rows)
     with pytest.raises(DataError, match=r"a\.csv:3: 1 row has more tokens than the limit of 4 \(up to 6\)"):

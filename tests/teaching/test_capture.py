@@ -80,7 +80,7 @@ EXACT = [
 
 
 @pytest.mark.parametrize(("task", "targets"), EXACT, ids=str)
-def test_all_classes_or_hidden_states_equal_the_teacher_beside(here: Path, task: str, targets: Any) -> None:
+def test_cache_of_all_classes_or_hidden_states_equals_a_live_teacher(here: Path, task: str, targets: Any) -> None:
     document = lesson(task, temperature=2.0, cache="cache", targets=targets)
     teach(document, progress=SilentProgress())
     found = step_of(document, here)
@@ -88,7 +88,7 @@ def test_all_classes_or_hidden_states_equal_the_teacher_beside(here: Path, task:
     assert_same_step(found, beside, 1e-6)
 
 
-def test_routed_teachers_from_disk_equal_those_beside(here: Path) -> None:
+def test_routed_teachers_from_disk_equal_live_ones(here: Path) -> None:
     two = [
         {"name": "teacher-causal_lm", "weight": 2.0, "rows": {"kind": "animal"}},
         {"name": "tiny:llama", "weight": 1.0},
@@ -200,7 +200,7 @@ def test_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest
     assert contents(here / "cache") == contents(here / "whole")
 
 
-def test_too_little_room(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_needs_room_on_the_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(here)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ResourceError, match=r"`distill.cache`: the targets need about .* MiB in cache"):

@@ -252,7 +252,7 @@ def test_one_teacher_of_texts(lab: Lab, hard_weight: float, packed: bool) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_divergence(lab: Lab, kind: str) -> None:
+def test_distill_loss_of_every_divergence(lab: Lab, kind: str) -> None:
     goal = Goal(losses=[(kind, 1.0)], hard_weight=0.3, temperature=2.0, share=0.3)
     lab.texts.check(goal, [Share(taught_by(lab.texts, lab.lm))], [voice(lab.lm)])
     lab.classes.check(goal, [Share(taught_by(lab.classes, lab.classifier))], [voice(lab.classifier)])
@@ -263,7 +263,7 @@ def test_several_losses_with_weights(lab: Lab) -> None:
     lab.texts.check(goal, [Share(taught_by(lab.texts, lab.lm))], [voice(lab.lm)])
 
 
-def test_two_weighted_teachers(lab: Lab) -> None:
+def test_distill_loss_of_two_weighted_teachers(lab: Lab) -> None:
     shares = [Share(taught_by(lab.texts, lab.lm), 3.0), Share(taught_by(lab.texts, lab.other_lm), 1.0)]
     lab.texts.check(Goal(hard_weight=0.3), shares, [voice(lab.lm, 3.0), voice(lab.other_lm, 1.0)])
 
@@ -284,7 +284,7 @@ def test_teachers_of_some_rows_and_the_backbone(lab: Lab, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.3, 1.0])
-def test_classes_with_weights(lab: Lab, hard_weight: float) -> None:
+def test_distill_loss_with_class_weights(lab: Lab, hard_weight: float) -> None:
     goal = Goal(hard_weight=hard_weight, temperature=4.0)
     lab.classes.check(goal, [Share(taught_by(lab.classes, lab.classifier))], [voice(lab.classifier)])
 
@@ -308,7 +308,7 @@ def test_teacher_that_reads_with_its_own_tokenizer(lab: Lab) -> None:
     lab.classes.check(Goal(hard_weight=0.3), [Share(teacher)], [(say, 1.0, lambda ids: True)])
 
 
-def test_rows_without_labels(lab: Lab) -> None:
+def test_distill_loss_of_rows_without_labels(lab: Lab) -> None:
     """They have weight 1, and no class that a loss could read."""
     bench = Classes(lab.classes.student, lab.classes.task.tokenizer, labelled=False)
     assert [(e.weight, e.label) for e in bench.examples] == [(1.0, None)] * len(CLASSIFIED)
@@ -463,17 +463,19 @@ CAUGHT_BY: list[tuple[Callable[[Any], None], tuple[Any, dict[str, Any]]]] = [
     (mask_shifted, ONE),
     (labels_on_top, ONE),
     (packs_mixed, (test_one_teacher_of_texts, {"hard_weight": 0.3, "packed": True})),
-    (weights_not_normalised, (test_two_weighted_teachers, {})),
+    (weights_not_normalised, (test_distill_loss_of_two_weighted_teachers, {})),
     (weights_not_normalised, ROUTED),
     (rows_in_another_order, ROUTED),
     (adapter_left_on, ROUTED),
-    (class_weights_forgotten, (test_classes_with_weights, {"hard_weight": 0.3})),
+    (class_weights_forgotten, (test_distill_loss_with_class_weights, {"hard_weight": 0.3})),
     (order_ignored, (test_teacher_whose_classes_are_in_another_order, {})),
 ]
 
 
 @pytest.mark.parametrize(("fault", "caught"), CAUGHT_BY, ids=lambda x: getattr(x, "__name__", None))
-def test_fault_is_caught(lab: Lab, monkeypatch: pytest.MonkeyPatch, fault: Any, caught: Any) -> None:
+def test_distill_loss_with_a_fault_is_caught(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, fault: Any, caught: Any
+) -> None:
     check, arguments = caught
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"(loss|gradient).* path"):

@@ -122,7 +122,7 @@ def test_any_cut_of_texts(texts: DistillLab, shapes: Any, plan: Any) -> None:
 @given(shapes=MORE_TEXTS, plan=plans(packed=True))
 @example(shapes=UNEVEN, plan=PACKED_PARTIAL)
 @example(shapes=UNEVEN, plan={"batch_size": 1, "packing": 1000})
-def test_any_packing(texts: DistillLab, shapes: Any, plan: Any) -> None:
+def test_distill_step_with_any_packing(texts: DistillLab, shapes: Any, plan: Any) -> None:
     texts.check(shapes, plan)
 
 
@@ -170,7 +170,7 @@ torch.save(found, folder / f"{accelerator.process_index}.pt")
 """
 
 
-def test_two_ranks(process: Any, texts: DistillLab, tmp_path: Path) -> None:
+def test_distill_step_on_two_ranks(process: Any, texts: DistillLab, tmp_path: Path) -> None:
     for found in two_processes(process, tmp_path, RANK):
         for name, (shapes, plan, lr) in RANK_CASES.items():
             if lr:

@@ -143,7 +143,7 @@ def inner_loss(bench: Any, teacher: Any, kind: str, **settings: Any) -> DistillL
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["hidden_mse", "hidden_cosine", "attention_kl"])
-def test_of_texts(kind: str, packed: bool, tiny: Any, tokenizer_of: Any) -> None:
+def test_inner_losses_of_texts(kind: str, packed: bool, tiny: Any, tokenizer_of: Any) -> None:
     bench, teacher = texts_case(tiny, tokenizer_of)
     want = wanted_of_texts(bench, teacher, kind)
     check(bench, inner_loss(bench, teacher, kind), want, packed=packed, within=WITHIN.get(kind, 1e-9))

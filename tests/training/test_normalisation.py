@@ -602,7 +602,9 @@ def test_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_equals_transformers_trainer(tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path: Path) -> None:
+def test_normalisation_equals_transformers_trainer(
+    tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path: Path
+) -> None:
     """Its ``num_items_in_batch`` on one process, PEFT's own layers, float32; the last of 3 steps has 3 micro-batches."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 

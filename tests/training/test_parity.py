@@ -62,7 +62,7 @@ def recipe(task: str = "causal_lm", **changes: Any) -> dict[str, Any]:
         ("seq_cls", "cpu-int8", "int8"),  # its head has no int8 weights
     ],
 )
-def test_parity_rounded_operands_are_told_from_faults(
+def test_parity_tells_rounded_operands_from_faults(
     here: Path, monkeypatch: pytest.MonkeyPatch, any_processor: None, task: str, kernels: str, quantize: str
 ) -> None:
     """The training path is compared in float32, then its rounding with that; evaluation takes it too."""
@@ -82,7 +82,7 @@ def test_parity_rounded_operands_are_told_from_faults(
         train(**changes, run={"kernels": kernels, "dir": "faulty"})
 
 
-def test_parity_plans_that_round_no_rows_are_told_from_faults(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_tells_plans_that_round_no_rows_from_faults(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU bitsandbytes' layers round rows of x to 8 bits in training, here by force. The training path is compared
     with them rounded as well, and then as it trains, which may be without."""
     from bitsandbytes.autograd import _functions as bnb

@@ -180,7 +180,9 @@ def with_dropout(patch: Any) -> None:
 @pytest.mark.parametrize(
     "fault", [no_restoring, flags_not_restored, eval_for_good, with_dropout], ids=lambda f: f.__name__
 )
-def test_fault_is_caught(bench: Texts, second: Any, monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+def test_teacher_outputs_with_a_fault_are_caught(
+    bench: Texts, second: Any, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         check_second(bench, second)

@@ -91,7 +91,7 @@ OPS = ("dequant", "ceilings", "dequant speed", "order of addition")
 @pytest.mark.parametrize(
     "names", [OPS, pytest.param((*OPS, "linear losses", "tests", "loss speed"), marks=pytest.mark.slow)]
 )
-def test_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_gpu_check_runs_a_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", *names)
     assert code == 0, said
     assert {row["section"] for row in rows} == set(names)
@@ -156,7 +156,7 @@ def test_dry_run_is_not_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_distillation_dry(tmp_path: Path) -> None:
+def test_gpu_check_runs_distillation_dry(tmp_path: Path) -> None:
     code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "distillation steps")
     assert code == 0, said
     gates = {"dequant", "lora_linear bfloat16", "linear losses", "distillation"}
@@ -181,7 +181,7 @@ def test_what_takes_minutes_runs_only_when_asked_for() -> None:
 
 
 @pytest.mark.slow
-def test_every_section_dry(tmp_path: Path) -> None:
+def test_gpu_check_runs_every_section_dry(tmp_path: Path) -> None:
     code, rows, said = check(tmp_path, "--dry-run-cpu")
     assert code == 0, said
     assert {row["section"] for row in rows} == set(sections())

@@ -224,7 +224,7 @@ def test_missed_targets_and_red_rows_come_first() -> None:
         ("training steps", {"length": 8192}, {"ok": None}, "training-step", "open"),
     ],
 )  # fmt: skip
-def test_one_fault(section: str, task: Row, change: Row, claim: str, state: str) -> None:
+def test_claim_with_one_fault_fails(section: str, task: Row, change: Row, claim: str, state: str) -> None:
     records = good()
     rows(records, section, **task)[0].update(change)
     verdict = states(records)[claim]
@@ -269,7 +269,7 @@ def test_tests_gate_nothing() -> None:
     assert found["smoke"].state == found["compile"].state == "failed"
 
 
-def test_what_a_figure_stands_on_is_checked_in_the_same_wave_or_before() -> None:
+def test_checks_of_a_figure_run_in_the_same_wave_or_before() -> None:
     by_name = BY_NAME
     for section in SECTIONS:
         for gate in section.stands_on:

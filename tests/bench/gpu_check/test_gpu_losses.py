@@ -111,7 +111,7 @@ def test_contestant_that_fails_costs_its_own_figure(monkeypatch: pytest.MonkeyPa
     assert row["ratios"].keys() == {"full logits"}
 
 
-def test_what_is_not_installed_is_said() -> None:
+def test_rivals_that_are_not_installed_are_reported() -> None:
     assert "quack" not in sys.modules
     case = "cross-entropy, trained head"
     names = loss_speed.contestants(case, "compiled", "CuTe DSL")

@@ -40,7 +40,7 @@ def test_missing_package_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp
     assert not any(findings(tmp_path).values())
 
 
-def test_what_stands_on_a_section_with_a_missing_package(tmp_path: Path) -> None:
+def test_preflight_names_sections_that_a_missing_package_stops(tmp_path: Path) -> None:
     section = base.Section
     sections = [
         section("whole", "a", "", 1, needs=("no_such",)),
@@ -61,7 +61,7 @@ def test_without_torch_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert findings(tmp_path)["not installed: triton; nothing runs without it"] is True
 
 
-def test_another_version_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_preflight_reports_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==0.1\npeft==0.0.1\n")
     monkeypatch.setattr(preflight, "CONSTRAINTS", constraints)
@@ -78,7 +78,7 @@ def test_folder_of_the_rows(tmp_path: Path) -> None:
     assert said == f"{tmp_path / 'file'} is a file, not a folder; give another --out"
 
 
-def test_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_preflight_of_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
     said = findings(tmp_path)
     assert said[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
@@ -103,7 +103,7 @@ class Driver:
     ("driver", "said"),
     [(Driver(0, 1), []), (Driver(100, 0), ["finds none (error 100)"]), (Driver(0, 0), ["finds none"])],
 )
-def test_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
+def test_preflight_of_the_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
     monkeypatch.setattr(preflight.ctypes, "CDLL", lambda name: driver)
     monkeypatch.setattr(preflight, "_torch_finds_one", lambda: False)
     found = list(preflight._device())
@@ -116,7 +116,7 @@ def test_torch_may_find_a_driver_elsewhere(monkeypatch: pytest.MonkeyPatch) -> N
     assert not list(preflight._device())
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_preflight_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     found = list(preflight._compiler())

@@ -124,7 +124,7 @@ def test_what_hangs_takes_no_time_from_what_matters(monkeypatch: pytest.MonkeyPa
     assert fake.now <= 420
 
 
-def test_nothing_is_timed_beside_anything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_timed_sections_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And on a quick machine all is done within the time."""
     fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", lambda section: [(1.0, {})] * 5)
     assert {row["ok"] for row in rows} == {True}
@@ -144,7 +144,7 @@ CORRECTNESS = [section.name for section in SECTIONS if not section.timing]
     "bad", [{"ok": False, "failed": "off by 3\ntrace"}, {"ok": None, "not_run": "not installed: x"}]
 )
 @pytest.mark.parametrize("spoilt", CORRECTNESS)
-def test_bad_row_stops_only_what_stands_on_it(
+def test_bad_row_stops_only_the_sections_that_depend_on_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: str, bad: Row
 ) -> None:
     sections = [s for s in SECTIONS if not s.asked]

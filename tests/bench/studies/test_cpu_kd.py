@@ -23,7 +23,7 @@ LOSSES = {"online": [5.0, 4.0, 3.0], "cached": [4.2, 3.4, 2.6], "gkd": [5.0, 4.0
         ("gkd", [float("nan"), 4.0, 3.0], False),
     ],
 )
-def test_gate(engine: str, losses: list[float], passed: bool) -> None:
+def test_cpu_kd_gate(engine: str, losses: list[float], passed: bool) -> None:
     assert distillation.judge({**LOSSES, engine: losses})["passed"] is passed
     assert distillation.judge(LOSSES)["passed"]
 

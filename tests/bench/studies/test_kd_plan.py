@@ -39,14 +39,14 @@ def held(tensors: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_published_sizes() -> None:
+def test_kd_plan_of_published_sizes() -> None:
     for name, parameters in (("llama-3-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400)):
         shape = kd_plan.preset_shape(name)
         assert shape.num_layers * shape.layer_weights + shape.others == parameters
     assert kd_plan.adapter_parameters(kd_plan.preset_shape("llama-3.2-1b"), 32) == 22_544_384
 
 
-def test_fewer_layers() -> None:
+def test_kd_plan_of_fewer_layers() -> None:
     whole = load_skeleton(find_pretrained("shape:smollm2-135m"), auto_class="AutoModelForCausalLM")
     want = kd_plan.shape_of(whole).with_layers(20)
     del whole.model.layers[20:]
@@ -54,7 +54,7 @@ def test_fewer_layers() -> None:
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
-def test_weights(storage: str) -> None:
+def test_kd_plan_of_weights(storage: str) -> None:
     model = tiny(quantize=storage, dtype="bfloat16")
     tensors = list(model.parameters())
     for parameter in model.parameters():
@@ -117,7 +117,7 @@ def test_with_recomputation_each_layer_keeps_its_input() -> None:
 
 
 @pytest.mark.parametrize("rank", [None, RANK])
-def test_flops(rank: int | None) -> None:
+def test_kd_plan_of_flops(rank: int | None) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from peftlab.adapters.fused import set_kernels

@@ -34,7 +34,7 @@ def test_whole_bytes_are_plain_integers(dtype: str, width: int) -> None:
     assert pack(values, width) == values.astype(dtype).tobytes()
 
 
-def test_widths_of_vocabularies() -> None:
+def test_bit_width_of_each_vocabulary() -> None:
     sizes = {1: 0, 2: 1, 3: 2, 30_522: 15, 49_152: 16, 65_536: 16, 65_537: 17, 128_256: 17, 151_936: 18, 262_144: 18}
     assert {size: width_for(size - 1) for size in sizes} == sizes
 
@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_refused() -> None:
         width_for(2**32)
 
 
-def test_millions_per_second() -> None:
+def test_bits_pack_millions_per_second() -> None:
     values = np.random.default_rng(0).integers(0, 151_936, 2_000_000)
     began = time.perf_counter()
     packed = pack(values, 18)

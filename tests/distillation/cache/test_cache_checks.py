@@ -130,7 +130,7 @@ def test_none_or_not_complete(tmp_path: Path) -> None:
             writer.finish()
 
 
-def test_another_identity_is_told_key_by_key(cache: Path) -> None:
+def test_cache_reports_another_identity_key_by_key(cache: Path) -> None:
     other = {**IDENTITY, "data": "d2", "max_length": 128, "revision": "main"}
     del other["template"]
     with pytest.raises(ArtifactError) as error:
@@ -143,7 +143,7 @@ def test_another_identity_is_told_key_by_key(cache: Path) -> None:
     ) in str(error.value)
 
 
-def test_another_fill_is_told(cache: Path) -> None:
+def test_cache_reports_another_fill(cache: Path) -> None:
     with pytest.raises(
         ArtifactError, match=r"made with another k: k is 3 in the cache, 4 here. Restore what it was made with"
     ):
@@ -237,7 +237,7 @@ def test_cache_of_another_version(cache: Path) -> None:
         open_cache(cache)
 
 
-def test_wrong_calls(cache: Path, tmp_path: Path) -> None:
+def test_cache_refuses_wrong_calls(cache: Path, tmp_path: Path) -> None:
     train = open_cache(cache).split("train")
     for index in (6, -1):
         with pytest.raises(IndexError, match=f"expected an example from 0 to 5 of train, found {index}"):

@@ -29,7 +29,7 @@ from peftlab.errors import RecipeError
         ({"kind": "hidden", "hidden": "int4"}, "hidden", "bfloat16 or int8 or float32, found 'int4'"),
     ],
 )
-def test_wrong_settings(settings: dict[str, Any], key: str, found: str) -> None:
+def test_fill_refuses_wrong_settings(settings: dict[str, Any], key: str, found: str) -> None:
     with pytest.raises(RecipeError, match=found) as error:
         Fill(**{"num_classes": 100, "hidden_size": 8} | settings)
     assert error.value.key == f"distill.targets.{key}"
@@ -63,7 +63,7 @@ def test_only_what_the_bytes_depend_on_counts() -> None:
         (Fill("hidden", hidden_size=100, hidden="float32"), 400),
     ],
 )
-def test_bytes_per_position(fill: Fill, expected: float) -> None:
+def test_fill_counts_bytes_per_position(fill: Fill, expected: float) -> None:
     assert fill.bytes_per_position() == expected
 
 

@@ -259,7 +259,7 @@ def test_bytes_per_position_are_those_of_the_files(fill: Fill, tmp_path: Path) -
         assert told["bytes_per_position"] <= planned * 1.02
 
 
-def test_it_is_fast(tmp_path: Path) -> None:
+def test_cache_round_trip_is_fast(tmp_path: Path) -> None:
     """20,000 positions of 50 classes: 0.03 s each way on an idle core, 2 s at most anywhere."""
     fill = Fill("topk", k=50, num_classes=49_152)
     generator = torch.Generator().manual_seed(0)
