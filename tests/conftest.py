@@ -93,8 +93,8 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     from peftlab import ops
 
     def exact_product(a: Any, b: Any, *, out: Any = None) -> Any:
-        found = a.int() @ b.int()
-        return found if out is None else out.copy_(found)
+        actual = a.int() @ b.int()
+        return actual if out is None else out.copy_(actual)
 
     for module in (ops, runtime):
         monkeypatch.setattr(module, "operands_problem", lambda backend: None)

@@ -115,12 +115,12 @@ def test_shipped_recipes_are_named_right() -> None:
 
 def unknown_keys(text: str) -> list[str]:
     """Recipe keys in code spans that the schema does not have, such as ``train.lrr`` or ``run.seed: 1``."""
-    found = []
+    actual = []
     for span in inline_code(text):
         key = re.match(rf"((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?=$|[:= ])", span)
         if key and span != "run.json" and spec_at(key[1].split(".")) is None:
-            found.append(span)
-    return found
+            actual.append(span)
+    return actual
 
 
 @pages
@@ -202,8 +202,8 @@ def test_rooms_are_all_there() -> None:
 
 
 def test_report_card_is_that_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads((ROOT / "bench" / "results" / "distillation.json").read_text())["digits-few-labels"]["card"]
-    show_card(Output(), found)
+    actual = json.loads((ROOT / "bench" / "results" / "distillation.json").read_text())["digits-few-labels"]["card"]
+    show_card(Output(), actual)
     printed = capsys.readouterr().out.replace("\u2500", "-").rstrip().splitlines()
     page = (DOCS / "distillation.md").read_text()
     assert "\n".join(f"    {line}".rstrip() for line in printed) in page

@@ -125,7 +125,7 @@ def _peftlab_violation(unit: str, name: str, root: Path) -> str | None:
 
 def violations(root: Path) -> list[str]:
     """One line, ``file:line: what is wrong``, for each import under ``root`` that breaks the rules."""
-    found: list[str] = []
+    actual: list[str] = []
     for path in sorted(
         p for folder in ("peftlab", "kernels", "recipes", "tests", "bench") for p in root.glob(f"{folder}/**/*.py")
     ):
@@ -135,7 +135,7 @@ def violations(root: Path) -> list[str]:
         unit = relative.parts[1].removesuffix(".py") if owner == "peftlab" else ""
         unit = "<root>" if unit == "__init__" else unit
         if owner == "peftlab" and unit not in ALLOWED:
-            found.append(
+            actual.append(
                 f"{relative.as_posix()}:1: {unit} is not in ALLOWED of tests/test_imports.py; say what it may import"
             )
             continue
@@ -159,13 +159,13 @@ def violations(root: Path) -> list[str]:
             elif top == "peftlab" and owner == "peftlab":
                 problem = _peftlab_violation(unit, item.name, root)
             if problem:
-                found.append(f"{relative.as_posix()}:{item.line}: {problem}")
-    return found
+                actual.append(f"{relative.as_posix()}:{item.line}: {problem}")
+    return actual
 
 
 def test_tree_keeps_the_rules() -> None:
-    found = violations(ROOT)
-    assert not found, "\n" + "\n".join(found)
+    actual = violations(ROOT)
+    assert not actual, "\n" + "\n".join(actual)
 
 
 def questions_which_task_it_is(root: Path) -> list[str]:

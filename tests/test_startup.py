@@ -31,10 +31,10 @@ def test_command_line_answers_within_half_a_second(argument: str) -> None:
     seconds: list[float] = []
     libraries: list[float] = []
     for _ in range(NUM_RUNS):
-        for found, command in ((seconds, (COMMAND, argument)), (libraries, (sys.executable, "-c", LIBRARIES))):
+        for actual, command in ((seconds, (COMMAND, argument)), (libraries, (sys.executable, "-c", LIBRARIES))):
             start = time.perf_counter()
             assert _run(*command).stdout
-            found.append(time.perf_counter() - start)
+            actual.append(time.perf_counter() - start)
         bound = max(BOUND_S, BOUND_TIMES * min(libraries))
         if min(seconds) < bound:
             return

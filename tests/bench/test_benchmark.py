@@ -107,8 +107,8 @@ def test_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest.M
         try:
             return {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
         except PeftlabError as error:
-            found = {"error": {"kind": type(error).__name__, "message": str(error), "known": True}}
-            return subprocesses.outcome(found, 1, "")
+            actual = {"error": {"kind": type(error).__name__, "message": str(error), "known": True}}
+            return subprocesses.outcome(actual, 1, "")
 
     monkeypatch.setattr(speed_run, "launch_worker", here)
     cells = bench(quantize=["none"], repeats=1, steps=1, what=["train", "generate"], new_tokens=2)["cells"]
@@ -258,8 +258,8 @@ def test_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pytes
 def test_job_in_a_process_and_its_errors() -> None:
     recipe = {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}
     spec = {"job": "run", "recipe": recipe, "texts": None, "batch": 1, "steps": 1}
-    found = subprocesses.launch("peftlab.bench.worker", spec)
-    assert found["status"] == "impossible" and "unknown shape" in found["reason"]
+    process = subprocesses.launch("peftlab.bench.worker", spec)
+    assert process["status"] == "impossible" and "unknown shape" in process["reason"]
 
 
 def test_time_left_goes_by_the_later_jobs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,24 +61,24 @@ NAMES = ("a", "b")
 def test_compare_of_a_difference_and_of_none() -> None:
     a = result({8: STEADY, 16: STEADY})
     b = result({8: [0.5 * s for s in STEADY], 16: [1.03, 0.97, 1.0, 1.05, 0.96]}, peak=5e7)
-    found = compare_results(a, b, NAMES)
-    faster, same = found["cells"]
+    comparison = compare_results(a, b, NAMES)
+    faster, same = comparison["cells"]
     assert faster["speed"]["value"] == pytest.approx(2) and faster["speed"]["differs"]
     assert 1.9 < faster["speed"]["low"] <= 2 <= faster["speed"]["high"] < 2.1
     assert same["speed"]["differs"] is False
     assert faster["memory_ratio"]["value"] == pytest.approx(0.5) and faster["memory_ratio"]["differs"]
-    assert found["said"] == []
-    assert found["only_a"] == [{"key": CELLS[2].key, "status": "memory"}]
+    assert comparison["said"] == []
+    assert comparison["only_a"] == [{"key": CELLS[2].key, "status": "memory"}]
 
 
 def test_two_repetitions_tell_nothing() -> None:
-    found = compare_results(result({8: [1.0, 1.1]}), result({8: [0.5, 0.6]}), NAMES)
-    assert found["cells"][0]["speed"]["differs"] is None
+    comparison = compare_results(result({8: [1.0, 1.1]}), result({8: [0.5, 0.6]}), NAMES)
+    assert comparison["cells"][0]["speed"]["differs"] is None
 
 
 def test_another_number_of_repetitions_is_compared() -> None:
-    found = compare_results(result({8: STEADY}), result({8: [0.5, 0.51, 0.49]}), NAMES)
-    assert found["cells"][0]["speed"]["differs"]
+    comparison = compare_results(result({8: STEADY}), result({8: [0.5, 0.51, 0.49]}), NAMES)
+    assert comparison["cells"][0]["speed"]["differs"]
 
 
 def test_compare_reports_another_machine_and_refuses_another_workload() -> None:

@@ -122,19 +122,21 @@ def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plan_tuning, "linear_shapes", lambda name: [(64, 128), (48, 64)])
     monkeypatch.setattr(timing, "LIMIT_S", {"cpu": 0.0, "cuda": 0.0})
     seen: list[tuple[int, int, str]] = []
-    report = plan_tuning.tune(rows=[5, 100, 100], rank=3, dropout=[0.0, 0.2], progress=lambda *told: seen.append(told))
+    report = plan_tuning.tune(
+        rows=[5, 100, 100], rank=3, dropout=[0.0, 0.2], progress=lambda *notes: seen.append(notes)
+    )
     count = 0
     for kind in plan_tuning.KINDS:
         for dropout in (False, True):
             forward, backward = candidates(
                 kind, DEVICE.type, dropout=dropout, dtype=plan_tuning.resolve_precision("auto", DEVICE.type)
             )
-            found = [p for p in report["plans"] if p["kind"] == kind and p["dropout"] == dropout]
+            actual = [p for p in report["plans"] if p["kind"] == kind and p["dropout"] == dropout]
             choices = len(forward) > 1 or len(backward) > 1
-            assert len(found) == (4 if choices else 0)
+            assert len(actual) == (4 if choices else 0)
             assert bool([n for n in report["notes"] if n.startswith(f"{kind}, dropout {0.2 * dropout:g}:")]) != choices
-            count += len(found)
-            for plan in found:
+            count += len(actual)
+            for plan in actual:
                 assert list(plan["forward_ms"]) == (forward if len(forward) > 1 else [])
                 assert list(plan["backward_ms"]) == (backward if len(backward) > 1 else [])
                 assert plan["forward"] in forward and plan["backward"] in backward
@@ -197,9 +199,9 @@ def test_every_candidate_is_the_formula_in_bfloat16_too(kind: str, dropout: floa
     for plan in [ops.Plan(f, b) for f in forward for b in backward]:
         assert case.fault(plan, want) == ""
         y = case.forward(plan)
-        for found, wanted in zip((y.detach(), *case.backward(y)), want, strict=True):
+        for actual, wanted in zip((y.detach(), *case.backward(y)), want, strict=True):
             rounds_x = kind == "int8" and plan.forward == "library"
-            assert (found.float() - wanted).norm() <= (0.02 if rounds_x else 0.005) * wanted.norm()
+            assert (actual.float() - wanted).norm() <= (0.02 if rounds_x else 0.005) * wanted.norm()
 
 
 def _wrong_scale(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,14 +218,19 @@ def _wrong_gradient(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "part", "found"),
+    ("fault", "part", "expected_text"),
     [
         (_wrong_scale, "forward", "y differs from the formula in float32 by 0.0"),
         (_wrong_gradient, "backward", "dx differs from the formula in float32 by 0.05 "),
     ],
 )
 def test_wrong_candidate_is_an_error(
-    fault: Any, part: str, found: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fault: Any,
+    part: str,
+    expected_text: str,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = ops.lora_linear
 
@@ -234,7 +241,7 @@ def test_wrong_candidate_is_an_error(
     monkeypatch.setattr(ops, "lora_linear", lora_linear)
     assert run([*COMMAND, "--kinds", "dense"]) == 6
     message = " ".join(capsys.readouterr().err.split())
-    for text in ("dense, 100 rows, 64 x 128, dropout 0", f"{part} merged", found, "run.kernels=reference"):
+    for text in ("dense, 100 rows, 64 x 128, dropout 0", f"{part} merged", expected_text, "run.kernels=reference"):
         assert text in message
     assert not file.exists()
 

@@ -79,8 +79,8 @@ def test_sweep_refuses_wrong_values(changes: dict[str, Any], message: str) -> No
     ],
 )
 def test_which_cells_can_exist(changes: dict[str, Any], reason: str | None) -> None:
-    found = impossible(cell(**changes), LLAMA)
-    assert (found is None) if reason is None else (found is not None and reason in found)
+    reasons = impossible(cell(**changes), LLAMA)
+    assert (reasons is None) if reason is None else (reasons is not None and reason in reasons)
 
 
 def test_what_the_task_and_the_machine_rule_out() -> None:

@@ -48,15 +48,15 @@ def measure(system: System, case: Case | LogitCase) -> dict[str, Any]:
     if (system.on_logits if isinstance(case, LogitCase) else system.step) is None:
         return {"outcome": "not offered"}
     try:
-        found = run(system, case)
+        result = run(system, case)
     except NotOffered:
         return {"outcome": "not offered"}
     except Exception as error:
         if "SimpleNamespace" in str(error):  # our stand-in for a trainer lacks something: no result of the peer
             raise
         return {"outcome": "raises", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-    outcome = "pass" if found <= case.tolerance else "fail"
-    return {"outcome": outcome, "deviation": found if math.isfinite(found) else None}
+    outcome = "pass" if result <= case.tolerance else "fail"
+    return {"outcome": outcome, "deviation": result if math.isfinite(result) else None}
 
 
 def _step(system: System, case: Case) -> float:
@@ -65,14 +65,14 @@ def _step(system: System, case: Case) -> float:
     for i in range(len(case.make())):
         torch.manual_seed(0)  # GOLD fills up a head with random rows
         problem = case.make()[i]
-        found = system.step(problem)
+        actual = system.step(problem)
         if any(p.grad is not None for p in problem.teacher.parameters()):
             return math.inf
         wanted = [problem.settings, dataclasses.replace(problem.settings, t2=False)]
         deviations = []
         for settings in wanted[: 1 + case.with_or_without_t2]:
             problem.settings = settings
-            deviations.append(deviation(found, truth(problem), gradients_only=case.gradients_only))
+            deviations.append(deviation(actual, truth(problem), gradients_only=case.gradients_only))
         worst = max(worst, min(deviations))
     return worst
 
@@ -80,8 +80,8 @@ def _step(system: System, case: Case) -> float:
 def _on_logits(system: System, case: LogitCase) -> float:
     assert system.on_logits is not None
     student, teacher, k, want = case.make()
-    found = system.on_logits(student, teacher, k).double()
-    error = float(((found - want).abs() / want.abs()).max())
+    actual = system.on_logits(student, teacher, k).double()
+    error = float(((actual - want).abs() / want.abs()).max())
     return error if math.isfinite(error) else math.inf
 
 

@@ -197,13 +197,13 @@ def _soft(z_s: Tensor, z_t: Tensor, settings: Settings) -> Tensor:
     return value * temperature**2 if settings.t2 else value
 
 
-def deviation(found: Outcome, want: Outcome, *, gradients_only: bool = False) -> float:
+def deviation(actual: Outcome, want: Outcome, *, gradients_only: bool = False) -> float:
     """Largest relative difference of the loss and of the gradients; of padded columns the gradient has to be 0."""
-    head = F.pad(want[2], (0, 0, 0, found[2].shape[0] - want[2].shape[0]))
-    pairs = [(found[1], want[1]), (found[2], head)]
+    head = F.pad(want[2], (0, 0, 0, actual[2].shape[0] - want[2].shape[0]))
+    pairs = [(actual[1], want[1]), (actual[2], head)]
     if not gradients_only:
-        pairs.append((torch.tensor(found[0]), torch.tensor(want[0])))
-    if not math.isfinite(found[0]) or not all(torch.isfinite(got).all() for got, _ in pairs):
+        pairs.append((torch.tensor(actual[0]), torch.tensor(want[0])))
+    if not math.isfinite(actual[0]) or not all(torch.isfinite(got).all() for got, _ in pairs):
         return math.inf
     return max(float((got - expected).norm() / max(float(expected.norm()), 1e-2)) for got, expected in pairs)
 

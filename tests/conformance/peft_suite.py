@@ -82,26 +82,26 @@ def run(checkout: Path, tests: list[str], **settings: Any) -> dict[str, Any]:
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         if not report.is_file():
             raise SystemExit(f"pytest did not run: {(done.stdout + done.stderr)[-2000:]}")
-        found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return found
+        actual: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return actual
 
 
 def run_both(checkout: Path, tests: list[str], **settings: Any) -> dict[str, dict[str, Any]]:
     """At the same time: nothing is timed, and each has one thread."""
     with ThreadPoolExecutor(len(SIDES)) as pool:
-        found = {side: pool.submit(run, checkout, tests, fused=fused, **settings) for side, fused in SIDES.items()}
-        return {side: future.result() for side, future in found.items()}
+        actual = {side: pool.submit(run, checkout, tests, fused=fused, **settings) for side, fused in SIDES.items()}
+        return {side: future.result() for side, future in actual.items()}
 
 
 def again(checkout: Path, test: str) -> Again:
     function = [test.partition("[")[0]]
-    found = run_both(checkout, function, only=test, repeats=REPEATS, measure=True)
+    actual = run_both(checkout, function, only=test, repeats=REPEATS, measure=True)
     found64 = run_both(checkout, function, only=test, repeats=REPEATS, float64=True)
     return Again(
-        min(len(side["outcomes"]) for side in [*found.values(), *found64.values()]),
-        {side: len(not_passed(report)) for side, report in found.items()},
+        min(len(side["outcomes"]) for side in [*actual.values(), *found64.values()]),
+        {side: len(not_passed(report)) for side, report in actual.items()},
         {side: len(not_passed(report)) for side, report in found64.items()},
-        {side: found["fused"][f"error_{side}"] for side in SIDES},
+        {side: actual["fused"][f"error_{side}"] for side in SIDES},
     )
 
 
@@ -147,8 +147,8 @@ def compare(checkout: Path, files: Sequence[str], seeds: Sequence[int]) -> dict[
         "peft": version,  # of the checkout, where PYTHONPATH has its sources
         "tests": {"repository": "huggingface/peft", **commit_of(checkout)},
         "runs": rows,
-        "worse": {test: asdict(found) for test, found in examined.items() if not found.is_rounding()},
-        "rounding": {test: asdict(found) for test, found in examined.items() if found.is_rounding()},
+        "worse": {test: asdict(actual) for test, actual in examined.items() if not actual.is_rounding()},
+        "rounding": {test: asdict(actual) for test, actual in examined.items() if actual.is_rounding()},
         "passes_only_with_fused": sorted(better),
     }
 
@@ -161,13 +161,13 @@ def table(result: dict[str, Any]) -> str:
         cells = [row["seed"], {"peft": "PEFT's", "fused": "fused"}[row["side"]]]
         cells += [f"{row[name]:,}" for name in ("passed", "failed", "skipped", "fused_forwards")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    told = [
-        f"{kind}: `{test.rpartition('::')[2]}`, of {found['seeds']} seeds PEFT's own layers fail {found['failed']['peft']} and the "
-        f"fused ones {found['failed']['fused']}, in float64 {found['failed_float64']['peft']} and {found['failed_float64']['fused']}."
+    notes = [
+        f"{kind}: `{test.rpartition('::')[2]}`, of {actual['seeds']} seeds PEFT's own layers fail {actual['failed']['peft']} and the "
+        f"fused ones {actual['failed']['fused']}, in float64 {actual['failed_float64']['peft']} and {actual['failed_float64']['fused']}."
         for kind, of_kind in (("Decided by rounding", result["rounding"]), ("Worse", result["worse"]))
-        for test, found in of_kind.items()
+        for test, actual in of_kind.items()
     ]
     where = f"{result['hardware']['cpu']}; torch {versions['torch']}, peft {versions['peft']}; PEFT's tests at {tests['commit'][:9]} of "
     return "\n".join(
-        [*lines, "", *told, f"{where}{tests['date']}; commit {result['commit'][:9]}. `{result['command']}`"]
+        [*lines, "", *notes, f"{where}{tests['date']}; commit {result['commit'][:9]}. `{result['command']}`"]
     )

@@ -72,8 +72,8 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], list[str]]] = {
 @pytest.mark.parametrize("system", OURS, ids=lambda system: system.name)
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 def test_peftlab_passes_every_case(system: Any, case: Any) -> None:
-    found = measure(system, case)
-    assert found["outcome"] == "pass", found
+    actual = measure(system, case)
+    assert actual["outcome"] == "pass", actual
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -114,8 +114,8 @@ def test_results_are_written(write_results: bool) -> None:
         pytest.skip("--write-results writes bench/results/kd_conformance.json and its table")
     versions = {name: version_of(name) for name in BY_NAME}
     results = {name: found_by(name) for name, version in versions.items() if version}
-    told = records.provenance("make conformance ARGS=--write-results")
-    records.write_json(RECORDED, {"systems": versions, "results": results, **told})
+    notes = records.provenance("make conformance ARGS=--write-results")
+    records.write_json(RECORDED, {"systems": versions, "results": results, **notes})
     tables.replace_section(PAGE, "kd_conformance", table(versions, results))
 
 

@@ -56,21 +56,21 @@ def checkout(tmp_path: Path) -> Path:
     ],
 )
 def test_what_counts_as_rounding(seeds: int, peft: int, fused: int, float64: int, rounding: bool) -> None:
-    found = peft_suite.Again(seeds, {"peft": peft, "fused": fused}, {"peft": 0, "fused": float64}, {})
-    assert found.is_rounding() is rounding
+    actual = peft_suite.Again(seeds, {"peft": peft, "fused": fused}, {"peft": 0, "fused": float64}, {})
+    assert actual.is_rounding() is rounding
 
 
 @pytest.mark.slow
 def test_rounding_is_shown(checkout: Path) -> None:
-    found = peft_suite.again(checkout, "tests/test_lora.py::test_peft_suite_sums_its_results")
-    assert found.is_rounding() and found.failed["fused"] > 0, found
-    assert 0 < found.error["fused"] < 1e-6 and 0 < found.error["peft"] < 1e-6
+    actual = peft_suite.again(checkout, "tests/test_lora.py::test_peft_suite_sums_its_results")
+    assert actual.is_rounding() and actual.failed["fused"] > 0, actual
+    assert 0 < actual.error["fused"] < 1e-6 and 0 < actual.error["peft"] < 1e-6
 
 
 @pytest.mark.slow
 def test_fault_is_worse(checkout: Path) -> None:
-    found = peft_suite.compare(checkout, ["test_lora.py"], [0])
-    assert found["worse"]["tests/test_lora.py::test_peft_suite_reports_faulty_tests"]["failed"] == {
+    comparison = peft_suite.compare(checkout, ["test_lora.py"], [0])
+    assert comparison["worse"]["tests/test_lora.py::test_peft_suite_reports_faulty_tests"]["failed"] == {
         "peft": 0,
         "fused": 200,
     }
@@ -96,16 +96,16 @@ def test_no_lora_test_of_peft_gets_worse(request: pytest.FixtureRequest, write_r
         pytest.skip("needs --peft-checkout: PEFT's tests are not in its wheel")
     files = request.config.getoption("--peft-tests") or peft_suite.FILES
     seeds = request.config.getoption("--peft-seeds")
-    found = peft_suite.compare(checkout, files, seeds)
+    comparison = peft_suite.compare(checkout, files, seeds)
     if write_results:
-        told = records.provenance(
+        notes = records.provenance(
             f"make conformance ARGS='--peft-checkout peft --peft-seeds {' '.join(map(str, seeds))}'"
         )
-        versions = {**told["versions"], "peft": found["peft"]}
-        written = {name: value for name, value in found.items() if name != "peft"}
-        records.write_json(RECORDED, {**told, "versions": versions, **written})
+        versions = {**notes["versions"], "peft": comparison["peft"]}
+        written = {name: value for name, value in comparison.items() if name != "peft"}
+        records.write_json(RECORDED, {**notes, "versions": versions, **written})
         tables.replace_section(PAGE, "peft_suite", peft_suite.table(json.loads(RECORDED.read_text(encoding="utf-8"))))
-    assert not found["worse"]
+    assert not comparison["worse"]
 
 
 def test_table_is_made_of_the_results() -> None:

@@ -105,13 +105,13 @@ def test_what_is_found_is_what_the_syntax_tree_has() -> None:
                 text = " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())
                 if len(text.split()) >= 5 and '"""' in str(ast.get_source_segment(source, node.body[0])):
                     wanted.add(text.lower().replace("accelerate", "package"))
-    found = {text.lower() for text in load_rows("docstrings:accelerate").columns["text"]}
+    actual = {text.lower() for text in load_rows("docstrings:accelerate").columns["text"]}
     assert len(wanted) > 400
-    assert len(found & wanted) >= 0.98 * len(found | wanted)
+    assert len(actual & wanted) >= 0.98 * len(actual | wanted)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; expected sklearn:digits or docstrings:"),
         (
@@ -126,7 +126,7 @@ def test_what_is_found_is_what_the_syntax_tree_has() -> None:
         ("sklearn:digits#2000", {}, "asks for 2000 rows, but there are only 1797"),
     ],
 )
-def test_builtin_data_that_is_refused(name: str, options: dict[str, str], said: str) -> None:
-    with pytest.raises(DataError, match=said) as caught:
+def test_builtin_data_that_is_refused(name: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
         load_rows(name, **options)  # type: ignore[arg-type]
     assert isinstance(caught.value, PeftlabError) and caught.value.key

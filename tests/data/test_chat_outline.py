@@ -73,9 +73,9 @@ class Lab:
         around = re.split(
             "\u2402[0-9]+\u2403", self.write([m | {"content": w} for m, w in zip(chat, words, strict=True)])
         )
-        for said in ([m["content"] for m in chat], [m["content"].strip() for m in chat]):
+        for printed in ([m["content"] for m in chat], [m["content"].strip() for m in chat]):
             at, parts = len(around[0]), []
-            for message, own, after in zip(chat, said, around[1:], strict=True):
+            for message, own, after in zip(chat, printed, around[1:], strict=True):
                 if message["role"] != "assistant" and own:
                     parts.append(Part(at, at + len(own), message["role"]))
                 at += len(own) + len(after)
@@ -97,13 +97,13 @@ def lab_of(tokenizer_of: Callable[[str], Any]) -> Callable[[str], Lab]:
     return lab
 
 
-def check_parts(lab: Lab, chat: Chat, found: Rendered) -> None:
+def check_parts(lab: Lab, chat: Chat, actual: Rendered) -> None:
     """All parts are in order, and the answers where the template wrote them."""
     text = lab.write(chat)
-    assert found.text == text
-    assert all(part.start < part.end for part in found.parts)
-    assert all(one.end <= next_.start for one, next_ in pairwise(found.parts))
-    answers = [part for part in found.parts if part.trained]
+    assert actual.text == text
+    assert all(part.start < part.end for part in actual.parts)
+    assert all(one.end <= next_.start for one, next_ in pairwise(actual.parts))
+    answers = [part for part in actual.parts if part.trained]
     marks = lab.marks(chat)
     assert [part.start for part in answers] == [start for start, _ in marks]
     # A line break after the end of the turn is in the part, and no trained token.
@@ -258,14 +258,14 @@ def _laid_out_by(change: Callable[..., Rendered | None]) -> Callable[[pytest.Mon
 
 
 def _shifted(right: Callable[..., Rendered | None], *args: Any) -> Rendered | None:
-    found = right(*args)
-    return found and replace(found, parts=[replace(p, start=p.start + 1, end=p.end + 1) for p in found.parts])
+    actual = right(*args)
+    return actual and replace(actual, parts=[replace(p, start=p.start + 1, end=p.end + 1) for p in actual.parts])
 
 
 def _any_text(right: Callable[..., Rendered | None], text: str, outline: Any, contents: Any) -> Rendered | None:
     pieces = [s for t, c in zip(outline, contents, strict=True) for s in (t.opening, t.lead, c, t.ending)]
-    found = right("".join(pieces), outline, contents)
-    return found and replace(found, text=text)
+    actual = right("".join(pieces), outline, contents)
+    return actual and replace(actual, text=text)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -282,12 +282,12 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def check_all(lab_of: Callable[[str], Lab]) -> None:
-    said = {"system": "one", "user": " one\n", "assistant": "one", "tool": "one "}
+    text = {"system": "one", "user": " one\n", "assistant": "one", "tool": "one "}
     for name in ("chatml", "llama 3", "mistral", "qwen 3"):
         lab = lab_of(name)
         fresh = replace(lab, template=ChatTemplate(lab.tokenizer))
         for roles in ("user assistant", "user assistant assistant", "system user assistant tool assistant"):
-            chat = [{"role": r, "content": said[r]} for r in roles.split() if r not in lab.family.refused]
+            chat = [{"role": r, "content": text[r]} for r in roles.split() if r not in lab.family.refused]
             assert check(fresh, chat), roles
 
 

@@ -310,8 +310,8 @@ def test_two_ends_after_each_other_are_an_end(tokenizer: Any) -> None:
 
 def test_answers_that_are_empty_or_end_in_the_middle(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a", ""), turns("a", f"one{END}two"), turns("a", "fine")]).ledger
-    found = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
-    assert found == {"empty_answer": [0], "inner_end": [1]}
+    actual = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
+    assert actual == {"empty_answer": [0], "inner_end": [1]}
 
 
 def test_unended_turn_before_a_last_question_is_not_closed_behind_it(tokenizer: Any) -> None:
@@ -367,8 +367,8 @@ def test_labels_and_texts_with_two_of_them(tokenizer_of: Callable[[str], Any]) -
     report = ledger.report()
     assert report["labels"] == [{"label": "x", "rows": 2}, {"label": "y", "rows": 3}]
     assert report["trained"] is None and report["answers"]["count"] == 0
-    found = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
-    assert found == {"repeated": [2, 4], "contradicting": [0, 2]}
+    actual = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
+    assert actual == {"repeated": [2, 4], "contradicting": [0, 2]}
     none = task.encode(rows.select([5]), max_length=4, too_long="drop", training=True).ledger
     with pytest.raises(DataError, match="no row is left"):
         require(none)
@@ -429,8 +429,8 @@ def test_prompts_with_two_answers_and_choices_nobody_gives(tokenizer: Any) -> No
         {"prompt": "x", "completion": " no"}
     ]
     ledger = encode(tokenizer, rows, choices=[" yes", " no", " maybe"]).ledger
-    found = {f.kind: (f.rows.tolist() if f.rows is not None else f.message) for f in find(ledger)}
-    assert found == {
+    actual = {f.kind: (f.rows.tolist() if f.rows is not None else f.message) for f in find(ledger)}
+    assert actual == {
         "repeated": [2], "contradicting": [0, 1, 2], "absent_label": "no row with the label ' maybe'",
     }  # fmt: skip
 

@@ -101,12 +101,12 @@ def test_hidden_mse_equals_the_reference(fault: Callable[[Tensor], Tensor] | Non
     want = torch.tensor(
         [sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)) / 5 for x, y in zip(s, t, strict=True)]
     )
-    found = hidden_mse(s, t).float()
+    actual = hidden_mse(s, t).float()
     if fault is not None:
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(fault(found), want)
+            torch.testing.assert_close(fault(actual), want)
         return
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(actual, want)
     check_gradient(lambda x: hidden_mse(x, t), s)
 
 
@@ -151,9 +151,9 @@ def test_what_a_query_does_not_see_has_no_part(function: Loss) -> None:
     want = function(s, t, visible=seen)
     for filler in (-math.inf, 1e4, math.nan):
         a, b = (torch.where(seen, x, torch.tensor(filler, dtype=torch.float64)).requires_grad_() for x in (s, t))
-        found = function(a, b, visible=seen)
-        torch.testing.assert_close(found, want)
-        found.sum().backward()
+        loss = function(a, b, visible=seen)
+        torch.testing.assert_close(loss, want)
+        loss.sum().backward()
         assert a.grad is not None and torch.isfinite(a.grad).all() and b.grad is None
     assert not want[1, 2:].any(), "padded queries see nothing"
 
@@ -205,9 +205,9 @@ def test_similarities_over_the_other_texts() -> None:
 def test_16_bit_states_are_summed_in_float32(half: torch.dtype) -> None:
     s, t = normal(2, 4, 64).to(half), normal(2, 4, 64, seed=1).to(half)
     for function in (hidden_mse, hidden_cosine, lambda a, b: relation_kl(a, b, num_heads=4)):
-        found = function(s, t)
-        assert found.dtype == torch.float32
-        assert torch.equal(found, function(s.float(), t.float()))
+        loss = function(s, t)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, function(s.float(), t.float()))
 
 
 @pytest.mark.parametrize("function", [hidden_mse, hidden_cosine, similarity_mse, similarity_kl])
@@ -218,7 +218,7 @@ def test_teacher_gets_no_gradient(function: Loss) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "found"),
+    ("call", "message"),
     [
         (lambda: hidden_mse(normal(2, 3), normal(4, 3)), r"found \[2, 3\] and \[4, 3\]"),
         (lambda: attention_kl(normal(2, 3, 4), normal(2, 3, 4)), r"scores \[B, A, T, S\]"),
@@ -231,6 +231,6 @@ def test_teacher_gets_no_gradient(function: Loss) -> None:
         (lambda: similarity_mse(normal(2, 3), normal(3, 3)), r"embeddings \[N, H\]"),
     ],
 )
-def test_wrong_input_is_refused(call: Callable[[], Any], found: str) -> None:
-    with pytest.raises(ValueError, match=found):
+def test_wrong_input_is_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call()

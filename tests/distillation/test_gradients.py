@@ -57,17 +57,17 @@ def test_norms_and_angle_are_those_of_the_closed_forms(T: float, tail: Any) -> N
     cosine = float((kd * sparse).sum() / (kd.norm() * sparse.norm()))
     at_t1 = gradients(student, teacher, targets, 1.0, 12, tail)[0]
     for chunk_bytes in (2**26, 4 * 300 * 5, 1):
-        found = gradient_report(
+        report = gradient_report(
             student, teacher, targets, temperature=T, hard_weight=0.25, k=12, tail=tail, chunk_bytes=chunk_bytes
         )
-        assert found.kd_norm == pytest.approx(float(kd.norm()) / 17, rel=1e-4)
-        assert found.ce_norm == pytest.approx(float(ce.norm()) / 17, rel=1e-4)
-        assert found.ratio == pytest.approx(float(kd.norm() / ce.norm()), rel=1e-4)
-        assert found.weighted_ratio == pytest.approx(0.75 / 0.25 * float(kd.norm() / ce.norm()), rel=1e-4)
-        assert found.kd_norm_at_t1 == pytest.approx(float(at_t1.norm()) / 17, rel=1e-4)
-        assert found.angle_deg == pytest.approx(math.degrees(math.acos(cosine)), abs=0.02)
-        assert found.norm_ratio == pytest.approx(float(sparse.norm() / kd.norm()), rel=1e-4)
-        assert (found.k, found.tail, found.num_tokens) == (12, tail, 17)
+        assert report.kd_norm == pytest.approx(float(kd.norm()) / 17, rel=1e-4)
+        assert report.ce_norm == pytest.approx(float(ce.norm()) / 17, rel=1e-4)
+        assert report.ratio == pytest.approx(float(kd.norm() / ce.norm()), rel=1e-4)
+        assert report.weighted_ratio == pytest.approx(0.75 / 0.25 * float(kd.norm() / ce.norm()), rel=1e-4)
+        assert report.kd_norm_at_t1 == pytest.approx(float(at_t1.norm()) / 17, rel=1e-4)
+        assert report.angle_deg == pytest.approx(math.degrees(math.acos(cosine)), abs=0.02)
+        assert report.norm_ratio == pytest.approx(float(sparse.norm() / kd.norm()), rel=1e-4)
+        assert (report.k, report.tail, report.num_tokens) == (12, tail, 17)
 
 
 @pytest.mark.parametrize("width", [8, 500])
@@ -77,43 +77,43 @@ def test_gradients_of_the_head(width: int) -> None:
     hidden = torch.randn(40, width, generator=torch.Generator().manual_seed(1)) + 1.0
     kd, ce, sparse = (g.T @ hidden.double() for g in gradients(student, teacher, targets, 2.0, 12, "renormalized"))
     cosine = float((kd * sparse).sum() / (kd.norm() * sparse.norm()))
-    found = gradient_report(
+    report = gradient_report(
         student, teacher, targets, temperature=2.0, k=12, tail="renormalized", hidden=hidden, chunk_bytes=4 * 300 * 7
     )
     near = 1e-4 if width == 8 else 0.1
-    assert found.of == "head"
-    assert found.kd_norm == pytest.approx(float(kd.norm()) / 40, rel=near)
-    assert found.ce_norm == pytest.approx(float(ce.norm()) / 40, rel=near)
-    assert found.norm_ratio == pytest.approx(float(sparse.norm() / kd.norm()), rel=near)
-    assert found.angle_deg == pytest.approx(math.degrees(math.acos(cosine)), rel=near)
+    assert report.of == "head"
+    assert report.kd_norm == pytest.approx(float(kd.norm()) / 40, rel=near)
+    assert report.ce_norm == pytest.approx(float(ce.norm()) / 40, rel=near)
+    assert report.norm_ratio == pytest.approx(float(sparse.norm() / kd.norm()), rel=near)
+    assert report.angle_deg == pytest.approx(math.degrees(math.acos(cosine)), rel=near)
 
 
 def test_stored_classes_of_the_run_itself() -> None:
     student, teacher, targets = models(N=9, V=300)
     _, _, sparse = gradients(student, teacher, targets, 2.0, 12, "bucket")
-    found = gradient_report(student, SparseTarget.from_logits(teacher, 12, temperature=2.0), targets, temperature=2.0)
-    assert found.kd_norm == pytest.approx(float(sparse.norm()) / 9, rel=1e-4)
-    assert found.angle_deg is found.norm_ratio is found.kd_norm_at_t1 is found.weighted_ratio is None
-    assert (found.k, found.tail, found.warnings) == (12, "bucket", [])
+    report = gradient_report(student, SparseTarget.from_logits(teacher, 12, temperature=2.0), targets, temperature=2.0)
+    assert report.kd_norm == pytest.approx(float(sparse.norm()) / 9, rel=1e-4)
+    assert report.angle_deg is report.norm_ratio is report.kd_norm_at_t1 is report.weighted_ratio is None
+    assert (report.k, report.tail, report.warnings) == (12, "bucket", [])
 
 
 def test_sound_choice_gets_no_warning() -> None:
     student, teacher, targets = models()
-    found = gradient_report(student, teacher, targets, hard_weight=0.5, k=50)
-    assert not found.warnings, found
-    assert str(found).startswith("gradients of the logits at step 0 over 64 tokens: KD / CE = ")
-    assert "50 classes (bucket) against all" in str(found)
+    report = gradient_report(student, teacher, targets, hard_weight=0.5, k=50)
+    assert not report.warnings, report
+    assert str(report).startswith("gradients of the logits at step 0 over 64 tokens: KD / CE = ")
+    assert "50 classes (bucket) against all" in str(report)
 
 
-@pytest.mark.parametrize(("scale_by_t2", "said"), [(True, "T\\^2 = 16 is applied"), (False, "T\\^2 is not applied")])
-def test_temperature_that_shrinks_the_term(scale_by_t2: bool, said: str) -> None:
+@pytest.mark.parametrize(("scale_by_t2", "message"), [(True, "T\\^2 = 16 is applied"), (False, "T\\^2 is not applied")])
+def test_temperature_that_shrinks_the_term(scale_by_t2: bool, message: str) -> None:
     student, teacher, targets = models(noise=2.0)
-    found = gradient_report(student, teacher, targets, temperature=4.0, scale_by_t2=scale_by_t2)
-    (warning,) = found.warnings
-    assert found.kd_norm_at_t1 is not None
-    times = f"{found.kd_norm_at_t1 / found.kd_norm:.1f}"
+    report = gradient_report(student, teacher, targets, temperature=4.0, scale_by_t2=scale_by_t2)
+    (warning,) = report.warnings
+    assert report.kd_norm_at_t1 is not None
+    times = f"{report.kd_norm_at_t1 / report.kd_norm:.1f}"
     assert f"temperature 4 makes the teacher's gradient {times} x smaller than temperature 1" in warning
-    assert said.replace("\\", "") in warning
+    assert message.replace("\\", "") in warning
 
 
 def test_few_classes_bear_a_higher_temperature() -> None:
@@ -128,20 +128,20 @@ def test_few_classes_bear_a_higher_temperature() -> None:
 
 def test_weight_that_leaves_noise() -> None:
     student, teacher, targets = models(noise=0.1)
-    found = gradient_report(student, teacher, targets, hard_weight=0.9)
-    (warning,) = found.warnings
-    assert f"the teacher's term is {found.weighted_ratio:.3g} of the labels' term with hard_weight 0.9" in warning
+    report = gradient_report(student, teacher, targets, hard_weight=0.9)
+    (warning,) = report.warnings
+    assert f"the teacher's term is {report.weighted_ratio:.3g} of the labels' term with hard_weight 0.9" in warning
 
 
 def test_renormalized_classes_of_a_good_student() -> None:
     student, teacher, targets = models(noise=0.1, peak=2.0)
-    found = gradient_report(student, teacher, targets, k=12, tail="renormalized")
-    (warning,) = found.warnings
-    assert found.angle_deg is not None and found.angle_deg > 15
-    assert f"12 classes per token (renormalized) give a gradient {found.angle_deg:.0f} degrees away" in warning
+    report = gradient_report(student, teacher, targets, k=12, tail="renormalized")
+    (warning,) = report.warnings
+    assert report.angle_deg is not None and report.angle_deg > 15
+    assert f"12 classes per token (renormalized) give a gradient {report.angle_deg:.0f} degrees away" in warning
     assert "use tail: bucket" in warning
     bucket = gradient_report(student, teacher, targets, k=12)
-    assert bucket.angle_deg is not None and bucket.angle_deg < 0.7 * found.angle_deg
+    assert bucket.angle_deg is not None and bucket.angle_deg < 0.7 * report.angle_deg
     assert not gradient_report(student, teacher, targets, k=50).warnings
     stored = SparseTarget.from_logits(teacher, 12, tail="renormalized")
     (unmeasured,) = gradient_report(student, stored, targets).warnings
@@ -151,9 +151,9 @@ def test_renormalized_classes_of_a_good_student() -> None:
 def test_gradients_of_a_perfect_student() -> None:
     _, teacher, targets = models(N=4, V=50)
     for student in (teacher, teacher + 3.0):
-        found = gradient_report(student, teacher, targets, k=3, temperature=2.0, hard_weight=0.5)
-        assert found.kd_norm == 0 and found.angle_deg is None
-        assert found.warnings == [
+        report = gradient_report(student, teacher, targets, k=3, temperature=2.0, hard_weight=0.5)
+        assert report.kd_norm == 0 and report.angle_deg is None
+        assert report.warnings == [
             "the teacher's term has no gradient: the student already has the teacher's probabilities"
         ]
 
@@ -186,9 +186,9 @@ def test_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gradients_module, "_gradient", lambda losses, logits, against: right(losses, logits * 0.9, against)
     )
-    found = gradient_report(student, teacher, targets, temperature=2.0)
-    assert found.kd_norm != pytest.approx(float(kd.norm()) / 5, rel=1e-4)
-    assert found.ce_norm != pytest.approx(float(ce.norm()) / 5, rel=1e-4)
+    report = gradient_report(student, teacher, targets, temperature=2.0)
+    assert report.kd_norm != pytest.approx(float(kd.norm()) / 5, rel=1e-4)
+    assert report.ce_norm != pytest.approx(float(ce.norm()) / 5, rel=1e-4)
 
 
 def test_inputs_are_left_alone_and_no_graph_is_built() -> None:

@@ -279,7 +279,7 @@ def test_no_rows_and_one_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "found"),
+    ("call", "message"),
     [
         (lambda: divergence(torch.zeros(2, 5), torch.zeros(2, 6)), r"found \[2, 5\] and \[2, 6\]"),
         (lambda: divergence(torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)), r"found \[1, 2, 5\]"),
@@ -289,6 +289,6 @@ def test_no_rows_and_one_class() -> None:
         (lambda: cross_entropy(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64)), r"found \[2, 5\] and \[3\]"),
     ],
 )
-def test_wrong_input_is_refused(call: Callable[[], Tensor], found: str) -> None:
-    with pytest.raises(ValueError, match=found):
+def test_wrong_input_is_refused(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call()

@@ -137,8 +137,8 @@ def _softmax(z: Sequence[float], temperature: float) -> list[float]:
     return [x / sum(e) for x in e]
 
 
-def assert_same(found: Sequence[Tensor], want: Sequence[Tensor], *, tolerance: float = 1e-11) -> None:
-    for a, b in zip(found, want, strict=True):
+def assert_same(actual: Sequence[Tensor], want: Sequence[Tensor], *, tolerance: float = 1e-11) -> None:
+    for a, b in zip(actual, want, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
@@ -398,8 +398,8 @@ def test_bug_teacher_in_train_mode_or_with_a_graph() -> None:
     model.head.eval()
     want = model.head(x)
     with objective.as_teacher(model):
-        found = model(x)
-        assert torch.equal(found, want) and not found.requires_grad
+        actual = model(x)
+        assert torch.equal(actual, want) and not actual.requires_grad
     assert model.training and model.inner.training and not model.head.training
     assert not torch.equal(model(x), want), "in train mode the check above would fail"
     with pytest.raises(RuntimeError, match="inside"), objective.as_teacher(model):
@@ -461,7 +461,7 @@ def _without(name: str, value: Any, function: Callable[..., Tensor]) -> Callable
 
 
 @pytest.mark.parametrize(
-    ("choice", "found"),
+    ("choice", "message"),
     [
         ({"kind": "kl"}, "expected a divergence out of forward_kl"),
         ({"temperature": 0.0}, "expected a temperature above 0, found 0"),
@@ -469,8 +469,8 @@ def _without(name: str, value: Any, function: Callable[..., Tensor]) -> Callable
         ({"kind": "skew_forward_kl", "share": 1.0}, "expected a share"),
     ],
 )
-def test_settings_out_of_range(choice: dict[str, Any], found: str) -> None:
-    with pytest.raises(RecipeError, match=found):
+def test_settings_out_of_range(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         Objective(**choice)
 
 
@@ -518,8 +518,8 @@ def test_fused_operation_computes_the_same_step_loss(kind: str, hard_weight: flo
         leaves = [t.clone().requires_grad_() for t in (hidden, W)]
         value = loss(*leaves)
         results.append((value.detach(), *torch.autograd.grad(value, leaves)))
-    for want, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-6 if sparse else 1e-10, atol=1e-7 if sparse else 1e-12)
+    for want, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-6 if sparse else 1e-10, atol=1e-7 if sparse else 1e-12)
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.4, 1.0])
@@ -533,7 +533,7 @@ def test_adapter_on_the_head_reads_its_own_input(hard_weight: float) -> None:
     targets = torch.randint(V, (5,), generator=g)
     choice = Objective(hard_weight=hard_weight)
     head = Head(DenseWeight(W), low_rank=(A, B, 0.5))
-    found = choice.linear_loss_sum(hidden, head, targets, teacher, adapter_hidden=dropped)
+    actual = choice.linear_loss_sum(hidden, head, targets, teacher, adapter_hidden=dropped)
     want = choice.loss_sum(hidden @ W.T + 0.5 * dropped @ A.T @ B.T, targets, teacher)
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(actual, want)
     assert not torch.isclose(choice.linear_loss_sum(hidden, head, targets, teacher), want)

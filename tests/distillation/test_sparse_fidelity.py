@@ -69,8 +69,8 @@ def gradient(trial: Trial, weights: Tensor, rows: slice = slice(None)) -> Tensor
 def of_loss(trial: Trial, loss: Callable[[Tensor], Tensor]) -> Tensor:
     """The same of any loss of the student's logits."""
     logits = trial.student.clone().requires_grad_()
-    (found,) = torch.autograd.grad(loss(logits).mean() * len(logits), logits)
-    return found.T @ trial.hidden / len(found)
+    (actual,) = torch.autograd.grad(loss(logits).mean() * len(logits), logits)
+    return actual.T @ trial.hidden / len(actual)
 
 
 def angle(one: Tensor, other: Tensor) -> float:
@@ -142,7 +142,7 @@ def test_all_classes_from_the_disk_are_the_teacher_itself(trial: Any, tmp_path: 
     assert float(cached.mean()) == pytest.approx(float(online.mean()), abs=1e-6)
     # Of single positions float32 itself does not know as much: measured 9e-6 online, 2e-6 cached.
     truth = divergence(student.double(), teacher.double())
-    errors = [float((found.double() - truth).abs().max()) for found in (cached, online)]
+    errors = [float((actual.double() - truth).abs().max()) for actual in (cached, online)]
     assert errors[0] <= errors[1] + 1e-6
     kept = open_cache(tmp_path / "top")
     split = kept.manifest["splits"]["train"]

@@ -272,7 +272,7 @@ def test_dropped_bucket_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "found"),
+    ("make", "message"),
     [
         (lambda: SparseTarget(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4)), r"found \[2, 3\] and \[2, 4\]"),
         (lambda: SparseTarget(torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 3)), "found torch.int32"),
@@ -288,6 +288,6 @@ def test_dropped_bucket_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_wrong_input_is_refused(make: Callable[[], Any], found: str) -> None:
-    with pytest.raises(ValueError, match=found):
+def test_wrong_input_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()

@@ -78,10 +78,10 @@ def truth(student: Tensor, teacher: Tensor, T: float) -> list[float]:
 def test_agrees_with_the_definition(V_s: int, V_t: int, T: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(3, n, generator=g, dtype=torch.float64) * 2 for n in (V_s, V_t))
-    found = uld(student, teacher, temperature=T)
-    assert found.tolist() == pytest.approx(truth(student, teacher, T), abs=1e-12)
+    actual = uld(student, teacher, temperature=T)
+    assert actual.tolist() == pytest.approx(truth(student, teacher, T), abs=1e-12)
     shuffled = student[:, torch.randperm(V_s, generator=g)]
-    assert torch.allclose(uld(shuffled, teacher, temperature=T), found, atol=1e-14)
+    assert torch.allclose(uld(shuffled, teacher, temperature=T), actual, atol=1e-14)
     half = uld(student.bfloat16(), teacher.bfloat16(), temperature=T)
     assert half.dtype == torch.float32 and torch.equal(
         half, uld(student.bfloat16().float(), teacher.bfloat16(), temperature=T)
@@ -113,9 +113,9 @@ def test_deliberate_faults_are_caught() -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "T", "found"),
+    ("student", "teacher", "T", "message"),
     [((2, 3), (3, 3), 1.0, r"found \[2, 3\] and \[3, 3\]"), ((2, 3), (2, 3), 0.0, "temperature above 0")],
 )
-def test_wrong_input_is_refused(student: tuple[int, int], teacher: tuple[int, int], T: float, found: str) -> None:
-    with pytest.raises(ValueError, match=found):
+def test_wrong_input_is_refused(student: tuple[int, int], teacher: tuple[int, int], T: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         uld(torch.zeros(student), torch.zeros(teacher), temperature=T)

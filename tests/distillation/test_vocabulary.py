@@ -30,8 +30,8 @@ def byte_level(
 
 
 def test_same_tokenizer_is_the_same() -> None:
-    found = require_same(byte_level(), byte_level())
-    assert found.same and found.num_shared_ids == 258 and not found.notes
+    actual = require_same(byte_level(), byte_level())
+    assert actual.same and actual.num_shared_ids == 258 and not actual.notes
     assert fingerprint(byte_level()) == fingerprint(byte_level())
 
 
@@ -64,15 +64,15 @@ def test_cache_of_another_tokenizer_has_another_fingerprint() -> None:
 )
 def test_each_kind_of_text_is_probed(merges: tuple[tuple[str, str], ...]) -> None:
     """Digits, runs of blanks, accents, emoji, CJK: one merge more in one of them is found, and its probe named."""
-    found = compare(byte_level(), byte_level(merges=merges))
-    assert not found.same and found.difference is not None and " for the student and " in found.difference
+    actual = compare(byte_level(), byte_level(merges=merges))
+    assert not actual.same and actual.difference is not None and " for the student and " in actual.difference
 
 
 def test_special_token_that_one_has_alone_is_no_difference() -> None:
     student = byte_level(special=("<pad>", "<eos>", "<|chat|>"))
-    found = require_same(student, byte_level())
-    assert found.num_shared_ids == 258
-    assert found.notes == ("special tokens that only the student has: <|chat|> (258)",)
+    actual = require_same(student, byte_level())
+    assert actual.num_shared_ids == 258
+    assert actual.notes == ("special tokens that only the student has: <|chat|> (258)",)
     assert compare(byte_level(), student).notes == ("special tokens that only the teacher has: <|chat|> (258)",)
 
 

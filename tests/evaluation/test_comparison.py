@@ -29,9 +29,9 @@ def _targets(num: int = ROWS) -> torch.Tensor:
 
 
 def _classes() -> Comparison:
-    found = Comparison(ROWS, predicts="classes")
-    found.add(_logits(1), _targets(), torch.arange(ROWS), _logits(2))
-    return found
+    comparison = Comparison(ROWS, predicts="classes")
+    comparison.add(_logits(1), _targets(), torch.arange(ROWS), _logits(2))
+    return comparison
 
 
 def test_kl_is_torchs_and_zero_for_equal_logits() -> None:
@@ -51,11 +51,11 @@ def test_float32_kl_of_nearly_equal_logits_keeps_its_digits() -> None:
     rng = torch.Generator().manual_seed(3)
     teacher = torch.randn(20, 50_000, generator=rng)
     student = teacher + 1e-3 * torch.randn(20, 50_000, generator=rng)
-    found = Comparison(20, predicts="tokens")
-    found.add(student, torch.zeros(20, dtype=torch.int64), torch.arange(20), teacher)
+    comparison = Comparison(20, predicts="tokens")
+    comparison.add(student, torch.zeros(20, dtype=torch.int64), torch.arange(20), teacher)
     p, q = (x.double().log_softmax(-1) for x in (teacher, student))
     exact = (p.exp() * (p - q)).sum(-1).numpy()
-    assert found.sums("kl") == pytest.approx(exact, rel=0.02)
+    assert comparison.sums("kl") == pytest.approx(exact, rel=0.02)
     p, q = (x.log_softmax(-1) for x in (teacher, student))
     assert (p.exp() * (p - q)).sum(-1).numpy() != pytest.approx(exact, rel=0.02)
 
@@ -80,9 +80,9 @@ def test_columns_that_do_not_exist_add_nothing_and_a_missing_class_costs_everyth
 
 
 def test_class_metrics_are_scikit_learns() -> None:
-    found, targets = _classes(), _targets().numpy()
+    actual, targets = _classes(), _targets().numpy()
     probabilities = _logits(1).softmax(-1).numpy()
-    values = {name: estimate.value for name, estimate in found.estimates().items()}
+    values = {name: estimate.value for name, estimate in actual.estimates().items()}
     predictions = probabilities.argmax(-1)
     assert values == pytest.approx(
         {
@@ -94,7 +94,7 @@ def test_class_metrics_are_scikit_learns() -> None:
             "kl": values["kl"],
         }
     )
-    assert found.predictions.tolist() == predictions.tolist() and found.references.tolist() == targets.tolist()
+    assert actual.predictions.tolist() == predictions.tolist() and actual.references.tolist() == targets.tolist()
 
 
 def test_tokens_in_any_number_of_calls_give_the_same_sums_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,34 +116,36 @@ def test_tokens_in_any_number_of_calls_give_the_same_sums_per_row(monkeypatch: p
 def test_token_metrics_by_hand() -> None:
     """Row 0: both right; row 1: one of two; row 2 has no position and is no exact match."""
     sure, unsure = [math.log(0.8), math.log(0.2)], [math.log(0.5), math.log(0.5)]
-    found = Comparison(3, predicts="tokens")
-    found.add(torch.tensor([sure, sure, sure, unsure]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1, 1]))
+    comparison = Comparison(3, predicts="tokens")
+    comparison.add(torch.tensor([sure, sure, sure, unsure]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1, 1]))
     nats = -(2 * math.log(0.8) + math.log(0.2) + math.log(0.5)) / 4
-    assert {name: estimate.value for name, estimate in found.estimates().items()} == pytest.approx(
+    assert {name: estimate.value for name, estimate in comparison.estimates().items()} == pytest.approx(
         {"loss": nats, "perplexity": math.exp(nats), "token_accuracy": 3 / 4, "exact_match": 1 / 2}
     )
 
 
 def test_what_is_kept_does_not_grow_with_the_vocabulary() -> None:
-    found = Comparison(4, predicts="tokens")
+    comparison = Comparison(4, predicts="tokens")
     for _ in range(3):
-        found.add(torch.zeros(4, 30_000), torch.zeros(4, dtype=torch.int64), torch.arange(4))
-    assert sum(found.sums(name).nbytes for name in ("positions", "nll", "correct", "brier", "agree", "kl")) == 4 * 48
+        comparison.add(torch.zeros(4, 30_000), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    assert (
+        sum(comparison.sums(name).nbytes for name in ("positions", "nll", "correct", "brier", "agree", "kl")) == 4 * 48
+    )
 
 
 def test_mistakes_of_the_caller() -> None:
-    found, targets, rows = Comparison(ROWS, predicts="tokens"), _targets(), torch.arange(ROWS)
+    actual, targets, rows = Comparison(ROWS, predicts="tokens"), _targets(), torch.arange(ROWS)
     with pytest.raises(ValueError, match=r"found \[\[40, 11\], \[39\], \[40\]\]"):
-        found.add(_logits(1), targets[1:], rows)
+        actual.add(_logits(1), targets[1:], rows)
     with pytest.raises(ValueError, match=r"expected rows in 0\.\.39, found 1\.\.40"):
-        found.add(_logits(1), targets, rows + 1)
+        actual.add(_logits(1), targets, rows + 1)
     with pytest.raises(DataError, match="found none: the evaluation data has no rows to score"):
-        found.estimates()
-    found.add(_logits(1), targets, rows, _logits(2))
+        actual.estimates()
+    actual.add(_logits(1), targets, rows, _logits(2))
     with pytest.raises(ValueError, match="teacher logits in every call or in none"):
-        found.add(_logits(1), targets, rows)
+        actual.add(_logits(1), targets, rows)
     with pytest.raises(ValueError, match="expected classes"):
-        _ = found.predictions
+        _ = actual.predictions
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -156,18 +158,18 @@ def test_model_that_diverged_is_reported(value: float) -> None:
 
 def test_ece_by_hand() -> None:
     """Two bins of 15: confidence 0.9 and 0.92, one of two right; 0.5 twice, both right."""
-    found = Calibration()
-    found.add(np.array([0.9, 0.92, 0.5]), np.array([True, False, True]))
-    found.add(np.array([0.5]), np.array([True]))
-    assert found.ece() == pytest.approx(abs(1.0 - 1.82) / 4 + abs(2.0 - 1.0) / 4)
+    calibration = Calibration()
+    calibration.add(np.array([0.9, 0.92, 0.5]), np.array([True, False, True]))
+    calibration.add(np.array([0.5]), np.array([True]))
+    assert calibration.ece() == pytest.approx(abs(1.0 - 1.82) / 4 + abs(2.0 - 1.0) / 4)
     assert math.isnan(Calibration().ece()) and math.isnan(Calibration().adaptive_ece())
 
 
 def test_bin_holds_its_upper_edge() -> None:
     """0.2 is the end of (2/15, 3/15]: in one bin with 0.15 the errors cancel, in two they would not."""
-    found = Calibration()
-    found.add(np.array([0.2, 0.15]), np.array([True, False]))
-    assert found.ece() == pytest.approx(abs(1 - 0.35) / 2)
+    calibration = Calibration()
+    calibration.add(np.array([0.2, 0.15]), np.array([True, False]))
+    assert calibration.ece() == pytest.approx(abs(1 - 0.35) / 2)
 
 
 def test_calibration_of_an_honest_and_of_a_boasting_model() -> None:
@@ -176,21 +178,21 @@ def test_calibration_of_an_honest_and_of_a_boasting_model() -> None:
     honest, boasting = Calibration(), Calibration()
     honest.add(confidence, rng.random(40_000) < confidence)
     boasting.add(confidence, rng.random(40_000) < confidence - 0.1)
-    for found, error in ((honest, 0.0), (boasting, 0.1)):
-        assert found.ece() == pytest.approx(error, abs=0.012)
-        assert found.adaptive_ece() == pytest.approx(error, abs=0.012)
+    for actual, error in ((honest, 0.0), (boasting, 0.1)):
+        assert actual.ece() == pytest.approx(error, abs=0.012)
+        assert actual.adaptive_ece() == pytest.approx(error, abs=0.012)
 
 
 def test_adaptive_ece_is_that_of_sorted_predictions_in_15_equal_parts() -> None:
     rng = np.random.default_rng(1)
     confidence = rng.beta(9, 1, 15_000)
     right = rng.random(15_000) < confidence**2
-    found = Calibration()
-    found.add(confidence, right)
+    calibration = Calibration()
+    calibration.add(confidence, right)
     order = np.argsort(confidence)
     expected = np.mean([abs(right[p].mean() - confidence[p].mean()) for p in np.array_split(order, 15)])
     # A cell of 1/15,000 stays together: it moves a handful of 1,000 predictions to the next bin.
-    assert found.adaptive_ece() == pytest.approx(expected, abs=1e-3)
+    assert calibration.adaptive_ece() == pytest.approx(expected, abs=1e-3)
 
 
 def _vectors(num: int, noise: float, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,10 +202,10 @@ def _vectors(num: int, noise: float, width: int = 16) -> tuple[torch.Tensor, tor
 
 
 def _embeddings(student: torch.Tensor, teacher: torch.Tensor) -> EmbeddingComparison:
-    found = EmbeddingComparison()
+    comparison = EmbeddingComparison()
     for part in (slice(0, 7), slice(7, None)):
-        found.add(student[part], teacher[part])
-    return found
+        comparison.add(student[part], teacher[part])
+    return comparison
 
 
 def test_embeddings_against_scipy_and_by_brute_force() -> None:

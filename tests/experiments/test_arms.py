@@ -103,9 +103,9 @@ def classes(lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 @pytest.fixture(params=["texts", "classes"])
 def done(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Done:
-    found: Done = request.getfixturevalue(request.param)
-    monkeypatch.chdir(found.folder)
-    return found
+    actual: Done = request.getfixturevalue(request.param)
+    monkeypatch.chdir(actual.folder)
+    return actual
 
 
 @pytest.fixture
@@ -146,12 +146,12 @@ def test_card_has_the_metrics_of_the_files(done: Done) -> None:
     """The student and the baseline, each evaluated again from its files; one seed after the other where there are two."""
     card = done.run.summary["card"]
     for who, kind in (("student", "student"), ("baseline", "labels")):
-        found = [
+        actual = [
             peftlab.evaluate(folder / ("merged" if done.task == "causal_lm" else "model"), progress=SilentProgress())
             for folder in sorted(Path("run").glob(f"seed-*/{kind}"))
         ]
         for row in card["metrics"]:
-            values = [f["metrics"].get(row["name"]) for f in found]
+            values = [f["metrics"].get(row["name"]) for f in actual]
             if None not in values and row[who] is not None:
                 mean = sum(values) / len(values)
                 assert row[who]["value"] == pytest.approx(mean, rel=1e-4, abs=1e-6), (who, row["name"])
@@ -185,10 +185,10 @@ def test_plain_transformers_loads_the_student(done: Done) -> None:
     name = "AutoModelForCausalLM" if done.task == "causal_lm" else "AutoModelForSequenceClassification"
     model = getattr(transformers, name).from_pretrained("run/student").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained("run/student")
-    said = list(peftlab.predict("run", TEXTS, progress=SilentProgress()))
-    assert len(said) == len(TEXTS)
+    message = list(peftlab.predict("run", TEXTS, progress=SilentProgress()))
+    assert len(message) == len(TEXTS)
     if done.task == "seq_cls":
-        for text, answer in zip(TEXTS, said, strict=True):
+        for text, answer in zip(TEXTS, message, strict=True):
             with torch.no_grad():
                 probs = model(torch.tensor([tokenizer(text)["input_ids"]])).logits.softmax(-1)[0]
             assert model.config.id2label[int(probs.argmax())] == answer["label"]

@@ -56,15 +56,15 @@ def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("exclude", "said"),
+    ("exclude", "message"),
     [
         ({"label": ["33"]}, "no row of sklearn:digits:train#300 has '33' in the column 'label'"),
         ({"lable": ["3"]}, "no column 'lable'.*did you mean 'label'"),
         ({"label": [str(i) for i in range(10)]}, "nothing is left to train on"),
     ],
 )
-def test_exclusion_that_does_nothing_or_all_is_refused(tmp_path: Path, exclude: Any, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_exclusion_that_does_nothing_or_all_is_refused(tmp_path: Path, exclude: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         load_data(load_recipe(digits(tmp_path, exclude=exclude)).recipe)
 
 
@@ -99,19 +99,19 @@ def test_metrics_of_a_class_are_those_of_scikit_learn_on_every_draw(family: str)
 
     score = {"recall": metrics.recall_score, "precision": metrics.precision_score, "f1": metrics.f1_score}[family]
     rng = np.random.default_rng(0)
-    said, right = rng.integers(0, 4, 40), rng.integers(0, 4, 40)
+    text, right = rng.integers(0, 4, 40), rng.integers(0, 4, 40)
     for index in range(5):  # of class 4 there is nothing
-        rows = {"predicted_class": said.astype(float), "true_class": right.astype(float)}
+        rows = {"predicted_class": text.astype(float), "true_class": right.astype(float)}
         statistic, _ = class_statistic(family, rows, index)
         counts = rng.integers(0, 3, (6, 40)).astype(float)
         for value, count in zip(statistic(counts), counts.astype(int), strict=True):
-            a, b = said.repeat(count), right.repeat(count)
+            a, b = text.repeat(count), right.repeat(count)
             assert value == pytest.approx(score(b, a, labels=[index], average="macro", zero_division=0.0))
 
 
 def test_share_of_no_row_at_all_has_an_interval() -> None:
-    found = bootstrap({"x": row_metrics.mean(np.zeros(50))}, 50, shares_of={"x": 0})["x"].interval()
-    assert (found.low, found.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
+    actual = bootstrap({"x": row_metrics.mean(np.zeros(50))}, 50, shares_of={"x": 0})["x"].interval()
+    assert (actual.low, actual.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
 
 
 def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("init", "said"),
+    ("init", "message"),
     [
         ({"weights": "random", "num_layers": 3}, "expected 1 to 2 layers, found 3"),
         ({"weights": "random", "num_key_value_heads": 2}, "no single num_key_value_heads"),
@@ -154,20 +154,20 @@ def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Pat
         ({"weights": "copied"}, "cuts nothing"),
     ],
 )
-def test_impossible_beginnings_are_refused(untaught: Path, init: dict[str, Any], said: str) -> None:
+def test_impossible_beginnings_are_refused(untaught: Path, init: dict[str, Any], message: str) -> None:
     recipe = digits(untaught, {"student_init": init})
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         distill(recipe, progress=SilentProgress())
 
 
 def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
     """With a large weight the student's only layer comes nearer to the teacher's than without."""
 
-    said: list[str] = []
+    message: list[str] = []
 
     class Notes(SilentProgress):
         def note(self, text: str) -> None:
-            said.append(text)
+            message.append(text)
 
     peftlab.train(digits(tmp_path), progress=SilentProgress())
     losses = [
@@ -178,8 +178,8 @@ def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
     recipe = digits(tmp_path, {"student_init": {"layers": [0]}, "losses": losses, "baseline": False})
     run = distill(recipe, progress=Notes())
     assert run.summary["card"]["verdict"]["text"]
-    assert "hidden_mse: layers 0 and 1 of student and teacher" in said
-    assert "relation_kl: layers 0 and 1 of student and teacher" in said
+    assert "hidden_mse: layers 0 and 1 of student and teacher" in message
+    assert "relation_kl: layers 0 and 1 of student and teacher" in message
     plain = digits(tmp_path, {"student_init": {"layers": [0]}, "baseline": False})
     other = distill(plain, ["run.dir=" + str(tmp_path / "plain")], progress=SilentProgress())
 
@@ -188,21 +188,21 @@ def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
         from transformers import AutoModelForImageClassification
 
         pixels = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        found = []
+        actual = []
         for where, layer in ((folder / "student", 0), (tmp_path / "teacher" / "model", 1)):
             model = AutoModelForImageClassification.from_pretrained(where)
             layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
             layers[layer].register_forward_hook(
-                lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out)
+                lambda m, a, out: actual.append(out[0] if isinstance(out, tuple) else out)
             )
             model(pixel_values=pixels)
-        return float((found[0] - found[1]).detach().square().mean())
+        return float((actual[0] - actual[1]).detach().square().mean())
 
     assert distance(run.folder) < 0.8 * distance(other.folder)
 
 
 @pytest.mark.parametrize(
-    ("distilling", "said"),
+    ("distilling", "message"),
     [
         ({"losses": [{"kind": "forward_kl", "layers": {0: 1}}]}, "layers: has no effect for kind: forward_kl"),
         ({"losses": [{"kind": "hidden_mse", "layers": {}}]}, "layers: is empty; write {0: 1}"),
@@ -222,8 +222,8 @@ def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
         ({"losses": ["atention_kl"]}, "attention_kl"),
     ],
 )
-def test_losses_between_layers_that_cannot_be(tmp_path: Path, distilling: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_losses_between_layers_that_cannot_be(tmp_path: Path, distilling: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         load_recipe(digits(tmp_path, distilling))
 
 

@@ -280,7 +280,7 @@ def by_hand(
     tokenizer = load_tokenizer(find_pretrained(str(models / "weak")))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     optimizer, step = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=0.0), 0
-    said, distances = [], []
+    text, distances = [], []
 
     def both(prompt: list[int], answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, at = torch.tensor([prompt + answer]), slice(len(prompt) - 1, -1)
@@ -296,7 +296,7 @@ def by_hand(
         for line in map(json.loads, lines):
             prompt = tokenizer(line["prompt"], add_special_tokens=False).input_ids
             if not fresh_optimizer and not never_ends:
-                said.append((greedy(student, prompt, 16), line["tokens"]))
+                text.append((greedy(student, prompt, 16), line["tokens"]))
             rows.append((prompt, line["tokens"] + ([END] if never_ends and not line["ended"] else [])))
         with torch.no_grad():
             kl = sum(float((p.exp() * (p - q)).sum()) for p, q in (both(*row) for row in rows))
@@ -316,7 +316,7 @@ def by_hand(
                 group["lr"] = learning_rate(step, total_steps=4, peak=1e-3, schedule="linear", warmup=0.03)
             optimizer.step()
             step += 1
-    return before, dict(student.named_parameters()), said, distances
+    return before, dict(student.named_parameters()), text, distances
 
 
 @pytest.mark.usefixtures("no_card")
@@ -336,11 +336,11 @@ def test_it_is_the_loss_on_the_students_own_tokens(here: Path, models: Path) -> 
     phases = run_it(document).summary["on_policy"][0]["phases"]
     after = load_file(here / "run" / "student" / "model.safetensors")
 
-    said: list[Any] = []
+    text: list[Any] = []
 
     def distance(**faults: bool) -> float:
-        before, ours, told, kls = by_hand(models, here, **faults)
-        said.extend(told)
+        before, ours, notes, kls = by_hand(models, here, **faults)
+        text.extend(notes)
         if not faults:
             assert [p["kl"] for p in phases] == pytest.approx(kls, rel=1e-3)  # rounding of two phases in float32
         moved = math.sqrt(sum(float((p - before[n]).square().sum()) for n, p in ours.items()))
@@ -351,8 +351,8 @@ def test_it_is_the_loss_on_the_students_own_tokens(here: Path, models: Path) -> 
     assert distance() < 0.01
     assert distance(fresh_optimizer=True) > 0.05
     assert distance(never_ends=True) > 0.05
-    told = [(ours, theirs) for ours, theirs in said if ours]
-    assert len(told) > 8 and all(ours == theirs for ours, theirs in told)
+    notes = [(ours, theirs) for ours, theirs in text if ours]
+    assert len(notes) > 8 and all(ours == theirs for ours, theirs in notes)
 
 
 @pytest.mark.usefixtures("no_card")

@@ -32,8 +32,8 @@ def test_flops_of_a_training_step(tiny: Callable[..., Any], dora: bool) -> None:
     set_kernels(model, "reference")
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return found
+        actual: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return actual
 
     linears = _counted(model, loss)
     width = flops.attention_width(model.config)

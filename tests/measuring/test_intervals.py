@@ -19,8 +19,8 @@ SETS = 200
 
 def _coverage(one_set: Callable[[np.random.Generator], Estimate], truth: float) -> float:
     """Share of simulated data sets whose interval holds the truth."""
-    found = [one_set(np.random.default_rng(seed)).interval() for seed in range(SETS)]
-    return sum(f.low is not None and f.high is not None and f.low <= truth <= f.high for f in found) / SETS
+    actual = [one_set(np.random.default_rng(seed)).interval() for seed in range(SETS)]
+    return sum(f.low is not None and f.high is not None and f.low <= truth <= f.high for f in actual) / SETS
 
 
 def _texts(rng: np.random.Generator, num: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -56,8 +56,8 @@ def test_paired_difference_covers_and_is_narrower_than_an_unpaired_one() -> None
     def both(rng: np.random.Generator) -> tuple[Estimate, Estimate]:
         ease = rng.random(120)
         a, b = (0.8 * ease + 0.2 * rng.random(120) > cut for cut in (0.4, 0.5))
-        found = bootstrap({"a": row_metrics.mean(a), "b": row_metrics.mean(b)}, 120)
-        return found["a"], found["b"]
+        estimates = bootstrap({"a": row_metrics.mean(a), "b": row_metrics.mean(b)}, 120)
+        return estimates["a"], estimates["b"]
 
     many = np.random.default_rng(9)
     ease = many.random(2_000_000)
@@ -89,8 +89,8 @@ def test_ratio_draws_numerators_and_denominators_together() -> None:
 
 
 def test_infinite_row_counts_only_where_it_was_drawn() -> None:
-    found = row_metrics.mean([1.0, np.inf, 3.0])(np.array([[1.0, 0.0, 2.0], [1.0, 1.0, 1.0]]))
-    assert found.tolist() == [pytest.approx(7 / 3), np.inf]
+    actual = row_metrics.mean([1.0, np.inf, 3.0])(np.array([[1.0, 0.0, 2.0], [1.0, 1.0, 1.0]]))
+    assert actual.tolist() == [pytest.approx(7 / 3), np.inf]
 
 
 def test_macro_f1_of_drawn_rows_is_scikit_learns_on_the_repeated_rows() -> None:
@@ -111,17 +111,17 @@ def test_bootstrap_blocks_change_nothing() -> None:
 
 def test_rows_that_all_agree_get_the_exact_binomial_bound() -> None:
     for right in (True, False):
-        found = bootstrap({"m": row_metrics.mean([right] * 30)}, 30, shares={"m"})["m"].interval()
+        actual = bootstrap({"m": row_metrics.mean([right] * 30)}, 30, shares={"m"})["m"].interval()
         exact = stats.binomtest(30 * right, 30).proportion_ci(0.95, method="exact")
-        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+        assert (actual.low, actual.high) == pytest.approx((exact.low, exact.high))
     # A mean that is no share, such as a KL of 0 in every row, is as certain as it looks.
-    found = bootstrap({"m": row_metrics.mean([0.0] * 30)}, 30)["m"].interval()
-    assert (found.low, found.high) == (0.0, 0.0)
+    actual = bootstrap({"m": row_metrics.mean([0.0] * 30)}, 30)["m"].interval()
+    assert (actual.low, actual.high) == (0.0, 0.0)
 
 
 def test_too_few_rows_give_no_interval() -> None:
-    found = bootstrap({"m": row_metrics.mean(np.arange(9.0))}, 9)["m"].interval()
-    assert found.as_dict() == {"value": 4.0, "low": None, "high": None, "over": "rows", "n": 9}
+    actual = bootstrap({"m": row_metrics.mean(np.arange(9.0))}, 9)["m"].interval()
+    assert actual.as_dict() == {"value": 4.0, "low": None, "high": None, "over": "rows", "n": 9}
 
 
 def test_estimates_on_other_draws_are_not_paired() -> None:
@@ -133,10 +133,10 @@ def test_estimates_on_other_draws_are_not_paired() -> None:
 
 def test_over_seeds_is_students_t() -> None:
     values = [0.695, 0.701, 0.688, 0.699, 0.692]
-    found = over_seeds(values)
+    actual = over_seeds(values)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert found.value == pytest.approx(0.695) and (found.over, found.n) == ("seeds", 5)
+    assert (actual.low, actual.high) == pytest.approx((expected.low, expected.high))
+    assert actual.value == pytest.approx(0.695) and (actual.over, actual.n) == ("seeds", 5)
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, math.inf], [math.nan, 0.5]])
@@ -146,8 +146,8 @@ def test_over_seeds_claims_nothing_it_cannot_know(values: list[float]) -> None:
 
 def test_two_seeds_cover_in_95_of_100() -> None:
     rng = np.random.default_rng(4)
-    found = [over_seeds(rng.normal(1.0, 0.3, 2).tolist()) for _ in range(1000)]
-    share = np.mean([f.low is not None and f.high is not None and f.low <= 1.0 <= f.high for f in found])
+    actual = [over_seeds(rng.normal(1.0, 0.3, 2).tolist()) for _ in range(1000)]
+    share = np.mean([f.low is not None and f.high is not None and f.low <= 1.0 <= f.high for f in actual])
     # Three standard errors of a share of 1,000.
     assert share == pytest.approx(0.95, abs=0.021)
 
@@ -160,14 +160,14 @@ def test_quartiles_of_five_of_two_and_of_one() -> None:
 
 def test_of_few_repetitions_there_is_no_interval() -> None:
     assert over_rounds([1.0, 2.0]).as_dict() == {"value": 1.5, "low": None, "high": None, "over": "rounds", "n": 2}
-    found = over_rounds([1.0, 2.0, 3.0])
-    assert (found.value, found.low, found.high) == (2.0, 1.0, 3.0)
+    actual = over_rounds([1.0, 2.0, 3.0])
+    assert (actual.value, actual.low, actual.high) == (2.0, 1.0, 3.0)
 
 
 def test_slow_spell_that_hits_both_is_no_difference_of_the_ratio() -> None:
     """The machine is ten times as slow in the last two repetitions; side by side the first is always twice the second."""
     slow = [1.0, 1.1, 0.9, 10.0, 11.0]
-    found = ratio_of_medians([2 * s for s in slow], slow)
-    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+    ratio = ratio_of_medians([2 * s for s in slow], slow)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
     with pytest.raises(ValueError, match="equally many values on both sides, found 1 and 2"):
         ratio_of_medians([1.0], [1.0, 2.0])

@@ -35,13 +35,13 @@ def test_median_quartiles_ratio_and_tokens_by_hand(monkeypatch: pytest.MonkeyPat
     clock = Clock(monkeypatch)
     slow, fast = iter([9.0, 9.0, 0.2, 0.3, 0.4, 0.5, 0.6]), iter([9.0, 9.0, 0.2, 0.2, 0.2, 0.2, 0.2])
     runs = {"teacher": clock.run("teacher", lambda: next(slow)), "student": clock.run("student", lambda: next(fast))}
-    found = measure_latency(runs, num_tokens=1000, repeats=5, seconds=1000)
-    assert found["teacher"] == Latency(
+    latencies = measure_latency(runs, num_tokens=1000, repeats=5, seconds=1000)
+    assert latencies["teacher"] == Latency(
         *(pytest.approx(x) for x in (400, 300, 500)), 5, pytest.approx(2500), 1.0, None, None
     )
-    assert (found["student"].median_ms, found["student"].tokens_per_s) == pytest.approx((200, 5000))
-    assert found["student"].speed == pytest.approx(2.0)
-    assert found["student"].costs()["speed"]["n"] == 5
+    assert (latencies["student"].median_ms, latencies["student"].tokens_per_s) == pytest.approx((200, 5000))
+    assert latencies["student"].speed == pytest.approx(2.0)
+    assert latencies["student"].costs()["speed"]["n"] == 5
     assert clock.calls[:4] == ["teacher", "student"] * 2
 
 
@@ -71,11 +71,13 @@ def test_drift_of_the_machine_cancels_where_taking_turns_and_not_one_after_the_o
 
 def test_time_is_bounded_but_three_rounds_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    found = measure_latency({"a": clock.run("a", lambda: 1.0), "b": clock.run("b", lambda: 0.5)}, warmup=2, seconds=20)
+    latencies = measure_latency(
+        {"a": clock.run("a", lambda: 1.0), "b": clock.run("b", lambda: 0.5)}, warmup=2, seconds=20
+    )
     # 3 s of warm-up, then rounds of 1.5 s: the twelfth would end at 21 s.
-    assert found["a"].num_rounds == 11 and clock.now <= 20
-    found = measure_latency({"a": clock.run("a", lambda: 1.0), "b": clock.run("b", lambda: 0.5)}, seconds=0.1)
-    assert found["b"].num_rounds == 3 and found["b"].speed_low is None and found["b"].tokens_per_s is None
+    assert latencies["a"].num_rounds == 11 and clock.now <= 20
+    latencies = measure_latency({"a": clock.run("a", lambda: 1.0), "b": clock.run("b", lambda: 0.5)}, seconds=0.1)
+    assert latencies["b"].num_rounds == 3 and latencies["b"].speed_low is None and latencies["b"].tokens_per_s is None
 
 
 def test_ratio_interval_covers_in_95_of_100() -> None:
@@ -84,18 +86,18 @@ def test_ratio_interval_covers_in_95_of_100() -> None:
         rng = np.random.default_rng(seed)
         drift = rng.lognormal(0, 0.1, 30)
         teacher, student = (x * drift * rng.lognormal(0, 0.1, 30) for x in (2.0, 1.0))
-        found = ratio_of_medians(teacher.tolist(), student.tolist())
-        low, high = found.low or 0.0, found.high or 0.0
+        ratio = ratio_of_medians(teacher.tolist(), student.tolist())
+        low, high = ratio.low or 0.0, ratio.high or 0.0
         held += low <= 2.0 <= high
     assert 0.90 <= held / 200 <= 0.995
 
 
 def test_on_the_clock_of_the_machine() -> None:
     runs = {"large": lambda: time.sleep(0.02), "small": lambda: time.sleep(0.01)}
-    found = measure_latency(runs, num_tokens=128, warmup=1, repeats=15, seconds=5)
+    latencies = measure_latency(runs, num_tokens=128, warmup=1, repeats=15, seconds=5)
     # A sleep is never too short, and on a busy machine a little too long.
-    assert 1.3 < found["small"].speed < 2.7 and found["large"].median_ms >= 20
-    assert found["small"].low_ms <= found["small"].median_ms <= found["small"].high_ms
+    assert 1.3 < latencies["small"].speed < 2.7 and latencies["large"].median_ms >= 20
+    assert latencies["small"].low_ms <= latencies["small"].median_ms <= latencies["small"].high_ms
 
 
 @pytest.mark.gpu
@@ -105,9 +107,9 @@ def test_gpu_is_waited_for() -> None:
     def products(num: int) -> Callable[[], object]:
         return lambda: [a @ a for _ in range(num)]
 
-    found = measure_latency({"large": products(40), "small": products(20)}, device="cuda", repeats=20, seconds=5)
+    latencies = measure_latency({"large": products(40), "small": products(20)}, device="cuda", repeats=20, seconds=5)
     # Without waiting both would take the time to queue them, far below that of 20 products of 137 GFLOP.
-    assert 1.6 < found["small"].speed < 2.5
+    assert 1.6 < latencies["small"].speed < 2.5
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(5):
@@ -116,7 +118,7 @@ def test_gpu_is_waited_for() -> None:
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    assert found["small"].median_ms == pytest.approx(statistics.median(times), rel=0.25)
+    assert latencies["small"].median_ms == pytest.approx(statistics.median(times), rel=0.25)
 
 
 def test_mistakes_of_the_caller() -> None:

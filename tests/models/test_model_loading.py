@@ -138,7 +138,7 @@ def test_fingerprint_is_stable_across_processes() -> None:
         "from peftlab.models import *\n"
         "print(tokenizer_fingerprint(load_tokenizer(find_pretrained('tiny:llama'))))"
     )  # fmt: skip
-    found = {
+    actual = {
         subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONHASHSEED": seed},
@@ -149,7 +149,7 @@ def test_fingerprint_is_stable_across_processes() -> None:
         ).stdout.strip()
         for seed in ("1", "2")
     }
-    assert found == {tokenizer_fingerprint(load_tokenizer(find_pretrained("tiny:llama")))}
+    assert actual == {tokenizer_fingerprint(load_tokenizer(find_pretrained("tiny:llama")))}
 
 
 def test_padding_adds_no_vocabulary(tmp_path: Path, tokenizer_of: Callable[[str], Any]) -> None:

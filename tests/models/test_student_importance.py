@@ -62,8 +62,8 @@ def test_costs_are_the_mean_kl_of_a_model_built_without_the_layer(rows: int, mon
     monkeypatch.setattr(importance_module, "_ROWS", rows)
     model = _teacher()
     reference = torch.cat(list(_outputs(model))).double().log_softmax(-1)
-    found = layers_by_importance(model, 3, outputs=_outputs)
-    for layer, cost in found.rounds[0]:
+    search = layers_by_importance(model, 3, outputs=_outputs)
+    for layer, cost in search.rounds[0]:
         other = _teacher()
         del other.model.layers[layer]
         other.config.num_hidden_layers = 3
@@ -71,8 +71,8 @@ def test_costs_are_the_mean_kl_of_a_model_built_without_the_layer(rows: int, mon
         output = torch.cat(list(_outputs(other))).double().log_softmax(-1)
         expected = (reference.exp() * (reference - output)).sum(-1).mean()
         assert cost == pytest.approx(float(expected), rel=1e-4)  # float32 log-softmax of 97 classes
-    assert found.num_positions == 60 and len(found.rounds) == 1 and found.seconds > 0
-    assert found.distance == min(cost for _, cost in found.rounds[0])
+    assert search.num_positions == 60 and len(search.rounds) == 1 and search.seconds > 0
+    assert search.distance == min(cost for _, cost in search.rounds[0])
 
 
 @pytest.mark.parametrize("search", ["greedy", "once"])
@@ -80,10 +80,10 @@ def test_layers_that_do_nothing_go_first_and_cost_nothing(search: Any) -> None:
     model = _teacher(5)
     _silence(model.model.layers[1])
     _silence(model.model.layers[3])
-    found = layers_by_importance(model, 3, outputs=_outputs, search=search)
-    assert found.kept == (0, 2, 4) and set(found.removed) == {1, 3}
-    assert found.distance == pytest.approx(0.0, abs=1e-9)
-    assert [len(r) for r in found.rounds] == ([5, 4] if search == "greedy" else [5])
+    actual = layers_by_importance(model, 3, outputs=_outputs, search=search)
+    assert actual.kept == (0, 2, 4) and set(actual.removed) == {1, 3}
+    assert actual.distance == pytest.approx(0.0, abs=1e-9)
+    assert [len(r) for r in actual.rounds] == ([5, 4] if search == "greedy" else [5])
 
 
 def _redundant() -> Any:
@@ -135,8 +135,8 @@ def test_no_more_positions_are_computed_than_wanted() -> None:
             asked += 1
             yield chunk
 
-    found = layers_by_importance(_teacher(), 3, outputs=counting, max_positions=25)
-    assert found.num_positions == 25
+    search = layers_by_importance(_teacher(), 3, outputs=counting, max_positions=25)
+    assert search.num_positions == 25
     assert asked == 2 * (1 + 4)  # two of the three chunks, for the reference and for each of four layers
 
 
@@ -150,8 +150,8 @@ def test_embeddings_are_compared_by_their_cosine() -> None:
     def pooled(each: nn.Module) -> Iterator[Tensor]:
         yield each(input_ids=IDS)[0].mean(1)
 
-    found = layers_by_importance(model, 2, outputs=pooled, distance=cosine_distance)
-    assert len(found.kept) == 2 and 0.0 < found.distance < 2.0 and found.num_positions == 6
+    search = layers_by_importance(model, 2, outputs=pooled, distance=cosine_distance)
+    assert len(search.kept) == 2 and 0.0 < search.distance < 2.0 and search.num_positions == 6
 
 
 def test_layer_that_is_held_in_its_place_is_never_removed() -> None:
@@ -161,8 +161,8 @@ def test_layer_that_is_held_in_its_place_is_never_removed() -> None:
         bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
     )  # fmt: skip
     model = tf.ModernBertForMaskedLM(config).eval()
-    found = layers_by_importance(model, 1, outputs=_outputs)
-    assert found.kept == (0,) and all(0 not in dict(round_) for round_ in found.rounds)
+    search = layers_by_importance(model, 1, outputs=_outputs)
+    assert search.kept == (0,) and all(0 not in dict(round_) for round_ in search.rounds)
     scaled = tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)
     scaled.scale_attn_by_inverse_layer_idx = True
     gpt2 = tf.GPT2LMHeadModel(scaled).eval()  # only its last layers can go

@@ -79,17 +79,17 @@ def test_measured_layers_are_far_better_than_evenly_spaced_ones(smollm2: Any) ->
     held_out = _sample(HELD_OUT, 256)
     with torch.no_grad():
         reference = list(held_out(smollm2))
-    found = {
+    actual = {
         search: layers_by_importance(smollm2, 28, outputs=_sample(MEASURED, 128), search=search)
         for search in ("greedy", "once")
     }
     kl = {}
     stack = find_stack(smollm2)
-    chosen = {name: importance.kept for name, importance in found.items()} | {"even": evenly_spaced(30, 28)}
+    chosen = {name: importance.kept for name, importance in actual.items()} | {"even": evenly_spaced(30, 28)}
     for name, kept in chosen.items():
         with only_layers(smollm2, stack, kept):
             kl[name] = _kl(reference, smollm2, held_out)
-    assert found["greedy"].distance <= found["once"].distance * (1 + 1e-6)  # whose pair it tried as well
+    assert actual["greedy"].distance <= actual["once"].distance * (1 + 1e-6)  # whose pair it tried as well
     assert max(kl["greedy"], kl["once"]) < kl["even"] / 2
     assert len(find_stack(smollm2)) == 30
 

@@ -218,7 +218,7 @@ def test_narrow_model_reads_back_unchanged_and_learns_the_same(name: str, cut: d
     # The same numbers at another address, which some processors' libraries add in another order.
     torch.testing.assert_close(_output(again), _output(model), **EXACT)
     for name, parameter in parameters.items():
-        torch.testing.assert_close(others[name].grad, parameter.grad, **EXACT, msg=lambda said, n=name: f"{n}: {said}")
+        torch.testing.assert_close(others[name].grad, parameter.grad, **EXACT, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("name", ["llama", "BertForMaskedLM"])

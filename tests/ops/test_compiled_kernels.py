@@ -85,25 +85,25 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: tuple[int, li
     sources = [path.read_text(encoding="utf-8") for path in KERNELS.glob("*/kernel.py")]
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, flags=re.MULTILINE)}
     assert kernels
-    found = {(row["kernel"], row["dtype"], row["arch"]) for row in compiled[1]}
+    actual = {(row["kernel"], row["dtype"], row["arch"]) for row in compiled[1]}
     # Of int8_dequant_kernel one variant has a product and one has none.
     without = {row["kernel"] for row in compiled[1] if not row["matrix"]}
     assert without == kernels - {name for name in kernels if "merge" in name or re.search("_(down|backward|dx)_", name)}
     expected = {(kernel, "bf16", arch) for kernel in kernels for arch in FAST_ARCHS if arch >= 80 or kernel in without}
-    assert found == expected | {(kernel, "fp16", 90) for kernel in kernels}
+    assert actual == expected | {(kernel, "fp16", 90) for kernel in kernels}
 
 
 def _instructions(ptx: str, source: Path) -> list[tuple[int, str]]:
     """(line of ``source`` or 0, instruction), in the order of the code."""
     number = next(int(n) for n, name in re.findall(r'\.file\s+(\d+) "([^"]+)"', ptx) if name.endswith(str(source)))
-    found, line = [], 0
+    actual, line = [], 0
     for text in ptx.splitlines():
         if match := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
             # What a jit function of another file is inlined into belongs to the call.
             line = int(match[2]) if int(match[1]) == number else 0
         else:
-            found.append((line, text.strip()))
-    return found
+            actual.append((line, text.strip()))
+    return actual
 
 
 def _unordered_reads(ptx: str, op: str) -> list[str]:

@@ -113,16 +113,16 @@ BUDGET = {"bf16": 2e-6, "int8": 3e-4}
 @EACH_KIND
 def test_cpu_products_bf16_is_the_product_of_rounded_operands(kind: str, M: int) -> None:
     case = make(kind, M)
-    found = errors(run(case, "cpu-bf16"), expected(case, "bf16"))
-    assert max(found) <= BUDGET["bf16"], found
+    actual = errors(run(case, "cpu-bf16"), expected(case, "bf16"))
+    assert max(actual) <= BUDGET["bf16"], actual
 
 
 @pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize("threshold", [0.0, 2.5])
 def test_cpu_products_int8_is_the_product_of_rounded_rows(M: int, threshold: float) -> None:
     case = make("int8", M, threshold=threshold)
-    found = errors(run(case, "cpu-int8"), expected(case, "int8", threshold))
-    assert max(found) <= BUDGET["int8"], found
+    actual = errors(run(case, "cpu-int8"), expected(case, "int8", threshold))
+    assert max(actual) <= BUDGET["int8"], actual
 
 
 @pytest.mark.parametrize(("backend", "most"), [("cpu-bf16", 6e-3), ("cpu-int8", 2e-2)])

@@ -163,7 +163,7 @@ def test_int8_dequant_empty_weight(device: torch.device, shape: tuple[int, int])
 
 
 @pytest.mark.parametrize(
-    ("weight", "row_absmax", "found"),
+    ("weight", "row_absmax", "message"),
     [
         (torch.zeros(33, 130), torch.ones(33), r"found \[33, 130\] torch\.float32"),
         (torch.zeros(33, dtype=torch.int8), torch.ones(33), r"found \[33\] torch\.int8"),
@@ -172,36 +172,36 @@ def test_int8_dequant_empty_weight(device: torch.device, shape: tuple[int, int])
     ],
 )
 def test_int8_dequant_weights_that_do_not_fit(
-    device: torch.device, weight: Tensor, row_absmax: Tensor, found: str
+    device: torch.device, weight: Tensor, row_absmax: Tensor, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         int8_dequant(weight.to(device), row_absmax.to(device), dtype=torch.float32)
 
 
 @EACH_BACKEND
 @pytest.mark.parametrize(
-    ("A", "B", "found"),
+    ("A", "B", "message"),
     # Too large, not too small: unchecked, the latter would be read beyond their end.
     [((8, 131), (33, 8), "131"), ((8, 130), (34, 8), "34"), ((8, 130), (33, 19), "19")],
 )
-def test_int8_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, found: str) -> None:
+def test_int8_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, message: str) -> None:
     weight, row_absmax = quantized(33, 130, device)
     low_rank = (torch.zeros(A, device=device), torch.zeros(B, device=device), 1.0)
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         int8_dequant(weight, row_absmax, dtype=torch.float32, low_rank=low_rank, backend=backend)
 
 
 @pytest.mark.parametrize(
-    ("out", "found"),
+    ("out", "message"),
     [
         (torch.empty(33, 129), r"\[33, 130\] torch.float32, found \[33, 129\]"),
         (torch.empty(33, 130, dtype=torch.float16), "found .* torch.float16"),
         (torch.empty(130, 33).t(), "contiguous"),
     ],
 )
-def test_int8_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, found: str) -> None:
+def test_int8_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, message: str) -> None:
     weight, row_absmax = quantized(33, 130, device)
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         int8_dequant(weight, row_absmax, dtype=torch.float32, out=out.to(device))
 
 

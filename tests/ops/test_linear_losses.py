@@ -112,10 +112,10 @@ def test_linear_losses_few_tokens(n: int, backend: str) -> None:
         lambda c: distilled(c, make_teacher(c, "online"), backend=backend).total,
         lambda c: distilled(c, make_teacher(c, "sparse"), backend=backend).total,
     ):
-        found = gradients(case, total)
-        assert found["hidden"].shape == (n, H)
-        assert all(torch.isfinite(t).all() for t in found.values())
-        assert n or not found["weight"].any()
+        actual = gradients(case, total)
+        assert actual["hidden"].shape == (n, H)
+        assert all(torch.isfinite(t).all() for t in actual.values())
+        assert n or not actual["weight"].any()
 
 
 @EACH_BACKEND
@@ -129,10 +129,10 @@ def test_linear_losses_extreme_logits_stay_finite_and_right(
     taught = make_teacher(case, "online")
     for divergence in DIVERGENCES:
         options = {"divergence": divergence, "share": 0.3, "hard_weight": 0.5}
-        found = gradients(case, lambda c, o=options: distilled(c, taught, backend=backend, **o).total)
+        actual = gradients(case, lambda c, o=options: distilled(c, taught, backend=backend, **o).total)
         want = kl.token_divergence(case.logits(torch.float64), taught.logits, kind=divergence, share=0.3)
         soft = distilled(case, taught, backend=backend, **options).soft
-        assert soft is not None and all(torch.isfinite(t).all() for t in found.values())
+        assert soft is not None and all(torch.isfinite(t).all() for t in actual.values())
         if dtype.itemsize > 2:  # 16-bit logits of this size are whole nats apart
             torch.testing.assert_close(soft.double(), want, rtol=1e-5, atol=1e-5 * float(want.max()))
 
@@ -199,8 +199,8 @@ def _bad() -> Iterator[Any]:
 def test_linear_losses_what_does_not_fit_is_named(number: int) -> None:
     bad = list(_bad())
     assert len(bad) == 18
-    call, found = bad[number]
-    with pytest.raises(ValueError, match=found):
+    call, actual = bad[number]
+    with pytest.raises(ValueError, match=actual):
         call()
 
 

@@ -114,14 +114,14 @@ def test_linear_losses_loss_scale_does_not_overflow_float16() -> None:
         torch.randint(V, (N,), generator=g).to(DEVICE),
     )
     weight = (1e-4 * torch.randn(V, H, generator=g)).to(DEVICE).requires_grad_()
-    (found,) = torch.autograd.grad(
+    (actual,) = torch.autograd.grad(
         65536.0 / N * linear_cross_entropy(hidden, Head(DenseWeight(weight)), target).total, weight
     )
     wide = weight.detach().double().requires_grad_()
     logits = F.linear(hidden.double(), weight.detach().half().double() + 0 * wide + wide - wide.detach())
     (want,) = torch.autograd.grad(65536.0 / N * F.cross_entropy(logits, target, reduction="sum"), wide)
-    assert torch.isfinite(found).all()
-    assert float((found.double() - want).norm() / want.norm()) < 5e-3
+    assert torch.isfinite(actual).all()
+    assert float((actual.double() - want).norm() / want.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -140,16 +140,16 @@ def test_linear_losses_products_of_a_trained_head_have_types_that_cuda_has(
     g = torch.Generator().manual_seed(0)
     hidden, target = torch.randn(N, H, generator=g).to(hidden_dtype), torch.randint(V, (N,), generator=g)
     weight = (torch.randn(V, H, generator=g) / H**0.5).to(weight_dtype).requires_grad_()
-    (found,) = torch.autograd.grad(
+    (actual,) = torch.autograd.grad(
         0.3 * linear_cross_entropy(hidden, Head(DenseWeight(weight)), target, chunk=chunk).total, weight
     )
-    assert found.dtype == weight_dtype and asked
+    assert actual.dtype == weight_dtype and asked
     for factors, product in asked:
         assert product == factors or (product == torch.float32 and factors.itemsize == 2), (factors, product)
     wide = weight.detach().to(hidden_dtype).double().requires_grad_()
     (want,) = torch.autograd.grad(0.3 * F.cross_entropy(F.linear(hidden.double(), wide), target, reduction="sum"), wide)
     coarsest = max((hidden_dtype, weight_dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    assert float((found.double() - want).norm() / want.norm()) < 2 * torch.finfo(coarsest).eps
+    assert float((actual.double() - want).norm() / want.norm()) < 2 * torch.finfo(coarsest).eps
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -164,10 +164,10 @@ def test_linear_losses_trained_head_with_create_graph(dtype: torch.dtype, chunk:
         return 0.3 * linear_cross_entropy(hidden, head, case.target, chunk=chunk).total
 
     want = torch.autograd.grad(total(), (hidden, weight))
-    found = torch.autograd.grad(total(), (hidden, weight), create_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    actual = torch.autograd.grad(total(), (hidden, weight), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(actual, want, strict=True))
     with pytest.raises(RuntimeError, match="differentiated once"):
-        torch.autograd.grad(found[1].float().square().sum(), hidden)
+        torch.autograd.grad(actual[1].float().square().sum(), hidden)
 
 
 def _options(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -211,8 +211,8 @@ def test_linear_losses_compile_whole(name: str) -> None:
     compiled = torch.compile(
         lambda *ts: both(case.with_leaves(dict(zip(leaves, ts, strict=True)))), fullgraph=True, backend="aot_eager"
     )
-    found = torch.autograd.grad(compiled(*leaves.values()), list(leaves.values()))
-    for got, wanted in zip(found, want, strict=True):
+    actual = torch.autograd.grad(compiled(*leaves.values()), list(leaves.values()))
+    for got, wanted in zip(actual, want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
     torch._dynamo.reset()
 
@@ -221,10 +221,10 @@ def test_linear_losses_checkpointing() -> None:
     case = make_case("dense+softcap", torch.float32)
     case.hidden.requires_grad_()
     (want,) = torch.autograd.grad(ce(case).total, case.hidden)
-    (found,) = torch.autograd.grad(
+    (actual,) = torch.autograd.grad(
         checkpoint(lambda h: ce(replace(case, hidden=h)).total, case.hidden, use_reentrant=False), case.hidden
     )
-    assert torch.equal(found, want)
+    assert torch.equal(actual, want)
 
 
 def test_linear_losses_autocast_changes_nothing() -> None:

@@ -23,9 +23,9 @@ def test_linear_losses_where_nothing_is_spared_no_chunk_is_larger() -> None:
     head = Head(DenseWeight(torch.empty(4096, 64, dtype=torch.bfloat16)))
     hidden = torch.empty(128, 64, dtype=torch.bfloat16)
     assert heads.walk_of(head, hidden, wanted, None) == (128, True)
-    told = heads.rows_of(head, hidden, wanted, deferred=False)
-    assert told.spared_bytes == 0
-    assert heads.size_where_nothing_is_deferred(head, hidden, wanted) == heads.num_tokens_per_chunk(128, told, cpu)
+    notes = heads.rows_of(head, hidden, wanted, deferred=False)
+    assert notes.spared_bytes == 0
+    assert heads.size_where_nothing_is_deferred(head, hidden, wanted) == heads.num_tokens_per_chunk(128, notes, cpu)
 
 
 def _card(

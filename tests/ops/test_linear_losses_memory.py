@@ -83,11 +83,11 @@ def test_linear_losses_gradient_of_a_trained_head_exists_once(way: str, dtype: t
     chunk."""
     weight, total = _trained_loss(way, dtype, chunk=2)
     (expected,) = torch.autograd.grad(total(), weight)
-    found: list[Tensor] = []
-    sizes = _large_allocations(lambda: found.extend(torch.autograd.grad(0.5 * total(), weight)), weight.numel())
+    actual: list[Tensor] = []
+    sizes = _large_allocations(lambda: actual.extend(torch.autograd.grad(0.5 * total(), weight)), weight.numel())
     size = 4 * weight.numel()
     assert sizes == ([size] if dtype == torch.float32 else [size, -size])
-    assert torch.equal(found[0], 0.5 * expected)
+    assert torch.equal(actual[0], 0.5 * expected)
     loss = total()
     kept = torch.autograd.grad(loss, weight, retain_graph=True)[0].clone()
     assert torch.equal(kept, torch.autograd.grad(2.0 * loss, weight)[0] / 2)
@@ -102,11 +102,11 @@ def test_linear_losses_of_one_chunk_the_gradient_of_a_trained_head_is_one_produc
     held = weight.numel() * dtype.itemsize
     loss: list[Tensor] = []
     assert _large_allocations(lambda: loss.append(total()), held // 4) == []
-    found: list[Tensor] = []
-    sizes = _large_allocations(lambda: found.extend(torch.autograd.grad(0.5 * loss[0], weight)), held // 4)
-    assert sizes == [held] and found[0].dtype == dtype
+    actual: list[Tensor] = []
+    sizes = _large_allocations(lambda: actual.extend(torch.autograd.grad(0.5 * loss[0], weight)), held // 4)
+    assert sizes == [held] and actual[0].dtype == dtype
     (whole,) = torch.autograd.grad(total(), weight)
-    assert torch.equal(found[0], 0.5 * whole)
+    assert torch.equal(actual[0], 0.5 * whole)
     again = total()
     kept = torch.autograd.grad(again, weight, retain_graph=True)[0].clone()
     assert torch.equal(kept, torch.autograd.grad(again, weight)[0])

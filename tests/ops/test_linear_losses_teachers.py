@@ -57,9 +57,9 @@ def test_linear_losses_perfect_student_has_nothing_to_learn(divergence: str, bac
     taught = Taught(OnlineTeacher(case.hidden, case.head), case.logits(torch.float64))
     for share in (0.3, 0.0, *([1.0] if divergence == "jsd" else [])):
         options = {"divergence": divergence, "share": share, "temperature": 2.0, "backend": backend}
-        found = gradients(case, lambda c, o=options: distilled(c, taught, **o).total)
-        assert float(found["total"].abs()) <= 2e-6 * N
-        assert float(found["hidden"].abs().max()) <= 2e-6
+        actual = gradients(case, lambda c, o=options: distilled(c, taught, **o).total)
+        assert float(actual["total"].abs()) <= 2e-6 * N
+        assert float(actual["hidden"].abs().max()) <= 2e-6
 
 
 @EACH_BACKEND
@@ -76,10 +76,10 @@ def test_linear_losses_every_class_stored_is_a_dense_teacher(backend: str, dtype
     dense = gradients(case, lambda c: distilled(c, make_teacher(c, "dense"), backend=backend).total)
     for tail in kl.TAILS:
         taught = make_teacher(case, "sparse", k=V, tail=tail)
-        found = gradients(case, lambda c, t=taught: distilled(c, t, backend=backend).total)
+        actual = gradients(case, lambda c, t=taught: distilled(c, t, backend=backend).total)
         for name, want in dense.items():
             slack = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5)  # the dense logits are rounded
-            torch.testing.assert_close(found[name], want, rtol=slack, atol=slack * float(want.abs().max()))
+            torch.testing.assert_close(actual[name], want, rtol=slack, atol=slack * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("tail", kl.TAILS)
@@ -93,12 +93,12 @@ def test_linear_losses_classes_of_probability_zero_fill_up_a_row(tail: str, back
         torch.cat([teacher.probs, torch.zeros(N, 2, device=DEVICE)], 1),
         tail,
     )
-    want, found = (
+    want, actual = (
         gradients(case, lambda c, t=t: distilled(c, Taught(t, t.probs), hard_weight=0.2, backend=backend).total)
         for t in (teacher, filled)
     )
     for name in want:
-        torch.testing.assert_close(found[name], want[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual[name], want[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
@@ -145,10 +145,10 @@ def test_linear_losses_mixtures_are_as_exact_as_with_a_logarithm(divergence: str
         for t in torch.meshgrid(steps[12:], steps, indexing="ij")
     )
     head = Head(DenseWeight(torch.eye(2, device=DEVICE)))
-    found = linear_kl(
+    actual = linear_kl(
         student.float().to(DEVICE), head, DenseTeacher(teacher.float().to(DEVICE)), divergence=divergence, share=share,
         backend="triton",
     ).soft  # fmt: skip
     want = kl.token_divergence(student, teacher, kind=divergence, share=share)
-    assert float((found.cpu().double() - want).abs().max()) < allowed
-    assert float(found.view(13, 25).diagonal(12).abs().max()) < 1e-7, "a perfect student"
+    assert float((actual.cpu().double() - want).abs().max()) < allowed
+    assert float(actual.view(13, 25).diagonal(12).abs().max()) < 1e-7, "a perfect student"

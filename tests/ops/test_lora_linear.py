@@ -119,9 +119,9 @@ def test_small_adapter_is_not_rounded_away(
         "x": (case.grad.double() @ W, case.grad.double() @ BA),
     }
 
-    def gain(found: dict[str, Tensor], name: str) -> float:
+    def gain(actual: dict[str, Tensor], name: str) -> float:
         base, adapter = parts[name]
-        return float(((found[name].double() - base) * adapter).sum() / adapter.square().sum())
+        return float(((actual[name].double() - base) * adapter).sum() / adapter.square().sum())
 
     force_plan(how, how)
     with torch.autocast(device.type, dtype=dtype, enabled=autocast):
@@ -192,7 +192,7 @@ def test_lora_linear_adapter_in_float32_under_16_bits(
 
 
 @pytest.mark.parametrize(
-    ("x", "A", "B", "found"),
+    ("x", "A", "B", "message"),
     [
         ((4, 49), (8, 50), (130, 8), r"found \[4, 49\], \[8, 50\] and \[130, 8\]"),
         ((4, 50), (8, 49), (130, 8), r"\[8, 49\]"),
@@ -200,14 +200,14 @@ def test_lora_linear_adapter_in_float32_under_16_bits(
         ((4, 50), (8, 50), (130, 7), r"\[130, 7\]"),
     ],
 )
-def test_lora_linear_shapes_that_do_not_fit(device: torch.device, x: Any, A: Any, B: Any, found: str) -> None:
+def test_lora_linear_shapes_that_do_not_fit(device: torch.device, x: Any, A: Any, B: Any, message: str) -> None:
     base, _ = weight("dense", 130, 50, torch.float32, device)
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         lora_linear(*(torch.zeros(x, device=device), base), *(torch.zeros(s, device=device) for s in (A, B)), scale=1.0)
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "message"),
     [
         ({"dropout": 1.0, "seed": torch.tensor(1)}, r"\[0, 1\), found 1.0"),
         ({"dropout": -0.1, "seed": torch.tensor(1)}, "found -0.1"),
@@ -216,10 +216,10 @@ def test_lora_linear_shapes_that_do_not_fit(device: torch.device, x: Any, A: Any
         ({"bias_N": torch.zeros(129)}, "129"),
     ],
 )
-def test_lora_linear_options_that_do_not_fit(device: torch.device, options: dict[str, Any], found: str) -> None:
+def test_lora_linear_options_that_do_not_fit(device: torch.device, options: dict[str, Any], message: str) -> None:
     case = problem("dense", (4, 50, 130, 8), torch.float32, device)
     options = {k: v.to(device) if k == "bias_N" else v for k, v in options.items()}
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         lora_linear(case.x, case.base, case.A, case.B, scale=1.0, **options)
 
 

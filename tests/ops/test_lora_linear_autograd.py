@@ -197,10 +197,10 @@ def test_lora_linear_recomputed_forward_makes_s_once(
     def layer(*tensors: Tensor) -> Tensor:
         return torch.tanh(call(case, tensors, "torch"))
 
-    found = torch.autograd.grad(checkpoint(layer, *leaves, use_reentrant=False), leaves, case.grad)
+    gradients = torch.autograd.grad(checkpoint(layer, *leaves, use_reentrant=False), leaves, case.grad)
     assert len(made) == wanted
     plain = torch.autograd.grad(layer(*leaves), leaves, case.grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
     made.clear()
     with torch.no_grad():
         layer(*leaves)

@@ -210,7 +210,7 @@ def test_nf4_dequant_empty_weight(device: torch.device, shape: tuple[int, int]) 
 
 @EACH_BACKEND
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "message"),
     [
         (lambda w: replace(w, packed=w.packed[:-1]), r"expected 2145 uint8 values for a \[33, 130\] .* found 2144"),
         (lambda w: replace(w, packed=w.packed.view(torch.int8)), r"found 2145 of torch\.int8"),
@@ -221,36 +221,36 @@ def test_nf4_dequant_empty_weight(device: torch.device, shape: tuple[int, int]) 
         (lambda w: replace(w, nested=(w.nested[0], w.nested[1].repeat(2), w.nested[2])), "found 2"),
     ],
 )
-def test_nf4_dequant_weights_that_do_not_fit(device: torch.device, backend: str, change: Any, found: str) -> None:
+def test_nf4_dequant_weights_that_do_not_fit(device: torch.device, backend: str, change: Any, message: str) -> None:
     weight, _ = quantized(33, 130, device, nested=True)
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         nf4_dequant(change(weight), dtype=torch.float32, backend=backend)
 
 
 @EACH_BACKEND
 @pytest.mark.parametrize(
-    ("A", "B", "found"),
+    ("A", "B", "message"),
     [((8, 131), (33, 8), "131"), ((8, 130), (34, 8), "34"), ((8, 130), (33, 19), "19")],
 )
-def test_nf4_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, found: str) -> None:
+def test_nf4_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, message: str) -> None:
     weight, _ = quantized(33, 130, device)
     low_rank = (torch.zeros(A, device=device), torch.zeros(B, device=device), 1.0)
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         nf4_dequant(weight, dtype=torch.float32, low_rank=low_rank, backend=backend)
 
 
 @pytest.mark.parametrize(
-    ("out", "found"),
+    ("out", "message"),
     [
         (torch.empty(33, 129), r"\[33, 130\] torch.float32, found \[33, 129\]"),
         (torch.empty(33, 130, dtype=torch.float16), "found .* torch.float16"),
         (torch.empty(130, 33).t(), "contiguous"),
     ],
 )
-def test_nf4_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, found: str) -> None:
+def test_nf4_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, message: str) -> None:
     weight, _ = quantized(33, 130, device)
     out = out.to(device)
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match=message):
         nf4_dequant(weight, dtype=torch.float32, out=out)
 
 

@@ -71,8 +71,8 @@ def test_kernel_runs_once_before_any_other(monkeypatch: pytest.MonkeyPatch) -> N
 def test_where_the_first_kernel_fails_pytorch_runs(monkeypatch: pytest.MonkeyPatch, sums: Any, reason: str) -> None:
     probed = made_up_gpu(monkeypatch, (8, 9), sums=sums)
     for products in (True, False):
-        found = runtime.triton_problem(CUDA, products=products)
-        assert found is not None and reason in found and "\n" not in found
+        actual = runtime.triton_problem(CUDA, products=products)
+        assert actual is not None and reason in actual and "\n" not in actual
         assert runtime.choose_backend("auto", _on_cuda(), products=products) == "torch"
     with pytest.raises(ValueError, match="backend triton cannot run: Triton's first kernel"):
         runtime.choose_backend("triton", _on_cuda(), products=False)
@@ -192,9 +192,9 @@ def test_options_are_those_that_amds_backend_knows() -> None:
 
     known = {field.name for field in dataclasses.fields(HIPOptions)}
     makers = (passes.down_options, passes.up_options, passes.down_backward_options, passes.dropout_dx_options)
-    found = [maker(16, torch.float16) for maker in makers]
-    found += [passes.mask_options(), dequant_options(64), merge_options(64, 16, 64, torch.float16), rows_options(1000)]
-    launch = {name for options in found for name in options if not name.isupper()}
+    actual = [maker(16, torch.float16) for maker in makers]
+    actual += [passes.mask_options(), dequant_options(64), merge_options(64, 16, 64, torch.float16), rows_options(1000)]
+    launch = {name for options in actual for name in options if not name.isupper()}
     assert launch - known == {"maxnreg"}
 
 
@@ -240,8 +240,8 @@ def test_seeds_stay_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_plans_by_rule(device: str, kind: str, dropout: bool, want: tuple[str, str]) -> None:
-    found = plan.rule(device, kind, M=2048, N=4096, K=4096, dropout=dropout)
-    assert (found.forward, found.backward) == want
+    actual = plan.rule(device, kind, M=2048, N=4096, K=4096, dropout=dropout)
+    assert (actual.forward, actual.backward) == want
 
 
 def test_pytorch_alone_does_not_merge_on_a_gpu() -> None:

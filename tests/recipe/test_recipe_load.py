@@ -265,8 +265,8 @@ def test_path_that_is_nothing(shipped: Path) -> None:
     ],
 )
 def test_text_that_is_no_recipe(write: Write, text: str, parts: list[str]) -> None:
-    found = message(write(text))
-    assert all(part in found for part in parts), found
+    actual = message(write(text))
+    assert all(part in actual for part in parts), actual
 
 
 def test_duplicate_keys_name_both_lines_among_other_problems(write: Write) -> None:
@@ -296,8 +296,8 @@ def test_duplicate_keys_name_both_lines_among_other_problems(write: Write) -> No
     ],
 )
 def test_yaml_features_that_are_not_read(write: Write, text: str, part: str) -> None:
-    found = message(write(GOOD + text))
-    assert part in found
+    actual = message(write(GOOD + text))
+    assert part in actual
 
 
 def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:

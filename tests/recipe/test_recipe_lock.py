@@ -35,9 +35,9 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    found = {"peftlab": "0.1.0", "torch": "2.8.0", "numpy": "2.0.0"}
-    monkeypatch.setattr(lock, "package_versions", lambda: dict(found))
-    return found
+    actual = {"peftlab": "0.1.0", "torch": "2.8.0", "numpy": "2.0.0"}
+    monkeypatch.setattr(lock, "package_versions", lambda: dict(actual))
+    return actual
 
 
 def lock_of(settings: dict[str, Any], path: Path, **environment: Any) -> LoadedRecipe:

@@ -45,11 +45,11 @@ def test_row_is_found_by_its_name(rows: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_task_is_implemented_by_what_its_row_names(name: str) -> None:
-    spec, found = TASKS[name], task_class(name)
-    assert found.spec is spec
+    spec, actual = TASKS[name], task_class(name)
+    assert actual.spec is spec
     protocols = [Task, *([Generates] if spec.generates else []), *([Redraws] if spec.redraws else [])]
     wanted = {n for p in protocols for n, value in vars(p).items() if inspect.isfunction(value) or n == "make"}
-    assert not {n for n in wanted if not n.startswith("_")} - set(dir(found))
+    assert not {n for n in wanted if not n.startswith("_")} - set(dir(actual))
     assert spec.predicts in ROWS and family_of(spec.headline).rows
 
 

@@ -47,15 +47,15 @@ def test_vectors_of_a_padded_batch_are_those_of_each_text_alone(pooling: str, no
     model, task = bert(pooling, normalize=normalize)
     model = model.double()
     examples = task.encode(ROWS, **OPTIONS).examples
-    found = task.outputs(model, task.collate(examples, "cpu"))
-    assert found.vectors and found.targets is None and list(found.counts) == [1] * len(TEXTS)
-    for text, vector in zip(TEXTS, found.values, strict=True):
+    actual = task.outputs(model, task.collate(examples, "cpu"))
+    assert actual.vectors and actual.targets is None and list(actual.counts) == [1] * len(TEXTS)
+    for text, vector in zip(TEXTS, actual.values, strict=True):
         hidden = model(torch.tensor([task.tokenizer(text)["input_ids"]])).last_hidden_state[0]
         wanted = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[pooling]
         wanted = wanted / wanted.norm() if normalize else wanted
         torch.testing.assert_close(vector, wanted, rtol=1e-9, atol=1e-12)
     reference = task.reference_outputs(model, examples, "cpu").values
-    torch.testing.assert_close(found.values, reference, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual.values, reference, rtol=1e-9, atol=1e-12)
 
 
 def test_distillation_gradient_is_that_of_plain_pytorch_however_it_is_split() -> None:
@@ -75,9 +75,9 @@ def test_distillation_gradient_is_that_of_plain_pytorch_however_it_is_split() ->
     (slope,) = torch.autograd.grad(wanted, weight)
     for split in ([6], [1, 5], [2, 3, 1]):
         chosen = torch.arange(6).split(split)
-        found = sum(loss(model, task.collate([examples[i] for i in part], "cpu")) for part in chosen)
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(found, weight)[0], slope, rtol=1e-7, atol=1e-12)
+        actual = sum(loss(model, task.collate([examples[i] for i in part], "cpu")) for part in chosen)
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(actual, weight)[0], slope, rtol=1e-7, atol=1e-12)
 
 
 def test_parity_gate_sees_a_mean_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +129,11 @@ def sentence_folder(
 )
 def test_pooling_is_read_and_written(tmp_path: Path, config: dict[str, Any], pooling: str) -> None:
     pretrained = find_pretrained(str(sentence_folder(tmp_path / "model", config)))
-    found = sentence_files(pretrained)
-    assert (found.pooling, found.normalize, found.max_length) == (pooling, True, 48)
+    files = sentence_files(pretrained)
+    assert (files.pooling, files.normalize, files.max_length) == (pooling, True, 48)
     target = tmp_path / "written"
     save_plain(load_model(pretrained, auto_class="AutoModel", device="cpu"), load_tokenizer(pretrained), target)
-    SentenceWriter(load_tokenizer(pretrained), found, pooling="mean").save_pretrained(target)
+    SentenceWriter(load_tokenizer(pretrained), files, pooling="mean").save_pretrained(target)
     again = sentence_files(find_pretrained(str(target)))
     assert (again.pooling, again.normalize, again.max_length) == ("mean", True, 48)
     assert json.loads((target / "1_Pooling" / "config.json").read_text())["word_embedding_dimension"] == 64
@@ -183,13 +183,13 @@ def test_student_with_fewer_layers(tmp_path: Path, method: str) -> None:
     assert cosine["baseline"] is None
     student = tmp_path / "run" / "student"
     assert sentence_files(find_pretrained(str(student))).pooling == "cls"
-    (said,) = predict(student, ["the dog barks"], progress=SilentProgress())
+    (text,) = predict(student, ["the dog barks"], progress=SilentProgress())
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(student), AutoTokenizer.from_pretrained(student)
     with torch.no_grad():
         hidden = model(**tokenizer("the dog barks", return_tensors="pt")).last_hidden_state
-    torch.testing.assert_close(torch.tensor(said["vector"]), F.normalize(hidden[0, 0], dim=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(text["vector"]), F.normalize(hidden[0, 0], dim=0), rtol=1e-4, atol=1e-6)
 
 
 def test_random_weights_are_a_control_without_a_beginning_to_score(tmp_path: Path) -> None:
@@ -210,12 +210,12 @@ def test_without_a_teacher_there_is_nothing_to_learn_or_to_score(tmp_path: Path)
         train(recipe, progress=SilentProgress())
     with pytest.raises(RecipeError, match="no labels to score"):
         evaluate("tiny:bert", recipe=recipe, progress=SilentProgress())
-    (said,) = predict("tiny:bert", ["a"], recipe=recipe, progress=SilentProgress())
-    assert len(said["vector"]) == 64
+    (text,) = predict("tiny:bert", ["a"], recipe=recipe, progress=SilentProgress())
+    assert len(text["vector"]) == 64
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "said"),
+    ("section", "key", "value", "message"),
     [
         ("distill", "temperature", 2.0, "no softmax"),
         ("distill", "hard_weight", 0.5, "no labels"),
@@ -227,8 +227,8 @@ def test_without_a_teacher_there_is_nothing_to_learn_or_to_score(tmp_path: Path)
         ("model", "pooling", "max", "pooling"),
     ],
 )
-def test_keys_without_effect_are_errors(tmp_path: Path, section: str, key: str, value: Any, said: str) -> None:
+def test_keys_without_effect_are_errors(tmp_path: Path, section: str, key: str, value: Any, message: str) -> None:
     recipe = settings(tmp_path)
     recipe[section] = {**recipe.get(section, {}), key: value}
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         distill(recipe, progress=SilentProgress())

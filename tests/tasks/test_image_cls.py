@@ -59,7 +59,7 @@ def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("no.png", "rows.csv, record 1: the image .*no.png cannot be read: No such file"),
         ("text.png", "expected an image, found a damaged file or another format: .*text.png"),
@@ -72,11 +72,11 @@ def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
         (np.zeros((2, 2, 4)), r"shape \[2, 2, 4\]"),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path: Path, value: Any, said: str) -> None:
-    (tmp_path / "text.png").write_text("hello")
+def test_what_is_no_image_is_named(tmp_path: Path, value: Any, message: str) -> None:
+    (tmp_path / "message.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes(png(np.tile(PIXELS, (8, 8)))[:80])
     rows = Rows.from_dicts([{"image": value}], name=str(tmp_path / "rows.csv"))
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         list(read_images(rows, "image", length=5))
     assert caught.value.key == "data.columns.image"
 
@@ -210,14 +210,14 @@ def test_run_learns_predicts_and_loads_in_plain_transformers(tmp_path: Path, met
     assert again["accuracy"] == pytest.approx(after["accuracy"])
     folder = tmp_path / "run" / ("model" if method == "none" else "merged")
     (tmp_path / "digit.png").write_bytes(png(np.array(load_rows("sklearn:digits").columns["image"][3], dtype=np.uint8)))
-    (said,) = predict(folder, [str(tmp_path / "digit.png")], progress=SilentProgress())
+    (text,) = predict(folder, [str(tmp_path / "digit.png")], progress=SilentProgress())
     processor, model = (
         AutoImageProcessor.from_pretrained(folder),
         AutoModelForImageClassification.from_pretrained(folder),
     )
     with PIL.Image.open(tmp_path / "digit.png") as image, torch.no_grad():
         probs = model(**processor(images=image, return_tensors="pt")).logits.softmax(-1)[0]
-    assert said["probabilities"]["3"] == pytest.approx(float(probs[3]), abs=1e-5)
+    assert text["probabilities"]["3"] == pytest.approx(float(probs[3]), abs=1e-5)
     assert model.config.id2label[3] == "3"
 
 
@@ -228,13 +228,13 @@ def test_check_of_a_recipe_with_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model": {"name": "tiny:bert"}}, "tiny:bert reads texts; tiny:vit reads images"),
         ({"data": {"train": "sklearn:digits", "max_length": 8}}, "max_length"),
         ({"data": {"train": "sklearn:digits", "columns": {"text": "image"}}}, "has no effect for task: image_cls"),
     ],
 )
-def test_settings_without_effect_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_settings_without_effect_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         check(digits(tmp_path, **change), progress=SilentProgress())

@@ -89,12 +89,12 @@ def test_soft_cap_and_logit_scale_of_either_model(student: str, teacher: str) ->
     own, taught = small(student, seed=0), small(teacher, seed=1, hidden_size=24)
     goal = Objective(temperature=2.0, hard_weight=0.25)
     want = step_loss(own, taught, goal, of_the_model)
-    found = step_loss(own, taught, goal, of_the_head)
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    loss = step_loss(own, taught, goal, of_the_head)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     names = [name for name, p in own.named_parameters() if p.requires_grad]
     parameters = [p for p in own.parameters() if p.requires_grad]
     for name, a, b in zip(
-        names, torch.autograd.grad(found, parameters), torch.autograd.grad(want, parameters), strict=True
+        names, torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     assert all(p.grad is None for p in taught.parameters())
@@ -123,9 +123,9 @@ def test_bug_adapter_on_the_head_ignored() -> None:
     )
     goal = Objective()
     want = step_loss(own, taught, goal, of_the_model)
-    found = step_loss(own, taught, goal, of_the_head)
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
-    found.backward()
+    loss = step_loss(own, taught, goal, of_the_head)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    loss.backward()
     assert all(p.grad is not None and p.grad.any() for name, p in own.named_parameters() if "lora_" in name)
 
     def without_adapter(model: Any, inputs: dict[str, Tensor]) -> Tensor:

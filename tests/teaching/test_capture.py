@@ -83,9 +83,9 @@ EXACT = [
 def test_cache_of_all_classes_or_hidden_states_equals_a_live_teacher(here: Path, task: str, targets: Any) -> None:
     document = lesson(task, temperature=2.0, cache="cache", targets=targets)
     teach(document, progress=SilentProgress())
-    found = step_of(document, here)
+    actual = step_of(document, here)
     beside = step_of(lesson(task, temperature=2.0), here)
-    assert_same_step(found, beside, 1e-6)
+    assert_same_step(actual, beside, 1e-6)
 
 
 def test_routed_teachers_from_disk_equal_live_ones(here: Path) -> None:

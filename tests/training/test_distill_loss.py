@@ -97,8 +97,8 @@ class Bench:
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}
+        actual = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), actual, strict=True)}
 
     def row(self, model: Any, example: Example) -> tuple[Tensor, Tensor | None]:
         """Logits [n, C] at the scored positions, and the labels there."""
@@ -117,10 +117,10 @@ class Bench:
             mine = [(say, w) for say, w, takes in voices if takes(ids)]
             for say, w in mine:
                 with torch.no_grad():
-                    said, _ = self.row(lambda ids, say=say: say(self.student, ids), example)
+                    text, _ = self.row(lambda ids, say=say: say(self.student, ids), example)
                 share = w / sum(x for _, x in mine)
                 for kind, of_loss in goal.losses:
-                    part = plain_divergence(kind, own, said, temperature=goal.temperature, share=goal.share)
+                    part = plain_divergence(kind, own, text, temperature=goal.temperature, share=goal.share)
                     loss = loss + (1 - goal.hard_weight) * share * of_loss * part
             total = total + weight * loss
         set_kernels(self.student, self.kernels)
@@ -339,7 +339,7 @@ def test_mixture_that_students_are_compared_with(lab: Lab) -> None:
     shares = [Share(taught_by(lab.texts, lab.lm), 3.0, even), Share(taught_by(lab.texts, lab.other_lm), 1.0)]
     batch = lab.texts.batch()
     counts = lab.texts.task.outputs(lab.texts.student, batch).counts
-    found = TaughtLogits(shares, lab.texts.student, batch, counts)
+    actual = TaughtLogits(shares, lab.texts.student, batch, counts)
     want = []
     for example in lab.texts.examples:
         both = [
@@ -349,7 +349,7 @@ def test_mixture_that_students_are_compared_with(lab: Lab) -> None:
         want.append(0.75 * both[0] + 0.25 * both[1] if even(example) else both[1])
     right = torch.cat(want).detach()
     for chosen in (slice(0, 3), slice(3, len(right))):
-        torch.testing.assert_close(found.rows(chosen).softmax(-1), right[chosen], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(actual.rows(chosen).softmax(-1), right[chosen], rtol=1e-9, atol=1e-12)
 
 
 # Deliberate faults, each with the check that must notice it.

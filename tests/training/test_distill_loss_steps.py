@@ -44,9 +44,9 @@ def terms() -> list[tuple[float, Objective]]:
     return [(weight, Objective(kind, GOAL.temperature)) for kind, weight in GOAL.losses]
 
 
-def soft(own: Tensor, said: Tensor) -> Tensor:
+def soft(own: Tensor, text: Tensor) -> Tensor:
     return sum(
-        weight * plain_divergence(kind, own, said, temperature=GOAL.temperature, share=GOAL.share)
+        weight * plain_divergence(kind, own, text, temperature=GOAL.temperature, share=GOAL.share)
         for kind, weight in GOAL.losses
     )  # type: ignore[return-value]
 
@@ -69,8 +69,8 @@ class DistillLab(LanguageLab):
         mine = [(say, weight) for say, weight, takes in self._voices if takes(ids[0])]
         for say, weight in mine:
             with torch.no_grad():
-                said = answers(say(self.model, ids))
-            loss = loss + (1 - GOAL.hard_weight) * weight / sum(w for _, w in mine) * soft(own, said)
+                text = answers(say(self.model, ids))
+            loss = loss + (1 - GOAL.hard_weight) * weight / sum(w for _, w in mine) * soft(own, text)
         return loss
 
 
@@ -85,9 +85,9 @@ class DistillClasses(ClassLab):
 
     def row_sum(self, shape: Any, ids: Tensor) -> Tensor:
         own = self.model(input_ids=ids).logits
-        said = self._teacher(input_ids=ids).logits[:, list(ORDER)]
+        text = self._teacher(input_ids=ids).logits[:, list(ORDER)]
         hard = F.cross_entropy(own, torch.tensor([NAMES.index(shape[1])]), reduction="sum")
-        return self.share(shape) * (GOAL.hard_weight * hard + (1 - GOAL.hard_weight) * soft(own, said))
+        return self.share(shape) * (GOAL.hard_weight * hard + (1 - GOAL.hard_weight) * soft(own, text))
 
 
 def language_lab(tiny: Any, tokenizer: Any, accelerator: Any, folder: Path) -> DistillLab:
@@ -171,9 +171,9 @@ torch.save(found, folder / f"{accelerator.process_index}.pt")
 
 
 def test_distill_step_on_two_ranks(process: Any, texts: DistillLab, tmp_path: Path) -> None:
-    for found in two_processes(process, tmp_path, RANK):
+    for actual in two_processes(process, tmp_path, RANK):
         for name, (shapes, plan, lr) in RANK_CASES.items():
             if lr:
-                assert_same(found[name], texts.steps(shapes, plan, lr))
+                assert_same(actual[name], texts.steps(shapes, plan, lr))
             else:
-                texts.assert_right(shapes, plan, found[name])
+                texts.assert_right(shapes, plan, actual[name])

@@ -28,11 +28,11 @@ LAYERS = ((0, 1), (1, 0))
 
 def layer_output(model: Any, path: str, ids: Tensor) -> Tensor:
     """[T, H] what the module at ``path`` puts out for one row."""
-    found = []
-    hook = model.get_submodule(path).register_forward_hook(lambda m, a, out: found.append(out))
+    actual = []
+    hook = model.get_submodule(path).register_forward_hook(lambda m, a, out: actual.append(out))
     model(input_ids=ids[None])
     hook.remove()
-    (output,) = found
+    (output,) = actual
     return (output[0] if isinstance(output, tuple) else output)[0]
 
 
@@ -40,9 +40,9 @@ def attention_of(model: Any, ids: Tensor, layer: int) -> Tensor:
     """[A, T, T] probabilities, by transformers' eager attention."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    found = model(input_ids=ids[None], output_attentions=True).attentions[layer][0]
+    actual = model(input_ids=ids[None], output_attentions=True).attentions[layer][0]
     model.set_attn_implementation(before)
-    return found
+    return actual
 
 
 def plain_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -210,8 +210,8 @@ def test_gradient_checkpointing_changes_nothing(tiny: Any, tokenizer_of: Any) ->
         other.train()
         got = loss(other, bench.batch())
         names = [n for n, p in other.named_parameters() if p.requires_grad]
-        found = torch.autograd.grad(got, [p for p in other.parameters() if p.requires_grad], allow_unused=True)
-        for name, gradient in zip(names, found, strict=True):
+        actual = torch.autograd.grad(got, [p for p in other.parameters() if p.requires_grad], allow_unused=True)
+        for name, gradient in zip(names, actual, strict=True):
             assert torch.allclose(want[name], torch.zeros_like(want[name]) if gradient is None else gradient, rtol=1e-9)
 
 

@@ -141,9 +141,9 @@ class Lab:
         if key not in self._known:
             set_kernels(self.model, "reference")
             loss = self.row_sum(shape, torch.tensor(ids, dtype=torch.int64)[None])
-            found = torch.autograd.grad(loss, list(self.trained.values()))
+            actual = torch.autograd.grad(loss, list(self.trained.values()))
             set_kernels(self.model, self.kernels)
-            self._known[key] = dict(zip(self.trained, found, strict=True)), float(loss.detach())
+            self._known[key] = dict(zip(self.trained, actual, strict=True)), float(loss.detach())
         return self._known[key]
 
 
@@ -196,8 +196,8 @@ class LanguageLab(Lab):
             inputs = padded([(shapes[i], examples[i]) for i in chosen])
             labels = inputs.pop("labels")
             loss = F.cross_entropy(self.model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            found = torch.autograd.grad(loss, list(self.trained.values()))
-            want.append((dict(zip(self.trained, found, strict=True)), {"loss": float(loss.detach())}))
+            gradients = torch.autograd.grad(loss, list(self.trained.values()))
+            want.append((dict(zip(self.trained, gradients, strict=True)), {"loss": float(loss.detach())}))
         set_kernels(self.model, self.kernels)
         assert_same(got, want)
 
@@ -566,15 +566,15 @@ def two_processes(process: Any, folder: Path, script: str) -> list[dict[str, Any
 @pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if not case[0] and not case[3]])
 def test_two_ranks_get_the_mean_of_the_whole_step(labs: Any, ranks: Any, name: str) -> None:
     _, shapes, plan, _ = RANK_CASES[name]
-    for found in ranks:
-        labs["auto"].assert_right(shapes, plan, found[name])
-        labs["auto"].assert_as_one_padded_batch(shapes, plan, found[name])
+    for actual in ranks:
+        labs["auto"].assert_right(shapes, plan, actual[name])
+        labs["auto"].assert_as_one_padded_batch(shapes, plan, actual[name])
 
 
 def test_two_ranks_get_the_mean_of_any_step(labs: Any, ranks: Any) -> None:
     packs = set()
-    for found in ranks:
-        for shapes, plan, got in found["drawn"]:
+    for actual in ranks:
+        for shapes, plan, got in actual["drawn"]:
             try:
                 labs["auto"].assert_right(shapes, plan, got)
                 labs["auto"].assert_as_one_padded_batch(shapes, plan, got)
@@ -589,8 +589,8 @@ def test_two_ranks_train_as_one_process_does(labs: Any, ranks: Any, name: str, n
     _, shapes, plan, lr = RANK_CASES[name]
     one = labs["auto"].steps(shapes, plan, lr)
     assert len(one) == num_steps
-    for found in ranks:
-        assert_same(found[name], one)
+    for actual in ranks:
+        assert_same(actual[name], one)
 
 
 @pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if case[0]])

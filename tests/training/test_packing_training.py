@@ -333,13 +333,15 @@ def test_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatch)
     notes = Notes()
     document = recipe(adapter={"dropout": dropout})
     run = train(document, progress=notes)
-    found = run.summary["packing"]
-    assert found["off"] is None and found["capacity"] == 256 and 0 <= found["empty"] < 0.1
-    assert any(n.startswith(f"packing: 56 rows in {found['packs']} sequences of up to 256 tokens") for n in notes.notes)
+    actual = run.summary["packing"]
+    assert actual["off"] is None and actual["capacity"] == 256 and 0 <= actual["empty"] < 0.1
+    assert any(
+        n.startswith(f"packing: 56 rows in {actual['packs']} sequences of up to 256 tokens") for n in notes.notes
+    )
     assert run.summary["parity"]["rows"] > 1 or dropout, "with dropout one row, where both paths draw the same masks"
     assert run.summary["parity"]["worst_cosine"] > 0.9999
-    assert run.summary["training"]["steps"] == 2 * -(-found["packs"] // 2)
-    trained = seen[-2 * found["packs"] :]
+    assert run.summary["training"]["steps"] == 2 * -(-actual["packs"] // 2)
+    trained = seen[-2 * actual["packs"] :]
     assert all(b.packed and b.attention_mask is None and len(b.input_ids) == 1 for b in trained)
     assert sum(b.input_ids.numel() for b in trained) == run.summary["training"]["tokens"], "nothing is padded"
     assert max(b.input_ids.numel() for b in trained) <= 256

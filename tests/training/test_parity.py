@@ -69,9 +69,9 @@ def test_parity_tells_rounded_operands_from_faults(
     changes = {"task": task, "model": {"quantize": quantize}}
     exact = train(**changes).summary["after"]
     run = train(**changes, run={"kernels": kernels, "dir": "rounded"})
-    found = run.summary["parity"]
-    assert found["worst_cosine"] > 0.9999 and found["rounded"]["worst_cosine"] > 0.9
-    assert found["num_fused"] == found["num_adapted"]
+    actual = run.summary["parity"]
+    assert actual["worst_cosine"] > 0.9999 and actual["rounded"]["worst_cosine"] > 0.9
+    assert actual["num_fused"] == actual["num_adapted"]
     assert run.summary["after"]["loss"] == pytest.approx(exact["loss"], rel=2e-2)
 
     def doubled(y_MN: Any, x_MK: Any, base: Any, operands: str) -> None:
@@ -94,10 +94,10 @@ def test_parity_tells_plans_that_round_no_rows_from_faults(here: Path, monkeypat
     with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
         train(**changes, run={"dir": "not-told"})
     monkeypatch.setattr(parity, "int8_rounds_rows", lambda model: True)
-    found = train(**changes).summary["parity"]
-    assert found["worst_cosine"] > 0.99999 and found["rounded"] is None
-    assert 0.5 < found["unrounded"]["worst_cosine"] < found["worst_cosine"]
-    assert "without bitsandbytes' rounding to 8 bits loss" in str(parity.ParityReport(**found))
+    actual = train(**changes).summary["parity"]
+    assert actual["worst_cosine"] > 0.99999 and actual["rounded"] is None
+    assert 0.5 < actual["unrounded"]["worst_cosine"] < actual["worst_cosine"]
+    assert "without bitsandbytes' rounding to 8 bits loss" in str(parity.ParityReport(**actual))
 
     with ops.forced_plan(ops.Plan("library", "split")):
         assert train(**changes, run={"dir": "rounded"}).summary["parity"]["unrounded"] is None, (
@@ -155,23 +155,23 @@ def train(**changes: Any) -> Any:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_parity_result_is_in_the_run_folder(here: Path, task: str, quantize: str, dropout: float) -> None:
     train(task=task, model={"quantize": quantize}, adapter={"dropout": dropout})
-    found = json.loads((here / "run" / "run.json").read_text())["parity"]
-    assert found["num_planned"] == found["num_adapted"] == found["num_fused"] > 0
-    assert found["loss_fast"] == pytest.approx(found["loss_reference"], rel=1e-4)
-    assert found["worst_cosine"] > 0.9999
-    assert found["worst_norm_ratio"] == pytest.approx(1, abs=1e-3)
-    assert found["num_zero_gradients"] == 0, "B is woken for the comparison, so A has a gradient too"
-    assert found["slow"] == {}
-    assert found["seconds"] < 30
+    actual = json.loads((here / "run" / "run.json").read_text())["parity"]
+    assert actual["num_planned"] == actual["num_adapted"] == actual["num_fused"] > 0
+    assert actual["loss_fast"] == pytest.approx(actual["loss_reference"], rel=1e-4)
+    assert actual["worst_cosine"] > 0.9999
+    assert actual["worst_norm_ratio"] == pytest.approx(1, abs=1e-3)
+    assert actual["num_zero_gradients"] == 0, "B is woken for the comparison, so A has a gradient too"
+    assert actual["slow"] == {}
+    assert actual["seconds"] < 30
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_parity_pefts_own_path_is_a_choice_and_is_listed(here: Path, dropout: float) -> None:
     """With masks of its own, on both sides of the comparison."""
     train(run={"kernels": "reference"}, adapter={"dropout": dropout})
-    found = json.loads((here / "run" / "run.json").read_text())["parity"]
-    assert found["num_fused"] == 0
-    assert set(found["slow"].values()) == {"run.kernels=reference"}
+    actual = json.loads((here / "run" / "run.json").read_text())["parity"]
+    assert actual["num_fused"] == 0
+    assert set(actual["slow"].values()) == {"run.kernels=reference"}
 
 
 def test_parity_gate_leaves_no_trace(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

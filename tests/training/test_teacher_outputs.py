@@ -50,8 +50,8 @@ def second(bench: Texts, tiny: Any, tmp_path: Path) -> Any:
 
 def rows_of(bench: Texts, say: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """[N, V] of each row alone."""
-    found = [bench.row(lambda ids: say(bench.student, ids), example)[0] for example in bench.examples]
-    return torch.cat(found).detach()
+    actual = [bench.row(lambda ids: say(bench.student, ids), example)[0] for example in bench.examples]
+    return torch.cat(actual).detach()
 
 
 def without_dropout_and_adapter(student: Any, ids: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def check_backbone(bench: Texts) -> None:
     teacher = BackboneTeacher(bench.task, kernels="reference")
     want = rows_of(bench, without_dropout_and_adapter)
     before = state(bench.student)
-    said = teacher(bench.student, bench.batch())
-    assert isinstance(said, Tensor) and not said.requires_grad
-    torch.testing.assert_close(said, want, rtol=1e-9, atol=1e-9)
+    text = teacher(bench.student, bench.batch())
+    assert isinstance(text, Tensor) and not text.requires_grad
+    torch.testing.assert_close(text, want, rtol=1e-9, atol=1e-9)
     assert state(bench.student) == before
 
 
@@ -76,8 +76,8 @@ def check_second(bench: Texts, second: Any) -> None:
     teacher = BackboneTeacher(bench.task, adapter="teacher", kernels="reference")
     before = state(bench.student)
     assert not any(".teacher." in name for name in before["trained"])
-    said = teacher(bench.student, bench.batch())
-    torch.testing.assert_close(said, rows_of(bench, voice(second)[0]), rtol=1e-9, atol=1e-9)
+    text = teacher(bench.student, bench.batch())
+    torch.testing.assert_close(text, rows_of(bench, voice(second)[0]), rtol=1e-9, atol=1e-9)
     assert state(bench.student) == before
 
 
@@ -119,11 +119,11 @@ def test_only_the_student_gets_gradients(bench: Texts, second: Any, adapter: str
 def test_another_model_answers_in_eval_mode_whatever_mode_it_is_in(bench: Texts, tiny: Any) -> None:
     model = tiny("tiny:llama", dtype="float64", dropout=0.5, seed=7, targets=TARGETS).train()
     before = state(model)
-    said = ModelTeacher(model, bench.task, device="cpu", kernels="reference")(bench.student, bench.batch())
-    assert not said.requires_grad  # type: ignore[union-attr]
+    teacher = ModelTeacher(model, bench.task, device="cpu", kernels="reference")(bench.student, bench.batch())
+    assert not teacher.requires_grad  # type: ignore[union-attr]
     assert state(model) == before
     model.eval()
-    torch.testing.assert_close(said, rows_of(bench, voice(model)[0]), rtol=1e-6, atol=1e-6)  # norms in float32
+    torch.testing.assert_close(teacher, rows_of(bench, voice(model)[0]), rtol=1e-6, atol=1e-6)  # norms in float32
 
 
 def no_restoring(patch: Any) -> None:

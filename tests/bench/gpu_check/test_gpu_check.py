@@ -67,22 +67,22 @@ def test_copied_tree_runs_its_own_code(tmp_path: Path) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     preflight = ["-m", "bench.gpu_check", "--preflight", "--dry-run-cpu", "--out", str(tmp_path / "out")]
-    found, said = (
+    actual, text = (
         subprocess.run(
             [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )
         for words in (["-c", code], preflight)
     )
-    assert [Path(line).is_relative_to(tmp_path) for line in found.stdout.splitlines()] == [True] * 3
-    assert "preflight: " in said.stdout
+    assert [Path(line).is_relative_to(tmp_path) for line in actual.stdout.splitlines()] == [True] * 3
+    assert "preflight: " in text.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_checked(tmp_path: Path) -> None:
-    code, rows, said = check(tmp_path)
+    code, rows, text = check(tmp_path)
     assert code == 2
     assert not rows
-    assert "needs a CUDA device" in said
+    assert "needs a CUDA device" in text
 
 
 OPS = ("dequant", "ceilings", "dequant speed", "order of addition")
@@ -92,11 +92,11 @@ OPS = ("dequant", "ceilings", "dequant speed", "order of addition")
     "names", [OPS, pytest.param((*OPS, "linear losses", "tests", "loss speed"), marks=pytest.mark.slow)]
 )
 def test_gpu_check_runs_a_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
-    code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", *names)
-    assert code == 0, said
+    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", *names)
+    assert code == 0, text
     assert {row["section"] for row in rows} == set(names)
     assert all(row["ok"] is True and row["task"] and row["seconds"] >= 0 for row in rows)
-    assert "rows green, 0 red, 0 not run" in said
+    assert "rows green, 0 red, 0 not run" in text
     figures_are_there(rows)
     header, *records = read_records(tmp_path / "gpu_check.jsonl")
     assert header["kind"] == "header" and header["dry_run"] is True
@@ -117,54 +117,54 @@ def test_run_is_gone_on_with(tmp_path: Path) -> None:
     def measured() -> list[Row]:
         return [row for row in rows_of(path) if "task" in row]
 
-    code, _, said = check(tmp_path, *chosen, "--resume")
-    assert code == 2 and "no benchmark in" in said
-    code, _, said = check(tmp_path, *chosen)
-    assert code == 0, said
+    code, _, text = check(tmp_path, *chosen, "--resume")
+    assert code == 2 and "no benchmark in" in text
+    code, _, text = check(tmp_path, *chosen)
+    assert code == 0, text
     first, lines = measured(), path.read_bytes().splitlines(keepends=True)
     (lost,) = (n for n, line in enumerate(lines) if b'"ceiling, copy"}, "ok"' in line)
     path.write_bytes(b"".join([*lines[:lost], *lines[lost + 1 :]]) + lines[lost][:40])
-    code, _, said = check(tmp_path, *chosen, "--resume")
-    assert code == 0 and "measured before: order of addition" in said, said
+    code, _, text = check(tmp_path, *chosen, "--resume")
+    assert code == 0 and "measured before: order of addition" in text, text
     *kept, again = measured()
     assert again["task"] == {"case": "ceiling, copy"}
     assert kept == [row for row in first if row["task"] != again["task"]]
     num_before = len(read_records(path))
-    code, _, said = check(tmp_path, *chosen, "--resume")
-    assert code == 0 and "measured before: ceilings, order of addition" in said
+    code, _, text = check(tmp_path, *chosen, "--resume")
+    assert code == 0 and "measured before: ceilings, order of addition" in text
     assert [r["kind"] for r in read_records(path)[num_before:]] == ["resumed"]
 
     header, rest = path.read_text().split("\n", 1)
     changed = json.loads(header)
     changed["versions"]["torch"], changed["commit"] = "1.0", "0" * 40
     path.write_text(json.dumps(changed) + "\n" + rest)
-    code, _, said = check(tmp_path, *chosen, "--resume")
+    code, _, text = check(tmp_path, *chosen, "--resume")
     assert code == 5 and len(measured()) == len(first)
-    assert 'versions.torch: "1.0" there' in said and "commit: " in said and "resume with the original settings" in said
+    assert 'versions.torch: "1.0" there' in text and "commit: " in text and "resume with the original settings" in text
 
 
 def test_dry_run_is_not_reported(tmp_path: Path) -> None:
     files = [ROOT / "bench" / name for name in ("RESULTS.md", "results/PENDING.md")]
     before = [file.read_bytes() for file in files]
-    code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
-    assert code == 0 and {row["ok"] for row in rows} == {True}, said
-    code, _, said = check(tmp_path, "--report")
-    assert code == 2 and "is of a dry run, which confirms nothing" in said
-    code, rows, said = check(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
-    assert code == 2 and "a dry run does not write where the rows of GPUs are" in said
+    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
+    assert code == 0 and {row["ok"] for row in rows} == {True}, text
+    code, _, text = check(tmp_path, "--report")
+    assert code == 2 and "is of a dry run, which confirms nothing" in text
+    code, rows, text = check(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
+    assert code == 2 and "a dry run does not write where the rows of GPUs are" in text
     assert [file.read_bytes() for file in files] == before
 
 
 @pytest.mark.slow
 def test_gpu_check_runs_distillation_dry(tmp_path: Path) -> None:
-    code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "distillation steps")
-    assert code == 0, said
+    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", "distillation steps")
+    assert code == 0, text
     gates = {"dequant", "lora_linear bfloat16", "linear losses", "distillation"}
     assert {row["section"] for row in rows} == {"distillation steps", *gates}
     # What was planned of a step's memory stands next to what was measured.
     steps = [row for row in rows if "plan_bytes" in row]
     assert len(steps) == 4 and all(row["plan_bytes"]["peak"] > row["plan_bytes"]["loss"] > 0 for row in steps)
-    assert said.count("planned") == 4
+    assert text.count("planned") == 4
     figures_are_there(rows)
 
 
@@ -182,8 +182,8 @@ def test_what_takes_minutes_runs_only_when_asked_for() -> None:
 
 @pytest.mark.slow
 def test_gpu_check_runs_every_section_dry(tmp_path: Path) -> None:
-    code, rows, said = check(tmp_path, "--dry-run-cpu")
-    assert code == 0, said
+    code, rows, text = check(tmp_path, "--dry-run-cpu")
+    assert code == 0, text
     assert {row["section"] for row in rows} == set(sections())
     assert not [row for row in rows if row["ok"] is None and "not installed" not in row["not_run"]]
     compared = [row for row in rows if row.get("task", {}).get("case") == "lora_linear"]
@@ -193,14 +193,14 @@ def test_gpu_check_runs_every_section_dry(tmp_path: Path) -> None:
 
 def test_unproven_kernels_are_not_timed(tmp_path: Path) -> None:
     """A section of correctness finds no time, or is left out: what stands on it is not timed, and says so."""
-    code, rows, said = check(tmp_path, "--dry-run-cpu", "--minutes", "0.05", "--only", "dequant speed")
-    assert code == 0, said
+    code, rows, text = check(tmp_path, "--dry-run-cpu", "--minutes", "0.05", "--only", "dequant speed")
+    assert code == 0, text
     assert {(row["section"], row["ok"], row["not_run"]) for row in rows} == {
         ("dequant", None, "no time is left"),
         ("dequant speed", None, "not timed: `dequant` is unfinished (no time is left)"),
     }
-    code, rows, said = check(tmp_path, "--dry-run-cpu", "--only", "dequant speed", "ceilings", "--skip", "dequant")
-    assert code == 0, said
+    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", "dequant speed", "ceilings", "--skip", "dequant")
+    assert code == 0, text
     (row,) = (row for row in rows if row["ok"] is not True)
     assert row["section"] == "dequant speed" and row["not_run"] == "not timed: `dequant` has not run"
     assert [row["section"] for row in rows].count("ceilings") == 2
@@ -255,9 +255,9 @@ def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
 )
 def test_red_row_leaves_the_others_timed(tmp_path: Path, spoilt: str, real: str) -> None:
     """In processes of their own, as in a run; tests/bench/gpu_check/test_gpu_schedule.py has all cases without processes."""
-    code, rows, said = driven(tmp_path, spoilt, real)
-    assert code == 6, said
-    assert "planted" in said
+    code, rows, text = driven(tmp_path, spoilt, real)
+    assert code == 6, text
+    assert "planted" in text
     stands_on = standing()
     assert stands_on.keys() == {row["section"] for row in rows if row["section"] not in CORRECTNESS}
     for name, gates in stands_on.items():

@@ -75,9 +75,11 @@ def states(records: list[Row]) -> dict[str, Any]:
 
 
 def rows(records: list[Row], section: str, **task: Any) -> list[Row]:
-    found = [r for r in records if r["kind"] == "row" and r["section"] == section and task.items() <= r["task"].items()]
-    assert found
-    return found
+    actual = [
+        r for r in records if r["kind"] == "row" and r["section"] == section and task.items() <= r["task"].items()
+    ]
+    assert actual
+    return actual
 
 
 def test_claims_are_of_sections_and_tasks_that_exist() -> None:
@@ -125,18 +127,18 @@ def test_targets_are_those_of_the_rows() -> None:
 
 
 def test_targets_of_losses_are_those_of_the_rows() -> None:
-    found = {}
+    actual = {}
     for rule in (rule for claim in load() for rule in claim["rules"]):
         if rule["section"].startswith("loss speed") and rule["figure"][0] in ("ratios", "times_less_memory"):
             case = rule["match"]["case"].removesuffix(", forward + backward")
-            found[case, *rule["figure"]] = rule["at_least"]
+            actual[case, *rule["figure"]] = rule["at_least"]
     wanted = {}
     for case, timed in loss_model.TIMED.items():
         for name, (ratio, memory) in timed.targets.items():
             wanted[case, "ratios", name] = ratio
             if memory:
                 wanted[case, "times_less_memory", name] = memory
-    assert found == wanted
+    assert actual == wanted
 
 
 def test_targets_of_layers_are_within_what_the_model_says() -> None:
@@ -158,28 +160,28 @@ def test_targets_of_layers_are_within_what_the_model_says() -> None:
 
 def test_good_run_confirms_all_that_has_rules() -> None:
     records, claims = good(), load()
-    found = states(records)
+    verdicts = states(records)
     here = {claim["id"] for claim in claims if claim["rules"] and claim.get("card", "H200") == "H200"}
     for claim in claims:
         state = "confirmed" if claim["id"] in here else "open"
-        assert found[claim["id"]].state == state, (claim["id"], found[claim["id"]])
-    told, left = pending.confirmed(records, claims), pending.pending(records, claims)
+        assert verdicts[claim["id"]].state == state, (claim["id"], verdicts[claim["id"]])
+    notes, left = pending.confirmed(records, claims), pending.pending(records, claims)
     assert (
-        "NVIDIA H200 (sm_90)" in told
-        and "commit 012345678" in told
-        and "`python -m bench.gpu_check` on 2026-01-02" in told
+        "NVIDIA H200 (sm_90)" in notes
+        and "commit 012345678" in notes
+        and "`python -m bench.gpu_check` on 2026-01-02" in notes
     )
     for claim in claims:
-        assert (f"| {claim['what']} |" in told) is (claim["id"] in here)
+        assert (f"| {claim['what']} |" in notes) is (claim["id"] in here)
         assert (f"| {claim['what']} |" in left) is (claim["id"] not in here)
     # Prediction beside measurement, by the keys in which the rows differ.
     assert (
         "| `NF4 linears, 8,192 rows` | 1.24 (1.18 to 1.24); per linear 1.15 (down) to 1.48 (k, v) | 1.20 (1.19..1.21) |"
-        in told
+        in notes
     )
-    assert "| M=16 dropout=0: 3.00 (2.97..3.03), M=16 dropout=0.05: 3.00 (2.97..3.03), M=1 dropout=0: " in told
-    assert "| full logits 1.30 (1.29..1.31); us 12,000 (11,900..12,500) |" in told
-    assert "card_gb=16: 6.00 GB" in told and "## Failed" not in left
+    assert "| M=16 dropout=0: 3.00 (2.97..3.03), M=16 dropout=0.05: 3.00 (2.97..3.03), M=1 dropout=0: " in notes
+    assert "| full logits 1.30 (1.29..1.31); us 12,000 (11,900..12,500) |" in notes
+    assert "card_gb=16: 6.00 GB" in notes and "## Failed" not in left
 
 
 def test_missed_targets_and_red_rows_come_first() -> None:
@@ -190,9 +192,13 @@ def test_missed_targets_and_red_rows_come_first() -> None:
     records.append(
         {"kind": "row", "section": "training loop", "ok": False, "failed": "the process ended with exit code -9"}
     )
-    found = states(records)
-    assert {name for name, verdict in found.items() if verdict.state == "failed"} == {"layer", "smoke", "training-loop"}
-    assert found["layer-dropout"].state == "confirmed"
+    verdicts = states(records)
+    assert {name for name, verdict in verdicts.items() if verdict.state == "failed"} == {
+        "layer",
+        "smoke",
+        "training-loop",
+    }
+    assert verdicts["layer-dropout"].state == "confirmed"
     left = pending.pending(records, load())
     failed = left.index("## Failed")
     assert failed < left.index("## Correctness")
@@ -200,8 +206,8 @@ def test_missed_targets_and_red_rows_come_first() -> None:
     assert "1.11 (1.08..1.13), expected at least 1.2 |" in table
     assert "red: smoke recipe quantize=nf4 (ValueError: no)" in table
     assert "red: `training loop` (the process ended with exit code -9)" in table
-    told = pending.confirmed(records, load())
-    assert "adapted NF4 layer >= 1.20 x" not in told and "adapted NF4 layer with dropout" in told
+    page = pending.confirmed(records, load())
+    assert "adapted NF4 layer >= 1.20 x" not in page and "adapted NF4 layer with dropout" in page
 
 
 @pytest.mark.parametrize(
@@ -248,12 +254,12 @@ def test_figure_counts_where_its_own_gate_is_green() -> None:
             row["ok"] = False
         else:
             records.remove(row)
-        found = states(records)
+        verdicts = states(records)
         for name in ("ce-frozen", "kd-loss", "training-step", "kd-step", "training-loop"):
-            assert found[name].state == "open"
-            assert found[name].note.startswith("measured, but `linear losses` ")
+            assert verdicts[name].state == "open"
+            assert verdicts[name].note.startswith("measured, but `linear losses` ")
         for name in ("layer", "nf4-speed", "order-of-addition", "lora-float16"):
-            assert found[name].state == "confirmed", name
+            assert verdicts[name].state == "confirmed", name
 
 
 def test_tests_gate_nothing() -> None:
@@ -263,10 +269,10 @@ def test_tests_gate_nothing() -> None:
     records = good()
     for section in ("tests", "smoke recipe", "tiny models"):
         rows(records, section)[0]["ok"] = False
-    found, before = states(records), states(good())
+    actual, before = states(records), states(good())
     speed = [claim["id"] for claim in load() if claim["part"] == "speed"]
-    assert [found[name] for name in speed] == [before[name] for name in speed]
-    assert found["smoke"].state == found["compile"].state == "failed"
+    assert [actual[name] for name in speed] == [before[name] for name in speed]
+    assert actual["smoke"].state == actual["compile"].state == "failed"
 
 
 def test_checks_of_a_figure_run_in_the_same_wave_or_before() -> None:
@@ -285,8 +291,8 @@ def test_claim_is_of_its_card() -> None:
     verdict = judge(claim, records)
     assert (verdict.state, verdict.note) == ("open", "of another card than NVIDIA GeForce RTX 3090")
     assert states(records)["dropout-memory"].state == "confirmed", "a claim about bytes holds for any card"
-    told, left = (part(records, load()) for part in (pending.confirmed, pending.pending))
-    assert f"| {claim['what']} | H200 |" in left and claim["what"] not in told
+    notes, left = (part(records, load()) for part in (pending.confirmed, pending.pending))
+    assert f"| {claim['what']} | H200 |" in left and claim["what"] not in notes
 
 
 def test_dry_run_confirms_nothing(tmp_path: Path) -> None:

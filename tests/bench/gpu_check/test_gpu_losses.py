@@ -29,19 +29,19 @@ class Traffic(TorchDispatchMode):
         self.numel, self.bytes = numel, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
+        loss = function(*args, **(kwargs or {}))
         if not function.is_view and function._schema.name not in ("aten::mm", "aten::_unsafe_view", "aten::detach"):
-            for leaf in tree_leaves((args, kwargs, found)):
+            for leaf in tree_leaves((args, kwargs, loss)):
                 if isinstance(leaf, torch.Tensor) and leaf.numel() >= self.numel and 0 not in leaf.stride():
                     self.bytes += leaf.numel() * leaf.element_size()
-        return found
+        return loss
 
 
 def peak_bytes(run: Any) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as actual:
         run()
     held = highest = 0
-    for event in found.profiler.kineto_results.events():
+    for event in actual.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             highest = max(highest, held)

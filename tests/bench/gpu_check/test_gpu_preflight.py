@@ -33,8 +33,8 @@ def findings(out: Path) -> dict[str, bool]:
 
 def test_missing_package_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "bitsandbytes")
-    (said,) = (text for text in findings(tmp_path) if "bitsandbytes" in text)
-    out, less = said.removeprefix("not installed: bitsandbytes; ").split("; ")
+    (message,) = (text for text in findings(tmp_path) if "bitsandbytes" in text)
+    out, less = message.removeprefix("not installed: bitsandbytes; ").split("; ")
     assert out.startswith("left out: `NF4 linears, 8,192 rows`") and "`smoke recipe`" in out
     assert less.startswith("not whole: `lora_linear bfloat16`")
     assert not any(findings(tmp_path).values())
@@ -49,11 +49,11 @@ def test_preflight_names_sections_that_a_missing_package_stops(tmp_path: Path) -
         section("two", "b", "", 1, timing=True, stands_on=("half",), uses=("no_such",)),
         section("three", "b", "", 1, timing=True, stands_on=("other",)),
     ]
-    (said,) = (f for f in preflight.look(sections, tmp_path, dry=True) if "no_such" in f.what)
-    assert said.what == (
+    (text,) = (f for f in preflight.look(sections, tmp_path, dry=True) if "no_such" in f.what)
+    assert text.what == (
         "not installed: no_such; left out: `whole`; not whole: `half`, `two`; so not timed: `one`, `two`"
     )
-    assert not said.fatal
+    assert not text.fatal
 
 
 def test_without_torch_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -65,24 +65,24 @@ def test_preflight_reports_another_version(monkeypatch: pytest.MonkeyPatch, tmp_
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==0.1\npeft==0.0.1\n")
     monkeypatch.setattr(preflight, "CONSTRAINTS", constraints)
-    said = findings(tmp_path)
-    (peft,) = (text for text in said if "constraints.txt has" in text)
-    assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not said[peft]
+    notes = findings(tmp_path)
+    (peft,) = (text for text in notes if "constraints.txt has" in text)
+    assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not notes[peft]
 
 
 def test_folder_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert not any(findings(tmp_path / "new" / "folder").values())
     assert not (tmp_path / "new").exists(), "looking makes nothing"
-    (said,) = (text for text, fatal in findings(tmp_path / "file").items() if fatal)
-    assert said == f"{tmp_path / 'file'} is a file, not a folder; give another --out"
+    (message,) = (text for text, fatal in findings(tmp_path / "file").items() if fatal)
+    assert message == f"{tmp_path / 'file'} is a file, not a folder; give another --out"
 
 
 def test_preflight_of_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
-    said = findings(tmp_path)
-    assert said[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
-    assert said["0.0 GiB are free for temporary files, and recipes may need 2"] is False
+    notes = findings(tmp_path)
+    assert notes[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
+    assert notes["0.0 GiB are free for temporary files, and recipes may need 2"] is False
 
 
 class Driver:
@@ -100,14 +100,16 @@ class Driver:
 
 
 @pytest.mark.parametrize(
-    ("driver", "said"),
+    ("driver", "message"),
     [(Driver(0, 1), []), (Driver(100, 0), ["finds none (error 100)"]), (Driver(0, 0), ["finds none"])],
 )
-def test_preflight_of_the_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, said: list[str]) -> None:
+def test_preflight_of_the_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, message: list[str]) -> None:
     monkeypatch.setattr(preflight.ctypes, "CDLL", lambda name: driver)
     monkeypatch.setattr(preflight, "_torch_finds_one", lambda: False)
-    found = list(preflight._device())
-    assert len(found) == len(said) and all(f.fatal and words in f.what for f, words in zip(found, said, strict=True))
+    actual = list(preflight._device())
+    assert len(actual) == len(message) and all(
+        f.fatal and words in f.what for f, words in zip(actual, message, strict=True)
+    )
 
 
 def test_torch_may_find_a_driver_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +121,12 @@ def test_torch_may_find_a_driver_elsewhere(monkeypatch: pytest.MonkeyPatch) -> N
 def test_preflight_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    found = list(preflight._compiler())
-    assert [(f.what.split(",")[0], f.fatal) for f in found] == [
+    actual = list(preflight._compiler())
+    assert [(f.what.split(",")[0], f.fatal) for f in actual] == [
         ("no C compiler (CC", True),
         (f"no Python.h in {tmp_path}", False),
     ]
-    assert preflight.message(found).startswith("preflight: FATAL: no C compiler")
+    assert preflight.message(actual).startswith("preflight: FATAL: no C compiler")
 
 
 def test_wheels_are_those_of_the_constraints() -> None:
@@ -174,7 +176,7 @@ def test_rows_that_need_a_package_are_not_red_without_it(monkeypatch: pytest.Mon
     journal = begin(tmp_path / "rows.jsonl", {})
     section = base.Section("lora_linear float32", "a", "", 100)
     run.run_group([section], run.Rows(journal, device), base.Deadline(time.time() + 100))
-    found = {row["task"]["forward"]: row for row in journal.of("row")}
-    assert found["merged"]["ok"] is True
-    assert (found["library"]["ok"], found["library"]["not_run"]) == (None, "not installed: bitsandbytes")
-    assert found["torch.nothing"]["ok"] is found["_gpu_nothing"]["ok"] is False
+    actual = {row["task"]["forward"]: row for row in journal.of("row")}
+    assert actual["merged"]["ok"] is True
+    assert (actual["library"]["ok"], actual["library"]["not_run"]) == (None, "not installed: bitsandbytes")
+    assert actual["torch.nothing"]["ok"] is actual["_gpu_nothing"]["ok"] is False

@@ -112,9 +112,9 @@ def test_what_hangs_takes_no_time_from_what_matters(monkeypatch: pytest.MonkeyPa
     """A check on which nothing stands, and a row of the losses, in the process before the steps."""
 
     def tasks(section: Any) -> list[tuple[float, Row]]:
-        found = [(seconds, {}) for seconds in SLOW.get(section.name, [1.0])]
+        actual = [(seconds, {}) for seconds in SLOW.get(section.name, [1.0])]
         hangs = {"lora_linear float16": 0, "loss speed": 2}
-        return [*found[: hangs[section.name]], (1000.0, {})] if section.name in hangs else found
+        return [*actual[: hangs[section.name]], (1000.0, {})] if section.name in hangs else actual
 
     fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", tasks, minutes=7.0)
     assert green("loss speed", rows) >= 2

@@ -59,8 +59,8 @@ def test_new_op_gets_rows_and_compilations(planted: Any) -> None:
     assert (checked.name, timed.name, timed.stands_on) == ("doubled", "doubled speed", ("doubled",))
     device = Device("cpu")
     (check,), (timing,) = list(tasks_of(checked, device)), list(tasks_of(timed, device))
-    found = check.run()
-    assert (found["ok"], found["shapes"], found["worst_by_limit"], found["bad"]) == (True, 2, 0.0, [])
+    actual = check.run()
+    assert (actual["ok"], actual["shapes"], actual["worst_by_limit"], actual["bad"]) == (True, 2, 0.0, [])
     row = timing.run()
     assert row["us"].keys() == {"peftlab", "eager"} and row["ratio"]["value"] > 0 and row["size"] == 64
     assert [way.kernel for op, way in compile_kernels.ways() if op == "doubled"] == ["doubled_kernel"]

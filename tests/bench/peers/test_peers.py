@@ -15,9 +15,9 @@ SMOKE = f"{ROOT}/recipes/smoke.jsonl"
 
 def test_cost_of_a_micro_batch_is_fitted() -> None:
     padded = [8, 16, 64, 512]
-    found = split_cost.fit(padded, [2e-3 + 1e-5 * tokens for tokens in padded])
-    assert found["constant_ms"] == pytest.approx(2) and found["ms_per_token"] == pytest.approx(0.01)
-    assert found["split_cost_tokens"] == pytest.approx(200) and found["largest_relative_residual"] < 1e-9
+    actual = split_cost.fit(padded, [2e-3 + 1e-5 * tokens for tokens in padded])
+    assert actual["constant_ms"] == pytest.approx(2) and actual["ms_per_token"] == pytest.approx(0.01)
+    assert actual["split_cost_tokens"] == pytest.approx(200) and actual["largest_relative_residual"] < 1e-9
 
 
 def test_cost_of_a_micro_batch_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,9 +27,9 @@ def test_cost_of_a_micro_batch_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
         "model": {"name": "tiny:llama"},
         "data": {"train": f"{SMOKE}#8", "template": {"prompt": "{question}\n", "completion": "{answer}"}},
     }
-    found = split_cost.measure(recipe, budget_s=0.0)
-    assert found["rounds"] == 1 and len(found["shapes"]) == 8
-    assert all(seconds > 0 for *_, seconds in found["shapes"])
+    actual = split_cost.measure(recipe, budget_s=0.0)
+    assert actual["rounds"] == 1 and len(actual["shapes"]) == 8
+    assert all(seconds > 0 for *_, seconds in actual["shapes"])
 
 
 def test_what_the_engines_of_a_distillation_share(tmp_path: Path) -> None:
@@ -57,9 +57,9 @@ def test_what_the_engines_of_a_distillation_share(tmp_path: Path) -> None:
     spec = {"adapter": str(tmp_path / "adapter"), "cache": str(tmp_path / "cache"), "num_layers": 1}
     work = tmp_path / "work"
     work.mkdir()
-    found = distillation_engines.write_shared(settings, spec, work)
-    assert len(found["student"]["layers"]) == 1 and found["student"]["parameters"] < found["student"]["of"]
-    assert found["captured"]["positions"] > 0
+    actual = distillation_engines.write_shared(settings, spec, work)
+    assert len(actual["student"]["layers"]) == 1 and actual["student"]["parameters"] < actual["student"]["of"]
+    assert actual["captured"]["positions"] > 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -103,8 +103,8 @@ def test_with_recomputation_each_layer_keeps_its_input() -> None:
     hidden_size = model.config.hidden_size
 
     def states() -> dict[int, Tensor]:
-        found = (t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == (1, TOKENS, hidden_size))
-        return {id(t): t for t in found}
+        actual = (t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == (1, TOKENS, hidden_size))
+        return {id(t): t for t in actual}
 
     before = states()
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,9 +146,9 @@ def test_plan_of_the_issue() -> None:
         step = kd_plan.Step(
             tokens=kd_plan.TOKENS, scored=kd_plan.TOKENS, rank=kd_plan.RANK, chunk=chunk, num_stored=stored
         )
-        found = kd_plan.memory_plan(student, teacher, step)
-        assert found["peak"] == pytest.approx(estimate, rel=0.1)
-        assert found["peak"] < 12e9
+        plan = kd_plan.memory_plan(student, teacher, step)
+        assert plan["peak"] == pytest.approx(estimate, rel=0.1)
+        assert plan["peak"] < 12e9
     # Whole rows of logits at once would be what decides.
     whole = kd_plan.memory_plan(
         student, teacher, kd_plan.Step(kd_plan.TOKENS, kd_plan.TOKENS, kd_plan.RANK, kd_plan.TOKENS)
@@ -158,7 +158,7 @@ def test_plan_of_the_issue() -> None:
 
 def test_phases_do_not_add_up() -> None:
     student, teacher = kd_plan.preset_shape(kd_plan.STUDENT), kd_plan.preset_shape(kd_plan.TEACHER)
-    found = kd_plan.memory_plan(student, teacher, kd_plan.Step(TOKENS, TOKENS, RANK, 16))
-    phases = [found.pop(name) for name in ("teacher's pass", "loss", "backward")]
-    peak = found.pop("peak")
-    assert peak == pytest.approx(sum(found.values()) + max(phases))
+    plan = kd_plan.memory_plan(student, teacher, kd_plan.Step(TOKENS, TOKENS, RANK, 16))
+    phases = [plan.pop(name) for name in ("teacher's pass", "loss", "backward")]
+    peak = plan.pop("peak")
+    assert peak == pytest.approx(sum(plan.values()) + max(phases))

@@ -38,14 +38,14 @@ def cache(tmp_path: Path) -> Path:
 
 
 def test_complete_cache_opens(cache: Path) -> None:
-    found = open_cache(cache, identity=dict(reversed(IDENTITY.items())), fill=FILL)
-    assert found.fill == FILL and found.extra == {"accuracy": 0.75} and found.names == ["train", "eval"]
-    assert found.manifest["identity"] == IDENTITY
-    assert set(found.manifest["versions"]) == {"peftlab", "python", "torch", "numpy", "safetensors"}
-    assert (len(found.split("train")), len(found.split("eval"))) == (6, 1)
-    assert torch.equal(found.head_tensors()["weight"], torch.ones(3, 4))
+    opened = open_cache(cache, identity=dict(reversed(IDENTITY.items())), fill=FILL)
+    assert opened.fill == FILL and opened.extra == {"accuracy": 0.75} and opened.names == ["train", "eval"]
+    assert opened.manifest["identity"] == IDENTITY
+    assert set(opened.manifest["versions"]) == {"peftlab", "python", "torch", "numpy", "safetensors"}
+    assert (len(opened.split("train")), len(opened.split("eval"))) == (6, 1)
+    assert torch.equal(opened.head_tensors()["weight"], torch.ones(3, 4))
     assert open_cache(cache).fill == FILL
-    found.verify()
+    opened.verify()
     assert {p.name for p in cache.iterdir()} == {
         "manifest.json",
         "tensors.safetensors",
@@ -58,7 +58,7 @@ def changed(data: bytes, at: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "told"),
+    ("name", "damage", "message"),
     [
         ("train-00001.bin", lambda d: changed(d, 30), "train-00001.bin does not have its recorded hash"),
         ("train-00001.bin", lambda d: d[:-5], r"train-00001.bin has \d+ bytes, expected \d+"),
@@ -75,13 +75,13 @@ def changed(data: bytes, at: int) -> bytes:
     ],
 )
 def test_damage_is_found_when_it_is_opened(
-    name: str, damage: Callable[[bytes], bytes | None], told: str, cache: Path
+    name: str, damage: Callable[[bytes], bytes | None], message: str, cache: Path
 ) -> None:
     left = damage((cache / name).read_bytes())
     (cache / name).unlink() if left is None else (cache / name).write_bytes(left)
     with pytest.raises(
         ArtifactError,
-        match=f"cache is damaged: {told}.*restore the file, or overwrite the cache with `peftlab teach --replace`",
+        match=f"cache is damaged: {message}.*restore the file, or overwrite the cache with `peftlab teach --replace`",
     ):
         open_cache(cache, fill=FILL, identity=IDENTITY)
 
@@ -90,14 +90,14 @@ def test_large_cache_finds_damage_when_it_is_read(cache: Path, monkeypatch: pyte
     monkeypatch.setattr(reader, "_HASHED_BYTES", 100)
     shard = cache / "train-00001.bin"
     shard.write_bytes(changed(shard.read_bytes(), 30))
-    found = open_cache(cache)
-    found.split("train").read([0, 1, 2])
+    opened = open_cache(cache)
+    opened.split("train").read([0, 1, 2])
     with pytest.raises(
         ArtifactError, match=r"train-00001.bin does not have the recorded checksum at example \d of train"
     ):
-        found.split("train").read(range(6))
+        opened.split("train").read(range(6))
     with pytest.raises(ArtifactError, match=r"train-00001.bin does not have its recorded hash"):
-        found.verify()
+        opened.verify()
 
 
 def test_damaged_head_is_found_when_it_is_read(cache: Path) -> None:
@@ -121,8 +121,8 @@ def test_none_or_not_complete(tmp_path: Path) -> None:
         open_cache(tmp_path / "nowhere")
     write(tmp_path, upto=5)
     assert (tmp_path / "train-00000.index").exists() and (tmp_path / "train-00001.journal").exists()
-    told = "found 5 of 6 examples of train and 0 of 1 examples of eval; run `peftlab teach` again to resume"
-    with pytest.raises(ArtifactError, match=told):
+    notes = "found 5 of 6 examples of train and 0 of 1 examples of eval; run `peftlab teach` again to resume"
+    with pytest.raises(ArtifactError, match=notes):
         open_cache(tmp_path)
     with CacheWriter(tmp_path, FILL, IDENTITY) as writer:
         writer.split("train", 6)

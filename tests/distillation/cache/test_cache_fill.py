@@ -13,7 +13,7 @@ from peftlab.errors import RecipeError
 
 
 @pytest.mark.parametrize(
-    ("settings", "key", "found"),
+    ("settings", "key", "message"),
     [
         ({"kind": "dense"}, "kind", "one of topk, sampled, mixed, hidden, found 'dense'"),
         ({"kind": "topk"}, "k", "to keep 1 to 100 classes per token, found None"),
@@ -29,8 +29,8 @@ from peftlab.errors import RecipeError
         ({"kind": "hidden", "hidden": "int4"}, "hidden", "bfloat16 or int8 or float32, found 'int4'"),
     ],
 )
-def test_fill_refuses_wrong_settings(settings: dict[str, Any], key: str, found: str) -> None:
-    with pytest.raises(RecipeError, match=found) as error:
+def test_fill_refuses_wrong_settings(settings: dict[str, Any], key: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as error:
         Fill(**{"num_classes": 100, "hidden_size": 8} | settings)
     assert error.value.key == f"distill.targets.{key}"
 

@@ -248,15 +248,15 @@ def test_bytes_per_position_are_those_of_the_files(fill: Fill, tmp_path: Path) -
         for key in range(60):
             split.add(key, target)
         writer.finish()
-    told = open_cache(tmp_path).manifest["splits"]["train"]
+    notes = open_cache(tmp_path).manifest["splits"]["train"]
     on_disk = sum(path.stat().st_size for path in tmp_path.glob("train-*"))
-    assert told["positions"] == 3_600 and told["bytes"] == on_disk
-    assert told["bytes_per_position"] == pytest.approx(on_disk / 3_600, rel=0.02)
+    assert notes["positions"] == 3_600 and notes["bytes"] == on_disk
+    assert notes["bytes_per_position"] == pytest.approx(on_disk / 3_600, rel=0.02)
     planned = fill.bytes_per_position()
     if fill.kind in ("topk", "hidden"):
-        assert told["bytes_per_position"] == pytest.approx(planned, rel=0.02)
+        assert notes["bytes_per_position"] == pytest.approx(planned, rel=0.02)
     else:
-        assert told["bytes_per_position"] <= planned * 1.02
+        assert notes["bytes_per_position"] <= planned * 1.02
 
 
 def test_cache_round_trip_is_fast(tmp_path: Path) -> None:
