@@ -73,7 +73,7 @@ def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_image_is_named(tmp_path: Path, value: Any, message: str) -> None:
-    (tmp_path / "message.png").write_text("hello")
+    (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes(png(np.tile(PIXELS, (8, 8)))[:80])
     rows = Rows.from_dicts([{"image": value}], name=str(tmp_path / "rows.csv"))
     with pytest.raises(DataError, match=message) as caught:
