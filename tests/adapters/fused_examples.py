@@ -53,7 +53,7 @@ def rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    torch.manual_seed(2)  # of the mask, where there is one
+    torch.manual_seed(2)  # seeds the dropout mask
     return layer(x)
 
 

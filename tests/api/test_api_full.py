@@ -57,7 +57,7 @@ def test_full_training_moves_every_weight_and_transformers_loads_them(here: Path
         peftlab.merge(run.folder, progress=SilentProgress())
 
 
-def test_freeze_keeps_modules_as_they_are(here: Path) -> None:
+def test_freeze_leaves_modules_unchanged(here: Path) -> None:
     run = train(recipe(adapter={"method": "none", "freeze": ["embed_tokens", "layers.0"]}))
     before, after = weights().state_dict(), AutoModelForCausalLM.from_pretrained(run.model).state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}

@@ -1,4 +1,4 @@
-"""Cases of kd_conformance.py as data: optimizer steps of small models, and losses of logits as they are."""
+"""Cases of kd_conformance.py as data: optimizer steps of small models, and losses of given logits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TEXTS = (Text((3, 4, 5, 6, 7), 4), Text((8, 9, 1), 1), Text((2, 2, 10, 11, 12, 3
 
 @dataclass(frozen=True)
 class Case:
-    """Args: what: for the table. make: new models and texts each time; of several problems the worst counts.
-    with_or_without_t2: the step loss may have the factor T^2 or not. gradients_only: the value is another case's matter,
-    so that a loss without the teacher's entropy, say, fails once."""
+    """Args: what: for the table. make: returns new models and texts each time; the worst of several problems counts.
+    with_or_without_t2: the step loss may or may not have the factor T^2. gradients_only: another case checks the value,
+    so that for example a loss without the teacher's entropy fails once."""
 
     name: str
     what: str
@@ -111,8 +111,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class LogitCase:
-    """A loss on logits as they are: ``make`` gives student and teacher logits [N, V], stored classes k or None and what
-    has to come out, in nats per token."""
+    """A loss on given logits: ``make`` returns student and teacher logits [N, V], stored classes k or None, and the
+    expected loss in nats per token."""
 
     name: str
     what: str
@@ -140,7 +140,7 @@ def _bfloat16() -> tuple[Tensor, Tensor, None, Tensor]:
 
 
 def _stored(k: int) -> tuple[Tensor, Tensor, int, Tensor]:
-    """The student has the same most likely classes, so that it does not matter whose are kept."""
+    """Student and teacher have the same most likely classes, so it does not matter whose are kept."""
     g = torch.Generator().manual_seed(0)
     z_t = torch.randn(8, 20, generator=g)
     z_t[:, :4] += 6
@@ -149,7 +149,7 @@ def _stored(k: int) -> tuple[Tensor, Tensor, int, Tensor]:
 
 
 def _small_rest() -> tuple[Tensor, Tensor, int, Tensor]:
-    """The student gives 3e-11 to what is not kept, the teacher a tenth."""
+    """The student gives 3e-11 to the classes that are not kept, the teacher a tenth."""
     z_s = torch.tensor([[25.0, 24.0, 0.0, 0.0]])
     z_t = torch.tensor([[3.0, 2.0, 0.0, 0.0]])
     return z_s, z_t, 2, _bucket(z_s, z_t, 2)

@@ -1,6 +1,6 @@
 """Runs the cases of the loss contract through peftlab and the distillation losses of other projects.
 
-A peer takes part where it can be imported; a source tree on PYTHONPATH will do. Each is called as its own trainer calls
+A peer takes part if it can be imported, also from a source tree on PYTHONPATH. Each is called as its own trainer calls
 it, on the same models and texts, and loss and gradients are compared with sums in float64.
 """
 
@@ -26,7 +26,7 @@ Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def measure_all(system: System) -> dict[str, dict[str, Any]]:
-    """Outcome of every case, without what libraries print while they are imported and called."""
+    """Outcome of every case. Hides what libraries print while they are imported and called."""
     with quiet():
         return {case.name: measure(system, case) for case in ALL_CASES}
 
@@ -43,20 +43,22 @@ def quiet() -> Iterator[None]:
 
 
 def measure(system: System, case: Case | LogitCase) -> dict[str, Any]:
-    """``outcome``: pass, fail, raises or not offered; ``deviation`` of what came out, ``error`` of what did not."""
+    """``outcome``: pass, fail, raises or not offered; ``deviation`` of a result, ``error`` if there is none."""
     run = _on_logits if isinstance(case, LogitCase) else _step
     if (system.on_logits if isinstance(case, LogitCase) else system.step) is None:
         return {"outcome": "not offered"}
     try:
-        result = run(system, case)
+        error_size = run(system, case)
     except NotOffered:
         return {"outcome": "not offered"}
     except Exception as error:
-        if "SimpleNamespace" in str(error):  # our stand-in for a trainer lacks something: no result of the peer
+        if "SimpleNamespace" in str(
+            error
+        ):  # our stand-in for a trainer lacks something, so it says nothing about the peer
             raise
         return {"outcome": "raises", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-    outcome = "pass" if result <= case.tolerance else "fail"
-    return {"outcome": outcome, "deviation": result if math.isfinite(result) else None}
+    outcome = "pass" if error_size <= case.tolerance else "fail"
+    return {"outcome": outcome, "deviation": error_size if math.isfinite(error_size) else None}
 
 
 def _step(system: System, case: Case) -> float:
@@ -65,14 +67,14 @@ def _step(system: System, case: Case) -> float:
     for i in range(len(case.make())):
         torch.manual_seed(0)  # GOLD fills up a head with random rows
         problem = case.make()[i]
-        actual = system.step(problem)
+        outcome = system.step(problem)
         if any(p.grad is not None for p in problem.teacher.parameters()):
             return math.inf
         wanted = [problem.settings, dataclasses.replace(problem.settings, t2=False)]
         deviations = []
         for settings in wanted[: 1 + case.with_or_without_t2]:
             problem.settings = settings
-            deviations.append(deviation(actual, truth(problem), gradients_only=case.gradients_only))
+            deviations.append(deviation(outcome, truth(problem), gradients_only=case.gradients_only))
         worst = max(worst, min(deviations))
     return worst
 
@@ -80,13 +82,13 @@ def _step(system: System, case: Case) -> float:
 def _on_logits(system: System, case: LogitCase) -> float:
     assert system.on_logits is not None
     student, teacher, k, want = case.make()
-    actual = system.on_logits(student, teacher, k).double()
-    error = float(((actual - want).abs() / want.abs()).max())
+    losses = system.on_logits(student, teacher, k).double()
+    error = float(((losses - want).abs() / want.abs()).max())
     return error if math.isfinite(error) else math.inf
 
 
 def table(versions: Mapping[str, str | None], results: Results) -> str:
-    """Cases down, systems that are installed across."""
+    """A Markdown table with a row per case and a column per installed system."""
     names = [name for name, version in versions.items() if version]
     lines = [
         f"| case | {' | '.join(names)} |",

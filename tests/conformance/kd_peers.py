@@ -1,7 +1,7 @@
 """Losses of Liger, torchtune and DistillKit for kd_conformance.py.
 
 Each function runs the project's own code for one optimizer step, or on logits. A trainer's method runs on a stand-in
-that holds what the method reads from the trainer; what the Trainer does around it is done here.
+that holds what the method reads from the trainer. This file does what the Trainer does around the method.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.conformance.kd_problems import IGNORED, NotOffered, Outcome, Problem,
 
 
 def liger_step(problem: Problem) -> Outcome:
-    """A kernel: the caller shifts the labels, and weights its mean over a micro-batch by the targets in it."""
+    """Calls Liger's kernel. The caller shifts the labels and weights the mean of a micro-batch by its targets."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     if problem.teacher.config.final_logit_softcapping or problem.teacher.config.logit_scale:
@@ -44,7 +44,7 @@ def liger_step(problem: Problem) -> Outcome:
 
 
 def torchtune_step(problem: Problem) -> Outcome:
-    """Its losses as sums, divided by the targets of the step; labels shifted by the caller, teacher in eval mode."""
+    """Divides torchtune's summed losses by the targets of the step. The caller shifts the labels; the teacher is in eval mode."""
     from torchtune.modules.loss import ForwardKLLoss, ReverseKLLoss
 
     without_labels(problem)

@@ -1,4 +1,4 @@
-"""Optimizer steps of kd_conformance.py: small models, what they are trained on, and what has to come out, in float64.
+"""Optimizer steps of kd_conformance.py: small models, their training texts, and the expected result in float64.
 
 A model's logits are ``softcap(scale * W E[token])``, so that the truth can be summed token by token and padding or
 micro-batches change nothing that a model computes.
@@ -21,7 +21,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of which those from ``prompt`` on are trained; ``trained=False`` for a text cut off in its prompt."""
+    """Token ids, trained from ``prompt`` on. ``trained=False`` is a text that is cut off in its prompt."""
 
     ids: tuple[int, ...]
     prompt: int = 1
@@ -33,18 +33,18 @@ class Text:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Each trained token behind the one it is predicted from."""
+        """Pairs of a trained token and, before it, the token that predicts it."""
         return [(self.ids[i - 1], label) for i, label in enumerate(self.labels) if i and label != IGNORED]
 
 
-# In a row of one repeated token every position has the same logits: a shift of the mask cannot show. For cases that
-# are about something else.
+# In a row of one repeated token every position has the same logits, so a shift of the mask cannot show. For cases that
+# test something else.
 UNIFORM = (Text((3,) * 6), Text((8,) * 6), Text((11,) * 6))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The objective in peftlab's names; ``t2``: the factor T^2 is part of what has to come out."""
+    """The objective in peftlab's names; ``t2``: the expected loss has the factor T^2."""
 
     kind: str = "forward_kl"
     temperature: float = 1.0
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
 
 
 class LM(nn.Module):
-    """Answers what trainers ask of a transformers causal LM."""
+    """A model with the interface that trainers need of a transformers causal LM."""
 
     def __init__(
         self, seed: int, *, columns: int = V, dtype: torch.dtype = torch.float32, dropout: float = 0.0, **transform: Any
@@ -197,13 +197,13 @@ def _soft(z_s: Tensor, z_t: Tensor, settings: Settings) -> Tensor:
     return value * temperature**2 if settings.t2 else value
 
 
-def deviation(actual: Outcome, want: Outcome, *, gradients_only: bool = False) -> float:
-    """Largest relative difference of the loss and of the gradients; of padded columns the gradient has to be 0."""
-    head = F.pad(want[2], (0, 0, 0, actual[2].shape[0] - want[2].shape[0]))
-    pairs = [(actual[1], want[1]), (actual[2], head)]
+def deviation(outcome: Outcome, want: Outcome, *, gradients_only: bool = False) -> float:
+    """Largest relative difference of the loss and of the gradients. The gradient of padded columns must be 0."""
+    head = F.pad(want[2], (0, 0, 0, outcome[2].shape[0] - want[2].shape[0]))
+    pairs = [(outcome[1], want[1]), (outcome[2], head)]
     if not gradients_only:
-        pairs.append((torch.tensor(actual[0]), torch.tensor(want[0])))
-    if not math.isfinite(actual[0]) or not all(torch.isfinite(got).all() for got, _ in pairs):
+        pairs.append((torch.tensor(outcome[0]), torch.tensor(want[0])))
+    if not math.isfinite(outcome[0]) or not all(torch.isfinite(got).all() for got, _ in pairs):
         return math.inf
     return max(float((got - expected).norm() / max(float(expected.norm()), 1e-2)) for got, expected in pairs)
 

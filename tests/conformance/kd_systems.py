@@ -29,8 +29,8 @@ OnLogits = Callable[[Tensor, Tensor, int | None], Tensor]
 
 @dataclass(frozen=True)
 class System:
-    """Args: module: has to be importable. step: a whole optimizer step; None where the system has only a loss.
-    on_logits: per-token losses, or their sum, of logits as they are."""
+    """Args: module: must be importable. step: a whole optimizer step; None if the system has only a loss.
+    on_logits: per-token losses of given logits, or their sum."""
 
     name: str
     module: str
@@ -39,7 +39,7 @@ class System:
     packages: tuple[str, ...] = ()
 
     def version(self) -> str | None:
-        """None where it is not installed. A source tree on PYTHONPATH gives its commit."""
+        """The version, None if the system is not installed. A source tree on PYTHONPATH gives its commit."""
         try:
             module = importlib.import_module(self.module)
         except ImportError:
@@ -101,7 +101,7 @@ def peftlab_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> Tensor
 
 
 def peftlab_fused_on_logits(student: Tensor, teacher: Tensor, k: int | None) -> Tensor:
-    """Logits are hidden states of a head that is the identity; a token at a time, as the operation gives sums."""
+    """Uses logits as hidden states with an identity head. The operation returns sums, so it gets one token at a time."""
     from peftlab.distillation import Objective, SparseTarget
     from peftlab.ops import DenseWeight, Head
 

@@ -1,7 +1,7 @@
 """TRL's distillation losses for kd_conformance.py.
 
 Each function runs the project's own code for one optimizer step, or on logits. A trainer's method runs on a stand-in
-that holds what the method reads from the trainer; what the Trainer does around it is done here.
+that holds what the method reads from the trainer. This file does what the Trainer does around the method.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.conformance.kd_problems import NotOffered, Outcome, Problem, accumula
 
 
 def _construct(trainer: Any, config: Any, problem: Problem) -> None:
-    """The trainer itself, on tiny models that differ in width as the problem's do: it may refuse them."""
+    """Constructs the real trainer on tiny models whose widths differ as the problem's do. It may refuse them."""
     from datasets import Dataset
     from transformers import LlamaForCausalLM
 
@@ -68,7 +68,7 @@ def trl_gold_step(problem: Problem) -> Outcome:
 
     without_labels(problem)
     if _unequal(problem):
-        # Its constructor: teacher_model.resize_token_embeddings(the student's vocab_size), of which this is the head's part.
+        # Its constructor calls teacher_model.resize_token_embeddings(the student's vocab_size). This is the head's part.
         columns = problem.student.head.weight.shape[0]
         blank = PreTrainedModel.__new__(PreTrainedModel)
         problem.teacher.head = blank._get_resized_lm_head(problem.teacher.head, columns, mean_resizing=True)
@@ -88,7 +88,7 @@ def trl_gold_step(problem: Problem) -> Outcome:
 
 
 def trl_distillation_step(problem: Problem) -> Outcome:
-    """Prompts padded on the left and completions on the right, as it makes them; left padding is not a choice."""
+    """Pads prompts on the left and completions on the right, as the trainer does. Left padding is not an option."""
     from trl import DistillationConfig, DistillationTrainer
 
     without_labels(problem)

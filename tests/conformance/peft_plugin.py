@@ -1,4 +1,4 @@
-"""What pytest loads into both runs of ``peft_suite.py``, which copies this file and gives ``Settings`` in ``VARIABLE``.
+"""The pytest plugin of both runs of ``peft_suite.py``, which copies this file and passes ``Settings`` in ``VARIABLE``.
 
 It selects the tests of LoRA, seeds each of them, and in the second run enters the fused layers into every LoraConfig.
 """
@@ -24,10 +24,10 @@ VARIABLE = "PEFTLAB_PEFT_SUITE"
 
 @dataclass(frozen=True)
 class Settings:
-    """report: where ``Report`` goes. only: a test, of all that pytest collects. seed: of every test, or of the first of
+    """report: path of the ``Report``. only: the one test to keep. seed: of every test, or of the first of
     ``repeats`` runs of each.
 
-    float64: whatever the tests call float32 is float64. measure: fused forwards are compared with float64.
+    float64: float32 in the tests means float64. measure: fused forwards are compared with float64.
     """
 
     fused: bool
@@ -56,17 +56,17 @@ class Report:
 
 
 settings = Settings(**json.loads(os.environ[VARIABLE]))
-found = Report()
+suite_report = Report()
 
 
 def pytest_configure() -> None:
     import peft
 
-    found.peft = peft.__version__
+    suite_report.peft = peft.__version__
     if settings.fused:
         enter_fused_layers()
     if settings.float64:
-        # Tests and PEFT name the type they want: a default alone would only make them disagree.
+        # Tests and PEFT name the type explicitly, so a default alone would make them disagree.
         torch.set_default_dtype(torch.float64)
         torch.float = torch.float32 = torch.float64
         torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
@@ -84,7 +84,7 @@ def enter_fused_layers() -> None:
         register(self)
 
     def counted(self: Any, x: torch.Tensor) -> torch.Tensor:
-        found.fused_forwards += 1
+        suite_report.fused_forwards += 1
         y = forward(self, x)
         if settings.measure:
             measure(self, x, y, super(FusedLora, self).forward)
@@ -103,16 +103,16 @@ def measure(layer: Any, x: torch.Tensor, y: torch.Tensor, peft_forward: Callable
     low = F.linear(F.linear(x.double(), factors.A_RK.double()), factors.B_NR.double())
     truth = F.linear(x.double(), base.weight.double(), bias) + factors.scale * low
     if unit := truth.abs().max().item():
-        found.measured += 1
-        found.error_fused += (y.double() - truth).abs().max().item() / unit
-        found.error_peft += (peft_forward(x).double() - truth).abs().max().item() / unit
+        suite_report.measured += 1
+        suite_report.error_fused += (y.double() - truth).abs().max().item() / unit
+        suite_report.error_peft += (peft_forward(x).double() - truth).abs().max().item() / unit
 
 
 @pytest.hookimpl(tryfirst=True)  # before anything that reorders what is left
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     def is_wanted(item: Any) -> bool:
         method = getattr(item, "callspec", None) and item.callspec.params.get("config_cls")
-        # Of tests that go through all methods, those of LoRA.
+        # Of the tests that cover all methods, keep those of LoRA.
         lora = method.__name__ == "LoraConfig" if method else "lora" in item.nodeid.lower()
         return lora and settings.only in ("", re.sub(r"-?repeat\d+-?", "", item.nodeid).removesuffix("[]"))
 
@@ -133,8 +133,8 @@ def _repeat(request: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: Any) -> None:
-    """A test that sets no seed would get whatever the tests before it left, which the fused layers change: they draw one
-    number for a dropout mask where PEFT draws one for every element."""
+    """Seeds each test. Otherwise it would inherit the state that earlier tests left, and the fused layers draw one
+    number for a dropout mask where PEFT draws one per element."""
     callspec = getattr(item, "callspec", None)
     seed = settings.seed + (callspec.params.get("_repeat", 0) if callspec else 0)
     random.seed(seed)
@@ -144,16 +144,16 @@ def pytest_runtest_setup(item: Any) -> None:
 
 def pytest_runtest_logreport(report: Any) -> None:
     if report.when == "call" or report.outcome != "passed":  # an error in a fixture has no call, or comes after it
-        found.outcomes[report.nodeid] = report.outcome
+        suite_report.outcomes[report.nodeid] = report.outcome
 
 
 def pytest_collectreport(report: Any) -> None:
     if report.failed:
-        found.outcomes[report.nodeid] = "failed"
+        suite_report.outcomes[report.nodeid] = "failed"
 
 
 def pytest_sessionfinish() -> None:
-    if found.measured:
-        found.error_fused /= found.measured
-        found.error_peft /= found.measured
-    Path(settings.report).write_text(json.dumps(asdict(found)), encoding="utf-8")
+    if suite_report.measured:
+        suite_report.error_fused /= suite_report.measured
+        suite_report.error_peft /= suite_report.measured
+    Path(settings.report).write_text(json.dumps(asdict(suite_report)), encoding="utf-8")

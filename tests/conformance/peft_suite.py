@@ -3,12 +3,12 @@
     git clone https://github.com/huggingface/peft ../peft
     make conformance ARGS='--peft-checkout ../peft --peft-seeds 0 1 2 3 4 --write-results'
 
-The tests are read from that checkout and never copied. Its version need not match the installed PEFT exactly: what
+The tests are read from that checkout and never copied. Its version need not match the installed PEFT exactly. What
 counts is that no test fails with the fused layers that passes without them. Tests that need a model hub fail on both
-sides where there is none. PEFT's tests import diffusers, parameterized and scipy.
+sides if there is none. PEFT's tests import diffusers, parameterized and scipy.
 
-Every test starts from the same seed on both sides, and everything runs from each of the seeds. A test that fails with the fused
-layers only is worse, unless it is shown that rounding decides it (``Again.is_rounding``): from 200 seeds it always
+Every test starts from the same seed on both sides, and all tests run with each seed. A test that fails with the fused
+layers only is worse, unless rounding decides it (``Again.is_rounding``): from 200 seeds it always
 passes in float64, and in float32 PEFT's own layers fail it too, and not less often than the fused ones.
 """
 
@@ -44,7 +44,7 @@ REPEATS = 200
 
 @dataclass(frozen=True)
 class Again:
-    """A test from ``seeds`` seeds: how many did not pass, and how far its layers' outputs are from float64 (``Report`` in
+    """A test repeated with ``seeds`` seeds: how many did not pass, and the error of its layers against float64 (``Report`` in
     the plugin)."""
 
     seeds: int
@@ -53,7 +53,7 @@ class Again:
     error: dict[str, float]
 
     def is_rounding(self) -> bool:
-        """Between the two counts may lie three standard deviations of their difference."""
+        """Whether rounding decides the test. The counts may differ by three standard deviations of their difference."""
         peft, fused = self.failed["peft"], self.failed["fused"]
         return (
             self.seeds == REPEATS
@@ -64,7 +64,7 @@ class Again:
 
 
 def run(checkout: Path, tests: list[str], **settings: Any) -> dict[str, Any]:
-    """The plugin's ``Report``. tests: what pytest takes. settings: the plugin's ``Settings``."""
+    """The plugin's ``Report``. tests: arguments of pytest. settings: the plugin's ``Settings``."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         shutil.copy(PLUGIN, folder)  # alone: no other file of bench/ may hide a module of PEFT's tests
@@ -82,26 +82,26 @@ def run(checkout: Path, tests: list[str], **settings: Any) -> dict[str, Any]:
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         if not report.is_file():
             raise SystemExit(f"pytest did not run: {(done.stdout + done.stderr)[-2000:]}")
-        actual: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return actual
+        loaded: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return loaded
 
 
 def run_both(checkout: Path, tests: list[str], **settings: Any) -> dict[str, dict[str, Any]]:
-    """At the same time: nothing is timed, and each has one thread."""
+    """The reports of both sides. They run at the same time: nothing is timed, and each has one thread."""
     with ThreadPoolExecutor(len(SIDES)) as pool:
-        actual = {side: pool.submit(run, checkout, tests, fused=fused, **settings) for side, fused in SIDES.items()}
-        return {side: future.result() for side, future in actual.items()}
+        futures = {side: pool.submit(run, checkout, tests, fused=fused, **settings) for side, fused in SIDES.items()}
+        return {side: future.result() for side, future in futures.items()}
 
 
 def again(checkout: Path, test: str) -> Again:
     function = [test.partition("[")[0]]
-    actual = run_both(checkout, function, only=test, repeats=REPEATS, measure=True)
-    found64 = run_both(checkout, function, only=test, repeats=REPEATS, float64=True)
+    reports = run_both(checkout, function, only=test, repeats=REPEATS, measure=True)
+    reports64 = run_both(checkout, function, only=test, repeats=REPEATS, float64=True)
     return Again(
-        min(len(side["outcomes"]) for side in [*actual.values(), *found64.values()]),
-        {side: len(not_passed(report)) for side, report in actual.items()},
-        {side: len(not_passed(report)) for side, report in found64.items()},
-        {side: actual["fused"][f"error_{side}"] for side in SIDES},
+        min(len(side["outcomes"]) for side in [*reports.values(), *reports64.values()]),
+        {side: len(not_passed(report)) for side, report in reports.items()},
+        {side: len(not_passed(report)) for side, report in reports64.items()},
+        {side: reports["fused"][f"error_{side}"] for side in SIDES},
     )
 
 
@@ -114,7 +114,7 @@ def counts(report: dict[str, Any]) -> dict[str, int]:
 
 
 def failing_only(side: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    """Tests that pass on the other side and not on this one, where they may be missing."""
+    """Tests that pass on the other side and fail or are missing on this side."""
     return {t for t, o in other["outcomes"].items() if o == "passed" and side["outcomes"].get(t) != "passed"}
 
 
@@ -126,7 +126,7 @@ def commit_of(checkout: Path) -> dict[str, str]:
 
 
 def compare(checkout: Path, files: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """What results/peft_suite.json has; ``worse`` has to be empty.
+    """The content of results/peft_suite.json; ``worse`` must be empty.
 
     Raises: LookupError: the checkout has no such files, or no test passed with PEFT's own layers, so that nothing is compared.
     """
@@ -147,14 +147,14 @@ def compare(checkout: Path, files: Sequence[str], seeds: Sequence[int]) -> dict[
         "peft": version,  # of the checkout, where PYTHONPATH has its sources
         "tests": {"repository": "huggingface/peft", **commit_of(checkout)},
         "runs": rows,
-        "worse": {test: asdict(actual) for test, actual in examined.items() if not actual.is_rounding()},
-        "rounding": {test: asdict(actual) for test, actual in examined.items() if actual.is_rounding()},
+        "worse": {test: asdict(rerun) for test, rerun in examined.items() if not rerun.is_rounding()},
+        "rounding": {test: asdict(rerun) for test, rerun in examined.items() if rerun.is_rounding()},
         "passes_only_with_fused": sorted(better),
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line per seed and side, and what became of tests that fail with the fused layers only."""
+    """A Markdown table with a line per seed and side, then the tests that fail with the fused layers only."""
     versions, tests = result["versions"], result["tests"]
     lines = ["| seed | layers | passed | failed | skipped | fused forwards |", "|---|---|---|---|---|---|"]
     for row in result["runs"]:
@@ -162,10 +162,10 @@ def table(result: dict[str, Any]) -> str:
         cells += [f"{row[name]:,}" for name in ("passed", "failed", "skipped", "fused_forwards")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     notes = [
-        f"{kind}: `{test.rpartition('::')[2]}`, of {actual['seeds']} seeds PEFT's own layers fail {actual['failed']['peft']} and the "
-        f"fused ones {actual['failed']['fused']}, in float64 {actual['failed_float64']['peft']} and {actual['failed_float64']['fused']}."
+        f"{kind}: `{test.rpartition('::')[2]}`, of {rerun['seeds']} seeds PEFT's own layers fail {rerun['failed']['peft']} and the "
+        f"fused ones {rerun['failed']['fused']}, in float64 {rerun['failed_float64']['peft']} and {rerun['failed_float64']['fused']}."
         for kind, of_kind in (("Decided by rounding", result["rounding"]), ("Worse", result["worse"]))
-        for test, actual in of_kind.items()
+        for test, rerun in of_kind.items()
     ]
     where = f"{result['hardware']['cpu']}; torch {versions['torch']}, peft {versions['peft']}; PEFT's tests at {tests['commit'][:9]} of "
     return "\n".join(

@@ -1,4 +1,4 @@
-"""The loss contract of distillation: peftlab keeps it, its cases notice faults, and what other projects' losses do with them."""
+"""The loss contract of distillation: peftlab keeps it, its cases notice faults, and other projects' losses are recorded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BY_NAME = {system.name: system for system in SYSTEMS}
 OURS = [system for system in SYSTEMS if system.name.startswith("peftlab")]
 PEERS = [system for system in SYSTEMS if system not in OURS]
 divergence, teacher_head = losses.token_divergence, ops.OnlineTeacher
-# Each fault replaces a function of the contract: (module, function, replacement), and cases that have to fail on one of our paths.
+# Each fault replaces a function of the contract: (module, function, replacement, cases that must fail on one of our paths).
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any], list[str]]] = {
     "student and teacher change places": (
         losses,
@@ -71,13 +71,13 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], list[str]]] = {
 
 @pytest.mark.parametrize("system", OURS, ids=lambda system: system.name)
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
-def test_peftlab_passes_every_case(system: Any, case: Any) -> None:
-    actual = measure(system, case)
-    assert actual["outcome"] == "pass", actual
+def test_peftlab_losses_pass_every_case(system: Any, case: Any) -> None:
+    result = measure(system, case)
+    assert result["outcome"] == "pass", result
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_kd_cases_notice_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kd_cases_notice_the_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, replacement, noticed = FAULTS[fault]
     monkeypatch.setattr(module, name, replacement)
     for case in (case for case in ALL_CASES if case.name in noticed):
@@ -91,35 +91,35 @@ def version_of(name: str) -> str | None:
 
 
 @cache
-def found_by(name: str) -> dict[str, dict[str, Any]]:
+def results_of(name: str) -> dict[str, dict[str, Any]]:
     return measure_all(BY_NAME[name])
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [system.name for system in PEERS])
-def test_peer_does_what_is_recorded_of_it(name: str, write_results: bool) -> None:
-    """A failed case is a difference from our contract and no fault of the peer: what is asserted is that it is still there."""
+def test_peer_gives_the_recorded_outcomes(name: str, write_results: bool) -> None:
+    """A failed case is a difference from our contract, not a fault of the peer. The test asserts that it is still there."""
     version, recorded = version_of(name), json.loads(RECORDED.read_text(encoding="utf-8"))
     if version is None:
         pytest.skip(f"{name} is not installed")
-    outcomes = {case: result["outcome"] for case, result in found_by(name).items()}
+    outcomes = {case: result["outcome"] for case, result in results_of(name).items()}
     if write_results or recorded["systems"].get(name) != version:
         pytest.skip(f"{name} {version} has no outcomes recorded yet: {outcomes}")
     assert outcomes == {case: result["outcome"] for case, result in recorded["results"][name].items()}
 
 
 @pytest.mark.peers
-def test_results_are_written(write_results: bool) -> None:
+def test_kd_conformance_results_are_written(write_results: bool) -> None:
     if not write_results:
         pytest.skip("--write-results writes bench/results/kd_conformance.json and its table")
     versions = {name: version_of(name) for name in BY_NAME}
-    results = {name: found_by(name) for name, version in versions.items() if version}
-    notes = records.provenance("make conformance ARGS=--write-results")
-    records.write_json(RECORDED, {"systems": versions, "results": results, **notes})
+    results = {name: results_of(name) for name, version in versions.items() if version}
+    record = records.provenance("make conformance ARGS=--write-results")
+    records.write_json(RECORDED, {"systems": versions, "results": results, **record})
     tables.replace_section(PAGE, "kd_conformance", table(versions, results))
 
 
-def test_table_is_made_of_the_results() -> None:
+def test_kd_conformance_table_matches_its_results() -> None:
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     made = table(recorded["systems"], recorded["results"])
     assert made == tables.section(PAGE.read_text(encoding="utf-8"), "kd_conformance")

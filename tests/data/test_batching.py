@@ -1,4 +1,4 @@
-"""Batch plans: every row once, budgets kept, cuts optimal, and a pure function of lengths, seed and epoch."""
+"""Batch plans hold every row once, keep budgets, cut optimally, and depend only on lengths, seed and epoch."""
 
 from __future__ import annotations
 
@@ -52,25 +52,27 @@ def padded(step: Any, lengths: list[int]) -> int:
 
 @settings(max_examples=80, deadline=None)
 @given(plan=plans(), grouping=st.sampled_from(GROUPINGS))
-def test_every_row_exactly_once_per_epoch(plan: Any, grouping: str) -> None:
+def test_batch_plan_has_every_row_exactly_once_per_epoch(plan: Any, grouping: str) -> None:
     lengths, options = plan
     for steps in steps_of_epoch(BatchPlan(lengths, grouping=grouping, epochs=2, **options), 2):
         assert sorted(i for step in steps for i in rows_of(step)) == list(range(len(lengths)))
         assert all(len(part) for step in steps for part in step.micro_batches)
 
 
-def test_lost_row_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_plan_comparison_catches_a_lost_row(monkeypatch: pytest.MonkeyPatch) -> None:
     right = BatchPlan._micro_batches
     monkeypatch.setattr(
         BatchPlan, "_micro_batches", lambda self, rows: right(self, rows[1:] if len(rows) > 1 else rows)
     )
     with pytest.raises(AssertionError):
-        test_every_row_exactly_once_per_epoch.hypothesis.inner_test(([3, 4, 5, 6], {"batch_size": 2}), "step")
+        test_batch_plan_has_every_row_exactly_once_per_epoch.hypothesis.inner_test(
+            ([3, 4, 5, 6], {"batch_size": 2}), "step"
+        )
 
 
 @settings(max_examples=60, deadline=None)
 @given(plan=plans(), grouping=st.sampled_from(GROUPINGS))
-def test_pure_function_of_its_arguments(plan: Any, grouping: str) -> None:
+def test_batch_plan_is_a_pure_function_of_its_arguments(plan: Any, grouping: str) -> None:
     lengths, options = plan
     one, two = (BatchPlan(lengths, grouping=grouping, epochs=3, **options) for _ in range(2))
     assert one.total_steps == two.total_steps
@@ -82,7 +84,7 @@ def test_pure_function_of_its_arguments(plan: Any, grouping: str) -> None:
         assert [p.tolist() for p in sequential.micro_batches] == [p.tolist() for p in jumped[i].micro_batches]
 
 
-def test_seed_and_epoch_change_the_order() -> None:
+def test_batch_plan_order_changes_with_seed_and_epoch() -> None:
     plan = BatchPlan([5] * 50, batch_size=10, epochs=2, grouping="none")
     other = BatchPlan([5] * 50, batch_size=10, epochs=2, grouping="none", seed=1)
     first = plan.step(0).micro_batches[0].tolist()
@@ -90,7 +92,7 @@ def test_seed_and_epoch_change_the_order() -> None:
     assert first != plan.step(5).micro_batches[0].tolist()
 
 
-def test_does_not_depend_on_the_hash_seed() -> None:
+def test_batch_plan_does_not_depend_on_the_hash_seed() -> None:
     code = (
         "from peftlab.data import BatchPlan\n"
         "p = BatchPlan([3, 9, 4, 4, 7, 1, 2], batch_tokens=12, epochs=2)\n"
@@ -113,7 +115,7 @@ def test_does_not_depend_on_the_hash_seed() -> None:
 @settings(max_examples=80, deadline=None)
 @given(plan=plans())
 def test_grouping_step_keeps_the_rows_of_each_step(plan: Any) -> None:
-    """The cut within a step is free (C3), what is in the step is not: grouping may not change the training."""
+    """Grouping may cut a step freely (C3), but it must not change the rows of a step, and so the training."""
     lengths, options = plan
     none, step = (BatchPlan(lengths, grouping=g, epochs=2, **options) for g in ("none", "step"))
     assert none.total_steps == step.total_steps
@@ -140,8 +142,8 @@ def test_micro_batches_keep_their_budget(plan: Any, grouping: str) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(plan=plans())
-def test_grouping_never_costs_more_than_data_order(plan: Any) -> None:
-    """Padded tokens plus split cost, which is what the cut minimises; without split cost that is the padding alone."""
+def test_grouping_step_never_costs_more_than_data_order(plan: Any) -> None:
+    """The cost is padded tokens plus split cost, which the cut minimises. Without split cost it is the padding alone."""
     lengths, options = plan
     none, step = (BatchPlan(lengths, grouping=g, epochs=1, **options) for g in ("none", "step"))
     for i in range(none.total_steps):
@@ -178,11 +180,11 @@ def assert_cuts_are_cheapest(lengths: list[int], max_rows: int, max_tokens: int,
     max_tokens=st.integers(1, 200),
     split_cost=st.integers(0, 80),
 )
-def test_cuts_are_the_cheapest(lengths: list[int], max_rows: int, max_tokens: int, split_cost: int) -> None:
+def test_cheapest_cuts_equal_brute_force(lengths: list[int], max_rows: int, max_tokens: int, split_cost: int) -> None:
     assert_cuts_are_cheapest(sorted(lengths, reverse=True), max_rows, max_tokens, split_cost)
 
 
-def test_micro_batches_have_at_most_so_many_tokens_whatever_the_batch_size() -> None:
+def test_most_tokens_limits_micro_batches_of_any_batch_size() -> None:
     lengths = [64] * 40 + [7] * 40 + [300]
     kept = {}
     for most in (None, 1024, 256):
@@ -195,7 +197,7 @@ def test_micro_batches_have_at_most_so_many_tokens_whatever_the_batch_size() -> 
     assert kept[None] == kept[1024] == kept[256], "the rows of a step, and so its gradient, are the same"
 
 
-def test_greedy_cuts_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cheapest_cuts_comparison_catches_greedy_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy(lengths: list[int], *, max_rows: int, max_tokens: int, split_cost: int) -> list[int]:
         return _cheapest_cuts(lengths, max_rows=max_rows, max_tokens=max_tokens, split_cost=10**9)
 
@@ -208,7 +210,7 @@ def test_greedy_cuts_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     ("epochs", "steps"), [(0.5, 5), (1.0, 10), (1.5, 15), (2.01, 21), (0.001, 1), (0.91, 10), (None, 10)]
 )
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_plan_of_fractional_epochs(epochs: float | None, steps: int, grouping: str) -> None:
+def test_fractional_epochs_give_a_share_of_the_steps(epochs: float | None, steps: int, grouping: str) -> None:
     plan = BatchPlan([7] * 39, batch_size=4, epochs=epochs, grouping=grouping)
     assert plan.total_steps == steps
     assert plan.step(steps - 1).epoch == (steps - 1) // 10
@@ -216,7 +218,7 @@ def test_plan_of_fractional_epochs(epochs: float | None, steps: int, grouping: s
 
 @settings(max_examples=40, deadline=None)
 @given(plan=plans(), max_steps=st.integers(1, 60), grouping=st.sampled_from(GROUPINGS))
-def test_max_steps_goes_on_into_further_epochs(plan: Any, max_steps: int, grouping: str) -> None:
+def test_max_steps_continues_into_further_epochs(plan: Any, max_steps: int, grouping: str) -> None:
     lengths, options = plan
     planned = BatchPlan(lengths, grouping=grouping, max_steps=max_steps, **options)
     assert planned.total_steps == max_steps
@@ -232,15 +234,15 @@ def test_times_seen_counts_the_planned_steps(plan: Any, max_steps: int, packing:
     assert planned.times_seen().tolist() == np.bincount(planned_rows, minlength=len(lengths)).tolist()
 
 
-def test_random_access_is_cheap_after_a_far_jump() -> None:
-    """Resuming at epoch 40 and then reading on must give what reading from the start gives."""
+def test_batch_plan_step_after_a_far_jump_equals_sequential_reading() -> None:
+    """Reading on from epoch 40 gives what reading from the start gives."""
     near, far = (BatchPlan([3, 5, 8, 2, 2], batch_size=2, epochs=50, grouping="epoch") for _ in range(2))
     sequence = [near.step(i) for i in range(near.total_steps)]
     for i in (120, 121, 122, 123, 0, 149, 60):
         assert [p.tolist() for p in far.step(i).micro_batches] == [p.tolist() for p in sequence[i].micro_batches]
 
 
-def test_epoch_grouping_pads_less_and_stays_shuffled() -> None:
+def test_grouping_epoch_pads_less_and_stays_shuffled() -> None:
     lengths = np.random.default_rng(0).integers(1, 200, 400)
     step, epoch = (BatchPlan(lengths, batch_size=8, grouping=g, epochs=1, split_cost=64) for g in ("step", "epoch"))
     cost = [sum(padded(p.step(i), lengths.tolist()) for i in range(p.total_steps)) for p in (step, epoch)]
@@ -253,7 +255,7 @@ def padding(lengths: list[int]) -> int:
     return max(lengths) * len(lengths) - sum(lengths)
 
 
-def test_evaluation_pads_texts_of_many_lengths_little() -> None:
+def test_eval_batches_pad_texts_of_many_lengths_little() -> None:
     lengths = np.random.default_rng(0).geometric(1 / 25, 240).tolist()
     share, without = (
         sum(padding([lengths[i] for i in part]) for part in eval_batches(lengths, 4096, **limit)) / sum(lengths)
@@ -283,7 +285,7 @@ def test_eval_batches_are_a_partition_within_budget(lengths: list[int], budget: 
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), limit=st.integers(2, 25))
-def test_fit_lengths(lengths: list[int], limit: int) -> None:
+def test_fit_lengths_truncates_or_drops(lengths: list[int], limit: int) -> None:
     array = np.array(lengths)
     assert fit_lengths(array, max_length=limit, too_long="truncate").tolist() == [min(n, limit) for n in lengths]
     for too_long in ("drop", "error"):

@@ -1,4 +1,4 @@
-"""The built-in data sets: what is in them, and that their parts are the same everywhere."""
+"""The built-in data sets: their content, and parts that are the same everywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftlab.data import Rows, builtin, load_rows
 from peftlab.errors import DataError, PeftlabError
 
 
-def test_digits_are_those_of_sklearn() -> None:
+def test_sklearn_digits_are_those_of_sklearn() -> None:
     from sklearn.datasets import load_digits
 
     rows, wanted = load_rows("sklearn:digits"), load_digits()
@@ -27,7 +27,7 @@ def texts_of(rows: Rows) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["sklearn:digits", "docstrings:yaml,accelerate"])
-def test_parts_share_no_row_and_are_all_rows(name: str) -> None:
+def test_builtin_parts_share_no_row_and_cover_all_rows(name: str) -> None:
     whole, train, test = (load_rows(name + part) for part in ("", ":train", ":test"))
     assert len(train) + len(test) == len(whole)
     assert texts_of(train) | texts_of(test) == texts_of(whole)
@@ -35,7 +35,7 @@ def test_parts_share_no_row_and_are_all_rows(name: str) -> None:
     assert 0.15 < len(test) / len(whole) < 0.35
 
 
-def test_row_is_on_the_same_side_in_another_data_set() -> None:
+def test_builtin_part_of_a_row_is_the_same_in_another_data_set() -> None:
     one = set(load_rows("docstrings:accelerate:test").columns["text"])
     both = load_rows("docstrings:accelerate,peft:train")
     assert not one & set(both.columns["text"])
@@ -46,7 +46,7 @@ def made_package(folder: Path, name: str, source: str) -> None:
     (folder / name / "__init__.py").write_text(source)
 
 
-def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docstrings_data_reads_first_paragraphs_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_package(
         tmp_path,
         "firstpack",
@@ -69,7 +69,7 @@ def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows.where(1) == f"{tmp_path}/otherpack/__init__.py:5"
 
 
-def test_packages_are_searched_once_for_all_their_parts_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docstrings_data_searches_a_package_once(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[str] = []
     paragraphs = builtin._paragraphs
 
@@ -93,8 +93,8 @@ def test_packages_are_searched_once_for_all_their_parts_and_keys(monkeypatch: py
     assert len(parts[0]) == len(parts[1]) + len(parts[2]) and len(parts[3]) == 9
 
 
-def test_what_is_found_is_what_the_syntax_tree_has() -> None:
-    """Almost all of it (a string in quotes of another kind, or with escapes, may differ), over a real package."""
+def test_docstrings_data_equals_the_syntax_tree() -> None:
+    """Over a real package. A string in other quotes or with escapes may differ, hence 98 %."""
     import accelerate
 
     wanted = set()
@@ -105,9 +105,9 @@ def test_what_is_found_is_what_the_syntax_tree_has() -> None:
                 text = " ".join((ast.get_docstring(node) or "").strip().split("\n\n")[0].split())
                 if len(text.split()) >= 5 and '"""' in str(ast.get_source_segment(source, node.body[0])):
                     wanted.add(text.lower().replace("accelerate", "package"))
-    actual = {text.lower() for text in load_rows("docstrings:accelerate").columns["text"]}
+    texts = {text.lower() for text in load_rows("docstrings:accelerate").columns["text"]}
     assert len(wanted) > 400
-    assert len(actual & wanted) >= 0.98 * len(actual | wanted)
+    assert len(texts & wanted) >= 0.98 * len(texts | wanted)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_is_found_is_what_the_syntax_tree_has() -> None:
         ("sklearn:digits#2000", {}, "asks for 2000 rows, but there are only 1797"),
     ],
 )
-def test_builtin_data_that_is_refused(name: str, options: dict[str, str], message: str) -> None:
+def test_builtin_data_refuses_bad_names_and_options(name: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load_rows(name, **options)  # type: ignore[arg-type]
     assert isinstance(caught.value, PeftlabError) and caught.value.key

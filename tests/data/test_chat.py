@@ -1,4 +1,4 @@
-"""Rows to text and trained characters, by hand."""
+"""Formatter turns rows into text and trained characters. The expected values are by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from peftlab.data.chat import Formatter
 from peftlab.errors import DataError, RecipeError
 
-# As templates that drop the thoughts of earlier turns: a later turn changes how an earlier one is written.
+# Like templates that drop the thoughts of earlier turns: a later turn changes the text of an earlier one.
 REWRITING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{{ m['content'] if loop.last or m['role'] == 'user' else '(past)' }}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -35,7 +35,7 @@ def trained_text(rendered: Any) -> list[str]:
     return [rendered.text[part.start : part.end] for part in rendered.parts if part.trained]
 
 
-def test_rows_of_text(tokenizer: Any) -> None:
+def test_formatter_trains_the_whole_text(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["text", "other"])
     assert f.style == "text"
     r = f.render({"text": "hello", "other": 1}, "here")
@@ -43,7 +43,7 @@ def test_rows_of_text(tokenizer: Any) -> None:
     assert f.render_prompt({"text": "hello"}, "here") == "hello"
 
 
-def test_rows_of_prompt_and_completion(tokenizer: Any) -> None:
+def test_formatter_trains_the_completion(tokenizer: Any) -> None:
     f = formatter(
         tokenizer, ["question", "completion", "prompt"], columns={"prompt": "question", "completion": "completion"}
     )
@@ -63,14 +63,14 @@ def test_rows_of_prompt_and_completion(tokenizer: Any) -> None:
         {"columns": {"messages": "a"}},
     ],
 )
-def test_row_of_a_file_without_the_column(tokenizer: Any, options: dict[str, Any]) -> None:
-    """As of distill.transfer, which is another file than the one that the columns were chosen by."""
+def test_formatter_refuses_a_row_without_the_column(tokenizer: Any, options: dict[str, Any]) -> None:
+    """distill.transfer is such a file: the columns were chosen from another file."""
     f = formatter(tokenizer, ["q", "a"], **options)
     with pytest.raises(DataError, match=r"^b\.csv:7: no column 'a'; found the columns 'q', 'x'$"):
         f.render({"q": "1+1", "x": None}, "b.csv:7")
 
 
-def test_completion_template(tokenizer: Any) -> None:
+def test_formatter_fills_a_completion_template(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "a"], template={"prompt": "{{Q}} {q}\n", "completion": "{a}!"})
     r = f.render({"q": "1+1", "a": 2}, "here")
     assert (r.text, trained_text(r)) == ("{Q} 1+1\n2!", ["2!"])
@@ -78,7 +78,7 @@ def test_completion_template(tokenizer: Any) -> None:
     assert f.prompt_row("3+3") == {"q": "3+3"}
 
 
-def test_chat_template_fields(tokenizer: Any) -> None:
+def test_formatter_fills_a_chat_template(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "a"], template={"system": "Be kind.", "user": "{q}", "assistant": "{a}"})
     r = f.render({"q": "hi", "a": "yo"}, "here")
     prompt = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -88,7 +88,7 @@ def test_chat_template_fields(tokenizer: Any) -> None:
     assert f.prompt_row("hi") == {"q": "hi"}
 
 
-def test_messages_with_many_turns(tokenizer: Any) -> None:
+def test_messages_train_every_assistant_turn(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["messages"])
     messages = [
         {"role": "system", "content": "S"},
@@ -112,19 +112,19 @@ def test_messages_may_come_as_an_array(tokenizer: Any) -> None:
     assert trained_text(r) == ["a<|im_end|>\n"]
 
 
-def test_row_without_assistant_trains_nothing(tokenizer: Any) -> None:
+def test_messages_without_assistant_train_nothing(tokenizer: Any) -> None:
     r = formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "here")
     assert trained_text(r) == []
 
 
 @pytest.mark.parametrize("value", [None, "text", [], {}, [{"role": "user"}], ["hi"]])
-def test_what_is_no_list_of_messages(tokenizer: Any, value: Any) -> None:
+def test_messages_column_refuses_other_values(tokenizer: Any, value: Any) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:3: expected a list of messages") as caught:
         formatter(tokenizer, ["messages"]).render({"messages": value}, "a.jsonl:3")
     assert caught.value.key == "data.columns.messages"
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+def test_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = REWRITING
     f = formatter(tokenizer, ["messages"])
     turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
@@ -134,13 +134,13 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None
     assert caught.value.key == "model.chat_template"
 
 
-def test_template_that_raises_names_the_row(tokenizer: Any) -> None:
+def test_chat_template_that_raises_names_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = REFUSING
     with pytest.raises(DataError, match=r"a\.jsonl:9: the chat template rejects .*only user turns"):
         formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "a.jsonl:9")
 
 
-def test_messages_need_a_chat_template(tokenizer: Any) -> None:
+def test_chat_template_missing_is_an_error(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         formatter(tokenizer, ["messages"])
@@ -149,14 +149,14 @@ def test_messages_need_a_chat_template(tokenizer: Any) -> None:
     assert caught.value.key == "data.template"
 
 
-def test_columns_that_are_not_there(tokenizer: Any) -> None:
+def test_formatter_refuses_missing_columns(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="found 'a', 'b'"):
         formatter(tokenizer, ["a", "b"])
     with pytest.raises(DataError, match=r"uses \{qq\}, but the columns are q, a"):
         formatter(tokenizer, ["q", "a"], template={"prompt": "{qq}", "completion": "{a}"})
 
 
-def test_broken_template_is_a_recipe_error(tokenizer: Any) -> None:
+def test_template_that_is_broken_is_a_recipe_error(tokenizer: Any) -> None:
     with pytest.raises(RecipeError, match="not a valid template"):
         formatter(tokenizer, ["q", "a"], template={"prompt": "{q", "completion": "{a}"})
 
@@ -170,7 +170,7 @@ def test_template_fields_are_column_names_only(tokenizer: Any, template: str) ->
         )
 
 
-def test_empty_cell_names_row_and_column(tokenizer: Any) -> None:
+def test_formatter_names_row_and_column_of_an_empty_cell(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "a"], template={"prompt": "{q}", "completion": "{a}"})
     with pytest.raises(DataError, match=r"a\.csv:7: column 'a' is empty"):
         f.render({"q": "x", "a": None}, "a.csv:7")
@@ -178,12 +178,12 @@ def test_empty_cell_names_row_and_column(tokenizer: Any) -> None:
         formatter(tokenizer, ["text"]).render({"text": 3}, "a.csv:7")
 
 
-def test_braces_in_the_data_are_data(tokenizer: Any) -> None:
+def test_formatter_keeps_braces_in_the_data(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "a"], template={"prompt": "{q}", "completion": "{a}"})
     assert f.render({"q": "{a} {", "a": "}"}, "here").text == "{a} {}"
 
 
-def test_prompt_of_several_columns_cannot_be_typed(tokenizer: Any) -> None:
+def test_prompt_row_refuses_a_prompt_of_several_columns(tokenizer: Any) -> None:
     f = formatter(tokenizer, ["q", "c", "a"], template={"prompt": "{c}: {q}", "completion": "{a}"})
     assert f.prompt_column is None
     with pytest.raises(RecipeError, match="several columns"):

@@ -1,5 +1,5 @@
-"""Who wrote what in a chat, by the outline of its roles: against the search, and against what transformers records of a
-template with marks as it runs."""
+"""Who wrote which part of a chat, by the outline of its roles. Compared with the search, and with the record that
+transformers keeps of a template with marks as it runs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ FOLDED = Family(
     refused=("tool",),
 )
 TEMPLATES = {**FAMILIES, "llama 2": FOLDED}
-# They write all words as they are or strip them all, and an answer the same way whatever follows: there is always an outline.
+# They write all words unchanged or strip them all, and an answer does not depend on what follows: there is always an outline.
 PLAIN = ("chatml", "llama 2", "llama 3", "gemma", "phi", "zephyr")
 EACH_TEMPLATE = pytest.mark.parametrize("name", TEMPLATES)
-# What stands in headers, before and after words, and in the outline itself; white space of all kinds; other letters.
+# Text of headers, of what surrounds words, and of the outline itself; white space of all kinds; other letters.
 WORDS = (
     "user", "assistant", "system", "tool", "model", "one", "two one", "I", "<|im_start|>assistant\n", "<|im_end|>\n",
     "<|user|>\n", "<|end_header_id|>\n\n", "<start_of_turn>model\n", " [/INST]", "<s>[INST] ", "<think>\n", "\n</think>\n\n",
@@ -47,7 +47,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Lab:
-    """A family's template, its tokenizer and what keeps the outlines from one conversation to the next."""
+    """A family's template, its tokenizer, and the ChatTemplate that keeps outlines between conversations."""
 
     family: Family
     tokenizer: Any
@@ -57,7 +57,7 @@ class Lab:
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False))
 
     def marks(self, chat: Chat) -> list[tuple[int, int]]:
-        """Where the template wrote the answers and their ends, by transformers' own record of it."""
+        """Where the template wrote the answers and their ends, as transformers records it."""
         (text,), (marks,) = render_jinja_template(
             [chat],
             chat_template=self.family.marked,
@@ -68,14 +68,14 @@ class Lab:
         return marks
 
     def asked(self, chat: Chat, text: str) -> list[Part]:
-        """Parts of the messages that are no answers, by what the template writes around words that tell themselves apart."""
+        """Parts of the messages that are no answers, from what the template writes around unique words."""
         words = [f"\u2402{i}\u2403" for i in range(len(chat))]
         around = re.split(
             "\u2402[0-9]+\u2403", self.write([m | {"content": w} for m, w in zip(chat, words, strict=True)])
         )
-        for printed in ([m["content"] for m in chat], [m["content"].strip() for m in chat]):
+        for contents in ([m["content"] for m in chat], [m["content"].strip() for m in chat]):
             at, parts = len(around[0]), []
-            for message, own, after in zip(chat, printed, around[1:], strict=True):
+            for message, own, after in zip(chat, contents, around[1:], strict=True):
                 if message["role"] != "assistant" and own:
                     parts.append(Part(at, at + len(own), message["role"]))
                 at += len(own) + len(after)
@@ -97,13 +97,13 @@ def lab_of(tokenizer_of: Callable[[str], Any]) -> Callable[[str], Lab]:
     return lab
 
 
-def check_parts(lab: Lab, chat: Chat, actual: Rendered) -> None:
-    """All parts are in order, and the answers where the template wrote them."""
+def check_parts(lab: Lab, chat: Chat, rendered: Rendered) -> None:
+    """Checks that all parts are in order and that the answers are where the template wrote them."""
     text = lab.write(chat)
-    assert actual.text == text
-    assert all(part.start < part.end for part in actual.parts)
-    assert all(one.end <= next_.start for one, next_ in pairwise(actual.parts))
-    answers = [part for part in actual.parts if part.trained]
+    assert rendered.text == text
+    assert all(part.start < part.end for part in rendered.parts)
+    assert all(one.end <= next_.start for one, next_ in pairwise(rendered.parts))
+    answers = [part for part in rendered.parts if part.trained]
     marks = lab.marks(chat)
     assert [part.start for part in answers] == [start for start, _ in marks]
     # A line break after the end of the turn is in the part, and no trained token.
@@ -111,7 +111,7 @@ def check_parts(lab: Lab, chat: Chat, actual: Rendered) -> None:
 
 
 def check(lab: Lab, chat: Chat) -> bool:
-    """Whether there is an outline for ``chat``; all parts are where the template wrote them, also by search."""
+    """Whether ``chat`` has an outline. Checks that outline and search find all parts where the template wrote them."""
     text = lab.write(chat)
     searched = lab.template._searched(chat, text, "here")
     check_parts(lab, chat, searched)
@@ -127,7 +127,7 @@ def check(lab: Lab, chat: Chat) -> bool:
 
 @st.composite
 def chats(draw: st.DrawFn, name: str) -> Chat:
-    """Any order of the roles a template takes; few different contents, so that one often stands elsewhere again."""
+    """Any order of the roles that a template takes. There are few contents, so they often repeat."""
     family = TEMPLATES[name]
     content = st.lists(st.sampled_from([*WORDS, *family.special]), max_size=4).map("".join) | st.text(max_size=5)
     pool = draw(st.lists(content | content.map(str.strip), min_size=1, max_size=3))
@@ -137,7 +137,7 @@ def chats(draw: st.DrawFn, name: str) -> Chat:
 
 
 @EACH_TEMPLATE
-def test_outline_search_and_marks_agree(lab_of: Callable[[str], Lab], name: str) -> None:
+def test_chat_outline_agrees_with_search_and_marks(lab_of: Callable[[str], Lab], name: str) -> None:
     lab = lab_of(name)
     outlined: list[bool] = []
 
@@ -150,7 +150,7 @@ def test_outline_search_and_marks_agree(lab_of: Callable[[str], Lab], name: str)
     assert all(outlined) if name in PLAIN else any(outlined)
 
 
-def test_outline_follows_from_the_roles_alone(lab_of: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_outline_depends_on_the_roles_alone(lab_of: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     template, seen = ChatTemplate(lab_of("chatml").tokenizer), []
     monkeypatch.setattr(template, "_outline", lambda roles: seen.append(roles))
     for roles in ("user assistant", "user user", "user assistant"):
@@ -162,17 +162,19 @@ def test_outline_follows_from_the_roles_alone(lab_of: Callable[[str], Lab], monk
     "message",
     [{"role": "user", "content": "one", "name": "I"}, {"role": "user", "content": [{"type": "text", "text": "one"}]}],
 )
-def test_messages_of_more_than_words_have_no_outline(lab_of: Callable[[str], Lab], message: dict[str, Any]) -> None:
+def test_chat_outline_is_none_for_messages_with_more_than_text(
+    lab_of: Callable[[str], Lab], message: dict[str, Any]
+) -> None:
     lab = lab_of("chatml")
     assert lab.template._outlined([message], lab.write([message])) is None
 
 
-# Where the two differ: the prompt for an answer is said to depend on words of the question, here so that it is not what the
-# text has at that place. The outline has the answer; the search, for which an answer is what follows the prompt, refuses.
+# Outline and search differ if the prompt for an answer depends on words of the question, here so that it is not what the
+# text has at that place. The outline has the answer. The search takes what follows the prompt as the answer, so it refuses.
 MOODY = FAMILIES["chatml"].template.removesuffix("{% endif %}") + (
     "{% if messages[-1].content.endswith('!') %}<think></think>{% endif %}{% endif %}"
 )
-# An answer of no words after which nothing is written: no part in the outline, and the search refuses.
+# An empty answer without an end gives no part in the outline, and the search refuses it.
 ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' if m.role == 'user' else '' }}{% endfor %}" + (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
@@ -185,7 +187,7 @@ ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' if m.role
         (ENDLESS, "go", "", [Part(6, 8, "user")]),
     ],
 )
-def test_only_the_search_refuses(
+def test_chat_outline_accepts_what_only_the_search_refuses(
     tokenizer_of: Callable[[str], Any], template: str, question: str, answer: str, parts: list[Part]
 ) -> None:
     tokenizer = tokenizer_of("tiny:llama")
@@ -198,7 +200,7 @@ def test_only_the_search_refuses(
         wrapped._searched(chat, rendered.text, "here")
 
 
-# As Mistral: no generation prompt, and a special token before a call. As gpt-oss: special tokens after the prompt.
+# Like Mistral: no generation prompt, and a special token before a call. Like gpt-oss: special tokens after the prompt.
 CALLING = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.tool_calls is defined %}"
     "[TOOL_CALLS] {{ m.tool_calls | tojson }}</s>{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
@@ -222,7 +224,7 @@ SAYING = {"role": "assistant", "content": "one"}
         (HEADED, SAYING, "header"),
     ],
 )
-def test_special_tokens_that_are_no_header(
+def test_chat_outline_tells_special_tokens_from_a_header(
     tokenizer_of: Callable[[str], Any], template: str, answer: dict[str, Any], flaw: str
 ) -> None:
     tokenizer = tokenizer_of("tiny:llama")
@@ -258,14 +260,14 @@ def _laid_out_by(change: Callable[..., Rendered | None]) -> Callable[[pytest.Mon
 
 
 def _shifted(right: Callable[..., Rendered | None], *args: Any) -> Rendered | None:
-    actual = right(*args)
-    return actual and replace(actual, parts=[replace(p, start=p.start + 1, end=p.end + 1) for p in actual.parts])
+    rendered = right(*args)
+    return rendered and replace(rendered, parts=[replace(p, start=p.start + 1, end=p.end + 1) for p in rendered.parts])
 
 
 def _any_text(right: Callable[..., Rendered | None], text: str, outline: Any, contents: Any) -> Rendered | None:
     pieces = [s for t, c in zip(outline, contents, strict=True) for s in (t.opening, t.lead, c, t.ending)]
-    actual = right("".join(pieces), outline, contents)
-    return actual and replace(actual, text=text)
+    rendered = right("".join(pieces), outline, contents)
+    return rendered and replace(rendered, text=text)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -282,17 +284,17 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def check_all(lab_of: Callable[[str], Lab]) -> None:
-    text = {"system": "one", "user": " one\n", "assistant": "one", "tool": "one "}
+    contents = {"system": "one", "user": " one\n", "assistant": "one", "tool": "one "}
     for name in ("chatml", "llama 3", "mistral", "qwen 3"):
         lab = lab_of(name)
         fresh = replace(lab, template=ChatTemplate(lab.tokenizer))
         for roles in ("user assistant", "user assistant assistant", "system user assistant tool assistant"):
-            chat = [{"role": r, "content": text[r]} for r in roles.split() if r not in lab.family.refused]
+            chat = [{"role": r, "content": contents[r]} for r in roles.split() if r not in lab.family.refused]
             assert check(fresh, chat), roles
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_deliberate_faults_are_caught(
+def test_chat_outline_comparison_catches_faults(
     lab_of: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     check_all(lab_of)

@@ -1,5 +1,5 @@
-"""Which tokens are trained under the templates people use. The templates are written for the purpose, in the manner of each
-family; the expected masks are worked out by hand, or transformers' own for the same template with its marks."""
+"""Which tokens are trained under common chat templates. The templates are written for these tests in the style of each
+family. The expected masks are by hand, or those of transformers for the same template with its marks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from peftlab.tasks.causal_lm import CausalLM
 
 @dataclass(frozen=True)
 class Family:
-    """special: tokens beside the tokenizer's own. eos: the tokenizer's end of text. masks: for ``DIALOG``, the text that is
+    """special: added special tokens. eos: the tokenizer's end of text. masks: for ``DIALOG``, the text that is
     trained, turn by turn. marked: the same template with transformers' own marks around what an assistant writes. Its line
-    breaks are expressions, for Jinja drops one that follows a mark. refused: roles the template has no turn for."""
+    breaks are expressions, because Jinja drops one that follows a mark. refused: roles that the template has no turn for."""
 
     template: str
     special: tuple[str, ...]
@@ -83,7 +83,7 @@ FAMILIES = {
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
         refused=("system",),
     ),
-    # Thoughts of turns before the last question are dropped; the last answer always has its thoughts, even empty ones.
+    # It drops thoughts of turns before the last question. The last answer always has its thoughts, even empty ones.
     "qwen 3": Family(
         "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
         "{% endfor %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
@@ -144,7 +144,7 @@ def equipped(tokenizer: Any, family: Family) -> Any:
 
 
 def merging(*, trim_offsets: bool = False) -> Any:
-    """A byte-level tokenizer with merges, some of them across what stands between a header and an answer."""
+    """A byte-level tokenizer with merges, some of them across the border of a header and an answer."""
     line, space = "\u010a", "\u0120"  # as byte-level vocabularies write them
     merges = [("]", space), (line, "o"), (space, "o"), ("n", "e"), (line, line)]
     words = ["<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
@@ -174,7 +174,7 @@ def encoded(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], 
 
 
 def trained(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
-    """The trained tokens as text, one piece for each run of them."""
+    """The trained tokens as text, one piece per run."""
     runs: list[list[int]] = [[]]
     for token, chosen in zip(*encoded(tokenizer, messages), strict=True):
         if chosen:
@@ -229,12 +229,12 @@ def chats(name: str) -> dict[str, list[dict[str, str]]]:
 
 
 @EACH_FAMILY
-def test_answers_and_their_ends_are_trained_and_nothing_else(make: Callable[[str], Any], name: str) -> None:
+def test_chat_masks_train_answers_and_their_ends_only(make: Callable[[str], Any], name: str) -> None:
     assert tuple(trained(make(name), dialog(name))) == FAMILIES[name].masks
 
 
 @EACH_FAMILY
-def test_words_of_an_answer_elsewhere_are_not_trained(make: Callable[[str], Any], name: str) -> None:
+def test_chat_masks_do_not_train_repeated_words_elsewhere(make: Callable[[str], Any], name: str) -> None:
     turns = [
         {"role": "user", "content": "say three three"},
         {"role": "assistant", "content": "three"},
@@ -247,11 +247,11 @@ def test_words_of_an_answer_elsewhere_are_not_trained(make: Callable[[str], Any]
 
 
 @EACH_FAMILY
-def test_dialog_that_ends_with_the_user(make: Callable[[str], Any], name: str) -> None:
+def test_chat_masks_of_a_dialog_that_ends_with_the_user(make: Callable[[str], Any], name: str) -> None:
     assert tuple(trained(make(name), dialog(name)[:-1])) == FAMILIES[name].masks[:2]
 
 
-def test_thoughts_of_the_last_answer_are_trained_those_of_earlier_ones_are_gone(make: Callable[[str], Any]) -> None:
+def test_chat_masks_train_thoughts_of_the_last_answer_only(make: Callable[[str], Any]) -> None:
     turns = [
         {"role": "user", "content": "a?"},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"},
@@ -264,11 +264,13 @@ def test_thoughts_of_the_last_answer_are_trained_those_of_earlier_ones_are_gone(
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
-        (" b?", "yes"),  # with the space it is not the "b?" that opens the last question
-        ("a?", "no<|im_end|>\nyes"),  # the end of a turn in the words of one
+        (" b?", "yes"),  # the space makes it differ from the "b?" of the last question
+        ("a?", "no<|im_end|>\nyes"),  # the words contain the end of a turn
     ],
 )
-def test_earlier_answers_are_found_among_the_like(make: Callable[[str], Any], question: str, answer: str) -> None:
+def test_chat_masks_locate_earlier_answers_among_similar_text(
+    make: Callable[[str], Any], question: str, answer: str
+) -> None:
     turns = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
@@ -278,7 +280,7 @@ def test_earlier_answers_are_found_among_the_like(make: Callable[[str], Any], qu
     assert trained(make("qwen 3"), turns) == [f"{answer}<|im_end|>", "<think>\n\n</think>\n\nyes<|im_end|>"]
 
 
-def test_tool_messages_are_not_trained(make: Callable[[str], Any]) -> None:
+def test_chat_masks_do_not_train_tool_messages(make: Callable[[str], Any]) -> None:
     turns = [
         {"role": "user", "content": "time?"},
         {"role": "assistant", "content": "<think>\nask\n</think>\n\ncall clock"},
@@ -293,13 +295,13 @@ def test_tool_messages_are_not_trained(make: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
-def test_system_turn_that_the_template_refuses(make: Callable[[str], Any], name: str) -> None:
+def test_chat_template_that_refuses_a_system_turn_names_the_row(make: Callable[[str], Any], name: str) -> None:
     with pytest.raises(DataError, match=r"record 1: the chat template rejects"):
         trained(make(name), DIALOG)
 
 
 def check_masks(tokenizer: Any, name: str) -> None:
-    """Ours, with and without the marks in the template, against those that transformers makes of the marks."""
+    """Checks our masks, with and without marks in the template, against those of transformers, which uses the marks."""
     for what, chat in chats(name).items():
         theirs = tokenizer.apply_chat_template(
             chat, chat_template=FAMILIES[name].marked, return_dict=True, return_assistant_tokens_mask=True
@@ -311,30 +313,30 @@ def check_masks(tokenizer: Any, name: str) -> None:
             assert mask == list(map(bool, theirs["assistant_masks"])), what
 
 
-# transformers 5.23 and we part in four cases, none of them here. A marked line break after the end of a turn: we never train
+# transformers 5.23 differs from us in four cases, none of them here. A marked line break after the end of a turn: we never train
 # it. An answer that begins in the first token of a row: nothing predicts that one. A block that ends with a letter of several
 # byte tokens: it marks the first of them only. A tokenizer that takes white space out of the offsets: see below.
 @EACH_FAMILY
 @pytest.mark.parametrize("merged", [False, True])
-def test_masks_are_those_of_transformers(make: Callable[..., Any], name: str, merged: bool) -> None:
+def test_chat_masks_equal_those_of_transformers(make: Callable[..., Any], name: str, merged: bool) -> None:
     check_masks(make(name, merged=merged), name)
 
 
 @EACH_FAMILY
-def test_token_across_the_start_of_an_answer_belongs_to_it(make: Callable[..., Any], name: str) -> None:
+def test_chat_masks_train_a_token_across_the_start_of_an_answer(make: Callable[..., Any], name: str) -> None:
     header = "]" if name == "mistral" else "\n"
     assert trained(make(name, merged=True), dialog(name))[0] == header + FAMILIES[name].masks[0]
 
 
-def test_answer_whose_first_character_no_token_has() -> None:
-    """This tokenizer takes the space out of the offsets of " one". From there on transformers 5.23 marks nothing in the row;
-    where no token has the last character of a block, it marks all that follows (its issue 47325)."""
+def test_chat_masks_train_an_answer_without_a_token_for_its_first_character() -> None:
+    """This tokenizer leaves the space out of the offsets of " one". From there on transformers 5.23 marks nothing in the row;
+    if no token has the last character of a block, it marks all that follows (its issue 47325)."""
     tokenizer = equipped(merging(trim_offsets=True), FAMILIES["chatml"])
     turns = [{"role": role, "content": " one"} for role in ("user", "assistant", "user", "assistant")]
     assert trained(tokenizer, turns) == [" one<|im_end|>", " one<|im_end|>"]
 
 
-def test_white_space_that_is_not_in_the_offsets_is_trained() -> None:
+def test_chat_masks_train_white_space_outside_the_offsets() -> None:
     tokenizer = equipped(merging(trim_offsets=True), FAMILIES["chatml"])
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "if a:\n    b c"}]
     assert trained(tokenizer, turns) == ["if a:\n    b c<|im_end|>"]
@@ -385,7 +387,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_deliberate_faults_are_caught(
+def test_chat_masks_comparison_catches_faults(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: str, merged: bool
 ) -> None:
     tokenizer = make("chatml", merged=merged)

@@ -22,38 +22,38 @@ def rows_of(values: list[Any]) -> Rows:
     )
 
 
-def test_values_become_text() -> None:
+def test_read_labels_converts_values_to_text() -> None:
     values = ["ham", " spam ", 3, 4.0, 2.5, True, False, -1.0, 0, "1.0"]
     expected = ["ham", "spam", "3", "4", "2.5", "true", "false", "-1", "0", "1.0"]
     assert read_labels(rows_of(values), "label") == expected
 
 
 @pytest.mark.parametrize("missing", [None, "", "  ", float("nan")])
-def test_missing_labels_are_counted_and_located(missing: Any) -> None:
+def test_read_labels_counts_and_locates_missing_labels(missing: Any) -> None:
     with pytest.raises(DataError) as info:
         read_labels(rows_of(["a", missing, "b", missing]), "label")
     assert str(info.value).startswith("2 of 4 rows have no label in the column 'label': a.csv:3, a.csv:5;")
     assert info.value.key == "data.columns.label"
 
 
-def test_only_the_first_missing_labels_are_named() -> None:
+def test_read_labels_names_only_the_first_missing_labels() -> None:
     with pytest.raises(DataError, match=r"^9 of 9 rows .*: a.csv:2, a.csv:3, a.csv:4, a.csv:5, a.csv:6, \.\.\.;"):
         read_labels(rows_of([None] * 9), "label")
 
 
-def test_unknown_column_has_the_key() -> None:
+def test_read_labels_of_an_unknown_column_names_the_key() -> None:
     with pytest.raises(DataError, match="did you mean 'label'") as info:
         read_labels(rows_of(["a"]), "lable", key="data.columns.label")
     assert info.value.key == "data.columns.label"
 
 
 @pytest.mark.parametrize(("value", "kind"), [(["a"], "list"), ({"a": 1}, "dict"), (b"a", "bytes")])
-def test_what_is_no_label(value: Any, kind: str) -> None:
+def test_read_labels_refuses_other_types(value: Any, kind: str) -> None:
     with pytest.raises(DataError, match=f"^a.csv:3: expected text, a number or true/false .* found {kind}$"):
         read_labels(rows_of(["a", value]), "label")
 
 
-def test_label_names_rename() -> None:
+def test_label_names_rename_labels() -> None:
     assert read_labels(rows_of([0, 1.0, "1"]), "label", label_names={"0": "ham", "1": "spam"}) == [
         "ham",
         "spam",
@@ -62,7 +62,7 @@ def test_label_names_rename() -> None:
     assert read_labels(rows_of([True]), "label", label_names={"true": "yes"}) == ["yes"]
 
 
-def test_value_that_label_names_lacks() -> None:
+def test_label_names_refuse_a_value_they_lack() -> None:
     with pytest.raises(DataError) as info:
         read_labels(rows_of(["pos", "negg"]), "label", label_names={"pos": "+", "neg": "-"})
     assert str(info.value) == (
@@ -72,7 +72,7 @@ def test_value_that_label_names_lacks() -> None:
     assert info.value.key == "data.label_names"
 
 
-def test_label_name_that_no_row_has() -> None:
+def test_label_names_refuse_a_name_that_no_row_has() -> None:
     names = {"0": "ham", "1": "spam", "2": "other"}
     with pytest.raises(DataError, match=r"^a.csv: no row has '2' in the column 'label', found '0', '1';") as info:
         read_labels(rows_of([0, 1]), "label", label_names=names)
@@ -80,7 +80,7 @@ def test_label_name_that_no_row_has() -> None:
     assert read_labels(rows_of([0, 1]), "label", label_names=names, all_names_used=False) == ["ham", "spam"]
 
 
-def test_bins_a_value_above_an_edge_is_in_the_next_bin() -> None:
+def test_bins_put_a_value_above_an_edge_into_the_next_bin() -> None:
     bins = ([-0.5, 0.5], ["negative", "neutral", "positive"])
     values = [-4, -0.5, "-0.49", "0.5", 0.51, " 3e0 ", "inf", "-inf"]
     expected = ["negative", "negative", "neutral", "neutral", "positive", "positive", "positive", "negative"]
@@ -101,13 +101,13 @@ def test_bins_and_label_names_exclude_each_other() -> None:
         read_labels(rows_of([1]), "label", label_names={"1": "one"}, bins=([0.0], ["low", "high"]))
 
 
-def test_classes_are_sorted_by_number_or_by_text() -> None:
+def test_class_names_are_sorted_by_number_or_by_text() -> None:
     assert class_names(["10", "9", "-1", "9"]) == ["-1", "9", "10"]
     assert class_names(["10", "9", "a"]) == ["10", "9", "a"]
     assert class_names(["1.5", "10.5", "2.5"]) == ["1.5", "10.5", "2.5"]
 
 
-def test_one_class_or_none_is_an_error() -> None:
+def test_class_names_refuse_one_class_or_none() -> None:
     with pytest.raises(DataError) as info:
         class_names(["ham"] * 412)
     assert str(info.value) == "one class only: 'ham' in all 412 rows; classification needs at least two"

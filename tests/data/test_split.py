@@ -43,7 +43,7 @@ def assert_is_partition(train: np.ndarray, held_out: np.ndarray, count: int) -> 
 
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(2, 300), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**32))
-def test_is_a_partition_of_the_right_size(count: int, fraction: float, seed: int) -> None:
+def test_split_rows_is_a_partition_of_the_right_size(count: int, fraction: float, seed: int) -> None:
     train, held_out = split_rows(rows_of(count), fraction=fraction, seed=seed)
     assert_is_partition(train, held_out, count)
     assert abs(len(held_out) - count * fraction) <= 1
@@ -54,7 +54,7 @@ def test_is_a_partition_of_the_right_size(count: int, fraction: float, seed: int
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), data=st.data(), seed=st.integers(0, 99))
-def test_stratified_split_keeps_the_proportions(sizes: list[int], data: st.DataObject, seed: int) -> None:
+def test_split_rows_with_labels_keeps_the_proportions(sizes: list[int], data: st.DataObject, seed: int) -> None:
     count = sum(sizes)
     if count < 2:
         return
@@ -70,47 +70,47 @@ def test_stratified_split_keeps_the_proportions(sizes: list[int], data: st.DataO
     if several <= num_rows <= count - len(sizes):
         assert all(1 <= n < size for n, size, _ in of_class if size > 1)
         assert all(n == 0 for n, size, _ in of_class if size == 1)
-    # Within one row of the exact share, unless "at least one on each side" needs more than that.
+    # Each count is within one row of the exact share, unless "at least one on each side" needs more.
     if all(share >= 1 and size - share >= 1 for _, size, share in of_class):
         assert all(abs(n - share) < 1 for n, _, share in of_class)
 
 
-def test_largest_remainder_by_hand() -> None:
-    # Shares of 10 of 100 rows: 6.1, 2.7, 1.2; the one row left over goes to the share with the largest remainder.
+def test_split_rows_rounds_by_largest_remainder() -> None:
+    # The shares of 10 of 100 rows are 6.1, 2.7, 1.2. The row left over goes to the share with the largest remainder.
     labels = labels_of([61, 27, 12])
     _, held_out = split_rows(rows_of(100), labels=labels)
     assert Counter(labels[i] for i in held_out) == {"class 0": 6, "class 1": 3, "class 2": 1}
 
 
-def test_rare_class_is_on_both_sides() -> None:
+def test_split_rows_puts_a_rare_class_on_both_sides() -> None:
     labels = labels_of([98, 2])
     train, held_out = split_rows(rows_of(100), labels=labels)
     assert Counter(labels[i] for i in held_out) == {"class 0": 9, "class 1": 1}
     assert Counter(labels[i] for i in train) == {"class 0": 89, "class 1": 1}
 
 
-def test_class_of_one_row_is_trained_on() -> None:
+def test_split_rows_trains_on_a_class_of_one_row() -> None:
     labels = labels_of([3, 1])
     train, held_out = split_rows(rows_of(4), num_rows=2, labels=labels)
     assert labels.index("class 1") in train
     assert len(held_out) == 2
 
 
-def test_seed_changes_the_split() -> None:
+def test_split_rows_changes_with_the_seed() -> None:
     rows, labels = rows_of(100), labels_of([50, 50])
     for given_labels in (None, labels):
         splits = {tuple(split_rows(rows, seed=seed, labels=given_labels)[1].tolist()) for seed in range(20)}
         assert len(splits) == 20
 
 
-def test_rows_are_drawn_evenly() -> None:
+def test_split_rows_draws_rows_evenly() -> None:
     hits = np.zeros(20)
     for seed in range(500):
         hits[split_rows(rows_of(20), fraction=0.5, seed=seed)[1]] += 1
     assert np.abs(hits - 250).max() < 5 * np.sqrt(500 * 0.25)  # five standard deviations
 
 
-def test_is_the_same_under_any_hash_seed() -> None:
+def test_split_rows_does_not_depend_on_the_hash_seed() -> None:
     program = (
         "from test_split import rows_of, labels_of, split_rows;"
         "print(split_rows(rows_of(40), labels=labels_of([20, 15, 5]))[1].tolist())"
@@ -130,20 +130,20 @@ def test_is_the_same_under_any_hash_seed() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_split_of_too_few_rows(count: int) -> None:
+def test_split_rows_refuses_too_few_rows(count: int) -> None:
     with pytest.raises(DataError, match=rf"^a.csv has {count} row\(s\), too few to hold some out; set data.eval$"):
         split_rows(rows_of(count))
 
 
 @pytest.mark.parametrize("num_rows", [0, 5, 6])
-def test_wrong_number_of_rows(num_rows: int) -> None:
+def test_split_rows_refuses_a_wrong_number_of_rows(num_rows: int) -> None:
     with pytest.raises(DataError, match=r"rows cannot be held out of the 5 rows of a.csv: expected 1 to 4") as info:
         split_rows(rows_of(5), num_rows=num_rows)
     assert info.value.key == "data.eval_rows"
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
-def test_split_refuses_a_wrong_share(fraction: float) -> None:
+def test_split_rows_refuses_a_wrong_share(fraction: float) -> None:
     with pytest.raises(DataError, match="expected a share between 0 and 1") as info:
         split_rows(rows_of(5), fraction=fraction)
     assert info.value.key == "data.eval_fraction"

@@ -1,4 +1,4 @@
-"""Which tokens are trained, who wrote them, and how answers end, against the plain loop over tokens and by hand."""
+"""Which tokens are trained, who wrote them, and how answers end, compared with a plain loop over tokens and by hand."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ EOS = 2
 
 @dataclass
 class Scripted:
-    """A tokenizer that gives each text the tokens written down for it."""
+    """A tokenizer that gives each text its scripted tokens."""
 
     script: dict[str, list[tuple[int, tuple[int, int]]]]
     eos_token_id: int | None = None
 
     def __call__(self, texts: list[str], **_: Any) -> Any:
         offsets = [[offset for _, offset in self.script[t]] for t in texts]
-        # Tokens without characters are those a tokenizer adds.
+        # A tokenizer adds tokens without characters.
         encodings = [SimpleNamespace(offsets=o, special_tokens_mask=[int(a == b) for a, b in o]) for o in offsets]
         return BatchEncoding({"input_ids": [[i for i, _ in self.script[t]] for t in texts]}, encodings, n_sequences=1)
 
 
 def by_loop(row: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[bool], list[str]]:
-    """Mask and roles of one row, token by token; without the end that is added and before the first is untrained."""
+    """Mask and roles of one row, token by token. It adds no end and does not untrain the first token."""
     trained, roles = [False] * len(ids), ["rest"] * len(ids)
     for part in row.parts:
         inside = [k for k, (a, b) in enumerate(offsets) if b > part.start and a < part.end]
@@ -53,7 +53,7 @@ def scripted_rows(draw: st.DrawFn) -> tuple[list[Rendered], dict[str, list[tuple
     for i in range(draw(st.integers(1, 4))):
         cuts = sorted(draw(st.sets(st.integers(1, 29), max_size=12)))
         bounds = [0, *cuts, 30]
-        # Some tokens lose the space in front of them, as byte-level tokenizers report it; some have no characters.
+        # Some tokens lose the space before them, as byte-level tokenizers report it. Some have no characters.
         offsets = [(a + (draw(st.booleans()) and b - a > 1), b) for a, b in pairwise(bounds)]
         if draw(st.booleans()):
             offsets.append((0, 0))
@@ -70,7 +70,7 @@ def scripted_rows(draw: st.DrawFn) -> tuple[list[Rendered], dict[str, list[tuple
 
 @settings(max_examples=200, deadline=None)
 @given(drawn=scripted_rows())
-def test_masks_and_roles_are_those_of_the_plain_loop(drawn: Any) -> None:
+def test_tokenize_gives_masks_and_roles_of_the_plain_loop(drawn: Any) -> None:
     rows, script = drawn
     got = tokenize(Scripted(script), rows, chat=True, stop_ids={EOS})
     for i, row in enumerate(rows):
@@ -101,14 +101,16 @@ OFFSETS = [(0, 2), (2, 3), (3, 6), (6, 6), (6, 8), (8, 9)]
         ([], [5] * 6, [0] * 6, []),
     ],
 )
-def test_trained_tokens(spans: Any, ids: list[int], expected: list[int], ended: list[int]) -> None:
+def test_tokenize_trains_the_tokens_of_each_span(
+    spans: Any, ids: list[int], expected: list[int], ended: list[int]
+) -> None:
     row = Rendered("abcdefgh\n", [Part(a, b, "answer", trained=True) for a, b in spans])
     got = tokenize(Scripted({row.text: list(zip(ids, OFFSETS, strict=True))}), [row], chat=True, stop_ids={EOS})
     assert got.trained.astype(int).tolist() == expected
     assert got.answer_ended.astype(int).tolist() == ended
 
 
-def test_open_answer_gets_its_end_and_the_rows_after_it_move() -> None:
+def test_tokenize_adds_the_end_of_an_open_answer() -> None:
     word = [(5, (0, 1)), (5, (1, 2))]
     script = {"qa": word, "qb": [(5, (0, 1)), (EOS, (1, 2))], "qc": [*word, (EOS, (0, 0))], "qd": word, "xx": word}
     rows = [Rendered(t, [Part(1, 2, "answer", trained=True)] if t != "xx" else []) for t in script]
@@ -145,6 +147,6 @@ def test_pieces_are_all_rows_in_order() -> None:
     ]
 
 
-def test_encoding_of_no_rows() -> None:
+def test_tokenize_of_no_rows_is_empty() -> None:
     got = tokenize(Scripted({}, eos_token_id=EOS), [], chat=True, stop_ids={EOS})
     assert len(got) == 0 and not len(got.ids) and np.array_equal(got.bounds, [0])

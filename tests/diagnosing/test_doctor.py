@@ -1,4 +1,4 @@
-"""`peftlab doctor`: every fact has its four texts, and whatever is broken becomes a row, never an exception."""
+"""`peftlab doctor`: every fact has four texts, and anything broken becomes a row, never an exception."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def report() -> dict[str, Any]:
     return doctor()
 
 
-def test_doctor_structure(report: dict[str, Any]) -> None:
+def test_doctor_report_has_sections_and_facts(report: dict[str, Any]) -> None:
     assert [section["title"] for section in report["sections"]] == TITLES
     facts = _facts(report)
     assert len(facts) == sum(len(section["facts"]) for section in report["sections"]), "names are unique in a section"
@@ -57,7 +57,7 @@ def test_doctor_this_environment_is_in_order(report: dict[str, Any]) -> None:
     assert facts["model hub: reachable"]["value"] == "not tried"
 
 
-def test_doctor_names_every_op_what_runs_it_and_tries_one(report: dict[str, Any]) -> None:
+def test_doctor_names_the_backend_of_every_op_and_tries_one(report: dict[str, Any]) -> None:
     import peftlab_kernels
 
     facts = _facts(report)
@@ -133,7 +133,7 @@ def test_doctor_module_that_does_not_import_is_a_row(
 
 
 def _torch_with_gpu(**cuda: Any) -> Any:
-    """Stands in for torch on a machine with one GPU."""
+    """A stand-in for torch on a machine with one GPU."""
     working = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -149,7 +149,7 @@ def _torch_with_gpu(**cuda: Any) -> Any:
     )
 
 
-def test_doctor_gpu_rows() -> None:
+def test_doctor_gpu_has_rows_for_name_memory_and_bf16() -> None:
     name, memory, bf16 = _gpus(_torch_with_gpu())
     assert (name["value"], name["detail"]) == ("A GPU", "compute capability 9.0")
     assert memory["value"] == "20.0 GiB free of 24.0 GiB"
@@ -216,7 +216,7 @@ def test_doctor_import_of_bitsandbytes_gets_no_code_from_the_hub(monkeypatch: py
     assert sys.modules["kernels"] is hub_kernels
 
 
-def test_doctor_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_reports_the_size_of_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cache" / "deep").mkdir(parents=True)
     (tmp_path / "cache" / "deep" / "file").write_bytes(b"x" * (1 << 20) * 103)
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
@@ -233,7 +233,9 @@ def test_doctor_reports_an_offline_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (fact["value"], fact["status"]) == ("not tried", "note")
 
 
-def test_doctor_reports_matrix_units_of_a_processor(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_the_matrix_units_of_a_processor(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peftlab import ops
 
     here = _facts(report)

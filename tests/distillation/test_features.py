@@ -1,4 +1,4 @@
-"""Losses between inner representations against loops in float64: values and gradients."""
+"""Losses between inner representations, compared with loops in float64: values and gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dot(x: Tensor, y: Tensor) -> float:
 
 
 def causal(lengths: list[int], T: int) -> Tensor:
-    """[B, 1, T, T]: a query sees the positions up to its own that are no padding; padded queries see nothing."""
+    """[B, 1, T, T]: a query sees the real positions up to its own. Padded queries see nothing."""
     real = torch.arange(T) < torch.tensor(lengths)[:, None]
     return (real[:, None, :] & real[:, :, None] & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
 
@@ -96,21 +96,21 @@ def check_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("fault", [None, lambda x: x * 2, lambda x: x.sum()[None].expand(6)])
-def test_hidden_mse_equals_the_reference(fault: Callable[[Tensor], Tensor] | None) -> None:
+def test_hidden_mse_equals_the_loop(fault: Callable[[Tensor], Tensor] | None) -> None:
     s, t = normal(6, 5), normal(6, 5, seed=1)
     want = torch.tensor(
         [sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)) / 5 for x, y in zip(s, t, strict=True)]
     )
-    actual = hidden_mse(s, t).float()
+    loss = hidden_mse(s, t).float()
     if fault is not None:
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(fault(actual), want)
+            torch.testing.assert_close(fault(loss), want)
         return
-    torch.testing.assert_close(actual, want)
+    torch.testing.assert_close(loss, want)
     check_gradient(lambda x: hidden_mse(x, t), s)
 
 
-def test_hidden_cosine_equals_the_reference() -> None:
+def test_hidden_cosine_equals_the_loop() -> None:
     s, t = normal(2, 3, 5), normal(2, 3, 5, seed=1)
     for b in range(2):
         for i in range(3):
@@ -134,7 +134,7 @@ def test_projector_bridges_widths_and_is_trained() -> None:
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_losses_equal_the_reference(kind: str, masked: bool) -> None:
+def test_attention_losses_equal_the_loop(kind: str, masked: bool) -> None:
     function = {"mse": attention_mse, "kl": attention_kl}[kind]
     s, t = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
     seen = causal([4, 2], 4) if masked else torch.ones(2, 1, 4, 4, dtype=torch.bool)
@@ -145,8 +145,8 @@ def test_attention_losses_equal_the_reference(kind: str, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("function", [attention_mse, attention_kl])
-def test_what_a_query_does_not_see_has_no_part(function: Loss) -> None:
-    """Scores of hidden keys may be anything, -inf as models write it included."""
+def test_attention_losses_ignore_hidden_keys(function: Loss) -> None:
+    """Scores of hidden keys may have any value, also the -inf that models write."""
     s, t, seen = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), causal([4, 2], 4)
     want = function(s, t, visible=seen)
     for filler in (-math.inf, 1e4, math.nan):
@@ -158,7 +158,7 @@ def test_what_a_query_does_not_see_has_no_part(function: Loss) -> None:
     assert not want[1, 2:].any(), "padded queries see nothing"
 
 
-def test_relation_needs_neither_equal_widths_nor_equal_heads() -> None:
+def test_relation_kl_needs_neither_equal_widths_nor_equal_heads() -> None:
     s, t, seen = normal(2, 4, 6), normal(2, 4, 10, seed=1), causal([4, 3], 4)
     want = truth_attention(relation_scores(s, 2), relation_scores(t, 2), seen, "kl")
     torch.testing.assert_close(relation_kl(s, t, num_heads=2, visible=seen), want)
@@ -170,7 +170,7 @@ def test_relation_needs_neither_equal_widths_nor_equal_heads() -> None:
         torch.testing.assert_close(relation_kl(s, t, num_heads=1, visible=seen), want)
 
 
-def test_relation_scaled_by_the_other_width_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relation_kl_comparison_catches_a_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     s, t = normal(1, 4, 6), normal(1, 4, 10, seed=1)
     want = truth_attention(relation_scores(s, 2), relation_scores(t, 2), torch.ones(1, 1, 4, 4, dtype=torch.bool), "kl")
     torch.testing.assert_close(relation_kl(s, t, num_heads=2), want)
@@ -180,7 +180,7 @@ def test_relation_scaled_by_the_other_width_is_caught(monkeypatch: pytest.Monkey
         torch.testing.assert_close(relation_kl(s, t, num_heads=2), want)
 
 
-def test_similarities_over_the_other_texts() -> None:
+def test_similarity_losses_equal_the_loop() -> None:
     s, t = normal(5, 3), normal(5, 7, seed=1)
     cosines = []
     for x in (s, t):
@@ -202,7 +202,7 @@ def test_similarities_over_the_other_texts() -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_16_bit_states_are_summed_in_float32(half: torch.dtype) -> None:
+def test_feature_losses_sum_16_bit_states_in_float32(half: torch.dtype) -> None:
     s, t = normal(2, 4, 64).to(half), normal(2, 4, 64, seed=1).to(half)
     for function in (hidden_mse, hidden_cosine, lambda a, b: relation_kl(a, b, num_heads=4)):
         loss = function(s, t)
@@ -211,7 +211,7 @@ def test_16_bit_states_are_summed_in_float32(half: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("function", [hidden_mse, hidden_cosine, similarity_mse, similarity_kl])
-def test_teacher_gets_no_gradient(function: Loss) -> None:
+def test_feature_losses_give_the_teacher_no_gradient(function: Loss) -> None:
     s, t = normal(3, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()
     function(s, t).sum().backward()
     assert s.grad is not None and t.grad is None
@@ -231,6 +231,6 @@ def test_teacher_gets_no_gradient(function: Loss) -> None:
         (lambda: similarity_mse(normal(2, 3), normal(3, 3)), r"embeddings \[N, H\]"),
     ],
 )
-def test_wrong_input_is_refused(call: Callable[[], Any], message: str) -> None:
+def test_feature_losses_refuse_wrong_input(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""The gradient doctor against closed forms in float64, and what it warns of."""
+"""The gradient doctor, compared with closed forms in float64, and its warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftlab.errors import RecipeError
 def models(
     N: int = 64, V: int = 3000, *, noise: float = 0.5, peak: float = 4.0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits as a language model's: a few likely tokens on a long tail; the student is the teacher and some noise."""
+    """Logits like a language model's, with a few likely tokens and a long tail. The student is the teacher plus noise."""
     g = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(V, generator=g) for _ in range(N)])
     teacher = torch.zeros(N, V).scatter(1, order, -peak * torch.log(torch.arange(1.0, V + 1)).expand(N, V) / 2)
@@ -36,7 +36,7 @@ def softmax(z: Tensor, T: float) -> Tensor:
 def gradients(
     student: Tensor, teacher: Tensor, targets: Tensor, T: float, k: int, tail: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of T^2 KL, of CE and of T^2 times the sparse KL, in closed form, summed over tokens."""
+    """Gradients of T^2 KL, of CE and of T^2 times the sparse KL, in closed form, summed over tokens."""
     q, p = softmax(student, T), softmax(teacher, T)
     hard = softmax(student, 1.0)
     hard[torch.arange(len(targets)), targets] -= 1
@@ -51,7 +51,7 @@ def gradients(
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalized"])
 @pytest.mark.parametrize("T", [1.0, 2.0])
-def test_norms_and_angle_are_those_of_the_closed_forms(T: float, tail: Any) -> None:
+def test_gradient_report_equals_the_closed_forms(T: float, tail: Any) -> None:
     student, teacher, targets = models(N=17, V=300)
     kd, ce, sparse = gradients(student, teacher, targets, T, 12, tail)
     cosine = float((kd * sparse).sum() / (kd.norm() * sparse.norm()))
@@ -71,8 +71,8 @@ def test_norms_and_angle_are_those_of_the_closed_forms(T: float, tail: Any) -> N
 
 
 @pytest.mark.parametrize("width", [8, 500])
-def test_gradients_of_the_head(width: int) -> None:
-    """Exact for narrow hidden states; of wide ones random directions give norms and angles within a few percent."""
+def test_gradient_report_of_the_head_equals_the_closed_forms(width: int) -> None:
+    """Exact for narrow hidden states. For wide ones, random directions give norms and angles within a few percent."""
     student, teacher, targets = models(N=40, V=300)
     hidden = torch.randn(40, width, generator=torch.Generator().manual_seed(1)) + 1.0
     kd, ce, sparse = (g.T @ hidden.double() for g in gradients(student, teacher, targets, 2.0, 12, "renormalized"))
@@ -88,7 +88,7 @@ def test_gradients_of_the_head(width: int) -> None:
     assert report.angle_deg == pytest.approx(math.degrees(math.acos(cosine)), rel=near)
 
 
-def test_stored_classes_of_the_run_itself() -> None:
+def test_gradient_report_on_stored_classes_equals_the_closed_form() -> None:
     student, teacher, targets = models(N=9, V=300)
     _, _, sparse = gradients(student, teacher, targets, 2.0, 12, "bucket")
     report = gradient_report(student, SparseTarget.from_logits(teacher, 12, temperature=2.0), targets, temperature=2.0)
@@ -97,7 +97,7 @@ def test_stored_classes_of_the_run_itself() -> None:
     assert (report.k, report.tail, report.warnings) == (12, "bucket", [])
 
 
-def test_sound_choice_gets_no_warning() -> None:
+def test_gradient_report_has_no_warning_for_a_sound_choice() -> None:
     student, teacher, targets = models()
     report = gradient_report(student, teacher, targets, hard_weight=0.5, k=50)
     assert not report.warnings, report
@@ -106,7 +106,7 @@ def test_sound_choice_gets_no_warning() -> None:
 
 
 @pytest.mark.parametrize(("scale_by_t2", "message"), [(True, "T\\^2 = 16 is applied"), (False, "T\\^2 is not applied")])
-def test_temperature_that_shrinks_the_term(scale_by_t2: bool, message: str) -> None:
+def test_gradient_report_warns_of_a_temperature_that_shrinks_the_term(scale_by_t2: bool, message: str) -> None:
     student, teacher, targets = models(noise=2.0)
     report = gradient_report(student, teacher, targets, temperature=4.0, scale_by_t2=scale_by_t2)
     (warning,) = report.warnings
@@ -116,8 +116,8 @@ def test_temperature_that_shrinks_the_term(scale_by_t2: bool, message: str) -> N
     assert message.replace("\\", "") in warning
 
 
-def test_few_classes_bear_a_higher_temperature() -> None:
-    """Ten classes and logits small against T: the factor T^2 keeps the gradient."""
+def test_gradient_report_accepts_a_higher_temperature_for_few_classes() -> None:
+    """With ten classes and logits small against T, the factor T^2 keeps the gradient."""
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(50, 10, generator=g), torch.randn(50, 10, generator=g)
     assert not gradient_report(student, teacher, torch.zeros(50, dtype=torch.int64), temperature=4.0).warnings
@@ -126,14 +126,14 @@ def test_few_classes_bear_a_higher_temperature() -> None:
     ).warnings
 
 
-def test_weight_that_leaves_noise() -> None:
+def test_gradient_report_warns_of_a_hard_weight_that_leaves_noise() -> None:
     student, teacher, targets = models(noise=0.1)
     report = gradient_report(student, teacher, targets, hard_weight=0.9)
     (warning,) = report.warnings
     assert f"the teacher's term is {report.weighted_ratio:.3g} of the labels' term with hard_weight 0.9" in warning
 
 
-def test_renormalized_classes_of_a_good_student() -> None:
+def test_gradient_report_warns_of_renormalized_classes() -> None:
     student, teacher, targets = models(noise=0.1, peak=2.0)
     report = gradient_report(student, teacher, targets, k=12, tail="renormalized")
     (warning,) = report.warnings
@@ -148,7 +148,7 @@ def test_renormalized_classes_of_a_good_student() -> None:
     assert "the error cannot be measured" in unmeasured
 
 
-def test_gradients_of_a_perfect_student() -> None:
+def test_gradient_report_of_a_perfect_student() -> None:
     _, teacher, targets = models(N=4, V=50)
     for student in (teacher, teacher + 3.0):
         report = gradient_report(student, teacher, targets, k=3, temperature=2.0, hard_weight=0.5)
@@ -166,20 +166,20 @@ class LargestOutput(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else (out,):
-            # A view of the inputs is no tensor of its own.
+            # A view of the inputs allocates nothing.
             if isinstance(value, Tensor) and not value._is_view():
                 self.numel = max(self.numel, value.numel())
         return out
 
 
-def test_only_chunks_of_float32_logits_exist() -> None:
+def test_gradient_report_makes_only_chunks_of_float32_logits() -> None:
     student, teacher, targets = (x.bfloat16() if x.is_floating_point() else x for x in models(N=40, V=100))
     with LargestOutput() as largest:
         gradient_report(student, teacher, targets, temperature=2.0, k=10, chunk_bytes=4 * 100 * 8)
     assert largest.numel == 8 * 100
 
 
-def test_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_report_comparison_catches_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, targets = models(N=5, V=40)
     kd, ce, _ = gradients(student, teacher, targets, 2.0, 5, "bucket")
     right = gradients_module._gradient
@@ -191,7 +191,7 @@ def test_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.ce_norm != pytest.approx(float(ce.norm()) / 5, rel=1e-4)
 
 
-def test_inputs_are_left_alone_and_no_graph_is_built() -> None:
+def test_gradient_report_keeps_its_inputs_and_builds_no_graph() -> None:
     student, teacher, targets = models(N=4, V=30)
     student.requires_grad_()
     before = student.detach().clone()
@@ -200,7 +200,7 @@ def test_inputs_are_left_alone_and_no_graph_is_built() -> None:
     assert torch.equal(student.detach(), before) and student.grad is None
 
 
-def test_wrong_input_is_refused() -> None:
+def test_gradient_report_refuses_wrong_input() -> None:
     student, teacher, targets = models(N=3, V=20)
     with pytest.raises(ValueError, match="at least one token"):
         gradient_report(student[:0], teacher[:0], targets[:0])

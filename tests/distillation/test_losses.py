@@ -1,4 +1,4 @@
-"""Per-token losses on logits against formulas written out in probabilities, in float64: values and gradients."""
+"""Per-token losses on logits, compared with formulas in probabilities, in float64: values and gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftlab.distillation.losses import cross_entropy, divergence
 from peftlab.ops import DIVERGENCES
 
 Loss = Callable[..., Tensor]
-# float32 sums of V terms of order 1; of float32 logits the rounding of z / T is multiplied by at most |log p - log q|.
+# float32 sums of V terms of order 1. The rounding of z / T in float32 is multiplied by at most |log p - log q|.
 RTOL, ATOL = 2e-5, 2e-6
 CASES = [
     ("forward_kl", 0.5),
@@ -39,7 +39,7 @@ def probabilities(z: Tensor, temperature: float) -> Tensor:
 
 
 def truth(z_s: Tensor, z_t: Tensor, kind: str, temperature: float, share: float, t2: bool) -> tuple[Tensor, Tensor]:
-    """Losses and their gradients for the student's logits, both in closed form.
+    """Losses and their gradients with respect to the student's logits, both in closed form.
 
     With c = dD/dq the gradient is q (c - sum q c) / T.
     """
@@ -94,7 +94,7 @@ def check(
     torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=atol)
     rounding = 2**-8 if student.dtype == torch.bfloat16 else 0.0
     scale = float(want_gradient.abs().max()) if want_gradient.numel() else 0.0
-    # A gradient is a difference of probabilities, near 1 where one class has all: it cannot be closer than they are rounded.
+    # A gradient is a difference of probabilities, near 1 if one class has all mass, so it has at least their rounding.
     least = 8 * torch.finfo(torch.float64).eps * (temperature if t2 else 1 / temperature)
     torch.testing.assert_close(
         gradient.double(), want_gradient, rtol=rtol + rounding, atol=(1e-12 if exact else RTOL) * scale + least
@@ -104,7 +104,7 @@ def check(
 @pytest.mark.parametrize("t2", [True, False], ids=["T2", "no T2"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
 @pytest.mark.parametrize(("kind", "share"), CASES)
-def test_agrees_with_the_formula(kind: str, share: float, temperature: float, t2: bool) -> None:
+def test_divergence_equals_the_formula(kind: str, share: float, temperature: float, t2: bool) -> None:
     check(divergence, kind, share, temperature, t2=t2)
     check(divergence, kind, share, temperature, t2=t2, dtype=torch.float64)
 
@@ -118,15 +118,15 @@ def test_agrees_with_the_formula(kind: str, share: float, temperature: float, t2
     std=st.floats(0.1, 8.0),
     t2=st.booleans(),
 )
-def test_agrees_at_any_shape(
+def test_divergence_equals_the_formula_at_any_shape(
     case: tuple[str, float], temperature: float, V: int, seed: int, std: float, t2: bool
 ) -> None:
     check(divergence, *case, temperature, t2=t2, V=V, seed=seed, std=std, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("kind", "share"), CASES)
-def test_sums_are_float32_for_16_bit_logits(kind: str, share: float) -> None:
-    """The bug of a bfloat16 log-softmax: the loss of bfloat16 logits is that of the same numbers in float32."""
+def test_divergence_sums_16_bit_logits_in_float32(kind: str, share: float) -> None:
+    """The bug is a bfloat16 log-softmax. The loss of bfloat16 logits equals that of the same numbers in float32."""
     student, teacher = logits(4, 500, dtype=torch.bfloat16)
     loss = divergence(student, teacher, kind=kind, share=share)
     assert torch.equal(loss, divergence(student.float(), teacher.float(), kind=kind, share=share))
@@ -188,13 +188,13 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("kind", "share"), [CASES[0], CASES[1], CASES[2], CASES[4], CASES[7]])
-def test_deliberate_faults_are_caught(fault: Loss, kind: str, share: float) -> None:
+def test_divergence_comparison_catches_faults(fault: Loss, kind: str, share: float) -> None:
     with pytest.raises(AssertionError):
         check(fault, kind, share, 2.0)
 
 
-def test_teacher_entropy_left_out_is_caught() -> None:
-    """The 'forward KL' that is a cross-entropy: right gradient, a value that never reaches 0."""
+def test_divergence_comparison_catches_a_missing_teacher_entropy() -> None:
+    """A 'forward KL' that is a cross-entropy has the right gradient, but its value never reaches 0."""
 
     def soft_cross_entropy(s: Tensor, t: Tensor, *, temperature: float, **_: Any) -> Tensor:
         p = probabilities(t, temperature).float()
@@ -205,8 +205,8 @@ def test_teacher_entropy_left_out_is_caught() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_jsd_ends_by_its_formula_are_caught(share: float) -> None:
-    """At both ends m is one of the two, and the formula gives 0 for all models."""
+def test_divergence_comparison_catches_jsd_ends_by_the_formula(share: float) -> None:
+    """At both ends m is one of the two distributions, and the formula gives 0 for all models."""
 
     def by_the_formula(s: Tensor, t: Tensor, **settings: Any) -> Tensor:
         return 0.0 * divergence(s, t, **settings)
@@ -217,7 +217,7 @@ def test_jsd_ends_by_its_formula_are_caught(share: float) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(case=st.sampled_from(CASES), temperature=st.floats(0.3, 10.0), seed=st.integers(0, 99), shift=st.floats(-50, 50))
-def test_perfect_student_has_no_loss_and_no_gradient(
+def test_divergence_of_a_perfect_student_has_no_loss_and_no_gradient(
     case: tuple[str, float], temperature: float, seed: int, shift: float
 ) -> None:
     student, _ = logits(3, 20, seed=seed, dtype=torch.float64)
@@ -225,21 +225,21 @@ def test_perfect_student_has_no_loss_and_no_gradient(
     loss, gradient = loss_and_grad(
         divergence, student, student + shift, kind=kind, share=share, temperature=temperature
     )
-    # Total variation grows with |p - q| and not with its square, and has the sign of rounding as gradient.
+    # Total variation grows with |p - q|, not with its square, and its gradient has the sign of rounding.
     assert loss.abs().max() <= (1e-12 if kind != "tvd" else 1e-12 * temperature**2)
     if kind != "tvd":
         assert gradient.abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tvd"])
-def test_perfect_student_is_0_to_the_bit_in_float32(kind: str) -> None:
+def test_divergence_of_a_perfect_student_is_0_to_the_bit_in_float32(kind: str) -> None:
     student, _ = logits(7, 1000)
     loss, gradient = loss_and_grad(divergence, student, student.clone(), kind=kind)
     assert not loss.any()
     assert gradient.abs().max() <= 1e-7
 
 
-def test_teacher_gets_no_gradient() -> None:
+def test_divergence_gives_the_teacher_no_gradient() -> None:
     student, teacher = logits(3, 8)
     student.requires_grad_(), teacher.requires_grad_()
     for kind in DIVERGENCES:
@@ -248,8 +248,8 @@ def test_teacher_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_classes_that_do_not_exist_count_for_nothing(kind: str) -> None:
-    """Columns of -inf on both sides equal their absence; of zeros they do not."""
+def test_divergence_ignores_classes_that_do_not_exist(kind: str) -> None:
+    """Columns of -inf on both sides equal absent columns. Columns of zeros do not."""
     student, teacher = logits(4, 9, dtype=torch.float64)
     minus = torch.full((4, 3), -math.inf, dtype=torch.float64)
     want, want_gradient = loss_and_grad(divergence, student, teacher, kind=kind, share=0.3)
@@ -262,7 +262,7 @@ def test_classes_that_do_not_exist_count_for_nothing(kind: str) -> None:
     assert (divergence(*zeros, kind=kind, share=0.3) - want).abs().max() > 1e-3
 
 
-def test_cross_entropy_is_that_of_torch_to_the_bit() -> None:
+def test_cross_entropy_equals_torch_to_the_bit() -> None:
     student, _ = logits(6, 11, dtype=torch.bfloat16)
     targets = torch.arange(6)
     want = torch.nn.functional.cross_entropy(student.float(), targets, reduction="none")
@@ -271,7 +271,7 @@ def test_cross_entropy_is_that_of_torch_to_the_bit() -> None:
     torch.testing.assert_close(want.double(), plain, rtol=1e-6, atol=1e-6)
 
 
-def test_no_rows_and_one_class() -> None:
+def test_divergence_of_no_rows_and_of_one_class() -> None:
     empty = torch.zeros(0, 5, requires_grad=True)
     divergence(empty, torch.zeros(0, 5)).sum().backward()
     assert empty.grad is not None and empty.grad.shape == (0, 5)
@@ -289,6 +289,6 @@ def test_no_rows_and_one_class() -> None:
         (lambda: cross_entropy(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64)), r"found \[2, 5\] and \[3\]"),
     ],
 )
-def test_wrong_input_is_refused(call: Callable[[], Tensor], message: str) -> None:
+def test_losses_refuse_wrong_input(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,6 +1,6 @@
-"""The step loss: invariance to how a step is cut, and the bugs people make, each of which the same check catches.
+"""The step loss does not depend on how a step is cut, and one check catches each of the common bugs.
 
-Student and teacher are small enough to write their step loss down token by token in float64: logits at a position are
+Student and teacher are small enough to compute their step loss token by token in float64. Logits at a position are
 ``W E[token]``, so that padding, packing and micro-batches change nothing that a model computes.
 """
 
@@ -47,7 +47,7 @@ class Bigram:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of which those from ``prompt`` on are trained."""
+    """Token ids, trained from ``prompt`` on."""
 
     ids: tuple[int, ...]
     prompt: int
@@ -57,13 +57,13 @@ class Text:
         return [i >= max(self.prompt, 1) for i in range(len(self.ids))]
 
 
-# A long prompt with one trained token, a text without prompt, a trained last token that is also the longest row.
+# A long prompt with one trained token, a text without a prompt, and a trained last token in the longest row.
 TEXTS = (Text((3, 4, 5, 6, 7), 4), Text((8, 9, 1), 0), Text((2, 2, 10, 11, 12, 3, 1), 3), Text((5, 1), 1))
 
 
 @dataclass
 class Layout:
-    """How texts become micro-batches; the step loss depends on none of it."""
+    """How texts become micro-batches. The step loss does not depend on it."""
 
     micro_batches: Sequence[Sequence[Text]] = (TEXTS,)
     left: bool = False
@@ -90,7 +90,7 @@ def batch(texts: Sequence[Text], layout: Layout) -> tuple[Tensor, Tensor]:
 def step(
     student: Bigram, teacher: Bigram, choice: dict[str, Any], layout: Layout, *, k: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step loss and the gradients of the student's E and W, as the training loop forms them."""
+    """Step loss and the gradients of the student's E and W, as the training loop computes them."""
     own = student.leaves()
     batches = [batch(texts, layout) for texts in layout.micro_batches]
     weight = sum(objective.num_targets(trained) for _, trained in batches)
@@ -114,7 +114,7 @@ def step(
 def truth(
     student: Bigram, teacher: Bigram, *, temperature: float, hard_weight: float, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for forward KL, from the texts alone: each trained token, predicted from the token before it."""
+    """The same for forward KL, from the texts alone. The token before predicts each trained token."""
     E, W = student.E.double(), student.W.double()
     pairs = [(t.ids[i - 1], t.ids[i]) for t in TEXTS for i in range(1, len(t.ids)) if i >= t.prompt]
     loss, grad_E, grad_W = 0.0, torch.zeros_like(E), torch.zeros_like(W)
@@ -156,7 +156,7 @@ choices = st.fixed_dictionaries(
 
 
 def check() -> None:
-    """Uneven micro-batches against the texts' own sums: what every bug below must fail."""
+    """Compares uneven micro-batches with sums over the texts. Every bug below must fail it."""
     for layout in (
         Layout(),
         Layout([TEXTS[:1], TEXTS[1:3], TEXTS[3:]], extra_padding=2),
@@ -167,7 +167,7 @@ def check() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.3, 1.0])
-def test_step_loss_is_what_the_texts_say(temperature: float, hard_weight: float) -> None:
+def test_step_loss_equals_the_sum_over_the_texts(temperature: float, hard_weight: float) -> None:
     choice = {"temperature": temperature, "hard_weight": hard_weight}
     assert_same(step(STUDENT, TEACHER, choice, Layout()), truth(STUDENT, TEACHER, **choice))
     check()
@@ -184,7 +184,7 @@ def test_step_loss_is_what_the_texts_say(temperature: float, hard_weight: float)
     packed=st.booleans(),
     chunk=st.none() | st.integers(1, 9),
 )
-def test_nothing_depends_on_how_a_step_is_cut(
+def test_step_loss_does_not_depend_on_how_a_step_is_cut(
     choice: dict[str, Any],
     order: list[Text],
     cuts: set[int],
@@ -194,7 +194,7 @@ def test_nothing_depends_on_how_a_step_is_cut(
     packed: bool,
     chunk: int | None,
 ) -> None:
-    """Micro-batch split, order, padding side, amount and ids, packing, chunk size (contract C3)."""
+    """Varies micro-batch split, order, padding side, amount and ids, packing, and chunk size (contract C3)."""
     bounds = [0, *sorted(cuts), len(order)]
     parts = [order[a:b] for a, b in itertools.pairwise(bounds)]
     layout = Layout(parts, left=left, extra_padding=extra, packed=packed, chunk=chunk, pad_ids=pad_ids)
@@ -203,10 +203,10 @@ def test_nothing_depends_on_how_a_step_is_cut(
 
 @settings(max_examples=30, deadline=None)
 @given(choice=choices, own=st.integers(0, 5), taught=st.integers(0, 5), std=st.floats(0.0, 20.0))
-def test_padded_columns_of_either_side_change_nothing(
+def test_step_loss_ignores_padded_columns_of_either_side(
     choice: dict[str, Any], own: int, taught: int, std: float
 ) -> None:
-    """Columns beyond the shared width may hold anything; cut off, they have neither probability nor gradient."""
+    """Columns beyond the shared width may hold anything. They are cut off and get neither probability nor gradient."""
     g = torch.Generator().manual_seed(5)
     wide = [
         Bigram(m.E, torch.cat([m.W, std * torch.randn(n, m.W.shape[1], generator=g, dtype=torch.float64)]))
@@ -241,20 +241,20 @@ def test_hard_weight_0_needs_no_labels() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_all_classes_stored_is_dense(temperature: float) -> None:
+def test_step_loss_with_all_classes_stored_is_dense(temperature: float) -> None:
     choice = {"temperature": temperature, "hard_weight": 0.3}
     assert_same(step(STUDENT, TEACHER, choice, Layout(), k=V), step(STUDENT, TEACHER, choice, Layout()))
 
 
 @settings(max_examples=20, deadline=None)
 @given(choice=choices.filter(lambda c: c["kind"] != "tvd"))
-def test_perfect_student_has_no_loss_and_no_gradient(choice: dict[str, Any]) -> None:
+def test_step_loss_of_a_perfect_student_is_0_without_gradient(choice: dict[str, Any]) -> None:
     perfect = step(TEACHER, TEACHER, {**choice, "hard_weight": 0.0}, Layout())
     assert_same(perfect, [torch.zeros_like(x) for x in perfect])
 
 
-def test_first_and_last_completion_token_count() -> None:
-    """Each trained token alone, of a text whose others are not: the rows selected are the ones before them."""
+def test_select_counts_the_first_and_last_completion_token() -> None:
+    """Trains one token of a text at a time. The selected row is the one before it."""
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     for at in range(1, 5):
         trained = torch.zeros(1, 5, dtype=torch.bool)
@@ -266,7 +266,7 @@ def test_first_and_last_completion_token_count() -> None:
     assert objective.num_targets(first) == len(objective.select(ids, first)) == 0
 
 
-# The list "bugs people make": each is put in place of what is right, and the check above has to notice.
+# Common bugs: each replaces the right code, and the check above must notice it.
 
 
 def test_bug_mean_over_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_bug_batchmean_divides_by_rows_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bug_mean_of_means_over_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right for one micro-batch, and for several only when they have equally many targets."""
+    """The bug is right for one micro-batch, and for several only if they have equally many targets."""
     monkeypatch.setattr(objective, "num_targets", lambda trained: 1)
     right = objective.combine
 
@@ -292,7 +292,7 @@ def test_bug_mean_of_means_over_micro_batches(monkeypatch: pytest.MonkeyPatch) -
     caught()
 
 
-def test_objective_without_t2_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_t2_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "divergence", _without("scale_by_t2", False, losses.divergence))
     caught()
 
@@ -323,7 +323,7 @@ def test_bug_logits_not_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bug_mask_not_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first completion token is never distilled, and the position after the last one is."""
+    """The bug skips the first completion token and distills the position after the last one."""
     monkeypatch.setattr(objective, "select", lambda values, trained: values[:, :-1][trained[:, :-1]])
     monkeypatch.setattr(objective, "select_targets", lambda ids, trained: ids[:, 1:][trained[:, :-1]])
     monkeypatch.setattr(objective, "num_targets", lambda trained: int(trained[:, :-1].sum()))
@@ -331,8 +331,8 @@ def test_bug_mask_not_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bug_targets_offset_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers give with a prompt's token the distribution it was drawn from, and None for the first: one further on
-    than logits are."""
+    """Servers return with a prompt's token the distribution that it was drawn from, and None for the first. This is one
+    position later than logits."""
     right = objective.select
     calls: list[int] = []
 
@@ -361,7 +361,7 @@ def test_bug_padding_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bug_packed_text_predicted_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Harmless in rows of their own, where nothing precedes a first token."""
+    """The bug is harmless for texts in separate rows, where nothing precedes a first token."""
     monkeypatch.setattr(Text, "trained", property(lambda text: [i >= text.prompt for i in range(len(text.ids))]))
     want = truth(STUDENT, TEACHER, **MIXED)
     assert_same(step(STUDENT, TEACHER, MIXED, Layout()), want)
@@ -370,7 +370,7 @@ def test_bug_packed_text_predicted_from_the_one_before(monkeypatch: pytest.Monke
 
 
 def test_bug_padded_vocabulary_filled_with_zeros() -> None:
-    """A narrower model's missing columns set to 0 hold probability; -inf, or a cut of both, does not."""
+    """Missing columns of a narrower model hold probability if they are 0, but not if they are -inf or both are cut."""
     wide = Bigram(TEACHER.E, torch.cat([TEACHER.W, torch.zeros(4, 6, dtype=torch.float64)]))
     hidden = torch.arange(V)
     own, taught = STUDENT.E[hidden] @ STUDENT.W.T, wide.E[hidden] @ wide.W.T
@@ -398,8 +398,8 @@ def test_bug_teacher_in_train_mode_or_with_a_graph() -> None:
     model.head.eval()
     want = model.head(x)
     with objective.as_teacher(model):
-        actual = model(x)
-        assert torch.equal(actual, want) and not actual.requires_grad
+        output = model(x)
+        assert torch.equal(output, want) and not output.requires_grad
     assert model.training and model.inner.training and not model.head.training
     assert not torch.equal(model(x), want), "in train mode the check above would fail"
     with pytest.raises(RuntimeError, match="inside"), objective.as_teacher(model):
@@ -408,7 +408,7 @@ def test_bug_teacher_in_train_mode_or_with_a_graph() -> None:
 
 
 def test_bug_teacher_width_taken_from_the_student() -> None:
-    """select works on each model's own width; the toy teacher is 6 wide and the student 4."""
+    """select uses each model's own width. The toy teacher has width 6 and the student 4."""
     ids, trained = batch(TEXTS, Layout())
     assert objective.select(TEACHER.E[ids], trained).shape == (len(objective.select_targets(ids, trained)), 6)
     assert objective.select(STUDENT.E[ids], trained).shape[1] == 4
@@ -441,7 +441,7 @@ def test_bug_teacher_and_student_swapped(monkeypatch: pytest.MonkeyPatch) -> Non
     caught()
 
 
-def test_objective_with_swapped_weights_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_weights_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     right = objective.combine
     monkeypatch.setattr(
         objective,
@@ -469,12 +469,12 @@ def _without(name: str, value: Any, function: Callable[..., Tensor]) -> Callable
         ({"kind": "skew_forward_kl", "share": 1.0}, "expected a share"),
     ],
 )
-def test_settings_out_of_range(choice: dict[str, Any], message: str) -> None:
+def test_objective_refuses_settings_out_of_range(choice: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Objective(**choice)
 
 
-def test_stored_classes_give_forward_kl_only() -> None:
+def test_objective_on_stored_classes_supports_forward_kl_only() -> None:
     target = SparseTarget.from_logits(torch.randn(2, V), 3)
     with pytest.raises(RecipeError, match="only support forward_kl, found jsd"):
         Objective(kind="jsd").loss_sum(torch.randn(2, V), None, target)
@@ -482,7 +482,7 @@ def test_stored_classes_give_forward_kl_only() -> None:
         Objective(temperature=2.0).loss_sum(torch.randn(2, V), None, target)
 
 
-def test_missing_part_is_an_error() -> None:
+def test_objective_refuses_a_missing_part() -> None:
     for hard_weight, arguments in ((0.5, (None, torch.zeros(2, V))), (0.5, (torch.zeros(2, dtype=torch.int64), None))):
         with pytest.raises(ValueError, match="losses of both parts"):
             Objective(hard_weight=hard_weight).loss_sum(torch.zeros(2, V), *arguments)
@@ -492,8 +492,8 @@ def test_missing_part_is_an_error() -> None:
 
 @pytest.mark.parametrize("kind", [*DIVERGENCES, "bucket", "renormalized", "none"])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.4, 1.0])
-def test_fused_operation_computes_the_same_step_loss(kind: str, hard_weight: float) -> None:
-    """Soft-cap, logit scale and a padded vocabulary on both heads: the losses, and the gradients of hidden and head."""
+def test_linear_loss_sum_equals_loss_sum(kind: str, hard_weight: float) -> None:
+    """Compares losses and gradients of hidden and head, with soft-cap, logit scale and padded vocabulary on both heads."""
     g = torch.Generator().manual_seed(0)
     hidden, taught = torch.randn(9, 6, generator=g).double(), torch.randn(9, 4, generator=g).double()
     W, TW = torch.randn(V + 3, 6, generator=g).double(), torch.randn(V + 5, 4, generator=g).double()
@@ -523,8 +523,8 @@ def test_fused_operation_computes_the_same_step_loss(kind: str, hard_weight: flo
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.4, 1.0])
-def test_adapter_on_the_head_reads_its_own_input(hard_weight: float) -> None:
-    """Dropout before the adapter changes what it reads, and not what the head itself does."""
+def test_linear_loss_sum_gives_the_head_adapter_its_own_input(hard_weight: float) -> None:
+    """Dropout before the adapter changes the adapter's input, but not the head's."""
     g = torch.Generator().manual_seed(0)
     hidden, dropped, W, A, B, teacher = (
         torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -533,7 +533,7 @@ def test_adapter_on_the_head_reads_its_own_input(hard_weight: float) -> None:
     targets = torch.randint(V, (5,), generator=g)
     choice = Objective(hard_weight=hard_weight)
     head = Head(DenseWeight(W), low_rank=(A, B, 0.5))
-    actual = choice.linear_loss_sum(hidden, head, targets, teacher, adapter_hidden=dropped)
+    loss = choice.linear_loss_sum(hidden, head, targets, teacher, adapter_hidden=dropped)
     want = choice.loss_sum(hidden @ W.T + 0.5 * dropped @ A.T @ B.T, targets, teacher)
-    torch.testing.assert_close(actual, want)
+    torch.testing.assert_close(loss, want)
     assert not torch.isclose(choice.linear_loss_sum(hidden, head, targets, teacher), want)

@@ -1,4 +1,4 @@
-"""Targets drawn from the teacher: unbiased, repeatable, and only of classes that exist."""
+"""Targets drawn from the teacher are unbiased, repeatable, and contain only classes that exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def teacher(seed: int = 0, std: float = 2.0) -> Tensor:
 
 
 def dense(target: SparseTarget, num_classes: int = V) -> Tensor:
-    """[N, V] weights by class. Added up, so that an id with two weights would show."""
+    """[N, V] weights by class. They are added up, so an id with two weights would show."""
     return torch.zeros(len(target), num_classes, dtype=target.probs.dtype).scatter_add_(
         1, target.ids.cpu(), target.probs.cpu()
     )
@@ -38,7 +38,7 @@ def drawn(kind: str, logits: Tensor, *, draws: int = 8, T: float = 1.0, seed: in
 
 
 def chi_square(kind: str, *, T: float = 1.0, draws: int = 8) -> float:
-    """Of how often each class was drawn in ROWS rows against its probability, divided by its degrees of freedom."""
+    """Chi-square of the counts per class in ROWS rows against the probabilities, divided by its degrees of freedom."""
     z = teacher()
     p = torch.exp(z[0] / T) / torch.exp(z[0] / T).sum()
     target = drawn(kind, z.expand(ROWS, V), draws=draws, T=T)
@@ -58,12 +58,12 @@ def chi_square(kind: str, *, T: float = 1.0, draws: int = 8) -> float:
 
 @pytest.mark.parametrize("kind", ["sampled", "mixed"])
 @pytest.mark.parametrize("T", [1.0, 3.0])
-def test_mean_of_many_draws_is_the_softmax(kind: str, T: float) -> None:
+def test_sampled_targets_have_the_softmax_as_mean(kind: str, T: float) -> None:
     # Mean 1, standard deviation sqrt(2 / 8) for the 8 degrees of freedom of mixed.
     assert chi_square(kind, T=T) < 3.0
 
 
-def test_mean_gradient_is_the_dense_one() -> None:
+def test_sampled_targets_have_the_dense_gradient_as_mean() -> None:
     z, student = teacher(), teacher(seed=1).expand(ROWS, V)
     want = torch.autograd.functional.jacobian(lambda s: divergence(s, z)[0], student[:1])[0]
     for kind in ("sampled", "mixed"):
@@ -74,8 +74,8 @@ def test_mean_gradient_is_the_dense_one() -> None:
         assert ((gradient.mean(0) - want).abs() < 4 * spread + 1e-12).all()
 
 
-def test_biased_sampler_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing from p at another temperature, and a distribution function that is off by one class."""
+def test_sampled_targets_comparison_catches_a_biased_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faults: a draw at another temperature, and a distribution function that is off by one class."""
     original = targets._drawn
     monkeypatch.setattr(targets, "_drawn", lambda w, n, g: original(w.pow(0.9), n, g))
     assert chi_square("sampled") > 10
@@ -83,13 +83,13 @@ def test_biased_sampler_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chi_square("sampled") > 10
 
 
-def test_mixed_varies_less_than_sampled() -> None:
+def test_mixed_targets_vary_less_than_sampled() -> None:
     z = teacher()
     sampled, mixed = (dense(drawn(kind, z.expand(2_000, V))).var(0).sum() for kind in ("sampled", "mixed"))
     assert mixed < 0.1 * sampled
 
 
-def test_classes_that_do_not_exist_are_never_drawn() -> None:
+def test_sampled_targets_never_draw_classes_that_do_not_exist() -> None:
     z = teacher().expand(500, V).clone()
     z[:, [0, 5, V - 1]] = -math.inf
     for kind in ("sampled", "mixed"):
@@ -98,17 +98,17 @@ def test_classes_that_do_not_exist_are_never_drawn() -> None:
 
 
 @pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1.0, V - 2)])
-def test_ends_of_the_uniform_numbers_fall_on_classes_that_exist(
+def test_sampled_targets_at_both_ends_of_the_uniform_numbers(
     uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0 can come, and the largest number below 1 times the sum can round up to the sum."""
+    """A uniform number can be 0, and the largest number below 1 times the sum can round up to the sum."""
     z = teacher()
     z[:, [0, V - 1]] = -math.inf
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, uniform, dtype=torch.float64))
     assert drawn("sampled", z).ids.tolist() == [[expected]]
 
 
-def test_rest_without_classes_draws_nothing() -> None:
+def test_mixed_targets_draw_nothing_from_an_empty_rest() -> None:
     z = torch.full((4, V), -math.inf)
     z[:, [2, 7]] = torch.tensor([1.0, 2.0])
     target = drawn("mixed", z)
@@ -117,7 +117,7 @@ def test_rest_without_classes_draws_nothing() -> None:
     assert set(target.ids[:, 3:].flatten().tolist()) == {7}, "filled up with an id the row has"
 
 
-def test_ids_are_unique_and_rows_are_filled_up_with_their_own() -> None:
+def test_sampled_targets_have_unique_ids_and_fill_rows_with_their_own() -> None:
     for kind, k in (("sampled", 0), ("mixed", 3)):
         target = drawn(kind, torch.randn(300, V, generator=seeded()) * 3)
         for ids, probs in zip(target.ids.tolist(), target.probs.tolist(), strict=True):
@@ -127,7 +127,7 @@ def test_ids_are_unique_and_rows_are_filled_up_with_their_own() -> None:
             assert set(ids) == set(real)
 
 
-def test_seed_gives_the_same_draws_whatever_else_is_drawn_and_however_rows_are_cut(
+def test_sampled_targets_depend_on_their_seed_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     z = torch.randn(40, V, generator=seeded(3))
@@ -140,8 +140,8 @@ def test_seed_gives_the_same_draws_whatever_else_is_drawn_and_however_rows_are_c
     assert not torch.equal(dense(whole), dense(drawn("sampled", z, seed=6)))
 
 
-def test_rare_classes_are_drawn_as_often_as_they_should() -> None:
-    """100,000 classes of 1e-8 each behind one of 0.999: a float32 distribution function ends before them."""
+def test_sampled_targets_draw_rare_classes_often_enough() -> None:
+    """100,000 classes of 1e-8 each follow one of 0.999. A float32 distribution function ends before them."""
     num_rare, draws = 100_000, 255
     z = torch.full((200, num_rare + 1), math.log(1e-8))
     z[:, 0] = math.log(0.999)
@@ -152,12 +152,12 @@ def test_rare_classes_are_drawn_as_often_as_they_should() -> None:
     assert len(target.ids[target.ids > 0].unique()) > 0.9 * rare
 
 
-def test_sampled_targets_of_no_rows() -> None:
+def test_sampled_targets_of_no_rows_are_empty() -> None:
     for kind in ("sampled", "mixed"):
         assert len(drawn(kind, torch.zeros(0, V))) == 0
 
 
-def test_rows_that_are_no_distribution_say_so() -> None:
+def test_sampled_targets_keep_nan_of_a_broken_row() -> None:
     z = torch.randn(3, V, generator=seeded())
     z[1, 4] = math.nan
     for kind in ("sampled", "mixed"):
@@ -165,7 +165,7 @@ def test_rows_that_are_no_distribution_say_so() -> None:
         assert probs[1].isnan().any() and probs[[0, 2]].isfinite().all()
 
 
-def test_wrong_numbers_are_refused() -> None:
+def test_sampled_targets_refuse_wrong_numbers() -> None:
     z = torch.zeros(2, V)
     with pytest.raises(RecipeError, match="at least 1 draw per token, found 0"):
         SparseTarget.sampled(z, 0, generator=seeded())
@@ -174,8 +174,8 @@ def test_wrong_numbers_are_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_draws_what_the_cpu_draws() -> None:
-    """One generator on the CPU for both; sums over classes in another order may move a draw to a neighbour."""
+def test_sampled_targets_on_a_gpu_equal_those_on_the_cpu() -> None:
+    """Both use one generator on the CPU. Sums over classes in another order may move a draw to a neighbour."""
     z = torch.randn(200, 50_000, generator=seeded()) * 3
     for kind in ("sampled", "mixed"):
         here, there = drawn(kind, z), drawn(kind, z.cuda())

@@ -1,4 +1,4 @@
-"""Stored classes of the teacher: values and gradients against sums over classes in float64."""
+"""Stored classes of the teacher: values and gradients, compared with sums over classes in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftlab.errors import RecipeError
 
 
 def truth(z: Tensor, target: SparseTarget, T: float) -> tuple[Tensor, Tensor]:
-    """Losses and gradients for the student's logits, row by row and class by class, from the definition."""
+    """Losses and their gradients with respect to the student's logits, row by row and class by class, from the definition."""
     N, V = z.shape
     q = torch.exp((z.double() - z.double().amax(-1, keepdim=True)) / T)
     q = q / q.sum(-1, keepdim=True)
@@ -60,7 +60,7 @@ def logits(N: int, V: int, *, seed: int = 0, std: float = 2.0) -> tuple[Tensor, 
 
 
 def sampled(z: Tensor, draws: int, T: float, *, seed: int = 0) -> SparseTarget:
-    """count / draws of classes drawn with replacement, rows filled up with a repeated id at weight 0."""
+    """Weights count / draws of classes drawn with replacement. A repeated id at weight 0 fills up the rows."""
     p = (z / T).softmax(-1)
     drawn = torch.multinomial(p, draws, replacement=True, generator=torch.Generator().manual_seed(seed))
     ids = torch.zeros(len(z), draws, dtype=torch.int64)
@@ -96,13 +96,13 @@ def check(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), T=st.floats(0.5, 6.0), V=st.integers(1, 30), seed=st.integers(0, 999))
-def test_agrees_with_the_definition(data: st.DataObject, T: float, V: int, seed: int) -> None:
+def test_sparse_divergence_equals_the_definition(data: st.DataObject, T: float, V: int, seed: int) -> None:
     tail = data.draw(st.sampled_from(TAILS))
     check(sparse_divergence, tail, T=T, k=data.draw(st.integers(1, V)), V=V, seed=seed)
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_float32_agrees_with_float64(tail: str) -> None:
+def test_sparse_divergence_in_float32_equals_float64(tail: str) -> None:
     student, teacher = logits(6, 3000)
     exact = sampled(teacher, 50, 1.0) if tail == "none" else SparseTarget.from_logits(teacher, 50, tail=tail)
     target = SparseTarget(exact.ids, exact.probs.float(), 1.0, exact.tail)
@@ -123,7 +123,9 @@ def test_float32_agrees_with_float64(tail: str) -> None:
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @pytest.mark.parametrize("tail", ["bucket", "renormalized"])
-def test_all_classes_stored_is_dense(tail: str, V: int, T: float, seed: int, dtype: torch.dtype) -> None:
+def test_sparse_divergence_with_all_classes_stored_is_dense(
+    tail: str, V: int, T: float, seed: int, dtype: torch.dtype
+) -> None:
     student, teacher = (z.to(dtype) for z in logits(3, V, seed=seed))
     target = SparseTarget.from_logits(teacher, V, temperature=T, tail=tail)
     loss, gradient = loss_and_grad(sparse_divergence, student, target, temperature=T)
@@ -133,7 +135,7 @@ def test_all_classes_stored_is_dense(tail: str, V: int, T: float, seed: int, dty
     torch.testing.assert_close(gradient, dense_gradient, rtol=rounding, atol=rounding * T)
 
 
-def test_all_classes_stored_next_to_columns_that_do_not_exist() -> None:
+def test_sparse_divergence_with_all_classes_stored_and_absent_columns() -> None:
     student, teacher = logits(3, 8)
     for z in (student, teacher):
         z[:, 6:] = -math.inf
@@ -146,7 +148,7 @@ def test_all_classes_stored_next_to_columns_that_do_not_exist() -> None:
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalized"])
 @pytest.mark.parametrize("k", [1, 3, 11])
-def test_perfect_student_has_no_loss_and_no_gradient(tail: str, k: int) -> None:
+def test_sparse_divergence_of_a_perfect_student_is_0_without_gradient(tail: str, k: int) -> None:
     _, teacher = logits(4, 11)
     target = SparseTarget.from_logits(teacher, k, temperature=2.0, tail=tail)
     loss, gradient = loss_and_grad(sparse_divergence, teacher, target, temperature=2.0)
@@ -154,7 +156,7 @@ def test_perfect_student_has_no_loss_and_no_gradient(tail: str, k: int) -> None:
     assert gradient.abs().max() < 1e-14
 
 
-def test_bucket_never_exceeds_the_dense_divergence() -> None:
+def test_tail_bucket_never_exceeds_the_dense_divergence() -> None:
     """Merging classes loses information (log sum inequality), and the loss is never negative."""
     student, teacher = logits(20, 50)
     dense = divergence(student, teacher)
@@ -175,7 +177,7 @@ def test_sampled_targets_are_unbiased() -> None:
 
 
 def test_renormalized_classes_are_biased() -> None:
-    """Probability that the student moves to classes not stored costs nothing: why the tail bucket is the default."""
+    """Probability that the student moves to classes not stored costs nothing. So the tail bucket is the default."""
     _, teacher = logits(1, 9)
     target = SparseTarget.from_logits(teacher, 3, tail="renormalized")
     student = teacher.clone()
@@ -186,8 +188,8 @@ def test_renormalized_classes_are_biased() -> None:
     assert float(sparse_divergence(student, SparseTarget.from_logits(teacher, 3), temperature=1.0)) > 0.5
 
 
-def test_rest_of_the_student_is_not_one_minus_a_sum() -> None:
-    """A student's rest of 2e-9 is -20 in logarithm; 1 - sum q in float32 is 0, and the loss inf with a gradient of NaN."""
+def test_tail_bucket_rest_of_the_student_is_not_one_minus_a_sum() -> None:
+    """A student's rest of 2e-9 has the logarithm -20. 1 - sum q is 0 in float32, so the loss is inf and its gradient NaN."""
     student = torch.tensor([[20.0, 0.0, 0.0, 0.0]])
     target = SparseTarget(torch.tensor([[0]]), torch.tensor([[0.9]]), 1.0, "bucket")
     rest = 3 * math.exp(-20) / (1 + 3 * math.exp(-20))
@@ -206,7 +208,7 @@ def test_rest_of_the_student_is_not_one_minus_a_sum() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_rows_of_fewer_classes_are_filled_up(k: int) -> None:
+def test_sparse_target_rows_of_fewer_classes_are_filled_up(k: int) -> None:
     student, _ = logits(1, 7)
     for tail in TAILS:
         short = SparseTarget(torch.tensor([[5, 2]]), torch.tensor([[0.6, 0.3]], dtype=torch.float64), 1.0, tail)
@@ -219,15 +221,15 @@ def test_rows_of_fewer_classes_are_filled_up(k: int) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_another_temperature_is_an_error() -> None:
-    """The bug of a temperature applied to the log-probabilities of some classes, which were normalised at another."""
+def test_sparse_divergence_refuses_another_temperature() -> None:
+    """The bug applies a temperature to log-probabilities of some classes that were normalised at another temperature."""
     student, teacher = logits(3, 9)
     target = SparseTarget.from_logits(teacher, 4, temperature=1.0)
     with pytest.raises(RecipeError, match="stored at temperature 1, but the loss needs 2"):
         sparse_divergence(student, target, temperature=2.0)
     again = (target.probs.log() / 2.0).exp()
     true = SparseTarget.from_logits(teacher, 4, temperature=2.0).probs
-    assert (again - true).abs().max() > 0.05, "what the error is there for"
+    assert (again - true).abs().max() > 0.05, "the error prevents this difference"
 
 
 def _only_one_side_renormalized(z: Tensor, target: SparseTarget, *, temperature: float) -> Tensor:
@@ -259,12 +261,12 @@ def _offset_by_one(z: Tensor, target: SparseTarget, *, temperature: float) -> Te
 @pytest.mark.parametrize(
     "fault", [_only_one_side_renormalized, _without_tail, _student_softmax_over_stored, _clamped_at_0, _offset_by_one]
 )
-def test_deliberate_faults_are_caught(fault: Callable[..., Tensor]) -> None:
+def test_sparse_divergence_comparison_catches_faults(fault: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError):
         check(fault, "bucket")
 
 
-def test_dropped_bucket_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_divergence_comparison_catches_a_dropped_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     check(sparse_divergence, "bucket")
     monkeypatch.setattr(losses, "_rest", lambda logits, log_sum, target: logits.sum() * 0)
     with pytest.raises(AssertionError):
@@ -288,6 +290,6 @@ def test_dropped_bucket_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_wrong_input_is_refused(make: Callable[[], Any], message: str) -> None:
+def test_sparse_target_refuses_wrong_input(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Different tokenizers: which tokens are aligned by bytes, and the distance of sorted probabilities."""
+"""Different tokenizers: the tokens that bytes align, and the distance of sorted probabilities."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def cut(text: str, bounds: list[int]) -> list[tuple[int, int]]:
     return [(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
 
-def test_starts_are_counted_in_bytes() -> None:
+def test_byte_starts_are_counted_in_bytes() -> None:
     text = "a\u00e9\u4f60\U0001f600b"
     assert byte_starts(text, [(i, i + 1) for i in range(5)]) == [0, 1, 3, 6, 10]
 
 
-def test_token_inside_a_character_has_no_start() -> None:
-    """A byte-level tokenizer gives the whole character to each of its bytes; here 'x' + first bytes, rest, 'y'."""
+def test_byte_starts_has_none_for_a_token_inside_a_character() -> None:
+    """A byte-level tokenizer gives each byte the offsets of its whole character. Here: 'x' + first bytes, rest, 'y'."""
     assert byte_starts("x\U0001f600y", [(0, 2), (1, 2), (2, 3)]) == [0, None, 5]
     assert byte_starts("\U0001f600", [(0, 1)] * 4) == [0, None, None, None]
 
 
-def test_blanks_before_a_word_belong_to_it_or_not() -> None:
-    """' b' as (1, 3), or as (2, 3) from tokenizers that trim offsets: the same token."""
+def test_byte_starts_ignores_a_blank_before_a_word() -> None:
+    """' b' has the offsets (1, 3), or (2, 3) from tokenizers that trim offsets. It is the same token."""
     assert byte_starts("a b", [(0, 1), (1, 3)]) == byte_starts("a b", [(0, 1), (2, 3)]) == [0, 1]
 
 
-def test_beginnings_and_ends_without_text() -> None:
-    """A token for the beginning on one side only moves nothing; both ends are compared with each other."""
+def test_aligned_tokens_with_beginning_and_end_tokens() -> None:
+    """A beginning token on one side only moves nothing. The two end tokens are aligned with each other."""
     text = "hello world"
     student = [(0, 0), (0, 5), (5, 11), (11, 11)]
     teacher = [(0, 2), (2, 5), (5, 11), (11, 11)]
@@ -56,7 +56,7 @@ def test_aligned_tokens_have_read_the_same_text(data: st.DataObject, text: str) 
     assert aligned_tokens(text, student, student) == [(i, i) for i in range(len(student))]
 
 
-def test_offsets_of_another_text() -> None:
+def test_byte_starts_refuses_offsets_of_another_text() -> None:
     with pytest.raises(DataError, match=r"within the 3 characters of the text, found 2\.\.5"):
         byte_starts("abc", [(0, 2), (2, 5)])
 
@@ -75,20 +75,20 @@ def truth(student: Tensor, teacher: Tensor, T: float) -> list[float]:
 
 @settings(max_examples=40, deadline=None)
 @given(V_s=st.integers(1, 12), V_t=st.integers(1, 12), T=st.floats(0.5, 5.0), seed=st.integers(0, 99))
-def test_agrees_with_the_definition(V_s: int, V_t: int, T: float, seed: int) -> None:
+def test_uld_equals_the_definition(V_s: int, V_t: int, T: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(3, n, generator=g, dtype=torch.float64) * 2 for n in (V_s, V_t))
-    actual = uld(student, teacher, temperature=T)
-    assert actual.tolist() == pytest.approx(truth(student, teacher, T), abs=1e-12)
+    distance = uld(student, teacher, temperature=T)
+    assert distance.tolist() == pytest.approx(truth(student, teacher, T), abs=1e-12)
     shuffled = student[:, torch.randperm(V_s, generator=g)]
-    assert torch.allclose(uld(shuffled, teacher, temperature=T), actual, atol=1e-14)
+    assert torch.allclose(uld(shuffled, teacher, temperature=T), distance, atol=1e-14)
     half = uld(student.bfloat16(), teacher.bfloat16(), temperature=T)
     assert half.dtype == torch.float32 and torch.equal(
         half, uld(student.bfloat16().float(), teacher.bfloat16(), temperature=T)
     )
 
 
-def test_uld_gradient() -> None:
+def test_uld_gradient_equals_finite_differences() -> None:
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, n, generator=g, dtype=torch.float64) for n in (5, 7))
     student.requires_grad_(), teacher.requires_grad_()
@@ -98,7 +98,7 @@ def test_uld_gradient() -> None:
     assert not uld(student, student.detach()).any()
 
 
-def test_deliberate_faults_are_caught() -> None:
+def test_uld_comparison_catches_faults() -> None:
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, n, generator=g, dtype=torch.float64) for n in (5, 7))
     want = truth(student, teacher, 2.0)
@@ -116,6 +116,6 @@ def test_deliberate_faults_are_caught() -> None:
     ("student", "teacher", "T", "message"),
     [((2, 3), (3, 3), 1.0, r"found \[2, 3\] and \[3, 3\]"), ((2, 3), (2, 3), 0.0, "temperature above 0")],
 )
-def test_wrong_input_is_refused(student: tuple[int, int], teacher: tuple[int, int], T: float, message: str) -> None:
+def test_uld_refuses_wrong_input(student: tuple[int, int], teacher: tuple[int, int], T: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         uld(torch.zeros(student), torch.zeros(teacher), temperature=T)

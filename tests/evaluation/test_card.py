@@ -1,4 +1,4 @@
-"""The report card: what it holds, and that its verdict says what the figures say."""
+"""The report card: its content, and a verdict that follows from the figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftlab.evaluation.card_shape import Card, Costs, Figures
 from peftlab.measuring.intervals import Estimate, bootstrap
 
 
-def _said(figures: Figures) -> str:
+def _verdict(figures: Figures) -> str:
     return make_card(figures)["verdict"]["text"]
 
 
@@ -28,7 +28,7 @@ def _with_costs(figures: Figures, who: str, **costs: Any) -> Figures:
     return figures
 
 
-def test_five_seeds_that_helped() -> None:
+def test_card_verdict_helped_over_five_seeds() -> None:
     card = make_card(examples.classification())
     assert card["verdict"]["outcome"] == "helped"
     assert card["verdict"]["text"] == (
@@ -48,15 +48,15 @@ def test_five_seeds_that_helped() -> None:
     json.dumps(card, allow_nan=False)
 
 
-def test_one_seed_says_what_its_interval_is_over() -> None:
-    text = _said(examples.classification(1))
+def test_card_verdict_of_one_seed_names_its_interval() -> None:
+    text = _verdict(examples.classification(1))
     assert text.startswith(
         "Distillation helped: accuracy 0.695 against 0.472 for the same student trained on the labels"
     )
     assert "over held-out rows; one seed: training noise is not in it)" in text
 
 
-def test_no_difference_where_the_interval_holds_0() -> None:
+def test_card_verdict_no_difference_if_the_interval_contains_0() -> None:
     card = make_card(examples.classification(5, baseline=0.693, spread=0.004))
     assert card["verdict"]["outcome"] == "no_difference"
     assert card["verdict"]["text"].startswith("No difference: accuracy 0.695 against 0.693 for the same student")
@@ -66,17 +66,17 @@ def test_no_difference_where_the_interval_holds_0() -> None:
     )
 
 
-def test_two_seeds_that_agree_but_not_closely_are_no_proof() -> None:
+def test_card_verdict_of_two_seeds_with_a_wide_interval_is_no_difference() -> None:
     card = make_card(examples.classification(2, baseline=0.683, spread=0.01))
     assert all(line["better"] for line in card["seeds"]) and card["verdict"]["outcome"] == "no_difference"
     assert "better in 2 of 2; few seeds make a wide interval)" in card["verdict"]["text"]
-    # The teacher is 5.8 points ahead: that two seeds cannot prove it is nothing against it.
+    # The teacher is 5.8 points ahead. Two seeds cannot prove it, but that says nothing against the teacher.
     assert "The teacher is" not in card["verdict"]["text"]
     ece = next(row for row in card["metrics"] if row["name"] == "ece")
     assert ece["student"] is not None and ece["student"]["low"] == 0.0
 
 
-def test_worse_than_the_labels_alone() -> None:
+def test_card_verdict_did_not_help_if_worse_than_labels_alone() -> None:
     card = make_card(examples.classification(5, baseline=0.73))
     assert card["verdict"]["outcome"] == "did_not_help"
     assert card["verdict"]["text"].startswith(
@@ -84,7 +84,7 @@ def test_worse_than_the_labels_alone() -> None:
     )
 
 
-def test_without_a_baseline_nothing_is_claimed() -> None:
+def test_card_verdict_without_a_baseline_claims_nothing() -> None:
     card = make_card(examples.classification(1, baseline=None))
     assert card["verdict"]["outcome"] == "not_compared"
     assert card["verdict"]["text"] == (
@@ -94,8 +94,8 @@ def test_without_a_baseline_nothing_is_claimed() -> None:
     )
 
 
-def test_embeddings_are_measured_against_the_teacher_and_the_start() -> None:
-    assert _said(examples.embedding()) == (
+def test_card_verdict_of_embeddings_compares_with_teacher_and_start() -> None:
+    assert _verdict(examples.embedding()) == (
         "Not compared with labels alone (task embedding has no labels), so what the teacher added is not known: the "
         "student has Spearman 0.845 (95 % interval 0.837 to 0.853 over held-out rows). Before its training it had 0.573: "
         "a change of +0.272, 95 % interval +0.260 to +0.283 over held-out rows. The student has 50 % of the teacher's "
@@ -104,7 +104,7 @@ def test_embeddings_are_measured_against_the_teacher_and_the_start() -> None:
 
 
 @pytest.mark.parametrize("headline", ["kl", "perplexity", "loss"])
-def test_less_is_better_for_a_language_model(headline: str) -> None:
+def test_card_verdict_of_a_language_model_prefers_less(headline: str) -> None:
     card = make_card(examples.language_model(headline))
     head = card["metrics"][0]
     assert (head["name"], head["higher_is_better"], card["verdict"]["outcome"]) == (headline, False, "helped")
@@ -118,8 +118,8 @@ def test_less_is_better_for_a_language_model(headline: str) -> None:
         assert "(-0.147 nats, 95 % interval -0.167 to -0.126 over held-out rows; one seed" in text
 
 
-def test_headline_that_other_metrics_contradict() -> None:
-    text = _said(examples.language_model("kl", baseline_nll=2.8))
+def test_card_verdict_names_metrics_that_contradict_the_headline() -> None:
+    text = _verdict(examples.language_model("kl", baseline_nll=2.8))
     assert text.startswith("Distillation helped: KL to the teacher")
     assert (
         "But against labels alone it is worse in perplexity (18.73 against 16.45) and token accuracy (0.460 against"
@@ -136,27 +136,29 @@ def test_headline_that_other_metrics_contradict() -> None:
         (0.61, 0.64, "And yet the teacher itself is worse than the baseline (accuracy 0.610 against 0.640)."),
     ],
 )  # fmt: skip
-def test_teacher_that_is_no_better_than_the_baseline(teacher: float, baseline: float, sentence: str) -> None:
+def test_card_verdict_names_a_teacher_no_better_than_the_baseline(
+    teacher: float, baseline: float, sentence: str
+) -> None:
     figures = examples.classification(5, teacher=teacher, baseline=baseline, spread=0.002)
-    assert sentence in _said(figures)
-    assert "teacher is" not in _said(examples.classification()) and "teacher itself" not in _said(
+    assert sentence in _verdict(figures)
+    assert "teacher is" not in _verdict(examples.classification()) and "teacher itself" not in _verdict(
         examples.classification()
     )
 
 
-def test_student_that_is_larger_or_slower() -> None:
+def test_card_verdict_names_a_larger_or_slower_student() -> None:
     slow = {"value": 0.84, "low": 0.81, "high": 0.88, "over": "rounds", "n": 50}
-    text = _said(_with_costs(examples.classification(), "student", num_parameters=15_000_000, speed=slow))
+    text = _verdict(_with_costs(examples.classification(), "student", num_parameters=15_000_000, speed=slow))
     assert "at 141 % of its parameters and 0.84x its speed. The student is larger than the teacher (1.4x its" in text
     same = {"value": 1.01, "low": 0.98, "high": 1.03, "over": "rounds", "n": 50}
-    text = _said(_with_costs(examples.classification(), "student", num_parameters=10_649_088, speed=same))
+    text = _verdict(_with_costs(examples.classification(), "student", num_parameters=10_649_088, speed=same))
     assert "at the same number of parameters and the same speed, as far as can be measured." in text
     assert "larger" not in text
     figures = examples.classification(student=0.76)
-    assert "The student reaches 102.5 % of the teacher's accuracy" in _said(figures)
+    assert "The student reaches 102.5 % of the teacher's accuracy" in _verdict(figures)
 
 
-def test_costs_that_were_not_measured_are_not_spoken_of() -> None:
+def test_card_verdict_leaves_out_costs_that_were_not_measured() -> None:
     figures = examples.classification()
     for seed in figures["seeds"]:
         for side in (seed["teacher"], seed["student"], seed["baseline"]):
@@ -168,7 +170,7 @@ def test_costs_that_were_not_measured_are_not_spoken_of() -> None:
     )
 
 
-def test_too_few_rows_and_figures_that_are_not_numbers_give_no_verdict() -> None:
+def test_card_verdict_needs_enough_rows_and_finite_figures() -> None:
     card = make_card(examples.classification(1, teacher=1.0, baseline=0.25, student=0.5, rows=8))
     assert card["verdict"]["outcome"] == "undecided"
     assert card["verdict"]["text"].startswith("Too few held-out rows to tell (8; an interval needs 10): accuracy 0.500")
@@ -192,8 +194,8 @@ def _two(student: dict[str, Estimate], baseline: dict[str, Estimate]) -> Card:
     return make_card({"headline": "perplexity", "num_rows": 20, "seeds": [seed]})
 
 
-def test_seeds_that_all_give_one_difference_do_not_prove_it() -> None:
-    """On few rows accuracies take few values: three equal differences have a t interval of no width."""
+def test_card_verdict_of_equal_differences_over_seeds_is_no_difference() -> None:
+    """On few rows accuracies take few values, and three equal differences have a t interval of width 0."""
     figures = examples.classification(1, teacher=0.8, baseline=0.70, student=0.75, rows=20)
     figures["seeds"] = [{**figures["seeds"][0], "seed": seed} for seed in (1, 2, 3)]
     card = make_card(figures)
@@ -201,7 +203,7 @@ def test_seeds_that_all_give_one_difference_do_not_prove_it() -> None:
     assert "all 3 seeds gave the same difference: training noise is not in it" in card["verdict"]["text"]
 
 
-def test_notes_warn_of_unequal_budgets_and_of_few_rows() -> None:
+def test_card_notes_warn_of_unequal_budgets_and_of_few_rows() -> None:
     figures = _with_costs(examples.classification(), "baseline", steps=200)
     assert make_card(figures)["notes"] == ["Not the same budget: the student had 300 steps, the baseline 200."]
     figures = examples.classification(5, baseline=0.65, student=0.72, spread=0.0001, rows=40)
@@ -214,7 +216,7 @@ def test_notes_warn_of_unequal_budgets_and_of_few_rows() -> None:
     assert card["notes"][0].startswith("With other held-out rows it might come out differently: in ")
 
 
-def test_paired_figures_are_those_of_the_estimates() -> None:
+def test_card_paired_figures_are_those_of_the_estimates() -> None:
     figures = examples.classification(1)
     head = make_card(figures)["metrics"][0]
     assert head["gain"] is not None and head["kept"] is not None and head["lead"] is not None
@@ -226,7 +228,7 @@ def test_paired_figures_are_those_of_the_estimates() -> None:
         assert interval["low"] < interval["value"] < interval["high"]
 
 
-def test_mistakes_of_the_caller() -> None:
+def test_make_card_refuses_mistakes_of_the_caller() -> None:
     figures = examples.classification(1)
     with pytest.raises(ValueError, match="'perplexity' among the metrics of every student"):
         make_card({**figures, "headline": "perplexity"})
@@ -237,7 +239,7 @@ def test_mistakes_of_the_caller() -> None:
         paired(teacher=estimates, student=estimates)
 
 
-def test_costs_hold_what_was_measured_only() -> None:
+def test_card_costs_hold_only_measured_values() -> None:
     figures = examples.classification(2)
     figures["seeds"][0]["student"]["seconds"] = 80.0
     figures["seeds"][1]["student"]["seconds"] = 90.0

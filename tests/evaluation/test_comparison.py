@@ -1,4 +1,4 @@
-"""Per-row comparisons of logits and of embeddings, against torch, scipy, scikit-learn and values worked out by hand."""
+"""Per-row comparisons of logits and embeddings, compared with torch, scipy, scikit-learn and values by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _classes() -> Comparison:
     return comparison
 
 
-def test_kl_is_torchs_and_zero_for_equal_logits() -> None:
+def test_comparison_kl_equals_torch_and_is_zero_for_equal_logits() -> None:
     student, teacher = _logits(1), _logits(2)
     expected = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     assert _classes().sums("kl") == pytest.approx(expected.numpy(), rel=1e-12)
@@ -46,8 +46,8 @@ def test_kl_is_torchs_and_zero_for_equal_logits() -> None:
     assert abs(expected.sum() - reverse.sum()) > 0.1
 
 
-def test_float32_kl_of_nearly_equal_logits_keeps_its_digits() -> None:
-    """A sum of ``p log(p / q)`` alone loses them: its rounding errors are as large as the divergence."""
+def test_comparison_kl_in_float32_of_nearly_equal_logits_is_exact() -> None:
+    """A plain sum of ``p log(p / q)`` loses the digits: its rounding errors are as large as the divergence."""
     rng = torch.Generator().manual_seed(3)
     teacher = torch.randn(20, 50_000, generator=rng)
     student = teacher + 1e-3 * torch.randn(20, 50_000, generator=rng)
@@ -60,7 +60,7 @@ def test_float32_kl_of_nearly_equal_logits_keeps_its_digits() -> None:
     assert (p.exp() * (p - q)).sum(-1).numpy() != pytest.approx(exact, rel=0.02)
 
 
-def test_columns_that_do_not_exist_add_nothing_and_a_missing_class_costs_everything() -> None:
+def test_comparison_ignores_absent_columns_and_gives_inf_for_a_missing_class() -> None:
     student, teacher = _logits(1), _logits(2)
     student[:, V - 2 :] = teacher[:, V - 2 :] = -math.inf
     wide, narrow = Comparison(ROWS, predicts="classes"), Comparison(ROWS, predicts="classes")
@@ -79,10 +79,10 @@ def test_columns_that_do_not_exist_add_nothing_and_a_missing_class_costs_everyth
     assert lacking.estimates()["kl"].value == math.inf
 
 
-def test_class_metrics_are_scikit_learns() -> None:
-    actual, targets = _classes(), _targets().numpy()
+def test_comparison_class_metrics_equal_scikit_learn() -> None:
+    comparison, targets = _classes(), _targets().numpy()
     probabilities = _logits(1).softmax(-1).numpy()
-    values = {name: estimate.value for name, estimate in actual.estimates().items()}
+    values = {name: estimate.value for name, estimate in comparison.estimates().items()}
     predictions = probabilities.argmax(-1)
     assert values == pytest.approx(
         {
@@ -94,10 +94,12 @@ def test_class_metrics_are_scikit_learns() -> None:
             "kl": values["kl"],
         }
     )
-    assert actual.predictions.tolist() == predictions.tolist() and actual.references.tolist() == targets.tolist()
+    assert (
+        comparison.predictions.tolist() == predictions.tolist() and comparison.references.tolist() == targets.tolist()
+    )
 
 
-def test_tokens_in_any_number_of_calls_give_the_same_sums_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_sums_do_not_depend_on_the_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     row = torch.tensor([0, 2, 2, 2, 1, 1, 4, 0] * 5)
     whole = Comparison(5, predicts="tokens")
     whole.add(_logits(1), _targets(), row, _logits(2))
@@ -113,8 +115,8 @@ def test_tokens_in_any_number_of_calls_give_the_same_sums_per_row(monkeypatch: p
     assert whole.sums("positions").tolist() == [10, 10, 15, 0, 5]
 
 
-def test_token_metrics_by_hand() -> None:
-    """Row 0: both right; row 1: one of two; row 2 has no position and is no exact match."""
+def test_comparison_token_metrics_equal_the_values_by_hand() -> None:
+    """In row 0 both tokens are right, in row 1 one of two. Row 2 has no position and is no exact match."""
     sure, unsure = [math.log(0.8), math.log(0.2)], [math.log(0.5), math.log(0.5)]
     comparison = Comparison(3, predicts="tokens")
     comparison.add(torch.tensor([sure, sure, sure, unsure]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1, 1]))
@@ -124,7 +126,7 @@ def test_token_metrics_by_hand() -> None:
     )
 
 
-def test_what_is_kept_does_not_grow_with_the_vocabulary() -> None:
+def test_comparison_memory_does_not_grow_with_the_vocabulary() -> None:
     comparison = Comparison(4, predicts="tokens")
     for _ in range(3):
         comparison.add(torch.zeros(4, 30_000), torch.zeros(4, dtype=torch.int64), torch.arange(4))
@@ -133,31 +135,31 @@ def test_what_is_kept_does_not_grow_with_the_vocabulary() -> None:
     )
 
 
-def test_mistakes_of_the_caller() -> None:
-    actual, targets, rows = Comparison(ROWS, predicts="tokens"), _targets(), torch.arange(ROWS)
+def test_comparison_refuses_mistakes_of_the_caller() -> None:
+    comparison, targets, rows = Comparison(ROWS, predicts="tokens"), _targets(), torch.arange(ROWS)
     with pytest.raises(ValueError, match=r"found \[\[40, 11\], \[39\], \[40\]\]"):
-        actual.add(_logits(1), targets[1:], rows)
+        comparison.add(_logits(1), targets[1:], rows)
     with pytest.raises(ValueError, match=r"expected rows in 0\.\.39, found 1\.\.40"):
-        actual.add(_logits(1), targets, rows + 1)
+        comparison.add(_logits(1), targets, rows + 1)
     with pytest.raises(DataError, match="found none: the evaluation data has no rows to score"):
-        actual.estimates()
-    actual.add(_logits(1), targets, rows, _logits(2))
+        comparison.estimates()
+    comparison.add(_logits(1), targets, rows, _logits(2))
     with pytest.raises(ValueError, match="teacher logits in every call or in none"):
-        actual.add(_logits(1), targets, rows)
+        comparison.add(_logits(1), targets, rows)
     with pytest.raises(ValueError, match="expected classes"):
-        _ = actual.predictions
+        _ = comparison.predictions
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_model_that_diverged_is_reported(value: float) -> None:
+def test_comparison_reports_a_model_that_diverged(value: float) -> None:
     logits = _logits(1)
     logits[3, 4] = value
     with pytest.raises(VerificationError, match="in the teacher's outputs on held-out rows: its training diverged"):
         Comparison(ROWS, predicts="tokens").add(_logits(2), _targets(), torch.arange(ROWS), logits)
 
 
-def test_ece_by_hand() -> None:
-    """Two bins of 15: confidence 0.9 and 0.92, one of two right; 0.5 twice, both right."""
+def test_ece_equals_the_value_by_hand() -> None:
+    """Two of 15 bins are used: confidence 0.9 and 0.92 with one of two right, and 0.5 twice with both right."""
     calibration = Calibration()
     calibration.add(np.array([0.9, 0.92, 0.5]), np.array([True, False, True]))
     calibration.add(np.array([0.5]), np.array([True]))
@@ -165,25 +167,25 @@ def test_ece_by_hand() -> None:
     assert math.isnan(Calibration().ece()) and math.isnan(Calibration().adaptive_ece())
 
 
-def test_bin_holds_its_upper_edge() -> None:
-    """0.2 is the end of (2/15, 3/15]: in one bin with 0.15 the errors cancel, in two they would not."""
+def test_ece_bin_holds_its_upper_edge() -> None:
+    """0.2 is the end of (2/15, 3/15]. In one bin with 0.15 the errors cancel; in two bins they would not."""
     calibration = Calibration()
     calibration.add(np.array([0.2, 0.15]), np.array([True, False]))
     assert calibration.ece() == pytest.approx(abs(1 - 0.35) / 2)
 
 
-def test_calibration_of_an_honest_and_of_a_boasting_model() -> None:
+def test_ece_of_a_calibrated_and_an_overconfident_model() -> None:
     rng = np.random.default_rng(0)
     confidence = rng.beta(8, 2, 40_000)
     honest, boasting = Calibration(), Calibration()
     honest.add(confidence, rng.random(40_000) < confidence)
     boasting.add(confidence, rng.random(40_000) < confidence - 0.1)
-    for actual, error in ((honest, 0.0), (boasting, 0.1)):
-        assert actual.ece() == pytest.approx(error, abs=0.012)
-        assert actual.adaptive_ece() == pytest.approx(error, abs=0.012)
+    for calibration, error in ((honest, 0.0), (boasting, 0.1)):
+        assert calibration.ece() == pytest.approx(error, abs=0.012)
+        assert calibration.adaptive_ece() == pytest.approx(error, abs=0.012)
 
 
-def test_adaptive_ece_is_that_of_sorted_predictions_in_15_equal_parts() -> None:
+def test_adaptive_ece_equals_that_of_15_equal_parts_of_sorted_predictions() -> None:
     rng = np.random.default_rng(1)
     confidence = rng.beta(9, 1, 15_000)
     right = rng.random(15_000) < confidence**2
@@ -191,7 +193,7 @@ def test_adaptive_ece_is_that_of_sorted_predictions_in_15_equal_parts() -> None:
     calibration.add(confidence, right)
     order = np.argsort(confidence)
     expected = np.mean([abs(right[p].mean() - confidence[p].mean()) for p in np.array_split(order, 15)])
-    # A cell of 1/15,000 stays together: it moves a handful of 1,000 predictions to the next bin.
+    # A cell of 1/15,000 stays together, so a few of 1,000 predictions move to the next bin.
     assert calibration.adaptive_ece() == pytest.approx(expected, abs=1e-3)
 
 
@@ -208,7 +210,7 @@ def _embeddings(student: torch.Tensor, teacher: torch.Tensor) -> EmbeddingCompar
     return comparison
 
 
-def test_embeddings_against_scipy_and_by_brute_force() -> None:
+def test_embedding_comparison_equals_scipy_and_brute_force() -> None:
     student, teacher = _vectors(50, 0.7)
     values = {name: e.value for name, e in _embeddings(student, teacher).estimates().items()}
     s, t = (F.normalize(x.double()) @ F.normalize(x.double()).T for x in (student, teacher))
@@ -230,8 +232,8 @@ def test_embeddings_against_scipy_and_by_brute_force() -> None:
     )
 
 
-def test_drawn_spearman_is_scipys_on_the_repeated_pairs() -> None:
-    """Texts 0 and 1 are the same text, so that there are ties."""
+def test_embedding_spearman_of_a_draw_equals_scipy_on_repeated_pairs() -> None:
+    """Texts 0 and 1 are the same text, so there are ties."""
     student, teacher = _vectors(12, 0.7)
     student[1], teacher[1] = student[0], teacher[0]
     statistic = _embeddings(student, teacher).statistics()["spearman"]
@@ -243,20 +245,20 @@ def test_drawn_spearman_is_scipys_on_the_repeated_pairs() -> None:
         assert statistic(counts[None].astype(float))[0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_student_that_turns_the_space_is_a_perfect_one_but_for_the_cosine() -> None:
+def test_embedding_comparison_of_a_rotated_space_differs_in_cosine_only() -> None:
     _, teacher = _vectors(600, 0.0)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1))).Q
     values = {
         name: float(s(np.ones((1, 600)))[0]) for name, s in _embeddings(teacher @ turn, teacher).statistics().items()
     }
-    # 600 texts have more pairs than are ranked.
+    # 600 texts have more pairs than the metric ranks.
     assert values["spearman"] == pytest.approx(1.0, abs=1e-4)
     assert values["neighbour_recall"] > 0.999 and abs(values["cosine"]) < 0.5
     other = {name: float(s(np.ones((1, 600)))[0]) for name, s in _embeddings(*_vectors(600, 50.0)).statistics().items()}
     assert abs(other["spearman"]) < 0.1 and other["neighbour_recall"] < 0.1
 
 
-def test_embeddings_of_other_widths_have_no_cosine_and_mistakes_are_errors() -> None:
+def test_embedding_comparison_of_other_widths_and_of_mistakes() -> None:
     student, teacher = _vectors(20, 0.5)
     assert set(_embeddings(student[:, :8], teacher).statistics()) == {"spearman", "neighbour_recall"}
     with pytest.raises(DataError, match="expected at least 3 texts to compare embeddings on, found 2"):

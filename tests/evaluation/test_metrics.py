@@ -1,4 +1,4 @@
-"""Metrics against hand-computed values, naive implementations and scikit-learn called directly."""
+"""Metrics, compared with values by hand, naive implementations and scikit-learn."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_class_metrics_match_scikit_learn_called_directly() -> None:
         assert [values[f"{name}_{c}"] for c in NAMES] == function(references, predictions, average=None).tolist()
 
 
-def test_class_that_never_occurs_does_not_lower_the_macro_average() -> None:
+def test_class_metrics_macro_average_ignores_a_class_that_never_occurs() -> None:
     values = _score_classes(["f1"], [0, 1, 1], [0, 1, 1])
     assert values == {"f1_macro": 1.0, "f1_ham": 1.0, "f1_spam": 1.0, "f1_other": 0.0}
 
@@ -88,7 +88,7 @@ def _naive_macro_f1(predictions: list[int], references: list[int]) -> float:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60), st.integers(1, 9))
-def test_random_labels_in_chunks_match_a_naive_implementation(pairs: list[tuple[int, int]], chunk: int) -> None:
+def test_class_metrics_in_chunks_match_a_naive_implementation(pairs: list[tuple[int, int]], chunk: int) -> None:
     predictions, references = [p for p, _ in pairs], [r for _, r in pairs]
     scorer = Scorer(["accuracy", "f1_macro"], class_names=NAMES)
     for i in range(0, len(pairs), chunk):
@@ -152,7 +152,7 @@ def test_scorers_alive_together_keep_their_own_rows_and_compute_repeatedly() -> 
     assert np.array_equal(np.random.get_state()[1], state)
 
 
-def test_class_names_become_distinct_flat_names() -> None:
+def test_class_slugs_makes_distinct_flat_names() -> None:
     assert class_slugs(["World News", "World_News", "macro", "a/b"]) == [
         "World_News",
         "World_News_1",
@@ -161,7 +161,7 @@ def test_class_names_become_distinct_flat_names() -> None:
     ]
 
 
-def test_add_classes_refuses_what_is_not_a_class() -> None:
+def test_scorer_add_refuses_what_is_not_a_class() -> None:
     scorer = Scorer(["f1"], class_names=NAMES)
     with pytest.raises(ValueError, match=r"0\.\.2, found \[-1, 3\]"):
         scorer.add(columns_of([0, 3], [0, -1]))
@@ -170,12 +170,12 @@ def test_add_classes_refuses_what_is_not_a_class() -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "exact_match", "f1"])
-def test_nothing_to_score_is_an_error(name: str) -> None:
+def test_scorer_without_rows_is_an_error(name: str) -> None:
     with pytest.raises(DataError, match="found none"):
         Scorer([name], class_names=NAMES).compute()
 
 
-def test_add_refuses_a_batch_without_a_column_that_is_needed() -> None:
+def test_scorer_add_refuses_a_batch_without_a_needed_column() -> None:
     with pytest.raises(ValueError, match="but references is missing"):
         Scorer(["accuracy"], class_names=NAMES).add({"predictions": [0]})
 
@@ -199,7 +199,7 @@ def test_scorer_checks_per_class_names() -> None:
         ([], "seq_cls", False, "the list is empty"),
     ],
 )
-def test_metric_names_that_are_wrong_are_refused(names: list[str], task: str, has_choices: bool, message: str) -> None:
+def test_check_metrics_refuses_wrong_names(names: list[str], task: str, has_choices: bool, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         check_metrics(names, task, has_choices)
     assert caught.value.key == "eval.metrics"
@@ -212,7 +212,7 @@ def test_check_metrics_knows_classes_once_they_are_given() -> None:
         check_metrics(["f1_spma"], "seq_cls", False, class_names=NAMES)
 
 
-def test_defaults_are_valid_and_cover_the_task() -> None:
+def test_default_metrics_are_valid_and_cover_the_task() -> None:
     assert default_metrics("seq_cls", False) == ["loss", "accuracy", "precision", "recall", "f1"]
     assert default_metrics("causal_lm", False) == ["loss", "perplexity", "token_accuracy", "exact_match"]
     assert default_metrics("causal_lm", True)[4:] == ["accuracy", "precision", "recall", "f1"]
@@ -220,7 +220,7 @@ def test_defaults_are_valid_and_cover_the_task() -> None:
         check_metrics(default_metrics(task, has_choices), task, has_choices)
 
 
-def test_direction_and_headline() -> None:
+def test_higher_is_better_and_headline_by_metric() -> None:
     assert [higher_is_better(n) for n in ("loss", "perplexity", "f1", "f1_spam")] == [False, False, True, True]
     assert [family_of(n).headline for n in ("loss", "f1", "f1_spam")] == ["loss", "f1_macro", "f1_macro"]
     for name, message in [("confusion", "no best value"), ("los", "did you mean 'loss'")]:
@@ -229,7 +229,7 @@ def test_direction_and_headline() -> None:
         assert caught.value.key == "eval.best"
 
 
-def test_checking_names_imports_nothing_heavy() -> None:
+def test_check_metrics_imports_nothing_heavy() -> None:
     program = """
         import sys
         from peftlab.evaluation.metrics import check_metrics, default_metrics
@@ -240,7 +240,7 @@ def test_checking_names_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_offline_the_scorer_writes_nothing_and_each_module_loads_by_path(tmp_path: Path) -> None:
+def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) -> None:
     program = """
         import pathlib, socket, sys
         def no_network(*args, **kwargs):
@@ -282,8 +282,8 @@ def test_offline_the_scorer_writes_nothing_and_each_module_loads_by_path(tmp_pat
 
 
 @pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs and spec.rows and spec.on_card])
-def test_value_over_rows_is_the_value_of_the_evaluation(name: str) -> None:
-    """Two programs of one rule: scikit-learn's over all rows, and a sum over rows that may be drawn again."""
+def test_row_statistics_equal_the_value_of_the_evaluation(name: str) -> None:
+    """Compares two implementations: scikit-learn over all rows, and a sum over rows that may be drawn repeatedly."""
     rng = np.random.default_rng(1)
     predicted, true = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
     tokens_, correct, nll = rng.integers(1, 9, 50), rng.integers(0, 2, 50), rng.random(50) * 5
@@ -307,12 +307,12 @@ def test_value_over_rows_is_the_value_of_the_evaluation(name: str) -> None:
     assert statistic(np.ones((1, 50))) == pytest.approx([scorer.compute()[METRICS[name].headline]], abs=1e-12)
     if METRICS[name].of_classes:
         counts = np.ones((1, 50))
-        counts[0, predicted == true] = 2  # a program that ignores how often a row was drawn gives the same again
+        counts[0, predicted == true] = 2  # code that ignores how often a row was drawn gives the same value
         assert statistic(counts) != pytest.approx(statistic(np.ones((1, 50))))
 
 
 @pytest.mark.parametrize("family", ["precision", "recall", "f1"])
-def test_value_of_one_class_over_rows_is_that_of_the_evaluation(family: str) -> None:
+def test_class_statistic_equals_the_value_of_the_evaluation(family: str) -> None:
     rng = np.random.default_rng(2)
     predicted, true = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
     values = _score_classes([family], predicted.tolist(), true.tolist())

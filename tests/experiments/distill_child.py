@@ -1,4 +1,4 @@
-"""A distillation in a process of its own that kills itself at a given moment; for ``test_api_distill``."""
+"""A distillation in its own process that kills itself at a given moment, for ``test_arms``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kill(*args: Any, **kwargs: Any) -> Any:
 
 
 class KillAt(SilentProgress):
-    """Killed after a step of the training of the given number."""
+    """Kills the process after a step of the training with the given number."""
 
     def __init__(self, training: int, step: int) -> None:
         self._training, self._step, self._trainings = training, step, 0
@@ -37,7 +37,7 @@ class KillAt(SilentProgress):
 
 
 def cutting() -> SilentProgress:
-    """The student's weights are written, its folder is not published yet."""
+    """The student's weights are written, but its folder is not published yet."""
 
     def half(source: Any, cut: Any, folder: Path, **options: Any) -> None:
         partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -62,7 +62,7 @@ def capturing() -> SilentProgress:
 
 
 def merging() -> SilentProgress:
-    """The first training says that it is finished, its model is not merged yet."""
+    """The first training has the status finished, but its model is not merged yet."""
     distilling.merge_run = kill  # type: ignore[assignment]
     return SilentProgress()
 
@@ -82,7 +82,7 @@ MOMENTS: dict[str, Callable[[], SilentProgress]] = {
     "capturing": capturing,
     "first training": lambda: KillAt(1, 3),
     "merging": merging,
-    "second training": lambda: KillAt(1, 1),  # the only one that is left
+    "second training": lambda: KillAt(1, 1),  # the only training left
     "comparing": comparing_students,
     "publishing": publishing,
 }

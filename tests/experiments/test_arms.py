@@ -1,4 +1,4 @@
-"""``distill`` end to end on tiny models: what it leaves, that it repeats, and that it goes on after any stop."""
+"""``distill`` end to end on tiny models: its files, its repetition, and its resume after any stop."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TEXTS = ["red 9", "cat 9", "cow 1", "blue 3"]
 
 class Notes(SilentProgress):
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
     def note(self, text: str) -> None:
-        self.said.append(text)
+        self.lines.append(text)
 
     warn = note
 
@@ -45,7 +45,7 @@ def short_timing() -> Iterator[None]:
 
 
 def lesson(task: str, **sections: Any) -> dict[str, Any]:
-    """causal_lm: an adapter on a cut student, from a cache. seq_cls: all weights, on rows without labels, twice."""
+    """causal_lm: an adapter on a cut student, from a cache. seq_cls: all weights, on rows without labels, two seeds."""
     own: dict[str, Any] = {
         "causal_lm": {
             "distill": {"student_init": {"layers": [0]}, "cache": "cache"},
@@ -64,7 +64,7 @@ def lesson(task: str, **sections: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lessons(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, rows without labels, and a teacher of each task."""
+    """A folder with data, rows without labels, and a teacher for each task."""
     folder = tmp_path_factory.mktemp("lessons")
     write_data(folder)
     (folder / "transfer.csv").write_text(
@@ -88,7 +88,7 @@ def finished(lessons: Path, folder: Path, task: str) -> Done:
     notes = Notes()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return Done(folder, distill(lesson(task), progress=notes), task, notes.said)
+        return Done(folder, distill(lesson(task), progress=notes), task, notes.lines)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def classes(lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 @pytest.fixture(params=["texts", "classes"])
 def done(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Done:
-    actual: Done = request.getfixturevalue(request.param)
-    monkeypatch.chdir(actual.folder)
-    return actual
+    result: Done = request.getfixturevalue(request.param)
+    monkeypatch.chdir(result.folder)
+    return result
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def weights(run: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(run / "student").items() if not name.endswith(".yaml")}
 
 
-def test_distillation_run_is_complete(done: Done) -> None:
+def test_distill_run_folder_is_complete(done: Done) -> None:
     names = {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     model |= {"recipe.lock.yaml"} | ({"generation_config.json"} if done.task == "causal_lm" else set())
@@ -142,16 +142,16 @@ def test_distillation_run_is_complete(done: Done) -> None:
     assert summary["card"]["num_rows"] == 12 and summary["card"]["num_seeds"] == len(seeds)
 
 
-def test_card_has_the_metrics_of_the_files(done: Done) -> None:
-    """The student and the baseline, each evaluated again from its files; one seed after the other where there are two."""
+def test_distill_card_has_the_metrics_of_the_files(done: Done) -> None:
+    """Evaluates student and baseline again from their files, for each seed."""
     card = done.run.summary["card"]
     for who, kind in (("student", "student"), ("baseline", "labels")):
-        actual = [
+        evaluations = [
             peftlab.evaluate(folder / ("merged" if done.task == "causal_lm" else "model"), progress=SilentProgress())
             for folder in sorted(Path("run").glob(f"seed-*/{kind}"))
         ]
         for row in card["metrics"]:
-            values = [f["metrics"].get(row["name"]) for f in actual]
+            values = [f["metrics"].get(row["name"]) for f in evaluations]
             if None not in values and row[who] is not None:
                 mean = sum(values) / len(values)
                 assert row[who]["value"] == pytest.approx(mean, rel=1e-4, abs=1e-6), (who, row["name"])
@@ -160,14 +160,14 @@ def test_card_has_the_metrics_of_the_files(done: Done) -> None:
     assert {"accuracy", "loss"} <= {row["name"] for row in card["metrics"]}
 
 
-def test_teacher_on_the_card_is_the_teacher(done: Done) -> None:
+def test_distill_card_has_the_metrics_of_the_teacher(done: Done) -> None:
     rows = {row["name"]: row for row in done.run.summary["card"]["metrics"]}
     alone = peftlab.evaluate(f"teacher-{done.task}", progress=SilentProgress())["metrics"]
     for name in ("accuracy", "loss"):
         assert rows[name]["teacher"]["value"] == pytest.approx(alone[name], rel=1e-4), name
 
 
-def test_both_had_the_same_budget(done: Done) -> None:
+def test_distill_student_and_baseline_have_the_same_budget(done: Done) -> None:
     costs = done.run.summary["card"]["costs"]
     assert costs["student"]["steps"] == costs["baseline"]["steps"] == 4
     assert costs["student"]["num_parameters"] == costs["baseline"]["num_parameters"]
@@ -176,19 +176,19 @@ def test_both_had_the_same_budget(done: Done) -> None:
     trained = {"student": 12, "labels": 36} if done.task == "seq_cls" else {"student": 36, "labels": 36}
     assert all(run.summary["train_rows"] == trained[run.folder.name] for run in runs)
     student = [(run.folder / "metrics.jsonl").read_text() for run in runs]
-    assert len(set(student)) == len(student), "each training is another one"
+    assert len(set(student)) == len(student), "the trainings differ"
 
 
-def test_plain_transformers_loads_the_student(done: Done) -> None:
+def test_distill_student_loads_in_plain_transformers(done: Done) -> None:
     import transformers
 
     name = "AutoModelForCausalLM" if done.task == "causal_lm" else "AutoModelForSequenceClassification"
     model = getattr(transformers, name).from_pretrained("run/student").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained("run/student")
-    message = list(peftlab.predict("run", TEXTS, progress=SilentProgress()))
-    assert len(message) == len(TEXTS)
+    predictions = list(peftlab.predict("run", TEXTS, progress=SilentProgress()))
+    assert len(predictions) == len(TEXTS)
     if done.task == "seq_cls":
-        for text, answer in zip(TEXTS, message, strict=True):
+        for text, answer in zip(TEXTS, predictions, strict=True):
             with torch.no_grad():
                 probs = model(torch.tensor([tokenizer(text)["input_ids"]])).logits.softmax(-1)[0]
             assert model.config.id2label[int(probs.argmax())] == answer["label"]
@@ -197,22 +197,22 @@ def test_plain_transformers_loads_the_student(done: Done) -> None:
         assert model.config.num_hidden_layers == 1
 
 
-def test_cache_was_made_first_and_the_rows_needed_no_labels(texts: Done, classes: Done) -> None:
+def test_distill_makes_the_cache_first_and_needs_no_labels(texts: Done, classes: Done) -> None:
     assert any("is incomplete: caching the missing teacher targets first" in note for note in texts.notes)
     assert texts.run.summary["teach"][0]["examples"] == 36
     assert (texts.folder / "cache/manifest.json").is_file()
     assert "label" not in (classes.folder / "transfer.csv").read_text()
 
 
-def test_lock_file_repeats_the_student_byte_by_byte(done: Done) -> None:
+def test_distill_lock_file_repeats_the_student_byte_by_byte(done: Done) -> None:
     torch.rand(7)
     again = distill("run/recipe.lock.yaml", ["run.dir=again", "distill.seeds=1"], progress=SilentProgress())
     assert weights(again.folder) == weights(Path("run"))
     shutil.rmtree("again")
 
 
-def test_new_head_of_a_cut_student_is_the_same_each_time(here: Path) -> None:
-    """The fault: a head drawn from whatever state the generator was in."""
+def test_distill_new_head_of_a_cut_student_is_repeatable(here: Path) -> None:
+    """The fault: the head was drawn from the current state of the generator."""
     from transformers import BertModel
 
     from peftlab.models.tiny import tiny_config, tiny_tokenizer
@@ -227,7 +227,7 @@ def test_new_head_of_a_cut_student_is_the_same_each_time(here: Path) -> None:
     assert weights(again.folder) == weights(first.folder)
 
 
-def test_what_was_changed_since_is_noticed(here: Path) -> None:
+def test_distill_resume_refuses_changed_data_and_teacher(here: Path) -> None:
     document = lesson("seq_cls", distill={"seeds": 1, "baseline": False})
     with pytest.raises(Interrupted):
         distill(document, progress=Stopper(2))
@@ -246,7 +246,7 @@ def test_what_was_changed_since_is_noticed(here: Path) -> None:
         distill("run", resume=True, progress=SilentProgress())
 
 
-def test_mistake_does_not_cost_the_earlier_run(here: Path) -> None:
+def test_distill_replace_with_a_mistake_keeps_the_earlier_run(here: Path) -> None:
     document = lesson("seq_cls", distill={"seeds": 1, "baseline": False})
     distill(document, progress=SilentProgress())
     before = contents(here / "run")
@@ -258,7 +258,7 @@ def test_mistake_does_not_cost_the_earlier_run(here: Path) -> None:
         distill(document, progress=SilentProgress())
 
 
-def test_killed_at_every_moment_it_ends_with_the_same_student(process: Any, here: Path, texts: Done) -> None:
+def test_distill_killed_at_every_moment_ends_with_the_same_student(process: Any, here: Path, texts: Done) -> None:
     for number, moment in enumerate(distill_child.MOMENTS):
         arguments = (here, lesson("causal_lm"), moment)
         with process.start(functools.partial(distill_child.run, *arguments, resume=number > 0)) as child:
@@ -273,7 +273,7 @@ def test_killed_at_every_moment_it_ends_with_the_same_student(process: Any, here
     assert values[0] == values[1]
 
 
-def test_ctrl_c_and_resume(here: Path, texts: Done) -> None:
+def test_distill_resume_after_ctrl_c_gives_the_same_student(here: Path, texts: Done) -> None:
     with pytest.raises(Interrupted, match="Resume with: peftlab distill run --resume") as caught:
         distill(lesson("causal_lm"), progress=Stopper(3))
     assert caught.value.exit_code == 130
@@ -287,7 +287,7 @@ def test_ctrl_c_and_resume(here: Path, texts: Done) -> None:
     assert weights(distill("run", resume=True, progress=SilentProgress()).folder) == weights(texts.folder / "run")
 
 
-def test_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distill_on_a_full_disk_leaves_nothing_or_resumes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -297,7 +297,7 @@ def test_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(fit_module, "save_plain", full)
         with pytest.raises(ResourceError, match="the disk is full"):
             distill(document, progress=SilentProgress())
-    assert contents(here) == before, "no training got anywhere, so nothing is left"
+    assert contents(here) == before, "no training saved anything, so nothing is left"
     with monkeypatch.context() as patch:
         patch.setattr(distilling, "_link", full)
         with pytest.raises(ResourceError, match="the disk is full"):
@@ -306,10 +306,10 @@ def test_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not (here / "run/student").exists()
     notes = Notes()
     assert distill("run", resume=True, progress=notes).summary["status"] == "finished"
-    assert "run/seed-0/student is already finished" in notes.said
+    assert "run/seed-0/student is already finished" in notes.lines
 
 
-def test_loss_that_is_not_a_number(here: Path) -> None:
+def test_distill_stops_at_a_loss_that_is_nan(here: Path) -> None:
     before = contents(here)
     with pytest.raises(
         VerificationError, match=r"step 2 is nan.*transfer\.csv:\d+.*were not updated|transfer\.csv:\d+"
@@ -318,12 +318,12 @@ def test_loss_that_is_not_a_number(here: Path) -> None:
     assert set(contents(here)) == set(before) or (here / "run").exists()
 
 
-def test_student_that_is_larger_than_its_teacher(here: Path) -> None:
+def test_distill_notes_a_student_larger_than_its_teacher(here: Path) -> None:
     small = lesson("seq_cls", distill={"seeds": 1, "student_init": {"layers": [0]}, "baseline": False})
     distill(small, ["run.dir=small"], progress=SilentProgress())
     notes = Notes()
     document = lesson("seq_cls", distill={"seeds": 1, "teacher": "small/student", "baseline": False})
     run = distill(document, progress=notes)
-    said = "the student is larger than its teacher: 120,898 parameters against 87,426"
-    assert said in notes.said
-    assert f"{said[0].upper()}{said[1:]}." in run.summary["card"]["notes"]
+    message = "the student is larger than its teacher: 120,898 parameters against 87,426"
+    assert message in notes.lines
+    assert f"{message[0].upper()}{message[1:]}." in run.summary["card"]["notes"]

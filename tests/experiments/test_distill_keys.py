@@ -1,4 +1,4 @@
-"""The keys of a distillation that change what is trained on, how a student begins, and what the verdict is about."""
+"""The distillation keys for the training rows, the student's initial weights and the headline of the verdict."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def digits(folder: Path, distill: dict[str, Any] | None = None, **data: Any) -> 
 
 @pytest.fixture
 def untaught(trained: Any, tmp_path: Path) -> Path:
-    """A folder with a teacher that has the labels and little more."""
+    """A folder with a teacher that knows the labels but is trained for one step only."""
     run = trained(digits(Path()) | {"train": {"max_steps": 1}}, lambda folder: None)
     shutil.copytree(run / "run", tmp_path / "teacher")
     return tmp_path
 
 
-def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) -> None:
+def test_exclude_removes_training_rows_and_keeps_their_class(tmp_path: Path) -> None:
     recipe = load_recipe(digits(tmp_path, exclude={"label": [3, "8"]})).recipe
     data = load_data(recipe)
     assert {"3", "8"} & set(data.train.columns["label"]) == set()
@@ -63,12 +63,12 @@ def test_excluded_rows_are_not_trained_on_and_their_class_stays(tmp_path: Path) 
         ({"label": [str(i) for i in range(10)]}, "nothing is left to train on"),
     ],
 )
-def test_exclusion_that_does_nothing_or_all_is_refused(tmp_path: Path, exclude: Any, message: str) -> None:
+def test_exclude_refuses_to_remove_no_row_or_all(tmp_path: Path, exclude: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_data(load_recipe(digits(tmp_path, exclude=exclude)).recipe)
 
 
-def test_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
+def test_exclude_leaves_a_class_to_the_teacher_alone(tmp_path: Path) -> None:
     train(digits(tmp_path), progress=SilentProgress())
     init = {"weights": "random", "num_layers": 1, "hidden_size": 64, "intermediate_size": 128}
     recipe = digits(
@@ -78,7 +78,7 @@ def test_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
     head = card["metrics"][0]
     assert head["name"] == card["headline"] == "recall_3" and head["in_points"]
     assert head["baseline"]["value"] == 0
-    # 0 of the test threes: the bound of that many rows, not of all.
+    # None of the test threes is right, so the bound is that of their number, not of all rows.
     threes = load_data(load_recipe(recipe).recipe).eval.columns["label"].count("3")
     assert head["baseline"]["high"] == pytest.approx(1 - 0.025 ** (1 / threes))
     assert card["metrics"][1]["name"] == "accuracy"
@@ -86,7 +86,7 @@ def test_class_that_only_the_teacher_has_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["recall_33", "recall", "ece", "perplexity"])
-def test_headline_that_is_no_metric_is_refused_before_anything_is_trained(untaught: Path, name: str) -> None:
+def test_headline_that_is_no_metric_is_refused_before_training(untaught: Path, name: str) -> None:
     recipe = digits(untaught, {"headline": name})
     with pytest.raises(RecipeError, match="expected a metric of the report card"):
         distill(recipe, progress=SilentProgress())
@@ -94,27 +94,27 @@ def test_headline_that_is_no_metric_is_refused_before_anything_is_trained(untaug
 
 
 @pytest.mark.parametrize("family", ["recall", "precision", "f1"])
-def test_metrics_of_a_class_are_those_of_scikit_learn_on_every_draw(family: str) -> None:
+def test_class_statistic_equals_scikit_learn_on_every_draw(family: str) -> None:
     from sklearn import metrics
 
     score = {"recall": metrics.recall_score, "precision": metrics.precision_score, "f1": metrics.f1_score}[family]
     rng = np.random.default_rng(0)
-    text, right = rng.integers(0, 4, 40), rng.integers(0, 4, 40)
-    for index in range(5):  # of class 4 there is nothing
-        rows = {"predicted_class": text.astype(float), "true_class": right.astype(float)}
+    predicted, right = rng.integers(0, 4, 40), rng.integers(0, 4, 40)
+    for index in range(5):  # class 4 has no rows
+        rows = {"predicted_class": predicted.astype(float), "true_class": right.astype(float)}
         statistic, _ = class_statistic(family, rows, index)
         counts = rng.integers(0, 3, (6, 40)).astype(float)
         for value, count in zip(statistic(counts), counts.astype(int), strict=True):
-            a, b = text.repeat(count), right.repeat(count)
+            a, b = predicted.repeat(count), right.repeat(count)
             assert value == pytest.approx(score(b, a, labels=[index], average="macro", zero_division=0.0))
 
 
-def test_share_of_no_row_at_all_has_an_interval() -> None:
-    actual = bootstrap({"x": row_metrics.mean(np.zeros(50))}, 50, shares_of={"x": 0})["x"].interval()
-    assert (actual.low, actual.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
+def test_bootstrap_gives_a_share_of_0_an_interval() -> None:
+    interval = bootstrap({"x": row_metrics.mean(np.zeros(50))}, 50, shares_of={"x": 0})["x"].interval()
+    assert (interval.low, interval.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
 
 
-def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Path) -> None:
+def test_make_student_with_random_weights_is_repeatable_and_copies_none(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     def made(name: str, seed: int | None) -> dict[str, Any]:
@@ -154,20 +154,20 @@ def test_random_weights_of_a_seed_are_the_same_again_and_no_copies(tmp_path: Pat
         ({"weights": "copied"}, "cuts nothing"),
     ],
 )
-def test_impossible_beginnings_are_refused(untaught: Path, init: dict[str, Any], message: str) -> None:
+def test_student_init_refuses_impossible_settings(untaught: Path, init: dict[str, Any], message: str) -> None:
     recipe = digits(untaught, {"student_init": init})
     with pytest.raises(RecipeError, match=message):
         distill(recipe, progress=SilentProgress())
 
 
-def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
-    """With a large weight the student's only layer comes nearer to the teacher's than without."""
+def test_layer_losses_bring_the_layers_nearer_to_the_teacher(tmp_path: Path) -> None:
+    """With a large weight, the student's only layer comes nearer to the teacher's than without."""
 
-    message: list[str] = []
+    notes: list[str] = []
 
     class Notes(SilentProgress):
         def note(self, text: str) -> None:
-            message.append(text)
+            notes.append(text)
 
     peftlab.train(digits(tmp_path), progress=SilentProgress())
     losses = [
@@ -178,8 +178,8 @@ def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
     recipe = digits(tmp_path, {"student_init": {"layers": [0]}, "losses": losses, "baseline": False})
     run = distill(recipe, progress=Notes())
     assert run.summary["card"]["verdict"]["text"]
-    assert "hidden_mse: layers 0 and 1 of student and teacher" in message
-    assert "relation_kl: layers 0 and 1 of student and teacher" in message
+    assert "hidden_mse: layers 0 and 1 of student and teacher" in notes
+    assert "relation_kl: layers 0 and 1 of student and teacher" in notes
     plain = digits(tmp_path, {"student_init": {"layers": [0]}, "baseline": False})
     other = distill(plain, ["run.dir=" + str(tmp_path / "plain")], progress=SilentProgress())
 
@@ -188,15 +188,15 @@ def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
         from transformers import AutoModelForImageClassification
 
         pixels = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        actual = []
+        states = []
         for where, layer in ((folder / "student", 0), (tmp_path / "teacher" / "model", 1)):
             model = AutoModelForImageClassification.from_pretrained(where)
             layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
             layers[layer].register_forward_hook(
-                lambda m, a, out: actual.append(out[0] if isinstance(out, tuple) else out)
+                lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)
             )
             model(pixel_values=pixels)
-        return float((actual[0] - actual[1]).detach().square().mean())
+        return float((states[0] - states[1]).detach().square().mean())
 
     assert distance(run.folder) < 0.8 * distance(other.folder)
 
@@ -222,12 +222,12 @@ def test_layer_losses_add_to_those_of_the_answers(tmp_path: Path) -> None:
         ({"losses": ["atention_kl"]}, "attention_kl"),
     ],
 )
-def test_losses_between_layers_that_cannot_be(tmp_path: Path, distilling: dict[str, Any], message: str) -> None:
+def test_layer_losses_refuse_impossible_settings(tmp_path: Path, distilling: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(digits(tmp_path, distilling))
 
 
-def test_layer_that_is_not_there_is_found_by_check(untaught: Path) -> None:
+def test_check_refuses_a_layer_loss_on_a_missing_layer(untaught: Path) -> None:
     recipe = digits(untaught, {"losses": [{"kind": "hidden_cosine", "layers": {0: 2}}]})
     with pytest.raises(RecipeError, match="hidden_cosine: the teacher has 2 layers, 0 to 1; found layer 2"):
         peftlab.check(recipe, progress=SilentProgress())

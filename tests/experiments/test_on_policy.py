@@ -1,4 +1,4 @@
-"""On-policy distillation end to end on tiny models: phases, what they are trained on, kills, memory, and what stops them."""
+"""On-policy distillation end to end on tiny models: phases, their training rows, kills, memory, and refused settings."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from peftlab.training.schedules import learning_rate
 WORDS = {"red": "colour", "green": "colour", "blue": "colour", "cat": "animal", "dog": "animal", "cow": "animal"}
 TEXT = "<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant\n{kind}<|im_end|>"
 START, END = 1, 2
-STOPS = {START, END}  # special tokens: each can end an answer
+STOPS = {START, END}  # each of these special tokens can end an answer
 
 
 def pretrain(folder: Path, *, steps: int) -> None:
-    """tiny:llama after some steps on the task, so that it now and then ends an answer."""
+    """Saves tiny:llama after some steps on the task, so that it sometimes ends an answer."""
     pretrained = find_pretrained("tiny:llama")
     tokenizer, model = (
         load_tokenizer(pretrained),
@@ -61,7 +61,7 @@ def pretrain(folder: Path, *, steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders ``weak`` and ``strong``, and the data."""
+    """A folder with the models ``weak`` and ``strong`` and the data."""
     folder = tmp_path_factory.mktemp("models")
     pretrain(folder / "weak", steps=12)
     pretrain(folder / "strong", steps=40)
@@ -105,7 +105,7 @@ def run_it(document: Any, *overrides: str, **options: Any) -> Any:
 
 @pytest.fixture
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the comparison at the end, which is tested elsewhere."""
+    """Skips the final comparison, which other tests cover."""
     monkeypatch.setattr(distilling_module, "compare_students", lambda *_, **__: {})
 
 
@@ -114,7 +114,7 @@ def student_bytes(folder: Path) -> bytes:
 
 
 class Snapshots(SilentProgress):
-    """Copies what is on the disk at each of the places where a kill is tried: a killed process leaves just that."""
+    """Copies the files at each place where a test kills the run. A killed process leaves exactly these."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.places, self._captures = folder, set[str](), 0
@@ -148,7 +148,7 @@ class Whole(NamedTuple):
 
 @pytest.fixture(scope="module")
 def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """One run of two phases to the end, with the card, and what was on the disk at each place on the way."""
+    """One complete run of two phases with its card, and the files at each place."""
     folder = tmp_path_factory.mktemp("whole")
     progress = Snapshots(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +160,7 @@ def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(folder, run.summary, progress.places)
 
 
-def test_run_says_what_its_phases_were(whole: Whole) -> None:
+def test_on_policy_run_describes_its_phases(whole: Whole) -> None:
     ((seed, phases),) = [(one["seed"], one["phases"]) for one in whole.summary["on_policy"]]
     assert seed == 0 and [p["phase"] for p in phases] == [1, 2]
     assert [p["steps"] for p in phases] == [[0, 2], [2, 4]], "8 rows in batches of 4, twice"
@@ -185,7 +185,7 @@ def test_run_says_what_its_phases_were(whole: Whole) -> None:
     assert whole.summary["card"] and (whole.folder / "run" / "student" / "model.safetensors").is_file()
 
 
-def test_phases_are_one_training(whole: Whole) -> None:
+def test_on_policy_phases_are_one_training(whole: Whole) -> None:
     folder = whole.folder / "run" / "seed-0" / "student"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
@@ -203,7 +203,7 @@ PLACES = ["writing 1", "captured 1", "step 1", "step 2", "writing 2", "captured 
 
 @contextlib.contextmanager
 def killed_at(whole: Whole, place: str, aside: Path) -> Iterator[None]:
-    """The folders of the whole run as they were at that place. They are absolute in its recipe, so nothing else will do."""
+    """Restores the folders of the whole run as they were at that place. Its recipe has absolute paths, so no copy works."""
     for name in ("run", "cache"):
         shutil.move(whole.folder / name, aside / name)
         if (whole.folder / place / name).is_dir():
@@ -218,9 +218,9 @@ def killed_at(whole: Whole, place: str, aside: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_card")
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_run_goes_on_to_the_same_student(whole: Whole, here: Path, place: str) -> None:
-    """Between phases and within them: while the student writes, before its rows are stored, after the teacher was asked, in
-    the first step of a phase and behind a checkpoint in its midst."""
+def test_on_policy_killed_run_resumes_to_the_same_student(whole: Whole, here: Path, place: str) -> None:
+    """Kills between and within phases: while the student writes, before its rows are stored, after the teacher answers, in
+    the first step of a phase, and after a checkpoint in the middle of a phase."""
     assert set(PLACES) <= whole.places
     expected = student_bytes(whole.folder)
     phases = [whole.folder / "run" / "seed-0" / f"phase-{i}" for i in (1, 2)]
@@ -241,9 +241,7 @@ def test_killed_run_goes_on_to_the_same_student(whole: Whole, here: Path, place:
         (lambda path: path.write_text('{"phase": 2}\n'), "rows.jsonl is damaged"),
     ],
 )
-def test_answers_that_were_lost_while_they_were_trained_on_are_missed(
-    whole: Whole, here: Path, damage: Any, message: str
-) -> None:
+def test_on_policy_resume_refuses_lost_answers(whole: Whole, here: Path, damage: Any, message: str) -> None:
     with killed_at(whole, "step 4", here):
         damage(whole.folder / "run" / "seed-0" / "phase-2" / "rows.jsonl")
         with pytest.raises(ArtifactError, match=message):
@@ -252,7 +250,7 @@ def test_answers_that_were_lost_while_they_were_trained_on_are_missed(
 
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int], most: int) -> list[int]:
-    """The likeliest token again and again, without a cache; where two are as good as equally likely, no answer: []."""
+    """Greedy tokens, without a cache. Returns [] if two tokens are almost equally likely."""
     ids = list(prompt)
     for _ in range(most):
         (first, second), (best, _) = (x.tolist() for x in model(torch.tensor([ids])).logits[0, -1].topk(2))
@@ -267,10 +265,10 @@ def greedy(model: Any, prompt: list[int], most: int) -> list[int]:
 def by_hand(
     models: Path, folder: Path, *, fresh_optimizer: bool = False, never_ends: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[list[int], list[int]]], list[float]]:
-    """The full-weight run of ``test_it_is_the_loss_on_the_students_own_tokens`` in plain PyTorch, float64.
+    """The full-weight run of ``test_on_policy_training_equals_plain_pytorch_on_the_students_tokens`` in plain PyTorch, float64.
 
-    Returns: the weights before and after; without a fault, what the student answers greedily before each phase and what
-    was kept; mean KL to the teacher on its answers before each phase.
+    Returns: the weights before and after; without a fault, the student's greedy answers before each phase and the answers
+    in the run; mean KL to the teacher on its answers before each phase.
     """
     from transformers import AutoModelForCausalLM
 
@@ -280,7 +278,7 @@ def by_hand(
     tokenizer = load_tokenizer(find_pretrained(str(models / "weak")))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     optimizer, step = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=0.0), 0
-    text, distances = [], []
+    answers, distances = [], []
 
     def both(prompt: list[int], answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, at = torch.tensor([prompt + answer]), slice(len(prompt) - 1, -1)
@@ -296,7 +294,7 @@ def by_hand(
         for line in map(json.loads, lines):
             prompt = tokenizer(line["prompt"], add_special_tokens=False).input_ids
             if not fresh_optimizer and not never_ends:
-                text.append((greedy(student, prompt, 16), line["tokens"]))
+                answers.append((greedy(student, prompt, 16), line["tokens"]))
             rows.append((prompt, line["tokens"] + ([END] if never_ends and not line["ended"] else [])))
         with torch.no_grad():
             kl = sum(float((p.exp() * (p - q)).sum()) for p, q in (both(*row) for row in rows))
@@ -316,15 +314,15 @@ def by_hand(
                 group["lr"] = learning_rate(step, total_steps=4, peak=1e-3, schedule="linear", warmup=0.03)
             optimizer.step()
             step += 1
-    return before, dict(student.named_parameters()), text, distances
+    return before, dict(student.named_parameters()), answers, distances
 
 
 @pytest.mark.usefixtures("no_card")
-def test_it_is_the_loss_on_the_students_own_tokens(here: Path, models: Path) -> None:
-    """Against plain PyTorch from the rows that were kept: reverse KL on the tokens written, no others, one AdamW and one
-    learning-rate schedule over both phases, greedy answers of the student as it is by then.
+def test_on_policy_training_equals_plain_pytorch_on_the_students_tokens(here: Path, models: Path) -> None:
+    """Compares with plain PyTorch on the rows of the run: reverse KL on the written tokens only, one AdamW and one
+    learning-rate schedule over both phases, greedy answers of the current student.
 
-    Faults that it must catch: an optimizer that begins anew with a phase; an end that was never written.
+    Faults that it must catch: an optimizer that restarts with each phase; an end that was never written.
     """
     document = recipe(
         here,
@@ -336,28 +334,28 @@ def test_it_is_the_loss_on_the_students_own_tokens(here: Path, models: Path) -> 
     phases = run_it(document).summary["on_policy"][0]["phases"]
     after = load_file(here / "run" / "student" / "model.safetensors")
 
-    text: list[Any] = []
+    answers: list[Any] = []
 
     def distance(**faults: bool) -> float:
-        before, ours, notes, kls = by_hand(models, here, **faults)
-        text.extend(notes)
+        before, ours, pairs, kls = by_hand(models, here, **faults)
+        answers.extend(pairs)
         if not faults:
             assert [p["kl"] for p in phases] == pytest.approx(kls, rel=1e-3)  # rounding of two phases in float32
         moved = math.sqrt(sum(float((p - before[n]).square().sum()) for n, p in ours.items()))
         apart = math.sqrt(sum(float((p - after[n].double()).square().sum()) for n, p in ours.items()))
         return apart / moved
 
-    # Adam divides by the size of the gradient: rounding in float32 grows where that is small.
+    # Adam divides by the size of the gradient, so float32 rounding grows if the gradient is small.
     assert distance() < 0.01
     assert distance(fresh_optimizer=True) > 0.05
     assert distance(never_ends=True) > 0.05
-    notes = [(ours, theirs) for ours, theirs in text if ours]
-    assert len(notes) > 8 and all(ours == theirs for ours, theirs in notes)
+    pairs = [(ours, theirs) for ours, theirs in answers if ours]
+    assert len(pairs) > 8 and all(ours == theirs for ours, theirs in pairs)
 
 
 @pytest.mark.usefixtures("no_card")
-def test_teacher_and_student_are_never_in_memory_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever a model is loaded no other one is alive. A teacher that someone keeps must be noticed."""
+def test_on_policy_never_holds_teacher_and_student_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other model is alive when a model is loaded. The test must notice a teacher that is kept."""
     alive: list[weakref.ref[Any]] = []
     kept: list[Any] = []
     loaded: list[str] = []
@@ -386,7 +384,7 @@ def test_teacher_and_student_are_never_in_memory_together(here: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("no_card")
-def test_several_teachers_and_seeds(here: Path) -> None:
+def test_on_policy_with_several_teachers_and_seeds(here: Path) -> None:
     document = recipe(here, on_policy={"phases": 1, "rows": None})
     document["distill"] |= {
         "teacher": None,
@@ -405,7 +403,7 @@ def test_several_teachers_and_seeds(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_card")
-def test_patience_ends_the_phases(here: Path) -> None:
+def test_on_policy_patience_ends_the_phases(here: Path) -> None:
     document = recipe(
         here,
         train={"max_steps": 8, "lr": 1e-9},
@@ -419,9 +417,9 @@ def test_patience_ends_the_phases(here: Path) -> None:
     assert len(run.summary["on_policy"][0]["phases"]) < 4
 
 
-def test_answers_are_drawn_from_what_the_student_says(here: Path, models: Path) -> None:
-    """Chi-squared of 600 first tokens against the softmax at that temperature, whatever the model's own
-    generation_config.json asks for: its top_k of 1 would be caught."""
+def test_on_policy_answers_follow_the_students_softmax(here: Path, models: Path) -> None:
+    """Chi-square of 600 first tokens against the softmax at that temperature. The model's own
+    generation_config.json must have no effect; the test would catch its top_k of 1."""
     shutil.copytree(models / "weak", here / "habits")
     (here / "habits" / "generation_config.json").write_text(
         json.dumps({"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 5.0, "eos_token_id": 2})
@@ -492,7 +490,7 @@ def test_on_policy_refuses_impossible_settings(here: Path, changes: dict[str, An
     assert not (here / "run").exists()
 
 
-def test_prompts_that_are_too_long_are_left_out_where_the_recipe_says_so(here: Path) -> None:
+def test_on_policy_drops_prompts_that_are_too_long(here: Path) -> None:
     notes: list[str] = []
 
     class Notes(SilentProgress):
@@ -513,12 +511,12 @@ def test_prompts_that_are_too_long_are_left_out_where_the_recipe_says_so(here: P
     assert any("these rows are dropped" in note for note in notes)
 
 
-def test_teach_leaves_it_to_distill(here: Path) -> None:
+def test_teach_refuses_an_on_policy_recipe(here: Path) -> None:
     with pytest.raises(RecipeError, match="on-policy distillation has no cache to prepare"):
         teach(recipe(here), progress=SilentProgress())
 
 
-def test_it_is_for_language_models_only(here: Path) -> None:
+def test_on_policy_is_for_language_models_only(here: Path) -> None:
     document = recipe(here)
     document |= {"task": "seq_cls", "model": {"name": "tiny:bert"}}
     document["data"] = {"train": "data.jsonl", "columns": {"text": "word", "label": "kind"}}

@@ -1,4 +1,4 @@
-"""Students on 4-bit weights that do not move: LoRA learns back what rounding, or a cut, took from the model."""
+"""Students on frozen 4-bit weights: LoRA recovers what rounding, or a cut, took from the model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def lesson(**distilling: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("cut", [None, {"layers": [0]}], ids=["the whole model", "a cut one"])
-def test_lora_heals_a_student_in_four_bits(
+def test_lora_recovers_a_student_in_four_bits(
     cut: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The teacher is the model in its own precision. The student begins away from it and ends nearer, its frozen weights
-    are still those of the 4-bit export."""
+    """The teacher is the model in its own precision. Training brings the student nearer to it. The student's frozen weights
+    stay those of the 4-bit export."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
     run = distill(lesson(**({"student_init": cut} if cut else {})), progress=SilentProgress())

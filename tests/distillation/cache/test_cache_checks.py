@@ -1,4 +1,4 @@
-"""What a cache refuses, and the words it does it in."""
+"""What a cache refuses, and its error messages."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_complete_cache_opens(cache: Path) -> None:
-    opened = open_cache(cache, identity=dict(reversed(IDENTITY.items())), fill=FILL)
-    assert opened.fill == FILL and opened.extra == {"accuracy": 0.75} and opened.names == ["train", "eval"]
-    assert opened.manifest["identity"] == IDENTITY
-    assert set(opened.manifest["versions"]) == {"peftlab", "python", "torch", "numpy", "safetensors"}
-    assert (len(opened.split("train")), len(opened.split("eval"))) == (6, 1)
-    assert torch.equal(opened.head_tensors()["weight"], torch.ones(3, 4))
+def test_open_cache_opens_a_complete_cache(cache: Path) -> None:
+    reopened = open_cache(cache, identity=dict(reversed(IDENTITY.items())), fill=FILL)
+    assert reopened.fill == FILL and reopened.extra == {"accuracy": 0.75} and reopened.names == ["train", "eval"]
+    assert reopened.manifest["identity"] == IDENTITY
+    assert set(reopened.manifest["versions"]) == {"peftlab", "python", "torch", "numpy", "safetensors"}
+    assert (len(reopened.split("train")), len(reopened.split("eval"))) == (6, 1)
+    assert torch.equal(reopened.head_tensors()["weight"], torch.ones(3, 4))
     assert open_cache(cache).fill == FILL
-    opened.verify()
+    reopened.verify()
     assert {p.name for p in cache.iterdir()} == {
         "manifest.json",
         "tensors.safetensors",
@@ -74,7 +74,7 @@ def changed(data: bytes, at: int) -> bytes:
         ),
     ],
 )
-def test_damage_is_found_when_it_is_opened(
+def test_open_cache_refuses_damage(
     name: str, damage: Callable[[bytes], bytes | None], message: str, cache: Path
 ) -> None:
     left = damage((cache / name).read_bytes())
@@ -86,28 +86,28 @@ def test_damage_is_found_when_it_is_opened(
         open_cache(cache, fill=FILL, identity=IDENTITY)
 
 
-def test_large_cache_finds_damage_when_it_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_read_of_a_large_cache_refuses_damage(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_HASHED_BYTES", 100)
     shard = cache / "train-00001.bin"
     shard.write_bytes(changed(shard.read_bytes(), 30))
-    opened = open_cache(cache)
-    opened.split("train").read([0, 1, 2])
+    reopened = open_cache(cache)
+    reopened.split("train").read([0, 1, 2])
     with pytest.raises(
         ArtifactError, match=r"train-00001.bin does not have the recorded checksum at example \d of train"
     ):
-        opened.split("train").read(range(6))
+        reopened.split("train").read(range(6))
     with pytest.raises(ArtifactError, match=r"train-00001.bin does not have its recorded hash"):
-        opened.verify()
+        reopened.verify()
 
 
-def test_damaged_head_is_found_when_it_is_read(cache: Path) -> None:
+def test_head_tensors_refuses_a_damaged_head(cache: Path) -> None:
     path = cache / "tensors.safetensors"
     path.write_bytes(changed(path.read_bytes(), len(path.read_bytes()) - 1))
     with pytest.raises(ArtifactError, match=r"tensors.safetensors does not have its recorded hash"):
         open_cache(cache).head_tensors()
 
 
-def test_shard_of_another_cache_does_not_pass(cache: Path, tmp_path: Path) -> None:
+def test_open_cache_refuses_a_shard_of_another_cache(cache: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write(other, fill=Fill("topk", k=3, num_classes=20, temperature=2.0))
     for kind in ("bin", "index"):
@@ -116,13 +116,13 @@ def test_shard_of_another_cache_does_not_pass(cache: Path, tmp_path: Path) -> No
         open_cache(cache)
 
 
-def test_none_or_not_complete(tmp_path: Path) -> None:
+def test_open_cache_refuses_a_missing_or_incomplete_cache(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected a teacher cache in .*, found none; run `peftlab teach` first"):
         open_cache(tmp_path / "nowhere")
     write(tmp_path, upto=5)
     assert (tmp_path / "train-00000.index").exists() and (tmp_path / "train-00001.journal").exists()
-    notes = "found 5 of 6 examples of train and 0 of 1 examples of eval; run `peftlab teach` again to resume"
-    with pytest.raises(ArtifactError, match=notes):
+    message = "found 5 of 6 examples of train and 0 of 1 examples of eval; run `peftlab teach` again to resume"
+    with pytest.raises(ArtifactError, match=message):
         open_cache(tmp_path)
     with CacheWriter(tmp_path, FILL, IDENTITY) as writer:
         writer.split("train", 6)
@@ -130,7 +130,7 @@ def test_none_or_not_complete(tmp_path: Path) -> None:
             writer.finish()
 
 
-def test_cache_reports_another_identity_key_by_key(cache: Path) -> None:
+def test_open_cache_names_each_key_of_another_identity(cache: Path) -> None:
     other = {**IDENTITY, "data": "d2", "max_length": 128, "revision": "main"}
     del other["template"]
     with pytest.raises(ArtifactError) as error:
@@ -143,7 +143,7 @@ def test_cache_reports_another_identity_key_by_key(cache: Path) -> None:
     ) in str(error.value)
 
 
-def test_cache_reports_another_fill(cache: Path) -> None:
+def test_open_cache_refuses_another_fill(cache: Path) -> None:
     with pytest.raises(
         ArtifactError, match=r"made with another k: k is 3 in the cache, 4 here. Restore what it was made with"
     ):
@@ -152,7 +152,7 @@ def test_cache_reports_another_fill(cache: Path) -> None:
         open_cache(cache, fill=Fill("sampled", draws=4, num_classes=20))
 
 
-def test_keys_of_the_examples(cache: Path) -> None:
+def test_check_keys_refuses_other_examples(cache: Path) -> None:
     train = open_cache(cache).split("train")
     train.check_keys(KEYS)
     with pytest.raises(ArtifactError, match="has 6 examples of train, the data has 5: it was made for other data"):
@@ -167,7 +167,7 @@ def test_keys_of_the_examples(cache: Path) -> None:
         train.check_keys(KEYS[::-1])
 
 
-def test_key_of_an_example() -> None:
+def test_example_key_depends_on_ids_and_mask() -> None:
     ids, trained = np.array([1, 2, 3]), np.array([False, True, True])
     keys = {
         example_key(ids),
@@ -181,7 +181,7 @@ def test_key_of_an_example() -> None:
     assert example_key(ids) == 8990308797230768126, "fixed: caches of an earlier version stay valid"
 
 
-def test_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> None:
+def test_cache_writer_refuses_to_spoil_a_folder(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"found a complete one in .*: reuse it, choose another folder, or overwrite"):
         write(cache)
     begun = tmp_path / "begun"
@@ -215,7 +215,7 @@ def test_writer_refuses_what_it_would_spoil(cache: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("upto", [3, 6])
-def test_replacing_removes_the_cache_and_nothing_else(upto: int, tmp_path: Path) -> None:
+def test_cache_writer_replace_removes_only_the_cache(upto: int, tmp_path: Path) -> None:
     write(tmp_path, fill=Fill("topk", k=3, num_classes=20, values="float32"), upto=upto)
     (tmp_path / "notes.txt").write_text("mine")
     write(tmp_path, replace=True)
@@ -224,20 +224,20 @@ def test_replacing_removes_the_cache_and_nothing_else(upto: int, tmp_path: Path)
     assert len(open_cache(tmp_path).split("train").read(range(6))) == 24
 
 
-def test_what_a_killed_replacement_left_is_not_gone_on_with(cache: Path) -> None:
+def test_cache_writer_does_not_resume_a_killed_replacement(cache: Path) -> None:
     (cache / "manifest.json").unlink()
     with CacheWriter(cache, FILL, IDENTITY) as writer:
         assert writer.split("train", 6).done == 0
 
 
-def test_cache_of_another_version(cache: Path) -> None:
+def test_open_cache_refuses_another_version(cache: Path) -> None:
     path = cache / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ArtifactError, match=r"expected version 1 of the teacher cache's format in .*, found 2"):
         open_cache(cache)
 
 
-def test_cache_refuses_wrong_calls(cache: Path, tmp_path: Path) -> None:
+def test_cache_split_refuses_wrong_calls(cache: Path, tmp_path: Path) -> None:
     train = open_cache(cache).split("train")
     for index in (6, -1):
         with pytest.raises(IndexError, match=f"expected an example from 0 to 5 of train, found {index}"):
@@ -255,7 +255,7 @@ def test_cache_refuses_wrong_calls(cache: Path, tmp_path: Path) -> None:
         headless.split("eval")
 
 
-def test_more_shards_than_maps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_read_with_more_shards_than_open_maps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     want = open_cache(cache).split("train").read([5, 0, 5, 1])
     monkeypatch.setattr(reader, "_OPEN_MAPS", 1)
     got = open_cache(cache).split("train").read([5, 0, 5, 1])

@@ -1,4 +1,4 @@
-"""Settings of a cache: refused values, what depends on them, reproducible targets."""
+"""Settings of a cache: refused values, equal settings, size per position, reproducible targets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_fill_refuses_wrong_settings(settings: dict[str, Any], key: str, message
     assert error.value.key == f"distill.targets.{key}"
 
 
-def test_only_what_the_bytes_depend_on_counts() -> None:
+def test_fill_settings_hold_only_what_the_bytes_depend_on() -> None:
     assert Fill("topk", k=5, num_classes=9, seed=1).settings() == Fill("topk", k=5, num_classes=9, seed=2).settings()
     assert (
         Fill("sampled", draws=5, num_classes=9, seed=1).settings()
@@ -49,7 +49,7 @@ def test_only_what_the_bytes_depend_on_counts() -> None:
 @pytest.mark.parametrize(
     ("fill", "expected"),
     [
-        # 16 or 17 bits of id and 16 of value for each of 50 classes, and 16 of the rest.
+        # Each of 50 classes has 16 or 17 bits of id and 16 of value. The rest has 16 bits.
         (Fill("topk", k=50, num_classes=49_152), 50 * (16 + 16) / 8 + 2),
         (Fill("topk", k=50, num_classes=128_256), 50 * (17 + 16) / 8 + 2),
         (Fill("topk", k=50, num_classes=49_152, values="float32"), 50 * (16 + 32) / 8),
@@ -63,11 +63,11 @@ def test_only_what_the_bytes_depend_on_counts() -> None:
         (Fill("hidden", hidden_size=100, hidden="float32"), 400),
     ],
 )
-def test_fill_counts_bytes_per_position(fill: Fill, expected: float) -> None:
+def test_fill_bytes_per_position_by_hand(fill: Fill, expected: float) -> None:
     assert fill.bytes_per_position() == expected
 
 
-def test_targets_follow_from_seed_and_example() -> None:
+def test_fill_target_depends_on_seed_and_example() -> None:
     logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     fill = Fill("sampled", draws=6, num_classes=50)
 
@@ -85,7 +85,7 @@ def test_targets_follow_from_seed_and_example() -> None:
         fill.target(logits[:, 1:], 0)
 
 
-def test_what_is_stored_has_no_graph() -> None:
+def test_fill_target_has_no_graph() -> None:
     weight = torch.randn(3, 8, requires_grad=True)
     target = Fill("hidden", hidden_size=8).target(weight * 2, 0)
     assert isinstance(target, torch.Tensor) and not target.requires_grad

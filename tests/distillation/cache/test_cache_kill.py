@@ -1,4 +1,4 @@
-"""A capture that is killed at every moment, and goes on to the bytes it would have written."""
+"""A capture that is killed at any moment resumes to the bytes that it would have written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD = {"weight": torch.arange(12.0).reshape(3, 4)}
 
 
 def capture(folder: Path) -> None:
-    """One call of a verb: goes on with what is there, does nothing where all is."""
+    """Writes the cache as one call of a verb does: it resumes, or does nothing if the cache is complete."""
     if (folder / MANIFEST).exists():
         return
     with CacheWriter(folder, FILL, {"teacher": "a"}, shard_bytes=90) as writer:
@@ -45,7 +45,7 @@ def capture(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but those that only a killed process leaves beside a complete cache."""
+    """All files except those that only a killed process leaves beside a complete cache."""
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("capture.json", ".lock")}
 
 
@@ -60,7 +60,7 @@ def forked(work: Callable[[], int]) -> int:
 
 
 def kill_at(event: int) -> list[int]:
-    """Replaces what changes files by what kills this process at the given one, half way through a write."""
+    """Makes this process kill itself at the given change of a file, half way through a write. Returns the counter."""
     count = [0]
 
     def wrap(original: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -81,7 +81,7 @@ def kill_at(event: int) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process loses nothing that the kernel has; waiting is most of the time of these tests."""
+    """Skips fsync. A killed process loses nothing that the kernel has, and waiting takes most of the time of these tests."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
@@ -92,7 +92,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(folder)
 
 
-def test_capture_has_several_shards(whole: dict[str, bytes]) -> None:
+def test_cache_capture_has_several_shards(whole: dict[str, bytes]) -> None:
     assert {name for name in whole if name.endswith(".bin")} == {
         "train-00000.bin",
         "train-00001.bin",
@@ -102,8 +102,8 @@ def test_capture_has_several_shards(whole: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
-def test_killed_at_every_change_of_a_file(first: int, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """In three parts, each every third change: a fork takes its time."""
+def test_cache_capture_killed_at_every_file_change_resumes(first: int, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Three parts take every third change each, because a fork is slow."""
     event, seen_partial = first, False
     while True:
         folder = tmp_path / str(event)
@@ -128,7 +128,7 @@ def test_killed_at_every_change_of_a_file(first: int, whole: dict[str, bytes], t
     assert event > 90 and seen_partial
 
 
-def test_killed_again_and_again(whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_cache_capture_killed_repeatedly_resumes(whole: dict[str, bytes], tmp_path: Path) -> None:
     chosen = random.Random(0)
     for attempt in range(4):
         folder = tmp_path / str(attempt)
@@ -147,21 +147,21 @@ def test_killed_again_and_again(whole: dict[str, bytes], tmp_path: Path) -> None
         assert kills > 1 and contents(folder) == whole
 
 
-def test_little_is_done_twice(tmp_path: Path) -> None:
-    """All examples that were added are there, not only those of complete shards."""
+def test_cache_writer_reuses_every_added_example(tmp_path: Path) -> None:
+    """A new writer reuses all added examples, not only those of complete shards."""
     with CacheWriter(tmp_path, FILL, {}) as writer:
         split = writer.split("train", 7)
         for i in range(5):
             split.add(i, TARGETS["train"][i])
     with CacheWriter(tmp_path, FILL, {}) as writer:
         assert writer.split("train", 7).done == 5
-    # A shard that got its name and not yet its index.
+    # The shard has its name but not yet its index.
     (tmp_path / "train-00000.bin.partial").rename(tmp_path / "train-00000.bin")
     with CacheWriter(tmp_path, FILL, {}) as writer:
         assert writer.split("train", 7).done == 5
 
 
-def test_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_writer_syncs_a_file_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[int] = set()
     names, pwrite, replace = [], os.pwrite, os.replace
 
@@ -194,7 +194,7 @@ def test_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch
         (lambda records, journal: (records, b""), 0),
     ],
 )
-def test_what_a_lost_power_leaves_is_kept_as_far_as_it_fits(
+def test_cache_writer_keeps_consistent_records_after_a_power_loss(
     damage: Callable[[bytes, bytes], tuple[bytes, bytes]], left: int, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     def begun() -> CacheWriter:
@@ -220,8 +220,8 @@ def test_what_a_lost_power_leaves_is_kept_as_far_as_it_fits(
     )
 
 
-def test_full_disk_keeps_what_is_there(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    """A limit on the size of files stands for the disk: the kernel writes a part and refuses the rest, as it does there."""
+def test_cache_writer_on_a_full_disk_keeps_what_is_stored(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """A limit on file size stands in for a full disk: the kernel also writes a part and refuses the rest."""
 
     def limited() -> int:
         begun = CacheWriter(tmp_path, FILL, {"teacher": "a"}, shard_bytes=90)
@@ -244,8 +244,8 @@ def test_full_disk_keeps_what_is_there(tmp_path: Path, whole: dict[str, bytes]) 
     assert contents(tmp_path) == whole
 
 
-def test_two_writers_of_one_folder(process: Any, tmp_path: Path) -> None:
-    """A process that is alive keeps the folder; killed from outside, it leaves it to the next."""
+def test_cache_writer_refuses_a_second_writer(process: Any, tmp_path: Path) -> None:
+    """A living process keeps the folder. After it is killed, the next process can take it."""
     program = """
 import sys, time, torch
 from pathlib import Path
@@ -290,8 +290,8 @@ with CacheWriter(Path(sys.argv[1]), fill, {}) as writer:
     assert not (tmp_path / ".lock").exists()
 
 
-def test_lock_whose_file_was_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer before ends between the open and the lock of the next one: a third would lock a new file."""
+def test_locked_retries_when_the_lock_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first writer ends between the open and the lock of the next one. A third writer would lock a new file."""
     flock = files.fcntl.flock
     calls: list[int] = []
 

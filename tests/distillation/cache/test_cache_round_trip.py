@@ -1,4 +1,4 @@
-"""What was stored comes back: every fill, every number of positions, every width of ids."""
+"""A cache returns what was stored, for every fill, number of positions and width of ids."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def by_class(target: SparseTarget, num_classes: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FILLS)
-def test_round_trip_of_classes(name: str, tmp_path: Path) -> None:
+def test_cache_returns_stored_classes(name: str, tmp_path: Path) -> None:
     fill, num_classes = FILLS[name], FILLS[name].num_classes or 0
     targets = [fill.target(teacher_logits(n, num_classes, i), i) for i, n in enumerate(LENGTHS)]
     split = written(tmp_path, fill, targets)
     assert split.num_positions(range(6)).tolist() == LENGTHS
-    # log p in float16 is right to 2^-11 of itself, 0.01 for the least of these; a count is exact.
+    # log p in float16 has a relative error of 2^-11, 0.01 for the smallest value here. A count is exact.
     exact = fill.values == "float32" or fill.kind == "sampled"
     for order in ([3], [1], [2], [5, 0, 3, 3, 2, 1], []):
         read = split.read(order)
@@ -90,7 +90,7 @@ def test_round_trip_of_classes(name: str, tmp_path: Path) -> None:
             assert set(ids[(fill.k or 1) :]) <= set(ids[: fill.k or 1]) | set(real)
 
 
-def test_float32_classes_come_back_to_the_bit(tmp_path: Path) -> None:
+def test_cache_returns_float32_classes_to_the_bit(tmp_path: Path) -> None:
     fill = Fill("topk", k=6, num_classes=400, values="float32")
     target = fill.target(teacher_logits(50, 400, 0)[1:], 0)
     assert isinstance(target, SparseTarget) and (target.probs.double().sum(1) < 1).all()
@@ -101,11 +101,11 @@ def test_float32_classes_come_back_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hidden", ["bfloat16", "int8", "float32"])
 @pytest.mark.parametrize("size", [64, 33, 1])
-def test_round_trip_of_hidden_states(hidden: str, size: int, tmp_path: Path) -> None:
+def test_cache_returns_stored_hidden_states(hidden: str, size: int, tmp_path: Path) -> None:
     fill = Fill("hidden", hidden=hidden, hidden_size=size)
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(n, size, generator=generator) * 5 for n in LENGTHS]
-    states[3][:, :1] = 4_000.0  # the massive activation of one channel
+    states[3][:, :1] = 4_000.0  # one channel with a massive activation
     states[0][0] = 0.0
     split = written(tmp_path, fill, list(states))
     read = split.read([3, 2, 0])
@@ -123,10 +123,10 @@ def test_round_trip_of_hidden_states(hidden: str, size: int, tmp_path: Path) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), num_classes=st.integers(1, 40), seed=st.integers(0, 999), std=st.floats(0.0, 30.0))
-def test_stored_classes_are_a_distribution_and_the_loss_is_one(
+def test_stored_classes_are_a_distribution_with_a_finite_loss(
     data: st.DataObject, num_classes: int, seed: int, std: float
 ) -> None:
-    """Sums above 1, rests out of rounding, and -inf would show as a loss that is negative, inf or NaN."""
+    """Sums above 1, rests from rounding, and -inf would give a loss that is negative, inf or NaN."""
     k = data.draw(st.integers(1, num_classes))
     exist = data.draw(st.integers(1, num_classes))
     values = data.draw(st.sampled_from(["float16", "float32"]))
@@ -152,8 +152,8 @@ def stored(fill: Fill, target: SparseTarget | Tensor) -> SparseTarget:
     return SparseTarget(torch.from_numpy(read.ids), torch.from_numpy(read.probs), fill.temperature, "bucket")
 
 
-def test_rest_out_of_rounding_would_be_a_loss() -> None:
-    """Why the rest is stored: of a sure teacher 1 - sum of rounded values is noise of 1e-4, beside a true rest of 1e-6."""
+def test_stored_rest_avoids_a_loss_from_rounding() -> None:
+    """Why the rest is stored: for a confident teacher, 1 - sum of rounded values is noise of 1e-4; the true rest is 1e-6."""
     fill = Fill("topk", k=3, num_classes=20)
     z = torch.full((1, 20), -14.0)
     z[0, :3] = torch.tensor([1.0, 0.3, -0.4])
@@ -165,8 +165,8 @@ def test_rest_out_of_rounding_would_be_a_loss() -> None:
 
 
 @pytest.mark.parametrize("values", ["float16", "float32"])
-def test_mass_of_draws_is_exact_however_small(values: str) -> None:
-    """1e-9 of it: one minus the head's sum would be the rounding of float32, 1e-8 or 0."""
+def test_stored_mass_of_draws_is_exact_even_if_small(values: str) -> None:
+    """The mass is 1e-9. One minus the head's sum would be float32 rounding, 1e-8 or 0."""
     fill = Fill("mixed", k=3, draws=8, num_classes=20, values=values)
     z = torch.full((6, 20), -23.0)
     z[:, :3] = torch.tensor([1.0, 0.3, -0.4]) + torch.arange(6.0)[:, None] / 7
@@ -176,7 +176,7 @@ def test_mass_of_draws_is_exact_however_small(values: str) -> None:
 
 
 @pytest.mark.parametrize("T", [1.0, 4.0])
-def test_all_classes_in_float32_are_the_dense_loss(T: float, tmp_path: Path) -> None:
+def test_stored_classes_in_float32_give_the_dense_loss(T: float, tmp_path: Path) -> None:
     fill = Fill("topk", k=300, num_classes=300, values="float32", temperature=T)
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(30, 300, generator=generator) * 3 for _ in range(2))
@@ -206,7 +206,7 @@ def test_all_classes_in_float32_are_the_dense_loss(T: float, tmp_path: Path) -> 
     ],
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_teacher_that_is_broken_is_not_stored(fill: Fill, values: Tensor, wrong: float) -> None:
+def test_encode_refuses_a_teacher_with_nan_or_inf(fill: Fill, values: Tensor, wrong: float) -> None:
     broken = values.clone()
     broken[2, 3] = wrong
     with pytest.raises(VerificationError, match="at 1 of 4 positions of example 7 of train, the first at position 2"):
@@ -216,7 +216,7 @@ def test_teacher_that_is_broken_is_not_stored(fill: Fill, values: Tensor, wrong:
             encode(fill.target(torch.full((4, 9), -math.inf), 0), fill, where="x")
 
 
-def test_target_of_another_fill_is_our_mistake() -> None:
+def test_encode_refuses_a_target_of_another_fill() -> None:
     fill = Fill("topk", k=2, num_classes=9)
     for other in (
         SparseTarget.from_logits(torch.zeros(3, 9), 3),
@@ -240,7 +240,7 @@ def test_target_of_another_fill_is_our_mistake() -> None:
     ],
     ids=lambda fill: fill.kind,
 )
-def test_bytes_per_position_are_those_of_the_files(fill: Fill, tmp_path: Path) -> None:
+def test_bytes_per_position_equals_the_size_of_the_files(fill: Fill, tmp_path: Path) -> None:
     width = fill.hidden_size or fill.num_classes or 0
     target = fill.target(torch.randn(60, width, generator=torch.Generator().manual_seed(0)) * 3, 0)
     with CacheWriter(tmp_path, fill, {}, shard_bytes=200_000) as writer:
@@ -248,19 +248,19 @@ def test_bytes_per_position_are_those_of_the_files(fill: Fill, tmp_path: Path) -
         for key in range(60):
             split.add(key, target)
         writer.finish()
-    notes = open_cache(tmp_path).manifest["splits"]["train"]
+    recorded = open_cache(tmp_path).manifest["splits"]["train"]
     on_disk = sum(path.stat().st_size for path in tmp_path.glob("train-*"))
-    assert notes["positions"] == 3_600 and notes["bytes"] == on_disk
-    assert notes["bytes_per_position"] == pytest.approx(on_disk / 3_600, rel=0.02)
+    assert recorded["positions"] == 3_600 and recorded["bytes"] == on_disk
+    assert recorded["bytes_per_position"] == pytest.approx(on_disk / 3_600, rel=0.02)
     planned = fill.bytes_per_position()
     if fill.kind in ("topk", "hidden"):
-        assert notes["bytes_per_position"] == pytest.approx(planned, rel=0.02)
+        assert recorded["bytes_per_position"] == pytest.approx(planned, rel=0.02)
     else:
-        assert notes["bytes_per_position"] <= planned * 1.02
+        assert recorded["bytes_per_position"] <= planned * 1.02
 
 
-def test_cache_round_trip_is_fast(tmp_path: Path) -> None:
-    """20,000 positions of 50 classes: 0.03 s each way on an idle core, 2 s at most anywhere."""
+def test_cache_writes_and_reads_fast(tmp_path: Path) -> None:
+    """20,000 positions of 50 classes take 0.03 s each way on an idle core, and at most 2 s anywhere."""
     fill = Fill("topk", k=50, num_classes=49_152)
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(49_152, generator=generator)[:50] for _ in range(200)])
