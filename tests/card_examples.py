@@ -59,20 +59,20 @@ def classification(
     seeds: list[Seed] = []
     for seed in range(num_seeds):
         offset = spread * (seed - (num_seeds - 1) / 2)
-        actual = {
+        estimates = {
             "teacher": _classes(teacher, 1, None, rows),
             "student": _classes(student + offset, 2 + seed, 0.21, rows),
         }
         if baseline is not None:
-            actual["baseline"] = _classes(baseline - offset, 20 + seed, 0.93, rows)
+            estimates["baseline"] = _classes(baseline - offset, 20 + seed, 0.93, rows)
         one: Any = {
             "seed": 17 + seed,
-            "teacher": side(actual["teacher"], _costs(False, trained=False), ece=0.041),
-            "student": side(actual["student"], _costs(True), ece=0.032 + offset),
-            "paired": paired(**actual),
+            "teacher": side(estimates["teacher"], _costs(False, trained=False), ece=0.041),
+            "student": side(estimates["student"], _costs(True), ece=0.032 + offset),
+            "paired": paired(**estimates),
         }
         if baseline is not None:
-            one["baseline"] = side(actual["baseline"], _costs(True), ece=0.187 + offset)
+            one["baseline"] = side(estimates["baseline"], _costs(True), ece=0.187 + offset)
         seeds.append(one)
     figures: Figures = {
         "headline": "accuracy",
@@ -104,7 +104,7 @@ def _language(nll: float, seed: int, kl: float | None) -> dict[str, Estimate]:
 
 def language_model(headline: str = "kl", *, baseline_nll: float = 3.02, student_nll: float = 2.94) -> Figures:
     """One seed; the student is 20 of 30 layers of a 134.5 M teacher."""
-    actual = {
+    estimates = {
         "teacher": _language(2.71, 1, None),
         "student": _language(student_nll, 2, 0.214),
         "baseline": _language(baseline_nll, 3, 0.351),
@@ -118,11 +118,11 @@ def language_model(headline: str = "kl", *, baseline_nll: float = 3.02, student_
     large |= Costs(latency_low_ms=45.6, latency_high_ms=46.3)
     one: Any = {
         "seed": 17,
-        "teacher": side(actual["teacher"], large, ece=0.012),
-        "student": side(actual["student"], small, ece=0.019),
-        "baseline": side(actual["baseline"], small, ece=0.031),
-        "cut": side(actual["cut"], Costs(num_parameters=99_200_000), ece=0.21),
-        "paired": paired(**actual),
+        "teacher": side(estimates["teacher"], large, ece=0.012),
+        "student": side(estimates["student"], small, ece=0.019),
+        "baseline": side(estimates["baseline"], small, ece=0.031),
+        "cut": side(estimates["cut"], Costs(num_parameters=99_200_000), ece=0.21),
+        "paired": paired(**estimates),
     }
     return {"headline": headline, "num_rows": ROWS, "seeds": [one], "timed_on": "8 rows, 4,096 tokens, NVIDIA H200"}
 
@@ -134,8 +134,8 @@ def embedding() -> Figures:
     def estimates(spearman: float, recall: float) -> dict[str, Estimate]:
         draws = spearman + noise.normal(0, 0.004, 1000)
         recalls = noise.binomial(10, recall, ROWS) / 10
-        actual = bootstrap({"neighbour_recall": row_metrics.mean(recalls)}, ROWS)
-        return {"spearman": Estimate(spearman, draws, ROWS, 0), **actual}
+        recall_estimate = bootstrap({"neighbour_recall": row_metrics.mean(recalls)}, ROWS)
+        return {"spearman": Estimate(spearman, draws, ROWS, 0), **recall_estimate}
 
     student, cut = estimates(0.845, 0.594), estimates(0.573, 0.383)
     one: Any = {

@@ -93,8 +93,8 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     from peftlab import ops
 
     def exact_product(a: Any, b: Any, *, out: Any = None) -> Any:
-        actual = a.int() @ b.int()
-        return actual if out is None else out.copy_(actual)
+        product = a.int() @ b.int()
+        return product if out is None else out.copy_(product)
 
     for module in (ops, runtime):
         monkeypatch.setattr(module, "operands_problem", lambda backend: None)

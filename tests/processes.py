@@ -86,10 +86,10 @@ class Child:
             raise subprocess.TimeoutExpired(self._arguments, timeout, self.stdout, self.stderr)
         return subprocess.CompletedProcess(self._arguments, status, self.stdout, self.stderr)
 
-    def wait_for(self, actual: Callable[[], bool], timeout: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Until ``found()``, while the process runs."""
         deadline = time.monotonic() + timeout
-        while not actual():
+        while not condition():
             assert self.poll() is None, f"ended with {self.poll()}: {self.stdout}{self.stderr}"
             assert time.monotonic() < deadline, f"after {timeout} s: {self.stdout}{self.stderr}"
             time.sleep(0.02)
@@ -215,13 +215,13 @@ def _start_server() -> int:
     starter = threading.Thread(target=first.start, daemon=True)
     starter.start()
     assert receiver.poll(START_S), f"the server of processes has not answered within {START_S} s"
-    actual = int(receiver.recv())
+    num_threads = int(receiver.recv())
     starter.join()
     first.join()
-    assert actual == 1, (
-        f"the server of processes has {actual} threads; a fork would copy one of them and the locks of all"
+    assert num_threads == 1, (
+        f"the server of processes has {num_threads} threads; a fork would copy one of them and the locks of all"
     )
-    return actual
+    return num_threads
 
 
 def _count_threads(sender: Any) -> None:

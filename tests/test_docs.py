@@ -87,7 +87,7 @@ def test_commands_all_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not wrong, capsys.readouterr().err
 
 
-def test_commands_that_are_wrong_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_are_wrong_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     text = "    peftlab trian x\n\nor `peftlab train x --resum` and `peftlab train x train.lrr=1`, `peftlab bench x --plan`"
     assert [wrong_command(words) for words in commands(text)] == [
         "does not parse",
@@ -115,12 +115,12 @@ def test_shipped_recipes_are_named_right() -> None:
 
 def unknown_keys(text: str) -> list[str]:
     """Recipe keys in code spans that the schema does not have, such as ``train.lrr`` or ``run.seed: 1``."""
-    actual = []
+    unknown = []
     for span in inline_code(text):
         key = re.match(rf"((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?=$|[:= ])", span)
         if key and span != "run.json" and spec_at(key[1].split(".")) is None:
-            actual.append(span)
-    return actual
+            unknown.append(span)
+    return unknown
 
 
 @pages
@@ -129,7 +129,7 @@ def test_recipe_keys_all_exist(page: Path) -> None:
     assert not [span for span in unknown_keys(page.read_text()) if span not in attributes]
 
 
-def test_recipe_keys_that_are_unknown_are_seen() -> None:
+def test_recipe_keys_that_are_unknown_are_found() -> None:
     assert unknown_keys("`train.lrr=1` `run.json` `data.columns.text` `model.quantise: nf4` `train.lr: 1`") == [
         "train.lrr=1",
         "model.quantise: nf4",
@@ -176,34 +176,34 @@ def test_lines_are_short_and_ascii(page: Path) -> None:
     assert not [line for line in prose(text).splitlines() if len(line) > WIDTH and not line.startswith("|")]
 
 
-def test_recipe_reference_is_what_the_schema_says() -> None:
+def test_recipe_reference_equals_the_schema() -> None:
     assert (DOCS / "recipe.md").read_text() == reference(), "python -m peftlab.recipe.reference > docs/recipe.md"
     keys = re.findall(r"^- \*\*`([\w.]+)`\*\* \(", reference(), flags=re.MULTILINE)
     assert set(Recipe.model_fields) <= set(keys) and len(keys) == len(set(keys)) > 100
     assert all(spec_at(key.split(".")) is not None for key in keys)
 
 
-def test_exit_codes_are_all_there() -> None:
+def test_exit_codes_are_all_listed() -> None:
     table = (DOCS / "run-folder.md").read_text().partition("| code |")[2]
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)] == sorted(EXIT_CODES)
 
 
-def test_allowed_errors_are_all_there() -> None:
+def test_allowed_errors_are_all_listed() -> None:
     table = (DOCS / "data.md").read_text().partition("| error |")[2].partition("\n\n")[0]
     allowed = spec_at(["data", "allow", 0])
     assert allowed is not None
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == set(get_args(allowed.kind))
 
 
-def test_rooms_are_all_there() -> None:
+def test_rooms_are_all_listed() -> None:
     table = (DOCS / "architecture.md").read_text().partition("| room |")[2].partition("\n\n")[0]
     rooms = {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)}
     assert rooms == set(ALLOWED) - {"__main__", "<root>"}
 
 
-def test_report_card_is_that_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
-    actual = json.loads((ROOT / "bench" / "results" / "distillation.json").read_text())["digits-few-labels"]["card"]
-    show_card(Output(), actual)
+def test_report_card_equals_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    card = json.loads((ROOT / "bench" / "results" / "distillation.json").read_text())["digits-few-labels"]["card"]
+    show_card(Output(), card)
     printed = capsys.readouterr().out.replace("\u2500", "-").rstrip().splitlines()
     page = (DOCS / "distillation.md").read_text()
     assert "\n".join(f"    {line}".rstrip() for line in printed) in page

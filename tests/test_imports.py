@@ -125,7 +125,7 @@ def _peftlab_violation(unit: str, name: str, root: Path) -> str | None:
 
 def violations(root: Path) -> list[str]:
     """One line, ``file:line: what is wrong``, for each import under ``root`` that breaks the rules."""
-    actual: list[str] = []
+    lines: list[str] = []
     for path in sorted(
         p for folder in ("peftlab", "kernels", "recipes", "tests", "bench") for p in root.glob(f"{folder}/**/*.py")
     ):
@@ -135,7 +135,7 @@ def violations(root: Path) -> list[str]:
         unit = relative.parts[1].removesuffix(".py") if owner == "peftlab" else ""
         unit = "<root>" if unit == "__init__" else unit
         if owner == "peftlab" and unit not in ALLOWED:
-            actual.append(
+            lines.append(
                 f"{relative.as_posix()}:1: {unit} is not in ALLOWED of tests/test_imports.py; say what it may import"
             )
             continue
@@ -159,13 +159,13 @@ def violations(root: Path) -> list[str]:
             elif top == "peftlab" and owner == "peftlab":
                 problem = _peftlab_violation(unit, item.name, root)
             if problem:
-                actual.append(f"{relative.as_posix()}:{item.line}: {problem}")
-    return actual
+                lines.append(f"{relative.as_posix()}:{item.line}: {problem}")
+    return lines
 
 
-def test_tree_keeps_the_rules() -> None:
-    actual = violations(ROOT)
-    assert not actual, "\n" + "\n".join(actual)
+def test_imports_keep_the_rules() -> None:
+    broken = violations(ROOT)
+    assert not broken, "\n" + "\n".join(broken)
 
 
 def questions_which_task_it_is(root: Path) -> list[str]:
@@ -188,14 +188,14 @@ def questions_which_task_it_is(root: Path) -> list[str]:
     return asked
 
 
-def test_nothing_outside_specs_and_tasks_asks_which_task_it_is(tmp_path: Path) -> None:
+def test_task_names_are_compared_only_in_specs_and_tasks(tmp_path: Path) -> None:
     assert not questions_which_task_it_is(ROOT)
     lines = ["if recipe.task == 'seq_cls': pass", "x = summary.get('task') != 'embedding'", "y = r.task in ('a', 'b')"]
     _plant(tmp_path, {"peftlab/api/a.py": "\n".join(lines) + "\n", "peftlab/tasks/b.py": lines[0] + "\n"})
     assert questions_which_task_it_is(tmp_path) == [f"peftlab/api/a.py:{i}" for i in (1, 2, 3)]
 
 
-def test_map_has_no_circle() -> None:
+def test_allowed_map_has_no_circle() -> None:
     reached: set[str] = set()
     remaining = {unit: {ok.split(".")[0] for ok in allowed} for unit, allowed in ALLOWED.items()}
     while ready := {unit for unit, needs in remaining.items() if needs <= reached}:
@@ -211,7 +211,7 @@ def _plant(root: Path, files: dict[str, str]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def test_planted_violations_are_found(tmp_path: Path) -> None:
+def test_violations_finds_planted_imports(tmp_path: Path) -> None:
     planted = {
         "peftlab/data/a.py": "from peftlab.models import load\n",
         "peftlab/data/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peftlab.training.loop\n",
@@ -244,7 +244,7 @@ def test_planted_violations_are_found(tmp_path: Path) -> None:
     assert {line.split(":")[0] for line in violations(tmp_path)} == set(planted)
 
 
-def test_allowed_imports_pass(tmp_path: Path) -> None:
+def test_violations_accepts_allowed_imports(tmp_path: Path) -> None:
     allowed = {
         "peftlab/__init__.py": "def __getattr__(name):\n    from peftlab import api\n    return getattr(api, name)\n",
         "peftlab/__main__.py": "from peftlab.cli import main\n",

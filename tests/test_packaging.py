@@ -67,14 +67,14 @@ def test_torch_adds_a_product_to_a_sum_in_float32() -> None:
 
     total = torch.empty(8, 4, device="meta")
     one, other = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((8, 6), (6, 4)))
-    for actual in (
+    for product in (
         torch.addmm(total, one, other, out_dtype=torch.float32, out=total),
         torch.mm(one, other, out_dtype=torch.float32, out=total),
     ):
-        assert actual.dtype == torch.float32 and actual.shape == total.shape
+        assert product.dtype == torch.float32 and product.shape == total.shape
 
 
-def test_kernels_is_no_package() -> None:
+def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "kernels").exists()
 
@@ -104,15 +104,15 @@ def test_transformers_imports_a_model_from_the_root() -> None:
 def test_package_list_equals_the_tree() -> None:
     setuptools = PYPROJECT["tool"]["setuptools"]
     assert setuptools["package-dir"] == SOURCES
-    actual = {
+    in_tree = {
         ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
         for package, folder in SOURCES.items()
         for path in (ROOT / folder).rglob("__init__.py")
     }
-    assert set(setuptools["packages"]) ^ actual == set(), "in the list or in the tree, but not in both"
+    assert set(setuptools["packages"]) ^ in_tree == set(), "in the list or in the tree, but not in both"
 
 
-def test_every_module_lies_in_a_package() -> None:
+def test_modules_all_lie_in_a_package() -> None:
     lost = [
         str(path.relative_to(ROOT))
         for path in _files_to_install().values()

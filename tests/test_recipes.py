@@ -73,7 +73,7 @@ def test_recipe_distills_on_tiny_models(name: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_header_says_what_to_expect(name: str) -> None:
+def test_recipe_header_says_what_to_expect(name: str) -> None:
     header = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
     text = " ".join(header).lower()
     for word in ("cores", "memory", "expect"):

@@ -31,10 +31,10 @@ def test_command_line_answers_within_half_a_second(argument: str) -> None:
     seconds: list[float] = []
     libraries: list[float] = []
     for _ in range(NUM_RUNS):
-        for actual, command in ((seconds, (COMMAND, argument)), (libraries, (sys.executable, "-c", LIBRARIES))):
+        for times, command in ((seconds, (COMMAND, argument)), (libraries, (sys.executable, "-c", LIBRARIES))):
             start = time.perf_counter()
             assert _run(*command).stdout
-            actual.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
         bound = max(BOUND_S, BOUND_TIMES * min(libraries))
         if min(seconds) < bound:
             return
@@ -61,7 +61,7 @@ def test_command_line_reports_a_misspelt_key_before_heavy_imports(verb: str) -> 
     assert "peftlab" in imported and not imported & HEAVY
 
 
-def test_bitsandbytes_brings_no_compiler_until_it_is_used() -> None:
+def test_bitsandbytes_imports_no_compiler_until_it_is_used() -> None:
     """Its decorators alone would import Inductor; what they make still compiles, or falls back, at its first call."""
     program = """
 import sys, torch

@@ -79,7 +79,7 @@ def _loads_a_recipe() -> None:
         (_loads_a_recipe, "unit"),
     ],
 )
-def test_tier_is_read_from_the_code_that_is_reached(function: Callable[[], None], tier: str) -> None:
+def test_tier_follows_the_code_that_a_test_reaches(function: Callable[[], None], tier: str) -> None:
     assert tiers._reached(function).tier() == tier
 
 
@@ -99,7 +99,7 @@ def test_tier_of_a_fixture_counts(request: pytest.FixtureRequest, monkeypatch: p
     assert tiers.tier_of(request.node) == "process"
 
 
-def test_tier_orders_the_files() -> None:
+def test_long_files_first_orders_files_by_tier() -> None:
     def item(file: str, tier: str) -> Any:
         return SimpleNamespace(
             path=Path(file), iter_markers=lambda: [pytest.mark.slow.mark, getattr(pytest.mark, tier).mark]

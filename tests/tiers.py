@@ -102,11 +102,11 @@ def tier_of(item: pytest.Function) -> str:
     uses.add(_reached(_inner(item.function)))
     for name in fixtures:  # which grows where a fixture asks for others by their names
         for definition in item.session._fixturemanager.getfixturedefs(name, item) or ():
-            actual = _reached(_inner(definition.func))
-            uses.add(actual)
+            reached = _reached(_inner(definition.func))
+            uses.add(reached)
             fixtures += [n for n in definition.argnames if n not in fixtures]
-            if "getfixturevalue" in actual.names:
-                fixtures += [n for n in texts | actual.texts if n not in fixtures]
+            if "getfixturevalue" in reached.names:
+                fixtures += [n for n in texts | reached.texts if n not in fixtures]
     tiers = {uses.tier(), "engine" if "triton" in texts or "trained" in fixtures else "unit"}
     return max(tiers, key=TIERS.index)
 
@@ -157,12 +157,12 @@ def _named(one: Any, uses: Uses) -> Iterator[Any]:
             uses.texts |= {c for c in code.co_consts if isinstance(c, str) and len(c) < 40}
         uses.names |= names
         cells = [c.cell_contents for c in function.__closure__ or () if _is_set(c)]
-        actual = [function.__globals__[n] for n in names if n in function.__globals__] + cells
+        values = [function.__globals__[n] for n in names if n in function.__globals__] + cells
         # Imported inside the function: perhaps not loaded yet, so each name may be one of that module's.
         inside = [n for n in names if n.split(".")[0] in (*OURS, *STARTERS) and n not in function.__globals__]
         uses.modules |= set(inside)
         uses.functions |= {(module, n) for module in inside for n in names}
-        for value in actual:
+        for value in values:
             yield value
             if isinstance(value, ModuleType) and value.__name__.split(".")[0] in (*OURS, *FOLLOWED):
                 yield from (getattr(value, n) for n in names if hasattr(value, n))

@@ -17,7 +17,7 @@ from bench import ROOT
 from bench.gpu_check.base import Deadline, Device, Row, Task
 
 TESTS = ["tests/ops", "tests/adapters/test_fused.py"]
-DRY_TESTS = ["tests/ops/test_linear_losses.py", "-k", "left_alone"]
+DRY_TESTS = ["tests/ops/test_linear_losses.py", "-k", "do_not_change_their_inputs"]
 # The first compiles for GPUs that are not there, with the pinned Triton; slow tests train real models.
 NOT_HERE = ("--ignore=tests/ops/test_compiled_kernels.py", "-m", "not slow")
 

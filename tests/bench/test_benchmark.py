@@ -51,7 +51,7 @@ def test_gates_come_first_then_the_cells_in_turns(jobs: FakeJobs) -> None:
     assert runs == [*order, *reversed(order), *order]
 
 
-def test_what_is_known_about_a_machine_is_in_the_header(jobs: FakeJobs) -> None:
+def test_header_describes_machine_versions_and_command(jobs: FakeJobs) -> None:
     header = bench()["header"]
     assert header["machine"]["device"] == "cpu" and header["machine"]["cores"] >= 1
     assert {"torch", "peft", "transformers", "bitsandbytes", "python"} <= set(header["versions"])
@@ -59,7 +59,7 @@ def test_what_is_known_about_a_machine_is_in_the_header(jobs: FakeJobs) -> None:
     assert header["protocol"] == {"repeats": 3, "steps": 4, "warm_up": 1}
 
 
-def test_benchmark_figures_by_hand(jobs: FakeJobs) -> None:
+def test_figures_equal_those_worked_out_by_hand(jobs: FakeJobs) -> None:
     jobs.step_s = {("reference", "none"): 0.2, ("auto", "none"): 0.1}
     cells = {c["key"]: c for c in bench(quantize=["none"])["cells"]}
     slow, fast = cells["train/lora/r8/none/reference/2x16/1"], cells["train/lora/r8/none/auto/2x16/1"]
@@ -89,7 +89,7 @@ def test_red_gate_has_no_figures_and_exit_code_6(jobs: FakeJobs, capsys: pytest.
     assert max(map(len, shown.out.splitlines())) <= 80
 
 
-def test_first_losses_that_differ_are_red_after_the_timing(jobs: FakeJobs) -> None:
+def test_first_losses_that_differ_are_red_after_timing(jobs: FakeJobs) -> None:
     jobs.first_loss["auto"] = 2.001
     cells = bench(quantize=["none"])["cells"]
     assert [c["status"] for c in cells] == ["ok", "red"]
@@ -97,7 +97,7 @@ def test_first_losses_that_differ_are_red_after_the_timing(jobs: FakeJobs) -> No
     assert "runs" not in cells[1]
 
 
-def test_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate_finds_a_fault_in_the_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any, scale: float, **options: Any) -> Any:
         return RIGHT_LORA_LINEAR(*args, scale=0.9 * scale, **options)
 
@@ -107,8 +107,8 @@ def test_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest.M
         try:
             return {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
         except PeftlabError as error:
-            actual = {"error": {"kind": type(error).__name__, "message": str(error), "known": True}}
-            return subprocesses.outcome(actual, 1, "")
+            reply = {"error": {"kind": type(error).__name__, "message": str(error), "known": True}}
+            return subprocesses.outcome(reply, 1, "")
 
     monkeypatch.setattr(speed_run, "launch_worker", here)
     cells = bench(quantize=["none"], repeats=1, steps=1, what=["train", "generate"], new_tokens=2)["cells"]
@@ -124,7 +124,7 @@ def test_fault_in_the_fused_path_is_found_by_the_real_gate(monkeypatch: pytest.M
     assert cells[2]["tokens_per_step"] == 4, "two rows, two new tokens each"
 
 
-def test_killed_cell_is_a_row_and_is_not_tried_again(jobs: FakeJobs) -> None:
+def test_killed_cell_is_a_row_and_is_not_retried(jobs: FakeJobs) -> None:
     jobs.broken["run", "auto"] = subprocesses.outcome(None, -9, "")
     cells = bench(quantize=["none"])["cells"]
     assert [c["status"] for c in cells] == ["ok", "memory"]
@@ -132,7 +132,7 @@ def test_killed_cell_is_a_row_and_is_not_tried_again(jobs: FakeJobs) -> None:
     assert jobs.asked.count(("run", "none/auto")) == 1 and jobs.asked.count(("run", "none/reference")) == 3
 
 
-def test_fault_of_ours_is_exit_code_1_and_the_others_are_kept(
+def test_internal_error_has_exit_code_1_and_keeps_other_cells(
     jobs: FakeJobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs.broken["run", "auto"] = subprocesses.outcome(None, 1, "Traceback\nKeyError: 'x'\n")
@@ -142,7 +142,7 @@ def test_fault_of_ours_is_exit_code_1_and_the_others_are_kept(
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 8, 16])
-def test_interrupted_and_resumed_nothing_is_lost_or_repeated(
+def test_resume_after_an_interrupt_loses_and_repeats_nothing(
     jobs: FakeJobs, stop_after: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs.stop_after = stop_after
@@ -159,7 +159,7 @@ def test_interrupted_and_resumed_nothing_is_lost_or_repeated(
     assert len(jobs.asked) == 17, "what is finished is not measured again"
 
 
-def test_another_version_recipe_or_sweep_is_not_gone_on_with(jobs: FakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_another_version_recipe_or_sweep(jobs: FakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
     bench()
     with pytest.raises(ArtifactError, match=r"protocol.repeats: 3 there, 4 now"):
         bench(resume=True, repeats=4)
@@ -181,7 +181,7 @@ def test_damaged_journal_is_refused(jobs: FakeJobs) -> None:
         bench(resume=True)
 
 
-def test_folders_that_are_taken(jobs: FakeJobs) -> None:
+def test_folder_with_other_content_is_refused(jobs: FakeJobs) -> None:
     with pytest.raises(RecipeError, match="no benchmark in"):
         bench(resume=True)
     bench()
@@ -211,7 +211,7 @@ def test_csv_and_json_agree(jobs: FakeJobs) -> None:
             assert row["reason"] == "out of memory, with a comma" and row["tokens_per_s_median"] == ""
 
 
-def test_benchmark_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--plan", "--methods", "lora,full", "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert [c["status"] for c in cells] == ["pending"] * 6 + ["impossible"] * 2
@@ -239,7 +239,7 @@ def test_benchmark_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureF
         (["smoke", "data.train=absent.csv"], 3, "absent.csv"),
     ],
 )
-def test_benchmark_refuses_bad_input(
+def test_bench_reports_bad_input(
     jobs: FakeJobs, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["bench", *arguments]) == code
@@ -247,7 +247,7 @@ def test_benchmark_refuses_bad_input(
     assert not jobs.asked and not Path("runs").exists()
 
 
-def test_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_fits_80_columns(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--methods", "lora,dora", "smoke", "--ranks", "8,64", "--batch", "2,4", "--length", "16"]) == 0
     shown = capsys.readouterr()
     assert max(map(len, shown.out.splitlines())) <= 80
@@ -255,14 +255,14 @@ def test_finished_benchmark_is_shown_in_80_columns(jobs: FakeJobs, capsys: pytes
     assert "about" in shown.err or "measuring 1 of" in shown.err
 
 
-def test_job_in_a_process_and_its_errors() -> None:
+def test_worker_process_returns_its_errors() -> None:
     recipe = {"task": "causal_lm", "model": {"name": "shape:none"}, "data": {"train": "x"}}
     spec = {"job": "run", "recipe": recipe, "texts": None, "batch": 1, "steps": 1}
-    process = subprocesses.launch("peftlab.bench.worker", spec)
-    assert process["status"] == "impossible" and "unknown shape" in process["reason"]
+    result = subprocesses.launch("peftlab.bench.worker", spec)
+    assert result["status"] == "impossible" and "unknown shape" in result["reason"]
 
 
-def test_time_left_goes_by_the_later_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_estimates_time_left_from_later_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     """Four gates of 10 s, then runs of 30 s: before the first run the estimate is too low, after the third right."""
     now = [0.0]
     with bench_progress(lambda: now[0]) as tell:

@@ -58,7 +58,7 @@ STEADY = [1.0, 1.01, 0.99, 1.02, 0.98]
 NAMES = ("a", "b")
 
 
-def test_compare_of_a_difference_and_of_none() -> None:
+def test_compare_reports_a_difference_and_no_difference() -> None:
     a = result({8: STEADY, 16: STEADY})
     b = result({8: [0.5 * s for s in STEADY], 16: [1.03, 0.97, 1.0, 1.05, 0.96]}, peak=5e7)
     comparison = compare_results(a, b, NAMES)
@@ -71,17 +71,17 @@ def test_compare_of_a_difference_and_of_none() -> None:
     assert comparison["only_a"] == [{"key": CELLS[2].key, "status": "memory"}]
 
 
-def test_two_repetitions_tell_nothing() -> None:
+def test_compare_decides_nothing_on_two_repetitions() -> None:
     comparison = compare_results(result({8: [1.0, 1.1]}), result({8: [0.5, 0.6]}), NAMES)
     assert comparison["cells"][0]["speed"]["differs"] is None
 
 
-def test_another_number_of_repetitions_is_compared() -> None:
+def test_compare_accepts_different_numbers_of_repetitions() -> None:
     comparison = compare_results(result({8: STEADY}), result({8: [0.5, 0.51, 0.49]}), NAMES)
     assert comparison["cells"][0]["speed"]["differs"]
 
 
-def test_compare_reports_another_machine_and_refuses_another_workload() -> None:
+def test_compare_reports_another_machine_and_refuses_other_work() -> None:
     a, b = result({8: STEADY}), result({8: STEADY})
     b["header"]["machine"]["name"] = "H100"
     b["header"]["versions"]["torch"] = "2.14"
@@ -96,7 +96,7 @@ def test_compare_reports_another_machine_and_refuses_another_workload() -> None:
         compare_results(a, b, NAMES)
 
 
-def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_command_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = result({8: STEADY, 16: STEADY}), result({8: [0.5 * s for s in STEADY], 16: STEADY, 64: STEADY})
     for name, document in (("a", a), ("b", b)):
         (tmp_path / name).mkdir()

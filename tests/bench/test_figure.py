@@ -48,7 +48,7 @@ def document() -> dict[str, Any]:
     return {"header": header, "ceilings": CEILINGS, "cells": summarize(cells, reasons, records)}
 
 
-def test_point_for_each_cell_that_has_figures(document: dict[str, Any]) -> None:
+def test_figure_has_a_point_for_each_measured_cell(document: dict[str, Any]) -> None:
     figure = build_figure(document)
     measured = [c for c in document["cells"] if c["status"] == "ok"]
     assert len(measured) == 20 and len(document["cells"]) == 24
@@ -63,7 +63,7 @@ def test_point_for_each_cell_that_has_figures(document: dict[str, Any]) -> None:
     assert len(front.get_xdata()) == sum(c["pareto"] for c in measured if c["what"] == "train")
 
 
-def test_texts_are_whole_and_apart(document: dict[str, Any]) -> None:
+def test_figure_texts_are_whole_and_do_not_overlap(document: dict[str, Any]) -> None:
     figure = build_figure(document)
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
@@ -78,7 +78,7 @@ def test_texts_are_whole_and_apart(document: dict[str, Any]) -> None:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text.get_text()
 
 
-def test_figure_files(document: dict[str, Any], tmp_path: Path) -> None:
+def test_draw_picture_writes_valid_repeatable_files(document: dict[str, Any], tmp_path: Path) -> None:
     png, svg = tmp_path / "bench.png", tmp_path / "bench.svg"
     assert draw_picture(document, png, svg)
     with Image.open(png) as image:
@@ -91,12 +91,12 @@ def test_figure_files(document: dict[str, Any], tmp_path: Path) -> None:
     assert svg.read_bytes() == first
 
 
-def test_without_figures_there_is_no_picture(document: dict[str, Any], tmp_path: Path) -> None:
+def test_draw_picture_without_figures_writes_nothing(document: dict[str, Any], tmp_path: Path) -> None:
     red = {**document, "cells": [c for c in document["cells"] if c["status"] != "ok"]}
     assert not draw_picture(red, tmp_path / "bench.png", tmp_path / "bench.svg")
     assert not list(tmp_path.iterdir())
 
 
-def test_matplotlib_waits_until_something_is_drawn() -> None:
+def test_matplotlib_is_imported_only_when_drawing() -> None:
     code = "import sys, peftlab.bench.figure; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -60,7 +60,7 @@ def written(path: Path) -> dict[ops.PlanKey, tuple[str, str]]:
     return {ops.PlanKey(*(r[f] for f in ops.PlanKey._fields)): (r["forward"], r["backward"]) for r in rows}
 
 
-def test_what_was_faster_is_written_and_later_runs_use_it(
+def test_tune_writes_faster_plans_and_later_runs_use_them(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare_libraries()
@@ -92,7 +92,7 @@ def test_what_was_faster_is_written_and_later_runs_use_it(
     assert chosen("nf4") == rule["nf4"], "without the file plans are by rule again"
 
 
-def test_rows_of_other_keys_are_kept(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_keeps_rows_of_other_keys(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = [
         key(M=4096)._asdict() | {"forward": "merged", "backward": "merged", "note": "older"},
         key()._asdict() | {"device": "sm_123", "forward": "split", "backward": "merged"},
@@ -116,14 +116,14 @@ def test_rows_of_other_keys_are_kept(file: Path, monkeypatch: pytest.MonkeyPatch
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
-def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_measures_every_candidate(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("PEFTLAB_CACHE", str(file.parent))
     monkeypatch.setattr(plan_tuning, "linear_shapes", lambda name: [(64, 128), (48, 64)])
     monkeypatch.setattr(timing, "LIMIT_S", {"cpu": 0.0, "cuda": 0.0})
     seen: list[tuple[int, int, str]] = []
     report = plan_tuning.tune(
-        rows=[5, 100, 100], rank=3, dropout=[0.0, 0.2], progress=lambda *notes: seen.append(notes)
+        rows=[5, 100, 100], rank=3, dropout=[0.0, 0.2], progress=lambda *event: seen.append(event)
     )
     count = 0
     for kind in plan_tuning.KINDS:
@@ -131,12 +131,12 @@ def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyP
             forward, backward = candidates(
                 kind, DEVICE.type, dropout=dropout, dtype=plan_tuning.resolve_precision("auto", DEVICE.type)
             )
-            actual = [p for p in report["plans"] if p["kind"] == kind and p["dropout"] == dropout]
+            tuned = [p for p in report["plans"] if p["kind"] == kind and p["dropout"] == dropout]
             choices = len(forward) > 1 or len(backward) > 1
-            assert len(actual) == (4 if choices else 0)
+            assert len(tuned) == (4 if choices else 0)
             assert bool([n for n in report["notes"] if n.startswith(f"{kind}, dropout {0.2 * dropout:g}:")]) != choices
-            count += len(actual)
-            for plan in actual:
+            count += len(tuned)
+            for plan in tuned:
                 assert list(plan["forward_ms"]) == (forward if len(forward) > 1 else [])
                 assert list(plan["backward_ms"]) == (backward if len(backward) > 1 else [])
                 assert plan["forward"] in forward and plan["backward"] in backward
@@ -148,7 +148,7 @@ def test_everything_is_measured_for_real(file: Path, monkeypatch: pytest.MonkeyP
     ops.use_plans(file)
 
 
-def test_candidates_take_turns_for_at_least_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_interleaves_candidates_for_five_rounds_or_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(timing, "LIMIT_S", {"cpu": 0.0})
     order: list[str] = []
@@ -169,18 +169,18 @@ def test_candidates_take_turns_for_at_least_five_rounds(monkeypatch: pytest.Monk
         ([1.0, 2.0, 9.0, 1.0, 1.0], [0.9, 1.8, 8.1, 0.9, 0.9], "merged"),  # a busy machine slows whole rounds
     ],
 )
-def test_faster_beyond_noise(split: list[float], merged: list[float], winner: str) -> None:
+def test_fastest_must_be_faster_beyond_noise(split: list[float], merged: list[float], winner: str) -> None:
     assert timing.fastest({"merged": merged, "split": split}, "split") == winner
 
 
-def test_bound_of_the_median() -> None:
+def test_upper_bound_of_the_median_is_exact() -> None:
     """By hand: P(at least 59 of 100 fair coins) < 5 % <= P(at least 58); four values bound nothing."""
     assert timing._upper_bound([float(v) for v in range(1, 101)]) == 59
     assert timing._upper_bound([3.0, 1.0, 2.0, 5.0, 4.0]) == 5
     assert timing._upper_bound([1.0] * 4) == float("inf")
 
 
-def test_fastest_of_those_that_beat_the_rule() -> None:
+def test_fastest_is_the_quickest_of_those_that_beat_the_rule() -> None:
     times = {"merged": [0.8] * 5, "split": [1.0] * 5, "library": [0.5] * 5}
     assert timing.fastest(times, "split") == "library"
     assert timing.fastest({}, "split") == "split"
@@ -188,7 +188,7 @@ def test_fastest_of_those_that_beat_the_rule() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", plan_tuning.KINDS)
-def test_every_candidate_is_the_formula_in_bfloat16_too(kind: str, dropout: float) -> None:
+def test_candidates_equal_the_formula_in_bfloat16(kind: str, dropout: float) -> None:
     """What a GPU uses, and tolerances with room: half of each is enough."""
     values = torch.randn(96, 128, generator=torch.Generator().manual_seed(1)).mul_(0.02).to(DEVICE)
     weight = make_weight(kind, values, torch.bfloat16)
@@ -218,7 +218,7 @@ def _wrong_gradient(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "part", "expected_text"),
+    ("fault", "part", "difference"),
     [
         (_wrong_scale, "forward", "y differs from the formula in float32 by 0.0"),
         (_wrong_gradient, "backward", "dx differs from the formula in float32 by 0.05 "),
@@ -227,7 +227,7 @@ def _wrong_gradient(right: Callable[..., Any]) -> Callable[..., Any]:
 def test_wrong_candidate_is_an_error(
     fault: Any,
     part: str,
-    expected_text: str,
+    difference: str,
     file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -241,12 +241,12 @@ def test_wrong_candidate_is_an_error(
     monkeypatch.setattr(ops, "lora_linear", lora_linear)
     assert run([*COMMAND, "--kinds", "dense"]) == 6
     message = " ".join(capsys.readouterr().err.split())
-    for text in ("dense, 100 rows, 64 x 128, dropout 0", f"{part} merged", expected_text, "run.kernels=reference"):
+    for text in ("dense, 100 rows, 64 x 128, dropout 0", f"{part} merged", difference, "run.kernels=reference"):
         assert text in message
     assert not file.exists()
 
 
-def test_candidate_that_does_not_run_is_reported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_candidate_is_noted(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.lora_linear
 
     def lora_linear(*args: Any, **options: Any) -> Any:
@@ -339,7 +339,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_tune_kernels_refuses_bad_input(
+def test_tune_kernels_reports_bad_input(
     name: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*args: Any) -> Any:
@@ -359,7 +359,7 @@ def test_tune_kernels_refuses_bad_input(
     assert not file.exists()
 
 
-def test_verb_alone_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_without_a_command_reports_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench"]) == 2
     assert "missing command" in capsys.readouterr().err
     assert run(["bench", "tune-kernel"]) == 2
@@ -385,7 +385,7 @@ def test_json_is_one_document_and_the_table_goes_to_stderr(
 
 
 @pytest.mark.parametrize("moment", ["while measuring", "while writing"])
-def test_ctrl_c_leaves_the_old_file(
+def test_ctrl_c_keeps_the_old_file(
     moment: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*COMMAND, "--kinds", "dense"]) == 0
@@ -404,7 +404,7 @@ def test_ctrl_c_leaves_the_old_file(
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 4), (errno.EACCES, 2)])
-def test_file_that_cannot_be_replaced(
+def test_file_that_cannot_be_replaced_is_reported(
     number: int, code: int, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: Any) -> Any:
@@ -416,7 +416,7 @@ def test_file_that_cannot_be_replaced(
     assert list(file.parent.iterdir()) == []
 
 
-def test_run_says_when_its_plans_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_notes_that_its_plans_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another plan adds in another order: the repeated adapter may differ in its last bits, and that is said."""
     import peftlab
     from peftlab import ops

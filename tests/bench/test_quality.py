@@ -82,7 +82,7 @@ def quality(**options: Any) -> dict[str, Any]:
     return benchmark_quality("smoke", **{"methods": ["lora", "dora", "full"], **options})
 
 
-def test_quality_figures_by_hand(trainings: Trainings) -> None:
+def test_figures_equal_those_worked_out_by_hand(trainings: Trainings) -> None:
     rows = quality()["methods"]
     assert [row["name"] for row in rows] == ["lora r8", "dora r8", "full"]
     lora, dora, _ = rows
@@ -94,7 +94,7 @@ def test_quality_figures_by_hand(trainings: Trainings) -> None:
     assert (dora["seconds"]["value"], dora["num_trained"]) == (2.0, 8000)
 
 
-def test_all_have_the_same_budget_and_held_out_rows(trainings: Trainings) -> None:
+def test_methods_share_budget_and_held_out_rows(trainings: Trainings) -> None:
     quality()
     first = [(name, 0, lr) for name in ("lora", "dora", "full") for lr in (LR / 10, LR)]
     assert trainings.asked[:6] == first, "each tries every learning rate with the first seed"
@@ -107,7 +107,7 @@ def test_all_have_the_same_budget_and_held_out_rows(trainings: Trainings) -> Non
     assert all(r["eval"]["before"] is False and "prompts" not in r["eval"] for r in trainings.recipes)
 
 
-def test_quality_resumes_after_an_interruption(trainings: Trainings) -> None:
+def test_resume_after_an_interrupt_repeats_no_training(trainings: Trainings) -> None:
     trainings.stop_after = 4
     with pytest.raises(Interrupted, match="4 trainings are in"):
         quality()
@@ -118,7 +118,7 @@ def test_quality_resumes_after_an_interruption(trainings: Trainings) -> None:
         quality(resume=True, seeds=4)
 
 
-def test_learning_rate_that_diverges_only_loses(trainings: Trainings) -> None:
+def test_diverged_learning_rate_only_loses(trainings: Trainings) -> None:
     trainings.diverged = {("lora", LR), ("full", LR), ("full", LR / 10)}
     lora, dora, full = quality()["methods"]
     assert (lora["lr"], lora["tried"][f"{LR:g}"]) == (LR / 10, None)
@@ -129,7 +129,7 @@ def test_learning_rate_that_diverges_only_loses(trainings: Trainings) -> None:
     )
 
 
-def test_choice_of_a_learning_rate() -> None:
+def test_chosen_rate_has_the_smallest_loss() -> None:
     def record(lr: float, loss: float, turn: int = 0, status: str = "ok") -> dict[str, Any]:
         return {
             "kind": "quality",
@@ -154,7 +154,7 @@ def test_choice_of_a_learning_rate() -> None:
     assert chosen_rate([record(1e-4, 2.0, status="red")], "lora r8", [1e-4], "loss") is None
 
 
-def test_quality_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--quality", "--plan", "--methods", "lora,full", "--seeds", "5"]) == 0
     shown = capsys.readouterr().out
     assert "12 trainings" in shown and "full" in shown and max(map(len, shown.splitlines())) <= 80
@@ -168,7 +168,7 @@ def test_full_fine_tuning_of_quantized_weights_is_a_row(trainings: Trainings) ->
         benchmark_quality("smoke", ["model.quantize=nf4"], methods=["full"], out="other")
 
 
-def test_quality_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--quality", "--methods", "lora,dora,full"]) == 0
     shown = capsys.readouterr()
     assert max(map(len, shown.out.splitlines())) <= 80
@@ -209,7 +209,7 @@ def test_bars_of_an_accuracy_end_at_one(trainings: Trainings) -> None:
         (["--seeds", "0"], "--seeds: expected at least 1, found 0"),
     ],
 )
-def test_quality_refuses_bad_input(
+def test_quality_reports_bad_input(
     trainings: Trainings, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["bench", "smoke", "--quality", *arguments]) == 2
@@ -217,7 +217,7 @@ def test_quality_refuses_bad_input(
     assert not trainings.asked
 
 
-def test_quality_of_a_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_trains_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         quality_run, "launch_worker", lambda spec: {"status": "ok", **run_job(json.loads(json.dumps(spec)))}
     )

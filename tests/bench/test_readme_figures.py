@@ -14,11 +14,11 @@ HINT = "python -m bench.write_results writes it"
 
 
 @pytest.mark.parametrize(("path", "name"), TABLES, ids=lambda value: value.stem if isinstance(value, Path) else value)
-def test_tables_are_made_of_the_results(path: Path, name: str) -> None:
+def test_tables_equal_the_results(path: Path, name: str) -> None:
     assert TABLES[path, name]() == section(path.read_text(encoding="utf-8"), name), HINT
 
 
-def test_no_table_is_without_a_program() -> None:
+def test_tables_all_have_a_program() -> None:
     by_hand = {(PAGE, "kd_conformance"), (PAGE, "peft_suite")}  # of make conformance, and compared in tests/conformance
     for path in (
         README,
@@ -32,13 +32,13 @@ def test_no_table_is_without_a_program() -> None:
         assert marks == {key for key in TABLES.keys() | by_hand if key[0] == path}
 
 
-def test_changed_figure_is_seen() -> None:
+def test_tables_check_notices_a_changed_figure() -> None:
     text, table = README.read_text(encoding="utf-8"), TABLES[README, "distillation"]()
     assert "0.820" in table
     assert table != section(text.replace("0.820", "0.920"), "distillation")
 
 
-def test_table_goes_between_its_markers(tmp_path: Path) -> None:
+def test_replace_section_writes_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- /one -->\nold\n<!-- two -->\nold\n<!-- /two -->\n")
     replace_section(page, "two", "| new |")

@@ -27,7 +27,7 @@ def cell(**changes: Any) -> Cell:
     return Cell(**{**values, "length": 64, "adapters": 1, **changes})
 
 
-def test_cells_by_hand() -> None:
+def test_cells_equal_those_listed_by_hand() -> None:
     keys = [c.key for c in cells_of(make_sweep(**{**ONE, "methods": ["lora", "full"], "ranks": [8, 16]}))]
     assert keys == [
         "train/lora/r8/none/reference/4x64/1",
@@ -39,7 +39,7 @@ def test_cells_by_hand() -> None:
     ], "full fine-tuning has no rank: once, not once per rank"
 
 
-def test_sweep_counts_a_repeated_value_once() -> None:
+def test_duplicate_values_count_once() -> None:
     assert len(cells_of(make_sweep(**{**ONE, "ranks": [8, 8]}))) == 2
 
 
@@ -56,7 +56,7 @@ def test_sweep_counts_a_repeated_value_once() -> None:
         ({"length": [1]}, "--length: expected at least 2 tokens, of which one is predicted, found 1"),
     ],
 )
-def test_sweep_refuses_wrong_values(changes: dict[str, Any], message: str) -> None:
+def test_make_sweep_reports_wrong_values(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         make_sweep(**{**ONE, **changes})
     assert str(caught.value) == message
@@ -78,12 +78,12 @@ def test_sweep_refuses_wrong_values(changes: dict[str, Any], message: str) -> No
         ({"what": "generate", "length": 100}, "100 + 32 new tokens exceed the model's 128"),
     ],
 )
-def test_which_cells_can_exist(changes: dict[str, Any], reason: str | None) -> None:
-    reasons = impossible(cell(**changes), LLAMA)
-    assert (reasons is None) if reason is None else (reasons is not None and reason in reasons)
+def test_impossible_gives_the_reason_for_a_cell(changes: dict[str, Any], reason: str | None) -> None:
+    why = impossible(cell(**changes), LLAMA)
+    assert (why is None) if reason is None else (why is not None and reason in why)
 
 
-def test_what_the_task_and_the_machine_rule_out() -> None:
+def test_impossible_depends_on_task_and_machine() -> None:
     assert "seq_cls has nothing to generate" in str(impossible(cell(what="generate"), Facts("seq_cls", 512, 32)))
     missing = Facts("causal_lm", 128, 32, no_bitsandbytes="No module named 'bitsandbytes'")
     assert "int8 needs bitsandbytes, which cannot be imported (No module" in str(
@@ -95,7 +95,7 @@ def test_what_the_task_and_the_machine_rule_out() -> None:
     assert impossible(cell(length=17), images) is None
 
 
-def test_rounded_operands_need_the_units_and_int8_weights() -> None:
+def test_impossible_without_the_units_for_rounded_operands() -> None:
     weak = Facts("causal_lm", 128, 32, no_operands={"cpu-bf16": "the processor has none of AMX"})
     assert impossible(cell(kernels="cpu-bf16"), weak) == "the processor has none of AMX"
     assert impossible(cell(kernels="cpu-bf16"), LLAMA) is None
@@ -105,6 +105,6 @@ def test_rounded_operands_need_the_units_and_int8_weights() -> None:
         assert f"{method} has no such path" in str(impossible(cell(kernels="cpu-bf16", method=method), LLAMA))
 
 
-def test_repetitions_go_there_and_back() -> None:
+def test_interleaved_repetitions_go_there_and_back() -> None:
     cells = [cell(rank=rank) for rank in (1, 2, 3)]
     assert [[c.rank for c in interleaved(cells, i)] for i in range(3)] == [[1, 2, 3], [3, 2, 1], [1, 2, 3]]

@@ -29,7 +29,7 @@ class Clock:
         ((1.0,), 3, [1.0]),
     ],
 )
-def test_how_often_it_is_tried(
+def test_seconds_counts_the_tries_after_warm_up(
     monkeypatch: pytest.MonkeyPatch, durations: tuple[float, ...], calls: int, counted: list[float]
 ) -> None:
     clock = Clock(*durations)

@@ -15,7 +15,7 @@ def counter(folder: Path, name: str, microjoules: int) -> None:
     (folder / name / "max_energy_range_uj").write_text("5000000\n")
 
 
-def test_counters_of_all_processors_are_added(tmp_path: Path) -> None:
+def test_meter_adds_the_counters_of_all_processors(tmp_path: Path) -> None:
     counter(tmp_path, "intel-rapl:0", 1_500_000)
     counter(tmp_path, "intel-rapl:0:0", 900_000)  # its cores, which the processor counts already
     counter(tmp_path, "intel-rapl:1", 500_000)
@@ -24,7 +24,7 @@ def test_counters_of_all_processors_are_added(tmp_path: Path) -> None:
     assert meter.read() == pytest.approx(2.0)
 
 
-def test_counter_that_began_again(tmp_path: Path) -> None:
+def test_meter_handles_a_counter_that_wraps(tmp_path: Path) -> None:
     counter(tmp_path, "intel-rapl:0", 4_000_000)
     meter, _ = find_meter("cpu", rapl=tmp_path)
     assert meter is not None
@@ -33,6 +33,6 @@ def test_counter_that_began_again(tmp_path: Path) -> None:
     assert EnergyMeter("", lambda: 0.0).between(4.0, 1.0) == -3.0
 
 
-def test_why_there_is_none(tmp_path: Path) -> None:
+def test_find_meter_says_why_there_is_none(tmp_path: Path) -> None:
     meter, reason = find_meter("cpu", rapl=tmp_path)
     assert meter is None and "no energy counter of the processor" in reason

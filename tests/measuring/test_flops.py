@@ -25,15 +25,15 @@ def _counted(model: Any, forward: Callable[[torch.Tensor], Any]) -> flops.Counte
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_flops_of_a_training_step(tiny: Callable[..., Any], dora: bool) -> None:
+def test_training_flops_equal_those_of_the_counter(tiny: Callable[..., Any], dora: bool) -> None:
     from peftlab.adapters.fused import set_kernels
 
     model = tiny("tiny:llama", attention="eager", dora=dora).train()
     set_kernels(model, "reference")
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
-        actual: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return actual
+        value: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return value
 
     linears = _counted(model, loss)
     width = flops.attention_width(model.config)
@@ -44,7 +44,7 @@ def test_flops_of_a_training_step(tiny: Callable[..., Any], dora: bool) -> None:
     assert mine == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_flops_of_full_fine_tuning(tiny: Callable[..., Any]) -> None:
+def test_training_flops_of_full_fine_tuning_equal_those_of_the_counter(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama", adapter=False, attention="eager").train().requires_grad_(True)
     linears = _counted(model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss)
     mine = flops.training_flops(linears, rows=ROWS, length=LENGTH, width=flops.attention_width(model.config))
@@ -54,7 +54,7 @@ def test_flops_of_full_fine_tuning(tiny: Callable[..., Any]) -> None:
 
 
 @torch.no_grad()
-def test_flops_of_generation(tiny: Callable[..., Any]) -> None:
+def test_generation_flops_equal_those_of_the_counter(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama", adapter=False, attention="eager")
     prompt = _counted(model, lambda ids: model(ids, use_cache=False, logits_to_keep=1))
     token = _counted(model, lambda ids: model(ids[:, :1], use_cache=False, logits_to_keep=1))

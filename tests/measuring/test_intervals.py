@@ -19,8 +19,8 @@ SETS = 200
 
 def _coverage(one_set: Callable[[np.random.Generator], Estimate], truth: float) -> float:
     """Share of simulated data sets whose interval holds the truth."""
-    actual = [one_set(np.random.default_rng(seed)).interval() for seed in range(SETS)]
-    return sum(f.low is not None and f.high is not None and f.low <= truth <= f.high for f in actual) / SETS
+    intervals = [one_set(np.random.default_rng(seed)).interval() for seed in range(SETS)]
+    return sum(f.low is not None and f.high is not None and f.low <= truth <= f.high for f in intervals) / SETS
 
 
 def _texts(rng: np.random.Generator, num: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -29,14 +29,14 @@ def _texts(rng: np.random.Generator, num: int = 60) -> tuple[np.ndarray, np.ndar
     return rng.binomial(tokens, rng.beta(2, 2, num)), tokens
 
 
-def test_interval_of_a_share_covers_in_95_of_100() -> None:
+def test_bootstrap_interval_of_a_share_covers_in_95_of_100() -> None:
     def one_set(rng: np.random.Generator) -> Estimate:
         return bootstrap({"m": row_metrics.mean(rng.random(100) < 0.7)}, 100)["m"]
 
     assert 0.90 <= _coverage(one_set, 0.7) <= 0.99
 
 
-def test_interval_of_a_ratio_over_rows_covers_and_one_over_tokens_does_not() -> None:
+def test_bootstrap_of_a_ratio_covers_over_rows_and_not_over_tokens() -> None:
     """The fault: tokens drawn one by one, as if the tokens of a text had nothing to do with each other."""
 
     def by_rows(rng: np.random.Generator) -> Estimate:
@@ -72,7 +72,7 @@ def test_paired_difference_covers_and_is_narrower_than_an_unpaired_one() -> None
     assert together.high - together.low < 0.8 * (apart.high - apart.low)
 
 
-def test_interval_is_scipys() -> None:
+def test_bootstrap_interval_equals_scipys() -> None:
     values = np.random.default_rng(1).exponential(2.0, 80)
     ours = bootstrap({"m": row_metrics.mean(values)}, 80, num_draws=9999)["m"].interval()
     theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(2)).confidence_interval
@@ -88,12 +88,12 @@ def test_ratio_draws_numerators_and_denominators_together() -> None:
     assert row_metrics.exp_ratio(nats, tokens)(counts) == pytest.approx([math.exp(33 / 16), math.exp(5 / 7)])
 
 
-def test_infinite_row_counts_only_where_it_was_drawn() -> None:
-    actual = row_metrics.mean([1.0, np.inf, 3.0])(np.array([[1.0, 0.0, 2.0], [1.0, 1.0, 1.0]]))
-    assert actual.tolist() == [pytest.approx(7 / 3), np.inf]
+def test_mean_counts_an_infinite_row_only_where_it_was_drawn() -> None:
+    means = row_metrics.mean([1.0, np.inf, 3.0])(np.array([[1.0, 0.0, 2.0], [1.0, 1.0, 1.0]]))
+    assert means.tolist() == [pytest.approx(7 / 3), np.inf]
 
 
-def test_macro_f1_of_drawn_rows_is_scikit_learns_on_the_repeated_rows() -> None:
+def test_macro_f1_of_drawn_rows_equals_scikit_learns_on_repeated_rows() -> None:
     rng = np.random.default_rng(3)
     predictions, references = rng.integers(0, 5, 40), rng.integers(0, 6, 40)
     counts = rng.multinomial(40, np.ones(40) / 40, 20)
@@ -103,51 +103,51 @@ def test_macro_f1_of_drawn_rows_is_scikit_learns_on_the_repeated_rows() -> None:
     assert macro_f1(predictions, references)(counts.astype(float)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_bootstrap_blocks_change_nothing() -> None:
+def test_bootstrap_in_blocks_gives_the_same_draws() -> None:
     metric = {"m": row_metrics.mean(np.arange(50.0))}
     whole = bootstrap(metric, 50, num_draws=20)["m"].draws
     assert bootstrap(metric, 50, num_draws=20, max_drawn=150)["m"].draws.tolist() == whole.tolist()
 
 
-def test_rows_that_all_agree_get_the_exact_binomial_bound() -> None:
+def test_bootstrap_of_rows_that_all_agree_has_the_exact_binomial_bound() -> None:
     for right in (True, False):
-        actual = bootstrap({"m": row_metrics.mean([right] * 30)}, 30, shares={"m"})["m"].interval()
+        interval = bootstrap({"m": row_metrics.mean([right] * 30)}, 30, shares={"m"})["m"].interval()
         exact = stats.binomtest(30 * right, 30).proportion_ci(0.95, method="exact")
-        assert (actual.low, actual.high) == pytest.approx((exact.low, exact.high))
+        assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high))
     # A mean that is no share, such as a KL of 0 in every row, is as certain as it looks.
-    actual = bootstrap({"m": row_metrics.mean([0.0] * 30)}, 30)["m"].interval()
-    assert (actual.low, actual.high) == (0.0, 0.0)
+    interval = bootstrap({"m": row_metrics.mean([0.0] * 30)}, 30)["m"].interval()
+    assert (interval.low, interval.high) == (0.0, 0.0)
 
 
-def test_too_few_rows_give_no_interval() -> None:
-    actual = bootstrap({"m": row_metrics.mean(np.arange(9.0))}, 9)["m"].interval()
-    assert actual.as_dict() == {"value": 4.0, "low": None, "high": None, "over": "rows", "n": 9}
+def test_bootstrap_of_too_few_rows_gives_no_interval() -> None:
+    interval = bootstrap({"m": row_metrics.mean(np.arange(9.0))}, 9)["m"].interval()
+    assert interval.as_dict() == {"value": 4.0, "low": None, "high": None, "over": "rows", "n": 9}
 
 
-def test_estimates_on_other_draws_are_not_paired() -> None:
+def test_minus_refuses_estimates_on_other_draws() -> None:
     metric = row_metrics.mean(np.arange(20.0))
     a, b = (bootstrap({"m": metric}, 20, seed=seed)["m"] for seed in (0, 1))
     with pytest.raises(ValueError, match=r"expected estimates on the same \(rows, seed, draws\)"):
         a.minus(b)
 
 
-def test_over_seeds_is_students_t() -> None:
+def test_over_seeds_equals_students_t() -> None:
     values = [0.695, 0.701, 0.688, 0.699, 0.692]
-    actual = over_seeds(values)
+    interval = over_seeds(values)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (actual.low, actual.high) == pytest.approx((expected.low, expected.high))
-    assert actual.value == pytest.approx(0.695) and (actual.over, actual.n) == ("seeds", 5)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    assert interval.value == pytest.approx(0.695) and (interval.over, interval.n) == ("seeds", 5)
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, math.inf], [math.nan, 0.5]])
-def test_over_seeds_claims_nothing_it_cannot_know(values: list[float]) -> None:
+def test_over_seeds_of_one_or_infinite_values_has_no_bounds(values: list[float]) -> None:
     assert (over_seeds(values).low, over_seeds(values).high) == (None, None)
 
 
-def test_two_seeds_cover_in_95_of_100() -> None:
+def test_over_seeds_of_two_covers_in_95_of_100() -> None:
     rng = np.random.default_rng(4)
-    actual = [over_seeds(rng.normal(1.0, 0.3, 2).tolist()) for _ in range(1000)]
-    share = np.mean([f.low is not None and f.high is not None and f.low <= 1.0 <= f.high for f in actual])
+    intervals = [over_seeds(rng.normal(1.0, 0.3, 2).tolist()) for _ in range(1000)]
+    share = np.mean([f.low is not None and f.high is not None and f.low <= 1.0 <= f.high for f in intervals])
     # Three standard errors of a share of 1,000.
     assert share == pytest.approx(0.95, abs=0.021)
 
@@ -158,16 +158,16 @@ def test_quartiles_of_five_of_two_and_of_one() -> None:
     assert quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
-def test_of_few_repetitions_there_is_no_interval() -> None:
+def test_over_rounds_of_two_gives_no_interval() -> None:
     assert over_rounds([1.0, 2.0]).as_dict() == {"value": 1.5, "low": None, "high": None, "over": "rounds", "n": 2}
-    actual = over_rounds([1.0, 2.0, 3.0])
-    assert (actual.value, actual.low, actual.high) == (2.0, 1.0, 3.0)
+    interval = over_rounds([1.0, 2.0, 3.0])
+    assert (interval.value, interval.low, interval.high) == (2.0, 1.0, 3.0)
 
 
-def test_slow_spell_that_hits_both_is_no_difference_of_the_ratio() -> None:
+def test_ratio_of_medians_ignores_a_slow_spell_that_hits_both() -> None:
     """The machine is ten times as slow in the last two repetitions; side by side the first is always twice the second."""
     slow = [1.0, 1.1, 0.9, 10.0, 11.0]
-    ratio = ratio_of_medians([2 * s for s in slow], slow)
-    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+    interval = ratio_of_medians([2 * s for s in slow], slow)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((2.0, 2.0, 2.0))
     with pytest.raises(ValueError, match="equally many values on both sides, found 1 and 2"):
         ratio_of_medians([1.0], [1.0, 2.0])

@@ -29,7 +29,7 @@ for number in range(100):
 """
 
 
-def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+def test_journal_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     begin(path, HEADER).close()
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(i)]) for i in range(3)]
@@ -40,7 +40,7 @@ def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
         assert [r["number"] for r in records[1:] if r["writer"] == writer] == list(range(100))
 
 
-def test_what_a_killed_writer_left_goes_before_the_next_line(tmp_path: Path) -> None:
+def test_journal_drops_the_half_line_of_a_killed_writer(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     journal = begin(path, HEADER)
     with path.open("ab") as killed:
@@ -50,7 +50,7 @@ def test_what_a_killed_writer_left_goes_before_the_next_line(tmp_path: Path) -> 
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["header", "row"]
 
 
-def test_going_on_needs_the_same_machine_and_versions(tmp_path: Path) -> None:
+def test_go_on_needs_the_same_machine_and_versions(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with pytest.raises(RecipeError, match="no benchmark in"):
         go_on(path, HEADER)
@@ -67,7 +67,7 @@ def test_going_on_needs_the_same_machine_and_versions(tmp_path: Path) -> None:
         read_records(path)
 
 
-def test_new_journal_forgets_the_one_before(tmp_path: Path) -> None:
+def test_begin_overwrites_the_journal_before(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     first = begin(path, HEADER)
     first.write({"kind": "row"})

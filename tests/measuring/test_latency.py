@@ -31,7 +31,7 @@ class Clock:
         return call
 
 
-def test_median_quartiles_ratio_and_tokens_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_figures_equal_those_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     slow, fast = iter([9.0, 9.0, 0.2, 0.3, 0.4, 0.5, 0.6]), iter([9.0, 9.0, 0.2, 0.2, 0.2, 0.2, 0.2])
     runs = {"teacher": clock.run("teacher", lambda: next(slow)), "student": clock.run("student", lambda: next(fast))}
@@ -45,14 +45,14 @@ def test_median_quartiles_ratio_and_tokens_by_hand(monkeypatch: pytest.MonkeyPat
     assert clock.calls[:4] == ["teacher", "student"] * 2
 
 
-def test_each_round_has_every_model_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_measure_every_model_in_a_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     measure_latency({name: clock.run(name, lambda: 0.001) for name in "abc"}, warmup=0, repeats=40)
     rounds = [tuple(clock.calls[i : i + 3]) for i in range(0, 120, 3)]
     assert {frozenset(r) for r in rounds} == {frozenset("abc")} and len(set(rounds)) == 6
 
 
-def test_drift_of_the_machine_cancels_where_taking_turns_and_not_one_after_the_other(
+def test_drift_of_the_machine_cancels_only_when_models_take_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The fault: all rounds of one model, then all of the other, while the machine gets slower."""
@@ -69,7 +69,7 @@ def test_drift_of_the_machine_cancels_where_taking_turns_and_not_one_after_the_o
     assert apart[0].median_ms / apart[1].median_ms < 0.8
 
 
-def test_time_is_bounded_but_three_rounds_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_latency_bounds_time_but_takes_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     latencies = measure_latency(
         {"a": clock.run("a", lambda: 1.0), "b": clock.run("b", lambda: 0.5)}, warmup=2, seconds=20
@@ -80,7 +80,7 @@ def test_time_is_bounded_but_three_rounds_are_taken(monkeypatch: pytest.MonkeyPa
     assert latencies["b"].num_rounds == 3 and latencies["b"].speed_low is None and latencies["b"].tokens_per_s is None
 
 
-def test_ratio_interval_covers_in_95_of_100() -> None:
+def test_ratio_of_medians_covers_in_95_of_100() -> None:
     held = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ def test_ratio_interval_covers_in_95_of_100() -> None:
     assert 0.90 <= held / 200 <= 0.995
 
 
-def test_on_the_clock_of_the_machine() -> None:
+def test_measure_latency_on_the_real_clock() -> None:
     runs = {"large": lambda: time.sleep(0.02), "small": lambda: time.sleep(0.01)}
     latencies = measure_latency(runs, num_tokens=128, warmup=1, repeats=15, seconds=5)
     # A sleep is never too short, and on a busy machine a little too long.
@@ -101,7 +101,7 @@ def test_on_the_clock_of_the_machine() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_is_waited_for() -> None:
+def test_measure_latency_waits_for_the_gpu() -> None:
     a = torch.randn(4096, 4096, device="cuda")
 
     def products(num: int) -> Callable[[], object]:
@@ -121,6 +121,6 @@ def test_gpu_is_waited_for() -> None:
     assert latencies["small"].median_ms == pytest.approx(statistics.median(times), rel=0.25)
 
 
-def test_mistakes_of_the_caller() -> None:
+def test_measure_latency_refuses_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="expected runs, warmup >= 0 and repeats >= 3, found 0, 2, 50"):
         measure_latency({})

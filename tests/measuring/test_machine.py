@@ -23,7 +23,7 @@ def checkout(tmp_path: Path) -> Path:
     return package
 
 
-def test_only_changes_of_what_is_measured_mark_a_commit(checkout: Path) -> None:
+def test_git_commit_is_marked_only_by_changes_of_measured_files(checkout: Path) -> None:
     clean = machine.git_commit(checkout)
     assert clean and clean == machine.git_commit(checkout, "package")
     (checkout.parent / "note.md").write_text("two\n")
@@ -35,14 +35,14 @@ def test_only_changes_of_what_is_measured_mark_a_commit(checkout: Path) -> None:
     assert machine.changed_files(checkout, "package", "note.md") == 2
 
 
-def test_outside_of_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path) -> None:
+def test_git_commit_outside_of_a_checkout_is_none(checkout: Path, tmp_path: Path) -> None:
     stranger = checkout.parent / "environment"
     stranger.mkdir()
     (stranger / "__init__.py").write_text("")
     assert machine.git_commit(stranger) is None
 
 
-def test_digest_tells_code_apart(checkout: Path) -> None:
+def test_source_digest_changes_with_the_code(checkout: Path) -> None:
     def digest() -> str:
         return machine.source_digest(checkout.parent, ("package/*.py",))
 

@@ -41,14 +41,14 @@ def test_backbone_is_frozen_and_close_to_the_original(tiny: Callable[..., Any], 
     assert float((got - want).norm()) <= bound * float(want.norm())
 
 
-def test_load_model_in_each_dtype(tiny: Callable[..., Any]) -> None:
+def test_dtype_is_that_of_the_recipe_or_device(tiny: Callable[..., Any]) -> None:
     assert tiny("tiny:llama", adapter=False).dtype == torch.float32
     assert tiny("tiny:llama", adapter=False, dtype="bfloat16").dtype == torch.bfloat16
     assert resolve_dtype("auto", "cpu") == torch.float32
     assert resolve_dtype("float16", "cpu") == torch.float16
 
 
-def test_tiny_model_is_the_same_whatever_the_seed(tiny: Callable[..., Any]) -> None:
+def test_tiny_model_does_not_depend_on_the_seed(tiny: Callable[..., Any]) -> None:
     logits = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def test_evaluating_first_does_not_change_the_gradients(tiny: Callable[..., Any]
 @pytest.mark.skipif(
     not getattr(bnb.nn.Linear4bit(4, 4), "support_avx512bf16_for_cpu", False), reason="needs a CPU with AVX512-BF16"
 )
-def test_without_the_guard_evaluating_first_breaks_training(
+def test_evaluating_first_breaks_training_without_the_guard(
     tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_module, "_keep_storage_layout", lambda model: None)
@@ -98,7 +98,7 @@ def test_without_the_guard_evaluating_first_breaks_training(
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_gradients_through_quantized_weights_are_those_of_dense_ones(tiny: Callable[..., Any], quantize: str) -> None:
+def test_gradients_through_quantized_weights_equal_those_of_dense_ones(tiny: Callable[..., Any], quantize: str) -> None:
     """The reference: the dequantized weights in an ordinary model, with the same adapter."""
     from peftlab.adapters.merge import DequantizedWeights
 
@@ -114,7 +114,7 @@ def test_gradients_through_quantized_weights_are_those_of_dense_ones(tiny: Calla
         assert float((got[name] - gradient).norm()) <= allowed * float(gradient.norm()), name
 
 
-def test_tokenizer_and_its_fingerprint(tokenizer_of: Callable[[str], Any]) -> None:
+def test_tokenizer_fingerprint_follows_its_chat_template(tokenizer_of: Callable[[str], Any]) -> None:
     tokenizer = tokenizer_of("tiny:llama")
     text = "Hello, w\u00f6rld! \U0001f600\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -124,7 +124,7 @@ def test_tokenizer_and_its_fingerprint(tokenizer_of: Callable[[str], Any]) -> No
     assert model_max_length(find_pretrained("tiny:llama"), tokenizer) == 512
 
 
-def test_using_a_tokenizer_does_not_change_its_fingerprint(tokenizer_of: Callable[[str], Any]) -> None:
+def test_tokenizer_fingerprint_does_not_change_with_use(tokenizer_of: Callable[[str], Any]) -> None:
     """Padding and truncation are kept in the Rust tokenizer, whose serialisation is hashed."""
     tokenizer = tokenizer_of("tiny:llama")
     before = tokenizer_fingerprint(tokenizer)
@@ -133,12 +133,12 @@ def test_using_a_tokenizer_does_not_change_its_fingerprint(tokenizer_of: Callabl
     assert tokenizer_fingerprint(tokenizer) == before
 
 
-def test_fingerprint_is_stable_across_processes() -> None:
+def test_tokenizer_fingerprint_is_stable_across_processes() -> None:
     code = (
         "from peftlab.models import *\n"
         "print(tokenizer_fingerprint(load_tokenizer(find_pretrained('tiny:llama'))))"
     )  # fmt: skip
-    actual = {
+    fingerprints = {
         subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONHASHSEED": seed},
@@ -149,7 +149,7 @@ def test_fingerprint_is_stable_across_processes() -> None:
         ).stdout.strip()
         for seed in ("1", "2")
     }
-    assert actual == {tokenizer_fingerprint(load_tokenizer(find_pretrained("tiny:llama")))}
+    assert fingerprints == {tokenizer_fingerprint(load_tokenizer(find_pretrained("tiny:llama")))}
 
 
 def test_padding_adds_no_vocabulary(tmp_path: Path, tokenizer_of: Callable[[str], Any]) -> None:

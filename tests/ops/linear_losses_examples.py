@@ -57,11 +57,11 @@ class Case:
     def leaves(self) -> dict[str, Tensor]:
         A, B, _ = self.head.low_rank or (None, None, 0.0)
         weight = self.head.weight.weight if isinstance(self.head.weight, DenseWeight) else None
-        actual = {
+        tensors = {
             "hidden": self.hidden, "adapter_hidden": self.adapter_hidden, "weight": weight, "bias": self.head.bias,
             "A": A, "B": B,
         }  # fmt: skip
-        return {name: actual[name] for name in self.trained}  # type: ignore[misc]
+        return {name: tensors[name] for name in self.trained}  # type: ignore[misc]
 
     def with_leaves(self, leaves: dict[str, Tensor]) -> Case:
         head = self.head
@@ -157,8 +157,8 @@ def gradients(case: Case, total: Callable[[Case], Tensor]) -> dict[str, Tensor]:
     """The value and, by name, the gradients of ``total``, times 0.5: what flows back is not always 1."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in case.leaves().items()}
     value = total(case.with_leaves(leaves))
-    actual = torch.autograd.grad(0.5 * value, list(leaves.values()))
-    return {"total": value.detach(), **dict(zip(leaves, actual, strict=True))}
+    grads = torch.autograd.grad(0.5 * value, list(leaves.values()))
+    return {"total": value.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
 def check(

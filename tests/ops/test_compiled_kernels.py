@@ -68,42 +68,42 @@ def _as_it_should_be(code: int, rows: list[Row]) -> None:
             assert row["matrix_unit"] == MATRIX_UNIT.get(row["arch"], "mma.sync"), row
 
 
-def test_no_spills_shared_memory_matrix_unit(compiled: tuple[int, list[Row]]) -> None:
+def test_compiled_kernels_spill_nothing_and_use_the_matrix_unit(compiled: tuple[int, list[Row]]) -> None:
     _as_it_should_be(*compiled)
 
 
 @pytest.mark.slow
-def test_every_case_on_every_architecture(tmp_path: Path) -> None:
+def test_compiled_kernels_of_every_case_and_architecture(tmp_path: Path) -> None:
     """Ten minutes on two idle cores."""
     code, rows = _compile(tmp_path, timeout_s=3600)
     _as_it_should_be(code, rows)
     assert {row["arch"] for row in rows} == set(SHARED_LIMIT_KIB)
 
 
-def test_every_kernel_is_compiled_for_every_architecture(compiled: tuple[int, list[Row]]) -> None:
+def test_compiled_kernels_cover_every_kernel_and_architecture(compiled: tuple[int, list[Row]]) -> None:
     """sm_75 has no matrix instructions of 16 columns: PyTorch does the products there."""
     sources = [path.read_text(encoding="utf-8") for path in KERNELS.glob("*/kernel.py")]
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, flags=re.MULTILINE)}
     assert kernels
-    actual = {(row["kernel"], row["dtype"], row["arch"]) for row in compiled[1]}
+    seen = {(row["kernel"], row["dtype"], row["arch"]) for row in compiled[1]}
     # Of int8_dequant_kernel one variant has a product and one has none.
     without = {row["kernel"] for row in compiled[1] if not row["matrix"]}
     assert without == kernels - {name for name in kernels if "merge" in name or re.search("_(down|backward|dx)_", name)}
     expected = {(kernel, "bf16", arch) for kernel in kernels for arch in FAST_ARCHS if arch >= 80 or kernel in without}
-    assert actual == expected | {(kernel, "fp16", 90) for kernel in kernels}
+    assert seen == expected | {(kernel, "fp16", 90) for kernel in kernels}
 
 
 def _instructions(ptx: str, source: Path) -> list[tuple[int, str]]:
     """(line of ``source`` or 0, instruction), in the order of the code."""
     number = next(int(n) for n, name in re.findall(r'\.file\s+(\d+) "([^"]+)"', ptx) if name.endswith(str(source)))
-    actual, line = [], 0
+    instructions, line = [], 0
     for text in ptx.splitlines():
         if match := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
             # What a jit function of another file is inlined into belongs to the call.
             line = int(match[2]) if int(match[1]) == number else 0
         else:
-            actual.append((line, text.strip()))
-    return actual
+            instructions.append((line, text.strip()))
+    return instructions
 
 
 def _unordered_reads(ptx: str, op: str) -> list[str]:
@@ -123,9 +123,7 @@ def _unordered_reads(ptx: str, op: str) -> list[str]:
     return [code[at][1] for at in reads if not any(at < barrier < first for barrier in barriers)]
 
 
-def test_no_logit_is_read_while_others_write_gradients_over_the_row(
-    compiled: tuple[int, list[Row]], folder: Path
-) -> None:
+def test_loss_kernels_read_no_logit_after_gradients_are_written(compiled: tuple[int, list[Row]], folder: Path) -> None:
     files = list(folder.glob("*rows_kernel*.ptx"))
     # Two of the losses in fp16 too, on sm_90: (1 + 6 + 3) kernels.
     assert len(files) == 10 * (len(FAST_ARCHS) + 1)
@@ -134,13 +132,13 @@ def test_no_logit_is_read_while_others_write_gradients_over_the_row(
         assert _unordered_reads(path.read_text(), op) == [], path.name
 
 
-def test_such_a_read_is_seen(compiled: tuple[int, list[Row]], folder: Path) -> None:
+def test_unordered_reads_finds_a_read_without_barriers(compiled: tuple[int, list[Row]], folder: Path) -> None:
     """The deliberate fault: the barriers between read and write taken away."""
     ptx = (folder / "divergence_rows_kernel-forward_kl-bf16-bf16-16-sm_90.ptx").read_text()
     assert _unordered_reads(re.sub(r"^\s*bar(rier)?\.sync.*$", "", ptx, flags=re.MULTILINE), "linear_kl")
 
 
-def test_merge_has_its_codes_on_the_way_before_it_waits(compiled: tuple[int, list[Row]], folder: Path) -> None:
+def test_merge_kernels_load_codes_before_the_first_wait(compiled: tuple[int, list[Row]], folder: Path) -> None:
     """Of aligned weights, whose registers they fit: packed bytes and scales before the first wait for a product."""
     for variant in ("nested", "flat"):
         ptx = (folder / f"nf4_merge_kernel-{variant}-bf16-fp32-16-sm_90.ptx").read_text()
@@ -161,7 +159,7 @@ def test_merge_has_its_codes_on_the_way_before_it_waits(compiled: tuple[int, lis
         pytest.param("dropout_dx", "BLOCK_K=48", "does not compile", id="no-power-of-two"),
     ],
 )
-def test_bad_case_is_reported(tmp_path: Path, only: str, change: str, problem: str) -> None:
+def test_compile_kernels_reports_a_bad_case(tmp_path: Path, only: str, change: str, problem: str) -> None:
     code, rows = _compile(tmp_path, "--quick", "--arch", "90", "--only", only, "--set", change)
     assert code == 1
     assert len(rows) == 2  # bf16 and fp16

@@ -111,22 +111,22 @@ BUDGET = {"bf16": 2e-6, "int8": 3e-4}
 
 @pytest.mark.parametrize("M", ROWS)
 @EACH_KIND
-def test_cpu_products_bf16_is_the_product_of_rounded_operands(kind: str, M: int) -> None:
+def test_cpu_products_bf16_equal_the_product_of_rounded_operands(kind: str, M: int) -> None:
     case = make(kind, M)
-    actual = errors(run(case, "cpu-bf16"), expected(case, "bf16"))
-    assert max(actual) <= BUDGET["bf16"], actual
+    worst = errors(run(case, "cpu-bf16"), expected(case, "bf16"))
+    assert max(worst) <= BUDGET["bf16"], worst
 
 
 @pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize("threshold", [0.0, 2.5])
-def test_cpu_products_int8_is_the_product_of_rounded_rows(M: int, threshold: float) -> None:
+def test_cpu_products_int8_equal_the_product_of_rounded_rows(M: int, threshold: float) -> None:
     case = make("int8", M, threshold=threshold)
-    actual = errors(run(case, "cpu-int8"), expected(case, "int8", threshold))
-    assert max(actual) <= BUDGET["int8"], actual
+    worst = errors(run(case, "cpu-int8"), expected(case, "int8", threshold))
+    assert max(worst) <= BUDGET["int8"], worst
 
 
 @pytest.mark.parametrize(("backend", "most"), [("cpu-bf16", 6e-3), ("cpu-int8", 2e-2)])
-def test_cpu_products_rounding_costs_what_the_type_costs(backend: str, most: float) -> None:
+def test_cpu_products_round_no_more_than_their_type(backend: str, most: float) -> None:
     """Against the exact formula: 8 bits of a bfloat16, 7 of an int8."""
     case = make("int8", 300)
     exact, rounded = run(case, "auto"), run(case, backend)
@@ -136,7 +136,7 @@ def test_cpu_products_rounding_costs_what_the_type_costs(backend: str, most: flo
     assert max(differ[2:]) < 1e-6, "the adapter's own products stay exact"
 
 
-def test_cpu_products_columns_with_outliers_are_multiplied_apart() -> None:
+def test_cpu_products_multiply_columns_with_outliers_apart() -> None:
     """One column of 80 would leave the other values of its rows one or two steps each."""
     case = make("int8", 200, threshold=6.0)
     case.x[:, 5] = 80.0
@@ -149,7 +149,7 @@ def test_cpu_products_columns_with_outliers_are_multiplied_apart() -> None:
 
 
 @pytest.mark.parametrize("fault", ["row scale", "last block", "weight scale"])
-def test_cpu_products_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_products_deliberate_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make("int8", 33)
     if fault == "row scale":
         right = cpu_products._quantize_rows
@@ -163,7 +163,7 @@ def test_cpu_products_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatc
     assert max(errors(run(case, "cpu-int8"), expected(case, "int8"))) > 3 * BUDGET["int8"]
 
 
-def test_cpu_products_what_lies_in_scratch_memory_does_not_matter() -> None:
+def test_cpu_products_ignore_old_values_in_scratch_memory() -> None:
     case = make("dense", 33)
     clean = run(case, "cpu-bf16")
     for held in runtime._buffers.held.values():
@@ -172,7 +172,7 @@ def test_cpu_products_what_lies_in_scratch_memory_does_not_matter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(clean, run(case, "cpu-bf16"), strict=True))
 
 
-def test_cpu_products_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_products_refuse_other_weights_and_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make("dense", 8)
     with pytest.raises(ValueError, match="cpu-int8 cannot run: the weight is not stored in int8 but as DenseWeight"):
         run(case, "cpu-int8")
@@ -181,14 +181,14 @@ def test_cpu_products_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch
         run(case, "cpu-bf16")
 
 
-def test_cpu_products_other_types_are_multiplied_as_ever() -> None:
+def test_cpu_products_leave_float64_exact() -> None:
     case = make("dense", 40)
     x, A, B = (t.double() for t in (case.x, case.A_RK, case.B_NR))
     y = lora_linear(x, DenseWeight(case.W_NK), A, B, scale=SCALE, backend="cpu-bf16")
     assert torch.equal(y, lora_linear(x, DenseWeight(case.W_NK), A, B, scale=SCALE))
 
 
-def test_cpu_products_missing_units_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_products_name_the_missing_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     runtime.operands_problem.cache_clear()  # an earlier test may have asked
     for name in ("amx_tile", "avx512_bf16", "vnni"):

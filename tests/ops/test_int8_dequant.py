@@ -101,7 +101,7 @@ def test_int8_dequant_equals_the_formula(
     check_rounded_once(int8_dequant(weight, row_absmax, dtype=dtype, backend=backend), truth(weight, row_absmax), dtype)
 
 
-def test_int8_dequant_reference(device: torch.device) -> None:
+def test_int8_dequant_reference_equals_the_formula(device: torch.device) -> None:
     weight, row_absmax = quantized(33, 130, device)
     wide = int8_dequant_reference(weight, row_absmax.double(), dtype=torch.float64)
     torch.testing.assert_close(wide, truth(weight, row_absmax), rtol=1e-15, atol=0)
@@ -132,7 +132,7 @@ def test_int8_dequant_merge_errs_no_more_than_rounding_twice(
 
 
 @EACH_BACKEND
-def test_int8_dequant_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
+def test_int8_dequant_takes_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
     weight, row_absmax = quantized(33, 130, device)
     A, B, scale = factors(weight, row_absmax, 8, torch.float16)
     low_rank = (A.float().t().contiguous().t(), B.float().t().contiguous().t(), scale)
@@ -142,7 +142,7 @@ def test_int8_dequant_factors_of_another_layout_and_type(device: torch.device, b
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_int8_dequant_out_is_overwritten_and_nothing_else(
+def test_int8_dequant_overwrites_out_and_nothing_else(
     device: torch.device, backend: str, dtype: torch.dtype, merge: bool
 ) -> None:
     weight, row_absmax = quantized(33, 130, device)
@@ -157,7 +157,7 @@ def test_int8_dequant_out_is_overwritten_and_nothing_else(
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (7, 0)])
-def test_int8_dequant_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
+def test_int8_dequant_of_an_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
     weight = torch.empty(shape, dtype=torch.int8, device=device)
     assert int8_dequant(weight, torch.ones(shape[0], device=device), dtype=torch.float16).shape == shape
 
@@ -171,7 +171,7 @@ def test_int8_dequant_empty_weight(device: torch.device, shape: tuple[int, int])
         (torch.zeros(33, 130, dtype=torch.int8), torch.ones(130), "expected 33 row scales, found 130"),
     ],
 )
-def test_int8_dequant_weights_that_do_not_fit(
+def test_int8_dequant_refuses_weights_that_do_not_fit(
     device: torch.device, weight: Tensor, row_absmax: Tensor, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -184,7 +184,9 @@ def test_int8_dequant_weights_that_do_not_fit(
     # Too large, not too small: unchecked, the latter would be read beyond their end.
     [((8, 131), (33, 8), "131"), ((8, 130), (34, 8), "34"), ((8, 130), (33, 19), "19")],
 )
-def test_int8_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, message: str) -> None:
+def test_int8_dequant_refuses_factors_that_do_not_fit(
+    device: torch.device, backend: str, A: Any, B: Any, message: str
+) -> None:
     weight, row_absmax = quantized(33, 130, device)
     low_rank = (torch.zeros(A, device=device), torch.zeros(B, device=device), 1.0)
     with pytest.raises(ValueError, match=message):
@@ -199,14 +201,14 @@ def test_int8_dequant_factors_that_do_not_fit(device: torch.device, backend: str
         (torch.empty(130, 33).t(), "contiguous"),
     ],
 )
-def test_int8_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, message: str) -> None:
+def test_int8_dequant_refuses_out_that_does_not_fit(device: torch.device, out: Tensor, message: str) -> None:
     weight, row_absmax = quantized(33, 130, device)
     with pytest.raises(ValueError, match=message):
         int8_dequant(weight, row_absmax, dtype=torch.float32, out=out.to(device))
 
 
 @NEEDS_TRITON
-def test_int8_dequant_backends_that_cannot_run(device: torch.device) -> None:
+def test_int8_dequant_refuses_backends_that_cannot_run(device: torch.device) -> None:
     weight, row_absmax = quantized(33, 130, device)
     with pytest.raises(ValueError, match="found 'cuda'"):
         int8_dequant(weight, row_absmax, dtype=torch.float32, backend="cuda")

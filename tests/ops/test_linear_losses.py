@@ -41,7 +41,7 @@ from tests.ops.linear_losses_examples import (
 
 @EACH_HEAD
 @EACH_BACKEND
-def test_cross_entropy_agrees_with_the_formula(
+def test_linear_cross_entropy_equals_the_formula(
     assert_within_budget: Budget, name: str, backend: str, dtype: torch.dtype
 ) -> None:
     case = make_case(name, dtype)
@@ -53,7 +53,7 @@ def test_cross_entropy_agrees_with_the_formula(
     ("way", "hard_weight", "temperature"), [("online", 0.0, 2.0), ("online", 0.3, 1.0), ("dense", 0.3, 2.0)]
 )
 @EACH_BACKEND
-def test_divergences_agree_with_the_formula(
+def test_linear_kl_divergences_equal_the_formula(
     assert_within_budget: Budget, divergence: str, way: str, hard_weight: float, temperature: float, backend: str,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
@@ -74,7 +74,9 @@ def test_divergences_agree_with_the_formula(
 
 @EACH_HEAD
 @EACH_BACKEND
-def test_linear_kl_of_every_head(assert_within_budget: Budget, name: str, backend: str, dtype: torch.dtype) -> None:
+def test_linear_kl_of_every_head_equals_the_formula(
+    assert_within_budget: Budget, name: str, backend: str, dtype: torch.dtype
+) -> None:
     case = make_case(name, dtype)
     taught = make_teacher(case, "online")
     options: dict[str, Any] = {"temperature": 1.5, "hard_weight": 0.2, "chunk": 6}
@@ -94,7 +96,7 @@ def test_linear_kl_of_every_head(assert_within_budget: Budget, name: str, backen
     seed=st.integers(0, 99),
     name=st.sampled_from(["dense+softcap", "dense+trained+bias", "nf4+lora"]),
 )
-def test_linear_losses_chunks_and_order_change_nothing(n: int, chunk: int, seed: int, name: str) -> None:
+def test_linear_losses_do_not_depend_on_chunks(n: int, chunk: int, seed: int, name: str) -> None:
     case = replace(make_case(name, torch.float64, n=n, seed=seed))
     taught = make_teacher(case, "online")
     whole = gradients(case, lambda c: distilled(c, taught, hard_weight=0.4, chunk=n).total)
@@ -105,21 +107,21 @@ def test_linear_losses_chunks_and_order_change_nothing(n: int, chunk: int, seed:
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
 @pytest.mark.parametrize("n", [0, 1])
-def test_linear_losses_few_tokens(n: int, backend: str) -> None:
+def test_linear_losses_of_no_or_one_token_are_finite(n: int, backend: str) -> None:
     case = make_case("dense+trained+bias", torch.float32, n=n)
     for total in (
         lambda c: ce(c, backend=backend).total,
         lambda c: distilled(c, make_teacher(c, "online"), backend=backend).total,
         lambda c: distilled(c, make_teacher(c, "sparse"), backend=backend).total,
     ):
-        actual = gradients(case, total)
-        assert actual["hidden"].shape == (n, H)
-        assert all(torch.isfinite(t).all() for t in actual.values())
-        assert n or not actual["weight"].any()
+        grads = gradients(case, total)
+        assert grads["hidden"].shape == (n, H)
+        assert all(torch.isfinite(t).all() for t in grads.values())
+        assert n or not grads["weight"].any()
 
 
 @EACH_BACKEND
-def test_linear_losses_extreme_logits_stay_finite_and_right(
+def test_linear_losses_of_extreme_logits_are_finite_and_right(
     assert_within_budget: Budget, backend: str, dtype: torch.dtype
 ) -> None:
     std = 300.0 if dtype == torch.float16 else 3000.0
@@ -129,16 +131,16 @@ def test_linear_losses_extreme_logits_stay_finite_and_right(
     taught = make_teacher(case, "online")
     for divergence in DIVERGENCES:
         options = {"divergence": divergence, "share": 0.3, "hard_weight": 0.5}
-        actual = gradients(case, lambda c, o=options: distilled(c, taught, backend=backend, **o).total)
+        grads = gradients(case, lambda c, o=options: distilled(c, taught, backend=backend, **o).total)
         want = kl.token_divergence(case.logits(torch.float64), taught.logits, kind=divergence, share=0.3)
         soft = distilled(case, taught, backend=backend, **options).soft
-        assert soft is not None and all(torch.isfinite(t).all() for t in actual.values())
+        assert soft is not None and all(torch.isfinite(t).all() for t in grads.values())
         if dtype.itemsize > 2:  # 16-bit logits of this size are whole nats apart
             torch.testing.assert_close(soft.double(), want, rtol=1e-5, atol=1e-5 * float(want.max()))
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_linear_losses_inputs_are_left_alone(backend: str) -> None:
+def test_linear_losses_do_not_change_their_inputs(backend: str) -> None:
     case = make_case("dense+trained+bias+lora+dropped+softcap", torch.float32)
     for way in ("online", "dense", "sparse"):
         taught = make_teacher(case, way)
@@ -149,7 +151,7 @@ def test_linear_losses_inputs_are_left_alone(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-def test_linear_losses_non_contiguous_inputs(assert_within_budget: Budget) -> None:
+def test_linear_losses_take_non_contiguous_inputs(assert_within_budget: Budget) -> None:
     case = make_case("dense", torch.float32)
     wide = torch.stack([case.hidden, case.hidden * 0], dim=-1)[..., 0]
     weight = case.head.weight.weight.T.contiguous().T
@@ -196,11 +198,11 @@ def _bad() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("number", range(18))
-def test_linear_losses_what_does_not_fit_is_named(number: int) -> None:
+def test_linear_losses_refuse_inputs_that_do_not_fit(number: int) -> None:
     bad = list(_bad())
     assert len(bad) == 18
-    call, actual = bad[number]
-    with pytest.raises(ValueError, match=actual):
+    call, error = bad[number]
+    with pytest.raises(ValueError, match=error):
         call()
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.ops.linear_losses_examples import DEVICE, Case, H, N, V, ce, distilled, gradients, make_case, make_teacher
 
 
-def test_linear_losses_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_losses_of_a_frozen_head_compute_only_the_gradient_of_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     right = heads.HeadPass.__init__
     monkeypatch.setattr(
@@ -38,7 +38,7 @@ def test_linear_losses_of_a_frozen_head_nothing_is_computed(monkeypatch: pytest.
     assert walk.dW_VH is walk.dbias_V is walk.dA_RH is walk.dB_VR is None
 
 
-def test_linear_losses_nothing_is_computed_backward_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_losses_without_gradient_compute_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("dense+trained", torch.float32)
     case.head.weight.weight.requires_grad_()
     try:
@@ -51,7 +51,7 @@ def test_linear_losses_nothing_is_computed_backward_without_gradient(monkeypatch
 
 
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_linear_losses_head_tied_to_the_embeddings(way: str) -> None:
+def test_linear_losses_add_up_both_uses_of_a_tied_head(way: str) -> None:
     """Both uses of one matrix add up, over two micro-batches too."""
     g = torch.Generator().manual_seed(0)
     E = torch.randn(V, H, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_()
@@ -75,7 +75,7 @@ def test_linear_losses_head_tied_to_the_embeddings(way: str) -> None:
     torch.testing.assert_close(E.grad, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_second_backward_gives_the_same_gradient_and_second_derivatives_are_refused() -> None:
+def test_linear_losses_second_backward_is_equal_and_second_derivatives_refused() -> None:
     case = make_case("dense+softcap", torch.float32)
     case.hidden.requires_grad_()
     for loss in (ce(case).total, distilled(case, make_teacher(case, "online")).total):
@@ -89,7 +89,7 @@ def test_second_backward_gives_the_same_gradient_and_second_derivatives_are_refu
 
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_linear_losses_what_flows_back_is_not_rounded_to_16_bits(way: str, chunk: int | None) -> None:
+def test_linear_losses_do_not_round_the_incoming_gradient_to_16_bits(way: str, chunk: int | None) -> None:
     """A third, in bfloat16, is off by 2 in a thousand in every element alike."""
     case = make_case("dense+trained", torch.bfloat16)
 
@@ -106,7 +106,7 @@ def test_linear_losses_what_flows_back_is_not_rounded_to_16_bits(way: str, chunk
         assert ratio == pytest.approx(1 / 3, rel=5e-4), name
 
 
-def test_linear_losses_loss_scale_does_not_overflow_float16() -> None:
+def test_linear_losses_with_loss_scale_do_not_overflow_float16() -> None:
     """Hidden states of 500 times 65536 are beyond float16, the gradient of the weight is not."""
     g = torch.Generator().manual_seed(0)
     hidden, target = (
@@ -114,20 +114,20 @@ def test_linear_losses_loss_scale_does_not_overflow_float16() -> None:
         torch.randint(V, (N,), generator=g).to(DEVICE),
     )
     weight = (1e-4 * torch.randn(V, H, generator=g)).to(DEVICE).requires_grad_()
-    (actual,) = torch.autograd.grad(
+    (grad,) = torch.autograd.grad(
         65536.0 / N * linear_cross_entropy(hidden, Head(DenseWeight(weight)), target).total, weight
     )
     wide = weight.detach().double().requires_grad_()
     logits = F.linear(hidden.double(), weight.detach().half().double() + 0 * wide + wide - wide.detach())
     (want,) = torch.autograd.grad(65536.0 / N * F.cross_entropy(logits, target, reduction="sum"), wide)
-    assert torch.isfinite(actual).all()
-    assert float((actual.double() - want).norm() / want.norm()) < 5e-3
+    assert torch.isfinite(grad).all()
+    assert float((grad.double() - want).norm() / want.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_linear_losses_products_of_a_trained_head_have_types_that_cuda_has(
+def test_linear_losses_of_a_trained_head_use_products_that_cuda_supports(
     monkeypatch: pytest.MonkeyPatch, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, chunk: int | None
 ) -> None:
     """Of every pair of types: what CUDA's mm may write is the type of its factors, or float32 for 16 bits. The gradient is as
@@ -140,16 +140,16 @@ def test_linear_losses_products_of_a_trained_head_have_types_that_cuda_has(
     g = torch.Generator().manual_seed(0)
     hidden, target = torch.randn(N, H, generator=g).to(hidden_dtype), torch.randint(V, (N,), generator=g)
     weight = (torch.randn(V, H, generator=g) / H**0.5).to(weight_dtype).requires_grad_()
-    (actual,) = torch.autograd.grad(
+    (grad,) = torch.autograd.grad(
         0.3 * linear_cross_entropy(hidden, Head(DenseWeight(weight)), target, chunk=chunk).total, weight
     )
-    assert actual.dtype == weight_dtype and asked
+    assert grad.dtype == weight_dtype and asked
     for factors, product in asked:
         assert product == factors or (product == torch.float32 and factors.itemsize == 2), (factors, product)
     wide = weight.detach().to(hidden_dtype).double().requires_grad_()
     (want,) = torch.autograd.grad(0.3 * F.cross_entropy(F.linear(hidden.double(), wide), target, reduction="sum"), wide)
     coarsest = max((hidden_dtype, weight_dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    assert float((actual.double() - want).norm() / want.norm()) < 2 * torch.finfo(coarsest).eps
+    assert float((grad.double() - want).norm() / want.norm()) < 2 * torch.finfo(coarsest).eps
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -164,10 +164,10 @@ def test_linear_losses_trained_head_with_create_graph(dtype: torch.dtype, chunk:
         return 0.3 * linear_cross_entropy(hidden, head, case.target, chunk=chunk).total
 
     want = torch.autograd.grad(total(), (hidden, weight))
-    actual = torch.autograd.grad(total(), (hidden, weight), create_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(actual, want, strict=True))
+    grads = torch.autograd.grad(total(), (hidden, weight), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
     with pytest.raises(RuntimeError, match="differentiated once"):
-        torch.autograd.grad(actual[1].float().square().sum(), hidden)
+        torch.autograd.grad(grads[1].float().square().sum(), hidden)
 
 
 def _options(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -189,7 +189,7 @@ def _options(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("name", ["dense+trained+bias+lora+dropped+softcap", "nf4+lora"])
-def test_linear_losses_operators_are_registered_as_they_behave(name: str) -> None:
+def test_linear_losses_pass_opcheck(name: str) -> None:
     case = make_case(name, torch.float32)
     case = case.with_leaves({k: t.detach().clone().requires_grad_() for k, t in case.leaves().items()})
     calls = _options(case)
@@ -199,7 +199,7 @@ def test_linear_losses_operators_are_registered_as_they_behave(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["dense+softcap", "dense+trained+bias", "nf4+lora"])
-def test_linear_losses_compile_whole(name: str) -> None:
+def test_linear_losses_compile_into_one_graph(name: str) -> None:
     case = make_case(name, torch.float32)
     taught = make_teacher(case, "online")
 
@@ -211,23 +211,23 @@ def test_linear_losses_compile_whole(name: str) -> None:
     compiled = torch.compile(
         lambda *ts: both(case.with_leaves(dict(zip(leaves, ts, strict=True)))), fullgraph=True, backend="aot_eager"
     )
-    actual = torch.autograd.grad(compiled(*leaves.values()), list(leaves.values()))
-    for got, wanted in zip(actual, want, strict=True):
+    grads = torch.autograd.grad(compiled(*leaves.values()), list(leaves.values()))
+    for got, wanted in zip(grads, want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
     torch._dynamo.reset()
 
 
-def test_linear_losses_checkpointing() -> None:
+def test_linear_losses_under_checkpointing_have_the_same_gradient() -> None:
     case = make_case("dense+softcap", torch.float32)
     case.hidden.requires_grad_()
     (want,) = torch.autograd.grad(ce(case).total, case.hidden)
-    (actual,) = torch.autograd.grad(
+    (recomputed,) = torch.autograd.grad(
         checkpoint(lambda h: ce(replace(case, hidden=h)).total, case.hidden, use_reentrant=False), case.hidden
     )
-    assert torch.equal(actual, want)
+    assert torch.equal(recomputed, want)
 
 
-def test_linear_losses_autocast_changes_nothing() -> None:
+def test_linear_losses_do_not_change_under_autocast() -> None:
     case = make_case("dense+lora", torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = gradients(case, lambda c: ce(c).total)

@@ -12,7 +12,7 @@ from peftlab_kernels.heads import Head
 from peftlab_kernels.lora_linear import DenseWeight
 
 
-def test_linear_losses_where_nothing_is_spared_no_chunk_is_larger() -> None:
+def test_rows_of_a_chunk_are_no_more_where_nothing_is_spared() -> None:
     """float16 sums in float32 whatever the chunks, and an operator that was not told defers nothing."""
     head = Head(DenseWeight(torch.empty(128256, 4096, dtype=torch.float16, device="meta")))
     wanted, cpu = heads.Wanted(weight=True), torch.device("cpu")
@@ -23,9 +23,9 @@ def test_linear_losses_where_nothing_is_spared_no_chunk_is_larger() -> None:
     head = Head(DenseWeight(torch.empty(4096, 64, dtype=torch.bfloat16)))
     hidden = torch.empty(128, 64, dtype=torch.bfloat16)
     assert heads.walk_of(head, hidden, wanted, None) == (128, True)
-    notes = heads.rows_of(head, hidden, wanted, deferred=False)
-    assert notes.spared_bytes == 0
-    assert heads.size_where_nothing_is_deferred(head, hidden, wanted) == heads.num_tokens_per_chunk(128, notes, cpu)
+    rows = heads.rows_of(head, hidden, wanted, deferred=False)
+    assert rows.spared_bytes == 0
+    assert heads.size_where_nothing_is_deferred(head, hidden, wanted) == heads.num_tokens_per_chunk(128, rows, cpu)
 
 
 def _card(
@@ -56,7 +56,7 @@ def _card(
         (8, 7, heads.Rows(2 * 256000), 256),
     ],
 )
-def test_tokens_per_chunk_on_a_gpu(
+def test_num_tokens_per_chunk_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, total_gib: float, free_gib: float, rows: Any, expected: int
 ) -> None:
     card = torch.device("cuda")
@@ -67,7 +67,7 @@ def test_tokens_per_chunk_on_a_gpu(
     assert heads.num_tokens_per_chunk(100_000, rows, card) == expected
 
 
-def test_linear_losses_driver_is_asked_only_while_memory_is_not_reserved_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_num_tokens_per_chunk_asks_the_driver_only_before_memory_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, card = heads.Rows(2 * 128256), torch.device("cuda")
     calls = _card(monkeypatch, 80, 60)
     assert heads.num_tokens_per_chunk(100_000, rows, card) == 4096 and calls == ["mem_get_info"]
@@ -81,7 +81,7 @@ def _trained(dtype: torch.dtype, hidden_dtype: torch.dtype = torch.bfloat16) -> 
     return heads.rows_of(head, torch.empty(1, 4096, dtype=hidden_dtype, device="meta"), heads.Wanted(weight=True))
 
 
-def test_linear_losses_trained_head_takes_one_chunk_where_that_is_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_num_tokens_per_chunk_takes_one_chunk_where_that_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum over chunks takes 4 bytes a weight beside the gradient in 16 bits; one chunk takes none."""
     sixteen, wide, card = _trained(torch.bfloat16), _trained(torch.float32), torch.device("cuda")
     assert sixteen.sum_bytes == wide.sum_bytes == sixteen.spared_bytes == 4 * 128256 * 4096 and wide.spared_bytes == 0
@@ -98,7 +98,7 @@ def test_linear_losses_trained_head_takes_one_chunk_where_that_is_less(monkeypat
     assert heads.num_tokens_per_chunk(10_000, _trained(torch.float32, torch.float32), cpu) == 1024
 
 
-def test_tokens_per_chunk_on_a_cpu() -> None:
+def test_num_tokens_per_chunk_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     assert heads.num_tokens_per_chunk(10_000, heads.Rows(4 * 49152), cpu) == 341
     assert heads.num_tokens_per_chunk(10_000, heads.Rows(4 * 49152, sides=2), cpu) == 170

@@ -90,7 +90,7 @@ CE_FAULTS: dict[str, Callable[[Case], Case]] = {
 
 @pytest.mark.parametrize("fault", CE_FAULTS)
 @EACH_BACKEND
-def test_linear_losses_deliberate_faults_of_the_cross_entropy_are_caught(
+def test_linear_cross_entropy_deliberate_faults_are_caught(
     assert_within_budget: Budget, fault: str, backend: str, dtype: torch.dtype
 ) -> None:
     case = make_case("dense+softcap+padded", dtype)

@@ -34,7 +34,7 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
-def test_linear_losses_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_losses_make_no_tensor_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at inside the operators: from outside each is one call."""
     for module in (ce_op, kl_op):
         name = "linear_cross_entropy_op" if module is ce_op else "linear_kl_op"
@@ -78,16 +78,16 @@ def _trained_loss(way: str, dtype: torch.dtype, *, chunk: int | None) -> tuple[T
 @ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_linear_losses_gradient_of_a_trained_head_exists_once(way: str, dtype: torch.dtype) -> None:
+def test_linear_losses_hold_the_gradient_of_a_trained_head_once(way: str, dtype: torch.dtype) -> None:
     """In float32: not again as zeros for the operator's own outputs, nor as a product with what flows back, nor as that of a
     chunk."""
     weight, total = _trained_loss(way, dtype, chunk=2)
     (expected,) = torch.autograd.grad(total(), weight)
-    actual: list[Tensor] = []
-    sizes = _large_allocations(lambda: actual.extend(torch.autograd.grad(0.5 * total(), weight)), weight.numel())
+    grads: list[Tensor] = []
+    sizes = _large_allocations(lambda: grads.extend(torch.autograd.grad(0.5 * total(), weight)), weight.numel())
     size = 4 * weight.numel()
     assert sizes == ([size] if dtype == torch.float32 else [size, -size])
-    assert torch.equal(actual[0], 0.5 * expected)
+    assert torch.equal(grads[0], 0.5 * expected)
     loss = total()
     kept = torch.autograd.grad(loss, weight, retain_graph=True)[0].clone()
     assert torch.equal(kept, torch.autograd.grad(2.0 * loss, weight)[0] / 2)
@@ -96,24 +96,24 @@ def test_linear_losses_gradient_of_a_trained_head_exists_once(way: str, dtype: t
 @ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
-def test_linear_losses_of_one_chunk_the_gradient_of_a_trained_head_is_one_product(way: str, dtype: torch.dtype) -> None:
+def test_linear_losses_of_one_chunk_make_the_head_gradient_in_one_product(way: str, dtype: torch.dtype) -> None:
     """Made in backward, in the type of the weight: no sum over chunks, nothing multiplied afterwards."""
     weight, total = _trained_loss(way, dtype, chunk=None)
     held = weight.numel() * dtype.itemsize
     loss: list[Tensor] = []
     assert _large_allocations(lambda: loss.append(total()), held // 4) == []
-    actual: list[Tensor] = []
-    sizes = _large_allocations(lambda: actual.extend(torch.autograd.grad(0.5 * loss[0], weight)), held // 4)
-    assert sizes == [held] and actual[0].dtype == dtype
+    grads: list[Tensor] = []
+    sizes = _large_allocations(lambda: grads.extend(torch.autograd.grad(0.5 * loss[0], weight)), held // 4)
+    assert sizes == [held] and grads[0].dtype == dtype
     (whole,) = torch.autograd.grad(total(), weight)
-    assert torch.equal(actual[0], 0.5 * whole)
+    assert torch.equal(grads[0], 0.5 * whole)
     again = total()
     kept = torch.autograd.grad(again, weight, retain_graph=True)[0].clone()
     assert torch.equal(kept, torch.autograd.grad(again, weight)[0])
 
 
 @ON_CPU
-def test_linear_losses_logits_of_one_chunk_exist_at_a_time() -> None:
+def test_linear_losses_hold_the_logits_of_one_chunk_at_a_time() -> None:
     classes, width, chunk = 8192, 8, 4
     head = Head(DenseWeight(torch.randn(classes, width)))
     hidden = torch.randn(16, width).requires_grad_()

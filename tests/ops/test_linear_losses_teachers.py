@@ -35,7 +35,7 @@ from tests.ops.linear_losses_examples import (
 @pytest.mark.parametrize("tail", kl.TAILS)
 @pytest.mark.parametrize(("k", "temperature", "hard_weight"), [(5, 1.0, 0.0), (1, 2.0, 0.3), (V, 1.0, 0.3)])
 @EACH_BACKEND
-def test_sparse_teachers_agree_with_the_formula(
+def test_linear_kl_of_sparse_teachers_equals_the_formula(
     assert_within_budget: Budget, tail: str, k: int, temperature: float, hard_weight: float, backend: str,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
@@ -52,18 +52,18 @@ def test_sparse_teachers_agree_with_the_formula(
 
 @EACH_DIVERGENCE
 @EACH_BACKEND
-def test_linear_losses_perfect_student_has_nothing_to_learn(divergence: str, backend: str, dtype: torch.dtype) -> None:
+def test_linear_kl_of_a_perfect_student_is_zero(divergence: str, backend: str, dtype: torch.dtype) -> None:
     case = make_case("dense+softcap", dtype)
     taught = Taught(OnlineTeacher(case.hidden, case.head), case.logits(torch.float64))
     for share in (0.3, 0.0, *([1.0] if divergence == "jsd" else [])):
         options = {"divergence": divergence, "share": share, "temperature": 2.0, "backend": backend}
-        actual = gradients(case, lambda c, o=options: distilled(c, taught, **o).total)
-        assert float(actual["total"].abs()) <= 2e-6 * N
-        assert float(actual["hidden"].abs().max()) <= 2e-6
+        grads = gradients(case, lambda c, o=options: distilled(c, taught, **o).total)
+        assert float(grads["total"].abs()) <= 2e-6 * N
+        assert float(grads["hidden"].abs().max()) <= 2e-6
 
 
 @EACH_BACKEND
-def test_linear_losses_hard_weight_one_is_cross_entropy_to_the_bit(backend: str, dtype: torch.dtype) -> None:
+def test_linear_kl_with_hard_weight_one_equals_cross_entropy(backend: str, dtype: torch.dtype) -> None:
     case = make_case("dense+trained+softcap", dtype)
     one = gradients(case, lambda c: distilled(c, make_teacher(c, "online"), hard_weight=1, backend=backend).total)
     other = gradients(case, lambda c: ce(c, backend=backend).total)
@@ -71,20 +71,20 @@ def test_linear_losses_hard_weight_one_is_cross_entropy_to_the_bit(backend: str,
 
 
 @EACH_BACKEND
-def test_linear_losses_every_class_stored_is_a_dense_teacher(backend: str, dtype: torch.dtype) -> None:
+def test_linear_kl_with_every_class_stored_equals_a_dense_teacher(backend: str, dtype: torch.dtype) -> None:
     case = make_case("dense", dtype)
     dense = gradients(case, lambda c: distilled(c, make_teacher(c, "dense"), backend=backend).total)
     for tail in kl.TAILS:
         taught = make_teacher(case, "sparse", k=V, tail=tail)
-        actual = gradients(case, lambda c, t=taught: distilled(c, t, backend=backend).total)
+        grads = gradients(case, lambda c, t=taught: distilled(c, t, backend=backend).total)
         for name, want in dense.items():
             slack = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5)  # the dense logits are rounded
-            torch.testing.assert_close(actual[name], want, rtol=slack, atol=slack * float(want.abs().max()))
+            torch.testing.assert_close(grads[name], want, rtol=slack, atol=slack * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("tail", kl.TAILS)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_linear_losses_classes_of_probability_zero_fill_up_a_row(tail: str, backend: str) -> None:
+def test_linear_kl_ignores_filler_classes_of_probability_zero(tail: str, backend: str) -> None:
     """Rows of fewer classes, as sampling gives: the rest of the row repeats a class that is there already."""
     case = make_case("dense+softcap", torch.float32)
     teacher = make_teacher(case, "sparse", k=4, tail=tail).teacher
@@ -93,16 +93,16 @@ def test_linear_losses_classes_of_probability_zero_fill_up_a_row(tail: str, back
         torch.cat([teacher.probs, torch.zeros(N, 2, device=DEVICE)], 1),
         tail,
     )
-    want, actual = (
+    want, grads = (
         gradients(case, lambda c, t=t: distilled(c, Taught(t, t.probs), hard_weight=0.2, backend=backend).total)
         for t in (teacher, filled)
     )
     for name in want:
-        torch.testing.assert_close(actual[name], want[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(grads[name], want[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_linear_losses_tail_of_a_confident_student_keeps_its_digits(backend: str) -> None:
+def test_linear_kl_tail_of_a_confident_student_is_precise(backend: str) -> None:
     """Student tail mass about 1e-9: 1 less the mass of the stored classes would be 0 in float32."""
     case = make_case("dense", torch.float32, n=4)
     logits = torch.full((4, V), -25.0)
@@ -119,7 +119,7 @@ def test_linear_losses_tail_of_a_confident_student_keeps_its_digits(backend: str
     assert abs(float(short / mass) - 1) > 0.5, "the case must need it"
 
 
-def test_linear_losses_teacher_gets_no_gradient() -> None:
+def test_linear_kl_gives_the_teacher_no_gradient() -> None:
     case = make_case("dense", torch.float32)
     taught = make_teacher(case, "dense")
     taught.teacher.logits.requires_grad_()
@@ -134,7 +134,7 @@ def test_linear_losses_teacher_gets_no_gradient() -> None:
     ("divergence", "share", "allowed"),
     [("jsd", 0.1, 2e-7), ("jsd", 0.5, 3e-7), ("skew_forward_kl", 0.5, 5e-7), ("skew_reverse_kl", 0.5, 5e-7)],
 )
-def test_linear_losses_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float, allowed: float) -> None:
+def test_linear_kl_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float, allowed: float) -> None:
     """Two classes at every ratio of the probabilities, equal ones too; exchanged, they give the same values.
 
     ``tl.log`` in place of the polynomial errs by 1.7e-7,
@@ -145,10 +145,10 @@ def test_linear_losses_mixtures_are_as_exact_as_with_a_logarithm(divergence: str
         for t in torch.meshgrid(steps[12:], steps, indexing="ij")
     )
     head = Head(DenseWeight(torch.eye(2, device=DEVICE)))
-    actual = linear_kl(
+    soft = linear_kl(
         student.float().to(DEVICE), head, DenseTeacher(teacher.float().to(DEVICE)), divergence=divergence, share=share,
         backend="triton",
     ).soft  # fmt: skip
     want = kl.token_divergence(student, teacher, kind=divergence, share=share)
-    assert float((actual.cpu().double() - want).abs().max()) < allowed
-    assert float(actual.view(13, 25).diagonal(12).abs().max()) < 1e-7, "a perfect student"
+    assert float((soft.cpu().double() - want).abs().max()) < allowed
+    assert float(soft.view(13, 25).diagonal(12).abs().max()) < 1e-7, "a perfect student"

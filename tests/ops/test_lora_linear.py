@@ -40,7 +40,7 @@ from tests.ops.lora_linear_examples import (
 @EACH_DROPOUT
 @EACH_KIND
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_lora_linear_values_and_gradients_at_odd_shapes(
+def test_lora_linear_equals_the_formula_at_odd_shapes(
     device: torch.device, backend: str, dtype: torch.dtype, kind: str, dropout: float, shape: tuple[int, int, int, int]
 ) -> None:
     case = problem(kind, shape, dtype, device, backend=backend, dropout=dropout)
@@ -52,7 +52,7 @@ def test_lora_linear_values_and_gradients_at_odd_shapes(
 @pytest.mark.parametrize("kind", ["dense", "int8"])
 @EACH_DROPOUT
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_lora_linear_columns_in_whole_bytes(
+def test_lora_linear_equals_the_formula_with_columns_in_whole_bytes(
     device: torch.device, backend: str, dtype: torch.dtype, dropout: float, kind: str
 ) -> None:
     case = problem(kind, (129, 96, 256, 8), dtype, device, backend=backend, dropout=dropout)
@@ -103,7 +103,7 @@ def test_lora_linear_errs_no_more_than_the_unfused_formula(
         *[pytest.param(*p.values, 1e-3, id=p.id, marks=p.marks) for p in SIXTEEN_BITS if p.id == "triton-bf16"],
     ],
 )
-def test_small_adapter_is_not_rounded_away(
+def test_lora_linear_does_not_round_a_small_adapter_away(
     device: torch.device, force_plan: Any, backend: str, dtype: torch.dtype, ratio: float, autocast: bool, kind: str,
     how: str,
 ) -> None:  # fmt: skip
@@ -119,9 +119,9 @@ def test_small_adapter_is_not_rounded_away(
         "x": (case.grad.double() @ W, case.grad.double() @ BA),
     }
 
-    def gain(actual: dict[str, Tensor], name: str) -> float:
+    def gain(result: dict[str, Tensor], name: str) -> float:
         base, adapter = parts[name]
-        return float(((actual[name].double() - base) * adapter).sum() / adapter.square().sum())
+        return float(((result[name].double() - base) * adapter).sum() / adapter.square().sum())
 
     force_plan(how, how)
     with torch.autocast(device.type, dtype=dtype, enabled=autocast):
@@ -153,7 +153,7 @@ def test_lora_linear_reference_equals_the_formula(device: torch.device) -> None:
 
 @EACH_DROPOUT
 @EACH_BACKEND
-def test_lora_linear_more_and_fewer_dimensions(device: torch.device, backend: str, dropout: float) -> None:
+def test_lora_linear_takes_more_and_fewer_dimensions(device: torch.device, backend: str, dropout: float) -> None:
     """[T, B, K] seen as [B, T, K], and [K]."""
     case = problem("int8", (60, 50, 130, 8), torch.float32, device, backend=backend, dropout=dropout)
     options = {"scale": SCALE, "dropout": dropout, "seed": torch.tensor(SEED), "backend": backend}
@@ -170,7 +170,7 @@ def test_lora_linear_more_and_fewer_dimensions(device: torch.device, backend: st
     torch.testing.assert_close(one.double(), want["y"][0], rtol=0, atol=1e-5)
 
 
-def test_lora_linear_no_bias_and_no_gradient(device: torch.device) -> None:
+def test_lora_linear_without_bias_and_gradient(device: torch.device) -> None:
     case = problem("dense", (20, 50, 33, 8), torch.float32, device)
     y = lora_linear(case.x, case.base, case.A, case.B, scale=SCALE)
     assert not y.requires_grad
@@ -179,7 +179,7 @@ def test_lora_linear_no_bias_and_no_gradient(device: torch.device) -> None:
 
 @EACH_WAY
 @EACH_BACKEND
-def test_lora_linear_adapter_in_float32_under_16_bits(
+def test_lora_linear_keeps_a_float32_adapter_under_16_bits(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float
 ) -> None:
     """Factors and bias keep their type, and so do their gradients."""
@@ -200,7 +200,7 @@ def test_lora_linear_adapter_in_float32_under_16_bits(
         ((4, 50), (8, 50), (130, 7), r"\[130, 7\]"),
     ],
 )
-def test_lora_linear_shapes_that_do_not_fit(device: torch.device, x: Any, A: Any, B: Any, message: str) -> None:
+def test_lora_linear_refuses_shapes_that_do_not_fit(device: torch.device, x: Any, A: Any, B: Any, message: str) -> None:
     base, _ = weight("dense", 130, 50, torch.float32, device)
     with pytest.raises(ValueError, match=message):
         lora_linear(*(torch.zeros(x, device=device), base), *(torch.zeros(s, device=device) for s in (A, B)), scale=1.0)
@@ -216,7 +216,9 @@ def test_lora_linear_shapes_that_do_not_fit(device: torch.device, x: Any, A: Any
         ({"bias_N": torch.zeros(129)}, "129"),
     ],
 )
-def test_lora_linear_options_that_do_not_fit(device: torch.device, options: dict[str, Any], message: str) -> None:
+def test_lora_linear_refuses_options_that_do_not_fit(
+    device: torch.device, options: dict[str, Any], message: str
+) -> None:
     case = problem("dense", (4, 50, 130, 8), torch.float32, device)
     options = {k: v.to(device) if k == "bias_N" else v for k, v in options.items()}
     with pytest.raises(ValueError, match=message):
@@ -224,7 +226,7 @@ def test_lora_linear_options_that_do_not_fit(device: torch.device, options: dict
 
 
 @NEEDS_TRITON
-def test_lora_linear_triton_refuses_float64(device: torch.device) -> None:
+def test_lora_linear_on_triton_refuses_float64(device: torch.device) -> None:
     case = problem("dense", (4, 50, 130, 8), torch.float64, device)
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         lora_linear(case.x, case.base, case.A, case.B, scale=1.0, backend="triton")

@@ -33,7 +33,7 @@ from tests.ops.lora_linear_examples import (
 
 
 @EACH_WAY
-def test_lora_linear_gradcheck(force_plan: Any, how: str, dropout: float) -> None:
+def test_lora_linear_passes_gradcheck(force_plan: Any, how: str, dropout: float) -> None:
     force_plan(how, how)
     case = problem("dense", (5, 10, 7, 2), torch.float64, torch.device("cpu"), dropout=dropout)
     leaves = [t.clone().requires_grad_() for t in case.inputs()]
@@ -51,7 +51,7 @@ def _transposed(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [_columns_apart, _transposed])
 @EACH_WAY
 @EACH_BACKEND
-def test_lora_linear_strided_inputs_and_gradients(
+def test_lora_linear_takes_strided_inputs_and_gradients(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, layout: Callable[[Tensor], Tensor]
 ) -> None:
     force_plan(how, how)
@@ -80,7 +80,7 @@ def test_lora_linear_gradient_of_a_sum(device: torch.device, backend: str, dropo
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 2), (0, 3)])
 @EACH_WAY
 @EACH_BACKEND
-def test_lora_linear_only_the_gradients_asked_for(
+def test_lora_linear_gives_only_the_gradients_asked_for(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, wanted: tuple[int, ...]
 ) -> None:
     force_plan(how, how)
@@ -116,7 +116,7 @@ def test_lora_linear_second_backward_gives_the_same_gradients(
 @pytest.mark.parametrize("loss", [lambda y: y.square().sum(), torch.sum], ids=["square", "sum"])
 @EACH_DROPOUT
 @EACH_BACKEND
-def test_lora_linear_double_backward_is_refused(
+def test_lora_linear_refuses_double_backward(
     device: torch.device, backend: str, dropout: float, loss: Callable[[Tensor], Tensor]
 ) -> None:
     """As in a gradient penalty. What flows back from ``sum`` needs no gradient itself, but the result depends on A."""
@@ -136,7 +136,7 @@ def test_lora_linear_double_backward_is_refused(
     ],
 )
 @EACH_BACKEND
-def test_lora_linear_inputs_are_left_alone(
+def test_lora_linear_does_not_change_its_inputs(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, kind: str
 ) -> None:
     force_plan(how, "merged" if how == "merged" else "split")
@@ -171,7 +171,7 @@ def _saved_bytes(case: Case, backend: str) -> int:
 @EACH_KIND
 @EACH_WAY
 @EACH_BACKEND
-def test_lora_linear_what_is_saved(
+def test_lora_linear_saves_only_s_and_the_mask(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, kind: str
 ) -> None:
     """x A^T where the output is made of it, and under dropout one bit per element of x."""
@@ -183,7 +183,7 @@ def test_lora_linear_what_is_saved(
 
 
 @pytest.mark.parametrize(("how", "wanted"), [("merged", 1), ("split", 2)])
-def test_lora_linear_recomputed_forward_makes_s_once(
+def test_lora_linear_under_checkpointing_makes_s_once(
     device: torch.device, force_plan: Any, monkeypatch: pytest.MonkeyPatch, how: str, wanted: int
 ) -> None:
     """Activation checkpointing throws away what the first forward saves. Where the output needs no S, backward makes it."""
@@ -197,10 +197,10 @@ def test_lora_linear_recomputed_forward_makes_s_once(
     def layer(*tensors: Tensor) -> Tensor:
         return torch.tanh(call(case, tensors, "torch"))
 
-    gradients = torch.autograd.grad(checkpoint(layer, *leaves, use_reentrant=False), leaves, case.grad)
+    recomputed = torch.autograd.grad(checkpoint(layer, *leaves, use_reentrant=False), leaves, case.grad)
     assert len(made) == wanted
     plain = torch.autograd.grad(layer(*leaves), leaves, case.grad)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, plain, strict=True))
     made.clear()
     with torch.no_grad():
         layer(*leaves)
@@ -210,7 +210,7 @@ def test_lora_linear_recomputed_forward_makes_s_once(
 @EACH_KIND
 @EACH_WAY
 @EACH_BACKEND
-def test_lora_linear_training_after_inference_mode(
+def test_lora_linear_trains_after_inference_mode(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, kind: str
 ) -> None:
     """An evaluation first, under inference mode: memory it allocated must serve training too."""

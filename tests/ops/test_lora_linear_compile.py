@@ -26,7 +26,7 @@ from tests.ops.lora_linear_examples import (
 @EACH_KIND
 @EACH_DROPOUT
 @EACH_BACKEND
-def test_lora_linear_opcheck(device: torch.device, backend: str, dropout: float, kind: str) -> None:
+def test_lora_linear_passes_opcheck(device: torch.device, backend: str, dropout: float, kind: str) -> None:
     case = problem(kind, (9, 50, 33, 4), torch.float32, device, backend=backend, dropout=dropout)
     tensors, name, numbers, threshold = op._pack(case.base)
     rest = (tensors, name, numbers, threshold, SCALE, dropout, backend)
@@ -49,7 +49,7 @@ COMPILERS = ["aot_eager"] + (["inductor"] if torch.cuda.is_available() else [])
 @EACH_DROPOUT
 @EACH_BACKEND
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_lora_linear_compiles_whole(
+def test_lora_linear_compiles_into_one_graph(
     device: torch.device, backend: str, dropout: float, kind: str, compiler: str
 ) -> None:
     """One graph, the seed drawn within it, and the results of eager code."""
@@ -73,7 +73,7 @@ def test_lora_linear_compiles_whole(
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_lora_linear_compiled_for_any_number_of_rows(device: torch.device) -> None:
+def test_lora_linear_compiles_once_for_any_number_of_rows(device: torch.device) -> None:
     graphs = []
 
     def counting(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:

@@ -39,7 +39,7 @@ def _mask_of(M: int, K: int, dropout: float, seed: int, backend: str, device: to
 @NEEDS_TRITON
 @pytest.mark.parametrize("seed", [0, 5, 2**31, 2**32 - 1, 2**40 + 3, 2**62 - 1])
 @pytest.mark.parametrize("dropout", [0.05, 0.3, 0.9])
-def test_lora_linear_triton_mask_is_philox(device: torch.device, dropout: float, seed: int) -> None:
+def test_lora_linear_triton_mask_equals_philox(device: torch.device, dropout: float, seed: int) -> None:
     for M, K in [(63, 130), (1, 1), (65, 50)]:
         want = philox_mask_reference(seed, M, K, dropout)
         assert torch.equal(_mask_of(M, K, dropout, seed, "triton", device).cpu(), want)
@@ -48,7 +48,7 @@ def test_lora_linear_triton_mask_is_philox(device: torch.device, dropout: float,
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**40 + 3, 2**62 - 1])
-def test_lora_linear_pytorchs_philox_is_the_references(device: torch.device, seed: int) -> None:
+def test_lora_linear_pytorch_philox_equals_the_reference(device: torch.device, seed: int) -> None:
     """What a GPU without Triton draws."""
     for M, K in [(63, 130), (1, 1), (65, 50)]:
         want, value = philox_mask_reference(seed, M, K, 0.3), torch.tensor(seed, device=device)
@@ -87,7 +87,7 @@ def test_lora_linear_mask_does_not_depend_on_the_tile(
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 @EACH_BACKEND
-def test_lora_linear_share_kept(device: torch.device, backend: str, dropout: float) -> None:
+def test_lora_linear_mask_keeps_the_right_share(device: torch.device, backend: str, dropout: float) -> None:
     """Within 5 sigma: in all, in each of the 8 places of a byte, and agreeing with the mask of another seed."""
     M, K = 128, 400
     share = 1 - threshold_of(dropout) / 65536
@@ -116,7 +116,9 @@ def test_lora_linear_seed_gives_one_mask(device: torch.device, backend: str) -> 
     assert not any(torch.equal(a[name], c[name]) for name in ("y", "x", "A", "B"))
 
 
-def test_lora_linear_torch_mask_in_pieces(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_linear_torch_mask_in_pieces_equals_the_formula(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows beyond the first piece: the same rule for mask, values and gradients."""
     monkeypatch.setattr(passes, "_PIECE", dict.fromkeys(passes._PIECE, 1000))
     case = problem("dense", (63, 50, 130, 8), torch.float64, device, dropout=0.3)
@@ -124,14 +126,14 @@ def test_lora_linear_torch_mask_in_pieces(device: torch.device, monkeypatch: pyt
 
 
 @EACH_BACKEND
-def test_lora_linear_dropout_mask_is_the_one_drawn(device: torch.device, backend: str) -> None:
+def test_dropout_mask_equals_the_mask_that_lora_linear_draws(device: torch.device, backend: str) -> None:
     case = problem("dense", (60, 50, 130, 8), torch.float32, device, backend=backend, dropout=0.3)
     keep, keep_scale = dropout_mask(case.x.view(5, 12, 50), 0.3, torch.tensor(SEED), backend=backend)
     assert torch.equal(keep.view(60, 50), case.keep)
     assert keep_scale == pytest.approx(1 / case.share, rel=1e-15)
 
 
-def test_lora_linear_unpack_mask(device: torch.device) -> None:
+def test_unpack_mask_gives_the_bits_in_order(device: torch.device) -> None:
     packed = torch.tensor([[0b00000001, 0b10000010], [0b11111110, 0b00000000]], dtype=torch.uint8, device=device)
     got = passes.unpack_mask(packed, 10).int().tolist()
     assert got == [[1, 0, 0, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0, 0]]
@@ -160,7 +162,7 @@ def test_lora_linear_checkpointing_replays_the_mask(device: torch.device, backen
 
 @pytest.mark.gpu
 @NEEDS_TRITON
-def test_graph_draws_a_fresh_mask_at_each_replay() -> None:
+def test_lora_linear_in_a_cuda_graph_draws_a_new_mask_at_each_replay() -> None:
     """Captured once; each replay has the mask of a seed of its own, and that mask is the NumPy reference's."""
     device = torch.device("cuda")
     case = problem("dense", (64, 48, 128, 8), torch.float16, device)
@@ -192,7 +194,7 @@ def test_graph_draws_a_fresh_mask_at_each_replay() -> None:
     assert len(set(seeds)) == 3
 
 
-def test_lora_linear_seed_stays_where_it_is(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_linear_seed_stays_on_its_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its value is never asked for on the way to a kernel: on a GPU that would wait for the device, and be a constant of a
     captured graph."""
     if importlib.util.find_spec("triton") is None:
@@ -208,7 +210,7 @@ def test_lora_linear_seed_stays_where_it_is(device: torch.device, monkeypatch: p
         assert any(arg is seed for arg in args) and SEED not in [arg for arg in args if isinstance(arg, int)]
 
 
-def test_lora_linear_new_seed_follows_the_default_generator() -> None:
+def test_new_seed_follows_the_default_generator() -> None:
     torch.manual_seed(0)
     first, second = runtime.new_seed(), runtime.new_seed()
     torch.manual_seed(0)
@@ -217,7 +219,7 @@ def test_lora_linear_new_seed_follows_the_default_generator() -> None:
 
 
 @pytest.mark.gpu
-def test_lora_linear_new_seed_follows_the_generator_of_its_device() -> None:
+def test_new_seed_follows_the_generator_of_its_device() -> None:
     device = torch.device("cuda")
     torch.manual_seed(0)
     first, second = runtime.new_seed(device), runtime.new_seed(device)

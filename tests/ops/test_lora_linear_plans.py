@@ -31,7 +31,7 @@ from tests.ops.lora_linear_examples import (
 @pytest.mark.parametrize("forward", ["merged", "split"])
 @EACH_KIND
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_lora_linear_every_plan(
+def test_lora_linear_equals_the_formula_under_every_plan(
     device: torch.device,
     force_plan: Any,
     backend: str,
@@ -47,7 +47,9 @@ def test_lora_linear_every_plan(
 
 @EACH_DROPOUT
 @EACH_BACKEND
-def test_lora_linear_library_plan_of_nf4(device: torch.device, force_plan: Any, backend: str, dropout: float) -> None:
+def test_lora_linear_library_plan_of_nf4_equals_the_formula(
+    device: torch.device, force_plan: Any, backend: str, dropout: float
+) -> None:
     force_plan("library", "split")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     case = problem("nf4", (63, 128, 130, 8), dtype, device, backend=backend, dropout=dropout)
@@ -57,7 +59,7 @@ def test_lora_linear_library_plan_of_nf4(device: torch.device, force_plan: Any, 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 @EACH_DROPOUT
 @EACH_BACKEND
-def test_lora_linear_library_plan_of_int8(
+def test_lora_linear_library_plan_of_int8_equals_the_rounded_formula(
     device: torch.device, force_plan: Any, backend: str, dropout: float, threshold: float
 ) -> None:
     """LLM.int8 rounds x to 8 bits, row by row and apart from columns with outliers; the gradients are those of x."""

@@ -116,7 +116,7 @@ def test_nf4_dequant_equals_bitsandbytes_bit_for_bit(
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_nf4_dequant_many_blocks_of_blocks(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+def test_nf4_dequant_reads_many_nested_blocks(device: torch.device, backend: str, dtype: torch.dtype) -> None:
     """More than 256 blocks, so that a second entry of the nested scales is read."""
     weight, state = quantized(300, 130, device, nested=True)
     assert weight.nested is not None and weight.nested[1].numel() == 3
@@ -136,14 +136,16 @@ def test_nf4_dequant_equals_the_formula(
 
 @pytest.mark.parametrize(("N", "K", "blocksize"), [(7, 96, 64), (40, 16, 64), (9, 64, 128), (4, 192, 128)])
 @EACH_BACKEND
-def test_nf4_dequant_blocks_that_span_rows(device: torch.device, backend: str, N: int, K: int, blocksize: int) -> None:
+def test_nf4_dequant_of_blocks_that_span_rows_equals_the_formula(
+    device: torch.device, backend: str, N: int, K: int, blocksize: int
+) -> None:
     """K is a multiple of 16 but not of the blocksize: on a CPU with AVX512 bitsandbytes 0.50.2 then errs by the size of
     the weights (max error 1.4 for normal values), so it is no reference here."""
     weight, _ = quantized(N, K, device, blocksize=blocksize)
     check_rounded_once(nf4_dequant(weight, dtype=torch.float32, backend=backend), truth(weight), torch.float32)
 
 
-def test_nf4_dequant_reference_in_float32_has_the_roundings_of_bitsandbytes(device: torch.device) -> None:
+def test_nf4_dequant_reference_in_float32_rounds_as_bitsandbytes(device: torch.device) -> None:
     weight, state = quantized(33, 130, device, nested=True)
     plain = nf4_dequant_reference(weight.packed, weight.absmax, weight.code, weight.shape, nested=weight.nested)
     assert torch.equal(plain, of_bitsandbytes(weight, state, torch.float32))
@@ -177,7 +179,7 @@ def test_nf4_dequant_merge_errs_no_more_than_rounding_twice(
 
 
 @EACH_BACKEND
-def test_nf4_dequant_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
+def test_nf4_dequant_takes_factors_of_another_layout_and_type(device: torch.device, backend: str) -> None:
     weight, _ = quantized(33, 130, device)
     A, B, scale = factors(weight, 8, torch.float16)
     low_rank = (A.float().t().contiguous().t(), B.float().t().contiguous().t(), scale)
@@ -187,7 +189,7 @@ def test_nf4_dequant_factors_of_another_layout_and_type(device: torch.device, ba
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_nf4_dequant_out_is_overwritten_and_nothing_else(
+def test_nf4_dequant_overwrites_out_and_nothing_else(
     device: torch.device, backend: str, dtype: torch.dtype, merge: bool
 ) -> None:
     weight, _ = quantized(33, 130, device, nested=True)
@@ -202,7 +204,7 @@ def test_nf4_dequant_out_is_overwritten_and_nothing_else(
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (7, 0)])
-def test_nf4_dequant_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
+def test_nf4_dequant_of_an_empty_weight(device: torch.device, shape: tuple[int, int]) -> None:
     packed = torch.empty(0, dtype=torch.uint8, device=device)
     weight = NF4Weight(packed, torch.empty(0, device=device), torch.zeros(16, device=device), shape)
     assert nf4_dequant(weight, dtype=torch.float16).shape == shape
@@ -221,7 +223,9 @@ def test_nf4_dequant_empty_weight(device: torch.device, shape: tuple[int, int]) 
         (lambda w: replace(w, nested=(w.nested[0], w.nested[1].repeat(2), w.nested[2])), "found 2"),
     ],
 )
-def test_nf4_dequant_weights_that_do_not_fit(device: torch.device, backend: str, change: Any, message: str) -> None:
+def test_nf4_dequant_refuses_weights_that_do_not_fit(
+    device: torch.device, backend: str, change: Any, message: str
+) -> None:
     weight, _ = quantized(33, 130, device, nested=True)
     with pytest.raises(ValueError, match=message):
         nf4_dequant(change(weight), dtype=torch.float32, backend=backend)
@@ -232,7 +236,9 @@ def test_nf4_dequant_weights_that_do_not_fit(device: torch.device, backend: str,
     ("A", "B", "message"),
     [((8, 131), (33, 8), "131"), ((8, 130), (34, 8), "34"), ((8, 130), (33, 19), "19")],
 )
-def test_nf4_dequant_factors_that_do_not_fit(device: torch.device, backend: str, A: Any, B: Any, message: str) -> None:
+def test_nf4_dequant_refuses_factors_that_do_not_fit(
+    device: torch.device, backend: str, A: Any, B: Any, message: str
+) -> None:
     weight, _ = quantized(33, 130, device)
     low_rank = (torch.zeros(A, device=device), torch.zeros(B, device=device), 1.0)
     with pytest.raises(ValueError, match=message):
@@ -247,7 +253,7 @@ def test_nf4_dequant_factors_that_do_not_fit(device: torch.device, backend: str,
         (torch.empty(130, 33).t(), "contiguous"),
     ],
 )
-def test_nf4_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, message: str) -> None:
+def test_nf4_dequant_refuses_out_that_does_not_fit(device: torch.device, out: Tensor, message: str) -> None:
     weight, _ = quantized(33, 130, device)
     out = out.to(device)
     with pytest.raises(ValueError, match=message):
@@ -255,7 +261,7 @@ def test_nf4_dequant_out_that_does_not_fit(device: torch.device, out: Tensor, me
 
 
 @NEEDS_TRITON
-def test_nf4_dequant_backends_that_cannot_run(device: torch.device) -> None:
+def test_nf4_dequant_refuses_backends_that_cannot_run(device: torch.device) -> None:
     weight, _ = quantized(33, 130, device)
     with pytest.raises(ValueError, match="found 'cuda'"):
         nf4_dequant(weight, dtype=torch.float32, backend="cuda")
@@ -263,7 +269,7 @@ def test_nf4_dequant_backends_that_cannot_run(device: torch.device) -> None:
         nf4_dequant(weight, dtype=torch.float64, backend="triton")
 
 
-def test_nf4_dequant_float64_is_right_or_refused(device: torch.device) -> None:
+def test_nf4_dequant_in_float64_is_right_or_refused(device: torch.device) -> None:
     """The types are float32, float16 and bfloat16; another must not return memory that nobody wrote."""
     weight, _ = quantized(33, 130, device)
     try:

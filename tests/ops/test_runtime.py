@@ -50,7 +50,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *,
     return probed
 
 
-def test_kernel_runs_once_before_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_runs_once_before_any_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = made_up_gpu(monkeypatch, (9, 0))
     assert runtime.triton_problem(CUDA, products=True) is None
     assert runtime.triton_problem("cuda", products=False) is None
@@ -68,11 +68,11 @@ def test_kernel_runs_once_before_any_other(monkeypatch: pytest.MonkeyPatch) -> N
         (1.0, "gave a wrong result"),
     ],
 )
-def test_where_the_first_kernel_fails_pytorch_runs(monkeypatch: pytest.MonkeyPatch, sums: Any, reason: str) -> None:
+def test_failed_probe_selects_pytorch(monkeypatch: pytest.MonkeyPatch, sums: Any, reason: str) -> None:
     probed = made_up_gpu(monkeypatch, (8, 9), sums=sums)
     for products in (True, False):
-        actual = runtime.triton_problem(CUDA, products=products)
-        assert actual is not None and reason in actual and "\n" not in actual
+        problem = runtime.triton_problem(CUDA, products=products)
+        assert problem is not None and reason in problem and "\n" not in problem
         assert runtime.choose_backend("auto", _on_cuda(), products=products) == "torch"
     with pytest.raises(ValueError, match="backend triton cannot run: Triton's first kernel"):
         runtime.choose_backend("triton", _on_cuda(), products=False)
@@ -82,14 +82,14 @@ def test_where_the_first_kernel_fails_pytorch_runs(monkeypatch: pytest.MonkeyPat
     assert {path for path, _ in ops.kernel_paths("cuda").values()} == {"PyTorch, fused"}
 
 
-def test_memory_that_is_short_says_nothing_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_out_of_memory_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = made_up_gpu(monkeypatch, (9, 0), sums=torch.OutOfMemoryError("CUDA out of memory"))
     for _ in range(2):
         assert runtime.triton_problem(CUDA, products=True) is None
     assert len(probed) == 2, "asked again"
 
 
-def test_no_probe_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_does_not_run_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its look at the result would end the capture."""
     probed = made_up_gpu(monkeypatch, (9, 0), sums=1.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -98,7 +98,7 @@ def test_no_probe_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> 
     assert "wrong result" in str(runtime.triton_problem(CUDA, products=True))
 
 
-def test_tensors_without_values_do_not_reach_the_probe(process: Any) -> None:
+def test_probe_runs_outside_of_fake_tensor_mode(process: Any) -> None:
     code = (
         "import torch; from peftlab_kernels import runtime; from torch._subclasses.fake_tensor import FakeTensorMode\n"
         "with FakeTensorMode(): print(runtime._probed(torch.device('cpu')))"
@@ -129,20 +129,20 @@ def test_products_need_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> N
     assert note is not None and note.startswith("the adapter's products run in PyTorch, slower: the GPU has compute")
 
 
-def test_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_is_too_old_gets_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = made_up_gpu(monkeypatch, (7, 0))
     assert runtime.choose_backend("auto", _on_cuda(), products=False) == "torch"
     assert "7.0, and 7.5 is needed" in str(ops.kernels_note("cuda")) and not probed
 
 
-def test_each_gpu_has_an_answer_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_problem_is_decided_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made_up_gpu(monkeypatch, (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: [(9, 0), (7, 0)][index or 0])
     assert runtime.triton_problem(torch.device("cuda", 0), products=True) is None
     assert runtime.triton_problem(torch.device("cuda", 1), products=True) is not None
 
 
-def test_no_note_without_a_gpu() -> None:
+def test_kernels_note_is_none_without_a_gpu() -> None:
     assert ops.kernels_note("cpu") is None
 
 
@@ -156,7 +156,7 @@ class _Kernel:
         return lambda *args, **options: self.launches.append((self.current[-1], grid, args, options))
 
 
-def test_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_uses_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [0]
 
     @contextmanager
@@ -173,7 +173,9 @@ def test_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("hip", "there"), [(None, True), ("6.4", False)])
-def test_option_that_amds_backend_does_not_know(monkeypatch: pytest.MonkeyPatch, hip: Any, there: bool) -> None:
+def test_launch_drops_an_option_that_amds_backend_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, hip: Any, there: bool
+) -> None:
     from peftlab_kernels.linear_cross_entropy.op import rows_options
 
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -182,7 +184,7 @@ def test_option_that_amds_backend_does_not_know(monkeypatch: pytest.MonkeyPatch,
     assert ("maxnreg" in kernel.launches[0][3]) == there
 
 
-def test_options_are_those_that_amds_backend_knows() -> None:
+def test_launch_options_are_known_to_amds_backend() -> None:
     import dataclasses
 
     from peftlab_kernels.linear_cross_entropy.op import rows_options
@@ -192,13 +194,13 @@ def test_options_are_those_that_amds_backend_knows() -> None:
 
     known = {field.name for field in dataclasses.fields(HIPOptions)}
     makers = (passes.down_options, passes.up_options, passes.down_backward_options, passes.dropout_dx_options)
-    actual = [maker(16, torch.float16) for maker in makers]
-    actual += [passes.mask_options(), dequant_options(64), merge_options(64, 16, 64, torch.float16), rows_options(1000)]
-    launch = {name for options in actual for name in options if not name.isupper()}
+    used = [maker(16, torch.float16) for maker in makers]
+    used += [passes.mask_options(), dequant_options(64), merge_options(64, 16, 64, torch.float16), rows_options(1000)]
+    launch = {name for options in used for name in options if not name.isupper()}
     assert launch - known == {"maxnreg"}
 
 
-def test_every_launch_goes_through_runtime() -> None:
+def test_launches_all_go_through_runtime() -> None:
     """``kernel[grid](...)`` anywhere else would take the current device, whatever its tensors are on."""
     for path in (ROOT / "kernels" / "peftlab_kernels").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -217,7 +219,7 @@ def test_probe_runs_in_the_interpreter(process: Any) -> None:
     assert _interpreted(process, code) == "Triton's first kernel gave a wrong result"
 
 
-def test_seeds_stay_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_seed_stays_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number from the host would be part of a CUDA graph: each replay would draw the same mask."""
     asked: list[Any] = []
     randint = torch.randint
@@ -239,12 +241,12 @@ def test_seeds_stay_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sm_90", "dense", False, ("split", "split")),
     ],
 )
-def test_plans_by_rule(device: str, kind: str, dropout: bool, want: tuple[str, str]) -> None:
-    actual = plan.rule(device, kind, M=2048, N=4096, K=4096, dropout=dropout)
-    assert (actual.forward, actual.backward) == want
+def test_plan_rule_by_device_and_storage(device: str, kind: str, dropout: bool, want: tuple[str, str]) -> None:
+    chosen = plan.rule(device, kind, M=2048, N=4096, K=4096, dropout=dropout)
+    assert (chosen.forward, chosen.backward) == want
 
 
-def test_pytorch_alone_does_not_merge_on_a_gpu() -> None:
+def test_plan_rule_of_pytorch_on_a_gpu_does_not_merge() -> None:
     """It would go through float32 copies of the weight."""
     for kind in ("nf4", "int8"):
         assert plan.rule("sm_75", kind, M=2048, N=4096, K=4096, dropout=False, backend="torch").backward == "split"

@@ -66,7 +66,7 @@ def with_section(section: str, **settings: Any) -> dict[str, Any]:
 # What loads
 
 
-def test_file_gives_settings_and_their_lines(write: Write) -> None:
+def test_load_recipe_gives_settings_and_their_lines(write: Write) -> None:
     path = write(GOOD)
     loaded = load_recipe(path)
     assert loaded.recipe.train.lr == 1e-4
@@ -97,7 +97,7 @@ def test_locate_puts_key_and_line_in_front(write: Write) -> None:
     assert loaded.locate(keyless) is keyless
 
 
-def test_dict_is_copied_and_has_no_origins(tmp_path: Path) -> None:
+def test_load_recipe_copies_a_dict_without_origins(tmp_path: Path) -> None:
     settings = BASE | {"data": {"train": tmp_path / "a.csv"}, "train": {"betas": (0.9, 0.95)}}
     loaded = load_recipe(settings, ["train.lr=1"])
     assert (loaded.name, loaded.path, loaded.origins) == (
@@ -109,13 +109,13 @@ def test_dict_is_copied_and_has_no_origins(tmp_path: Path) -> None:
     assert settings["train"] == {"betas": (0.9, 0.95)}
 
 
-def test_load_recipe_by_shipped_name(shipped: Path) -> None:
+def test_load_recipe_takes_a_shipped_name(shipped: Path) -> None:
     loaded = load_recipe("sms-spam")
     assert (loaded.name, loaded.path) == ("sms-spam", shipped / "sms-spam.yaml")
     assert loaded.where("train.lr") == "sms-spam.yaml:9"
 
 
-def test_file_wins_over_a_shipped_name_and_a_folder_does_not(
+def test_load_recipe_prefers_a_file_to_a_shipped_name_but_no_folder(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,12 +125,12 @@ def test_file_wins_over_a_shipped_name_and_a_folder_does_not(
     assert load_recipe("chat-style").path == Path("chat-style")
 
 
-def test_name_stored_in_a_lock_is_kept(write: Write) -> None:
+def test_load_recipe_keeps_the_name_stored_in_a_lock(write: Write) -> None:
     assert load_recipe(write(GOOD + "lock: {name: spam-run, anything: [1]}\n")).name == "spam-run"
     assert load_recipe(write(GOOD + "lock: {anything: 1}\n")).name == "recipe"
 
 
-def test_byte_order_mark_is_taken_off(tmp_path: Path) -> None:
+def test_load_recipe_removes_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "bom.yaml"
     path.write_text(GOOD, encoding="utf-8-sig")
     assert load_recipe(path).recipe.task == "seq_cls"
@@ -160,12 +160,12 @@ def test_words_that_yaml_1_1_would_convert_stay_text(text: str) -> None:
     assert load_recipe(BASE, [f"model.revision={text}"]).recipe.model.revision == text
 
 
-def test_keys_are_text_as_written(write: Write) -> None:
+def test_keys_stay_text_as_written(write: Write) -> None:
     names = load_recipe(write(GOOD + "  epochs: 1\n"), ["data.label_names={0: no, 1.0: yes, true: maybe, ~: none}"])
     assert names.recipe.data.label_names == {"0": "no", "1.0": "yes", "true": "maybe", "~": "none"}
 
 
-def test_values_are_booleans_and_null() -> None:
+def test_overrides_read_booleans_and_null() -> None:
     recipe = load_recipe(BASE, ["run.deterministic=false", "adapter.dora=true", "run.dir=", "data.max_length=~"]).recipe
     assert (recipe.run.deterministic, recipe.adapter.dora) == (False, True)
     assert (recipe.run.dir, recipe.data.max_length) == (None, None)
@@ -190,13 +190,13 @@ def test_overrides_replace_and_the_last_one_wins(write: Write) -> None:
     assert loaded.where("data.columns.label") == "recipe.yaml:7"
 
 
-def test_override_of_a_whole_section_forgets_its_lines(write: Write) -> None:
+def test_override_of_a_whole_section_drops_its_lines(write: Write) -> None:
     loaded = load_recipe(write(GOOD), ["train={max_steps: 3}"])
     assert (loaded.recipe.train.max_steps, loaded.recipe.train.lr) == (3, 2e-4)
     assert loaded.where("train.lr") == "command line"
 
 
-def test_name_with_a_dot_in_a_free_mapping() -> None:
+def test_override_takes_a_name_with_a_dot_in_a_free_mapping() -> None:
     settings = BASE | {"task": "seq_cls"}
     loaded = load_recipe(settings, ["train.class_weights.not.spam=2", "data.label_names.0.5=half"])
     assert loaded.recipe.train.class_weights == {"not.spam": 2.0}
@@ -226,12 +226,12 @@ def test_override_may_drop_the_lock() -> None:
         ("=3", ["command line  =3: expected section.key=value, such as train.lr=1e-3"]),
     ],
 )
-def test_overrides_that_are_wrong_are_refused(write: Write, override: str, parts: list[str]) -> None:
+def test_overrides_that_are_wrong_are_reported(write: Write, override: str, parts: list[str]) -> None:
     text = message(write(GOOD), override)
     assert all(part in text for part in parts), text
 
 
-def test_override_does_not_hide_a_section_that_is_none(write: Write) -> None:
+def test_override_does_not_hide_a_damaged_section(write: Write) -> None:
     text = message(write(GOOD.replace("train:\n  lr: 1e-4", "train: 5")), "train.lr=1")
     assert "line 8  train: expected a section with the keys epochs," in text
     assert "found 5" in text
@@ -240,7 +240,7 @@ def test_override_does_not_hide_a_section_that_is_none(write: Write) -> None:
 # Files that are no recipe
 
 
-def test_path_that_is_nothing(shipped: Path) -> None:
+def test_load_recipe_refuses_an_unknown_path_or_name(shipped: Path) -> None:
     assert message("sms-spm") == (
         "`sms-spm` is neither a file nor the name of a shipped recipe; did you mean `sms-spam`? "
         "`peftlab recipes` lists the shipped recipes"
@@ -264,12 +264,12 @@ def test_path_that_is_nothing(shipped: Path) -> None:
         ("task: a\x01b\n", ["recipe.yaml, line 1, column 8: not valid YAML: "]),
     ],
 )
-def test_text_that_is_no_recipe(write: Write, text: str, parts: list[str]) -> None:
-    actual = message(write(text))
-    assert all(part in actual for part in parts), actual
+def test_load_recipe_refuses_text_that_is_no_recipe(write: Write, text: str, parts: list[str]) -> None:
+    error = message(write(text))
+    assert all(part in error for part in parts), error
 
 
-def test_duplicate_keys_name_both_lines_among_other_problems(write: Write) -> None:
+def test_duplicate_keys_are_reported_with_both_lines(write: Write) -> None:
     text = message(write(GOOD + "  lr: 2e-4\n  lrr: 3\ntrain: {}\n"))
     assert text.startswith("3 problems in recipe.yaml:\n")
     assert "  line 10  train.lr: duplicate key, on line 9 and on line 10\n" in text
@@ -295,24 +295,24 @@ def test_duplicate_keys_name_both_lines_among_other_problems(write: Write) -> No
         ("adapter: {[a]: 4}\n", "line 10  adapter: a key must be a plain word"),
     ],
 )
-def test_yaml_features_that_are_not_read(write: Write, text: str, part: str) -> None:
-    actual = message(write(GOOD + text))
-    assert part in actual
+def test_yaml_features_without_support_are_refused(write: Write, text: str, part: str) -> None:
+    error = message(write(GOOD + text))
+    assert part in error
 
 
-def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
+def test_load_recipe_refuses_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"task: seq_cls\nname: caf\xe9\n")
     assert message(path) == "latin.yaml, line 2: not UTF-8 text (byte 0xe9); save the file as UTF-8"
 
 
-def test_load_recipe_of_a_folder(tmp_path: Path) -> None:
+def test_load_recipe_refuses_a_folder(tmp_path: Path) -> None:
     assert message(tmp_path) == f"{tmp_path} is a folder, expected a recipe file; give a recipe file inside it"
     (tmp_path / "recipe.lock.yaml").write_text(GOOD, encoding="utf-8")
     assert message(tmp_path).endswith(f"did you mean {tmp_path / 'recipe.lock.yaml'}?")
 
 
-def test_load_recipe_of_an_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_recipe_refuses_an_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(GOOD)
 
     def refuse(*_: object, **__: object) -> None:
@@ -322,7 +322,7 @@ def test_load_recipe_of_an_unreadable_file(write: Write, monkeypatch: pytest.Mon
     assert message(path) == f"cannot read {path}: Permission denied"
 
 
-def test_data_file_given_by_mistake(tmp_path: Path) -> None:
+def test_load_recipe_refuses_a_large_data_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"a" * (1 << 20) + b"b")
     assert "larger than 1 MiB: not a recipe" in message(path)
@@ -331,7 +331,7 @@ def test_data_file_given_by_mistake(tmp_path: Path) -> None:
 # Settings that are wrong
 
 
-def test_all_problems_together_in_the_order_of_the_file(write: Write) -> None:
+def test_problems_are_reported_together_in_the_order_of_the_file(write: Write) -> None:
     text = "tsk: a\ntrain:\n  lr: fast\n  lrr: 1\nmodel:\n  quantize: nf5\ndata: {train: a.csv}\n"
     lines = message(write(text), "adapter.rank=0").splitlines()
     assert lines[0] == "7 problems in recipe.yaml:"
@@ -404,7 +404,7 @@ def test_problems_of_a_dict_have_no_line() -> None:
         ("model", {"name": ["x" * 200]}, "found the list ['" + "x" * 55 + "..."),
     ],
 )
-def test_wrong_values_are_reported_once(section: str, settings: dict[str, Any], expected: str | None) -> None:
+def test_values_that_are_wrong_are_reported_once(section: str, settings: dict[str, Any], expected: str | None) -> None:
     if expected is None:
         load_recipe(with_section(section, **settings))
         return
@@ -423,7 +423,7 @@ def test_settings_without_effect_are_reported_at_their_own_lines(write: Write) -
     ]
 
 
-def test_text_is_asked_for_where_yaml_sees_a_number(write: Write) -> None:
+def test_text_keys_refuse_numbers_and_ask_for_quotes(write: Write) -> None:
     text = message(write(GOOD), "model.revision=1234567", "eval.metrics=[1e5]")
     assert "model.revision: expected text, found 1234567; put it in quotes" in text
     assert "eval.metrics.0: expected text, found 100000.0; put it in quotes" in text
@@ -455,22 +455,22 @@ def test_text_is_asked_for_where_yaml_sees_a_number(write: Write) -> None:
         ("data.prompt", "data.columns.prompt` or `data.template.prompt"),
     ],
 )
-def test_names_from_other_tools_and_other_sections(key: str, meant: str) -> None:
+def test_unknown_keys_of_other_tools_and_sections_get_a_suggestion(key: str, meant: str) -> None:
     section, _, name = key.rpartition(".")
     settings = with_section(section, **{name: 1}) if section else BASE | {name: 1}
     assert f"{key}: unknown key; did you mean `{meant}`?" in message(settings)
 
 
-def test_name_near_nothing_gets_the_list_of_keys() -> None:
+def test_unknown_key_near_nothing_gets_the_list_of_keys() -> None:
     assert "train.qqq: unknown key (keys of train: epochs, " in message(with_section("train", qqq=1))
 
 
-def test_dotted_key_in_the_file(write: Write) -> None:
+def test_dotted_key_in_a_file_gets_a_hint(write: Write) -> None:
     text = message(write(GOOD + "adapter.rank: 4\n"))
     assert "adapter.rank: unknown key; sections are nested: write `rank:` indented under `adapter:`" in text
 
 
-def test_foreign_names_lead_to_keys_that_exist_and_are_not_keys_themselves() -> None:
+def test_foreign_names_lead_to_existing_keys_and_are_no_keys() -> None:
     for target, names in _FOREIGN_NAMES.items():
         key = target.partition(":")[0]
         assert spec_at(key.split(".")) is not None, key
@@ -500,7 +500,7 @@ def misspelt(draw: st.DrawFn) -> tuple[str, str, str]:
 
 
 @given(misspelt(), st.booleans())
-def test_any_misspelt_key_is_rejected_with_the_right_one(case: tuple[str, str, str], as_override: bool) -> None:
+def test_misspelt_keys_are_refused_with_the_right_one(case: tuple[str, str, str], as_override: bool) -> None:
     section, key, wrong = case
     if wrong in known_keys()[section] or not wrong:
         return

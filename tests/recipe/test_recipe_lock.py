@@ -35,9 +35,9 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    actual = {"peftlab": "0.1.0", "torch": "2.8.0", "numpy": "2.0.0"}
-    monkeypatch.setattr(lock, "package_versions", lambda: dict(actual))
-    return actual
+    packages = {"peftlab": "0.1.0", "torch": "2.8.0", "numpy": "2.0.0"}
+    monkeypatch.setattr(lock, "package_versions", lambda: dict(packages))
+    return packages
 
 
 def lock_of(settings: dict[str, Any], path: Path, **environment: Any) -> LoadedRecipe:
@@ -51,7 +51,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def test_loads_again_to_the_same_settings(tmp_path: Path) -> None:
+def test_lock_loads_to_the_same_settings(tmp_path: Path) -> None:
     again = lock_of(SETTINGS, tmp_path / "recipe.lock.yaml", device="CPU", threads=2)
     assert comparable(again.recipe) == comparable(load_recipe(SETTINGS).recipe)
     assert again.recipe.run.dir is None
@@ -68,7 +68,7 @@ def test_lock_of_a_lock_is_the_same_file(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_every_setting_is_explicit_in_the_order_of_the_schema(tmp_path: Path, versions: dict[str, str]) -> None:
+def test_lock_states_every_setting_in_the_order_of_the_schema(tmp_path: Path, versions: dict[str, str]) -> None:
     path = tmp_path / "recipe.lock.yaml"
     lock_of(SETTINGS, path)
     text = path.read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def test_lock_keeps_the_name(tmp_path: Path) -> None:
     assert load_recipe(path).name == "spam"
 
 
-def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_makes_local_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("train.csv", "eval.csv", "odd#7", "template.jinja"):
         (tmp_path / name).touch()
@@ -115,14 +115,14 @@ def test_lock_keeps_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert lock_of(settings, tmp_path / "recipe.lock.yaml").recipe.data.train == name
 
 
-def test_file_whose_whole_name_looks_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_resolves_a_file_with_a_hash_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows#7").touch()
     recipe = lock_of(SETTINGS | {"data": {"train": "rows#7"}}, tmp_path / "recipe.lock.yaml").recipe
     assert recipe.data.train == str(tmp_path / "rows#7")
 
 
-def test_old_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_lock_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.lock.yaml"
     path.write_text("old", encoding="utf-8")
 
@@ -135,29 +135,29 @@ def test_old_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.M
     assert [(p.name, p.read_text(encoding="utf-8")) for p in tmp_path.iterdir()] == [("recipe.lock.yaml", "old")]
 
 
-def test_lock_in_a_missing_folder(tmp_path: Path) -> None:
+def test_write_lock_refuses_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot write .*: No such file or directory"):
         lock_of(SETTINGS, tmp_path / "nowhere" / "recipe.lock.yaml")
 
 
-def test_versions_come_from_the_installed_packages() -> None:
+def test_package_versions_are_those_installed() -> None:
     versions = lock.package_versions()
     assert {"torch", "transformers", "peft", "numpy", "scikit-learn"} <= set(versions)
     assert all(versions.values())
 
 
-def test_check_without_a_lock() -> None:
+def test_check_lock_accepts_a_recipe_without_a_lock() -> None:
     assert check_lock(load_recipe(SETTINGS), fingerprints=FINGERPRINTS) == []
 
 
-def test_check_with_nothing_changed(tmp_path: Path) -> None:
+def test_check_lock_accepts_what_has_not_changed(tmp_path: Path) -> None:
     loaded = lock_of(SETTINGS, tmp_path / "recipe.lock.yaml")
     assert check_lock(loaded, fingerprints=FINGERPRINTS) == []
     # Known on one side only: nothing to compare.
     assert check_lock(loaded, fingerprints={"eval data": "d" * 64, "teacher": "e" * 64}) == []
 
 
-def test_check_names_what_changed_and_what_to_do(tmp_path: Path) -> None:
+def test_check_lock_names_what_changed_and_what_to_do(tmp_path: Path) -> None:
     loaded = lock_of(SETTINGS, tmp_path / "recipe.lock.yaml")
     with pytest.raises(ArtifactError) as caught:
         check_lock(loaded, fingerprints=FINGERPRINTS | {"train data": "d" * 64})
@@ -169,7 +169,7 @@ def test_check_names_what_changed_and_what_to_do(tmp_path: Path) -> None:
     assert str(loaded.locate(caught.value)).startswith("`lock.fingerprints.train data` (recipe.lock.yaml:")
 
 
-def test_check_names_all_that_changed(tmp_path: Path) -> None:
+def test_check_lock_names_all_that_changed(tmp_path: Path) -> None:
     loaded = lock_of(SETTINGS, tmp_path / "recipe.lock.yaml")
     with pytest.raises(ArtifactError) as caught:
         check_lock(loaded, fingerprints={"model": "sha256:" + "d" * 64, "tokenizer": "e" * 64})
@@ -179,7 +179,7 @@ def test_check_names_all_that_changed(tmp_path: Path) -> None:
     assert "set model.revision to their commit" in str(caught.value)
 
 
-def test_check_notes_other_versions(tmp_path: Path, versions: dict[str, str]) -> None:
+def test_check_lock_notes_other_versions(tmp_path: Path, versions: dict[str, str]) -> None:
     loaded = lock_of(SETTINGS, tmp_path / "recipe.lock.yaml")
     versions.update(torch="2.9.0", triton="3.3.0", peftlab="0.2.0")
     del versions["numpy"]
@@ -191,7 +191,7 @@ def test_check_notes_other_versions(tmp_path: Path, versions: dict[str, str]) ->
     ]
 
 
-def test_lock_edited_by_hand() -> None:
+def test_check_lock_refuses_a_lock_damaged_by_hand() -> None:
     loaded = load_recipe(SETTINGS | {"lock": {"fingerprints": 5}})
     with pytest.raises(RecipeError, match="expected a mapping, found 5"):
         check_lock(loaded, fingerprints=FINGERPRINTS)
@@ -223,7 +223,7 @@ SCALARS = TEXT | st.integers() | st.booleans() | st.none() | st.floats(allow_nan
 
 
 @given(st.dictionaries(TEXT, st.recursive(SCALARS, lambda v: st.lists(v) | st.dictionaries(TEXT, v), max_leaves=8)))
-def test_yaml_gives_back_what_was_dumped(values: dict[str, Any]) -> None:
+def test_dump_yaml_and_parse_yaml_round_trip(values: dict[str, Any]) -> None:
     text = dump_yaml(values).encode("utf-8").decode("utf-8-sig")
     parsed = parse_yaml(text, "x.yaml")
     assert not parsed.problems

@@ -28,7 +28,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_names_texts_and_summaries(shipped: Path) -> None:
+def test_recipe_names_texts_and_summaries(shipped: Path) -> None:
     assert recipe_names() == ["chat", "sms-spam"]
     assert recipe_text("sms-spam") == TEXT
     assert recipe_summary("sms-spam") == "Finds spam in text messages."
@@ -37,12 +37,12 @@ def test_names_texts_and_summaries(shipped: Path) -> None:
     assert recipe_summary("chat") == "Talks."
 
 
-def test_no_folder_means_no_names(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_names_without_a_folder_are_empty(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "_folder", lambda: shipped / "missing")
     assert recipe_names() == []
 
 
-def test_shipped_recipe_of_an_unknown_name(shipped: Path) -> None:
+def test_recipe_text_refuses_an_unknown_name(shipped: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_text("sms-spm")
     assert str(caught.value) == (
@@ -50,7 +50,7 @@ def test_shipped_recipe_of_an_unknown_name(shipped: Path) -> None:
     )
 
 
-def test_copy_keeps_every_byte(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_recipe_keeps_every_byte(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -60,7 +60,7 @@ def test_copy_keeps_every_byte(shipped: Path, tmp_path: Path, monkeypatch: pytes
     assert {p.read_text(encoding="utf-8") for p in [tmp_path / "sms-spam.yaml", *folder.iterdir()]} == {TEXT}
 
 
-def test_recipes_copy_never_overwrites(shipped: Path, tmp_path: Path) -> None:
+def test_copy_recipe_never_overwrites(shipped: Path, tmp_path: Path) -> None:
     target = tmp_path / "sms-spam.yaml"
     target.write_text("mine", encoding="utf-8")
     for destination in (target, tmp_path):
@@ -69,7 +69,7 @@ def test_recipes_copy_never_overwrites(shipped: Path, tmp_path: Path) -> None:
     assert target.read_text(encoding="utf-8") == "mine"
 
 
-def test_copy_into_a_folder_that_is_missing(shipped: Path, tmp_path: Path) -> None:
+def test_copy_recipe_refuses_a_missing_folder(shipped: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"the folder .*nowhere does not exist; create it first"):
         copy_recipe("sms-spam", tmp_path / "nowhere" / "a.yaml")
     with pytest.raises(RecipeError, match="no such folder; create it first"):
@@ -79,7 +79,7 @@ def test_copy_into_a_folder_that_is_missing(shipped: Path, tmp_path: Path) -> No
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_schema_describes_every_key() -> None:
+def test_recipe_schema_describes_every_key() -> None:
     schema = recipe_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["title"] == "peftlab recipe"
@@ -89,7 +89,7 @@ def test_schema_describes_every_key() -> None:
     assert all(model["additionalProperties"] is False for model in models)
 
 
-def test_shipped_recipes_load_and_say_what_they_are() -> None:
+def test_shipped_recipes_load_and_have_a_summary() -> None:
     for name in recipe_names():
         assert recipe_summary(name), name
         assert load_recipe(name).name == name
@@ -101,7 +101,7 @@ def _python(code: str, cwd: Path, *flags: str) -> str:
     return done.stdout.strip()
 
 
-def test_listing_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_listing_recipes_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from peftlab.recipe import copy_recipe, recipe_names, recipe_summary, recipe_text\n"
@@ -111,7 +111,7 @@ def test_listing_imports_nothing_heavy(tmp_path: Path) -> None:
     assert _python(code, tmp_path) == "[]"
 
 
-def test_loading_imports_no_torch(tmp_path: Path) -> None:
+def test_loading_recipes_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, peftlab.recipe as r\n"
         "assert all(getattr(r, name) for name in r.__all__)\n"
@@ -120,7 +120,7 @@ def test_loading_imports_no_torch(tmp_path: Path) -> None:
     assert _python(code, tmp_path) == "[] False"
 
 
-def test_bare_clone_finds_its_folder(tmp_path: Path) -> None:
+def test_shipped_folder_is_found_in_a_bare_clone(tmp_path: Path) -> None:
     root = Path(catalog.__file__).parents[2]
     (tmp_path / "peftlab").symlink_to(root / "peftlab")
     code = (

@@ -26,7 +26,7 @@ from peftlab.tasks import Generates, Redraws, Task, task_class
 from peftlab.training import optimizers, schedules
 
 
-def test_specs_import_nothing_of_the_engine_and_no_library() -> None:
+def test_specs_import_neither_the_engine_nor_libraries() -> None:
     program = """
 import sys
 before = set(sys.modules)
@@ -39,17 +39,17 @@ print(sorted(name for name in found if name.startswith("peftlab.") or name in ("
 
 
 @pytest.mark.parametrize("rows", [TASKS, METHODS, LOSSES, METRICS, OPTIMIZERS, SCHEDULES, KERNEL_MODES, STORAGES])
-def test_row_is_found_by_its_name(rows: dict[str, object]) -> None:
+def test_rows_are_keyed_by_their_name(rows: dict[str, object]) -> None:
     assert rows and all(getattr(row, "name", None) == name for name, row in rows.items())
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_task_is_implemented_by_what_its_row_names(name: str) -> None:
-    spec, actual = TASKS[name], task_class(name)
-    assert actual.spec is spec
+def test_tasks_implement_what_their_row_names(name: str) -> None:
+    spec, implementation = TASKS[name], task_class(name)
+    assert implementation.spec is spec
     protocols = [Task, *([Generates] if spec.generates else []), *([Redraws] if spec.redraws else [])]
     wanted = {n for p in protocols for n, value in vars(p).items() if inspect.isfunction(value) or n == "make"}
-    assert not {n for n in wanted if not n.startswith("_")} - set(dir(actual))
+    assert not {n for n in wanted if not n.startswith("_")} - set(dir(implementation))
     assert spec.predicts in ROWS and family_of(spec.headline).rows
 
 
@@ -60,14 +60,14 @@ def test_keys_of_tasks_are_keys_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs])
-def test_metric_takes_what_its_row_says(name: str) -> None:
+def test_metrics_take_what_their_row_says(name: str) -> None:
     metric = modules.load_metric(name)
     assert modules.takes_class_names(metric) <= METRICS[name].of_classes
     assert set(inspect.signature(metric._compute).parameters) - {"self", "class_names"} == set(METRICS[name].needs)
     assert any(set(METRICS[name].needs.values()) <= {*t.scores, *t.scores_with_classes} for t in TASKS.values())
 
 
-def test_columns_of_a_comparison_are_those_that_rows_name() -> None:
+def test_comparison_columns_are_those_that_rows_name() -> None:
     import torch
 
     for predicts, wanted in ROWS.items():
@@ -80,7 +80,7 @@ def test_columns_of_a_comparison_are_those_that_rows_name() -> None:
     assert {family_of(name).name for name in CARD_ORDER} <= set(METRICS)
 
 
-def test_every_loss_has_a_function_and_every_function_a_row() -> None:
+def test_losses_and_their_functions_match() -> None:
     by_kind = {
         kind: {n for n, spec in LOSSES.items() if kind in spec.compares} for kind in ("probabilities", "vectors")
     }
@@ -89,7 +89,7 @@ def test_every_loss_has_a_function_and_every_function_a_row() -> None:
     assert {n for n, s in LOSSES.items() if "layers" in s.compares} == {*INNER_HIDDEN, *INNER_ATTENTION, "relation_kl"}
 
 
-def test_optimizers_and_schedules_are_implemented_and_their_keys_exist() -> None:
+def test_optimizers_and_schedules_are_implemented_and_have_their_keys() -> None:
     assert optimizers.OPTIMIZERS.keys() == OPTIMIZERS.keys()
     assert schedules.SCHEDULES.keys() == SCHEDULES.keys()
     keys = {key for rows in (OPTIMIZERS, SCHEDULES) for row in rows.values() for key in row.keys}
@@ -97,20 +97,20 @@ def test_optimizers_and_schedules_are_implemented_and_their_keys_exist() -> None
 
 
 @pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.adapts])
-def test_method_of_peft_has_the_fields_of_its_keys(name: str) -> None:
+def test_methods_name_fields_of_pefts_configuration(name: str) -> None:
     spec = METHODS[name]
     fields = getattr(peft, spec.config).__dataclass_fields__
     assert {*spec.keys.values(), *spec.fixed} <= set(fields)
     assert set(spec.keys) <= set(AdapterSection.model_fields)
 
 
-def test_variants_differ_in_their_settings() -> None:
+def test_variant_of_tells_variants_apart_by_settings() -> None:
     for name, (spec, variant) in VARIANTS.items():
         section = AdapterSection(method=spec.name, **variant.settings).model_dump()
         assert variant_of(spec.name, section) == name
 
 
-def test_kernel_modes_and_storages_are_those_of_the_kernels() -> None:
+def test_kernel_modes_and_storages_match_the_kernels() -> None:
     assert {name for name, mode in KERNEL_MODES.items() if mode.operands} == set(ops.CPU_OPERANDS)
     assert all(mode.storage in (None, *STORAGES) for mode in KERNEL_MODES.values())
     assert {key for spec in STORAGES.values() for key in spec.keys} <= set(ModelSection.model_fields)

@@ -80,7 +80,7 @@ def test_completion_without_prompt_skips_the_first_token(tokenizer: Any) -> None
     assert masks(tokenizer, [{"prompt": "", "completion": "yes"}]) == [(False, "y"), (True, "es" + EOS)]
 
 
-def test_raw_template_trains_the_assistant_part(tokenizer: Any) -> None:
+def test_raw_template_trains_the_completion(tokenizer: Any) -> None:
     assert masks(tokenizer, [{"q": "1+1", "a": 2}], template=RAW) == [(False, "1+1:"), (True, " 2" + EOS)]
 
 
@@ -89,7 +89,7 @@ def test_chat_trains_the_end_of_turn_but_not_the_newline_after_it(tokenizer: Any
     assert masks(tokenizer, [{"q": "hi", "a": "yo"}], template=CHAT) == expected
 
 
-def test_every_assistant_turn_is_trained_with_its_end(tokenizer: Any) -> None:
+def test_assistant_turns_are_trained_with_their_end(tokenizer: Any) -> None:
     turns = [("system", "S"), ("user", "u"), ("assistant", "a1"), ("user", "v"), ("assistant", ""), ("user", "w")]
     messages = [{"role": role, "content": content} for role, content in turns]
     assert masks(tokenizer, [{"messages": messages}]) == [
@@ -114,7 +114,7 @@ def test_untrained_end_of_turn_is_caught(tokenizer: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("text", ["hello", "hello" + EOS])
-def test_end_is_written_once(tokenizer: Any, text: str) -> None:
+def test_end_of_text_is_written_once(tokenizer: Any, text: str) -> None:
     assert masks(tokenizer, [{"text": text}]) == [(False, "h"), (True, "ello" + EOS)]
     assert masks(tokenizer, [{"prompt": "Q", "completion": text}]) == [(False, "Q"), (True, "hello" + EOS)]
 
@@ -129,7 +129,7 @@ def test_special_token_inside_a_text_does_not_end_it(tokenizer: Any, special: st
     assert masks(tokenizer, [{"text": f"{special}hello"}]) == [(False, special), (True, "hello" + EOS)]
 
 
-def test_tokenizer_that_writes_its_own_eos_is_not_doubled(tokenizer: Any) -> None:
+def test_eos_that_the_tokenizer_writes_is_not_doubled(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -152,7 +152,7 @@ def test_tokenizer_that_writes_its_own_eos_is_not_doubled(tokenizer: Any) -> Non
         ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}, None),
     ],
 )
-def test_prompt_at_prediction_is_the_beginning_of_the_training_row(tokenizer: Any, row: Any, template: Any) -> None:
+def test_prompt_at_prediction_is_the_start_of_the_training_row(tokenizer: Any, row: Any, template: Any) -> None:
     rows = rows_of([row])
     task = make(tokenizer, rows, template=template)
     (example,) = encode(task, rows).examples
@@ -161,7 +161,7 @@ def test_prompt_at_prediction_is_the_beginning_of_the_training_row(tokenizer: An
     assert example.trained.argmax() == len(prompt)
 
 
-def test_zero_trained_tokens(tokenizer: Any) -> None:
+def test_data_with_zero_trained_tokens_is_refused(tokenizer: Any) -> None:
     empty = rows_of([{"messages": [{"role": "user", "content": "u"}]}] * 2)
     with pytest.raises(DataError, match="zero trained tokens in all 2 rows"):
         require(encode(make(tokenizer, empty), empty).ledger)
@@ -177,7 +177,7 @@ def test_rows_without_trained_tokens_are_dropped_and_reported(tokenizer: Any) ->
     ]
 
 
-def test_rows_that_are_too_long(tokenizer: Any) -> None:
+def test_rows_that_are_too_long_are_refused_dropped_or_truncated(tokenizer: Any) -> None:
     rows = rows_of([{"prompt": "Q", "completion": "y"}, {"prompt": "Q", "completion": "yes!"}])
     task = make(tokenizer, rows)
     with pytest.raises(DataError, match=r"a\.csv:3: 1 row has more tokens than the limit of 4 \(up to 6\)"):
@@ -233,7 +233,9 @@ def test_loss_and_gradients_equal_those_of_all_logits(tokenizer: Any, tiny: Call
 
 
 @pytest.mark.parametrize("options", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_loss_with_a_head_that_is_trained(tokenizer: Any, tiny: Callable[..., Any], options: Any) -> None:
+def test_loss_with_a_trained_head_equals_that_of_all_logits(
+    tokenizer: Any, tiny: Callable[..., Any], options: Any
+) -> None:
     model = tiny("tiny:llama", dtype="float64", **options)
     task, batch = mixed_batch(tokenizer)
     ours, theirs = task.loss_sum(model, batch), full_logits_loss(model, batch)
@@ -254,7 +256,7 @@ def _unmasked(self: CausalLM, model: Any, batch: Batch) -> Any:
 
 
 @pytest.mark.parametrize("fault", [_shifted_targets, _unmasked])
-def test_wrong_selection_is_caught(
+def test_wrong_selection_of_positions_is_caught(
     tokenizer: Any, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     monkeypatch.setattr(CausalLM, "_selected", fault)
@@ -293,7 +295,7 @@ def test_head_that_transforms_its_logits_is_refused(
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "gpt2"])
-def test_head_knows_how_families_transform_logits(family: str) -> None:
+def test_head_transforms_logits_as_each_family_does(family: str) -> None:
     import transformers
 
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
@@ -372,7 +374,7 @@ def test_choices_agree_with_constrained_decoding(
     assert len(winners) > 1
 
 
-def test_taking_the_first_choice_is_caught(
+def test_choices_that_are_always_the_first_are_caught(
     tokenizer: Any, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CausalLM, "_choose", lambda self, model, prefixes, logits: [(0, 1.0)] * len(prefixes))
@@ -380,7 +382,7 @@ def test_taking_the_first_choice_is_caught(
         test_choices_agree_with_constrained_decoding(tokenizer, tiny, ["ham", "spam"], CHAT)
 
 
-def test_nested_choices_end_with_the_token_that_was_trained(tokenizer: Any, tiny: Callable[..., Any]) -> None:
+def test_choices_that_are_nested_end_with_the_trained_token(tokenizer: Any, tiny: Callable[..., Any]) -> None:
     """Many chat models end a turn with another token than the tokenizer's eos; "ab" and "a" part at that token."""
     tokenizer.eos_token = "<|unk|>"
     rows = rows_of([{"q": str(i), "a": "x"} for i in range(8)])
@@ -399,7 +401,7 @@ def test_nested_choices_end_with_the_token_that_was_trained(tokenizer: Any, tiny
             assert task.score(model, task.collate(examples, "cpu"))["predictions"] == want
 
 
-def test_completion_that_is_no_choice(tokenizer: Any) -> None:
+def test_completion_outside_of_the_choices_is_refused(tokenizer: Any) -> None:
     rows = rows_of([{"q": "1", "a": "ham"}, {"q": "2", "a": "hams"}])
     task = make(tokenizer, rows, template=CHAT, choices=["ham", "spam"])
     with pytest.raises(
@@ -419,7 +421,7 @@ def train_a_little(task: CausalLM, model: Any, batch: Batch, steps: int) -> None
     model.eval()
 
 
-def test_exact_match_is_what_greedy_generation_reproduces(tokenizer: Any, tiny: Callable[..., Any]) -> None:
+def test_exact_match_equals_greedy_generation(tokenizer: Any, tiny: Callable[..., Any]) -> None:
     rows = rows_of(
         [{"q": "one", "a": "1st"}, {"q": "two", "a": "2nd"}, {"q": "three", "a": "3rd"}, {"q": "six", "a": "6th"}]
     )
@@ -446,7 +448,7 @@ def test_generation_is_independent_of_batching(tokenizer: Any, tiny: Callable[..
     assert answers[0] == answers[1]
 
 
-def test_head_is_verified_on_the_beginning_of_a_row_only() -> None:
+def test_head_is_verified_on_the_start_of_a_row_only() -> None:
     """All logits of a long row, twice and in float32, could be gigabytes that training itself never needs."""
     from peftlab.models import find_pretrained, load_model
 

@@ -43,22 +43,22 @@ def bert(pooling: str = "mean", *, normalize: bool = False, seed: int | None = N
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-def test_vectors_of_a_padded_batch_are_those_of_each_text_alone(pooling: str, normalize: bool) -> None:
+def test_vectors_of_a_padded_batch_equal_those_of_each_text(pooling: str, normalize: bool) -> None:
     model, task = bert(pooling, normalize=normalize)
     model = model.double()
     examples = task.encode(ROWS, **OPTIONS).examples
-    actual = task.outputs(model, task.collate(examples, "cpu"))
-    assert actual.vectors and actual.targets is None and list(actual.counts) == [1] * len(TEXTS)
-    for text, vector in zip(TEXTS, actual.values, strict=True):
+    outputs = task.outputs(model, task.collate(examples, "cpu"))
+    assert outputs.vectors and outputs.targets is None and list(outputs.counts) == [1] * len(TEXTS)
+    for text, vector in zip(TEXTS, outputs.values, strict=True):
         hidden = model(torch.tensor([task.tokenizer(text)["input_ids"]])).last_hidden_state[0]
         wanted = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[pooling]
         wanted = wanted / wanted.norm() if normalize else wanted
         torch.testing.assert_close(vector, wanted, rtol=1e-9, atol=1e-12)
     reference = task.reference_outputs(model, examples, "cpu").values
-    torch.testing.assert_close(actual.values, reference, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(outputs.values, reference, rtol=1e-9, atol=1e-12)
 
 
-def test_distillation_gradient_is_that_of_plain_pytorch_however_it_is_split() -> None:
+def test_distillation_gradient_equals_plain_pytorch_for_any_split() -> None:
     teacher, _ = bert(seed=1)
     model, task = bert()
     teacher, model = teacher.double(), model.double().requires_grad_()
@@ -75,12 +75,12 @@ def test_distillation_gradient_is_that_of_plain_pytorch_however_it_is_split() ->
     (slope,) = torch.autograd.grad(wanted, weight)
     for split in ([6], [1, 5], [2, 3, 1]):
         chosen = torch.arange(6).split(split)
-        actual = sum(loss(model, task.collate([examples[i] for i in part], "cpu")) for part in chosen)
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(actual, weight)[0], slope, rtol=1e-7, atol=1e-12)
+        total = sum(loss(model, task.collate([examples[i] for i in part], "cpu")) for part in chosen)
+        torch.testing.assert_close(total, wanted, rtol=1e-9, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(total, weight)[0], slope, rtol=1e-7, atol=1e-12)
 
 
-def test_parity_gate_sees_a_mean_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_gate_finds_a_mean_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deliberate fault: padding counts as text."""
     import peftlab.tasks.embedding as module
 
@@ -139,7 +139,7 @@ def test_pooling_is_read_and_written(tmp_path: Path, config: dict[str, Any], poo
     assert json.loads((target / "1_Pooling" / "config.json").read_text())["word_embedding_dimension"] == 64
 
 
-def test_files_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
+def test_sentence_files_without_support_are_refused(tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path / "dense", {"pooling_mode": "mean"}, extra="Dense")
     with pytest.raises(RecipeError, match="ends with a module 'Dense'"):
         sentence_files(find_pretrained(str(folder)))
@@ -168,7 +168,7 @@ def settings(folder: Path, model: str = "tiny:bert", **distill: Any) -> dict[str
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])
-def test_student_with_fewer_layers(tmp_path: Path, method: str) -> None:
+def test_distill_a_student_with_fewer_layers(tmp_path: Path, method: str) -> None:
     source = sentence_folder(tmp_path / "source", {"pooling_mode": "cls"})
     teacher = sentence_folder(tmp_path / "teacher", {"pooling_mode": "cls"}, seed=1)
     recipe = settings(tmp_path, str(source), student_init={"layers": [0]}) | {"train": {"max_steps": 40, "lr": 1e-2}}
@@ -183,16 +183,18 @@ def test_student_with_fewer_layers(tmp_path: Path, method: str) -> None:
     assert cosine["baseline"] is None
     student = tmp_path / "run" / "student"
     assert sentence_files(find_pretrained(str(student))).pooling == "cls"
-    (text,) = predict(student, ["the dog barks"], progress=SilentProgress())
+    (prediction,) = predict(student, ["the dog barks"], progress=SilentProgress())
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(student), AutoTokenizer.from_pretrained(student)
     with torch.no_grad():
         hidden = model(**tokenizer("the dog barks", return_tensors="pt")).last_hidden_state
-    torch.testing.assert_close(torch.tensor(text["vector"]), F.normalize(hidden[0, 0], dim=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(prediction["vector"]), F.normalize(hidden[0, 0], dim=0), rtol=1e-4, atol=1e-6
+    )
 
 
-def test_random_weights_are_a_control_without_a_beginning_to_score(tmp_path: Path) -> None:
+def test_distill_from_random_weights_scores_no_cut_student(tmp_path: Path) -> None:
     init = {"weights": "random", "num_layers": 1, "hidden_size": 32, "intermediate_size": 48}
     run = distill(settings(tmp_path, student_init=init, seeds=2), progress=SilentProgress())
     row = run.summary["card"]["metrics"][0]
@@ -203,15 +205,15 @@ def test_random_weights_are_a_control_without_a_beginning_to_score(tmp_path: Pat
     assert not any(row["name"] == "cosine" for row in run.summary["card"]["metrics"])
 
 
-def test_without_a_teacher_there_is_nothing_to_learn_or_to_score(tmp_path: Path) -> None:
+def test_embedding_without_a_teacher_cannot_train_or_evaluate(tmp_path: Path) -> None:
     recipe = settings(tmp_path)
     del recipe["distill"]
     with pytest.raises(RecipeError, match="sentence embeddings need a teacher's vectors"):
         train(recipe, progress=SilentProgress())
     with pytest.raises(RecipeError, match="no labels to score"):
         evaluate("tiny:bert", recipe=recipe, progress=SilentProgress())
-    (text,) = predict("tiny:bert", ["a"], recipe=recipe, progress=SilentProgress())
-    assert len(text["vector"]) == 64
+    (prediction,) = predict("tiny:bert", ["a"], recipe=recipe, progress=SilentProgress())
+    assert len(prediction["vector"]) == 64
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 # Reading
 
 
-def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_read_images_gives_the_same_pixels_for_every_form(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(PIXELS))
     forms = ["a.png", str(tmp_path / "a.png"), png(PIXELS), {"bytes": png(PIXELS), "path": None}, {"path": "a.png"},
              PIXELS, PIXELS.tolist()]  # fmt: skip
@@ -72,7 +72,7 @@ def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
         (np.zeros((2, 2, 4)), r"shape \[2, 2, 4\]"),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path: Path, value: Any, message: str) -> None:
+def test_read_images_refuses_what_is_no_image(tmp_path: Path, value: Any, message: str) -> None:
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes(png(np.tile(PIXELS, (8, 8)))[:80])
     rows = Rows.from_dicts([{"image": value}], name=str(tmp_path / "rows.csv"))
@@ -81,7 +81,7 @@ def test_what_is_no_image_is_named(tmp_path: Path, value: Any, message: str) -> 
     assert caught.value.key == "data.columns.image"
 
 
-def test_folder_of_a_folder_per_class(tmp_path: Path) -> None:
+def test_load_rows_reads_a_folder_per_class(tmp_path: Path) -> None:
     for label, level in (("cat", 10), ("dog", 200)):
         for i in range(3):
             (tmp_path / label).mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def test_pixel_values_by_hand_and_order_of_the_batch() -> None:
     assert batch.labels is not None and batch.labels.tolist() == [int(x) for x in rows.columns["label"][::-1]]
 
 
-def test_loss_and_gradient_against_plain_pytorch_in_float64_however_it_is_split() -> None:
+def test_loss_and_gradient_equal_plain_pytorch_for_any_split() -> None:
     model, _ = vit()
     task = ImageClassification(
         load_image_reader(find_pretrained("tiny:vit")), labels=Labels(NAMES, class_weights="balanced")
@@ -152,7 +152,7 @@ def test_ledger_finds_repeated_and_contradicting_images() -> None:
 # Adapters
 
 
-def test_lora_leaves_the_head_to_be_trained_in_full() -> None:
+def test_lora_trains_the_head_in_full() -> None:
     model, task = vit()
     planned = planned_modules(model, peft_type=None, targets="all-linear")
     adapted = inject(model, "lora", peft_type=None, rank=4, alpha=8.0)
@@ -167,7 +167,7 @@ def test_lora_leaves_the_head_to_be_trained_in_full() -> None:
     assert report.num_adapted == len(planned) == report.num_fused
 
 
-def test_parity_gate_sees_images_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_gate_finds_images_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deliberate fault: labels stay where they were."""
     from peftlab.errors import VerificationError
 
@@ -196,7 +196,7 @@ def digits(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])
-def test_run_learns_predicts_and_loads_in_plain_transformers(tmp_path: Path, method: str) -> None:
+def test_train_learns_predicts_and_loads_in_plain_transformers(tmp_path: Path, method: str) -> None:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     more: dict[str, Any] = {"adapter": {"method": method}}
@@ -210,14 +210,14 @@ def test_run_learns_predicts_and_loads_in_plain_transformers(tmp_path: Path, met
     assert again["accuracy"] == pytest.approx(after["accuracy"])
     folder = tmp_path / "run" / ("model" if method == "none" else "merged")
     (tmp_path / "digit.png").write_bytes(png(np.array(load_rows("sklearn:digits").columns["image"][3], dtype=np.uint8)))
-    (text,) = predict(folder, [str(tmp_path / "digit.png")], progress=SilentProgress())
+    (prediction,) = predict(folder, [str(tmp_path / "digit.png")], progress=SilentProgress())
     processor, model = (
         AutoImageProcessor.from_pretrained(folder),
         AutoModelForImageClassification.from_pretrained(folder),
     )
     with PIL.Image.open(tmp_path / "digit.png") as image, torch.no_grad():
         probs = model(**processor(images=image, return_tensors="pt")).logits.softmax(-1)[0]
-    assert text["probabilities"]["3"] == pytest.approx(float(probs[3]), abs=1e-5)
+    assert prediction["probabilities"]["3"] == pytest.approx(float(probs[3]), abs=1e-5)
     assert model.config.id2label[3] == "3"
 
 

@@ -85,7 +85,7 @@ def of_the_head(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("teacher", ["llama", "gemma2", "cohere", "granite"])
 @pytest.mark.parametrize("student", ["llama", "gemma2"])
-def test_soft_cap_and_logit_scale_of_either_model(student: str, teacher: str) -> None:
+def test_loss_of_the_head_with_soft_cap_or_logit_scale_equals_the_models(student: str, teacher: str) -> None:
     own, taught = small(student, seed=0), small(teacher, seed=1, hidden_size=24)
     goal = Objective(temperature=2.0, hard_weight=0.25)
     want = step_loss(own, taught, goal, of_the_model)
@@ -101,7 +101,7 @@ def test_soft_cap_and_logit_scale_of_either_model(student: str, teacher: str) ->
 
 
 @pytest.mark.parametrize("teacher", ["gemma2", "cohere", "granite"])
-def test_bug_soft_cap_or_scale_forgotten(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:
+def test_head_without_soft_cap_or_scale_is_caught(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:
     """The value is wrong, and the head notices before a loss is made."""
     own, taught = small("llama", seed=0), small(teacher, seed=1)
     goal = Objective()
@@ -113,7 +113,7 @@ def test_bug_soft_cap_or_scale_forgotten(monkeypatch: pytest.MonkeyPatch, teache
     assert (step_loss(own, taught, goal, of_the_head) - want).abs() > 0.05 * want
 
 
-def test_bug_adapter_on_the_head_ignored() -> None:
+def test_head_with_an_adapter_uses_it() -> None:
     from peft import LoraConfig, get_peft_model
 
     taught = small("llama", seed=1)
@@ -136,7 +136,7 @@ def test_bug_adapter_on_the_head_ignored() -> None:
     assert (step_loss(own, taught, goal, without_adapter) - want).abs() > 0.01 * want
 
 
-def test_teacher_that_is_the_base_under_the_students_adapter() -> None:
+def test_teacher_that_is_the_base_of_the_student_has_no_dropout_or_adapter() -> None:
     """One set of weights, in both roles in turn: dropout off and adapter off for one, both on for the other."""
     from peft import LoraConfig, get_peft_model
 

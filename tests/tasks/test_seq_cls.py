@@ -61,7 +61,7 @@ def step_loss(task: Any, model: Any, encoded: Any, grouping: str, batch_size: in
 
 @pytest.mark.parametrize("weights", ["none", "balanced", {"pos": 0.2, "neg": 3.0, "mid": 1.0}], ids=str)
 @pytest.mark.parametrize(("grouping", "batch_size"), [("none", 2), ("none", 99), ("step", 2), ("step", 3)])
-def test_step_loss_is_torchs_weighted_mean(
+def test_step_loss_equals_torchs_weighted_mean(
     tokenizer: Any, tiny: Callable[..., Any], weights: Any, grouping: str, batch_size: int
 ) -> None:
     rows = rows_of(TEXTS, LABELS)
@@ -78,7 +78,7 @@ def test_step_loss_is_torchs_weighted_mean(
     assert step_loss(task, model, encoded, grouping, batch_size) == pytest.approx(float(want), rel=1e-5)
 
 
-def test_mean_per_micro_batch_is_caught(
+def test_step_loss_that_averages_micro_batches_is_caught(
     tokenizer: Any, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = SequenceClassification.loss_sum
@@ -88,7 +88,7 @@ def test_mean_per_micro_batch_is_caught(
 
     monkeypatch.setattr(SequenceClassification, "loss_sum", mean)
     with pytest.raises(AssertionError):
-        test_step_loss_is_torchs_weighted_mean(tokenizer, tiny, {"pos": 0.2, "neg": 3.0, "mid": 1.0}, "step", 2)
+        test_step_loss_equals_torchs_weighted_mean(tokenizer, tiny, {"pos": 0.2, "neg": 3.0, "mid": 1.0}, "step", 2)
 
 
 def test_held_out_rows_are_not_weighted(tokenizer: Any) -> None:
@@ -99,12 +99,12 @@ def test_held_out_rows_are_not_weighted(tokenizer: Any) -> None:
     assert counts == {"mid": 2, "neg": 2, "pos": 3}
 
 
-def test_weights_must_name_every_class(tokenizer: Any) -> None:
+def test_class_weights_must_name_every_class(tokenizer: Any) -> None:
     with pytest.raises(RecipeError, match=r"expected a weight for each of the classes .*found \['neg', 'pos'\]"):
         SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights={"pos": 1.0, "neg": 1.0}))
 
 
-def test_label_that_training_did_not_have(tokenizer: Any) -> None:
+def test_label_that_training_did_not_have_is_refused(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer, labels=Labels(["neg", "pos"]))
     with pytest.raises(DataError, match=r"a\.csv:4: label 'mid' does not occur in the training data.*neg, pos") as e:
         encode(task, rows_of(TEXTS, LABELS), training=False)
@@ -118,7 +118,7 @@ def test_held_out_rows_may_lack_a_named_class(tokenizer: Any) -> None:
     assert [e.label for e in encoded.examples] == [NAMES.index("neg"), NAMES.index("pos")]
 
 
-def test_text_that_is_none(tokenizer: Any) -> None:
+def test_text_that_is_none_is_refused(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer, labels=Labels(NAMES))
     with pytest.raises(DataError, match=r"a\.csv:3: expected text, found None"):
         encode(task, rows_of(["x", None], ["pos", "neg"]))
@@ -152,7 +152,7 @@ def test_score_and_predict_are_the_models_own_softmax(tokenizer: Any, tiny: Call
     assert scores["num_scored"] == len(TEXTS)
 
 
-def test_predicting_needs_no_label_column(tokenizer: Any, tiny: Callable[..., Any]) -> None:
+def test_predict_needs_no_label_column(tokenizer: Any, tiny: Callable[..., Any]) -> None:
     task = SequenceClassification(tokenizer, labels=Labels(NAMES))
     model = tiny("tiny:bert", **task.model_kwargs()).eval()
     rows = Rows.from_dicts([task.row_from_text("x" * 600)], name="input")

@@ -25,7 +25,7 @@ def task_of(tokenizer: Any, template: dict[str, str]) -> Any:
     return CausalLM(tokenizer, formatter, head_loss=HeadLoss())
 
 
-def said(task: Any, template: dict[str, str], *, end: bool) -> list[np.ndarray]:
+def answers_of(task: Any, template: dict[str, str], *, end: bool) -> list[np.ndarray]:
     """The rows' own answers, as a model would write them."""
     texts = [(template.get("assistant") or template["completion"]).format(**ROWS.row(i)) for i in range(len(ROWS))]
     ids = [task.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
@@ -33,14 +33,14 @@ def said(task: Any, template: dict[str, str], *, end: bool) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "completion"])
-def test_answer_that_ended_is_trained_as_the_formatter_would(
+def test_answer_that_ended_is_trained_like_a_row_of_the_data(
     tokenizer_of: Callable[[str], Any], template: dict[str, str]
 ) -> None:
     """The same text as a row of the data gives the same example, up to what a template writes after the end of a turn,
     which is not trained and comes after all that is."""
     task = task_of(tokenizer_of("tiny:llama"), template)
     theirs = task.encode(ROWS, max_length=512, too_long="error", training=True)
-    ours = task.encode_answers(ROWS, said(task, template, end=True), max_length=512)
+    ours = task.encode_answers(ROWS, answers_of(task, template, end=True), max_length=512)
     assert len(ours.examples) == len(ROWS)
     for mine, own in zip(ours.examples, theirs.examples, strict=True):
         length = len(mine)
@@ -55,7 +55,7 @@ def test_answer_that_ended_is_trained_as_the_formatter_would(
 def test_answer_that_was_cut_off_gets_no_end(tokenizer_of: Callable[[str], Any], template: dict[str, str]) -> None:
     """Its words are trained and nothing else: the formatter would have closed it, and taught to stop there."""
     task = task_of(tokenizer_of("tiny:llama"), template)
-    answers = said(task, template, end=False)
+    answers = answers_of(task, template, end=False)
     encoded = task.encode_answers(ROWS, answers, max_length=512)
     for example, answer in zip(encoded.examples, answers, strict=True):
         assert example.ids[-len(answer) :].tolist() == answer.tolist()
@@ -64,7 +64,7 @@ def test_answer_that_was_cut_off_gets_no_end(tokenizer_of: Callable[[str], Any],
     assert encoded.ledger.report()["answers"] == {"count": 3, "ended": 0, "cut": 0, "terminators": {}}
 
 
-def test_tokens_stay_as_they_were_written(tokenizer_of: Callable[[str], Any]) -> None:
+def test_answer_tokens_stay_as_written(tokenizer_of: Callable[[str], Any]) -> None:
     """A split into tokens that the tokenizer would not make: half of a character's bytes, which are no text."""
     task = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0])
     half = task.tokenizer("\u00e9", add_special_tokens=False).input_ids[:1]
@@ -74,7 +74,7 @@ def test_tokens_stay_as_they_were_written(tokenizer_of: Callable[[str], Any]) ->
         assert example.ids[example.trained].tolist() == [*half, END]
 
 
-def test_empty_answers_are_left_out_and_counted(tokenizer_of: Callable[[str], Any]) -> None:
+def test_answers_that_are_empty_are_dropped_and_counted(tokenizer_of: Callable[[str], Any]) -> None:
     """Also one that is nothing but its end."""
     task = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0])
     answers = [np.zeros(0, dtype=np.int32), np.array([END], dtype=np.int32), np.array([100, END], dtype=np.int32)]
@@ -85,12 +85,12 @@ def test_empty_answers_are_left_out_and_counted(tokenizer_of: Callable[[str], An
     assert encoded.ledger.report()["trained"] == 2
 
 
-def test_no_answers_at_all() -> None:
+def test_answered_without_answers_is_empty() -> None:
     tokens = answered([], [], author="student", stop_ids={END})
     assert len(tokens) == 0 and len(tokens.ids) == 0 and tokens.role_names == ("prompt", "student")
 
 
-def test_greedy_answers_are_the_generated_text(tiny: Any, tokenizer_of: Callable[[str], Any]) -> None:
+def test_write_answers_equals_greedy_generation(tiny: Any, tokenizer_of: Callable[[str], Any]) -> None:
     """``write_answers`` and ``generate`` say the same, and an answer stops at its first end."""
     task, model = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0]), tiny("tiny:llama", adapter=False).eval()
     options = {"batch_tokens": 4096, "max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0}

@@ -80,15 +80,15 @@ EXACT = [
 
 
 @pytest.mark.parametrize(("task", "targets"), EXACT, ids=str)
-def test_cache_of_all_classes_or_hidden_states_equals_a_live_teacher(here: Path, task: str, targets: Any) -> None:
+def test_cache_of_all_classes_or_hidden_states_equals_the_live_teacher(here: Path, task: str, targets: Any) -> None:
     document = lesson(task, temperature=2.0, cache="cache", targets=targets)
     teach(document, progress=SilentProgress())
-    actual = step_of(document, here)
+    stored = step_of(document, here)
     beside = step_of(lesson(task, temperature=2.0), here)
-    assert_same_step(actual, beside, 1e-6)
+    assert_same_step(stored, beside, 1e-6)
 
 
-def test_routed_teachers_from_disk_equal_live_ones(here: Path) -> None:
+def test_cache_of_routed_teachers_equals_the_live_teachers(here: Path) -> None:
     two = [
         {"name": "teacher-causal_lm", "weight": 2.0, "rows": {"kind": "animal"}},
         {"name": "tiny:llama", "weight": 1.0},
@@ -100,7 +100,7 @@ def test_routed_teachers_from_disk_equal_live_ones(here: Path) -> None:
     assert_same_step(step_of(document, here), step_of(lesson("causal_lm", **options), here), 1e-6)
 
 
-def test_records_of_other_examples_are_caught(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_records_of_other_examples_are_caught(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault: a cache that is read by the place in the batch and not by the example."""
     document = lesson("causal_lm", cache="cache", targets={"k": 260, "values": "float32"})
     teach(document, progress=SilentProgress())
@@ -110,7 +110,7 @@ def test_records_of_other_examples_are_caught(here: Path, monkeypatch: pytest.Mo
         assert_same_step(step_of(document, here), step_of(lesson("causal_lm"), here), 1e-6)
 
 
-def test_stored_teacher_is_not_in_memory_while_a_student_trains(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_teacher_is_not_loaded_while_a_student_trains(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = lesson("causal_lm", cache="cache")
     teach(document, progress=SilentProgress())
     monkeypatch.setattr(Teachers, "model", lambda *args: pytest.fail("the teacher was loaded"))
@@ -131,7 +131,7 @@ def test_stored_teacher_is_not_in_memory_while_a_student_trains(here: Path, monk
     ],
     ids=str,
 )
-def test_plan_is_what_a_capture_takes(here: Path, task: str, targets: Any, tolerance: float | None) -> None:
+def test_teach_plan_equals_what_a_capture_takes(here: Path, task: str, targets: Any, tolerance: float | None) -> None:
     """Draws may fall on one class: of them the plan is the most that it can be."""
     document = lesson(task, cache="cache", targets=targets)
     before = contents(here)
@@ -160,7 +160,7 @@ class StopAt(SilentProgress):
             raise KeyboardInterrupt
 
 
-def test_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teach_resumes_a_stopped_capture(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_WINDOW", 5)
     document = lesson("causal_lm", cache="cache", targets={"fill": "sampled"})
     with pytest.raises(KeyboardInterrupt):
@@ -178,7 +178,7 @@ def test_capture_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.Monkey
     assert notes[-1] == "cache is already complete"
 
 
-def test_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teach_on_a_full_disk_keeps_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftlab.distillation.cache.writer import SplitWriter
 
     document = lesson("causal_lm", cache="cache")
@@ -200,7 +200,7 @@ def test_disk_that_fills_up_keeps_what_is_stored(here: Path, monkeypatch: pytest
     assert contents(here / "cache") == contents(here / "whole")
 
 
-def test_capture_needs_room_on_the_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teach_refuses_too_little_disk_space(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(here)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ResourceError, match=r"`distill.cache`: the targets need about .* MiB in cache"):

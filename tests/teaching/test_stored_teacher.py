@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_its_columns_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_teacher_takes_its_columns_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distill = {"teacher": "tiny:llama", "cache": str(tmp_path / "cache"), "baseline": False}
     assembly = Assembly(load_recipe({**SETTINGS, "distill": distill}), transfer=True)
     taught = taught_examples(assembly)

@@ -50,7 +50,7 @@ def weights(model: Any) -> dict[str, Any]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_checkpoint_everything_comes_back(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_restores_everything(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, modules_to_save=["lm_head"])
     folder = save(tmp_path, model, optimizer)
     assert folder.name == "step-00000002"
@@ -81,7 +81,7 @@ def test_checkpoint_equal_states_give_equal_bytes(tiny: Callable[..., Any], tmp_
 
 @pytest.mark.parametrize("name", [f for f in FILES if f != "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_found_and_the_earlier_checkpoint_named(
+def test_checkpoint_damage_is_found_and_the_earlier_one_named(
     tiny: Callable[..., Any], tmp_path: Path, name: str, damage: str
 ) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
@@ -106,10 +106,10 @@ def test_checkpoint_check_that_skips_the_hash_is_caught(
 ) -> None:
     monkeypatch.setattr(checkpoint_module, "_sha256", lambda path: "0")
     with pytest.raises(pytest.fail.Exception):
-        test_damage_is_found_and_the_earlier_checkpoint_named(tiny, tmp_path, "adapter_model.safetensors", "flip")
+        test_checkpoint_damage_is_found_and_the_earlier_one_named(tiny, tmp_path, "adapter_model.safetensors", "flip")
 
 
-def test_checkpoint_damaged_manifest(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_with_a_damaged_manifest_is_refused(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     folder = save(tmp_path, model, optimizer)
     (folder / "manifest.json").write_text("{")
@@ -117,7 +117,7 @@ def test_checkpoint_damaged_manifest(tiny: Callable[..., Any], tmp_path: Path) -
         check_checkpoint(folder)
 
 
-def test_checkpoint_empty_manifest_vouches_for_nothing(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_with_an_empty_manifest_is_refused(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     folder = save(tmp_path, model, optimizer)
     (folder / "manifest.json").write_text("{}")
@@ -126,21 +126,21 @@ def test_checkpoint_empty_manifest_vouches_for_nothing(tiny: Callable[..., Any],
         load_checkpoint(folder, model=model, optimizer=optimizer)
 
 
-def test_checkpoint_of_other_parameters(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_of_other_parameters_is_refused(tiny: Callable[..., Any], tmp_path: Path) -> None:
     folder = save(tmp_path, *trained(tiny, targets=["q_proj"]))
     model, optimizer = trained(tiny, targets=["q_proj", "v_proj"])
     with pytest.raises(ArtifactError, match="different trained parameters"):
         load_checkpoint(folder, model=model, optimizer=optimizer)
 
 
-def test_checkpoint_of_another_rank(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_of_another_rank_is_refused(tiny: Callable[..., Any], tmp_path: Path) -> None:
     folder = save(tmp_path, *trained(tiny, targets=["q_proj"], rank=4))
     model, optimizer = trained(tiny, targets=["q_proj"], rank=8)
     with pytest.raises(ArtifactError):
         load_checkpoint(folder, model=model, optimizer=optimizer)
 
 
-def test_checkpoint_only_the_newest_are_kept(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoints_are_kept_up_to_the_newest(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     for step in (1, 2, 3, 10, 100):
         save(tmp_path, model, optimizer, step=step, keep=2)
@@ -149,7 +149,7 @@ def test_checkpoint_only_the_newest_are_kept(tiny: Callable[..., Any], tmp_path:
 
 
 @pytest.mark.parametrize("at", ["_optimizer_tensors", "_sha256", "_publish"])
-def test_torn_save_leaves_the_earlier_checkpoint_and_nothing_else(
+def test_checkpoint_save_that_fails_leaves_only_the_earlier_one(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
@@ -164,7 +164,7 @@ def test_torn_save_leaves_the_earlier_checkpoint_and_nothing_else(
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_what_a_kill_left_behind_is_no_checkpoint(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_checkpoint_list_ignores_what_a_kill_left_behind(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, optimizer = trained(tiny, targets=["q_proj"])
     save(tmp_path, model, optimizer, step=1)
     (tmp_path / ".partial-00000002-1").mkdir()

@@ -97,8 +97,8 @@ class Bench:
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-        actual = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), actual, strict=True)}
+        grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), grads, strict=True)}
 
     def row(self, model: Any, example: Example) -> tuple[Tensor, Tensor | None]:
         """Logits [n, C] at the scored positions, and the labels there."""
@@ -117,10 +117,10 @@ class Bench:
             mine = [(say, w) for say, w, takes in voices if takes(ids)]
             for say, w in mine:
                 with torch.no_grad():
-                    text, _ = self.row(lambda ids, say=say: say(self.student, ids), example)
+                    taught, _ = self.row(lambda ids, say=say: say(self.student, ids), example)
                 share = w / sum(x for _, x in mine)
                 for kind, of_loss in goal.losses:
-                    part = plain_divergence(kind, own, text, temperature=goal.temperature, share=goal.share)
+                    part = plain_divergence(kind, own, taught, temperature=goal.temperature, share=goal.share)
                     loss = loss + (1 - goal.hard_weight) * share * of_loss * part
             total = total + weight * loss
         set_kernels(self.student, self.kernels)
@@ -246,19 +246,19 @@ def even_ids(ids: Tensor) -> bool:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.3, 1.0])
-def test_one_teacher_of_texts(lab: Lab, hard_weight: float, packed: bool) -> None:
+def test_distill_loss_of_one_teacher_of_texts(lab: Lab, hard_weight: float, packed: bool) -> None:
     goal = Goal(hard_weight=hard_weight, temperature=2.0)
     lab.texts.check(goal, [Share(taught_by(lab.texts, lab.lm))], [voice(lab.lm)], packed=packed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_distill_loss_of_every_divergence(lab: Lab, kind: str) -> None:
+def test_divergences_equal_the_reference(lab: Lab, kind: str) -> None:
     goal = Goal(losses=[(kind, 1.0)], hard_weight=0.3, temperature=2.0, share=0.3)
     lab.texts.check(goal, [Share(taught_by(lab.texts, lab.lm))], [voice(lab.lm)])
     lab.classes.check(goal, [Share(taught_by(lab.classes, lab.classifier))], [voice(lab.classifier)])
 
 
-def test_several_losses_with_weights(lab: Lab) -> None:
+def test_distill_loss_of_several_weighted_losses(lab: Lab) -> None:
     goal = Goal(losses=[("forward_kl", 2.0), ("jsd", 0.5), ("tvd", 0.25)], hard_weight=0.3, temperature=1.5)
     lab.texts.check(goal, [Share(taught_by(lab.texts, lab.lm))], [voice(lab.lm)])
 
@@ -269,7 +269,7 @@ def test_distill_loss_of_two_weighted_teachers(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_teachers_of_some_rows_and_the_backbone(lab: Lab, packed: bool) -> None:
+def test_distill_loss_of_routed_teachers_and_the_backbone(lab: Lab, packed: bool) -> None:
     """A row of one teacher weighs as much as a row of three."""
     backbone = BackboneTeacher(lab.texts.task, columns=lab.texts.columns)
     shares = [
@@ -284,12 +284,12 @@ def test_teachers_of_some_rows_and_the_backbone(lab: Lab, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.3, 1.0])
-def test_distill_loss_with_class_weights(lab: Lab, hard_weight: float) -> None:
+def test_distill_loss_of_weighted_classes(lab: Lab, hard_weight: float) -> None:
     goal = Goal(hard_weight=hard_weight, temperature=4.0)
     lab.classes.check(goal, [Share(taught_by(lab.classes, lab.classifier))], [voice(lab.classifier)])
 
 
-def test_teacher_whose_classes_are_in_another_order(lab: Lab) -> None:
+def test_distill_loss_of_a_teacher_with_another_order_of_classes(lab: Lab) -> None:
     def say(student: Any, ids: Tensor) -> Tensor:
         return lab.classifier(input_ids=ids).logits[:, list(ORDER)]
 
@@ -297,7 +297,7 @@ def test_teacher_whose_classes_are_in_another_order(lab: Lab) -> None:
     lab.classes.check(Goal(hard_weight=0.3), [Share(teacher)], [(say, 1.0, lambda ids: True)])
 
 
-def test_teacher_that_reads_with_its_own_tokenizer(lab: Lab) -> None:
+def test_distill_loss_of_a_teacher_with_its_own_tokenizer(lab: Lab) -> None:
     own = {e.row: replace(e, ids=np.append(e.ids[::-1], [7]).astype(np.int32)) for e in lab.classes.examples}
 
     def say(student: Any, ids: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ def padded_vocabulary(tiny: Any, tokenizer_of: Any) -> tuple[Texts, Any]:
     return Texts(student, tokenizer_of("tiny:llama"), "reference", width=260), moved(teacher, 4)
 
 
-def test_padded_columns_are_cut(tiny: Any, tokenizer_of: Any) -> None:
+def test_distill_loss_cuts_padded_columns(tiny: Any, tokenizer_of: Any) -> None:
     torch.manual_seed(0)
     bench, teacher = padded_vocabulary(tiny, tokenizer_of)
     bench.check(Goal(hard_weight=0.3), [Share(taught_by(bench, teacher))], [voice(teacher)])
@@ -335,11 +335,11 @@ def test_padded_columns_are_cut(tiny: Any, tokenizer_of: Any) -> None:
     bench.check(Goal(hard_weight=0.3), [Share(taught_by(bench, teacher))], [voice(teacher)])
 
 
-def test_mixture_that_students_are_compared_with(lab: Lab) -> None:
+def test_taught_logits_equal_the_mixture_of_teachers(lab: Lab) -> None:
     shares = [Share(taught_by(lab.texts, lab.lm), 3.0, even), Share(taught_by(lab.texts, lab.other_lm), 1.0)]
     batch = lab.texts.batch()
     counts = lab.texts.task.outputs(lab.texts.student, batch).counts
-    actual = TaughtLogits(shares, lab.texts.student, batch, counts)
+    mixture = TaughtLogits(shares, lab.texts.student, batch, counts)
     want = []
     for example in lab.texts.examples:
         both = [
@@ -349,7 +349,7 @@ def test_mixture_that_students_are_compared_with(lab: Lab) -> None:
         want.append(0.75 * both[0] + 0.25 * both[1] if even(example) else both[1])
     right = torch.cat(want).detach()
     for chosen in (slice(0, 3), slice(3, len(right))):
-        torch.testing.assert_close(actual.rows(chosen).softmax(-1), right[chosen], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mixture.rows(chosen).softmax(-1), right[chosen], rtol=1e-9, atol=1e-12)
 
 
 # Deliberate faults, each with the check that must notice it.
@@ -454,26 +454,26 @@ def packs_mixed(patch: Any) -> None:
     )
 
 
-ONE = (test_one_teacher_of_texts, {"hard_weight": 0.3, "packed": False})
-ROUTED = (test_teachers_of_some_rows_and_the_backbone, {"packed": False})
+ONE = (test_distill_loss_of_one_teacher_of_texts, {"hard_weight": 0.3, "packed": False})
+ROUTED = (test_distill_loss_of_routed_teachers_and_the_backbone, {"packed": False})
 CAUGHT_BY: list[tuple[Callable[[Any], None], tuple[Any, dict[str, Any]]]] = [
     (teacher_in_training_mode, ONE),
     (temperature_of_one_side, ONE),
     (without_t_squared, ONE),
     (mask_shifted, ONE),
     (labels_on_top, ONE),
-    (packs_mixed, (test_one_teacher_of_texts, {"hard_weight": 0.3, "packed": True})),
+    (packs_mixed, (test_distill_loss_of_one_teacher_of_texts, {"hard_weight": 0.3, "packed": True})),
     (weights_not_normalised, (test_distill_loss_of_two_weighted_teachers, {})),
     (weights_not_normalised, ROUTED),
     (rows_in_another_order, ROUTED),
     (adapter_left_on, ROUTED),
-    (class_weights_forgotten, (test_distill_loss_with_class_weights, {"hard_weight": 0.3})),
-    (order_ignored, (test_teacher_whose_classes_are_in_another_order, {})),
+    (class_weights_forgotten, (test_distill_loss_of_weighted_classes, {"hard_weight": 0.3})),
+    (order_ignored, (test_distill_loss_of_a_teacher_with_another_order_of_classes, {})),
 ]
 
 
 @pytest.mark.parametrize(("fault", "caught"), CAUGHT_BY, ids=lambda x: getattr(x, "__name__", None))
-def test_distill_loss_with_a_fault_is_caught(
+def test_distill_loss_deliberate_faults_are_caught(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, fault: Any, caught: Any
 ) -> None:
     check, arguments = caught
@@ -483,7 +483,9 @@ def test_distill_loss_with_a_fault_is_caught(
     lab.lm.eval()
 
 
-def test_columns_that_are_not_cut_are_caught(tiny: Any, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distill_loss_with_uncut_columns_is_caught(
+    tiny: Any, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     columns_not_cut(monkeypatch)
     torch.manual_seed(0)
     bench, teacher = padded_vocabulary(tiny, tokenizer_of)

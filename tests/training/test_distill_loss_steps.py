@@ -44,9 +44,9 @@ def terms() -> list[tuple[float, Objective]]:
     return [(weight, Objective(kind, GOAL.temperature)) for kind, weight in GOAL.losses]
 
 
-def soft(own: Tensor, text: Tensor) -> Tensor:
+def soft(own: Tensor, taught: Tensor) -> Tensor:
     return sum(
-        weight * plain_divergence(kind, own, text, temperature=GOAL.temperature, share=GOAL.share)
+        weight * plain_divergence(kind, own, taught, temperature=GOAL.temperature, share=GOAL.share)
         for kind, weight in GOAL.losses
     )  # type: ignore[return-value]
 
@@ -69,8 +69,8 @@ class DistillLab(LanguageLab):
         mine = [(say, weight) for say, weight, takes in self._voices if takes(ids[0])]
         for say, weight in mine:
             with torch.no_grad():
-                text = answers(say(self.model, ids))
-            loss = loss + (1 - GOAL.hard_weight) * weight / sum(w for _, w in mine) * soft(own, text)
+                taught = answers(say(self.model, ids))
+            loss = loss + (1 - GOAL.hard_weight) * weight / sum(w for _, w in mine) * soft(own, taught)
         return loss
 
 
@@ -85,9 +85,9 @@ class DistillClasses(ClassLab):
 
     def row_sum(self, shape: Any, ids: Tensor) -> Tensor:
         own = self.model(input_ids=ids).logits
-        text = self._teacher(input_ids=ids).logits[:, list(ORDER)]
+        taught = self._teacher(input_ids=ids).logits[:, list(ORDER)]
         hard = F.cross_entropy(own, torch.tensor([NAMES.index(shape[1])]), reduction="sum")
-        return self.share(shape) * (GOAL.hard_weight * hard + (1 - GOAL.hard_weight) * soft(own, text))
+        return self.share(shape) * (GOAL.hard_weight * hard + (1 - GOAL.hard_weight) * soft(own, taught))
 
 
 def language_lab(tiny: Any, tokenizer: Any, accelerator: Any, folder: Path) -> DistillLab:
@@ -114,7 +114,7 @@ few = partial(settings, max_examples=12, deadline=None)
 @given(shapes=TEXTS, plan=plans())
 @example(shapes=UNEVEN, plan=PARTIAL)
 @example(shapes=UNEVEN, plan={"batch_tokens": 1000, "grouping": "step", "split_cost": 0})
-def test_any_cut_of_texts(texts: DistillLab, shapes: Any, plan: Any) -> None:
+def test_distill_step_of_texts_does_not_depend_on_the_split(texts: DistillLab, shapes: Any, plan: Any) -> None:
     texts.check(shapes, plan)
 
 
@@ -122,18 +122,18 @@ def test_any_cut_of_texts(texts: DistillLab, shapes: Any, plan: Any) -> None:
 @given(shapes=MORE_TEXTS, plan=plans(packed=True))
 @example(shapes=UNEVEN, plan=PACKED_PARTIAL)
 @example(shapes=UNEVEN, plan={"batch_size": 1, "packing": 1000})
-def test_distill_step_with_any_packing(texts: DistillLab, shapes: Any, plan: Any) -> None:
+def test_distill_step_does_not_depend_on_packing(texts: DistillLab, shapes: Any, plan: Any) -> None:
     texts.check(shapes, plan)
 
 
 @few()
 @given(shapes=CLASSIFIED, plan=plans())
 @example(shapes=[(n, NAMES[n % 3]) for n in range(1, 10)], plan=PARTIAL)
-def test_any_cut_of_classified_texts(classes: DistillClasses, shapes: Any, plan: Any) -> None:
+def test_distill_step_of_classes_does_not_depend_on_the_split(classes: DistillClasses, shapes: Any, plan: Any) -> None:
     classes.check(shapes, plan)
 
 
-def test_step_that_is_divided_in_its_parts_is_caught(texts: DistillLab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distill_step_that_averages_micro_batches_is_caught(texts: DistillLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean over each micro-batch, as most distillation code has it."""
     right = DistillLoss.__call__
 
@@ -170,10 +170,10 @@ torch.save(found, folder / f"{accelerator.process_index}.pt")
 """
 
 
-def test_distill_step_on_two_ranks(process: Any, texts: DistillLab, tmp_path: Path) -> None:
-    for actual in two_processes(process, tmp_path, RANK):
+def test_distill_step_on_two_ranks_equals_one_process(process: Any, texts: DistillLab, tmp_path: Path) -> None:
+    for steps in two_processes(process, tmp_path, RANK):
         for name, (shapes, plan, lr) in RANK_CASES.items():
             if lr:
-                assert_same(actual[name], texts.steps(shapes, plan, lr))
+                assert_same(steps[name], texts.steps(shapes, plan, lr))
             else:
-                texts.assert_right(shapes, plan, actual[name])
+                texts.assert_right(shapes, plan, steps[name])

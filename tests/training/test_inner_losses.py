@@ -28,11 +28,11 @@ LAYERS = ((0, 1), (1, 0))
 
 def layer_output(model: Any, path: str, ids: Tensor) -> Tensor:
     """[T, H] what the module at ``path`` puts out for one row."""
-    actual = []
-    hook = model.get_submodule(path).register_forward_hook(lambda m, a, out: actual.append(out))
+    outputs = []
+    hook = model.get_submodule(path).register_forward_hook(lambda m, a, out: outputs.append(out))
     model(input_ids=ids[None])
     hook.remove()
-    (output,) = actual
+    (output,) = outputs
     return (output[0] if isinstance(output, tuple) else output)[0]
 
 
@@ -40,9 +40,9 @@ def attention_of(model: Any, ids: Tensor, layer: int) -> Tensor:
     """[A, T, T] probabilities, by transformers' eager attention."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    actual = model(input_ids=ids[None], output_attentions=True).attentions[layer][0]
+    probabilities = model(input_ids=ids[None], output_attentions=True).attentions[layer][0]
     model.set_attn_implementation(before)
-    return actual
+    return probabilities
 
 
 def plain_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -143,14 +143,14 @@ def inner_loss(bench: Any, teacher: Any, kind: str, **settings: Any) -> DistillL
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["hidden_mse", "hidden_cosine", "attention_kl"])
-def test_inner_losses_of_texts(kind: str, packed: bool, tiny: Any, tokenizer_of: Any) -> None:
+def test_inner_losses_of_texts_equal_the_definition(kind: str, packed: bool, tiny: Any, tokenizer_of: Any) -> None:
     bench, teacher = texts_case(tiny, tokenizer_of)
     want = wanted_of_texts(bench, teacher, kind)
     check(bench, inner_loss(bench, teacher, kind), want, packed=packed, within=WITHIN.get(kind, 1e-9))
 
 
 @pytest.mark.parametrize("kind", ["hidden_mse", "attention_kl", "relation_kl"])
-def test_of_classes_with_weights(kind: str, tiny: Any, tokenizer_of: Any) -> None:
+def test_inner_losses_of_weighted_classes_equal_the_definition(kind: str, tiny: Any, tokenizer_of: Any) -> None:
     bench = Classes(tiny("tiny:bert", dtype="float64", num_labels=3), tokenizer_of("tiny:bert"))
     teacher = moved(tiny("tiny:bert", dtype="float64", num_labels=3, adapter=False), 3)
     bench.student.eval()
@@ -163,7 +163,7 @@ def test_of_classes_with_weights(kind: str, tiny: Any, tokenizer_of: Any) -> Non
     check(bench, inner_loss(bench, teacher, kind), want, within=WITHIN.get(kind, 1e-9))
 
 
-def test_beside_a_divergence_and_labels(tiny: Any, tokenizer_of: Any) -> None:
+def test_inner_losses_add_to_a_divergence_and_labels(tiny: Any, tokenizer_of: Any) -> None:
     """The share of the labels is taken from the sum of both; each loss has its weight."""
     bench, teacher = texts_case(tiny, tokenizer_of)
     shares = [Share(ModelTeacher(teacher, bench.task, device="cpu"))]
@@ -175,7 +175,7 @@ def test_beside_a_divergence_and_labels(tiny: Any, tokenizer_of: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hidden_cosine", "attention_mse", "relation_kl"])
-def test_any_cut_of_a_batch_gives_the_same(kind: str, tiny: Any, tokenizer_of: Any) -> None:
+def test_inner_losses_do_not_depend_on_the_split_or_packing(kind: str, tiny: Any, tokenizer_of: Any) -> None:
     bench, teacher = texts_case(tiny, tokenizer_of)
     loss = inner_loss(bench, teacher, kind)
     whole = bench.gradients(loss(bench.student, bench.batch()))
@@ -189,7 +189,7 @@ def test_any_cut_of_a_batch_gives_the_same(kind: str, tiny: Any, tokenizer_of: A
 
 
 @pytest.mark.parametrize("kind", ["hidden_mse", "hidden_cosine", "attention_mse", "attention_kl", "relation_kl"])
-def test_perfect_student_has_no_loss(kind: str, tiny: Any, tokenizer_of: Any) -> None:
+def test_inner_losses_of_a_perfect_student_are_zero(kind: str, tiny: Any, tokenizer_of: Any) -> None:
     bench, _ = texts_case(tiny, tokenizer_of)
     term = InnerTerm(kind, 1.0, ((0, 0), (1, 1)))
     with bench.student.disable_adapter():
@@ -199,7 +199,7 @@ def test_perfect_student_has_no_loss(kind: str, tiny: Any, tokenizer_of: Any) ->
     assert float(DistillLoss(bench.task, [], shares, inner=InnerLosses([term]))(bench.student, bench.batch())) > 1e-6
 
 
-def test_gradient_checkpointing_changes_nothing(tiny: Any, tokenizer_of: Any) -> None:
+def test_inner_losses_do_not_change_under_gradient_checkpointing(tiny: Any, tokenizer_of: Any) -> None:
     bench, teacher = texts_case(tiny, tokenizer_of)
     for kind in ("hidden_mse", "relation_kl"):
         loss = inner_loss(bench, teacher, kind)
@@ -210,12 +210,12 @@ def test_gradient_checkpointing_changes_nothing(tiny: Any, tokenizer_of: Any) ->
         other.train()
         got = loss(other, bench.batch())
         names = [n for n, p in other.named_parameters() if p.requires_grad]
-        actual = torch.autograd.grad(got, [p for p in other.parameters() if p.requires_grad], allow_unused=True)
-        for name, gradient in zip(names, actual, strict=True):
+        grads = torch.autograd.grad(got, [p for p in other.parameters() if p.requires_grad], allow_unused=True)
+        for name, gradient in zip(names, grads, strict=True):
             assert torch.allclose(want[name], torch.zeros_like(want[name]) if gradient is None else gradient, rtol=1e-9)
 
 
-def test_recording_leaves_the_model_as_it_was(tiny: Any, tokenizer_of: Any) -> None:
+def test_recording_restores_the_model(tiny: Any, tokenizer_of: Any) -> None:
     bench, _ = texts_case(tiny, tokenizer_of)
     model = bench.student.get_base_model()
     inputs = bench.batch().inputs
@@ -229,7 +229,7 @@ def test_recording_leaves_the_model_as_it_was(tiny: Any, tokenizer_of: Any) -> N
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_layers_that_cannot_be_compared(tiny: Any) -> None:
+def test_plan_inner_losses_refuses_layers_that_cannot_be_compared(tiny: Any) -> None:
     model = tiny("tiny:llama", adapter=False)
     other = tiny("tiny:bert", adapter=False)
     other.config.hidden_size, other.config.num_attention_heads = 48, 3
@@ -252,7 +252,9 @@ def test_layers_that_cannot_be_compared(tiny: Any) -> None:
     model.config._attn_implementation = "sdpa"
 
 
-def test_faults_that_this_catches(tiny: Any, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inner_losses_deliberate_faults_are_caught(
+    tiny: Any, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padding counted as tokens; one weight for all rows; no causal mask."""
     bench, teacher = texts_case(tiny, tokenizer_of)
 

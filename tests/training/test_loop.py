@@ -114,7 +114,7 @@ def bench(tiny: Any, tokenizer_of: Any, accelerator: Any, tmp_path: Path) -> Cal
     return lambda **options: Bench(tiny, tokenizer_of("tiny:llama"), accelerator, tmp_path, **options)
 
 
-def test_loop_learning_rate_and_log(bench: Callable[..., Bench]) -> None:
+def test_loop_logs_learning_rate_loss_and_counts(bench: Callable[..., Bench]) -> None:
     b, recorder = bench(), Recorder()
     settings = LoopSettings(lr=3.0e-3, schedule="linear", warmup=2, max_grad_norm=1.0)
     result = b.loop(settings, progress=recorder, max_steps=5).run()
@@ -129,7 +129,7 @@ def test_loop_learning_rate_and_log(bench: Callable[..., Bench]) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.25, 1e6])
-def test_loop_clipping(bench: Callable[..., Bench], limit: float) -> None:
+def test_loop_clips_the_gradient_norm(bench: Callable[..., Bench], limit: float) -> None:
     b, recorder, norms = bench(), Recorder(), []
     settings = LoopSettings(lr=1e-3, schedule="constant", warmup=0, max_grad_norm=limit)
     loop = b.loop(settings, progress=recorder, max_steps=1)
@@ -202,7 +202,7 @@ def interrupt_at(step: int) -> Recorder:
     return Recorder(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
 
 
-def test_loop_ctrl_c_saves_and_says_how_to_go_on(bench: Callable[..., Bench]) -> None:
+def test_loop_ctrl_c_saves_and_says_how_to_resume(bench: Callable[..., Bench]) -> None:
     b, handler = bench(), signal.getsignal(signal.SIGINT)
     recorder = interrupt_at(3)
     loop = b.loop(progress=recorder, max_steps=9)
@@ -216,7 +216,9 @@ def test_loop_ctrl_c_saves_and_says_how_to_go_on(bench: Callable[..., Bench]) ->
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_loop_ctrl_c_before_the_first_step(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_ctrl_c_before_the_first_step_saves_nothing(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     b, right = bench(), CausalLM.loss_sum
 
     def impatient(self: Any, model: Any, batch: Any) -> Any:
@@ -298,7 +300,7 @@ def test_loop_damaged_checkpoint_is_refused_on_resume(bench: Callable[..., Bench
         b.loop(settings, max_steps=6).resume(late)
 
 
-def test_loop_best_and_patience(bench: Callable[..., Bench]) -> None:
+def test_loop_keeps_the_best_and_stops_after_patience(bench: Callable[..., Bench]) -> None:
     b, seen = bench(), {}
     values = iter([3.0, 2.0, 2.5, 2.0, 9.0])
 
@@ -322,7 +324,7 @@ def test_loop_best_and_patience(bench: Callable[..., Bench]) -> None:
         assert torch.equal(best[name.replace(".default", "")], value), name
 
 
-def test_loop_best_of_a_metric_that_should_grow(bench: Callable[..., Bench]) -> None:
+def test_loop_keeps_the_best_of_a_metric_to_maximize(bench: Callable[..., Bench]) -> None:
     b, values = bench(), iter([0.5, 0.7, 0.6])
     settings = LoopSettings(lr=1e-2, eval_every=1, best="accuracy")
     loop = b.loop(settings, evaluate=lambda: {"accuracy": next(values)}, max_steps=4)

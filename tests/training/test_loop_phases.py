@@ -37,7 +37,7 @@ def test_span_takes_the_first_steps_of_its_own_rows() -> None:
 
 
 @pytest.mark.parametrize("span", [(0, 10), (3, 3), (-1, 2)])
-def test_span_lies_within_the_run(span: tuple[int, int]) -> None:
+def test_span_must_lie_within_the_run(span: tuple[int, int]) -> None:
     with pytest.raises(AssertionError):
         BatchPlan(LENGTHS, batch_size=2, max_steps=9, span=span)
 
@@ -50,7 +50,7 @@ class Rates(SilentProgress):
         self.rates.append(values["lr"])
 
 
-def test_parts_on_the_same_rows_are_the_whole_run(
+def test_spans_on_the_same_rows_equal_the_whole_run(
     tiny: Any, tokenizer_of: Callable[[str], Any], accelerator: Any, tmp_path: Path
 ) -> None:
     """Three steps and three steps, through a checkpoint and another model, leave the weights of six, and count as much.

@@ -32,7 +32,7 @@ def _steps(path: Path) -> list[int]:
     return [record["step"] for record in read_metrics(path)]
 
 
-def test_each_record_is_a_flushed_line_with_its_keys_as_given(tmp_path: Path) -> None:
+def test_metrics_log_writes_each_record_as_a_flushed_line(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
     log = MetricsLog(path)
     log.write({"step": 1, "eval": {"f1_sp\u00e4m": 0.5}, "lr": 2e-4, "note": None})
@@ -43,7 +43,7 @@ def test_each_record_is_a_flushed_line_with_its_keys_as_given(tmp_path: Path) ->
     log.close()
 
 
-def test_non_finite_values_are_strings_and_every_line_is_strict_json(tmp_path: Path) -> None:
+def test_metrics_log_writes_non_finite_values_as_strings(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         log.write({"step": 1, "loss": math.nan, "eval": {"perplexity": math.inf}, "all": [-math.inf, 1.0]})
@@ -54,7 +54,7 @@ def test_non_finite_values_are_strings_and_every_line_is_strict_json(tmp_path: P
     assert math.isnan(float(records[1]["loss"]))
 
 
-def test_record_that_is_not_json_leaves_no_partial_line(tmp_path: Path) -> None:
+def test_metrics_log_refuses_a_record_that_is_not_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         with pytest.raises(TypeError):
@@ -63,14 +63,14 @@ def test_record_that_is_not_json_leaves_no_partial_line(tmp_path: Path) -> None:
     assert _steps(path) == [2]
 
 
-def test_reopening_appends(tmp_path: Path) -> None:
+def test_metrics_log_appends_when_reopened(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, range(3))
     _write(path, range(3, 5))
     assert _steps(path) == [0, 1, 2, 3, 4]
 
 
-def test_resume_drops_later_steps_and_equals_the_uninterrupted_log(tmp_path: Path) -> None:
+def test_metrics_log_resume_drops_later_steps(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     _write(whole, range(8))
     _write(resumed, range(6))
@@ -81,7 +81,7 @@ def test_resume_drops_later_steps_and_equals_the_uninterrupted_log(tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == ["resumed.jsonl", "whole.jsonl"]
 
 
-def test_records_without_a_step_survive_a_resume(tmp_path: Path) -> None:
+def test_metrics_log_resume_keeps_records_without_a_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         log.write({"device": "cpu"})
@@ -91,7 +91,7 @@ def test_records_without_a_step_survive_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
-def test_line_torn_anywhere_is_dropped_and_the_log_goes_on(tmp_path: Path, cut: int) -> None:
+def test_metrics_log_drops_a_torn_last_line_and_continues(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, range(2))
     kept = path.read_bytes()
@@ -104,14 +104,14 @@ def test_line_torn_anywhere_is_dropped_and_the_log_goes_on(tmp_path: Path, cut: 
 
 
 @pytest.mark.parametrize("tail", [b"\x00" * 4096, b"\xff\xfe", b'"text"', b"12"])
-def test_last_line_that_is_no_record_counts_as_torn(tmp_path: Path, tail: bytes) -> None:
+def test_metrics_log_drops_a_last_line_that_is_no_record(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, range(2))
     path.write_bytes(path.read_bytes() + tail)
     assert _steps(path) == [0, 1]
 
 
-def test_empty_log_has_no_records(tmp_path: Path) -> None:
+def test_metrics_log_that_is_empty_has_no_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.touch()
     assert read_metrics(path) == []
@@ -119,7 +119,7 @@ def test_empty_log_has_no_records(tmp_path: Path) -> None:
     assert _steps(path) == [0]
 
 
-def test_damage_before_the_last_line_is_an_error_naming_the_line(tmp_path: Path) -> None:
+def test_metrics_log_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(ArtifactError, match=r"metrics\.jsonl, line 2"):
@@ -129,7 +129,7 @@ def test_damage_before_the_last_line_is_an_error_naming_the_line(tmp_path: Path)
     assert path.read_text().count("\n") == 3
 
 
-def test_killed_writer_leaves_all_its_lines(tmp_path: Path) -> None:
+def test_metrics_log_of_a_killed_writer_has_all_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     program = f"""
         import os, signal
@@ -153,7 +153,7 @@ def test_memory_readings_of_this_process_are_bytes() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_peak_of_a_child_is_not_that_of_its_parent() -> None:
+def test_peak_memory_of_a_child_is_not_that_of_its_parent() -> None:
     block = np.ones(40_000_000)
     program = "from peftlab.measuring.memory import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
     done = subprocess.run(
@@ -183,7 +183,7 @@ print(start <= found[0] < end)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_all_threads_allocate_from_one_heap() -> None:
+def test_share_one_heap_makes_threads_allocate_from_one_heap() -> None:
     def inside(how: str) -> str:
         env = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
         command = [sys.executable, "-c", IN_A_THREAD, how]
@@ -193,7 +193,7 @@ def test_all_threads_allocate_from_one_heap() -> None:
     assert inside("own") == "False", "the test must see a heap of the thread's own"
 
 
-def test_frozen_heap_thaws_and_still_collects_what_is_new() -> None:
+def test_frozen_heap_thaws_and_collects_new_garbage() -> None:
     class Node:
         pass
 

@@ -141,9 +141,9 @@ class Lab:
         if key not in self._known:
             set_kernels(self.model, "reference")
             loss = self.row_sum(shape, torch.tensor(ids, dtype=torch.int64)[None])
-            actual = torch.autograd.grad(loss, list(self.trained.values()))
+            grads = torch.autograd.grad(loss, list(self.trained.values()))
             set_kernels(self.model, self.kernels)
-            self._known[key] = dict(zip(self.trained, actual, strict=True)), float(loss.detach())
+            self._known[key] = dict(zip(self.trained, grads, strict=True)), float(loss.detach())
         return self._known[key]
 
 
@@ -196,8 +196,8 @@ class LanguageLab(Lab):
             inputs = padded([(shapes[i], examples[i]) for i in chosen])
             labels = inputs.pop("labels")
             loss = F.cross_entropy(self.model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            gradients = torch.autograd.grad(loss, list(self.trained.values()))
-            want.append((dict(zip(self.trained, gradients, strict=True)), {"loss": float(loss.detach())}))
+            grads = torch.autograd.grad(loss, list(self.trained.values()))
+            want.append((dict(zip(self.trained, grads, strict=True)), {"loss": float(loss.detach())}))
         set_kernels(self.model, self.kernels)
         assert_same(got, want)
 
@@ -310,7 +310,7 @@ PACKED_PARTIAL = {"batch_size": 1, "accumulate": 3, "packing": 24}
 @given(shapes=TEXTS, plan=plans())
 @example(shapes=UNEVEN, plan=PARTIAL)
 @example(shapes=UNEVEN, plan={"batch_tokens": 1000, "grouping": "step", "split_cost": 0})
-def test_any_cut_gives_the_mean_over_trained_tokens(labs: Any, kernels: str, shapes: Any, plan: Any) -> None:
+def test_step_is_the_mean_over_trained_tokens_for_any_split(labs: Any, kernels: str, shapes: Any, plan: Any) -> None:
     lab = labs[kernels]
     lab.check(shapes, plan)
     # The fused loss enters the head without its forward, which last ran for the reference.
@@ -324,7 +324,7 @@ def test_any_cut_gives_the_mean_over_trained_tokens(labs: Any, kernels: str, sha
 @example(shapes=UNEVEN, plan=PACKED_PARTIAL)
 @example(shapes=UNEVEN, plan={"batch_tokens": 25, "accumulate": 2, "packing": 24})
 @example(shapes=UNEVEN, plan={"batch_size": 1, "packing": 1000})
-def test_any_packing_gives_the_mean_over_trained_tokens(labs: Any, kernels: str, shapes: Any, plan: Any) -> None:
+def test_step_is_the_mean_over_trained_tokens_for_any_packing(labs: Any, kernels: str, shapes: Any, plan: Any) -> None:
     lab = labs[kernels]
     got = lab.steps(shapes, plan)
     lab.assert_right(shapes, plan, got)
@@ -334,7 +334,7 @@ def test_any_packing_gives_the_mean_over_trained_tokens(labs: Any, kernels: str,
 @settings(max_examples=40, deadline=None)
 @given(shapes=CLASSIFIED, plan=plans())
 @example(shapes=[(n, NAMES[n % 3]) for n in range(1, 10)], plan=PARTIAL)
-def test_any_cut_gives_the_mean_weighted_by_class(labs: Any, shapes: Any, plan: Any) -> None:
+def test_step_is_the_mean_weighted_by_class_for_any_split(labs: Any, shapes: Any, plan: Any) -> None:
     labs["classes"].check(shapes, plan)
 
 
@@ -439,7 +439,7 @@ FAULTS = {
 @pytest.mark.parametrize(
     ("fault", "step"), [("mean_of_means", 0), ("all_tokens", 0), ("size_of_a_full_step", 4)], ids=str
 )
-def test_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
+def test_step_with_a_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
     FAULTS[fault](monkeypatch)
     with pytest.raises(AssertionError, match=f"loss of step {step}"):
         labs["auto"].check(UNEVEN, PARTIAL)
@@ -458,7 +458,9 @@ def test_wrong_divisor_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fau
     ],
     ids=str,
 )
-def test_fault_of_packing_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int) -> None:
+def test_step_with_a_fault_of_packing_is_caught(
+    labs: Any, monkeypatch: pytest.MonkeyPatch, fault: str, step: int
+) -> None:
     lab = labs["auto"]
     FAULTS[fault](monkeypatch)
     got = lab.steps(UNEVEN, PACKED_PARTIAL)
@@ -468,7 +470,7 @@ def test_fault_of_packing_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch, 
             compare(UNEVEN, PACKED_PARTIAL, got)
 
 
-def test_wrong_gradient_is_caught_under_a_right_loss(labs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_with_a_wrong_gradient_and_a_right_loss_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and the gradient are compared each for itself."""
     right = CausalLM.loss_sum
 
@@ -564,17 +566,17 @@ def two_processes(process: Any, folder: Path, script: str) -> list[dict[str, Any
 
 
 @pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if not case[0] and not case[3]])
-def test_two_ranks_get_the_mean_of_the_whole_step(labs: Any, ranks: Any, name: str) -> None:
+def test_step_on_two_ranks_is_the_mean_of_the_whole_step(labs: Any, ranks: Any, name: str) -> None:
     _, shapes, plan, _ = RANK_CASES[name]
-    for actual in ranks:
-        labs["auto"].assert_right(shapes, plan, actual[name])
-        labs["auto"].assert_as_one_padded_batch(shapes, plan, actual[name])
+    for results in ranks:
+        labs["auto"].assert_right(shapes, plan, results[name])
+        labs["auto"].assert_as_one_padded_batch(shapes, plan, results[name])
 
 
-def test_two_ranks_get_the_mean_of_any_step(labs: Any, ranks: Any) -> None:
+def test_step_on_two_ranks_is_the_mean_for_drawn_plans(labs: Any, ranks: Any) -> None:
     packs = set()
-    for actual in ranks:
-        for shapes, plan, got in actual["drawn"]:
+    for results in ranks:
+        for shapes, plan, got in results["drawn"]:
             try:
                 labs["auto"].assert_right(shapes, plan, got)
                 labs["auto"].assert_as_one_padded_batch(shapes, plan, got)
@@ -585,16 +587,16 @@ def test_two_ranks_get_the_mean_of_any_step(labs: Any, ranks: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "num_steps"), [("moving weights", 6), ("moving weights, packed", 6)])
-def test_two_ranks_train_as_one_process_does(labs: Any, ranks: Any, name: str, num_steps: int) -> None:
+def test_step_on_two_ranks_trains_as_one_process(labs: Any, ranks: Any, name: str, num_steps: int) -> None:
     _, shapes, plan, lr = RANK_CASES[name]
     one = labs["auto"].steps(shapes, plan, lr)
     assert len(one) == num_steps
-    for actual in ranks:
-        assert_same(actual[name], one)
+    for results in ranks:
+        assert_same(results[name], one)
 
 
 @pytest.mark.parametrize("name", [name for name, case in RANK_CASES.items() if case[0]])
-def test_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
+def test_step_with_a_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
     _, shapes, plan, _ = RANK_CASES[name]
     for compare in (labs["auto"].assert_right, labs["auto"].assert_as_one_padded_batch):
         with pytest.raises(AssertionError, match="loss of step 0"):
@@ -602,7 +604,7 @@ def test_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_normalisation_equals_transformers_trainer(
+def test_step_equals_transformers_trainer(
     tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path: Path
 ) -> None:
     """Its ``num_items_in_batch`` on one process, PEFT's own layers, float32; the last of 3 steps has 3 micro-batches."""

@@ -29,18 +29,20 @@ def rates(total: int, schedule: str, warmup: float) -> list[float]:
         ("linear", 9, [0.3, 0.6, 0.9, 1.2, 1.5]),
     ],
 )
-def test_optim_rates_by_hand(schedule: str, warmup: float, expected: list[float]) -> None:
+def test_learning_rate_equals_the_values_worked_out_by_hand(
+    schedule: str, warmup: float, expected: list[float]
+) -> None:
     assert rates(5, schedule, warmup) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("percent", range(1, 100))
-def test_optim_share_of_100_steps_is_that_many_steps(percent: int) -> None:
+def test_learning_rate_warmup_of_a_share_of_100_steps_is_exact(percent: int) -> None:
     """0.07 * 100 is 7.000000000000001 in floating point; that is 7 steps of warm-up, not 8."""
     assert rates(100, "constant", percent / 100).index(3.0) == percent
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_optim_rates_are_positive_and_rise_once(schedule: str) -> None:
+def test_learning_rate_is_positive_and_rises_once(schedule: str) -> None:
     values = rates(40, schedule, 0.1)
     assert min(values) > 0 and max(values) == 3.0
     top = values.index(3.0)
@@ -48,11 +50,11 @@ def test_optim_rates_are_positive_and_rise_once(schedule: str) -> None:
     assert values[top:] == sorted(values[top:], reverse=True)
 
 
-def test_optim_single_step_trains() -> None:
+def test_learning_rate_of_a_single_step_is_positive() -> None:
     assert rates(1, "linear", 0.03)[0] > 0
 
 
-def test_optim_adamw_by_formula() -> None:
+def test_adamw_equals_its_formula() -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2).double()
     model.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)

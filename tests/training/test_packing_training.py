@@ -96,7 +96,7 @@ def check(model: Any, task: CausalLM, examples: list[Example] | None = None) -> 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_family_leaks_on_any_attention(task: CausalLM, family: str, attention: str) -> None:
+def test_check_packing_finds_no_leak_in_any_family_and_attention(task: CausalLM, family: str, attention: str) -> None:
     if (family, attention) in UNSUPPORTED:
         with pytest.raises(ValueError, match="does not support"):
             make_model(family, attention)
@@ -108,25 +108,25 @@ def test_no_family_leaks_on_any_attention(task: CausalLM, family: str, attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_no_leak_in_other_types(task: CausalLM, dtype: torch.dtype) -> None:
+def test_check_packing_finds_no_leak_in_other_types(task: CausalLM, dtype: torch.dtype) -> None:
     assert check(make_model("llama", "sdpa", dtype), task) is None
     assert check(make_model("opt", "sdpa", dtype), task) is not None
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_no_leak_in_a_quantized_model(tiny: Any, task: CausalLM, quantize: str) -> None:
+def test_check_packing_finds_no_leak_in_a_quantized_model(tiny: Any, task: CausalLM, quantize: str) -> None:
     assert check(tiny("tiny:llama", quantize=quantize), task) is None
 
 
 @pytest.mark.parametrize("family", LEAKING)
-def test_model_that_leaks_is_found_without_knowing_its_name(task: CausalLM, family: str) -> None:
+def test_check_packing_finds_models_that_leak(task: CausalLM, family: str) -> None:
     reason = check(make_model(family, "eager"), task)
     assert reason is not None and "mixes packed rows" in reason
     assert "with eager attention" in reason
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_run_without_position_ids_is_found(task: CausalLM, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_packing_finds_missing_position_ids(task: CausalLM, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_positions(examples: Any, *, device: Any) -> Batch:
         batch = collate_packed(examples, device=device)
         return dataclasses.replace(batch, inputs={"input_ids": batch.input_ids})
@@ -135,7 +135,7 @@ def test_run_without_position_ids_is_found(task: CausalLM, family: str, monkeypa
     assert "mixes packed rows" in str(check(make_model(family, "sdpa"), task))
 
 
-def test_positions_that_go_on_are_found(task: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_packing_finds_positions_that_are_not_reset(task: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gap keeps the documents apart; the second starts at position 50 all the same."""
 
     def shifted(examples: Any, *, device: Any) -> Batch:
@@ -150,7 +150,7 @@ def test_positions_that_go_on_are_found(task: CausalLM, monkeypatch: pytest.Monk
     )
 
 
-def test_model_that_takes_no_position_ids_is_found(task: CausalLM) -> None:
+def test_check_packing_finds_a_model_that_takes_no_position_ids(task: CausalLM) -> None:
     model = make_model("llama", "sdpa")
     right = model.model.forward
     model.model.forward = lambda input_ids, attention_mask=None, use_cache=False: right(
@@ -160,13 +160,13 @@ def test_model_that_takes_no_position_ids_is_found(task: CausalLM) -> None:
     assert check(model, task) == "LlamaForCausalLM with sdpa attention takes no position ids"
 
 
-def test_one_document_has_nothing_to_leak_into(task: CausalLM) -> None:
+def test_check_packing_of_one_document_finds_nothing(task: CausalLM) -> None:
     model = make_model("opt", "eager")
     assert check(model, task, documents(20)) is None
     assert check(model, task, documents(20, 1)) is None, "one token predicts nothing that is looked at"
 
 
-def test_check_leaves_the_model_as_it_was(task: CausalLM) -> None:
+def test_check_packing_restores_the_model(task: CausalLM) -> None:
     model = make_model("llama", "sdpa").train()
     model.model.layers[0].eval()
     before = {name: (module.training) for name, module in model.named_modules()}
@@ -177,14 +177,14 @@ def test_check_leaves_the_model_as_it_was(task: CausalLM) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_packed_tensors() -> None:
+def test_collate_packed_gives_the_expected_tensors() -> None:
     batch = collate_packed(documents(3, 1, 2), device="cpu")
     assert batch.input_ids.shape == (1, 6) and batch.attention_mask is None
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch.trained.tolist() == [[False, True, True, False, False, True]]
 
 
-def test_no_document_predicts_the_start_of_the_next() -> None:
+def test_collate_packed_refuses_a_trained_first_token() -> None:
     bad = dataclasses.replace(documents(3)[0], trained=np.ones(3, dtype=bool))
     with pytest.raises(AssertionError):
         collate_packed([*documents(3), bad], device="cpu")
@@ -221,7 +221,7 @@ def gradients(model: Any, loss: Any) -> dict[str, Any]:
         ("gemma3", "sdpa", 1e-8),  # its norms are computed in float32
     ],
 )
-def test_packed_gradients_are_padded_gradients(task: CausalLM, family: str, attention: str, tolerance: float) -> None:
+def test_packed_gradients_equal_padded_gradients(task: CausalLM, family: str, attention: str, tolerance: float) -> None:
     model = make_model(family, attention, torch.float64).eval()  # no dropout
     examples = documents(20, 7, 1, 13, 30)
     padded_loss = task.loss_sum(model, task.collate(examples, "cpu"))
@@ -242,7 +242,7 @@ def test_packed_gradients_are_padded_gradients(task: CausalLM, family: str, atte
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_pack_is_what_transformers_collator_makes_of_it(task: CausalLM, family: str) -> None:
+def test_packed_batch_equals_that_of_transformers_collator(task: CausalLM, family: str) -> None:
     """Loss and gradients of DataCollatorWithFlattening and the model's own loss: packing as transformers and TRL do it."""
     from transformers import DataCollatorWithFlattening
 
@@ -321,7 +321,7 @@ def adapter(run: Any) -> bytes:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_with_packing(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Batch] = []
     right = CausalLM.loss_sum
 
@@ -333,15 +333,15 @@ def test_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatch)
     notes = Notes()
     document = recipe(adapter={"dropout": dropout})
     run = train(document, progress=notes)
-    actual = run.summary["packing"]
-    assert actual["off"] is None and actual["capacity"] == 256 and 0 <= actual["empty"] < 0.1
+    packing = run.summary["packing"]
+    assert packing["off"] is None and packing["capacity"] == 256 and 0 <= packing["empty"] < 0.1
     assert any(
-        n.startswith(f"packing: 56 rows in {actual['packs']} sequences of up to 256 tokens") for n in notes.notes
+        n.startswith(f"packing: 56 rows in {packing['packs']} sequences of up to 256 tokens") for n in notes.notes
     )
     assert run.summary["parity"]["rows"] > 1 or dropout, "with dropout one row, where both paths draw the same masks"
     assert run.summary["parity"]["worst_cosine"] > 0.9999
-    assert run.summary["training"]["steps"] == 2 * -(-actual["packs"] // 2)
-    trained = seen[-2 * actual["packs"] :]
+    assert run.summary["training"]["steps"] == 2 * -(-packing["packs"] // 2)
+    trained = seen[-2 * packing["packs"] :]
     assert all(b.packed and b.attention_mask is None and len(b.input_ids) == 1 for b in trained)
     assert sum(b.input_ids.numel() for b in trained) == run.summary["training"]["tokens"], "nothing is padded"
     assert max(b.input_ids.numel() for b in trained) <= 256
@@ -349,7 +349,7 @@ def test_packed_run(here: Path, dropout: float, monkeypatch: pytest.MonkeyPatch)
         assert adapter(train(document, "run.dir=again")) == adapter(run)
 
 
-def test_packed_run_is_resumed_with_the_same_bytes(here: Path) -> None:
+def test_train_with_packing_resumes_with_the_same_bytes(here: Path) -> None:
     document = recipe(train={"epochs": None, "max_steps": 4})
     whole = train(document, "run.dir=whole")
     with pytest.raises(Interrupted):
@@ -358,7 +358,7 @@ def test_packed_run_is_resumed_with_the_same_bytes(here: Path) -> None:
     assert adapter(resumed) == adapter(whole)
 
 
-def test_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of: Callable[[str], Any]) -> None:
+def test_train_pads_a_model_that_leaks_and_says_so(here: Path, tokenizer_of: Callable[[str], Any]) -> None:
     make_model("opt", "eager").save_pretrained(here / "opt")
     tokenizer_of("tiny:llama").save_pretrained(here / "opt")
     notes = Notes()
@@ -372,7 +372,7 @@ def test_leaking_model_is_trained_padded_and_says_so(here: Path, tokenizer_of: C
     assert max(r["tokens"] for r in records) <= 2 * 96, "steps of as many tokens as packs would have had"
 
 
-def test_leak_during_the_run_does_not_pass_the_gate(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_gate_stops_a_leak_during_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the leak test were wrong, packed rows without position ids would not agree with padded ones."""
     monkeypatch.setattr(fit_module, "check_packing", lambda *_, **__: None)
 
@@ -393,7 +393,7 @@ def test_leak_during_the_run_does_not_pass_the_gate(here: Path, monkeypatch: pyt
         ({"task": "seq_cls"}, "packing.*: has no effect for task: seq_cls"),
     ],
 )
-def test_what_packing_does_not_go_with(here: Path, sections: dict[str, Any], match: str) -> None:
+def test_packing_refuses_keys_without_effect(here: Path, sections: dict[str, Any], match: str) -> None:
     document = recipe()
     if task := sections.pop("task", None):
         document |= {"task": task}

@@ -69,9 +69,9 @@ def test_parity_tells_rounded_operands_from_faults(
     changes = {"task": task, "model": {"quantize": quantize}}
     exact = train(**changes).summary["after"]
     run = train(**changes, run={"kernels": kernels, "dir": "rounded"})
-    actual = run.summary["parity"]
-    assert actual["worst_cosine"] > 0.9999 and actual["rounded"]["worst_cosine"] > 0.9
-    assert actual["num_fused"] == actual["num_adapted"]
+    report = run.summary["parity"]
+    assert report["worst_cosine"] > 0.9999 and report["rounded"]["worst_cosine"] > 0.9
+    assert report["num_fused"] == report["num_adapted"]
     assert run.summary["after"]["loss"] == pytest.approx(exact["loss"], rel=2e-2)
 
     def doubled(y_MN: Any, x_MK: Any, base: Any, operands: str) -> None:
@@ -94,10 +94,10 @@ def test_parity_tells_plans_that_round_no_rows_from_faults(here: Path, monkeypat
     with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
         train(**changes, run={"dir": "not-told"})
     monkeypatch.setattr(parity, "int8_rounds_rows", lambda model: True)
-    actual = train(**changes).summary["parity"]
-    assert actual["worst_cosine"] > 0.99999 and actual["rounded"] is None
-    assert 0.5 < actual["unrounded"]["worst_cosine"] < actual["worst_cosine"]
-    assert "without bitsandbytes' rounding to 8 bits loss" in str(parity.ParityReport(**actual))
+    report = train(**changes).summary["parity"]
+    assert report["worst_cosine"] > 0.99999 and report["rounded"] is None
+    assert 0.5 < report["unrounded"]["worst_cosine"] < report["worst_cosine"]
+    assert "without bitsandbytes' rounding to 8 bits loss" in str(parity.ParityReport(**report))
 
     with ops.forced_plan(ops.Plan("library", "split")):
         assert train(**changes, run={"dir": "rounded"}).summary["parity"]["unrounded"] is None, (
@@ -115,7 +115,7 @@ def test_parity_tells_plans_that_round_no_rows_from_faults(here: Path, monkeypat
         train(**changes, run={"dir": "faulty"})
 
 
-def test_parity_processor_without_the_units_opens_such_a_run(
+def test_parity_run_with_rounded_operands_loads_without_the_units(
     here: Path, monkeypatch: pytest.MonkeyPatch, any_processor: None
 ) -> None:
     run = train(task="seq_cls", run={"kernels": "cpu-bf16"})
@@ -135,12 +135,12 @@ def test_parity_processor_without_the_units_opens_such_a_run(
         ({"run": {"kernels": "cpu-bf16"}, "model": {"dtype": "bfloat16"}}, "is for float32; remove train.precision"),
     ],
 )
-def test_parity_where_rounded_operands_make_no_sense(here: Path, changes: dict[str, Any], message: str) -> None:
+def test_parity_refuses_rounded_operands_without_effect(here: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         train(**changes)
 
 
-def test_parity_full_fine_tuning_has_nothing_to_round(here: Path) -> None:
+def test_parity_refuses_rounded_operands_in_full_fine_tuning(here: Path) -> None:
     whole = recipe(run={"kernels": "cpu-bf16"}) | {"adapter": {"method": "none"}}
     with pytest.raises(RecipeError, match="without an adapter no weight is frozen; set auto"):
         peftlab.train(whole, progress=SilentProgress())
@@ -153,28 +153,28 @@ def train(**changes: Any) -> Any:
 @pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_parity_result_is_in_the_run_folder(here: Path, task: str, quantize: str, dropout: float) -> None:
+def test_parity_report_is_in_the_run_folder(here: Path, task: str, quantize: str, dropout: float) -> None:
     train(task=task, model={"quantize": quantize}, adapter={"dropout": dropout})
-    actual = json.loads((here / "run" / "run.json").read_text())["parity"]
-    assert actual["num_planned"] == actual["num_adapted"] == actual["num_fused"] > 0
-    assert actual["loss_fast"] == pytest.approx(actual["loss_reference"], rel=1e-4)
-    assert actual["worst_cosine"] > 0.9999
-    assert actual["worst_norm_ratio"] == pytest.approx(1, abs=1e-3)
-    assert actual["num_zero_gradients"] == 0, "B is woken for the comparison, so A has a gradient too"
-    assert actual["slow"] == {}
-    assert actual["seconds"] < 30
+    report = json.loads((here / "run" / "run.json").read_text())["parity"]
+    assert report["num_planned"] == report["num_adapted"] == report["num_fused"] > 0
+    assert report["loss_fast"] == pytest.approx(report["loss_reference"], rel=1e-4)
+    assert report["worst_cosine"] > 0.9999
+    assert report["worst_norm_ratio"] == pytest.approx(1, abs=1e-3)
+    assert report["num_zero_gradients"] == 0, "B is woken for the comparison, so A has a gradient too"
+    assert report["slow"] == {}
+    assert report["seconds"] < 30
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_parity_pefts_own_path_is_a_choice_and_is_listed(here: Path, dropout: float) -> None:
+def test_parity_report_lists_pefts_own_path(here: Path, dropout: float) -> None:
     """With masks of its own, on both sides of the comparison."""
     train(run={"kernels": "reference"}, adapter={"dropout": dropout})
-    actual = json.loads((here / "run" / "run.json").read_text())["parity"]
-    assert actual["num_fused"] == 0
-    assert set(actual["slow"].values()) == {"run.kernels=reference"}
+    report = json.loads((here / "run" / "run.json").read_text())["parity"]
+    assert report["num_fused"] == 0
+    assert set(report["slow"].values()) == {"run.kernels=reference"}
 
 
-def test_parity_gate_leaves_no_trace(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_gate_does_not_change_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(adapter={"dropout": 0.1})
     gated = (here / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     fake = dataclasses.make_dataclass("Report", [])()
@@ -273,7 +273,7 @@ FAULTS: dict[Callable[..., None], tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_parity_each_fault_stops_the_run_and_is_named(
+def test_parity_names_each_fault_and_stops_the_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None]
 ) -> None:
     task, message = FAULTS[fault]
@@ -283,7 +283,7 @@ def test_parity_each_fault_stops_the_run_and_is_named(
     assert not (here / "run").exists(), "nothing was trained, so nothing is kept"
 
 
-def test_parity_long_row_is_cut_to_its_last_trained_token() -> None:
+def test_parity_sample_ends_a_long_row_at_its_last_trained_token() -> None:
     from peftlab.tasks import Example
 
     trained = np.zeros(1000, dtype=bool)

@@ -72,7 +72,7 @@ def _line_steps(stream: io.StringIO) -> Iterator[int]:
     return (int(m[1].replace(",", "")) for m in re.finditer(r"^step ([\d,]+)/", stream.getvalue(), flags=re.MULTILINE))
 
 
-def test_progress_plain_session_reads_like_this(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_plain_session_in_full(stream: FakeTerminal, clock: FakeClock) -> None:
     with PlainProgress(stream, clock) as progress:
         progress.stage("loading model")
         progress.note("24 modules adapted")
@@ -97,7 +97,7 @@ def test_progress_plain_session_reads_like_this(stream: FakeTerminal, clock: Fak
     ]
 
 
-def test_progress_first_in_full_is_quiet_from_the_second_on(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_first_in_full_is_quiet_from_the_second_on(stream: FakeTerminal, clock: FakeClock) -> None:
     progress = PlainProgress(stream, clock)
     for seed in first_in_full(progress, ["a", "b", "c"]):
         progress.note(f"seed {seed}")
@@ -118,7 +118,7 @@ def test_progress_plain_steps_stay_on_one_line(stream: FakeTerminal, clock: Fake
 
 @pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("kind", [PlainProgress, RichProgress])
-def test_progress_inside_quietly_only_warnings_are_shown_unless_all_was_asked_for(
+def test_progress_inside_quietly_shows_only_warnings_unless_verbose(
     stream: FakeTerminal, clock: FakeClock, kind: type[Progress], verbose: bool
 ) -> None:
     to = stream if kind is PlainProgress else Console(file=stream, width=80, color_system=None)
@@ -213,7 +213,7 @@ def test_progress_live_line_fits_the_terminal(
     assert max(map(len, live)) <= width
 
 
-def test_progress_at_80_columns_nothing_is_left_out(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_at_80_columns_shows_everything(stream: FakeTerminal, clock: FakeClock) -> None:
     with _rich(stream, clock) as progress:
         progress.start(10_000)
         for step in (1, 1001):
@@ -223,7 +223,7 @@ def test_progress_at_80_columns_nothing_is_left_out(stream: FakeTerminal, clock:
     assert re.fullmatch(r"step 1,001/10,000 {2}.{8,} {2}loss 1.235  1,234 tok/s  2.1 GB  15:00 left\s*", last), last
 
 
-def test_progress_narrow_terminal_loses_the_bar_then_memory_then_speed(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_on_a_narrow_terminal_drops_bar_memory_then_speed(stream: FakeTerminal, clock: FakeClock) -> None:
     with _rich(stream, clock, width=40) as progress:
         progress.start(10)
         for step in (1, 2):
@@ -252,7 +252,7 @@ def test_progress_rich_notes_keep_user_text_and_metrics_wrap_between_names(
     assert lines[first + 3] == "  and 12 more"
 
 
-def test_progress_interrupt_gives_the_terminal_back(stream: FakeTerminal, clock: FakeClock) -> None:
+def test_progress_interrupt_restores_the_terminal(stream: FakeTerminal, clock: FakeClock) -> None:
     before = (sys.stdout, sys.stderr)
     progress = _rich(stream, clock)
 
@@ -280,7 +280,7 @@ def test_progress_stop_without_start_and_stages_after_stop_show_no_bar(stream: F
     assert "step" not in stream.getvalue()[drawn:]
 
 
-def test_make_progress_goes_by_the_stream(
+def test_make_progress_chooses_by_the_stream(
     stream: FakeTerminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -292,7 +292,7 @@ def test_make_progress_goes_by_the_stream(
     assert capsys.readouterr() == ("", "hello\n")
 
 
-def test_progress_silence(capsys: pytest.CaptureFixture[str], clock: FakeClock) -> None:
+def test_silent_progress_prints_nothing(capsys: pytest.CaptureFixture[str], clock: FakeClock) -> None:
     with SilentProgress() as progress:
         progress.stage("a")
         progress.note("b")
@@ -315,16 +315,16 @@ def test_progress_silence(capsys: pytest.CaptureFixture[str], clock: FakeClock) 
         (float("inf"), "inf"),
     ],
 )
-def test_progress_numbers(value: float, text: str) -> None:
+def test_format_number_keeps_four_digits(value: float, text: str) -> None:
     assert format_number(value) == text
 
 
-def test_progress_bytes_and_durations() -> None:
+def test_format_bytes_and_format_duration() -> None:
     assert [format_bytes(b) for b in (5e6, 999.4e6, 999.6e6, 2.14e9)] == ["5 MB", "999 MB", "1.0 GB", "2.1 GB"]
     assert [format_duration(s) for s in (0, 44.2, 83, 3723, 180_000)] == ["0:00", "0:45", "1:23", "1:02:03", "50:00:00"]
 
 
-def test_importing_progress_imports_neither_rich_nor_torch() -> None:
+def test_progress_imports_neither_rich_nor_torch() -> None:
     program = "import sys, peftlab.training.progress; print(sorted({'rich', 'torch'} & set(sys.modules)))"
     root = Path(progress_module.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)

@@ -25,7 +25,7 @@ def task(tokenizer_of: Callable[[str], Any]) -> CausalLM:
     return CausalLM(tokenizer, formatter, head_loss=HeadLoss())
 
 
-def test_teacher_elsewhere_sends_logits(task: CausalLM) -> None:
+def test_teacher_on_another_device_sends_logits(task: CausalLM) -> None:
     """Its head cannot be multiplied on the student's device."""
     model = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
     trained = np.array([False, True, True, True])
@@ -42,5 +42,5 @@ def test_teacher_elsewhere_sends_logits(task: CausalLM) -> None:
     ("device", "place", "same"),
     [("cuda:0", "cuda", True), ("cuda:1", "cuda:1", True), ("cuda:0", "cuda:1", False), ("cuda:0", "cpu", False)],
 )
-def test_cuda_is_the_current_device(device: str, place: str, same: bool) -> None:
+def test_is_at_treats_cuda_as_the_current_device(device: str, place: str, same: bool) -> None:
     assert _is_at(torch.device(device), place) is same

@@ -50,8 +50,8 @@ def second(bench: Texts, tiny: Any, tmp_path: Path) -> Any:
 
 def rows_of(bench: Texts, say: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """[N, V] of each row alone."""
-    actual = [bench.row(lambda ids: say(bench.student, ids), example)[0] for example in bench.examples]
-    return torch.cat(actual).detach()
+    logits = [bench.row(lambda ids: say(bench.student, ids), example)[0] for example in bench.examples]
+    return torch.cat(logits).detach()
 
 
 def without_dropout_and_adapter(student: Any, ids: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def check_backbone(bench: Texts) -> None:
     teacher = BackboneTeacher(bench.task, kernels="reference")
     want = rows_of(bench, without_dropout_and_adapter)
     before = state(bench.student)
-    text = teacher(bench.student, bench.batch())
-    assert isinstance(text, Tensor) and not text.requires_grad
-    torch.testing.assert_close(text, want, rtol=1e-9, atol=1e-9)
+    logits = teacher(bench.student, bench.batch())
+    assert isinstance(logits, Tensor) and not logits.requires_grad
+    torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
     assert state(bench.student) == before
 
 
@@ -76,21 +76,21 @@ def check_second(bench: Texts, second: Any) -> None:
     teacher = BackboneTeacher(bench.task, adapter="teacher", kernels="reference")
     before = state(bench.student)
     assert not any(".teacher." in name for name in before["trained"])
-    text = teacher(bench.student, bench.batch())
-    torch.testing.assert_close(text, rows_of(bench, voice(second)[0]), rtol=1e-9, atol=1e-9)
+    logits = teacher(bench.student, bench.batch())
+    torch.testing.assert_close(logits, rows_of(bench, voice(second)[0]), rtol=1e-9, atol=1e-9)
     assert state(bench.student) == before
 
 
-def test_backbone_without_its_adapter(bench: Texts) -> None:
+def test_teacher_that_is_the_backbone_without_its_adapter(bench: Texts) -> None:
     check_backbone(bench)
 
 
-def test_another_adapter_on_the_backbone(bench: Texts, second: Any) -> None:
+def test_teacher_that_is_another_adapter_on_the_backbone(bench: Texts, second: Any) -> None:
     check_second(bench, second)
 
 
 @pytest.mark.parametrize("adapter", [None, "teacher"])
-def test_exception_leaves_the_student_as_it_was(
+def test_teacher_restores_the_student_after_an_exception(
     bench: Texts, second: Any, adapter: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(bench.student)
@@ -106,7 +106,7 @@ def test_exception_leaves_the_student_as_it_was(
 
 
 @pytest.mark.parametrize("adapter", [None, "teacher"])
-def test_only_the_student_gets_gradients(bench: Texts, second: Any, adapter: str | None, tmp_path: Path) -> None:
+def test_teacher_gets_no_gradients(bench: Texts, second: Any, adapter: str | None, tmp_path: Path) -> None:
     loss = DistillLoss(bench.task, [(1.0, Objective())], [Share(BackboneTeacher(bench.task, adapter=adapter))])
     loss(bench.student, bench.batch()).backward()
     with_gradient = {name for name, p in bench.student.named_parameters() if p.grad is not None}
@@ -116,14 +116,14 @@ def test_only_the_student_gets_gradients(bench: Texts, second: Any, adapter: str
     assert not list((tmp_path / "saved").rglob("*teacher*"))
 
 
-def test_another_model_answers_in_eval_mode_whatever_mode_it_is_in(bench: Texts, tiny: Any) -> None:
+def test_teacher_model_answers_in_eval_mode_and_keeps_its_mode(bench: Texts, tiny: Any) -> None:
     model = tiny("tiny:llama", dtype="float64", dropout=0.5, seed=7, targets=TARGETS).train()
     before = state(model)
-    teacher = ModelTeacher(model, bench.task, device="cpu", kernels="reference")(bench.student, bench.batch())
-    assert not teacher.requires_grad  # type: ignore[union-attr]
+    logits = ModelTeacher(model, bench.task, device="cpu", kernels="reference")(bench.student, bench.batch())
+    assert not logits.requires_grad  # type: ignore[union-attr]
     assert state(model) == before
     model.eval()
-    torch.testing.assert_close(teacher, rows_of(bench, voice(model)[0]), rtol=1e-6, atol=1e-6)  # norms in float32
+    torch.testing.assert_close(logits, rows_of(bench, voice(model)[0]), rtol=1e-6, atol=1e-6)  # norms in float32
 
 
 def no_restoring(patch: Any) -> None:
@@ -180,7 +180,7 @@ def with_dropout(patch: Any) -> None:
 @pytest.mark.parametrize(
     "fault", [no_restoring, flags_not_restored, eval_for_good, with_dropout], ids=lambda f: f.__name__
 )
-def test_teacher_outputs_with_a_fault_are_caught(
+def test_teacher_deliberate_faults_are_caught(
     bench: Texts, second: Any, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     fault(monkeypatch)

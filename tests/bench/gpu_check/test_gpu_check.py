@@ -67,22 +67,22 @@ def test_copied_tree_runs_its_own_code(tmp_path: Path) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     preflight = ["-m", "bench.gpu_check", "--preflight", "--dry-run-cpu", "--out", str(tmp_path / "out")]
-    actual, text = (
+    imported, preflight_run = (
         subprocess.run(
             [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )
         for words in (["-c", code], preflight)
     )
-    assert [Path(line).is_relative_to(tmp_path) for line in actual.stdout.splitlines()] == [True] * 3
-    assert "preflight: " in text.stdout
+    assert [Path(line).is_relative_to(tmp_path) for line in imported.stdout.splitlines()] == [True] * 3
+    assert "preflight: " in preflight_run.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_checked(tmp_path: Path) -> None:
-    code, rows, text = check(tmp_path)
+def test_gpu_check_without_a_gpu_checks_nothing(tmp_path: Path) -> None:
+    code, rows, stderr = check(tmp_path)
     assert code == 2
     assert not rows
-    assert "needs a CUDA device" in text
+    assert "needs a CUDA device" in stderr
 
 
 OPS = ("dequant", "ceilings", "dequant speed", "order of addition")
@@ -91,12 +91,12 @@ OPS = ("dequant", "ceilings", "dequant speed", "order of addition")
 @pytest.mark.parametrize(
     "names", [OPS, pytest.param((*OPS, "linear losses", "tests", "loss speed"), marks=pytest.mark.slow)]
 )
-def test_gpu_check_runs_a_few_sections_dry(tmp_path: Path, names: tuple[str, ...]) -> None:
-    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", *names)
-    assert code == 0, text
+def test_dry_run_of_a_few_sections_is_green(tmp_path: Path, names: tuple[str, ...]) -> None:
+    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--only", *names)
+    assert code == 0, stderr
     assert {row["section"] for row in rows} == set(names)
     assert all(row["ok"] is True and row["task"] and row["seconds"] >= 0 for row in rows)
-    assert "rows green, 0 red, 0 not run" in text
+    assert "rows green, 0 red, 0 not run" in stderr
     figures_are_there(rows)
     header, *records = read_records(tmp_path / "gpu_check.jsonl")
     assert header["kind"] == "header" and header["dry_run"] is True
@@ -110,65 +110,69 @@ def test_gpu_check_runs_a_few_sections_dry(tmp_path: Path, names: tuple[str, ...
         assert listed[name] == [row["task"] for row in rows if row["section"] == name]
 
 
-def test_run_is_gone_on_with(tmp_path: Path) -> None:
+def test_resume_continues_a_killed_run(tmp_path: Path) -> None:
     """After a kill in the middle of a line; then on another version, and with nothing left to do."""
     path, chosen = tmp_path / "gpu_check.jsonl", ("--dry-run-cpu", "--only", "order of addition", "ceilings")
 
     def measured() -> list[Row]:
         return [row for row in rows_of(path) if "task" in row]
 
-    code, _, text = check(tmp_path, *chosen, "--resume")
-    assert code == 2 and "no benchmark in" in text
-    code, _, text = check(tmp_path, *chosen)
-    assert code == 0, text
+    code, _, stderr = check(tmp_path, *chosen, "--resume")
+    assert code == 2 and "no benchmark in" in stderr
+    code, _, stderr = check(tmp_path, *chosen)
+    assert code == 0, stderr
     first, lines = measured(), path.read_bytes().splitlines(keepends=True)
     (lost,) = (n for n, line in enumerate(lines) if b'"ceiling, copy"}, "ok"' in line)
     path.write_bytes(b"".join([*lines[:lost], *lines[lost + 1 :]]) + lines[lost][:40])
-    code, _, text = check(tmp_path, *chosen, "--resume")
-    assert code == 0 and "measured before: order of addition" in text, text
+    code, _, stderr = check(tmp_path, *chosen, "--resume")
+    assert code == 0 and "measured before: order of addition" in stderr, stderr
     *kept, again = measured()
     assert again["task"] == {"case": "ceiling, copy"}
     assert kept == [row for row in first if row["task"] != again["task"]]
     num_before = len(read_records(path))
-    code, _, text = check(tmp_path, *chosen, "--resume")
-    assert code == 0 and "measured before: ceilings, order of addition" in text
+    code, _, stderr = check(tmp_path, *chosen, "--resume")
+    assert code == 0 and "measured before: ceilings, order of addition" in stderr
     assert [r["kind"] for r in read_records(path)[num_before:]] == ["resumed"]
 
     header, rest = path.read_text().split("\n", 1)
     changed = json.loads(header)
     changed["versions"]["torch"], changed["commit"] = "1.0", "0" * 40
     path.write_text(json.dumps(changed) + "\n" + rest)
-    code, _, text = check(tmp_path, *chosen, "--resume")
+    code, _, stderr = check(tmp_path, *chosen, "--resume")
     assert code == 5 and len(measured()) == len(first)
-    assert 'versions.torch: "1.0" there' in text and "commit: " in text and "resume with the original settings" in text
+    assert (
+        'versions.torch: "1.0" there' in stderr
+        and "commit: " in stderr
+        and "resume with the original settings" in stderr
+    )
 
 
-def test_dry_run_is_not_reported(tmp_path: Path) -> None:
+def test_report_refuses_a_dry_run(tmp_path: Path) -> None:
     files = [ROOT / "bench" / name for name in ("RESULTS.md", "results/PENDING.md")]
     before = [file.read_bytes() for file in files]
-    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
-    assert code == 0 and {row["ok"] for row in rows} == {True}, text
-    code, _, text = check(tmp_path, "--report")
-    assert code == 2 and "is of a dry run, which confirms nothing" in text
-    code, rows, text = check(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
-    assert code == 2 and "a dry run does not write where the rows of GPUs are" in text
+    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
+    assert code == 0 and {row["ok"] for row in rows} == {True}, stderr
+    code, _, stderr = check(tmp_path, "--report")
+    assert code == 2 and "is of a dry run, which confirms nothing" in stderr
+    code, rows, stderr = check(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
+    assert code == 2 and "a dry run does not write where the rows of GPUs are" in stderr
     assert [file.read_bytes() for file in files] == before
 
 
 @pytest.mark.slow
-def test_gpu_check_runs_distillation_dry(tmp_path: Path) -> None:
-    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", "distillation steps")
-    assert code == 0, text
+def test_dry_run_of_distillation_steps_plans_memory(tmp_path: Path) -> None:
+    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--only", "distillation steps")
+    assert code == 0, stderr
     gates = {"dequant", "lora_linear bfloat16", "linear losses", "distillation"}
     assert {row["section"] for row in rows} == {"distillation steps", *gates}
     # What was planned of a step's memory stands next to what was measured.
     steps = [row for row in rows if "plan_bytes" in row]
     assert len(steps) == 4 and all(row["plan_bytes"]["peak"] > row["plan_bytes"]["loss"] > 0 for row in steps)
-    assert text.count("planned") == 4
+    assert stderr.count("planned") == 4
     figures_are_there(rows)
 
 
-def test_what_takes_minutes_runs_only_when_asked_for() -> None:
+def test_section_healing_runs_only_when_asked_for() -> None:
     usual, asked = (
         [
             s.name
@@ -181,9 +185,9 @@ def test_what_takes_minutes_runs_only_when_asked_for() -> None:
 
 
 @pytest.mark.slow
-def test_gpu_check_runs_every_section_dry(tmp_path: Path) -> None:
-    code, rows, text = check(tmp_path, "--dry-run-cpu")
-    assert code == 0, text
+def test_dry_run_of_every_section_is_green(tmp_path: Path) -> None:
+    code, rows, stderr = check(tmp_path, "--dry-run-cpu")
+    assert code == 0, stderr
     assert {row["section"] for row in rows} == set(sections())
     assert not [row for row in rows if row["ok"] is None and "not installed" not in row["not_run"]]
     compared = [row for row in rows if row.get("task", {}).get("case") == "lora_linear"]
@@ -191,16 +195,16 @@ def test_gpu_check_runs_every_section_dry(tmp_path: Path) -> None:
     figures_are_there(rows)
 
 
-def test_unproven_kernels_are_not_timed(tmp_path: Path) -> None:
+def test_kernels_with_unfinished_checks_are_not_timed(tmp_path: Path) -> None:
     """A section of correctness finds no time, or is left out: what stands on it is not timed, and says so."""
-    code, rows, text = check(tmp_path, "--dry-run-cpu", "--minutes", "0.05", "--only", "dequant speed")
-    assert code == 0, text
+    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--minutes", "0.05", "--only", "dequant speed")
+    assert code == 0, stderr
     assert {(row["section"], row["ok"], row["not_run"]) for row in rows} == {
         ("dequant", None, "no time is left"),
         ("dequant speed", None, "not timed: `dequant` is unfinished (no time is left)"),
     }
-    code, rows, text = check(tmp_path, "--dry-run-cpu", "--only", "dequant speed", "ceilings", "--skip", "dequant")
-    assert code == 0, text
+    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--only", "dequant speed", "ceilings", "--skip", "dequant")
+    assert code == 0, stderr
     (row,) = (row for row in rows if row["ok"] is not True)
     assert row["section"] == "dequant speed" and row["not_run"] == "not timed: `dequant` has not run"
     assert [row["section"] for row in rows].count("ceilings") == 2
@@ -253,11 +257,11 @@ def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
         ),
     ],
 )
-def test_red_row_leaves_the_others_timed(tmp_path: Path, spoilt: str, real: str) -> None:
+def test_red_row_stops_only_the_timings_that_depend_on_it(tmp_path: Path, spoilt: str, real: str) -> None:
     """In processes of their own, as in a run; tests/bench/gpu_check/test_gpu_schedule.py has all cases without processes."""
-    code, rows, text = driven(tmp_path, spoilt, real)
-    assert code == 6, text
-    assert "planted" in text
+    code, rows, stderr = driven(tmp_path, spoilt, real)
+    assert code == 6, stderr
+    assert "planted" in stderr
     stands_on = standing()
     assert stands_on.keys() == {row["section"] for row in rows if row["section"] not in CORRECTNESS}
     for name, gates in stands_on.items():
@@ -295,7 +299,7 @@ run_group(chosen, Rows(journal, Device("cpu")), Deadline(time.time() + 200))
 """
 
 
-def test_deliberate_faults_are_red(tmp_path: Path) -> None:
+def test_checks_find_deliberate_faults(tmp_path: Path) -> None:
     """A scale and weights that are 1 % off, a divergence that is 5 % off."""
     path = tmp_path / "rows.jsonl"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

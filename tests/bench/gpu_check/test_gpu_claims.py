@@ -75,14 +75,14 @@ def states(records: list[Row]) -> dict[str, Any]:
 
 
 def rows(records: list[Row], section: str, **task: Any) -> list[Row]:
-    actual = [
+    matching = [
         r for r in records if r["kind"] == "row" and r["section"] == section and task.items() <= r["task"].items()
     ]
-    assert actual
-    return actual
+    assert matching
+    return matching
 
 
-def test_claims_are_of_sections_and_tasks_that_exist() -> None:
+def test_claims_name_sections_and_tasks_that_exist() -> None:
     claims = load()
     assert len({claim["id"] for claim in claims}) == len(claims)
     there, dry = tasks("cuda"), tasks("cpu")
@@ -100,12 +100,12 @@ def test_claims_are_of_sections_and_tasks_that_exist() -> None:
     assert not any(fits(wrong, task) for task in there["dequant"])
 
 
-def test_task_is_known_by_what_it_says() -> None:
+def test_task_identities_are_unique_in_a_section() -> None:
     for section, whats in [*tasks("cuda").items(), *tasks("cpu").items()]:
         assert len({journal.identity(what) for what in whats}) == len(whats), section
 
 
-def test_targets_are_those_of_the_rows() -> None:
+def test_targets_of_claims_equal_those_of_roofline() -> None:
     bounds = {
         claim["id"]: [rule[name] for rule in claim["rules"] for name in ("at_least", "at_most") if name in rule]
         for claim in load()
@@ -126,22 +126,22 @@ def test_targets_are_those_of_the_rows() -> None:
     assert [bounds["unsloth"], bounds["unsloth-2048"]] == [list(model.UNSLOTH_TARGET[M].values()) for M in (8192, 2048)]
 
 
-def test_targets_of_losses_are_those_of_the_rows() -> None:
-    actual = {}
+def test_targets_of_losses_equal_those_of_the_loss_model() -> None:
+    claimed = {}
     for rule in (rule for claim in load() for rule in claim["rules"]):
         if rule["section"].startswith("loss speed") and rule["figure"][0] in ("ratios", "times_less_memory"):
             case = rule["match"]["case"].removesuffix(", forward + backward")
-            actual[case, *rule["figure"]] = rule["at_least"]
+            claimed[case, *rule["figure"]] = rule["at_least"]
     wanted = {}
     for case, timed in loss_model.TIMED.items():
         for name, (ratio, memory) in timed.targets.items():
             wanted[case, "ratios", name] = ratio
             if memory:
                 wanted[case, "times_less_memory", name] = memory
-    assert actual == wanted
+    assert claimed == wanted
 
 
-def test_targets_of_layers_are_within_what_the_model_says() -> None:
+def test_targets_of_layers_are_within_the_roofline() -> None:
     """Of every card that a claim names; a tenth below it at most."""
     model, checked = roofline, 0
     for claim in load():
@@ -158,33 +158,35 @@ def test_targets_of_layers_are_within_what_the_model_says() -> None:
     assert checked == 12
 
 
-def test_good_run_confirms_all_that_has_rules() -> None:
+def test_claims_with_rules_are_confirmed_by_a_good_run() -> None:
     records, claims = good(), load()
     verdicts = states(records)
     here = {claim["id"] for claim in claims if claim["rules"] and claim.get("card", "H200") == "H200"}
     for claim in claims:
         state = "confirmed" if claim["id"] in here else "open"
         assert verdicts[claim["id"]].state == state, (claim["id"], verdicts[claim["id"]])
-    notes, left = pending.confirmed(records, claims), pending.pending(records, claims)
+    confirmed_page, left = pending.confirmed(records, claims), pending.pending(records, claims)
     assert (
-        "NVIDIA H200 (sm_90)" in notes
-        and "commit 012345678" in notes
-        and "`python -m bench.gpu_check` on 2026-01-02" in notes
+        "NVIDIA H200 (sm_90)" in confirmed_page
+        and "commit 012345678" in confirmed_page
+        and "`python -m bench.gpu_check` on 2026-01-02" in confirmed_page
     )
     for claim in claims:
-        assert (f"| {claim['what']} |" in notes) is (claim["id"] in here)
+        assert (f"| {claim['what']} |" in confirmed_page) is (claim["id"] in here)
         assert (f"| {claim['what']} |" in left) is (claim["id"] not in here)
     # Prediction beside measurement, by the keys in which the rows differ.
     assert (
         "| `NF4 linears, 8,192 rows` | 1.24 (1.18 to 1.24); per linear 1.15 (down) to 1.48 (k, v) | 1.20 (1.19..1.21) |"
-        in notes
+        in confirmed_page
     )
-    assert "| M=16 dropout=0: 3.00 (2.97..3.03), M=16 dropout=0.05: 3.00 (2.97..3.03), M=1 dropout=0: " in notes
-    assert "| full logits 1.30 (1.29..1.31); us 12,000 (11,900..12,500) |" in notes
-    assert "card_gb=16: 6.00 GB" in notes and "## Failed" not in left
+    assert (
+        "| M=16 dropout=0: 3.00 (2.97..3.03), M=16 dropout=0.05: 3.00 (2.97..3.03), M=1 dropout=0: " in confirmed_page
+    )
+    assert "| full logits 1.30 (1.29..1.31); us 12,000 (11,900..12,500) |" in confirmed_page
+    assert "card_gb=16: 6.00 GB" in confirmed_page and "## Failed" not in left
 
 
-def test_missed_targets_and_red_rows_come_first() -> None:
+def test_pending_lists_missed_targets_and_red_rows_first() -> None:
     records = good()
     layer = rows(records, "NF4 linears, 8,192 rows", case="seven linears of a Llama-3-8B layer")
     layer[0]["ratio"] = {"value": 1.11, "low": 1.08, "high": 1.13, "differs": True}
@@ -206,8 +208,8 @@ def test_missed_targets_and_red_rows_come_first() -> None:
     assert "1.11 (1.08..1.13), expected at least 1.2 |" in table
     assert "red: smoke recipe quantize=nf4 (ValueError: no)" in table
     assert "red: `training loop` (the process ended with exit code -9)" in table
-    page = pending.confirmed(records, load())
-    assert "adapted NF4 layer >= 1.20 x" not in page and "adapted NF4 layer with dropout" in page
+    confirmed_page = pending.confirmed(records, load())
+    assert "adapted NF4 layer >= 1.20 x" not in confirmed_page and "adapted NF4 layer with dropout" in confirmed_page
 
 
 @pytest.mark.parametrize(
@@ -230,14 +232,16 @@ def test_missed_targets_and_red_rows_come_first() -> None:
         ("training steps", {"length": 8192}, {"ok": None}, "training-step", "open"),
     ],
 )  # fmt: skip
-def test_claim_with_one_fault_fails(section: str, task: Row, change: Row, claim: str, state: str) -> None:
+def test_claim_with_one_fault_is_not_confirmed_beyond_noise(
+    section: str, task: Row, change: Row, claim: str, state: str
+) -> None:
     records = good()
     rows(records, section, **task)[0].update(change)
     verdict = states(records)[claim]
     assert verdict.state == state, verdict
 
 
-def test_run_that_left_rows_out_confirms_nothing_of_them() -> None:
+def test_claim_stays_open_when_a_row_is_missing() -> None:
     records = good()
     records.remove(rows(records, "order of addition")[0])
     verdict = states(records)["order-of-addition"]
@@ -245,7 +249,7 @@ def test_run_that_left_rows_out_confirms_nothing_of_them() -> None:
     assert "`order of addition`; 7 of 8 rows green |" in pending.pending(records, load())
 
 
-def test_figure_counts_where_its_own_gate_is_green() -> None:
+def test_figures_count_only_if_their_own_gate_is_green() -> None:
     """A row of correctness is missing or red: what stands on it stays open, the other figures count."""
     for spoil in ("missing", "red"):
         records = good()
@@ -262,20 +266,20 @@ def test_figure_counts_where_its_own_gate_is_green() -> None:
             assert verdicts[name].state == "confirmed", name
 
 
-def test_tests_gate_nothing() -> None:
+def test_sections_of_tests_gate_no_figure() -> None:
     """What uses ops together does not say which is wrong; the claims that such a section itself decides fail."""
     gates = {gate for section in SECTIONS for gate in section.stands_on}
     assert gates == {"dequant", "lora_linear bfloat16", "linear losses", "distillation"}
     records = good()
     for section in ("tests", "smoke recipe", "tiny models"):
         rows(records, section)[0]["ok"] = False
-    actual, before = states(records), states(good())
+    verdicts, before = states(records), states(good())
     speed = [claim["id"] for claim in load() if claim["part"] == "speed"]
-    assert [actual[name] for name in speed] == [before[name] for name in speed]
-    assert actual["smoke"].state == actual["compile"].state == "failed"
+    assert [verdicts[name] for name in speed] == [before[name] for name in speed]
+    assert verdicts["smoke"].state == verdicts["compile"].state == "failed"
 
 
-def test_checks_of_a_figure_run_in_the_same_wave_or_before() -> None:
+def test_gates_run_in_the_same_wave_or_an_earlier_one() -> None:
     by_name = BY_NAME
     for section in SECTIONS:
         for gate in section.stands_on:
@@ -283,7 +287,7 @@ def test_checks_of_a_figure_run_in_the_same_wave_or_before() -> None:
             assert section.timing, section.name
 
 
-def test_claim_is_of_its_card() -> None:
+def test_claim_of_a_card_is_open_on_another_card() -> None:
     records = good()
     (claim,) = [c for c in load() if c["id"] == "layer"]
     assert claim["card"] == "H200" and judge(claim, records).state == "confirmed"
@@ -291,11 +295,11 @@ def test_claim_is_of_its_card() -> None:
     verdict = judge(claim, records)
     assert (verdict.state, verdict.note) == ("open", "of another card than NVIDIA GeForce RTX 3090")
     assert states(records)["dropout-memory"].state == "confirmed", "a claim about bytes holds for any card"
-    notes, left = (part(records, load()) for part in (pending.confirmed, pending.pending))
-    assert f"| {claim['what']} | H200 |" in left and claim["what"] not in notes
+    confirmed_page, left = (part(records, load()) for part in (pending.confirmed, pending.pending))
+    assert f"| {claim['what']} | H200 |" in left and claim["what"] not in confirmed_page
 
 
-def test_dry_run_confirms_nothing(tmp_path: Path) -> None:
+def test_dry_run_confirms_no_claim(tmp_path: Path) -> None:
     records = good()
     records[0]["dry_run"] = True
     assert {verdict.state for verdict in states(records).values()} == {"open"}
@@ -321,7 +325,7 @@ def test_later_row_replaces_an_earlier_one() -> None:
     assert "then `python -m bench.gpu_check --resume` on 2026-01-03" in pending.where(records)
 
 
-def test_what_is_needed_in_memory_is_made_again() -> None:
+def test_still_to_do_repeats_tasks_that_make_objects() -> None:
     def still(*green: str) -> list[str]:
         task = base.Task
         made = [task({"case": "model"}, dict, makes=True), task({"case": "one"}, dict), task({"case": "leave"}, dict, makes=True),
@@ -335,7 +339,7 @@ def test_what_is_needed_in_memory_is_made_again() -> None:
     assert still("model", "one", "leave", "two") == []
 
 
-def test_what_a_process_has_lost() -> None:
+def test_conductor_lost_names_the_unfinished_sections() -> None:
     """By the sections that have begun, with --resume as well, where a section may have nothing left to write."""
     sections = [s for s in SECTIONS if s.group == "ops"]
     names = [s.name for s in sections]
@@ -349,7 +353,7 @@ def test_what_a_process_has_lost() -> None:
     assert lost(None) == names
 
 
-def test_committed_files_are_what_is_written(tmp_path: Path) -> None:
+def test_pending_and_results_files_match_the_committed_rows(tmp_path: Path) -> None:
     rows_file = ROOT / "bench" / "results" / "gpu_check.jsonl"
     records = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
     pending_file, page = tmp_path / "PENDING.md", tmp_path / "RESULTS.md"

@@ -29,19 +29,19 @@ class Traffic(TorchDispatchMode):
         self.numel, self.bytes = numel, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        loss = function(*args, **(kwargs or {}))
+        outputs = function(*args, **(kwargs or {}))
         if not function.is_view and function._schema.name not in ("aten::mm", "aten::_unsafe_view", "aten::detach"):
-            for leaf in tree_leaves((args, kwargs, loss)):
+            for leaf in tree_leaves((args, kwargs, outputs)):
                 if isinstance(leaf, torch.Tensor) and leaf.numel() >= self.numel and 0 not in leaf.stride():
                     self.bytes += leaf.numel() * leaf.element_size()
-        return loss
+        return outputs
 
 
 def peak_bytes(run: Any) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as actual:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     held = highest = 0
-    for event in actual.profiler.kineto_results.events():
+    for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             highest = max(highest, held)
@@ -49,7 +49,7 @@ def peak_bytes(run: Any) -> int:
 
 
 @pytest.mark.parametrize("case", [name for name, timed in TIMED.items() if not timed.stored])
-def test_dense_losses_move_and_hold_what_the_model_says(case: str) -> None:
+def test_dense_losses_move_and_hold_the_bytes_of_the_model(case: str) -> None:
     problem, dense = loss_rivals.make_problem(base.Device("cpu"), TIMED[case], SHAPE), TIMED[case].plain
     loss = dense.make(problem)
 
@@ -65,7 +65,7 @@ def test_dense_losses_move_and_hold_what_the_model_says(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", TIMED)
-def test_targets_are_within_what_the_model_says(case: str) -> None:
+def test_targets_of_losses_are_within_the_model(case: str) -> None:
     """And no further below it than an eighth, or they would say little."""
     timed = TIMED[case]
     needs, ours = loss_model.needs_of(timed.plain, timed), loss_model.ours_ms(timed)
@@ -74,7 +74,7 @@ def test_targets_are_within_what_the_model_says(case: str) -> None:
     assert memory is None or memory <= needs.bytes / loss_model.ours_bytes(timed)
 
 
-def test_every_target_is_measured_somewhere() -> None:
+def test_targets_are_all_measured() -> None:
     rows = [(part, *row) for part in loss_speed.AGAINST for row in loss_speed.rows_of(part)]
     for case, timed in TIMED.items():
         measured = {n for part, of, against in rows if of == case for n in loss_speed.contestants(case, part, against)}
@@ -101,7 +101,7 @@ def rival(make: Any) -> ModuleType:
         (lambda p: lambda: torch.empty(0).max(), "failed: RuntimeError: max(): "),
     ],
 )
-def test_contestant_that_fails_costs_its_own_figure(monkeypatch: pytest.MonkeyPatch, make: Any, state: str) -> None:
+def test_failing_contestant_loses_only_its_own_figure(monkeypatch: pytest.MonkeyPatch, make: Any, state: str) -> None:
     device, case = base.Device("cpu"), TIMED["cross-entropy, frozen head"]
     monkeypatch.setitem(loss_rivals.RIVALS, "Liger", loss_rivals.Rival(make))
     row = loss_speed._loss_speed(device, case, ["Liger"], SHAPE)
@@ -111,7 +111,7 @@ def test_contestant_that_fails_costs_its_own_figure(monkeypatch: pytest.MonkeyPa
     assert row["ratios"].keys() == {"full logits"}
 
 
-def test_rivals_that_are_not_installed_are_reported() -> None:
+def test_contestants_that_are_not_installed_are_reported() -> None:
     assert "quack" not in sys.modules
     case = "cross-entropy, trained head"
     names = loss_speed.contestants(case, "compiled", "CuTe DSL")

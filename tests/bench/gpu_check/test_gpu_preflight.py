@@ -25,22 +25,22 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
 
 
-def findings(out: Path) -> dict[str, bool]:
+def findings_of(out: Path) -> dict[str, bool]:
     """What is said -> whether it is fatal."""
     sections = [s for s in SECTIONS if not s.asked]
     return {finding.what: finding.fatal for finding in preflight.look(sections, out, dry=True)}
 
 
-def test_missing_package_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_package_reports_the_sections_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "bitsandbytes")
-    (message,) = (text for text in findings(tmp_path) if "bitsandbytes" in text)
+    (message,) = (text for text in findings_of(tmp_path) if "bitsandbytes" in text)
     out, less = message.removeprefix("not installed: bitsandbytes; ").split("; ")
     assert out.startswith("left out: `NF4 linears, 8,192 rows`") and "`smoke recipe`" in out
     assert less.startswith("not whole: `lora_linear bfloat16`")
-    assert not any(findings(tmp_path).values())
+    assert not any(findings_of(tmp_path).values())
 
 
-def test_preflight_names_sections_that_a_missing_package_stops(tmp_path: Path) -> None:
+def test_missing_package_stops_timings_that_need_its_section(tmp_path: Path) -> None:
     section = base.Section
     sections = [
         section("whole", "a", "", 1, needs=("no_such",)),
@@ -49,40 +49,40 @@ def test_preflight_names_sections_that_a_missing_package_stops(tmp_path: Path) -
         section("two", "b", "", 1, timing=True, stands_on=("half",), uses=("no_such",)),
         section("three", "b", "", 1, timing=True, stands_on=("other",)),
     ]
-    (text,) = (f for f in preflight.look(sections, tmp_path, dry=True) if "no_such" in f.what)
-    assert text.what == (
+    (finding,) = (f for f in preflight.look(sections, tmp_path, dry=True) if "no_such" in f.what)
+    assert finding.what == (
         "not installed: no_such; left out: `whole`; not whole: `half`, `two`; so not timed: `one`, `two`"
     )
-    assert not text.fatal
+    assert not finding.fatal
 
 
-def test_without_torch_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_triton_is_fatal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "triton")
-    assert findings(tmp_path)["not installed: triton; nothing runs without it"] is True
+    assert findings_of(tmp_path)["not installed: triton; nothing runs without it"] is True
 
 
-def test_preflight_reports_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_version_than_in_constraints_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==0.1\npeft==0.0.1\n")
     monkeypatch.setattr(preflight, "CONSTRAINTS", constraints)
-    notes = findings(tmp_path)
-    (peft,) = (text for text in notes if "constraints.txt has" in text)
-    assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not notes[peft]
+    findings = findings_of(tmp_path)
+    (peft,) = (text for text in findings if "constraints.txt has" in text)
+    assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not findings[peft]
 
 
-def test_folder_of_the_rows(tmp_path: Path) -> None:
+def test_out_folder_may_be_new_but_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert not any(findings(tmp_path / "new" / "folder").values())
+    assert not any(findings_of(tmp_path / "new" / "folder").values())
     assert not (tmp_path / "new").exists(), "looking makes nothing"
-    (message,) = (text for text, fatal in findings(tmp_path / "file").items() if fatal)
+    (message,) = (text for text, fatal in findings_of(tmp_path / "file").items() if fatal)
     assert message == f"{tmp_path / 'file'} is a file, not a folder; give another --out"
 
 
-def test_preflight_of_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
-    notes = findings(tmp_path)
-    assert notes[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
-    assert notes["0.0 GiB are free for temporary files, and recipes may need 2"] is False
+    findings = findings_of(tmp_path)
+    assert findings[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
+    assert findings["0.0 GiB are free for temporary files, and recipes may need 2"] is False
 
 
 class Driver:
@@ -100,36 +100,38 @@ class Driver:
 
 
 @pytest.mark.parametrize(
-    ("driver", "message"),
+    ("driver", "messages"),
     [(Driver(0, 1), []), (Driver(100, 0), ["finds none (error 100)"]), (Driver(0, 0), ["finds none"])],
 )
-def test_preflight_of_the_device(monkeypatch: pytest.MonkeyPatch, driver: Driver, message: list[str]) -> None:
+def test_device_without_a_working_driver_is_fatal(
+    monkeypatch: pytest.MonkeyPatch, driver: Driver, messages: list[str]
+) -> None:
     monkeypatch.setattr(preflight.ctypes, "CDLL", lambda name: driver)
     monkeypatch.setattr(preflight, "_torch_finds_one", lambda: False)
-    actual = list(preflight._device())
-    assert len(actual) == len(message) and all(
-        f.fatal and words in f.what for f, words in zip(actual, message, strict=True)
+    findings = list(preflight._device())
+    assert len(findings) == len(messages) and all(
+        f.fatal and words in f.what for f, words in zip(findings, messages, strict=True)
     )
 
 
-def test_torch_may_find_a_driver_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_that_only_torch_finds_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.ctypes, "CDLL", lambda name: Driver(100, 0))
     monkeypatch.setattr(preflight, "_torch_finds_one", lambda: True)
     assert not list(preflight._device())
 
 
-def test_preflight_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_compiler_is_fatal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    actual = list(preflight._compiler())
-    assert [(f.what.split(",")[0], f.fatal) for f in actual] == [
+    findings = list(preflight._compiler())
+    assert [(f.what.split(",")[0], f.fatal) for f in findings] == [
         ("no C compiler (CC", True),
         (f"no Python.h in {tmp_path}", False),
     ]
-    assert preflight.message(actual).startswith("preflight: FATAL: no C compiler")
+    assert preflight.message(findings).startswith("preflight: FATAL: no C compiler")
 
 
-def test_wheels_are_those_of_the_constraints() -> None:
+def test_wheels_match_the_constraints() -> None:
     """So that a GPU machine without network gets what everything else is tested with; Liger is no dependency of peftlab."""
 
     def pins(name: str) -> dict[str, str]:
@@ -142,7 +144,7 @@ def test_wheels_are_those_of_the_constraints() -> None:
     assert not {name: pin for name, pin in wheels.items() if constraints.get(name, pin) != pin}
 
 
-def test_it_is_quick_and_comes_before_torch(tmp_path: Path) -> None:
+def test_preflight_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv[1:] = ['--preflight', '--dry-run-cpu', '--out', sys.argv[1]]\n"
         "from bench.gpu_check import __main__ as program; code = program.main()\n"
@@ -159,7 +161,7 @@ def test_it_is_quick_and_comes_before_torch(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_rows_that_need_a_package_are_not_red_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_without_their_package_are_not_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of lora_linear only bitsandbytes' own products. What is installed, and what is ours, is red as before."""
     without(monkeypatch, "bitsandbytes")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises
@@ -176,7 +178,7 @@ def test_rows_that_need_a_package_are_not_red_without_it(monkeypatch: pytest.Mon
     journal = begin(tmp_path / "rows.jsonl", {})
     section = base.Section("lora_linear float32", "a", "", 100)
     run.run_group([section], run.Rows(journal, device), base.Deadline(time.time() + 100))
-    actual = {row["task"]["forward"]: row for row in journal.of("row")}
-    assert actual["merged"]["ok"] is True
-    assert (actual["library"]["ok"], actual["library"]["not_run"]) == (None, "not installed: bitsandbytes")
-    assert actual["torch.nothing"]["ok"] is actual["_gpu_nothing"]["ok"] is False
+    rows = {row["task"]["forward"]: row for row in journal.of("row")}
+    assert rows["merged"]["ok"] is True
+    assert (rows["library"]["ok"], rows["library"]["not_run"]) == (None, "not installed: bitsandbytes")
+    assert rows["torch.nothing"]["ok"] is rows["_gpu_nothing"]["ok"] is False

@@ -92,7 +92,7 @@ def green(section: str, rows: list[Row]) -> int:
 
 
 @pytest.mark.parametrize(("minutes", "share"), [(9.0, 0.95), (7.0, 0.65)])
-def test_what_matters_most_is_timed_when_everything_is_slow(
+def test_schedule_times_the_main_sections_when_all_is_slow(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minutes: float, share: float
 ) -> None:
     """Correctness takes nearly all the time that it is given (share), and of the second wave nothing ends."""
@@ -108,13 +108,13 @@ def test_what_matters_most_is_timed_when_everything_is_slow(
     assert fake.now <= 60 * minutes
 
 
-def test_what_hangs_takes_no_time_from_what_matters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_schedule_times_the_main_sections_when_a_task_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A check on which nothing stands, and a row of the losses, in the process before the steps."""
 
     def tasks(section: Any) -> list[tuple[float, Row]]:
-        actual = [(seconds, {}) for seconds in SLOW.get(section.name, [1.0])]
+        usual = [(seconds, {}) for seconds in SLOW.get(section.name, [1.0])]
         hangs = {"lora_linear float16": 0, "loss speed": 2}
-        return [*actual[: hangs[section.name]], (1000.0, {})] if section.name in hangs else actual
+        return [*usual[: hangs[section.name]], (1000.0, {})] if section.name in hangs else usual
 
     fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", tasks, minutes=7.0)
     assert green("loss speed", rows) >= 2
@@ -124,7 +124,7 @@ def test_what_hangs_takes_no_time_from_what_matters(monkeypatch: pytest.MonkeyPa
     assert fake.now <= 420
 
 
-def test_timed_sections_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_schedule_times_each_process_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And on a quick machine all is done within the time."""
     fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", lambda section: [(1.0, {})] * 5)
     assert {row["ok"] for row in rows} == {True}
@@ -144,7 +144,7 @@ CORRECTNESS = [section.name for section in SECTIONS if not section.timing]
     "bad", [{"ok": False, "failed": "off by 3\ntrace"}, {"ok": None, "not_run": "not installed: x"}]
 )
 @pytest.mark.parametrize("spoilt", CORRECTNESS)
-def test_bad_row_stops_only_the_sections_that_depend_on_it(
+def test_bad_row_stops_only_timings_that_depend_on_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: str, bad: Row
 ) -> None:
     sections = [s for s in SECTIONS if not s.asked]

@@ -49,7 +49,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         del sys.modules[name]
 
 
-def test_every_op_with_a_kernel_has_cases() -> None:
+def test_cases_exist_for_every_op_with_a_kernel() -> None:
     kernels = {path.parent.name for path in (ROOT / "kernels" / "peftlab_kernels").glob("*/kernel.py")}
     assert kernels == case_files().keys() == gathered("COMPILED").keys()
 
@@ -59,21 +59,26 @@ def test_new_op_gets_rows_and_compilations(planted: Any) -> None:
     assert (checked.name, timed.name, timed.stands_on) == ("doubled", "doubled speed", ("doubled",))
     device = Device("cpu")
     (check,), (timing,) = list(tasks_of(checked, device)), list(tasks_of(timed, device))
-    actual = check.run()
-    assert (actual["ok"], actual["shapes"], actual["worst_by_limit"], actual["bad"]) == (True, 2, 0.0, [])
+    checked_row = check.run()
+    assert (checked_row["ok"], checked_row["shapes"], checked_row["worst_by_limit"], checked_row["bad"]) == (
+        True,
+        2,
+        0.0,
+        [],
+    )
     row = timing.run()
     assert row["us"].keys() == {"peftlab", "eager"} and row["ratio"]["value"] > 0 and row["size"] == 64
     assert [way.kernel for op, way in compile_kernels.ways() if op == "doubled"] == ["doubled_kernel"]
     assert [claim["id"] for claim in claims.load()][-1:] == ["doubled"]
 
 
-def test_fault_of_a_new_op_is_red(planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_op_with_a_fault_is_red(planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planted, "FACTOR", 2.01)
     (check,) = tasks_of(sections_of_ops()[0], Device("cpu"))
     row = check.run()
     assert row["ok"] is False and row["bad"][0]["where"].endswith("of y")
 
 
-def test_ops_that_the_schedule_places_get_no_sections_of_their_own() -> None:
+def test_sections_of_ops_leave_out_ops_of_the_schedule() -> None:
     assert sections_of_ops() == []
     assert {"order of addition", "lora_linear bfloat16"} < {section.name for section in SECTIONS}

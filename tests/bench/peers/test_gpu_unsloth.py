@@ -67,7 +67,7 @@ def rows() -> list[dict[str, Any]]:
     return [task.run() for task in unsloth.unsloth_speed(base.Device("cpu"))]
 
 
-def test_both_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsloth_and_peftlab_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, kernels())
     plain, dropped = rows()
     assert plain["ok"] and max(plain["agreement"]["y, dX, dA, dB"]) < 2e-2
@@ -80,12 +80,12 @@ def test_both_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["ratio"]["value"] > 0 and row["eager_ratio"]["value"] > 0
 
 
-def test_something_else_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsloth_with_another_result_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, kernels(apply_lora_o=lambda owner, x: 1.05 * linear(owner.o_proj, x)))
     assert [row["ok"] for row in rows()] == [False, True]
 
 
-def test_our_own_forward_is_not_timed_as_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsloth_that_calls_our_forward_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Unsloth does not know a configuration it calls the layer itself, and that is peftlab's."""
     install(monkeypatch, kernels(apply_lora_o=lambda owner, x: owner.o_proj(x)))
     with pytest.raises(RuntimeError, match="left its kernels"):

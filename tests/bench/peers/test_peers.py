@@ -13,26 +13,26 @@ from bench.peers.gate import loss_differences
 SMOKE = f"{ROOT}/recipes/smoke.jsonl"
 
 
-def test_cost_of_a_micro_batch_is_fitted() -> None:
+def test_split_cost_is_fitted() -> None:
     padded = [8, 16, 64, 512]
-    actual = split_cost.fit(padded, [2e-3 + 1e-5 * tokens for tokens in padded])
-    assert actual["constant_ms"] == pytest.approx(2) and actual["ms_per_token"] == pytest.approx(0.01)
-    assert actual["split_cost_tokens"] == pytest.approx(200) and actual["largest_relative_residual"] < 1e-9
+    fitted = split_cost.fit(padded, [2e-3 + 1e-5 * tokens for tokens in padded])
+    assert fitted["constant_ms"] == pytest.approx(2) and fitted["ms_per_token"] == pytest.approx(0.01)
+    assert fitted["split_cost_tokens"] == pytest.approx(200) and fitted["largest_relative_residual"] < 1e-9
 
 
-def test_cost_of_a_micro_batch_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_cost_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_cost, "LENGTHS", (4, 8))
     recipe = {
         "task": "causal_lm",
         "model": {"name": "tiny:llama"},
         "data": {"train": f"{SMOKE}#8", "template": {"prompt": "{question}\n", "completion": "{answer}"}},
     }
-    actual = split_cost.measure(recipe, budget_s=0.0)
-    assert actual["rounds"] == 1 and len(actual["shapes"]) == 8
-    assert all(seconds > 0 for *_, seconds in actual["shapes"])
+    measured = split_cost.measure(recipe, budget_s=0.0)
+    assert measured["rounds"] == 1 and len(measured["shapes"]) == 8
+    assert all(seconds > 0 for *_, seconds in measured["shapes"])
 
 
-def test_what_the_engines_of_a_distillation_share(tmp_path: Path) -> None:
+def test_distillation_engines_share_student_adapter_and_targets(tmp_path: Path) -> None:
     """A student cut from its teacher, its first adapter and the stored targets."""
     settings = {
         "task": "causal_lm",
@@ -57,11 +57,11 @@ def test_what_the_engines_of_a_distillation_share(tmp_path: Path) -> None:
     spec = {"adapter": str(tmp_path / "adapter"), "cache": str(tmp_path / "cache"), "num_layers": 1}
     work = tmp_path / "work"
     work.mkdir()
-    actual = distillation_engines.write_shared(settings, spec, work)
-    assert len(actual["student"]["layers"]) == 1 and actual["student"]["parameters"] < actual["student"]["of"]
-    assert actual["captured"]["positions"] > 0
+    shared = distillation_engines.write_shared(settings, spec, work)
+    assert len(shared["student"]["layers"]) == 1 and shared["student"]["parameters"] < shared["student"]["of"]
+    assert shared["captured"]["positions"] > 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_losses_differ_relative_to_ours() -> None:
+def test_loss_differences_are_relative_to_ours() -> None:
     assert loss_differences([2.0, 4.0], [2.0, 5.0]) == [0.0, pytest.approx(0.2)]

@@ -23,7 +23,7 @@ LOSSES = {"online": [5.0, 4.0, 3.0], "cached": [4.2, 3.4, 2.6], "gkd": [5.0, 4.0
         ("gkd", [float("nan"), 4.0, 3.0], False),
     ],
 )
-def test_cpu_kd_gate(engine: str, losses: list[float], passed: bool) -> None:
+def test_gate_judges_losses_of_each_engine(engine: str, losses: list[float], passed: bool) -> None:
     assert distillation.judge({**LOSSES, engine: losses})["passed"] is passed
     assert distillation.judge(LOSSES)["passed"]
 
@@ -47,10 +47,10 @@ def test_ratios_are_above_1_where_ours_is_faster() -> None:
 
 
 def test_flops_predict_that_storing_the_teacher_saves_its_pass() -> None:
-    actual = {name: distillation.predicted(name, rows(online=[1.0])) for name in ("lora", "full")}
+    predictions = {name: distillation.predicted(name, rows(online=[1.0])) for name in ("lora", "full")}
     # By hand for half of 30-layer SmolLM2's tokens scored: layers 3,538,944 and head 28,311,552 weights, 20 layers kept.
     teacher = 2 * (100 * 30 * 3_538_944 + 50 * 28_311_552)
     student = 2 * (100 * 20 * 3_538_944 + 50 * 28_311_552)
-    assert actual["full"]["online_over_cached"] == pytest.approx((teacher + 3 * student) / (3 * student))
+    assert predictions["full"]["online_over_cached"] == pytest.approx((teacher + 3 * student) / (3 * student))
     adapters = 6 * 100 * 20 * 8 * (2 * 1152 + 2 * 768 + 3 * 2112)
-    assert actual["lora"]["cached_flops"] == pytest.approx(2 * student + adapters)
+    assert predictions["lora"]["cached_flops"] == pytest.approx(2 * student + adapters)

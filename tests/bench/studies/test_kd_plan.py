@@ -39,14 +39,14 @@ def held(tensors: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_kd_plan_of_published_sizes() -> None:
+def test_preset_shapes_have_the_published_sizes() -> None:
     for name, parameters in (("llama-3-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400)):
         shape = kd_plan.preset_shape(name)
         assert shape.num_layers * shape.layer_weights + shape.others == parameters
     assert kd_plan.adapter_parameters(kd_plan.preset_shape("llama-3.2-1b"), 32) == 22_544_384
 
 
-def test_kd_plan_of_fewer_layers() -> None:
+def test_with_layers_equals_a_model_of_fewer_layers() -> None:
     whole = load_skeleton(find_pretrained("shape:smollm2-135m"), auto_class="AutoModelForCausalLM")
     want = kd_plan.shape_of(whole).with_layers(20)
     del whole.model.layers[20:]
@@ -54,7 +54,7 @@ def test_kd_plan_of_fewer_layers() -> None:
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
-def test_kd_plan_of_weights(storage: str) -> None:
+def test_weight_bytes_equal_those_held(storage: str) -> None:
     model = tiny(quantize=storage, dtype="bfloat16")
     tensors = list(model.parameters())
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def test_kd_plan_of_weights(storage: str) -> None:
     assert held(tensors) == pytest.approx(kd_plan.weight_bytes(kd_plan.shape_of(tiny()), storage), rel=0.01)
 
 
-def test_adapter_and_its_optimizer() -> None:
+def test_adapter_bytes_equal_those_held_with_the_optimizer() -> None:
     model = adapted()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -74,7 +74,7 @@ def test_adapter_and_its_optimizer() -> None:
     assert held([*trained, *gradients, *moments]) == kd_plan.adapter_bytes(kd_plan.shape_of(tiny()), RANK)
 
 
-def test_what_a_layer_keeps_for_backward() -> None:
+def test_layer_bytes_match_those_kept_for_backward() -> None:
     model, kept = adapted(), []
     base, parameters = model.get_base_model(), {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -96,15 +96,15 @@ def test_what_a_layer_keeps_for_backward() -> None:
     assert out.requires_grad
 
 
-def test_with_recomputation_each_layer_keeps_its_input() -> None:
+def test_recomputation_keeps_the_input_of_each_layer() -> None:
     model = adapted()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     hidden_size = model.config.hidden_size
 
     def states() -> dict[int, Tensor]:
-        actual = (t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == (1, TOKENS, hidden_size))
-        return {id(t): t for t in actual}
+        hidden = (t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == (1, TOKENS, hidden_size))
+        return {id(t): t for t in hidden}
 
     before = states()
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +117,7 @@ def test_with_recomputation_each_layer_keeps_its_input() -> None:
 
 
 @pytest.mark.parametrize("rank", [None, RANK])
-def test_kd_plan_of_flops(rank: int | None) -> None:
+def test_train_flops_match_the_counter(rank: int | None) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from peftlab.adapters.fused import set_kernels
@@ -138,7 +138,7 @@ def test_kd_plan_of_flops(rank: int | None) -> None:
     assert counted == pytest.approx(want, rel=0.25 if rank else 1e-6)
 
 
-def test_plan_of_the_issue() -> None:
+def test_memory_plan_matches_the_estimates_of_the_issue() -> None:
     """Both ways fit the smaller card, by the research's own estimates of 10.7 and 4.6 GB to within a tenth."""
     student, teacher = kd_plan.preset_shape(kd_plan.STUDENT), kd_plan.preset_shape(kd_plan.TEACHER)
     for stored, estimate in ((None, 10.7e9), (kd_plan.NUM_STORED, 4.6e9)):
@@ -156,7 +156,7 @@ def test_plan_of_the_issue() -> None:
     assert whole["loss"] > whole["backward"]
 
 
-def test_phases_do_not_add_up() -> None:
+def test_memory_plan_takes_the_largest_phase_not_the_sum() -> None:
     student, teacher = kd_plan.preset_shape(kd_plan.STUDENT), kd_plan.preset_shape(kd_plan.TEACHER)
     plan = kd_plan.memory_plan(student, teacher, kd_plan.Step(TOKENS, TOKENS, RANK, 16))
     phases = [plan.pop(name) for name in ("teacher's pass", "loss", "backward")]
