@@ -1,4 +1,4 @@
-"""Three made-up, realistic runs for the tests of the card and of how it is printed."""
+"""Three synthetic, realistic runs for the tests of the card and of its output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _costs(half: bool, *, trained: bool = True, size: int = 10_649_088) -> Costs
 
 
 def right(share: float, seed: int, rows: int = ROWS) -> np.ndarray:
-    """[rows] which rows a model of this accuracy gets right: easy rows are right for all of them."""
+    """[rows]: the rows that a model of this accuracy gets right. All models get the easy rows right."""
     ease = np.random.default_rng(1000).random(rows)
     noise = np.random.default_rng(seed).random(rows)
     return np.argsort(np.argsort(0.6 * ease + 0.4 * noise)) < round(share * rows)
@@ -55,7 +55,7 @@ def classification(
     spread: float = 0.006,
     rows: int = ROWS,
 ) -> Figures:
-    """Shares of right answers as asked for; baseline and student vary from seed to seed by about ``spread``."""
+    """The given shares of right answers. Baseline and student vary between seeds by about ``spread``."""
     seeds: list[Seed] = []
     for seed in range(num_seeds):
         offset = spread * (seed - (num_seeds - 1) / 2)
@@ -128,7 +128,8 @@ def language_model(headline: str = "kl", *, baseline_nll: float = 3.02, student_
 
 
 def embedding() -> Figures:
-    """One seed, no baseline; spearman and the rest compare with the teacher, which has no values of its own."""
+    """One seed without a baseline. spearman and the other metrics compare with the teacher, which has no values of its
+    own."""
     noise = np.random.default_rng(5)
 
     def estimates(spearman: float, recall: float) -> dict[str, Estimate]:

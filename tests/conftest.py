@@ -7,17 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Before any library reads them: a test that reaches for the network fails at once instead of waiting.
+# These must be set before any library reads them. A test that uses the network then fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Tiny models gain nothing from threads, and on a busy machine waiting for them costs 20 x the work.
+# Tiny models gain nothing from threads. On a busy machine, waiting for them costs 20 x the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# Without a GPU, Triton's kernels run in its interpreter, which it takes or not when it is first imported.
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads the variable when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -78,16 +78,16 @@ def as_its_tier(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_heap() -> None:
-    """Runs collect garbage a dozen times each: they need not go through all that the imports of a hundred test files left,
-    half a second every time."""
+    """Runs collect garbage a dozen times each. Without this they would scan, half a second every time, what the imports
+    of a hundred test files left."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``run.kernels`` cpu-bf16 and cpu-int8 run on processors without the units too, slowly: bfloat16 is then not rounded
-    to, and an int8 product that would saturate is replaced by an exact one."""
+    """``run.kernels`` cpu-bf16 and cpu-int8 also run on processors without the units, slowly. bfloat16 is then not
+    rounded, and an exact product replaces an int8 product that would saturate."""
     from peftlab_kernels import runtime
 
     from peftlab import ops
@@ -104,7 +104,7 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """``tests.trained_runs.TrainedRuns``: finished runs that tests read, shared by the workers of a session."""
+    """``tests.trained_runs.TrainedRuns``: finished runs that tests read. The workers of a session share them."""
     from tests.trained_runs import TrainedRuns
 
     base = tmp_path_factory.getbasetemp()
@@ -115,7 +115,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report card of a distillation times the models for a moment, not for seconds."""
+    """The report card of a distillation times the models for a moment instead of seconds."""
     from peftlab.experiments import card_figures as comparing
 
     monkeypatch.setattr(comparing, "_TIMED_SECONDS", 0.05)
@@ -123,7 +123,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def process() -> Any:
-    """``tests.processes.Processes``: starts Python processes as forks of one that has the libraries loaded."""
+    """``tests.processes.Processes``: starts Python processes as forks of one that has loaded the libraries."""
     from tests.processes import Processes
 
     return Processes()
@@ -135,7 +135,7 @@ def assert_within_budget() -> Callable[..., None]:
 
 
 def _tiny(name: str, *, adapter: bool = True, dropout: float = 0.0, seed: int = 0, **options: Any) -> Any:
-    """A tiny model; with ``adapter`` it carries LoRA whose matrices are all non-zero, so every gradient is."""
+    """A tiny model. With ``adapter`` it has LoRA whose matrices are all non-zero, so that every gradient is non-zero."""
     import torch
 
     from peftlab.adapters import inject

@@ -1,11 +1,13 @@
-"""Python processes of a test's own, as forks of one server that has the libraries loaded.
+"""Starts the Python processes of a test, as forks of one server that has loaded the libraries.
 
-A new interpreter needs about five seconds of a core to import torch, transformers, peft, datasets, evaluate and bitsandbytes.
-A fork of a process that has imported them needs a tenth of a second. The server imports nothing of ours and runs one thread.
+A new interpreter needs about five seconds of a core to import torch, transformers, peft, datasets, evaluate and
+bitsandbytes. A fork of a process that has imported them needs a tenth of a second. The server imports none of our
+modules and runs one thread.
 
-A fork has what a new interpreter has, except: the libraries are imported already, with the environment of the server, and
-functions of ``atexit`` do not run. Where a test asks for another value of a variable that is read at an import, it gets a new
-interpreter. Tests of imports, of startup and of ``python -m`` start a new interpreter themselves, with ``subprocess``.
+A fork equals a new interpreter with two exceptions. The libraries are already imported, with the environment of the
+server. Functions of ``atexit`` do not run. If a test sets another value for a variable that is read at an import, it
+gets a new interpreter. Tests of imports, of startup and of ``python -m`` start a new interpreter themselves, with
+``subprocess``.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ LIBRARIES = [
     "evaluate", "sklearn.metrics", "bitsandbytes", "safetensors.torch", "pydantic.json_schema", "typer", "rich.live", "rich.progress",
     "rich.table", "yaml", "psutil",
 ]  # fmt: skip
-# Variables that the interpreter or a library reads only once, by the beginnings of their names.
+# Prefixes of the variables that the interpreter or a library reads only once.
 READ_ONCE = (
     "ACCELERATE_TORCH", "BNB_", "CUDA_", "GOMP_", "HF_", "HOME", "HUGGINGFACE_", "LD_", "MALLOC_", "MKL_", "OMP_",
     "OPENBLAS_", "PYTHON", "TORCH", "TRANSFORMERS_", "TRITON_", "XDG_CACHE_HOME",
 )  # fmt: skip
-# Of these a fork gets PYTHONPATH as a new interpreter does, nothing reads the second without a GPU, a thread that is alone
-# does not spin, and Inductor reads its folder, which it writes into the environment itself, when it compiles.
+# Exceptions: a fork gets PYTHONPATH as a new interpreter does, nothing reads CUDA_VISIBLE_DEVICES without a GPU, a
+# single thread does not spin, and Inductor writes its folder into the environment itself and reads it when it compiles.
 NOT_READ = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")
 START_S = 300  # the imports take 5 s on an idle core
 
@@ -52,7 +54,7 @@ def _read_once(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class Child:
-    """A running process, forked or new, and what it has written so far."""
+    """A running process, forked or new, and its output so far."""
 
     def __init__(self, process: BaseProcess | subprocess.Popen[bytes], arguments: Any, folder: Path) -> None:
         self._process, self._arguments, self._folder = process, arguments, folder
@@ -68,13 +70,13 @@ class Child:
         return (self._folder / "stderr").read_text()
 
     def poll(self) -> int | None:
-        """The exit status, minus the signal that killed it, or None while it runs."""
+        """The exit status, minus the signal number if a signal killed it, None while it runs."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll()
         return self._process.exitcode
 
     def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """What became of it. A process that needs longer is killed: ``subprocess.TimeoutExpired``."""
+        """The finished process. One that takes longer is killed: ``subprocess.TimeoutExpired``."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             if isinstance(self._process, subprocess.Popen):
                 self._process.wait(timeout)
@@ -87,7 +89,7 @@ class Child:
         return subprocess.CompletedProcess(self._arguments, status, self.stdout, self.stderr)
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> None:
-        """Until ``found()``, while the process runs."""
+        """Waits until ``condition()`` holds, while the process runs."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.poll() is None, f"ended with {self.poll()}: {self.stdout}{self.stderr}"
@@ -108,11 +110,11 @@ class Child:
 
 class Processes:
     """Starts processes. ``arguments`` are those of ``python``: ``["-c", CODE, ...]``, ``["-m", MODULE, ...]`` or
-    ``[FILE, ...]``; or a function, which with its arguments can be pickled."""
+    ``[FILE, ...]``; or a function that can be pickled with its arguments."""
 
     def __init__(self) -> None:
         self._running: list[Child] = []
-        # CUDA does not survive a fork, and looking for a GPU is enough to load it.
+        # CUDA does not survive a fork, and a query for a GPU loads it.
         torch = importlib.import_module("torch")
         self.forks = hasattr(os, "fork") and not torch.cuda.is_available()
         self._environment = _read_once(os.environ)
@@ -128,7 +130,7 @@ class Processes:
         timeout: float = 120,
         check: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """As ``subprocess.run([sys.executable, *arguments], text=True, capture_output=True, stdin=DEVNULL)``."""
+        """Like ``subprocess.run([sys.executable, *arguments], text=True, capture_output=True, stdin=DEVNULL)``."""
         with self.start(arguments, cwd=cwd, env=env) as child:
             done = child.wait(timeout)
         if check and done.returncode:
@@ -138,7 +140,7 @@ class Processes:
     def run_ranks(
         self, arguments: Sequence[str | Path], *, env: Mapping[str, str], timeout: float = 120, num_ranks: int = 2
     ) -> None:
-        """Runs the ranks of one process group on this machine. A rank that fails ends them all."""
+        """Runs the ranks of one process group on this machine. If one rank fails, all end."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -149,7 +151,7 @@ class Processes:
                 for i in range(num_ranks)
             ]
             deadline = time.monotonic() + timeout
-            # A rank that fails leaves the other one waiting for it.
+            # If one rank fails, the other waits for it.
             while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks):
                 if time.monotonic() > deadline:
                     break
@@ -168,7 +170,7 @@ class Processes:
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> Iterator[Child]:
-        """The running process; it is killed where the block ends before it."""
+        """The running process. It is killed at the end of the block if it still runs."""
         environment = dict(os.environ if env is None else env)
         folder = os.getcwd() if cwd is None else str(cwd)
         with tempfile.TemporaryDirectory() as written:
@@ -197,10 +199,10 @@ class Processes:
 
 
 def _start_server() -> int:
-    """Loads the libraries in the server, and gives its number of threads."""
+    """Loads the libraries in the server. Returns its number of threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    # pyarrow's allocator would start a thread of its own.
+    # pyarrow's allocator would start its own thread.
     before = os.environ.get("JE_ARROW_MALLOC_CONF")
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     try:
@@ -210,7 +212,7 @@ def _start_server() -> int:
         if before is not None:
             os.environ["JE_ARROW_MALLOC_CONF"] = before
     receiver, sender = context.Pipe(duplex=False)
-    # Starting a process waits for the server, so it is started beside.
+    # Starting a process waits for the server, so a thread starts it.
     first = context.Process(target=_count_threads, args=(sender,))
     starter = threading.Thread(target=first.start, daemon=True)
     starter.start()
@@ -230,11 +232,12 @@ def _count_threads(sender: Any) -> None:
 
 
 def _child(work: Any, folder: str, environment: dict[str, str], out: Path, err: Path) -> None:
-    """Makes a fork of the server look like a new interpreter, and works."""
+    """Makes a fork of the server look like a new interpreter, and runs the work."""
     if sys.platform == "linux":
-        # 1 is PR_SET_PDEATHSIG: the server ends when pytest does, however that ends.
+        # 1 is PR_SET_PDEATHSIG: the server ends with pytest, however pytest ends.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # A child holds what the server waits for at its end, so that it can ask for more children. Ours may not outlive it.
+    # A child holds what the server waits for before it ends, so that it can ask for more children. Our children may not
+    # outlive the server.
     server = forkserver._forkserver  # type: ignore[attr-defined]
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = server._forkserver_address = None

@@ -1,4 +1,4 @@
-"""Recipes, data and moments of runs on tiny models, for the tests of several rooms."""
+"""Recipes, data and progress of runs on tiny models, shared by several test folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Stopper(SilentProgress):
-    """Ctrl-C after a step."""
+    """Presses Ctrl-C after a step."""
 
     def __init__(self, at: int) -> None:
         self._at = at

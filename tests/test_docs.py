@@ -1,4 +1,4 @@
-"""The README, CONTRIBUTING.md and docs/ against the code: commands, recipes, keys, links, functions, tables and their form."""
+"""The README, CONTRIBUTING.md and docs/ against the code: commands, recipes, keys, links, functions, tables and format."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command of ours, without comments and redirections."""
+    """The words of every peftlab command, without comments and redirections."""
     for line in [*code_lines(text), *inline_code(text)]:
         if line.startswith("peftlab "):
             line = re.split(r" [>|] ", line)[0]
@@ -71,7 +71,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def wrong_command(words: list[str]) -> str | None:
-    """What is wrong with a command, by its own parser; nothing runs, because --help ends the parsing."""
+    """What is wrong with a command, by its own parser. Nothing runs, because --help ends the parsing."""
     if run([*words, "--help"]) != 0:
         return "does not parse"
     for word in words:
@@ -103,7 +103,7 @@ def test_readme_lists_every_verb() -> None:
 
 
 def test_shipped_recipes_are_named_right() -> None:
-    """A word without a dot or slash behind these verbs is a shipped recipe."""
+    """A word without a dot or slash after these verbs is a shipped recipe."""
     named = {
         words[1]
         for page in PAGES
@@ -162,7 +162,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pages
 def test_paths_exist(page: Path) -> None:
-    """Files of the repository in code spans; NAME and other capitals stand for a file of the reader's."""
+    """Files of the repository in code spans. NAME and other capitals stand for a file of the reader's."""
     spans = [s.partition("::")[0] for s in inline_code(page.read_text())]
     paths = [s for s in spans if re.fullmatch(r"(peftlab|kernels|tests|bench|recipes|docs|\.ci)/[\w./-]*", s)]
     assert not [s for s in paths if not re.search(r"[A-Z]{3}", s) and not (ROOT / s).exists()]
@@ -210,7 +210,7 @@ def test_report_card_equals_the_results(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def calls_of_peftlab(code: str) -> Iterator[tuple[str, ast.Call | None]]:
-    """(name, its call) of everything that Python code takes from peftlab."""
+    """(name, its call) of everything that Python code uses from peftlab."""
     tree = ast.parse(code)
     called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN section 4), read from the syntax trees: nothing is imported to check it."""
+"""Who may import whom (DESIGN section 4), read from the syntax trees without importing anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The left unit may import the right ones. "<root>" is peftlab/__init__.py; "recipe.shipped" allows that module alone.
+# The left unit may import the right ones. "<root>" is peftlab/__init__.py; "recipe.shipped" allows only that module.
 _GROUND = {"errors", "specs", "paths", "ops", "formatting"}
 _COMPONENTS = {"data", "models", "tasks", "evaluation", "adapters", "distillation", "measuring", "training"}
 _ASSEMBLED = {*_GROUND, *_COMPONENTS, "recipe", "runs", "assembly"}
@@ -50,10 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "<root>": {"api", "errors", "recipe", "runs"},
 }
-# Only the version may be taken from the package itself; the rest of its names lead to api, and so in a circle.
+# Only the version may be imported from the package itself. Its other names lead to api and would form a cycle.
 FROM_ROOT_FOR_ALL = "peftlab.__version__"
 FROM_ROOT = {"cli", "__main__"}
-# doctor only tries whether triton imports.
+# doctor only checks whether triton imports.
 MAY_TRY_TRITON = {"diagnosing"}
 HEAVY_FOR_CLI = {"torch", "transformers"}
 HEAVY = HEAVY_FOR_CLI | {"numpy", "pydantic", "peft", "datasets", "evaluate"}
@@ -88,7 +88,7 @@ def imports_of(path: Path, package: str) -> Iterator[Import]:
             module = ".".join(part for part in (base, node.module) if part)
             yield from (Import(f"{module}.{alias.name}", node.lineno, level) for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _MODULE.fullmatch(node.value):
-            # A module of ours that is named in a string is an import that hides.
+            # A string that names one of our modules is a hidden import.
             if node.value.split(".")[1] in ALLOWED:
                 yield Import(node.value.partition(":")[0], node.lineno, level)
         elif (
@@ -103,7 +103,7 @@ def imports_of(path: Path, package: str) -> Iterator[Import]:
 
 
 def _module_part(name: str, root: Path) -> str:
-    """``name`` without its last part when that part is an object of a module and not a module."""
+    """``name`` without its last part if that part is an object of a module, not a module."""
     path = root / Path(*name.split("."))
     is_module = path.with_suffix(".py").exists() or path.is_dir()
     return name if is_module or "." not in name else name.rpartition(".")[0]
@@ -169,7 +169,7 @@ def test_imports_keep_the_rules() -> None:
 
 
 def questions_which_task_it_is(root: Path) -> list[str]:
-    """``file:line`` of each comparison of a task with a name, outside of what a task's row and its file say."""
+    """``file:line`` of each comparison of a task with a name outside of specs and tasks."""
     asked = []
     for path in sorted((root / "peftlab").rglob("*.py")):
         if path.relative_to(root).parts[1] in ("specs", "tasks"):

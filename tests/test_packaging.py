@@ -1,4 +1,4 @@
-"""What is installed, and that our folder `kernels` never hides the package of that name that transformers imports."""
+"""What is installed, and that our folder `kernels` never hides the package of that name which transformers imports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-# Where the files of a package lie in the repository; `package-dir` must say the same.
+# Where the files of a package are in the repository; `package-dir` must match.
 SOURCES = {"peftlab": "peftlab", "peftlab.recipes": "recipes", "peftlab_kernels": "kernels/peftlab_kernels"}
-# `python -m pytest` and `python -c` put the working folder first, pyproject's pythonpath adds the two roots.
+# `python -m pytest` and `python -c` put the working folder first. pyproject's pythonpath adds the two roots.
 SEARCH_PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 
 
@@ -44,7 +44,7 @@ def _is_source(path: Path) -> bool:
 
 
 def _files_to_install() -> dict[str, Path]:
-    """Path inside the wheel: path in the repository, for everything that lies in one of our packages."""
+    """Path in the wheel -> path in the repository, for every file of our packages."""
     files: dict[str, Path] = {}
     for package, folder in SOURCES.items():
         for path in filter(_is_source, (ROOT / folder).rglob("*")):
@@ -56,7 +56,7 @@ def _files_to_install() -> dict[str, Path]:
 
 
 def test_torch_adds_a_product_to_a_sum_in_float32() -> None:
-    """What a trained head's gradient is made by on CUDA. Before 2.10 its addmm asked for a sum of the type of the factors
+    """The gradient of a trained head uses this on CUDA. Before 2.10, addmm required a sum of the type of the factors
     (pytorch#167931); 2.6 and 2.7 have no out_dtype."""
     (torch_requirement,) = (
         r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if canonicalize_name(r.name) == "torch"
@@ -80,7 +80,7 @@ def test_kernels_folder_is_no_package() -> None:
 
 
 def test_find_spec_kernels_never_gives_our_code(tmp_path: Path) -> None:
-    """A folder without __init__.py is a namespace: it has no code, and any installed package goes before it."""
+    """A folder without __init__.py is a namespace: it has no code, and any installed package takes precedence."""
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
     origin = _python(code, cwd=ROOT, path=SEARCH_PATH)
     assert origin == "None" or ROOT not in Path(origin).parents or ".venv" in Path(origin).parts
@@ -136,7 +136,7 @@ def test_constraints_pin_what_the_project_asks_for() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the tree: building leaves build/ and egg-info beside the sources."""
+    """The wheel of a copy of the tree, because building leaves build/ and egg-info next to the sources."""
     copy = tmp_path_factory.mktemp("tree")
     for folder in ("peftlab", "kernels", "recipes", "tests", "bench"):
         if (ROOT / folder).is_dir():

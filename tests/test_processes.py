@@ -1,4 +1,4 @@
-"""The processes that tests start: as new interpreters in all that a test looks at, and gone when pytest is."""
+"""The processes that tests start: they behave like new interpreters, and they end with pytest."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ print(sorted(ours), [name for name in sys.argv[1:] if name not in sys.modules])
 
 
 def test_process_of_another_hash_seed_is_a_new_interpreter(process: Processes) -> None:
-    """As for every variable that is read once: a fork would show the seed of the server."""
+    """This holds for every variable that is read once: a fork would show the seed of the server."""
     code = "import sys; print(sys.flags.hash_randomization, 'torch' in sys.modules)"
     assert process.run(["-c", code], env={**os.environ, "PYTHONHASHSEED": "0"}).stdout == "0 False\n"
     with (

@@ -1,4 +1,4 @@
-"""Every shipped recipe trains on a tiny model; with `slow`, on its real model to the figure its header promises."""
+"""Every shipped recipe trains on a tiny model. With `slow`, it trains its real model to the figure in its header."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DISTILLING = [name for name in recipe_names() if load_recipe(name).recipe.distil
 
 
 def small(name: str) -> list[str]:
-    """Overrides with which a shipped recipe takes seconds, on its own data."""
+    """Overrides that make a shipped recipe take seconds, on its own data."""
     recipe = load_recipe(name).recipe
     source = recipe.data.train.partition("#")[0]
     overrides = [f"model.name={TINY[recipe.task]}", "train.epochs=", "train.max_steps=2", "run.dir=run"]
@@ -53,7 +53,7 @@ def test_recipe_trains_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.usefixtures("short_timing")
 @pytest.mark.parametrize("name", DISTILLING)
 def test_recipe_distills_on_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The teacher is the whole tiny model, trained for two steps where it needs a head; one layer of it is the student."""
+    """The teacher is the whole tiny model, trained for two steps if it needs a head. The student is one layer of it."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name).recipe
     assert recipe.distill is not None
@@ -81,7 +81,7 @@ def test_recipe_header_says_what_to_expect(name: str) -> None:
 
 
 def _measured(name: str, folder: Path) -> tuple[dict[str, object], float, int]:
-    """Summary, seconds and peak bytes of a recipe run in a process of its own, as the command line runs it."""
+    """Summary, seconds and peak bytes of a recipe in its own process, as the command line runs it."""
     code = (
         "import sys, json\nfrom peftlab.cli.app import run\nstatus = run(['train', sys.argv[1], 'run.dir=run', '--json'])\n"
         "from peftlab.measuring.memory import peak_memory_bytes\n"
@@ -136,7 +136,7 @@ def test_film_sentiment_and_dialog_improve(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_digits_reach_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A student reads digits it has never seen, and learns more from 100 images, or 1,200, than from 100 labels."""
+    """A student reads digits that it has never seen. It learns more from 100 images, or 1,200, than from 100 labels."""
     monkeypatch.chdir(tmp_path)
     teacher = peftlab.train("digits-teacher", progress=SilentProgress())
     assert teacher.summary["after"]["accuracy"] >= 0.95

@@ -1,4 +1,4 @@
-"""`peftlab --help` and `peftlab recipes` answer at once: neither torch nor transformers is imported for them."""
+"""`peftlab --help` and `peftlab recipes` answer at once: they import neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 COMMAND = Path(sys.executable).parent / "peftlab"
 BOUND_S = 0.5
-# On a machine on which the command line's libraries alone take that long, so much longer than they.
+# On a slow machine the bound is a multiple of what the command line's libraries alone take.
 BOUND_TIMES = 2.5
 LIBRARIES = "import typer, typer._adapters, rich.table; print(1)"
-# The minimum of several runs measures the command; a mean or a median would measure the load of the machine as well.
+# The minimum of several runs measures the command. A mean or a median would also measure the load of the machine.
 NUM_RUNS = 7
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "bitsandbytes", "sklearn", "triton"}
 
@@ -62,7 +62,7 @@ def test_command_line_reports_a_misspelt_key_before_heavy_imports(verb: str) -> 
 
 
 def test_bitsandbytes_imports_no_compiler_until_it_is_used() -> None:
-    """Its decorators alone would import Inductor; what they make still compiles, or falls back, at its first call."""
+    """Its decorators alone would import Inductor. What they decorate still compiles, or falls back, at its first call."""
     program = """
 import sys, torch
 compiler = torch.compile

@@ -1,4 +1,4 @@
-"""The rule that gives a test its tier: planted examples of each, and what a guard sees."""
+"""The rule that derives the tier of a test: planted examples of each tier, and what a guard finds."""
 
 from __future__ import annotations
 

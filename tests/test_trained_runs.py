@@ -1,4 +1,4 @@
-"""Shared runs: one training for all who ask for the same, and a message for who changes one."""
+"""Shared runs: one training per recipe and files, and a message if a test changes one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_trained_run_is_made_once_for_the_same_recipe_and_files(
 
     monkeypatch.setattr(trained_runs.peftlab, "train", train)
     document = {"train": {"lr": 1}, "run": {"device": "cpu"}}
-    first, second = TrainedRuns(tmp_path), TrainedRuns(tmp_path)  # as two workers have them
+    first, second = TrainedRuns(tmp_path), TrainedRuns(tmp_path)  # like two workers
     folder = first(document, lambda at: (at / "data.csv").write_text("a"))
     assert (
         second({**document, "run": {"device": "cpu", "dir": "teacher"}}, lambda at: (at / "data.csv").write_text("a"))

@@ -1,7 +1,8 @@
-"""The tier of a test, by what it uses: ``process`` starts processes, ``engine`` trains or runs Triton's interpreter, ``unit`` neither.
+"""The tier of a test: ``process`` starts processes, ``engine`` trains or runs Triton's interpreter, ``unit`` does
+neither.
 
-It is read from the code that a test reaches: its own, that of its fixtures, and that of the functions and classes in tests/
-and bench/ which these name. A test of which that code says nothing, and which does it all the same, fails (``Guard``).
+It is derived from the code that a test reaches: its own, that of its fixtures, and that of the functions and classes
+in tests/ and bench/ which these name. If this code does not show what a test does, the test fails (``Guard``).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ COMMAND_LINE = {("peftlab.cli.app", "run"), ("peftlab.cli", "main"), ("peftlab.c
 
 
 class Guard:
-    """Sees what a test starts, trains or interprets while it runs, its fixtures included."""
+    """Notes what a test and its fixtures start, train or interpret while they run."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
@@ -44,7 +45,7 @@ class Guard:
         register_optimizer_step_post_hook(lambda *_: self.seen.add("engine: an optimizer made a step"))
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        # Libraries ask `ldconfig` and the like at their first use.
+        # Libraries start `ldconfig` and similar programs at their first use.
         if event in FORK_EVENTS or (event == "subprocess.Popen" and "python" in str(arguments[:2])):
             self.seen.add(f"process: {event}")
 
@@ -63,13 +64,13 @@ class Guard:
             interpreter.GridExecutor.__call__ = counted
 
     def wrong(self, tier: str) -> list[str]:
-        """What a test of this tier does not do."""
+        """What the test did and its tier does not allow."""
         return sorted(what for what in self.seen if TIERS.index(what.split(":")[0]) > TIERS.index(tier))
 
 
 @dataclass
 class Uses:
-    """What a piece of code names: modules and functions that are not of the tests, and its strings."""
+    """What a piece of code names: modules and functions outside of the tests, and its strings."""
 
     modules: set[str] = field(default_factory=set)
     functions: set[tuple[str, str]] = field(default_factory=set)
@@ -86,7 +87,7 @@ class Uses:
             return "process"
         if ours & TRAINERS or (self.functions & COMMAND_LINE and self.texts & VERBS) or self.names >= OPTIMIZES:
             return "engine"
-        # Modules that are named at run time cannot be read here.
+        # Modules that are named at run time cannot be found here.
         if "import_module" in self.names:
             return "engine"
         kernels = any(module.split(".")[0] == OURS[1] for module in {m for m, _ in self.functions} | self.modules)
@@ -100,7 +101,7 @@ def tier_of(item: pytest.Function) -> str:
     texts = {value for value in parameters if isinstance(value, str)}
     uses, fixtures = Uses(texts=set(texts)), list(item.fixturenames)
     uses.add(_reached(_inner(item.function)))
-    for name in fixtures:  # which grows where a fixture asks for others by their names
+    for name in fixtures:  # the list grows if a fixture asks for others by name
         for definition in item.session._fixturemanager.getfixturedefs(name, item) or ():
             reached = _reached(_inner(definition.func))
             uses.add(reached)
@@ -112,7 +113,8 @@ def tier_of(item: pytest.Function) -> str:
 
 
 def long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Files with processes, then files that train or interpret, then the others: the last file a worker gets is a short one."""
+    """Files with processes come first, then files that train or interpret, then the others. The last file of a worker
+    is then a short one."""
     ranks: dict[Path, int] = {}
     for item in items:
         rank = max((TIERS.index(mark.name) for mark in item.iter_markers() if mark.name in TIERS), default=0)
@@ -121,13 +123,13 @@ def long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def _inner(function: Any) -> Any:
-    """What hypothesis runs many times is not what pytest calls."""
+    """The function that hypothesis runs many times; pytest calls another one."""
     return inspect.unwrap(getattr(getattr(function, "hypothesis", None), "inner_test", function))
 
 
 @functools.cache
 def _reached(function: Any) -> Uses:
-    """What ``function`` names, and what is named by those of the tests' own functions and classes that it names."""
+    """What ``function`` names, and what the tests' own functions and classes that it names name in turn."""
     uses, seen, left = Uses(), set(), [function]
     while left:
         one = left.pop()
@@ -158,7 +160,7 @@ def _named(one: Any, uses: Uses) -> Iterator[Any]:
         uses.names |= names
         cells = [c.cell_contents for c in function.__closure__ or () if _is_set(c)]
         values = [function.__globals__[n] for n in names if n in function.__globals__] + cells
-        # Imported inside the function: perhaps not loaded yet, so each name may be one of that module's.
+        # Imported inside the function: perhaps not loaded yet, so each name may belong to that module.
         inside = [n for n in names if n.split(".")[0] in (*OURS, *STARTERS) and n not in function.__globals__]
         uses.modules |= set(inside)
         uses.functions |= {(module, n) for module in inside for n in names}

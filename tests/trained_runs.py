@@ -1,4 +1,4 @@
-"""Finished runs that tests read: each is trained once in a session, whichever worker asks for it first."""
+"""Finished runs that tests read. Each is trained once in a session, by the first worker that asks for it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from peftlab.training.progress import SilentProgress
 
 
 class TrainedRuns:
-    """``trained(document, write)``: a folder with the files that ``write`` puts there and the finished run ``run``.
+    """``trained(document, write)``: a folder with the files that ``write`` creates and the finished run ``run``.
 
-    The folder is shared: who changes something copies it first, and ``check`` tells who does not.
+    The folder is shared. A test that changes something copies it first; ``check`` finds one that does not.
     """
 
     def __init__(self, base: Path) -> None:
@@ -40,7 +40,7 @@ class TrainedRuns:
             if finished.exists():
                 shutil.rmtree(drafts)
             else:
-                shutil.rmtree(folder, ignore_errors=True)  # of a worker that was killed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a worker that was killed
                 drafts.rename(folder)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.chdir(folder)
@@ -50,7 +50,7 @@ class TrainedRuns:
         return folder
 
     def check(self) -> None:
-        """That what was used is as it was."""
+        """Checks that the used runs have not changed."""
         for folder in sorted(self._used):
             known = json.loads((self._base / f"{folder.name}.json").read_text())
             now = contents(folder)

@@ -1,4 +1,4 @@
-"""Measurements that were never taken: jobs of a benchmark that answer at once, with speeds that a test chooses."""
+"""Measurements of a benchmark that were never taken. The jobs answer at once, with speeds that a test chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peftlab bench RECIPE``: order, gate, resuming, refusals and files, with jobs that answer at once; a few real ones."""
+"""``peftlab bench RECIPE``: order, gate, resume, errors and files, with jobs that answer at once; a few jobs are real."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> FakeJobs:
-    """In place of processes, also for the command line."""
+    """Replaces the processes, also for the command line."""
     fake = FakeJobs()
     monkeypatch.setattr(speed_run, "launch_worker", fake)
     monkeypatch.setattr("peftlab.bench.figure.draw_picture", lambda document, png, svg: True)
@@ -68,7 +68,7 @@ def test_figures_equal_those_worked_out_by_hand(jobs: FakeJobs) -> None:
     assert fast["examples_per_s"]["median"] == pytest.approx(2 / fast["step_s"]["median"])
     assert fast["tflops"]["median"] == pytest.approx(1e9 / fast["step_s"]["median"] / 1e12)
     assert fast["share_of_peak"]["median"] == pytest.approx(1e9 / fast["step_s"]["median"] / 2e11)
-    # The peak is the quickest matmul of the benchmark, twice what the first measurement saw.
+    # The peak is the fastest matmul of the benchmark, twice what the first measurement gave.
     assert fast["baseline"] == slow["key"] and slow["speed"] is None
     assert fast["speed"]["value"] == pytest.approx(2, rel=0.03) and fast["speed"]["differs"]
     assert fast["pareto"] and not slow["pareto"]
@@ -263,7 +263,8 @@ def test_worker_process_returns_its_errors() -> None:
 
 
 def test_progress_estimates_time_left_from_later_jobs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Four gates of 10 s, then runs of 30 s: before the first run the estimate is too low, after the third right."""
+    """Four gates take 10 s each, then runs 30 s each. Before the first run the estimate is too low; after the third it
+    is right."""
     now = [0.0]
     with bench_progress(lambda: now[0]) as tell:
         for done, now[0] in enumerate((0, 10, 20, 30, 40, 70, 100, 130)):

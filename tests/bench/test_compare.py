@@ -21,7 +21,7 @@ UNIT = {"task": "causal_lm", "model": "tiny:llama", "fingerprint": "f", "precisi
 
 
 def result(step_s: dict[int, list[float]], *, peak: float = 1e8) -> dict[str, Any]:
-    """A bench.json with seconds of a step by rank, one for each repetition; a rank without any has no figures."""
+    """A bench.json with the seconds of a step by rank, one per repetition. A rank without seconds has no figures."""
     records: list[dict[str, Any]] = [{"kind": "ceilings", **CEILINGS}]
     for cell in CELLS:
         assert cell.rank is not None

@@ -1,4 +1,4 @@
-"""The picture: a point for each cell with figures, numbers that cover nothing, and files that are what they say."""
+"""The picture: a point for each measured cell, numbers that cover nothing, and valid files."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ COMMAND = ["bench", "tune-kernels", "--rows", "100", "--dropout", "0"]
 
 @pytest.fixture(autouse=True)
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The default file, in a cache of the test's own; one small shape, the fewest rounds, and times that are all equal."""
+    """The default file in a temporary cache. One small shape, the fewest rounds, and equal times."""
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan_tuning, "linear_shapes", lambda name: [(64, 128)])
@@ -38,7 +38,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def fake_times(monkeypatch: pytest.MonkeyPatch, *fast: str) -> None:
-    """Candidates take 1 ms, those in ``fast`` (such as "forward merged") half of it."""
+    """Candidates take 1 ms. Those in ``fast`` (such as "forward merged") take half of it."""
 
     def time_round(runs: Any, device: str, calls: int) -> dict[str, float]:
         return {how: 0.5 if f"{call.func.__name__} {how}" in fast else 1.0 for how, call in runs.items()}
@@ -51,7 +51,7 @@ def key(kind: str = "dense", M: int = 100, N: int = 64, K: int = 128, dropout: b
 
 
 def chosen(kind: str = "dense", M: int = 100, dropout: bool = False) -> ops.Plan:
-    """What a call takes."""
+    """The plan that a call uses."""
     return plans.choose(kind, DEVICE, M=M, N=64, K=128, dropout=dropout, on_grid=False, backend="torch")
 
 
@@ -164,9 +164,9 @@ def test_measure_interleaves_candidates_for_five_rounds_or_more(monkeypatch: pyt
     [
         ([1.0] * 5, [0.9] * 5, "merged"),
         ([1.0] * 5, [0.98] * 5, "split"),  # less than 3 %
-        ([1.0] * 5, [0.5, 0.5, 0.5, 0.5, 1.1], "split"),  # of five rounds one says the opposite
+        ([1.0] * 5, [0.5, 0.5, 0.5, 0.5, 1.1], "split"),  # one of five rounds says the opposite
         ([1.0] * 20, [0.5] * 16 + [1.1] * 4, "merged"),
-        ([1.0, 2.0, 9.0, 1.0, 1.0], [0.9, 1.8, 8.1, 0.9, 0.9], "merged"),  # a busy machine slows whole rounds
+        ([1.0, 2.0, 9.0, 1.0, 1.0], [0.9, 1.8, 8.1, 0.9, 0.9], "merged"),  # a busy machine slows down whole rounds
     ],
 )
 def test_fastest_must_be_faster_beyond_noise(split: list[float], merged: list[float], winner: str) -> None:
@@ -174,7 +174,7 @@ def test_fastest_must_be_faster_beyond_noise(split: list[float], merged: list[fl
 
 
 def test_upper_bound_of_the_median_is_exact() -> None:
-    """By hand: P(at least 59 of 100 fair coins) < 5 % <= P(at least 58); four values bound nothing."""
+    """By hand: P(at least 59 of 100 fair coins) < 5 % <= P(at least 58). Four values give no bound."""
     assert timing._upper_bound([float(v) for v in range(1, 101)]) == 59
     assert timing._upper_bound([3.0, 1.0, 2.0, 5.0, 4.0]) == 5
     assert timing._upper_bound([1.0] * 4) == float("inf")
@@ -189,7 +189,7 @@ def test_fastest_is_the_quickest_of_those_that_beat_the_rule() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", plan_tuning.KINDS)
 def test_candidates_equal_the_formula_in_bfloat16(kind: str, dropout: float) -> None:
-    """What a GPU uses, and tolerances with room: half of each is enough."""
+    """A GPU uses bfloat16. The tolerances have room: half of each is enough."""
     values = torch.randn(96, 128, generator=torch.Generator().manual_seed(1)).mul_(0.02).to(DEVICE)
     weight = make_weight(kind, values, torch.bfloat16)
     options: dict[str, Any] = {"rows": 64, "rank": 8, "dropout": dropout, "dtype": torch.bfloat16}
@@ -417,7 +417,7 @@ def test_file_that_cannot_be_replaced_is_reported(
 
 
 def test_run_notes_that_its_plans_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another plan adds in another order: the repeated adapter may differ in its last bits, and that is said."""
+    """Another plan adds in another order, so the repeated adapter may differ in its last bits. The run notes it."""
     import peftlab
     from peftlab import ops
     from peftlab.training.progress import SilentProgress

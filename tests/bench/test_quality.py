@@ -31,8 +31,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Trainings:
-    """Stands for processes: DoRA is right 0.1 more often than LoRA with every seed, and takes twice as long. Adapters want the
-    recipe's learning rate, full fine-tuning a tenth of it; at the wrong one each is right 0.2 less often."""
+    """Stands for processes. DoRA is right 0.1 more often than LoRA with every seed and takes twice as long. Adapters
+    need the recipe's learning rate, full fine-tuning a tenth of it. At the wrong rate each is right 0.2 less often."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, float]] = []

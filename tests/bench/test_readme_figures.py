@@ -1,4 +1,5 @@
-"""Every table of figures in README.md, docs/ and bench/RESULTS.md is what its program makes of the JSON in bench/results."""
+"""Every table of figures in README.md, docs/ and bench/RESULTS.md equals the output of its program for the JSON in
+bench/results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep: counted by hand, those that cannot exist, and the order they are measured in."""
+"""The cells of a sweep: counted by hand, the impossible ones, and the order of measurement."""
 
 from __future__ import annotations
 

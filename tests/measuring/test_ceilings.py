@@ -1,4 +1,4 @@
-"""What the machine can do at most: how often it is tried, and which try counts."""
+"""The ceilings of the machine: how often each is measured, and which measurements count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peftlab.measuring import ceilings
 
 
 class Clock:
-    """Time that passes only in the work: ``durations`` of its calls, the last one again and again."""
+    """A clock that advances only in ``work``: by ``durations``, the last one repeated."""
 
     def __init__(self, *durations: float) -> None:
         self.now, self.calls, self.durations = 0.0, 0, durations

@@ -1,4 +1,4 @@
-"""Joules from counters of a made-up machine."""
+"""Joules from counters of a fake machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def counter(folder: Path, name: str, microjoules: int) -> None:
 
 def test_meter_adds_the_counters_of_all_processors(tmp_path: Path) -> None:
     counter(tmp_path, "intel-rapl:0", 1_500_000)
-    counter(tmp_path, "intel-rapl:0:0", 900_000)  # its cores, which the processor counts already
+    counter(tmp_path, "intel-rapl:0:0", 900_000)  # its cores, which the processor's counter includes
     counter(tmp_path, "intel-rapl:1", 500_000)
     meter, source = find_meter("cpu", rapl=tmp_path)
     assert meter is not None and source.startswith("RAPL")

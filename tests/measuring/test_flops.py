@@ -1,4 +1,4 @@
-"""Operations counted from shapes against torch's own counter, which watches the kernels of a whole step."""
+"""FLOPs counted from shapes against torch's own counter, which counts the kernels of a whole step."""
 
 from __future__ import annotations
 

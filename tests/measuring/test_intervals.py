@@ -1,4 +1,4 @@
-"""Intervals: against scipy, and by how often they hold what is true."""
+"""Intervals against scipy, and how often they cover the truth."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SETS = 200
 
 
 def _coverage(one_set: Callable[[np.random.Generator], Estimate], truth: float) -> float:
-    """Share of simulated data sets whose interval holds the truth."""
+    """Share of simulated data sets whose interval covers the truth."""
     intervals = [one_set(np.random.default_rng(seed)).interval() for seed in range(SETS)]
     return sum(f.low is not None and f.high is not None and f.low <= truth <= f.high for f in intervals) / SETS
 
 
 def _texts(rng: np.random.Generator, num: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Texts of 5 to 100 tokens whose shares of right tokens differ: (right ones, tokens), [num]."""
+    """Texts of 5 to 100 tokens with different shares of right tokens: (right tokens, tokens), [num]."""
     tokens = rng.integers(5, 100, num)
     return rng.binomial(tokens, rng.beta(2, 2, num)), tokens
 
@@ -37,7 +37,7 @@ def test_bootstrap_interval_of_a_share_covers_in_95_of_100() -> None:
 
 
 def test_bootstrap_of_a_ratio_covers_over_rows_and_not_over_tokens() -> None:
-    """The fault: tokens drawn one by one, as if the tokens of a text had nothing to do with each other."""
+    """The fault: tokens are drawn one by one, as if the tokens of a text were independent."""
 
     def by_rows(rng: np.random.Generator) -> Estimate:
         return bootstrap({"m": row_metrics.ratio(*_texts(rng))}, 60)["m"]
@@ -47,7 +47,7 @@ def test_bootstrap_of_a_ratio_covers_over_rows_and_not_over_tokens() -> None:
         single = np.repeat([1.0, 0.0], [right.sum(), tokens.sum() - right.sum()])
         return bootstrap({"m": row_metrics.mean(single)}, len(single), num_draws=200)["m"]
 
-    # The beta distribution's mean, whatever the lengths.
+    # The mean of the beta distribution, at any length.
     assert 0.90 <= _coverage(by_rows, 0.5) <= 0.99
     assert _coverage(by_tokens, 0.5) < 0.6
 
@@ -65,7 +65,7 @@ def test_paired_difference_covers_and_is_narrower_than_an_unpaired_one() -> None
     assert 0.90 <= _coverage(lambda rng: (lambda p: p[0].minus(p[1]))(both(rng)), truth[0] - truth[1]) <= 0.99
     assert 0.90 <= _coverage(lambda rng: (lambda p: p[1].over(p[0]))(both(rng)), truth[1] / truth[0]) <= 0.99
     a, b = both(np.random.default_rng(0))
-    # The fault: draws that are not the same rows.
+    # The fault: the draws are of different rows.
     apart = Estimate(a.value - b.value, a.draws - b.draws[::-1], 120, 0).interval()
     together = a.minus(b).interval()
     assert together.low is not None and together.high is not None and apart.low is not None and apart.high is not None
@@ -114,7 +114,7 @@ def test_bootstrap_of_rows_that_all_agree_has_the_exact_binomial_bound() -> None
         interval = bootstrap({"m": row_metrics.mean([right] * 30)}, 30, shares={"m"})["m"].interval()
         exact = stats.binomtest(30 * right, 30).proportion_ci(0.95, method="exact")
         assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high))
-    # A mean that is no share, such as a KL of 0 in every row, is as certain as it looks.
+    # A mean that is no share, such as a KL of 0 in every row, gets no binomial bound.
     interval = bootstrap({"m": row_metrics.mean([0.0] * 30)}, 30)["m"].interval()
     assert (interval.low, interval.high) == (0.0, 0.0)
 
@@ -165,7 +165,8 @@ def test_over_rounds_of_two_gives_no_interval() -> None:
 
 
 def test_ratio_of_medians_ignores_a_slow_spell_that_hits_both() -> None:
-    """The machine is ten times as slow in the last two repetitions; side by side the first is always twice the second."""
+    """The machine is ten times as slow in the last two repetitions. Within each repetition the first takes twice the
+    second."""
     slow = [1.0, 1.1, 0.9, 10.0, 11.0]
     interval = ratio_of_medians([2 * s for s in slow], slow)
     assert (interval.value, interval.low, interval.high) == pytest.approx((2.0, 2.0, 2.0))

@@ -1,4 +1,4 @@
-"""The journal under several writers and under kills; tests/bench/test_benchmark.py has it in use."""
+"""The journal under several writers and after kills. tests/bench/test_benchmark.py uses it in a benchmark."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_journal_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
     assert [w.wait() for w in writers] == [0, 0, 0]
     records = read_records(path)
     assert records[0]["kind"] == "header"
-    for writer in "012":  # none lost, and each in its order
+    for writer in "012":  # none is lost, and each writer keeps its order
         assert [r["number"] for r in records[1:] if r["writer"] == writer] == list(range(100))
 
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: on a clock of the test's own, so that no figure depends on the machine."""
+"""Interleaved timing on a simulated clock, so that no figure depends on the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftlab.measuring.latency import Latency, measure_latency
 
 
 class Clock:
-    """Stands still but for the calls of its runs, which advance it; ``calls`` is their order."""
+    """A clock that advances only during the calls of its runs; ``calls`` is their order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.calls = 0.0, [""][:0]
@@ -55,7 +55,7 @@ def test_rounds_measure_every_model_in_a_random_order(monkeypatch: pytest.Monkey
 def test_drift_of_the_machine_cancels_only_when_models_take_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The fault: all rounds of one model, then all of the other, while the machine gets slower."""
+    """The fault: all rounds of one model run before all of the other, while the machine gets slower."""
     clock = Clock(monkeypatch)
 
     def drifting() -> float:
@@ -95,7 +95,7 @@ def test_ratio_of_medians_covers_in_95_of_100() -> None:
 def test_measure_latency_on_the_real_clock() -> None:
     runs = {"large": lambda: time.sleep(0.02), "small": lambda: time.sleep(0.01)}
     latencies = measure_latency(runs, num_tokens=128, warmup=1, repeats=15, seconds=5)
-    # A sleep is never too short, and on a busy machine a little too long.
+    # A sleep is never too short. On a busy machine it is a little too long.
     assert 1.3 < latencies["small"].speed < 2.7 and latencies["large"].median_ms >= 20
     assert latencies["small"].low_ms <= latencies["small"].median_ms <= latencies["small"].high_ms
 
@@ -108,7 +108,7 @@ def test_measure_latency_waits_for_the_gpu() -> None:
         return lambda: [a @ a for _ in range(num)]
 
     latencies = measure_latency({"large": products(40), "small": products(20)}, device="cuda", repeats=20, seconds=5)
-    # Without waiting both would take the time to queue them, far below that of 20 products of 137 GFLOP.
+    # Without waiting, both would take the time to queue them, far below that of 20 products of 137 GFLOP.
     assert 1.6 < latencies["small"].speed < 2.5
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []

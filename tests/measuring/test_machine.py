@@ -1,4 +1,4 @@
-"""What a measurement says of the code it was taken with."""
+"""What a measurement records about the code that it measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftlab.measuring import machine
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A package in a repository, and a note beside it."""
+    """A package in a repository, next to a note."""
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")

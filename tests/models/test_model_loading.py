@@ -99,7 +99,7 @@ def test_evaluating_first_breaks_training_without_the_guard(
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_gradients_through_quantized_weights_equal_those_of_dense_ones(tiny: Callable[..., Any], quantize: str) -> None:
-    """The reference: the dequantized weights in an ordinary model, with the same adapter."""
+    """The reference is an ordinary model with the dequantized weights and the same adapter."""
     from peftlab.adapters.merge import DequantizedWeights
 
     model = tiny("tiny:llama", quantize=quantize)
@@ -125,7 +125,7 @@ def test_tokenizer_fingerprint_follows_its_chat_template(tokenizer_of: Callable[
 
 
 def test_tokenizer_fingerprint_does_not_change_with_use(tokenizer_of: Callable[[str], Any]) -> None:
-    """Padding and truncation are kept in the Rust tokenizer, whose serialisation is hashed."""
+    """The Rust tokenizer keeps padding and truncation, and its serialisation is hashed."""
     tokenizer = tokenizer_of("tiny:llama")
     before = tokenizer_fingerprint(tokenizer)
     tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2, return_tensors="pt")

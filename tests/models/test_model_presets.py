@@ -33,7 +33,7 @@ SMALL = {
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
 }
-# What each family adds: the small copies keep it, so that its buffers and ties are built too.
+# What each family adds. The small copies keep it, so that their buffers and ties are built too.
 FAMILIES = {
     "llama-3-8b": ["rope_parameters", "tie_word_embeddings"],
     "llama-3.2-1b": ["rope_parameters", "tie_word_embeddings"],
@@ -51,7 +51,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``shape:small-NAME`` for each family, and a cache folder of the test's own."""
+    """``shape:small-NAME`` for each family, and a temporary cache folder."""
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
     for name, keys in FAMILIES.items():
         class_name, values = PRESETS[name]
@@ -149,7 +149,7 @@ def test_presets_equal_the_same_weights_loaded_from_files(tmp_path: Path, family
 
 
 class Watch:
-    """Stands in for ``random_weight``: which full-precision tensors were still alive whenever the next was made."""
+    """Stands for ``random_weight``. Notes which full-precision tensors are alive whenever the next one is made."""
 
     def __init__(self, real: Callable[..., Any]) -> None:
         self.real, self.made, self.alive = real, {}, []
@@ -175,7 +175,7 @@ def test_linear_weights_are_in_full_precision_one_at_a_time(monkeypatch: pytest.
     assert watch.made.keys() == linear | kept
     assert len(watch.alive) == len(watch.made) + 1
     if quantize == "none":
-        assert watch.alive[-1] == linear | kept  # the watch does see what stays
+        assert watch.alive[-1] == linear | kept  # the watch sees tensors that stay
     else:
         quantized = {"nf4": Linear4bit, "int8": Linear8bitLt}[quantize]
         assert all(isinstance(model.get_submodule(n.removesuffix(".weight")), quantized) for n in linear - kept)

@@ -1,4 +1,4 @@
-"""What a model name means, and every name or file that is refused."""
+"""What a model name means, and the names and files that are refused."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_damaged_config_is_refused(folder: Path) -> None:
 
 
 def test_missing_tensors_are_an_error(folder: Path) -> None:
-    """transformers fills what is missing with random numbers and only warns."""
+    """transformers fills missing tensors with random numbers and only warns."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(str(folder / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""Students as files, and what is asked of a cut before any weights are loaded."""
+"""Students as files, and the checks of a cut before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_student_is_a_plain_checkpoint_of_the_teachers_layer(tmp_path: Path) -> 
     assert (notes["layers"], notes["num_layers_before"], notes["name"]) == ([1], 2, "tiny:llama")
     assert notes["parameters"] == student.num_parameters() < notes["parameters_before"]
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
-    # It is a model like any other: peftlab finds it, loads it, and cuts it again.
+    # The student is a model like any other: peftlab finds it, loads it and cuts it again.
     again = find_pretrained(str(tmp_path / "student"))
     narrower = {"auto_class": "AutoModelForCausalLM", "tokenizer": None, "outputs": _outputs}
     make_student(again, StudentCut(hidden_size=48), tmp_path / "narrow", **narrower)
@@ -94,7 +94,7 @@ def test_notes_hold_importance_and_widths(tmp_path: Path) -> None:
     assert [layer for layer, _ in round_] == [0, 1] and notes["layers"] == notes["importance"]["kept"]
     assert notes["importance"]["num_positions"] == notes["widths"]["num_positions"] == IDS.numel()
     assert (notes["widths"]["before"]["num_heads"], notes["widths"]["after"]["num_heads"]) == (4, 2)
-    assert len(notes["widths"]["heads"]) == 1  # of the layer that is left
+    assert len(notes["widths"]["heads"]) == 1  # of the layer that is kept
     assert notes["request"]["sample"] == "abc"
     student = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert (student.config.num_attention_heads, student.config.intermediate_size, student.config.head_dim) == (
@@ -135,7 +135,7 @@ def test_make_student_reuses_a_student_of_the_same_request(tmp_path: Path, monke
     ):
         with pytest.raises(RecipeError, match="contains a student with another cut"):
             _make(tmp_path / "student", other, **options)
-    # A sample says nothing about a cut that is not measured.
+    # The sample does not matter to a cut that is not measured.
     _make(tmp_path / "even", StudentCut(num_layers=1), sample="a")
     _make(tmp_path / "even", StudentCut(num_layers=1), sample="b")
 

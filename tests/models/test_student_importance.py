@@ -1,4 +1,4 @@
-"""Importance of layers: the distance against plain formulas, layers of known worth, costs that do not add up."""
+"""Importance of layers: distances against plain formulas, layers of known importance, and costs that do not add up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _outputs(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _silence(layer: Any) -> None:
-    """A layer that passes its input on unchanged."""
+    """Makes the layer pass on its input unchanged."""
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
         nn.init.zeros_(linear.weight)
     nn.init.zeros_(layer.mlp.down_proj.bias)
@@ -87,8 +87,8 @@ def test_layers_that_do_nothing_are_removed_first_at_no_cost(search: Any) -> Non
 
 
 def _redundant() -> Any:
-    """Layers 1 and 2 both push every position far along one channel, and either suffices: the last norm takes the length
-    away. Layers 0 and 3 do more than one of them adds to the other."""
+    """Layers 1 and 2 both push every position far along one channel, and either suffices, because the last norm removes
+    the length. Layers 0 and 3 do more than one of them adds to the other."""
     model = _teacher(4)
     for layer in (1, 2):
         _silence(model.model.layers[layer])

@@ -1,4 +1,4 @@
-"""Cutting layers: the cut model is the source that skips them, in memory and read back from plain files."""
+"""Cutting layers: the cut model equals the source without those layers, in memory and after saving and loading."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _output(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_cut_layers_equals_the_teacher_without_the_other_layers(name: str, tmp_path: Path) -> None:
-    """The bypass takes hand-made references out of transformers' own forward; the files are read by it alone."""
+    """only_layers bypasses layers in transformers' own forward. The saved files are loaded by transformers alone."""
     model = _teacher(name)
     whole = _output(model)
     stack = find_stack(model)
@@ -126,7 +126,7 @@ def test_cut_model_generates_the_same_with_and_without_a_cache(name: str) -> Non
 
 
 def test_layers_that_keep_their_numbers_break_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deliberate fault behind the test above: no renumbering."""
+    """The deliberate fault for the test above: layers are not renumbered."""
     monkeypatch.setattr(stack_module, "adopt_sizes", lambda *_: None)
     model = _teacher("llama")
     cut_layers(model, [0, 2, 4])

@@ -1,4 +1,4 @@
-"""Students of real models: MiniLM's half, and which layers and widths SmolLM2 can miss."""
+"""Students of real models: half of MiniLM, and which layers and widths SmolLM2 can lose."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def _kl(reference: list[Tensor], model: Any, sample: Any) -> float:
 
 @pytest.mark.slow
 def test_importance_beats_evenly_spaced_layers_of_smollm2(smollm2: Any) -> None:
-    """30 -> 28 layers. Single layers of this model cost 0.12 to 8 nats, and the evenly spaced cut hits a dear one."""
+    """30 -> 28 layers. A single layer of this model costs 0.12 to 8 nats, and the evenly spaced cut removes an
+    expensive one."""
     held_out = _sample(HELD_OUT, 256)
     with torch.no_grad():
         reference = list(held_out(smollm2))
@@ -89,7 +90,7 @@ def test_importance_beats_evenly_spaced_layers_of_smollm2(smollm2: Any) -> None:
     for name, kept in chosen.items():
         with only_layers(smollm2, stack, kept):
             kl[name] = _kl(reference, smollm2, held_out)
-    assert searches["greedy"].distance <= searches["once"].distance * (1 + 1e-6)  # whose pair it tried as well
+    assert searches["greedy"].distance <= searches["once"].distance * (1 + 1e-6)  # greedy tries that pair too
     assert max(kl["greedy"], kl["once"]) < kl["even"] / 2
     assert len(find_stack(smollm2)) == 30
 

@@ -1,4 +1,4 @@
-"""Cutting widths: exact where what goes is zero, chosen by plain formulas, and refused where it cannot be."""
+"""Cutting widths: exact if the removed part is zero, chosen by plain formulas, refused if impossible."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _output(model: Any) -> Tensor:
 
 
 def _make(model_class: Any, config_class: Any, **options: Any) -> Any:
-    """Random weights in float64, norms and biases included."""
+    """Random weights in float64, including norms and biases."""
     options = {**SIZES, "initializer_range": 0.2, **options}
     torch.manual_seed(0)
     model = model_class(config_class(**options)).double().eval().requires_grad_(False)
@@ -71,7 +71,7 @@ def _decoder(name: str = "llama", **options: Any) -> Any:
 
 
 def _silence_channels(model: Any, gone: Tensor) -> None:
-    """Nothing is ever written to the channels ``gone`` of the residual stream."""
+    """Removes every write to the channels ``gone`` of the residual stream."""
     model.model.embed_tokens.weight[:, gone] = 0.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[gone] = 0.0
@@ -81,7 +81,7 @@ def _silence_channels(model: Any, gone: Tensor) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
 def test_silent_channels_of_a_decoder_can_be_cut_exactly(name: str, tied: bool) -> None:
-    # Qwen3's norms over a head share their epsilon with the others: there it must be far below the variance.
+    # Qwen3's head norms share their epsilon with the others: it must be far below the variance.
     model = _decoder(name, tie_word_embeddings=tied, rms_norm_eps=1e-12 if name == "qwen3" else 1e-2)
     _silence_channels(model, torch.arange(1, 32, 4))
     whole = _output(model)
@@ -94,7 +94,7 @@ def test_silent_channels_of_a_decoder_can_be_cut_exactly(name: str, tied: bool) 
 
 @pytest.mark.parametrize("fault", ["old scale", "old epsilon"])
 def test_norms_that_are_not_rescaled_change_the_output(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deliberate faults behind the test above."""
+    """The deliberate faults for the test above."""
     model = _decoder(rms_norm_eps=1e-2)
     _silence_channels(model, torch.arange(1, 32, 4))
     whole = _output(model)
@@ -124,7 +124,7 @@ def test_silent_neurons_and_groups_of_heads_can_be_cut_exactly(name: str) -> Non
 
 
 def test_unread_head_of_a_group_can_be_cut_exactly() -> None:
-    """Each group keeps its louder head; first it is found which, then the others' readers are silenced."""
+    """Each group keeps its louder head. A trial cut finds it; then the readers of the others are silenced."""
     trial = _decoder(num_hidden_layers=1)
     (kept,) = cut_width(trial, num_heads=2, sample=_sample).heads or ()
     assert kept[0] in (0, 1) and kept[1] in (2, 3)
@@ -137,7 +137,8 @@ def test_unread_head_of_a_group_can_be_cut_exactly() -> None:
 
 
 def _silence_encoder(model: Any, gone: Tensor, head: int) -> None:
-    """Channels ``gone`` stay zero and the others' mean as well, so that every LayerNorm sees the same without them."""
+    """Keeps the channels ``gone`` at zero and the mean of the others as well, so that every LayerNorm gives the same
+    without them."""
     kept = torch.tensor([i for i in range(32) if i not in gone.tolist()])
 
     def write_centred(weight: Tensor, dim: int) -> None:
@@ -179,7 +180,8 @@ def test_silent_channels_and_heads_of_an_encoder_can_be_cut_exactly(name: str) -
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
 def test_pooler_keeps_its_own_largest_outputs(name: str) -> None:
-    """Its channels are not the hidden ones: those it silences go, whatever their numbers are in the residual stream."""
+    """The pooler's channels are not the hidden ones. It removes its own silent channels, whatever their numbers are in
+    the residual stream."""
     model = _make(*ENCODERS[name], layer_norm_eps=1e-2)
     _silence_encoder(model, torch.arange(2, 32, 4), head=1)
     dense = model.bert.pooler.dense if name.startswith("Bert") else model.classifier.dense
@@ -215,7 +217,7 @@ def test_narrow_model_reloads_and_learns_the_same(name: str, cut: dict[str, int]
     assert all(torch.equal(p, others[n]) for n, p in parameters.items())
     for each in (model.requires_grad_(True), again):
         each(input_ids=IDS)[0].square().sum().backward()
-    # The same numbers at another address, which some processors' libraries add in another order.
+    # The same numbers at another address; some processors' libraries then add them in another order.
     torch.testing.assert_close(_output(again), _output(model), **EXACT)
     for name, parameter in parameters.items():
         torch.testing.assert_close(
@@ -275,7 +277,7 @@ def test_cut_width_keeps_the_largest_by_the_formulas() -> None:
 
 
 def _uneven() -> Any:
-    """A decoder whose channels, heads and neurons differ in size by factors of up to twenty, as trained ones do."""
+    """A decoder whose channels, heads and neurons differ in size by factors of up to twenty, as in trained models."""
     model = _decoder()
     generator = torch.Generator().manual_seed(3)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the ops: the device of their tensors, a plan of lora_linear, a compiler that knows nothing yet."""
+"""Fixtures of the ops: the device of their tensors, a fixed plan of lora_linear, an empty compiler cache."""
 
 from __future__ import annotations
 

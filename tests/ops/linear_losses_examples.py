@@ -1,4 +1,4 @@
-"""What the tests of linear_cross_entropy and linear_kl share: heads, teachers, formulas, error budgets."""
+"""Shared by the tests of linear_cross_entropy and linear_kl: heads, teachers, formulas, error budgets."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ if torch.cuda.is_available():
     BACKENDS.append(pytest.param("triton", torch.bfloat16, id="triton-bf16", marks=NEEDS_TRITON))
 EACH_BACKEND = pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 EACH_DIVERGENCE = pytest.mark.parametrize("divergence", DIVERGENCES)
-# Beyond the eager error, relative to the largest value. Eager 16-bit code rounds logits as often as the fused one, but its
-# softmax gradient never in 16 bits when it flows through float(): the fused gradient of the logits is rounded once more.
+# Allowed beyond the eager error, relative to the largest value. Eager 16-bit code rounds logits as often as the fused
+# one. Its softmax gradient is never in 16 bits when it flows through float(); the fused gradient of the logits is
+# rounded once more.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts the CPU's allocations")
@@ -43,7 +44,7 @@ N, H, V, R, HT = 13, 24, 131, 4, 16
 
 @dataclass(frozen=True)
 class Case:
-    """A head, the float64 values of its weight, and what goes in. trained: which of the leaves want a gradient."""
+    """A head, the float64 values of its weight, and the inputs. trained: the leaves that need a gradient."""
 
     head: Head
     W: Tensor
@@ -80,7 +81,7 @@ class Case:
         )
 
     def logits(self, dtype: torch.dtype | None) -> Tensor:
-        """By the reference in the type of the hidden states, or in ``dtype`` throughout."""
+        """Logits by the reference, in the type of the hidden states or in ``dtype`` throughout."""
         head, cast = self.head, (lambda t: t) if dtype is None else (lambda t: t if t is None else t.to(dtype))
         weight = head.weight.weight if isinstance(head.weight, DenseWeight) else self.W.to(self.hidden.dtype)
         if dtype is not None and not isinstance(head.weight, DenseWeight):
@@ -114,7 +115,7 @@ def stored(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int = 1
 
 
 def make_case(name: str, dtype: torch.dtype, *, n: int = N, seed: int = 0, std: float = 1.0) -> Case:
-    """By name: the storage, and what is on the head, joined by ``+``."""
+    """A case by name: the storage and the parts of the head, joined by ``+``."""
     kind, *extras = name.split("+")
     g = torch.Generator().manual_seed(seed)
 
@@ -154,7 +155,7 @@ EACH_HEAD = pytest.mark.parametrize("name", HEADS)
 
 
 def gradients(case: Case, total: Callable[[Case], Tensor]) -> dict[str, Tensor]:
-    """The value and, by name, the gradients of ``total``, times 0.5: what flows back is not always 1."""
+    """The value and, by name, the gradients of ``total`` times 0.5, because the incoming gradient is not always 1."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in case.leaves().items()}
     value = total(case.with_leaves(leaves))
     grads = torch.autograd.grad(0.5 * value, list(leaves.values()))
@@ -164,7 +165,7 @@ def gradients(case: Case, total: Callable[[Case], Tensor]) -> dict[str, Tensor]:
 def check(
     budget: Budget, case: Case, op: Callable[[Case], Tensor], formula: Callable[[Case, torch.dtype | None], Tensor]
 ) -> None:
-    """``formula``: the sum from the reference's logits, in the type of the case, and (float64) as the truth."""
+    """``formula``: the sum from the reference's logits, in the type of the case and, as the truth, in float64."""
     actual, eager = gradients(case, op), gradients(case, lambda c: formula(c, None))
     truth = {name: t.double() for name, t in gradients(case, lambda c: formula(c, torch.float64)).items()}
     assert actual.keys() == truth.keys()
@@ -172,7 +173,7 @@ def check(
         assert name == "total" or actual[name].dtype == case.leaves()[name].dtype
         slack = SLACK[case.hidden.dtype]
         if case.hidden.dtype == torch.float64 and not isinstance(case.head.weight, DenseWeight):
-            slack = SLACK[torch.float32]  # decoded in float32, whatever the hidden states are
+            slack = SLACK[torch.float32]  # decoded in float32, whatever type the hidden states have
         elif name == "total" and case.hidden.dtype.itemsize == 2:
             slack /= 4  # a sum, in which eager errors of 16-bit logits may cancel by luck
         budget(actual[name].reshape(-1), eager[name].reshape(-1), want.reshape(-1), slack=slack)
@@ -193,7 +194,7 @@ def ce_formula(case: Case, dtype: torch.dtype | None) -> Tensor:
 
 
 def divergence_of(p: Tensor, q: Tensor, kind: str, share: float) -> Tensor:
-    """From probabilities, as the definitions are written."""
+    """The divergences from probabilities, by definition."""
 
     def kullback(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a / b).log()).sum(-1)

@@ -1,4 +1,4 @@
-"""What the tests of lora_linear share: cases, PEFT's formula, the truth in float64, what is allowed."""
+"""Shared by the tests of lora_linear: cases, PEFT's formula, the truth in float64, the tolerances."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ KINDS = ("dense", "nf4", "int8")
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 EACH_DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.3])
 EACH_WAY = pytest.mark.parametrize(("how", "dropout"), [("merged", 0.0), ("split", 0.0), ("split", 0.3)])
-# Largest error by the largest value: a product of K <= 130 terms of either sign errs by a few roundings of its result;
-# up to five products and sums follow one another. Quantized weights are decoded in float32, whatever x is.
+# Largest error relative to the largest value. A product of K <= 130 terms of either sign errs by a few roundings of its
+# result, and up to five products and sums follow one another. Quantized weights are decoded in float32, whatever type x
+# has.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of a call, W in float64, and grad: what flows back."""
+    """The tensors of a call, W in float64, and grad, the incoming gradient."""
 
     base: BaseWeight
     W: Tensor
@@ -64,7 +65,7 @@ class Case:
 
     @property
     def share(self) -> float:
-        """What dropout keeps, in steps of its 16-bit lanes."""
+        """The share that dropout keeps, in steps of its 16-bit lanes."""
         return 1 - threshold_of(self.dropout) / 65536
 
 
@@ -89,12 +90,12 @@ def weight(kind: str, N: int, K: int, dtype: torch.dtype, device: torch.device) 
 
 
 def threshold_of(dropout: float) -> int:
-    """A lane of 16 random bits is kept from here on."""
+    """The smallest lane of 16 random bits that is kept."""
     return round(dropout * 65536)
 
 
 def mask(M: int, K: int, dropout: float, backend: str, device: torch.device) -> Tensor:
-    """[M, K] bool: what the op should keep."""
+    """[M, K] bool: the elements that the op should keep."""
     philox = backend == "triton" or device.type == "cuda"
     packed = philox_mask_reference(SEED, M, K, dropout) if philox else _sfc64(M, K, dropout)
     return passes.unpack_mask(packed, K).to(device)
@@ -153,7 +154,7 @@ def run_unfused(case: Case) -> dict[str, Tensor]:
 
 
 def truth(case: Case, x_of_base: Tensor | None = None) -> dict[str, Tensor]:
-    """Output and gradients written out in float64. x_of_base: what the base product takes instead of x."""
+    """Output and gradients written out in float64. x_of_base: the input of the base product instead of x."""
     x, A, B, bias, dY = (t.double() for t in (*case.inputs(), case.grad))
     D = torch.ones_like(x) if case.keep is None else case.keep.double() / case.share
     dS = SCALE * dY @ B

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled without a GPU: no spills, shared memory, matrix unit, order of what threads read and write."""
+"""Every Triton kernel compiled without a GPU: spills, shared memory, matrix unit, and the order of reads and writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def _compile(folder: Path, *arguments: str, timeout_s: float = 300) -> tuple[int, list[Row]]:
-    """(exit code, one row a case). The interpreter, which other tests run kernels in, must not be on."""
+    """(exit code, one row per case). The interpreter, which other tests use, must be off."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
     environment.pop("TRITON_INTERPRET", None)
     command = [
@@ -44,13 +44,13 @@ def _compile(folder: Path, *arguments: str, timeout_s: float = 300) -> tuple[int
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the PTX of every quick case."""
+    """A folder with the PTX of every quick case."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
 def compiled(folder: Path) -> tuple[int, list[Row]]:
-    """Takes 25 s on two idle cores."""
+    """The quick cases. They take 25 s on two idle cores."""
     archs = [word for arch in FAST_ARCHS for word in ("--arch", str(arch))]
     return _compile(folder, "--quick", *archs, "--ptx", str(folder))
 
@@ -74,14 +74,14 @@ def test_compiled_kernels_spill_nothing_and_use_the_matrix_unit(compiled: tuple[
 
 @pytest.mark.slow
 def test_compiled_kernels_of_every_case_and_architecture(tmp_path: Path) -> None:
-    """Ten minutes on two idle cores."""
+    """The test takes ten minutes on two idle cores."""
     code, rows = _compile(tmp_path, timeout_s=3600)
     _as_it_should_be(code, rows)
     assert {row["arch"] for row in rows} == set(SHARED_LIMIT_KIB)
 
 
 def test_compiled_kernels_cover_every_kernel_and_architecture(compiled: tuple[int, list[Row]]) -> None:
-    """sm_75 has no matrix instructions of 16 columns: PyTorch does the products there."""
+    """sm_75 has no matrix instructions of 16 columns, so PyTorch does the products there."""
     sources = [path.read_text(encoding="utf-8") for path in KERNELS.glob("*/kernel.py")]
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, flags=re.MULTILINE)}
     assert kernels
@@ -99,7 +99,7 @@ def _instructions(ptx: str, source: Path) -> list[tuple[int, str]]:
     instructions, line = [], 0
     for text in ptx.splitlines():
         if match := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
-            # What a jit function of another file is inlined into belongs to the call.
+            # Code inlined from a jit function of another file belongs to the call.
             line = int(match[2]) if int(match[1]) == number else 0
         else:
             instructions.append((line, text.strip()))
@@ -107,8 +107,8 @@ def _instructions(ptx: str, source: Path) -> list[tuple[int, str]]:
 
 
 def _unordered_reads(ptx: str, op: str) -> list[str]:
-    """Loads of single logits that no barrier separates from the first store over the row: another thread may have
-    overwritten them."""
+    """Loads of single logits without a barrier before the first store over the row. Another thread may have overwritten
+    them."""
     source = KERNELS / op / "kernel.py"
     lines = source.read_text(encoding="utf-8").splitlines()
     single = {n for n, text in enumerate(lines, 1) if re.search(r"tl\.load\(z_ptr \+ (target|ids)\b", text)}
@@ -133,13 +133,14 @@ def test_loss_kernels_read_no_logit_after_gradients_are_written(compiled: tuple[
 
 
 def test_unordered_reads_finds_a_read_without_barriers(compiled: tuple[int, list[Row]], folder: Path) -> None:
-    """The deliberate fault: the barriers between read and write taken away."""
+    """The deliberate fault: the barriers between read and write are removed."""
     ptx = (folder / "divergence_rows_kernel-forward_kl-bf16-bf16-16-sm_90.ptx").read_text()
     assert _unordered_reads(re.sub(r"^\s*bar(rier)?\.sync.*$", "", ptx, flags=re.MULTILINE), "linear_kl")
 
 
 def test_merge_kernels_load_codes_before_the_first_wait(compiled: tuple[int, list[Row]], folder: Path) -> None:
-    """Of aligned weights, whose registers they fit: packed bytes and scales before the first wait for a product."""
+    """The codes of aligned weights fit into registers: packed bytes and scales are loaded before the first wait for a
+    product."""
     for variant in ("nested", "flat"):
         ptx = (folder / f"nf4_merge_kernel-{variant}-bf16-fp32-16-sm_90.ptx").read_text()
         code = _instructions(ptx, Path("nf4_dequant") / "kernel.py")

@@ -1,4 +1,4 @@
-"""Products whose operands are rounded for a processor's matrix units: against the formula in float64 over the rounded values."""
+"""Products with operands rounded for a processor's matrix units, against the float64 formula of the rounded values."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
     return [float((g.double() - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)]
 
 
-# float32 sums of K = 64 terms, or of 1,100 rows in the gradients; a value of int8 that lies between two steps may go either
-# way, which is one step (1/127 of the row's largest value) times one weight.
+# float32 sums of K = 64 terms, or of 1,100 rows in the gradients. An int8 value between two steps may go either way,
+# which is one step (1/127 of the row's largest value) times one weight.
 BUDGET = {"bf16": 2e-6, "int8": 3e-4}
 
 
@@ -127,7 +127,7 @@ def test_cpu_products_int8_equal_the_product_of_rounded_rows(M: int, threshold: 
 
 @pytest.mark.parametrize(("backend", "most"), [("cpu-bf16", 6e-3), ("cpu-int8", 2e-2)])
 def test_cpu_products_round_no_more_than_their_type(backend: str, most: float) -> None:
-    """Against the exact formula: 8 bits of a bfloat16, 7 of an int8."""
+    """The exact formula is the reference. A bfloat16 has 8 bits, an int8 7."""
     case = make("int8", 300)
     exact, rounded = run(case, "auto"), run(case, backend)
     differ = [float((a - b).norm() / a.norm()) for a, b in zip(exact, rounded, strict=True)]
@@ -137,7 +137,7 @@ def test_cpu_products_round_no_more_than_their_type(backend: str, most: float) -
 
 
 def test_cpu_products_multiply_columns_with_outliers_apart() -> None:
-    """One column of 80 would leave the other values of its rows one or two steps each."""
+    """A single column of 80 would leave one or two steps to the other values of its rows."""
     case = make("int8", 200, threshold=6.0)
     case.x[:, 5] = 80.0
     case.x[17] = 0.0  # a row without a largest value

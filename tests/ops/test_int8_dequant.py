@@ -56,14 +56,14 @@ def factors(weight: Tensor, row_absmax: Tensor, rank: int, dtype: torch.dtype, *
 
 
 def half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance of neighbours in ``dtype`` at each value, in float64."""
+    """Half the distance between neighbours in ``dtype`` at each value, in float64."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(value.abs().clamp(min=info.smallest_normal))
     return torch.ldexp(torch.full_like(value, info.eps / 2), exponent - 1)
 
 
 def check_rounded_once(actual: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """Half a step of ``dtype``, and for the arithmetic in float32 before it 16 times its rounding of the largest."""
+    """Allows half a step of ``dtype``, plus 16 float32 roundings of the largest value for the arithmetic before it."""
     assert actual.dtype == dtype
     allowed = half_step(want, dtype) + 16 * 2**-24 * float(want.abs().max())
     excess = float(((actual.double() - want).abs() - allowed).max())

@@ -1,4 +1,4 @@
-"""linear_cross_entropy and linear_kl against formulas in float64: values, every gradient, layouts, what they refuse."""
+"""linear_cross_entropy and linear_kl against formulas in float64: values, every gradient, layouts, refused inputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_linear_kl_divergences_equal_the_formula(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     if divergence == "tvd" and dtype.itemsize == 2:
-        way = "dense"  # its gradient jumps where p = q: only with equal teacher logits do both sides jump alike
+        way = (
+            "dense"  # its gradient jumps where p = q; both sides jump in the same place only with equal teacher logits
+        )
     case = make_case("dense+trained+softcap" if way == "online" else "dense+padded", dtype)
     taught = make_teacher(case, way)
     options: dict[str, Any] = {

@@ -52,7 +52,7 @@ def test_linear_losses_without_gradient_compute_no_backward(monkeypatch: pytest.
 
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
 def test_linear_losses_add_up_both_uses_of_a_tied_head(way: str) -> None:
-    """Both uses of one matrix add up, over two micro-batches too."""
+    """Both uses of one matrix add up, also over two micro-batches."""
     g = torch.Generator().manual_seed(0)
     E = torch.randn(V, H, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_()
     ids, target = (torch.randint(V, (8,), generator=g).to(DEVICE) for _ in range(2))
@@ -90,7 +90,7 @@ def test_linear_losses_second_backward_is_equal_and_second_derivatives_refused()
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
 def test_linear_losses_do_not_round_the_incoming_gradient_to_16_bits(way: str, chunk: int | None) -> None:
-    """A third, in bfloat16, is off by 2 in a thousand in every element alike."""
+    """A third, rounded to bfloat16, is off by 2 in a thousand in every element."""
     case = make_case("dense+trained", torch.bfloat16)
 
     def total(c: Case) -> Tensor:
@@ -107,7 +107,7 @@ def test_linear_losses_do_not_round_the_incoming_gradient_to_16_bits(way: str, c
 
 
 def test_linear_losses_with_loss_scale_do_not_overflow_float16() -> None:
-    """Hidden states of 500 times 65536 are beyond float16, the gradient of the weight is not."""
+    """Hidden states of 500 times 65536 exceed float16. The gradient of the weight does not."""
     g = torch.Generator().manual_seed(0)
     hidden, target = (
         (500 * torch.randn(N, H, generator=g)).half().to(DEVICE),
@@ -130,8 +130,8 @@ def test_linear_losses_with_loss_scale_do_not_overflow_float16() -> None:
 def test_linear_losses_of_a_trained_head_use_products_that_cuda_supports(
     monkeypatch: pytest.MonkeyPatch, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, chunk: int | None
 ) -> None:
-    """Of every pair of types: what CUDA's mm may write is the type of its factors, or float32 for 16 bits. The gradient is as
-    exact as one of its type can be."""
+    """For every pair of types, CUDA's mm writes the type of its factors, or float32 for 16 bits. The gradient is as
+    exact as its type allows."""
     asked: list[tuple[torch.dtype, torch.dtype]] = []
     right = heads.product
     monkeypatch.setattr(
@@ -155,7 +155,7 @@ def test_linear_losses_of_a_trained_head_use_products_that_cuda_supports(
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_losses_trained_head_with_create_graph(dtype: torch.dtype, chunk: int | None) -> None:
-    """The first derivative is as without it, the second is refused."""
+    """The first derivative does not change with create_graph. The second is refused."""
     case = make_case("dense+trained", dtype)
     hidden, weight = case.hidden.clone().requires_grad_(), case.head.weight.weight.detach().clone().requires_grad_()
     head = replace(case.head, weight=DenseWeight(weight))

@@ -1,4 +1,4 @@
-"""How many tokens a chunk of the linear losses has, by the memory of the device."""
+"""How many tokens a chunk of the linear losses has, given the memory of the device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peftlab_kernels.heads import Head
 from peftlab_kernels.lora_linear import DenseWeight
 
 
-def test_rows_of_a_chunk_are_no_more_where_nothing_is_spared() -> None:
-    """float16 sums in float32 whatever the chunks, and an operator that was not told defers nothing."""
+def test_num_tokens_per_chunk_is_no_larger_where_nothing_is_spared() -> None:
+    """float16 sums in float32 for any chunks. An operator that is not told to defer defers nothing."""
     head = Head(DenseWeight(torch.empty(128256, 4096, dtype=torch.float16, device="meta")))
     wanted, cpu = heads.Wanted(weight=True), torch.device("cpu")
     half = torch.empty(1, 4096, dtype=torch.float16, device="meta")
@@ -31,7 +31,7 @@ def test_rows_of_a_chunk_are_no_more_where_nothing_is_spared() -> None:
 def _card(
     monkeypatch: pytest.MonkeyPatch, total_gib: float, free_gib: float, *, share: float = 1.0, unused_gib: float = 0.0
 ) -> list[str]:
-    """A made-up GPU; the list gets a word for each call to the driver."""
+    """A fake GPU. The returned list gets a word for each call to the driver."""
     calls: list[str] = []
     total, free, unused = (int(gib * 2**30) for gib in (total_gib, free_gib, unused_gib))
     for name, value in {
@@ -62,7 +62,7 @@ def test_num_tokens_per_chunk_on_a_gpu(
     card = torch.device("cuda")
     _card(monkeypatch, total_gib, free_gib)
     assert heads.num_tokens_per_chunk(100_000, rows, card) == expected
-    # A process that may take a quarter of a larger card gets the chunks of a card of that size.
+    # A process that may use a quarter of a larger card gets the chunks of a card of that size.
     _card(monkeypatch, 4 * total_gib, free_gib, share=0.25)
     assert heads.num_tokens_per_chunk(100_000, rows, card) == expected
 
@@ -82,7 +82,7 @@ def _trained(dtype: torch.dtype, hidden_dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def test_num_tokens_per_chunk_takes_one_chunk_where_that_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum over chunks takes 4 bytes a weight beside the gradient in 16 bits; one chunk takes none."""
+    """A sum over chunks takes 4 bytes per weight besides the gradient in 16 bits. One chunk takes none."""
     sixteen, wide, card = _trained(torch.bfloat16), _trained(torch.float32), torch.device("cuda")
     assert sixteen.sum_bytes == wide.sum_bytes == sixteen.spared_bytes == 4 * 128256 * 4096 and wide.spared_bytes == 0
     _card(monkeypatch, 24, 10)

@@ -35,7 +35,7 @@ class LargestOutput(TorchDispatchMode):
 
 
 def test_linear_losses_make_no_tensor_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looked at inside the operators: from outside each is one call."""
+    """The test looks inside the operators, because from outside each is one call."""
     for module in (ce_op, kl_op):
         name = "linear_cross_entropy_op" if module is ce_op else "linear_kl_op"
         monkeypatch.setattr(module, name, torch.no_grad()(getattr(module, name)._init_fn))
@@ -52,7 +52,7 @@ def test_linear_losses_make_no_tensor_of_all_logits(monkeypatch: pytest.MonkeyPa
 
 
 def _large_allocations(step: Callable[[], Any], numel: int) -> list[int]:
-    """Bytes of each allocation of at least ``numel`` float32, and minus them where it is freed, in order."""
+    """Bytes of each allocation of at least ``numel`` float32, in order; a negative number where it is freed."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -60,7 +60,7 @@ def _large_allocations(step: Callable[[], Any], numel: int) -> list[int]:
 
 
 def _trained_loss(way: str, dtype: torch.dtype, *, chunk: int | None) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The weight of a trained head, large beside the logits of its 8 tokens, and their loss."""
+    """The weight of a trained head, large compared with the logits of its 8 tokens, and their loss."""
     classes, width = 4096, 64
     weight = torch.randn(classes, width).to(dtype).requires_grad_()
     head = Head(DenseWeight(weight))
@@ -79,8 +79,8 @@ def _trained_loss(way: str, dtype: torch.dtype, *, chunk: int | None) -> tuple[T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
 def test_linear_losses_hold_the_gradient_of_a_trained_head_once(way: str, dtype: torch.dtype) -> None:
-    """In float32: not again as zeros for the operator's own outputs, nor as a product with what flows back, nor as that of a
-    chunk."""
+    """In float32 there is one allocation: no zeros for the operator's outputs, no product with the incoming gradient,
+    none per chunk."""
     weight, total = _trained_loss(way, dtype, chunk=2)
     (expected,) = torch.autograd.grad(total(), weight)
     grads: list[Tensor] = []
@@ -97,7 +97,7 @@ def test_linear_losses_hold_the_gradient_of_a_trained_head_once(way: str, dtype:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["cross-entropy", "online"])
 def test_linear_losses_of_one_chunk_make_the_head_gradient_in_one_product(way: str, dtype: torch.dtype) -> None:
-    """Made in backward, in the type of the weight: no sum over chunks, nothing multiplied afterwards."""
+    """Backward makes it in the type of the weight, without a sum over chunks and without a later product."""
     weight, total = _trained_loss(way, dtype, chunk=None)
     held = weight.numel() * dtype.itemsize
     loss: list[Tensor] = []

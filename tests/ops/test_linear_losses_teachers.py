@@ -1,4 +1,4 @@
-"""linear_kl with each kind of teacher: online, dense, stored classes and their tail, mixtures."""
+"""linear_kl with each kind of teacher: online, dense, stored classes with a tail, mixtures."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_linear_kl_with_every_class_stored_equals_a_dense_teacher(backend: str, 
 @pytest.mark.parametrize("tail", kl.TAILS)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
 def test_linear_kl_ignores_filler_classes_of_probability_zero(tail: str, backend: str) -> None:
-    """Rows of fewer classes, as sampling gives: the rest of the row repeats a class that is there already."""
+    """Sampling gives rows of fewer classes. The rest of the row repeats a class that it has already."""
     case = make_case("dense+softcap", torch.float32)
     teacher = make_teacher(case, "sparse", k=4, tail=tail).teacher
     filled = SparseTeacher(
@@ -103,7 +103,7 @@ def test_linear_kl_ignores_filler_classes_of_probability_zero(tail: str, backend
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
 def test_linear_kl_tail_of_a_confident_student_is_precise(backend: str) -> None:
-    """Student tail mass about 1e-9: 1 less the mass of the stored classes would be 0 in float32."""
+    """The student's tail mass is about 1e-9. In float32, 1 minus the mass of the stored classes would be 0."""
     case = make_case("dense", torch.float32, n=4)
     logits = torch.full((4, V), -25.0)
     logits[:, :3] = torch.tensor([3.0, 2.0, 1.0])
@@ -135,10 +135,10 @@ def test_linear_kl_gives_the_teacher_no_gradient() -> None:
     [("jsd", 0.1, 2e-7), ("jsd", 0.5, 3e-7), ("skew_forward_kl", 0.5, 5e-7), ("skew_reverse_kl", 0.5, 5e-7)],
 )
 def test_linear_kl_mixtures_are_as_exact_as_with_a_logarithm(divergence: str, share: float, allowed: float) -> None:
-    """Two classes at every ratio of the probabilities, equal ones too; exchanged, they give the same values.
+    """Two classes at every ratio of the probabilities, including equal ones. Exchanged, they give the same values.
 
-    ``tl.log`` in place of the polynomial errs by 1.7e-7,
-    2.7e-7 and 4.3e-7; two degrees less would add 1e-6."""
+    ``tl.log`` in place of the polynomial errs by 1.7e-7, 2.7e-7 and 4.3e-7; two degrees less would add 1e-6.
+    """
     steps = torch.linspace(-12, 12, 25, dtype=torch.float64)
     student, teacher = (
         torch.stack([t.flatten(), torch.zeros(325, dtype=torch.float64)], 1)

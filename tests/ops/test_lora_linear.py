@@ -1,4 +1,4 @@
-"""lora_linear against the formula in float64: values, gradients, rounding, layouts, what it refuses."""
+"""lora_linear against the formula in float64: values, gradients, rounding, layouts, refused inputs."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def test_lora_linear_does_not_round_a_small_adapter_away(
     device: torch.device, force_plan: Any, backend: str, dtype: torch.dtype, ratio: float, autocast: bool, kind: str,
     how: str,
 ) -> None:  # fmt: skip
-    """|BA| is an eighth to a quarter of the spacing of 16-bit numbers near W. Added to an output that was rounded before,
-    half of the adapter is lost; a weight merged in float32 and rounded once carries all of it on average, and so does
-    an output that is rounded once."""
+    """|BA| is an eighth to a quarter of the spacing of 16-bit numbers near W. Half of the adapter is lost if it is
+    added to an output that is already rounded. A weight merged in float32 and rounded once carries all of it on
+    average. So does an output that is rounded once."""
     case = problem(kind, (512, 512, 512, 16), dtype, device)
     B = case.B.double() * (ratio / SCALE * case.W.norm() / (case.B.double() @ case.A.double()).norm())
     case = replace(case, B=B.to(dtype), bias=torch.zeros_like(case.bias))
@@ -154,7 +154,7 @@ def test_lora_linear_reference_equals_the_formula(device: torch.device) -> None:
 @EACH_DROPOUT
 @EACH_BACKEND
 def test_lora_linear_takes_more_and_fewer_dimensions(device: torch.device, backend: str, dropout: float) -> None:
-    """[T, B, K] seen as [B, T, K], and [K]."""
+    """Inputs are [T, B, K] viewed as [B, T, K], and [K]."""
     case = problem("int8", (60, 50, 130, 8), torch.float32, device, backend=backend, dropout=dropout)
     options = {"scale": SCALE, "dropout": dropout, "seed": torch.tensor(SEED), "backend": backend}
     x = case.x.view(5, 12, 50).transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_()

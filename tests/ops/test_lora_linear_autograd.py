@@ -1,4 +1,4 @@
-"""lora_linear in autograd: which gradients, what is saved, recomputed, refused and left alone."""
+"""lora_linear in autograd: which gradients it gives, what it saves and recomputes, what it refuses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_lora_linear_takes_strided_inputs_and_gradients(
 @EACH_DROPOUT
 @EACH_BACKEND
 def test_lora_linear_gradient_of_a_sum(device: torch.device, backend: str, dropout: float) -> None:
-    """``sum`` sends back one number seen as a matrix, with strides of 0."""
+    """``sum`` sends back one number as a matrix with strides of 0."""
     case = problem("nf4", (63, 50, 130, 8), torch.float32, device, backend=backend, dropout=dropout)
     case = replace(case, grad=torch.ones(1, 1, device=device).expand(63, 130))
     leaves = [t.clone().requires_grad_() for t in case.inputs()]
@@ -101,7 +101,7 @@ def test_lora_linear_gives_only_the_gradients_asked_for(
 def test_lora_linear_second_backward_gives_the_same_gradients(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, kind: str
 ) -> None:
-    """Also after another call has taken the same scratch memory."""
+    """This holds after another call has used the same scratch memory."""
     force_plan(how, how)
     case = problem(kind, (63, 50, 130, 8), torch.float32, device, backend=backend, dropout=dropout)
     other = problem(kind, (7, 50, 130, 4), torch.float32, device)
@@ -119,7 +119,7 @@ def test_lora_linear_second_backward_gives_the_same_gradients(
 def test_lora_linear_refuses_double_backward(
     device: torch.device, backend: str, dropout: float, loss: Callable[[Tensor], Tensor]
 ) -> None:
-    """As in a gradient penalty. What flows back from ``sum`` needs no gradient itself, but the result depends on A."""
+    """A gradient penalty does this. The gradient from ``sum`` needs no gradient itself, but the result depends on A."""
     case = problem("dense", (5, 10, 7, 2), torch.float32, device, backend=backend, dropout=dropout)
     leaves = [t.clone().requires_grad_() for t in case.inputs()]
     y = call(case, leaves, backend)
@@ -153,7 +153,7 @@ def test_lora_linear_does_not_change_its_inputs(
 
 
 def _saved_bytes(case: Case, backend: str) -> int:
-    """Bytes of the memory that autograd holds for backward beyond the inputs themselves."""
+    """Bytes that autograd holds for backward, without the inputs."""
     leaves = [t.clone().requires_grad_() for t in case.inputs()]
     held: dict[int, int] = {}
 
@@ -174,7 +174,7 @@ def _saved_bytes(case: Case, backend: str) -> int:
 def test_lora_linear_saves_only_s_and_the_mask(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, kind: str
 ) -> None:
-    """x A^T where the output is made of it, and under dropout one bit per element of x."""
+    """It saves x A^T if the output needs it, and with dropout one bit per element of x."""
     M, K, R = 63, 130, 4
     force_plan(how, how)
     case = problem(kind, (M, K, 50, R), torch.float16, device, backend=backend, dropout=dropout)
@@ -186,7 +186,7 @@ def test_lora_linear_saves_only_s_and_the_mask(
 def test_lora_linear_under_checkpointing_makes_s_once(
     device: torch.device, force_plan: Any, monkeypatch: pytest.MonkeyPatch, how: str, wanted: int
 ) -> None:
-    """Activation checkpointing throws away what the first forward saves. Where the output needs no S, backward makes it."""
+    """Activation checkpointing discards what the first forward saves. If the output needs no S, backward makes it."""
     force_plan(how, how)
     case = problem("nf4", (63, 50, 130, 8), torch.float32, device)
     made: list[Tensor] = []
@@ -213,7 +213,7 @@ def test_lora_linear_under_checkpointing_makes_s_once(
 def test_lora_linear_trains_after_inference_mode(
     device: torch.device, force_plan: Any, backend: str, how: str, dropout: float, kind: str
 ) -> None:
-    """An evaluation first, under inference mode: memory it allocated must serve training too."""
+    """An evaluation under inference mode comes first. The memory that it allocated must serve training too."""
     force_plan(how, how)
     case = problem(kind, (63, 50, 130, 8), torch.float32, device, backend=backend, dropout=dropout)
     runtime.release_scratch()

@@ -1,4 +1,4 @@
-"""lora_linear as a registered operator, and inside one compiled graph."""
+"""lora_linear as a registered operator and inside one compiled graph."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_lora_linear_passes_opcheck(device: torch.device, backend: str, dropout:
     )
 
 
-# Inductor's CPU code needs a C++ compiler, and half a minute for the first graph.
+# Inductor's CPU code needs a C++ compiler and half a minute for the first graph.
 COMPILERS = ["aot_eager"] + (["inductor"] if torch.cuda.is_available() else [])
 
 
@@ -52,7 +52,7 @@ COMPILERS = ["aot_eager"] + (["inductor"] if torch.cuda.is_available() else [])
 def test_lora_linear_compiles_into_one_graph(
     device: torch.device, backend: str, dropout: float, kind: str, compiler: str
 ) -> None:
-    """One graph, the seed drawn within it, and the results of eager code."""
+    """There is one graph, it draws the seed itself, and the results equal those of eager code."""
     case = problem(kind, (10, 50, 33, 4), torch.float32, device)
 
     def layer(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:

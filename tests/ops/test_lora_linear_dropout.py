@@ -29,7 +29,7 @@ from tests.ops.lora_linear_examples import (
 
 
 def _mask_of(M: int, K: int, dropout: float, seed: int, backend: str, device: torch.device, R: int = 4) -> Tensor:
-    """[M, ceil(K / 8)]: the packed mask that a call draws."""
+    """[M, ceil(K / 8)]: the packed mask of a call."""
     _, packed = passes.dropout_down(
         torch.zeros(M, K, device=device), torch.zeros(R, K, device=device), dropout, torch.tensor(seed), backend
     )
@@ -49,7 +49,7 @@ def test_lora_linear_triton_mask_equals_philox(device: torch.device, dropout: fl
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**40 + 3, 2**62 - 1])
 def test_lora_linear_pytorch_philox_equals_the_reference(device: torch.device, seed: int) -> None:
-    """What a GPU without Triton draws."""
+    """A GPU without Triton draws this mask."""
     for M, K in [(63, 130), (1, 1), (65, 50)]:
         want, value = philox_mask_reference(seed, M, K, 0.3), torch.tensor(seed, device=device)
         assert torch.equal(passes._philox(slice(0, M), K, threshold_of(0.3), value).cpu(), want)
@@ -58,8 +58,8 @@ def test_lora_linear_pytorch_philox_equals_the_reference(device: torch.device, s
 
 
 def test_lora_linear_philox_reference_gives_the_published_words() -> None:
-    """Known answers of Philox-4x32 with counter and key 0 (Random123, kat_vectors), 7 and 10 rounds: a lane of 16 bits
-    is kept at a threshold of itself and dropped at the next."""
+    """Known answers of Philox-4x32 with counter and key 0 (Random123, kat_vectors), 7 and 10 rounds. A lane of 16 bits
+    is kept at a threshold equal to itself and dropped at the next one."""
     published = {
         7: (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
         10: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
@@ -88,7 +88,8 @@ def test_lora_linear_mask_does_not_depend_on_the_tile(
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 @EACH_BACKEND
 def test_lora_linear_mask_keeps_the_right_share(device: torch.device, backend: str, dropout: float) -> None:
-    """Within 5 sigma: in all, in each of the 8 places of a byte, and agreeing with the mask of another seed."""
+    """The shares are within 5 sigma: in all, in each of the 8 places of a byte, and in agreement with the mask of
+    another seed."""
     M, K = 128, 400
     share = 1 - threshold_of(dropout) / 65536
 
@@ -119,7 +120,7 @@ def test_lora_linear_seed_gives_one_mask(device: torch.device, backend: str) -> 
 def test_lora_linear_torch_mask_in_pieces_equals_the_formula(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows beyond the first piece: the same rule for mask, values and gradients."""
+    """Rows beyond the first piece follow the same rule for mask, values and gradients."""
     monkeypatch.setattr(passes, "_PIECE", dict.fromkeys(passes._PIECE, 1000))
     case = problem("dense", (63, 50, 130, 8), torch.float64, device, dropout=0.3)
     check(run_op(case, "torch"), truth(case), TOLERANCE[torch.float64])
@@ -163,7 +164,7 @@ def test_lora_linear_checkpointing_replays_the_mask(device: torch.device, backen
 @pytest.mark.gpu
 @NEEDS_TRITON
 def test_lora_linear_in_a_cuda_graph_draws_a_new_mask_at_each_replay() -> None:
-    """Captured once; each replay has the mask of a seed of its own, and that mask is the NumPy reference's."""
+    """The graph is captured once. Each replay has its own seed, and its mask equals the NumPy reference's."""
     device = torch.device("cuda")
     case = problem("dense", (64, 48, 128, 8), torch.float16, device)
 
@@ -195,7 +196,7 @@ def test_lora_linear_in_a_cuda_graph_draws_a_new_mask_at_each_replay() -> None:
 
 
 def test_lora_linear_seed_stays_on_its_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its value is never asked for on the way to a kernel: on a GPU that would wait for the device, and be a constant of a
+    """No kernel launch reads the value of the seed. On a GPU that would wait for the device and become a constant of a
     captured graph."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the kernels need Triton")

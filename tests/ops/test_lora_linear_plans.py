@@ -1,4 +1,4 @@
-"""Each plan of lora_linear gives the same values; measured plans where they may not merge."""
+"""Each plan of lora_linear gives the same values, also measured plans that may not merge."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_lora_linear_library_plan_of_int8_equals_the_rounded_formula(
     row_absmax = rest.abs().amax(1, keepdim=True)
     rounded = torch.where(outliers, x, torch.round(rest * 127 / row_absmax) * row_absmax / 127)
     check(run_op(case, backend), truth(case, rounded), TOLERANCE[torch.float16])
-    # A write that is undone still counts: the backward of whoever saved x then fails.
+    # A write that is undone still counts: the backward of another operator that saved x would fail.
     version = case.x._version
     call(case, case.inputs(), backend)
     assert case.x._version == version
@@ -82,7 +82,7 @@ def test_lora_linear_library_plan_of_int8_equals_the_rounded_formula(
 def test_lora_linear_measured_plan_cannot_merge_dropout(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A table that asks for it is refused, or has no effect: the gradients stay right."""
+    """A table that asks for it is refused or has no effect. The gradients stay right."""
     row = {"device": plan._device_key(device.type, 0), "kind": "dense", "m": 64, "n": 130, "k": 50, "dropout": True}
     table = tmp_path / "plans.json"
     table.write_text(json.dumps({"plans": [row | {"forward": "split", "backward": "merged"}]}), encoding="utf-8")
@@ -115,7 +115,7 @@ def test_lora_linear_sixteen_bit_weights_are_never_merged(
     dtype: torch.dtype,
     merged: bool,
 ) -> None:
-    """A measured plan asks for it; only where W is not on the 16-bit grid of x does it get it."""
+    """A measured plan asks for a merge. It is used only if W is not on the 16-bit grid of x."""
     row = plan.key_of("dense", device, M=63, N=130, K=50, dropout=False)._asdict()
     table = tmp_path / "plans.json"
     table.write_text(json.dumps({"plans": [row | {"forward": "merged", "backward": "merged"}]}), encoding="utf-8")

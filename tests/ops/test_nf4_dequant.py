@@ -35,7 +35,8 @@ Op = Callable[..., Tensor]
 
 @pytest.fixture(autouse=True)
 def eager_bitsandbytes() -> Iterator[None]:
-    """bitsandbytes compiles its CPU path for an odd K, anew for each shape: seconds each, for the same bits."""
+    """bitsandbytes compiles its CPU path for an odd K, again for each shape. This takes seconds each and gives the same
+    bits."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -43,7 +44,7 @@ def eager_bitsandbytes() -> Iterator[None]:
 def quantized(
     N: int, K: int, device: torch.device, *, blocksize: int = 64, nested: bool = False, seed: int = 0
 ) -> tuple[NF4Weight, Any]:
-    """A random weight as our tensors and as bitsandbytes' quantization state, which shares them."""
+    """A random weight as our tensors and as bitsandbytes' quantization state, which share memory."""
     values = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).to(device)
     packed, state = import_bitsandbytes().functional.quantize_4bit(
         values, blocksize=blocksize, quant_type="nf4", compress_statistics=nested
@@ -82,14 +83,14 @@ def factors(weight: NF4Weight, rank: int, dtype: torch.dtype, *, ratio: float = 
 
 
 def half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance of neighbours in ``dtype`` at each value, in float64."""
+    """Half the distance between neighbours in ``dtype`` at each value, in float64."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(value.abs().clamp(min=info.smallest_normal))
     return torch.ldexp(torch.full_like(value, info.eps / 2), exponent - 1)
 
 
 def check_rounded_once(actual: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """Half a step of ``dtype``, and for the arithmetic in float32 before it 16 times its rounding of the largest."""
+    """Allows half a step of ``dtype``, plus 16 float32 roundings of the largest value for the arithmetic before it."""
     assert actual.dtype == dtype
     allowed = half_step(want, dtype) + 16 * 2**-24 * float(want.abs().max())
     excess = float(((actual.double() - want).abs() - allowed).max())
@@ -117,7 +118,7 @@ def test_nf4_dequant_equals_bitsandbytes_bit_for_bit(
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_nf4_dequant_reads_many_nested_blocks(device: torch.device, backend: str, dtype: torch.dtype) -> None:
-    """More than 256 blocks, so that a second entry of the nested scales is read."""
+    """With more than 256 blocks, a second entry of the nested scales is read."""
     weight, state = quantized(300, 130, device, nested=True)
     assert weight.nested is not None and weight.nested[1].numel() == 3
     check_exact(nf4_dequant, weight, state, dtype, backend)
@@ -139,8 +140,8 @@ def test_nf4_dequant_equals_the_formula(
 def test_nf4_dequant_of_blocks_that_span_rows_equals_the_formula(
     device: torch.device, backend: str, N: int, K: int, blocksize: int
 ) -> None:
-    """K is a multiple of 16 but not of the blocksize: on a CPU with AVX512 bitsandbytes 0.50.2 then errs by the size of
-    the weights (max error 1.4 for normal values), so it is no reference here."""
+    """K is a multiple of 16 but not of the blocksize. On a CPU with AVX512, bitsandbytes 0.50.2 then errs by the size
+    of the weights (max error 1.4 for normal values), so it is no reference here."""
     weight, _ = quantized(N, K, device, blocksize=blocksize)
     check_rounded_once(nf4_dequant(weight, dtype=torch.float32, backend=backend), truth(weight), torch.float32)
 
@@ -270,7 +271,7 @@ def test_nf4_dequant_refuses_backends_that_cannot_run(device: torch.device) -> N
 
 
 def test_nf4_dequant_in_float64_is_right_or_refused(device: torch.device) -> None:
-    """The types are float32, float16 and bfloat16; another must not return memory that nobody wrote."""
+    """Supported types are float32, float16 and bfloat16. Another type must not return uninitialized memory."""
     weight, _ = quantized(33, 130, device)
     try:
         values = nf4_dequant(weight, dtype=torch.float64, backend="torch")
@@ -284,7 +285,7 @@ def _swapped_nibbles(weight: NF4Weight, **kwargs: Any) -> Tensor:
 
 
 def _one_scale_off(weight: NF4Weight, **kwargs: Any) -> Tensor:
-    """The last block's scale 1 % too large; when nested, another entry of its code."""
+    """The last block's scale is 1 % too large. If nested, it takes another entry of its code."""
     absmax = weight.absmax.clone()
     absmax[-1] = absmax[-1] * 1.01 if weight.nested is None else 255 - absmax[-1].long()
     return nf4_dequant(replace(weight, absmax=absmax), **kwargs)

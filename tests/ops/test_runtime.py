@@ -1,4 +1,4 @@
-"""Whether Triton can run, on which device a kernel is launched, seeds: what needs a GPU is made up here."""
+"""Whether Triton can run, on which device a kernel is launched, and seeds. A fake GPU stands for a real one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_probe_out_of_memory_is_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_probe_does_not_run_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its look at the result would end the capture."""
+    """Reading the probe's result would end the capture."""
     probed = made_up_gpu(monkeypatch, (9, 0), sums=1.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert runtime.triton_problem(CUDA, products=True) is None and not probed
@@ -107,7 +107,7 @@ def test_probe_runs_outside_of_fake_tensor_mode(process: Any) -> None:
 
 
 def _interpreted(process: Any, code: str) -> str:
-    """What a program prints in a process of its own, in Triton's interpreter."""
+    """What a program prints in its own process, in Triton's interpreter."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "1"}
     return str(process.run(["-c", code], env=environment, check=True).stdout.strip())
 
@@ -117,7 +117,7 @@ def _on_cuda() -> Any:
 
 
 def test_products_need_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sm_75: kernels with products spill there, so PyTorch does those; dequantization and losses run on Triton."""
+    """On sm_75 kernels with products spill, so PyTorch does the products. Dequantization and losses run on Triton."""
     made_up_gpu(monkeypatch, (7, 5))
     assert runtime.choose_backend("auto", _on_cuda(), products=False) == "triton"
     assert runtime.choose_backend("auto", _on_cuda(), products=True) == "torch"
@@ -147,7 +147,7 @@ def test_kernels_note_is_none_without_a_gpu() -> None:
 
 
 class _Kernel:
-    """Notes which device is current when it is launched, and its options."""
+    """Notes its options and which device is current when it is launched."""
 
     def __init__(self, current: list[int]) -> None:
         self.current, self.launches = current, []
@@ -201,7 +201,7 @@ def test_launch_options_are_known_to_amds_backend() -> None:
 
 
 def test_launches_all_go_through_runtime() -> None:
-    """``kernel[grid](...)`` anywhere else would take the current device, whatever its tensors are on."""
+    """``kernel[grid](...)`` anywhere else would use the current device, not that of the tensors."""
     for path in (ROOT / "kernels" / "peftlab_kernels").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
@@ -247,6 +247,6 @@ def test_plan_rule_by_device_and_storage(device: str, kind: str, dropout: bool, 
 
 
 def test_plan_rule_of_pytorch_on_a_gpu_does_not_merge() -> None:
-    """It would go through float32 copies of the weight."""
+    """PyTorch would make float32 copies of the weight."""
     for kind in ("nf4", "int8"):
         assert plan.rule("sm_75", kind, M=2048, N=4096, K=4096, dropout=False, backend="torch").backward == "split"

@@ -1,4 +1,4 @@
-"""The lock file: complete, loads again to the same settings, atomic, and checked when the run is repeated."""
+"""The lock file: complete, atomic, loads to the same settings, and checked when the run is repeated."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_check_lock_accepts_a_recipe_without_a_lock() -> None:
 def test_check_lock_accepts_what_has_not_changed(tmp_path: Path) -> None:
     loaded = lock_of(SETTINGS, tmp_path / "recipe.lock.yaml")
     assert check_lock(loaded, fingerprints=FINGERPRINTS) == []
-    # Known on one side only: nothing to compare.
+    # Only one side has these fingerprints, so there is nothing to compare.
     assert check_lock(loaded, fingerprints={"eval data": "d" * 64, "teacher": "e" * 64}) == []
 
 

@@ -1,4 +1,4 @@
-"""The rows of ``specs``: each has what it names, and nothing exists that has no row."""
+"""The rows of ``specs``: everything that a row names exists, and everything that exists has a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal language modelling: which tokens are trained, the loss they give, and answers among choices."""
+"""Causal language modelling: which tokens are trained, the loss, and answers among choices."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_end_of_text_is_written_once(tokenizer: Any, text: str) -> None:
 
 @pytest.mark.parametrize("special", ["<|im_start|>", "<|unk|>", "<|pad|>"])
 def test_special_token_inside_a_text_does_not_end_it(tokenizer: Any, special: str) -> None:
-    """Only what follows the token that *ends* the answer is untrained, not what follows any special token."""
+    """Only tokens after the one that *ends* the answer are untrained, not those after any special token."""
     assert masks(tokenizer, [{"prompt": "Q", "completion": f"a{special}b"}]) == [
         (False, "Q"),
         (True, f"a{special}b" + EOS),
@@ -197,7 +197,7 @@ MIXED = [{"q": "how", "a": "yes"}, {"q": "what is it", "a": "no, it is longer"},
 
 
 def full_logits_loss(model: Any, batch: Batch) -> Any:
-    """The textbook loss: all logits, labels -100 where nothing is trained, shifted by one."""
+    """The textbook loss: all logits, label -100 for untrained tokens, shifted by one."""
     labels = batch.input_ids.masked_fill(~batch.trained, -100)
     logits = model(**batch.inputs).logits.double()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
@@ -310,7 +310,7 @@ def test_head_transforms_logits_as_each_family_does(family: str) -> None:
     }
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(configs[family]()).double().eval()
-    for parameter in model.parameters():  # as a loaded backbone: frozen, so that the op itself is used
+    for parameter in model.parameters():  # like a loaded backbone: frozen, so that the op itself is used
         parameter.data.mul_(4.0)
         parameter.requires_grad_(False)
     ids = torch.randint(3, 50, (2, 7))
@@ -332,7 +332,7 @@ CHOICES = [
 
 
 def constrained_decoding(model: Any, prompt: list[int], choices: list[list[int]], end: int) -> tuple[int, float]:
-    """Greedy decoding with every token forbidden that leads to no choice; probabilities over the allowed ones."""
+    """Greedy decoding that allows only tokens which lead to a choice. Probabilities are over the allowed tokens."""
     written, probability = [], 1.0
     while True:
         logits = model(input_ids=torch.tensor([prompt + written])).logits[0, -1].double()
@@ -360,7 +360,7 @@ def test_choices_agree_with_constrained_decoding(
         model = tiny("tiny:llama", seed=seed).eval()
         for name, p in model.named_parameters():
             if "lora" in name:
-                p.data.mul_(8)  # logits far enough apart that every choice wins somewhere
+                p.data.mul_(8)  # spreads the logits so that every choice wins somewhere
         with torch.no_grad():
             prompts = [p.tolist() for p in task._rows_prompt_ids(rows)]
             want = [constrained_decoding(model, p, ids, tokenizer.eos_token_id) for p in prompts]
@@ -383,7 +383,7 @@ def test_choices_that_are_always_the_first_are_caught(
 
 
 def test_choices_that_are_nested_end_with_the_trained_token(tokenizer: Any, tiny: Callable[..., Any]) -> None:
-    """Many chat models end a turn with another token than the tokenizer's eos; "ab" and "a" part at that token."""
+    """Many chat models end a turn with another token than the tokenizer's eos. "ab" and "a" differ at that token."""
     tokenizer.eos_token = "<|unk|>"
     rows = rows_of([{"q": str(i), "a": "x"} for i in range(8)])
     task = make(tokenizer, rows, template=CHAT, choices=["x", "xy"])
@@ -437,7 +437,7 @@ def test_exact_match_equals_greedy_generation(tokenizer: Any, tiny: Callable[...
 
 
 def test_generation_is_independent_of_batching(tokenizer: Any, tiny: Callable[..., Any]) -> None:
-    """Left padding must not change an answer, nor the order of the results."""
+    """Left padding must change neither an answer nor the order of the results."""
     rows = rows_of([{"q": "x" * n, "a": "y"} for n in (3, 30, 1, 12)])
     task = make(tokenizer, rows, template=CHAT)
     model = tiny("tiny:llama").eval()
@@ -449,7 +449,7 @@ def test_generation_is_independent_of_batching(tokenizer: Any, tiny: Callable[..
 
 
 def test_head_is_verified_on_the_start_of_a_row_only() -> None:
-    """All logits of a long row, twice and in float32, could be gigabytes that training itself never needs."""
+    """All logits of a long row, twice and in float32, could be gigabytes that training never needs."""
     from peftlab.models import find_pretrained, load_model
 
     model = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")

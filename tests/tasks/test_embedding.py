@@ -1,4 +1,4 @@
-"""Sentence embeddings: pooling by hand, the files of sentence-transformers, and a distillation from end to end."""
+"""Sentence embeddings: pooling by hand, the files of sentence-transformers, and a whole distillation."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_distillation_gradient_equals_plain_pytorch_for_any_split() -> None:
 
 
 def test_parity_gate_finds_a_mean_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deliberate fault: padding counts as text."""
+    """The deliberate fault: padding counts as text."""
     import peftlab.tasks.embedding as module
 
     teacher, _ = bert(seed=1)
@@ -201,7 +201,7 @@ def test_distill_from_random_weights_scores_no_cut_student(tmp_path: Path) -> No
     assert row["cut"] is None
     weights = [(tmp_path / "run" / f"seed-{i}" / "init" / "model.safetensors").read_bytes() for i in (0, 1)]
     assert weights[0] != weights[1]
-    # Of other widths the losses between vectors are those of similarities.
+    # If the widths differ, losses between vectors compare similarities.
     assert not any(row["name"] == "cosine" for row in run.summary["card"]["metrics"])
 
 

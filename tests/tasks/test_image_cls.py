@@ -130,7 +130,7 @@ def test_loss_and_gradient_equal_plain_pytorch_for_any_split() -> None:
         parts = torch.arange(6).split(split)
         loss = sum(task.loss_sum(model, task.collate([examples[i] for i in part], "cpu")) for part in parts)
         torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)  # pixel values are made in float32
-        # Tiny entries of the slope are sums of larger ones, which have float32's error too.
+        # Tiny entries of the slope are sums of larger ones and have their float32 error.
         torch.testing.assert_close(torch.autograd.grad(loss, model.classifier.weight)[0], slope, rtol=1e-5, atol=1e-7)
 
 
@@ -168,7 +168,7 @@ def test_lora_trains_the_head_in_full() -> None:
 
 
 def test_parity_gate_finds_images_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deliberate fault: labels stay where they were."""
+    """The deliberate fault: labels keep their order."""
     from peftlab.errors import VerificationError
 
     model, task = vit()

@@ -1,4 +1,4 @@
-"""The contract on models of transformers: soft-cap, logit scale, an adapter on the head, a teacher that is the base."""
+"""The head on models of transformers: soft-cap, logit scale, an adapter on the head, a teacher that is the base."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def small(family: str, *, seed: int, **options: Any) -> Any:
 
 
 def batch() -> tuple[dict[str, Tensor], Tensor]:
-    """Rows of two lengths, padded on the right, the prompts not trained."""
+    """Rows of two lengths, padded on the right, with untrained prompts."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(1, V, (3, 9), generator=g)
     mask = torch.arange(9) < torch.tensor([9, 6, 4])[:, None]
@@ -102,7 +102,7 @@ def test_loss_of_the_head_with_soft_cap_or_logit_scale_equals_the_models(student
 
 @pytest.mark.parametrize("teacher", ["gemma2", "cohere", "granite"])
 def test_head_without_soft_cap_or_scale_is_caught(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:
-    """The value is wrong, and the head notices before a loss is made."""
+    """The value is wrong, and the head finds it before it computes a loss."""
     own, taught = small("llama", seed=0), small(teacher, seed=1)
     goal = Objective()
     want = step_loss(own, taught, goal, of_the_model)
@@ -137,7 +137,7 @@ def test_head_with_an_adapter_uses_it() -> None:
 
 
 def test_teacher_that_is_the_base_of_the_student_has_no_dropout_or_adapter() -> None:
-    """One set of weights, in both roles in turn: dropout off and adapter off for one, both on for the other."""
+    """One set of weights has both roles in turn. The teacher has dropout and adapter off, the student has both on."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(

@@ -34,7 +34,7 @@ def rows_of(texts: list[Any], labels: list[Any]) -> Rows:
 
 @pytest.fixture
 def tokenizer(tokenizer_of: Callable[[str], Any]) -> Any:
-    """As BERT's: every text ends with a separator."""
+    """A tokenizer like BERT's: every text ends with a separator."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tokenizer_of("tiny:bert")
@@ -49,7 +49,8 @@ def encode(task: SequenceClassification, rows: Rows, **options: Any) -> Any:
 
 
 def step_loss(task: Any, model: Any, encoded: Any, grouping: str, batch_size: int) -> float:
-    """The loss of one optimizer step over all rows, as the loop computes it: sums over the weight of the whole step."""
+    """The loss of one optimizer step over all rows, as the loop computes it: sums divided by the weight of the whole
+    step."""
     plan = BatchPlan(
         encoded.lengths, batch_size=batch_size, accumulate=99, grouping=grouping, max_steps=1, split_cost=0
     )
@@ -112,7 +113,7 @@ def test_label_that_training_did_not_have_is_refused(tokenizer: Any) -> None:
 
 
 def test_held_out_rows_may_lack_a_named_class(tokenizer: Any) -> None:
-    """data.label_names maps 3 values; a small held-out part need not have all of them."""
+    """data.label_names has 3 values. A small held-out part need not have all of them."""
     task = SequenceClassification(tokenizer, labels=Labels(NAMES, value_names={"0": "neg", "1": "pos", "2": "mid"}))
     encoded = encode(task, rows_of(["a", "b"], ["0", "1"]), training=False)
     assert [e.label for e in encoded.examples] == [NAMES.index("neg"), NAMES.index("pos")]
@@ -163,7 +164,7 @@ def test_predict_needs_no_label_column(tokenizer: Any, tiny: Callable[..., Any])
 def test_empty_text_names_its_row_or_trains(
     tokenizer_of: Callable[[str], Any], tiny: Callable[..., Any], grouping: str
 ) -> None:
-    """A tokenizer without special tokens makes no token of it."""
+    """A tokenizer without special tokens makes no tokens of an empty text."""
     task = SequenceClassification(tokenizer_of("tiny:bert"), labels=Labels(NAMES))
     model = tiny("tiny:bert", **task.model_kwargs())
     try:

@@ -1,4 +1,4 @@
-"""Answers that a model has written: their tokens, and what of them is trained."""
+"""Answers that a model writes: their tokens, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def answers_of(task: Any, template: dict[str, str], *, end: bool) -> list[np.nda
 def test_answer_that_ended_is_trained_like_a_row_of_the_data(
     tokenizer_of: Callable[[str], Any], template: dict[str, str]
 ) -> None:
-    """The same text as a row of the data gives the same example, up to what a template writes after the end of a turn,
-    which is not trained and comes after all that is."""
+    """The same text gives the same example as a row of the data, up to the end of the turn. What a template writes
+    after it is not trained."""
     task = task_of(tokenizer_of("tiny:llama"), template)
     theirs = task.encode(ROWS, max_length=512, too_long="error", training=True)
     ours = task.encode_answers(ROWS, answers_of(task, template, end=True), max_length=512)
@@ -53,7 +53,7 @@ def test_answer_that_ended_is_trained_like_a_row_of_the_data(
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "completion"])
 def test_answer_that_was_cut_off_gets_no_end(tokenizer_of: Callable[[str], Any], template: dict[str, str]) -> None:
-    """Its words are trained and nothing else: the formatter would have closed it, and taught to stop there."""
+    """Only its words are trained. The formatter would have added an end and taught the model to stop there."""
     task = task_of(tokenizer_of("tiny:llama"), template)
     answers = answers_of(task, template, end=False)
     encoded = task.encode_answers(ROWS, answers, max_length=512)
@@ -65,7 +65,7 @@ def test_answer_that_was_cut_off_gets_no_end(tokenizer_of: Callable[[str], Any],
 
 
 def test_answer_tokens_stay_as_written(tokenizer_of: Callable[[str], Any]) -> None:
-    """A split into tokens that the tokenizer would not make: half of a character's bytes, which are no text."""
+    """The tokens are half of a character's bytes. They are no text, and the tokenizer would not split a text so."""
     task = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0])
     half = task.tokenizer("\u00e9", add_special_tokens=False).input_ids[:1]
     answers = [np.array([*half, END], dtype=np.int32)] * 3
@@ -75,7 +75,7 @@ def test_answer_tokens_stay_as_written(tokenizer_of: Callable[[str], Any]) -> No
 
 
 def test_answers_that_are_empty_are_dropped_and_counted(tokenizer_of: Callable[[str], Any]) -> None:
-    """Also one that is nothing but its end."""
+    """An answer that has only its end is empty too."""
     task = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0])
     answers = [np.zeros(0, dtype=np.int32), np.array([END], dtype=np.int32), np.array([100, END], dtype=np.int32)]
     encoded = task.encode_answers(ROWS, answers, max_length=512)
@@ -91,7 +91,7 @@ def test_answered_without_answers_is_empty() -> None:
 
 
 def test_write_answers_equals_greedy_generation(tiny: Any, tokenizer_of: Callable[[str], Any]) -> None:
-    """``write_answers`` and ``generate`` say the same, and an answer stops at its first end."""
+    """``write_answers`` and ``generate`` give the same text, and an answer stops at its first end."""
     task, model = task_of(tokenizer_of("tiny:llama"), TEMPLATES[0]), tiny("tiny:llama", adapter=False).eval()
     options = {"batch_tokens": 4096, "max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0}
     written = dict(task.write_answers(model, ROWS, **options))

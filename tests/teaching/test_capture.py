@@ -1,4 +1,4 @@
-"""A teacher's targets from disk: what a student learns from them is what it learns from the teacher beside it."""
+"""A teacher's targets from disk: a student learns the same from them as from the live teacher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TASKS = ["causal_lm", "seq_cls"]
 
 @pytest.fixture(scope="module")
 def taught(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data and a teacher of each task."""
+    """A folder with data and a teacher for each task."""
     folder = tmp_path_factory.mktemp("taught")
     write_data(folder)
     for task in TASKS:
@@ -84,8 +84,8 @@ def test_cache_of_all_classes_or_hidden_states_equals_the_live_teacher(here: Pat
     document = lesson(task, temperature=2.0, cache="cache", targets=targets)
     teach(document, progress=SilentProgress())
     stored = step_of(document, here)
-    beside = step_of(lesson(task, temperature=2.0), here)
-    assert_same_step(stored, beside, 1e-6)
+    live = step_of(lesson(task, temperature=2.0), here)
+    assert_same_step(stored, live, 1e-6)
 
 
 def test_cache_of_routed_teachers_equals_the_live_teachers(here: Path) -> None:
@@ -101,7 +101,7 @@ def test_cache_of_routed_teachers_equals_the_live_teachers(here: Path) -> None:
 
 
 def test_cache_records_of_other_examples_are_caught(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault: a cache that is read by the place in the batch and not by the example."""
+    """The fault: the cache is read by the position in the batch, not by the example."""
     document = lesson("causal_lm", cache="cache", targets={"k": 260, "values": "float32"})
     teach(document, progress=SilentProgress())
     right = CachedSplit.read
@@ -132,7 +132,7 @@ def test_cached_teacher_is_not_loaded_while_a_student_trains(here: Path, monkeyp
     ids=str,
 )
 def test_teach_plan_equals_what_a_capture_takes(here: Path, task: str, targets: Any, tolerance: float | None) -> None:
-    """Draws may fall on one class: of them the plan is the most that it can be."""
+    """Several draws may give one class, so the plan of sampled targets is an upper bound."""
     document = lesson(task, cache="cache", targets=targets)
     before = contents(here)
     (planned,) = teach(document, plan=True, progress=SilentProgress())["teachers"]
@@ -150,7 +150,7 @@ def test_teach_plan_equals_what_a_capture_takes(here: Path, task: str, targets: 
 
 
 class StopAt(SilentProgress):
-    """Ctrl-C once so many examples are stored."""
+    """Presses Ctrl-C once ``at`` examples are stored."""
 
     def __init__(self, at: int) -> None:
         self._at = at

@@ -1,4 +1,4 @@
-"""A student of stored targets trains without its teacher in memory."""
+"""A student of cached targets trains without its teacher in memory."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def test_stored_teacher_takes_its_columns_from_the_cache(tmp_path: Path, monkeyp
     student = assembly.model()
     loss = stored.loss(assembly, student, taught.rows, taught.train)
     batch = assembly.task.collate(taught.train.examples[:3], "cpu")
-    assert abs(float(loss(student, batch))) < 1e-2  # it is its own teacher
+    assert abs(float(loss(student, batch))) < 1e-2  # the student is its own teacher
     assert stored.columns() == online

@@ -27,7 +27,7 @@ FILES = [
 
 
 def trained(tiny: Callable[..., Any], steps: int = 2, **options: Any) -> tuple[Any, Any]:
-    """A model after a few optimizer steps with made-up gradients."""
+    """A model after a few optimizer steps with random gradients."""
     model = tiny("tiny:llama", **options)
     optimizer = make_optimizer(model, "adamw", lr=0.01, betas=(0.9, 0.999), weight_decay=0.0)
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The loss of a distillation against a plain loop over rows: each row alone, full logits, torch's own functions, float64."""
+"""The loss of a distillation against a plain loop over single rows: full logits, torch's own functions, float64."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def plain_divergence(kind: str, student: Tensor, teacher: Tensor, *, temperature
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for, in plain values. losses: (kind, weight)."""
+    """The goal in plain values. losses: (kind, weight)."""
 
     losses: Sequence[tuple[str, float]] = (("forward_kl", 1.0),)
     hard_weight: float = 0.0
@@ -66,12 +66,13 @@ class Goal:
     share: float = 0.5
 
 
-# A teacher of the reference: its logits for one row [1, T], its weight, whether it teaches the row.
+# A teacher of the reference: a function that gives logits for one row [1, T], its weight, and whether it teaches the
+# row.
 Voice = tuple[Callable[[Any, Tensor], Tensor], float, Callable[[Tensor], bool]]
 
 
 class Bench:
-    """A student, a batch, and what its loss should be."""
+    """A student, a batch, and the loss that they should give."""
 
     task: Any
 
@@ -184,7 +185,7 @@ class Classes(Bench):
 
 
 def moved(model: Any, seed: int, scale: float = 0.3) -> Any:
-    """The model with other weights, so that it has something to teach."""
+    """The model with other weights, so that a student can learn from it."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -270,7 +271,7 @@ def test_distill_loss_of_two_weighted_teachers(lab: Lab) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_distill_loss_of_routed_teachers_and_the_backbone(lab: Lab, packed: bool) -> None:
-    """A row of one teacher weighs as much as a row of three."""
+    """A row of one teacher weighs as much as a row of three teachers."""
     backbone = BackboneTeacher(lab.texts.task, columns=lab.texts.columns)
     shares = [
         Share(taught_by(lab.texts, lab.lm), 2.0, even),
@@ -309,14 +310,14 @@ def test_distill_loss_of_a_teacher_with_its_own_tokenizer(lab: Lab) -> None:
 
 
 def test_distill_loss_of_rows_without_labels(lab: Lab) -> None:
-    """They have weight 1, and no class that a loss could read."""
+    """Such rows have weight 1 and no class that a loss could read."""
     bench = Classes(lab.classes.student, lab.classes.task.tokenizer, labelled=False)
     assert [(e.weight, e.label) for e in bench.examples] == [(1.0, None)] * len(CLASSIFIED)
     bench.check(Goal(temperature=2.0), [Share(taught_by(bench, lab.classifier))], [voice(lab.classifier)])
 
 
 def padded_vocabulary(tiny: Any, tokenizer_of: Any) -> tuple[Texts, Any]:
-    """A student and a teacher whose logits have four columns that are no tokens, the teacher's with much weight."""
+    """A student and a teacher whose logits have four columns beyond the vocabulary. The teacher's have much weight."""
     from transformers import AutoModelForCausalLM
 
     config = tiny_config("tiny:llama", dtype=torch.float64)
@@ -352,7 +353,7 @@ def test_taught_logits_equal_the_mixture_of_teachers(lab: Lab) -> None:
         torch.testing.assert_close(mixture.rows(chosen).softmax(-1), right[chosen], rtol=1e-9, atol=1e-12)
 
 
-# Deliberate faults, each with the check that must notice it.
+# Deliberate faults, each with the check that must find it.
 
 
 @contextlib.contextmanager
@@ -389,7 +390,7 @@ def mask_shifted(patch: Any) -> None:
 
     def later(self: Any, batch: Any) -> Any:
         own = right(self, batch)
-        # Where the first prediction is that of the second token, none is lost.
+        # If the first prediction is that of the second token, none is lost.
         return replace(own, trained=torch.where(own.trained[:, 1:2], own.trained, own.trained.roll(-1, 1)))
 
     patch.setattr(ModelTeacher, "_own", later)
@@ -415,7 +416,7 @@ def adapter_left_on(patch: Any) -> None:
 
 
 def labels_on_top(patch: Any) -> None:
-    """CE + D in place of their weighted mean."""
+    """CE + D instead of their weighted mean."""
     right = DistillLoss._loss_sum
 
     def wrong(self: Any, goal: Any, outputs: Any, taught: Any, weights: Any) -> Tensor:

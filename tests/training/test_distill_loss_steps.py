@@ -1,4 +1,4 @@
-"""Contract C3 for a distillation: however a step is cut, its loss and gradient are those of its rows one by one."""
+"""Contract C3 for a distillation: for any split of a step, its loss and gradient equal those of its rows one by one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def soft(own: Tensor, taught: Tensor) -> Tensor:
 
 
 class DistillLab(LanguageLab):
-    """Two losses from a model that teaches texts of an even length, and from the backbone, which teaches all."""
+    """Two losses from two teachers: a model for texts of an even length, and the backbone for all texts."""
 
     def __init__(self, model: Any, tokenizer: Any, accelerator: Any, folder: Path, teacher: Any) -> None:
         super().__init__(model, tokenizer, accelerator, folder)
@@ -75,7 +75,7 @@ class DistillLab(LanguageLab):
 
 
 class DistillClasses(ClassLab):
-    """A teacher whose classes are in another order; each row weighs what its class does."""
+    """A teacher whose classes are in another order. Each row weighs as much as its class."""
 
     def __init__(self, tiny: Any, tokenizer: Any, accelerator: Any, folder: Path, teacher: Any) -> None:
         super().__init__(tiny, tokenizer, accelerator, folder)
@@ -134,7 +134,7 @@ def test_distill_step_of_classes_does_not_depend_on_the_split(classes: DistillCl
 
 
 def test_distill_step_that_averages_micro_batches_is_caught(texts: DistillLab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mean over each micro-batch, as most distillation code has it."""
+    """The fault is a mean over each micro-batch, as in most distillation code."""
     right = DistillLoss.__call__
 
     def mean(self: Any, student: Any, batch: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses between layers against plain loops over rows: each row alone, hooks of the test's own, the model's eager attention."""
+"""Losses between layers against plain loops over single rows, with hooks of the test and the model's eager attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYERS = ((0, 1), (1, 0))
 
 
 def layer_output(model: Any, path: str, ids: Tensor) -> Tensor:
-    """[T, H] what the module at ``path`` puts out for one row."""
+    """[T, H]: the output of the module at ``path`` for one row."""
     outputs = []
     hook = model.get_submodule(path).register_forward_hook(lambda m, a, out: outputs.append(out))
     model(input_ids=ids[None])
@@ -92,7 +92,7 @@ def plain(
     return sum(losses) / len(losses)
 
 
-# Transformers' eager attention rounds its probabilities to float32, and the loss is of small differences between two.
+# transformers' eager attention rounds its probabilities to float32, and the loss is a small difference between two.
 WITHIN = {"attention_kl": 1e-5}
 LLAMA = {"layer": "model.layers.{}"}
 BERT = {
@@ -127,7 +127,7 @@ def texts_case(tiny: Any, tokenizer_of: Any) -> tuple[Texts, Any]:
 
 
 def wanted_of_texts(bench: Texts, teacher: Any, kind: str, layers: tuple[tuple[int, int], ...] = LAYERS) -> Tensor:
-    """Each row as often as it has trained tokens."""
+    """Each row counts as often as it has trained tokens."""
     student = bench.student.get_base_model()
     return sum(
         trained * plain(kind, student, teacher, torch.tensor(e.ids, dtype=torch.int64), layers, LLAMA)
@@ -164,7 +164,7 @@ def test_inner_losses_of_weighted_classes_equal_the_definition(kind: str, tiny: 
 
 
 def test_inner_losses_add_to_a_divergence_and_labels(tiny: Any, tokenizer_of: Any) -> None:
-    """The share of the labels is taken from the sum of both; each loss has its weight."""
+    """The share of the labels is taken from the sum of both losses. Each loss has its weight."""
     bench, teacher = texts_case(tiny, tokenizer_of)
     shares = [Share(ModelTeacher(teacher, bench.task, device="cpu"))]
     inner = InnerLosses([InnerTerm("hidden_mse", 0.3, LAYERS)])
@@ -255,7 +255,7 @@ def test_plan_inner_losses_refuses_layers_that_cannot_be_compared(tiny: Any) -> 
 def test_inner_losses_deliberate_faults_are_caught(
     tiny: Any, tokenizer_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Padding counted as tokens; one weight for all rows; no causal mask."""
+    """The faults: padding counts as tokens, all rows have one weight, the causal mask is missing."""
     bench, teacher = texts_case(tiny, tokenizer_of)
 
     def fails(kind: str) -> None:

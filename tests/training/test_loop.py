@@ -1,4 +1,5 @@
-"""The training loop (its normalisation: test_normalisation.py): stops that lose nothing, and runs that go on bit by bit."""
+"""The training loop: stops that lose nothing, and resumed runs with the same bytes. test_normalisation.py has its
+normalisation."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def make_rows(count: int, marked: int | None = None) -> Rows:
 
 
 class Bench:
-    """What a loop is made of, so that a test says only what it is about."""
+    """What a loop needs, so that a test states only its subject."""
 
     def __init__(self, tiny: Any, tokenizer: Any, accelerator: Any, folder: Path, **options: Any) -> None:
         self.rows = make_rows(options.pop("count", 12), options.pop("marked", None))
@@ -175,7 +176,7 @@ def test_loop_nan_stops_before_the_weights_change(
 def test_loop_rank_without_a_micro_batch_names_the_first(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes part with the first one, and a NaN times 0 is one."""
+    """An idle rank computes the first micro-batch times 0, and NaN times 0 is NaN."""
     b = bench()
     right = CausalLM.loss_sum
     monkeypatch.setattr(CausalLM, "loss_sum", lambda *args: right(*args) * float("nan"))
@@ -234,7 +235,7 @@ def test_loop_ctrl_c_before_the_first_step_saves_nothing(
 def test_loop_ctrl_c_within_a_step_loses_only_that_step(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the micro-batches of step 3 are done: neither their gradients nor their random numbers may stay."""
+    """Half of the micro-batches of step 3 are done. Neither their gradients nor their random numbers may stay."""
     b, right, calls = bench(dropout=0.3), CausalLM.loss_sum, []
     plan = {"batch_size": 2, "accumulate": 2, "grouping": "none", "max_steps": 6}
     b.loop(**plan).run()

@@ -1,4 +1,4 @@
-"""A run whose steps are planned in parts: the parts of the plan, and a loop that stops at the end of one and goes on."""
+"""A run whose steps are planned in spans: the spans of the plan, and a loop that stops at the end of one and resumes."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Rates(SilentProgress):
 def test_spans_on_the_same_rows_equal_the_whole_run(
     tiny: Any, tokenizer_of: Callable[[str], Any], accelerator: Any, tmp_path: Path
 ) -> None:
-    """Three steps and three steps, through a checkpoint and another model, leave the weights of six, and count as much.
-    The second part sees what the whole run sees then: rows of its second epoch."""
+    """Two spans of three steps, with a checkpoint and another model between them, give the weights and counts of six
+    steps. The second span sees the rows of its second epoch, as the whole run does."""
     tokenizer = tokenizer_of("tiny:llama")
     rows = Rows.from_dicts([{"prompt": "why " * i, "completion": "so" * (1 + i % 3)} for i in range(6)], name="rows")
     formatter = Formatter(tokenizer, columns={}, template=None, available=list(rows.columns))
@@ -87,7 +87,7 @@ def test_spans_on_the_same_rows_equal_the_whole_run(
     assert not list_checkpoints(tmp_path / "whole" / "checkpoints")
 
     class Later(BatchPlan):
-        """The second epoch of ``plan``, as the first of a plan of its own."""
+        """The second epoch of ``plan``, as the first epoch of its own plan."""
 
         def step(self, index: int) -> Any:
             return plan.step(index)

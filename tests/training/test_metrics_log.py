@@ -1,4 +1,4 @@
-"""The metrics log: lines, non-finite values, torn lines, resume; and the memory readings that go into it."""
+"""The metrics log: lines, non-finite values, torn lines and resume; and the memory readings that it stores."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Contract C3: the loss of a step is its sum over trained tokens divided once by their number, however the step is cut.
+"""Contract C3: for any split, the loss of a step is its sum over trained tokens divided once by their number.
 
-The reference knows no batches: each row alone and unpadded, PEFT's own layers, all logits, float64. A step is the sum over
-its rows divided by what they weigh together; the weights do not move, so every row is computed once. Packed steps are
-compared with all their rows in one padded batch as well.
+The reference has no batches: each row alone and unpadded, PEFT's own layers, all logits, float64. A step is the sum
+over its rows divided by their total weight. The weights of the model do not move, so every row is computed once.
+Packed steps are also compared with all their rows in one padded batch.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from peftlab.training.loop import LoopSettings, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog, read_metrics
 from peftlab.training.progress import SilentProgress
 
-# The head too, so that PEFT's own path takes its logits.
+# The head is a target too, so that PEFT's own path computes its logits.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 LM_MODEL = {"dtype": "float64", "rank": 2, "targets": TARGETS}
 CLASS_WEIGHTS = {"mid": 1.0, "neg": 0.3, "pos": 7.1}
 NAMES = list(CLASS_WEIGHTS)
 
 Gradient = dict[str, Tensor]
-# What the optimizer got in each step, and what the metrics say of it.
+# The gradients that the optimizer got in each step, and the metrics of the step.
 Steps = list[tuple[Gradient, dict[str, Any]]]
 
 
@@ -57,7 +57,7 @@ class Seen(SilentProgress):
 
 
 class Lab:
-    """One model, and the real loop over rows made to measure; ``row_sum`` is the reference."""
+    """One model, and the real loop over rows of chosen shapes; ``row_sum`` is the reference."""
 
     task: Any
     kernels = "auto"
@@ -127,7 +127,7 @@ class Lab:
         assert_same(got, want)
 
     def planned(self, shapes: Any, plan: dict[str, Any]) -> tuple[list[Example], list[list[int]]]:
-        """The examples, and by index those of each step."""
+        """The examples, and the indices of those of each step."""
         examples = self.task.encode(self.rows(shapes), max_length=512, too_long="error", training=True).examples
         order = BatchPlan([len(e) for e in examples], **plan)
         planned = map(order.step, range(order.total_steps))
@@ -155,7 +155,7 @@ def assert_same(got: Steps, want: Steps, tolerance: float = 1e-9) -> None:
         largest = max(float(g.abs().max()) for g in right.values())
         assert largest > 0
         for name, value in right.items():
-            # Where a sum cancels to nothing (attention to a single token), rounding is all there is.
+            # If a sum cancels to nothing (attention to a single token), only rounding is left.
             allowed = tolerance * (float(value.abs().max()) + 1e-5 * largest)
             assert float((gradient[name] - value).abs().max()) <= allowed, f"{name} of step {number}"
 
@@ -203,7 +203,7 @@ class LanguageLab(Lab):
 
 
 def padded(rows: list[tuple[Any, Example]]) -> dict[str, Tensor]:
-    """Rows of one batch as transformers takes them, with labels made from their shapes."""
+    """Rows of one batch in the form of transformers, with labels made from their shapes."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(e.ids, dtype=torch.int64) for _, e in rows], batch_first=True)
     labels = torch.full_like(ids, -100)
     for label, row, (shape, e) in zip(labels, ids, rows, strict=True):
@@ -236,7 +236,7 @@ def letters(count: int, seed: int) -> str:
 
 
 def exact_norms(model: Any) -> None:
-    """Llama's norms compute in float32 whatever the model is; in float64 a rounding there is no error of 1e-9."""
+    """Llama's norms compute in float32 in every model. In float64 their rounding would exceed 1e-9."""
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             if type(norm).__name__ == "LlamaRMSNorm":
@@ -254,7 +254,7 @@ def fresh_accelerator() -> Iterator[Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-# Hypothesis runs a test many times within one setting-up, so nothing here is per test.
+# Hypothesis runs a test many times within one setup, so no fixture here is per test.
 module_accelerator = pytest.fixture(scope="module", name="module_accelerator")(fresh_accelerator)
 
 
@@ -273,7 +273,7 @@ def labs(tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path_factory
 @st.composite
 def plans(draw: st.DrawFn, *, packed: bool = False) -> dict[str, Any]:
     size = draw(st.sampled_from(["batch_size", "batch_tokens"]))
-    # Packs are fewer than rows: with as many of them in a step, most epochs would be one step.
+    # There are fewer packs than rows. With as many of them in a step, most epochs would be one step.
     most, windows = (2, 3) if packed else (5, 4)
     plan: dict[str, Any] = {
         size: draw(st.integers(1, most) if size == "batch_size" else st.integers(1, 60)),
@@ -282,7 +282,7 @@ def plans(draw: st.DrawFn, *, packed: bool = False) -> dict[str, Any]:
         "seed": draw(st.integers(0, 3)),
     }
     if packed:
-        # From less than one long row (it is then alone in its pack) to several rows.
+        # From less than one long row, which is then alone in its pack, to several rows.
         return plan | {"packing": draw(st.integers(8, 48))}
     plan["grouping"] = draw(st.sampled_from(["none", "step", "epoch"]))
     plan["split_cost"] = draw(st.sampled_from([0, 8, 64]))
@@ -291,7 +291,7 @@ def plans(draw: st.DrawFn, *, packed: bool = False) -> dict[str, Any]:
     return plan
 
 
-# One trained token beside many: where a mean of means is far from the mean.
+# One trained token next to many: a mean of means is far from the mean.
 TRAINED = st.just(1) | st.integers(1, 9)
 TEXT = st.tuples(st.integers(1, 12), TRAINED)
 TEXTS = st.lists(TEXT, min_size=1, max_size=9)
@@ -339,7 +339,7 @@ def test_step_is_the_mean_weighted_by_class_for_any_split(labs: Any, shapes: Any
 
 
 def divide_by(patch: Any, weight_of: Callable[[Any, Any, float], float]) -> None:
-    """A loop whose steps are divided by something else than what their rows weigh."""
+    """A loop that divides its steps by something else than the weight of their rows."""
     right = TrainingLoop._accumulate
     patch.setattr(
         TrainingLoop, "_accumulate", lambda self, rows, weight: right(self, rows, weight_of(self, rows, weight))
@@ -357,7 +357,7 @@ def all_tokens(patch: Any) -> None:
 
 
 def size_of_a_full_step(patch: Any) -> None:
-    """As if every window held as many rows, or packs, as a full one."""
+    """Every window counts as if it had as many rows, or packs, as a full one."""
 
     def of_a_full_step(loop: Any, rows: Any, weight: float) -> float:
         held = len(rows) if loop._plan.packed else sum(map(len, rows))
@@ -371,7 +371,7 @@ def forgotten_world(patch: Any) -> None:
 
 
 def own_divisor(patch: Any) -> None:
-    """Each rank divides by what its own rows weigh, and the ranks are averaged."""
+    """Each rank divides by the weight of its own rows, and the ranks are averaged."""
 
     def own(loop: Any, rows: Any, weight: float) -> float:
         world = loop._accelerator.num_processes
@@ -381,7 +381,7 @@ def own_divisor(patch: Any) -> None:
 
 
 def idle_rank_trains(patch: Any) -> None:
-    """A rank for which no micro-batch is left adds the first one again."""
+    """A rank without a micro-batch adds the first one again."""
     right = TrainingLoop._accumulate
 
     def again(self: Any, rows: Any, weight: float) -> Any:
@@ -395,7 +395,7 @@ def full_packs(patch: Any) -> None:
 
 
 def change_packs(patch: Any, changes: Callable[[Batch], dict[str, Any]]) -> None:
-    """A loop that gives the model other tensors for its packs than it should."""
+    """A loop that gives the model wrong tensors for its packs."""
 
     def changed(examples: Any, *, device: Any) -> Batch:
         batch = collate_packed(examples, device=device)
@@ -411,7 +411,7 @@ def positions_go_on(patch: Any) -> None:
 
 
 def documents_see_each_other(patch: Any) -> None:
-    """Positions start anew, but transformers separates by them only where there is no mask."""
+    """Positions restart, but transformers separates documents by them only without a mask."""
     change_packs(patch, lambda batch: {"attention_mask": torch.ones_like(batch.input_ids)})
 
 
@@ -471,7 +471,7 @@ def test_step_with_a_fault_of_packing_is_caught(
 
 
 def test_step_with_a_wrong_gradient_and_a_right_loss_is_caught(labs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss and the gradient are compared each for itself."""
+    """The loss and the gradient are each compared on their own."""
     right = CausalLM.loss_sum
 
     def mean(self: Any, model: Any, batch: Any) -> Any:
@@ -530,7 +530,7 @@ RANK_CASES: dict[str, tuple[str | None, Any, dict[str, Any], float]] = {
 
 
 def drawn(count: int, *, packed: bool) -> list[tuple[Any, dict[str, Any]]]:
-    """Rows and plans for the ranks, which hypothesis cannot run: the same in every run of the tests."""
+    """Rows and plans for the ranks, which cannot run hypothesis. They are the same in every run of the tests."""
     cases: list[tuple[Any, dict[str, Any]]] = []
 
     @settings(max_examples=count, derandomize=True, database=None)
@@ -544,14 +544,14 @@ def drawn(count: int, *, packed: bool) -> list[tuple[Any, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: Any, process: Any) -> list[dict[str, Any]]:
-    """What two processes over gloo found for ``RANK_CASES``, and with its rows and plan for each ``drawn`` case."""
+    """The results of two processes over gloo for ``RANK_CASES``, and for each ``drawn`` case with its rows and plan."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(drawn(6, packed=False) + drawn(24, packed=True), folder / "drawn.pt")
     return two_processes(process, folder, RANK)
 
 
 def two_processes(process: Any, folder: Path, script: str) -> list[dict[str, Any]]:
-    """What ``script`` wrote as RANK.pt into the folder that is its argument, run as two ranks over gloo."""
+    """What ``script`` wrote to RANK.pt in the folder, its argument. It runs as two ranks over gloo."""
     (folder / "rank.py").write_text(script)
     tests = Path(__file__).parents[1]
     env = {
@@ -607,7 +607,8 @@ def test_step_with_a_fault_on_two_ranks_is_caught(labs: Any, ranks: Any, name: s
 def test_step_equals_transformers_trainer(
     tiny: Any, tokenizer_of: Any, module_accelerator: Any, tmp_path: Path
 ) -> None:
-    """Its ``num_items_in_batch`` on one process, PEFT's own layers, float32; the last of 3 steps has 3 micro-batches."""
+    """The reference is ``num_items_in_batch`` on one process, PEFT's own layers, float32. The last of 3 steps has 3
+    micro-batches."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = tiny("tiny:llama", **LM_MODEL | {"dtype": "float32"})

@@ -1,4 +1,4 @@
-"""Learning rates by hand and AdamW against its formula."""
+"""Learning rates worked out by hand, and AdamW against its formula."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_learning_rate_equals_the_values_worked_out_by_hand(
 
 @pytest.mark.parametrize("percent", range(1, 100))
 def test_learning_rate_warmup_of_a_share_of_100_steps_is_exact(percent: int) -> None:
-    """0.07 * 100 is 7.000000000000001 in floating point; that is 7 steps of warm-up, not 8."""
+    """0.07 * 100 is 7.000000000000001 in floating point. That is 7 steps of warm-up, not 8."""
     assert rates(100, "constant", percent / 100).index(3.0) == percent
 
 

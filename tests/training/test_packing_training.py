@@ -1,4 +1,5 @@
-"""Packed training: padded gradients, no leak in any family on any attention, and padding where a model leaks."""
+"""Packed training: gradients equal to padded ones, no leak in any family on any attention, padding for models that
+leak."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ SIZES = {
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
 GPT2 = {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-SLIDING = {"sliding_window": 5}  # shorter than a document, so that it shows
+SLIDING = {"sliding_window": 5}  # shorter than a document, so that it has an effect
 # Config class of transformers and values. Gemma 2 soft-caps its attention, GPT-2 has learned absolute positions.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GROUPED),
@@ -51,7 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXConfig", SIZES),
     "phi3": ("Phi3Config", {**GROUPED, "bos_token_id": 1, "eos_token_id": 2}),
 }
-# What runs through everything that was read (mamba), and masks that transformers builds without the position ids.
+# Models with a state over the whole row (mamba), and masks that transformers builds without the position ids.
 LEAKING: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "opt": (
@@ -101,7 +102,7 @@ def test_check_packing_finds_no_leak_in_any_family_and_attention(task: CausalLM,
         with pytest.raises(ValueError, match="does not support"):
             make_model(family, attention)
         return
-    # Flex attention as it is written: compiling it takes half a minute and is no part of the question.
+    # Flex attention runs uncompiled: compiling it takes half a minute and does not matter here.
     eager = torch.compiler.set_stance("force_eager") if attention == "flex_attention" else contextlib.nullcontext()
     with eager:
         assert check(make_model(family, attention), task) is None
@@ -136,7 +137,7 @@ def test_check_packing_finds_missing_position_ids(task: CausalLM, family: str, m
 
 
 def test_check_packing_finds_positions_that_are_not_reset(task: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gap keeps the documents apart; the second starts at position 50 all the same."""
+    """A gap separates the documents, but the second starts at position 50."""
 
     def shifted(examples: Any, *, device: Any) -> Batch:
         batch = collate_packed(examples, device=device)
@@ -156,7 +157,7 @@ def test_check_packing_finds_a_model_that_takes_no_position_ids(task: CausalLM) 
     model.model.forward = lambda input_ids, attention_mask=None, use_cache=False: right(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
     )
-    task._head._verified.add(id(model))  # which calls the whole model, and that one passes them on
+    task._head._verified.add(id(model))  # otherwise it calls the whole model, which passes them on
     assert check(model, task) == "LlamaForCausalLM with sdpa attention takes no position ids"
 
 
@@ -191,7 +192,7 @@ def test_collate_packed_refuses_a_trained_first_token() -> None:
 
 
 def test_first_token_is_never_trained(task: CausalLM) -> None:
-    """Whatever the prompt: the last position of a packed row would predict the first token of the next."""
+    """This holds for any prompt: otherwise the last position of a packed row would predict the first token of the next."""
     rows = Rows.from_dicts([{"prompt": "", "completion": "a"}, {"prompt": "b", "completion": "c"}], name="rows")
     for example in task.encode(rows, max_length=64, too_long="error", training=True).examples:
         assert not example.trained[0]
@@ -257,7 +258,8 @@ def test_packed_batch_equals_that_of_transformers_collator(task: CausalLM, famil
     packed = collate_packed(examples, device="cpu")
     for name in ("input_ids", "position_ids"):
         assert torch.equal(packed.inputs[name], flat[name])
-    # With a cache, its default, transformers would not look at the position ids, and the documents would see each other.
+    # With a cache, which is the default, transformers would ignore the position ids, and documents would see each
+    # other.
     theirs = model(**flat, use_cache=False).loss
     want = gradients(model, theirs)
     assert packed.trained is not None
@@ -373,7 +375,7 @@ def test_train_pads_a_model_that_leaks_and_says_so(here: Path, tokenizer_of: Cal
 
 
 def test_parity_gate_stops_a_leak_during_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the leak test were wrong, packed rows without position ids would not agree with padded ones."""
+    """If the leak check were wrong, packed rows without position ids would not match padded ones."""
     monkeypatch.setattr(fit_module, "check_packing", lambda *_, **__: None)
 
     def without_positions(examples: Any, *, device: Any) -> Batch:

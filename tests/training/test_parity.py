@@ -1,4 +1,4 @@
-"""The parity gate: what it lets through, what each injected fault is called, and that it leaves no trace."""
+"""The parity gate: what it accepts, how it names each injected fault, and that it does not change the run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def recipe(task: str = "causal_lm", **changes: Any) -> dict[str, Any]:
 def test_parity_tells_rounded_operands_from_faults(
     here: Path, monkeypatch: pytest.MonkeyPatch, any_processor: None, task: str, kernels: str, quantize: str
 ) -> None:
-    """The training path is compared in float32, then its rounding with that; evaluation takes it too."""
+    """The training path is compared in float32, then with its rounding. Evaluation uses the rounding too."""
     changes = {"task": task, "model": {"quantize": quantize}}
     exact = train(**changes).summary["after"]
     run = train(**changes, run={"kernels": kernels, "dir": "rounded"})
@@ -83,12 +83,12 @@ def test_parity_tells_rounded_operands_from_faults(
 
 
 def test_parity_tells_plans_that_round_no_rows_from_faults(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU bitsandbytes' layers round rows of x to 8 bits in training, here by force. The training path is compared
-    with them rounded as well, and then as it trains, which may be without."""
+    """On a GPU, bitsandbytes' layers round rows of x to 8 bits in training; here a patch forces it. The training path
+    is compared with rounded rows as well, and then as it trains, perhaps without the rounding."""
     from bitsandbytes.autograd import _functions as bnb
 
     monkeypatch.setattr(bnb, "MatMul8bitFp", bnb.MatMul8bitLt)
-    # Two layers hide what 32 show.
+    # Two layers hide what 32 layers show.
     monkeypatch.setitem(parity.TOLERANCES, torch.float32, parity.Tolerance(loss=1e-5, cosine=0.99999, norm=1e-3))
     changes: dict[str, Any] = {"model": {"quantize": "int8"}}
     with pytest.raises(VerificationError, match=r"differs between|is .* on the training path"):
@@ -167,7 +167,7 @@ def test_parity_report_is_in_the_run_folder(here: Path, task: str, quantize: str
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_parity_report_lists_pefts_own_path(here: Path, dropout: float) -> None:
-    """With masks of its own, on both sides of the comparison."""
+    """PEFT's path draws its own masks, on both sides of the comparison."""
     train(run={"kernels": "reference"}, adapter={"dropout": dropout})
     report = json.loads((here / "run" / "run.json").read_text())["parity"]
     assert report["num_fused"] == 0

@@ -1,4 +1,4 @@
-"""Progress lines: what they say, when they come, and that they fit."""
+"""Progress lines: their content, their intervals and their width."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _rich(stream: io.StringIO, clock: FakeClock, width: int = 80) -> RichProgres
 
 
 def _screen(stream: io.StringIO) -> list[str]:
-    """All lines ever drawn, control codes removed."""
+    """All lines that were ever drawn, without control codes."""
     return [line for line in re.split(r"[\r\n]+", ANSI.sub("", stream.getvalue())) if line.strip()]
 
 

@@ -1,4 +1,4 @@
-"""A teacher and the device of the student: the meta device stands for a GPU."""
+"""A teacher and the device of the student. The meta device stands for a GPU."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def task(tokenizer_of: Callable[[str], Any]) -> CausalLM:
 
 
 def test_teacher_on_another_device_sends_logits(task: CausalLM) -> None:
-    """Its head cannot be multiplied on the student's device."""
+    """The student's device cannot multiply with the teacher's head."""
     model = load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu")
     trained = np.array([False, True, True, True])
     examples = [Example(np.arange(4, 8, dtype=np.int32), 0, 3.0, trained)]
     teacher = ModelTeacher(model, task, device="cpu")
-    beside = teacher(model, task.collate(examples, "cpu"))
-    assert isinstance(beside, ops.OnlineTeacher)
+    local = teacher(model, task.collate(examples, "cpu"))
+    assert isinstance(local, ops.OnlineTeacher)
     elsewhere = teacher(model, task.collate(examples, "meta"))
     assert isinstance(elsewhere, torch.Tensor)
     assert elsewhere.device.type == "meta" and elsewhere.shape == (3, model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""Teachers leave the student as they found it: modes, adapters, requires_grad, gradients; also after an exception."""
+"""Teachers restore the student: modes, adapters, requires_grad, gradients; also after an exception."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bench(tiny: Any, tokenizer_of: Any) -> Texts:
 
 @pytest.fixture
 def second(bench: Texts, tiny: Any, tmp_path: Path) -> Any:
-    """Another adapter, put beside the student's; the model that has only that one."""
+    """Adds another adapter to the student; returns the model that has only that one."""
     other = moved(tiny("tiny:llama", dtype="float64", seed=5, targets=TARGETS), 0, scale=0.0)
     save_adapter(other, tmp_path / "other")
     add_adapter(bench.student, tmp_path / "other", name="teacher")
@@ -49,7 +49,7 @@ def second(bench: Texts, tiny: Any, tmp_path: Path) -> Any:
 
 
 def rows_of(bench: Texts, say: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """[N, V] of each row alone."""
+    """[N, V], computed for each row alone."""
     logits = [bench.row(lambda ids: say(bench.student, ids), example)[0] for example in bench.examples]
     return torch.cat(logits).detach()
 
@@ -136,7 +136,7 @@ def no_restoring(patch: Any) -> None:
 
 
 def flags_not_restored(patch: Any) -> None:
-    """What PEFT leaves behind by itself."""
+    """The state that PEFT leaves by itself."""
 
     @contextlib.contextmanager
     def switched(self: Any, student: Any) -> Any:
@@ -189,7 +189,7 @@ def test_teacher_deliberate_faults_are_caught(
 
 
 def check_no_graph(bench: Texts, patch: pytest.MonkeyPatch) -> None:
-    """Whatever is detached later: a graph of the teacher would be held in memory until then."""
+    """A graph of the teacher would stay in memory until it is detached."""
     graphs: list[bool] = []
     right = bench.task.outputs
     patch.setattr(bench.task, "outputs", lambda *args: (graphs.append(torch.is_grad_enabled()), right(*args))[1])

@@ -1,4 +1,5 @@
-"""bench/gpu_check on a machine without a GPU: its dry run executes what needs no CUDA, so that a typo is not found there."""
+"""bench/gpu_check on a machine without a GPU. Its dry run executes everything that needs no CUDA, so typos are found
+here."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ ARGUMENTS = argparse.ArgumentParser()
 
 
 def check(out: Path, *arguments: str) -> tuple[int, list[Row], str]:
-    """Exit code, rows and what was said."""
+    """Exit code, rows and stderr."""
     command = [sys.executable, "-m", "bench.gpu_check", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, rows_of(out / "gpu_check.jsonl"), done.stderr
@@ -35,8 +36,9 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def figures_are_there(rows: list[Row]) -> None:
-    """Each figure that a claim is decided by is in the dry rows with the keys that it asks for. Two sections have no rows here,
-    for want of packages: tests/bench/peers/test_gpu_unsloth.py and test_gpu_losses.py look at theirs."""
+    """The dry rows contain each figure that decides a claim, with the keys that the claim asks for. Two sections have
+    no rows here because packages are missing; tests/bench/peers/test_gpu_unsloth.py and test_gpu_losses.py check
+    theirs."""
     claims = json.loads((ROOT / "bench" / "results" / "claims.json").read_text())
     seen = {row["section"] for row in rows}
     rules = [
@@ -57,7 +59,7 @@ def sections() -> list[str]:
 
 
 def test_copied_tree_runs_its_own_code(tmp_path: Path) -> None:
-    """With nothing but an interpreter, in which another peftlab may be installed."""
+    """The copy needs only an interpreter, even if another peftlab is installed in it."""
     for name in ("bench", "kernels", "peftlab"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "constraints.txt", tmp_path)
@@ -111,7 +113,8 @@ def test_dry_run_of_a_few_sections_is_green(tmp_path: Path, names: tuple[str, ..
 
 
 def test_resume_continues_a_killed_run(tmp_path: Path) -> None:
-    """After a kill in the middle of a line; then on another version, and with nothing left to do."""
+    """The run resumes after a kill in the middle of a line. It refuses another version. It does nothing if everything
+    is done."""
     path, chosen = tmp_path / "gpu_check.jsonl", ("--dry-run-cpu", "--only", "order of addition", "ceilings")
 
     def measured() -> list[Row]:
@@ -165,7 +168,7 @@ def test_dry_run_of_distillation_steps_plans_memory(tmp_path: Path) -> None:
     assert code == 0, stderr
     gates = {"dequant", "lora_linear bfloat16", "linear losses", "distillation"}
     assert {row["section"] for row in rows} == {"distillation steps", *gates}
-    # What was planned of a step's memory stands next to what was measured.
+    # The planned memory of a step is printed next to the measured one.
     steps = [row for row in rows if "plan_bytes" in row]
     assert len(steps) == 4 and all(row["plan_bytes"]["peak"] > row["plan_bytes"]["loss"] > 0 for row in steps)
     assert stderr.count("planned") == 4
@@ -196,7 +199,7 @@ def test_dry_run_of_every_section_is_green(tmp_path: Path) -> None:
 
 
 def test_kernels_with_unfinished_checks_are_not_timed(tmp_path: Path) -> None:
-    """A section of correctness finds no time, or is left out: what stands on it is not timed, and says so."""
+    """A check that found no time, or was skipped, keeps its timings from running. The row says so."""
     code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--minutes", "0.05", "--only", "dequant speed")
     assert code == 0, stderr
     assert {(row["section"], row["ok"], row["not_run"]) for row in rows} == {
@@ -210,8 +213,9 @@ def test_kernels_with_unfinished_checks_are_not_timed(tmp_path: Path) -> None:
     assert [row["section"] for row in rows].count("ceilings") == 2
 
 
-# gpu_check with other sources of its sections, in this process and in those that it starts: of correctness a green row each, and
-# a red one in the section that $SPOILT names; of timing those of $REAL as they are, of the others a row each.
+# gpu_check with other sources for its sections, in this process and in those that it starts. Each section of
+# correctness gives green rows, and the section named by $SPOILT one red row. The sections of timing in $REAL stay as
+# they are; the others give green rows.
 DRIVER = """
 import os, sys
 from dataclasses import replace
@@ -258,7 +262,8 @@ def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
     ],
 )
 def test_red_row_stops_only_the_timings_that_depend_on_it(tmp_path: Path, spoilt: str, real: str) -> None:
-    """In processes of their own, as in a run; tests/bench/gpu_check/test_gpu_schedule.py has all cases without processes."""
+    """The sections run in their own processes. tests/bench/gpu_check/test_gpu_schedule.py has all cases without
+    processes."""
     code, rows, stderr = driven(tmp_path, spoilt, real)
     assert code == 6, stderr
     assert "planted" in stderr
@@ -274,7 +279,7 @@ def test_red_row_stops_only_the_timings_that_depend_on_it(tmp_path: Path, spoilt
 
 
 def standing() -> dict[str, list[str]]:
-    """Of each usual section of timing, what it stands on."""
+    """For each usual section of timing, the sections that it depends on."""
     return {section.name: list(section.stands_on) for section in SECTIONS if section.timing and not section.asked}
 
 
@@ -300,7 +305,7 @@ run_group(chosen, Rows(journal, Device("cpu")), Deadline(time.time() + 200))
 
 
 def test_checks_find_deliberate_faults(tmp_path: Path) -> None:
-    """A scale and weights that are 1 % off, a divergence that is 5 % off."""
+    """The faults: a scale and weights that are 1 % off, a divergence that is 5 % off."""
     path = tmp_path / "rows.jsonl"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", FAULTS, str(path)], cwd=ROOT, env=environment, check=True)

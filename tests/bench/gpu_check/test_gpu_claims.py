@@ -1,4 +1,5 @@
-"""bench/results/claims.json against gpu-check's sections, and what made-up rows of a GPU do to PENDING.md and bench/RESULTS.md."""
+"""bench/results/claims.json against the sections of gpu-check, and what synthetic GPU rows write to PENDING.md and
+RESULTS.md."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def same_settings() -> Iterator[None]:
 
 
 def tasks(kind: str) -> dict[str, list[Row]]:
-    """The tasks of every section, on a GPU (none is run) or in a dry run."""
+    """The tasks of every section, on a GPU or in a dry run. Nothing runs."""
     device = base.Device(kind)
     return {s.name: [journal.plain(task.what) for task in tasks_of(s, device)] for s in SECTIONS}
 
@@ -55,7 +56,7 @@ def within(rule: Row) -> Any:
 
 
 def good() -> list[Row]:
-    """The journal of a run that confirms all that it can."""
+    """The journal of a run that confirms every claim it can."""
     claims = [claim for claim in load() if claim.get("card", "H200") == "H200"]
     rules = [rule for claim in claims for rule in claim["rules"]]
     records: list[Row] = [copy.deepcopy(HEADER)]
@@ -92,7 +93,7 @@ def test_claims_name_sections_and_tasks_that_exist() -> None:
         for rule in claim["rules"]:
             assert rule["section"] in there, claim["id"]
             fitting = [task for task in there[rule["section"]] if fits(rule, task)]
-            for name, wanted in rule["match"].items():  # no value of a list is one that no task has
+            for name, wanted in rule["match"].items():  # every value of a list occurs in a task
                 seen = [task[name] for task in fitting]
                 assert all(value in seen for value in (wanted if isinstance(wanted, list) else [wanted])), claim["id"]
             assert any(rule["match"].keys() <= task.keys() for task in dry[rule["section"]]), claim["id"]
@@ -142,7 +143,7 @@ def test_targets_of_losses_equal_those_of_the_loss_model() -> None:
 
 
 def test_targets_of_layers_are_within_the_roofline() -> None:
-    """Of every card that a claim names; a tenth below it at most."""
+    """The target is at most a tenth below the model, for every card that a claim names."""
     model, checked = roofline, 0
     for claim in load():
         for rule in claim["rules"]:
@@ -174,7 +175,7 @@ def test_claims_with_rules_are_confirmed_by_a_good_run() -> None:
     for claim in claims:
         assert (f"| {claim['what']} |" in confirmed_page) is (claim["id"] in here)
         assert (f"| {claim['what']} |" in left) is (claim["id"] not in here)
-    # Prediction beside measurement, by the keys in which the rows differ.
+    # The page shows the prediction next to the measurement. The keys in which the rows differ name it.
     assert (
         "| `NF4 linears, 8,192 rows` | 1.24 (1.18 to 1.24); per linear 1.15 (down) to 1.48 (k, v) | 1.20 (1.19..1.21) |"
         in confirmed_page
@@ -215,7 +216,7 @@ def test_pending_lists_missed_targets_and_red_rows_first() -> None:
 @pytest.mark.parametrize(
     ("section", "task", "change", "claim", "state"),
     [
-        # A ratio within noise of 1 reaches no target, whatever its value.
+        # A ratio within noise of 1 reaches no target.
         ("dequant speed", {"case": "nf4_dequant", "shape": [4096, 4096]},
          {"ratio": {"value": 1.06, "low": 0.97, "high": 1.2, "differs": False}}, "nf4-speed", "failed"),
         # More than the limit, but not beyond noise.
@@ -223,7 +224,7 @@ def test_pending_lists_missed_targets_and_red_rows_first() -> None:
          {"over_dequant": {"value": 1.42, "low": 1.38, "high": 1.45, "differs": True}}, "merge-speed", "confirmed"),
         ("dequant speed", {"case": "nf4_dequant + r=16 merge", "shape": [4096, 4096]},
          {"over_dequant": {"value": 1.5, "low": 1.45, "high": 1.6, "differs": True}}, "merge-speed", "failed"),
-        # Compared with nothing is not compared.
+        # A figure without a comparison confirms nothing.
         ("dequant", {"check": "int8_dequant", "dtype": "float16"},
          {"bit_equal_to_bitsandbytes": "bitsandbytes is not installed"}, "dequant-exact", "failed"),
         # Eight of 32 layers fit every card.
@@ -250,7 +251,7 @@ def test_claim_stays_open_when_a_row_is_missing() -> None:
 
 
 def test_figures_count_only_if_their_own_gate_is_green() -> None:
-    """A row of correctness is missing or red: what stands on it stays open, the other figures count."""
+    """If a row of correctness is missing or red, figures that depend on it stay open. The other figures count."""
     for spoil in ("missing", "red"):
         records = good()
         (row, *_) = rows(records, "linear losses")
@@ -267,7 +268,8 @@ def test_figures_count_only_if_their_own_gate_is_green() -> None:
 
 
 def test_sections_of_tests_gate_no_figure() -> None:
-    """What uses ops together does not say which is wrong; the claims that such a section itself decides fail."""
+    """Sections that use several ops together cannot say which one is wrong. Claims that such a section decides itself
+    fail."""
     gates = {gate for section in SECTIONS for gate in section.stands_on}
     assert gates == {"dequant", "lora_linear bfloat16", "linear losses", "distillation"}
     records = good()
@@ -309,7 +311,7 @@ def test_dry_run_confirms_no_claim(tmp_path: Path) -> None:
 
 
 def test_later_row_replaces_an_earlier_one() -> None:
-    """Red at first and green after --resume; the section's own complaint goes when it begins anew."""
+    """The row is red at first and green after --resume. A new begin removes the section's own complaint."""
     records = good()
     (smoke, *_) = rows(records, "smoke recipe", quantize="none")
     again = copy.deepcopy(smoke)
@@ -340,7 +342,7 @@ def test_still_to_do_repeats_tasks_that_make_objects() -> None:
 
 
 def test_conductor_lost_names_the_unfinished_sections() -> None:
-    """By the sections that have begun, with --resume as well, where a section may have nothing left to write."""
+    """The sections that have begun decide it, also with --resume, when a section may have nothing left to write."""
     sections = [s for s in SECTIONS if s.group == "ops"]
     names = [s.name for s in sections]
 

@@ -1,4 +1,4 @@
-"""What gpu-check compares the fused losses with: the same losses, of as many bytes as its model says."""
+"""What gpu-check compares the fused losses with: the same losses, which move as many bytes as its model says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE = (64, 8, 4096)
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes of the tensors as large as the logits that operators read and write, products left out."""
+    """Bytes that operators read and write in tensors as large as the logits, without the products."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_dense_losses_move_and_hold_the_bytes_of_the_model(case: str) -> None:
 
 @pytest.mark.parametrize("case", TIMED)
 def test_targets_of_losses_are_within_the_model(case: str) -> None:
-    """And no further below it than an eighth, or they would say little."""
+    """A target is at most an eighth below the model; a lower one would say little."""
     timed = TIMED[case]
     needs, ours = loss_model.needs_of(timed.plain, timed), loss_model.ours_ms(timed)
     ratio, memory = timed.targets[timed.plain.name]

@@ -1,4 +1,4 @@
-"""gpu-check's preflight: what it says of packages, versions, device, compiler and disk, and that it does not import torch."""
+"""gpu-check's preflight: packages, versions, device, compiler and disk. It does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
 
 
 def findings_of(out: Path) -> dict[str, bool]:
-    """What is said -> whether it is fatal."""
+    """Message -> whether it is fatal."""
     sections = [s for s in SECTIONS if not s.asked]
     return {finding.what: finding.fatal for finding in preflight.look(sections, out, dry=True)}
 
@@ -86,7 +86,7 @@ def test_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 class Driver:
-    """libcuda as far as it is asked."""
+    """The part of libcuda that preflight calls."""
 
     def __init__(self, code: int, count: int) -> None:
         self.code, self.count = code, count
@@ -132,7 +132,8 @@ def test_missing_compiler_is_fatal(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_wheels_match_the_constraints() -> None:
-    """So that a GPU machine without network gets what everything else is tested with; Liger is no dependency of peftlab."""
+    """A GPU machine without network gets the versions that everything else is tested with. Liger is no dependency of
+    peftlab."""
 
     def pins(name: str) -> dict[str, str]:
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
@@ -162,7 +163,8 @@ def test_preflight_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
 
 
 def test_rows_without_their_package_are_not_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of lora_linear only bitsandbytes' own products. What is installed, and what is ours, is red as before."""
+    """Only bitsandbytes' own products of lora_linear need the package. A failed import from an installed package or
+    from our own code stays red."""
     without(monkeypatch, "bitsandbytes")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises
     device, task = base.Device("cpu"), base.Task

@@ -1,6 +1,6 @@
-"""gpu-check's conductor without a GPU and without processes: which sections are timed, and that the time reaches them.
+"""gpu-check's conductor without a GPU and without processes: which sections are timed, and that their time suffices.
 
-Groups run in this process, on a clock of the test's own and with tasks that only take time.
+Groups run in this process, on a simulated clock and with tasks that only take time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from peftlab.measuring.journal import begin, read_records
 
 ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
-IMPORTS_S = 25.0  # of a process, where many start at once in a sandbox
-# The tasks of a section that matter, each with what it takes when everything is slow: a row of the losses compiles its
-# kernels first; the first of the steps builds the model.
+IMPORTS_S = 25.0  # of a process, when many start at once in a sandbox
+# The main sections, with the seconds of each task on a slow machine. A row of the losses compiles its kernels first.
+# The first task of the steps builds the model.
 SLOW: dict[str, list[float]] = {
     "ceilings": [4.0] * 2,
     "loss speed": [9.0] * 8,
@@ -31,7 +31,7 @@ SLOW: dict[str, list[float]] = {
 
 
 class Fake:
-    """The processes, one after the other on a clock of their own; side by side they begin at the same time."""
+    """The processes, run one after another on a simulated clock. Parallel ones begin at the same time."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.now = path, 0.0
@@ -67,7 +67,7 @@ Tasks = Callable[[Any], list[tuple[float, Row]]]
 def conducted(
     monkeypatch: pytest.MonkeyPatch, path: Path, tasks: Tasks, *, minutes: float = 9.0
 ) -> tuple[Fake, list[Row]]:
-    """A run of all usual sections. tasks: of a section, the seconds and the row of each."""
+    """A run of all usual sections. tasks: the seconds and the row of each task of a section."""
     journal = begin(path, {})
     fake = Fake(path)
 
@@ -95,7 +95,7 @@ def green(section: str, rows: list[Row]) -> int:
 def test_schedule_times_the_main_sections_when_all_is_slow(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minutes: float, share: float
 ) -> None:
-    """Correctness takes nearly all the time that it is given (share), and of the second wave nothing ends."""
+    """The checks take nearly all of their time (share), and no section of the second wave ends."""
 
     def tasks(section: Any) -> list[tuple[float, Row]]:
         usual = [share * section.seconds / 10] * 10 if section.wave == 1 else [section.seconds / 4] * 8
@@ -109,7 +109,7 @@ def test_schedule_times_the_main_sections_when_all_is_slow(
 
 
 def test_schedule_times_the_main_sections_when_a_task_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A check on which nothing stands, and a row of the losses, in the process before the steps."""
+    """A check that nothing depends on hangs, and so does a row of the losses in the process before the steps."""
 
     def tasks(section: Any) -> list[tuple[float, Row]]:
         usual = [(seconds, {}) for seconds in SLOW.get(section.name, [1.0])]
@@ -125,7 +125,7 @@ def test_schedule_times_the_main_sections_when_a_task_hangs(monkeypatch: pytest.
 
 
 def test_schedule_times_each_process_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And on a quick machine all is done within the time."""
+    """On a quick machine everything is done within the time."""
     fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", lambda section: [(1.0, {})] * 5)
     assert {row["ok"] for row in rows} == {True}
     assert {row["section"] for row in rows} == {s.name for s in SECTIONS if not s.asked}

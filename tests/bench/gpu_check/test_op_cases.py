@@ -1,4 +1,4 @@
-"""The cases.py of the ops: the programs find what a new op says of itself, and nothing in bench/ names it."""
+"""The cases.py of the ops: the programs find a new op there, and nothing in bench/ names it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def times(device):
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An op beside ours, with everything in its cases.py."""
+    """A new op with everything in its cases.py."""
     (tmp_path / "doubled").mkdir()
     (tmp_path / "doubled" / "__init__.py").write_text("")
     (tmp_path / "doubled" / "cases.py").write_text(PLANTED)

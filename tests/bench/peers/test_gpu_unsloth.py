@@ -1,4 +1,4 @@
-"""The comparison with Unsloth, on a CPU and with functions of its signatures in plain PyTorch in its place."""
+"""The comparison with Unsloth, on a CPU, with plain PyTorch functions of the same signatures in its place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def linear(proj: Any, x: torch.Tensor) -> torch.Tensor:
 
 def kernels(**changes: Any) -> ModuleType:
     def swiglu_backward(grad: torch.Tensor, e: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """h, the gradient of up and that of gate, in the memory of its arguments."""
+        """h, the gradients of up and of gate, written into the memory of the arguments."""
         with torch.enable_grad():
             gate, up = (t.detach().clone().requires_grad_() for t in (e, g))
             h = F.silu(gate) * up
@@ -86,7 +86,7 @@ def test_unsloth_with_another_result_is_red(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unsloth_that_calls_our_forward_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Unsloth does not know a configuration it calls the layer itself, and that is peftlab's."""
+    """If Unsloth does not know a configuration, it calls the layer itself, which is peftlab's."""
     install(monkeypatch, kernels(apply_lora_o=lambda owner, x: owner.o_proj(x)))
     with pytest.raises(RuntimeError, match="left its kernels"):
         rows()

@@ -1,4 +1,5 @@
-"""bench.peers on tiny models: the cost of a micro-batch, what all engines of a distillation share, and the gate's arithmetic."""
+"""bench.peers on tiny models: the cost of a micro-batch, what the engines of a distillation share, and the gate's
+arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def test_split_cost_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_distillation_engines_share_student_adapter_and_targets(tmp_path: Path) -> None:
-    """A student cut from its teacher, its first adapter and the stored targets."""
+    """They share a student cut from its teacher, its first adapter and the stored targets."""
     settings = {
         "task": "causal_lm",
         "model": {"name": str(tmp_path / "student")},

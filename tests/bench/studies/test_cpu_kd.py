@@ -1,4 +1,5 @@
-"""What bench/peers/distillation.py takes for the same training, and what it makes of repetitions; the engines themselves take minutes."""
+"""When bench/peers/distillation.py accepts two trainings as equal, and how it summarizes repetitions. The engines
+themselves take minutes."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ LOSSES = {"online": [5.0, 4.0, 3.0], "cached": [4.2, 3.4, 2.6], "gkd": [5.0, 4.0
         ("gkd", [5.0002, 4.002, 3.002], True),
         ("gkd", [5.001, 4.0, 3.0], False),  # another row, or another divisor
         ("distillation", [5.0, 4.0, 3.01], False),  # another update
-        ("cached", [5.005, 4.0, 3.0], True),  # nothing lost but the rounding of what is stored
-        ("cached", [5.02, 4.0, 3.0], False),  # coarser classes cannot be further apart
+        ("cached", [5.005, 4.0, 3.0], True),  # only the rounding of what is stored is lost
+        ("cached", [5.02, 4.0, 3.0], False),  # coarser storage cannot differ by this much
         ("cached", [0.0, 0.0, 0.0], False),
         ("gkd", [float("nan"), 4.0, 3.0], False),
     ],

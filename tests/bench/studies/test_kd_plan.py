@@ -35,7 +35,7 @@ def ids() -> Tensor:
 
 
 def held(tensors: Any) -> int:
-    """Bytes of the storages behind ``tensors``, each once."""
+    """Bytes of the storages behind ``tensors``, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -87,7 +87,7 @@ def test_layer_bytes_match_those_kept_for_backward() -> None:
     positions = torch.arange(TOKENS)[None]
     rotary = base.model.rotary_emb(hidden, positions)
     with torch.autocast("cpu", torch.bfloat16):
-        base.model.layers[0](hidden, position_embeddings=rotary, position_ids=positions)  # warms what is made once
+        base.model.layers[0](hidden, position_embeddings=rotary, position_ids=positions)  # warm-up
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = base.model.layers[0](hidden, position_embeddings=rotary, position_ids=positions)
     tables = {t.untyped_storage().data_ptr() for t in rotary}
@@ -111,7 +111,8 @@ def test_recomputation_keeps_the_input_of_each_layer() -> None:
         out = model.get_base_model().model(input_ids=ids(), use_cache=False)[0]
         after = states()
     assert out.requires_grad
-    # The last layer's output is the final norm's input, which autograd keeps and gc cannot see; ``out`` comes on top.
+    # The last layer's output is the input of the final norm. Autograd keeps it and gc cannot see it; ``out`` adds to
+    # it.
     inputs = [t for name, t in after.items() if name not in before and t is not out and t.dtype == torch.bfloat16]
     assert held(inputs) == 2 * TOKENS * hidden_size * model.config.num_hidden_layers
 
@@ -126,7 +127,7 @@ def test_train_flops_match_the_counter(rank: int | None) -> None:
     if rank is None:
         train_all(model, freeze=[])
     else:
-        set_kernels(model, "reference")  # the counter knows no operators of ours
+        set_kernels(model, "reference")  # the counter does not know our operators
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", enabled=False):
         logits = model(input_ids=ids()).logits
         logits.float().square().sum().backward()
@@ -139,7 +140,7 @@ def test_train_flops_match_the_counter(rank: int | None) -> None:
 
 
 def test_memory_plan_matches_the_estimates_of_the_issue() -> None:
-    """Both ways fit the smaller card, by the research's own estimates of 10.7 and 4.6 GB to within a tenth."""
+    """Both plans fit the smaller card, within a tenth of the estimates of 10.7 and 4.6 GB in the research notes."""
     student, teacher = kd_plan.preset_shape(kd_plan.STUDENT), kd_plan.preset_shape(kd_plan.TEACHER)
     for stored, estimate in ((None, 10.7e9), (kd_plan.NUM_STORED, 4.6e9)):
         chunk = kd_plan.card_chunk(student, online=stored is None, card_bytes=12_000_000_000)
@@ -149,7 +150,7 @@ def test_memory_plan_matches_the_estimates_of_the_issue() -> None:
         plan = kd_plan.memory_plan(student, teacher, step)
         assert plan["peak"] == pytest.approx(estimate, rel=0.1)
         assert plan["peak"] < 12e9
-    # Whole rows of logits at once would be what decides.
+    # Logits of whole rows at once would decide the peak.
     whole = kd_plan.memory_plan(
         student, teacher, kd_plan.Step(kd_plan.TOKENS, kd_plan.TOKENS, kd_plan.RANK, kd_plan.TOKENS)
     )
