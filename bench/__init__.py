@@ -1,7 +1,7 @@
-"""Programs that measure and check peftlab; none is installed. ``python -m bench.NAME``, from the repository root.
+"""Programs that measure and check peftlab. They are not installed; run ``python -m bench.NAME`` from the repository root.
 
-Whatever program of this package starts, this file runs first: it puts the code of this tree on the path, so that a tree copied
-to another machine runs with nothing but an interpreter, and ahead of a peftlab that is installed there.
+This file runs before every program of the package. It puts the code of this tree first on the path: a copied tree runs with only
+an interpreter, and takes precedence over an installed peftlab.
 """
 
 from __future__ import annotations

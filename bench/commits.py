@@ -1,4 +1,4 @@
-"""The files of another commit, to measure beside those of this tree."""
+"""The files of another commit, to measure next to those of this tree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench import ROOT
 
 
 def unpacked(commit: str, folder: Path) -> Path:
-    """``folder``, with all files of the commit in it."""
+    """``folder``, after writing all files of the commit to it."""
     done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(f"git has no commit {commit} here: {done.stderr.decode().strip()}")

@@ -1,12 +1,12 @@
-"""Compiles every Triton kernel for every supported GPU, without one, and reads what came out.
+"""Compiles every Triton kernel for every supported GPU, without a GPU, and checks the result.
 
     python -m bench.compile_kernels [--json FILE] [--table] [--quick] [--arch 90] [--only REGEX] [--set BLOCK_M=128]
                                     [--ptx FOLDER]
 
-What there is to compile stands in the cases.py of each op (peftlab_kernels/cases.py). Triton ships ptxas. A case has a problem
-when a kernel does not compile, spills registers, needs more shared memory than a block may have, or leaves a product of 16-bit
-matrices off the matrix unit. sm_75 gets the kernels without products alone.
-``--table`` rewrites the tables in the READMEs of the ops. Exit codes: 0 no case has a problem, 1 some have, 2 wrong usage.
+Each op's cases.py (peftlab_kernels/cases.py) lists what to compile. Triton ships ptxas. A case has a problem if a kernel does not
+compile, spills registers, needs more shared memory than a block may have, or computes a product of 16-bit matrices outside the
+matrix unit. sm_75 gets only the kernels without products.
+``--table`` rewrites the tables in the READMEs of the ops. Exit codes: 0 no problems, 1 at least one problem, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from bench import ROOT
 FOLDER = ROOT / "kernels" / "peftlab_kernels"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64)
-# What one block may have, by architecture (CUDA programming guide, technical specifications per compute capability).
+# Shared memory that one block may have, by architecture (CUDA programming guide, technical specifications per compute capability).
 SHARED_LIMIT_BYTES = {
     arch: kib * 1024
     for arch, kib in {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}.items()
 }
-# The instructions of the matrix unit; mma.sync where nothing else is said.
+# Instructions of the matrix unit; the default is mma.sync.
 MATRIX_UNIT = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
@@ -48,11 +48,11 @@ Row = dict[str, Any]
 
 def ways() -> list[tuple[str, Compiled]]:
     """Every op with each way in which it launches a kernel."""
-    return [(op, way) for op, op_ways in gathered("COMPILED").items() for way in op_ways]
+    return [(op, way) for op, ways in gathered("COMPILED").items() for way in ways]
 
 
 def jobs(*, quick: bool, only: str, archs: list[int]) -> list[tuple[int, str, str, int, int]]:
-    """(number of the way, type, type of the factors, rank, architecture)."""
+    """(index of the case, type, type of the factors, rank, architecture)."""
     return [
         (number, dtype, factors, rank, arch)
         for number, (op, case) in enumerate(ways())
@@ -70,7 +70,7 @@ def jobs(*, quick: bool, only: str, archs: list[int]) -> list[tuple[int, str, st
 def compile_case(
     number: int, dtype: str, factors: str, rank: int, arch: int, changes: dict[str, int], ptx: Path | None
 ) -> Row:
-    """What the compiler made of a case; ``problems`` is empty when all is as it should be. ptx: where the code goes."""
+    """The compiler's result for a case; ``problems`` is empty if all is well. ptx: folder for the code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -102,7 +102,7 @@ def compile_case(
     try:
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    except Exception as error:  # of any kind: the other cases are worth knowing too
+    except Exception as error:  # of any kind: the other cases must still be compiled
         last_line = str(error).strip().rpartition("\n")[2]
         return {**row, "problems": [f"does not compile: {type(error).__name__}: {last_line}"]}
     if ptx is not None:
@@ -119,14 +119,14 @@ def compile_case(
 
 
 def _logged(log: str, pattern: str) -> int:
-    """The sum of a number in the log of ptxas, which must be there."""
+    """The sum of a number that must occur in the log of ptxas."""
     counts = re.findall(pattern, log)
     assert counts, f"no {pattern!r} in the log of ptxas:\n{log}"
     return sum(map(int, counts))
 
 
 def _matrix_unit(compiled: Any) -> str:
-    """What the products run on; fma: on the ordinary units."""
+    """The instruction of the products; fma: the ordinary units."""
     units = [unit for unit in ("tcgen05", "wgmma", "mma.sync") if f"{unit}." in compiled.asm["ptx"]]
     if re.search(r"= tt\.dot .*-> tensor<[^>]*#(?!mma)", compiled.asm["ttgir"]):
         units.append("fma")
@@ -138,15 +138,15 @@ def _problems(row: Row) -> list[str]:
     if row["spill_bytes"]:
         problems.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > limit:
-        problems.append(f"needs {row['shared_bytes']} bytes of shared memory, a block may have {limit}")
-    wanted = MATRIX_UNIT.get(row["arch"], "mma.sync")
-    if row["matrix"] and row["dtype"] != "fp32" and row["matrix_unit"] != wanted:
-        problems.append(f"expected {wanted}, found {row['matrix_unit'] or 'no product'}")
+        problems.append(f"needs {row['shared_bytes']} bytes of shared memory, but a block may have {limit}")
+    expected = MATRIX_UNIT.get(row["arch"], "mma.sync")
+    if row["matrix"] and row["dtype"] != "fp32" and row["matrix_unit"] != expected:
+        problems.append(f"expected {expected}, found {row['matrix_unit'] or 'no product'}")
     return problems
 
 
 def table(rows: list[Row]) -> str:
-    """Registers a thread / KiB of shared memory a block, one column an architecture."""
+    """Registers per thread / KiB of shared memory per block, one column per architecture."""
     archs = list(SHARED_LIMIT_BYTES)
     heads = ["kernel", "type", "rank", "warps", *(f"sm_{arch}" for arch in archs)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -168,7 +168,7 @@ def _cell(row: Row) -> str:
 
 
 def rewrite_readme(op: str, rows: list[Row], versions: str) -> None:
-    """The part between the markers. Only bf16 is shown: fp16 differs in the name of the instructions."""
+    """Writes the part between the markers. It shows only bf16: fp16 differs in the names of the instructions only."""
     path = FOLDER / op / "README.md"
     if not path.exists():
         path.write_text(f"# {op}\n\n<!-- compiled -->\n<!-- /compiled -->\n", encoding="utf-8")
@@ -182,25 +182,29 @@ def rewrite_readme(op: str, rows: list[Row], versions: str) -> None:
     )
     text += f"{len(rows)} compilations (with fp16, fp32 and rank 8), {bad} with problems; {versions}.\n"
     pattern, old = "(?s)(<!-- compiled -->\n).*(<!-- /compiled -->)", path.read_text(encoding="utf-8")
-    new, count = re.subn(pattern, lambda m: m[1] + text + m[2], old)
-    assert count == 1, f"{path} lacks the lines <!-- compiled --> and <!-- /compiled -->"
+    new, num_blocks = re.subn(pattern, lambda m: m[1] + text + m[2], old)
+    assert num_blocks == 1, f"{path} lacks the lines <!-- compiled --> and <!-- /compiled -->"
     path.write_text(new, encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--json", type=Path, help="write one row a case to this file")
+    parser.add_argument("--json", type=Path, help="write one row per case to this file")
     parser.add_argument("--table", action="store_true", help="rewrite the tables in the READMEs of the ops")
-    parser.add_argument("--quick", action="store_true", help="rank 16, bf16 and on sm_90 fp16, one type of factors")
-    parser.add_argument("--arch", type=int, choices=SHARED_LIMIT_BYTES, action="append", help="only this one")
+    parser.add_argument(
+        "--quick", action="store_true", help="only rank 16, bf16 (on sm_90 also fp16) and one type of factors"
+    )
+    parser.add_argument("--arch", type=int, choices=SHARED_LIMIT_BYTES, action="append", help="only this architecture")
     parser.add_argument("--only", default="", help="cases whose op, kernel and variant match this expression")
-    parser.add_argument("--ptx", type=Path, help="write the PTX of each case into this folder, which is there")
+    parser.add_argument("--ptx", type=Path, help="write the PTX of each case into this existing folder")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=INT", help="instead of the op's own value")
     arguments = parser.parse_args()
     changes = {name: int(value) for name, value in (change.split("=") for change in arguments.set)}
     if arguments.table and (arguments.quick or arguments.arch or arguments.only or changes):
         parser.error("--table needs all cases with the ops' own values")
-    if "TRITON_INTERPRET" in os.environ:  # Triton reads it when a kernel is defined, and then there is none to compile
+    if (
+        "TRITON_INTERPRET" in os.environ
+    ):  # Triton reads it when a kernel is defined; with the interpreter there is nothing to compile
         del os.environ["TRITON_INTERPRET"]
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     work = jobs(quick=arguments.quick, only=arguments.only, archs=arguments.arch or list(SHARED_LIMIT_BYTES))
@@ -213,7 +217,7 @@ def main() -> int:
             rows = list(pool.map(compile_case, *zip(*work, strict=True), *rest))
     import triton
 
-    nvidia = triton.knobs.nvidia  # from sm_100 on Triton takes another ptxas
+    nvidia = triton.knobs.nvidia  # from sm_100 on Triton uses another ptxas
     versions = f"Triton {triton.__version__}, ptxas {nvidia.ptxas.version} and {nvidia.ptxas_blackwell.version}"
     for op, group in groupby(rows, key=lambda row: str(row["op"])):
         of_op = list(group)

@@ -1,4 +1,4 @@
-"""What a result file says of the machine, the versions and the code that it comes from."""
+"""Provenance of a result file: machine, versions and code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _CODE = ("peftlab", "kernels", "bench/*.py")
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """Hardware, versions and commit as the files in results/ have them; no host name and no path."""
-    from peftlab.measuring import machine  # with torch, which the tables do without
+    """Hardware, versions and commit, in the form of the files in results/; no host name and no path."""
+    from peftlab.measuring import machine  # imports torch, which the tables do not need
 
     commit = machine.git_commit(ROOT / "peftlab", *_CODE)
     return {

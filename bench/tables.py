@@ -1,4 +1,4 @@
-"""Words and places of the tables that are made of result files."""
+"""Formats tables of result files and writes them between markers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def where(result: dict[str, Any]) -> str:
-    """Hardware, versions and commit of a result, as ``records.provenance`` has them."""
+    """Hardware, versions and commit of a result, as text. They come from ``records.provenance``."""
     names = ("torch", "transformers", "peft", "trl")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in names if name in result["versions"])
     hardware = result["hardware"]
@@ -24,14 +24,14 @@ def spread(figure: dict[str, float], digits: int, unit: float = 1) -> str:
 
 
 def replace_section(path: Path, name: str, body: str) -> None:
-    """Puts ``body`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of the file."""
+    """Writes ``body`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of the file."""
     text = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
     path.write_text(text.replace(f"{begin}{section(text, name)}{end}", f"{begin}{body}{end}"), encoding="utf-8")
 
 
 def section(text: str, name: str) -> str:
-    """What is between the markers."""
+    """The text between the markers."""
     begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise SystemExit(f"expected {begin.strip()} and {end.strip()} once each")

@@ -2,8 +2,8 @@
 
     python -m bench.write_results
 
-A table stands between the markers ``<!-- NAME -->`` and ``<!-- /NAME -->``; the text around it is written by hand. Those of the
-conformance suites are written by ``make conformance ARGS=--write-results``, that of gpu-check by its ``--report`` as well.
+Each table is between the markers ``<!-- NAME -->`` and ``<!-- /NAME -->``; the text around it is written by hand. ``make conformance
+ARGS=--write-results`` writes the tables of the conformance suites. The ``--report`` of gpu-check also writes its own.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def _confirmed() -> str:
 
 
 def _short_distillation() -> str:
-    runs = result("distillation")
-    return distillation.table({name: runs[name] for name in distillation.SHORT})
+    results = result("distillation")
+    return distillation.table({name: results[name] for name in distillation.SHORT})
 
 
 def _cpu_paths() -> str:
     return "\n\n".join(cpu_path.table(result(path.stem)) for path in sorted(RESULTS.glob("cpu_path-*.json")))
 
 
-# (file, marker) -> what makes the table.
+# (file, marker) -> function that returns the table.
 TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (README, "peers"): lambda: peers_report.short_table(RESULTS),
     (README, "distillation"): _short_distillation,

@@ -1,1 +1,1 @@
-"""``python -m bench.gpu_check``: what a machine with a CUDA device can confirm."""
+"""``python -m bench.gpu_check``: checks and measurements for a machine with a CUDA device."""

@@ -1,25 +1,25 @@
-"""``make gpu-check``: what a machine with a CUDA device can confirm, in priority order, each row written when measured.
+"""``make gpu-check``: checks and measures on a CUDA device in priority order. It writes each row as soon as it is measured.
 
     python -m bench.gpu_check [--out DIR] [--minutes 9] [--skip SECTION ...] [--only SECTION ...] [--resume]
                               [--commit SHA] [--dry-run-cpu]
-    python -m bench.gpu_check --preflight  says within a second what is missing, and measures nothing
+    python -m bench.gpu_check --preflight  reports within a second what is missing, and measures nothing
     python -m bench.gpu_check --report     writes bench/results/PENDING.md and bench/RESULTS.md from rows and claims
 
-First the correctness of what is timed: every kernel against float64. Then times: the losses, NF4 linears, whole training
-steps of an 8B model and of its distillation. Then the other checks (tests, whole tiny models, recipes) and the other times.
-A section is timed once the sections that it stands on (sections.py) are green; a red row elsewhere does not stop it.
-``--only`` takes along what a section stands on. ``healing`` takes minutes of its own and runs when --only names it.
-Nothing is downloaded; what an absent package would be needed for is said and left out.
+First it checks every timed kernel against float64. Then it times the losses, NF4 linears, and whole training steps of an 8B
+model and of its distillation. Then it runs the other checks (tests, whole tiny models, recipes) and the other timings.
+A section is timed once the sections that it depends on (``stands_on`` in sections.py) are green. Other red rows do not stop it.
+``--only`` also runs the sections that the named ones depend on. ``healing`` takes minutes and runs only when --only names it.
+Nothing is downloaded. If a package is missing, its sections are reported and skipped.
 
-Rows go to the journal ``DIR/gpu_check.jsonl`` (default bench/results; its form: journal.py): ``ok`` true, false or null
-(not run), ``met`` for targets, ``above_limit`` for figures beyond what the hardware can do. Groups of sections run in
-processes of their own, those without timing side by side: a crash of one costs its rows only. ``--resume`` goes on with the
-journal of the same machine, versions and code, and measures what has no green row yet. What rows confirm is said by
-results/claims.json; after a run into bench/results the report is written. ``--dry-run-cpu`` runs the same code on a CPU, in
-Triton's interpreter, at shapes that prove nothing but that it runs; it writes into build/gpu_check.
+Rows go to the journal ``DIR/gpu_check.jsonl`` (default bench/results; format: journal.py). ``ok`` is true, false or null
+(not run), ``met`` is for targets, ``above_limit`` for figures beyond what the hardware can do. Each group of sections runs in
+its own process, and groups without timing run in parallel: a crash loses only the rows of its own group. ``--resume`` continues
+the journal of the same machine, versions and code, and measures every task that has no green row yet. results/claims.json says
+what rows confirm. After a run into bench/results the report is written. ``--dry-run-cpu`` runs the same code on a CPU, in
+Triton's interpreter, at tiny shapes that only show that it runs. It writes into build/gpu_check.
 
-Exit codes: 0 no row is red, 2 wrong usage or a machine on which nothing can run (no CUDA device, no C compiler, ...),
-5 a journal of another machine or state, 6 at least one row is red.
+Exit codes: 0 no row is red, 2 wrong usage or a machine that can run nothing (no CUDA device, no C compiler, ...),
+5 the journal is from another machine or state, 6 at least one row is red.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ANEW = "a run without --resume"
 
 
 def described(options: argparse.Namespace) -> Row | None:
-    """The journal's header, or None without a CUDA device; asked in another process: this one stays without a CUDA context."""
+    """The journal's header, or None without a CUDA device. Another process finds out, so this one has no CUDA context."""
     command = [
         *PROGRAM,
         "--describe",
@@ -67,7 +67,7 @@ def described(options: argparse.Namespace) -> Row | None:
 
 
 def _command() -> str:
-    """This call, without the folders of this machine."""
+    """The command line, without the folders of this machine."""
     folder = [word == "--out" or word.startswith("--out=") or before == "--out" for before, word in pairwise(sys.argv)]
     words = [word for word, left_out in zip(sys.argv[1:], folder, strict=True) if not left_out]
     return " ".join(["python -m bench.gpu_check", *(f"'{word}'" if " " in word else word for word in words)])
@@ -94,14 +94,14 @@ def opened(path: Path, described_now: Row, *, resume: bool) -> Journal:
 
 def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Section]:
     if unknown := sorted({*options.only, *options.skip} - set(BY_NAME)):
-        parser.error(f"no section is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
-    named = {*options.only} or {s.name for s in SECTIONS if not s.asked}
+        parser.error(f"unknown section: {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
+    named = {*options.only} or {s.name for s in SECTIONS if not s.only_by_name}
     if options.child is None:
         named = with_what_they_stand_on(named)
     chosen = [s for s in SECTIONS if s.name in named - {*options.skip}]
     if not options.dry_run_cpu:
         return chosen
-    # On few cores importing the libraries is most of it: two processes for correctness, then one.
+    # With few cores, importing the libraries takes most of the time: two processes for correctness, then one.
     models = ("models", "tests", "recipe", "kd")
     groups = {s.name: "timing" if s.timing else "models" if s.group in models else "kernels" for s in chosen}
     return [replace(s, group=groups[s.name], wave=1, least=0) for s in chosen]
@@ -109,11 +109,11 @@ def chosen_sections(options: argparse.Namespace, parser: argparse.ArgumentParser
 
 def report(path: Path) -> int:
     """Raises: RecipeError (rows of a dry run), ArtifactError (a damaged file)."""
-    from bench.gpu_check import pending  # with torch, which a preflight does without
+    from bench.gpu_check import pending  # imports torch, which a preflight does not need
 
     records = read_records(path, anew=ANEW) if path.is_file() else []
     if records and records[0]["dry_run"]:
-        raise RecipeError(f"{path} is of a dry run, which confirms nothing; give another --out")
+        raise RecipeError(f"{path} is from a dry run, which confirms nothing; give another --out")
     pending.write(records)
     print(f"written: {pending.PENDING.relative_to(ROOT)}, {pending.PAGE.relative_to(ROOT)}", file=sys.stderr)
     return 0
@@ -121,21 +121,21 @@ def report(path: Path) -> int:
 
 def measure(options: argparse.Namespace, sections: list[Section], deadline: Deadline) -> int:
     if options.dry_run_cpu and options.out.resolve() == RESULTS:
-        raise RecipeError("a dry run does not write where the rows of GPUs are; give another --out")
+        raise RecipeError("a dry run does not write into the folder of GPU rows; give another --out")
     path = options.out / JOURNAL
     findings = preflight.look(sections, options.out, dry=options.dry_run_cpu)
     if findings:
-        print(preflight.message(findings), file=sys.stderr)
+        print(preflight.report(findings), file=sys.stderr)
     if preflight.fatal(findings):
         return 2
     now = described(options)
     if now is None:
-        print("gpu-check needs a CUDA device, and torch finds none; nothing was checked", file=sys.stderr)
+        print("gpu-check needs a CUDA device, but torch finds none; nothing was checked", file=sys.stderr)
         return 2
     journal = opened(path, now, resume=options.resume)
     done = finished(journal.records)
     if skipped := [s.name for s in sections if s.name in done]:
-        print(f"measured before: {', '.join(skipped)}", file=sys.stderr)
+        print(f"already measured: {', '.join(skipped)}", file=sys.stderr)
     processes = Processes(options.out, dry=options.dry_run_cpu)
     conductor = Conductor(journal, [s for s in sections if s.name not in done], deadline, processes)
     conductor.run()
@@ -151,20 +151,22 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="default: bench/results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="the whole ends within this time")
-    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these, and what they stand on")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit for the whole run")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="SECTION", help="only these sections, and those they depend on"
+    )
     parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION", help="all sections but these")
-    parser.add_argument("--resume", action="store_true", help="measure what has no green row in DIR yet")
-    parser.add_argument("--commit", metavar="SHA", help="of this code, where it lies without git")
+    parser.add_argument("--resume", action="store_true", help="measure every task without a green row in DIR")
+    parser.add_argument("--commit", metavar="SHA", help="commit of this code, if there is no git repository")
     parser.add_argument("--dry-run-cpu", action="store_true", help="the same code on a CPU at tiny shapes")
-    parser.add_argument("--preflight", action="store_true", help="say what is missing; measure nothing")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write what the rows in DIR confirm")
+    parser.add_argument("--preflight", action="store_true", help="report what is missing; measure nothing")
+    parser.add_argument("--report", action="store_true", help="write what the rows in DIR confirm; measure nothing")
     parser.add_argument("--child", type=float, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--describe", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     deadline, sections = Deadline(time.time() + 60 * options.minutes), chosen_sections(options, parser)
     if options.dry_run_cpu:
-        # Triton reads the first when a kernel is defined; more threads than that only wait for each other.
+        # Triton reads the first when a kernel is defined. More threads would only wait for each other.
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     options.out = options.out or (DRY_RESULTS if options.dry_run_cpu else RESULTS)
     device = Device("cpu" if options.dry_run_cpu else "cuda")
@@ -176,7 +178,7 @@ def main() -> int:
         return 0
     if options.preflight:
         findings = preflight.look(sections, options.out, dry=options.dry_run_cpu)
-        print(preflight.message(findings) or "preflight: nothing is missing")
+        print(preflight.report(findings) or "preflight: nothing is missing")
         return 2 if preflight.fatal(findings) else 0
     try:
         return report(path) if options.report else measure(options, sections, deadline)

@@ -1,4 +1,4 @@
-"""What the parts of gpu-check share: the device, tasks that become rows, deadlines."""
+"""Shared by all parts of gpu-check: the device, tasks that become rows, deadlines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Row = dict[str, Any]
-CLOCK_HZ = 2e9  # about that of GPUs of these years
+CLOCK_HZ = 2e9  # roughly the clock of current GPUs
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Task:
     """One measurement.
 
     Attributes:
-        what: identifies its rows, whatever happens. run: gives the rest of a row.
-        seconds: it is not begun when less time is left. makes: what later tasks of the section need in memory, so that
-            it is done again with ``--resume`` when one of them is still to be measured.
+        what: identifies its rows. run: returns the rest of a row.
+        seconds: it does not start if less time is left. makes: later tasks of the section need its objects in memory, so
+            ``--resume`` runs it again if one of them still has to be measured.
     """
 
     what: Row
@@ -34,12 +34,12 @@ class Section:
     """Rows of one kind.
 
     Attributes:
-        group: sections of a group share a process, one after the other. source: module:function[:argument].
-        seconds: at most. least: so many are kept for it while those before it run.
-        wave: all of a lower one end first; within one, correctness runs side by side, then timing group by group.
-        needs: packages without which it is left out. uses: packages without which only some of its rows are not run.
+        group: sections of a group run in one process, one after the other. source: module:function[:argument].
+        seconds: time limit. least: seconds reserved for it while earlier sections run.
+        wave: lower waves end first. Within a wave correctness runs in parallel, then timing group by group.
+        needs: packages without which it is skipped. uses: packages without which only some of its rows are skipped.
         timing: it runs alone. stands_on: sections that must be green before it is timed, and for its figures to count.
-        asked: it takes so long that it runs only when --only names it.
+        only_by_name: it takes so long that it runs only when --only names it.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Section:
     uses: tuple[str, ...] = ()
     timing: bool = False
     stands_on: tuple[str, ...] = ()
-    asked: bool = False
+    only_by_name: bool = False
 
 
 class Deadline:
@@ -70,15 +70,15 @@ class Deadline:
 
 @dataclass
 class Device:
-    """A CUDA device, or in a dry run the CPU with Triton's interpreter and shapes as small as they can be.
+    """A CUDA device, or in a dry run the CPU with Triton's interpreter and the smallest possible shapes.
 
     Attributes:
-        found: objects that later tasks of the same process need, such as models. rows: what was measured before, in this
-            process or in one whose journal is gone on with.
+        shared: objects that later tasks of the same process need, such as models. rows: earlier measurements, of this
+            process or of a resumed journal.
     """
 
     kind: str
-    kept: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -89,18 +89,18 @@ class Device:
         return dry if self.dry else real
 
     def has(self, card: str) -> bool:
-        """Whether it is a GPU of this name, such as ``H200``."""
+        """Whether it is a GPU with this name, such as ``H200``."""
         import torch
 
         return not self.dry and card in torch.cuda.get_device_name()
 
     def row_of(self, **task: Any) -> Row | None:
-        """The green row of the task that has these values."""
+        """The green row of the task with these values."""
         fitting = (r for r in reversed(self.rows) if r["ok"] and task.items() <= r["task"].items())
         return next(fitting, None)
 
     def backend(self, dtype: Any) -> str:
-        """Triton, except for bfloat16 in its interpreter, which multiplies that wrongly (triton#11584)."""
+        """Triton, except for bfloat16 in its interpreter, which multiplies it wrongly (triton#11584)."""
         import torch
 
         return "torch" if self.dry and dtype == torch.bfloat16 else "triton"
@@ -118,7 +118,7 @@ class Device:
             torch.cuda.synchronize()
 
     def now(self) -> Any:
-        """A moment in the device's queue; two of them go into ``between_us``."""
+        """A point in the device's queue; ``between_us`` takes two of them."""
         import torch
 
         if self.dry:
@@ -131,14 +131,14 @@ class Device:
         return 1e6 * (second - first) if self.dry else 1e3 * float(first.elapsed_time(second))
 
     def flush(self) -> None:
-        """Takes the L2 away from whatever ran before."""
+        """Overwrites the L2, so that nothing of earlier work is cached."""
         import torch
 
         from peftlab.measuring.timing import FLUSH_BYTES
 
-        if "flush" not in self.kept:
-            self.kept["flush"] = torch.empty(self.pick(FLUSH_BYTES, 1024), dtype=torch.uint8, device=self.kind)
-        self.kept["flush"].zero_()
+        if "flush" not in self.shared:
+            self.shared["flush"] = torch.empty(self.pick(FLUSH_BYTES, 1024), dtype=torch.uint8, device=self.kind)
+        self.shared["flush"].zero_()
 
     def allocated(self) -> int:
         import torch
@@ -146,7 +146,7 @@ class Device:
         return 0 if self.dry else int(torch.cuda.memory_allocated())
 
     def peak(self, run: Callable[[], Any]) -> int:
-        """Bytes that ``run`` needs at its highest beyond what was allocated before it; what it returns is dropped."""
+        """Peak bytes that ``run`` needs beyond those allocated before it. Its result is dropped."""
         import torch
 
         if self.dry:
@@ -167,7 +167,7 @@ class Device:
             torch.cuda.empty_cache()
 
     def occupy(self, seconds: float) -> None:
-        """Keeps the GPU waiting for about that long, so that what is launched meanwhile then runs without gaps."""
+        """Keeps the GPU busy for about that long, so that work launched meanwhile then runs without gaps."""
         import torch
 
         if seconds and not self.dry:
@@ -175,16 +175,16 @@ class Device:
 
 
 def lacking(*packages: str) -> list[str]:
-    """Those that cannot be imported."""
+    """The packages that cannot be imported."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def not_installed(*packages: str) -> Row | None:
-    """The row of a task that needs these packages where one of them is missing."""
+    """The row of a task that needs these packages if one of them is missing, else None."""
     missing = lacking(*packages)
     return {"not_run": f"not installed: {', '.join(missing)}", "ok": None} if missing else None
 
 
 def relative(error: Any, want: Any) -> float:
-    """|error| / |want|, or |error| where nothing is wanted."""
+    """|error| / |want|, or |error| where ``want`` is zero."""
     return float(error.double().norm() / max(float(want.double().norm()), 1e-300))

@@ -1,4 +1,4 @@
-"""gpu-check: what becomes of small adapters, which elements dropout keeps, and that two calls give the same bytes."""
+"""gpu-check: small adapters survive rounding, dropout keeps the right elements, two calls give the same bytes."""
 
 # ruff: noqa: N806 -- sizes are called M, N, K and R, as in the kernels
 from __future__ import annotations
@@ -40,10 +40,10 @@ def adapter_behaviour(device: Device) -> Iterator[Task]:
 
 
 def _gain(device: Device, kind: str) -> Row:
-    """Share of an adapter of |sBA| = 1e-3 |W| that arrives in a bfloat16 output, by way.
+    """Share of an adapter of |sBA| = 1e-3 |W| that is left in a bfloat16 output, by plan.
 
-    Where one rounding ends it, of a merged weight or of an output to which the product was added, nearly all of it must
-    arrive. Where the output is rounded before the addition, or the adapter merged into 16 bits, about half is lost.
+    With a single rounding, of a merged weight or of an output to which the product was added, nearly all of it must be
+    left. If the output is rounded before the addition, or the adapter is merged into 16 bits, about half is lost.
     """
     M, N, K, R = shape = device.pick((2048, 4096, 4096, 16), (64, 128, 128, 8))
     case = make_case(device, kind, shape, torch.bfloat16, dropout=0.0)
@@ -60,7 +60,7 @@ def _gain(device: Device, kind: str) -> Row:
     for way in ("merged", "split"):
         with plan.forced(plan.Plan(way, way)):
             gains[way] = gain(fused(case, device.backend(torch.bfloat16))["y"])
-    # The dry run's few elements say little.
+    # A dry run has too few elements to judge.
     margin, spare = device.pick((0.05, 0.02), (0.5, 0.5))
     lossless = ["split"] if kind == "dense" else ["split", "merged"]
     ok = all(abs(gains[way] - 1) <= margin for way in lossless) and gains["merged"] >= gains["unfused"] - spare
@@ -68,7 +68,7 @@ def _gain(device: Device, kind: str) -> Row:
 
 
 def _mask(device: Device, dropout: float) -> Row:
-    """The bits of the NumPy reference, and the share kept within five sigma, in all and per place in a byte."""
+    """The bits equal the NumPy reference, and the kept share is within five sigma, in total and per bit of a byte."""
     M, K = device.pick((2048, 4096), (64, 96))
     x = torch.zeros(M, K, device=device.kind)
     keep, keep_scale = dropout_mask(x, dropout, torch.tensor(SEED), backend="triton")

@@ -1,4 +1,4 @@
-"""gpu-check: the rows that an op's own cases.py describes, judged and timed the same way for every op."""
+"""gpu-check: judges and times the rows of each op's cases.py, the same way for every op."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _checked(check: Check) -> Row:
 
 
 def judge(compared: Compared) -> tuple[float, str]:
-    """The largest error by its limit, and whose. Limits:
+    """The largest error divided by its limit, and where it is. Limits:
 
-    - Root mean square: 1.1 x that of plain PyTorch in the same types. Largest: twice it, so that one wrong element of millions
-      shows.
+    - Root mean square: 1.1 x that of plain PyTorch in the same types. Largest: twice plain PyTorch's, so that one wrong element
+      among millions shows.
     - Sums in float32, in any order: sqrt(terms) * 2^-24 of the result.
-    - Numbers between inputs and results are rounded on either path. Of few numbers the error may happen to be anything up to a
-      rounding, of many it is the same: 2 / sqrt(rounded) roundings of the result.
+    - Both paths round intermediate numbers. With few of them the errors may differ by up to a rounding, with many they are
+      equal: 2 / sqrt(rounded) roundings of the result.
     """
     worst, where = 0.0, ""
     eps = torch.finfo(next(iter(compared.actual.values())).dtype).eps
@@ -64,15 +64,15 @@ def times_of(device: Device, op: str) -> Iterator[Task]:
 
 
 def _timed(device: Device, timing: Timing) -> Row:
-    calls, notes = timing.make()
+    calls, details = timing.make()
     runs: dict[str, Run] = {name: _one_phase(call) for name, call in calls.items()}
-    times = interleaved(device, runs, seconds=timing.seconds, ahead=True)
+    timed = interleaved(device, runs, seconds=timing.seconds, ahead=True)
     return {
-        "us": {name: phases["time"] for name, phases in times.spreads().items()},
-        "rounds_us": times.rounds(),
-        "ratio": times.ratio(*timing.ratio, "time"),
-        **notes,
-        **times.protocol(),
+        "us": {name: phases["time"] for name, phases in timed.spreads().items()},
+        "rounds_us": timed.rounds(),
+        "ratio": timed.ratio(*timing.ratio, "time"),
+        **details,
+        **timed.protocol(),
     }
 
 

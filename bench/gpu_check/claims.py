@@ -1,9 +1,9 @@
-"""gpu-check: what rows say about the claims of results/claims.json and of the ops' cases.py.
+"""gpu-check: judges the claims of results/claims.json and of the ops' cases.py by the measured rows.
 
-A claim has ``rules``; each names a section, the tasks whose rows decide it (``match``: key -> value, or a list of those that
-fit), and with ``figure`` the path of a figure in those rows with its bound (``at_least``, ``at_most``, ``equals``) or none. It is
-confirmed when all tasks that fit are green and their figures within the bounds, and the sections green that the figures stand
-on. With ``card``, part of a GPU's name, it is about that card only and stays open on another. One without rules stays open.
+A claim has ``rules``. Each rule names a section and the tasks whose rows decide it (``match``: key -> value, or a list of allowed
+values). ``figure`` is the path of a figure in those rows, with a bound (``at_least``, ``at_most``, ``equals``) or none. A claim is
+confirmed if all matching tasks are green, their figures are within the bounds, and the sections that the figures depend on
+are green. ``card`` is part of a GPU's name: the claim is about that card and stays open on others. A claim without rules stays open.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _MOST_FIGURES = 4
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rows say of a claim.
+    """The verdict of the rows on a claim.
 
     Attributes:
-        measured: the figures, with the bound that one has missed. note: how far an open one has come.
+        measured: the figures, or the bound that one of them missed. note: progress of an open claim.
     """
 
     state: State
@@ -43,19 +43,19 @@ class Verdict:
 
 
 def load(path: Path = CLAIMS) -> list[Claim]:
-    """Those of the file, and those that ops make in their cases.py."""
+    """The claims of the file and of the ops' cases.py."""
     return [*json.loads(path.read_text(encoding="utf-8")), *itertools.chain(*gathered("CLAIMS").values())]
 
 
 def fits(rule: Row, task: Row) -> bool:
     return all(
-        name in task and task[name] in (wanted if isinstance(wanted, list) else [wanted])
-        for name, wanted in rule["match"].items()
+        name in task and task[name] in (values if isinstance(values, list) else [values])
+        for name, values in rule["match"].items()
     )
 
 
 def figure_of(rule: Row, row: Row) -> Any:
-    """None where the row lacks it: its contestant is not installed, or ran out of memory."""
+    """The figure, or None if the row lacks it: its contestant is not installed or ran out of memory."""
     value: Any = row
     for name in rule["figure"]:
         value = value.get(name) if isinstance(value, dict) else None
@@ -63,8 +63,8 @@ def figure_of(rule: Row, row: Row) -> Any:
 
 
 def keeps(rule: Row, figure: Any) -> bool:
-    """Whether a figure is within the bound. An interval that has 1 in it reaches no target above 1, and exceeds a limit
-    only where all of it lies beyond."""
+    """Whether a figure is within the bound. An interval that contains 1 reaches no target above 1. It exceeds a limit only
+    if all of it lies beyond."""
     if isinstance(figure, dict):
         low = figure["low"] if figure["low"] is not None else figure["value"]
         if "at_least" in rule and figure["differs"] is False and rule["at_least"] > 1:
@@ -80,29 +80,29 @@ def judge(claim: Claim, records: Sequence[Row]) -> Verdict:
         return Verdict("open")
     machine = records[0]["machine"]["name"]
     if claim.get("card", "") not in machine:
-        return Verdict("open", note=f"of another card than {machine}")
+        return Verdict("open", note=f"for a card other than {machine}")
     listed = tasks_listed(records)
     counting = counting_rows(records)
     rows = {(r["section"], identity(r["task"])): r for r in counting if "task" in r}
     sections = {rule["section"] for rule in claim["rules"]}
     missed = [_red(r) for r in counting if "task" not in r and r["section"] in sections and r["ok"] is False]
-    texts, done, wanted = [], 0, 0
+    texts, done, num_expected = [], 0, 0
     for rule in claim["rules"]:
         tasks = [task for task in listed.get(rule["section"], []) if fits(rule, task)]
-        measured = [rows[key] for task in tasks if (key := (rule["section"], identity(task))) in rows]
-        missed += [_red(row) for row in measured if row["ok"] is False]
-        green = [row for row in measured if row["ok"] is True]
+        measured_rows = [rows[key] for task in tasks if (key := (rule["section"], identity(task))) in rows]
+        missed += [_red(row) for row in measured_rows if row["ok"] is False]
+        green = [row for row in measured_rows if row["ok"] is True]
         figures = {}
         if "figure" in rule:
             figures = {i: figure for i, row in enumerate(green) if (figure := figure_of(rule, row)) is not None}
             missed += [_missed(rule, green[i], figure) for i, figure in figures.items() if not keeps(rule, figure)]
         texts.append(_measured(rule, [(green[i]["task"], figure) for i, figure in figures.items()], len(green)))
         done += len(figures) if "figure" in rule else len(green)
-        wanted += max(len(tasks), 1)
+        num_expected += max(len(tasks), 1)
     if missed:
         return Verdict("failed", "; ".join(dict.fromkeys(missed)))
-    if done < wanted:
-        return Verdict("open", note=f"{done} of {wanted} rows green" if done else "")
+    if done < num_expected:
+        return Verdict("open", note=f"{done} of {num_expected} rows green" if done else "")
     gates = dict.fromkeys(gate for name in sorted(sections) for gate in BY_NAME[name].stands_on)
     if reasons := unproven(records, gates):
         return Verdict("open", note=f"measured, but {'; '.join(reasons)}")
@@ -125,7 +125,7 @@ def expected(rule: Row) -> str:
 
 
 def _measured(rule: Row, figures: list[tuple[Row, Any]], num_green: int) -> str:
-    """``M=2048: 1.22 (1.20..1.24)``: by the keys in which the tasks differ."""
+    """``M=2048: 1.22 (1.20..1.24)``: labelled by the keys in which the tasks differ."""
     if "figure" not in rule or "equals" in rule:
         return f"{num_green} {'row' if num_green == 1 else 'rows'} green in `{rule['section']}`"
     if len(figures) > _MOST_FIGURES:

@@ -1,7 +1,7 @@
 """gpu-check: the order of its sections, the time that each gets, and which may be timed.
 
-A wave checks side by side, then times group by group, alone on the machine. A section is timed once all that it stands on
-is green. While something runs, the time is kept that the sections of timing after it in the wave need at least.
+A wave runs its checks in parallel, then times group by group, alone on the machine. A section is timed once all sections that it
+depends on are green. While something runs, the conductor reserves the least time of the later timing sections of the wave.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from bench.gpu_check.journal import counting_rows, unproven
 from bench.gpu_check.processes import GRACE_S
 from peftlab.measuring.journal import Journal, read_records
 
-# To import torch and reach CUDA, in a sandbox and beside other processes that start: an estimate, on the safe side.
+# To import torch and initialize CUDA, in a sandbox while other processes start: a safe estimate.
 START_S = 25.0
 SHORTEST_S = 10.0
 
 
 class Starter(Protocol):
-    """As Processes: what runs groups of sections, each until a deadline."""
+    """Runs groups of sections, each until a deadline. See ``Processes``."""
 
     def start(self, sections: list[Section], deadline: Deadline) -> Any: ...
 
@@ -31,7 +31,7 @@ class Starter(Protocol):
 
 
 class Conductor:
-    """Runs sections wave by wave and keeps to the time."""
+    """Runs sections wave by wave within the time limit."""
 
     def __init__(self, journal: Journal, sections: list[Section], deadline: Deadline, processes: Starter) -> None:
         self.sections, self.deadline, self.processes = sections, deadline, processes
@@ -51,14 +51,14 @@ class Conductor:
         return counting_rows(self._records())
 
     def _check(self, sections: list[Section], *, kept_s: float) -> None:
-        """All groups side by side."""
+        """Runs all groups in parallel."""
         started = [(group, self._start(group, self._cap(group, kept_s))) for group in groups_of(sections)]
         for group, child in started:
             if child is not None:
                 self._wait(group, child)
 
     def _ready(self, sections: list[Section]) -> list[Section]:
-        """Those that stand on green sections only; of the others it says which one is not, and why."""
+        """The sections that depend on green sections only. For the others it records which one is not green, and why."""
         records, ready = self._records(), []
         for section in sections:
             if reasons := unproven(records, section.stands_on):
@@ -90,14 +90,14 @@ class Conductor:
         begun = {r["section"] for r in self._records()[self._num_before :] if r["kind"] == "begin"}
         for section in lost(group, code, begun):
             reason = "did not end in time and was stopped" if code is None else f"ended with exit code {code}"
-            # Cut off by time, a section is unknown rather than red.
+            # A section stopped by the time limit is unknown, not red.
             ok = None if code is None else False
             self._say(section.name, {"failed": f"the process {reason}", "output": text, "ok": ok})
         ended = "done" if code == 0 else "see its rows"
         print(f"{group[0].group}: {ended}, {self.deadline.left():.0f} s left", file=sys.stderr)
 
     def _records(self) -> list[Row]:
-        """Of all processes."""
+        """The records of all processes."""
         return read_records(self.journal.path)
 
     def _say(self, section: str, row: Row) -> None:
@@ -110,12 +110,12 @@ def groups_of(sections: Sequence[Section]) -> list[list[Section]]:
 
 
 def kept(sections: Sequence[Section]) -> float:
-    """Seconds that groups need at least, each with its start and with the last task of the one before it."""
+    """Least seconds that groups need, each including its start and the last task of the group before it."""
     needed = [sum(s.least for s in group) for group in groups_of(sections)]
     return sum(START_S + least + GRACE_S for least in needed if least)
 
 
 def lost(group: list[Section], code: int | None, begun: set[str]) -> list[Section]:
-    """Sections that have not begun, and of a process that came to harm the last one that has: it may lack rows."""
+    """Sections that have not begun. After a crash also the last one that has, since it may lack rows."""
     seen = [s for s in group if s.name in begun]
     return [s for s in group if s not in seen] if code == 0 else group[max(0, len(seen) - 1) :]

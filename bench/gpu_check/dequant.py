@@ -1,4 +1,4 @@
-"""gpu-check: dequantization and merging against float64, and bit for bit against bitsandbytes on CUDA, for every stored weight."""
+"""gpu-check: dequantization and merging against float64, and bit for bit against bitsandbytes on CUDA, for every storage."""
 
 # ruff: noqa: N803, N806 -- sizes are called M, N, K and R, as in the kernels
 from __future__ import annotations
@@ -14,18 +14,18 @@ from bench.gpu_check.base import Device, Row, Task, lacking
 
 DTYPES = ("bfloat16", "float16", "float32")
 DRY_SHAPES = [(33, 128), (5, 33)]
-FIRST_MERGED = 3  # of a storage's shapes; those before it are too small for a rank of 8
+FIRST_MERGED = 3  # index into a storage's shapes; those before it are too small for rank 8
 RANKS = (8, 16, 64)
 
 
 def storages() -> list[tuple[str, Storage]]:
-    """By op, the smallest first."""
+    """Storages by op, smallest first."""
     return sorted(gathered("STORAGE").items(), key=lambda item: float(item[1].stored_bytes))
 
 
 def beyond_one_rounding(actual: Any, want: Any) -> float:
-    """Largest error beyond half a step of the type and 16 roundings of float32 of the largest value, by that value;
-    not above 0 where ``actual`` was rounded once from float32."""
+    """Largest error beyond half a step of the type and 16 float32 roundings of the largest value, relative to that value. It is at
+    most 0 if ``actual`` was rounded once from float32."""
     info = torch.finfo(actual.dtype)
     _, exponent = torch.frexp(want.abs().clamp(min=info.smallest_normal))
     half_step = torch.ldexp(torch.full_like(want, info.eps / 2), exponent - 1)
@@ -35,14 +35,14 @@ def beyond_one_rounding(actual: Any, want: Any) -> float:
 
 
 def low_rank(device: Device, N: int, K: int, R: int, dtype: Any, size: float) -> tuple[Any, Any, float]:
-    """A [R, K], B [N, R] and a scale with |s B A| of half of ``size``, the norm of the weight."""
+    """A [R, K], B [N, R] and a scale so that |s B A| is half of ``size``, the norm of the weight."""
     A, B = device.randn(R, K, seed=1, dtype=dtype), device.randn(N, R, seed=2, dtype=dtype)
     return A, B, 0.5 * size / float((B.double() @ A.double()).norm())
 
 
 def dequant_correctness(device: Device) -> Iterator[Task]:
-    """One rounding of the float64 formula, bitsandbytes' own bits, and merging no worse than dequantizing and adding in the
-    type."""
+    """Checks: one rounding of the float64 formula, the same bits as bitsandbytes, and merging no less accurate than dequantizing
+    and adding in the type."""
     for dtype in DTYPES:
         for op, storage in storages():
             for variant in storage.variants:
@@ -73,7 +73,7 @@ def _exact(device: Device, storage: Storage, dtype_name: str, variant: Row) -> R
 
 
 def _merge(device: Device, storage: Storage, dtype_name: str, variant: Row) -> Row:
-    """Error of W + s B A by that of adding to the rounded weight, as large as it gets over shapes and ranks."""
+    """Error of W + s B A divided by the error of adding to the rounded weight: the largest over shapes and ranks."""
     dtype = getattr(torch, dtype_name)
     worst, excess, bad = 0.0, 0.0, []
     for N, K in device.pick(storage.shapes[FIRST_MERGED:], DRY_SHAPES[:1]):

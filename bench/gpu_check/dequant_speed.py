@@ -1,4 +1,4 @@
-"""gpu-check: what the device can do at best, and dequantization against bitsandbytes."""
+"""gpu-check: the device's peak rates, and dequantization against bitsandbytes."""
 
 # ruff: noqa: N803, N806 -- sizes are called M, N, K and R, as in the kernels
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRODUCT, COPY = "ceiling, bf16 product", "ceiling, copy"
 
 
 def ceilings(device: Device) -> Iterator[Task]:
-    """The rates that every floor below is made of: a large product in bfloat16, a large copy."""
+    """The rates behind every floor below: a large product in bfloat16, a large copy."""
     yield Task({"case": PRODUCT}, partial(_gemm_ceiling, device), seconds=3)
     yield Task({"case": COPY}, partial(_copy_ceiling, device), seconds=3)
 
@@ -45,7 +45,7 @@ def _copy_ceiling(device: Device) -> Row:
 
 
 def flops_per_s(device: Device) -> float:
-    """As measured, or where that was left out as the model takes it."""
+    """The measured rate, or the model's if it was not measured."""
     row = device.row_of(case=PRODUCT)
     return 1e12 * row["tflops"] if row else GEMM_FLOPS
 
@@ -57,8 +57,8 @@ def bytes_per_s(device: Device) -> float:
 
 
 def dequant_speed(device: Device) -> Iterator[Task]:
-    """Dequantizing to bfloat16 against bitsandbytes: the GPU's time, by which the target is judged because training
-    launches ahead of the GPU, and the time of calls by themselves."""
+    """Dequantizing to bfloat16 against bitsandbytes: the GPU's time, and the time of single calls. The GPU's time decides the
+    target, because training launches ahead of the GPU."""
     for op, storage in storages():
         for N, K in device.pick(storage.timed, [(64, 128)]):
             what = {"case": op, "shape": [N, K], "dtype": "bfloat16"}
@@ -70,12 +70,12 @@ def dequant_speed(device: Device) -> Iterator[Task]:
 
 
 def _moved(storage: Storage, N: int, K: int) -> float:
-    """Bytes of reading the stored weight once and writing it once in 16 bits."""
+    """Bytes to read the stored weight once and write it once in 16 bits."""
     return (storage.stored_bytes + 2) * N * K
 
 
 def _weights(device: Device, storage: Storage, N: int, K: int) -> list[Any]:
-    """As many as to go through in turn, so that none is in the L2 when its turn comes."""
+    """Enough weights that, used in turn, none is in the L2 when its turn comes."""
     count = int(device.pick(max(2, -(-512 * 2**20 // int(_moved(storage, N, K)))), 2))
     return [storage.make(device, N, K, **storage.variants[-1], seed=seed) for seed in range(count)]
 
@@ -116,29 +116,29 @@ def _added(library: Callable[[Any], Any], A: Any, B: Any, scale: float) -> Any:
 
 
 def _against(device: Device, calls: dict[str, Calls], moved: float) -> Row:
-    """Times per call of both, launched ahead and by themselves, and how far from the bytes that must move."""
+    """Times per call of both, launched ahead and as single calls, and the distance from the bytes that must move."""
     count = len(calls["peftlab"])
     alone = interleaved(device, {name: _one(each) for name, each in calls.items()}, seconds=0.5)
-    times = interleaved(device, {name: _all(each) for name, each in calls.items()}, seconds=1.5, ahead=True)
-    us = {name: [round(t / count, 3) for t in phases["time"]] for name, phases in times.spreads().items()}
+    timed = interleaved(device, {name: _all(each) for name, each in calls.items()}, seconds=1.5, ahead=True)
+    us = {name: [round(t / count, 3) for t in phases["time"]] for name, phases in timed.spreads().items()}
     floor = 1e6 * moved / bytes_per_s(device)
     return {
         "us": us,
-        "rounds_us": {name: {"time": [t / count for t in phases["time"]]} for name, phases in times.rounds().items()},
+        "rounds_us": {name: {"time": [t / count for t in phases["time"]]} for name, phases in timed.rounds().items()},
         "alone_us": {name: phases["time"] for name, phases in alone.spreads().items()},
-        "ratio": times.ratio("bitsandbytes", "peftlab", "time"),
+        "ratio": timed.ratio("bitsandbytes", "peftlab", "time"),
         "alone_ratio": alone.ratio("bitsandbytes", "peftlab", "time"),
         "floor_us": floor,
         "of_bandwidth": floor / us["peftlab"][1] if us["peftlab"][1] else None,
-        # 10 %: a copy is not the fastest pattern there is.
+        # 10 %: a copy is not the fastest access pattern.
         "above_limit": not device.dry and us["peftlab"][1] < 0.9 * floor,
         "weights_in_turn": count,
-        **times.protocol(),
+        **timed.protocol(),
     }
 
 
 def _one(calls: Calls) -> Run:
-    """The next of them, again and again."""
+    """Cycles through them, one per call."""
     turn = _forever(calls)
     return lambda mark: next(turn)()
 

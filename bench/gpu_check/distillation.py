@@ -1,4 +1,4 @@
-"""gpu-check: distillation. Its loss against the plain formula in float64, stored targets, draws, timed forward passes."""
+"""gpu-check: distillation. The loss against the plain formula in float64, stored targets, random draws, latency."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bench.gpu_check.base import Device, Row, Task
 
-LENGTHS = (24, 17, 9)  # of the rows; the first third of each is not scored
+LENGTHS = (24, 17, 9)  # lengths of the rows; the first third of each row is not scored
 NUM_KEPT = 16
 TEACHERS = (
     "beside the student",
@@ -22,12 +22,12 @@ TEACHERS = (
 )
 DRAWN: tuple[Literal["sampled", "mixed"], ...] = ("sampled", "mixed")
 SLEEP_S = 5e-3
-# Of draws: float32 softmaxes of two devices differ in the last bit, which moves a draw across a border once in a million.
+# Limit for draws: float32 softmaxes of two devices differ in the last bit, which changes one draw in a million.
 MOST_MOVED = 1e-3
 
 
 def distillation(device: Device) -> Iterator[Task]:
-    """A training step's loss and gradients by every kind of teacher; what a GPU draws; what the latency waits for."""
+    """Tasks: a training step's loss and gradients with every kind of teacher, draws on a GPU, and the latency timer."""
     for dtype in device.pick(("bfloat16", "float16", "float32"), ("bfloat16", "float32")):
         for teacher in TEACHERS:
             what = {"check": "distillation loss", "teacher": teacher, "dtype": dtype}
@@ -47,7 +47,7 @@ def causal_task(tokenizer: Any) -> Any:
 
 
 def examples_of(lengths: tuple[int, ...], vocab: int, *, unscored: float = 1 / 3) -> list[Any]:
-    """Rows of random tokens, all but the first share of each scored."""
+    """Rows of random tokens. The first share ``unscored`` of each is not scored."""
     import numpy as np
 
     from peftlab.tasks import Example
@@ -74,7 +74,7 @@ def _loss(device: Device, dtype_name: str, kind: str) -> Row:
     want_loss, want = _truth(student, student if kind == "self" else teacher, examples, kind)
     cast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.kind, dtype)
     with cast:
-        share = Share(_taught(device, kind, task, teacher, examples))
+        share = Share(_teacher_of(device, kind, task, teacher, examples))
         loss_of = DistillLoss(task, [(1.0, Objective())], [share])
         loss = loss_of(student, task.collate(examples, device.kind))
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -95,7 +95,7 @@ def _tokenizer() -> Any:
 
 
 def _student(device: Device) -> Any:
-    """With an adapter that says something."""
+    """A model with a nonzero adapter."""
     import torch
 
     from peftlab.adapters import inject
@@ -109,7 +109,7 @@ def _student(device: Device) -> Any:
 
 
 def _teacher(device: Device) -> Any:
-    """Another model of the same shape, far enough away that the divergence is no rounding."""
+    """Another model of the same shape, so different that the divergence is far above rounding."""
     import torch
 
     model, generator = _tiny(device), torch.Generator().manual_seed(2)
@@ -128,7 +128,7 @@ def _tiny(device: Device) -> Any:
 
 
 def _truth(student: Any, teacher: Any, examples: list[Any], kind: str) -> tuple[float, Any]:
-    """Loss and gradient in float64 on the CPU: each row by itself through transformers and PEFT, full logits, sums."""
+    """Loss and gradient in float64 on the CPU: row by row through transformers and PEFT, with full logits and sums."""
     import torch
 
     from peftlab.adapters.fused import set_kernels
@@ -153,8 +153,8 @@ def _truth(student: Any, teacher: Any, examples: list[Any], kind: str) -> tuple[
     return float(total.detach()), torch.cat([g.flatten() for g in torch.autograd.grad(total, trained)])
 
 
-def _taught(device: Device, kind: str, task: Any, teacher: Any, examples: list[Any]) -> Any:
-    """The teacher as training asks it; stored ones are written and read as the cache does it, on the device."""
+def _teacher_of(device: Device, kind: str, task: Any, teacher: Any, examples: list[Any]) -> Any:
+    """The teacher as training uses it. Stored targets are written and read as the cache does, on the device."""
     import torch
 
     from peftlab import ops
@@ -202,7 +202,7 @@ def _draws(device: Device, kind: Literal["sampled", "mixed"]) -> Row:
 
 
 def _latency(device: Device) -> Row:
-    """Work that is launched and not waited for: its own time has to be in the figure."""
+    """Asynchronous work that nobody waits for: the latency must include its time."""
     from peftlab.measuring.latency import measure_latency
 
     def work(seconds: float) -> None:
@@ -211,8 +211,8 @@ def _latency(device: Device) -> Row:
             time.sleep(seconds)
 
     runs = {"once": lambda: work(SLEEP_S), "twice": lambda: work(2 * SLEEP_S)}
-    latencies = measure_latency(runs, device=device.kind, repeats=20, seconds=2.0)
-    # The clock is known to a factor of two, the ratio is not touched by that.
-    once, ratio = latencies["once"].median_ms, latencies["twice"].speed
+    latency = measure_latency(runs, device=device.kind, repeats=20, seconds=2.0)
+    # The clock is known to within a factor of two; that does not affect the ratio.
+    once, ratio = latency["once"].median_ms, latency["twice"].speed
     good = 0.5e3 * SLEEP_S <= once <= 2e3 * SLEEP_S and 0.45 <= ratio <= 0.55
     return {"ms": once, "expected_ms": 1e3 * SLEEP_S, "speed_of_twice": ratio, "ok": good}

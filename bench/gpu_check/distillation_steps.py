@@ -1,7 +1,7 @@
-"""gpu-check: one optimizer step of a distillation, Llama-3-8B in NF4 to Llama-3.2-1B, as a card of 16 and of 12 GB has it.
+"""gpu-check: one optimizer step of a distillation, Llama-3-8B in NF4 to Llama-3.2-1B, as on a card with 16 or 12 GB.
 
-The process may take that much less what a CUDA context needs, and the loss takes the chunks that such a card would get.
-What was planned (kd_plan.py) stands next to what was measured.
+The process is limited to the card's memory minus a CUDA context, and the loss uses the chunk size of such a card.
+A row has the planned memory (kd_plan.py) next to the measured one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARMUPS, MOST_STEPS, STEPS_S = 2, 20, 4.0
 
 
 def distillation_steps(device: Device) -> Iterator[Task]:
-    """The teacher beside the student first; then without it, on stored classes."""
+    """First with the teacher online; then without it, on stored classes."""
     yield Task({"case": "building teacher and student"}, partial(_build, device), seconds=20, makes=True)
     for way, stored in (
         ("the teacher beside the student, NF4", None),
@@ -42,20 +42,20 @@ def _tokens(device: Device) -> int:
 
 
 def _build(device: Device) -> Row:
-    """The teacher is the model of the training steps, without its adapter, where that was built in this process."""
+    """The teacher is the model of the training steps without its adapter, if this process has built that."""
     import torch
 
     from peftlab.adapters import inject
     from peftlab.adapters.fused import fusion_report
 
-    if "model" not in device.kept:
+    if "model" not in device.shared:
         model, num_layers, _ = build_preset_model(device, kd_plan.TEACHER, quantize="nf4", left_s=20.0)
-        device.kept |= {"model": model, "layers": num_layers}
-    teacher = device.kept.pop("model")
+        device.shared |= {"model": model, "layers": num_layers}
+    teacher = device.shared.pop("model")
     teacher = teacher.unload() if hasattr(teacher, "unload") else teacher
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
-    device.kept["teacher"] = teacher.eval()
+    device.shared["teacher"] = teacher.eval()
     before = device.allocated()
     student, _, _ = build_preset_model(device, kd_plan.STUDENT, quantize="none", left_s=0.0)
     student = inject(student, "lora", peft_type="CAUSAL_LM", rank=kd_plan.RANK, alpha=2 * kd_plan.RANK).train()
@@ -64,10 +64,10 @@ def _build(device: Device) -> Row:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.005)
     device.release()
-    device.kept["student"] = student
+    device.shared["student"] = student
     fusion = fusion_report(student)
     return {
-        "layers": device.kept["layers"],
+        "layers": device.shared["layers"],
         "teacher_bytes": before,
         "student_bytes": device.allocated() - before,
         "fusion": str(fusion),
@@ -76,7 +76,7 @@ def _build(device: Device) -> Row:
 
 
 def _leave(device: Device) -> Row:
-    device.kept["teacher_shape"] = kd_plan.shape_of(device.kept.pop("teacher"))
+    device.shared["teacher_shape"] = kd_plan.shape_of(device.shared.pop("teacher"))
     device.release()
     return {"held_bytes": device.allocated()}
 
@@ -84,20 +84,20 @@ def _leave(device: Device) -> Row:
 def _step(device: Device, stored: int | None, card: int) -> Row:
     import torch
 
-    if "student" not in device.kept:
+    if "student" not in device.shared:
         return {"not_run": "the models were not built", "ok": None}
-    student, tokens = device.kept["student"], _tokens(device)
+    student, tokens = device.shared["student"], _tokens(device)
     run, scored = _runner(device, student, tokens, stored)
-    teacher = device.kept.get("teacher")
+    teacher = device.shared.get("teacher")
     shapes = (
         kd_plan.shape_of(student.get_base_model()),
-        (device.kept["teacher_shape"] if teacher is None else kd_plan.shape_of(teacher)),
+        (device.shared["teacher_shape"] if teacher is None else kd_plan.shape_of(teacher)),
     )
     chunk = kd_plan.card_chunk(shapes[0], online=stored is None, card_bytes=card - CONTEXT_BYTES)
     step = kd_plan.Step(tokens, scored, kd_plan.RANK, chunk, stored, context_bytes=CONTEXT_BYTES)
     plan = kd_plan.memory_plan(*shapes, step)
     row: Row = {"plan_bytes": plan, "predicted_tokens_per_s": round(kd_plan.tokens_per_s(*shapes, step))}
-    row |= {"layers": device.kept["layers"], "chunk": chunk}
+    row |= {"layers": device.shared["layers"], "chunk": chunk}
     try:
         with memory_of(device, card):
             seconds, losses = _timed(device, run)
@@ -121,7 +121,7 @@ def _step(device: Device, stored: int | None, card: int) -> Row:
 
 
 def _runner(device: Device, student: Any, tokens: int, stored: int | None) -> tuple[Callable[[], Any], int]:
-    """A whole optimizer step as the training loop makes it, and how many positions it scores."""
+    """A whole optimizer step as in the training loop, and the number of scored positions."""
     import torch
 
     from peftlab.distillation import Objective
@@ -135,7 +135,7 @@ def _runner(device: Device, student: Any, tokens: int, stored: int | None) -> tu
     examples = examples_of((tokens,), vocab, unscored=0.0)
     scored = int(examples[0].weight)
     if stored is None:
-        teacher: Any = ModelTeacher(device.kept["teacher"], task, device=device.kind)
+        teacher: Any = ModelTeacher(device.shared["teacher"], task, device=device.kind)
     else:
         target = _random_target(scored, min(stored, vocab - 1), vocab)
         teacher = CachedTeacher(lambda indices: target, index_of={0: 0})
@@ -157,7 +157,7 @@ def _runner(device: Device, student: Any, tokens: int, stored: int | None) -> tu
 
 
 def _random_target(rows: int, k: int, vocab: int) -> Any:
-    """Classes that differ within a row, with 0.8 of the mass."""
+    """Distinct classes per row, with 0.8 of the mass."""
     import torch
 
     from peftlab.distillation import SparseTarget
@@ -170,7 +170,7 @@ def _random_target(rows: int, k: int, vocab: int) -> Any:
 
 @contextlib.contextmanager
 def memory_of(device: Device, card: int) -> Iterator[None]:
-    """Within it this process gets the memory of a card of so many bytes, less a CUDA context."""
+    """Inside the context this process is limited to a card's bytes minus a CUDA context."""
     import torch
 
     from peftlab.ops import release_scratch
@@ -190,7 +190,7 @@ def memory_of(device: Device, card: int) -> Iterator[None]:
 
 
 def _timed(device: Device, run: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Seconds of each step after the first ones, and the losses; a step ends with its loss on the CPU."""
+    """Seconds of each step after the warm-up, and the losses. A step ends when its loss is on the CPU."""
     losses = [run() for _ in range(device.pick(WARMUPS, 1))]
     seconds: list[float] = []
     while len(seconds) < device.pick(MOST_STEPS, 2) and sum(seconds) < STEPS_S:

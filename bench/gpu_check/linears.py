@@ -1,4 +1,4 @@
-"""gpu-check: lora_linear forward and every gradient against float64, in every way that a plan can take, and as it is in use."""
+"""gpu-check: lora_linear forward and every gradient against float64, for every plan, and with default settings."""
 
 # ruff: noqa: N806 -- sizes are called M, N, K and R, as in the kernels
 from __future__ import annotations
@@ -15,8 +15,8 @@ from bench.gpu_check.checks import checks_of
 
 
 def lora_correctness(device: Device, dtype: str) -> Iterator[Task]:
-    """The rows of the op's own cases.py; then as in use, against fixed limits."""
-    # Otherwise cuBLAS may add parts of a long sum in 16 bits, for one path and not for the other.
+    """The rows of the op's cases.py, then rows with default settings against fixed limits."""
+    # Otherwise cuBLAS may add parts of a long sum in 16 bits for only one of the paths.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     yield from checks_of(device, "lora_linear", dtype)
@@ -29,7 +29,7 @@ def lora_correctness(device: Device, dtype: str) -> Iterator[Task]:
 
 
 def _as_in_use(device: Device, kind: str, dtype_name: str, dropout: float) -> Row:
-    """Relative errors of the way that the plan chooses, with PyTorch's default settings, against fixed limits."""
+    """Relative errors of the chosen plan, with PyTorch's default settings, against fixed limits."""
     dtype = getattr(torch, dtype_name)
     shape = device.pick((2048, 4096, 4096, 16), DRY_SHAPES[0])
     M, N, K = shape[:3]
@@ -54,7 +54,7 @@ def _as_in_use(device: Device, kind: str, dtype_name: str, dropout: float) -> Ro
     activations, factors = GATE[dtype_name]
     limits = {"y": activations, "x": activations, "A": factors, "B": factors}
     if kind == "int8" and chosen.forward == "library":
-        limits["y"] = 2e-2  # LLM.int8 rounds x to 8 bits: 1 / (254 sqrt(3)) of the largest of a row
+        limits["y"] = 2e-2  # LLM.int8 rounds x to 8 bits: 1 / (254 sqrt(3)) of a row's largest value
     return {
         "shape": list(shape),
         "plan": [chosen.forward, chosen.backward],

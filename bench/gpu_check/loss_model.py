@@ -1,11 +1,11 @@
-"""What bytes and FLOPs say of the losses that loss_speed.py times, and the targets that follow from it.
+"""Predicts, from bytes and FLOPs, the losses that loss_speed.py times, and derives their targets.
 
-    python -m bench.gpu_check.loss_model     prints its table, which bench/results/PENDING.md has
+    python -m bench.gpu_check.loss_model     prints its table, which is part of bench/results/PENDING.md
 
-A contestant takes its products at the card's rate and, one after the other, the bytes that its passes over logits move. Those of
-dense PyTorch are counted op by op (every input read once, every output written once), their peak with PyTorch's profiler, both on a
-CPU. A range has 8 bytes a logit and softmax more at its upper end: rows of 128,256 classes are too long to stay in a
-multiprocessor, so that CUDA's softmax reads them again.
+A contestant's time is its products at the card's rate plus the bytes that its passes over logits move. For dense PyTorch the
+bytes are counted op by op (every input read once, every output written once) and the peak with PyTorch's profiler, both on a
+CPU. The upper end of a range adds 8 bytes per logit and softmax: rows of 128,256 classes are too long to stay in a
+multiprocessor, so CUDA's softmax reads them again.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from bench.gpu_check.roofline import CARD, CARDS, gemm_flops
 
 # By name, over all ops.
 TIMED: dict[str, TimedLoss] = {
-    name: timed for op_losses in gathered("TIMED_LOSSES").values() for name, timed in op_losses.items()
+    name: timed for losses in gathered("TIMED_LOSSES").values() for name, timed in losses.items()
 }
-CHUNK_ROWS = 4096  # of logits at a time on an H200 (heads.py): beside a teacher half of them are its own
+CHUNK_ROWS = 4096  # rows of logits at a time on an H200 (heads.py); an online teacher uses half of them
 
 
 class Needs(NamedTuple):
-    """Of the plain contestant: milliseconds from its bytes, and with softmaxes that read twice; bytes beside the inputs."""
+    """Of the plain contestant: milliseconds from its bytes, the same with softmaxes that read twice, bytes on top of the inputs."""
 
     low_ms: float
     high_ms: float
     bytes: float
 
 
-def products_ms(timed: TimedLoss, *, asked: bool) -> float:
-    """The student's logits and its gradient; the gradient of a trained head; the logits of a teacher that is asked."""
+def products_ms(timed: TimedLoss, *, online: bool) -> float:
+    """Products of the student's logits and gradient, of a trained head's gradient and, if ``online``, of the teacher's logits."""
     flops = (3 if timed.trained else 2) * gemm_flops(timed.tokens, NUM_CLASSES, timed.hidden)
-    flops += gemm_flops(timed.tokens, NUM_CLASSES, timed.teacher) if asked and timed.teacher else 0
+    flops += gemm_flops(timed.tokens, NUM_CLASSES, timed.teacher) if online and timed.teacher else 0
     return 1e3 * flops / CARDS[CARD].flops_per_s
 
 
@@ -43,17 +43,17 @@ def logits_ms(timed: TimedLoss, bytes_per_logit: float) -> float:
 
 
 def ours_ms(timed: TimedLoss) -> float:
-    return products_ms(timed, asked=not timed.stored) + (timed.rows_ms or logits_ms(timed, timed.bytes_per_logit))
+    return products_ms(timed, online=not timed.stored) + (timed.rows_ms or logits_ms(timed, timed.bytes_per_logit))
 
 
 def ours_bytes(timed: TimedLoss) -> float:
-    """Beside the inputs: logits of a chunk, and the gradient of the hidden states."""
+    """Bytes on top of the inputs: logits of a chunk, and the gradient of the hidden states."""
     return 2.0 * CHUNK_ROWS * NUM_CLASSES + 2.0 * timed.tokens * timed.hidden
 
 
 def needs_of(plain: PlainLoss, timed: TimedLoss) -> Needs:
-    """A stored teacher is compared with one that is asked."""
-    products = products_ms(timed, asked=True)
+    """The plain contestant's needs. A stored teacher is compared with an online one."""
+    products = products_ms(timed, online=True)
     low, high = (logits_ms(timed, plain.bytes_per_logit + again) for again in (0, 8 * plain.softmaxes))
     return Needs(products + low, products + high, plain.peak * timed.tokens * NUM_CLASSES)
 
@@ -66,7 +66,7 @@ def predictions() -> list[str]:
     for case, timed in TIMED.items():
         needs, ours = needs_of(timed.plain, timed), ours_ms(timed)
         ratio, memory = timed.targets[timed.plain.name]
-        products = products_ms(timed, asked=not timed.stored)
+        products = products_ms(timed, online=not timed.stored)
         cells = [f"{case}, against {timed.plain.name}", f"{products:.1f}", f"{ours:.1f}"]
         cells += [
             f"{needs.low_ms:.1f} to {needs.high_ms:.1f}",

@@ -1,15 +1,15 @@
-"""gpu-check: what the fused losses are compared with, each the same loss on the same tensors.
+"""gpu-check: the rivals of the fused losses. Each computes the same loss on the same tensors.
 
-Source: Liger 0.8.5 and QuACK 0.6.5, the wheels on PyPI, read 2026-11-28. Liger's Triton and compiled losses have run, on a CPU in Triton's
-interpreter: gradients within 6e-3 of ours at 32 x 64 x 304. The CuTe DSL and QuACK need a GPU and are only read.
+Source: Liger 0.8.5 and QuACK 0.6.5, the wheels on PyPI, read 2026-11-28. Liger's Triton and compiled losses were run on a CPU in Triton's
+interpreter: gradients are within 6e-3 of ours at 32 x 64 x 304. The CuTe DSL and QuACK need a GPU; their code was only read.
 ``liger_kernel/transformers/fused_linear_cross_entropy.py``, ``fused_linear_jsd.py``, ``fused_linear_kl_div.py``;
 ``liger_kernel/chunked_loss/jsd_loss.py``; ``liger_kernel/ops/cutedsl/ops/fused_linear_cross_entropy_sm90.py``;
-``quack/linear_cross_entropy.py``. The same losses in plain PyTorch stand in the cases.py of the ops.
+``quack/linear_cross_entropy.py``. The same losses in plain PyTorch are in the cases.py of the ops.
 
-Liger reads LIGER_KERNEL_IMPL when ``liger_kernel.ops`` is imported, and again at every call of an op that it dispatches. It is not
-set here: where the CuTe DSL is installed, on Hopper and later, its dispatcher takes that for what is inside JSD and cross-entropy,
-and the row says which (``implementation``). The whole cross-entropy in CuTe DSL is imported from its own module, which the variable
-does not touch, so that both can be timed in one process.
+Liger reads LIGER_KERNEL_IMPL when ``liger_kernel.ops`` is imported, and again at every call of a dispatched op. It is not set
+here. If the CuTe DSL is installed, Liger's dispatcher uses it on Hopper and later inside JSD and cross-entropy, and the row records
+that (``implementation``). The whole cross-entropy in CuTe DSL is imported from its own module, which ignores the variable, so both
+can be timed in one process.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 from bench.gpu_check.base import Device
 
-CHUNK_ROWS = 4096  # of QuACK, its own default
+CHUNK_ROWS = 4096  # QuACK's own default
 
 
 @dataclass(frozen=True)
 class Rival:
-    """make: its loss of a problem. packages: without which it is not tried. mean: it is one over tokens, ours a sum.
-    op: what Liger's dispatcher chooses an implementation for."""
+    """make: its loss of a problem. packages: it is not tried without them. mean: it averages over tokens, where ours sums.
+    op: the op for which Liger's dispatcher chooses an implementation."""
 
     make: Callable[[HeadProblem], Callable[[], Any]]
     packages: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def _liger_jsd(p: HeadProblem) -> Callable[[], Any]:
 
 
 def _liger_kl_div(p: HeadProblem) -> Callable[[], Any]:
-    """It wants the teacher's probabilities whole; the product and the softmax that make them are part of the time, as in ours."""
+    """It needs all of the teacher's probabilities. As in ours, the time includes the product and the softmax that compute them."""
     from liger_kernel.transformers import LigerFusedLinearKLDivLoss
 
     fused = LigerFusedLinearKLDivLoss(reduction="sum")
@@ -92,14 +92,14 @@ def _liger_kl_div(p: HeadProblem) -> Callable[[], Any]:
     def loss() -> Any:
         assert p.tx is not None and p.tw is not None
         with torch.no_grad():
-            target = F.linear(p.tx, p.tw).softmax(-1)  # in float32 inside, and 16 bits out: Liger reads those
+            target = F.linear(p.tx, p.tw).softmax(-1)  # float32 inside, 16 bits out: Liger reads 16 bits
         return fused(p.x, p.w, target)
 
     return loss
 
 
 def _liger_chunked_jsd(p: HeadProblem) -> Callable[[], Any]:
-    """Compiled by torch, as is its default; it makes dW of a frozen head too. Without labels beta 0, forward KL."""
+    """Compiled by torch, its default. It computes dW of a frozen head too. Without labels beta is 0: forward KL."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     labels = p.hard_weight > 0
@@ -120,18 +120,18 @@ RIVALS = {
 
 
 def rival_of(timed: TimedLoss, name: str) -> Rival:
-    """By its name: a library's, or the loss in plain PyTorch from the op's cases.py."""
+    """The rival with this name: a library's loss, or the plain PyTorch loss of the op's cases.py."""
     plain = timed.plain
     return Rival(plain.make, mean=plain.mean) if name == plain.name else RIVALS[name]
 
 
 def implementation(rival: Rival) -> str:
-    """Which of its implementations Liger's dispatcher takes for the rows of logits; empty where it does not choose."""
+    """The implementation that Liger's dispatcher uses for the rows of logits; empty if it does not choose."""
     if not rival.op:
         return ""
     try:
         from liger_kernel.backends import resolve_impl
 
         return str(resolve_impl(rival.op).impl_name)
-    except Exception:  # of any kind: it is told beside a figure that stands without it
+    except Exception:  # of any kind: the figure does not depend on it
         return ""

@@ -17,8 +17,8 @@ from bench.gpu_check.loss_rivals import Rival, implementation, make_problem, riv
 from bench.gpu_check.roofline import CARD, gemm_flops
 from bench.gpu_check.timing import Run, interleaved, reaches
 
-# A row is ours beside those that need the same packages: what they compile, or run out of, costs no other figure. In the second part
-# they run in a process of their own: a compiler may take a minute.
+# A row has ours and the rivals that need the same packages, so that a failure to compile or a lack of memory costs no other figure.
+# The second part runs in its own process, because compiling may take a minute.
 DENSE = "dense PyTorch"
 AGAINST: dict[str, dict[str, tuple[str, ...]]] = {
     "first": {DENSE: (), "Liger": ("Liger", "Liger JSD", "Liger KLDiv")},
@@ -26,23 +26,23 @@ AGAINST: dict[str, dict[str, tuple[str, ...]]] = {
 }
 TIMED_S = 2.5
 ROW_S = 6.0
-AGREEMENT = 5e-2  # of gradients from logits that are rounded to 16 bits on either side
+AGREEMENT = 5e-2  # limit for gradients from logits that both sides round to 16 bits
 
 
 def contestants(case: str, part: str, against: str) -> list[str]:
-    """Those of a row that the loss has targets for."""
+    """The contestants of a row for which the loss has targets."""
     timed = TIMED[case]
     names = (timed.plain.name,) if against == DENSE else AGAINST[part][against]
     return [name for name in names if name in timed.targets]
 
 
 def rows_of(part: str) -> list[tuple[str, str]]:
-    """(case, against): a row for each that has a target, most important first."""
+    """(case, against): one row for each pair with a target, most important first."""
     return [(case, against) for against in AGAINST[part] for case in TIMED if contestants(case, part, against)]
 
 
 def loss_speed(device: Device, part: str) -> Iterator[Task]:
-    """part: ``first``, or those against what is ``compiled`` at length."""
+    """part: ``first``, or ``compiled`` for rivals that take long to compile."""
     rows = [(case, against, (TIMED[case].tokens, TIMED[case].hidden, NUM_CLASSES)) for case, against in rows_of(part)]
     if device.dry:
         rows = [(case, against, (32, 64, 300)) for case, against, _ in rows if against != "Liger"]
@@ -58,12 +58,14 @@ def _loss_speed(device: Device, case: TimedLoss, names: list[str], shape: tuple[
     problem = make_problem(device, case, shape)
     mine = case.make(problem)
     runs, states = {"peftlab": _run(problem, mine)}, {}
-    want = torch.autograd.grad(mine(), problem.leaves)[0]  # and cuBLAS takes its workspace before bytes are counted
+    want = torch.autograd.grad(mine(), problem.leaves)[
+        0
+    ]  # also makes cuBLAS allocate its workspace before bytes are counted
     peaks = {"peftlab": device.peak(lambda: runs["peftlab"](lambda phase: None))}
     for name in names:
-        runner, states[name] = _tried(device, case, problem, rival_of(case, name), want)
-        if runner is not None:
-            runs[name], peaks[name] = runner
+        measured, states[name] = _tried(device, case, problem, rival_of(case, name), want)
+        if measured is not None:
+            runs[name], peaks[name] = measured
     del want
     if len(runs) == 1:
         why = "; ".join(f"{name}: {state}" for name, state in states.items())
@@ -98,16 +100,16 @@ def _run(problem: HeadProblem, loss: Callable[[], Any]) -> Run:
 def _tried(
     device: Device, case: TimedLoss, problem: HeadProblem, rival: Rival, want: Any
 ) -> tuple[tuple[Run, int] | None, str]:
-    """A contestant with the bytes that it needs, after it has worked once and agrees with ours, and what became of it."""
+    """A contestant with the bytes that it needs, or None, and its state. It must work once and agree with ours."""
     if missing := not_installed(*rival.packages):
         return None, str(missing["not_run"])
-    if not device.dry and device.kept["until"] - time.time() < ROW_S / 2:
+    if not device.dry and device.shared["until"] - time.time() < ROW_S / 2:
         return None, "no time was left to try it"
     try:
         loss = rival.make(problem)
         run = _run(problem, loss)
         got = run(lambda phase: None)[0]
-        if not case.stored:  # there the teacher is not a stored one
+        if not case.stored:  # the rival's teacher is not a stored one
             factor = len(problem.x) if rival.mean else 1
             error = float((factor * got.double() - want.double()).norm() / want.double().norm())
             if not error <= AGREEMENT:
@@ -118,14 +120,14 @@ def _tried(
     except torch.OutOfMemoryError:
         device.release()
         return None, "out of memory"
-    except Exception as error:  # of any kind: the other figures are worth having too
+    except Exception as error:  # of any kind: the other figures must still be measured
         device.release()
         return None, f"failed: {type(error).__name__}: {str(error)[:200]}"
     return (run, peak), f"measured, {chosen}" if chosen else "measured"
 
 
 def _product_flops(case: TimedLoss, problem: HeadProblem) -> float:
-    """The student's logits and dX, dW of a trained head, the logits of a teacher that is asked."""
+    """FLOPs of the student's logits and dX, a trained head's dW, and the logits of an online teacher."""
     (num_tokens, hidden), vocab = problem.x.shape, len(problem.w)
     flops = (1 + len(problem.leaves)) * gemm_flops(num_tokens, vocab, hidden)
     if problem.tx is None or case.stored:

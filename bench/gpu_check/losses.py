@@ -22,14 +22,14 @@ TEMPERATURE, HARD_WEIGHT, SOFTCAP = 2.0, 0.3, 20.0
 
 
 def loss_correctness(device: Device) -> Iterator[Task]:
-    """Error against float64, at most that of eager code in the same dtype plus slack."""
-    losses = [item for op_losses in gathered("LOSSES").values() for item in op_losses.items()]
+    """Error against float64. It may be at most the error of eager code in the same dtype plus slack."""
+    losses = [item for losses_of_op in gathered("LOSSES").values() for item in losses_of_op.items()]
     shapes = device.pick(SHAPES, DRY_SHAPES)
     for dtype, slack in (("float32", 5e-4), ("float16", 4e-3), ("bfloat16", 2e-2)):
         for shape, (name, loss) in itertools.product(shapes, losses):
             what = {"check": name, "dtype": dtype, "shape": list(shape)}
             yield Task(what, partial(_loss, device, dtype, slack, shape, loss, None))
-        for name, loss in losses:  # dW is summed over chunks, where it is one product otherwise
+        for name, loss in losses:  # dW is a sum over chunks, but one product in eager code
             what = {"check": name, "dtype": dtype, "shape": list(shapes[0]), "chunk": 20}
             yield Task(what, partial(_loss, device, dtype, slack, shapes[0], loss, 20))
 
@@ -43,10 +43,10 @@ def _loss(
     x = device.randn(num_tokens, hidden, seed=0, dtype=dtype)
     w = (3 * device.randn(vocab, hidden, seed=1) / hidden**0.5).to(dtype)
     b = device.randn(vocab, seed=2, dtype=dtype)
-    taught = (2 * device.randn(num_tokens, vocab, seed=3)).to(dtype)
+    teacher_logits = (2 * device.randn(num_tokens, vocab, seed=3)).to(dtype)
     t = torch.randint(0, vocab, (num_tokens,), device=device.kind)
-    probs, ids = (taught.double() / TEMPERATURE).softmax(-1).topk(NUM_STORED)
-    inputs = LossInputs(t, taught, probs, ids, TEMPERATURE, HARD_WEIGHT)
+    probs, ids = (teacher_logits.double() / TEMPERATURE).softmax(-1).topk(NUM_STORED)
+    inputs = LossInputs(t, teacher_logits, probs, ids, TEMPERATURE, HARD_WEIGHT)
 
     def fused(x: Any, w: Any, b: Any) -> Any:
         head = Head(DenseWeight(w), b, softcap=SOFTCAP)

@@ -18,12 +18,12 @@ from bench.gpu_check.base import Deadline, Device, Row, Task
 
 TESTS = ["tests/ops", "tests/adapters/test_fused.py"]
 DRY_TESTS = ["tests/ops/test_linear_losses.py", "-k", "do_not_change_their_inputs"]
-# The first compiles for GPUs that are not there, with the pinned Triton; slow tests train real models.
+# The first compiles for absent GPUs, with the pinned Triton; slow tests train real models.
 NOT_HERE = ("--ignore=tests/ops/test_compiled_kernels.py", "-m", "not slow")
 
 
 def tiny_models(device: Device) -> Iterator[Task]:
-    """Loads, trains a step on the fused path, and agrees with PEFT's own layers under the same dropout masks."""
+    """Loads a tiny model, trains a step on the fused path, and compares it with PEFT's own layers under the same dropout masks."""
     for quantize in ("none", "nf4", "int8"):
         for dropout in (0.0, 0.2):
             what = {"check": "a training step against PEFT's layers", "quantize": quantize, "dropout": dropout}
@@ -58,7 +58,7 @@ def _tiny_step(device: Device, quantize: str, dropout: float) -> Row:
         return float(loss.detach()), list(torch.autograd.grad(loss, list(trained.values())))
 
     want = step("compared")
-    with ops.int8_by_library():  # PEFT's layer rounds rows of x to 8 bits on a GPU; the plan may not
+    with ops.int8_by_library():  # PEFT's layer rounds rows of x to 8 bits on a GPU; the plan may not round them
         got = step("auto")
     report = fusion_report(model)
     limits = TOLERANCES[torch.float32 if device.dry else torch.bfloat16]
@@ -79,7 +79,7 @@ def _tiny_step(device: Device, quantize: str, dropout: float) -> Row:
 
 
 def smoke_recipe(device: Device) -> Iterator[Task]:
-    """Trained, merged, verified, with the parity gate; the same recipe twice gives the same adapter bytes."""
+    """Trains, merges and verifies, with the parity gate. The same recipe twice gives the same adapter bytes."""
     for quantize in device.pick(("none", "nf4", "int8"), ("none",)):
         what = {"check": "smoke recipe", "quantize": quantize}
         yield Task(what, partial(_smoke, device, quantize), seconds=20)
@@ -89,7 +89,7 @@ def _smoke(device: Device, quantize: str) -> Row:
     import peftlab
 
     merge = "original" if quantize == "none" else "dequantized"
-    # Named by its path, the data is found where peftlab is not installed as well.
+    # A path finds the data even if peftlab is not installed.
     changes = [
         f"data.train={ROOT}/recipes/smoke.jsonl",
         f"model.quantize={quantize}",
@@ -112,12 +112,12 @@ def _smoke(device: Device, quantize: str) -> Row:
 
 
 def gpu_tests(device: Device) -> Iterator[Task]:
-    """The tests of the kernels and of the fused layers, here with Triton on the GPU."""
+    """The tests of the kernels and of the fused layers, with Triton on the GPU."""
     yield Task({"check": "pytest", "tests": TESTS}, partial(_tests, device))
 
 
 def _tests(device: Device) -> Row:
-    limit_s = Deadline(device.kept.get("until", 0)).left() - 5
+    limit_s = Deadline(device.shared.get("until", 0)).left() - 5
     workers = ["-n", "6"] if importlib.util.find_spec("xdist") and not device.dry else []
     chosen = device.pick(TESTS, DRY_TESTS)
     command = [
@@ -146,7 +146,7 @@ def _tests(device: Device) -> Row:
         r"(\d+) (passed|failed|skipped|errors?|xfailed)\b", text.strip().rpartition("\n")[2])}  # fmt: skip
     bad = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)
     row: Row = {"exit_code": code, "counts": counts, "bad": bad[:20], "workers": len(workers) and 6}
-    if code is None:  # cut off by time: whatever has failed by then is red, the rest is unknown
+    if code is None:  # stopped by the time limit: failures so far are red, the rest is unknown
         progress = "".join(re.findall(r"^([.FEsxX]+)(?: *\[ *\d+%\])?$", text, flags=re.MULTILINE))
         row["counts"] = {"passed": progress.count("."), "failed": sum(map(progress.count, "FE"))}
         red = row["counts"]["failed"] > 0

@@ -19,22 +19,22 @@ Judged = list[tuple[Claim, Verdict]]
 _INTRO = """\
 # Not yet confirmed on a GPU
 
-{run} `make gpu-check` (bench/gpu_check) covers what has a section below. A claim whose rows are green and reach
-its target moves from here to bench/RESULTS.md, with its prediction beside the measurement. Written by
-`python -m bench.gpu_check --report` from claims.json and gpu_check.jsonl."""
+{run} `make gpu-check` (bench/gpu_check) covers every claim with a section below. A claim whose rows are green and reach
+its target moves from here to bench/RESULTS.md, with its prediction next to the measurement.
+`python -m bench.gpu_check --report` writes this page from claims.json and gpu_check.jsonl."""
 
 _MODEL = """\
 Predictions: bytes over 4.08 TB/s (85 % of an H200's) plus FLOPs over 790 TFLOP/s, printed by `python -m bench.gpu_check.roofline` and
-`python -m bench.gpu_check.loss_model`. *Floor* is kernels.md's, with a GEMM epilogue that costs nothing; *as built* counts the adapter's
-parts of y and dX, written once, and the partial sums. Neither has launches or random numbers in it: Philox for a mask of 8192 x
-4096 may take 14 to 28 us where reading x takes 16. A target is a bound that this arithmetic says should be reached; a claim with a
-card is about that card and stays open on another."""
+`python -m bench.gpu_check.loss_model`. *Floor* is kernels.md's, with a GEMM epilogue that costs nothing. *As built* counts the adapter's
+parts of y and dX, written once, and the partial sums. Neither includes launches or random numbers: Philox for a mask of 8192 x
+4096 may take 14 to 28 us, where reading x takes 16. A target is a bound that should be reached according to this arithmetic. A claim
+with a card is about that card and stays open on others."""
 
 _MEASURED_HEADS = ("what", "card", "section", "predicted or proven before", "measured")
 _HEALING = """\
-`healing` needs the 98 MB GGUF file of SmolLM2, more than one transfer of 64 MiB holds to a GPU machine without network. In two, with
-`build/heal/1` and then `build/heal/2` (`python -m bench.gpu_check.healing` makes them), or where
-assets.txt is installed. Without either the row says so and is not red."""
+`healing` needs the 98 MB GGUF file of SmolLM2. That is too large for one transfer of 64 MiB to a GPU machine without network.
+`python -m bench.gpu_check.healing` packs it into `build/heal/1` and `build/heal/2` for two transfers. It is not needed where
+assets.txt is installed. Without either, the row says so and is not red."""
 
 
 def _predictions() -> str:
@@ -46,7 +46,7 @@ def judged(records: Sequence[Row], claims: Sequence[Claim]) -> Judged:
 
 
 def pending(records: Sequence[Row], claims: Sequence[Claim]) -> str:
-    """PENDING.md: what failed first, then what no green row confirms."""
+    """PENDING.md: first the failed claims, then those that no green row confirms."""
     verdicts = judged(records, claims)
     run = f"Last run: {where(records)}." if records else "No GPU run has been made yet."
     parts = [_INTRO.format(run=run)]
@@ -72,12 +72,12 @@ def pending(records: Sequence[Row], claims: Sequence[Claim]) -> str:
 
 def confirmed(records: Sequence[Row], claims: Sequence[Claim]) -> str:
     """The confirmed claims, for bench/RESULTS.md."""
-    proven = [(claim, verdict) for claim, verdict in judged(records, claims) if verdict.state == "confirmed"]
+    claims_confirmed = [(claim, verdict) for claim, verdict in judged(records, claims) if verdict.state == "confirmed"]
     if not records:
         return "No GPU run has been made yet."
-    others = f"[results/PENDING.md](results/PENDING.md) has the other {len(claims) - len(proven)}"
-    sentence = f"{len(proven)} of {len(claims)} claims confirmed; {others}. {where(records)}."
-    return f"{sentence}\n\n{_table(proven, _MEASURED_HEADS, _measured_cells)}"
+    others = f"[results/PENDING.md](results/PENDING.md) has the other {len(claims) - len(claims_confirmed)}"
+    summary = f"{len(claims_confirmed)} of {len(claims)} claims confirmed; {others}. {where(records)}."
+    return f"{summary}\n\n{_table(claims_confirmed, _MEASURED_HEADS, _measured_cells)}"
 
 
 def _measured_cells(claim: Claim, verdict: Verdict) -> list[str]:
@@ -112,8 +112,9 @@ def where(records: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     commit = header["commit"][:9] + ("+" if header["commit"].endswith("+") else "") if header["commit"] else "unknown"
     calls = [r for r in records if r["kind"] in ("header", "resumed")]
-    runs = ", then ".join(f"`{call['command']}` on {call['date'][:10]}" for call in calls)
-    return f"{machine['name']} ({machine['device']}), {machine['platform']}; {versions}; commit {commit}, source {header['source']}; {runs}"
+    commands = ", then ".join(f"`{call['command']}` on {call['date'][:10]}" for call in calls)
+    hardware = f"{machine['name']} ({machine['device']}), {machine['platform']}"
+    return f"{hardware}; {versions}; commit {commit}, source {header['source']}; {commands}"
 
 
 def write(records: Sequence[Row], *, pending_file: Path = PENDING, page: Path = PAGE) -> None:

@@ -1,8 +1,8 @@
-"""gpu-check: what is missing on this machine, said within about a second and before anything starts.
+"""gpu-check: reports what is missing on this machine, within about a second and before anything starts.
 
-Without importing torch: modules are looked for, not loaded; the driver is asked through its own library. ``fatal`` is what
-leaves nothing to run: no torch, Triton or transformers; no CUDA device; no C compiler, with which Triton builds the launcher of
-every kernel; no place for the rows. Any other package costs the sections that need it, and is said.
+It does not import torch: it searches for modules without loading them and queries the driver through its own library. A finding
+is ``fatal`` if nothing can run: no torch, Triton or transformers; no CUDA device; no C compiler, which Triton needs to build the
+launcher of every kernel; no space for the rows. Any other missing package is reported with the sections that it costs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.gpu_check.base import Section, lacking
 
 CONSTRAINTS = ROOT / "constraints.txt"
 EVERYTHING = ("torch", "triton", "transformers", "numpy", "psutil")
-# Ours calls into them or is compared with them: another version may compute something else.
+# Our code calls them or is compared with them; another version may compute something else.
 PINNED = ("peft", "bitsandbytes")
 ROWS_BYTES = 50 * 2**20
 TEMPORARY_BYTES = 2 * 2**30  # Triton's cache, and the model and run of the training loop
@@ -39,7 +39,7 @@ class Finding:
 
 
 def look(sections: Iterable[Section], out: Path, *, dry: bool) -> list[Finding]:
-    """What is missing. dry: neither a device nor a compiler is needed."""
+    """Findings about what is missing. dry: neither a device nor a compiler is needed."""
     findings = [Finding(f"not installed: {name}; nothing runs without it", fatal=True) for name in lacking(*EVERYTHING)]
     if not dry:
         findings += [*_device(), *_compiler()]
@@ -50,14 +50,14 @@ def fatal(findings: Iterable[Finding]) -> bool:
     return any(finding.fatal for finding in findings)
 
 
-def message(findings: Iterable[Finding]) -> str:
-    """A line each, what is fatal first."""
+def report(findings: Iterable[Finding]) -> str:
+    """One line per finding, fatal ones first."""
     ordered = sorted(findings, key=lambda finding: not finding.fatal)
     return "\n".join(f"preflight: {'FATAL: ' if finding.fatal else ''}{finding.what}" for finding in ordered)
 
 
 def _device() -> Iterator[Finding]:
-    """By the driver; where that says no, torch has the last word, since it may look for the driver elsewhere."""
+    """Asks the driver for a device. If it has none, torch decides, since torch may find the driver elsewhere."""
     name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)
@@ -65,18 +65,18 @@ def _device() -> Iterator[Finding]:
         code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
         problem = "" if count.value and not code else f"the driver finds none (error {code})"
     except OSError:
-        problem = f"its driver ({name}) is not there"
+        problem = f"its driver ({name}) is missing"
     if problem and not _torch_finds_one():
-        yield Finding(f"gpu-check needs a CUDA device, and {problem}; nothing was checked", fatal=True)
+        yield Finding(f"gpu-check needs a CUDA device, but {problem}; nothing was checked", fatal=True)
 
 
 def _torch_finds_one() -> bool:
-    asked = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
-    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+    command = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _compiler() -> Iterator[Finding]:
-    """As triton/runtime/build.py looks for both; the headers may be where only the compiler finds them."""
+    """Looks for a C compiler and Python.h as triton/runtime/build.py does. Only the compiler may know where the headers are."""
     named = os.environ.get("CC")
     if not any(map(shutil.which, [named] if named else ["gcc", "clang"])):
         yield Finding("no C compiler (CC, gcc or clang), which Triton needs for every kernel", fatal=True)
@@ -99,10 +99,10 @@ def _disk(out: Path) -> Iterator[Finding]:
         yield Finding(f"cannot write into {out}: {error.strerror}; give another --out", fatal=True)
     else:
         if free < ROWS_BYTES:
-            yield Finding(f"{free / 2**20:.0f} MiB are free for the rows in {out}; give another --out", fatal=True)
+            yield Finding(f"only {free / 2**20:.0f} MiB are free for the rows in {out}; give another --out", fatal=True)
     temporary = Path(tempfile.gettempdir())
     if (free := shutil.disk_usage(temporary).free) < TEMPORARY_BYTES:
-        yield Finding(f"{free / 2**30:.1f} GiB are free for temporary files, and recipes may need 2")
+        yield Finding(f"only {free / 2**30:.1f} GiB are free for temporary files, but recipes may need 2")
 
 
 def _packages(sections: list[Section]) -> Iterator[Finding]:
@@ -110,7 +110,7 @@ def _packages(sections: list[Section]) -> Iterator[Finding]:
     for package in lacking(*needed):
         out = [s for s in sections if package in s.needs]
         less = [s for s in sections if package in s.uses]
-        # Without some of its rows a section of correctness is unfinished, which is enough to keep figures from being timed.
+        # A correctness section that lacks some rows is unfinished, so the sections that depend on it are not timed.
         open_ = {s.name for s in [*out, *less] if not s.timing}
         untimed = [s for s in sections if s not in out and open_.intersection(s.stands_on)]
         costs = {"left out": out, "not whole": less, "so not timed": untimed}
@@ -125,4 +125,4 @@ def _versions(constraints: Path) -> Iterator[Finding]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name)
             if pinned and version != pinned[1]:
-                yield Finding(f"{name} {version} is installed, constraints.txt has {pinned[1]}")
+                yield Finding(f"{name} {version} is installed, but constraints.txt pins {pinned[1]}")

@@ -1,4 +1,4 @@
-"""gpu-check: the processes that groups of its sections run in. A crash of one costs its rows only."""
+"""gpu-check: runs groups of its sections in processes. A crash of one loses only its own rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bench import ROOT
 from bench.gpu_check.base import Deadline, Section
 
 PROGRAM = [sys.executable, "-m", "bench.gpu_check"]
-GRACE_S = 10.0  # beyond its deadline, for the task that a process is in
+GRACE_S = 10.0  # beyond its deadline, for the task that a process is running
 
 
 @dataclass
 class Child:
-    """A group in its own process. output: what it prints, kept for the row of a crash."""
+    """A group in its own process. output: its output, kept for the row of a crash."""
 
     sections: list[Section]
     process: subprocess.Popen[bytes]
@@ -39,7 +39,7 @@ class Processes:
     def start(self, sections: list[Section], deadline: Deadline) -> Child:
         command = [*PROGRAM, "--child", str(deadline.until), "--only", *(s.name for s in sections)]
         command += ["--out", str(self._out.resolve()), *(["--dry-run-cpu"] if self._dry else [])]
-        # Many processes at once need few threads each; those that are timed have the machine to themselves.
+        # Parallel processes get few threads each; timed ones run alone on the machine.
         timed = any(s.timing for s in sections)
         environment = os.environ | ({} if timed else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
         output = tempfile.TemporaryFile()  # noqa: SIM115 -- closed when its process has been waited for
@@ -50,7 +50,7 @@ class Processes:
         return self._running[-1]
 
     def wait(self, child: Child) -> tuple[int | None, str]:
-        """Its exit code, None where it did not end in time and was stopped, and the end of what it printed."""
+        """Its exit code, or None if it did not end in time and was stopped, and the end of its output."""
         try:
             code: int | None = child.process.wait(timeout=max(1.0, child.deadline.left() + GRACE_S))
         except subprocess.TimeoutExpired:
@@ -63,7 +63,7 @@ class Processes:
         return code, text[-2000:]
 
     def stop(self) -> None:
-        """After Ctrl-C: they are in sessions of their own."""
+        """Stops them after Ctrl-C, because they run in their own sessions."""
         for child in self._running:
             _kill(child.process)
 

@@ -1,8 +1,8 @@
-"""What the model of kernels.md (section 2) says a LoRA linear should take, and the targets that follow from it.
+"""Predicts the time of a LoRA linear with the model of kernels.md (section 2), and derives the targets.
 
     python -m bench.gpu_check.roofline     prints the predictions of bench/results/PENDING.md
 
-Times are bytes over bandwidth plus FLOPs over rate, without launches and without the random numbers of a mask.
+Times are bytes over bandwidth plus FLOPs over rate, without launches and without a mask's random numbers.
 """
 
 # ruff: noqa: N803, N806 -- sizes are called M, N, K and R, as in the kernels
@@ -18,13 +18,13 @@ from bench.gpu_check.base import Device
 
 
 class Card(NamedTuple):
-    """Rates that the model takes: bfloat16 products with float32 sums; 82 to 88 % of the memory's data sheet."""
+    """Rates in the model: bfloat16 products with float32 sums; 82 to 88 % of the data sheet's memory bandwidth."""
 
     flops_per_s: float
     bytes_per_s: float
 
 
-# gpu-check measures both. Reported of an H200: 769 to 798 TFLOP/s and a copy at 4.3 TB/s.
+# gpu-check measures both. Reported for an H200: 769 to 798 TFLOP/s and a copy at 4.3 TB/s.
 GEMM_FLOPS, HBM_BYTES_PER_S, HBM_SHARE, PROCESSORS = 790e12, 4.8e12, 0.85, 132
 CARDS = {
     "H200": Card(GEMM_FLOPS, HBM_SHARE * HBM_BYTES_PER_S),
@@ -33,40 +33,40 @@ CARDS = {
     "RTX 5090": Card(192e12, 1.58e12),
     "RTX 3090": Card(65e12, 0.82e12),
 }
-# That of the targets of rows, and of the claims that name it; on another card a figure has no target.
+# The card of the rows' targets and of the claims that name it; on other cards a figure has no target.
 CARD = "H200"
-SHARED_READ_RANK = 32  # up to it one read of dY serves dS and dB (passes.py)
-# Of an element, by kind of weight.
+SHARED_READ_RANK = 32  # up to this rank one read of dY gives dS and dB (passes.py)
+# Bytes per element, by kind of weight.
 STORED_BYTES = {"dense": 2.0, **{s.kind: s.stored_bytes for s in gathered("STORAGE").values()}}
 NUM_LAYERS, HIDDEN = 32, 4096
-# Of a step of 8,192 tokens, milliseconds beside the linears of the layers: eager RMSNorm, rotations and SwiGLU 143 (4.5 a layer),
-# the head's two products 22 and its logits 8, attention 20, the rest 7. Counted in bytes, not measured.
+# Milliseconds of a step of 8,192 tokens outside the layers' linears: eager RMSNorm, rotations and SwiGLU 143 (4.5 per layer),
+# the head's two products 22 and its logits 8, attention 20, the rest 7. Counted from bytes, not measured.
 OTHER_WORK_MS = 200.0
-# By rows and dropout: ratio to PEFT + bitsandbytes that the arithmetic says should be reached on an H200. The model says 1.24 and
-# 1.27 at 8,192 rows; 1.22 and 1.25 at 2,048, where it leaves out a dozen small kernels a linear (2 to 5 us each) and that
-# PEFT's 17 MB tensors stay in the L2: 1.12 to 1.20, and 1.15 to 1.25.
+# By rows and dropout: ratio to PEFT + bitsandbytes that should be reached on an H200 according to the arithmetic. The model gives
+# 1.24 and 1.27 at 8,192 rows. At 2,048 it gives 1.22 and 1.25, but ignores a dozen small kernels per linear (2 to 5 us each) and
+# that PEFT's 17 MB tensors stay in the L2: 1.12 to 1.20, and 1.15 to 1.25.
 TARGET = {8192: {False: 1.20, True: 1.25}, 2048: {False: 1.12, True: 1.15}}
 RANKS_TARGET = {False: 1.10, True: 1.12}  # ranks 8 and 64 at 2,048 rows: rank 64 costs another 0.02 to 0.03
 LIMIT = {False: 1.32, True: 1.33}  # kernels.md's
-# One read of the stored weight either way; the factors (12 KB a tile against 4.2 KB of weight, from the L2) and the matrix unit
+# Both read the stored weight once. The factors (12 KB per tile against 4.2 KB of weight, from the L2) and the matrix unit
 # take 2 to 4 us of about 13 for a 4096 x 4096 weight: 1.1 to 1.4.
 MERGE_LIMIT = 1.4
 DEQUANT_TARGET = {"small": 1.30, "large": 1.05}
-SMALL_WEIGHT = 8 * 2**20  # elements; below it launches are most of bitsandbytes' time
-DROPOUT_MEMORY_TARGET = 0.10  # of what PEFT keeps for backward
+SMALL_WEIGHT = 8 * 2**20  # elements; below this launches take most of bitsandbytes' time
+DROPOUT_MEMORY_TARGET = 0.10  # share of the bytes that PEFT keeps for backward
 STEP_TARGET = 1.15
-# The layer as a whole. The model says 1.06 and 1.07 at 2,048 and 8,192 rows, with dropout 1.16 and 1.18; the small kernels that it
-# leaves out are more of the time at 2,048.
+# The whole layer. The model gives 1.06 and 1.07 at 2,048 and 8,192 rows, with dropout 1.16 and 1.18. The small kernels that it
+# ignores take a larger share of the time at 2,048.
 UNSLOTH_TARGET = {8192: {False: 1.05, True: 1.12}, 2048: {False: 1.00, True: 1.08}}
 
 
 def card_of(device: Device) -> str | None:
-    """Which of the model's cards it is."""
+    """The model's card that this device is, if any."""
     return next((name for name in CARDS if device.has(name)), None)
 
 
 def dequant_bytes(kind: str, N: int, K: int) -> float:
-    """Reading the stored weight once and writing it once in 16 bits."""
+    """Bytes to read the stored weight once and write it once in 16 bits."""
     return (STORED_BYTES[kind] + 2) * N * K if kind != "dense" else 0.0
 
 
@@ -75,15 +75,18 @@ def gemm_flops(M: int, N: int, K: int) -> float:
 
 
 def base_bytes(kind: str, M: int, N: int, K: int, *, passes: int = 2) -> float:
-    """What the frozen product must move at least, forward and dX: the stored weight, the input and the output."""
+    """Least bytes of the frozen product, forward and dX: the stored weight, the input and the output."""
     return passes * (STORED_BYTES[kind] * N * K + 2.0 * M * N + 2.0 * M * K)
 
 
 def adapter_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropout: bool, merged: bool) -> float:
-    """Bytes beside the base products. who: ``PEFT``, ``limit`` (the floor of kernels.md), ``built`` (what the passes of
-    lora_linear move, their workspaces counted, and the adapter's parts of y and dX written once: reading them again hides in
-    the product that is added) or ``Unsloth`` (fast_lora.py: y and dX read and written once more, dY read twice, x three times;
-    with dropout a dropped x with its mask, made again in backward, and dX by way of the mask)."""
+    """Bytes in addition to the base products.
+
+    Args: who: ``PEFT``, ``limit`` (the floor of kernels.md), ``built`` or ``Unsloth``. ``built`` counts the bytes of
+    lora_linear's passes with their workspaces, and the adapter's parts of y and dX written once; the added product hides reading
+    them again. ``Unsloth`` (fast_lora.py) reads and writes y and dX once more, and reads dY twice and x three times. With dropout it
+    also makes a dropped x with its mask, again in backward, and computes dX through the mask.
+    """
     MN, MK = 1.0 * M * N, 1.0 * M * K
     if who == "Unsloth":
         return 8 * MN + 10 * MK + (19 * MK if dropout else 0)
@@ -102,7 +105,7 @@ def adapter_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropou
 
 
 def forward_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropout: bool, merged: bool) -> float:
-    """The share of ``adapter_bytes`` that the forward moves."""
+    """The part of ``adapter_bytes`` that the forward moves."""
     MN, MK = 1.0 * M * N, 1.0 * M * K
     if who == "PEFT":
         return 16 * MN + 2 * MK + (5 * MK if dropout else 0)
@@ -114,7 +117,7 @@ def forward_bytes(who: str, kind: str, M: int, N: int, K: int, R: int, *, dropou
 
 
 def _groups(size: int, tiles: int) -> int:
-    """Groups of rows or columns with a partial sum each, as ``passes._per_group`` makes them."""
+    """Number of groups of rows or columns, one partial sum each, as ``passes._per_group`` forms them."""
     return max(1, min(-(-size // 256), -(-4 * PROCESSORS // tiles)))
 
 
@@ -141,14 +144,14 @@ def _merged(kind: str, M: int, N: int, K: int, dropout: bool) -> bool:
 
 
 def layer_us(who: str, M: int, R: int = 16, *, dropout: bool, kind: str = "nf4", card: str = CARD) -> float:
-    """Of the seven linears, each by itself."""
+    """Microseconds of the seven linears, each on its own."""
     return sum(
         count * predicted_us(who, kind, M, N, K, R, dropout=dropout, card=card) for (N, K), count in LAYER.items()
     )
 
 
 def additions_us(M: int, *, card: str = CARD) -> float:
-    """What autograd adds in a layer as a whole: dX of q, k and v, and of gate and up, three times two reads and a write."""
+    """Autograd's additions in a whole layer: dX of q, k and v, and of gate and up, three times two reads and a write."""
     return 1e6 * 3 * 6.0 * M * HIDDEN / CARDS[card].bytes_per_s
 
 

@@ -1,4 +1,4 @@
-"""gpu-check: what a process of it does with its sections: every task that has no green row yet becomes one."""
+"""gpu-check: runs the sections of one process. Every task without a green row writes a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftlab.measuring.journal import Journal
 
 
 class Rows:
-    """Writes the rows of a process into the journal that all share."""
+    """Writes the rows of a process into the shared journal."""
 
     def __init__(self, journal: Journal, device: Device) -> None:
         self.journal, self.device = journal, device
@@ -34,7 +34,7 @@ class Rows:
 
 
 def run_group(sections: list[Section], rows: Rows, deadline: Deadline) -> None:
-    """Every task of every section; an exception becomes a red row."""
+    """Runs every task of every section. An exception becomes a red row."""
     broken = ""
     for place, section in enumerate(sections):
         why = {"not_run": broken, "ok": None} if broken else not_installed(*section.needs)
@@ -50,9 +50,9 @@ def run_group(sections: list[Section], rows: Rows, deadline: Deadline) -> None:
 
 
 def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
-    """What made the device unusable for the rest of the process, or nothing."""
+    """Why the device is unusable for the rest of the process, or an empty text."""
     device = rows.device
-    device.kept["until"] = deadline.until
+    device.shared["until"] = deadline.until
     left_out: list[Row] = []
     try:
         tasks = list(tasks_of(section, device))
@@ -65,8 +65,8 @@ def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
             try:
                 result = task.run()
                 device.synchronize()
-            except Exception as error:  # of any kind: the other rows are worth having too
-                result = _absent(error) or {"failed": _message(error), "ok": False}
+            except Exception as error:  # of any kind: the other rows must still be measured
+                result = _absent(error) or {"failed": _error_text(error), "ok": False}
             seconds = round(time.perf_counter() - started, 3)
             if device.dry:  # its figures mean nothing
                 result |= {key: None for key in ("target", "met", "held_met") if key in result}
@@ -74,7 +74,7 @@ def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
             if broken := _broken(device, result):
                 return broken
     except Exception as error:
-        rows.write(section.name, {"failed": _message(error), "ok": False})
+        rows.write(section.name, {"failed": _error_text(error), "ok": False})
     if left_out:
         row = {"stopped": f"{len(left_out)} rows did not fit the time", "left_out": left_out[:40]}
         rows.write(section.name, {**row, "ok": None})
@@ -82,7 +82,7 @@ def _run_section(section: Section, rows: Rows, deadline: Deadline) -> str:
 
 
 def still_to_do(tasks: list[Task], green: set[str]) -> list[Task]:
-    """Tasks without a green row, and before them what they need in memory."""
+    """Tasks without a green row, preceded by those whose objects they need in memory."""
     open_ = [identity(plain(task.what)) not in green for task in tasks]
     return [
         task
@@ -93,18 +93,18 @@ def still_to_do(tasks: list[Task], green: set[str]) -> list[Task]:
 
 
 def _absent(error: Exception) -> Row | None:
-    """The row of a task that has come upon a package that is not there, one of those that sections say they need or use."""
+    """The row of a task that failed because a package is missing that sections need or use."""
     name = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     return not_installed(name) if name in PACKAGES else None
 
 
-def _message(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     lines = traceback.format_exception(error)
     return f"{type(error).__name__}: {error}"[:1500] + "\n" + "".join(lines[-4:])[-1500:]
 
 
 def _broken(device: Device, result: Any) -> str:
-    """After a failure: whether CUDA still answers. An illegal access breaks it for the rest of the process."""
+    """After a failure: why CUDA is unusable, or an empty text. An illegal access breaks it for the rest of the process."""
     if "failed" not in result:
         return ""
     try:

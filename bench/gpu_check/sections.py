@@ -1,11 +1,11 @@
-"""gpu-check: its sections, in the order in which they run, and what each figure stands on.
+"""gpu-check: its sections in running order, and the sections that each figure depends on (``stands_on``).
 
-Correctness of what is timed first comes first, then that timing: losses, NF4 linears at 8,192 rows, whole steps. All the
-rest is the second wave. What stands on a section waits for it, so that it may take long: the time of what comes after
-is kept (``least``). ``tests``, ``tiny models`` and ``smoke recipe`` use ops together, so that a red row of theirs does
-not say which op is wrong: no figure stands on them. Nor on ``small adapters, masks, determinism``: the sections of
-``lora_linear`` already compare every output and gradient with float64, under the very masks; what those rows say beyond
-that (equal bytes, little lost of a small adapter) are promises with claims of their own, and do not change what is timed.
+The first wave checks the ops that it times, then times losses, NF4 linears at 8,192 rows and whole steps. The second wave has
+the rest. A section waits for those that it depends on, and later sections keep their reserved time (``least``).
+``tests``, ``tiny models`` and ``smoke recipe`` combine ops, so their red rows do not show which op is wrong: no figure depends
+on them. No figure depends on ``small adapters, masks, determinism`` either. The sections of ``lora_linear`` already compare
+every output and gradient with float64 under the same masks. The additional promises of those rows (equal bytes, little loss
+of a small adapter) have their own claims and do not change what is timed.
 """
 
 from __future__ import annotations
@@ -149,19 +149,19 @@ SECTIONS = [
         needs=RECIPES,
         timing=True,
         stands_on=("linear losses", "distillation"),
-        asked=True,
+        only_by_name=True,
     ),
 ]
 
 
 def functions_of(file: Path) -> set[str]:
-    """Read from the syntax tree: importing an op's cases.py would import torch, which takes seconds."""
+    """Names of the functions in a file, from its syntax tree: importing cases.py would import torch, which takes seconds."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def sections_of_ops() -> list[Section]:
-    """Of every op that has rows of its own in cases.py and no place in the schedule above."""
+    """Sections of every op that has its own rows in cases.py and is not in the schedule above."""
     placed, sections = {word for section in SECTIONS for word in section.source.split(":")}, []
     for op, file in case_files().items():
         rows = functions_of(file) if op not in placed else set()

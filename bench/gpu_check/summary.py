@@ -1,4 +1,4 @@
-"""gpu-check: its rows as a table for people."""
+"""gpu-check: its rows as a readable table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bench.gpu_check.base import Row
 
 
 def summary(rows: list[Row], *, seconds: float) -> str:
-    """Per section green, red and not run; then figures with their targets; then what is red; last the verdict."""
+    """Counts of green, red and not run per section; figures with targets; red rows; the verdict."""
     parts = [_sections(rows), _figures(rows), _plans(rows), _problems(rows), _verdict(rows, seconds)]
     return "\n\n".join(part for part in parts if part)
 
@@ -22,7 +22,7 @@ def _sections(rows: list[Row]) -> str:
 
 
 def name_of(row: Row) -> str:
-    """What the row is about, in a few words."""
+    """A short name of the row's task."""
     task = row.get("task", {})
     words = [str(task.get("check") or task.get("case") or row["section"])]
     words += [str(task[key]) for key in ("kind", "against", "teacher", "quantize", "dtype") if key in task]
@@ -51,7 +51,7 @@ def _figures(rows: list[Row]) -> str:
 
 
 def _plans(rows: list[Row]) -> str:
-    """Memory and speed of whole steps beside what was predicted of them."""
+    """Memory and speed of whole steps next to their predictions."""
     lines = []
     for row in rows:
         if "plan_bytes" in row and "peak_bytes" in row:
@@ -63,7 +63,7 @@ def _plans(rows: list[Row]) -> str:
 
 
 def _both(ratio: Row) -> Row:
-    """The ratio of forward and backward together, where there are phases."""
+    """The ratio; of forward and backward together if there are phases."""
     return ratio.get("both", ratio) if ratio else {}
 
 
@@ -76,7 +76,7 @@ def _microseconds(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    """Several targets at once are told by what they were set for."""
+    """A number as text; of several targets, the first contestant's speed target."""
     if isinstance(value, dict):
         return f"{next(iter(value.values()))[0]:.2f}"
     return "" if value is None else f"{value:.2f}"
@@ -94,7 +94,7 @@ def _remarks(row: Row, ratio: Row) -> list[str]:
     if row.get("met") is not None:
         remarks.append("met" if row["met"] else "MISSED")
     if row.get("above_limit"):
-        remarks.append("ABOVE THE LIMIT: a measuring error?")
+        remarks.append("ABOVE THE LIMIT: measurement error?")
     if ratio.get("differs") is False:
         remarks.append("no difference")
     if row.get("held_share") is not None:

@@ -1,4 +1,4 @@
-"""gpu-check: contestants timed in turn on the device's own clock, and ratios of what was measured."""
+"""gpu-check: times contestants in turn on the device's own clock, and computes ratios."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from bench.gpu_check.base import Device, Row
 from peftlab.bench.summary import ratio
 from peftlab.measuring.intervals import quartiles, ratio_of_medians
 
-# A timed call: it calls ``mark(phase)`` at the end of each of its phases, or never if it has only one.
+# A timed call. It calls ``mark(phase)`` at the end of each phase, or never if it has only one.
 Run = Callable[[Callable[[str], None]], Any]
 LONGEST_LEAD_S = 0.01
 
 
 def compared(above: Sequence[float], below: Sequence[float]) -> Row:
-    """The ratio of the medians, with its interval over blocks; ``differs`` is false where the interval has 1 in it."""
+    """The ratio of the medians, with its interval over blocks. ``differs`` is false if the interval contains 1."""
     return ratio(ratio_of_medians(above, below))
 
 
-def reaches(row: Row, target: float | None) -> bool | None:
-    """Whether a ratio reaches its target beyond noise; None where there is no target."""
-    return None if target is None else row["value"] >= target and row["differs"] is not False
+def reaches(measured: Row, target: float | None) -> bool | None:
+    """Whether a ratio reaches its target beyond noise; None without a target."""
+    return None if target is None else measured["value"] >= target and measured["differs"] is not False
 
 
 @dataclass
@@ -44,17 +44,17 @@ class Times:
 
     @property
     def medians(self) -> list[float]:
-        """Of each block."""
+        """Medians per block."""
         return [quartiles(block)[1] for block in self.blocks]
 
     def spread(self) -> list[float]:
-        """First quartile, median, third quartile of the calls."""
+        """First quartile, median and third quartile of the calls."""
         return [_short(value) for value in quartiles(self.all)]
 
 
 @dataclass
 class Comparison:
-    """What ``interleaved`` measured: contestant -> phase -> times; ``both`` is the sum of several phases."""
+    """Result of ``interleaved``: contestant -> phase -> times. ``both`` is the sum of several phases."""
 
     times: dict[str, dict[str, Times]]
     blocks: int
@@ -65,14 +65,14 @@ class Comparison:
         return {name: {phase: t.spread() for phase, t in phases.items()} for name, phases in self.times.items()}
 
     def rounds(self) -> dict[str, dict[str, list[float]]]:
-        """The median of each block, from which the intervals come."""
+        """The median of each block; the intervals are computed from them."""
         return {
             name: {phase: [_short(value) for value in t.medians] for phase, t in phases.items()}
             for name, phases in self.times.items()
         }
 
     def ratio(self, other: str, ours: str, phase: str) -> Row:
-        """How many times as long ``other`` takes."""
+        """How many times as long the other contestant takes."""
         return compared(self.times[other][phase].medians, self.times[ours][phase].medians)
 
     def fastest(self, names: Sequence[str], phase: str) -> str:
@@ -93,15 +93,15 @@ def interleaved(
     per_block: int = 30,
     warmups: int = 20,
 ) -> Comparison:
-    """All contestants in one process on the same tensors: per block each in turn, ``per_block`` timed calls.
+    """Times all contestants in one process on the same tensors: in each block every one in turn, ``per_block`` timed calls.
 
-    ``per_block`` and ``warmups`` shrink, to one if need be, where the whole would take more than ``seconds``: of calls of a
-    tenth of a second a few say as much as many, since each block has its own median.
+    ``per_block`` and ``warmups`` shrink, down to one, if the total would exceed ``seconds``. For calls of a tenth of a second
+    a few are as good as many, since each block has its own median.
 
     Args:
-        flush: the L2 is overwritten before each call. ahead: the GPU waits before each call until it has been launched
-            whole, so that the times are the GPU's, as within a step that keeps it busy; otherwise they are those of a
-            call by itself, in which the GPU may wait for Python.
+        flush: the L2 is overwritten before each call. ahead: the GPU waits until a call is launched completely, so that the
+            times are the GPU's, as within a step that keeps it busy. Otherwise they are those of single calls, in which the
+            GPU may wait for Python.
     """
     if device.dry:
         blocks, per_block, warmups = 2, 2, 1
@@ -144,7 +144,7 @@ def interleaved(
 
 @dataclass
 class _Before:
-    """What comes before every call."""
+    """Runs before every call."""
 
     device: Device
     flush: bool
@@ -170,13 +170,13 @@ def _block(device: Device, run: Run, times: dict[str, Times], per_block: int, be
             mark("time")
         calls.append(marks)
     device.synchronize()
-    us: dict[str, list[float]] = {}
+    durations: dict[str, list[float]] = {}
     for marks in calls:
         for (_, start), (phase, end) in itertools.pairwise(marks):
-            us.setdefault(phase, []).append(device.between_us(start, end))
+            durations.setdefault(phase, []).append(device.between_us(start, end))
         if len(marks) > 2:
-            us.setdefault("both", []).append(device.between_us(marks[0][1], marks[-1][1]))
-    for phase, values in us.items():
+            durations.setdefault("both", []).append(device.between_us(marks[0][1], marks[-1][1]))
+    for phase, values in durations.items():
         times.setdefault(phase, Times()).blocks.append(values)
 
 

@@ -1,4 +1,4 @@
-"""gpu-check: how fast a recipe trains, the whole loop."""
+"""gpu-check: training speed of a recipe with the whole loop."""
 
 from __future__ import annotations
 

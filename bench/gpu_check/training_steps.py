@@ -16,9 +16,9 @@ from bench.gpu_check.timing import Run, interleaved, reaches
 MODEL = "llama-3-8b"
 NUM_PARAMETERS = {"llama-3-8b": 8.03e9, "llama-3.2-1b": 1.24e9}
 NUM_LAYERS = 32
-SHARE_LAYERS = 8  # of 32, where the whole model would take too long
-STEPS_S = 80.0  # what the steps themselves are given
-ROW_S = 16.0  # of a row: a step of 0.7 s (roofline.py), three contestants
+SHARE_LAYERS = 8  # of 32, if the whole model would take too long
+STEPS_S = 80.0  # reserved for the steps themselves
+ROW_S = 16.0  # per row: a step of 0.7 s (roofline.py), three contestants
 BASELINE = "PEFT + bitsandbytes"
 FULL_LOGITS = "PEFT + bitsandbytes, full logits"
 
@@ -34,7 +34,7 @@ def training_steps(device: Device) -> Iterator[Task]:
 
 
 def _build(device: Device) -> Row:
-    """Fewer layers, said in every row, where drawing and quantizing all would leave too little time for the steps."""
+    """Builds fewer layers, as every row says, if drawing and quantizing all would leave too little time for the steps."""
     import torch
 
     from peftlab.adapters import inject
@@ -49,16 +49,16 @@ def _build(device: Device) -> Row:
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.005)
     device.release()
-    device.kept["model"], device.kept["layers"] = model, num_layers
+    device.shared["model"], device.shared["layers"] = model, num_layers
     fusion = fusion_report(model)
     row = {"layers": num_layers, "of_layers": NUM_LAYERS, "build_s": build_s, "expected_s": expected_s}
     return {**row, "resident_bytes": device.allocated(), "fusion": str(fusion), "ok": not fusion.slow}
 
 
 def build_preset_model(device: Device, preset: str, *, quantize: str, left_s: float) -> tuple[Any, int, float]:
-    """The model of a preset, how many layers it has, and the seconds that all of it should take.
+    """The model of a preset, its number of layers, and the expected seconds for the whole model.
 
-    Args: left_s: to be left in the section after it; with less, it has ``SHARE_LAYERS`` layers.
+    Args: left_s: seconds that must be left in the section afterwards; otherwise the model has ``SHARE_LAYERS`` layers.
     """
     import torch
 
@@ -73,11 +73,11 @@ def build_preset_model(device: Device, preset: str, *, quantize: str, left_s: fl
             device.synchronize()
             one_s = time.perf_counter() - started
     expected_s = 1.5 * one_s * NUM_PARAMETERS[preset] / (shape[0] * shape[1])
-    whole = not device.dry and (not left_s or expected_s + left_s < device.kept["until"] - time.time())
+    whole = not device.dry and (not left_s or expected_s + left_s < device.shared["until"] - time.time())
     num_layers = values["num_hidden_layers"] if whole else device.pick(SHARE_LAYERS, 1)
     small = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
-    # An entry of this process's own: the presets cannot be built with other numbers of layers.
+    # A preset of this process only, because the presets have fixed numbers of layers.
     changed = {**values, **device.pick({}, small), "num_hidden_layers": num_layers}
     name = preset if whole else f"{preset}-{num_layers}-layers"
     presets.PRESETS[name] = (class_name, changed)
@@ -96,11 +96,11 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
 
     from peftlab.adapters.fused import FusedLora
 
-    if "model" not in device.kept:
+    if "model" not in device.shared:
         return {"not_run": "the model was not built", "ok": None}
-    model = device.kept["model"]
+    model = device.shared["model"]
     fused: list[Any] = [module for module in model.modules() if isinstance(module, FusedLora)]
-    for module in fused:  # PEFT leaves dropout 0 out altogether
+    for module in fused:  # PEFT omits dropout 0 completely
         module.lora_dropout["default"] = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
     vocab = model.config.vocab_size
     ids = torch.randint(3, vocab, (batch, length + 1), device=device.kind)
@@ -113,24 +113,24 @@ def _steps(device: Device, batch: int, length: int, dropout: float) -> Row:
         torch.manual_seed(0)
         peaks[name] = base + device.peak(partial(_kept, losses, name, run))
     values = {name: float(loss) for name, loss in losses.items()}
-    seconds = device.pick(min(ROW_S, (device.kept["until"] - time.time()) / 2.5), 1)
-    found = interleaved(device, runs, seconds=seconds, per_block=4, warmups=3)
+    seconds = device.pick(min(ROW_S, (device.shared["until"] - time.time()) / 2.5), 1)
+    timed = interleaved(device, runs, seconds=seconds, per_block=4, warmups=3)
     tokens = batch * length
     row: Row = {
-        "us": {name: phases["time"] for name, phases in found.spreads().items()},
-        "rounds_us": found.rounds(),
-        "tokens_per_s": {n: round(1e6 * tokens / phases["time"].median) for n, phases in found.times.items()},
-        "ratio": found.ratio(BASELINE, "peftlab", "time"),
-        "full_logits_ratio": found.ratio(FULL_LOGITS, "peftlab", "time"),
+        "us": {name: phases["time"] for name, phases in timed.spreads().items()},
+        "rounds_us": timed.rounds(),
+        "tokens_per_s": {n: round(1e6 * tokens / phases["time"].median) for n, phases in timed.times.items()},
+        "ratio": timed.ratio(BASELINE, "peftlab", "time"),
+        "full_logits_ratio": timed.ratio(FULL_LOGITS, "peftlab", "time"),
         "peak_bytes": peaks,
         "saved_bytes": peaks[FULL_LOGITS] - peaks["peftlab"],
-        "layers": device.kept["layers"],
+        "layers": device.shared["layers"],
         "loss": values,
         "target": STEP_TARGET if device.has(CARD) else None,
-        **found.protocol(),
+        **timed.protocol(),
     }
     row["met"] = reaches(row["ratio"], row["target"])
-    # The weights move between the measured steps, so only the first losses are comparable; with dropout the masks differ.
+    # The weights change between the measured steps, so only the first losses are comparable. With dropout the masks differ.
     spread = max(values.values()) - min(values.values())
     row["losses_agree"] = spread <= 2e-2 * max(values.values())
     return row if row["losses_agree"] else {**row, "ok": False, "met": None}
@@ -141,14 +141,14 @@ def _kept(losses: dict[str, Any], name: str, run: Run) -> None:
 
 
 def step_runs(device: Device, model: Any, ids: Any, targets: Any) -> dict[str, Run]:
-    """A training step each, on one model: what differs is the forward of the adapted layers, and the loss of the last."""
+    """A training step per contestant, on one model. They differ in the forward of the adapted layers; the last also in the loss."""
     import torch
 
     from peftlab.adapters import HeadLoss
     from peftlab.adapters.fused import set_kernels
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    # A learning rate that leaves the loss where it is: every contestant trains from nearly the same weights.
+    # A learning rate that hardly changes the loss, so that every contestant trains from nearly the same weights.
     optimizer = torch.optim.AdamW(trained, lr=1e-8, fused=True)
     base, head_loss = model.get_base_model(), HeadLoss()
 

@@ -1,13 +1,13 @@
-"""gpu-check: the seven adapted linears of a Llama-3-8B layer against Unsloth's QKV, O and MLP functions, where it is installed.
+"""gpu-check: the seven adapted linears of a Llama-3-8B layer against Unsloth's QKV, O and MLP functions, if it is installed.
 
-Both do the same: q, k and v of one input, o of another, then gate, up, SwiGLU and down, forward and backward for every input
-and factor. Unsloth's MLP function has SwiGLU in it, so "peftlab" calls Unsloth's own SwiGLU kernels between its linears and
-differs in the linears alone; "peftlab, eager SwiGLU" has what a step of transformers has there today. Unsloth gets bfloat16
-factors without autocast, which spares it casts; ours are float32 under autocast, as in use.
+Both compute the same: q, k and v of one input, o of another, then gate, up, SwiGLU and down, forward and backward for every input
+and factor. Unsloth's MLP function includes SwiGLU, so "peftlab" calls Unsloth's SwiGLU kernels between its linears and differs in
+the linears only. "peftlab, eager SwiGLU" uses the SwiGLU of a transformers step today. Unsloth gets bfloat16 factors without
+autocast, which saves casts; ours are float32 under autocast, as in use.
 
-Source: unsloth/kernels/fast_lora.py, swiglu.py and utils.py of Unsloth 2026.10.9 (PyPI), which need a GPU to be imported and are only
-read; what they ask of a layer (``_lora_dropout_and_bias``), taken out of the file, says yes to these, with dropout and without.
-unslothai/unsloth at 015bdef0d94a has the same signatures, but leaves dropout out.
+Source: unsloth/kernels/fast_lora.py, swiglu.py and utils.py of Unsloth 2026.10.9 (PyPI). Importing them needs a GPU, so they were only
+read. Their requirement for a layer (``_lora_dropout_and_bias``), extracted from the file, accepts these layers with and without dropout.
+unslothai/unsloth at 015bdef0d94a has the same signatures, but no dropout.
 """
 
 # ruff: noqa: N803, N806 -- sizes are called M, N, K and R, as in the kernels
@@ -36,7 +36,7 @@ Tensors = dict[str, tuple[Any, list[Any]]]
 
 
 def unsloth_speed(device: Device) -> Iterator[Task]:
-    """In a process of its own, because importing Unsloth patches other libraries."""
+    """Runs in its own process, because importing Unsloth patches other libraries."""
     for M in device.pick((8192, 2048), (16,)):
         for dropout in (0.0, DROPOUT):
             what = {"case": "seven linears against Unsloth", "M": M, "R": RANK, "dropout": dropout}
@@ -56,26 +56,26 @@ def _unsloth(device: Device, M: int, dropout: float) -> Row:
         THEIRS: _run(device, _theirs(their_own, kernels), their_own, tensors, autocast=False),
     }
     agree = agreement(runs, THEIRS) if not dropout else None
-    times = interleaved(device, runs, seconds=3.0, ahead=True)
-    ratio = times.ratio(THEIRS, OURS, "both")
+    timed = interleaved(device, runs, seconds=3.0, ahead=True)
+    ratio = timed.ratio(THEIRS, OURS, "both")
     target = UNSLOTH_TARGET[M][dropout > 0] if device.has(CARD) else None
     return {
-        "us": times.spreads(),
-        "rounds_us": times.rounds(),
+        "us": timed.spreads(),
+        "rounds_us": timed.rounds(),
         "ratio": ratio,
-        "eager_ratio": times.ratio(THEIRS, EAGER, "both"),
+        "eager_ratio": timed.ratio(THEIRS, EAGER, "both"),
         **_predicted(device, M, dropout > 0),
         "version": importlib.metadata.version("unsloth"),
         "target": target,
         "met": reaches(ratio, target),
         "agreement": agree,
         "ok": agree is None or agree["ok"],
-        **times.protocol(),
+        **timed.protocol(),
     }
 
 
 def _predicted(device: Device, M: int, dropout: bool) -> Row:
-    """Of the linears alone."""
+    """Predictions for the linears only."""
     if not (card := card_of(device)):
         return {}
     theirs = layer_us("Unsloth", M, dropout=dropout, card=card)
@@ -84,7 +84,7 @@ def _predicted(device: Device, M: int, dropout: bool) -> Row:
 
 
 def _layers(device: Device, dropout: float) -> dict[str, Layer]:
-    """Unsloth must not leave its kernels for PEFT's forward, which in these layers is ours."""
+    """Layers that fail if Unsloth uses PEFT's forward instead of its kernels, because in these layers that is ours."""
     hidden, narrow, wide = device.pick((4096, 1024, 14336), (64, 64, 128))
     sizes = {"q": (hidden, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, hidden)}
     sizes |= {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)}
@@ -101,17 +101,17 @@ def _layers(device: Device, dropout: float) -> dict[str, Layer]:
 def _tensors(device: Device, layers: dict[str, Layer], M: int) -> Tensors:
     import torch
 
-    tensors = {}
+    inputs = {}
     for number, (part, names) in enumerate(PARTS.items()):
         K = layers[names[0]].weight.shape[1]
         x = device.randn(1, M, K, seed=10 + number, dtype=torch.bfloat16).requires_grad_()
         sizes = [layers[name].weight.shape[0] for name in (names if part != "MLP" else ("down",))]
-        tensors[part] = x, [device.randn(1, M, N, seed=20 + i, dtype=torch.bfloat16) for i, N in enumerate(sizes)]
-    return tensors
+        inputs[part] = x, [device.randn(1, M, N, seed=20 + i, dtype=torch.bfloat16) for i, N in enumerate(sizes)]
+    return inputs
 
 
 def _run(device: Device, forwards: Forwards, modules: dict[str, Any], tensors: Tensors, *, autocast: bool) -> Run:
-    """Part by part forward and backward; each is a phase, ``both`` is all of them."""
+    """Forward and backward part by part. Each part is a phase; ``both`` is their sum."""
     import torch
 
     leaves = {
@@ -144,7 +144,7 @@ def _ours(modules: dict[str, Any], swiglu: Callable[[Any, Any], Any]) -> Forward
 
 
 def _theirs(modules: dict[str, Any], kernels: Any) -> Forwards:
-    """inplace=False: otherwise backward writes dX into x, and every call would have another input."""
+    """inplace=False: otherwise backward writes dX into x, and every call would get another input."""
     owner = SimpleNamespace(**{f"{name}_proj": module for name, module in modules.items()})
     return {
         "q, k, v": lambda x: kernels.apply_lora_qkv(owner, x, inplace=False),
@@ -163,7 +163,7 @@ def _their_swiglu(kernels: Any) -> Callable[[Any, Any], Any]:
     import torch
 
     class SwiGLU(torch.autograd.Function):
-        """Unsloth's kernels: of [1, M, N] gate and up, and in backward of [M, N], in the memory of all three."""
+        """Unsloth's kernels. Forward takes [1, M, N] gate and up; backward takes [M, N] and overwrites all three inputs."""
 
         @staticmethod
         def forward(ctx: Any, gate: Any, up: Any) -> Any:

@@ -1,1 +1,2 @@
-"""``python -m bench.peers``: the same training by peftlab and by other engines. ``bench.peers.distillation``: the same distillation."""
+"""``python -m bench.peers`` compares the same training by peftlab and other engines, ``bench.peers.distillation`` the same
+distillation."""

@@ -1,21 +1,21 @@
-"""Trains the same model on the same rows with peftlab and with its peers, and compares.
+"""Trains the same model on the same rows with peftlab and with its peers, and compares them.
 
     python -m bench.peers [CASE ...] [--engines NAME ...] [--repeats 3] [--rows N | --full] [--steps N] [--out DIR]
-    python -m bench.peers --split-cost    what one more micro-batch costs, in padded tokens
+    python -m bench.peers --split-cost    measures the cost of one more micro-batch, in padded tokens
 
-Peers: PEFT with transformers' Trainer, TRL's SFTTrainer, the same with Liger's kernels, with Axolotl's LoRA kernels, and
-Unsloth (the last three on a GPU). Those that cannot run here are named with the reason.
+Peers: PEFT with transformers' Trainer, TRL's SFTTrainer, SFTTrainer with Liger's kernels, SFTTrainer with Axolotl's LoRA kernels,
+and Unsloth (the last three on a GPU). Peers that cannot run here are listed with the reason.
 
-Per case: the driver writes one initial adapter; then the gate; then, per repetition, one process per engine, every second
-repetition in the reverse order. Same weights, rows per optimizer step, seed, optimizer, clipping and schedule; in float32 on a
-CPU, under bfloat16 autocast on a GPU.
+For each case the driver writes one initial adapter and runs the gate. Then each repetition runs one process per engine, every
+second repetition in the reverse order. All use the same weights, rows per optimizer step, seed, optimizer, clipping and
+schedule, in float32 on a CPU and under bfloat16 autocast on a GPU.
 
 The gate: every engine trains 5 steps without dropout (its masks depend on the batch shapes) and its losses must agree with
 peftlab's. On a CPU within 1e-4 at the first step (rounding alone gives about 1e-6; another row, normalisation or head gives
 more than 1e-2) and within 1e-3 after it (AdamW turns the rounding of near-zero gradients into steps); under bfloat16 within 2e-2.
 A peer beyond that is not timed, and the exit code is 6. The timed runs have the model's own dropout, as in use.
 
-Exit codes: 0 done, 1 a run failed, 2 wrong usage, 6 an engine does not do the same.
+Exit codes: 0 done, 1 a run failed, 2 wrong usage, 6 an engine trains differently.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from bench.records import provenance, write_json
 
 
 def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Gate and repetitions of one case; ``rows`` has no peer that did not pass the gate."""
+    """Gate and repetitions of one case. ``rows`` has only peers that passed the gate."""
     case, device = CASES[name], device_here()
-    wanted = [peer for peer in case.peers if options.engines is None or peer in options.engines]
-    missing = {peer: reason for peer in wanted if (reason := PEERS[peer].missing(device))}
-    engines = ["peftlab", *(peer for peer in wanted if peer not in missing)]
+    chosen = [peer for peer in case.peers if options.engines is None or peer in options.engines]
+    missing = {peer: reason for peer in chosen if (reason := PEERS[peer].missing(device))}
+    engines = ["peftlab", *(peer for peer in chosen if peer not in missing)]
     for peer, reason in missing.items():
-        say(f"{name}: {PEERS[peer].title} is left out: {reason}")
+        say(f"{name}: {PEERS[peer].title} is skipped: {reason}")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -52,7 +52,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         say(f"{name}: gate")
         checked = gate(engines, settings, work, device)
         for peer, check in checked["peers"].items():
-            verdict = "" if check["passed"] else ": not the same training, it is not timed"
+            verdict = "" if check["passed"] else ": not the same training, so it is not timed"
             say(
                 f"{name}: {peer}: losses differ by {check['first']:.1e} at step 1, at most {check['largest']:.1e}{verdict}"
             )
@@ -86,7 +86,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command line without folders."""
+    """The command line, without folders."""
     parts = ["python -m bench.peers", *options.cases]
     parts += ["--engines", *options.engines] if options.engines else []
     parts += [f"--{k} {v}" for k in ("repeats", "rows", "steps") if (v := getattr(options, k)) is not None]
@@ -112,14 +112,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all rows of the data")
     parser.add_argument("--steps", type=int, help="optimizer steps instead of one epoch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--split-cost", action="store_true", help="only measure the cost of one more micro-batch")
+    parser.add_argument("--split-cost", action="store_true", help="measure only the cost of one more micro-batch")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.cases if name not in CASES]
     if unknown:
-        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+        parser.error(f"unknown case: {', '.join(unknown)}; there are {', '.join(CASES)}")
     strange = [name for name in options.engines or [] if name not in PEERS]
     if strange:
-        parser.error(f"no such peer: {', '.join(strange)}; there are {', '.join(PEERS)}")
+        parser.error(f"unknown peer: {', '.join(strange)}; there are {', '.join(PEERS)}")
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
     if options.rows is not None and options.full:
@@ -130,7 +130,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         size, rows = CASES[name].recipe["train"]["batch_size"], options.rows or CASES[name].rows
         needed = max(GATE_STEPS, options.steps or 0)
         if math.ceil(rows / size) < needed:
-            parser.error(f"{name}: {rows:,} rows are less than {needed} steps of {size}; one epoch is the limit")
+            parser.error(f"{name}: {rows:,} rows are too few for {needed} steps of {size}; one epoch is the limit")
     return options
 
 

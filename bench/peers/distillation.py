@@ -2,17 +2,17 @@
 
     python -m bench.peers.distillation [CASE ...] [--repeats 3] [--rows N] [--steps N] [--threads 1] [--out DIR]
 
-Teacher SmolLM2-135M, student every layer of it but ten, film dialogs, forward KL at temperature 1. Per case: one process
-writes the student, its first adapter and the stored targets; then, per repetition, one process per engine, in alternating
-order (``distillation_engines.py`` has the engines). The models have no dropout, so the timed runs are their own gate.
+The teacher is SmolLM2-135M and the student has all of its layers but ten. The data is film dialogs and the loss forward KL at
+temperature 1. For each case one process writes the student, its first adapter and the stored targets. Then each repetition runs
+one process per engine, in alternating order (``distillation_engines.py`` has the engines). The models have no dropout, so the
+timed runs are their own gate.
 
-The gate: the engines that ask the teacher itself define the same loss (tests/conformance), so their first losses must
-agree within the limits of ``bench.peers``: 1e-4 at the first step, 1e-3 after it. Stored targets are another loss by
-definition, KL over the 50 likeliest classes and one class of all others, which is never more than KL over all classes (to
-what storing in float16 changes, 2e-3). A repetition is judged as soon as it ends: beyond those limits nothing more is run, no
-figure is kept, and the exit code is 6.
+The gate: engines with an online teacher define the same loss (tests/conformance), so their first losses must agree within the
+limits of ``bench.peers``: 1e-4 at the first step, 1e-3 after it. Stored targets define another loss: KL over the 50 most likely
+classes and one class for all others. It is never more than KL over all classes (up to the error of storing in float16, 2e-3).
+Each repetition is judged when it ends. Beyond those limits nothing more runs, no figure is kept, and the exit code is 6.
 
-Exit codes: 0 done, 1 a run failed, 2 wrong usage, 6 the engines do not do the same.
+Exit codes: 0 done, 1 a run failed, 2 wrong usage, 6 the engines train differently.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ENGINES = {
     "gkd": "TRL GKDTrainer",
     "distillation": "TRL DistillationTrainer",
 }
-# (what is faster, than what): the ratios of the table.
+# (faster engine, slower engine): the ratios of the table.
 PAIRS = (("online", "gkd"), ("online", "distillation"), ("cached", "online"))
 _DIALOG = ADAPTED["dialog"]
 TEACHER = _DIALOG.recipe["model"]["name"]
@@ -69,17 +69,17 @@ def settings_of(name: str, work: Path, *, rows: int, eval_rows: int, steps: int)
 
 def judge(losses: dict[str, list[float]]) -> dict[str, Any]:
     """Whether the engines train the same, by their losses of each step."""
-    judgement: dict[str, Any] = {"losses": losses, "relative_differences": {}}
+    report: dict[str, Any] = {"losses": losses, "relative_differences": {}}
     for engine in ("gkd", "distillation"):
-        judgement["relative_differences"][engine] = loss_differences(losses["online"], losses[engine])
-    first = max(d[0] for d in judgement["relative_differences"].values())
-    largest = max(max(d) for d in judgement["relative_differences"].values())
-    # Of the first step only: after it the two students differ.
+        report["relative_differences"][engine] = loss_differences(losses["online"], losses[engine])
+    first = max(d[0] for d in report["relative_differences"].values())
+    largest = max(max(d) for d in report["relative_differences"].values())
+    # Only at the first step: afterwards the two students differ.
     stored = losses["cached"][0] / losses["online"][0]
     limits = {"first": FIRST_LIMIT, "largest": LATER_LIMIT, "stored_over_online": 1 + STORED_LIMIT}
     passed = first <= FIRST_LIMIT and largest <= LATER_LIMIT and 0 < stored <= 1 + STORED_LIMIT
     return {
-        **judgement,
+        **report,
         "first": first,
         "largest": largest,
         "stored_over_online": stored,
@@ -89,7 +89,7 @@ def judge(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The repetitions of one case; without a summary when the engines do not do the same."""
+    """The repetitions of one case; without a summary if the engines train differently."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -101,18 +101,18 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
         shared = measure("init")
         judged: list[dict[str, Any]] = []
-        while len(judged) < options.repeats and all(judgement["passed"] for judgement in judged):
-            results = {}
+        while len(judged) < options.repeats and all(verdict["passed"] for verdict in judged):
+            measured = {}
             for engine in list(ENGINES) if len(judged) % 2 == 0 else list(ENGINES)[::-1]:
                 load = os.getloadavg()[0]
-                results[engine] = measure(engine)
+                measured[engine] = measure(engine)
                 place = {"repetition": len(judged), "position": len(rows), "load_before": load}
-                rows.append({**place, **results[engine]})
-                say(f"{name}: repetition {len(judged) + 1}, {ENGINES[engine]}: {results[engine]['seconds']:.2f} s")
-            judged.append(judge({engine: row["losses"] for engine, row in results.items()}))
+                rows.append({**place, **measured[engine]})
+                say(f"{name}: repetition {len(judged) + 1}, {ENGINES[engine]}: {measured[engine]['seconds']:.2f} s")
+            judged.append(judge({engine: row["losses"] for engine, row in measured.items()}))
             say(f"{name}: losses differ by {judged[-1]['first']:.1e} at step 1, at most {judged[-1]['largest']:.1e}")
         shown = json.loads(json.dumps(settings).replace(str(work), "."))
-    worst = max(judged, key=lambda judgement: (not judgement["passed"], judgement["largest"]))
+    worst = max(judged, key=lambda verdict: (not verdict["passed"], verdict["largest"]))
     passed = worst["passed"]
     return {
         "case": name,
@@ -127,7 +127,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def predicted(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """FLOPs of the measured steps by kd_plan.py, and how many times more the teacher makes of them."""
+    """FLOPs of the measured steps by kd_plan.py, and their ratio with an online teacher to stored targets."""
     from peftlab.models import find_pretrained, load_skeleton
 
     row = rows[0]
@@ -141,7 +141,7 @@ def predicted(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of each engine, and the ratios: above 1 the first of a pair is faster, or smaller."""
+    """Figures of each engine, and ratios: above 1 the first of a pair is faster or smaller."""
     by_engine = {e: sorted((r for r in rows if r["engine"] == e), key=lambda r: r["repetition"]) for e in ENGINES}
     ratios = {
         f"{ours} against {theirs}": {
@@ -150,7 +150,10 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for ours, theirs in PAIRS
     }
-    return {"engines": {e: report.engine_figures(results) for e, results in by_engine.items()}, "ratios": ratios}
+    return {
+        "engines": {e: report.engine_figures(repetitions) for e, repetitions in by_engine.items()},
+        "ratios": ratios,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
@@ -198,17 +201,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=88, help="training rows")
     parser.add_argument("--eval-rows", type=int, default=8, help="held-out rows")
     parser.add_argument("--steps", type=int, default=11, help="optimizer steps of 8 rows; the first warms up")
-    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument("--threads", type=int, default=1, help="repetitions of each engine")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {RESULT}")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.cases if name not in CASES]:
-        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+        parser.error(f"unknown case: {', '.join(unknown)}; there are {', '.join(CASES)}")
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
     batch = _DIALOG.recipe["train"]["batch_size"]
     if options.steps < 2 or options.rows < options.steps * batch:
         parser.error(
-            f"--steps must be at least 2, and --rows at least {batch} for each, {options.steps * batch} in all"
+            f"--steps must be at least 2, and --rows at least {batch} per step, {options.steps * batch} in total"
         )
     return options
 
@@ -217,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     path = options.out / RESULT
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the engines, which are processes of their own
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the engines, which are separate processes
     refused = []
     try:
         for name in options.cases or CASES:

@@ -2,12 +2,12 @@
 
 All engines get the same student folder, adapter file, teacher, rows per optimizer step and optimizer settings.
 
-- ``init``: writes what they share: the student cut from its teacher, its first adapter, and the stored targets.
-- ``online``, ``cached``: what ``peftlab.api.distill.distill`` does for one arm, with a progress object that takes the
-  times; the teacher beside the student, or its 50 likeliest classes and their rest from the disk.
-- ``gkd``: TRL's ``GKDTrainer`` on the rows' own completions (``lmbda`` 0), which builds both models' full logits.
-- ``distillation``: TRL's ``DistillationTrainer``, which takes its loss chunk by chunk. It always lets the student write
-  the completions; here it is given those of the rows, and everything after that is its own code.
+- ``init``: writes the shared files: the student cut from its teacher, its first adapter, and the stored targets.
+- ``online``, ``cached``: one arm of ``peftlab.api.distill.distill``, with a progress object that records times. The teacher runs
+  online, or its 50 most likely classes and the mass of the others are read from disk.
+- ``gkd``: TRL's ``GKDTrainer`` on the rows' own completions (``lmbda`` 0). It builds the full logits of both models.
+- ``distillation``: TRL's ``DistillationTrainer``. It computes its loss chunk by chunk and always lets the student write the
+  completions. Here it gets those of the rows instead; everything after that is its own code.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from peftlab.training.progress import SilentProgress
 
 
 def write_shared(settings: dict[str, Any], spec: dict[str, Any], work: Path) -> dict[str, Any]:
-    """The student, its adapter and the targets. settings: of the student, whose folder is not there yet."""
+    """Writes the student, its adapter and the targets. settings: the student's; its folder does not exist yet."""
     whole = {**settings, "model": settings["distill"]["teacher"]}
     cut = {**whole, "distill": {**settings["distill"], "student_init": {"num_layers": spec["num_layers"]}}}
     whole_model = Assembly(peftlab.load_recipe(cut), transfer=True)
@@ -54,8 +54,8 @@ def write_shared(settings: dict[str, Any], spec: dict[str, Any], work: Path) -> 
         alone = {name: value for name, value in settings.items() if name != "distill"}
         write_initial_adapter(alone, work, Path(spec["adapter"]))
     cached = {**settings, "distill": {**settings["distill"], "cache": spec["cache"]}}
-    taught = taught_examples(Assembly(peftlab.load_recipe(cached), transfer=True))
-    (captured,) = capture_all(taught, SilentProgress())
+    examples = taught_examples(Assembly(peftlab.load_recipe(cached), transfer=True))
+    (captured,) = capture_all(examples, SilentProgress())
     kept = ("positions", "bytes", "bytes_per_position", "seconds")
     return {
         "student": {"layers": notes["layers"], "parameters": notes["parameters"], "of": notes["parameters_before"]},
@@ -98,7 +98,7 @@ def run_gkd(settings: dict[str, Any], adapter: Path, work: Path) -> dict[str, An
 
 
 def _padded(rows: list[Any], pad_token_id: int) -> dict[str, Any]:
-    """Rows padded on the right to the longest, labels on the completions."""
+    """Rows padded on the right to the longest, with labels on the completions."""
     import torch
 
     length = max(map(len, rows))
@@ -117,24 +117,24 @@ def run_distillation(settings: dict[str, Any], adapter: Path, work: Path) -> dic
     rows = ordered(p)
 
     def sides(prompts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokens of the prompts and of the completions; a prompt is the number of its row."""
-        both: tuple[list[list[int]], list[list[int]]] = ([], [])
+        """Tokens of the prompts and of the completions. A prompt is the number of its row."""
+        prompts_and_answers: tuple[list[list[int]], list[list[int]]] = ([], [])
         for prompt in prompts:
             row = rows[int(prompt)]
             first = int(row.trained.argmax())
-            assert row.trained[first:].all(), "the trained tokens are no completion"
-            both[0].append(row.ids[:first].tolist())
-            both[1].append(row.ids[first:].tolist())
-        return both
+            assert row.trained[first:].all(), "the trained tokens are not a completion"
+            prompts_and_answers[0].append(row.ids[:first].tolist())
+            prompts_and_answers[1].append(row.ids[first:].tolist())
+        return prompts_and_answers
 
     def build_trainer(recording: type, timer: type) -> Any:
         from datasets import Dataset
         from trl import DistillationConfig, DistillationTrainer
 
-        def given(self: Any, prompts: list[str]) -> Any:
+        def recorded(self: Any, prompts: list[str]) -> Any:
             return *sides(prompts), None, None, None
 
-        trainer_class = type("RecordingTrainer", (recording, DistillationTrainer), {"_generate": given})
+        trainer_class = type("RecordingTrainer", (recording, DistillationTrainer), {"_generate": recorded})
         config = {"gradient_checkpointing": False, "beta": 0.0, "temperature": 1.0, "shuffle_dataset": False}
         return _with_adapter(
             adapter,
@@ -154,25 +154,25 @@ def run_distillation(settings: dict[str, Any], adapter: Path, work: Path) -> dic
 
 
 def _models(p: Prepared, adapter: Path) -> dict[str, Any]:
-    """Student, teacher, tokenizer and adapter for a trainer of TRL."""
+    """Student, teacher, tokenizer and adapter for a TRL trainer."""
     assert p.recipe.distill is not None and p.recipe.distill.teacher is not None
     student = p.assembly.model()
-    options = {"processing_class": p.tokenizer}
+    arguments = {"processing_class": p.tokenizer}
     if p.recipe.adapter.method == "none":
         train_all(student, freeze=[])
     else:
         from peft import LoraConfig
 
-        options["peft_config"] = LoraConfig.from_pretrained(str(adapter))
-        options["peft_config"].inference_mode = False
+        arguments["peft_config"] = LoraConfig.from_pretrained(str(adapter))
+        arguments["peft_config"].inference_mode = False
     teacher = load_model(
         find_pretrained(p.recipe.distill.teacher.name), auto_class=p.task.spec.auto_class, device="cpu"
     )
-    return {"model": student, "teacher_model": teacher, **options}
+    return {"model": student, "teacher_model": teacher, **arguments}
 
 
 def _with_adapter(adapter: Path, trainer: Any) -> Any:
-    """The trainer, with the adapter that all engines begin from."""
+    """The trainer, with the adapter from which all engines start."""
     if adapter.is_dir():
         load_trained(trainer.model, adapter)
     return trainer
@@ -183,7 +183,7 @@ def main(path: str) -> None:
     settings, adapter, engine = spec["recipe"], Path(spec["adapter"]), spec["engine"]
     import torch
 
-    # Trainer prints its log to stdout, which is for the result.
+    # Trainer prints its log to stdout, which is reserved for the result.
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         work = Path(temporary)
         if engine == "init":

@@ -1,12 +1,11 @@
 """One measured run: ``python -m bench.peers.engines SPEC.json`` trains with one engine and prints one JSON line.
 
-A process of its own per run keeps peak memory clean. Both engines get the same recipe:
+Each run has its own process, which keeps peak memory clean. All engines get the same recipe:
 
-- ``peftlab``: ``peftlab.train``, the call users make, with a progress object that takes the times.
-- ``trainer``, ``sft``: transformers ``Trainer`` on a PEFT model, or TRL ``SFTTrainer`` with ``peft_config``, fed the rows of
-  each optimizer step of peftlab's batch plan in that order, starting from the same adapter file.
-- ``sft-liger``, ``axolotl``, ``unsloth``: the same through SFTTrainer with Liger's kernels, with Axolotl's LoRA kernels, and on
-  Unsloth's model.
+- ``peftlab``: ``peftlab.train``, the call that users make, with a progress object that records times.
+- ``trainer``, ``sft``: transformers ``Trainer`` on a PEFT model, or TRL ``SFTTrainer`` with ``peft_config``. They get the rows of
+  each optimizer step of peftlab's batch plan, in that order, and start from the same adapter file.
+- ``sft-liger``, ``axolotl``, ``unsloth``: SFTTrainer with Liger's kernels, with Axolotl's LoRA kernels, or on Unsloth's model.
 - ``init``: writes that adapter file.
 """
 
@@ -38,7 +37,7 @@ from peftlab.training.progress import SilentProgress
 
 class Clock(Stopwatch):
     def figures(self) -> dict[str, Any]:
-        """The first step warms up: it ends where the measured time begins."""
+        """Figures of a run. The first step warms up; the measured time starts at its end."""
         return {
             "seconds": self.times[-1] - self.times[0],
             "cpu_seconds": self.cpu_times[-1] - self.cpu_times[0],
@@ -50,7 +49,7 @@ class Clock(Stopwatch):
 
 
 class TimingProgress(SilentProgress):
-    """Takes the times of peftlab's loop and counts its micro-batches."""
+    """Records the times of peftlab's loop and counts its micro-batches."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.clock = Clock(device)
@@ -70,7 +69,7 @@ class TimingProgress(SilentProgress):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the recipe says, made with the functions that ``peftlab.train`` uses."""
+    """The objects of a recipe, built with the functions that ``peftlab.train`` uses."""
 
     assembly: Assembly
     train: Encoded
@@ -91,7 +90,7 @@ class Prepared:
         return self.assembly.reader
 
     def work(self) -> dict[str, Any]:
-        """Rows and tokens of the measured steps, all but the first."""
+        """Rows and tokens of the measured steps, which are all but the first."""
         rows = np.concatenate([part for step in self.steps[1:] for part in step])
         examples = [self.train.examples[i] for i in rows]
         return {
@@ -109,9 +108,9 @@ def prepare(settings: dict[str, Any]) -> Prepared:
     plan = make_plan(assembly, train.lengths)
     planned = [plan.step(i) for i in range(plan.total_steps)]
     if any(p.epoch for p in planned) or len(planned) < 2:
-        # Trainer starts a new batch at the end of an epoch, so only within one are its steps those of the plan.
-        length = f"{len(planned)} steps over {planned[-1].epoch + 1} epochs"
-        raise SystemExit(f"expected 2 or more steps within one epoch, found {length}: change --steps or --rows")
+        # Trainer starts a new batch at the end of an epoch, so its steps equal the plan's only within one epoch.
+        schedule = f"{len(planned)} steps over {planned[-1].epoch + 1} epochs"
+        raise SystemExit(f"expected 2 or more steps within one epoch, found {schedule}: change --steps or --rows")
     steps = [p.micro_batches for p in planned]
     return Prepared(assembly, train, held_out, plan, steps)
 
@@ -127,8 +126,8 @@ def run_peftlab(settings: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def figures_of(run: peftlab.Run, progress: TimingProgress, p: Prepared) -> dict[str, Any]:
-    """The figures of a run of peftlab. Args: p: made after the measurement, for the counts."""
-    assert progress.micro_batches == [len(step) for step in p.steps], "the plan is not the one that was trained"
+    """The figures of a peftlab run. Args: p: prepared after the measurement, for the counts."""
+    assert progress.micro_batches == [len(step) for step in p.steps], "the plan differs from the trained one"
     return {
         **p.work(),
         **progress.clock.figures(),
@@ -141,7 +140,7 @@ def figures_of(run: peftlab.Run, progress: TimingProgress, p: Prepared) -> dict[
 
 
 def write_initial_adapter(settings: dict[str, Any], work: Path, adapter: Path) -> dict[str, Any]:
-    """The adapter that ``peftlab.train`` starts from: one step with a learning rate that is 0 in float32."""
+    """Writes the adapter from which ``peftlab.train`` starts, by one step with a learning rate that is 0 in float32."""
     run_settings = {**settings["run"], "dir": str(work / "init")}
     train = {**{k: v for k, v in settings["train"].items() if k != "epochs"}, "max_steps": 1, "lr": 1e-300}
     eval_settings = {**settings.get("eval", {}), "before": False}
@@ -152,7 +151,9 @@ def write_initial_adapter(settings: dict[str, Any], work: Path, adapter: Path) -
 
     shutil.copytree(run.folder / "adapter", adapter)
     tensors = load_file(str(adapter / "adapter_model.safetensors"))
-    assert not any(t.any() for name, t in tensors.items() if "lora_B" in name), "a zero learning rate moved the adapter"
+    assert not any(t.any() for name, t in tensors.items() if "lora_B" in name), (
+        "a learning rate of zero changed the adapter"
+    )
     return {"tensors": len(tensors)}
 
 
@@ -177,8 +178,8 @@ def train_recorded(
     """The figures of a Trainer.
 
     Args:
-        build_trainer: makes it from a mixin that records its losses and a callback that takes the times.
-        padded_tokens: of the inputs of its ``training_step``.
+        build_trainer: builds it from a mixin that records losses and a callback that records times.
+        padded_tokens: counts the padded tokens in the inputs of its ``training_step``.
     """
     from transformers import TrainerCallback
 
@@ -201,7 +202,7 @@ def train_recorded(
             clock.end()
 
     class Recording:
-        """Mixed into the trainer: its own log rounds losses and averages them over the logging interval."""
+        """Mixed into the trainer, because its own log rounds losses and averages them over the logging interval."""
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             padded.append(padded_tokens(inputs))
@@ -236,7 +237,7 @@ def train_recorded(
 
 
 def trainer_arguments(p: Prepared, work: Path) -> dict[str, Any]:
-    """The recipe's values in the words of ``TrainingArguments``; everything else keeps its default."""
+    """The recipe's values as ``TrainingArguments``; everything else keeps its default."""
     t = p.recipe.train
     if t.accumulate != 1 or t.batch_size is None or t.schedule != "linear" or t.warmup:
         raise SystemExit("the comparison covers batch_size, no accumulation, a linear schedule and no warm-up")
@@ -261,7 +262,7 @@ def trainer_arguments(p: Prepared, work: Path) -> dict[str, Any]:
 
 
 def ordered(p: Prepared) -> list[Any]:
-    """Examples in training order: sequential batches of it are the optimizer steps of the plan."""
+    """Examples in training order. Sequential batches are the optimizer steps of the plan."""
     return [p.train.examples[i] for step in p.steps for part in step for i in part]
 
 
@@ -306,13 +307,13 @@ def _axolotl_trainer(p: Prepared, adapter: Path, work: Path, recording: type, ti
     from axolotl.utils.dict import DictDefault
 
     trainer = _sft_trainer(p, adapter, work, recording, timer)
-    wanted = DictDefault({"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True})
-    trainer.model = apply_lora_kernel_patches(trainer.model, wanted)
+    patches = DictDefault({"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True})
+    trainer.model = apply_lora_kernel_patches(trainer.model, patches)
     return trainer
 
 
 def _unsloth_trainer(p: Prepared, adapter: Path, work: Path, recording: type, timer: type) -> Any:
-    """On the model as peftlab loads it, written as a folder: Unsloth reads neither GGUF files nor packages."""
+    """Runs on the model that peftlab loads, saved as a folder, because Unsloth reads neither GGUF files nor packages."""
     from unsloth import FastLanguageModel  # before trl and transformers, which it patches
 
     quantized, a = p.recipe.model.quantize == "nf4", p.recipe.adapter
@@ -354,7 +355,7 @@ def _sft(
         }
     )
     trainer_class = type("RecordingTrainer", (recording, SFTTrainer), {})
-    # Gradient checkpointing is TRL's default and peftlab's option; off on both sides, it costs a second forward.
+    # Gradient checkpointing is TRL's default and peftlab's option. It is off on both sides, since it costs a second forward.
     options |= {"gradient_checkpointing": False, "completion_only_loss": True}
     trainer = trainer_class(
         model=model,
@@ -369,11 +370,11 @@ def _sft(
 
 
 def without_dropout(name: str, folder: Path) -> str:
-    """A copy of the model folder whose config has no dropout: masks depend on the batch shapes, so losses would too."""
+    """A copy of the model folder without dropout in its config. Masks depend on the batch shapes, so losses would too."""
     from peftlab.models.source import resolve_model
 
     source = Path(resolve_model(name, None).path)
-    if not source.is_dir():  # a GGUF file: the decoders in it have no dropout
+    if not source.is_dir():  # a GGUF file: its decoders have no dropout
         return name
     shutil.copytree(source, folder, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
     config = json.loads((source / "config.json").read_text())
@@ -386,7 +387,7 @@ def without_dropout(name: str, folder: Path) -> str:
 def main(path: str) -> None:
     spec = json.loads(Path(path).read_text())
     settings, adapter = spec["recipe"], Path(spec["adapter"])
-    # Trainer prints its log to stdout, which is for the result.
+    # Trainer prints its log to stdout, which is reserved for the result.
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         work = Path(temporary)
         if spec["no_dropout"]:

@@ -1,4 +1,4 @@
-"""A process of its own for each measured run."""
+"""Runs each measurement in its own process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def device_here() -> str:
 
 
 def measure(engine: str, settings: dict[str, Any], work: Path, *, no_dropout: bool) -> dict[str, Any]:
-    """Runs one engine in a process of its own and returns what it printed."""
+    """Runs one engine in its own process and returns its printed result."""
     spec = {
         "engine": engine,
         "recipe": settings,

@@ -15,13 +15,13 @@ MIB = 2**20
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Per engine the median and range of each figure; ratios as peer / peftlab, so that above 1 peftlab is better."""
+    """Median and range of each figure per engine, and ratios peer / peftlab: above 1 peftlab is better."""
     by_engine: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda r: r["repetition"]):
         by_engine.setdefault(row["engine"], []).append(row)
     ours = by_engine["peftlab"]
     return {
-        "engines": {engine: engine_figures(results) for engine, results in by_engine.items()},
+        "engines": {engine: engine_figures(repetitions) for engine, repetitions in by_engine.items()},
         "ratios": {
             engine: {
                 "speed": ratio_of(ours, theirs, lambda r: r["seconds"]),
@@ -58,7 +58,7 @@ def engine_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def ratio_of(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
 ) -> dict[str, float | None]:
-    """Ratio of medians with a 95 % bootstrap interval over pairs of one repetition; none for a single pair."""
+    """Ratio of medians with a 95 % bootstrap interval over pairs within a repetition; no interval for a single pair."""
     ratio = ratio_of_medians([value(r) for r in theirs], [value(r) for r in ours], min_rounds=2)
     return {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
 
@@ -73,7 +73,7 @@ def ratio_text(ratio: dict[str, float | None]) -> str:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """A line per peer: speed and memory against what is expected."""
+    """A line per peer: speed and memory, and the expected speed."""
     return [
         f"against {title}: speed ratio {ratio_text(ratios['speed'])}"
         + (f", expected {result['expected_ratio']}" if place == 0 else "")
@@ -100,7 +100,7 @@ def tables(folder: Path) -> str:
 
 
 def short_table(folder: Path) -> str:
-    """The same in a few lines, for README.md."""
+    """A short version of ``tables``, for README.md."""
     lines = ["| work | against | speed, times | peak memory, times less |", "|---|---|---|---|"]
     results = _results(folder)
     for r in results:
@@ -109,7 +109,7 @@ def short_table(folder: Path) -> str:
             lines.append(f"| {r['title']}, {r['device'].upper()} | {title} | {figures} |")
     if not results:
         return "No results yet."
-    # Commits and commands stand in bench/RESULTS.md, with each result.
+    # bench/RESULTS.md has commits and commands with each result.
     notes = [f"{where(r).rpartition('; commit')[0]}; {r['rows'][0]['threads']} threads." for r in results]
     return "\n".join([*lines, "", *dict.fromkeys(notes)])
 
@@ -159,7 +159,7 @@ def _case_table(r: dict[str, Any]) -> str:
 
 
 def split_cost_table(result: dict[str, Any]) -> str:
-    """What one more micro-batch costs, per model."""
+    """Cost of one more micro-batch, per model."""
     lines = [
         f"**Cost of one more micro-batch**: seconds = a + b x padded tokens, forward and backward. {where(result)}, "
         f"{next(iter(result['models'].values()))['threads']} threads. `{result['command']}`",

@@ -1,4 +1,4 @@
-"""What one more micro-batch costs: seconds = a + b * padded tokens, fitted over a few (rows x length) shapes."""
+"""Measures the cost of one more micro-batch: seconds = a + b * padded tokens, fitted over a few (rows x length) shapes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_TOKENS = {"seq_cls": 512, "causal_lm": 256}
 
 
 def fit(padded: list[int], seconds: list[float]) -> dict[str, float]:
-    """Least squares of the relative error, so that the small shapes, which determine the constant, count as well."""
+    """Least squares of the relative error, so that the small shapes count too: they determine the constant."""
     x, y = np.array(padded, dtype=float), np.array(seconds)
     design = np.stack([np.ones_like(x), x], axis=1)
     (a, b), *_ = np.linalg.lstsq(design / y[:, None], np.ones_like(y), rcond=None)
@@ -44,9 +44,9 @@ def fit(padded: list[int], seconds: list[float]) -> dict[str, float]:
 
 
 def measure(settings: dict[str, Any], *, budget_s: float) -> dict[str, Any]:
-    """Seconds of forward and backward per shape, the least of as many rounds as ``budget_s`` allows.
+    """Seconds of forward and backward per shape, the minimum of as many rounds as ``budget_s`` allows.
 
-    The least, because other processes of the machine only ever add time.
+    The minimum, because other processes on the machine only add time.
     """
     import torch
 
@@ -66,9 +66,9 @@ def measure(settings: dict[str, Any], *, budget_s: float) -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     def batch(rows: int, length: int) -> Any:
-        # As in a run, causal rows train a part of their tokens, here the second half.
+        # As in a run, causal rows train part of their tokens, here the second half.
         trained = np.arange(length) >= length // 2 if recipe.task == "causal_lm" else None
-        margin = min(1000, len(tokenizer) // 4)  # special tokens stand at the ends
+        margin = min(1000, len(tokenizer) // 4)  # special tokens are at the ends
         ids = rng.integers(margin, len(tokenizer) - margin, size=(rows, length), dtype=np.int32)
         label = 0 if recipe.task == "seq_cls" else None
         return task.collate([Example(row, 0, 1.0, trained=trained, label=label) for row in ids], "cpu")

@@ -1,1 +1,1 @@
-"""One program a study, ``python -m bench.studies.NAME``: what peftlab's own choices cost and gain."""
+"""One program per study, ``python -m bench.studies.NAME``: costs and gains of peftlab's own choices."""

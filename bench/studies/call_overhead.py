@@ -1,9 +1,9 @@
-"""CPU time of a fused layer's call on tiny inputs, where little of it is arithmetic, in empty autograd Functions.
+"""CPU time of a fused layer's call on tiny inputs with little arithmetic, in units of an empty autograd Function.
 
     python -m bench.studies.call_overhead [--before COMMIT] [--processes 5] [--rounds 9] [--calls 200] [--out DIR]
 
-The code of a commit and that of the working tree take turns, a process each. Within a process the contestants take turns; a
-ratio is that of the medians over its rounds. Outputs and gradients have to equal those of PEFT (exit code 6 otherwise).
+The code of a commit and the working tree take turns, one process each. Within a process the contestants take turns. A ratio is
+the ratio of the medians over its rounds. Outputs and gradients must equal those of PEFT (exit code 6 otherwise).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A process over the code of another commit runs this file: at the top it imports nothing of bench, which that commit may have too.
+# A process with another commit's code runs this file, so its top imports nothing of bench: that commit may have its own bench.
 ROOT = Path(__file__).resolve().parent.parent.parent
 STORAGES = ("dense", "nf4", "int8")
 ROWS = (1, 8)
 WIDTH, RANK = 64, 8
-BEFORE = "4870f3b"  # the last commit whose layers read their state through nn.Module's attributes
+BEFORE = "4870f3b"  # the last commit whose layers read their state through nn.Module attributes
 AGREEMENT = 1e-4  # relative to the largest element
 _MISMATCH = 6
 
 
 def layers(storage: str) -> tuple[Any, Any]:
-    """A fused layer and PEFT's own, with the same weights, in training."""
+    """A fused layer and PEFT's own layer, with the same weights, in training mode."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -60,7 +60,7 @@ def layers(storage: str) -> tuple[Any, Any]:
 
 
 def contestants(storage: str, rows: int) -> dict[str, Callable[[], Any]]:
-    """By name, a call. Exits when fused layer and PEFT differ."""
+    """The contestants' calls by name. Exits if the fused layer and PEFT differ."""
     import torch
 
     from peftlab import ops
@@ -115,11 +115,11 @@ def contestants(storage: str, rows: int) -> dict[str, Callable[[], Any]]:
 
 
 def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
-    """Per storage and rows, the median microseconds of a call by each contestant, in this process."""
+    """Median microseconds of a call per storage, rows and contestant, in this process."""
     import torch
 
     torch.set_num_threads(1)
-    cases = []
+    measured = []
     for storage in STORAGES:
         for rows in ROWS:
             ways = contestants(storage, rows)
@@ -134,12 +134,12 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
                 gc.collect()
             gc.enable()
             us = {name: statistics.median(values[1:]) for name, values in times.items()}
-            cases.append({"storage": storage, "rows": rows, "us": us})
-    return cases
+            measured.append({"storage": storage, "rows": rows, "us": us})
+    return measured
 
 
 def in_turns(before: str, processes: int, arguments: list[str]) -> dict[str, list[Any]]:
-    """What ``measure`` finds in each process, by side."""
+    """Results of ``measure`` in each process, by side."""
     from bench.commits import unpacked
 
     sides: dict[str, list[Any]] = {"before": [], "now": []}
@@ -205,10 +205,10 @@ def main() -> int:
 
     sizes = ["--rounds", str(options.rounds), "--calls", str(options.calls)]
     command = " ".join(["python -m bench.studies.call_overhead", *sys.argv[1:]])
-    document = {"before": options.before, **records.provenance(command)}
-    document["sides"] = in_turns(options.before, options.processes, sizes)
-    records.write_json(options.out / "call_overhead.json", document)
-    print(table(document))
+    report = {"before": options.before, **records.provenance(command)}
+    report["sides"] = in_turns(options.before, options.processes, sizes)
+    records.write_json(options.out / "call_overhead.json", report)
+    print(table(report))
     return 0
 
 

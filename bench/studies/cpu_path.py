@@ -1,11 +1,11 @@
-"""Where a whole `peftlab train` on a CPU spends its time, before and after a change, and with rounded operands.
+"""Time of a whole `peftlab train` on a CPU by stage, before and after a change, and with rounded operands.
 
     python -m bench.studies.cpu_path [CASE ...] --before COMMIT --processor NAME [--repeats 3] [--threads 2] [--out DIR]
 
-Contestants are the working tree and a commit of before, unpacked beside it, on float32 and on int8 weights, and the working
-tree with run.kernels=cpu-bf16 and cpu-int8 (left out where the processor has no units for them). One process each, in turns,
-every second repetition in the reverse order. A process is followed from its first line: imports, then the stages that
-peftlab itself reports, each with wall time and CPU time of all threads.
+Contestants are the working tree and an unpacked earlier commit, on float32 and on int8 weights, and the working tree with
+run.kernels=cpu-bf16 and cpu-int8 (skipped if the processor has no units for them). They take turns, one process each, every
+second repetition in the reverse order. A process is timed from its first line: imports, then the stages that peftlab reports,
+each with wall time and CPU time of all threads.
 
 Exit codes: 0 done, 1 a run failed, 2 wrong usage.
 """
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# A process over the code of another commit runs this file: at the top it imports nothing of bench, which that commit may have too.
+# A process with another commit's code runs this file, so its top imports nothing of bench: that commit may have its own bench.
 ROOT = Path(__file__).resolve().parent.parent.parent
 CASES: dict[str, dict[str, Any]] = {
     "sms-spam": {
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "overrides": ["train.epochs=null", "train.max_steps=5", "data.eval_rows=64"],
     },
 }
-# name -> (from the commit of before, overrides). The first of a storage is what the others of it are compared with.
+# name -> (from the earlier commit, overrides). The first of each storage is the baseline of the others.
 CONTESTANTS: dict[str, tuple[bool, list[str]]] = {
     "before": (True, []),
     "now": (False, []),
@@ -47,7 +47,7 @@ CONTESTANTS: dict[str, tuple[bool, list[str]]] = {
     "int8, cpu-int8": (False, ["model.quantize=int8", "run.kernels=cpu-int8"]),
     "int8, cpu-bf16": (False, ["model.quantize=int8", "run.kernels=cpu-bf16"]),
 }
-# What the stages that peftlab reports are summed up as, by how they begin.
+# Start of a stage name that peftlab reports -> the row that sums it.
 STAGES = {
     "reading": "data and tokens",
     "loading tokenizer": "data and tokens",
@@ -61,14 +61,14 @@ ORDER = ["start-up", "data and tokens", "model", "parity gate", "evaluation", "t
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains once; seconds and CPU seconds by stage. The clock of the first stage began with the process."""
+    """Trains once; returns seconds and CPU seconds by stage. The first stage starts with the process."""
     marks: list[tuple[str, float, float]] = [("start-up", spec["started"], 0.0)]
 
     def mark(name: str) -> None:
         marks.append((name, time.time(), time.process_time()))
 
     import peftlab
-    import peftlab.api.train  # what the command imports before it begins
+    import peftlab.api.train  # imports of the command before it starts
     from peftlab.training.progress import SilentProgress
 
     class Watch(SilentProgress):
@@ -118,18 +118,18 @@ def run_once(tree: Path, case: str, overrides: Sequence[str], threads: int, work
         )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{case} {' '.join(overrides)} failed:\n{log.read_text()[-2000:]}")
-    document: dict[str, Any] = json.loads(result.read_text())
-    return document
+    measurement: dict[str, Any] = json.loads(result.read_text())
+    return measurement
 
 
 def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> Iterator[dict[str, Any]]:
-    """What is measured so far, after every round of all contestants."""
+    """Yields all measurements so far, after every round of all contestants."""
     from bench.commits import unpacked
     from peftlab import ops
 
     absent = {f"run.kernels={name}": problem for name in ops.CPU_OPERANDS if (problem := ops.operands_problem(name))}
     names = [n for n, (_, overrides) in CONTESTANTS.items() if not absent.keys() & set(overrides)]
-    runs_of: dict[str, Any] = {case: {name: [] for name in names} for case in cases}
+    results: dict[str, Any] = {case: {name: [] for name in names} for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         old = unpacked(before, Path(folder) / "before")
         for repetition in range(repeats):
@@ -139,15 +139,15 @@ def measure(cases: Sequence[str], before: str, repeats: int, threads: int) -> It
                     with tempfile.TemporaryDirectory(dir=folder) as work:
                         load = os.getloadavg()[0]
                         row = run_once(old if is_old else ROOT, case, overrides, threads, Path(work))
-                    runs_of[case][name].append({**row, "load_before": load})
+                    results[case][name].append({**row, "load_before": load})
                     total = sum(part["seconds"] for part in row["stages"].values())
                     print(f"{case}, {name}, repetition {repetition + 1}: {total:.1f} s", file=sys.stderr, flush=True)
-                measured = {case: runs for case, runs in runs_of.items() if all(runs.values())}
+                measured = {case: runs for case, runs in results.items() if all(runs.values())}
                 yield {"cases": measured, "absent": absent, "threads": threads}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The machine, then per case a line per contestant: seconds by stage, in all, CPU seconds, speed, memory, loss."""
+    """The machine; then per case a line per contestant: seconds by stage and in total, CPU seconds, speed, memory, loss."""
     from bench import tables
 
     parts = []
@@ -192,7 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--before", metavar="COMMIT", help="the commit to compare with")
-    parser.add_argument("--processor", metavar="NAME", help="what this kind is called in the name of the result file")
+    parser.add_argument("--processor", metavar="NAME", help="name of this kind of processor in the result file's name")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
@@ -205,17 +205,19 @@ def main() -> int:
     from bench import records
 
     if unknown := set(options.cases) - set(CASES):
-        parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+        parser.error(f"unknown case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     if not options.before or not options.processor or options.repeats < 1:
-        parser.error("--before names the commit to compare with, --processor the result file; --repeats is at least 1")
+        parser.error(
+            "--before (a commit) and --processor (for the result file) are required; --repeats must be at least 1"
+        )
     command = "python -m bench.studies.cpu_path " + " ".join(sys.argv[1:])
     commit = subprocess.run(
         ["git", "rev-parse", options.before], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     provenance = {**records.provenance(command), "before": commit}
-    for document in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
-        records.write_json(options.out / f"cpu_path-{options.processor}.json", {**provenance, **document})
-    print(table({**provenance, **document}))
+    for measured in measure(options.cases or list(CASES), options.before, options.repeats, options.threads):
+        records.write_json(options.out / f"cpu_path-{options.processor}.json", {**provenance, **measured})
+    print(table({**provenance, **measured}))
     return 0
 
 

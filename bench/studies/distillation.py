@@ -1,10 +1,10 @@
-"""The figures of the shipped distillations, from the report cards of their runs.
+"""Collects the figures of the shipped distillations from the report cards of their runs.
 
     python -m bench.studies.distillation RUN ...     adds the cards of these run folders to bench/results/distillation.json
 
-A run is made by the recipe's own command, such as ``peftlab distill film-student``; a run of the same recipe replaces the
-earlier one. Cards are kept whole: metrics with intervals, costs, every seed, the verdict, with the versions and fingerprints
-of the run's lock. Versions are the run's, hardware and commit those of the collection.
+A run comes from the recipe's own command, such as ``peftlab distill film-student``. A new run of a recipe replaces the old one.
+Cards are stored with metrics and intervals, costs, every seed and the verdict, and with the versions and fingerprints of the
+run's lock. Versions are those of the run, hardware and commit those of the collection.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ SHOWN = {
     "minilm-student": ("rank correlation with the teacher's similarities, 3 of 6 layers", "spearman"),
     "smollm2-student": ("KL to the teacher in nats, 24 of 30 layers", "kl"),
 }
-# Those that the README shows; docs/distillation.md shows all.
+# The README shows these; docs/distillation.md shows all.
 SHORT = ("digits-few-labels", "digits-unlabelled", "docstrings-student", "film-student")
-# What the teacher has of a metric that compares with the teacher.
+# The teacher's own value of a metric that compares with the teacher.
 _PERFECT = {"spearman": "1", "kl": "0"}
 _KEPT = ("headline", "num_rows", "num_seeds", "metrics", "costs", "ratios", "timed_on", "seeds", "verdict", "notes")
 
 
 def collected(run: Path) -> tuple[str, dict[str, Any]]:
-    """Name of the recipe and what is kept of its run."""
+    """Name of the recipe and the stored part of its run."""
     from peftlab.recipe import load_recipe
 
-    summary = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    if summary["name"] not in SHOWN or summary["status"] != "finished":
+    report = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    if report["name"] not in SHOWN or report["status"] != "finished":
         raise SystemExit(
-            f"{run} is no finished run of {', '.join(SHOWN)}, but of {summary['name']} ({summary['status']})"
+            f"{run}: expected a finished run of {', '.join(SHOWN)}, found {report['name']} ({report['status']})"
         )
     lock = load_recipe(run / "recipe.lock.yaml").recipe.lock or {}
-    return summary["name"], {
-        "card": {name: summary["card"][name] for name in _KEPT if name in summary["card"]},
-        "seconds": summary["seconds"],
+    return report["name"], {
+        "card": {name: report["card"][name] for name in _KEPT if name in report["card"]},
+        "seconds": report["seconds"],
         "versions": {"peftlab": lock["peftlab"], **lock["packages"]},
         "fingerprints": lock["fingerprints"],
-        **{k: v for k, v in provenance(f"peftlab distill {summary['name']}").items() if k != "versions"},
+        **{k: v for k, v in provenance(f"peftlab distill {report['name']}").items() if k != "versions"},
     }
 
 
-def table(runs: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     lines = ["| recipe | measure | teacher | labels alone | distilled | |", "|---|---|---|---|---|---|"]
     for name, (what, metric) in SHOWN.items():
-        if name not in runs:
+        if name not in results:
             continue
-        card = runs[name]["card"]
+        card = results[name]["card"]
         row = next(m for m in card["metrics"] if m["name"] == metric)
         teacher = _PERFECT.get(metric) or _value(row["teacher"])
         student = _value(row["student"]) + (f" ({_value(row['cut'])} as cut)" if row["cut"] else "")
@@ -81,10 +81,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     options = parser.parse_args()
-    runs = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    runs |= dict(map(collected, options.runs))
-    write_json(RESULT, {name: runs[name] for name in SHOWN if name in runs})
-    print(table(runs))
+    results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    results |= dict(map(collected, options.runs))
+    write_json(RESULT, {name: results[name] for name in SHOWN if name in results})
+    print(table(results))
     return 0
 
 

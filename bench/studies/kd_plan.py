@@ -1,10 +1,10 @@
-"""What one optimizer step of a distillation needs, bytes and FLOPs, from configurations alone.
+"""Predicts bytes and FLOPs of one optimizer step of a distillation, from configurations only.
 
     python -m bench.studies.kd_plan     prints the plan of gpu-check's rows: Llama-3-8B in NF4 teaches Llama-3.2-1B, 4,096 tokens
 
-Shapes come from models on the meta device, without weights. The student is frozen in bfloat16 under LoRA factors in
-float32, computes in bfloat16 and recomputes its layers in backward; the head is frozen. Every term is written out below, and
-tests/bench/studies/test_kd_plan.py compares it with what PyTorch holds at tiny shapes.
+Shapes come from models on the meta device, without weights. The student is frozen in bfloat16 with LoRA factors in float32. It
+computes in bfloat16 and recomputes its layers in backward; its head is frozen. tests/bench/studies/test_kd_plan.py compares
+every term below with PyTorch's allocations at tiny shapes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Shape:
     """A decoder of the Llama kind.
 
     Attributes:
-        linears: (outputs, inputs) of one layer's linears. others: parameters that are in no layer's linear, a head that is
-            tied to the embedding once. key_width: of keys, as of values.
+        linears: (outputs, inputs) of one layer's linears. others: parameters outside the layers' linears; a head tied to
+            the embedding counts once. key_width: width of the keys and of the values.
     """
 
     num_layers: int
@@ -42,7 +42,7 @@ class Shape:
 
 
 def shape_of(model: Any) -> Shape:
-    """Of a model on any device, the meta device as well; adapters are no part of it."""
+    """The shape of a model on any device, including meta, without adapters."""
     from torch import nn
 
     config, head = model.config.get_text_config(), model.get_output_embeddings()
@@ -68,12 +68,12 @@ def shape_of(model: Any) -> Shape:
 
 
 def forward_flops(shape: Shape, *, tokens: int, scored: int) -> float:
-    """Of the linears and, at the scored positions, the head; attention over short rows is left out."""
+    """FLOPs of the linears and, at the scored positions, the head. Attention over short rows is ignored."""
     return 2.0 * (tokens * shape.num_layers * shape.layer_weights + scored * shape.vocab * shape.hidden)
 
 
 def train_flops(shape: Shape, *, tokens: int, scored: int, rank: int | None, recompute: bool) -> float:
-    """Forward and backward. rank: of the adapters on all linears, under which weights and head have no gradient of their own;
+    """FLOPs of forward and backward. rank: rank of the adapters on all linears, so that weights and head get no gradient;
     None: everything is trained. recompute: the layers run once more."""
     once = forward_flops(shape, tokens=tokens, scored=scored)
     layers = forward_flops(shape, tokens=tokens, scored=0)
@@ -86,35 +86,38 @@ def adapter_parameters(shape: Shape, rank: int) -> int:
 
 
 def weight_bytes(shape: Shape, storage: str) -> float:
-    """The linears of the layers in ``none`` (16 bits) or ``nf4``, everything else in 16 bits."""
+    """Bytes with the layers' linears in ``none`` (16 bits) or ``nf4``, and everything else in 16 bits."""
     per_layer = sum(2.0 * n * k if storage == "none" else nf4_bytes(n * k) for n, k in shape.linears)
     return shape.num_layers * per_layer + 2.0 * shape.others
 
 
 def nf4_bytes(num_weights: int) -> float:
-    """Four bits each, a byte per 64 for their scale, 4 bytes per 256 of those, and two code books and an offset."""
+    """Bytes: 4 bits per value, a byte per 64 values for the scale, 4 bytes per 256 scales, two code books and an offset."""
     blocks = math.ceil(num_weights / 64)
     return num_weights / 2 + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
 
 
 def adapter_bytes(shape: Shape, rank: int) -> float:
-    """The factors, their gradients and AdamW's two moments, in float32."""
+    """Bytes of the factors, their gradients and AdamW's two moments, in float32."""
     return 16.0 * adapter_parameters(shape, rank)
 
 
 def layer_bytes(shape: Shape, rank: int) -> float:
-    """What one layer keeps for backward, per token: in 16 bits the inputs of its linears, the rotated queries, keys and
-    values with the keys and values repeated for each query head, the attention's output as made and as read by the next
-    linear, gate, activated gate, up and their product; S = x A^T of each linear; in float32 the input of each norm and
-    the logarithm of each query's sum. SwiGLU's product is the input of the last linear."""
+    """Bytes per token that one layer keeps for backward.
+
+    In 16 bits: the inputs of its linears; the rotated queries, keys and values, with keys and values repeated for each query
+    head; the attention's output as computed and as read by the next linear; gate, activated gate, up and their product; S = x A^T
+    of each linear. In float32: the input of each norm and the logarithm of each query's sum. SwiGLU's product is the input of
+    the last linear.
+    """
     h, q, i = shape.hidden, shape.query_width, shape.inner
     sixteen = 2 * (2 * h + 3 * q + 2 * q + 4 * i + len(shape.linears) * rank)
     return float(sixteen + 4 * 2 * h)
 
 
 def teacher_layer_bytes(shape: Shape) -> float:
-    """What one layer of a model without gradients holds at its highest, per token: its input, the norm's output and the
-    norm in float32, then gate, activated gate and up."""
+    """Peak bytes per token of one layer of a model without gradients: its input, the norm's output and the norm in float32,
+    then gate, activated gate and up."""
     return 2.0 * (2 * shape.hidden + 3 * shape.inner) + 4.0 * shape.hidden
 
 
@@ -123,8 +126,8 @@ class Step:
     """One optimizer step of one micro-batch.
 
     Attributes:
-        scored: positions with a loss. chunk: tokens whose logits exist at a time. num_stored: classes stored of each
-            position; None: the teacher runs beside the student. teacher_storage: ``nf4`` or ``none``.
+        scored: positions with a loss. chunk: tokens whose logits exist at a time. num_stored: classes stored per
+            position; None: the teacher runs online. teacher_storage: ``nf4`` or ``none``.
     """
 
     tokens: int
@@ -137,17 +140,17 @@ class Step:
 
 
 def card_chunk(student: Shape, *, online: bool, card_bytes: int) -> int:
-    """Tokens of a chunk that linear_kl takes on an empty card of that size: logits of one or two models in 16 bits."""
+    """Tokens per chunk that linear_kl uses on an empty card of that size: logits of one or two models in 16 bits."""
     from peftlab_kernels.heads import Rows, num_tokens_on_a_gpu
 
     return num_tokens_on_a_gpu(2**30, Rows(2 * student.vocab, 1 + online), total=card_bytes, free=card_bytes)
 
 
 def memory_plan(student: Shape, teacher: Shape, step: Step) -> dict[str, float]:
-    """Bytes of each term, and of the step at its highest under ``peak``.
+    """Bytes of each term, and the peak of the step under ``peak``.
 
-    The phases: the teacher reads the batch; the loss goes over the logits chunk by chunk, with every layer's input kept;
-    backward recomputes one layer at a time.
+    Phases: the teacher runs on the batch. The loss processes the logits chunk by chunk, with every layer's input kept.
+    Backward recomputes one layer at a time.
     """
     online = step.num_stored is None
     held = {
@@ -157,15 +160,15 @@ def memory_plan(student: Shape, teacher: Shape, step: Step) -> dict[str, float]:
         "adapter, gradient, AdamW": adapter_bytes(student, step.rank),
         "stored classes, ids in 64 bits": 0.0 if online else 12.0 * step.scored * (step.num_stored or 0),
     }
-    # Kept through the loss and backward: the residual stream before each layer, its end (16 bits, and in float32 for the
+    # Kept through loss and backward: the residual stream before each layer, its end (in 16 bits, and in float32 for the
     # norm), the scored hidden states and their gradient.
     states = 2.0 * step.tokens * student.hidden * (student.num_layers + 1) + 6.0 * step.tokens * student.hidden
     states += 2 * 2.0 * step.scored * student.hidden
-    taught = 2.0 * step.scored * teacher.hidden if online else 0.0
+    teacher_states = 2.0 * step.scored * teacher.hidden if online else 0.0
     widest = max(n * k for n, k in teacher.linears)
     phases = {
         "teacher's pass": step.tokens * teacher_layer_bytes(teacher) + 2.0 * widest if online else 0.0,
-        "loss": states + taught + (1 + online) * 2.0 * min(step.chunk, step.scored) * student.vocab,
+        "loss": states + teacher_states + (1 + online) * 2.0 * min(step.chunk, step.scored) * student.vocab,
         # The gradients of the layer's output, of both factors of SwiGLU's product and of the product itself.
         "backward": states
         + step.tokens * (layer_bytes(student, step.rank) + 2.0 * student.hidden + 6.0 * student.inner),
@@ -173,10 +176,10 @@ def memory_plan(student: Shape, teacher: Shape, step: Step) -> dict[str, float]:
     return {**held, **phases, "peak": sum(held.values()) + max(phases.values())}
 
 
-# What gpu-check measures: a row of 4,096 tokens, all scored, on cards of two sizes.
+# The case that gpu-check measures: a row of 4,096 tokens, all scored, on cards of two sizes.
 TOKENS, RANK, NUM_STORED, CARDS = 4096, 32, 50, (16_000_000_000, 12_000_000_000)
 TEACHER, STUDENT = "llama-3-8b", "llama-3.2-1b"
-EFFECTIVE_FLOPS = 395e12  # of an H200, on whole training steps
+EFFECTIVE_FLOPS = 395e12  # rate of an H200 in whole training steps
 
 
 def preset_shape(name: str) -> Shape:

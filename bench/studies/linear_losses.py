@@ -1,9 +1,9 @@
-"""The fused linear losses against full logits on a CPU: time in one process, peak memory in a process each.
+"""The fused linear losses against full logits on a CPU: time in one process, peak memory in one process each.
 
     python -m bench.studies.linear_losses [--tokens 512] [--vocab 128256] [--hidden 1024] [--repeats 5] [--out DIR]
 
-First the losses and gradients of both have to agree (exit code 6 otherwise). Then the contestants take turns; a ratio is
-that of the medians. Memory is what a process needs at its highest beyond its inputs, forward and backward.
+First the losses and gradients of both must agree (exit code 6 otherwise). Then the contestants take turns. A ratio is the ratio
+of the medians. Memory is the peak of a process beyond its inputs, over forward and backward.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CASES: dict[str, tuple[bool, str | None, str]] = {
     "distillation, trained head, bfloat16": (True, "online", "bfloat16"),
     "top-64 + tail, frozen head": (False, "sparse", "float32"),
 }
-# Relative, of the loss and of gradients. Beside a tail, gradients of listed classes and tail nearly cancel. In bfloat16 the
-# logits' gradient is rounded to 8 bits on either side.
+# Relative limits of the loss and of gradients. With a tail, gradients of listed classes and tail nearly cancel. In bfloat16 both
+# sides round the logits' gradient to 8 bits.
 AGREEMENT = {"float32": (1e-5, 1e-4), "bfloat16": (1e-3, 2e-2)}
 _MIB = 2**20
 
 
 def contestants(case: str, tokens: int, vocab: int, hidden: int) -> tuple[dict[str, Callable[[], Any]], list[Any]]:
-    """By name, the loss of a case; and the tensors whose gradients are asked for."""
+    """The losses of a case by name, and the tensors that need gradients."""
     import torch
     from torch.nn import functional as F
 
@@ -86,14 +86,14 @@ def contestants(case: str, tokens: int, vocab: int, hidden: int) -> tuple[dict[s
 
 
 def extra_memory(case: str, name: str, sizes: tuple[int, int, int]) -> int:
-    """Bytes of this process at its highest beyond its inputs."""
+    """Peak bytes of this process beyond its inputs."""
     import torch
 
     from peftlab.measuring.memory import memory_bytes, peak_memory_bytes, release_memory, share_one_heap
 
     share_one_heap()
     losses, leaves = contestants(case, *sizes)
-    small, few = contestants(case, 2, 64, 16)  # what libraries allocate at their first call is not the loss's
+    small, few = contestants(case, 2, 64, 16)  # a library's first allocations do not belong to the loss
     torch.autograd.grad(small[name](), few)
     release_memory()
     before = memory_bytes("cpu")

@@ -1,11 +1,11 @@
-"""Trains SmolLM2 on the fused path and on PEFT's own, and puts the losses side by side.
+"""Trains SmolLM2 on the fused path and on PEFT's own path, and compares the losses.
 
     python -m bench.studies.loss_curves [--steps 20] [--out DIR]     runs; writes DIR/loss_curves.json (default bench/results)
 
-First float32, where both paths compute the same and only the order of sums differs, over the three storages: the losses
-and the trained adapters have to agree (exit code 6 beyond the budget). Then bfloat16 on NF4 from a small learning rate,
-where adapters stay small and roundings differ: PEFT rounds base and adapter output apart, the fused path either the
-same way (split) or once (merged). There float32 is the truth, and nothing is asserted: the table says what comes out.
+First it trains in float32 on three storages. There both paths compute the same and only the order of sums differs, so losses
+and trained adapters must agree (exit code 6 beyond the budget). Then it trains in bfloat16 on NF4 with a small learning rate,
+where adapters stay small and roundings differ. PEFT rounds base and adapter output separately; the fused path does the same
+(split) or rounds once (merged). There float32 is the reference and nothing is asserted: the table shows the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench import RESULTS
 from bench.records import provenance, write_json
 
 STORAGES = ("none", "nf4", "int8")
-# Relative. Sums in another order give about 1e-6 at the first step; AdamW turns rounding of near-zero gradients into steps.
+# Relative limits. Another order of sums gives about 1e-6 at the first step; AdamW turns rounding of near-zero gradients into steps.
 LOSS_BUDGET, ADAPTER_BUDGET = 1e-3, 2e-2
 COMMON = (
     "train.epochs=", "eval.before=false", "eval.prompts=[]", "data.eval_rows=40", "run.merge=none", "run.device=cpu",
@@ -57,15 +57,15 @@ def train(work: Path, name: str, steps: int, *overrides: str, plan: tuple[str, s
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Norm of the difference over the norm, of all updates B A taken together: A and B alone may trade factors."""
+    """Norm of the difference divided by the norm, over all updates B A together, because A and B may trade factors."""
     import torch
 
     gap = total = torch.zeros(())
     for name in one:
         if "lora_A" in name:
             b = name.replace("lora_A", "lora_B")
-            update, wanted = one[b] @ one[name], other[b] @ other[name]
-            gap, total = gap + (update - wanted).square().sum(), total + wanted.square().sum()
+            update, reference = one[b] @ one[name], other[b] @ other[name]
+            gap, total = gap + (update - reference).square().sum(), total + reference.square().sum()
     return float((gap / total).sqrt())
 
 
@@ -99,22 +99,22 @@ def run_all(steps: int) -> dict[str, Any]:
         }
         for name, options in paths.items():
             plan = options.pop("plan", None)
-            curves = train(work, f"bf16-{name}", steps, *SMALL, *(f"{k}={v}" for k, v in options.items()), plan=plan)
+            run = train(work, f"bf16-{name}", steps, *SMALL, *(f"{k}={v}" for k, v in options.items()), plan=plan)
             result["bfloat16"][name] = {
-                "losses": curves["losses"],
-                "held_out": curves["held_out"],
+                "losses": run["losses"],
+                "held_out": run["held_out"],
                 "mean_loss_difference": sum(
-                    abs(a - b) / abs(b) for a, b in zip(curves["losses"], truth["losses"], strict=True)
+                    abs(a - b) / abs(b) for a, b in zip(run["losses"], truth["losses"], strict=True)
                 )
                 / steps,
-                "adapter_difference": distance(curves["adapter"], truth["adapter"]),
+                "adapter_difference": distance(run["adapter"], truth["adapter"]),
             }
         result["truth"] = {"losses": truth["losses"], "held_out": truth["held_out"]}
     return result
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown of the result."""
+    """The result as Markdown."""
     lines = [
         "| storage | step 1 | step 10 | last step | held out | largest difference | updates differ by |",
         "|---|---|---|---|---|---|---|",

@@ -1,10 +1,10 @@
-"""Two training processes on the same cores, by how long idle OpenMP threads spin before they sleep.
+"""Speed of two training processes on the same cores, by how long idle OpenMP threads spin before they sleep.
 
     python -m bench.studies.spin [--steps 4] [--out bench/results]
 
-Each process takes LoRA steps (8 x 40 tokens, float32) on a Llama of SmolLM2-135M's shape with random weights. Prints
-tokens/s of each process alone and of two side by side, per GOMP_SPINCOUNT; writes spin.json. A pair that does not
-finish its steps within the time limit counts what it did.
+Each process runs LoRA steps (8 x 40 tokens, float32) on a Llama of SmolLM2-135M's shape with random weights. The program prints
+tokens/s of one process alone and of two in parallel, per GOMP_SPINCOUNT, and writes spin.json. For a pair that does not finish
+its steps within the time limit, the finished steps count.
 """
 
 from __future__ import annotations

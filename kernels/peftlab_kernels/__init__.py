@@ -1,1 +1,1 @@
-"""Ops of the adapter matmuls and the losses: one folder per op. Imports torch, never peftlab."""
+"""Ops for adapter matmuls and losses, one folder per op. They import torch, never peftlab."""

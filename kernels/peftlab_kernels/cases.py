@@ -1,15 +1,15 @@
-"""The form of an op's ``cases.py``, which says what to compile, to check and to time of it: plain data and small builders.
+"""What an op's ``cases.py`` contains: plain data and small builders that say what to compile, check and time.
 
-The programs walk over the ops that have such a file, so that adding one needs no edit in them. Of these names a cases.py has
-those that fit:
+The programs find every op that has such a file, so a new op needs no edit in them. A cases.py defines those of these names
+that apply:
 
-- ``COMPILED``: a list of ``Compiled``, every way in which the op launches a kernel.
-- ``checks(device)``: yields a ``Check`` a row, outputs and gradients against float64. ``times(device)``: yields a ``Timing`` a row.
-- ``STORAGE``: a ``Storage``, where the op makes a stored weight dense. ``LOSSES`` and ``TIMED_LOSSES``: a ``Loss`` and a ``TimedLoss`` by
-  name, where it is a loss of hidden states and a head. What is checked and timed of these is the same for all.
-- ``CLAIMS``: what is said of the op and which rows decide it, in the form of the program that judges them.
+- ``COMPILED``: a list of ``Compiled``, one for every way in which the op launches a kernel.
+- ``checks(device)``: yields one ``Check`` per row: outputs and gradients against float64. ``times(device)``: yields one ``Timing`` per row.
+- ``STORAGE``: a ``Storage``, if the op dequantizes a stored weight. ``LOSSES`` and ``TIMED_LOSSES``: a ``Loss`` and a ``TimedLoss`` by
+  name, if the op is a loss of hidden states and a head. All such ops get the same checks and timings.
+- ``CLAIMS``: claims about the op and the rows that decide them, in the form of the program that judges them.
 
-Nothing here imports torch: a program can ask for the names of the ops within milliseconds.
+Nothing here imports torch, so a program can list the ops within milliseconds.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Arguments of a kernel that adds s B A, after its own: rows of a multiple of 16, and others.
+# Arguments that a kernel which adds s B A takes after its own: for rows of a multiple of 16, and for other rows.
 MERGE, UNALIGNED_MERGE = "*A *A *T i16 i16 R fp32", "*A *A *T i16 i32 R fp32"
 NUM_CLASSES = 128256  # of Llama-3's head
 
 
 class Device(Protocol):
-    """What builders ask of the device that a check or a measurement runs on."""
+    """What builders need from the device that a check or a measurement runs on."""
 
     kind: str
 
     @property
     def dry(self) -> bool:
-        """On a CPU, at shapes that prove nothing but that it runs."""
+        """Whether it is a CPU run at tiny shapes, which only shows that the code runs."""
 
     def pick(self, real: Any, dry: Any) -> Any: ...
 
     def randn(self, *size: int, seed: int, dtype: Any = None) -> Any: ...
 
     def backend(self, dtype: Any) -> str:
-        """That of an op which computes in this type."""
+        """The backend for an op that computes in this type."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Compiled:
     """One way in which an op launches a kernel.
 
     Attributes:
-        signature: types of the arguments that are no compile-time values, in order. T stands for the op's type, A for
-            that of the adapter's factors, R for the rank; i16 is an int32 that is a multiple of 16, as most sizes are.
+        signature: types of the run-time arguments, in order. T is the op's type, A the type of the adapter's factors,
+            R the rank. i16 is an int32 that is a multiple of 16, as most sizes are.
         values: the op's compile-time values and launch options for a type and a rank; DOT is added.
-        matrix: it multiplies matrices, and so is compiled for each rank.
-        wide: in 16 bits once more with float32 factors, which PEFT keeps beside a quantized model.
+        matrix: it multiplies matrices, so it is compiled for each rank.
+        wide: in 16 bits it is compiled again with float32 factors, which PEFT keeps next to a quantized model.
     """
 
     kernel: str
@@ -72,11 +72,11 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Compared:
-    """By name, what the op gives, what PyTorch gives in the same types, and the same in float64.
+    """Results by name: of the op, of PyTorch in the same types, and in float64.
 
     Attributes:
-        terms: of the longest sum, which may be taken in any order. rounded: so many numbers on the way from inputs to results are
-            rounded on either path; 0 where there are none.
+        terms: number of terms of the longest sum, which may run in any order. rounded: how many intermediate numbers either
+            path rounds, 0 if none.
     """
 
     actual: dict[str, Tensor]
@@ -88,7 +88,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Check:
-    """A row: ``compare`` over all shapes, of which the worst counts. names: of the sizes in a shape."""
+    """A row: ``compare`` runs on all shapes and the worst one counts. names: names of the sizes in a shape."""
 
     what: dict[str, Any]
     shapes: Sequence[tuple[int, ...]]
@@ -101,8 +101,8 @@ class Timing:
     """A row: contestants on the same tensors, launched ahead of the device.
 
     Attributes:
-        make: by name, a call of each, and what else the row says. ratio: (contestant, ours), how many times as long the first
-            takes. seconds: what all calls may take.
+        make: a call per contestant, by name, and the other fields of the row. ratio: (contestant, ours): how many times as long
+            the first takes. seconds: time limit for all calls.
     """
 
     what: dict[str, Any]
@@ -113,15 +113,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Storage:
-    """A stored weight [N, K] and the op that makes it dense, with ``low_rank`` added if there is one.
+    """A stored weight [N, K] and the op that dequantizes it and adds ``low_rank`` if there is one.
 
     Attributes:
-        kind: its name in ``lora_linear``. stored_bytes: of an element. make: a random one whose values have the size of a layer's,
-            from (device, N, K), ``seed`` and the options of a variant and a form. dense: the op. truth: the values in float64.
-        library: what bitsandbytes calls for the same tensors in a type; the call may be given memory to write to.
-        library_columns: on a CPU bitsandbytes computes something else unless K is a multiple of that.
-        variants: what rows tell apart; the last one is timed. forms: what each of them goes through; a dry run takes the first.
-        shapes: one element, odd sizes, blocks across rows, more than 256 blocks, the aligned and the ragged path at size.
+        kind: its name in ``lora_linear``. stored_bytes: bytes per element. make: a random weight whose values are as large as a
+            layer's, from (device, N, K), ``seed`` and the options of a variant and a form. dense: the op. truth: the values in
+            float64.
+        library: bitsandbytes' call for the same tensors in a type; it may take memory to write to.
+        library_columns: on a CPU bitsandbytes gives another result unless K is a multiple of this.
+        variants: each has a row of its own; the last one is timed. forms: all are checked per variant; a dry run checks the first.
+        shapes: one element, odd sizes, blocks across rows, more than 256 blocks, the aligned and the ragged path at full size.
         merge_timed: shapes at which adding an adapter is timed.
     """
 
@@ -143,10 +144,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss is given beside the logits [N, V]: labels, a teacher's logits, or its likeliest classes."""
+    """Inputs of a loss other than the logits [N, V]: labels, a teacher's logits, or its most likely classes."""
 
     targets: Tensor
-    taught: Tensor
+    teacher_logits: Tensor
     probs: Tensor
     ids: Tensor
     temperature: float
@@ -155,7 +156,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum over tokens. fused: the op, from (x, head, inputs) and its options. eager: the same of logits, in plain PyTorch."""
+    """A sum over tokens. fused: the op, from (x, head, inputs) and its options. eager: the same loss from logits, in plain PyTorch."""
 
     fused: Callable[..., Tensor]
     eager: Callable[[Tensor, LossInputs], Tensor]
@@ -165,7 +166,7 @@ class Loss:
 class HeadProblem:
     """Tensors of a timed loss: x [N, H] and w [V, H] of the student, t [N]; tx [N, G] and tw [V, G] of a teacher, or None.
 
-    hard_weight: of labels beside the teacher.
+    hard_weight: weight of the labels' loss; the rest is the teacher's.
     """
 
     x: Tensor
@@ -182,11 +183,12 @@ class HeadProblem:
 
 @dataclass(frozen=True)
 class PlainLoss:
-    """The loss in plain PyTorch on full logits, as lean as it gets.
+    """The loss in plain PyTorch on full logits, with as few passes as possible.
 
     Attributes:
-        mean: it is one over tokens, ours a sum. bytes_per_logit: its passes over logits read and write. softmaxes: those that may read
-            twice. peak: bytes held at most a logit. All three are measured by a test, on a CPU.
+        mean: it averages over tokens, where ours sums. bytes_per_logit: bytes that its passes over logits read and write.
+            softmaxes: how many softmaxes may read their input twice. peak: most bytes held per logit. A test measures the last
+            three on a CPU.
     """
 
     name: str
@@ -202,12 +204,14 @@ class TimedLoss:
     """Forward and backward in bfloat16 over a head of ``NUM_CLASSES``.
 
     Attributes:
-        make: the loss of a problem; what a teacher has stored is made before the first call.
-        bytes_per_logit: that ours moves. rows_ms: what its kernel over rows takes at least, where that is more.
-        trained: the head as well. teacher: hidden size of one, or None. stored: it is not asked, its likeliest classes are kept.
-        hard_weight: of labels beside it.
-        targets: by contestant, how many times as fast ours has to be, and how many times less memory it may take beside the inputs.
-        more: (tokens, hidden, classes) at which it is timed against plain PyTorch as well.
+        make: the loss of a problem; it builds a teacher's stored classes before the first call.
+        bytes_per_logit: bytes that ours moves. rows_ms: least time of its row kernel, where that is longer.
+        trained: the head is trained too. teacher: a teacher's hidden size, or None. stored: its most likely classes are stored,
+            so it does not run.
+        hard_weight: weight of the labels' loss.
+        targets: by contestant, how many times faster ours must be, and how many times less memory it must take on top of the
+            inputs.
+        more: (tokens, hidden, classes) of additional timings against plain PyTorch.
     """
 
     tokens: int
@@ -225,9 +229,9 @@ class TimedLoss:
 
 
 def case_files() -> dict[str, Path]:
-    """The cases.py of every op that has one, by op; nothing is imported."""
-    files = {path.parent.name: path for folder in peftlab_kernels.__path__ for path in Path(folder).glob("*/cases.py")}
-    return dict(sorted(files.items()))
+    """The path of each op's cases.py, by op, for ops that have one. Imports nothing."""
+    paths = {path.parent.name: path for folder in peftlab_kernels.__path__ for path in Path(folder).glob("*/cases.py")}
+    return dict(sorted(paths.items()))
 
 
 def cases_of(op: str) -> ModuleType:
@@ -235,6 +239,6 @@ def cases_of(op: str) -> ModuleType:
 
 
 def gathered(name: str) -> dict[str, Any]:
-    """What each op's cases.py has under this name, by op."""
+    """The value of this name in each op's cases.py, by op."""
     modules = {op: cases_of(op) for op in case_files()}
     return {op: getattr(module, name) for op, module in modules.items() if hasattr(module, name)}

@@ -1,6 +1,6 @@
-"""The output head under a loss: logits of a chunk of tokens, and the gradients that come back from them.
+"""The output head of a loss: logits of a chunk of tokens, and their gradients.
 
-No tensor has a row for every token and a column for every class; gradients are made while the logits of a chunk exist.
+No tensor has a row for every token and a column for every class. Gradients are computed while the logits of a chunk exist.
 """
 
 # Shape suffixes: N tokens of a call, C of a chunk, H hidden, V vocabulary, R rank.
@@ -19,13 +19,13 @@ from peftlab_kernels.int8_dequant import int8_dequant
 from peftlab_kernels.lora_linear.base import BaseWeight, DenseWeight, Int8Weight, LowRank, kind_of
 from peftlab_kernels.nf4_dequant import NF4Weight, nf4_dequant
 
-# Logits of a chunk, in bytes. On a CPU 64 MiB keep a vocabulary of 49k at 341 tokens, far beyond where the product is
-# efficient. A GPU takes a share of its memory: W is read again for every chunk, and dW written.
+# Logits of a chunk, in bytes. On a CPU 64 MiB hold 341 tokens of a 49k vocabulary, far more than an efficient product
+# needs. A GPU uses a share of its memory, because every chunk reads W and writes dW again.
 _CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_SHARE = 1 / 64
 _CPU_PRODUCT_ROWS, _CPU_PIECE = 8192, 2**16  # rows, and elements
-# Rows of logits of a chunk on a GPU, those of a teacher counted. The largest is where more gains no time: at 2,048 tokens and
-# 128k classes a product has 60 waves of tiles, and reading W again is a tenth of it.
+# Rows of logits per chunk on a GPU, including a teacher's. More than the largest saves no time: at 2,048 tokens and
+# 128k classes a product has 60 waves of tiles, and reading W again is a tenth of its time.
 _FEWEST, _MOST = 256, 4096
 
 
@@ -35,9 +35,9 @@ class Head:
 
     Attributes:
         weight: [V, H] dense, NF4 or int8. A dense one may be trained. bias: [V] or None. low_rank: (A [R, H],
-            B [V, R], s) of a LoRA adapter, or None; a is the hidden state, or its dropped copy (``adapter_hidden``
+            B [V, R], s) of a LoRA adapter, or None; a is the hidden state, or its copy after dropout (``adapter_hidden``
             of the losses). softcap: > 0 or None. scale: factor on the logits before the cap.
-        num_classes: leading rows of W that are classes; what comes after them is padding, and has no part in anything.
+        num_classes: the first rows of W are this many classes; the rows after them are padding and are ignored.
     """
 
     weight: BaseWeight
@@ -52,7 +52,7 @@ class Head:
         return self.weight.shape[0] if self.num_classes is None else self.num_classes
 
     def check(self, hidden_NH: Tensor) -> None:
-        """Raises: ValueError on sizes that do not fit together."""
+        """Raises: ValueError on sizes that do not match."""
         V, H = self.weight.shape
         if hidden_NH.dim() != 2 or hidden_NH.shape[1] != H:
             raise ValueError(f"expected hidden [N, {H}] for a head [{V}, {H}], found {list(hidden_NH.shape)}")
@@ -74,12 +74,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a loss holds of each token, and of a trained head once.
+    """Bytes that a loss holds for each token, and once for a trained head.
 
     Attributes:
-        row_bytes: logits of a token of one model. sides: models whose logits are made, 2 with a teacher beside the student.
-        sum_bytes: of the sum over chunks of a trained head's gradient, which each chunk reads and writes. spared_bytes: that
-            sum, where one chunk alone needs none because its product is written in 16 bits at once.
+        row_bytes: logits of one token of one model. sides: number of models whose logits are computed, 2 with an online teacher.
+        sum_bytes: the sum over chunks of a trained head's gradient, which each chunk reads and writes. spared_bytes: the same
+            bytes if a single chunk needs no sum, because its product is written in 16 bits directly; else 0.
     """
 
     row_bytes: int
@@ -92,10 +92,10 @@ class Rows:
         return self.row_bytes * self.sides
 
 
-def rows_of(head: Head, hidden_NH: Tensor, wanted: Wanted, *, sides: int = 1, deferred: bool = True) -> Rows:
-    """deferred: one chunk may leave the gradient of a trained weight to backward."""
+def rows_of(head: Head, hidden_NH: Tensor, needs: NeedsGrad, *, sides: int = 1, deferred: bool = True) -> Rows:
+    """deferred: a single chunk may leave a trained weight's gradient to backward."""
     row_bytes = head.num_logits * hidden_NH.element_size()
-    if not wanted.weight:
+    if not needs.weight:
         return Rows(row_bytes, sides)
     weight = head.weight.tensors()[0]
     sum_bytes = weight.numel() * _sum_dtype(hidden_NH.dtype).itemsize
@@ -104,7 +104,7 @@ def rows_of(head: Head, hidden_NH: Tensor, wanted: Wanted, *, sides: int = 1, de
 
 
 def num_tokens_per_chunk(num_tokens: int, rows: Rows, device: torch.device) -> int:
-    """Tokens of a chunk whose logits fit the budget of the device: all of them, where that takes less than several chunks."""
+    """Tokens per chunk so that the logits fit the device's budget: all tokens, if one chunk takes less memory than several."""
     if device.type != "cuda":
         if num_tokens * rows.token_bytes <= rows.spared_bytes:
             return max(1, num_tokens)
@@ -112,7 +112,7 @@ def num_tokens_per_chunk(num_tokens: int, rows: Rows, device: torch.device) -> i
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
     held = torch.cuda.memory_allocated(device)
-    # Enough from the second step on, and known without a call to the driver.
+    # From the second step on this is enough, and it needs no call to the driver.
     unused = torch.cuda.memory_reserved(device) - held
     size = num_tokens_on_a_gpu(num_tokens, rows, total=allowed, free=min(unused, allowed - held))
     if size < num_tokens_on_a_gpu(num_tokens, rows, total=allowed, free=allowed):
@@ -122,10 +122,10 @@ def num_tokens_per_chunk(num_tokens: int, rows: Rows, device: torch.device) -> i
 
 
 def num_tokens_on_a_gpu(num_tokens: int, rows: Rows, *, total: int, free: int) -> int:
-    """Tokens of a chunk on a GPU with so many bytes in all and free.
+    """Tokens per chunk on a GPU with ``total`` bytes, of which ``free`` are free.
 
-    The budget is a share of all memory, not of what is free at the moment, so that a repeated run computes the same
-    bytes; only where not even a part of that is free, chunks get smaller.
+    The budget is a share of all memory, not of the free memory, so that a repeated run computes the same bytes. Chunks
+    get smaller only if they would take more than half of the free memory.
     """
     chunk = num_tokens
     if num_tokens * rows.token_bytes > rows.spared_bytes:
@@ -138,23 +138,23 @@ def num_tokens_on_a_gpu(num_tokens: int, rows: Rows, *, total: int, free: int) -
 
 
 def walk_of(
-    head: Head, hidden_NH: Tensor, wanted: Wanted, chunk: int | None, *, sides: int = 1
+    head: Head, hidden_NH: Tensor, needs: NeedsGrad, chunk: int | None, *, sides: int = 1
 ) -> tuple[int | None, bool]:
-    """Tokens of a chunk, and whether the gradient of a trained weight is left to backward: with one chunk it then is one
-    product, which has the factor that flows back in it and is written in the type of the weight at once.
+    """Tokens per chunk, and whether backward computes a trained weight's gradient. With one chunk it does: one product then
+    includes the upstream factor and is written in the weight's type directly.
 
-    While it is traced for ``torch.compile`` nothing is known of sizes and memory: None, which the operator asks about itself.
+    While ``torch.compile`` traces, sizes and memory are unknown: the tokens are None, and the operator chooses them.
     """
     if torch.compiler.is_compiling():
         return chunk, False
     N = hidden_NH.shape[0]
-    size = chunk or num_tokens_per_chunk(N, rows_of(head, hidden_NH, wanted, sides=sides), hidden_NH.device)
-    return size, wanted.weight and 0 < N <= size
+    size = chunk or num_tokens_per_chunk(N, rows_of(head, hidden_NH, needs, sides=sides), hidden_NH.device)
+    return size, needs.weight and 0 < N <= size
 
 
-def size_where_nothing_is_deferred(head: Head, hidden_NH: Tensor, wanted: Wanted, *, sides: int = 1) -> int:
-    """What an operator takes that was not told."""
-    rows = rows_of(head, hidden_NH, wanted, sides=sides, deferred=False)
+def size_where_nothing_is_deferred(head: Head, hidden_NH: Tensor, needs: NeedsGrad, *, sides: int = 1) -> int:
+    """Tokens per chunk that an operator uses when the caller gives none."""
+    rows = rows_of(head, hidden_NH, needs, sides=sides, deferred=False)
     return num_tokens_per_chunk(hidden_NH.shape[0], rows, hidden_NH.device)
 
 
@@ -164,8 +164,8 @@ def chunks(num_tokens: int, size: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which gradients are asked for; ``weight`` and ``bias`` of a trained head, ``factors`` of an adapter on it."""
+class NeedsGrad:
+    """Which gradients autograd needs: ``weight`` and ``bias`` of a trained head, ``factors`` of an adapter on it."""
 
     hidden: bool = False
     weight: bool = False
@@ -178,11 +178,11 @@ class Wanted:
 
 
 class HeadPass:
-    """One pass of N tokens through a head, chunk by chunk, and back.
+    """One forward and backward pass of N tokens through a head, chunk by chunk.
 
     Args:
-        hidden_NH: in the type that products run in. adapter_NH: what the adapter reads where it is not ``hidden_NH``.
-        deferred: all tokens are one chunk, and the gradient of its logits is kept in place of the weight's.
+        hidden_NH: in the type of the products. adapter_NH: the adapter's input if it is not ``hidden_NH``.
+        deferred: all tokens are one chunk, and the pass keeps the gradient of its logits instead of the weight's.
     """
 
     def __init__(
@@ -190,14 +190,14 @@ class HeadPass:
         head: Head,
         hidden_NH: Tensor,
         adapter_NH: Tensor | None,
-        wanted: Wanted,
+        needs: NeedsGrad,
         backend: str,
         *,
         deferred: bool = False,
     ) -> None:
         V, dtype = head.num_logits, hidden_NH.dtype
         self._hidden_NH, self._adapter_NH = hidden_NH, adapter_NH
-        self._wanted = wanted
+        self._needs = needs
         low_rank = head.low_rank
         if low_rank is not None:
             low_rank = (low_rank[0], low_rank[1][:V], low_rank[2])
@@ -211,27 +211,27 @@ class HeadPass:
         if low_rank is not None:
             self._A_RH, self._sB_VR = low_rank[0].to(dtype), (low_rank[2] * low_rank[1].to(wide)).to(dtype)
             self._scale = low_rank[2]
-        self.dH_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if wanted.hidden else None
+        self.dH_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if needs.hidden else None
         self._deferred, self._shape = deferred, head.weight.shape
         self.dW_VH: Tensor | None = None  # the sum, or with deferred the gradient of the logits
-        self.dbias_V = torch.zeros(head.weight.shape[0], **like) if wanted.bias else None
-        self.dA_RH = torch.zeros(low_rank[0].shape, **like) if low_rank is not None and wanted.factors else None
-        self.dB_VR = torch.zeros(head.low_rank[1].shape, **like) if head.low_rank and wanted.factors else None
-        self.dadapter_NH = torch.empty_like(hidden_NH) if wanted.adapter_hidden else None
+        self.dbias_V = torch.zeros(head.weight.shape[0], **like) if needs.bias else None
+        self.dA_RH = torch.zeros(low_rank[0].shape, **like) if low_rank is not None and needs.factors else None
+        self.dB_VR = torch.zeros(head.low_rank[1].shape, **like) if head.low_rank and needs.factors else None
+        self.dadapter_NH = torch.empty_like(hidden_NH) if needs.adapter_hidden else None
 
     def logits(self, part: slice) -> Tensor:
         """[C, V] before scale and cap, in the type of the hidden states; a new tensor."""
         h_CH = self._hidden_NH[part]
         if not self._split:
             return F.linear(h_CH, self._W_VH, self._bias_V)
-        # The small part first, as in lora_linear: one rounding after the sum.
+        # The adapter's small part comes first, as in lora_linear: the sum is rounded once.
         return F.linear(self._down(part), self._sB_VR, self._bias_V).addmm_(h_CH, self._W_VH.t())
 
     def _down(self, part: slice) -> Tensor:
         return (self._hidden_NH if self._adapter_NH is None else self._adapter_NH)[part] @ self._A_RH.t()
 
     def backward(self, part: slice, dz_CV: Tensor) -> None:
-        """Takes the gradient of a chunk's logits and adds to, or fills in, every gradient that is wanted."""
+        """Takes the gradient of a chunk's logits and adds to, or fills in, every needed gradient."""
         h_CH, V = self._hidden_NH[part], len(self._W_VH)
         if self._split or self.dA_RH is not None:
             dS_CR = dz_CV @ self._sB_VR
@@ -247,7 +247,7 @@ class HeadPass:
                 torch.mm(dz_CV, self._W_VH, out=self.dH_NH[part])
         if self.dbias_V is not None:
             self.dbias_V[:V] += dz_CV.sum(0, dtype=self.dbias_V.dtype)
-        if not self._wanted.weight:
+        if not self._needs.weight:
             return
         if self._deferred:
             assert len(dz_CV) == len(self._hidden_NH), "deferred takes one chunk"
@@ -258,10 +258,10 @@ class HeadPass:
             _add_product(self.dW_VH[:V], dz_CV.t(), h_CH)
 
     def gradients(self, head: Head) -> list[Tensor]:
-        """Those that are wanted: hidden, adapter_hidden, weight, bias, A, B. In the types of their tensors, but for the
-        weight's: see ``Finish``."""
+        """The needed ones of hidden, adapter_hidden, weight, bias, A and B, in the types of their tensors. The weight's is an
+        exception: see ``Finish``."""
         gradients = [t for t in (self.dH_NH, self.dadapter_NH) if t is not None]
-        if self._wanted.weight:
+        if self._needs.weight:
             if self.dW_VH is None:  # of no tokens
                 self.dW_VH = self._hidden_NH.new_zeros(self._shape, dtype=_sum_dtype(self._hidden_NH.dtype))
             gradients.append(self.dW_VH)
@@ -278,13 +278,13 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def written_at_once(weight: torch.dtype, hidden: torch.dtype) -> bool:
-    """Whether the gradient of a weight is one product with hidden states that are scaled before, in the type of the weight:
-    a product has the type of its factors or the wider one of sums. float16 could overflow when it is scaled."""
+    """Whether a weight's gradient is one product, in the weight's type, with hidden states that are scaled first. A product has
+    the type of its factors or the wider type of sums. Scaling float16 could overflow."""
     return hidden != torch.float16 and weight in (hidden, _sum_dtype(hidden))
 
 
 def product(one: Tensor, other: Tensor, *, rows: int, dtype: torch.dtype) -> Tensor:
-    """[rows, ..] one @ other in ``dtype``, that of its factors or of sums of them, with zeros below the rows of ``one``."""
+    """[rows, ..] one @ other in ``dtype``, the type of its factors or of their sums, with zeros below the rows of ``one``."""
     out = torch.empty((rows, other.shape[1]), dtype=dtype, device=one.device)
     top, _ = out[: len(one)], out[len(one) :].zero_()
     if dtype == one.dtype:
@@ -307,7 +307,7 @@ def _add_product(out: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def _cpu_product(out: Tensor, one: Tensor, other: Tensor, *, beta: int) -> None:
-    """out = beta * out + one @ other in the type of ``out``, piece by piece: neither a product nor a copy of its size."""
+    """out = beta * out + one @ other in the type of ``out``, piece by piece, without a product or copy of that size."""
     wide = other.to(out.dtype)
     for rows in chunks(len(out), _CPU_PRODUCT_ROWS):
         out[rows].addmm_(one[rows].to(out.dtype), wide, beta=beta)
@@ -315,10 +315,10 @@ def _cpu_product(out: Tensor, one: Tensor, other: Tensor, *, beta: int) -> None:
 
 @dataclass(frozen=True)
 class Finish:
-    """How gradients of a sum become those of what it is part of: times ``dtotal``.
+    """Multiplies the gradients of a sum by the upstream gradient ``dtotal``.
 
     Attributes:
-        rows, dtype: of the weight of a trained head. deferred: as of ``HeadPass``.
+        rows, dtype: of a trained head's weight. deferred: see ``HeadPass``.
     """
 
     rows: int
@@ -326,7 +326,7 @@ class Finish:
     deferred: bool
 
     def weight(self, gradient: Tensor, dtotal: Tensor, hidden_NH: Tensor, *, last: bool) -> Tensor:
-        """The weight's gradient, from the entry of ``HeadPass.gradients``. last: that entry is not needed again."""
+        """The weight's gradient from its entry in ``HeadPass.gradients``. last: nothing reads that entry again."""
         if self.deferred:
             if written_at_once(self.dtype, hidden_NH.dtype):
                 return product(gradient.t(), scaled(hidden_NH, dtotal), rows=self.rows, dtype=self.dtype)
@@ -337,21 +337,21 @@ class Finish:
         out = gradient if keeps_memory else torch.empty_like(gradient, dtype=self.dtype)
         if out.dtype == gradient.dtype or gradient.is_cuda:
             return torch.mul(gradient, dtotal, out=out)
-        # On a CPU PyTorch would cast a copy of all of it.
+        # On a CPU PyTorch would make a cast copy of the whole tensor.
         for rows in chunks(len(out), max(1, _CPU_PIECE // out.shape[1])):
             torch.mul(gradient[rows], dtotal, out=out[rows])
         return out
 
 
 def scaled(gradient: Tensor, dtotal: Tensor) -> Tensor:
-    """``gradient * dtotal`` rounded once: a factor in 16 bits would be off by up to 0.4 %, in all elements the same way."""
+    """``gradient * dtotal`` rounded once. A 16-bit factor would be off by up to 0.4 %, the same way in all elements."""
     if gradient.dtype.itemsize >= 4:
         return gradient * dtotal.to(gradient.dtype)
     return (gradient.float() * dtotal).to(gradient.dtype)
 
 
 def _as_float(weight: BaseWeight, dtype: torch.dtype, low_rank: LowRank | None, backend: str) -> Tensor:
-    """[V, H] in ``dtype``; new memory for a quantized weight: two heads may be in use at once."""
+    """[V, H] in ``dtype``. A quantized weight gets new memory, because two heads may be in use at once."""
     if isinstance(weight, NF4Weight):
         return nf4_dequant(weight, dtype=dtype, low_rank=low_rank, backend=backend)
     if isinstance(weight, Int8Weight):
@@ -359,11 +359,11 @@ def _as_float(weight: BaseWeight, dtype: torch.dtype, low_rank: LowRank | None, 
     return weight.weight.detach().to(dtype)
 
 
-def wanted_gradients(head: Head, hidden_NH: Tensor, adapter_NH: Tensor | None) -> Wanted:
-    """What autograd will ask for."""
+def needs_grad_of(head: Head, hidden_NH: Tensor, adapter_NH: Tensor | None) -> NeedsGrad:
+    """The gradients that autograd will need."""
     if not torch.is_grad_enabled():
-        return Wanted()
-    return Wanted(
+        return NeedsGrad()
+    return NeedsGrad(
         hidden=hidden_NH.requires_grad,
         weight=isinstance(head.weight, DenseWeight) and head.weight.weight.requires_grad,
         bias=head.bias is not None and head.bias.requires_grad,
@@ -373,7 +373,7 @@ def wanted_gradients(head: Head, hidden_NH: Tensor, adapter_NH: Tensor | None) -
 
 
 def empty_gradients(
-    wanted: Wanted,
+    needs: NeedsGrad,
     hidden_NH: Tensor,
     adapter_NH: Tensor | None,
     tensors: list[Tensor],
@@ -381,41 +381,41 @@ def empty_gradients(
     *,
     deferred: bool,
 ) -> list[Tensor]:
-    """Uninitialized tensors as ``HeadPass.gradients`` returns them: what an operator's fake implementation needs."""
+    """Uninitialized tensors as ``HeadPass.gradients`` returns them, for an operator's fake implementation."""
     num_classes, stored, has_bias = numbers[2], numbers[3], numbers[4]
-    chosen = [hidden_NH] if wanted.hidden else []
-    chosen += [adapter_NH] if wanted.adapter_hidden and adapter_NH is not None else []
+    chosen = [hidden_NH] if needs.hidden else []
+    chosen += [adapter_NH] if needs.adapter_hidden and adapter_NH is not None else []
     empty = [t.new_empty(t.shape) for t in chosen]
-    if wanted.weight and deferred:
+    if needs.weight and deferred:
         empty.append(hidden_NH.new_empty((hidden_NH.shape[0], num_classes)))
-    elif wanted.weight:
+    elif needs.weight:
         empty.append(tensors[0].new_empty(tensors[0].shape, dtype=_sum_dtype(hidden_NH.dtype)))
-    rest = [tensors[stored]] if wanted.bias else []
-    rest += tensors[stored + has_bias :] if wanted.factors else []
+    rest = [tensors[stored]] if needs.bias else []
+    rest += tensors[stored + has_bias :] if needs.factors else []
     return [*empty, *(t.new_empty(t.shape) for t in rest)]
 
 
 def spread_gradients(
-    gradients: list[Tensor], wanted: Wanted, num_tensors: int, numbers: list[int]
+    gradients: list[Tensor], needs: NeedsGrad, num_tensors: int, numbers: list[int]
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of hidden, adapter_hidden and each tensor of ``pack_head`` from those of ``HeadPass.gradients``."""
     rest = list(gradients)
-    hidden = rest.pop(0) if wanted.hidden else None
-    adapter = rest.pop(0) if wanted.adapter_hidden else None
+    hidden = rest.pop(0) if needs.hidden else None
+    adapter = rest.pop(0) if needs.adapter_hidden else None
     stored, has_bias = numbers[3], numbers[4]
     head: list[Tensor | None] = [None] * num_tensors
-    if wanted.weight:
+    if needs.weight:
         head[0] = rest.pop(0)
-    if wanted.bias:
+    if needs.bias:
         head[stored] = rest.pop(0)
-    if wanted.factors:
+    if needs.factors:
         head[stored + has_bias :] = rest
     return hidden, adapter, head
 
 
 def wide_logits(raw_CV: Tensor, head: Head, *, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits after scale and cap in float32 (or float64), in the memory of ``raw_CV`` where that is their type; and the
-    derivative of the cap."""
+    """Logits after scale and cap in float32 (or float64), and the derivative of the cap. Overwrites ``raw_CV`` if it has that
+    type."""
     z_CV = raw_CV if raw_CV.dtype == torch.float64 else raw_CV.float()
     if head.scale != 1.0:
         z_CV.mul_(head.scale)
@@ -428,14 +428,14 @@ def wide_logits(raw_CV: Tensor, head: Head, *, slope: bool) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def head_logits(hidden_NH: Tensor, head: Head, *, backend: str = "torch") -> Tensor:
-    """[N, C] float32 logits (float64 stays) of all classes of ``head``: for some hundred tokens at a time."""
+    """[N, C] float32 logits (float64 stays) of all classes of ``head``, for a few hundred tokens at a time."""
     head.check(hidden_NH)
-    raw_NV = HeadPass(head, hidden_NH, None, Wanted(), backend).logits(slice(None))
+    raw_NV = HeadPass(head, hidden_NH, None, NeedsGrad(), backend).logits(slice(None))
     return wide_logits(raw_NV, head, slope=False)[0]
 
 
 def pack_head(head: Head) -> tuple[list[Tensor], str, list[int], list[float]]:
-    """A head as the plain values that an operator schema can hold; ``unpack_head`` undoes it."""
+    """A head as the plain values that an operator schema accepts; ``unpack_head`` is the inverse."""
     weight, tensors = head.weight, list(head.weight.tensors())
     numbers = [
         *weight.shape,

@@ -1,4 +1,4 @@
-"""A kernel that shows whether Triton works: compiler, driver, loads, a reduction over threads, stores."""
+"""A kernel that tests whether Triton works: compiler, driver, loads, a reduction over threads, stores."""
 
 import torch
 import triton

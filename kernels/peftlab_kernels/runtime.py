@@ -1,4 +1,4 @@
-"""What all ops share: whether Triton can run on a tensor's device, launches, reused scratch memory, the seed of a mask."""
+"""What all ops share: the choice of backend, kernel launches, reused scratch memory, the seed of a mask."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-# Triton reads it when a kernel is defined; its interpreter multiplies bfloat16 wrongly (bit patterns), so kernels
-# then cast up before every arithmetic step.
+# Triton reads it when a kernel is defined. Its interpreter multiplies bfloat16 wrongly (as bit patterns), so kernels
+# then cast to float32 before every arithmetic step.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Without matrix instructions of their own, products keep whole tiles in registers: below 8.0 they spill, up to 2.5 KB a thread.
+# Below 8.0 Triton has no matrix instructions: products keep whole tiles in registers and spill up to 2.5 KB a thread.
 MIN_CAPABILITY = {False: (7, 5), True: (8, 0)}
-# Backends of a processor's matrix units -> what the operands of products with the frozen weight are rounded to.
+# Backend of a processor's matrix unit -> type to which it rounds the operands of products with the frozen weight.
 CPU_OPERANDS = {"cpu-bf16": "bf16", "cpu-int8": "int8"}
 _MATRIX_UNITS = {
     "cpu-bf16": {"amx_tile": "AMX", "avx512_bf16": "AVX512-BF16"},
@@ -28,7 +28,7 @@ _MATRIX_UNITS = {
 
 
 def triton_problem(device: torch.device | str, *, products: bool) -> str | None:
-    """Why Triton kernels cannot run on a device, or None if they can. products: those with matrix products."""
+    """Why Triton kernels cannot run on a device, or None if they can. products: kernels with matrix products."""
     device = torch.device(device)
     if device.type != "cuda":
         return _unfit(device.type, None, products)
@@ -38,7 +38,7 @@ def triton_problem(device: torch.device | str, *, products: bool) -> str | None:
 
 @functools.cache
 def _unfit(device_type: str, index: int | None, products: bool) -> str | None:
-    """What is known without running a kernel."""
+    """The problem, if it is known without running a kernel."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device_type == "cuda":
@@ -56,16 +56,16 @@ _probes: dict[torch.device, str | None] = {}
 
 
 def _probed(device: torch.device) -> str | None:
-    """A kernel is compiled and run once a process: what is missing (a C compiler, most often) raises at the first launch only.
+    """Compiles and runs a kernel once per process: a missing part (most often a C compiler) raises at the first launch only.
 
-    Not while a CUDA graph is captured, which the look at the result would end; and what says nothing of Triton is not
-    remembered.
+    It skips this while a CUDA graph is captured, because reading the result would end the capture. Running out of memory
+    says nothing about Triton, so that is not remembered.
     """
     if device not in _probes:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
         try:
-            with _disable_current_modes():  # such as that of tensors without values
+            with _disable_current_modes():  # such as FakeTensorMode
                 _probes[device] = _probe(device)
         except torch.OutOfMemoryError:
             return None
@@ -80,14 +80,14 @@ def _probe(device: torch.device) -> str | None:
         return None if torch.equal(row_sums(x), x.sum(1)) else "Triton's first kernel gave a wrong result"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of any kind: PyTorch does what Triton cannot
+    except Exception as error:  # of any kind: PyTorch takes over
         return f"Triton's first kernel failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs a kernel on the device of its first argument, a tensor; Triton itself takes the current device."""
+    """Runs a kernel on the device of its first argument, a tensor. Triton itself would use the current device."""
     if torch.version.hip is not None:
-        options.pop("maxnreg", None)  # the AMD backend refuses options that it does not know
+        options.pop("maxnreg", None)  # the AMD backend rejects unknown options
     with _current(arguments[0].device):
         kernel[grid](*arguments, **options)
 
@@ -105,13 +105,13 @@ def operands_problem(backend: str) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
     if backend == "cpu-int8" and int8_saturates():
-        return "its int8 products lose what is beyond 16 bits"
+        return "its int8 products overflow 16-bit sums"
     return None
 
 
 def int8_saturates() -> bool:
-    """Without VNNI (or with ONEDNN_MAX_CPU_ISA below it) oneDNN adds pairs of int8 products in 16 bits: with values of 127 the
-    sums are wrong by a tenth."""
+    """Without VNNI (or with ONEDNN_MAX_CPU_ISA below it) oneDNN adds pairs of int8 products in 16 bits. With values of 127 the
+    sums are then wrong by a tenth."""
     a_MK = torch.full((32, 64), 127, dtype=torch.int8)
     exact = 64 * 127 * 127
     return any(bool((torch._int_mm(sign * a_MK, a_MK.t()) != sign * exact).any()) for sign in (1, -1))
@@ -120,11 +120,11 @@ def int8_saturates() -> bool:
 def choose_backend(backend: str, tensor: Tensor, *, products: bool) -> str:
     """``triton`` or ``torch`` for ``backend`` (auto, triton, torch, or one of ``CPU_OPERANDS``).
 
-    products: whether the kernels that are meant have matrix products. Raises: ValueError when it cannot run.
+    products: whether the kernels have matrix products. Raises: ValueError when the backend cannot run.
     """
     if backend == "torch":
         return "torch"
-    if backend in CPU_OPERANDS:  # nothing else rounds its operands
+    if backend in CPU_OPERANDS:  # other kernels do not round their operands
         backend = "auto"
     if backend == "auto" and not tensor.is_cuda:
         return "torch"
@@ -149,19 +149,19 @@ _buffers = _Buffers()
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, use: str = "") -> Tensor:
-    """Uninitialized memory that the next call for the same use on the same thread and stream hands out again.
+    """Uninitialized memory that the next call for the same use on the same thread and stream reuses.
 
-    It must be consumed by work queued on the current stream before then, and never returned to a caller or saved.
+    Work queued on the current stream must consume it before then. Never return it to a caller or save it.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.empty(shape, dtype=dtype, device=device)  # a graph replays into memory of its own
+        return torch.empty(shape, dtype=dtype, device=device)  # a graph replays into its own memory
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     numel = 1
     for size in shape:
         numel *= size
     held = _buffers.held.get((device, stream, dtype, use))
     if held is None or held.numel() < numel:
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
+        with torch.inference_mode(False):  # a tensor created in inference mode cannot be written outside it
             _buffers.held[device, stream, dtype, use] = held = torch.empty(numel, dtype=dtype, device=device)
     return held[:numel].view(shape)
 
@@ -172,18 +172,18 @@ def release_scratch() -> None:
 
 
 def new_seed(device: torch.device | str = "cpu") -> Tensor:
-    """[] int64, drawn from the default generator of the device: activation checkpointing replays it.
+    """[] int64, drawn from the device's default generator, which activation checkpointing replays.
 
-    On a GPU it stays there: a CUDA graph moves the generator's offset on and draws another seed at each replay, where a number
-    from the host would be part of the graph. On every other device it lies in the memory of the CPU, where masks are drawn.
+    On a GPU the seed stays there: a CUDA graph advances the generator's offset and draws a new seed at each replay, whereas a
+    number from the host would be fixed in the graph. For other devices it is in CPU memory, where masks are drawn.
     """
     on_gpu = torch.device(device).type == "cuda"
     return torch.randint(0, 2**62, (), dtype=torch.int64, device=device if on_gpu else "cpu")
 
 
 class DifferentiableOnce(torch.autograd.Function):
-    """Ties a gradient to what it depends on. ``once_differentiable`` refuses a second derivative only where the upstream
-    gradient has one itself, and drops it silently where the inputs alone have."""
+    """Connects a gradient to the tensors it depends on. ``once_differentiable`` refuses a second derivative only if the upstream
+    gradient requires one, and drops it silently if only the inputs do."""
 
     @staticmethod
     def forward(ctx: Any, what: str, gradient: Tensor, *depends_on: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def log_sum_exp(z_ptr, V, scale, softcap, inverse_temperature, HAS_CAP: tl.const
         z, _ = capped(raw, scale, softcap, HAS_CAP)
         z = tl.where(raw == -float("inf"), raw, z * inverse_temperature)
         higher = tl.maximum(tops, z)
-        # -inf less -inf is NaN: a lane that has seen nothing yet counts from 0.
+        # -inf - -inf is NaN: a lane without a value yet uses 0 as its base.
         base = tl.where(higher == -float("inf"), 0.0, higher)
         totals = totals * tl.exp(tops - base) + tl.exp(z - base)
         tops = higher

@@ -199,7 +199,7 @@ def test_cpu_products_name_the_missing_units(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
         monkeypatch.setattr(runtime, "int8_saturates", lambda: True)
         runtime.operands_problem.cache_clear()
-        assert runtime.operands_problem("cpu-int8") == "its int8 products lose what is beyond 16 bits"
+        assert runtime.operands_problem("cpu-int8") == "its int8 products overflow 16-bit sums"
     finally:
         monkeypatch.undo()
         runtime.operands_problem.cache_clear()

@@ -15,7 +15,7 @@ from peftlab_kernels.lora_linear import DenseWeight
 def test_num_tokens_per_chunk_is_no_larger_where_nothing_is_spared() -> None:
     """float16 sums in float32 for any chunks. An operator that is not told to defer defers nothing."""
     head = Head(DenseWeight(torch.empty(128256, 4096, dtype=torch.float16, device="meta")))
-    wanted, cpu = heads.Wanted(weight=True), torch.device("cpu")
+    wanted, cpu = heads.NeedsGrad(weight=True), torch.device("cpu")
     half = torch.empty(1, 4096, dtype=torch.float16, device="meta")
     assert heads.rows_of(head, half, wanted).spared_bytes == 0
     assert heads.rows_of(head, half.bfloat16(), wanted).spared_bytes == 0, "products in another type"
@@ -78,7 +78,7 @@ def test_num_tokens_per_chunk_asks_the_driver_only_before_memory_is_reserved(mon
 def _trained(dtype: torch.dtype, hidden_dtype: torch.dtype = torch.bfloat16) -> Any:
     """Rows of a trained head of a Llama-3-8B."""
     head = Head(DenseWeight(torch.empty(128256, 4096, dtype=dtype, device="meta")))
-    return heads.rows_of(head, torch.empty(1, 4096, dtype=hidden_dtype, device="meta"), heads.Wanted(weight=True))
+    return heads.rows_of(head, torch.empty(1, 4096, dtype=hidden_dtype, device="meta"), heads.NeedsGrad(weight=True))
 
 
 def test_num_tokens_per_chunk_takes_one_chunk_where_that_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:

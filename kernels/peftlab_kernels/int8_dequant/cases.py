@@ -1,4 +1,4 @@
-"""What to compile, to check and to time of ``int8_dequant``."""
+"""What to compile, check and time for ``int8_dequant``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from peftlab_kernels.cases import MERGE, UNALIGNED_MERGE, Compiled, Device, Storage
 from peftlab_kernels.int8_dequant.op import int8_dequant, tile_options
 
-Weight = tuple[Tensor, Tensor]  # the values, and a scale a row
+Weight = tuple[Tensor, Tensor]  # the values, and one scale per row
 
 COMPILED = [
     Compiled("int8_dequant_kernel", "alone", "*i8 *fp32 *fp32 *fp32 *T i16 i16 i16 fp32",
@@ -24,7 +24,7 @@ COMPILED = [
 
 
 def make(device: Device, N: int, K: int, *, seed: int = 0) -> Weight:
-    """Random values, and the row scales that give them the size of a layer's."""
+    """Random values, and row scales that make them as large as a layer's."""
     g = torch.Generator(device.kind).manual_seed(seed)
     q = torch.randint(-127, 128, (N, K), generator=g, device=device.kind, dtype=torch.int8)
     return q, (0.5 + torch.rand(N, generator=g, device=device.kind)) / max(K, 1) ** 0.5
@@ -40,7 +40,7 @@ def truth(weight: Weight) -> Tensor:
 
 
 def library(weight: Weight, dtype: torch.dtype) -> Callable[[Tensor | None], Tensor]:
-    """bitsandbytes' dequantization, to float32, and then the type."""
+    """bitsandbytes' dequantization to float32, then a cast to ``dtype``."""
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     return lambda out: int8_vectorwise_dequant(*weight).to(dtype)

@@ -1,4 +1,4 @@
-"""Row-scaled int8 to float: the weight alone, or with a low-rank product added on the way."""
+"""Row-scaled int8 to float: the weight alone, or the weight plus a low-rank product."""
 
 import triton
 import triton.language as tl

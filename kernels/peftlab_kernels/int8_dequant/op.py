@@ -29,11 +29,11 @@ def int8_dequant(
     Without ``low_rank`` the float32 result equals bitsandbytes' ``int8_vectorwise_dequant``, bit for bit.
 
     Args:
-        weight_NK: [N, K] int8, contiguous. row_absmax_N: [N] float32, the magnitude that 127 stands for.
-        dtype: float32, float16 or bfloat16. low_rank: (A [R, K], B [N, R], s). out: [N, K] contiguous, written to.
+        weight_NK: [N, K] int8, contiguous. row_absmax_N: [N] float32, the magnitude that 127 represents.
+        dtype: float32, float16 or bfloat16. low_rank: (A [R, K], B [N, R], s). out: [N, K] contiguous, overwritten.
         backend: auto, triton or torch.
     Returns: [N, K], ``out`` if given.
-    Raises: ValueError on tensors that do not fit together.
+    Raises: ValueError on tensors whose sizes or types do not match.
     """
     if weight_NK.dtype != torch.int8 or weight_NK.dim() != 2:
         raise ValueError(f"expected a [N, K] int8 weight, found {list(weight_NK.shape)} {weight_NK.dtype}")
@@ -82,7 +82,7 @@ def _launch(
 
 
 def tile_options(rank: int) -> dict[str, Any]:
-    """Compile-time values and launch options, as those of the NF4 merge and for the same reasons."""
+    """Compile-time values and launch options, chosen as for the NF4 merge and for the same reasons."""
     return {
         "BLOCK_N": 64,
         "BLOCK_K": 64,

@@ -1,4 +1,4 @@
-"""Cross-entropy of an output head, without the logits of all tokens in memory."""
+"""Cross-entropy of an output head, without holding the logits of all tokens in memory."""
 
 from peftlab_kernels.linear_cross_entropy.op import LinearLoss, linear_cross_entropy
 from peftlab_kernels.linear_cross_entropy.reference import head_logits_reference, linear_cross_entropy_reference

@@ -1,4 +1,4 @@
-"""What to compile, to check and to time of ``linear_cross_entropy``."""
+"""What to compile, check and time for ``linear_cross_entropy``."""
 
 from __future__ import annotations
 

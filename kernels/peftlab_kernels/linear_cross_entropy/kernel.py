@@ -30,7 +30,7 @@ def cross_entropy_rows_kernel(
     target = tl.load(target_ptr + row)
     at_target, _slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
     top, total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
-    # Relative to the largest logit: a small loss is no difference of two large numbers.
+    # Relative to the largest logit, so that a small loss is not the difference of two large numbers.
     tl.store(loss_ptr + row, tl.log(total) - (at_target - top))
     if HAS_GRAD:
         weight = 1.0

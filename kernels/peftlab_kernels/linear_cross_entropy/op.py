@@ -14,24 +14,24 @@ from peftlab_kernels.heads import (
     Finish,
     Head,
     HeadPass,
-    Wanted,
+    NeedsGrad,
     chunks,
     empty_gradients,
+    needs_grad_of,
     pack_head,
     scaled,
     size_where_nothing_is_deferred,
     spread_gradients,
     unpack_head,
     walk_of,
-    wanted_gradients,
     wide_logits,
 )
 
-_PIECE_BYTES = 2**20  # of float32 logits that the CPU goes through at a time: they stay in cache
+_PIECE_BYTES = 2**20  # of float32 logits that a CPU processes at a time, so that they stay in cache
 
 
 class LinearLoss(NamedTuple):
-    """total: [] float32, the weighted sum, differentiable. per_token: [N] float32 nats, neither."""
+    """total: [] float32, the weighted sum, differentiable. per_token: [N] float32 nats, unweighted, not differentiable."""
 
     total: Tensor
     per_token: Tensor
@@ -47,19 +47,19 @@ def linear_cross_entropy(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> LinearLoss:
-    """Cross-entropy of an output head, summed over tokens, without the logits of all of them in memory.
+    """Cross-entropy of an output head, summed over tokens, without holding the logits of all tokens in memory.
 
-    ``F.cross_entropy(logits.float(), target, reduction="none")`` with the head's logits, times ``weights``. The gradient
-    is computed in the forward pass, for the hidden states and for what is trained of the head; of a frozen head nothing
-    is computed. Differentiable once.
+    ``F.cross_entropy(logits.float(), target, reduction="none")`` with the head's logits, times ``weights``. The forward
+    pass computes the gradient of the hidden states and of the trained parts of the head, and none for a frozen head.
+    Differentiable once.
 
     Args:
         hidden_NH: [N, H] float32, float16 or bfloat16 (float64 without Triton); products run in this type.
         target_N: [N] int64 in [0, number of classes). weights: [N] factors, known beforehand; None: ones.
-        adapter_hidden: [N, H] what the head's adapter reads (its dropped input), None: ``hidden_NH``.
-        chunk: tokens whose logits exist at a time, default by the device's memory.
+        adapter_hidden: [N, H] input of the head's adapter (after dropout); None: ``hidden_NH``.
+        chunk: tokens whose logits exist at a time; the default depends on the device's memory.
         backend: auto (Triton on CUDA), triton or torch.
-    Raises: ValueError on shapes that do not fit together, or a backend that cannot run.
+    Raises: ValueError on shapes that do not match, or a backend that cannot run.
     """
     head.check(hidden_NH)
     N = hidden_NH.shape[0]
@@ -68,10 +68,10 @@ def linear_cross_entropy(
             raise ValueError(f"expected {name} [{N}], found {list(tensor.shape)}")
     if adapter_hidden is not None and adapter_hidden.shape != hidden_NH.shape:
         raise ValueError(f"expected adapter_hidden {list(hidden_NH.shape)}, found {list(adapter_hidden.shape)}")
-    wanted = wanted_gradients(head, hidden_NH, adapter_hidden)
+    needs = needs_grad_of(head, hidden_NH, adapter_hidden)
     total, per_token, _ = linear_cross_entropy_op(
-        hidden_NH, adapter_hidden, *pack_head(head), target_N, weights, wanted.flags(),
-        *walk_of(head, hidden_NH, wanted, chunk), backend,
+        hidden_NH, adapter_hidden, *pack_head(head), target_N, weights, needs.flags(),
+        *walk_of(head, hidden_NH, needs, chunk), backend,
     )  # fmt: skip
     return LinearLoss(total, per_token)
 
@@ -86,27 +86,27 @@ def linear_cross_entropy_op(
     factors: list[float],
     target_N: Tensor,
     weight_N: Tensor | None,
-    wanted: list[bool],
+    needs: list[bool],
     chunk: int | None,
     deferred: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Operator behind ``linear_cross_entropy``: the sum, the loss of each token, and the gradients of the sum."""
+    """Operator behind ``linear_cross_entropy``. Returns the sum, the loss of each token and the gradients of the sum."""
     head = unpack_head(tensors, kind, numbers, factors)
     backend = runtime.choose_backend(backend, hidden_NH, products=False)
     N, device = hidden_NH.shape[0], hidden_NH.device
     wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     loss_N = torch.empty(N, dtype=wide, device=device)
-    size = chunk or size_where_nothing_is_deferred(head, hidden_NH, Wanted(*wanted))
+    size = chunk or size_where_nothing_is_deferred(head, hidden_NH, NeedsGrad(*needs))
     with torch.autocast(device.type, enabled=False):
-        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend, deferred=deferred)
+        walk = HeadPass(head, hidden_NH, adapter_NH, NeedsGrad(*needs), backend, deferred=deferred)
         for part in chunks(N, size):
             logits_CV = walk.logits(part)
             weight_C = weight_N[part] if weight_N is not None else None
-            cross_entropy_rows(logits_CV, target_N[part], weight_C, loss_N[part], head, any(wanted), backend)
-            if any(wanted):
+            cross_entropy_rows(logits_CV, target_N[part], weight_C, loss_N[part], head, any(needs), backend)
+            if any(needs):
                 walk.backward(part, logits_CV)
-            del logits_CV  # before the next chunk's are made
+            del logits_CV  # before the next chunk allocates its own
     total = loss_N.sum() if weight_N is None else torch.dot(loss_N, weight_N.to(wide))
     return total, loss_N, walk.gradients(head)
 
@@ -120,7 +120,7 @@ def cross_entropy_rows(
     gradient: bool,
     backend: str,
 ) -> None:
-    """Fills ``loss_C``; with ``gradient`` the logits (before scale and cap) are overwritten with weight * their gradient."""
+    """Fills ``loss_C``. With ``gradient`` it overwrites the logits (before scale and cap) with weight * their gradient."""
     if backend == "triton":
         from peftlab_kernels.linear_cross_entropy.kernel import cross_entropy_rows_kernel
 
@@ -134,7 +134,7 @@ def cross_entropy_rows(
     for rows in row_pieces(logits_CV):
         z_CV, slope_CV = wide_logits(logits_CV[rows], head, slope=gradient)
         index_C1 = target_C[rows, None]
-        # Relative to the largest logit, so that a small loss is no difference of two large numbers.
+        # Relative to the largest logit, so that a small loss is not the difference of two large numbers.
         z_CV.sub_(z_CV.amax(dim=-1, keepdim=True))
         at_target_C = z_CV.gather(1, index_C1).squeeze(1)
         probs_CV = z_CV.exp_()
@@ -148,13 +148,13 @@ def cross_entropy_rows(
 
 
 def rows_options(V: int) -> dict[str, Any]:
-    """Compile-time values and launch options of the kernels that walk rows of logits: 8 values a thread, in 16 bits one
-    load. With 16, or without a limit (ptxas then aims at 64), some spill registers."""
+    """Compile-time values and launch options of the kernels over rows of logits. A thread takes 8 values, one load in 16 bits.
+    With 16 values, or without a register limit (ptxas then aims at 64), some kernels spill registers."""
     return {"BLOCK": min(1024, max(16, runtime.next_power_of_2(V))), "num_warps": 4, "maxnreg": 128}
 
 
 def row_pieces(logits_CV: Tensor) -> Any:
-    """Slices of rows that a CPU's cache holds in float32; on a GPU all rows at once."""
+    """Slices of rows that fit a CPU's cache in float32; on a GPU one slice of all rows."""
     C, V = logits_CV.shape
     threads = torch.get_num_threads()
     step = C if logits_CV.is_cuda else max(threads, _PIECE_BYTES // (4 * V) // threads * threads)
@@ -162,7 +162,7 @@ def row_pieces(logits_CV: Tensor) -> Any:
 
 
 def write_gradient(out_CV: Tensor, dz_CV: Tensor, slope_CV: Tensor | None, head: Head) -> None:
-    """The gradient before scale and cap, to ``out_CV``; ``dz_CV`` is used up."""
+    """Writes the gradient before scale and cap to ``out_CV``. Overwrites ``dz_CV``."""
     if slope_CV is not None:
         dz_CV.mul_(slope_CV)
     if head.scale != 1.0:
@@ -173,33 +173,33 @@ def write_gradient(out_CV: Tensor, dz_CV: Tensor, slope_CV: Tensor | None, head:
 
 @linear_cross_entropy_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden_NH, adapter_NH, tensors, kind, numbers, factors, target_N, weight_N, wanted, chunk, deferred, backend
+    hidden_NH, adapter_NH, tensors, kind, numbers, factors, target_N, weight_N, needs, chunk, deferred, backend
 ):  # fmt: skip
     wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     return (
         hidden_NH.new_empty((), dtype=wide),
         hidden_NH.new_empty((hidden_NH.shape[0],), dtype=wide),
-        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers, deferred=deferred),
+        empty_gradients(NeedsGrad(*needs), hidden_NH, adapter_NH, tensors, numbers, deferred=deferred),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    hidden_NH, _, tensors, _, ctx.numbers, _, _, _, wanted, _, deferred, _ = inputs
+    hidden_NH, _, tensors, _, ctx.numbers, _, _, _, needs, _, deferred, _ = inputs
     ctx.finish = Finish(len(tensors[0]), tensors[0].dtype, deferred)
-    ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
-    ctx.set_materialize_grads(False)  # else zeros as large as dW come back for what is not differentiable
+    ctx.needs, ctx.num_tensors, ctx.num_inputs = NeedsGrad(*needs), len(tensors), len(inputs)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as dW for outputs that are not differentiable
     ctx.mark_non_differentiable(output[1], *output[2])
     ctx.save_for_backward(hidden_NH, *output[2])
 
 
 def backward_of_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """The gradients of a sum, made in its forward pass, times what flows back."""
+    """The gradients of a sum, which its forward pass computed, times the upstream gradient."""
     if dtotal is None:
         return (None, None, [None] * ctx.num_tensors, *[None] * (ctx.num_inputs - 3))
     hidden_NH, *gradients = ctx.saved_tensors
-    # In place where this is the last use: dW of a trained head would else be there twice.
+    # In place if this is the last use; otherwise a trained head's dW would be in memory twice.
     last = not torch.is_grad_enabled() and not torch._C._autograd._get_current_graph_task_keep_graph()
-    at_weight = ctx.wanted.hidden + ctx.wanted.adapter_hidden if ctx.wanted.weight else None
+    at_weight = ctx.needs.hidden + ctx.needs.adapter_hidden if ctx.needs.weight else None
     with torch.no_grad():
         gradients = [
             ctx.finish.weight(g, dtotal, hidden_NH, last=last) if place == at_weight else scaled(g, dtotal)
@@ -208,7 +208,7 @@ def backward_of_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]
     if torch.is_grad_enabled():  # create_graph=True
         once: Any = runtime.DifferentiableOnce.apply
         gradients = [once("the fused losses", g, dtotal, hidden_NH) for g in gradients]
-    dhidden, dadapter, dhead = spread_gradients(gradients, ctx.wanted, ctx.num_tensors, ctx.numbers)
+    dhidden, dadapter, dhead = spread_gradients(gradients, ctx.needs, ctx.num_tensors, ctx.numbers)
     return (dhidden, dadapter, dhead, *[None] * (ctx.num_inputs - 3))
 
 

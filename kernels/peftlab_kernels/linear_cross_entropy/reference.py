@@ -1,4 +1,4 @@
-"""The plain PyTorch program that ``linear_cross_entropy`` equals."""
+"""The definition of ``linear_cross_entropy`` in plain PyTorch."""
 
 # Shape suffixes: N tokens, H hidden, V vocabulary, R rank.
 

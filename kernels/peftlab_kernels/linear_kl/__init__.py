@@ -1,4 +1,4 @@
-"""Divergence of a student's output head from a teacher, without the logits of all tokens in memory."""
+"""Divergence of a student's output head from a teacher, without holding the logits of all tokens in memory."""
 
 from peftlab_kernels.linear_kl.op import (
     TAILS,

@@ -1,4 +1,4 @@
-"""What to compile, to check and to time of ``linear_kl``."""
+"""What to compile, check and time for ``linear_kl``."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ COMPILED = [
       for tail, name in enumerate(TAILS)),
 ]  # fmt: skip
 
-# Total variation is left to the tests on a CPU: its gradient jumps where p = q, differently after other roundings.
+# Total variation is tested on a CPU only: its gradient jumps where p = q, and other roundings move that point.
 CHECKED = ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd")
 SHARE = 0.3
 
 
 def _dense(kind: str, x: Tensor, head: Head, inputs: LossInputs, **options: Any) -> Tensor:
     return linear_kl(
-        x, head, DenseTeacher(inputs.taught), inputs.targets, divergence=kind, share=SHARE,
+        x, head, DenseTeacher(inputs.teacher_logits), inputs.targets, divergence=kind, share=SHARE,
         temperature=inputs.temperature, hard_weight=inputs.hard_weight, **options,
     ).total  # fmt: skip
 
 
 def _eager_dense(kind: str, logits: Tensor, inputs: LossInputs) -> Tensor:
     soft = token_divergence(
-        logits, inputs.taught.to(logits), kind=kind, share=SHARE, temperature=inputs.temperature
+        logits, inputs.teacher_logits.to(logits), kind=kind, share=SHARE, temperature=inputs.temperature
     ).sum()
     return _mixed(soft, logits, inputs)
 
@@ -60,7 +60,7 @@ def _stored(x: Tensor, head: Head, inputs: LossInputs, **options: Any) -> Tensor
 
 
 def _eager_stored(logits: Tensor, inputs: LossInputs) -> Tensor:
-    """KL over the stored classes and one of all others."""
+    """KL over the stored classes and one class for all others."""
     z, ids, p = logits / inputs.temperature, inputs.ids, inputs.probs.to(logits)
     log_rest = z.scatter(1, ids, -torch.inf).logsumexp(-1) - z.logsumexp(-1)
     rest = (1 - p.sum(-1)).clamp_min(1e-30)
@@ -84,7 +84,7 @@ def _teacher(p: HeadProblem) -> OnlineTeacher:
     return OnlineTeacher(p.tx, Head(DenseWeight(p.tw)))
 
 
-def _asked(p: HeadProblem) -> Callable[[], Tensor]:
+def _online(p: HeadProblem) -> Callable[[], Tensor]:
     head, teacher = Head(DenseWeight(p.w)), _teacher(p)
     return lambda: linear_kl(p.x, head, teacher).total
 
@@ -97,14 +97,14 @@ def _jsd(p: HeadProblem) -> Callable[[], Tensor]:
 def _top(p: HeadProblem) -> Callable[[], Tensor]:
     assert p.tx is not None and p.tw is not None
     head = Head(DenseWeight(p.w))
-    with torch.no_grad():  # in parts: the teacher's logits are not what is measured
+    with torch.no_grad():  # in parts: the measurement excludes the teacher's logits
         parts = [F.linear(part, p.tw).float().softmax(-1).topk(NUM_STORED) for part in torch.split(p.tx, 1024)]
     sparse = SparseTeacher(torch.cat([f.indices for f in parts]), torch.cat([f.values for f in parts]))
     return lambda: linear_kl(p.x, head, sparse).total
 
 
 def _lean_kl(p: HeadProblem) -> Callable[[], Tensor]:
-    """As few passes and tensors as plain PyTorch can do with."""
+    """KL with as few passes and tensors as plain PyTorch needs."""
 
     def loss() -> Tensor:
         assert p.tx is not None and p.tw is not None
@@ -116,7 +116,7 @@ def _lean_kl(p: HeadProblem) -> Callable[[], Tensor]:
 
 
 def _jsd_and_ce(p: HeadProblem) -> Callable[[], Tensor]:
-    """HFJSDLoss at temperature 1 and beta 0.5, half of it and half of the cross-entropy.
+    """HFJSDLoss at temperature 1 and beta 0.5: half JSD and half cross-entropy.
 
     Source: the baseline of Liger's own benchmark, ``test/chunked_loss/test_jsd_loss.py`` and ``test/utils.py`` (linkedin/Liger-Kernel at
     ead96b618e5c).
@@ -142,7 +142,7 @@ TIMED_LOSSES = {
         tokens=8192,
         hidden=4096,
         teacher=4096,
-        make=_asked,
+        make=_online,
         plain=LEAN,
         bytes_per_logit=16,
         targets={
@@ -152,7 +152,7 @@ TIMED_LOSSES = {
             "Liger chunked JSD": (1.45, 3.0),
         },
     ),
-    # Liger's own benchmark of JSD halves the student's width.
+    # Liger's own benchmark of JSD also halves the student's width.
     "JSD + labels, frozen head": TimedLoss(
         tokens=8192,
         hidden=2048,
@@ -161,7 +161,7 @@ TIMED_LOSSES = {
         make=_jsd,
         plain=PlainLoss("JSD + CE", _jsd_and_ce, bytes_per_logit=394, softmaxes=3, peak=64, mean=True),
         bytes_per_logit=18,
-        rows_ms=7.0,  # by instructions counted in PTX: more than its bytes take
+        rows_ms=7.0,  # from instructions counted in PTX; its bytes take less
         targets={"JSD + CE": (4.0, 50.0), "Liger chunked JSD": (1.45, 3.0)},
     ),
     f"top-{NUM_STORED} + tail, frozen head": TimedLoss(

@@ -19,7 +19,7 @@ RENORMALIZED = tl.constexpr(2)
 @triton.jit
 def terms(log_q, log_p, share, KIND: tl.constexpr):
     """Per class the summand of the divergence, and its derivative by q up to a constant over the row."""
-    # Of two -inf (a class that does not exist) the difference has to be 0.
+    # The difference of two -inf (a class that does not exist) must be 0.
     log_q = tl.maximum(log_q, -1e30)
     log_p = tl.maximum(log_p, -1e30)
     q = tl.exp(log_q)
@@ -159,7 +159,7 @@ def divergence_rows_kernel(
     target = 0
     if HAS_HARD:
         target = tl.load(target_ptr + row)
-        # Before a reduction, which all threads wait for: the gradient is written over the row without waiting again.
+        # Before a reduction, where all threads wait: later the gradient overwrites the row without another wait.
         at_target, _slope = capped(tl.load(z_ptr + target).to(tl.float32), scale, softcap, HAS_CAP)
         hard_top, hard_total = log_sum_exp(z_ptr, V, scale, softcap, 1.0, HAS_CAP, BLOCK)
         tl.store(hard_ptr + row, tl.log(hard_total) - (at_target - hard_top))
@@ -265,7 +265,7 @@ def sparse_rows_kernel(
         log_q = tl.where(stored, z_stored * inverse_temperature - top - tl.log(stored_total), 0.0)
     loss = tl.sum(tl.where(stored, p * (tl.log(tl.where(stored, p, 1.0)) - log_q), 0.0), axis=0)
     q = tl.where(stored, tl.exp(log_q), 0.0)
-    # In the tail the derivative is tail_mass * q - tail_target * (q less the stored classes, renormalized).
+    # In the tail the derivative is tail_mass * q - tail_target * (q without the stored classes, renormalized).
     tail_mass = mass
     tail_target = 0.0
     if TAIL == BUCKET:

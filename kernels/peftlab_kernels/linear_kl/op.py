@@ -16,14 +16,14 @@ from peftlab_kernels.heads import (
     Finish,
     Head,
     HeadPass,
-    Wanted,
+    NeedsGrad,
     chunks,
     empty_gradients,
+    needs_grad_of,
     pack_head,
     size_where_nothing_is_deferred,
     unpack_head,
     walk_of,
-    wanted_gradients,
     wide_logits,
 )
 from peftlab_kernels.linear_cross_entropy import linear_cross_entropy
@@ -36,12 +36,12 @@ from peftlab_kernels.linear_cross_entropy.op import (
 from peftlab_kernels.linear_kl.reference import DIVERGENCES, check_divergence
 
 TAILS = ("none", "bucket", "renormalized")
-_LOWEST = -1e30  # stands for -inf where a difference of two of them has to be 0
+_LOWEST = -1e30  # replaces -inf where the difference of two of them must be 0
 
 
 @dataclass(frozen=True)
 class OnlineTeacher:
-    """The teacher's own hidden states of the same tokens, [N, its width], and its head."""
+    """The teacher's hidden states of the same tokens, [N, its width], and its head."""
 
     hidden: Tensor
     head: Head
@@ -59,10 +59,10 @@ class SparseTeacher:
     """Probabilities of a few classes, taken at the temperature of the loss. Forward KL only.
 
     Attributes:
-        ids: [N, k] int64. probs: [N, k] float32; ids are distinct where it is above 0, and elsewhere count for nothing.
-        tail: ``bucket``: what is missing to 1 is the mass of all other classes together, on both sides;
+        ids: [N, k] int64. probs: [N, k] float32; ids are distinct where probs is above 0, and are ignored elsewhere.
+        tail: ``bucket``: one more class on both sides holds the mass of all other classes.
             ``renormalized``: KL between both sides restricted to the k classes (a biased approximation: the mass outside is
-            free); ``none``: the values are weights as they stand (sampled targets), sum w (log w - log q).
+            free). ``none``: the values are unchanged weights (sampled targets), sum w (log w - log q).
     """
 
     ids: Tensor
@@ -74,8 +74,8 @@ Teacher = OnlineTeacher | DenseTeacher | SparseTeacher
 
 
 class DistilledLoss(NamedTuple):
-    """total: [] float32, the weighted sum, differentiable. soft: [N] divergence in nats, without any factor; hard: [N]
-    cross-entropy in nats, None without targets; neither is differentiable."""
+    """total: [] float32, the weighted sum, differentiable. soft: [N] divergence in nats, without any factor. hard: [N]
+    cross-entropy in nats, None without targets. soft and hard are not differentiable."""
 
     total: Tensor
     soft: Tensor | None
@@ -98,18 +98,18 @@ def linear_kl(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> DistilledLoss:
-    """Sum over tokens of ``hard_weight * CE + (1 - hard_weight) * T^2 * D(teacher, student)``, without the logits of all.
+    """Sum over tokens of ``hard_weight * CE + (1 - hard_weight) * T^2 * D(teacher, student)``, without all logits in memory.
 
-    The gradient is computed in the forward pass, for the hidden states and for what is trained of the student's head; of
-    a frozen head nothing is computed, nothing ever of the teacher. Differentiable once.
+    The forward pass computes the gradient of the hidden states and of the trained parts of the student's head. A frozen
+    head gets none, and the teacher never gets one. Differentiable once.
 
     Args:
         hidden_NH: [N, H] of the student, at positions whose next token counts. head: the student's.
         teacher: online, dense or sparse. target_N: [N] int64, needed with ``hard_weight`` above 0.
-        divergence, share, temperature: see ``token_divergence``. scale_by_t2: False leaves the factor T^2 away.
+        divergence, share, temperature: see ``token_divergence``. scale_by_t2: False omits the factor T^2.
         weights: [N] factors of tokens, known beforehand. adapter_hidden, chunk, backend: see ``linear_cross_entropy``.
-    Returns: with ``hard_weight=1`` exactly what ``linear_cross_entropy`` gives, without a look at the teacher.
-    Raises: ValueError on sizes that do not fit together or arguments out of range.
+    Returns: the losses; with ``hard_weight=1`` exactly those of ``linear_cross_entropy``, ignoring the teacher.
+    Raises: ValueError on sizes that do not match or arguments out of range.
     """
     head.check(hidden_NH)
     check_divergence(divergence, share, temperature)
@@ -128,17 +128,17 @@ def linear_kl(
         )
         return DistilledLoss(loss.total, None, loss.per_token)
     _check_teacher(teacher, N, head.num_logits, divergence)
-    wanted = wanted_gradients(head, hidden_NH, adapter_hidden)
+    needs = needs_grad_of(head, hidden_NH, adapter_hidden)
     total, soft_N, hard_N, _ = linear_kl_op(
         hidden_NH, adapter_hidden, *pack_head(head), *_pack_teacher(teacher), target_N, weights,
-        [float(share), float(temperature), float(scale_by_t2), float(hard_weight)], divergence, wanted.flags(),
-        *walk_of(head, hidden_NH, wanted, chunk, sides=_sides(teacher)), backend,
+        [float(share), float(temperature), float(scale_by_t2), float(hard_weight)], divergence, needs.flags(),
+        *walk_of(head, hidden_NH, needs, chunk, sides=_sides(teacher)), backend,
     )  # fmt: skip
     return DistilledLoss(total, soft_N, hard_N if target_N is not None else None)
 
 
 def _sides(teacher: Teacher) -> int:
-    """Models whose logits are made here."""
+    """Number of models whose logits the op computes."""
     return 2 if isinstance(teacher, OnlineTeacher) else 1
 
 
@@ -152,15 +152,15 @@ def _check_teacher(teacher: Teacher, N: int, V: int, divergence: str) -> None:
         if teacher.tail not in TAILS:
             raise ValueError(f"expected a tail out of {', '.join(TAILS)}, found {teacher.tail!r}")
         if divergence != "forward_kl":
-            raise ValueError(f"a sparse teacher knows forward_kl only, found {divergence}")
+            raise ValueError(f"a sparse teacher supports forward_kl only, found {divergence}")
         ids, probs = teacher.ids.shape, teacher.probs.shape
         if len(ids) != 2 or ids != probs or ids[0] != N or not 1 <= ids[1] <= V:
             raise ValueError(f"expected ids and probs [{N}, 1 to {V}], found {list(ids)} and {list(probs)}")
         return
     if shape != [N, V]:
         raise ValueError(
-            f"expected teacher logits [{N}, {V}], found {shape}; where one vocabulary is padded, num_classes says "
-            "how many classes there are"
+            f"expected teacher logits [{N}, {V}], found {shape}; if a vocabulary is padded, set num_classes to its "
+            "number of classes"
         )
 
 
@@ -176,7 +176,7 @@ def _pack_teacher(teacher: Teacher) -> tuple[list[Tensor], str, list[int], list[
 
 @dataclass(frozen=True)
 class _Terms:
-    """What a row's loss is made of, apart from tensors."""
+    """The settings of a row's loss."""
 
     divergence: str
     share: float
@@ -186,7 +186,7 @@ class _Terms:
 
     @property
     def kind(self) -> str:
-        """The divergence without its special cases."""
+        """The divergence, with special cases replaced by the KL they equal."""
         if self.divergence == "jsd" and self.share in (0, 1):
             return "reverse_kl" if self.share else "forward_kl"
         return self.divergence.removeprefix("skew_") if self.share == 0 else self.divergence
@@ -208,12 +208,12 @@ def linear_kl_op(
     weight_N: Tensor | None,
     settings: list[float],
     divergence: str,
-    wanted: list[bool],
+    needs: list[bool],
     chunk: int | None,
     deferred: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Operator behind ``linear_kl``: the sum, divergence and cross-entropy of each token, and the gradients of the sum."""
+    """Operator behind ``linear_kl``. Returns the sum, each token's divergence and cross-entropy, and the gradients of the sum."""
     head = unpack_head(tensors, kind, numbers, factors)
     share, temperature, scale_by_t2, hard_weight = settings
     soft_factor = (1 - hard_weight) * (temperature**2 if scale_by_t2 else 1.0)
@@ -224,11 +224,15 @@ def linear_kl_op(
     soft_N = torch.empty(N, dtype=wide, device=device)
     hard_N = torch.empty(N if target_N is not None else 0, dtype=wide, device=device)
     way, _, what = teacher_kind.partition(" ")
-    size = chunk or size_where_nothing_is_deferred(head, hidden_NH, Wanted(*wanted), sides=2 if way == "online" else 1)
+    size = chunk or size_where_nothing_is_deferred(
+        head, hidden_NH, NeedsGrad(*needs), sides=2 if way == "online" else 1
+    )
     with torch.autocast(device.type, enabled=False):
-        walk = HeadPass(head, hidden_NH, adapter_NH, Wanted(*wanted), backend, deferred=deferred)
+        walk = HeadPass(head, hidden_NH, adapter_NH, NeedsGrad(*needs), backend, deferred=deferred)
         teacher_head = unpack_head(teacher[1:], what, teacher_numbers, teacher_factors) if way == "online" else None
-        taught = HeadPass(teacher_head, teacher[0], None, Wanted(), backend) if teacher_head is not None else None
+        teacher_pass = (
+            HeadPass(teacher_head, teacher[0], None, NeedsGrad(), backend) if teacher_head is not None else None
+        )
         for part in chunks(N, size):
             logits_CV = walk.logits(part)
             rows = _Rows(
@@ -238,18 +242,18 @@ def linear_kl_op(
                 soft_N[part],
                 hard_N[part],
                 head,
-                any(wanted),
+                any(needs),
                 backend,
             )
             if way == "sparse":
                 _sparse_rows(rows, teacher[0][part], teacher[1][part], what, terms)
             else:
-                teacher_CV = taught.logits(part) if taught is not None else teacher[0][part]
+                teacher_CV = teacher_pass.logits(part) if teacher_pass is not None else teacher[0][part]
                 _dense_rows(rows, teacher_CV, teacher_head, terms)
                 del teacher_CV
-            if any(wanted):
+            if any(needs):
                 walk.backward(part, logits_CV)
-            del rows, logits_CV  # before the next chunk's are made
+            del rows, logits_CV  # before the next chunk allocates its own
     loss_N = soft_factor * soft_N
     if target_N is not None and hard_weight:
         loss_N = loss_N + hard_weight * hard_N
@@ -259,7 +263,7 @@ def linear_kl_op(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of student logits, before scale and cap, and where their losses go; with ``gradient`` they are overwritten."""
+    """Rows of student logits, before scale and cap, and the outputs for their losses. ``gradient`` overwrites the logits."""
 
     logits: Tensor
     target: Tensor | None
@@ -280,7 +284,7 @@ class _Rows:
         }
 
     def add_hard(self, rows: slice, z_CV: Tensor, dz_CV: Tensor | None, factor: float) -> None:
-        """Cross-entropy of final logits ``z_CV``; its gradient times ``factor`` is added to ``dz_CV``."""
+        """Stores the cross-entropy of final logits ``z_CV`` and adds its gradient times ``factor`` to ``dz_CV``."""
         if self.target is None:
             return
         index_C1 = self.target[rows, None]
@@ -300,7 +304,7 @@ class _Rows:
 
 
 def _dense_rows(rows: _Rows, teacher_CV: Tensor, teacher_head: Head | None, terms: _Terms) -> None:
-    """teacher_head: whose scale and cap the teacher's logits still need, or None."""
+    """teacher_head: the head whose scale and cap the teacher's logits still need, or None."""
     if rows.backend == "triton":
         from peftlab_kernels.linear_kl.kernel import divergence_rows_kernel
 
@@ -334,7 +338,7 @@ def _dense_rows(rows: _Rows, teacher_CV: Tensor, teacher_head: Head | None, term
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, terms: _Terms, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Divergence of each row, and its derivative by the student's logits over T. Both inputs are used up."""
+    """Divergence of each row, and its derivative with respect to the student's logits over T. Overwrites both inputs."""
     log_p.clamp_(min=_LOWEST)
     log_q.clamp_(min=_LOWEST)
     kind, share = terms.kind, terms.share
@@ -404,10 +408,10 @@ def _sparse_rows(rows: _Rows, ids_Ck: Tensor, probs_Ck: Tensor, tail: str, terms
 def _sparse_divergence(
     z_CV: Tensor, ids_Ck: Tensor, p_Ck: Tensor, tail: str, *, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``_divergence``, from student logits over T, which are used up."""
-    counts_Ck = p_Ck > 0  # the others fill up a row, with a class that it may have already
+    """As ``_divergence``, from student logits over T. Overwrites them."""
+    counts_Ck = p_Ck > 0  # the others pad the row, with a class that it may contain already
     stored_Ck = z_CV.gather(1, ids_Ck)
-    # The tail's mass is a sum over the tail: 1 less the others has no digits left where the student is confident.
+    # Sum the tail's mass over the tail: 1 minus the others has no correct digits where the student is confident.
     tail_CV = z_CV.scatter_reduce_(1, ids_Ck, torch.where(counts_Ck, -math.inf, stored_Ck), "amin")
     tail_top_C1 = tail_CV.amax(dim=-1, keepdim=True).clamp_(min=_LOWEST)
     tail_sum_C1 = tail_CV.sub_(tail_top_C1).exp_().sum(-1, keepdim=True)
@@ -419,7 +423,7 @@ def _sparse_divergence(
         p_Ck, log_total_C1 = p_Ck / mass_C1, log_stored_C1
     log_q_Ck = stored_Ck - log_total_C1
     loss_C1 = (torch.xlogy(p_Ck, p_Ck) - p_Ck * log_q_Ck).sum(-1, keepdim=True)
-    # In the tail the derivative is tail_mass * q - tail_target * (q less the stored classes, renormalized).
+    # In the tail the derivative is tail_mass * q - tail_target * (q without the stored classes, renormalized).
     tail_mass_C1, tail_target_C1 = mass_C1, torch.zeros_like(mass_C1)
     if tail == "bucket":
         has_tail_C1 = counts_Ck.sum(-1, keepdim=True) < z_CV.shape[1]
@@ -442,21 +446,21 @@ def _sparse_divergence(
 @linear_kl_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     hidden_NH, adapter_NH, tensors, kind, numbers, factors, teacher, teacher_kind, teacher_numbers, teacher_factors,
-    target_N, weight_N, settings, divergence, wanted, chunk, deferred, backend,
+    target_N, weight_N, settings, divergence, needs, chunk, deferred, backend,
 ):  # fmt: skip
     N, wide = hidden_NH.shape[0], torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
     return (
         hidden_NH.new_empty((), dtype=wide),
         hidden_NH.new_empty((N,), dtype=wide),
         hidden_NH.new_empty((N if target_N is not None else 0,), dtype=wide),
-        empty_gradients(Wanted(*wanted), hidden_NH, adapter_NH, tensors, numbers, deferred=deferred),
+        empty_gradients(NeedsGrad(*needs), hidden_NH, adapter_NH, tensors, numbers, deferred=deferred),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, list[Tensor]]) -> None:
-    hidden_NH, _, tensors, _, ctx.numbers, *_, wanted, _, deferred, _ = inputs
+    hidden_NH, _, tensors, _, ctx.numbers, *_, needs, _, deferred, _ = inputs
     ctx.finish = Finish(len(tensors[0]), tensors[0].dtype, deferred)
-    ctx.wanted, ctx.num_tensors, ctx.num_inputs = Wanted(*wanted), len(tensors), len(inputs)
+    ctx.needs, ctx.num_tensors, ctx.num_inputs = NeedsGrad(*needs), len(tensors), len(inputs)
     ctx.teacher_at, ctx.num_teacher = 6, len(inputs[6])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2], *output[3])

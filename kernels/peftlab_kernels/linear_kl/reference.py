@@ -33,11 +33,11 @@ def token_divergence(
     skew_forward_kl  KL(p || a p + (1 - a) q)
     skew_reverse_kl  KL(q || (1 - a) p + a q)
     jsd              b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q; b = 0 and b = 1 are forward and reverse KL,
-                     where the formula itself gives 0 (Agarwal et al., GKD, ICLR 2024)
+                     where the formula gives 0 (Agarwal et al., GKD, ICLR 2024)
     tvd              half the sum of |p - q|
 
-    Args: share: a or b. Logits of -inf are classes that do not exist: they count for nothing where both have them.
-    Computes in float32, in float64 for float64 inputs. Differentiable in both inputs.
+    Args: share: a or b. Logits of -inf are classes that do not exist: they are ignored where both sides have them.
+    Computes in float32, or in float64 for float64 inputs. Differentiable in both inputs.
     """
     check_divergence(kind, share, temperature)
     dtype = torch.float64 if torch.float64 in (student_NV.dtype, teacher_NV.dtype) else torch.float32
@@ -61,12 +61,12 @@ def token_divergence(
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    exists = log_p > -math.inf  # 0 log 0 = 0; a NaN that is masked out afterwards would still reach the gradient
+    exists = log_p > -math.inf  # 0 log 0 = 0; masking a NaN afterwards would still let it reach the gradient
     difference = torch.where(exists, log_p, 0.0) - torch.where(exists, log_q, 0.0)
     return (log_p.exp() * difference).sum(-1)
 
 
 def _mix(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """log(share p + (1 - share) q)."""
-    lowest = torch.finfo(log_p.dtype).min / 4  # of two -inf the gradient would be NaN
+    lowest = torch.finfo(log_p.dtype).min / 4  # the gradient of two -inf would be NaN
     return torch.logaddexp(log_p.clamp_min(lowest) + math.log(share), log_q.clamp_min(lowest) + math.log1p(-share))

@@ -18,7 +18,7 @@ LowRank = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """weight: [N, K] of any floating type; products run in the type of x."""
+    """weight: [N, K] of any float type. Products run in the type of x."""
 
     weight: Tensor
 
@@ -32,11 +32,11 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """bitsandbytes' LLM.int8 storage.
+    """A weight as bitsandbytes' LLM.int8 stores it.
 
     Attributes:
-        weight: [N, K] int8. row_absmax: [N] float32, what 127 stands for. threshold: on CUDA, columns of x that reach
-            it are multiplied in 16 bits (0: none).
+        weight: [N, K] int8. row_absmax: [N] float32, the magnitude that 127 represents. threshold: on CUDA, columns of x that
+            reach it are multiplied in 16 bits (0: none).
     """
 
     weight: Tensor
@@ -62,7 +62,7 @@ def kind_of(base: BaseWeight) -> str:
 def as_float(base: BaseWeight, dtype: torch.dtype, *, low_rank: LowRank | None = None, backend: str) -> Tensor:
     """[N, K] in ``dtype``, plus ``s * B @ A`` where ``low_rank`` is (A, B, s).
 
-    A dense weight of that type is returned as it is; everything else is written to scratch memory, which holds until
+    A dense weight of that type is returned unchanged. Everything else is written to scratch memory, which is valid until
     the next call.
     """
     if isinstance(base, DenseWeight):
@@ -75,7 +75,7 @@ def as_float(base: BaseWeight, dtype: torch.dtype, *, low_rank: LowRank | None =
         A_RK, B_NR, scale = low_rank
         if weight.dtype == dtype:
             return torch.addmm(weight, B_NR.to(dtype), A_RK.to(dtype), alpha=scale, out=out)
-        # addmm_, not addmm: autocast would round the operands of the latter.
+        # addmm_, not addmm: autocast would round the operands of addmm.
         return out.copy_(weight.to(torch.float32, copy=True).addmm_(B_NR.float(), A_RK.float(), alpha=scale))
     out = runtime.scratch(base.shape, dtype, base.tensors()[0].device)
     if isinstance(base, NF4Weight):
@@ -113,7 +113,7 @@ def _int8_library(x_MK: Tensor, base: Int8Weight, bias_N: Tensor | None) -> Tens
     from bitsandbytes import functional as bnb
 
     quantized, x_scale, outliers = bnb.int8_vectorwise_quant(
-        x_MK.to(torch.float16, copy=True),  # it sets outliers to zero for a moment, in place
+        x_MK.to(torch.float16, copy=True),  # a copy, because it temporarily sets outliers to zero in place
         threshold=base.threshold,
     )
     weight, scale = base.weight, base.row_absmax

@@ -1,4 +1,4 @@
-"""What to compile, to check and to time of ``lora_linear``."""
+"""What to compile, check and time for ``lora_linear``."""
 
 # Sizes are called M, N, K and R, as in the kernels.
 
@@ -44,7 +44,7 @@ _OURS: list[Way] = [("merged", "merged", 0.0), ("split", "split", 0.0), ("split"
 _LIBRARY: list[Way] = [("library", "merged", 0.0), ("library", "split", DROPOUT)]
 WAYS = {"dense": _OURS, "nf4": _OURS + _LIBRARY, "int8": _OURS + _LIBRARY}
 Shape = tuple[int, int, int, int]
-# M, N, K, R: every M with every rank on aligned sizes, then ragged ones, then a layer of Llama-3-8B. From 33 on dY is
+# M, N, K, R: every M with every rank on aligned sizes, then ragged ones, then a layer of Llama-3-8B. From rank 33 on dY is
 # read twice.
 SHAPES: list[Shape] = [(M, 768, 1024, R) for M in (1, 63, 1000, 2048) for R in (8, 16, 64)]
 SHAPES += [
@@ -55,11 +55,11 @@ SHAPES += [
     (2048, 4096, 4096, 16),
 ]
 DRY_SHAPES: list[Shape] = [(63, 96, 128, 8), (1, 96, 128, 16)]
-# kernels.md, protocol: relative error in bfloat16 at a layer's size, of activations and of factors. Twice as many bits in float16.
+# kernels.md, protocol: relative error in bfloat16 at a layer's size, of activations and of factors. In float16 the limit is an eighth.
 GATE = {"bfloat16": (4e-3, 1e-2), "float16": (5e-4, 1.25e-3)}
 # (N, K) of the linears of a Llama-3-8B layer -> how many of them: q and o, k and v, gate and up, down.
 LAYER = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
-# Storage, rows, rank of what is timed over a layer, most important first.
+# Storage, rows and rank that are timed over a layer, most important first.
 SMALL = (512, 16, 1)
 TIMED: dict[str, list[tuple[str, int, int]]] = {
     "first": [("nf4", 8192, 16)],
@@ -80,7 +80,7 @@ DRY_TIMED: dict[str, list[tuple[str, int, int]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of a call; W: the base weight in float64, keep: what dropout keeps."""
+    """The tensors of a call. W: the base weight in float64. keep: the elements that dropout keeps."""
 
     base: BaseWeight
     W: Tensor
@@ -114,7 +114,7 @@ def base_weight(device: Device, kind: str, N: int, K: int, dtype: torch.dtype) -
 
 @lru_cache(maxsize=16)
 def keep_mask(device_kind: str, backend: str, M: int, K: int, dropout: float) -> Tensor:
-    """[M, K] bool that a call with SEED should draw, on Triton by NumPy's Philox."""
+    """[M, K] bool mask that a call with SEED should draw; for Triton it comes from Philox in NumPy."""
     if backend == "triton":
         packed = philox_mask_reference(SEED, M, K, dropout)
         return passes.unpack_mask(packed, K).to(device_kind)
@@ -153,7 +153,7 @@ def fused(case: Case, backend: str) -> dict[str, Tensor]:
 
 
 def unfused(case: Case, *, library: bool = False) -> dict[str, Tensor]:
-    """PEFT's formula in the type of x. library: the output has bitsandbytes' base product in it."""
+    """PEFT's formula in the type of x. library: the output uses bitsandbytes' base product."""
     dtype = case.x.dtype
     W = case.W.to(dtype)
     keep = None if case.keep is None else case.keep.to(dtype) * case.keep_scale
@@ -162,15 +162,15 @@ def unfused(case: Case, *, library: bool = False) -> dict[str, Tensor]:
         dropped = x if keep is None else x * keep
         return F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * SCALE
 
-    values = gradients(lambda x, A, B, bias: F.linear(x, W, bias) + adapter(x, A, B), case)
+    results = gradients(lambda x, A, B, bias: F.linear(x, W, bias) + adapter(x, A, B), case)
     if library:
         product = library_linear(case.x, case.base, case.bias)
-        values["y"] = product + adapter(case.x, case.A, case.B)
-    return values
+        results["y"] = product + adapter(case.x, case.A, case.B)
+    return results
 
 
 def truth(case: Case) -> dict[str, Tensor]:
-    """Output and gradients written out in float64."""
+    """Output and gradients computed in float64."""
     x, A, B, bias, dY = (t.double() for t in (*case.inputs(), case.grad))
     D = torch.ones_like(x) if case.keep is None else case.keep.double() * case.keep_scale
     dS = SCALE * dY @ B
@@ -184,7 +184,7 @@ def truth(case: Case) -> dict[str, Tensor]:
 
 
 def checks(device: Device, dtype: str) -> Iterator[Check]:
-    """One row per storage and way, over all shapes; then with float32 factors."""
+    """One row per storage and plan, over all shapes; then the same with float32 factors."""
 
     def check(kind: str, way: Way, shapes: list[Shape], *, wide: bool) -> Check:
         what: dict[str, Any] = {
@@ -212,13 +212,13 @@ def _compared(device: Device, kind: str, dtype: str, way: Way, wide: bool, shape
     case = make_case(device, kind, (M, N, K, R), getattr(torch, dtype), dropout=way[2], wide=wide)
     with plan.forced(plan.Plan(way[0], way[1])):
         actual = fused(case, device.backend(case.x.dtype))
-    # The M x R numbers between the factors are rounded on either path.
+    # Both paths round the M x R numbers between the factors.
     return Compared(actual, unfused(case, library=way[0] == "library"), truth(case), terms=max(M, N, K), rounded=M * R)
 
 
 def times(device: Device) -> Iterator[Timing]:
-    """Where dropout forbids merging: adding the adapter to the finished product reads and writes all of it once more.
-    Written first, the product is added onto it while the matrix unit is busy; and the sum is rounded once, not twice."""
+    """Two orders where dropout forbids merging. Adding the adapter after the product reads and writes the whole output again.
+    Before it, the matrix unit hides that traffic, and the sum is rounded once, not twice."""
     for M in device.pick((8192, 2048), (16,)):
         for N, K in device.pick(list(LAYER), [(96, 128)]):
             what = {"case": "product + adapter, added after or before", "M": M, "shape": [N, K], "R": 16}

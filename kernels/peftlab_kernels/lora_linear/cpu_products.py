@@ -1,8 +1,8 @@
-"""Products with the frozen weight whose operands are rounded to bfloat16 or int8, on processors with units for them.
+"""Products with the frozen weight whose operands are rounded to bfloat16 or int8, for processors with units for them.
 
-Sums stay exact (float32, int32), and so do the adapter and the bias. int8 takes bitsandbytes' rows of W as they are and rounds
-each row of x to 255 steps, columns with outliers apart (LLM.int8, arXiv:2208.07339). oneDNN compiles its kernels for each
-shape, which takes longer than one product of a micro-batch, and keeps them: rows therefore go in blocks of few sizes.
+Sums stay exact (float32, int32), and so do the adapter and the bias. int8 uses bitsandbytes' rows of W unchanged and rounds
+each row of x to 255 steps, except for columns with outliers (LLM.int8, arXiv:2208.07339). oneDNN compiles and caches a kernel
+per shape, and compiling takes longer than one product of a micro-batch. Rows are therefore split into blocks of a few sizes.
 """
 
 # Shape suffixes: M rows of x, N out features, K in features.
@@ -19,8 +19,8 @@ from torch import Tensor
 from peftlab_kernels.lora_linear.base import BaseWeight, Int8Weight, as_float
 from peftlab_kernels.runtime import cdiv, scratch
 
-_BLOCK, _STEP = 512, 32  # rows of a block, and what the last one is a multiple of
-_PIECE = 2**17  # elements quantized at a time: stays in cache
+_BLOCK, _STEP = 512, 32  # rows of a block; the last block is padded to a multiple of the step
+_PIECE = 2**17  # elements quantized at a time, so that they stay in cache
 _STEPS_INT8 = 127.0
 
 
@@ -39,7 +39,7 @@ def add_product(y_MN: Tensor, x_MK: Tensor, base: BaseWeight, operands: str) -> 
 
 
 def add_gradient(dX_MK: Tensor, dY_MN: Tensor, base: BaseWeight, operands: str) -> None:
-    """dX += dY W, as ``add_product``; with int8 in float32, since rounding gradients too gained no time."""
+    """dX += dY W, as ``add_product``. With int8 it runs in float32, since rounding gradients too saved no time."""
     W_NK = as_float(base, torch.float32, backend="torch")
     if operands == "bf16":
         _add_bf16(dX_MK, dY_MN, W_NK)
@@ -55,7 +55,7 @@ def _add_bf16(out: Tensor, rows: Tensor, weight: Tensor) -> None:
                 continue
             padded = scratch((size, rows.shape[1]), rows.dtype, rows.device, use="padded rows")
             padded[: stop - start] = rows[start:stop]
-            padded[stop - start :] = 0  # what lies there may be no number
+            padded[stop - start :] = 0  # scratch memory may hold NaN
             product = scratch((size, weight.shape[1]), rows.dtype, rows.device, use="product")
             out[start:stop] += torch.mm(padded, weight, out=product)[: stop - start]
 
@@ -71,7 +71,7 @@ def _add_int8(y_MN: Tensor, x_MK: Tensor, base: Int8Weight, scale_N: Tensor) -> 
 
 
 def _blocks(M: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, end, rows that are multiplied) of each block."""
+    """(first row, end, number of rows multiplied) of each block."""
     for start in range(0, M, _BLOCK):
         stop = min(M, start + _BLOCK)
         yield start, stop, _STEP * cdiv(stop - start, _STEP)
@@ -84,8 +84,8 @@ def _pieces(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _quantize_rows(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """[size, K] int8, which the next call overwrites, and the step [M, 1] of each row: its largest value is 127 of
-    them."""
+    """[size, K] int8, which the next call overwrites, and the step [M, 1] of each row. A row's largest value is 127
+    steps."""
     M, K = rows.shape
     quantized = scratch((size, K), torch.int8, rows.device, use="quantized rows")
     quantized[M:] = 0
@@ -99,7 +99,7 @@ def _quantize_rows(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _outliers(x_MK: Tensor, threshold: float) -> Tensor | None:
-    """Columns of x with a value of at least ``threshold``, which int8 would round the others of their row for."""
+    """Columns of x with a value of at least ``threshold``. In int8 they would coarsen the steps of their whole row."""
     if not threshold or not x_MK.numel():
         return None
     low, high = x_MK.aminmax()

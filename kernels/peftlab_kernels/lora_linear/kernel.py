@@ -1,6 +1,6 @@
 """The passes of a LoRA linear that are not plain matrix products: dropout, and reading dY or x once for two results.
 
-Partial sums go to a workspace with one slice per group of rows, summed afterwards: no atomics, so the same input gives
+Partial sums go to a workspace with one slice per group of rows and are summed later, without atomics. The same input gives
 the same bytes (bit-exact resume needs that).
 """
 

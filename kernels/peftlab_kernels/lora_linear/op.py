@@ -1,7 +1,7 @@
 """LoRA linear as one autograd node: checks, choice of path, launches.
 
-Eager calls take ``torch.autograd.Function``; inside ``torch.compile`` the same two functions are called through
-registered operators (their dispatch costs about as much as a small matrix product on a CPU).
+Eager calls use ``torch.autograd.Function``. Inside ``torch.compile`` registered operators call the same two functions.
+(Their dispatch costs about as much as a small matrix product on a CPU.)
 """
 
 # Shape suffixes: M rows of x, N out features, K in features, R rank, P packed bytes of a mask row (ceil(K / 8)).
@@ -30,18 +30,18 @@ from peftlab_kernels.nf4_dequant import NF4Weight
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call is, apart from the tensors that autograd follows."""
+    """The arguments of a call, without the tensors that autograd tracks."""
 
     base: BaseWeight
     scale: float
     dropout: float
-    asked: str
-    """The backend that the caller asked for: a kernel without matrix products may run on Triton where others do not."""
+    requested: str
+    """The caller's backend: a kernel without matrix products may run on Triton where others cannot."""
     backend: str
-    """That of the kernels with matrix products."""
+    """The backend of the kernels with matrix products."""
     plan: plan.Plan
     operands: str | None
-    """Of ``cpu_products``; None: those of x."""
+    """Type of the operands in ``cpu_products``; None: the type of x."""
 
 
 def lora_linear(
@@ -58,18 +58,18 @@ def lora_linear(
 ) -> Tensor:
     """``x W^T + bias + scale * dropout(x) A^T B^T`` over a frozen W, with gradients for x, A, B and the bias.
 
-    Nothing of the size of x is saved but x itself: under dropout one bit per element, otherwise nothing.
-    No input is written to. Differentiable once.
+    The op saves x, with dropout also one bit per element, and nothing else of that size. It overwrites no input.
+    Differentiable once.
 
     Args:
         x: [..., K] float32, float16 or bfloat16 (and float64 without Triton). base: the frozen [N, K] weight.
-        A_RK, B_NR: any of these types; their gradients have their types. dropout: probability of a zero.
-        seed: [] int64, best on the device of x (``new_seed(x.device)``); needed with dropout: one seed gives one mask for
-            one shape.
-        backend: auto (Triton on CUDA), triton, torch, or for float32 on a CPU cpu-bf16 (the products with W, here and in
-            dX, take operands rounded to that type) or, over an ``Int8Weight``, cpu-int8 (that of y does).
+        A_RK, B_NR: any of these types; their gradients have the same types. dropout: probability of a zero.
+        seed: [] int64, best on the device of x (``new_seed(x.device)``). Required with dropout: one seed gives one mask per
+            shape.
+        backend: auto (Triton on CUDA), triton or torch. For float32 on a CPU also cpu-bf16 (the products with W, in y and
+            in dX, round their operands to bfloat16) and, over an ``Int8Weight``, cpu-int8 (the product in y rounds them).
     Returns: [..., N] in the type of x.
-    Raises: ValueError on shapes that do not fit together, a dropout outside [0, 1), or a backend that cannot run.
+    Raises: ValueError on shapes that do not match, a dropout outside [0, 1), or a backend that cannot run.
     """
     N, K = base.shape
     R = A_RK.shape[0]
@@ -140,16 +140,16 @@ def _forward(
     seed: Tensor | None,
     call: _Call,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y; S, or None where y needs none: activation checkpointing throws away what a first forward makes for backward; the
-    mask."""
+    """y, S and the mask. S is None if y does not need it: activation checkpointing discards what a first forward computes for
+    backward."""
     dtype, how = x_MK.dtype, call.plan.forward
     mask_MP = None
     bias_N = bias_N.to(dtype) if bias_N is not None else None
     if call.dropout:
         assert seed is not None
-        S_MR, mask_MP = passes.dropout_down(x_MK, A_RK, call.dropout, seed, call.asked)
+        S_MR, mask_MP = passes.dropout_down(x_MK, A_RK, call.dropout, seed, call.requested)
     elif how == "merged":
-        W_NK = as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.asked)
+        W_NK = as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.requested)
         return torch.nn.functional.linear(x_MK, W_NK, bias_N), None, None
     else:
         S_MR = _down(x_MK, A_RK)
@@ -157,13 +157,13 @@ def _forward(
         y_MN = library_linear(x_MK, call.base, bias_N)
         y_MN.addmm_(S_MR, B_NR.t().to(dtype), alpha=call.scale)
     else:
-        # The small part first: the product is then added to it before its one rounding. The other way round the base
-        # is on the 16-bit grid already, and an adapter below half its step is lost.
+        # The small part comes first: the product is then added to it before the single rounding. In the other order the
+        # product is already on the 16-bit grid, and an adapter below half its step is lost.
         y_MN = torch.nn.functional.linear(S_MR, (call.scale * B_NR).to(dtype), bias_N)
         if call.operands:
             cpu_products.add_product(y_MN, x_MK, call.base, call.operands)
         else:
-            y_MN.addmm_(x_MK, as_float(call.base, dtype, backend=call.asked).t())
+            y_MN.addmm_(x_MK, as_float(call.base, dtype, backend=call.requested).t())
     return y_MN, S_MR, mask_MP
 
 
@@ -199,14 +199,14 @@ def _backward(
     if dX_MK is not None and call.operands:
         cpu_products.add_gradient(dX_MK, dY_MN, call.base, call.operands)
     elif dX_MK is not None:
-        dX_MK.addmm_(dY_MN, as_float(call.base, dtype, backend=call.asked))
+        dX_MK.addmm_(dY_MN, as_float(call.base, dtype, backend=call.requested))
     elif need_x:
-        dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.asked)
+        dX_MK = dY_MN @ as_float(call.base, dtype, low_rank=(A_RK, B_NR, call.scale), backend=call.requested)
     return dX_MK, dA_RK, dB_NR
 
 
 def _pack(base: BaseWeight) -> tuple[list[Tensor], str, list[int], float]:
-    """A base weight as the plain values that an operator schema can hold."""
+    """A base weight as the plain values that an operator schema accepts."""
     numbers = [*base.shape]
     threshold = 0.0
     if isinstance(base, NF4Weight):
@@ -237,13 +237,13 @@ def _call_of(
             problem = f"the weight is not stored in int8 but as {type(base).__name__}"
         if problem:
             raise ValueError(f"backend {backend} cannot run: {problem}")
-    asked, backend = backend, runtime.choose_backend(backend, x_MK, products=True)
+    requested, backend = backend, runtime.choose_backend(backend, x_MK, products=True)
     (M, K), N = x_MK.shape, base.shape[0]
     on_grid = isinstance(base, DenseWeight) and base.weight.dtype == x_MK.dtype and x_MK.dtype.itemsize == 2
     chosen = plan.choose(
         kind_of(base), x_MK.device, M=M, N=N, K=K, dropout=dropout > 0, on_grid=on_grid, backend=backend
     )  # fmt: skip
-    return _Call(base, scale, dropout, asked, backend, plan.UNMERGED if operands else chosen, operands)
+    return _Call(base, scale, dropout, requested, backend, plan.UNMERGED if operands else chosen, operands)
 
 
 @torch.library.custom_op("peftlab::lora_linear", mutates_args=())
@@ -261,12 +261,11 @@ def lora_linear_forward(
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Operator behind ``lora_linear``: y [M, N], S [M, R], mask [M, ceil(K / 8)] uint8 (no columns without dropout)."""
+    """Operator behind ``lora_linear``. Returns y [M, N], S [M, R], mask [M, ceil(K / 8)] uint8 (no columns without dropout)."""
     call = _call_of(x_MK, _unpack(base, kind, numbers, threshold), scale, dropout, backend)
     y_MN, S_MR, mask_MP = _forward(x_MK, A_RK, B_NR, bias_N, seed, call)
-    S_MR = (
-        _down(x_MK, A_RK) if S_MR is None else S_MR
-    )  # its size must not depend on the plan, which a trace cannot know
+    # The size of S must not depend on the plan, which a trace cannot know.
+    S_MR = _down(x_MK, A_RK) if S_MR is None else S_MR
     if mask_MP is None:
         mask_MP = torch.empty((x_MK.shape[0], 0), dtype=torch.uint8, device=x_MK.device)
     return y_MN, S_MR, mask_MP
@@ -298,7 +297,7 @@ def lora_linear_backward(
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Operator behind the gradient of ``lora_linear``: dX [M, K], dA [R, K], dB [N, R]."""
+    """Operator behind the gradient of ``lora_linear``. Returns dX [M, K], dA [R, K], dB [N, R]."""
     call = _call_of(x_MK, _unpack(base, kind, numbers, threshold), scale, dropout, backend)
     mask = mask_MP if dropout else None
     dX, dA, dB = _backward(dY_MN.contiguous(), x_MK, A_RK, B_NR, S_MR, mask, call, True, True)

@@ -1,6 +1,6 @@
 """The steps of a LoRA linear around its large matrix products, on Triton or in PyTorch.
 
-The PyTorch versions go through rows in pieces that stay in cache, so that no temporary has the size of x.
+The PyTorch versions process rows in pieces that stay in cache, so that no temporary has the size of x.
 """
 
 # Shape suffixes: M rows of x, N out features, K in features, R rank, P packed bytes of a mask row (ceil(K / 8)).
@@ -18,17 +18,17 @@ from peftlab_kernels import runtime
 from peftlab_kernels.lora_linear.reference import MASK_ROUNDS, keep_threshold
 from peftlab_kernels.runtime import cdiv, next_power_of_2
 
-# Elements of x at a time: what stays in cache on a CPU; on a GPU, whose time launches would take, a small part of its memory.
+# Elements of x at a time. On a CPU they stay in cache; on a GPU, where many launches would be slow, they take little memory.
 _PIECE = {"cpu": 2**18, "cuda": 2**25}
-# The partial sums of dS that up_backward_kernel writes and reads again are 8R / (2 * 128) of dY: above this rank reading
-# dY twice, for two plain products, is less.
+# The partial sums of dS that up_backward_kernel writes and reads again are 8R / (2 * 128) of dY. Above this rank two plain
+# products, which read dY twice, move fewer bytes.
 _MAX_SHARED_READ_RANK = 32
 
 
 def dropout_down(x_MK: Tensor, A_RK: Tensor, dropout: float, seed: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """S [M, R] = (mask * x / share kept) A^T in the type of x, and the mask as bits, [M, P] uint8.
 
-    Args: seed: [] int64. backend: as asked for; the mask may come from Triton where the product does not.
+    Args: seed: [] int64. backend: the caller's; the mask may come from Triton where the product does not.
     """
     M, K = x_MK.shape
     R = A_RK.shape[0]
@@ -90,9 +90,9 @@ def down_backward(
     need_dX: bool,
     need_dA: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the lower factor gives back: its part of dX [M, K] = D(dS A), and dA [R, K] = dS^T D(x).
+    """Gradients through A: its part of dX [M, K] = D(dS A), and dA [R, K] = dS^T D(x).
 
-    D multiplies by mask / share kept. dA is float32 from Triton. None for what is not needed.
+    D multiplies by mask / share kept. Triton gives dA in float32. A gradient that is not needed is None.
     """
     M, K = x_MK.shape
     if mask_MP is None:
@@ -161,13 +161,13 @@ def unpack_mask(mask_MP: Tensor, K: int) -> Tensor:
 
 
 def _factors(mask_MP: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """The mask as zeros and ones: PyTorch multiplies equal types ten times as fast as float by bool."""
+    """The mask as zeros and ones in ``dtype``: PyTorch multiplies equal types ten times faster than float by bool."""
     return unpack_mask(mask_MP, K).to(dtype)
 
 
 def draw_mask(x_MK: Tensor, dropout: float, seed: Tensor, backend: str) -> Tensor:
-    """[M, P] uint8 keep bits for ``x_MK``, on its device. A function of seed and shape: on a GPU, and from Triton anywhere,
-    those of ``philox_mask_reference``."""
+    """[M, P] uint8 keep bits for ``x_MK``, on its device. They depend on seed and shape only. On a GPU, and from Triton
+    anywhere, they equal ``philox_mask_reference``."""
     M, K = x_MK.shape
     threshold, _ = keep_threshold(dropout)
     if runtime.choose_backend(backend, x_MK, products=False) == "triton":
@@ -190,8 +190,8 @@ def draw_mask(x_MK: Tensor, dropout: float, seed: Tensor, backend: str) -> Tenso
 
 
 def _philox(rows: slice, K: int, threshold: int, seed: Tensor) -> Tensor:
-    """[rows, P] uint8 keep bits in plain PyTorch, without a look at the seed from the host: where Triton does not run. 64-bit
-    products wrap, which leaves their bits as they are; words are kept in the low half."""
+    """[rows, P] uint8 keep bits in plain PyTorch, for a GPU without Triton. The host never reads the seed. 64-bit products wrap,
+    which keeps the bits that count; words are in the low half."""
     low, width = 0xFFFFFFFF, cdiv(K, 8)
     index = torch.arange(rows.start * width, rows.stop * width, device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
@@ -210,8 +210,8 @@ def _philox(rows: slice, K: int, threshold: int, seed: Tensor) -> Tensor:
 
 
 def _sfc64(x_MK: Tensor, threshold: int, seed: int) -> Tensor:
-    """[M, P] uint8 keep bits. NumPy's SFC64 is several times as fast as Philox on a CPU; the masks of a seed differ
-    between devices, as PyTorch's own do."""
+    """[M, P] uint8 keep bits. NumPy's SFC64 is several times faster than Philox on a CPU. The masks of a seed differ
+    between devices, as with PyTorch's own dropout."""
     M, K = x_MK.shape
     source = np.random.SFC64(seed)
     mask = np.empty((M, cdiv(K, 8)), dtype=np.uint8)
@@ -230,8 +230,8 @@ def _pieces(x_MK: Tensor) -> Iterator[slice]:
 
 
 def _per_group(size: int, tiles: int, block: int, device: torch.device) -> int:
-    """How many of ``size`` rows or columns one program walks, a multiple of ``block``: about four programs a processor
-    beside ``tiles`` programs, and at least four blocks each so that the workspace stays small beside the input."""
+    """How many of ``size`` rows or columns one program processes, a multiple of ``block``. With ``tiles`` programs in the other
+    direction this gives about four programs per processor, and at least four blocks each to keep the workspace small."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     groups = max(1, min(cdiv(size, 4 * block), cdiv(4 * processors, tiles)))
     return cdiv(cdiv(size, groups), block) * block
@@ -242,16 +242,16 @@ def _rank_block(rank: int) -> int:
 
 
 def mask_options() -> dict[str, Any]:
-    """Compile-time values and launch options of ``dropout_mask_kernel``: four bytes a thread."""
+    """Compile-time values and launch options of ``dropout_mask_kernel``: four bytes per thread."""
     return {"BLOCK": 512, "num_warps": 4}
 
 
 def down_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time values and launch options of ``dropout_down_kernel``.
 
-    With four warps the random numbers, and in the other passes the sums of rank 64, spill registers. Float32 products
-    run without the matrix unit and hold their operands in registers, so they take smaller tiles; larger ones also need
-    more shared memory than a block may have on sm_89 and sm_120 (99 KiB).
+    With four warps the random numbers spill registers, and in the other passes the sums of rank 64 do. Float32 products
+    run without the matrix unit and hold their operands in registers, so their tiles are smaller. Larger tiles would also
+    need more shared memory than a block may have on sm_89 and sm_120 (99 KiB).
     """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
@@ -259,15 +259,15 @@ def down_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def up_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """As ``down_options``, for ``up_backward_kernel``. 128 columns: dB's tile has them as rows."""
+    """As ``down_options``, for ``up_backward_kernel``. 128 columns, because they are the rows of dB's tile."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 3}
 
 
 def down_backward_options(rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """As ``down_options``, for ``down_backward_kernel``. Of a rank that is no multiple of 16 ptxas aims at 64 registers on sm_100,
-    and spills, without a limit of its own."""
+    """As ``down_options``, for ``down_backward_kernel``. For a rank that is not a multiple of 16, ptxas without an explicit
+    limit aims at 64 registers on sm_100 and spills."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": _rank_block(rank), "num_warps": 8, "num_stages": 2}
     return {

@@ -1,4 +1,4 @@
-"""Which way a LoRA linear goes: from a table of measurements where there is one, else by rule."""
+"""The plan of a LoRA linear: from a table of measurements if there is one, else by rule."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from peftlab_kernels.runtime import next_power_of_2
 
 SHIPPED_TABLE = Path(__file__).with_name("plans.json")
 FORWARD, BACKWARD = ("merged", "split", "library"), ("merged", "split")
-# What a row of a table must have; a measurement may say more.
+# Required fields of a table's row; a measurement may add more.
 _FIELDS = {
     "device": str, "kind": str, "m": int, "n": int, "k": int, "dropout": bool, "forward": str, "backward": str,
 }  # fmt: skip
 
-# Rows from which bitsandbytes' fused NF4 product is slower than dequantizing once and a dense product, by compute
+# Above this many rows bitsandbytes' fused NF4 product is slower than dequantizing once plus a dense product, by compute
 # capability (bitsandbytes 0.50 switches at the same sizes for most weights).
 _NF4_LIBRARY_ROWS = {(8, 9): 256, (9, 0): 48, (8, 0): 128}
-# Where bitsandbytes' int8 product gains nothing. It reads x for a copy, quantizes that, and writes and reads sums of 4 bytes:
-# at 8,192 x 4,096 x 4,096 about 350 us of an H200, as long as the product in 16 bits with the weight dequantized before it,
-# which rounds no x and does not wait for the host. Slower matrix units (1.17 against 1.72 ms on a 4090) keep it.
+# Capabilities where bitsandbytes' int8 product gains nothing. It copies and quantizes x, and writes and reads 4-byte sums:
+# about 350 us on an H200 at 8,192 x 4,096 x 4,096. Dequantizing the weight and multiplying in 16 bits takes as long, does not
+# round x and does not wait for the host. GPUs with slower matrix units keep it (1.17 against 1.72 ms on a 4090).
 _NO_INT8_LIBRARY = {(9, 0), (10, 0), (10, 3)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """forward: ``merged`` (one product with W + s B A), ``split`` (the adapter, and the product with W added onto it) or
-    ``library`` (the base product by bitsandbytes, then the adapter). backward (dX): ``merged`` or ``split``."""
+    """forward: ``merged`` (one product with W + s B A), ``split`` (the adapter, then the product with W added to it) or
+    ``library`` (bitsandbytes' base product, then the adapter). backward (dX): ``merged`` or ``split``."""
 
     forward: str
     backward: str
 
 
 class Key(NamedTuple):
-    """What a plan is chosen by. device: ``cpu`` or ``sm_90``; m: rows of the input, up to the next power of two."""
+    """The key for choosing a plan. device: ``cpu`` or ``sm_90``. m: rows of the input, rounded up to a power of two."""
 
     device: str
     kind: str
@@ -68,8 +68,8 @@ def choose(
 ) -> Plan:
     """The plan for [M, K] inputs to a [N, K] weight of ``kind`` (dense, nf4, int8).
 
-    on_grid: W is in the 16-bit type of x as it is stored. Adding an adapter to it would round most of a small one away,
-    so it is never merged, whatever was measured.
+    on_grid: W is stored in the 16-bit type of x. Adding a small adapter to it would round most of the adapter away, so it
+    is never merged, whatever was measured.
     """
     if _forced:
         return _forced[-1]
@@ -84,8 +84,8 @@ def choose(
 
 @contextlib.contextmanager
 def planned_for(rows: int) -> Iterator[None]:
-    """Within it, plans are those of ``rows`` rows, however many there are: a small sample then takes the paths of
-    the real batch."""
+    """Inside the context, plans are chosen for ``rows`` rows, whatever the input has: a small sample then uses the plans
+    of the real batch."""
     _planned_rows.append(rows)
     try:
         yield
@@ -95,7 +95,7 @@ def planned_for(rows: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forced(plan: Plan) -> Iterator[None]:
-    """Within it every call takes ``plan``: for measuring it."""
+    """Inside the context every call uses ``plan``, to measure it."""
     _forced.append(plan)
     try:
         yield
@@ -105,8 +105,8 @@ def forced(plan: Plan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def int8_by_library() -> Iterator[list[Plan]]:
-    """Within it bitsandbytes multiplies int8 weights, whatever is faster: with rows of x rounded to 8 bits, as in its own
-    layers. The list gets the plans that it took the place of."""
+    """Inside the context bitsandbytes multiplies int8 weights, even if another plan is faster. It rounds rows of x to 8 bits,
+    as in its own layers. The list collects the replaced plans."""
     replaced: list[Plan] = []
     _int8_by_library.append(replaced)
     try:
@@ -116,15 +116,15 @@ def int8_by_library() -> Iterator[list[Plan]]:
 
 
 def use_table(path: Path | None) -> None:
-    """Measurements in ``path`` win over the shipped ones from now on, in place of those of an earlier call; None: the
-    shipped ones alone. Raises: ValueError when it is not such a table, and nothing has changed then."""
+    """Uses the measurements in ``path`` before the shipped ones, and replaces those of an earlier call; None: only the
+    shipped ones. Raises: ValueError if the file is not such a table; then nothing changes."""
     tables = [] if path is None else [_table_of(read_table(path))]
     _extra_tables[:] = tables
     _choose.cache_clear()
 
 
 def in_use() -> str:
-    """The measured table in a few characters, the same for the same plans; ``by rule`` without one."""
+    """A short hash of the measured plans; ``by rule`` without a table."""
     plans = sorted(str(item) for table in _extra_tables for item in table.items())
     return hashlib.sha256("\n".join(plans).encode()).hexdigest()[:12] if plans else "by rule"
 
@@ -134,7 +134,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["plans"]
         if not isinstance(rows, list):
-            raise TypeError(f"its plans are no list but {type(rows).__name__}")
+            raise TypeError(f"expected a list of plans, found {type(rows).__name__}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a table of kernel plans: {type(error).__name__}: {error}") from error
     for number, row in enumerate(rows):
@@ -168,12 +168,12 @@ def _shipped_table() -> _Table:
 
 
 def rule(device: str, kind: str, *, M: int, N: int, K: int, dropout: bool, backend: str = "triton") -> Plan:
-    """The plan without measurements. backend: of the kernels with matrix products, on a GPU.
+    """The plan without measurements. backend: the backend of the kernels with matrix products, on a GPU.
 
-    Merging saves passes over x and y, and costs nothing extra where a quantized weight is written out anyway. A dense
-    one would be copied for it, 8NK bytes against 2MN + 2MK: with no gain in time up to 2N rows, and a loss in precision
-    (``choose``). PyTorch alone merges through float32 copies, so on a GPU it does not. Dropout acts on x, so nothing can
-    be merged.
+    Merging saves passes over x and y, and is free where a quantized weight is written out anyway. A dense weight would
+    have to be copied, 8NK bytes against 2MN + 2MK: no gain in time up to 2N rows, and a loss in precision (``choose``).
+    PyTorch merges through float32 copies, so on a GPU without Triton nothing is merged. Dropout acts on x, so with
+    dropout nothing is merged either.
     """
     cuda, capability = device != "cpu", _capability(device)
     library = cuda and (

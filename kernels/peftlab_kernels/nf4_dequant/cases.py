@@ -1,6 +1,6 @@
-"""What to compile, to check and to time of ``nf4_dequant``.
+"""What to compile, check and time for ``nf4_dequant``.
 
-Stored weights are made of random bytes and scales: any such are a valid weight, and none needs a quantizer.
+Stored weights are random bytes and scales. Any bytes are a valid weight, so none needs a quantizer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peftlab_kernels.cases import MERGE, UNALIGNED_MERGE, Compiled, Device, Stor
 from peftlab_kernels.nf4_dequant.op import NF4Weight, dequant_options, merge_options, nf4_dequant
 from peftlab_kernels.nf4_dequant.reference import nf4_dequant_reference
 
-# QLoRA's sixteen levels (Dettmers et al. 2023, appendix E), as bitsandbytes has them.
+# QLoRA's sixteen levels (Dettmers et al. 2023, appendix E), as bitsandbytes defines them.
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -47,7 +47,7 @@ COMPILED = [
 
 
 def make(device: Device, N: int, K: int, *, nested: bool, blocksize: int = 64, seed: int = 0) -> NF4Weight:
-    """A random weight whose values have the size of a layer's, about 1 / sqrt(K)."""
+    """A random weight with values as large as a layer's, about 1 / sqrt(K)."""
     g = torch.Generator(device.kind).manual_seed(seed)
     blocks = -(-N * K // blocksize)
 
@@ -80,7 +80,7 @@ def truth(weight: NF4Weight) -> Tensor:
 
 
 def library(weight: NF4Weight, dtype: torch.dtype) -> Callable[[Tensor | None], Tensor]:
-    """bitsandbytes' dequantization of the same tensors. It writes into given memory on CUDA only."""
+    """bitsandbytes' dequantization of the same tensors. It writes to ``out`` on CUDA only."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     make_state: Any = QuantState
@@ -103,7 +103,7 @@ STORAGE = Storage(
     dense=dense,
     truth=truth,
     library=library,
-    library_columns=64,  # it compiles for odd K, and errs where blocks span rows
+    library_columns=64,  # it compiles for odd K, but is wrong where blocks span rows
     variants=({"nested": False}, {"nested": True}),
     forms=({"blocksize": 64}, {"blocksize": 128}),
     merge_timed=((4096, 4096), (14336, 4096)),

@@ -1,4 +1,4 @@
-"""NF4 to float: the packed weight alone, or with a low-rank product added on the way."""
+"""NF4 to float: the packed weight alone, or the weight plus a low-rank product."""
 
 import triton
 import triton.language as tl
@@ -104,7 +104,7 @@ def nf4_merge_kernel(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (n[:, None] < N) & (k[None, :] < K)
     at = n[:, None] * K + k[None, :]
-    if EARLY:  # on their way while the factors are loaded and multiplied
+    if EARLY:  # these loads run while the factors are loaded and multiplied
         absmax, byte = row_blocks(
             packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, n, N, K, BLOCKSIZE, BLOCK_K, NESTED, BLOCK2
         )

@@ -17,10 +17,10 @@ from peftlab_kernels.runtime import cdiv, next_power_of_2
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """bitsandbytes' storage of a [N, K] weight.
+    """A [N, K] weight as bitsandbytes stores it.
 
     Attributes:
-        packed: uint8, two values a byte, the first in the high half. absmax: float32 [blocks], or with ``nested``
+        packed: uint8, two values per byte, the first in the high half. absmax: float32 [blocks], or with ``nested``
             uint8 indices into its code. code: [16] float32. nested: (code [256], absmax [blocks / nested_blocksize],
             offset []), all float32, for double quantization.
     """
@@ -51,10 +51,10 @@ def nf4_dequant(
     Without ``low_rank`` the result equals bitsandbytes' own, bit for bit.
 
     Args:
-        dtype: float32, float16 or bfloat16. low_rank: (A [R, K], B [N, R], s). out: [N, K] contiguous, written to.
+        dtype: float32, float16 or bfloat16. low_rank: (A [R, K], B [N, R], s). out: [N, K] contiguous, overwritten.
         backend: auto, triton or torch.
     Returns: [N, K], ``out`` if given.
-    Raises: ValueError on tensors that do not fit together.
+    Raises: ValueError on tensors whose sizes or types do not match.
     """
     N, K = weight.shape
     numel = N * K
@@ -74,7 +74,7 @@ def nf4_dequant(
 
 
 def _check(weight: NF4Weight) -> None:
-    """Sizes: kernels index by them, so a wrong one would read foreign memory."""
+    """Checks the sizes: kernels index by them, so a wrong size would read out of bounds."""
     (N, K), numel = weight.shape, weight.shape[0] * weight.shape[1]
     if weight.packed.dtype != torch.uint8 or weight.packed.numel() != cdiv(numel, 2):
         raise ValueError(
@@ -110,19 +110,19 @@ def _torch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, out
         out.copy_(_values(weight, out.dtype))
         return
     A_RK, B_NR, scale = low_rank
-    # addmm_, not addmm: autocast would round the operands of the latter.
+    # addmm_, not addmm: autocast would round the operands of addmm.
     merged = _values(weight, torch.float32).to(wide).addmm_(B_NR.to(wide), A_RK.to(wide), alpha=scale)
     out.copy_(merged)
 
 
 def _values(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """A new [N, K] tensor; float32 stands in for types that bitsandbytes does not write."""
+    """A new [N, K] tensor; float32 replaces types that bitsandbytes cannot write."""
     import bitsandbytes  # noqa: F401  # registers the ops
 
     dtype = dtype if dtype in runtime.TRITON_DTYPES else torch.float32
     N, K = weight.shape
-    # bitsandbytes 0.50.2 on a CPU takes a row's scales from the wrong blocks where blocks span rows: give it rows that
-    # are whole blocks, and take the formula where there are none.
+    # bitsandbytes 0.50.2 on a CPU takes a row's scales from the wrong blocks where blocks span rows. So it gets rows that
+    # are whole blocks; if there are none, the formula is used.
     shape = (N, K) if K % weight.blocksize == 0 else (N * K // weight.blocksize, weight.blocksize)
     if shape[0] * shape[1] != N * K:
         values = nf4_dequant_reference(
@@ -176,14 +176,14 @@ def _launch(weight: NF4Weight, low_rank: tuple[Tensor, Tensor, float] | None, ou
 
 
 def dequant_options(blocksize: int) -> dict[str, Any]:
-    """Compile-time values and launch options. 8 values a thread: one word read, four written at once."""
+    """Compile-time values and launch options. A thread takes 8 values: it reads one word and writes four at once."""
     return {"ROWS": max(1, 2048 // blocksize), "num_warps": 8, "enable_fp_fusion": False}
 
 
 def merge_options(K: int, rank: int, blocksize: int, dtype: torch.dtype) -> dict[str, Any]:
-    """As ``dequant_options``. Hopper's matrix unit takes tiles from 64 rows on; with 128 an unaligned tile and one in
-    float32 spill registers, and one of blocks of 128 leaves room for one program a processor. One stage: up to rank 64
-    the product has one step, so there is nothing to fetch ahead. Products in float32 leave no registers for what could be loaded early.
+    """As ``dequant_options``. Hopper's matrix unit takes tiles of at least 64 rows. With 128 rows unaligned and float32 tiles
+    spill registers, and tiles with blocks of 128 leave room for one program per processor. One stage: up to rank 64 the
+    product has one step, so there is nothing to prefetch. Products in float32 leave no registers for early loads.
     """
     aligned = K % blocksize == 0 and blocksize <= 128
     return {

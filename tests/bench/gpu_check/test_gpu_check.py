@@ -55,7 +55,7 @@ def figures_are_there(rows: list[Row]) -> None:
 
 
 def sections() -> list[str]:
-    return [section.name for section in SECTIONS if not section.asked]
+    return [section.name for section in SECTIONS if not section.only_by_name]
 
 
 def test_copied_tree_runs_its_own_code(tmp_path: Path) -> None:
@@ -128,13 +128,13 @@ def test_resume_continues_a_killed_run(tmp_path: Path) -> None:
     (lost,) = (n for n, line in enumerate(lines) if b'"ceiling, copy"}, "ok"' in line)
     path.write_bytes(b"".join([*lines[:lost], *lines[lost + 1 :]]) + lines[lost][:40])
     code, _, stderr = check(tmp_path, *chosen, "--resume")
-    assert code == 0 and "measured before: order of addition" in stderr, stderr
+    assert code == 0 and "already measured: order of addition" in stderr, stderr
     *kept, again = measured()
     assert again["task"] == {"case": "ceiling, copy"}
     assert kept == [row for row in first if row["task"] != again["task"]]
     num_before = len(read_records(path))
     code, _, stderr = check(tmp_path, *chosen, "--resume")
-    assert code == 0 and "measured before: ceilings, order of addition" in stderr
+    assert code == 0 and "already measured: ceilings, order of addition" in stderr
     assert [r["kind"] for r in read_records(path)[num_before:]] == ["resumed"]
 
     header, rest = path.read_text().split("\n", 1)
@@ -156,9 +156,9 @@ def test_report_refuses_a_dry_run(tmp_path: Path) -> None:
     code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
     assert code == 0 and {row["ok"] for row in rows} == {True}, stderr
     code, _, stderr = check(tmp_path, "--report")
-    assert code == 2 and "is of a dry run, which confirms nothing" in stderr
+    assert code == 2 and "is from a dry run, which confirms nothing" in stderr
     code, rows, stderr = check(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
-    assert code == 2 and "a dry run does not write where the rows of GPUs are" in stderr
+    assert code == 2 and "a dry run does not write into the folder of GPU rows" in stderr
     assert [file.read_bytes() for file in files] == before
 
 
@@ -280,7 +280,9 @@ def test_red_row_stops_only_the_timings_that_depend_on_it(tmp_path: Path, spoilt
 
 def standing() -> dict[str, list[str]]:
     """For each usual section of timing, the sections that it depends on."""
-    return {section.name: list(section.stands_on) for section in SECTIONS if section.timing and not section.asked}
+    return {
+        section.name: list(section.stands_on) for section in SECTIONS if section.timing and not section.only_by_name
+    }
 
 
 FAULTS = """

@@ -295,7 +295,7 @@ def test_claim_of_a_card_is_open_on_another_card() -> None:
     assert claim["card"] == "H200" and judge(claim, records).state == "confirmed"
     records[0]["machine"]["name"] = "NVIDIA GeForce RTX 3090"
     verdict = judge(claim, records)
-    assert (verdict.state, verdict.note) == ("open", "of another card than NVIDIA GeForce RTX 3090")
+    assert (verdict.state, verdict.note) == ("open", "for a card other than NVIDIA GeForce RTX 3090")
     assert states(records)["dropout-memory"].state == "confirmed", "a claim about bytes holds for any card"
     confirmed_page, left = (part(records, load()) for part in (pending.confirmed, pending.pending))
     assert f"| {claim['what']} | H200 |" in left and claim["what"] not in confirmed_page

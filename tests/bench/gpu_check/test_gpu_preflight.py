@@ -27,7 +27,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
 
 def findings_of(out: Path) -> dict[str, bool]:
     """Message -> whether it is fatal."""
-    sections = [s for s in SECTIONS if not s.asked]
+    sections = [s for s in SECTIONS if not s.only_by_name]
     return {finding.what: finding.fatal for finding in preflight.look(sections, out, dry=True)}
 
 
@@ -66,8 +66,12 @@ def test_other_version_than_in_constraints_is_reported(monkeypatch: pytest.Monke
     constraints.write_text("numpy==0.1\npeft==0.0.1\n")
     monkeypatch.setattr(preflight, "CONSTRAINTS", constraints)
     findings = findings_of(tmp_path)
-    (peft,) = (text for text in findings if "constraints.txt has" in text)
-    assert peft.startswith("peft ") and peft.endswith("is installed, constraints.txt has 0.0.1") and not findings[peft]
+    (peft,) = (text for text in findings if "constraints.txt pins" in text)
+    assert (
+        peft.startswith("peft ")
+        and peft.endswith("is installed, but constraints.txt pins 0.0.1")
+        and not findings[peft]
+    )
 
 
 def test_out_folder_may_be_new_but_not_a_file(tmp_path: Path) -> None:
@@ -81,8 +85,8 @@ def test_out_folder_may_be_new_but_not_a_file(tmp_path: Path) -> None:
 def test_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 * 2**20))
     findings = findings_of(tmp_path)
-    assert findings[f"10 MiB are free for the rows in {tmp_path}; give another --out"] is True
-    assert findings["0.0 GiB are free for temporary files, and recipes may need 2"] is False
+    assert findings[f"only 10 MiB are free for the rows in {tmp_path}; give another --out"] is True
+    assert findings["only 0.0 GiB are free for temporary files, but recipes may need 2"] is False
 
 
 class Driver:
@@ -128,7 +132,7 @@ def test_missing_compiler_is_fatal(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("no C compiler (CC", True),
         (f"no Python.h in {tmp_path}", False),
     ]
-    assert preflight.message(findings).startswith("preflight: FATAL: no C compiler")
+    assert preflight.report(findings).startswith("preflight: FATAL: no C compiler")
 
 
 def test_wheels_match_the_constraints() -> None:

@@ -82,7 +82,7 @@ def conducted(
     monkeypatch.setattr(base, "time", SimpleNamespace(time=lambda: fake.now, perf_counter=lambda: fake.now))
     monkeypatch.setattr(run, "tasks_of", of)
     monkeypatch.setattr(run, "not_installed", lambda *names: None)
-    sections = [s for s in SECTIONS if not s.asked]
+    sections = [s for s in SECTIONS if not s.only_by_name]
     conductor.Conductor(journal, sections, base.Deadline(60 * minutes), fake).run()
     return fake, [r for r in read_records(path) if r["kind"] == "row"]
 
@@ -128,7 +128,7 @@ def test_schedule_times_each_process_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     """On a quick machine everything is done within the time."""
     fake, rows = conducted(monkeypatch, tmp_path / "rows.jsonl", lambda section: [(1.0, {})] * 5)
     assert {row["ok"] for row in rows} == {True}
-    assert {row["section"] for row in rows} == {s.name for s in SECTIONS if not s.asked}
+    assert {row["section"] for row in rows} == {s.name for s in SECTIONS if not s.only_by_name}
     for number, (start, end) in enumerate(fake.timed):
         others = fake.checked + fake.timed[:number] + fake.timed[number + 1 :]
         assert all(ended <= start or end <= began for began, ended in others)
@@ -147,7 +147,7 @@ CORRECTNESS = [section.name for section in SECTIONS if not section.timing]
 def test_bad_row_stops_only_timings_that_depend_on_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: str, bad: Row
 ) -> None:
-    sections = [s for s in SECTIONS if not s.asked]
+    sections = [s for s in SECTIONS if not s.only_by_name]
 
     def tasks(section: Any) -> list[tuple[float, Row]]:
         return [(1.0, {}), (1.0, bad if section.name == spoilt else {})]
