@@ -149,7 +149,7 @@ def _forward_and_backward(loss: Callable[[], Any], leaves: list[Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     sizes = result["sizes"]
     lines = [
-        f"{sizes[0]} tokens, vocabulary {sizes[1]:,}, width {sizes[2]:,} (teacher {sizes[2] // 2:,}), float32 where nothing else is said, "
+        f"{sizes[0]} tokens, vocabulary {sizes[1]:,}, width {sizes[2]:,} (teacher {sizes[2] // 2:,}), float32 unless stated otherwise, "
         f"{where(result)}. `{result['command']}`",
         "",
         "| case | seconds, ours | full logits | time, ratio (range of pairs) | extra MiB, ours | full logits | memory, "
