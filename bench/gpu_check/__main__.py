@@ -44,10 +44,10 @@ from bench.gpu_check.run import Rows, run_group
 from bench.gpu_check.sections import BY_NAME, SECTIONS, with_what_they_stand_on
 from bench.gpu_check.summary import summary
 from peftlab.errors import PeftlabError, RecipeError
-from peftlab.measuring.journal import Journal, begin, go_on, read_records
+from peftlab.measuring.journal import Journal, begin, read_records, resume_journal
 
 DRY_RESULTS = ROOT / "build" / "gpu_check"
-ANEW = "a run without --resume"
+RESTART = "a run without --resume"
 
 
 def described(options: argparse.Namespace) -> Row | None:
@@ -83,11 +83,11 @@ def describe(device: Device, options: argparse.Namespace) -> int:
 
 
 def opened(path: Path, described_now: Row, *, resume: bool) -> Journal:
-    """Raises: RecipeError, ArtifactError, as ``go_on``."""
+    """Raises: RecipeError, ArtifactError, as ``resume_journal``."""
     if not resume:
         path.parent.mkdir(parents=True, exist_ok=True)
         return begin(path, described_now)
-    journal = go_on(path, described_now, anew=ANEW)
+    journal = resume_journal(path, described_now, restart=RESTART)
     journal.write({"kind": "resumed", **{name: described_now[name] for name in ("command", "date", "clocks")}})
     return journal
 
@@ -111,7 +111,7 @@ def report(path: Path) -> int:
     """Raises: RecipeError (rows of a dry run), ArtifactError (a damaged file)."""
     from bench.gpu_check import pending  # imports torch, which a preflight does not need
 
-    records = read_records(path, anew=ANEW) if path.is_file() else []
+    records = read_records(path, restart=RESTART) if path.is_file() else []
     if records and records[0]["dry_run"]:
         raise RecipeError(f"{path} is from a dry run, which confirms nothing; give another --out")
     pending.write(records)
@@ -174,7 +174,7 @@ def main() -> int:
         return describe(device, options)
     path = options.out / JOURNAL
     if options.child is not None:
-        run_group(sections, Rows(Journal(path, read_records(path, anew=ANEW)), device), Deadline(options.child))
+        run_group(sections, Rows(Journal(path, read_records(path, restart=RESTART)), device), Deadline(options.child))
         return 0
     if options.preflight:
         findings = preflight.look(sections, options.out, dry=options.dry_run_cpu)

@@ -74,7 +74,7 @@ class FusedLora(LoraLayer):
         if (kernels or layer.kernels) in ("reference", "compared"):
             return "run.kernels=reference"
         if args or kwargs:
-            return "the call has arguments beside its input"
+            return "the call has arguments other than its input"
         if layer.disable_adapters or layer.merged:
             return "no adapter is active"
         modules = layer._modules

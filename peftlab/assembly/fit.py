@@ -263,7 +263,7 @@ class Fit:
         if parts.recipe.method.adapts:
             save_trained(parts.model, folder / "adapter")
             return
-        save_plain(parts.model, parts.task.files, folder / "model", beside=folder / LOCK_NAME)
+        save_plain(parts.model, parts.task.files, folder / "model", extra_file=folder / LOCK_NAME)
 
     def _finish(self) -> None:
         """Merges if the recipe asks for it, and writes the final status."""

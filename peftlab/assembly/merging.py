@@ -230,7 +230,7 @@ def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
 
 def _save(model: Any, reference: _Reference, written: Path, adapter: Path) -> None:
     lock = next(p for p in [adapter, *adapter.resolve().parents] if (p / LOCK_NAME).is_file())
-    save_plain(model, reference.task.files, written, beside=lock / LOCK_NAME)
+    save_plain(model, reference.task.files, written, extra_file=lock / LOCK_NAME)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:

@@ -81,14 +81,14 @@ def begin(path: Path, header: Mapping[str, Any]) -> Journal:
     return journal
 
 
-def go_on(path: Path, header: Mapping[str, Any], *, anew: str = "--replace") -> Journal:
-    """Opens the journal at ``path`` to resume it. anew: the option that its messages name for starting over.
+def resume_journal(path: Path, header: Mapping[str, Any], *, restart: str = "--replace") -> Journal:
+    """Opens the journal at ``path`` to resume it. restart: the option that its messages name for starting over.
 
     Raises: RecipeError (it is missing), ArtifactError (it is damaged, or from another version or machine).
     """
     if not path.is_file():
         raise RecipeError(f"no benchmark in {path.parent} to resume; run without --resume")
-    records = _repaired(path, anew)
+    records = _repaired(path, restart)
     check_same(records[0], header, path)
     return Journal(path, records)
 
@@ -106,7 +106,7 @@ def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, repla
     if taken and not path.is_file():
         raise RecipeError(f"{folder} contains other files and no benchmark; choose another --out")
     if resume:
-        return go_on(path, header)
+        return resume_journal(path, header)
     if taken and not replace:
         raise RecipeError(
             f"{folder} already has a benchmark; use --resume to resume it, --replace to overwrite it, or choose another --out"
@@ -121,15 +121,15 @@ def open_journal(folder: Path, header: Mapping[str, Any], *, resume: bool, repla
         raise RecipeError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
 
 
-def read_records(path: Path, *, anew: str = "--replace") -> list[dict[str, Any]]:
+def read_records(path: Path, *, restart: str = "--replace") -> list[dict[str, Any]]:
     """Reads the records of a file that may be written concurrently, the header first, without an incomplete last line.
 
-    Raises: ArtifactError, as ``go_on``.
+    Raises: ArtifactError, as ``resume_journal``.
     """
-    return _records(path, path.read_bytes().rpartition(b"\n")[0].split(b"\n"), anew)
+    return _records(path, path.read_bytes().rpartition(b"\n")[0].split(b"\n"), restart)
 
 
-def _records(path: Path, lines: list[bytes], anew: str, *, torn: bool = False) -> list[dict[str, Any]]:
+def _records(path: Path, lines: list[bytes], restart: str, *, torn: bool = False) -> list[dict[str, Any]]:
     """Parses the lines. torn: skip a damaged last line."""
     records = []
     for number, line in enumerate(lines, start=1):
@@ -140,16 +140,16 @@ def _records(path: Path, lines: list[bytes], anew: str, *, torn: bool = False) -
                 records.append(record)
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines) or not torn:
-                raise ArtifactError(f"{path}, line {number} is damaged: {error}; start over with {anew}") from error
+                raise ArtifactError(f"{path}, line {number} is damaged: {error}; start over with {restart}") from error
     if not records or records[0]["kind"] != "header":
-        raise ArtifactError(f"{path} has no header line; start over with {anew}")
+        raise ArtifactError(f"{path} has no header line; start over with {restart}")
     return records
 
 
-def _repaired(path: Path, anew: str) -> list[dict[str, Any]]:
+def _repaired(path: Path, restart: str) -> list[dict[str, Any]]:
     """Returns the records, and removes a torn last line from the file."""
     lines = path.read_bytes().split(b"\n")
-    records = _records(path, lines, anew, torn=True)
+    records = _records(path, lines, restart, torn=True)
     if len(lines[-1]):  # a torn line, or a complete one without line break
         whole = b"".join(json.dumps(r).encode() + b"\n" for r in records)
         partial = path.with_name(f".{path.name}.{os.getpid()}")

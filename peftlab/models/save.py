@@ -10,10 +10,10 @@ from typing import Any
 from peftlab.models.load_errors import quiet
 
 
-def save_plain(model: Any, tokenizer: Any, folder: Path, *, beside: Path | None = None) -> None:
+def save_plain(model: Any, tokenizer: Any, folder: Path, *, extra_file: Path | None = None) -> None:
     """Writes config, safetensors and tokenizer so that ``from_pretrained(folder)`` loads them; one rename publishes them.
 
-    ``folder`` is overwritten. Args: beside: a file to copy into it.
+    ``folder`` is overwritten. Args: extra_file: a file to copy into it.
     """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -21,8 +21,8 @@ def save_plain(model: Any, tokenizer: Any, folder: Path, *, beside: Path | None 
         with quiet():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        if beside is not None:
-            shutil.copy(beside, partial / beside.name)
+        if extra_file is not None:
+            shutil.copy(extra_file, partial / extra_file.name)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     finally:

@@ -19,7 +19,7 @@ class TaskSpec:
         implementation: ``FILE:CLASS`` under ``peftlab/tasks``.
         auto_class: the transformers auto class.
         peft_type: PEFT's task type. None if PEFT has none, or none that keeps adapters off the head (its TOKEN_CLS puts one on
-            it and then fails to train the head): the modules beside the body are then the head and are trained in full.
+            it and then fails to train the head): the modules outside the body are then the head and are trained in full.
         predicts: what is scored. reader: what turns the inputs into numbers.
         columns: the roles that data columns can have (data.columns).
         keys: the recipe keys that this task uses among those that not all tasks use. A key that no task lists is for all.

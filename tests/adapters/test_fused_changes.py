@@ -226,7 +226,7 @@ def test_fused_forward_reads_the_current_dtype_device_and_autocast() -> None:
     assert layer.slow_reason(half) == wrong
     assert assert_as_peft(layer).dtype == torch.float32
     assert layer.slow_reason(rows().to("meta")) == "its input is on meta, its weight on cpu"
-    assert layer.slow_reason(rows(), ("second",)) == "the call has arguments beside its input"
+    assert layer.slow_reason(rows(), ("second",)) == "the call has arguments other than its input"
     layer.to(torch.bfloat16)
     assert assert_as_peft(layer, half).dtype == torch.bfloat16
     assert layer.kept_slow is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peftlab.errors import ArtifactError, RecipeError
-from peftlab.measuring.journal import Journal, begin, go_on, read_records
+from peftlab.measuring.journal import Journal, begin, read_records, resume_journal
 
 HEADER = {
     "machine": {"name": "one"},
@@ -53,16 +53,16 @@ def test_journal_drops_the_half_line_of_a_killed_writer(tmp_path: Path) -> None:
 def test_go_on_needs_the_same_machine_and_versions(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with pytest.raises(RecipeError, match="no benchmark in"):
-        go_on(path, HEADER)
+        resume_journal(path, HEADER)
     begin(path, HEADER).close()
     later = HEADER | {"clocks": {"sm": 2.0}, "date": "tomorrow", "command": "a --resume"}
-    assert go_on(path, later).records == [{"kind": "header", **HEADER}]
+    assert resume_journal(path, later).records == [{"kind": "header", **HEADER}]
     with pytest.raises(ArtifactError, match=r'versions.torch: "2" there, "3" now'):
-        go_on(path, later | {"versions": {"torch": "3"}})
+        resume_journal(path, later | {"versions": {"torch": "3"}})
     lines = path.read_text()
     path.write_text(lines + "{broken\n" + '{"kind": "row"}\n')
     with pytest.raises(ArtifactError, match=r"line 2 is damaged.*start over with another run"):
-        go_on(path, HEADER, anew="another run")
+        resume_journal(path, HEADER, restart="another run")
     with pytest.raises(ArtifactError, match="line 2 is damaged"):
         read_records(path)
 
