@@ -10,7 +10,8 @@ from peftlab.adapters.adapter_files import (
 )
 from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
 from peftlab.adapters.head import HeadLoss, head_input, head_reason
-from peftlab.adapters.inject import AdapterReport, inject, planned_modules, report
+from peftlab.adapters.inject import AdapterReport, base_name, idle_towers, inject, new_modules, planned_modules, report
+from peftlab.adapters.state import changed_buffers, kept_buffers, train_mode
 from peftlab.adapters.target_modules import check_targets
 
 __all__ = [
@@ -18,18 +19,24 @@ __all__ = [
     "AdapterReport",
     "HeadLoss",
     "add_adapter",
+    "base_name",
     "brought_parameters",
+    "changed_buffers",
     "check_adapter_files",
     "check_targets",
     "head_input",
     "head_reason",
+    "idle_towers",
     "inject",
+    "kept_buffers",
     "load_adapter",
     "load_trained",
+    "new_modules",
     "planned_modules",
     "report",
     "save_adapter",
     "save_trained",
     "train_all",
+    "train_mode",
     "trained_files",
 ]

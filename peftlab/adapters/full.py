@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftlab.adapters.adapter_files import ADAPTER_FILES, check_adapter_files, load_adapter_weights, save_adapter
 from peftlab.adapters.inject import AdapterReport
+from peftlab.adapters.state import saved_buffers
 from peftlab.adapters.target_modules import match_ending
 from peftlab.errors import ArtifactError, RecipeError
 
@@ -47,14 +48,14 @@ def trained_files(model: Any) -> tuple[str, ...]:
 
 
 def save_trained(model: Any, folder: Path) -> None:
-    """Writes the trained part of ``model``: its adapter in PEFT's format, or else its trained weights by name."""
+    """Writes the trained part of ``model``: its adapter in PEFT's format, or else its trained weights and buffers by name."""
     if _is_adapted(model):
         save_adapter(model, folder)
         return
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: value.detach().cpu().contiguous() for name, value in _trained_state(model).items()}
     save_file(weights, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
 
@@ -74,11 +75,16 @@ def load_trained(model: Any, folder: Path) -> None:
         stored = load_file(str(folder / WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = _trained_state(model)
     if {n: t.shape for n, t in stored.items()} != {n: p.shape for n, p in trained.items()}:
         raise ArtifactError(f"{folder} belongs to a run with other trained weights; start a new run")
-    for name, parameter in trained.items():
-        parameter.data.copy_(stored[name])
+    for name, value in trained.items():
+        value.data.copy_(stored[name])
+
+
+def _trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights, and the buffers that training may change, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | saved_buffers(model)
 
 
 def _is_adapted(model: Any) -> bool:

@@ -55,4 +55,10 @@ def match_ending(target: str, names: list[str], key: str) -> None:
 def is_adaptable(module: nn.Module) -> bool:
     """Whether PEFT can put an adapter on it."""
     # Quantized linears subclass nn.Linear; GPT-2's Conv1D does not.
-    return isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) or type(module).__name__ == "Conv1D"
+    kinds = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention
+    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer: quantized or not, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

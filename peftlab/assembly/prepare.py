@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peftlab import ops
-from peftlab.adapters import AdapterReport, check_targets, head_reason, inject, planned_modules, report, train_all
+from peftlab.adapters import AdapterReport, head_reason, inject, planned_modules, report, train_all
 from peftlab.adapters.fused import fusion_report
 from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.plan import make_plan
 from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
-from peftlab.models import base_model
+from peftlab.models import base_model, new_weights
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distill_loss import DistillLoss
@@ -155,18 +155,17 @@ def trainable(assembly: Assembly, model: Any) -> tuple[Any, list[str], AdapterRe
     a, method, peft_type = assembly.recipe.adapter, assembly.method, assembly.spec.peft_type
     if not method.adapts:
         return model, [], train_all(model, freeze=a.freeze)
-    check_targets(model, a.targets)
-    planned = planned_modules(model, peft_type=peft_type, targets=a.targets)
+    # A vector is the mean of token vectors, or one of them: no new pooler has a part in it.
+    new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)
+    where: dict[str, Any] = {
+        "peft_type": peft_type,
+        "targets": a.targets,
+        "modules_to_save": a.modules_to_save,
+        "new": new,
+    }
+    planned = planned_modules(model, **where)
     options = {key: getattr(a, key) for key in method.keys if key not in ("targets", "modules_to_save")}
-    model = inject(
-        model,
-        method.name,
-        peft_type=peft_type,
-        targets=a.targets,
-        modules_to_save=a.modules_to_save,
-        kernels=assembly.recipe.run.kernels,
-        **options,
-    )
+    model = inject(model, method.name, kernels=assembly.recipe.run.kernels, **where, **options)
     return model, planned, report(model)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.adapters import train_mode
 from peftlab.adapters.fused import fusion_report, set_kernels
 from peftlab.assembly.fit import input_casts
 from peftlab.assembly.plan import loop_settings
@@ -213,7 +214,7 @@ def _training_flops(job: Job) -> float:
     """FLOP per step, extrapolated from one row and two: a full step on PEFT's path may not fit in memory."""
     rows, length = job.spec["batch"], len(job.rows[0])
     with _own_path(job) as task, job.accelerator.autocast():
-        job.model.train()
+        train_mode(job.model)
 
         def count(number: int) -> flops.Counted:
             batch = task.collate(_repeated(job, number), job.accelerator.device)

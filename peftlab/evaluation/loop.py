@@ -23,7 +23,7 @@ def evaluate_examples(
     """
     if not metrics:
         return {}
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     scorer = Scorer(metrics, class_names=task.class_names)
     try:
@@ -33,5 +33,6 @@ def evaluate_examples(
                 columns = task.score(model, batch)
             scorer.add(columns)
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     return scorer.compute()

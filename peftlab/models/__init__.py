@@ -4,7 +4,7 @@ from peftlab.models.bnb import import_bitsandbytes
 from peftlab.models.config import label_names, load_skeleton
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.image_reader import ImageReader, load_image_reader
-from peftlab.models.load import base_model, load_model, num_parameters
+from peftlab.models.load import base_model, load_model, new_weights, num_parameters
 from peftlab.models.load_errors import quiet
 from peftlab.models.pretrained import Pretrained, find_pretrained
 from peftlab.models.save import save_plain
@@ -25,6 +25,7 @@ __all__ = [
     "load_skeleton",
     "load_tokenizer",
     "model_max_length",
+    "new_weights",
     "num_parameters",
     "quiet",
     "resolve_dtype",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from peftlab.errors import ArtifactError, RecipeError
+from peftlab.models.config import load_skeleton
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.load_errors import load_errors, quiet
 from peftlab.models.presets import build_preset
@@ -16,6 +17,7 @@ from peftlab.models.tiny import tiny_config
 
 # Output layers stay in full precision: they have few parameters and the loss is most sensitive to them.
 _NOT_QUANTIZED = ["lm_head", "embed_out", "classifier", "score", "pooler.dense"]
+_NEW = "new_weights"  # the attribute of a loaded model that names its new parameters
 
 
 def load_model(
@@ -32,13 +34,14 @@ def load_model(
     brought: Collection[str] = (),
     **model_kwargs: Any,
 ) -> Any:
-    """The frozen backbone on ``device``, in eval mode; no parameter requires a gradient.
+    """The frozen backbone on ``device``, in eval mode; no parameter requires a gradient. ``new_weights`` names the parameters
+    that its files lack.
 
     Args:
         auto_class: name of a transformers auto class, such as ``AutoModelForCausalLM``.
         quantize: ``none``, ``nf4`` or ``int8``: storage of the linear weights except output layers.
-        whole: refuse a model without a task head in its files, instead of adding a new one. brought: names of parameters that
-            an adapter supplies, which may be missing.
+        whole: refuse a model without a task head in its files, or with a head of another size, instead of adding a new one.
+            brought: names of parameters that an adapter supplies, which may be missing.
         model_kwargs: passed to the config (``num_labels``, ``id2label``, ...).
     Raises: RecipeError, ArtifactError, ResourceError.
     """
@@ -49,7 +52,9 @@ def load_model(
     if attention != "auto":
         kwargs["attn_implementation"] = attention
     if quantize != "none":
-        kwargs["quantization_config"] = _quantization(quantize, double_quant, resolve_precision(compute_dtype, device))
+        compute = resolve_precision(compute_dtype, device)
+        kept = _NOT_QUANTIZED + _outside_body(load_skeleton(pretrained, auto_class=auto_class, **model_kwargs))
+        kwargs["quantization_config"] = _quantization(quantize, double_quant, compute, kept)
         kwargs["device_map"] = {"": device}
     auto = getattr(transformers, auto_class)
     with quiet(), load_errors(pretrained, "model"):
@@ -59,10 +64,15 @@ def load_model(
             model = build_preset(pretrained.source.path, auto, device=device, **kwargs)
         else:
             model, loading = auto.from_pretrained(
-                pretrained.location, use_safetensors=True, output_loading_info=True, **pretrained.hub_kwargs, **kwargs
+                pretrained.location,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **pretrained.hub_kwargs,
+                **kwargs,
             )
-            missing = set(loading["missing_keys"])
-            _check_complete(pretrained, model, missing, absent_head=missing - set(brought) if whole else set())
+            new = _new_weights(pretrained, model, loading, whole=whole, brought=brought)
+            setattr(model, _NEW, new)
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
@@ -86,25 +96,44 @@ def num_parameters(model: Any) -> int:
     return count
 
 
-def _check_complete(pretrained: Pretrained, model: Any, missing: set[str], *, absent_head: set[str]) -> None:
-    """Raises if weights are missing: transformers fills missing tensors with random values, allowed only for a new head."""
+def new_weights(model: Any) -> frozenset[str]:
+    """Names of the parameters that the files of a loaded model lack, or hold for a head of another size: transformers drew
+    them at random."""
+    names: frozenset[str] = getattr(base_model(model), _NEW, frozenset())
+    return names
+
+
+def _new_weights(
+    pretrained: Pretrained, model: Any, loading: Any, *, whole: bool, brought: Collection[str]
+) -> frozenset[str]:
+    """The names for ``new_weights``. Raises: ArtifactError if they belong to the body, RecipeError for a head with ``whole``."""
+    sizes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in loading["mismatched_keys"]}
+    new = (set(loading["missing_keys"]) & set(model.state_dict())) | set(sizes)
     is_base = model.base_model is model
-    if absent_head and not is_base:
+    absent = sorted(new - set(brought))
+    if whole and absent and not is_base:
         raise RecipeError(
-            f"{pretrained.source.name!r} has no head for this task ({', '.join(sorted(absent_head)[:3])} would be random): "
+            f"{pretrained.source.name!r} has no head for this task ({', '.join(absent[:3])} would be random): "
             "train it for the task first, and use the run folder or the merged model",
             key="model.name",
         )
     inner = "" if is_base else f"{model.base_model_prefix}."
-    lost = sorted(name for name in missing if name.startswith(inner) and "pooler" not in name)
-    if "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__:
-        lost = sorted(missing)
-    if lost:
-        raise ArtifactError(
-            f"the weights of {pretrained.source.name!r} are incomplete: {len(lost)} tensors are missing, such as {lost[0]}; "
-            "copy them again",
-            key="model.name",
-        )
+    writes = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+    lost = sorted(name for name in new if writes or (name.startswith(inner) and "pooler" not in name))
+    if not lost:
+        return frozenset(new)
+    if lost[0] in sizes:
+        stored, wanted = sizes[lost[0]]
+        problem = f"do not fit its config.json: {lost[0]} has the shape {list(stored)}, and the config asks for {list(wanted)}"
+    else:
+        problem = f"are incomplete: {len(lost)} tensors are missing, such as {lost[0]}"
+    raise ArtifactError(f"the weights of {pretrained.source.name!r} {problem}; copy them again", key="model.name")
+
+
+def _outside_body(model: Any) -> list[str]:
+    """Names of the modules outside the body of a model, such as its head."""
+    body = model.base_model
+    return [] if body is model else [name for name, child in model.named_children() if child is not body]
 
 
 def _keep_storage_layout(model: Any) -> None:
@@ -146,15 +175,15 @@ def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> An
     return model
 
 
-def _quantization(quantize: str, double_quant: bool, compute_dtype: Any) -> Any:
+def _quantization(quantize: str, double_quant: bool, compute_dtype: Any, kept: list[str]) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTIZED)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=_NOT_QUANTIZED,
+        llm_int8_skip_modules=kept,
     )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters import save_trained
+from peftlab.adapters import save_trained, train_mode
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
@@ -152,7 +152,7 @@ class TrainingLoop:
         Raises: VerificationError (non-finite loss or gradient), Interrupted (Ctrl-C, after saving), ResourceError.
         """
         settings, progress = self._settings, self._progress
-        self._model.train()
+        train_mode(self._model)
         progress.start(self._plan.total_steps, self._step)
         try:
             with self._sigint_sets_flag():

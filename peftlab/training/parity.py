@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab import ops
+from peftlab.adapters import base_name, changed_buffers, kept_buffers, train_mode
 from peftlab.adapters.fused import FusedLora, frozen_weight, fusion_report, set_kernels
 from peftlab.errors import VerificationError
 from peftlab.tasks import Batch, Example, Task, collate_packed, weighted_sum
@@ -122,7 +123,7 @@ def check_parity(
     Raises: VerificationError naming the module, the parameter or the loss that differs.
     """
     started = time.perf_counter()
-    adapted = {_base_name(name) for name in _adapted(model)}
+    adapted = {base_name(name) for name in _adapted(model)}
     if missing := sorted(set(planned) - adapted) or sorted(adapted - set(planned)):
         state = "should be adapted but is not" if missing[0] in planned else "should not be adapted but is"
         raise VerificationError(
@@ -139,7 +140,7 @@ def check_parity(
 
     rounds, rounds_x = kernels in ops.CPU_OPERANDS, int8_rounds_rows(model)
     rng = RngState.capture()
-    with woken(model):
+    with woken(model), kept_buffers(model) as before:
         try:
             if packed and _draws(fast_loss, autocast):  # a single row has the same dropout masks packed and padded
                 sample = sample[:1]
@@ -156,6 +157,7 @@ def check_parity(
                     fast = _pass(model, fast_loss, autocast, sample)
                 set_kernels(model, kernels)
                 trained = _pass(model, fast_loss, autocast, sample) if rounds or replaced else None
+            _check_buffers(model, before)
         finally:
             set_kernels(model, kernels)
             rng.restore()
@@ -176,13 +178,25 @@ def check_parity(
         num_planned=len(planned),
         num_adapted=len(adapted),
         num_fused=len(fusion.fused),
-        slow={_base_name(name): reason for name, reason in fusion.slow.items()},
+        slow={base_name(name): reason for name, reason in fusion.slow.items()},
         num_parameters=len(reference[1]),
         num_zero_gradients=sum(not g.any() for g in fast[1].values()),
         **compared,
         rows=len(sample),
         tokens=sum(map(len, sample)),
         seconds=time.perf_counter() - started,
+    )
+
+
+def _check_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Raises VerificationError if training changes state that an adapter's files do not contain."""
+    if not hasattr(model, "peft_config") or not (moved := changed_buffers(model, before)):
+        return
+    module = base_name(moved[0]).rpartition(".")[0]
+    raise VerificationError(
+        f"training changes {len(moved)} buffers of frozen modules, such as {base_name(moved[0])}, and the adapter's files "
+        f"would not contain them; train the module in full with adapter.modules_to_save=[{module}], or use "
+        "adapter.method=none. Nothing was trained"
     )
 
 
@@ -204,10 +218,6 @@ def _adapted(model: nn.Module) -> list[str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _base_name(name: str) -> str:
-    return name.removeprefix("base_model.model.")
 
 
 def _sample(micro_batch: Sequence[Example], max_tokens: int) -> list[Example]:
@@ -241,8 +251,8 @@ def woken(model: nn.Module) -> Iterator[None]:
     held: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
-    training = model.training
-    model.train()
+    modes = {module: module.training for module in model.modules()}
+    train_mode(model)
     try:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -255,7 +265,8 @@ def woken(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, value in held.items():
                 parameters[name].copy_(value)
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _pass(model: nn.Module, loss_sum: Any, autocast: Any, sample: list[Example]) -> tuple[float, dict[str, Tensor]]:
@@ -326,7 +337,7 @@ def _compare(
         cosines[name], ratios[name] = cosine, fast_norm / max(norm, 1e-300)
         if not cosine >= tolerance.cosine or not abs(ratios[name] - 1) <= tolerance.norm or counts[1] < 0.9 * counts[0]:
             raise VerificationError(
-                f"the gradient of {_base_name(name)} differs between the training path and {against}: cosine "
+                f"the gradient of {base_name(name)} differs between the training path and {against}: cosine "
                 f"{cosine:.4f} (at least {tolerance.cosine:g}), norm {fast_norm:.4g} against {norm:.4g} (within "
                 f"{100 * tolerance.norm:g} %), {counts[1]:,} against {counts[0]:,} non-zero values of {wanted.numel():,}. "
                 f"{_NOTHING_DONE}"
@@ -335,7 +346,7 @@ def _compare(
     furthest = max(ratios, key=lambda name: abs(ratios[name] - 1), default="")
     return {
         "worst_cosine": cosines.get(lowest, 1.0),
-        "worst_cosine_at": _base_name(lowest),
+        "worst_cosine_at": base_name(lowest),
         "worst_norm_ratio": ratios.get(furthest, 1.0),
-        "worst_norm_ratio_at": _base_name(furthest),
+        "worst_norm_ratio_at": base_name(furthest),
     }
