@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from peftlab.models.tiny import tiny_tokenizer
@@ -34,7 +33,15 @@ _ENCODER_DECODER = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN_EXPERTS = {
     "num_experts": 4,
@@ -81,7 +88,9 @@ class Family:
         model.save_pretrained(folder)
         if self.task == "image_cls":
             size = {"height": 8, "width": 8}
-            transformers.ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False).save_pretrained(folder)
+            transformers.ViTImageProcessor(
+                size=size, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
+            ).save_pretrained(folder)
         else:
             tiny_tokenizer().save_pretrained(folder)
         return folder
@@ -115,18 +124,42 @@ FAMILIES: dict[str, Family] = {
         _causal("smollm3", "smollm3", **_SIZES, num_key_value_heads=2),
         _causal("granite", "granite", **_SIZES),
         _causal("cohere", "cohere", **_SIZES),
-        _causal("stablelm", "stablelm", **_SIZES),
+        _causal("stablelm", "stablelm", **_SIZES, num_key_value_heads=4),
         _causal("starcoder2", "starcoder2", **_SIZES, num_key_value_heads=2),
         _causal("gpt2", "gpt2", **_GPT),
-        _causal("gpt-neo", "gpt_neo", hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], max_position_embeddings=128),
+        _causal(
+            "gpt-neo",
+            "gpt_neo",
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=128,
+        ),
         _causal("gpt-j", "gptj", **_GPT, rotary_dim=4),
         _causal("gpt-neox", "gpt_neox", **_SIZES),
-        _causal("opt", "opt", hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32),
+        _causal(
+            "opt",
+            "opt",
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=32,
+        ),
         _causal("bloom", "bloom", hidden_size=32, n_layer=2, n_head=4),
         _causal("falcon", "falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
         _causal("mpt", "mpt", d_model=32, n_layers=2, n_heads=4, max_seq_len=128),
         _causal("mixtral", "mixtral", **_GROUPED, **_EXPERTS),
-        _causal("qwen2-moe", "qwen2_moe", **_SIZES, num_key_value_heads=2, **_QWEN_EXPERTS, shared_expert_intermediate_size=32),
+        _causal(
+            "qwen2-moe",
+            "qwen2_moe",
+            **_SIZES,
+            num_key_value_heads=2,
+            **_QWEN_EXPERTS,
+            shared_expert_intermediate_size=32,
+        ),
         _causal("qwen3-moe", "qwen3_moe", **_GROUPED, **_QWEN_EXPERTS),
         _causal("olmoe", "olmoe", **_SIZES, num_experts=4, num_experts_per_tok=2),
         _causal("granite-moe", "granitemoe", **_SIZES, **_EXPERTS),
@@ -136,18 +169,51 @@ FAMILIES: dict[str, Family] = {
         _classifier("xlm-roberta", "xlm-roberta", **_SIZES, **_STILL),
         _classifier("electra", "electra", **_SIZES, **_STILL, embedding_size=32),
         _classifier("mpnet", "mpnet", **_SIZES, **_STILL),
-        _classifier("distilbert", "distilbert", dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=128),
-        _classifier("deberta-v3", "deberta-v2", **_SIZES, **_STILL, relative_attention=True, position_buckets=16, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type="p2c|c2p", pooler_hidden_size=32),
+        _classifier(
+            "distilbert", "distilbert", dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=128
+        ),
+        _classifier(
+            "deberta-v3",
+            "deberta-v2",
+            **_SIZES,
+            **_STILL,
+            relative_attention=True,
+            position_buckets=16,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type="p2c|c2p",
+            pooler_hidden_size=32,
+        ),
         _classifier("albert", "albert", **_SIZES, **_STILL, embedding_size=16),
         _classifier("modernbert", "modernbert", **_SIZES),
         _classifier("xlnet", "xlnet", d_model=32, n_layer=2, n_head=4, d_inner=64),
-        _classifier("squeezebert", "squeezebert", **_SIZES, **_STILL, embedding_size=32, q_groups=4, k_groups=4, v_groups=4, post_attention_groups=1, intermediate_groups=4, output_groups=4),
+        _classifier(
+            "squeezebert",
+            "squeezebert",
+            **_SIZES,
+            **_STILL,
+            embedding_size=32,
+            q_groups=4,
+            k_groups=4,
+            v_groups=4,
+            post_attention_groups=1,
+            intermediate_groups=4,
+            output_groups=4,
+        ),
         _classifier("bart", "bart", **_ENCODER_DECODER),
         _classifier("t5", "t5", **_T5),
         _classifier("llama-cls", "llama", **_GROUPED),
         _classifier("gpt2-cls", "gpt2", **_GPT),
-        _images("vit", "vit", **{k: v for k, v in _SIZES.items() if k != "max_position_embeddings"}, patch_size=4, **_STILL),
-        _images("deit", "deit", **{k: v for k, v in _SIZES.items() if k != "max_position_embeddings"}, patch_size=4, **_STILL),
+        _images(
+            "vit", "vit", **{k: v for k, v in _SIZES.items() if k != "max_position_embeddings"}, patch_size=4, **_STILL
+        ),
+        _images(
+            "deit",
+            "deit",
+            **{k: v for k, v in _SIZES.items() if k != "max_position_embeddings"},
+            patch_size=4,
+            **_STILL,
+        ),
         _images("resnet", "resnet", embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"),
         _images("convnext", "convnext", hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, patch_size=2),
         _images("swin", "swin", embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2, patch_size=2),

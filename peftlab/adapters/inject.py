@@ -21,7 +21,13 @@ _CLASSIFIER = "SEQ_CLS"
 _CLASSIFIER_HEADS = ("classifier", "score")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # A word in PEFT's refusal -> the key of the section adapter that it is about.
-_KEYS_BY_WORD = {"dropout": "dropout", "dora": "dora", "modules_to_save": "modules_to_save", "bias": "bias", "rank": "rank"}
+_KEYS_BY_WORD = {
+    "dropout": "dropout",
+    "dora": "dora",
+    "modules_to_save": "modules_to_save",
+    "bias": "bias",
+    "rank": "rank",
+}
 
 
 @dataclass(frozen=True)
@@ -142,9 +148,9 @@ def _config(
     spec = METHODS[method]
     assert spec.config is not None
     head = _head(model) if peft_type is None else []
-    whole = list(dict.fromkeys([*head, *new_modules(model, new), *modules_to_save]))
-    if peft_type == _CLASSIFIER:
-        whole = [name for name in whole if name not in _CLASSIFIER_HEADS]
+    given = [*head, *modules_to_save]
+    trained = [*given, *(_CLASSIFIER_HEADS if peft_type == _CLASSIFIER else ())]
+    whole = list(dict.fromkeys([*given, *(n for n in new_modules(model, new) if not _is_inside(n, trained))]))
     alpha = options.get("alpha")
     if alpha is not None and float(alpha).is_integer():
         options["alpha"] = int(alpha)  # as in PEFT's own files
@@ -216,7 +222,9 @@ def _all_linear(model: Any, seen: Any) -> list[str]:
         and not refused(name)
     ]
     if not names:
-        others = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_adaptable(m) and not is_linear(m)})
+        others = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_adaptable(m) and not is_linear(m)}
+        )
         others = [name for name in others if not name.isdigit()]
         hint = f"; it has other layers that can have one: adapter.targets=[{', '.join(others[:6])}]" if others else ""
         raise RecipeError(
@@ -261,6 +269,13 @@ def new_modules(model: nn.Module, new: Collection[str]) -> list[str]:
         if not any(owner == other or owner.startswith(f"{other}.") for other in chosen):
             chosen.append(owner)
     return chosen
+
+
+def _is_inside(name: str, endings: Sequence[str]) -> bool:
+    """Whether a module is in one that PEFT trains for ``endings``; it compares the ends of names, not of their parts."""
+    parts = name.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return name in endings or any(above.endswith(ending) for above in around for ending in endings)
 
 
 def _head(model: nn.Module) -> list[str]:

@@ -1,7 +1,8 @@
-"""Checks a merge of an adapter into the weights, and measures its error (contract C6)."""
+"""Checks a merge of an adapter into the weights, layer by layer and independently of PEFT's merge code (contract C6)."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,99 +10,131 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from peftlab.adapters.inject import base_name
+
+_ROWS = 16
+# Error of a value after rounding, relative to the value.
+_ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# What a merge may lose of an update, and how many times the typical rounding error, before it is wrong.
+_LOST, _ROUNDINGS = 1e-3, 4.0
 
 
 @dataclass(frozen=True)
-class WeightError:
-    """Error of merged weights against ``W + scaling * B A`` in float64, over all adapted modules.
+class LayerError:
+    """Difference between the outputs of merged layers and of the layers with their adapters, on random inputs in float64.
 
     Attributes:
-        max_error, mean_error: absolute, in units of the weights. relative: mean error / mean |update|; 1 for a merge that
-            lost its update.
+        relative: the difference, relative to what the adapter changes; 1 for a merge that lost its update. Over all layers.
+        worst: the layer with the largest difference beyond rounding. worst_relative: its ``relative``.
+        wrong: number of layers whose difference rounding does not explain.
+        num_modules: layers compared. num_unchecked: adapted modules that cannot be run on their own, such as routed experts;
+            only the outputs of the model check them.
     """
 
-    max_error: float
-    mean_error: float
     relative: float
+    worst: str
+    worst_relative: float
+    wrong: int
     num_modules: int
+    num_unchecked: int
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of merged model and base + adapter on held-out positions: mean and max KL in nats, share of equal top-1."""
+def fold(model: Any) -> Any:
+    """The base model of a ``PeftModel`` with the adapter in its weights. Raises: what PEFT raises if it cannot merge."""
+    # With layer_replication layers share one weight, and PEFT adds the update of each to it.
+    seen: set[int] = set()
+    for _, layer in _outermost(model):
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            if id(weight) in seen:
+                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            seen.add(id(base.weight))
+    return model.merge_and_unload(safe_merge=True)
 
-    kl_mean: float
-    kl_max: float
-    top1: float
-    num_positions: int
 
+class Probes:
+    """The outputs of each adapted layer on random inputs, recorded before a merge by the adapter's own forward.
 
-def exact_updates(model: Any) -> dict[str, dict[str, Tensor]]:
-    """For each adapted module of a ``PeftModel``, the tensors that determine its merged weight, on the CPU.
-
-    Written from the formulas (Hu et al. 2021, section 4.1; Liu et al. 2024, equation 5 for DoRA), not from PEFT's
-    merge code, so that each checks the other.
+    This knows no formula of any method, and every kind of layer that can be called: linear layers, GPT-2's Conv1D,
+    convolutions and embeddings.
     """
-    updates = {}
-    base = model.get_base_model()
-    for name, module in base.named_modules():
-        if "default" in getattr(module, "lora_embedding_A", {}):  # W is [vocabulary, hidden]: the update is transposed
-            entry = {
-                "A": module.lora_embedding_B["default"].T,
-                "B": module.lora_embedding_A["default"].T,
-                "scaling": torch.tensor(module.scaling["default"], dtype=torch.float64),
-            }
-            updates[name] = {k: v.detach().cpu().clone() for k, v in entry.items()}
-        elif "default" in getattr(module, "lora_A", {}):
-            entry = {
-                "A": module.lora_A["default"].weight,
-                "B": module.lora_B["default"].weight,
-                "scaling": torch.tensor(module.scaling["default"], dtype=torch.float64),
-            }
-            if module.use_dora.get("default"):
-                entry["magnitude"] = module.lora_magnitude_vector["default"].weight
-            updates[name] = {k: v.detach().cpu().clone() for k, v in entry.items()}
-    return updates
+
+    def __init__(self, model: Any) -> None:
+        self._inputs: dict[str, Tensor] = {}
+        self._adapted: dict[str, Tensor] = {}
+        self._plain: dict[str, Tensor] = {}
+        self.num_unchecked = 0
+        for name, layer in _outermost(model):
+            x = _input_of(layer.get_base_layer())
+            if x is None:
+                self.num_unchecked += 1
+                continue
+            # A copy in float64, one layer at a time: PEFT's forward, and no fused one.
+            exact = copy.deepcopy(layer).cpu().double().eval()
+            if hasattr(exact, "kernels"):
+                exact.kernels = "reference"
+            with torch.no_grad():
+                adapted = exact(x)
+                exact.enable_adapters(False)
+                self._inputs[name], self._adapted[name], self._plain[name] = x, adapted, exact(x)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    @torch.no_grad()
+    def error(self, merged: nn.Module, dtype: torch.dtype) -> LayerError | None:
+        """Compares with the layers of ``merged``, a plain model whose weights were rounded to ``dtype``; None without layers."""
+        if not self._inputs:
+            return None
+        modules = dict(merged.named_modules())
+        lost, moved, wrong = 0.0, 0.0, 0
+        worst, worst_excess, worst_relative = "", -1.0, 0.0
+        for name, x in self._inputs.items():
+            y = copy.deepcopy(modules[name]).cpu().double().eval()(x)
+            adapted = self._adapted[name]
+            difference = float((y - adapted).norm())
+            update = float((adapted - self._plain[name]).norm())
+            allowed = _LOST * update + _ROUNDINGS * _ROUNDING.get(dtype, 0.0) * float(adapted.norm())
+            excess = difference / max(allowed, 1e-300)
+            wrong += not difference <= allowed
+            lost, moved = lost + difference**2, moved + update**2
+            if not excess <= worst_excess:
+                worst, worst_excess, worst_relative = name, excess, difference / max(update, 1e-300)
+        return LayerError(
+            (lost / moved) ** 0.5 if moved else 0.0,
+            worst,
+            worst_relative,
+            wrong,
+            len(self._inputs),
+            self.num_unchecked,
+        )
 
 
-def expected_weight(weight: Tensor, update: dict[str, Tensor]) -> Tensor:
-    """``W + s B A`` in float64, [out, in]; with a DoRA magnitude m: ``m * (W + s B A) / ||W + s B A||_row``."""
-    delta = update["scaling"] * (update["B"].double() @ update["A"].double())
-    merged = weight.double() + delta
-    if "magnitude" in update:
-        merged = merged * (update["magnitude"].double() / merged.norm(dim=1))[:, None]
-    return merged
+def _outermost(model: Any) -> Iterator[tuple[str, Any]]:
+    """The adapted layers by their name in the base model, without layers inside others."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside: list[str] = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer) and not name.startswith(tuple(inside)):
+            inside.append(f"{name}.")
+            yield base_name(name), module
 
 
-def weight_error(
-    base_weights: Mapping[str, Tensor], merged_weights: Mapping[str, Tensor], updates: dict[str, dict[str, Tensor]]
-) -> WeightError | None:
-    """Compares merged weights with ``expected_weight`` of the base weights; all are keyed by module name. None without
-    updates, as for a method without a formula here."""
-    if not updates:
-        return None
-    worst, total, moved, count = 0.0, 0.0, 0.0, 0
-    for name, update in updates.items():
-        base = base_weights[name].cpu()
-        expected = expected_weight(base, update)
-        difference = (merged_weights[name].cpu().double() - expected).abs()
-        worst = max(worst, float(difference.max()))
-        total += float(difference.sum())
-        moved += float((expected - base.double()).abs().sum())
-        count += difference.numel()
-    return WeightError(worst, total / count, total / moved if moved else 0.0, len(updates))
-
-
-def agreement(reference: list[Tensor], merged: list[Tensor]) -> Agreement:
-    """KL(reference || merged) per position and top-1 agreement of two lists of [N, C] float32 logits."""
-    kl, same = [], []
-    for a, b in zip(reference, merged, strict=True):
-        log_p, log_q = F.log_softmax(a.double(), -1), F.log_softmax(b.double(), -1)
-        kl.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
-        same.append(a.argmax(-1) == b.argmax(-1))
-    all_kl, all_same = torch.cat(kl), torch.cat(same)
-    return Agreement(float(all_kl.mean()), float(all_kl.max()), float(all_same.float().mean()), len(all_kl))
+def _input_of(layer: nn.Module) -> Tensor | None:
+    """A random input for a layer; None for a kind that cannot be called with one tensor."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(layer.num_embeddings, (_ROWS, 4), generator=generator)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        extent = [d * (k - 1) + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        return torch.randn(2, layer.in_channels, *extent, generator=generator, dtype=torch.float64)
+    if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
+        width = layer.in_features if isinstance(layer, nn.Linear) else cast(Any, layer).nx
+        return torch.randn(_ROWS, width, generator=generator, dtype=torch.float64)
+    return None
 
 
 class DequantizedWeights(Mapping[str, Tensor]):

@@ -8,6 +8,7 @@ from typing import Any
 
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import RecipeSource, find_target, open_target
+from peftlab.assembly.witness import check_witness
 from peftlab.errors import RecipeError
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.evaluation.metrics import check_metrics
@@ -28,7 +29,8 @@ def evaluate(
         overrides: ``section.key=value``, such as ``data.eval=other.csv``.
 
     Returns: ``{"target", "kind", "rows", "metrics": {flat name: value}}``.
-    Raises: RecipeError, DataError, ArtifactError, ResourceError.
+    Raises: RecipeError, DataError, ArtifactError, ResourceError; VerificationError if a run's files do not give the outputs of
+        the model that was trained.
     """
     prepare_libraries()
     progress = progress or make_progress()
@@ -45,6 +47,8 @@ def evaluate(
         progress.stage("reading data")
         assembly = resolved.assembly(reads_data=True)
         opened = open_target(resolved, progress, assembly=assembly)
+        if not any(text.startswith("model.") for text in overrides):
+            check_witness(opened, progress)
         progress.stage(f"evaluating on {len(assembly.held_out.examples):,} rows")
         metrics = evaluate_examples(
             opened.model,

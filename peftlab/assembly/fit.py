@@ -21,6 +21,8 @@ from peftlab.assembly.checks import check_room
 from peftlab.assembly.merging import merge_run
 from peftlab.assembly.plan import loop_settings, padded_plan
 from peftlab.assembly.prepare import MakeLoss, Parts, prepare
+from peftlab.assembly.target import find_target, open_target
+from peftlab.assembly.witness import WITNESS_NAME, Witness
 from peftlab.data import Rows, packing_figures
 from peftlab.errors import Interrupted
 from peftlab.evaluation.loop import evaluate_examples
@@ -75,6 +77,7 @@ class Fit:
         self._folder, self._checkpoint, self._replace = folder, checkpoint, replace
         self._resume_hint = resume_hint or f"peftlab train {folder} --resume"
         self._summary = parts.summary
+        self._witness: Witness | None = None
 
     def run(self) -> Run:
         """Trains and evaluates, and merges if the recipe asks for it.
@@ -224,6 +227,8 @@ class Fit:
             summary["samples"] = [{"prompt": p} for p, _ in answers]
         for sample, (_, answer) in zip(summary["samples"], answers, strict=True):
             sample["after"] = answer
+        self._witness = Witness.take(parts.model, parts.task, parts.held_out.examples, **self._runs())
+        self._witness.write(self._folder / WITNESS_NAME)
         summary["training"] = _figures(result)
         log.write({"step": result.steps, "eval": summary["after"], "final": True})
         return True
@@ -265,20 +270,39 @@ class Fit:
             return
         save_plain(parts.model, parts.task.files, folder / "model", extra_file=folder / LOCK_NAME)
 
+    def _runs(self) -> dict[str, Any]:
+        return {"batch_tokens": self._parts.recipe.eval.batch_tokens, "device": self._parts.device}
+
     def _finish(self) -> None:
-        """Merges if the recipe asks for it, and writes the final status."""
+        """Compares the run's files with the witness, merges if the recipe asks for it, and writes the final status."""
         started, merge = time.time(), self._parts.recipe.run.merge
-        if merge != "none":
-            self._parts.model = None  # merging loads the base again, and two copies would double peak memory
-            release_memory()
-            try:
+        self._parts.model = None  # it is loaded again, and two copies would double peak memory
+        release_memory()
+        try:
+            self._reopen()
+            if merge != "none":
                 self._summary["merge"] = merge_run(
                     self._folder, base=merge, replace=True, progress=self._progress, assembly=self._parts.assembly
                 )
-            except BaseException:
-                self._write_status("trained", started)
-                raise
+        except BaseException:
+            self._write_status("trained", started)
+            raise
         self._write_status("finished", started)
+
+    def _reopen(self) -> None:
+        """Opens the run from its files and compares it with the trained model (contract C13)."""
+        parts, witness = self._parts, self._witness
+        assert witness is not None
+        target = find_target(self._folder)
+        assembly = parts.assembly if target.adapter is not None else None
+        opened = open_target(target, self._progress, assembly=assembly)
+        self._progress.stage("comparing the saved files with the trained model")
+        result = witness.check(opened.model, opened.task, self._folder, same=True, **self._runs())
+        self._summary["reopened"] = asdict(result)
+        self._progress.done()
+        self._progress.detail(f"opened again from its files: {result}")
+        del opened
+        release_memory()
 
     @contextlib.contextmanager
     def _open_folder(self) -> Iterator[MetricsLog]:

@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import ChainMap
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftlab import ops
 from peftlab.adapters import load_adapter
-from peftlab.adapters.fused import set_kernels
-from peftlab.adapters.merge import DequantizedWeights, agreement, exact_updates, weight_error
+from peftlab.adapters.merge import DequantizedWeights, Probes, fold
 from peftlab.assembly.assembly import Assembly
-from peftlab.assembly.target import Target, find_target, open_target
-from peftlab.data import eval_batches, require
+from peftlab.assembly.target import Target, check_same_model, find_target, open_target
+from peftlab.assembly.witness import Witness, read_witness
+from peftlab.data import require
 from peftlab.errors import RecipeError, VerificationError
+from peftlab.evaluation.agreement import Agreement
 from peftlab.measuring.memory import release_memory
 from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
 from peftlab.runs import LOCK_NAME, write_json
-from peftlab.tasks import Batch, Task
+from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
 
 TARGETS = ("original", "dequantized")
-# Number of held-out positions to compare: 512 x 49,152 float32 logits are 96 MiB.
-_POSITIONS = 512
 # Maximum mean KL (nats) and minimum top-1 agreement per base. A merge into the weights used in training only rounds; a
 # merge into the original weights also removes the quantization error.
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
-# Mean weight error relative to the mean update, for float32 files; a 16-bit file rounds the whole weight.
-_WEIGHT_LIMIT = 1e-3
-# Brings the components of a unit vector, about 1 / sqrt(H), to the size of logits.
-_VECTOR_TEMPERATURE = 0.05
 _PROBES = [
     "The quick brown fox.",
     "  spaces\tand\nlines",
@@ -55,7 +48,8 @@ def merge_run(
     progress: Progress,
     assembly: Assembly | None = None,
 ) -> dict[str, Any]:
-    """Merges the adapter of the run or adapter ``folder`` and compares the written model with base + adapter.
+    """Merges the adapter of the run or adapter ``folder`` and compares the written model with what was trained: the
+    witness of the run, or base + adapter for an adapter without one.
 
     Args and errors: see ``api.merge``. limits: override the default thresholds, by figure name.
     assembly: see ``open_target``.
@@ -65,7 +59,7 @@ def merge_run(
     chosen = base or ("dequantized" if quantized else "original")
     if chosen not in TARGETS or (chosen == "dequantized" and not quantized):
         allowed = " or ".join(TARGETS) if quantized else "original (the base of this run is not quantized)"
-        raise RecipeError(f"expected a merge into {allowed}, outputs_per_batch {chosen!r}", key="run.merge")
+        raise RecipeError(f"expected a merge into {allowed}, found {chosen!r}", key="run.merge")
     output = output or folder / "merged"
     _check_output(output, replace)
     reference = _Reference.take(target, progress, assembly)
@@ -111,60 +105,53 @@ def _check_output(output: Path, replace: bool) -> None:
         raise RecipeError(f"{output} contains other files and no model; choose another --output")
 
 
+@dataclass(frozen=True)
 class _Reference:
-    """The reference for the merged model, computed from base + adapter as trained."""
+    """What the merged model is compared with, and the weights to merge into.
 
-    def __init__(self, assembly: Assembly) -> None:
-        self.assembly, self.task = assembly, assembly.task
-        task = self.task
-        rows = assembly.data.eval
-        encoded = task.encode(rows, max_length=assembly.limit, too_long="truncate", training=False)
-        require(encoded.ledger, training=False)
-        count, positions = 0, 0
-        while count < len(encoded.examples) and positions < _POSITIONS:
-            positions += int(encoded.examples[count].weight)
-            count += 1
-        examples = encoded.examples[:count]
-        self.batches: list[Batch] = [
-            task.collate([examples[i] for i in part], assembly.device)
-            for part in eval_batches([len(e) for e in examples], assembly.recipe.eval.batch_tokens)
-        ]
-        self.num_rows = count
-        self.logits: list[torch.Tensor] = []
-        self.updates: dict[str, dict[str, torch.Tensor]] = {}
-        self.dequantized: Mapping[str, torch.Tensor] = {}
-        self.tied = False
-        self.untie = False
+    Attributes:
+        witness: outputs of the trained model. of_training: whether training wrote it; otherwise it comes from base + adapter.
+        dequantized: the weights of a quantized base, by module name.
+    """
+
+    assembly: Assembly
+    witness: Witness
+    of_training: bool
+    dequantized: Mapping[str, torch.Tensor]
 
     @classmethod
     def take(cls, target: Target, progress: Progress, assembly: Assembly | None) -> _Reference:
-        recipe = target.loaded.recipe
-        # float32 matmuls, so that the comparison measures the merge and not bfloat16 noise.
-        exact = {"compute_dtype": "float32"} if recipe.model.quantize == "nf4" else {}
-        opened = open_target(target, progress, reads_data=True, assembly=assembly, **exact)
-        if recipe.run.kernels in ops.CPU_OPERANDS:  # for the same reason
-            set_kernels(opened.model, "auto")
-        progress.stage("merge: computing reference logits")
-        reference = cls(opened.assembly)
-        reference.logits = reference.run(opened.model)
-        reference.updates = exact_updates(opened.model)
-        base = opened.model.get_base_model()
-        reference.dequantized = DequantizedWeights(base)
-        reference.tied, reference.untie = _tied_head(base)
-        return reference
+        assert target.adapter is not None
+        recipe, witness = target.loaded.recipe, read_witness(target.adapter)
+        assembly = assembly or target.assembly(reads_data=witness is None)
+        dequantized: Mapping[str, torch.Tensor] = {}
+        if witness is None:
+            opened = open_target(target, progress, assembly=assembly)
+            progress.stage("merge: running base + adapter on held-out rows")
+            taken = Witness.take(opened.model, assembly.task, _held_out(assembly), **_runs(assembly))
+            if recipe.model.quantize != "none":
+                dequantized = DequantizedWeights(opened.model.get_base_model())
+            return cls(assembly, taken, False, dequantized)
+        check_same_model(target, assembly.pretrained)
+        if recipe.model.quantize != "none":
+            progress.stage(f"merge: loading {recipe.model.name} ({recipe.model.quantize})")
+            dequantized = DequantizedWeights(assembly.model())
+        return cls(assembly, witness, True, dequantized)
 
-    @torch.no_grad()
-    def run(self, model: Any) -> list[torch.Tensor]:
-        model.eval()
-        outputs_per_batch = [self.task.outputs(model, batch) for batch in self.batches]
-        if self.task.spec.predicts != "vectors":
-            return [outputs.logits().float().cpu() for outputs in outputs_per_batch]
-        # Use the components of a unit vector as logits: equal vectors give equal logits, and the largest component is
-        # distinct even if the vectors of two texts are close.
-        return [
-            torch.nn.functional.normalize(o.values.float().cpu(), dim=-1) / _VECTOR_TEMPERATURE
-            for o in outputs_per_batch
-        ]
+    def compare(self, model: Any) -> Agreement:
+        return self.witness.compare(model, self.assembly.task, **_runs(self.assembly))
+
+
+def _runs(assembly: Assembly) -> dict[str, Any]:
+    return {"batch_tokens": assembly.recipe.eval.batch_tokens, "device": assembly.device}
+
+
+def _held_out(assembly: Assembly) -> list[Example]:
+    encoded = assembly.task.encode(
+        assembly.data.eval, max_length=assembly.limit, too_long="truncate", training=False, labelled=False
+    )
+    require(encoded.ledger, training=False)
+    return encoded.examples
 
 
 def _merge_one(target: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:
@@ -174,46 +161,54 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path |
     plain = assembly.model(quantize="none", dtype="float32")
     if name == "dequantized":
         _replace_weights(plain, reference.dequantized)
-    if reference.untie:
+    adapted = load_adapter(plain, target.adapter)
+    tied = _tied_head(plain)
+    if tied and _is_adapted(plain):
         _untie(plain)
-    modules = dict(plain.named_modules())
-    base_weights = _base_weights(modules, reference, name)
-    merged = load_adapter(plain, target.adapter).merge_and_unload(safe_merge=True)
-    figures: dict[str, Any] = {"positions": sum(map(len, reference.logits)), "rows": reference.num_rows}
+        tied = False
+    probes = Probes(adapted)
+    merged = _fold(adapted)
+    figures: dict[str, Any] = {"rows": len(reference.witness.examples), "of_training": reference.of_training}
+    saved = torch.float32
     if written is not None:
-        save_dtype = _save_dtype(assembly.pretrained, dtype)
-        _save(merged.to(save_dtype), reference, written, target.adapter)
+        saved = _save_dtype(assembly.pretrained, dtype)
+        _save(merged.to(saved), reference, written, target.adapter)
         tokenizer_same = _same_tokenizer(assembly.reader, written)
-        del merged, plain, modules
+        del merged, plain, adapted
         release_memory()
-        merged = _reload(written, reference.task, assembly.device)
+        merged = _reload(written, assembly.task, assembly.device)
         figures |= {
-            "dtype": str(save_dtype).removeprefix("torch."),
+            "dtype": str(saved).removeprefix("torch."),
             "tied_head": _is_tied(merged),
-            "tied_head_kept": _is_tied(merged) == reference.tied,
+            "tied_head_kept": _is_tied(merged) == tied,
             "tokenizer_same": tokenizer_same,
             "bytes": sum(p.stat().st_size for p in written.iterdir()),
         }
-    by_name = dict(merged.named_modules())
-    merged_weights = {m: by_name[m].weight.detach() for m in reference.updates}
-    weights = weight_error(base_weights, merged_weights, reference.updates)
-    figures["weights"] = None if weights is None else asdict(weights)
-    figures["logits"] = asdict(agreement(reference.logits, reference.run(merged.float())))
+    layers = probes.error(merged, saved)
+    figures["layers"] = None if layers is None else asdict(layers)
+    figures["logits"] = asdict(reference.compare(merged.float()))
     return figures
 
 
-def _base_weights(modules: dict[str, Any], reference: _Reference, name: str) -> Mapping[str, torch.Tensor]:
-    """Copies the adapted modules' weights before the in-place merge; dequantized weights need no copy."""
-    ready = reference.dequantized if name == "dequantized" else {}
-    copied = {m: modules[m].weight.detach().to("cpu", copy=True) for m in reference.updates if m not in ready}
-    return ChainMap(copied, ready)  # type: ignore[arg-type]  # read only
+def _fold(adapted: Any) -> Any:
+    """The base model with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
+    try:
+        return fold(adapted)
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+        method = adapted.peft_config["default"].peft_type.value
+        raise RecipeError(
+            f"PEFT cannot merge this {method} adapter: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}; "
+            "use it as an adapter, without merging",
+            key="adapter.method",
+        ) from error
 
 
 def _replace_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copies [out, in] weights into the linear layers of ``model``; GPT-2's Conv1D keeps [in, out]."""
     modules = dict(model.named_modules())
     for name, weight in weights.items():
         module = modules[name]
-        module.weight.data.copy_(weight.reshape(module.weight.shape))
+        module.weight.data.copy_(weight.T if type(module).__name__ == "Conv1D" else weight)
 
 
 def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
@@ -230,7 +225,7 @@ def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
 
 def _save(model: Any, reference: _Reference, written: Path, adapter: Path) -> None:
     lock = next(p for p in [adapter, *adapter.resolve().parents] if (p / LOCK_NAME).is_file())
-    save_plain(model, reference.task.files, written, extra_file=lock / LOCK_NAME)
+    save_plain(model, reference.assembly.task.files, written, extra_file=lock / LOCK_NAME)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:
@@ -241,27 +236,39 @@ def _reload(folder: Path, task: Task, device: str) -> Any:
         return getattr(transformers, task.spec.auto_class).from_pretrained(folder, dtype="auto").to(device).eval()
 
 
-def _tied_head(base: Any) -> tuple[bool, bool]:
-    """Whether the merged head must be tied to the embeddings, and whether the adapter unties it."""
+def _ends(model: Any) -> tuple[Any, Any]:
+    """The output head and the input embeddings of a model, adapted or not; None for one that it does not have."""
+    try:
+        return model.get_output_embeddings(), model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None, None
+
+
+def _tied_head(base: Any) -> bool:
+    head, _ = _ends(base)
+    return head is not None and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _is_adapted(base: Any) -> bool:
+    """Whether the adapter changes the head or the embeddings, so that they need separate tensors."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    tied = head is not None and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
-    adapted = any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in (head, embedding))
-    return tied and not adapted, tied and adapted
+    return any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in _ends(base))
 
 
-def _untie(model: Any) -> None:
+def _untie(base: Any) -> None:
     """Gives the head a separate tensor, so that an update of head or embedding does not change the other."""
-    head = model.get_output_embeddings()
+    head, _ = _ends(base)
+    head = getattr(head, "original_module", head)
+    head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.get_text_config().tie_word_embeddings = False
-    model.config.tie_word_embeddings = False
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
 
 
 def _is_tied(model: Any) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = _ends(model)
     return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
 
 
@@ -281,14 +288,13 @@ def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
 def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[str, float]) -> Iterable[str]:
     """Describes every failed check of the written model."""
     allowed = _LIMITS["original" if quantized and name == "original" else "same"] | limits
-    logits, weights = figures["logits"], figures["weights"]
-    failures = []
-    if not logits["kl_mean"] <= allowed["kl_mean"]:
-        failures.append(f"mean KL to base + adapter is {logits['kl_mean']:.3g} nats, allowed {allowed['kl_mean']:g}")
-    if not logits["top1"] >= allowed["top1"]:
-        failures.append(f"top-1 agreement is {logits['top1']:.1%}, required {allowed['top1']:.1%}")
-    if weights and figures["dtype"] == "float32" and not weights["relative"] <= _WEIGHT_LIMIT:
-        failures.append(f"merged weights miss {weights['relative']:.1%} of the update on average")
+    failures = Agreement(**figures["logits"]).failures(**allowed)
+    layers = figures["layers"]
+    if layers and layers["wrong"]:
+        failures.append(
+            f"{layers['wrong']} of {layers['num_modules']} merged layers differ from the layers with their adapters, most "
+            f"{layers['worst']}: by {layers['worst_relative']:.1%} of what the adapter changes"
+        )
     if not figures["tied_head_kept"]:
         failures.append("the output head is no longer tied to the embeddings")
     if not figures["tokenizer_same"]:

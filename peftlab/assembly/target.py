@@ -135,7 +135,7 @@ def open_target(
     pick_device(recipe.run.device)  # report a missing device first
     if target.adapter is not None:
         check_adapter_files(target.adapter)
-    _check_same_model(target, assembly.pretrained)
+    check_same_model(target, assembly.pretrained)
     task = assembly.task  # before the model, which takes longer
     progress.stage(f"loading {recipe.model.name}")
     model = assembly.model(**model_changes)
@@ -144,7 +144,7 @@ def open_target(
     return Opened(target, assembly, task, model.eval())
 
 
-def _check_same_model(target: Target, pretrained: Pretrained) -> None:
+def check_same_model(target: Target, pretrained: Pretrained) -> None:
     """Raises ArtifactError if an adapter was trained on other weights."""
     expected = (target.loaded.recipe.lock or {}).get("fingerprints", {}).get("model")
     if target.adapter is not None and expected is not None and expected != pretrained.fingerprint:

@@ -120,7 +120,7 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
 
     table = new_table()
     table.add_column("merged into", no_wrap=True)
-    for title in ("mean KL, nats", "same top-1", "weight error", "kept"):
+    for title in ("mean KL, nats", "same top-1", "layer error", "kept"):
         table.add_column(title, justify="right")
     verified = bool(report.get("verified"))
     for name, figures in report["targets"].items():
@@ -128,19 +128,20 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
         verdict = (
             Text("verified", "green") if kept and verified else Text("failed" if kept else "no", "red" if kept else "")
         )
-        logits, weights = figures["logits"], figures["weights"]
+        logits, layers = figures["logits"], figures["layers"]
         table.add_row(
             name,
             formatting.small(logits["kl_mean"]),
             f"{100 * formatting.number(logits['top1']):.1f} %",
-            "-" if weights is None else formatting.small(weights["relative"]),
+            "-" if layers is None else formatting.small(layers["relative"]),
             verdict,
         )
     chosen = report["targets"].get(report["target"], {})
     parts = [str(report["output"]), str(chosen.get("dtype", report.get("dtype", "")))]
     if chosen.get("bytes"):
         parts.append(formatting.size(chosen["bytes"]))
-    note = "compared with base + adapter on held-out rows; weight error relative to the update"
+    against = "the trained model" if chosen.get("of_training") else "base + adapter"
+    note = f"compared with {against} on held-out rows; layer error relative to what the adapter changes"
     return [table, Text(note, style="dim"), Text("merged model: " + ", ".join(p for p in parts if p))]
 
 

@@ -16,6 +16,7 @@ from peftlab import formatting
 from peftlab.assembly import Assembly
 from peftlab.assembly.fit import fit
 from peftlab.assembly.merging import merge_run
+from peftlab.assembly.witness import WITNESS_NAME
 from peftlab.errors import Interrupted
 from peftlab.experiments.card_figures import compare_students, no_baseline
 from peftlab.experiments.distill_checks import check_models
@@ -219,6 +220,10 @@ def _publish_student(arm: Arm, folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(file, target)
     shutil.copy(folder / LOCK_NAME, partial / LOCK_NAME)
+    witness = arm.folder / WITNESS_NAME
+    if witness.is_file():
+        (folder / WITNESS_NAME).unlink(missing_ok=True)
+        _link(witness, folder / WITNESS_NAME)
     shutil.rmtree(folder / "student", ignore_errors=True)
     os.replace(partial, folder / "student")
 

@@ -1,15 +1,17 @@
-"""The figures that verify a merge, checked with PEFT's own merge and with wrong merges."""
+"""The check of a merge, with PEFT's own merge and with wrong merges."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
-from peftlab.adapters.merge import DequantizedWeights, agreement, exact_updates, expected_weight, weight_error
+from peftlab.adapters.merge import DequantizedWeights, LayerError, Probes, fold
+from tests.families import FAMILIES
 
 OPTIONS = [
     pytest.param({}, id="lora"),
@@ -20,100 +22,113 @@ OPTIONS = [
 ]
 
 
-def weights(model: Any, names: Any) -> dict[str, Any]:
-    modules = dict(model.named_modules())
-    return {n: modules[n].weight.detach().clone() for n in names}
-
-
-def merged(tiny: Callable[..., Any], **options: Any) -> tuple[Any, Any, Any]:
-    """Weights before, weights as PEFT merges them, and the updates read from the adapter."""
+def merged(tiny: Callable[..., Any], **options: Any) -> tuple[Probes, Any]:
     model = tiny("tiny:llama", **options)
-    updates = exact_updates(model)
-    base = weights(tiny("tiny:llama", adapter=False), updates)
-    return base, weights(model.merge_and_unload(), updates), updates
+    probes = Probes(model)
+    return probes, fold(model)
+
+
+def error(probes: Probes, model: Any, dtype: torch.dtype = torch.float32) -> LayerError:
+    result = probes.error(model.to(dtype), dtype)
+    assert result is not None
+    return result
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_weight_error_of_pefts_merge_is_zero(tiny: Callable[..., Any], options: Any) -> None:
-    base, after, updates = merged(tiny, **options)
-    error = weight_error(base, after, updates)
-    assert error.max_error < 1e-6
-    assert error.relative < 1e-5
-    assert error.num_modules == len(updates) > 0
+def test_probes_find_no_error_in_pefts_merge(tiny: Callable[..., Any], options: Any) -> None:
+    result = error(*merged(tiny, **options))
+    assert result.wrong == 0 and result.num_unchecked == 0
+    assert result.relative < 1e-5
+    assert result.num_modules == (4 if "targets" in options else 14) - ("targets" in options)
 
 
-def test_exact_updates_cover_every_adapted_module(tiny: Callable[..., Any]) -> None:
-    for name, options in (("tiny:llama", {}), ("tiny:bert", {"targets": ["query", "word_embeddings"]})):
-        model = tiny(name, **options)
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        adapted = {n for n, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
-        assert set(exact_updates(model)) == adapted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probes_allow_the_rounding_of_16_bit_files(tiny: Callable[..., Any], dtype: torch.dtype) -> None:
+    result = error(*merged(tiny), dtype=dtype)
+    assert result.wrong == 0 and result.relative > 1e-4
 
 
-def _lost(base: Any, after: Any, updates: Any) -> Any:
-    return base
+def _lost(layer: Any, plain: Any) -> None:
+    layer.weight.data.copy_(plain.weight)
 
 
-def _dropped_scaling(base: Any, after: Any, updates: Any) -> Any:
-    return {n: base[n] + updates[n]["B"] @ updates[n]["A"] for n in base}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probes_name_the_layer_that_lost_its_update(tiny: Callable[..., Any], dtype: torch.dtype) -> None:
+    probes, model = merged(tiny)
+    plain = dict(tiny("tiny:llama", adapter=False).named_modules())
+    name = "model.layers.1.mlp.up_proj"
+    _lost(dict(model.named_modules())[name], plain[name])
+    result = error(probes, model, dtype)
+    assert result.wrong == 1 and result.worst == name
+    assert result.worst_relative == pytest.approx(1.0, rel=0.05)
 
 
-def _twice(base: Any, after: Any, updates: Any) -> Any:
-    return {n: after[n] + (after[n] - base[n]) for n in base}
+def test_probes_catch_a_wrong_scaling(tiny: Callable[..., Any]) -> None:
+    model = tiny("tiny:llama")
+    probes = Probes(model)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] *= 2
+    result = error(probes, fold(model))
+    assert result.wrong == result.num_modules and result.relative == pytest.approx(1.0, rel=1e-4)
 
 
-def _one_module_lost(base: Any, after: Any, updates: Any) -> Any:
-    first = sorted(base)[0]
-    return {**after, first: base[first]}
+def test_probes_catch_values_that_are_not_finite(tiny: Callable[..., Any]) -> None:
+    probes, model = merged(tiny)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    assert error(probes, model).wrong == 1
+
+
+METHODS = {
+    "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "vera": lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_weights=False),
+    "loha": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], r=4, init_weights=False),
+    "lora-bias": lambda: peft.LoraConfig(target_modules=["query"], lora_bias=True, init_lora_weights=False),
+    "pissa": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
+    "olora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights="olora"),
+    "dora-embedding": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"], use_dora=True, init_lora_weights=False),
+    "replicated-layers": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]], init_lora_weights=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_probes_know_every_method(tiny: Callable[..., Any], method: str) -> None:
+    name = "tiny:bert" if method == "lora-bias" else "tiny:llama"
+    model = peft.get_peft_model(tiny(name, adapter=False), METHODS[method]())
+    probes = Probes(model)
+    result = error(probes, fold(model))
+    assert result.num_modules > 0 and result.wrong == 0
+    assert 0 < result.relative < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("fault", "relative"), [(_lost, 1.0), (_dropped_scaling, 0.5), (_twice, 1.0), (_one_module_lost, None)]
+    ("family", "targets"),
+    [
+        ("gpt2", ["c_attn", "c_proj"]),
+        ("resnet", ["convolution"]),
+        ("convnext", ["downsampling_layer.1", "pwconv1"]),
+        ("vit", ["projection"]),
+    ],
 )
-def test_weight_error_catches_wrong_merges(tiny: Callable[..., Any], fault: Any, relative: float | None) -> None:
-    base, after, updates = merged(tiny)
-    assert {float(u["scaling"]) for u in updates.values()} == {2.0}
-    error = weight_error(base, fault(base, after, updates), updates)
-    assert error.relative > 0.01
-    if relative is not None:
-        assert error.relative == pytest.approx(relative, rel=1e-4)
+def test_probes_know_every_kind_of_layer(tmp_path: Path, family: str, targets: list[str]) -> None:
+    import transformers
+
+    FAMILIES[family].write(tmp_path)
+    auto = "AutoModelForCausalLM" if family == "gpt2" else "AutoModelForImageClassification"
+    base = getattr(transformers, auto).from_pretrained(tmp_path)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
+    probes = Probes(model)
+    result = error(probes, fold(model))
+    assert result.num_modules > 0 and result.wrong == 0 and result.num_unchecked == 0
 
 
-def test_expected_weight_of_dora_equals_the_values_by_hand() -> None:
-    w, a, b = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0], [0.0]])
-    update = {"A": a, "B": b, "scaling": torch.tensor(2.0, dtype=torch.float64)}
-    assert expected_weight(w, update).tolist() == [[3.0, 4.0], [0.0, 2.0]]
-    scaled = expected_weight(w, update | {"magnitude": torch.tensor([10.0, 1.0])})
-    assert scaled.tolist() == [[6.0, 8.0], [0.0, 1.0]]
+def test_probes_count_what_cannot_run_alone(tmp_path: Path) -> None:
+    import transformers
 
-
-def test_agreement_of_equal_logits_is_perfect() -> None:
-    logits = [torch.randn(3, 5), torch.randn(2, 5)]
-    same = agreement(logits, [x + 7.0 for x in logits])
-    assert same.kl_max < 1e-6 and same.top1 == 1.0 and same.num_positions == 5
-
-
-def test_agreement_equals_the_kl_by_hand() -> None:
-    p, q = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
-    got = agreement([p.log()], [q.log()])
-    assert got.kl_mean == got.kl_max == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-
-
-def test_agreement_catches_swapped_logits() -> None:
-    torch.manual_seed(0)
-    a, b = torch.randn(40, 9) * 3, torch.randn(40, 9) * 3
-    swapped = agreement([a, b], [b, a])
-    assert swapped.kl_mean > 1 and swapped.top1 < 0.5
-    assert agreement([a], [a.flip(-1)]).top1 < 0.5
-
-
-def test_agreement_catches_infinities() -> None:
-    """A broken head must not pass as agreement because of a NaN."""
-    a = torch.randn(4, 5)
-    broken = a.clone()
-    broken[0, 0] = float("nan")
-    assert not agreement([a], [broken]).kl_mean <= 1e9
+    FAMILIES["mixtral"].write(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "w1", "w2", "w3"], r=4))
+    assert Probes(model).num_unchecked == 2
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
