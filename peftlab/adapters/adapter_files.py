@@ -23,7 +23,7 @@ def save_adapter(model: Any, folder: Path) -> None:
         str(folder),
         safe_serialization=True,
         selected_adapters=["default"],  # a teacher's adapter may be loaded too
-        save_embedding_layers=_trains_embeddings(model),
+        save_embedding_layers=False,  # a trained matrix is in the adapter already, and the base has the others
     )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     path = folder / "adapter_config.json"
@@ -32,12 +32,6 @@ def save_adapter(model: Any, folder: Path) -> None:
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _trains_embeddings(model: Any) -> bool:
-    config = model.peft_config["default"]
-    named = [*(config.target_modules or []), *(config.modules_to_save or [])]
-    return any(str(name).endswith(("embed_tokens", "lm_head", "wte", "word_embeddings")) for name in named)
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, kernels: str = "auto") -> Any:
@@ -60,12 +54,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     except SafetensorError as error:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
-    except (RuntimeError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()
-        detail = next((line.strip() for line in first if "size mismatch" in line), first[0] if first else "")
-        raise ArtifactError(
-            f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model)}: {detail}"
-        ) from error
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(_unfit(model, folder, str(error))) from error
     _check_complete(peft_model, folder, model)
     fused.set_kernels(peft_model, kernels)
     return peft_model
@@ -132,21 +122,60 @@ def brought_parameters(folder: Path) -> set[str]:
         return {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118  (no mapping)
 
 
+def _unfit(model: Any, folder: Path, error: str) -> str:
+    """The message for an adapter that PEFT cannot load into ``model``."""
+    from safetensors import safe_open
+
+    rows = [m.weight for m in _vocabulary_modules(model)]
+    with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
+        stored = [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118  (no mapping)
+    for name, shape in stored:
+        wide = [w for w in rows if len(shape) == 2 and w.shape[1] == shape[1] and ".lora_" not in name]
+        if wide and all(len(w) != shape[0] for w in wide) and "size mismatch" in error:
+            return (
+                f"the adapter in {folder} was trained with a vocabulary of {shape[0]:,} rows ({_plain(name)}), and "
+                f"{_name(model)} has {len(wide[0]):,}; resize it: model.resize_token_embeddings={shape[0]}"
+            )
+    lines = error.strip().splitlines()
+    detail = next((line.strip() for line in lines if "size mismatch" in line), lines[0] if lines else "")
+    return f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model)}: {detail}"
+
+
+def _vocabulary_modules(model: Any) -> list[Any]:
+    """The input embeddings and the output head, without wrappers of PEFT."""
+    try:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (NotImplementedError, AttributeError):
+        return []
+    plain = [getattr(m, "original_module", getattr(m, "base_layer", m)) for m in ends if m is not None]
+    return [m for m in plain if hasattr(m, "weight")]
+
+
 def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
-    """Raises ArtifactError for unused tensors and modules without tensors: PEFT only warns, but they mean another model."""
+    """Raises ArtifactError for parts of the adapter without tensors, and for tensors that PEFT did not use: it only warns, but
+    they mean another model. Matrices of the base itself, such as resized embeddings, are loaded and are no fault."""
     from peft import get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors import safe_open
 
     with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
         saved = set(tensors.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=_trains_embeddings(model)))
-    if saved != expected:
-        odd = sorted(saved ^ expected)[0]
-        side = "in the file but not in the model" if odd in saved else "in the model but not in the file"
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config["default"].peft_type, "lora_")
+    modules = {_plain(f"{name}.") for name, _ in model.named_modules()}
+    lost = {n for n in saved - expected if f".{prefix}" in n or _plain(f"{n.rpartition('.')[0]}.") not in modules}
+    if odd := sorted((expected - saved) | lost):
+        side = "in the file but not in the model" if odd[0] in saved else "in the model but not in the file"
         raise ArtifactError(
             f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(base)}: "
-            f"{len(saved ^ expected)} tensors do not match, such as {odd} ({side})"
+            f"{len(odd)} tensors do not match, such as {odd[0]} ({side})"
         )
+
+
+def _plain(name: str) -> str:
+    """A name without the parts that PEFT's wrappers add."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(p for p in parts if p not in ("modules_to_save", "default", "original_module", "base_layer"))
 
 
 def _made_for(folder: Path) -> str:

@@ -15,6 +15,7 @@ from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_name
 from peftlab.measuring.memory import share_one_heap
 from peftlab.models import (
     Pretrained,
+    check_stored,
     find_pretrained,
     load_image_reader,
     load_model,
@@ -23,6 +24,7 @@ from peftlab.models import (
     model_max_length,
     resolve_precision,
     sentence_files,
+    stored_as,
     tokenizer_fingerprint,
 )
 from peftlab.recipe import LoadedRecipe, Recipe
@@ -134,6 +136,29 @@ class Assembly:
             [model.name, model.revision, model.trust_remote_code],
             lambda: find_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code),
         )
+
+    @property
+    def stored(self) -> str:
+        """How the model's files store the linear weights, as ``storage``."""
+        return self._once("stored as", self._model_key, lambda: stored_as(self.pretrained))
+
+    @property
+    def storage(self) -> str:
+        """How the linear weights are kept: as the model's files store them quantized, else model.quantize.
+
+        Raises: RecipeError if the two contradict each other, or quantized weights would be trained.
+        """
+        stored, wanted = self.stored, self.recipe.model.quantize
+        if stored == "none":
+            return wanted
+        check_stored(self.pretrained, stored, wanted)
+        if not self.method.quantized:
+            raise RecipeError(
+                f"{self.recipe.model.name} is stored in {stored}, and quantized weights cannot be trained; use an adapter, or "
+                "name the model that it was made from",
+                key="adapter.method",
+            )
+        return stored
 
     @property
     def reader(self) -> Any:
@@ -262,12 +287,13 @@ class Assembly:
         share_one_heap()
         model = self.recipe.model
         options: dict[str, Any] = {
-            "quantize": model.quantize,
+            "quantize": self.storage,
             "double_quant": model.double_quant,
             "compute_dtype": model.compute_dtype,
             # Trained weights need float32: a single update is often below the resolution of 16 bits.
             "dtype": "float32" if not self.method.adapts and model.dtype == "auto" else model.dtype,
             "attention": model.attention,
+            "resize_token_embeddings": model.resize_token_embeddings,
         }
         return load_model(
             self.pretrained,

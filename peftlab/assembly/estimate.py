@@ -39,7 +39,7 @@ def estimate_seconds(
     flops += 4.0 * scored * shape["head"]
     dtype = resolve_precision(recipe.train.precision, assembly.device)
     speed = _matmul_speed(shape["widest"], dtype, assembly.device)
-    seconds = STORAGES[recipe.model.quantize].overhead * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
+    seconds = STORAGES[assembly.storage].overhead * flops / speed + steps * shape["linears"] * _LAUNCH_SECONDS
     return {"seconds": seconds, "flops": flops, "flops_per_s": speed}
 
 

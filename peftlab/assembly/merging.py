@@ -55,10 +55,13 @@ def merge_run(
     assembly: see ``open_target``.
     """
     target = find_target(folder)
-    quantized = target.loaded.recipe.model.quantize != "none"
+    sources = assembly or target.assembly()
+    quantized = sources.storage != "none"
+    targets = _targets(sources)
     chosen = base or ("dequantized" if quantized else "original")
-    if chosen not in TARGETS or (chosen == "dequantized" and not quantized):
-        allowed = " or ".join(TARGETS) if quantized else "original (the base of this run is not quantized)"
+    if chosen not in targets:
+        why = {1: "the base of this run is not quantized", 0: f"the base of this run is stored in {sources.stored}"}
+        allowed = " or ".join(targets) if len(targets) > 1 else f"{targets[0]} ({why['original' in targets]})"
         raise RecipeError(f"expected a merge into {allowed}, found {chosen!r}", key="run.merge")
     output = output or folder / "merged"
     _check_output(output, replace)
@@ -71,7 +74,7 @@ def merge_run(
         "dtype": dtype,
         "targets": {},
     }
-    for name in [t for t in TARGETS if quantized or t == "original"]:
+    for name in targets:
         progress.stage(
             f"merge: folding the adapter into the {name} weights" + ("" if name == chosen else " (for comparison)")
         )
@@ -98,6 +101,13 @@ def merge_run(
     return report
 
 
+def _targets(assembly: Assembly) -> tuple[str, ...]:
+    """The base weights that an adapter can be merged into."""
+    if assembly.stored != "none":
+        return ("dequantized",)
+    return TARGETS if assembly.storage != "none" else ("original",)
+
+
 def _check_output(output: Path, replace: bool) -> None:
     if output.exists() and not replace:
         raise RecipeError(f"{output} exists; overwrite it with --replace or choose another --output")
@@ -122,19 +132,19 @@ class _Reference:
     @classmethod
     def take(cls, target: Target, progress: Progress, assembly: Assembly | None) -> _Reference:
         assert target.adapter is not None
-        recipe, witness = target.loaded.recipe, read_witness(target.adapter)
+        witness = read_witness(target.adapter)
         assembly = assembly or target.assembly(reads_data=witness is None)
         dequantized: Mapping[str, torch.Tensor] = {}
         if witness is None:
             opened = open_target(target, progress, assembly=assembly)
             progress.stage("merge: running base + adapter on held-out rows")
             taken = Witness.take(opened.model, assembly.task, _held_out(assembly), **_runs(assembly))
-            if recipe.model.quantize != "none":
+            if assembly.storage != "none":
                 dequantized = DequantizedWeights(opened.model.get_base_model())
             return cls(assembly, taken, False, dequantized)
         check_same_model(target, assembly.pretrained)
-        if recipe.model.quantize != "none":
-            progress.stage(f"merge: loading {recipe.model.name} ({recipe.model.quantize})")
+        if assembly.storage != assembly.stored:  # dequantizing what is stored gives its weights again
+            progress.stage(f"merge: loading {assembly.recipe.model.name} ({assembly.storage})")
             dequantized = DequantizedWeights(assembly.model())
         return cls(assembly, witness, True, dequantized)
 

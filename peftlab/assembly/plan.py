@@ -37,7 +37,7 @@ def make_plan(
         seed=assembly.recipe.run.seed,
         epochs=t.epochs,
         max_steps=t.max_steps,
-        split_cost=STORAGES[assembly.recipe.model.quantize].split_cost[device],
+        split_cost=STORAGES[assembly.storage].split_cost[device],
         most_tokens=_MOST_TOKENS[device],
         packing=packing,
         span=span,

@@ -121,7 +121,7 @@ def prepare(
     )
     span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)
-    storage = recipe.model.quantize if recipe.model.quantize != "none" else "unquantized"
+    storage = "unquantized" if assembly.storage == "none" else assembly.storage
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
     model, planned, trained = trainable(assembly, assembly.model())
     release_memory()  # quantizing held every weight in full precision

@@ -188,7 +188,7 @@ class Distillation:
     def _merge(self, arm: Arm, assembly: Assembly) -> None:
         """Merges the adapter of a training into a plain model, unless that is already done."""
         if (arm.folder / "adapter").is_dir() and not (arm.folder / "merged").is_dir():
-            base = "dequantized" if assembly.recipe.model.quantize != "none" else "original"
+            base = "dequantized" if assembly.storage != "none" else "original"
             merge_run(arm.folder, base=base, replace=True, progress=self._progress, assembly=assembly)
 
 

@@ -1,7 +1,7 @@
 """Finds, loads and quantizes backbones."""
 
 from peftlab.models.bnb import import_bitsandbytes
-from peftlab.models.config import label_names, load_skeleton
+from peftlab.models.config import check_stored, label_names, load_skeleton, stored_as
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.image_reader import ImageReader, load_image_reader
 from peftlab.models.load import base_model, load_model, new_weights, num_parameters
@@ -19,6 +19,7 @@ __all__ = [
     "base_model",
     "find_pretrained",
     "import_bitsandbytes",
+    "check_stored",
     "label_names",
     "load_image_reader",
     "load_model",
@@ -32,5 +33,6 @@ __all__ = [
     "resolve_precision",
     "save_plain",
     "sentence_files",
+    "stored_as",
     "tokenizer_fingerprint",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftlab.errors import RecipeError
 from peftlab.models.load_errors import load_errors, quiet
 from peftlab.models.pretrained import Pretrained
 from peftlab.models.tiny import tiny_config
@@ -17,6 +18,37 @@ def load_config(pretrained: Pretrained, **kwargs: Any) -> Any:
         return tiny_config(pretrained.source.path, **kwargs)
     with quiet(), load_errors(pretrained, "config"):
         return AutoConfig.from_pretrained(pretrained.location, **pretrained.hub_kwargs, **kwargs)
+
+
+def stored_as(pretrained: Pretrained) -> str:
+    """How a model's files store its linear weights, as a value of model.quantize: ``none``, ``nf4`` (for fp4 as well) or
+    ``int8``.
+
+    Raises: RecipeError for another quantization.
+    """
+    if pretrained.source.kind in ("tiny", "shape", "gguf"):
+        return "none"
+    config = load_config(pretrained)
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return "none"
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(values.get("quant_method", "an unnamed method"))
+    if method == "bitsandbytes" and (values.get("load_in_8bit") or values.get("load_in_4bit")):
+        return "int8" if values.get("load_in_8bit") else "nf4"
+    raise RecipeError(
+        f"the weights of {pretrained.source.name!r} are stored quantized by {method}; peftlab reads bitsandbytes' 4 and 8 bits, "
+        "and weights in 16 or 32 bits: name the model that it was made from",
+        key="model.name",
+    )
+
+
+def check_stored(pretrained: Pretrained, stored: str, wanted: str) -> None:
+    """Raises RecipeError if weights that are stored quantized are wanted in another quantization."""
+    if stored != "none" and wanted not in ("none", stored):
+        raise RecipeError(
+            f"{pretrained.source.name} is stored in {stored} already; remove quantize: {wanted}", key="model.quantize"
+        )
 
 
 def label_names(pretrained: Pretrained) -> list[str]:

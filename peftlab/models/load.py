@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peftlab.errors import ArtifactError, RecipeError
-from peftlab.models.config import load_skeleton
+from peftlab.models.config import check_stored, load_skeleton, stored_as
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.load_errors import load_errors, quiet
 from peftlab.models.presets import build_preset
@@ -30,6 +30,7 @@ def load_model(
     compute_dtype: str = "auto",
     dtype: str = "auto",
     attention: str = "auto",
+    resize_token_embeddings: int | None = None,
     whole: bool = False,
     brought: Collection[str] = (),
     **model_kwargs: Any,
@@ -39,7 +40,9 @@ def load_model(
 
     Args:
         auto_class: name of a transformers auto class, such as ``AutoModelForCausalLM``.
-        quantize: ``none``, ``nf4`` or ``int8``: storage of the linear weights except output layers.
+        quantize: ``none``, ``nf4`` or ``int8``: storage of the linear weights except output layers. For files that are stored
+            quantized: as they are stored, or ``none`` for their dequantized weights.
+        resize_token_embeddings: number of rows of embeddings and head; new ones are the mean of the others.
         whole: refuse a model without a task head in its files, or with a head of another size, instead of adding a new one.
             brought: names of parameters that an adapter supplies, which may be missing.
         model_kwargs: passed to the config (``num_labels``, ``id2label``, ...).
@@ -51,8 +54,11 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": torch_dtype, **model_kwargs}
     if attention != "auto":
         kwargs["attn_implementation"] = attention
-    if quantize != "none":
-        compute = resolve_precision(compute_dtype, device)
+    stored, compute = stored_as(pretrained), resolve_precision(compute_dtype, device)
+    if stored != "none":
+        check_stored(pretrained, stored, quantize)
+        kwargs["device_map"] = {"": device}
+    elif quantize != "none":
         kept = _NOT_QUANTIZED + _outside_body(load_skeleton(pretrained, auto_class=auto_class, **model_kwargs))
         kwargs["quantization_config"] = _quantization(quantize, double_quant, compute, kept)
         kwargs["device_map"] = {"": device}
@@ -73,10 +79,15 @@ def load_model(
             )
             new = _new_weights(pretrained, model, loading, whole=whole, brought=brought)
             setattr(model, _NEW, new)
+    if resize_token_embeddings is not None:
+        _resize(model, resize_token_embeddings)
+    if stored != "none" and quantize == "none":
+        with quiet():
+            model = model.dequantize(torch_dtype)
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
-        _keep_storage_layout(model)
+        _keep_storage_layout(model, compute)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
@@ -130,14 +141,32 @@ def _new_weights(
     raise ArtifactError(f"the weights of {pretrained.source.name!r} {problem}; copy them again", key="model.name")
 
 
+def _resize(model: Any, rows: int) -> None:
+    """Resizes embeddings and head to ``rows``; both count as new. Raises: RecipeError for a model without a vocabulary."""
+    with quiet():
+        try:
+            ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+            if len(ends[0].weight) == rows:
+                return
+            model.resize_token_embeddings(rows)
+        except (NotImplementedError, AttributeError) as error:
+            raise RecipeError(
+                f"{type(model).__name__} has no vocabulary to resize", key="model.resize_token_embeddings"
+            ) from error
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)}
+    setattr(model, _NEW, new_weights(model) | names)
+
+
 def _outside_body(model: Any) -> list[str]:
     """Names of the modules outside the body of a model, such as its head."""
     body = model.base_model
     return [] if body is model else [name for name, child in model.named_children() if child is not body]
 
 
-def _keep_storage_layout(model: Any) -> None:
-    """Stops bitsandbytes (0.50) from repacking NF4 weights in place at the first forward in eval mode on a CPU.
+def _keep_storage_layout(model: Any, compute_dtype: Any) -> None:
+    """Sets the dtype of the products, for which stored weights have their own value, and stops bitsandbytes (0.50) from
+    repacking NF4 weights in place at the first forward in eval mode on a CPU.
 
     The packed layout has no backward and dequantizes to garbage, so a model that is evaluated first could then
     neither be trained nor merged.
@@ -147,6 +176,7 @@ def _keep_storage_layout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype, module.compute_type_is_set = compute_dtype, True
 
 
 def _tiny_model(pretrained: Pretrained, auto: Any, kwargs: dict[str, Any]) -> Any:

@@ -45,6 +45,12 @@ class ModelSection(Section):
     dtype: DType = Field(
         "auto", description="dtype of the weights that are not quantized; auto: bfloat16 on CUDA, float32 on CPU"
     )
+    resize_token_embeddings: int | None = Field(
+        None,
+        ge=1,
+        description="rows of embeddings and head, if an adapter was trained with another number than the model has; "
+        "training new rows trains both in full",
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="attention implementation of transformers"
     )

@@ -245,7 +245,7 @@ def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any
         scored=positions if head is not None else 0,
         dtype=resolve_precision(assembly.recipe.train.precision, device),
         device=device,
-        storage=recipe.model.quantize,
+        storage=assembly.storage,
     )
     folder = cache_folder(assembly, teacher)
     return {
