@@ -82,8 +82,7 @@ def load_model(
     if resize_token_embeddings is not None:
         _resize(model, resize_token_embeddings)
     if stored != "none" and quantize == "none":
-        with quiet():
-            model = model.dequantize(torch_dtype)
+        model = _dequantized(model, torch_dtype)
     if quantize == "none":
         model.to(device)
     elif quantize == "nf4":
@@ -156,6 +155,17 @@ def _resize(model: Any, rows: int) -> None:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)}
     setattr(model, _NEW, new_weights(model) | names)
+
+
+def _dequantized(model: Any, dtype: Any) -> Any:
+    """A model that was stored quantized, with plain linear layers. transformers (5.23) would reverse its reading of quantized
+    tensors when it saves such a model, and cannot."""
+    with quiet():
+        model = model.dequantize(dtype)
+    conversions = getattr(model, "_weight_conversions", None) or []
+    kept = [c for c in conversions if not any("Bnb" in type(op).__name__ for op in getattr(c, "operations", ()))]
+    model._weight_conversions = kept or None
+    return model
 
 
 def _outside_body(model: Any) -> list[str]:
