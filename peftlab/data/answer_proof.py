@@ -18,15 +18,16 @@ def texts(content: Any) -> list[str]:
 
 
 def required_words(message: Message) -> list[str]:
-    """What an answer must contain literally: its words without thoughts, and the names of the tools it calls."""
+    """What an answer must contain literally: its words without thoughts."""
     first, *more = texts(message.get("content"))
-    names = [str(call["function"]["name"]) for call in message.get("tool_calls") or ()]
-    return [first.split("</think>")[-1].strip(), *(text.strip() for text in more), *names]
+    return [first.split("</think>")[-1].strip(), *(text.strip() for text in more)]
 
 
-def has_arguments(message: Message, text: str) -> bool:
-    """Whether ``text`` has the keys and values of all arguments of the message's tool calls."""
+def has_calls(message: Message, text: str) -> bool:
+    """Whether ``text`` has the names, and the keys and values of all arguments, of the message's tool calls."""
     for call in message.get("tool_calls") or ():
+        if str(call["function"]["name"]) not in text:
+            return False
         arguments = call["function"]["arguments"]
         if isinstance(arguments, str):
             arguments = json.loads(arguments)

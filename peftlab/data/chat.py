@@ -81,7 +81,7 @@ class Formatter:
 
     @property
     def style(self) -> Style:
-        """How rows become text. Without data it is that of the first rows that are rendered."""
+        """How rows become text. Without rows to recognise it is chat if the tokenizer has a chat template."""
         if self._style is None:
             self._style = "chat" if self._tokenizer.chat_template else "text"
         return self._style
@@ -114,6 +114,21 @@ class Formatter:
             return names[0] if len(names) == 1 else None
         return (self.layout.columns if self.layout else self._columns).get("prompt")
 
+    def recognise(self, rows: Rows, *, answer: bool = True) -> None:
+        """Finds the layout of the data from ``rows`` if neither recipe nor training data determine it. Raises: DataError.
+
+        Args: answer: False for rows that may lack the answer.
+        """
+        if self._template or self.layout is not None:
+            return
+        layout = find_layout(self._columns, list(rows.columns), rows.sample(), answer=answer)
+        if self._style is None:
+            self._style = layout.style
+            if layout.style == "chat":
+                self._check_chat_template()
+        if layout.style == self._style:
+            self.layout = layout
+
     def _layout_for(self, row: Mapping[str, Any], where: str, *, answer: bool = True) -> Layout:
         """The layout of a row: that of its own file if the recipe names no columns. Raises: DataError.
 
@@ -128,10 +143,8 @@ class Formatter:
                     layout = find_layout(self._columns, names, row, answer=answer)
                 except DataError as error:
                     raise DataError(f"{where}: {error}", key=error.key) from None
-            if self._style is None:
-                self._style = layout.style
-                if layout.style == "chat":
-                    self._check_chat_template()
+            if self.style == "chat" and layout.kind == "completion":  # a plain prompt is a question
+                layout = replace(layout, kind="turns")
             if layout.style != self.style:
                 raise DataError(f"{where}: expected {self.title}, found {layout.title}", key="data.columns")
             self._layouts[names] = layout
@@ -143,8 +156,6 @@ class Formatter:
 
     def render_all(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
         """Like ``render`` for many rows at once, so that the template engine starts once instead of once per row."""
-        if rows and not self._template:
-            self._layout_for(rows[0], wheres[0])
         if self.style != "chat":
             return [self._raw(row, where, answer=True) for row, where in zip(rows, wheres, strict=True)]
         return self._render_chats([self._chat(row, where) for row, where in zip(rows, wheres, strict=True)], wheres)
@@ -159,8 +170,6 @@ class Formatter:
 
     def render_prompt(self, row: Mapping[str, Any], where: str) -> Rendered:
         """The text up to where the model answers. A ``messages`` row is cut before its last assistant turn."""
-        if not self._template:
-            self._layout_for(row, where, answer=False)
         if self.style != "chat":
             return self._raw(row, where, answer=False)
         return self._render_prompt(self._chat(row, where, answer=False).prompt(), where)

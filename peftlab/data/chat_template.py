@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from peftlab.data.answer_proof import has_arguments, has_reasoning, required_words, texts
+from peftlab.data.answer_proof import has_calls, has_reasoning, required_words, texts
 from peftlab.data.messages import Conversation, Message
 from peftlab.data.template_reading import TemplateReading, in_parts
 from peftlab.errors import DataError, RecipeError
 
-# Flaws of a part: it lacks the words of its message, or it includes the header of an answer.
-Flaw = Literal["", "words", "header"]
+# Flaws of a part: it lacks the words, the tool calls or the reasoning of its message, or it has the header of an answer.
+Flaw = Literal["", "words", "calls", "reasoning", "header"]
 
 # A placeholder answer, to see what a template writes around it.
 _PROBE = "peftlab probe"
@@ -245,14 +245,14 @@ class ChatTemplate:
             elif chat.trained[i]:
                 part = self._answer(chat, i, text, cursor, where)
                 written = text[part.start : part.end]
+                if not has_calls(message, written):
+                    part = replace(part, flaw=part.flaw or "calls")
                 if not has_reasoning(message, written):
                     # Templates of thinking models leave out the thoughts before the last question.
                     if self.reading.reasoning is None or i > last_question:
-                        part = replace(part, flaw="words")
+                        part = replace(part, flaw=part.flaw or "reasoning")
                     else:
                         notes.append("dropped_reasoning")
-                if not has_arguments(message, written):
-                    part = replace(part, flaw="words")
             else:
                 part = self._masked_answer(chat, i, text, cursor, where)
             if part.end > part.start or part.flaw:

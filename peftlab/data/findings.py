@@ -17,6 +17,8 @@ _SHOWN_TOKENS = 3
 # DeepSeek's wide bars (U+FF5C).
 _MARKER = re.compile(r"<[|\uff5c][^<>\s]{1,40}?[|\uff5c]>|</?[A-Za-z_][\w:-]{0,30}>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
 _SHOWN_DETAILS = 8
+# Mark of the ledger -> what the trained tokens of an answer lack.
+_MISSING = {"words": "the message", "calls": "the tool calls", "reasoning": "the reasoning"}
 # Kind of a note of ``Rendered.notes`` -> its text and the recipe key to look at.
 _NOTES = {
     "unread_key": ("the chat template does not read these keys of messages: {details} ({rows})", "model.chat_template"),
@@ -176,18 +178,18 @@ def _template(ledger: Ledger) -> Iterator[Finding]:
 
 def _answers(ledger: Ledger) -> Iterator[Finding]:
     what, tokenizer = "assistant turns" if ledger.style == "chat" else "answers", ledger.tokenizer
-    words, header, unended = (ledger.marked(name) for name in ("words", "header", "unended"))
+    header, unended = ledger.marked("header"), ledger.marked("unended")
     total = f"{ledger.num_answers:,} {what}"
-    if len(words):
-        yield Finding(
-            "wrong_mask",
-            f"in {len(words):,} of {total} the trained tokens do not contain the message: the chat template drops or "
-            "rewrites what the model should learn (words, reasoning or tool calls); fix it (model.chat_template), or set "
-            "data.allow=[wrong_mask]",
-            "model.chat_template",
-            words,
-            error=True,
-        )
+    for mark, missing in _MISSING.items():
+        if len(rows := ledger.marked(mark)):
+            yield Finding(
+                "wrong_mask",
+                f"in {len(rows):,} of {total} the trained tokens do not contain {missing}: the chat template drops or "
+                "rewrites what the model should learn; fix it (model.chat_template), or set data.allow=[wrong_mask]",
+                "model.chat_template",
+                rows,
+                error=True,
+            )
     if len(header):
         yield Finding(
             "wrong_mask",

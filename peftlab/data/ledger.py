@@ -184,7 +184,8 @@ class Ledger:
         self._mark("unended", first + rows[~ended])
         self._mark("cut", first + rows[cut])
         self._mark("words", first + rows[(flaws == "words") | ((ends > starts) & (trained[ends] == trained[starts]))])
-        self._mark("header", first + rows[flaws == "header"])
+        for flaw in ("calls", "reasoning", "header"):
+            self._mark(flaw, first + rows[flaws == flaw])
         self._mark("empty", first + rows[ended & (ends - starts == 1)])
         self._mark("inner_end", first + rows[ended & (stops[last] > stops[starts])])
         masked = (tokens.ids == self.tokenizer.eos_token_id) & ~tokens.trained
@@ -197,8 +198,8 @@ class Ledger:
             self._marks.setdefault(what, []).append(rows)
 
     def marked(self, what: str) -> Indices:
-        """The row of each answer or message with the mark ``what``: ``unended``, ``cut`` (by truncation), ``words`` (missing
-        in the trained text), ``header`` (trained too), ``empty``, ``inner_end`` (an end token before its end),
+        """The row of each answer or message with the mark ``what``: ``unended``, ``cut`` (by truncation), ``words``, ``calls``
+        and ``reasoning`` (missing in the trained text), ``header`` (trained too), ``empty``, ``inner_end`` (an end token before its end),
         ``doubled_bos``, ``masked`` (by the data), ``unwritten ROLE`` (a message whose words are missing in the text), and
         ``note NOTE`` of ``Rendered.notes``."""
         return _joined(self._marks.get(what, []))

@@ -39,6 +39,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", "refusal", "audio", *_WEIGHTS, *_REASONING}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _YES_OR_NO = {"true": True, "1": True, "false": False, "0": False}
+_FUNCTION_KEYS, _SCHEMA_KEYS = ("name", "description", "parameters"), ("type", "properties", "required")
 _SHOWN = 80
 
 
@@ -343,6 +344,12 @@ def read_tools(value: Any, where: str, *, key: str = "data.columns.tools") -> li
             function.pop("type", None)
         if isinstance(function.get("parameters"), str):
             function["parameters"] = _from_json(function["parameters"], where, "the parameters of a tool", key)
+        # A columnar file has one order of keys, whichever row came first.
+        for keys, values in ((_FUNCTION_KEYS, function), (_SCHEMA_KEYS, function.get("parameters"))):
+            if isinstance(values, dict):
+                ordered = {k: values[k] for k in (*keys, *values) if k in values}
+                values.clear()
+                values.update(ordered)
         tools.append({"type": "function", "function": function})
     return tools or None
 
@@ -395,5 +402,5 @@ def _from_json(value: Any, where: str, what: str, key: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

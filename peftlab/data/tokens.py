@@ -171,7 +171,7 @@ def answered(
         answer_starts=bounds[:-1] + counts[:, 0],
         answer_ends=bounds[1:],
         answer_ended=np.array([len(a) > 0 and int(a[-1]) in set(stop_ids) for a in written], dtype=np.bool_),
-        answer_flaws=np.full(len(prompts), "", dtype="U6"),
+        answer_flaws=np.full(len(prompts), "", dtype="U9"),
         unwritten=(),
     )
 
@@ -195,7 +195,7 @@ def _owned(
     rows = np.array([i for i, _ in parts], dtype=np.int64)
     role = np.array([number[part.role] for _, part in parts], dtype=np.int16)
     answers = np.array([part.trained for _, part in parts], dtype=bool)
-    flaws = np.array([part.flaw for _, part in parts], dtype="U6")
+    flaws = np.array([part.flaw for _, part in parts], dtype="U9")
     unwritten = tuple((i, part.role) for i, part in parts if part.flaw and not part.trained)
     notes = tuple((i, note) for i, row in enumerate(rendered) for note in row.notes)
     first = np.searchsorted(ends, bases[rows] + [part.start for _, part in parts], side="right")

@@ -83,6 +83,7 @@ class CausalLM:
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
     ) -> Encoded:
+        self.formatter.recognise(rows)
         ledger = self._ledger(rows, max_length=max_length, too_long=too_long)
         if self.class_names and len(rows):
             self._choice_ids = self._encode_choices(rows)
@@ -365,6 +366,7 @@ class CausalLM:
             yield from zip(part.tolist(), answers, strict=True)
 
     def _rows_prompt_ids(self, rows: Rows) -> list[np.ndarray]:
+        self.formatter.recognise(rows, answer=False)
         return self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
 
     def _predict_choices(self, model: nn.Module, ids: list[np.ndarray], batch_tokens: int) -> Iterator[dict[str, Any]]:

@@ -121,7 +121,7 @@ def test_messages_without_assistant_train_nothing(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (None, ": expected a list of messages with role and content, found None"),
+        (None, ": expected a list of messages with role and content, found null"),
         ("text", ": expected a list of messages, found 'text'"),
         ([], ": expected a list of messages with role and content, found an empty list"),
         ({}, ": expected a list of messages with role and content, found {}"),
