@@ -208,6 +208,9 @@ class Formatter:
         )
 
     def _fitted(self, chat: Conversation, where: str) -> Conversation:
+        """``chat`` as the chat template reads it, with marks in place of control tokens."""
+        if chat.tools is None and all(map(self._is_plain, chat.messages)):
+            return chat
         values = {"messages": [{k: v for k, v in m.items() if k != "role"} for m in chat.messages], "tools": chat.tools}
         marked = self.control.protect(values, where)
         if marked is not values and self._control_rule == "keep":
@@ -216,6 +219,12 @@ class Formatter:
             messages = [{"role": m["role"], **new} for m, new in zip(chat.messages, marked["messages"], strict=True)]
             chat = replace(chat, messages=messages, tools=marked["tools"], notes=(*chat.notes, _AS_TEXT))
         return self.chat_template.reading.fit(chat)
+
+    def _is_plain(self, message: Mapping[str, Any]) -> bool:
+        """Whether a message is what every template reads, without control tokens."""
+        content = message["content"]
+        plain = len(message) == 2 and message["role"] != "developer" and isinstance(content, str)
+        return plain and not self.control.within(content)
 
     def _restored(self, rendered: Rendered) -> Rendered:
         if _AS_TEXT not in rendered.notes:

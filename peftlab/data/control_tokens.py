@@ -72,8 +72,11 @@ class ControlTokens:
         if isinstance(value, str):
             return self._pattern.sub(self._data_mark, value) if self.within(value) else value
         if isinstance(value, Mapping):
-            changed = {k: self._protected(v) for k, v in value.items()}
-            return value if all(changed[k] is v for k, v in value.items()) else changed
+            changed = {self._protected(k): self._protected(v) for k, v in value.items()}
+            same = all(
+                a is b for pair in zip(changed.items(), value.items(), strict=True) for a, b in zip(*pair, strict=True)
+            )
+            return value if same else changed
         if isinstance(value, list):
             items = [self._protected(v) for v in value]
             return value if all(a is b for a, b in zip(items, value, strict=True)) else items

@@ -58,6 +58,8 @@ class Layout:
         system = self._optional(row, "system")
         if system and self.kind != "alpaca":
             read = self._with_system(read, system, where)
+        if "tools" not in self.columns and "functions" not in self.columns:
+            return read
         tools = read_tools(self._optional(row, "tools"), where)
         functions = read_tools(self._optional(row, "functions"), where)
         if tools and functions and tools != functions:

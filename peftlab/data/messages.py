@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -34,6 +35,7 @@ _ROLES = {
     "function_call": "call",
     "tool_call": "call",
 }
+_NORMAL_ROLES = {"system", "user", "assistant", "tool"}
 _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", "refusal", "audio", *_WEIGHTS, *_REASONING}
@@ -96,10 +98,27 @@ def read_messages(
     if not isinstance(value, list) or not value:
         found = "an empty list" if isinstance(value, list) else _shown(value)
         raise DataError(f"{where}: expected a list of messages with role and content, found {found}", key=key)
+    if all(map(_is_normal, value)):  # most data: ten times faster
+        names = tuple(message["role"] for message in value)
+        return Conversation(value, [name == "assistant" for name in names], _places(names, part))
     reader = _Reader(where, roles, part, key)
     for i, raw in enumerate(value, 1):
         reader.read(raw, i)
     return Conversation(reader.messages, reader.trained, reader.places, None, tuple(dict.fromkeys(reader.notes)))
+
+
+def _is_normal(message: Any) -> bool:
+    return (
+        type(message) is dict
+        and len(message) == 2
+        and message.get("role") in _NORMAL_ROLES
+        and type(message.get("content")) is str
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(roles: tuple[str, ...], part: str) -> list[str]:
+    return [f"{part} turn {i} ({role})".lstrip() for i, role in enumerate(roles, 1)]
 
 
 class _Reader:
