@@ -199,3 +199,30 @@ def test_prompt_row_refuses_a_prompt_of_several_columns(tokenizer: Any) -> None:
     assert f.prompt_column is None
     with pytest.raises(RecipeError, match="several columns"):
         f.prompt_row("hello")
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{q}\n\n{c}", "say"),
+        ("{c}\n\n{q}", "say"),
+        ("Context: {c}\nQuestion: {q}", "Context:\nQuestion: say"),
+        ("{c}{q} {c}.", "say."),
+    ],
+)
+def test_template_leaves_an_empty_column_out_with_the_white_space_before_it(
+    tokenizer: Any, template: str, text: str, empty: str | None
+) -> None:
+    f = formatter(tokenizer, ["q", "c", "a"], template={"prompt": template, "completion": "{a}"})
+    assert f.render({"q": "say", "c": empty, "a": "x"}, "here").text == text + "x"
+
+
+def test_template_leaves_an_empty_system_message_out(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["s", "q", "a"], template={"system": "{s}", "user": "{q}", "assistant": "{a}"})
+    row = {"s": None, "q": "hi", "a": "yo"}
+    assert f.render(row, "here").text.startswith("<|im_start|>user\nhi<|im_end|>")
+    with pytest.raises(DataError, match=r"a\.csv:7: column 'q' is empty"):
+        f.render(row | {"q": None}, "a.csv:7")
+    with pytest.raises(DataError, match=r"a\.csv:7: column 'q' has a list; a field of data\.template needs text"):
+        f.render(row | {"q": ["hi"]}, "a.csv:7")
