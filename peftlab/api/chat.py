@@ -72,10 +72,9 @@ class Chat:
 
         opened, tokenizer = self._opened, self._task.tokenizer
         turns = [*self.messages, {"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(opened.device)
         room = opened.limit - self._max_new_tokens
-        inputs = {name: value[:, -room:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+        prompt = torch.as_tensor(self._task.conversation_ids(turns)[None, -room:], dtype=torch.int64).to(opened.device)
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failure = threading.Event(), []
 

@@ -69,13 +69,14 @@ def check(
         train = encode(data.train, training=True, labelled=labelled).ledger
         held_out = encode(data.eval, training=False).ledger
         progress.stage("estimating steps and time")
-        notes = findings(train, held_out, allow=settings.data.allow)
+        notes = findings(train, held_out, allow=settings.data.allow, unread=assembly.unread_columns)
         return {
             "ok": not any(f["level"] == "error" for f in notes),
             "recipe": loaded.name,
             "task": settings.task,
             "model": settings.model.name,
             "style": train.style,
+            "format": None if train.formatter is None else train.formatter.title,
             "findings": notes,
             "split": settings.data.eval is None,
             "train": train.report(),

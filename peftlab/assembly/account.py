@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peftlab.data import Finding, Ledger, find
+from peftlab.data.findings import unread_columns
 from peftlab.data.ledger_text import PreviewText, finding_line, opening_lines, shared_line
 from peftlab.tasks import Preview, Task
 from peftlab.training.progress import Progress
@@ -16,13 +17,17 @@ MOST_PLACES = 20
 # Findings reported for held-out rows too; the others concern the template and are reported once.
 _OF_EACH_SET = {
     "too_long", "zero_trained", "no_rows", "repeated", "contradicting", "answer_cut", "empty_answer", "inner_end", "doubled_bos",
+    "masked_turns", "control_as_text", "control_kept",
 }  # fmt: skip
 
 
 def report_ledger(
-    task: Task, train: Ledger, held_out: Ledger, progress: Progress, *, allow: Sequence[str]
+    task: Task, train: Ledger, held_out: Ledger, progress: Progress, *, allow: Sequence[str], unread: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Reports what is trained, with one example row; returns the ledgers for the run's summary."""
+    """Reports what is trained, with one example row; returns the ledgers for the run's summary.
+
+    Args: unread: columns of the data that nothing reads.
+    """
     reports = {"train": train.report(most_places=MOST_PLACES), "held_out": held_out.report(most_places=MOST_PLACES)}
     for line in [
         *opening_lines("train", reports["train"], counts=True),
@@ -32,7 +37,7 @@ def report_ledger(
     shared = shared_rows(train, held_out)
     if shared:
         progress.warn(f"{shared_line(shared)}: the metrics include training rows")
-    reported = findings(train, held_out, allow=allow)
+    reported = findings(train, held_out, allow=allow, unread=unread)
     for finding in reported:
         progress.note(finding_line(finding))
     for row in previews(task, train, 1):
@@ -40,11 +45,15 @@ def report_ledger(
     return {**reports, "findings": {"kinds": [f["kind"] for f in reported], "shared": len(shared)}}
 
 
-def findings(train: Ledger, held_out: Ledger, *, allow: Sequence[str]) -> list[dict[str, Any]]:
+def findings(
+    train: Ledger, held_out: Ledger, *, allow: Sequence[str], unread: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The findings of both ledgers: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``."""
     reported = [_plain(f, train, "train", allow) for f in find(train)]
     # Template problems concern both data sets; report them once.
     reported += [_plain(f, held_out, "held out", allow) for f in find(held_out) if f.kind in _OF_EACH_SET]
+    if (note := unread_columns(unread)) is not None:
+        reported.append(_plain(note, train, "train", allow))
     levels = ("error", "allowed", "note")
     return sorted(reported, key=lambda f: levels.index(f["level"]))
 

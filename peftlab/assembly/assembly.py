@@ -35,7 +35,7 @@ from peftlab.tasks import Encoded, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
-_NOT_ABOUT_ROWS = {"template", "max_length", "too_long", "packing", "allow", "seed"}
+_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "too_long", "packing", "allow", "seed"}
 
 
 class Assembly:
@@ -204,16 +204,21 @@ class Assembly:
     def _make_task(self) -> Task:
         if not self._reads_data:
             return self.task_for(self.reader, classes=self.classes)
-        check_columns(self.recipe, self.data.labelled)
-        return self.task_for(self.reader, classes=self.classes, available=list(self.data.labelled.columns))
+        rows = self.data.labelled
+        check_columns(self.recipe, rows)
+        return self.task_for(self.reader, classes=self.classes, rows=rows)
 
-    def task_for(self, reader: Any, *, classes: list[str] | None, available: Sequence[str] = ()) -> Task:
-        """Returns the recipe's task with another reader and other classes, such as those of a teacher."""
+    def task_for(self, reader: Any, *, classes: list[str] | None, rows: Rows | None = None) -> Task:
+        """Returns the recipe's task with another reader and other classes, such as those of a teacher.
+
+        Args: rows: define the columns; default: each row shows its own when it is encoded.
+        """
         r, data = self.recipe, self.recipe.data
         parts = TaskParts(
             reader,
             columns=data.columns,
-            available=available,
+            available=list(rows.columns) if rows else (),
+            sample=rows.sample() if rows else {},
             classes=classes,
             label_names=data.label_names,
             bins=(data.bins.edges, data.bins.names) if data.bins else None,
@@ -222,8 +227,21 @@ class Assembly:
             head_loss=HeadLoss(r.run.kernels),
             pooling=r.model.pooling,
             sentences=lambda: sentence_files(self.pretrained),
+            style=((r.lock or {}).get("environment") or {}).get("style"),
+            control_tokens=data.control_tokens,
         )
         return task_class(r.task).make(parts)
+
+    @property
+    def unread_columns(self) -> list[str]:
+        """The columns of the training rows that neither the task nor another key of the recipe reads."""
+        data, distill = self.recipe.data, self.recipe.distill
+        teachers = [distill.teacher, *distill.teachers] if distill else []
+        read = self.task.read_columns | set(data.exclude)
+        read |= {column for teacher in teachers if teacher is not None for column in teacher.rows}
+        if "label" in data.columns:
+            read |= {"label", data.columns["label"]}
+        return [name for name in self.data.labelled.columns if name not in read]
 
     @property
     def limit(self) -> int:
@@ -333,7 +351,7 @@ class Assembly:
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(include={"columns", "label_names", "bins", "template"}),
+            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens"}),
             r.train.class_weights,
             self.classes,
             r.run.kernels,

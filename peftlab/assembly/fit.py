@@ -341,6 +341,8 @@ class Fit:
         environment["kernel_plans"] = plans_in_use()
         if parts.task.class_names and parts.assembly.spec.classifies:
             environment["class_names"] = parts.task.class_names
+        if parts.assembly.spec.generates:
+            environment["style"] = cast(Generates, parts.task).formatter.style
         return environment
 
     def _write_status(self, status: str, started: float) -> None:

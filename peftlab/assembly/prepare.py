@@ -117,7 +117,12 @@ def prepare(
     progress.done()
     reported = phase is not None and phase.span[0] > 0
     ledger = report_ledger(
-        task, train.ledger, held_out.ledger, SilentProgress() if reported else progress, allow=recipe.data.allow
+        task,
+        train.ledger,
+        held_out.ledger,
+        SilentProgress() if reported else progress,
+        allow=recipe.data.allow,
+        unread=assembly.unread_columns,
     )
     span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)

@@ -31,6 +31,8 @@ def show_check(out: Output, report: Report) -> None:
     distill = report["distill"]
     part = "rows of data.train" if distill and distill["transfer"] else "a part of it"
     out.line(f"data: {train['name']}, {part if report['split'] else held_out['name']} held out")
+    if report["format"]:
+        out.line(f"format: {formatting.printable(report['format'])}")
     for line in [] if distill is None else _distill_lines(distill, report["model"]):
         out.line(line)
     _show_findings(out, [f for f in report["findings"] if f["level"] == "error"])

@@ -16,6 +16,36 @@ _SHOWN_TOKENS = 3
 # Markers that templates of all families write around turns: <|im_end|>, <end_of_turn>, </s>, [INST], <<SYS>>, also with
 # DeepSeek's wide bars (U+FF5C).
 _MARKER = re.compile(r"<[|\uff5c][^<>\s]{1,40}?[|\uff5c]>|</?[A-Za-z_][\w:-]{0,30}>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
+_SHOWN_DETAILS = 8
+# Mark of the ledger -> what the trained tokens of an answer lack.
+_MISSING = {"words": "the message", "calls": "the tool calls", "reasoning": "the reasoning"}
+# Kind of a note of ``Rendered.notes`` -> its text and the recipe key to look at.
+_NOTES = {
+    "unread_key": ("the chat template does not read these keys of messages: {details} ({rows})", "model.chat_template"),
+    "numbers": ("numbers as content are read as text ({rows})", None),
+    "nulls": (
+        "null values inside tool calls and tools count as absent ({rows}); arguments as JSON text keep them",
+        None,
+    ),
+    "untrained_role": (
+        "train or loss is true on turns that are not the assistant's; they are not trained ({rows})",
+        None,
+    ),
+    "unmatched_call": ("a tool_call_id names no earlier call ({rows})", None),
+    "dropped_reasoning": ("the chat template leaves out the reasoning before the last question ({rows})", None),
+    "unused_tools": (
+        "the chat template does not write the tools of {rows}, such as {details}: the model would not see them",
+        "model.chat_template",
+    ),
+    "control_as_text": (
+        "control tokens in the data are encoded as plain text ({rows}); data.control_tokens=keep encodes them as the tokens",
+        "data.control_tokens",
+    ),
+    "control_kept": (
+        "control tokens in the data are encoded as the tokens ({rows}); data.control_tokens=text encodes them as plain text",
+        "data.control_tokens",
+    ),
+}
 # Errors that make data unusable for evaluation too, not only for training.
 _ALWAYS = ("too_long", "zero_trained", "no_rows")
 
@@ -148,17 +178,18 @@ def _template(ledger: Ledger) -> Iterator[Finding]:
 
 def _answers(ledger: Ledger) -> Iterator[Finding]:
     what, tokenizer = "assistant turns" if ledger.style == "chat" else "answers", ledger.tokenizer
-    words, header, unended = (ledger.marked(name) for name in ("words", "header", "unended"))
+    header, unended = ledger.marked("header"), ledger.marked("unended")
     total = f"{ledger.num_answers:,} {what}"
-    if len(words):
-        yield Finding(
-            "wrong_mask",
-            f"in {len(words):,} of {total} the trained tokens do not contain the message: the chat template drops or "
-            "rewrites what the model should learn; fix it (model.chat_template), or set data.allow=[wrong_mask]",
-            "model.chat_template",
-            words,
-            error=True,
-        )
+    for mark, missing in _MISSING.items():
+        if len(rows := ledger.marked(mark)):
+            yield Finding(
+                "wrong_mask",
+                f"in {len(rows):,} of {total} the trained tokens do not contain {missing}: the chat template drops or "
+                "rewrites what the model should learn; fix it (model.chat_template), or set data.allow=[wrong_mask]",
+                "model.chat_template",
+                rows,
+                error=True,
+            )
     if len(header):
         yield Finding(
             "wrong_mask",
@@ -214,8 +245,43 @@ def _messages(ledger: Ledger) -> Iterator[Finding]:
                 "model.chat_template",
                 rows,
             )
-    if ledger.style == "chat" and "tools" in ledger.rows.columns:
-        yield Finding("unused_tools", "the column 'tools' is not passed to the chat template", "data.columns")
+    yield from _conversation_notes(ledger)
+
+
+def _conversation_notes(ledger: Ledger) -> Iterator[Finding]:
+    """What was noticed while rows were read as conversations."""
+    masked = ledger.marked("masked")
+    if len(masked):
+        turns = f"{ledger.num_masked:,} assistant turn{'' if ledger.num_masked == 1 else 's'}"
+        yield Finding(
+            "masked_turns",
+            f"{turns} ({ledger.num_masked_tokens:,} tokens) {'is' if ledger.num_masked == 1 else 'are'} not trained, as the "
+            "data says (weight: 0, loss: false, train: false, or part of the prompt)",
+            None,
+            masked,
+        )
+    noted: dict[str, list[str]] = {}
+    for mark in ledger.marks:
+        if mark.startswith("note "):
+            kind, _, detail = mark.removeprefix("note ").partition(" ")
+            noted.setdefault(kind, []).append(detail)
+    for kind, details in noted.items():
+        rows = np.unique(np.concatenate([ledger.marked(f"note {kind} {d}".rstrip()) for d in details]))
+        text, key = _NOTES[kind]
+        shown = ", ".join(map(repr, details[:_SHOWN_DETAILS]))
+        more = f" and {len(details) - _SHOWN_DETAILS} more" if len(details) > _SHOWN_DETAILS else ""
+        yield Finding(kind, text.format(rows=_rows(len(rows)), details=shown + more), key, rows)
+
+
+def unread_columns(names: Collection[str]) -> Finding | None:
+    """The note on columns of the data that nothing reads; None without any."""
+    shown = list(names)[:_SHOWN_DETAILS]
+    if not shown:
+        return None
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    plural = len(names) > 1
+    text = f"the column{'s' if plural else ''} {', '.join(map(repr, shown))}{more} {'are' if plural else 'is'} not read"
+    return Finding("unread_columns", text, "data.columns")
 
 
 def _row_notes(ledger: Ledger) -> Iterator[Finding]:

@@ -65,6 +65,7 @@ class Ledger:
         self._role_trained: Counter[str] = Counter()
         self._terminators: Counter[int] = Counter()
         self.num_answers = self.num_ended = self.num_masked_eos = 0
+        self.num_masked = self.num_masked_tokens = 0
         self._marks: dict[str, list[Indices]] = {}
         self._left_out: dict[str, list[Indices]] = {}
         self._writers: dict[str, None] = {}
@@ -101,6 +102,14 @@ class Ledger:
         for row, role in tokens.unwritten:
             if kept[row]:
                 self._mark(f"unwritten {role}", in_row[row : row + 1])
+        for row, note in tokens.notes:
+            if kept[row]:
+                self._mark(f"note {note}", in_row[row : row + 1])
+        for row, count in tokens.masked:
+            if kept[row]:
+                self._mark("masked", in_row[row : row + 1])
+                self.num_masked += 1
+                self.num_masked_tokens += count
         self._writers.update(dict.fromkeys(tokens.role_names[1:]))
 
     def add_whole(self, hashes: Indices, lengths: Indices, labels: Indices | None = None) -> None:
@@ -120,13 +129,15 @@ class Ledger:
         long = lengths > self.max_length
         trained = tokens.num_trained(lengths) > 0
         answers = np.bincount(tokens.answer_rows, minlength=len(tokens)) > 0
+        untrained = np.bincount(np.array([row for row, _ in tokens.masked], dtype=np.int64), minlength=len(tokens)) > 0
         masked = (kept == 0) & ~(long & (self.too_long != "truncate"))
         limit = f"longer than data.max_length ({self.max_length:,} tokens)"
         for reason, chosen in {
             f"truncated: {limit}": long & (kept > 0),
             f"dropped: {limit}": long & (self.too_long == "drop"),
             f"refused: {limit}": long & (self.too_long == "error"),
-            "dropped: no assistant turn in it": masked & ~answers & (self.style == "chat"),
+            "dropped: no assistant turn in it": masked & ~answers & ~untrained & (self.style == "chat"),
+            "dropped: the data masks all assistant turns in it": masked & ~answers & untrained,
             f"dropped: the {'text' if self.style == 'text' else 'answer'} is empty": masked
             & ~trained
             & (answers | (self.style != "chat")),
@@ -173,7 +184,8 @@ class Ledger:
         self._mark("unended", first + rows[~ended])
         self._mark("cut", first + rows[cut])
         self._mark("words", first + rows[(flaws == "words") | ((ends > starts) & (trained[ends] == trained[starts]))])
-        self._mark("header", first + rows[flaws == "header"])
+        for flaw in ("calls", "reasoning", "header"):
+            self._mark(flaw, first + rows[flaws == flaw])
         self._mark("empty", first + rows[ended & (ends - starts == 1)])
         self._mark("inner_end", first + rows[ended & (stops[last] > stops[starts])])
         masked = (tokens.ids == self.tokenizer.eos_token_id) & ~tokens.trained
@@ -186,9 +198,10 @@ class Ledger:
             self._marks.setdefault(what, []).append(rows)
 
     def marked(self, what: str) -> Indices:
-        """The row of each answer or message with the mark ``what``: ``unended``, ``cut`` (by truncation), ``words`` (missing
-        in the trained text), ``header`` (trained too), ``empty``, ``inner_end`` (an end token before its end),
-        ``doubled_bos``, and ``unwritten ROLE`` (a message whose words are missing in the text)."""
+        """The row of each answer or message with the mark ``what``: ``unended``, ``cut`` (by truncation), ``words``, ``calls``
+        and ``reasoning`` (missing in the trained text), ``header`` (trained too), ``empty``, ``inner_end`` (an end token before its end),
+        ``doubled_bos``, ``masked`` (by the data), ``unwritten ROLE`` (a message whose words are missing in the text), and
+        ``note NOTE`` of ``Rendered.notes``."""
         return _joined(self._marks.get(what, []))
 
     @property
@@ -296,6 +309,7 @@ class Ledger:
                 "cut": len(self.marked("cut")),
                 "terminators": {self.tokenizer.convert_ids_to_tokens(i): n for i, n in self._terminators.most_common()},
             },
+            "masked": {"turns": self.num_masked, "tokens": self.num_masked_tokens},
             "lengths": {
                 "min": int(lengths.min(initial=2**31)) if len(lengths) else 0,
                 "median": float(np.median(lengths)) if len(lengths) else 0.0,

@@ -68,6 +68,10 @@ class Rows:
         """Column name -> value of one row."""
         return {name: values[index] for name, values in self.columns.items()}
 
+    def sample(self, most: int = 50) -> dict[str, Any]:
+        """Column name -> the first of its first ``most`` values that is not null."""
+        return {name: next((v for v in values[:most] if v is not None), None) for name, values in self.columns.items()}
+
     def column(self, name: str, *, key: str = "data.columns") -> list[Any]:
         """The N values of a column (not a copy).
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftlab.data.chat_template import Rendered
+from peftlab.data.control_tokens import ControlTokens
 from peftlab.data.rows import Rows
 
 
@@ -27,6 +28,8 @@ class Tokens:
         answer_ended: [A] bool, whether its last token can end an answer.
         answer_flaws: [A] ``Part.flaw`` of each.
         unwritten: ``(row, role)`` of each other message whose words are missing in the text.
+        masked: ``(row, tokens)`` of each answer that the data says not to train.
+        notes: ``(row, note)`` of what was noticed while the text was made, as in ``Rendered``.
     """
 
     ids: npt.NDArray[np.int32]
@@ -40,6 +43,8 @@ class Tokens:
     answer_ended: npt.NDArray[np.bool_]
     answer_flaws: npt.NDArray[np.str_]
     unwritten: tuple[tuple[int, str], ...]
+    masked: tuple[tuple[int, int], ...] = ()
+    notes: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -99,6 +104,7 @@ def tokenize(
     chat: bool,
     stop_ids: Collection[int],
     special_ids: Collection[int] = (),
+    control: ControlTokens | None = None,
 ) -> Tokens:
     """The tokens of ``rendered``. A row without an end token gets a trained end-of-text token.
 
@@ -109,26 +115,24 @@ def tokenize(
     Args:
         chat: a chat template wrote the text, with all the special tokens it needs.
         stop_ids: tokens that can end an answer. special_ids: all tokens that are not text.
+        control: encodes rows with ``Rendered.plain``; default: made here.
+    Raises: DataError, as ``ControlTokens.encode``.
     """
-    encoded = tokenizer(
-        [row.text for row in rendered],
-        add_special_tokens=not chat,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        truncation=False,
-        verbose=False,
+    encoded = (control or ControlTokens(tokenizer)).encode(
+        [row.text for row in rendered], [row.plain for row in rendered], add_special_tokens=not chat
     )
-    lengths = np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64, count=len(rendered))
+    token_ids = [e.ids for e in encoded]
+    lengths = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(rendered))
     bounds = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32, count=int(bounds[-1]))
+    ids = np.fromiter(chain.from_iterable(token_ids), dtype=np.int32, count=int(bounds[-1]))
     # Characters are numbered across all rows, so that one search serves them all.
     bases = np.concatenate([[0], np.cumsum([len(row.text) + 1 for row in rendered])]).astype(np.int64)
-    flat = chain.from_iterable(chain.from_iterable(e.offsets for e in encoded.encodings or []))
+    flat = chain.from_iterable(chain.from_iterable(e.offsets for e in encoded))
     offsets = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
     starts, ends = (offsets + np.repeat(bases[:-1], lengths)[:, None]).T
     real = ends > starts
     if not real.all():  # tokens added by the tokenizer, and white space that it excludes from the offsets
-        added = chain.from_iterable(e.special_tokens_mask for e in encoded.encodings or [])
+        added = chain.from_iterable(e.special_tokens_mask for e in encoded)
         real |= ~np.fromiter(added, dtype=np.bool_, count=len(ids))
     ends = np.maximum.accumulate(ends)
     starts = np.maximum.accumulate(np.where(real, starts, ends))
@@ -167,7 +171,7 @@ def answered(
         answer_starts=bounds[:-1] + counts[:, 0],
         answer_ends=bounds[1:],
         answer_ended=np.array([len(a) > 0 and int(a[-1]) in set(stop_ids) for a in written], dtype=np.bool_),
-        answer_flaws=np.full(len(prompts), "", dtype="U6"),
+        answer_flaws=np.full(len(prompts), "", dtype="U9"),
         unwritten=(),
     )
 
@@ -191,8 +195,9 @@ def _owned(
     rows = np.array([i for i, _ in parts], dtype=np.int64)
     role = np.array([number[part.role] for _, part in parts], dtype=np.int16)
     answers = np.array([part.trained for _, part in parts], dtype=bool)
-    flaws = np.array([part.flaw for _, part in parts], dtype="U6")
+    flaws = np.array([part.flaw for _, part in parts], dtype="U9")
     unwritten = tuple((i, part.role) for i, part in parts if part.flaw and not part.trained)
+    notes = tuple((i, note) for i, row in enumerate(rendered) for note in row.notes)
     first = np.searchsorted(ends, bases[rows] + [part.start for _, part in parts], side="right")
     last = np.searchsorted(starts, bases[rows] + [part.end for _, part in parts], side="left")
     last = np.maximum(first, last)
@@ -233,6 +238,8 @@ def _owned(
         answer_ended=ended[answers],
         answer_flaws=flaws[answers],
         unwritten=unwritten,
+        masked=tuple((i, int(counts[k])) for k, (i, part) in enumerate(parts) if part.masked),
+        notes=notes,
     )
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peftlab import formatting
 from peftlab.assembly import Assembly
@@ -26,6 +26,7 @@ from peftlab.experiments.written_answers import ROWS_NAME
 from peftlab.measuring.memory import release_memory
 from peftlab.recipe import LoadedRecipe, check_lock, write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, open_run, write_json
+from peftlab.tasks import Generates
 from peftlab.teaching.alignment import check_routes
 from peftlab.teaching.caches import is_stored
 from peftlab.teaching.capture import capture_all, taught_examples
@@ -102,7 +103,9 @@ class Distillation:
         if replace and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {"class_names": assembly.classes} if assembly.spec.classifies else {}
+        environment: dict[str, Any] = {"class_names": assembly.classes} if assembly.spec.classifies else {}
+        if assembly.spec.generates:
+            environment["style"] = cast(Generates, assembly.task).formatter.style
         try:
             write_lock(folder / LOCK_NAME, assembly.loaded, fingerprints=fingerprints, environment=environment)
         except BaseException:

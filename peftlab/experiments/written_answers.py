@@ -85,7 +85,7 @@ def write_answers(
                 temperature=settings.temperature,
                 top_p=settings.top_p,
             ):
-                prompt = task.formatter.render_prompt(prompts.row(i), prompts.where(i))
+                prompt = task.formatter.render_prompt(prompts.row(i), prompts.where(i)).text
                 written[i] = WrittenAnswer(
                     phase,
                     int(chosen[i]),

@@ -183,6 +183,12 @@ class DataSection(Section):
         "and train.batch_size counts sequences (causal_lm)",
     )
 
+    control_tokens: Literal["auto", "text", "keep"] = Field(
+        "auto",
+        description="control tokens such as <|im_end|> inside the values of the data; text: encode them as plain text; "
+        "keep: as the tokens; auto: as text in messages and in fields of a template, as the tokens in the columns text, "
+        "prompt and completion (causal_lm)",
+    )
     allow: list[Literal["untrained_terminator", "wrong_mask", "pad_is_eos", "template_family"]] = Field(
         default_factory=list, description="errors of `peftlab check` to accept (causal_lm)"
     )

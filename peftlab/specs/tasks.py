@@ -84,10 +84,11 @@ TASKS: dict[str, TaskSpec] = {
             auto_class="AutoModelForCausalLM",
             peft_type="CAUSAL_LM",
             predicts="tokens",
-            columns=("text", "prompt", "completion", "messages", "label"),
+            columns=("text", "prompt", "completion", "messages", "system", "tools", "label"),
             keys=(
                 "model.chat_template",
                 "data.template",
+                "data.control_tokens",
                 "data.packing",
                 "data.allow",
                 "eval.choices",

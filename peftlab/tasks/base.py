@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from peftlab.data import Rows
+from peftlab.data.chat import ControlRule
+from peftlab.data.layouts import Style
 from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks.batch import Batch
 from peftlab.tasks.example import Encoded, Example
@@ -26,13 +28,14 @@ class TaskParts:
 
     Attributes:
         reader: what turns inputs into numbers.
-        columns: part -> name of its column in the data. available: all columns of the data.
+        columns: part -> name of its column in the data. available: all columns of the data. sample: a value of each column.
         classes: names of the classes in index order; None if there are none.
         label_names: value in the label column -> class. bins: cut points and class names of a numeric label column.
         class_weights: weight of each class in the loss, by name, or ``balanced`` or ``none``.
         template: texts with ``{column}`` fields, by part. head_loss: see ``LMHead``.
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
+        style, control_tokens: see ``data.chat.Formatter``.
     """
 
     reader: Any
@@ -46,6 +49,9 @@ class TaskParts:
     head_loss: Callable[..., Tensor | None] = lambda *_, **__: None
     pooling: str | None = None
     sentences: Callable[[], Any] | None = None
+    sample: Mapping[str, Any] = field(default_factory=dict)
+    style: Style | None = None
+    control_tokens: ControlRule = "auto"
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -69,6 +75,10 @@ class Task(Protocol):
     @classmethod
     def make(cls, parts: TaskParts) -> Self:
         """The task of ``parts``. Raises: RecipeError, DataError."""
+
+    @property
+    def read_columns(self) -> set[str]:
+        """The columns of the data that it reads."""
 
     def model_kwargs(self) -> dict[str, Any]:
         """Config values to load the model with, such as ``num_labels``."""
@@ -130,6 +140,9 @@ class Generates(Task, Protocol):
 
     def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the model's ``generate``."""
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """The tokens of a conversation in memory up to where the model answers."""
 
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """The number of tokens before the answer of each row."""

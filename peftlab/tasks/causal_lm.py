@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -63,9 +62,20 @@ class CausalLM:
     @classmethod
     def make(cls, parts: TaskParts) -> CausalLM:
         columns = {part: name for part, name in parts.columns.items() if part != "label"}
-        available = list(parts.available) or _expected_columns(columns, parts.template)
-        formatter = Formatter(parts.reader, columns=columns, template=parts.template, available=available)
+        formatter = Formatter(
+            parts.reader,
+            columns=columns,
+            template=parts.template,
+            available=parts.available,
+            sample=parts.sample,
+            style=parts.style,
+            control_tokens=parts.control_tokens,
+        )
         return cls(parts.reader, formatter, head_loss=parts.head_loss, choices=parts.classes)
+
+    @property
+    def read_columns(self) -> set[str]:
+        return self.formatter.read_columns
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -73,6 +83,7 @@ class CausalLM:
     def encode(
         self, rows: Rows, *, max_length: int, too_long: str, training: bool, keep: bool = True, labelled: bool = True
     ) -> Encoded:
+        self.formatter.recognise(rows)
         ledger = self._ledger(rows, max_length=max_length, too_long=too_long)
         if self.class_names and len(rows):
             self._choice_ids = self._encode_choices(rows)
@@ -125,6 +136,7 @@ class CausalLM:
             chat=self.formatter.style == "chat",
             stop_ids=self._stop_ids,
             special_ids=self._special_ids,
+            control=self.formatter.control,
         )
 
     def _encode_choices(self, rows: Rows) -> list[tuple[int, ...]]:
@@ -162,13 +174,24 @@ class CausalLM:
             key="eval.choices",
         )
 
-    def _prompt_ids(self, prompts: list[str]) -> list[np.ndarray]:
-        encoded = self.tokenizer(prompts, add_special_tokens=self.formatter.style != "chat", verbose=False)
-        ids = [np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]
-        if self.formatter.style != "chat":  # some tokenizers end every text with eos, but a prompt continues
+    def _prompt_ids(self, prompts: Sequence[Rendered]) -> list[np.ndarray]:
+        chat = self.formatter.style == "chat"
+        encoded = self.formatter.control.encode(
+            [prompt.text for prompt in prompts], [prompt.plain for prompt in prompts], add_special_tokens=not chat
+        )
+        ids = [np.asarray(row.ids, dtype=np.int32) for row in encoded]
+        if not chat:  # some tokenizers end every text with eos, but a prompt continues
             eos = self.tokenizer.eos_token_id
             ids = [row[:-1] if len(row) > 1 and row[-1] == eos else row for row in ids]
         return ids
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """The tokens of a conversation up to where the model answers."""
+        prompt = self.formatter.render_conversation(messages, "the conversation")
+        return np.asarray(
+            self.formatter.control.encode([prompt.text], [prompt.plain], add_special_tokens=False)[0].ids,
+            dtype=np.int32,
+        )
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
@@ -343,6 +366,7 @@ class CausalLM:
             yield from zip(part.tolist(), answers, strict=True)
 
     def _rows_prompt_ids(self, rows: Rows) -> list[np.ndarray]:
+        self.formatter.recognise(rows, answer=False)
         return self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
 
     def _predict_choices(self, model: nn.Module, ids: list[np.ndarray], batch_tokens: int) -> Iterator[dict[str, Any]]:
@@ -387,12 +411,6 @@ class CausalLM:
         answers = out[:, longest:].cpu().numpy()
         stops = np.isin(answers, list(self._stop_ids))
         return [row[: int(at.argmax()) + 1] if at.any() else row for row, at in zip(answers, stops, strict=True)]
-
-
-def _expected_columns(columns: Mapping[str, str], template: Mapping[str, str] | None) -> list[str]:
-    """The columns to assume without data, as for a prediction."""
-    fields = [name for text in (template or {}).values() for _, name, _, _ in string.Formatter().parse(text) if name]
-    return sorted({*columns.values(), *fields}) or ["text", "prompt", "completion", "messages"]
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:

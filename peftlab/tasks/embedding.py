@@ -69,6 +69,10 @@ class Embedding:
             max_length=files.max_length,
         )
 
+    @property
+    def read_columns(self) -> set[str]:
+        return {self._texts.column}
+
     def model_kwargs(self) -> dict[str, Any]:
         return {}
 

@@ -46,6 +46,10 @@ class ImageClassification:
     def make(cls, parts: TaskParts) -> ImageClassification:
         return cls(parts.reader, labels=Labels.make(parts), image_column=parts.column("image"))
 
+    @property
+    def read_columns(self) -> set[str]:
+        return {self._image_column, self._labels.column}
+
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
 

@@ -42,6 +42,10 @@ class SequenceClassification:
     def make(cls, parts: TaskParts) -> SequenceClassification:
         return cls(parts.reader, labels=Labels.make(parts), text_column=parts.column("text"))
 
+    @property
+    def read_columns(self) -> set[str]:
+        return {self._texts.column, self._labels.column}
+
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
 

@@ -25,14 +25,10 @@ class TrainedSpan:
 def trained_spans(tokenizer: Any, formatter: Formatter, row: Mapping[str, Any], where: str) -> list[TrainedSpan]:
     """The trained parts of a row, as ``data.tokenize`` cuts its text."""
     rendered = formatter.render(row, where)
-    encoded = tokenizer(
-        rendered.text,
-        add_special_tokens=formatter.style != "chat",
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
+    (encoded,) = formatter.control.encode(
+        [rendered.text], [rendered.plain], add_special_tokens=formatter.style != "chat"
     )
-    offsets = encoded["offset_mapping"]
+    offsets = encoded.offsets
     spans = []
     for part in rendered.parts:
         if not part.trained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from peftlab.errors import (
     ResourceError,
     VerificationError,
 )
+from peftlab.recipe import load_recipe
 from peftlab.tasks.causal_lm import CausalLM
 from peftlab.training.progress import SilentProgress
 
@@ -438,3 +440,31 @@ def test_train_keeps_the_best_step(here: Path, monkeypatch: pytest.MonkeyPatch) 
     assert peftlab.evaluate(run.folder, progress=SilentProgress())["metrics"]["loss"] == pytest.approx(
         run.summary["after"]["loss"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "style", "prompt"),
+    [
+        ({"prompt": "a", "completion": "b"}, "completion", {"prompt": "hi"}),
+        ({"instruction": "a", "output": "b"}, "chat", {"instruction": "hi"}),
+    ],
+)
+def test_predict_reads_a_prompt_as_the_run_read_its_rows(
+    tmp_path: Path, row: dict[str, str], style: str, prompt: dict[str, str]
+) -> None:
+    """The recipe names no columns: the lock file says how rows became text, a file says it by its own columns."""
+    rows = [{name: f"{text}{i}" for name, text in row.items()} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    document = {
+        "task": "causal_lm",
+        "model": {"name": "tiny:llama"},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "eval_rows": 1},
+        "train": {"max_steps": 1},
+        "eval": {"before": False},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    folder = train(document).folder
+    locked = load_recipe(folder / "recipe.lock.yaml").recipe.lock
+    assert locked is not None and locked["environment"]["style"] == style
+    texts = list(peftlab.predict(folder, ["hi"], max_new_tokens=3, progress=SilentProgress()))
+    assert texts == list(peftlab.predict(folder, [prompt], max_new_tokens=3, progress=SilentProgress()))

@@ -101,8 +101,10 @@ def test_check_json_is_one_complete_document(capsys: pytest.CaptureFixture[str])
     assert code == 0 and report["ok"]
     assert len(report["preview"]) == 3 and report["preview"][0]["segments"][0][1:] == ["template", False]
     assert set(report) == {
-        "ok", "recipe", "task", "model", "style", "findings", "train", "held_out", "shared", "distill", "estimate", "preview", "split",
+        "ok", "recipe", "task", "model", "style", "format", "findings", "train", "held_out", "shared", "distill", "estimate", "preview",
+        "split",
     }  # fmt: skip
+    assert report["format"] == "chat messages (column 'messages')"
     (cut,) = report["train"]["left_out"]
     assert len(cut["where"]) == cut["rows"] and all(w.startswith("chats.jsonl:") for w in cut["where"])
     assert report["estimate"]["steps"] == 2 and report["estimate"]["seconds"] > 0
@@ -176,7 +178,11 @@ def test_check_refuses_a_file_that_is_no_template(
         ("eval.best=nope", 2, "'nope' is not among this run's metrics"),
         ("adapter.targets=[nope]", 2, "nope"),
         ("eval.choices=[a, b, a]", 2, "contains 'a' twice"),
-        ("data.template={user: hi, assistant: '{messages:5d}'}", 2, "the template cannot be filled"),
+        (
+            "data.template={user: hi, assistant: '{messages}'}",
+            3,
+            "column 'messages' has a list; a field of data.template needs",
+        ),
         ("data.columns={messages: nope}", 3, "no column 'nope'"),
     ],
 )
@@ -190,23 +196,32 @@ def test_check_refuses_what_training_refuses(
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        ({"from": "human", "value": "hi"}, "the ShareGPT format: rename from to role"),
-        ({"role": "assistant", "content": None}, "expected a list of messages with role and content"),
-        ({"role": "user"}, "expected a list of messages with role and content"),
+        ({"role": "asistant", "content": "hi"}, "turn 1: unknown role 'asistant'; expected system, developer, user,"),
+        ({"role": "assistant", "content": None}, "turn 1 (assistant): the message has no content or tool_calls"),
+        ({"role": "user"}, "turn 1 (user): the message has no content"),
+        ({"role": "user", "content": [{"type": "image"}]}, "turn 1 (user): part 1 of the content is of type 'image'"),
     ],
 )
-def test_check_refuses_messages_in_another_format(message: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_refuses_messages_by_turn(message: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("chats.jsonl").write_text(json.dumps({"messages": [message]}) + "\n" * 8)
     code, _, err = run_check(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
-    assert code == 3 and "chats.jsonl:1: " in err and says in err
+    assert code == 3 and f"chats.jsonl:1, {says}" in " ".join(err.split())
 
 
-def test_check_names_unknown_roles(capsys: pytest.CaptureFixture[str]) -> None:
-    chat = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "ho"}]
-    Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
-    code, out, _ = run_check(capsys, "chat.yaml", "data.eval=chats.jsonl", "data.eval_rows=null")
-    assert code == 3
-    assert "the roles are 'human', 'gpt', and only 'assistant' turns are trained" in " ".join(out.split())
+def test_check_says_what_it_recognised_and_what_it_does_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "<|im_end|>?"}, {"from": "gpt", "value": "ho", "weight": 0}]
+    rows = [{"conversations": [*turns, {"from": "gpt", "value": f"ho {i}"}], "id": i} for i in range(6)]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = run_check(capsys, "chat.yaml", "data.eval_rows=2")
+    said = " ".join(out.split())
+    assert code == 0
+    for line in (
+        "format: ShareGPT conversations (column 'conversations')",
+        "note: 4 assistant turns (16 tokens) are not trained, as the data says",
+        "note: control tokens in the data are encoded as plain text (4 rows); data.control_tokens=keep",
+        "note: the column 'id' is not read",
+    ):
+        assert line in said, said
 
 
 def test_check_reads_the_lock_file_of_a_run_folder(capsys: pytest.CaptureFixture[str]) -> None:

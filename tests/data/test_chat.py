@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_formatter_trains_the_whole_text(tokenizer: Any) -> None:
     assert f.style == "text"
     r = f.render({"text": "hello", "other": 1}, "here")
     assert (r.text, trained_text(r)) == ("hello", ["hello"])
-    assert f.render_prompt({"text": "hello"}, "here") == "hello"
+    assert f.render_prompt({"text": "hello"}, "here").text == "hello"
 
 
 def test_formatter_trains_the_completion(tokenizer: Any) -> None:
@@ -50,7 +51,7 @@ def test_formatter_trains_the_completion(tokenizer: Any) -> None:
     assert f.style == "completion"
     r = f.render({"question": "Q: ", "completion": "A", "prompt": "no"}, "here")
     assert (r.text, trained_text(r)) == ("Q: A", ["A"])
-    assert f.render_prompt({"question": "Q: "}, "here") == "Q: "
+    assert f.render_prompt({"question": "Q: "}, "here").text == "Q: "
     assert f.prompt_row("Q?") == {"question": "Q?"}
 
 
@@ -84,7 +85,7 @@ def test_formatter_fills_a_chat_template(tokenizer: Any) -> None:
     prompt = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert r.text == prompt + "yo<|im_end|>\n"
     assert trained_text(r) == ["yo<|im_end|>\n"]
-    assert f.render_prompt({"q": "hi"}, "here") == prompt
+    assert f.render_prompt({"q": "hi"}, "here").text == prompt
     assert f.prompt_row("hi") == {"q": "hi"}
 
 
@@ -101,9 +102,9 @@ def test_messages_train_every_assistant_turn(tokenizer: Any) -> None:
     ]
     r = f.render({"messages": messages}, "here")
     assert trained_text(r) == ["a1<|im_end|>\n", "<|im_end|>\n", "a3<|im_end|>\n"]
-    assert f.render_prompt({"messages": messages}, "here") == r.text.removesuffix("a3<|im_end|>\n")
-    assert f.render_prompt({"messages": messages[:4]}, "here").endswith("u2<|im_end|>\n<|im_start|>assistant\n")
-    assert r.text.startswith(f.render_prompt({"messages": messages[:3]}, "here"))
+    assert f.render_prompt({"messages": messages}, "here").text == r.text.removesuffix("a3<|im_end|>\n")
+    assert f.render_prompt({"messages": messages[:4]}, "here").text.endswith("u2<|im_end|>\n<|im_start|>assistant\n")
+    assert r.text.startswith(f.render_prompt({"messages": messages[:3]}, "here").text)
 
 
 def test_messages_may_come_as_an_array(tokenizer: Any) -> None:
@@ -117,9 +118,19 @@ def test_messages_without_assistant_train_nothing(tokenizer: Any) -> None:
     assert trained_text(r) == []
 
 
-@pytest.mark.parametrize("value", [None, "text", [], {}, [{"role": "user"}], ["hi"]])
-def test_messages_column_refuses_other_values(tokenizer: Any, value: Any) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:3: expected a list of messages") as caught:
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, ": expected a list of messages with role and content, found null"),
+        ("text", ": expected a list of messages, found 'text'"),
+        ([], ": expected a list of messages with role and content, found an empty list"),
+        ({}, ": expected a list of messages with role and content, found {}"),
+        ([{"role": "user"}], ", turn 1 (user): the message has no content; complete or remove it"),
+        (["hi"], ", turn 1: expected a message with role and content, found 'hi'"),
+    ],
+)
+def test_messages_column_refuses_other_values(tokenizer: Any, value: Any, says: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"a.jsonl:3{says}")) as caught:
         formatter(tokenizer, ["messages"]).render({"messages": value}, "a.jsonl:3")
     assert caught.value.key == "data.columns.messages"
 
@@ -129,14 +140,14 @@ def test_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) ->
     f = formatter(tokenizer, ["messages"])
     turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]
     f.render({"messages": turns[:2]}, "here")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: .*turn 2 differently") as caught:
+    with pytest.raises(DataError, match=r"a\.jsonl:1, turn 2 \(assistant\): .*writes it differently") as caught:
         f.render({"messages": turns}, "a.jsonl:1")
     assert caught.value.key == "model.chat_template"
 
 
 def test_chat_template_that_raises_names_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = REFUSING
-    with pytest.raises(DataError, match=r"a\.jsonl:9: the chat template rejects .*only user turns"):
+    with pytest.raises(DataError, match=r"a\.jsonl:9, turn 1 \(user\): the chat template rejects it: only user turns"):
         formatter(tokenizer, ["messages"]).render({"messages": [{"role": "user", "content": "u"}]}, "a.jsonl:9")
 
 
@@ -188,3 +199,30 @@ def test_prompt_row_refuses_a_prompt_of_several_columns(tokenizer: Any) -> None:
     assert f.prompt_column is None
     with pytest.raises(RecipeError, match="several columns"):
         f.prompt_row("hello")
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{q}\n\n{c}", "say"),
+        ("{c}\n\n{q}", "say"),
+        ("Context: {c}\nQuestion: {q}", "Context:\nQuestion: say"),
+        ("{c}{q} {c}.", "say."),
+    ],
+)
+def test_template_leaves_an_empty_column_out_with_the_white_space_before_it(
+    tokenizer: Any, template: str, text: str, empty: str | None
+) -> None:
+    f = formatter(tokenizer, ["q", "c", "a"], template={"prompt": template, "completion": "{a}"})
+    assert f.render({"q": "say", "c": empty, "a": "x"}, "here").text == text + "x"
+
+
+def test_template_leaves_an_empty_system_message_out(tokenizer: Any) -> None:
+    f = formatter(tokenizer, ["s", "q", "a"], template={"system": "{s}", "user": "{q}", "assistant": "{a}"})
+    row = {"s": None, "q": "hi", "a": "yo"}
+    assert f.render(row, "here").text.startswith("<|im_start|>user\nhi<|im_end|>")
+    with pytest.raises(DataError, match=r"a\.csv:7: column 'q' is empty"):
+        f.render(row | {"q": None}, "a.csv:7")
+    with pytest.raises(DataError, match=r"a\.csv:7: column 'q' has a list; a field of data\.template needs text"):
+        f.render(row | {"q": ["hi"]}, "a.csv:7")

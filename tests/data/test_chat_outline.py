@@ -17,6 +17,7 @@ from test_chat_templates import FAMILIES, Family, equipped
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from peftlab.data.chat_template import ChatTemplate, Part, Rendered
+from peftlab.data.messages import Conversation
 from peftlab.errors import DataError
 
 Chat = list[dict[str, str]]
@@ -43,6 +44,10 @@ WORDS = (
     "<|user|>\n", "<|end_header_id|>\n\n", "<start_of_turn>model\n", " [/INST]", "<s>[INST] ", "<think>\n", "\n</think>\n\n",
     "{{ m.content }}", "peftlab probe", "peftlab probe 1;", " ", "\n", "\t", "\u00a0", "\u00e9", "\u65e5\u672c", "\U0001f642",
 )  # fmt: skip
+
+
+def conversation(chat: list[dict[str, Any]]) -> Conversation:
+    return Conversation(chat, [m["role"] == "assistant" for m in chat], [f"turn {i}" for i in range(1, len(chat) + 1)])
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,9 @@ def check_parts(lab: Lab, chat: Chat, rendered: Rendered) -> None:
 def check(lab: Lab, chat: Chat) -> bool:
     """Whether ``chat`` has an outline. Checks that outline and search find all parts where the template wrote them."""
     text = lab.write(chat)
-    searched = lab.template._searched(chat, text, "here")
+    searched = lab.template._searched(conversation(chat), text, "here")
     check_parts(lab, chat, searched)
-    outlined = lab.template._outlined(chat, text)
+    outlined = lab.template._outlined(conversation(chat), text)
     if outlined is None:
         return False
     check_parts(lab, chat, outlined)
@@ -154,7 +159,7 @@ def test_chat_outline_depends_on_the_roles_alone(lab_of: Callable[[str], Lab], m
     template, seen = ChatTemplate(lab_of("chatml").tokenizer), []
     monkeypatch.setattr(template, "_outline", lambda roles: seen.append(roles))
     for roles in ("user assistant", "user user", "user assistant"):
-        template._outlined([{"role": role, "content": "one"} for role in roles.split()], "")
+        template._outlined(conversation([{"role": role, "content": "one"} for role in roles.split()]), "")
     assert seen == [("user", "assistant"), ("user", "user")]
 
 
@@ -166,7 +171,7 @@ def test_chat_outline_is_none_for_messages_with_more_than_text(
     lab_of: Callable[[str], Lab], message: dict[str, Any]
 ) -> None:
     lab = lab_of("chatml")
-    assert lab.template._outlined([message], lab.write([message])) is None
+    assert lab.template._outlined(conversation([message]), lab.write([message])) is None
 
 
 # Outline and search differ if the prompt for an answer depends on words of the question, here so that it is not what the
@@ -192,7 +197,7 @@ def test_chat_outline_accepts_what_only_the_search_refuses(
 ) -> None:
     tokenizer = tokenizer_of("tiny:llama")
     tokenizer.chat_template = template
-    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    chat = conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
     wrapped = ChatTemplate(tokenizer)
     (rendered,) = wrapped.render([chat], ["here"])
     assert rendered.parts == parts
@@ -231,7 +236,7 @@ def test_chat_outline_tells_special_tokens_from_a_header(
     codes = ["[INST]", "[/INST]", "[TOOL_CALLS]", "</s>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": codes})
     tokenizer.chat_template = template
-    chat, wrapped = [{"role": "user", "content": "time?"}, answer], ChatTemplate(tokenizer)
+    chat, wrapped = conversation([{"role": "user", "content": "time?"}, answer]), ChatTemplate(tokenizer)
     (rendered,) = wrapped.render([chat], ["here"])
     assert rendered.parts[-1].flaw == wrapped._searched(chat, rendered.text, "here").parts[-1].flaw == flaw
 
@@ -264,9 +269,11 @@ def _shifted(right: Callable[..., Rendered | None], *args: Any) -> Rendered | No
     return rendered and replace(rendered, parts=[replace(p, start=p.start + 1, end=p.end + 1) for p in rendered.parts])
 
 
-def _any_text(right: Callable[..., Rendered | None], text: str, outline: Any, contents: Any) -> Rendered | None:
+def _any_text(
+    right: Callable[..., Rendered | None], text: str, outline: Any, contents: Any, trained: Any
+) -> Rendered | None:
     pieces = [s for t, c in zip(outline, contents, strict=True) for s in (t.opening, t.lead, c, t.ending)]
-    rendered = right("".join(pieces), outline, contents)
+    rendered = right("".join(pieces), outline, contents, trained)
     return rendered and replace(rendered, text=text)
 
 

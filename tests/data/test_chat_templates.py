@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peftlab.adapters import HeadLoss
 from peftlab.data import Rows
-from peftlab.data.chat import Formatter
+from peftlab.data.chat import ControlRule, Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.data.tokens import Tokens, tokenize
 from peftlab.errors import DataError
@@ -163,12 +163,13 @@ def make(tokenizer_of: Callable[[str], Any]) -> Callable[..., Any]:
     return tokenizer
 
 
-def encoded(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them are trained."""
+def encoded(
+    tokenizer: Any, messages: list[dict[str, str]], *, control_tokens: ControlRule = "keep"
+) -> tuple[list[int], list[bool]]:
+    """Token ids, and which of them are trained. Control tokens in the data are the tokens, as for transformers."""
     rows = Rows.from_dicts([{"messages": messages}], name="a.jsonl")
-    task = CausalLM(
-        tokenizer, Formatter(tokenizer, columns={}, template=None, available=["messages"]), head_loss=HeadLoss()
-    )
+    formatter = Formatter(tokenizer, columns={}, template=None, available=["messages"], control_tokens=control_tokens)
+    task = CausalLM(tokenizer, formatter, head_loss=HeadLoss())
     (example,) = task.encode(rows, max_length=10_000, too_long="error", training=True).examples
     return example.ids.tolist(), example.trained.tolist()
 
@@ -296,7 +297,7 @@ def test_chat_masks_do_not_train_tool_messages(make: Callable[[str], Any]) -> No
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
 def test_chat_template_that_refuses_a_system_turn_names_the_row(make: Callable[[str], Any], name: str) -> None:
-    with pytest.raises(DataError, match=r"record 1: the chat template rejects"):
+    with pytest.raises(DataError, match=r"record 1, turn 1 \(system\): the chat template rejects it: "):
         trained(make(name), DIALOG)
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from peftlab.adapters import HeadLoss
 from peftlab.data import Ledger, Rows, find, require
 from peftlab.data import ledger as module
-from peftlab.data.chat import Formatter
+from peftlab.data.chat import ControlRule, Formatter
 from peftlab.data.tokens import pieces
 from peftlab.errors import DataError
 from peftlab.tasks import Encoded
@@ -43,9 +43,23 @@ def turns(*contents: str, roles: str = "ua") -> dict[str, Any]:
     return {"messages": [{"role": names[r], "content": c} for r, c in zip(order, contents, strict=True)]}
 
 
-def encode(tokenizer: Any, rows: list[dict[str, Any]], *, choices: list[str] | None = None, **options: Any) -> Encoded:
+def encode(
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    *,
+    choices: list[str] | None = None,
+    control_tokens: ControlRule = "auto",
+    **options: Any,
+) -> Encoded:
     data = Rows.from_dicts(rows, name="data")
-    formatter = Formatter(tokenizer, columns={}, template=None, available=list(data.columns))
+    formatter = Formatter(
+        tokenizer,
+        columns={},
+        template=None,
+        available=list(data.columns),
+        sample=data.sample(),
+        control_tokens=control_tokens,
+    )
     task = CausalLM(tokenizer, formatter, head_loss=HeadLoss(), choices=choices)
     return task.encode(data, **{"max_length": 512, "too_long": "error", "training": True, **options})
 
@@ -278,10 +292,13 @@ def test_find_reports_tool_calls_that_the_template_drops(tokenizer: Any, more: d
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ m.content", "{% for c in m.tool_calls or [] %}call {{ c.function.name }}{% endfor %}{{ m.content"
     )
+    assert kinds(encode(tokenizer, rows).ledger) == ["wrong_mask"]  # the arguments are missing
+    tokenizer.chat_template = tokenizer.chat_template.replace("c.function.name", "c.function | tojson")
     right = encode(tokenizer, rows)
     assert find(right.ledger) == []
     (example,) = right.examples
-    assert "call get_weather" + END in tokenizer.decode(example.ids[example.trained])
+    call = 'call {"name": "get_weather", "arguments": {"city": "Oslo"}}'
+    assert call + END in tokenizer.decode(example.ids[example.trained])
 
 
 def test_require_accepts_a_template_that_needs_a_system_turn(tokenizer: Any) -> None:
@@ -311,7 +328,10 @@ def test_require_accepts_two_consecutive_ends(tokenizer: Any) -> None:
 def test_find_notes_empty_answers_and_inner_ends(tokenizer: Any) -> None:
     ledger = encode(tokenizer, [turns("a", ""), turns("a", f"one{END}two"), turns("a", "fine")]).ledger
     rows_of_kind = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
-    assert rows_of_kind == {"empty_answer": [0], "inner_end": [1]}
+    assert rows_of_kind == {"empty_answer": [0], "control_as_text": [1]}
+    ledger = encode(tokenizer, [turns("a", f"one{END}two"), turns("a", "fine")], control_tokens="keep").ledger
+    rows_of_kind = {f.kind: f.rows.tolist() for f in find(ledger) if f.rows is not None}
+    assert rows_of_kind == {"inner_end": [0], "control_kept": [0]}
 
 
 def test_encode_adds_no_end_after_a_last_question(tokenizer: Any) -> None:
@@ -354,7 +374,7 @@ def test_find_notes_a_doubled_bos(tokenizer: Any) -> None:
     start = ("<|im_start|>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[start])
     ledger = encode(tokenizer, [{"text": "fine"}, {"text": "<|im_start|>twice"}]).ledger
-    (note,) = find(ledger)
+    (note,) = (f for f in find(ledger) if f.kind != "control_kept")
     assert note.kind == "doubled_bos" and note.rows is not None and note.rows.tolist() == [1]
     assert roles(ledger)["tokenizer"] == (2, 0)
 

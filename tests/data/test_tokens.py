@@ -29,8 +29,12 @@ class Scripted:
     def __call__(self, texts: list[str], **_: Any) -> Any:
         offsets = [[offset for _, offset in self.script[t]] for t in texts]
         # A tokenizer adds tokens without characters.
-        encodings = [SimpleNamespace(offsets=o, special_tokens_mask=[int(a == b) for a, b in o]) for o in offsets]
-        return BatchEncoding({"input_ids": [[i for i, _ in self.script[t]] for t in texts]}, encodings, n_sequences=1)
+        ids = [[i for i, _ in self.script[t]] for t in texts]
+        encodings = [
+            SimpleNamespace(ids=i, offsets=o, special_tokens_mask=[int(a == b) for a, b in o])
+            for i, o in zip(ids, offsets, strict=True)
+        ]
+        return BatchEncoding({"input_ids": ids}, encodings, n_sequences=1)
 
 
 def by_loop(row: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[bool], list[str]]:
