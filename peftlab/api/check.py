@@ -49,6 +49,8 @@ def check(
     progress = progress or make_progress()
     loaded, _ = open_source(recipe, overrides)
     with located(loaded), progress:
+        for line in loaded.notes:
+            progress.note(line)
         assembly = Assembly(loaded, transfer=True)
         settings = assembly.recipe
         check_settings(assembly)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from peftlab.assembly.merging import merge_run
 from peftlab.assembly.plan import loop_settings, padded_plan
 from peftlab.assembly.prepare import MakeLoss, Parts, prepare
 from peftlab.data import Rows, packing_figures
-from peftlab.errors import Interrupted
+from peftlab.errors import ArtifactError, Interrupted
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.measuring.memory import release_memory
 from peftlab.models import save_plain
@@ -73,7 +74,7 @@ class Fit:
     ) -> None:
         self._parts, self._accelerator, self._progress = parts, accelerator, progress
         self._folder, self._checkpoint, self._replace = folder, checkpoint, replace
-        self._resume_hint = resume_hint or f"peftlab train {folder} --resume"
+        self._resume_hint = resume_hint or resume_command(folder)
         self._summary = parts.summary
 
     def run(self) -> Run:
@@ -94,7 +95,9 @@ class Fit:
                 finished = self._train_and_score(log)
         self._accelerator.free_memory()
         if finished:
-            self._finish()
+            parts.model = None  # merging loads the base again, and two copies would double peak memory
+            release_memory()
+            _merge_and_finish(parts.assembly, self._folder, self._summary, self._progress, resume_hint=self._resume_hint)
         return open_run(self._folder)
 
     def _check_packing(self) -> None:
@@ -206,6 +209,11 @@ class Fit:
         loop = self._loop(log)
         if self._checkpoint:
             progress.note(f"resuming after step {loop.resume(self._checkpoint)}")
+            if loop.result.best_step is not None and not (self._folder / "best").is_dir():
+                raise ArtifactError(
+                    f"{self._folder / 'best'} is missing, which has the weights of step {loop.result.best_step}, the best so "
+                    "far; start over with --replace"
+                )
         if parts.phase is not None and parts.phase.before is not None:
             parts.phase.before(parts)
         progress.stage(f"training for {parts.plan.end_step - parts.plan.first_step:,} steps")
@@ -255,7 +263,6 @@ class Fit:
             )
             load_trained(parts.model, best)
             self._save_result()
-        shutil.rmtree(best, ignore_errors=True)
 
     def _save_result(self) -> None:
         """Saves the adapter, or without one the model as a plain transformers folder."""
@@ -264,21 +271,6 @@ class Fit:
             save_trained(parts.model, folder / "adapter")
             return
         save_plain(parts.model, parts.task.files, folder / "model", extra_file=folder / LOCK_NAME)
-
-    def _finish(self) -> None:
-        """Merges if the recipe asks for it, and writes the final status."""
-        started, merge = time.time(), self._parts.recipe.run.merge
-        if merge != "none":
-            self._parts.model = None  # merging loads the base again, and two copies would double peak memory
-            release_memory()
-            try:
-                self._summary["merge"] = merge_run(
-                    self._folder, base=merge, replace=True, progress=self._progress, assembly=self._parts.assembly
-                )
-            except BaseException:
-                self._write_status("trained", started)
-                raise
-        self._write_status("finished", started)
 
     @contextlib.contextmanager
     def _open_folder(self) -> Iterator[MetricsLog]:
@@ -290,6 +282,8 @@ class Fit:
         started = time.time()
         resume_step = None
         if resumed:
+            for torn in (folder / "checkpoints").glob(".partial-*"):  # of a process that was killed while saving
+                shutil.rmtree(torn, ignore_errors=True)
             resume_step = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step-"))
         try:
             if not resumed:
@@ -299,7 +293,11 @@ class Fit:
                 )
             self._write_status("running", started)
             yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
-            self._write_status("trained" if "after" in self._summary else "running", started)
+            if "after" in self._summary:
+                self._write_status("trained", started)
+                shutil.rmtree(folder / "best", ignore_errors=True)  # not earlier: a run killed before resumes with it
+            else:
+                self._write_status("running", started)
         except BaseException as error:
             saved = any((folder / name).is_dir() for name in ("adapter", "model"))
             if list_checkpoints(folder / "checkpoints") or saved:
@@ -320,9 +318,43 @@ class Fit:
         return environment
 
     def _write_status(self, status: str, started: float) -> None:
-        when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
-        head = {"name": self._parts.loaded.name, "status": status, "task": self._parts.recipe.task, "started": when}
-        write_json(self._folder / RUN_NAME, {**head, **self._summary})
+        _write_status(self._parts.assembly, self._folder, status, started, self._summary)
+
+
+def _write_status(assembly: Assembly, folder: Path, status: str, started: float, summary: Mapping[str, Any]) -> None:
+    when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
+    head = {"name": assembly.name, "status": status, "task": assembly.recipe.task, "started": when}
+    write_json(folder / RUN_NAME, {**head, **summary, **head})
+
+
+def _merge_and_finish(
+    assembly: Assembly, folder: Path, summary: dict[str, Any], progress: Progress, *, resume_hint: str
+) -> None:
+    """Merges if the recipe asks for it, and writes the final status."""
+    started, merge = time.time(), assembly.recipe.run.merge
+    if merge != "none":
+        try:
+            summary["merge"] = merge_run(folder, base=merge, replace=True, progress=progress, assembly=assembly)
+        except BaseException as error:
+            _write_status(assembly, folder, "trained", started, summary)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(
+                    f"interrupted while merging; the training is complete. Resume with: {resume_hint}"
+                ) from None
+            raise
+    _write_status(assembly, folder, "finished", started, summary)
+
+
+def complete(assembly: Assembly, folder: Path, progress: Progress) -> Run:
+    """Finishes a trained run whose merge is missing: merges if the recipe asks for it. Errors: as ``merge_run``."""
+    progress.note(f"the run in {folder} is trained; only its end is missing")
+    summary = dict(open_run(folder).summary)
+    _merge_and_finish(assembly, folder, summary, progress, resume_hint=resume_command(folder))
+    return open_run(folder)
+
+
+def resume_command(folder: Path) -> str:
+    return f"peftlab train {shlex.quote(str(folder))} --resume"
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:
