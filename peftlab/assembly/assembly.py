@@ -204,16 +204,25 @@ class Assembly:
     def limit(self) -> int:
         """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less."""
         if self.spec.reader == "image processor":
-            return int(self.reader.length)
+            return self.model_limit
         allowed = model_max_length(self.pretrained, self.reader)
         wanted = self.recipe.data.max_length
         if wanted is None:
-            return min(allowed, self.task.max_length or allowed)
+            return self.model_limit
         if wanted > allowed:
             raise RecipeError(
-                f"{self.recipe.model.name} reads at most {allowed:,} tokens, part {wanted:,}", key="data.max_length"
+                f"{self.recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length"
             )
         return wanted
+
+    @property
+    def model_limit(self) -> int:
+        """Maximum input length in tokens that the model's files allow: the limit of prompts and of inputs to predict.
+        data.max_length is that of training and held-out rows."""
+        if self.spec.reader == "image processor":
+            return int(self.reader.length)
+        allowed = model_max_length(self.pretrained, self.reader)
+        return min(allowed, self.task.max_length or allowed)
 
     @property
     def train(self) -> Encoded:

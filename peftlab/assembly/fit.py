@@ -76,6 +76,7 @@ class Fit:
         self._folder, self._checkpoint, self._replace = folder, checkpoint, replace
         self._resume_hint = resume_hint or resume_command(folder)
         self._summary = parts.summary
+        self._noted: set[str] = set()
 
     def run(self) -> Run:
         """Trains and evaluates, and merges if the recipe asks for it.
@@ -97,7 +98,9 @@ class Fit:
         if finished:
             parts.model = None  # merging loads the base again, and two copies would double peak memory
             release_memory()
-            _merge_and_finish(parts.assembly, self._folder, self._summary, self._progress, resume_hint=self._resume_hint)
+            _merge_and_finish(
+                parts.assembly, self._folder, self._summary, self._progress, resume_hint=self._resume_hint
+            )
         return open_run(self._folder)
 
     def _check_packing(self) -> None:
@@ -197,10 +200,14 @@ class Fit:
             parts.model,
             Rows.from_dicts([parts.task.row_from_text(p) for p in options.prompts], name="eval.prompts"),
             batch_tokens=options.batch_tokens,
-            max_length=parts.limit,
+            max_length=parts.assembly.model_limit,
             max_new_tokens=options.max_new_tokens,
         )
-        yield from zip(options.prompts, (a["text"] for a in answers), strict=True)
+        for prompt, answer in zip(options.prompts, answers, strict=True):
+            if "note" in answer and prompt not in self._noted:
+                self._progress.note(f"a prompt of eval.prompts is {answer['note']}: {prompt[:40]!r} ...")
+            self._noted.add(prompt)
+            yield prompt, answer["text"]
 
     def _train_and_score(self, log: MetricsLog) -> bool:
         """Trains; returns whether the run is complete. After a phase that is not the last, there is only a checkpoint."""

@@ -22,6 +22,7 @@ from peftlab.data import eval_batches, require
 from peftlab.errors import RecipeError, VerificationError
 from peftlab.measuring.memory import release_memory
 from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
+from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, write_json
 from peftlab.tasks import Batch, Task
 from peftlab.training.progress import Progress
@@ -54,18 +55,19 @@ def merge_run(
     replace: bool = False,
     progress: Progress,
     assembly: Assembly | None = None,
+    target: Target | None = None,
 ) -> dict[str, Any]:
     """Merges the adapter of the run or adapter ``folder`` and compares the written model with base + adapter.
 
     Args and errors: see ``api.merge``. limits: override the default thresholds, by figure name.
-    assembly: see ``open_target``.
+    assembly: see ``open_target``. target: the resolved ``folder``; default: with the recipe of its run.
     """
-    target = find_target(folder)
+    target = target or find_target(folder)
     quantized = target.loaded.recipe.model.quantize != "none"
     chosen = base or ("dequantized" if quantized else "original")
     if chosen not in TARGETS or (chosen == "dequantized" and not quantized):
         allowed = " or ".join(TARGETS) if quantized else "original (the base of this run is not quantized)"
-        raise RecipeError(f"expected a merge into {allowed}, outputs_per_batch {chosen!r}", key="run.merge")
+        raise RecipeError(f"expected a merge into {allowed}, found {chosen!r}", key="run.merge")
     output = output or folder / "merged"
     _check_output(output, replace)
     reference = _Reference.take(target, progress, assembly)
@@ -182,7 +184,7 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path |
     figures: dict[str, Any] = {"positions": sum(map(len, reference.logits)), "rows": reference.num_rows}
     if written is not None:
         save_dtype = _save_dtype(assembly.pretrained, dtype)
-        _save(merged.to(save_dtype), reference, written, target.adapter)
+        _save(merged.to(save_dtype), reference, written, target)
         tokenizer_same = _same_tokenizer(assembly.reader, written)
         del merged, plain, modules
         release_memory()
@@ -228,9 +230,13 @@ def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def _save(model: Any, reference: _Reference, written: Path, adapter: Path) -> None:
-    lock = next(p for p in [adapter, *adapter.resolve().parents] if (p / LOCK_NAME).is_file())
-    save_plain(model, reference.task.files, written, extra_file=lock / LOCK_NAME)
+def _save(model: Any, reference: _Reference, written: Path, target: Target) -> None:
+    """Writes the merged model with the lock of the run, or, for an adapter with a recipe of its own, one of that recipe."""
+    save_plain(model, reference.task.files, written, extra_file=target.lock)
+    if target.lock is None:
+        assembly = reference.assembly
+        names = {"class_names": assembly.classes} if assembly.spec.classifies else {}
+        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:

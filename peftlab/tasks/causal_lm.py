@@ -20,6 +20,7 @@ from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
 from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.inputs import EMPTY_TEXT, unusable_rows
 from peftlab.tasks.lm_head import LMHead
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
@@ -265,6 +266,18 @@ class CausalLM:
     def row_from_text(self, text: str) -> dict[str, Any]:
         return self.formatter.prompt_row(text)
 
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        style, column = self.formatter.style, self.formatter.prompt_column
+        if style == "text":
+            column = next(iter(self.formatter.prompt_row("")))
+        problems = unusable_rows(rows, self._rows_prompt_ids, column=column, key=self.formatter.key)
+        rest = [i for i in range(len(rows)) if i not in problems]
+        lengths = self.prompt_lengths(rows.select(rest))
+        return problems | {i: EMPTY_TEXT for i, length in zip(rest, lengths, strict=True) if not length}
+
+    def no_result(self) -> dict[str, Any]:
+        return {"label": None, "probability": None} if self.class_names else {"text": None}
+
     @torch.no_grad()
     def predict(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **sampling: Any
@@ -273,9 +286,10 @@ class CausalLM:
         if not self.class_names:
             yield from self.generate(model, rows, batch_tokens=batch_tokens, max_length=max_length, **sampling)
             return
-        ids = [row[-max_length:] for row in self._rows_prompt_ids(rows)]
+        whole = self._rows_prompt_ids(rows)
         self._choice_ids = self._choice_ids or self._encode_choices(rows)
-        yield from self._predict_choices(model, ids, batch_tokens)
+        results = self._predict_choices(model, [row[-max_length:] for row in whole], batch_tokens)
+        yield from (result | _cut(row, max_length) for row, result in zip(whole, results, strict=True))
 
     @torch.no_grad()
     def generate(
@@ -291,12 +305,14 @@ class CausalLM:
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"text": answer}`` per row, as free text even if the task has choices.
 
-        Args: temperature: 0 decodes greedily. A prompt without room for the answer is truncated at its start.
+        Args: temperature: 0 decodes greedily. A prompt without room for the answer is truncated at its start, and ``note``
+            says so.
         """
         sampling = _sampling(temperature, top_p)
-        ids = [row[-max(1, max_length - max_new_tokens) :] for row in self._rows_prompt_ids(rows)]
+        whole, room = self._rows_prompt_ids(rows), max(1, max_length - max_new_tokens)
+        ids = [row[-room:] for row in whole]
         results = {i: self.text_of(a) for i, a in self._written(model, ids, batch_tokens, max_new_tokens, sampling)}
-        yield from ({"text": results[i].strip()} for i in range(len(ids)))
+        yield from ({"text": results[i].strip()} | _cut(row, room) for i, row in enumerate(whole))
 
     @torch.no_grad()
     def write_answers(
@@ -393,6 +409,11 @@ def _expected_columns(columns: Mapping[str, str], template: Mapping[str, str] | 
     """The columns to assume without data, as for a prediction."""
     fields = [name for text in (template or {}).values() for _, name, _, _ in string.Formatter().parse(text) if name]
     return sorted({*columns.values(), *fields}) or ["text", "prompt", "completion", "messages"]
+
+
+def _cut(prompt: np.ndarray, room: int) -> dict[str, str]:
+    """``{"note": ...}`` for a prompt that is longer than ``room`` tokens; else {}."""
+    return {} if len(prompt) <= room else {"note": f"cut to the last {room:,} of {len(prompt):,} tokens of the prompt"}
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:

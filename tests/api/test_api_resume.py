@@ -77,7 +77,7 @@ def test_resume_merges_a_trained_run(here: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setattr(fit_module, "merge_run", interrupted)
-        with pytest.raises(Interrupted, match="the training is complete. Resume with: peftlab train run --resume"):
+        with pytest.raises(Interrupted, match=r"the training is complete. Resume with: peftlab train run --resume"):
             train(recipe(**merging))
     stopped = peftlab.open_run("run")
     assert stopped.summary["status"] == "trained"
@@ -136,7 +136,9 @@ def test_resume_without_a_checkpoint_names_the_trained_weights(here: Path, monke
         with pytest.raises(DataError):
             train(recipe(eval={"before": False}))
     assert peftlab.open_run("run").summary["status"] == "failed"
-    with pytest.raises(RecipeError, match=r"no checkpoint \(run.save_every\); run/adapter has the weights after the last"):
+    with pytest.raises(
+        RecipeError, match=r"no checkpoint \(run.save_every\); run/adapter has the weights after the last"
+    ):
         train("run", resume=True)
 
 

@@ -137,7 +137,7 @@ def test_merge_passes_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("peftlab.api.merge.merge", merge)
     assert run(["merge", "runs/x", "--base", "original", "--max-kl", "0.1", "--dtype", "bfloat16"]) == 0
     assert calls == {
-        "target": "runs/x", "base": "original", "output": None, "dtype": "bfloat16", "max_kl": 0.1, "min_top1": None,
+        "target": "runs/x", "recipe": None, "overrides": [], "base": "original", "output": None, "dtype": "bfloat16", "max_kl": 0.1, "min_top1": None,
         "replace": False,
     }  # fmt: skip
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -230,7 +230,12 @@ ALTERNATIVES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
         {"data.label_names": {}},
         "data.label_names",
     ),
-    ({"data": {"bins": {"edges": [1], "names": ["a", "b"]}}}, "data.label_names={0: a}", {"data.bins": None}, "data.bins"),
+    (
+        {"data": {"bins": {"edges": [1], "names": ["a", "b"]}}},
+        "data.label_names={0: a}",
+        {"data.bins": None},
+        "data.bins",
+    ),
     ({"train": {"epochs": 2}}, "train.max_steps=3", {"train.epochs": None, "train.max_steps": 3}, "train.epochs"),
     ({"train": {"max_steps": 3}}, "train.epochs=2", {"train.epochs": 2, "train.max_steps": None}, "train.max_steps"),
     ({"train": {"batch_tokens": 64}}, "train.batch_size=4", {"train.batch_tokens": None}, "train.batch_tokens"),
@@ -252,7 +257,9 @@ def test_override_replaces_the_keys_that_exclude_it(
 ) -> None:
     settings = BASE | {"task": "seq_cls"} | {name: BASE.get(name, {}) | keys for name, keys in sections.items()}
     (tmp_path / "r.yaml").write_text(dump_yaml(settings))
-    line = next(n for n, text in enumerate(dump_yaml(settings).splitlines(), 1) if text.strip().startswith(named.split(".")[-1]))
+    line = next(
+        n for n, text in enumerate(dump_yaml(settings).splitlines(), 1) if text.strip().startswith(named.split(".")[-1])
+    )
     loaded = load_recipe(tmp_path / "r.yaml", [override])
     key = override.partition("=")[0]
     assert loaded.notes == (f"{key} on the command line replaces {named} (r.yaml:{line})",)
