@@ -15,7 +15,7 @@ from peftlab.assembly import Assembly
 from peftlab.assembly.account import findings, previews, shared_rows
 from peftlab.assembly.checks import check_settings
 from peftlab.assembly.estimate import estimate_seconds
-from peftlab.assembly.plan import make_plan
+from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.data import Ledger, packing_figures
 from peftlab.experiments.distill_checks import describe_distillation
@@ -72,6 +72,10 @@ def check(
         held_out = encode(data.eval, training=False).ledger
         progress.stage("estimating steps and time")
         notes = findings(train, held_out, allow=settings.data.allow)
+        estimate = _estimate(assembly, skeleton, train)
+        for key, message in [] if estimate is None else plan_notes(settings, estimate["steps"]):
+            note = {"kind": "no_effect", "level": "note", "data": "train", "message": f"{key}: {message}"}
+            notes.append({**note, "key": key, "where": []})
         return {
             "ok": not any(f["level"] == "error" for f in notes),
             "recipe": loaded.name,
@@ -84,7 +88,7 @@ def check(
             "held_out": held_out.report(),
             "shared": shared_rows(train, held_out),
             "distill": distillation,
-            "estimate": _estimate(assembly, skeleton, train),
+            "estimate": estimate,
             "preview": [asdict(p) for p in previews(task, train, show)],
         }
 

@@ -155,7 +155,16 @@ class Assembly:
     @property
     def data(self) -> DataParts:
         """The rows. Raises: DataError, RecipeError."""
-        return self._once("data", self._data_key, lambda: load_data(self.recipe, transfer=self._transfer))
+        return self._once("data", self._data_key, self._load_data)
+
+    def _load_data(self) -> DataParts:
+        drop = self.recipe.data.empty == "drop"
+        return load_data(self.recipe, transfer=self._transfer, blank_rows=self._blank_rows if drop else None)
+
+    def _blank_rows(self, rows: Rows, labelled: bool) -> dict[int, str]:
+        """Why rows lack what the task needs, by index."""
+        parts = self._task_parts(self.reader, classes=None, available=list(rows.columns))
+        return task_class(self.recipe.task).blank_rows(parts, rows, labelled=labelled)
 
     @property
     def classes(self) -> list[str] | None:
@@ -184,8 +193,11 @@ class Assembly:
 
     def task_for(self, reader: Any, *, classes: list[str] | None, available: Sequence[str] = ()) -> Task:
         """Returns the recipe's task with another reader and other classes, such as those of a teacher."""
+        return task_class(self.recipe.task).make(self._task_parts(reader, classes=classes, available=available))
+
+    def _task_parts(self, reader: Any, *, classes: list[str] | None, available: Sequence[str]) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        parts = TaskParts(
+        return TaskParts(
             reader,
             columns=data.columns,
             available=available,
@@ -198,7 +210,6 @@ class Assembly:
             pooling=r.model.pooling,
             sentences=lambda: sentence_files(self.pretrained),
         )
-        return task_class(r.task).make(parts)
 
     @property
     def limit(self) -> int:

@@ -11,7 +11,7 @@ from peftlab.adapters import AdapterReport, check_targets, head_reason, inject, 
 from peftlab.adapters.fused import fusion_report
 from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
-from peftlab.assembly.plan import make_plan
+from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
 from peftlab.models import base_model
@@ -121,6 +121,8 @@ def prepare(
     )
     span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)
+    for key, message in [] if reported else plan_notes(recipe, plan.total_steps):
+        progress.note(f"{key}: {message}")
     storage = recipe.model.quantize if recipe.model.quantize != "none" else "unquantized"
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
     model, planned, trained = trainable(assembly, assembly.model())

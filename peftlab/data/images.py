@@ -83,6 +83,10 @@ def _source(value: Any, where: str, folder: Path) -> Path | bytes | npt.NDArray[
         return value
     if isinstance(value, list | np.ndarray):
         return _pixels(value, where)
+    if value is None or value == "":
+        raise DataError(
+            f"{where}: the image is missing; fill it in, or set data.empty=drop, which leaves such rows out", key=_KEY
+        )
     shown = repr(value)
     raise DataError(
         f"{where}: expected an image (a path, the bytes of a file, or lists of pixels), found {shown[:60]}", key=_KEY

@@ -171,6 +171,11 @@ class DataSection(Section):
     too_long: Literal["error", "truncate", "drop"] = Field(
         "error", description="what to do with rows longer than max_length"
     )
+    empty: Literal["error", "drop"] = Field(
+        "error",
+        description="what to do with rows that have no text, label or image, or null in another column that the texts are "
+        "made of; rows whose answer is empty are always left out",
+    )
     packing: bool = Field(
         False,
         description="put several rows into one sequence of up to max_length tokens; attention stays within each row, "

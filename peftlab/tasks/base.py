@@ -70,6 +70,13 @@ class Task(Protocol):
     def make(cls, parts: TaskParts) -> Self:
         """The task of ``parts``. Raises: RecipeError, DataError."""
 
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        """Why rows lack what the task needs, by index, for data.empty. Raises: DataError for a missing column.
+
+        Args: parts: without classes. labelled: whether the rows need a label.
+        """
+
     def model_kwargs(self) -> dict[str, Any]:
         """Config values to load the model with, such as ``num_labels``."""
 

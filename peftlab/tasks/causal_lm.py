@@ -20,7 +20,7 @@ from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.inputs import EMPTY_TEXT, unusable_rows
+from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, unusable_rows
 from peftlab.tasks.lm_head import LMHead
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
@@ -63,10 +63,12 @@ class CausalLM:
 
     @classmethod
     def make(cls, parts: TaskParts) -> CausalLM:
-        columns = {part: name for part, name in parts.columns.items() if part != "label"}
-        available = list(parts.available) or _expected_columns(columns, parts.template)
-        formatter = Formatter(parts.reader, columns=columns, template=parts.template, available=available)
-        return cls(parts.reader, formatter, head_loss=parts.head_loss, choices=parts.classes)
+        return cls(parts.reader, _formatter(parts), head_loss=parts.head_loss, choices=parts.classes)
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        label = {parts.columns["label"]: NO_LABEL} if labelled and "label" in parts.columns else {}
+        return blank_values(rows, label) | _unwritten(rows, _formatter(parts))
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -78,7 +80,7 @@ class CausalLM:
         if self.class_names and len(rows):
             self._choice_ids = self._encode_choices(rows)
         examples: list[Example] = []
-        for first, rendered in pieces(rows, self.formatter.render_all):
+        for first, rendered in pieces(rows, self._render):
             tokens = self._tokenize(rendered)
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
             trained = tokens.num_trained(kept)
@@ -89,6 +91,15 @@ class CausalLM:
             if keep:
                 examples += _examples(first, tokens, kept, trained, labels)
         return Encoded(examples, ledger)
+
+    def _render(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
+        try:
+            return self.formatter.render_all(rows, wheres)
+        except DataError as error:
+            place = str(error).partition(": ")[0]
+            if place in wheres and any(map(_is_null, rows[list(wheres).index(place)].values())):
+                raise DataError(f"{error}; data.empty=drop leaves such rows out", key=error.key) from None
+            raise
 
     def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
         """The rows with ``answers`` of the model in training, as ``write_answers`` gives them, in place of their own. The
@@ -409,6 +420,29 @@ def _expected_columns(columns: Mapping[str, str], template: Mapping[str, str] | 
     """The columns to assume without data, as for a prediction."""
     fields = [name for text in (template or {}).values() for _, name, _, _ in string.Formatter().parse(text) if name]
     return sorted({*columns.values(), *fields}) or ["text", "prompt", "completion", "messages"]
+
+
+def _formatter(parts: TaskParts) -> Formatter:
+    columns = {part: name for part, name in parts.columns.items() if part != "label"}
+    available = list(parts.available) or _expected_columns(columns, parts.template)
+    return Formatter(parts.reader, columns=columns, template=parts.template, available=available)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, list | np.ndarray) and not len(value))
+
+
+def _unwritten(rows: Rows, formatter: Formatter) -> dict[int, str]:
+    """Why rows with null or an empty list in a column cannot become text, by index."""
+    nulls = sorted({i for values in rows.columns.values() for i, value in enumerate(values) if _is_null(value)})
+    reasons: dict[int, str] = {}
+    for i in nulls:
+        try:
+            formatter.render(rows.row(i), rows.where(i))
+        except DataError:
+            names = ", ".join(repr(name) for name, values in rows.columns.items() if _is_null(values[i]))
+            reasons[i] = f"nothing in the column {names}"
+    return reasons
 
 
 def _cut(prompt: np.ndarray, room: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import Batch, collate, example_weights, padded_inputs
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.inputs import cut_note
+from peftlab.tasks.inputs import EMPTY_TEXT, blank_values, cut_note
 from peftlab.tasks.outputs import Outputs, at_least_float32
 from peftlab.tasks.preview import Preview, preview
 from peftlab.tasks.texts import Texts, fitted
@@ -69,6 +69,10 @@ class Embedding:
             files=files.writer(parts.reader, pooling=pooling),
             max_length=files.max_length,
         )
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        return blank_values(rows, {parts.column("text"): EMPTY_TEXT})
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}

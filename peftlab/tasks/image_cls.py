@@ -23,7 +23,7 @@ from peftlab.tasks.classification import (
     reference_outputs_of,
 )
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.inputs import unusable_rows
+from peftlab.tasks.inputs import NO_IMAGE, NO_LABEL, blank_values, unusable_rows
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview
 
@@ -47,6 +47,11 @@ class ImageClassification:
     @classmethod
     def make(cls, parts: TaskParts) -> ImageClassification:
         return cls(parts.reader, labels=Labels.make(parts), image_column=parts.column("image"))
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        label = {parts.column("label"): NO_LABEL} if labelled else {}
+        return blank_values(rows, {parts.column("image"): NO_IMAGE} | label)
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftlab.data import Rows
 from peftlab.errors import DataError
 
-EMPTY_TEXT = "the text is empty"
+EMPTY_TEXT, NO_LABEL, NO_IMAGE = "the text is empty", "there is no label", "there is no image"
 
 
 def is_blank(value: Any) -> bool:
@@ -17,6 +17,17 @@ def is_blank(value: Any) -> bool:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     return isinstance(value, str) and not value.strip()
+
+
+def blank_values(rows: Rows, columns: Mapping[str, str], *, key: str = "data.columns") -> dict[int, str]:
+    """Why rows have no value in one of the columns, by index. Args: columns: column -> the reason. Raises: DataError if there
+    is no such column."""
+    blank: dict[int, str] = {}
+    for column, reason in columns.items():
+        blank |= {
+            i: reason for i, value in enumerate(rows.column(column, key=key)) if i not in blank and is_blank(value)
+        }
+    return dict(sorted(blank.items()))
 
 
 def unusable_rows(

@@ -22,7 +22,7 @@ from peftlab.tasks.classification import (
     reference_outputs_of,
 )
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.inputs import cut_note
+from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, cut_note
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
 from peftlab.tasks.texts import Texts, fitted
@@ -43,6 +43,11 @@ class SequenceClassification:
     @classmethod
     def make(cls, parts: TaskParts) -> SequenceClassification:
         return cls(parts.reader, labels=Labels.make(parts), text_column=parts.column("text"))
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        label = {parts.column("label"): NO_LABEL} if labelled else {}
+        return blank_values(rows, {parts.column("text"): EMPTY_TEXT} | label)
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
@@ -114,7 +119,8 @@ class SequenceClassification:
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"label", "probability", "probabilities": {name: p}}`` per row; longer texts are truncated."""
-        examples, notes = [], []
+        examples: list[Example] = []
+        notes: list[dict[str, str]] = []
         for first, tokens in self._texts.pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long="truncate")
             notes += map(cut_note, tokens.lengths.tolist(), kept.tolist())
