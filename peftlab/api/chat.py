@@ -10,8 +10,9 @@ from typing import cast
 
 import torch
 
+from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.process import located, prepare_libraries
-from peftlab.assembly.target import RecipeSource, Target, check_room_to_answer, find_target, open_target
+from peftlab.assembly.target import RecipeSource, Target, find_target, open_target
 from peftlab.errors import RecipeError
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks import Generates
@@ -54,7 +55,7 @@ class Chat:
                 )
             self._opened = open_target(resolved, progress or SilentProgress())
             self.max_new_tokens = max_new_tokens or min(_NEW_TOKENS, max(1, self._opened.model_limit // 2))
-            check_room_to_answer(self.max_new_tokens, self._opened)
+            check_room_to_answer(self.max_new_tokens, self._opened.assembly)
             self._task = cast(Generates, self._opened.task)
             if not self._task.tokenizer.chat_template:
                 raise RecipeError("the tokenizer has no chat template; use predict", key="model.chat_template")

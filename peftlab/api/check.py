@@ -13,7 +13,7 @@ import numpy as np
 from peftlab.adapters import check_targets
 from peftlab.assembly import Assembly
 from peftlab.assembly.account import findings, previews, shared_rows
-from peftlab.assembly.checks import check_settings
+from peftlab.assembly.checks import check_room_to_answer, check_settings
 from peftlab.assembly.estimate import estimate_seconds
 from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.assembly.process import located, prepare_libraries
@@ -59,6 +59,8 @@ def check(
         progress.stage(f"loading {assembly.spec.reader} of {settings.model.name}")
         task, limit = assembly.task, assembly.limit
         _ = assembly.metrics
+        if settings.eval.prompts:
+            check_room_to_answer(settings.eval.max_new_tokens, assembly, key="eval.max_new_tokens")
         skeleton = assembly.skeleton()
         if assembly.method.adapts:
             check_targets(skeleton, settings.adapter.targets)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.process import located, prepare_libraries
-from peftlab.assembly.target import Opened, RecipeSource, check_room_to_answer, find_target, open_target
+from peftlab.assembly.target import Opened, RecipeSource, find_target, open_target
 from peftlab.data import Rows, load_rows
 from peftlab.data.ledger_text import places
 from peftlab.errors import DataError, RecipeError
@@ -55,7 +56,7 @@ def predict(
         rows = _rows_of_file(inputs, settings.data.encoding) if isinstance(inputs, Path) else None
         opened = open_target(resolved, progress)
         new_tokens = max_new_tokens or settings.eval.max_new_tokens
-        check_room_to_answer(new_tokens, opened, key=None if max_new_tokens else "eval.max_new_tokens")
+        check_room_to_answer(new_tokens, opened.assembly, key=None if max_new_tokens else "eval.max_new_tokens")
         rows = rows if rows is not None else _input_rows(inputs, opened.task)
         progress.stop()
         notes = _Notes(rows)

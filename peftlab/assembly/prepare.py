@@ -11,6 +11,7 @@ from peftlab.adapters import AdapterReport, check_targets, head_reason, inject, 
 from peftlab.adapters.fused import fusion_report
 from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
@@ -111,6 +112,8 @@ def prepare(
             f"kernel plans: {plans} when the run was made, {ops.plans_in_use()} now: the last bits may differ"
         )
     task, limit = assembly.task, assembly.limit
+    if recipe.eval.prompts:
+        check_room_to_answer(recipe.eval.max_new_tokens, assembly, key="eval.max_new_tokens")
     metrics = assembly.metrics
     train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
     rows = rows if phase is None else phase.rows

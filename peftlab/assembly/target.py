@@ -164,13 +164,3 @@ def _check_same_model(target: Target, pretrained: Pretrained) -> None:
             f"{pretrained.source.name!r} now has {pretrained.fingerprint[:12]}",
             key="model.name",
         )
-
-
-def check_room_to_answer(max_new_tokens: int, opened: Opened, *, key: str | None = None) -> None:
-    """Raises RecipeError if the answer length leaves no room for a prompt. Args: key: the recipe key of the answer length."""
-    if opened.task.spec.generates and max_new_tokens >= opened.model_limit:
-        raise RecipeError(
-            f"the model reads at most {opened.model_limit:,} tokens, which leaves no room for a prompt and an answer of "
-            f"{max_new_tokens:,} tokens; lower the answer's length",
-            key=key,
-        )

@@ -269,6 +269,8 @@ class EvalSection(Section):
     def _consistent(self) -> Self:
         if self.choices is not None and len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices: contains {next(c for c in self.choices if self.choices.count(c) > 1)!r} twice")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("prompts: one of them is empty; remove it")
         if self.patience is not None and (self.best is None or self.every is None):
             raise ValueError("patience needs eval.best and eval.every")
         return self

@@ -101,6 +101,9 @@ def test_generation_uses_the_limit_of_the_model(writer: Path) -> None:
     (long, short), notes = predict(["red " * 400, "dog"])
     assert long["note"].startswith("cut to the last 432 of ") and "note" not in short
     assert len(notes) == 1 and "1 of 2 inputs cut" in notes[0]
+    with pytest.raises(RecipeError, match=r"an answer of 512 tokens") as caught:
+        peftlab.check(recipe(**SHORT, eval=WRITES["eval"] | {"max_new_tokens": 512}), progress=SilentProgress())
+    assert caught.value.key == "eval.max_new_tokens"
     with pytest.raises(RecipeError, match=r"reads at most 512 tokens.* an answer of 600 tokens") as caught:
         predict(["dog"], max_new_tokens=600)
     assert caught.value.key is None
