@@ -83,13 +83,12 @@ def _source(value: Any, where: str, folder: Path) -> Path | bytes | npt.NDArray[
         return value
     if isinstance(value, list | np.ndarray):
         return _pixels(value, where)
+    shown, remedy = repr(value), ""
     if value is None or value == "":
-        raise DataError(
-            f"{where}: the image is missing; fill it in, or set data.empty=drop, which leaves such rows out", key=_KEY
-        )
-    shown = repr(value)
+        remedy = "; data.empty=drop leaves such rows out"
     raise DataError(
-        f"{where}: expected an image (a path, the bytes of a file, or lists of pixels), found {shown[:60]}", key=_KEY
+        f"{where}: expected an image (a path, the bytes of a file, or lists of pixels), found {shown[:60]}{remedy}",
+        key=_KEY,
     )
 
 

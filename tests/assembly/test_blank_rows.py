@@ -114,7 +114,7 @@ def test_data_empty_drops_rows_without_an_image() -> None:
     PIL.Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save("a.png")
     rows = [{"image": "a.png", "label": "ab"[i % 2]} for i in range(6)] + [{"image": None, "label": "a"}]
     document = recipe("image_cls", rows, "tiny:vit")
-    with pytest.raises(DataError, match=r"data\.jsonl:7: the image is missing.*data\.empty=drop"):
+    with pytest.raises(DataError, match=r"data\.jsonl:7: expected an image .*, found None; data\.empty=drop"):
         check(document, "data.eval=data.jsonl")
     report = check(document, "data.empty=drop")
     assert left_out(report["train"]) == {"dropped: there is no image": ["data.jsonl:7"]}
