@@ -69,7 +69,7 @@ def check(
             distillation, skeleton = describe_distillation(assembly)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
         encode = functools.partial(task.encode, max_length=limit, too_long=settings.data.too_long, keep=False)
-        labelled = data.train is data.labelled
+        labelled = data.has_labels
         train = encode(data.train, training=True, labelled=labelled).ledger
         held_out = encode(data.eval, training=False).ledger
         progress.stage("estimating steps and time")
