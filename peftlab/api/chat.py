@@ -10,12 +10,15 @@ from typing import cast
 
 import torch
 
+from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.process import located, prepare_libraries
-from peftlab.assembly.target import RecipeSource, Target, check_room_to_answer, find_target, open_target
+from peftlab.assembly.target import RecipeSource, Target, find_target, open_target
 from peftlab.errors import RecipeError
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks import Generates
 from peftlab.training.progress import Progress, SilentProgress
+
+_NEW_TOKENS = 256
 
 
 class Chat:
@@ -24,6 +27,11 @@ class Chat:
     Args:
         target, recipe, overrides: as for ``evaluate``.
         system: system message; default: that of the recipe's template, if it is constant.
+        max_new_tokens: longest answer; default 256, or half of what the model reads if that is less.
+
+    Attributes:
+        messages: the conversation so far. max_new_tokens: as used.
+        notes: what the user should know, such as settings that overrides replaced, and turns that no longer fit.
     """
 
     def __init__(
@@ -33,7 +41,7 @@ class Chat:
         recipe: RecipeSource | None = None,
         overrides: Sequence[str] = (),
         system: str | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 0.95,
         progress: Progress | None = None,
@@ -46,7 +54,8 @@ class Chat:
                     f"chat needs a language model; this is a {resolved.loaded.recipe.task} run: use predict"
                 )
             self._opened = open_target(resolved, progress or SilentProgress())
-            check_room_to_answer(max_new_tokens, self._opened)
+            self.max_new_tokens = max_new_tokens or min(_NEW_TOKENS, max(1, self._opened.model_limit // 2))
+            check_room_to_answer(self.max_new_tokens, self._opened.assembly)
             self._task = cast(Generates, self._opened.task)
             if not self._task.tokenizer.chat_template:
                 raise RecipeError("the tokenizer has no chat template; use predict", key="model.chat_template")
@@ -56,7 +65,7 @@ class Chat:
         self._sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         )
-        self._max_new_tokens = max_new_tokens
+        self.notes = list(resolved.loaded.notes)
         self.messages: list[dict[str, str]] = list(self._start)
 
     def reset(self) -> None:
@@ -72,9 +81,7 @@ class Chat:
 
         opened, tokenizer = self._opened, self._task.tokenizer
         turns = [*self.messages, {"role": "user", "content": text}]
-        room = opened.limit - self._max_new_tokens
-        prompt = torch.as_tensor(self._task.conversation_ids(turns)[None, -room:], dtype=torch.int64).to(opened.device)
-        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        inputs = self._fitting(turns)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failure = threading.Event(), []
 
@@ -85,7 +92,7 @@ class Chat:
                         **inputs,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([lambda *_: stop.is_set()]),
-                        **self._task.generation_kwargs(self._max_new_tokens, self._sampling),
+                        **self._task.generation_kwargs(self.max_new_tokens, self._sampling),
                     )
             except BaseException as error:  # raised in the thread that reads the stream
                 failure.append(error)
@@ -105,6 +112,33 @@ class Chat:
                 self.messages = [*turns, {"role": "assistant", "content": "".join(pieces).strip()}]
         if failure:
             raise failure[0]
+
+    def _fitting(self, turns: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        """The model's inputs [1, T] for the turns that leave room for the answer: the oldest are left out first, then the
+        start of the last one is cut. Adds a note about it."""
+        room = self._opened.model_limit - self.max_new_tokens
+        first = sum(turn["role"] == "system" for turn in turns[:1])
+        kept = list(turns)
+        ids = whole = self._encoded(kept)
+        while ids.shape[1] > room and len(kept) - first > 2:
+            del kept[first : first + 2]  # a question and its answer: many templates refuse another order
+            ids = self._encoded(kept)
+        if kept != turns or ids.shape[1] > room:
+            left_out = len(turns) - len(kept)
+            what = f"the first {left_out:,} turns are left out" if left_out else "its start is cut"
+            ids = ids[:, -room:]
+            self.notes.append(
+                f"the conversation has {whole.shape[1]:,} tokens, of which the model reads {ids.shape[1]:,} (at most "
+                f"{room:,} before an answer of {self.max_new_tokens:,}): {what}"
+            )
+        ids = ids.to(self._opened.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def _encoded(self, turns: list[dict[str, str]]) -> torch.Tensor:
+        tokenizer = self._task.tokenizer
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
 
 def _chat_target(target: str | os.PathLike[str], recipe: RecipeSource | None, overrides: Sequence[str]) -> Target:

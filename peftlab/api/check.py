@@ -13,9 +13,9 @@ import numpy as np
 from peftlab.adapters import check_targets
 from peftlab.assembly import Assembly
 from peftlab.assembly.account import findings, previews, shared_rows
-from peftlab.assembly.checks import check_settings
+from peftlab.assembly.checks import check_room_to_answer, check_settings
 from peftlab.assembly.estimate import estimate_seconds
-from peftlab.assembly.plan import make_plan
+from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.data import Ledger, packing_figures
 from peftlab.experiments.distill_checks import describe_distillation
@@ -49,6 +49,8 @@ def check(
     progress = progress or make_progress()
     loaded, _ = open_source(recipe, overrides)
     with located(loaded), progress:
+        for line in loaded.notes:
+            progress.note(line)
         assembly = Assembly(loaded, transfer=True)
         settings = assembly.recipe
         check_settings(assembly)
@@ -57,6 +59,8 @@ def check(
         progress.stage(f"loading {assembly.spec.reader} of {settings.model.name}")
         task, limit = assembly.task, assembly.limit
         _ = assembly.metrics
+        if settings.eval.prompts:
+            check_room_to_answer(settings.eval.max_new_tokens, assembly, key="eval.max_new_tokens")
         skeleton = assembly.skeleton()
         if assembly.method.adapts:
             check_targets(skeleton, settings.adapter.targets)
@@ -65,11 +69,15 @@ def check(
             distillation, skeleton = describe_distillation(assembly)
         progress.stage(f"encoding {len(data.train) + len(data.eval):,} rows")
         encode = functools.partial(task.encode, max_length=limit, too_long=settings.data.too_long, keep=False)
-        labelled = data.train is data.labelled
+        labelled = data.has_labels
         train = encode(data.train, training=True, labelled=labelled).ledger
         held_out = encode(data.eval, training=False).ledger
         progress.stage("estimating steps and time")
         notes = findings(train, held_out, allow=settings.data.allow, unread=assembly.unread_columns)
+        estimate = _estimate(assembly, skeleton, train)
+        for key, message in [] if estimate is None else plan_notes(settings, estimate["steps"]):
+            note = {"kind": "no_effect", "level": "note", "data": "train", "message": f"{key}: {message}"}
+            notes.append({**note, "key": key, "where": []})
         return {
             "ok": not any(f["level"] == "error" for f in notes),
             "recipe": loaded.name,
@@ -83,7 +91,7 @@ def check(
             "held_out": held_out.report(),
             "shared": shared_rows(train, held_out),
             "distill": distillation,
-            "estimate": _estimate(assembly, skeleton, train),
+            "estimate": estimate,
             "preview": [asdict(p) for p in previews(task, train, show)],
         }
 

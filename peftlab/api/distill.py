@@ -14,7 +14,7 @@ from peftlab.errors import RecipeError
 from peftlab.experiments.arms import Distillation
 from peftlab.measuring.memory import frozen_heap
 from peftlab.recipe import check_same_settings
-from peftlab.runs import Run, choose_folder, open_run, open_source
+from peftlab.runs import Run, check_unfinished, choose_folder, open_run, open_source
 from peftlab.training.progress import Progress, make_progress
 
 
@@ -35,7 +35,7 @@ def distill(
         overrides: ``section.key=value``.
         seeds: number of seeds; overrides distill.seeds.
         resume: resume the run in the run folder: keep finished trainings, continue an interrupted one from its newest
-            checkpoint.
+            checkpoint. A finished run is an error and stays as it is.
         replace: overwrite an earlier run in the run folder.
         progress: where progress goes; default: a live bar or plain lines on stderr, with ``verbose`` every detail.
 
@@ -48,6 +48,8 @@ def distill(
     loaded, folder = open_source(recipe, [*overrides, *seed_override], resume=resume)
     with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
+        for line in loaded.notes:
+            progress.note(line)
         if loaded.recipe.distill is None:
             raise RecipeError(
                 f"{loaded.name} has no section distill, which names the teacher; to train without a teacher: peftlab train"
@@ -55,6 +57,7 @@ def distill(
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
         if resume:
             check_same_settings(loaded, open_run(folder).recipe())
+            check_unfinished(folder)
         assembly = Assembly(loaded, transfer=True)
         check_settings(assembly)
         distillation = Distillation(assembly, folder, progress, resume=resume)

@@ -36,6 +36,8 @@ def evaluate(
     progress = progress or make_progress()
     resolved = find_target(target, recipe, overrides)
     with located(resolved.loaded):
+        for line in resolved.loaded.notes:
+            progress.note(line)
         settings = resolved.loaded.recipe
         if not settings.spec.learns_from_labels:
             raise RecipeError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peftlab.assembly.merging import merge_run
 from peftlab.assembly.process import located, prepare_libraries
-from peftlab.assembly.target import find_target
+from peftlab.assembly.target import RecipeSource, find_target
 from peftlab.errors import RecipeError
 from peftlab.measuring.memory import frozen_heap
 from peftlab.training.progress import Progress, make_progress
@@ -17,6 +18,8 @@ from peftlab.training.progress import Progress, make_progress
 def merge(
     target: str | os.PathLike[str],
     *,
+    recipe: RecipeSource | None = None,
+    overrides: Sequence[str] = (),
     base: str | None = None,
     output: str | os.PathLike[str] | None = None,
     dtype: str = "auto",
@@ -28,7 +31,9 @@ def merge(
     """Merges a run's adapter, writes a plain transformers folder, and compares it with base + adapter.
 
     Args:
-        target: a run folder or its adapter folder.
+        target: a run folder or its adapter folder, or a folder with an adapter of PEFT, which needs ``recipe``.
+        recipe: the recipe that names base model, task and data; default: that of the run.
+        overrides: ``section.key=value``.
         base: ``original`` (published weights) or ``dequantized`` (the quantized weights the adapter was trained on,
             written out); default: dequantized for a quantized run. The report has the errors of both.
         output: folder to write; default ``RUN/merged``.
@@ -40,7 +45,7 @@ def merge(
     Raises: VerificationError if the merged model exceeds a threshold; ``output`` is then not written.
     """
     prepare_libraries()
-    resolved = find_target(target)
+    resolved = find_target(target, recipe, overrides)
     if resolved.adapter is None:
         full = (
             f": {resolved.loaded.recipe.model.name} is its trained model"
@@ -49,6 +54,8 @@ def merge(
         )
         raise RecipeError(f"{target} has no adapter to merge{full}")
     with located(resolved.loaded), frozen_heap(), progress or make_progress() as progress:
+        for line in resolved.loaded.notes:
+            progress.note(line)
         return merge_run(
             Path(target),
             base=base,
@@ -57,4 +64,5 @@ def merge(
             limits={k: v for k, v in (("kl_mean", max_kl), ("top1", min_top1)) if v is not None},
             replace=replace,
             progress=progress,
+            target=resolved,
         )

@@ -43,6 +43,8 @@ def teach(
     progress = progress or make_progress(verbose=verbose)
     loaded, _ = open_source(recipe, overrides)
     with located(loaded), frozen_heap(), progress:
+        for line in loaded.notes:
+            progress.note(line)
         assembly = Assembly(loaded, transfer=True)
         if assembly.distill.cache is None:
             raise RecipeError("expected a folder for the targets, such as caches/mine", key="distill.cache")

@@ -9,12 +9,12 @@ from typing import Any
 
 from peftlab.assembly import Assembly
 from peftlab.assembly.checks import check_settings
-from peftlab.assembly.fit import fit
+from peftlab.assembly.fit import complete, fit
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.errors import RecipeError
 from peftlab.measuring.memory import frozen_heap
-from peftlab.recipe import check_same_settings
-from peftlab.runs import Run, choose_folder, newest_checkpoint, open_run, open_source
+from peftlab.recipe import check_lock, check_same_settings
+from peftlab.runs import Run, checkpoint_to_resume, choose_folder, open_run, open_source
 from peftlab.training.progress import Progress, make_progress
 
 
@@ -32,7 +32,8 @@ def train(
     Args:
         recipe: path, shipped name, dict, or a run folder (its recipe.lock.yaml is used).
         overrides: ``section.key=value``.
-        resume: resume the run in the run folder from its newest checkpoint.
+        resume: resume the run in the run folder from its newest checkpoint, or merge it if only that is missing. A finished
+            run is an error and stays as it is.
         replace: remove an earlier run in the run folder once this one is ready to start.
         progress: where progress goes; default: a live bar or plain lines on stderr, with ``verbose`` every detail.
 
@@ -44,12 +45,16 @@ def train(
     loaded, folder = open_source(recipe, overrides, resume=resume)
     with located(loaded), frozen_heap(), contextlib.ExitStack() as stack:
         stack.callback(progress.stop)
+        for line in loaded.notes:
+            progress.note(line)
         if loaded.recipe.distill is not None:
             raise RecipeError("this recipe names a teacher; run peftlab distill, or remove the section", key="distill")
         folder = folder or choose_folder(loaded, resume=resume, replace=replace)
-        checkpoint = newest_checkpoint(folder) if resume else None
+        checkpoint = None
         if resume:
-            check_same_settings(loaded, open_run(folder).recipe())
+            stored = open_run(folder).recipe()
+            check_same_settings(loaded, stored)
+            checkpoint = checkpoint_to_resume(folder)
         if not loaded.recipe.spec.learns_from_labels:
             raise RecipeError(
                 "sentence embeddings need a teacher's vectors; name the teacher in a section distill and run `peftlab distill`",
@@ -57,4 +62,9 @@ def train(
             )
         assembly = Assembly(loaded)
         check_settings(assembly)
+        if resume and loaded.recipe.lock is None:
+            for line in check_lock(stored, fingerprints=assembly.fingerprints, resumed=True):
+                progress.note(line)
+        if resume and checkpoint is None:
+            return complete(assembly, folder, progress)
         return fit(assembly, folder, progress, checkpoint=checkpoint, replace=replace)

@@ -180,7 +180,16 @@ class Assembly:
     @property
     def data(self) -> DataParts:
         """The rows. Raises: DataError, RecipeError."""
-        return self._once("data", self._data_key, lambda: load_data(self.recipe, transfer=self._transfer))
+        return self._once("data", self._data_key, self._load_data)
+
+    def _load_data(self) -> DataParts:
+        drop = self.recipe.data.empty == "drop"
+        return load_data(self.recipe, transfer=self._transfer, blank_rows=self._blank_rows if drop else None)
+
+    def _blank_rows(self, rows: Rows, labelled: bool) -> dict[int, str]:
+        """Why rows lack what the task needs, by index."""
+        parts = self._task_parts(self.reader, classes=None, rows=rows)
+        return task_class(self.recipe.task).blank_rows(parts, rows, labelled=labelled)
 
     @property
     def classes(self) -> list[str] | None:
@@ -213,8 +222,11 @@ class Assembly:
 
         Args: rows: define the columns; default: each row shows its own when it is encoded.
         """
+        return task_class(self.recipe.task).make(self._task_parts(reader, classes=classes, rows=rows))
+
+    def _task_parts(self, reader: Any, *, classes: list[str] | None, rows: Rows | None) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        parts = TaskParts(
+        return TaskParts(
             reader,
             columns=data.columns,
             available=list(rows.columns) if rows else (),
@@ -230,7 +242,6 @@ class Assembly:
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
         )
-        return task_class(r.task).make(parts)
 
     @property
     def unread_columns(self) -> list[str]:
@@ -247,16 +258,25 @@ class Assembly:
     def limit(self) -> int:
         """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less."""
         if self.spec.reader == "image processor":
-            return int(self.reader.length)
+            return self.model_limit
         allowed = model_max_length(self.pretrained, self.reader)
         wanted = self.recipe.data.max_length
         if wanted is None:
-            return min(allowed, self.task.max_length or allowed)
+            return self.model_limit
         if wanted > allowed:
             raise RecipeError(
-                f"{self.recipe.model.name} reads at most {allowed:,} tokens, part {wanted:,}", key="data.max_length"
+                f"{self.recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length"
             )
         return wanted
+
+    @property
+    def model_limit(self) -> int:
+        """Maximum input length in tokens that the model's files allow: the limit of prompts and of inputs to predict.
+        data.max_length is that of training and held-out rows."""
+        if self.spec.reader == "image processor":
+            return int(self.reader.length)
+        allowed = model_max_length(self.pretrained, self.reader)
+        return min(allowed, self.task.max_length or allowed)
 
     @property
     def train(self) -> Encoded:

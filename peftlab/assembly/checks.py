@@ -32,6 +32,16 @@ def check_settings(assembly: Assembly) -> None:
             raise RecipeError(f"{name} is not installed; run: pip install 'peftlab[{name}]'", key="run.log")
 
 
+def check_room_to_answer(max_new_tokens: int, assembly: Assembly, *, key: str | None = None) -> None:
+    """Raises RecipeError if the answer length leaves no room for a prompt. Args: key: the recipe key of the answer length."""
+    if assembly.spec.generates and max_new_tokens >= assembly.model_limit:
+        raise RecipeError(
+            f"the model reads at most {assembly.model_limit:,} tokens, which leaves no room for a prompt and an answer of "
+            f"{max_new_tokens:,} tokens; lower the answer's length",
+            key=key,
+        )
+
+
 def check_room(assembly: Assembly, model: Any, *, num_total: int, folder: Path) -> None:
     """Raises ResourceError if the disk has no room for what the run will write.
 

@@ -13,6 +13,9 @@ from peftlab.data import Rows, class_names, load_rows, read_labels, split_rows
 from peftlab.errors import DataError
 from peftlab.recipe import Recipe
 
+# Rows, and whether they need a label -> why rows lack what the task needs, by index.
+BlankRows = Callable[[Rows, bool], dict[int, str]]
+
 
 @dataclass(frozen=True)
 class DataParts:
@@ -35,10 +38,12 @@ def data_seed(recipe: Recipe) -> int:
     return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
 
 
-def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
+def load_data(recipe: Recipe, *, transfer: bool = False, blank_rows: BlankRows | None = None) -> DataParts:
     """Reads the rows and splits them. Raises: DataError, RecipeError.
 
-    Args: transfer: whether to train on the rows of distill.transfer, if the recipe has them.
+    Args:
+        transfer: whether to train on the rows of distill.transfer, if the recipe has them.
+        blank_rows: why rows lack what the task needs, by index, to leave them out (data.empty); None: leave out none.
     """
     data = recipe.data
     seed = data_seed(recipe)
@@ -50,23 +55,25 @@ def load_data(recipe: Recipe, *, transfer: bool = False) -> DataParts:
         subset=data.subset,
         seed=seed,
     )
-    train = _with_labels(recipe, read(data.train, key="data.train"), all_names_used=True)
+    source = _without_blank(read(data.train, key="data.train"), blank_rows, labelled=True, key="data.train")
+    train = _with_labels(recipe, source, all_names_used=True)
     fingerprints = {"train data": train.fingerprint}
     if data.eval is not None:
-        held_out = _with_labels(
-            recipe, read(data.eval, key="data.eval", default_split="validation"), all_names_used=False
-        )
+        other = read(data.eval, key="data.eval", default_split="validation")
+        other = _without_blank(other, blank_rows, labelled=True, key="data.eval")
+        held_out = _with_labels(recipe, other, all_names_used=False)
         fingerprints |= {"eval data": held_out.fingerprint}
         parts = DataParts(_without_excluded(recipe, train), held_out, fingerprints, train)
-        return _with_transfer(recipe, parts, read) if transfer else parts
+        return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
     classifies = recipe.spec.classifies
     labels = read_class_labels(recipe, train) if classifies or "label" in data.columns else None
     if classifies:
         class_names(labels or [])
     kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
-    parts = DataParts(_without_excluded(recipe, labelled), train.select(held), fingerprints, labelled)
-    return _with_transfer(recipe, parts, read) if transfer else parts
+    kept_train = dataclasses.replace(_without_excluded(recipe, labelled), left_out=train.left_out)
+    parts = DataParts(kept_train, train.select(held), fingerprints, labelled)
+    return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
 
 
 def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
@@ -88,10 +95,28 @@ def check_columns(recipe: Recipe, rows: Rows) -> None:
                 raise DataError(str(error), key=f"data.columns.{part}") from None
 
 
-def _with_transfer(recipe: Recipe, parts: DataParts, read: Callable[..., Rows]) -> DataParts:
+def _without_blank(rows: Rows, blank_rows: BlankRows | None, *, labelled: bool, key: str) -> Rows:
+    """Drops the rows of ``blank_rows``, and keeps their places. Raises: DataError if no row is left."""
+    blank = {} if blank_rows is None else blank_rows(rows, labelled)
+    if not blank:
+        return rows
+    left_out: dict[str, list[str]] = {}
+    for i, reason in blank.items():
+        left_out.setdefault(reason, []).append(rows.where(i))
+    if len(blank) == len(rows):
+        reasons = "; ".join(f"{len(where):,} because {reason} ({where[0]})" for reason, where in left_out.items())
+        raise DataError(f"{rows.name}: data.empty=drop leaves out all {len(rows):,} rows: {reasons}", key=key)
+    kept = rows.select([i for i in range(len(rows)) if i not in blank])
+    return dataclasses.replace(kept, left_out=left_out)
+
+
+def _with_transfer(
+    recipe: Recipe, parts: DataParts, read: Callable[..., Rows], blank_rows: BlankRows | None
+) -> DataParts:
     if recipe.distill is None or recipe.distill.transfer is None:
         return parts
     rows = read(recipe.distill.transfer, key="distill.transfer")
+    rows = _without_blank(rows, blank_rows, labelled=False, key="distill.transfer")
     fingerprints = parts.fingerprints | {"transfer data": rows.fingerprint}
     return dataclasses.replace(parts, train=rows, fingerprints=fingerprints, has_labels=False)
 
@@ -107,7 +132,7 @@ def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:
         kept &= ~np.isin(texts, values)
     if not kept.any():
         raise DataError(f"all rows of {rows.name} are excluded: nothing is left to train on", key="data.exclude")
-    return rows if kept.all() else rows.select(np.flatnonzero(kept))
+    return rows if kept.all() else dataclasses.replace(rows.select(np.flatnonzero(kept)), left_out=rows.left_out)
 
 
 def _with_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool) -> Rows:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +23,9 @@ from peftlab.assembly.merging import merge_run
 from peftlab.assembly.plan import loop_settings, padded_plan
 from peftlab.assembly.prepare import MakeLoss, Parts, prepare
 from peftlab.assembly.target import find_target, open_target
-from peftlab.assembly.witness import WITNESS_NAME, Witness
+from peftlab.assembly.witness import WITNESS_NAME, Witness, read_witness
 from peftlab.data import Rows, packing_figures
-from peftlab.errors import Interrupted
+from peftlab.errors import ArtifactError, Interrupted
 from peftlab.evaluation.loop import evaluate_examples
 from peftlab.measuring.memory import release_memory
 from peftlab.models import save_plain
@@ -75,9 +76,9 @@ class Fit:
     ) -> None:
         self._parts, self._accelerator, self._progress = parts, accelerator, progress
         self._folder, self._checkpoint, self._replace = folder, checkpoint, replace
-        self._resume_hint = resume_hint or f"peftlab train {folder} --resume"
+        self._resume_hint = resume_hint or resume_command(folder)
         self._summary = parts.summary
-        self._witness: Witness | None = None
+        self._noted: set[str] = set()
 
     def run(self) -> Run:
         """Trains and evaluates, and merges if the recipe asks for it.
@@ -97,7 +98,11 @@ class Fit:
                 finished = self._train_and_score(log)
         self._accelerator.free_memory()
         if finished:
-            self._finish()
+            parts.model = None  # it is loaded again, and two copies would double peak memory
+            release_memory()
+            _verify_and_finish(
+                parts.assembly, self._folder, self._summary, self._progress, resume_hint=self._resume_hint
+            )
         return open_run(self._folder)
 
     def _check_packing(self) -> None:
@@ -197,10 +202,14 @@ class Fit:
             parts.model,
             Rows.from_dicts([parts.task.row_from_text(p) for p in options.prompts], name="eval.prompts"),
             batch_tokens=options.batch_tokens,
-            max_length=parts.limit,
+            max_length=parts.assembly.model_limit,
             max_new_tokens=options.max_new_tokens,
         )
-        yield from zip(options.prompts, (a["text"] for a in answers), strict=True)
+        for prompt, answer in zip(options.prompts, answers, strict=True):
+            if "note" in answer and prompt not in self._noted:
+                self._progress.note(f"a prompt of eval.prompts is {answer['note']}: {prompt[:40]!r} ...")
+            self._noted.add(prompt)
+            yield prompt, answer["text"]
 
     def _train_and_score(self, log: MetricsLog) -> bool:
         """Trains; returns whether the run is complete. After a phase that is not the last, there is only a checkpoint."""
@@ -209,6 +218,11 @@ class Fit:
         loop = self._loop(log)
         if self._checkpoint:
             progress.note(f"resuming after step {loop.resume(self._checkpoint)}")
+            if loop.result.best_step is not None and not (self._folder / "best").is_dir():
+                raise ArtifactError(
+                    f"{self._folder / 'best'} is missing, which has the weights of step {loop.result.best_step}, the best so "
+                    "far; start over with --replace"
+                )
         if parts.phase is not None and parts.phase.before is not None:
             parts.phase.before(parts)
         progress.stage(f"training for {parts.plan.end_step - parts.plan.first_step:,} steps")
@@ -227,8 +241,13 @@ class Fit:
             summary["samples"] = [{"prompt": p} for p, _ in answers]
         for sample, (_, answer) in zip(summary["samples"], answers, strict=True):
             sample["after"] = answer
-        self._witness = Witness.take(parts.model, parts.task, parts.held_out.examples, **self._runs())
-        self._witness.write(self._folder / WITNESS_NAME)
+        Witness.take(
+            parts.model,
+            parts.task,
+            parts.held_out.examples,
+            batch_tokens=parts.recipe.eval.batch_tokens,
+            device=parts.device,
+        ).write(self._folder / WITNESS_NAME)
         summary["training"] = _figures(result)
         log.write({"step": result.steps, "eval": summary["after"], "final": True})
         return True
@@ -260,7 +279,6 @@ class Fit:
             )
             load_trained(parts.model, best)
             self._save_result()
-        shutil.rmtree(best, ignore_errors=True)
 
     def _save_result(self) -> None:
         """Saves the adapter, or without one the model as a plain transformers folder."""
@@ -273,37 +291,6 @@ class Fit:
     def _runs(self) -> dict[str, Any]:
         return {"batch_tokens": self._parts.recipe.eval.batch_tokens, "device": self._parts.device}
 
-    def _finish(self) -> None:
-        """Compares the run's files with the witness, merges if the recipe asks for it, and writes the final status."""
-        started, merge = time.time(), self._parts.recipe.run.merge
-        self._parts.model = None  # it is loaded again, and two copies would double peak memory
-        release_memory()
-        try:
-            self._reopen()
-            if merge != "none":
-                self._summary["merge"] = merge_run(
-                    self._folder, base=merge, replace=True, progress=self._progress, assembly=self._parts.assembly
-                )
-        except BaseException:
-            self._write_status("trained", started)
-            raise
-        self._write_status("finished", started)
-
-    def _reopen(self) -> None:
-        """Opens the run from its files and compares it with the trained model (contract C13)."""
-        parts, witness = self._parts, self._witness
-        assert witness is not None
-        target = find_target(self._folder)
-        assembly = parts.assembly if target.adapter is not None else None
-        opened = open_target(target, self._progress, assembly=assembly)
-        self._progress.stage("comparing the saved files with the trained model")
-        result = witness.check(opened.model, opened.task, self._folder, same=True, **self._runs())
-        self._summary["reopened"] = asdict(result)
-        self._progress.done()
-        self._progress.detail(f"opened again from its files: {result}")
-        del opened
-        release_memory()
-
     @contextlib.contextmanager
     def _open_folder(self) -> Iterator[MetricsLog]:
         """Creates the run folder with lock file and status; removes it if the run fails before a checkpoint."""
@@ -314,6 +301,8 @@ class Fit:
         started = time.time()
         resume_step = None
         if resumed:
+            for torn in (folder / "checkpoints").glob(".partial-*"):  # of a process that was killed while saving
+                shutil.rmtree(torn, ignore_errors=True)
             resume_step = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step-"))
         try:
             if not resumed:
@@ -323,7 +312,11 @@ class Fit:
                 )
             self._write_status("running", started)
             yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
-            self._write_status("trained" if "after" in self._summary else "running", started)
+            if "after" in self._summary:
+                self._write_status("trained", started)
+                shutil.rmtree(folder / "best", ignore_errors=True)  # not earlier: a run killed before resumes with it
+            else:
+                self._write_status("running", started)
         except BaseException as error:
             saved = any((folder / name).is_dir() for name in ("adapter", "model"))
             if list_checkpoints(folder / "checkpoints") or saved:
@@ -346,9 +339,66 @@ class Fit:
         return environment
 
     def _write_status(self, status: str, started: float) -> None:
-        when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
-        head = {"name": self._parts.loaded.name, "status": status, "task": self._parts.recipe.task, "started": when}
-        write_json(self._folder / RUN_NAME, {**head, **self._summary})
+        _write_status(self._parts.assembly, self._folder, status, started, self._summary)
+
+
+def _write_status(assembly: Assembly, folder: Path, status: str, started: float, summary: Mapping[str, Any]) -> None:
+    when = datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")
+    head = {"name": assembly.name, "status": status, "task": assembly.recipe.task, "started": when}
+    write_json(folder / RUN_NAME, {**head, **summary, **head})
+
+
+def _reopened(assembly: Assembly, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Opens the run from its files and returns how far it agrees with the trained model (contract C13)."""
+    witness, target = read_witness(folder), find_target(folder)
+    if witness is None:
+        raise ArtifactError(f"{folder / WITNESS_NAME} is missing; train the run again")
+    opened = open_target(target, progress, assembly=assembly if target.adapter is not None else None)
+    progress.stage("comparing the saved files with the trained model")
+    result = witness.check(
+        opened.model,
+        opened.task,
+        folder,
+        batch_tokens=assembly.recipe.eval.batch_tokens,
+        device=assembly.device,
+        same=True,
+    )
+    progress.done()
+    progress.detail(f"opened again from its files: {result}")
+    del opened
+    release_memory()
+    return asdict(result)
+
+
+def _verify_and_finish(
+    assembly: Assembly, folder: Path, summary: dict[str, Any], progress: Progress, *, resume_hint: str
+) -> None:
+    """Compares the run's files with its witness, merges if the recipe asks for it, and writes the final status."""
+    started, merge = time.time(), assembly.recipe.run.merge
+    try:
+        summary["reopened"] = _reopened(assembly, folder, progress)
+        if merge != "none":
+            summary["merge"] = merge_run(folder, base=merge, replace=True, progress=progress, assembly=assembly)
+    except BaseException as error:
+        _write_status(assembly, folder, "trained", started, summary)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(
+                f"interrupted while checking and merging; the training is complete. Resume with: {resume_hint}"
+            ) from None
+        raise
+    _write_status(assembly, folder, "finished", started, summary)
+
+
+def complete(assembly: Assembly, folder: Path, progress: Progress) -> Run:
+    """Finishes a trained run whose merge is missing: merges if the recipe asks for it. Errors: as ``merge_run``."""
+    progress.note(f"the run in {folder} is trained; only its end is missing")
+    summary = dict(open_run(folder).summary)
+    _verify_and_finish(assembly, folder, summary, progress, resume_hint=resume_command(folder))
+    return open_run(folder)
+
+
+def resume_command(folder: Path) -> str:
+    return f"peftlab train {shlex.quote(str(folder))} --resume"
 
 
 def _figures(result: LoopResult) -> dict[str, Any]:

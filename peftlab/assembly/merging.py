@@ -21,6 +21,7 @@ from peftlab.errors import RecipeError, VerificationError
 from peftlab.evaluation.agreement import Agreement
 from peftlab.measuring.memory import release_memory
 from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
+from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, write_json
 from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
@@ -47,14 +48,15 @@ def merge_run(
     replace: bool = False,
     progress: Progress,
     assembly: Assembly | None = None,
+    target: Target | None = None,
 ) -> dict[str, Any]:
     """Merges the adapter of the run or adapter ``folder`` and compares the written model with what was trained: the
     witness of the run, or base + adapter for an adapter without one.
 
     Args and errors: see ``api.merge``. limits: override the default thresholds, by figure name.
-    assembly: see ``open_target``.
+    assembly: see ``open_target``. target: the resolved ``folder``; default: with the recipe of its run.
     """
-    target = find_target(folder)
+    target = target or find_target(folder)
     sources = assembly or target.assembly()
     quantized = sources.storage != "none"
     targets = _targets(sources)
@@ -182,7 +184,7 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path |
     saved = torch.float32
     if written is not None:
         saved = _save_dtype(assembly.pretrained, dtype)
-        _save(merged.to(saved), reference, written, target.adapter)
+        _save(merged.to(saved), reference, written, target)
         tokenizer_same = _same_tokenizer(assembly.reader, written)
         del merged, plain, adapted
         release_memory()
@@ -233,9 +235,13 @@ def _save_dtype(pretrained: Any, dtype: str) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def _save(model: Any, reference: _Reference, written: Path, adapter: Path) -> None:
-    lock = next(p for p in [adapter, *adapter.resolve().parents] if (p / LOCK_NAME).is_file())
-    save_plain(model, reference.assembly.task.files, written, extra_file=lock / LOCK_NAME)
+def _save(model: Any, reference: _Reference, written: Path, target: Target) -> None:
+    """Writes the merged model with the lock of the run, or, for an adapter with a recipe of its own, one of that recipe."""
+    save_plain(model, reference.assembly.task.files, written, extra_file=target.lock)
+    if target.lock is None:
+        assembly = reference.assembly
+        names = {"class_names": assembly.classes} if assembly.spec.classifies else {}
+        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:

@@ -7,9 +7,11 @@ import numpy.typing as npt
 
 from peftlab.assembly.assembly import Assembly
 from peftlab.data import BatchPlan
+from peftlab.recipe import Recipe
 from peftlab.specs.optimizers import OPTIMIZERS
 from peftlab.specs.storages import STORAGES
 from peftlab.training.loop import LoopSettings
+from peftlab.training.schedules import learning_rate
 
 # Twice as many rows per micro-batch are no faster on 2 cores and use 200 MB more for MiniLM (bench/README.md).
 _MOST_TOKENS = {"cpu": 1024, "cuda": None}
@@ -52,6 +54,28 @@ def padded_plan(assembly: Assembly, lengths: npt.NDArray[np.int64], span: tuple[
         changes = {"train.batch_size": None, "train.batch_tokens": assembly.limit, "train.accumulate": rows}
         assembly = assembly.derive(changes)
     return make_plan(assembly, lengths, span=span)
+
+
+def plan_notes(recipe: Recipe, total_steps: int) -> list[tuple[str, str]]:
+    """``(key, message)`` for each setting that never takes effect, because the run has only ``total_steps`` steps."""
+    t, e, run = recipe.train, recipe.eval, f"the run has {total_steps:,} step{'' if total_steps == 1 else 's'}"
+    notes = []
+    if t.warmup >= 1 and t.warmup >= total_steps:
+        lr = learning_rate(total_steps - 1, total_steps=total_steps, peak=t.lr, schedule=t.schedule, warmup=t.warmup)
+        message = f"a warm-up of {t.warmup:,.0f} steps, but {run}: the learning rate ends at {lr:.3g} and never reaches {t.lr:.3g}"
+        notes.append(("train.warmup", message))
+    if e.every is not None and e.every > total_steps:
+        alone = f"; eval.best compares nothing but the last step ({e.best})" if e.best else ""
+        notes.append(("eval.every", f"every {e.every:,} steps, but {run}: it is evaluated at its end only{alone}"))
+    elif e.every is not None and e.patience is not None and (e.patience + 1) * e.every >= total_steps:
+        message = f"{e.patience:,} evaluations every {e.every:,} steps, but {run}: it never stops early"
+        notes.append(("eval.patience", message))
+    if recipe.run.save_every is not None and recipe.run.save_every >= total_steps:
+        message = (
+            f"every {recipe.run.save_every:,} steps, but {run}: no checkpoint is saved, so a killed run starts over"
+        )
+        notes.append(("run.save_every", message))
+    return notes
 
 
 def loop_settings(assembly: Assembly) -> LoopSettings:

@@ -11,7 +11,8 @@ from peftlab.adapters import AdapterReport, head_reason, inject, planned_modules
 from peftlab.adapters.fused import fusion_report
 from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
-from peftlab.assembly.plan import make_plan
+from peftlab.assembly.checks import check_room_to_answer
+from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
 from peftlab.models import base_model, new_weights
@@ -111,6 +112,8 @@ def prepare(
             f"kernel plans: {plans} when the run was made, {ops.plans_in_use()} now: the last bits may differ"
         )
     task, limit = assembly.task, assembly.limit
+    if recipe.eval.prompts:
+        check_room_to_answer(recipe.eval.max_new_tokens, assembly, key="eval.max_new_tokens")
     metrics = assembly.metrics
     train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
     rows = rows if phase is None else phase.rows
@@ -126,6 +129,8 @@ def prepare(
     )
     span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)
+    for key, message in [] if reported else plan_notes(recipe, plan.total_steps):
+        progress.note(f"{key}: {message}")
     storage = "unquantized" if assembly.storage == "none" else assembly.storage
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
     model, planned, trained = trainable(assembly, assembly.model())

@@ -30,6 +30,7 @@ class Target:
     Attributes:
         loaded: its recipe, or the given one, with the ``model.name`` to load. adapter: folder of the adapter, None for a
             plain model.
+        lock: the lock file of the run that wrote the adapter; None if the recipe was given instead, or for a plain model.
         kind: ``run``, ``adapter``, ``merged`` or ``base``. labels: class names of a base model that already has the head.
     """
 
@@ -37,6 +38,7 @@ class Target:
     loaded: LoadedRecipe
     adapter: Path | None
     labels: list[str] | None = None
+    lock: Path | None = None
 
     @property
     def classes(self) -> list[str] | None:
@@ -66,7 +68,13 @@ class Opened:
 
     @property
     def limit(self) -> int:
+        """Maximum length of a row in tokens."""
         return self.assembly.limit
+
+    @property
+    def model_limit(self) -> int:
+        """Maximum length of an input to predict or of a prompt, in tokens."""
+        return self.assembly.model_limit
 
     def autocast(self) -> Any:
         """Autocast as in training, so that eval reproduces the run's final metrics."""
@@ -84,7 +92,8 @@ def find_target(
         lock = next((p / LOCK_NAME for p in [path, *path.resolve().parents[:2]] if (p / LOCK_NAME).is_file()), None)
         if recipe is None and lock is None:
             raise RecipeError(f"{path} is an adapter without its run; name its recipe with --recipe")
-        return Target("adapter", load_recipe(recipe if recipe is not None else str(lock), overrides), path)
+        source = recipe if recipe is not None else str(lock)
+        return Target("adapter", load_recipe(source, overrides), path, lock=lock if recipe is None else None)
     if (path / LOCK_NAME).is_file() and (path / "config.json").is_file():
         return _plain_target("merged", path, recipe if recipe is not None else path / LOCK_NAME, overrides)
     if (path / LOCK_NAME).is_file():
@@ -104,7 +113,9 @@ def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> T
         raise ArtifactError(f"the run in {path} has no {lacks} yet; continue it with: peftlab {verb} {path} --resume")
     if name == "model":
         return _plain_target("run", path / name, recipe, overrides)
-    return Target("run", loaded, path / name)
+    lock = path / LOCK_NAME
+    own = isinstance(recipe, str | os.PathLike) and Path(recipe) == lock
+    return Target("run", loaded, path / name, lock=lock if own else None)
 
 
 def _plain_target(kind: str, folder: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
@@ -152,14 +163,4 @@ def check_same_model(target: Target, pretrained: Pretrained) -> None:
             f"the adapter in {target.adapter} was made for another model: it was trained on weights {expected[:12]}, but "
             f"{pretrained.source.name!r} now has {pretrained.fingerprint[:12]}",
             key="model.name",
-        )
-
-
-def check_room_to_answer(max_new_tokens: int, opened: Opened) -> None:
-    """Raises RecipeError if the answer length leaves no room for a prompt."""
-    if opened.task.spec.generates and max_new_tokens >= opened.limit:
-        raise RecipeError(
-            f"the model reads at most {opened.limit:,} tokens, which leaves no room for a prompt and an answer of "
-            f"{max_new_tokens:,}",
-            key="eval.max_new_tokens",
         )

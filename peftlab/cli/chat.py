@@ -35,8 +35,9 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 0.95,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum answer length in tokens.")
-    ] = 256,
+        int | None,
+        typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum answer length in tokens; default 256."),
+    ] = None,
     _json: Json = False,
     _debug: Debug = False,
 ) -> None:
@@ -59,7 +60,8 @@ def chat(
             top_p=top_p,
         )
     manner = f"temperature {temperature:g}" if temperature else "greedy"
-    sys.stderr.write(f"{manner}, at most {max_new_tokens:,} tokens an answer; /help lists the commands\n")
+    sys.stderr.write(f"{manner}, at most {session.max_new_tokens:,} tokens an answer; /help lists the commands\n")
+    _show_notes(session)
     talk(session, out_of_band, interactive=sys.stdin.isatty())
     if out.json:
         out.document({"target": target, "messages": session.messages})
@@ -69,7 +71,7 @@ def talk(session: Any, stream: TextIO, *, interactive: bool) -> None:
     """Runs one conversation until the user leaves.
 
     Args:
-        session: has ``reply(text)``, a generator of pieces, and ``reset()``.
+        session: has ``reply(text)``, a generator of pieces, ``reset()`` and ``notes``, which are shown once each.
         stream: where answers go. interactive: show prompts and allow line editing.
     """
     if interactive:
@@ -88,7 +90,14 @@ def talk(session: Any, stream: TextIO, *, interactive: bool) -> None:
             stream.write(f"unknown command {text}\n{_HELP}\n")
         elif text:
             _answer(session.reply(text), stream)
+            _show_notes(session)
         stream.flush()
+
+
+def _show_notes(session: Any) -> None:
+    for note in session.notes:
+        sys.stderr.write(f"{note}\n")
+    session.notes.clear()
 
 
 def _ask(stream: TextIO, interactive: bool) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from peftlab.cli.closing import merge_table
-from peftlab.cli.options import Debug, Json, Replace
+from peftlab.cli.options import Debug, Json, Overrides, RecipeOption, Replace, check_overrides
 from peftlab.cli.output import output_of
 
 
@@ -30,7 +30,9 @@ class DType(StrEnum):
 
 def merge(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="Run folder, or its adapter folder.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Run folder, or adapter folder.")],
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
     base: Annotated[
         Base | None,
         typer.Option("--base", help="Weights to merge into; default: dequantized for a quantized run."),
@@ -51,11 +53,14 @@ def merge(
     _debug: Debug = False,
 ) -> None:
     out = output_of(context)
+    settings = check_overrides(overrides, context, subject=target)
     with out.working():
         import peftlab
 
         report = peftlab.merge(
             target,
+            recipe=recipe,
+            overrides=settings,
             base=base.value if base else None,
             output=output,
             dtype=dtype.value,

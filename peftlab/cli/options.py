@@ -30,7 +30,11 @@ Target = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Override recipe settings.")]
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="R", help="Override the run's recipe; required for a base model."),
+    typer.Option(
+        "--recipe",
+        metavar="R",
+        help="Recipe instead of the run's; required for a base model, or an adapter without its run.",
+    ),
 ]
 Temperature = Annotated[
     float, typer.Option("--temperature", metavar="T", min=0.0, help="Sampling temperature; 0 is greedy.")

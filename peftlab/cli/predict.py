@@ -59,6 +59,7 @@ def predict(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            columns=file is not None and (destination is not None or out.json),
         )
     records = _records(results, inputs, out)
     if destination is not None:
@@ -112,14 +113,16 @@ def _records(results: Iterable[dict[str, Any]], inputs: list[str] | None, out: O
         if result is None:
             return
         head = {"row": index + 1} if inputs is None else {"input": inputs[index]}
-        yield head | result
+        yield head | {name: value for name, value in result.items() if name not in head}
         index += 1
 
 
 def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> None:
     """Prints only the answer for one text, else a line per record; tab-separated if stdout is not a terminal."""
     for record in records:
-        if single:
+        if all(record.get(name) is None for name in ("text", "label", "vector")):
+            out.line()  # as many lines as inputs
+        elif single:
             _print_one(record, out)
         elif not _is_short(record):
             out.line(_as_json(record))
@@ -152,7 +155,7 @@ def _is_short(record: Mapping[str, Any]) -> bool:
 
 def _as_json(record: Mapping[str, Any]) -> str:
     """The answer without the row it belongs to; one value without its name."""
-    answer = {name: value for name, value in record.items() if name not in ("row", "input")}
+    answer = {name: value for name, value in record.items() if name not in ("row", "input", "note")}
     return json.dumps(next(iter(answer.values())) if len(answer) == 1 else answer)
 
 
@@ -166,7 +169,7 @@ def _write(records: Iterable[dict[str, Any]], destination: Path, target: str, ou
     with PredictionFile(destination) as file:
         for record in records:
             file.add(record)
-            if "label" in record:
+            if record.get("label") is not None:
                 counts[record["label"]] = counts.get(record["label"], 0) + 1
     if out.json:
         document = {"target": target, "output": str(destination), "rows": file.num_rows}

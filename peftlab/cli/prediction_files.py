@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +31,10 @@ def check_destination(output: str, *, replace: bool) -> Path:
 
 
 class PredictionFile:
-    """Writes records to a temporary file and renames it at the end; removes it after an error."""
+    """Writes records to a temporary file and renames it at the end; removes it after an error.
+
+    The columns of a csv file are those of all records: a later record may bring one, such as ``note``.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,7 +51,7 @@ class PredictionFile:
         return self
 
     def add(self, record: dict[str, Any]) -> None:
-        """Writes one record; all records of a file have the same keys."""
+        """Writes one record."""
         try:
             self._file.write(
                 self._csv_line(_flat(record)) if self._is_csv else json.dumps(record, ensure_ascii=False) + "\n"
@@ -59,11 +63,26 @@ class PredictionFile:
     def _csv_line(self, record: dict[str, Any]) -> str:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        if not self._columns:
-            self._columns = list(record)
-            writer.writerow(self._columns)
-        writer.writerow([record.get(name, "") for name in self._columns])
+        self._columns += [name for name in record if name not in self._columns]
+        writer.writerow([_cell(record.get(name)) for name in self._columns])
         return buffer.getvalue()
+
+    def _add_header(self) -> None:
+        """Writes the header of a csv file, whose columns are known at the end, before its rows."""
+        rows = self._partial.with_name(f"{self._partial.name}.rows")
+        os.replace(self._partial, rows)
+        longest_cell = csv.field_size_limit(sys.maxsize)
+        try:
+            with (
+                rows.open(encoding="utf-8", newline="") as old,
+                self._partial.open("w", encoding="utf-8", newline="") as new,
+            ):
+                writer = csv.writer(new, lineterminator="\n")
+                writer.writerow(self._columns)
+                writer.writerows(row + [""] * (len(self._columns) - len(row)) for row in csv.reader(old))
+        finally:
+            csv.field_size_limit(longest_cell)
+            rows.unlink(missing_ok=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -71,6 +90,8 @@ class PredictionFile:
         try:
             self._file.close()
             if error is None:
+                if self._is_csv:
+                    self._add_header()
                 os.replace(self._partial, self._path)
         except OSError as failure:
             raise ResourceError(f"cannot write {self._path}: {failure.strerror}") from failure
@@ -82,8 +103,13 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """``{"probabilities": {"a": p}}`` becomes ``{"probability_a": p}``."""
     flat: dict[str, Any] = {}
     for name, value in record.items():
-        if isinstance(value, dict):
+        if name == "probabilities" and isinstance(value, dict):
             flat |= {f"probability_{inner}": number for inner, number in value.items()}
         else:
             flat[name] = value
     return flat
+
+
+def _cell(value: Any) -> Any:
+    """A value in a csv file: lists and mappings as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

@@ -83,9 +83,12 @@ def _source(value: Any, where: str, folder: Path) -> Path | bytes | npt.NDArray[
         return value
     if isinstance(value, list | np.ndarray):
         return _pixels(value, where)
-    shown = repr(value)
+    shown, remedy = repr(value), ""
+    if value is None or value == "":
+        remedy = "; data.empty=drop leaves such rows out"
     raise DataError(
-        f"{where}: expected an image (a path, the bytes of a file, or lists of pixels), found {shown[:60]}", key=_KEY
+        f"{where}: expected an image (a path, the bytes of a file, or lists of pixels), found {shown[:60]}{remedy}",
+        key=_KEY,
     )
 
 

@@ -94,7 +94,7 @@ def _require_all_present(rows: Rows, values: list[str], column: str, key: str) -
         first = ", ".join(rows.where(i) for i in missing[:_ROWS_SHOWN])
         raise DataError(
             f"{len(missing)} of {len(rows)} rows have no label in the column {column!r}: {first}{more}; "
-            "fill in or remove them",
+            "fill them in, or set data.empty=drop, which leaves such rows out",
             key=key,
         )
 

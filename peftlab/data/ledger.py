@@ -292,7 +292,7 @@ class Ledger:
         return {
             "name": self.rows.name,
             "style": self.style,
-            "rows": len(lengths),
+            "rows": len(lengths) + sum(map(len, self.rows.left_out.values())),
             "kept": len(self.lengths),
             "tokens": None if self.tokenizer is None else self.num_tokens,
             "trained": None if self.per_row else self.num_trained,
@@ -320,12 +320,18 @@ class Ledger:
             },
             "labels": self.label_counts(),
             "left_out": [
-                {
-                    "reason": reason,
-                    "rows": len(rows),
-                    "where": [self.rows.where(i) for i in rows[:most_places].tolist()],
-                }
-                for reason, rows in self.left_out.items()
+                *(
+                    {"reason": f"dropped: {reason}", "rows": len(places), "where": list(places[:most_places])}
+                    for reason, places in self.rows.left_out.items()
+                ),
+                *(
+                    {
+                        "reason": reason,
+                        "rows": len(rows),
+                        "where": [self.rows.where(i) for i in rows[:most_places].tolist()],
+                    }
+                    for reason, rows in self.left_out.items()
+                ),
             ],
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ class Rows:
         origins: the files, in reading order.
         origin_index: [N] int64, the index into ``origins`` of each row.
         positions: [N] int64, the 1-based line (where the row starts) or record number of each row in its file.
+        left_out: the places of rows of the source that are not in the table, by reason; a selection has none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Rows:
     origins: tuple[Origin, ...]
     origin_index: IntArray
     positions: IntArray
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_rows = len(self.positions)
@@ -93,4 +95,5 @@ class Rows:
             columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},
             origin_index=self.origin_index[index],
             positions=self.positions[index],
+            left_out={},
         )

@@ -168,7 +168,7 @@ class Distillation:
             # The same budget: equal steps and rows.
             changes |= {"distill": None, "train.epochs": None, "train.max_steps": steps}
         assembly = student.derive(changes, name=f"{self._assembly.name}-{arm.kind}", transfer=teachers is not None)
-        if (arm.folder / LOCK_NAME).is_file() and open_run(arm.folder).summary.get("status") == "finished":
+        if (arm.folder / LOCK_NAME).is_file() and open_run(arm.folder).is_finished:
             self._progress.note(f"{arm.folder} is already finished")
             self._merge(arm, assembly)  # the run may have stopped before the merge
             return open_run(arm.folder).summary

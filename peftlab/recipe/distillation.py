@@ -239,10 +239,7 @@ class DistillSection(Section):
         if self.teacher is None and not self.teachers:
             raise ValueError("has no teacher: set teacher, or teachers for several of them")
         if self.teacher is not None and self.teachers:
-            raise ValueError(
-                "teacher: set either teacher or teachers, not both (on the command line, `distill.teachers=[]` removes the "
-                "list)"
-            )
+            raise ValueError("teacher: set either teacher or teachers, not both")
         if self.cache is None:
             self._reject_unless_default(["targets"], "without distill.cache")
         if self.cross_tokenizer is not None:

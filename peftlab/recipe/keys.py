@@ -113,6 +113,14 @@ def spec_at(path: Sequence[str | int]) -> Spec | None:
     return spec
 
 
+def default_at(key: str) -> Any:
+    """The default of a dotted key of the schema."""
+    section, _, name = key.rpartition(".")
+    spec = spec_at(section.split("."))
+    assert spec is not None
+    return container(spec.kind).model_fields[name].get_default(call_default_factory=True)
+
+
 def names_in(kind: Any) -> list[str]:
     """The names that a mapping of this kind may hold; empty if it has no fixed names."""
     kind = container(kind)

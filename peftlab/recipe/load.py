@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from peftlab.errors import PeftlabError, RecipeError
+from peftlab.recipe.alternatives import replace_alternatives
 from peftlab.recipe.distillation import expand_names
 from peftlab.recipe.keys import did_you_mean, is_free_mapping, is_section, spec_at
 from peftlab.recipe.problems import COMMAND_LINE, misread_numbers, report, translate
@@ -32,12 +33,14 @@ class LoadedRecipe:
         name: file stem, shipped name, or the name stored in a lock file.
         path: the file; None for a dict.
         origins: dotted key -> ``recipe.yaml:12`` or ``command line``; a default has none.
+        notes: one line per setting of the file that an override replaced; see ``alternatives``.
     """
 
     recipe: Recipe
     name: str
     path: Path | None = None
     origins: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def derive(self, changes: Mapping[str, Any], *, name: str | None = None) -> LoadedRecipe:
         """The recipe with changed values, checked like any other.
@@ -88,7 +91,8 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
 
     Args:
         source: path of a YAML file, name of a shipped recipe, or the settings themselves.
-        overrides: ``section.key=value``, the value in YAML; applied in order, over the source.
+        overrides: ``section.key=value``, the value in YAML; applied in order, over the source. One that excludes settings of
+            the source, such as data.eval and data.eval_rows, replaces them.
 
     Raises: RecipeError that lists every problem with its line and the nearest valid key, if any.
     """
@@ -99,6 +103,15 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     for override in overrides:
         problems += _override(data, lines, override)
         expand_names(data, lines)  # an override may set a name again, and the next one a key next to it
+    given = {key for key, line in lines.items() if line == COMMAND_LINE}
+    replaced = replace_alternatives(data, given)
+    notes = [
+        f"{key} on the command line replaces {', '.join(names)} ({_places(names, lines, origin.label)})"
+        for key, names in replaced.items()
+    ]
+    for name in (name for names in replaced.values() for name in names):
+        for old in [k for k in lines if k == name or k.startswith(f"{name}.")]:
+            del lines[old]
     problems += misread_numbers(data)
     recipe = None
     try:
@@ -114,7 +127,14 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
         name=stored if isinstance(stored, str) else origin.name,
         path=origin.path,
         origins={k: "command line" if n == COMMAND_LINE else f"{origin.label}:{n}" for k, n in lines.items()},
+        notes=tuple(notes),
     )
+
+
+def _places(keys: Sequence[str], lines: Lines, label: str) -> str:
+    """``r.yaml:12, 13``; the label alone for keys without a line, as in a dict."""
+    numbers = sorted({lines[key] for key in keys if key in lines})
+    return f"{label}:{', '.join(map(str, numbers))}" if numbers else label
 
 
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> _Source:

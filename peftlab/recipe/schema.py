@@ -177,6 +177,11 @@ class DataSection(Section):
     too_long: Literal["error", "truncate", "drop"] = Field(
         "error", description="what to do with rows longer than max_length"
     )
+    empty: Literal["error", "drop"] = Field(
+        "error",
+        description="what to do with rows that have no text, label or image, or null in another column that the texts are "
+        "made of; rows whose answer is empty are always left out",
+    )
     packing: bool = Field(
         False,
         description="put several rows into one sequence of up to max_length tokens; attention stays within each row, "
@@ -276,6 +281,8 @@ class EvalSection(Section):
     def _consistent(self) -> Self:
         if self.choices is not None and len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices: contains {next(c for c in self.choices if self.choices.count(c) > 1)!r} twice")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("prompts: one of them is empty; remove it")
         if self.patience is not None and (self.best is None or self.every is None):
             raise ValueError("patience needs eval.best and eval.every")
         return self

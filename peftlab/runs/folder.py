@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,15 @@ class Run:
     @property
     def merged(self) -> Path:
         return self.folder / "merged"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary.get("status") == "finished"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training and evaluation are complete; the merge may be missing."""
+        return self.summary.get("status") in ("trained", "finished")
 
     def recipe(self) -> LoadedRecipe:
         """The resolved recipe of the run."""
@@ -116,16 +127,46 @@ def check_folder_is_free(folder: Path, *, replace: bool, key: str = "run.dir") -
         )
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint to resume a run from. Raises: RecipeError if there is none."""
+def check_unfinished(folder: Path) -> None:
+    """Raises RecipeError if the run in ``folder`` is finished: a finished run is never touched."""
+    run = open_run(folder)
+    if not run.is_finished:
+        return
+    others = [p for p in _numbered(folder) if not open_run(p).is_finished]
+    verb = "distill" if run.summary.get("kind") == "distill" else "train"
+    hint = f"; not finished: peftlab {verb} {shlex.quote(str(others[-1]))} --resume" if others else ""
+    raise RecipeError(
+        f"{folder}: the run is finished and cannot be resumed; use it (peftlab eval {shlex.quote(str(folder))}), or start a new "
+        f"run with --replace or another run.dir{hint}"
+    )
+
+
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """The newest checkpoint of an unfinished run; None if it is trained and lacks only the merge.
+
+    Raises: RecipeError if the run is finished or has no checkpoint.
+    """
     from peftlab.training.checkpoint import list_checkpoints
 
+    check_unfinished(folder)
+    run = open_run(folder)
+    if run.is_trained:
+        return None
     checkpoints = list_checkpoints(folder / "checkpoints")
     if not checkpoints:
-        status = open_run(folder).summary.get("status", "unknown")
-        why = "it is finished" if status == "finished" else "it has no checkpoint"
-        raise RecipeError(f"the run in {folder} cannot be resumed: {why}")
+        saved = next((path for path in (run.adapter, run.model) if path.is_dir()), None)
+        trained = f"; {saved} has the weights after the last step, without an evaluation" if saved else ""
+        raise RecipeError(
+            f"the run in {folder} cannot be resumed: it has no checkpoint (run.save_every){trained}; start over with --replace"
+        )
     return checkpoints[-1]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The runs ``FOLDER-2``, ``-3``, ... that a recipe without run.dir writes next to ``folder``, oldest first."""
+    others = [p for p in folder.parent.glob(f"{glob.escape(folder.name)}-*") if (p / LOCK_NAME).is_file()]
+    numbers = {p: p.name.removeprefix(f"{folder.name}-") for p in others}
+    return sorted((p for p in others if numbers[p].isdigit()), key=lambda p: int(numbers[p]))
 
 
 def _free_folder(name: str) -> Path:

@@ -80,6 +80,13 @@ class Task(Protocol):
     def read_columns(self) -> set[str]:
         """The columns of the data that it reads."""
 
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        """Why rows lack what the task needs, by index, for data.empty. Raises: DataError for a missing column.
+
+        Args: parts: without classes. labelled: whether the rows need a label.
+        """
+
     def model_kwargs(self) -> dict[str, Any]:
         """Config values to load the model with, such as ``num_labels``."""
 
@@ -116,8 +123,14 @@ class Task(Protocol):
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row for a plain text given to ``predict``."""
 
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        """Why rows cannot be an input of ``predict``, by index. Raises: DataError if their column is missing."""
+
+    def no_result(self) -> dict[str, Any]:
+        """A result of ``predict`` without values, for a row that cannot be an input."""
+
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **options: Any) -> Iterator[dict[str, Any]]:
-        """One result per row, in order."""
+        """One result per row, in order. Its ``note`` says what is cut of an input that is too long. Args: rows: usable ones."""
 
 
 class Generates(Task, Protocol):

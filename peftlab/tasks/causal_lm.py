@@ -19,6 +19,7 @@ from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
 from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, unusable_rows
 from peftlab.tasks.lm_head import LMHead
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
@@ -61,17 +62,12 @@ class CausalLM:
 
     @classmethod
     def make(cls, parts: TaskParts) -> CausalLM:
-        columns = {part: name for part, name in parts.columns.items() if part != "label"}
-        formatter = Formatter(
-            parts.reader,
-            columns=columns,
-            template=parts.template,
-            available=parts.available,
-            sample=parts.sample,
-            style=parts.style,
-            control_tokens=parts.control_tokens,
-        )
-        return cls(parts.reader, formatter, head_loss=parts.head_loss, choices=parts.classes)
+        return cls(parts.reader, _formatter(parts), head_loss=parts.head_loss, choices=parts.classes)
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        label = {parts.columns["label"]: NO_LABEL} if labelled and "label" in parts.columns else {}
+        return blank_values(rows, label) | _unwritten(rows, _formatter(parts))
 
     @property
     def read_columns(self) -> set[str]:
@@ -88,7 +84,7 @@ class CausalLM:
         if self.class_names and len(rows):
             self._choice_ids = self._encode_choices(rows)
         examples: list[Example] = []
-        for first, rendered in pieces(rows, self.formatter.render_all):
+        for first, rendered in pieces(rows, self._render):
             tokens = self._tokenize(rendered)
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
             trained = tokens.num_trained(kept)
@@ -99,6 +95,15 @@ class CausalLM:
             if keep:
                 examples += _examples(first, tokens, kept, trained, labels)
         return Encoded(examples, ledger)
+
+    def _render(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
+        try:
+            return self.formatter.render_all(rows, wheres)
+        except DataError as error:
+            place = str(error).partition(": ")[0]
+            if place in wheres and any(map(_is_null, rows[list(wheres).index(place)].values())):
+                raise DataError(f"{error}; data.empty=drop leaves such rows out", key=error.key) from None
+            raise
 
     def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
         """The rows with ``answers`` of the model in training, as ``write_answers`` gives them, in place of their own. The
@@ -288,6 +293,18 @@ class CausalLM:
     def row_from_text(self, text: str) -> dict[str, Any]:
         return self.formatter.prompt_row(text)
 
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        style, column = self.formatter.style, self.formatter.prompt_column
+        if style == "text":
+            column = next(iter(self.formatter.prompt_row("")))
+        problems = unusable_rows(rows, self._rows_prompt_ids, column=column, key=self.formatter.key)
+        rest = [i for i in range(len(rows)) if i not in problems]
+        lengths = self.prompt_lengths(rows.select(rest))
+        return problems | {i: EMPTY_TEXT for i, length in zip(rest, lengths, strict=True) if not length}
+
+    def no_result(self) -> dict[str, Any]:
+        return {"label": None, "probability": None} if self.class_names else {"text": None}
+
     @torch.no_grad()
     def predict(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **sampling: Any
@@ -296,9 +313,10 @@ class CausalLM:
         if not self.class_names:
             yield from self.generate(model, rows, batch_tokens=batch_tokens, max_length=max_length, **sampling)
             return
-        ids = [row[-max_length:] for row in self._rows_prompt_ids(rows)]
+        whole = self._rows_prompt_ids(rows)
         self._choice_ids = self._choice_ids or self._encode_choices(rows)
-        yield from self._predict_choices(model, ids, batch_tokens)
+        results = self._predict_choices(model, [row[-max_length:] for row in whole], batch_tokens)
+        yield from (result | _cut(row, max_length) for row, result in zip(whole, results, strict=True))
 
     @torch.no_grad()
     def generate(
@@ -314,12 +332,14 @@ class CausalLM:
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"text": answer}`` per row, as free text even if the task has choices.
 
-        Args: temperature: 0 decodes greedily. A prompt without room for the answer is truncated at its start.
+        Args: temperature: 0 decodes greedily. A prompt without room for the answer is truncated at its start, and ``note``
+            says so.
         """
         sampling = _sampling(temperature, top_p)
-        ids = [row[-max(1, max_length - max_new_tokens) :] for row in self._rows_prompt_ids(rows)]
+        whole, room = self._rows_prompt_ids(rows), max(1, max_length - max_new_tokens)
+        ids = [row[-room:] for row in whole]
         results = {i: self.text_of(a) for i, a in self._written(model, ids, batch_tokens, max_new_tokens, sampling)}
-        yield from ({"text": results[i].strip()} for i in range(len(ids)))
+        yield from ({"text": results[i].strip()} | _cut(row, room) for i, row in enumerate(whole))
 
     @torch.no_grad()
     def write_answers(
@@ -411,6 +431,40 @@ class CausalLM:
         answers = out[:, longest:].cpu().numpy()
         stops = np.isin(answers, list(self._stop_ids))
         return [row[: int(at.argmax()) + 1] if at.any() else row for row, at in zip(answers, stops, strict=True)]
+
+
+def _formatter(parts: TaskParts) -> Formatter:
+    return Formatter(
+        parts.reader,
+        columns={part: name for part, name in parts.columns.items() if part != "label"},
+        template=parts.template,
+        available=parts.available,
+        sample=parts.sample,
+        style=parts.style,
+        control_tokens=parts.control_tokens,
+    )
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, list | np.ndarray) and not len(value))
+
+
+def _unwritten(rows: Rows, formatter: Formatter) -> dict[int, str]:
+    """Why rows with null or an empty list in a column cannot become text, by index."""
+    nulls = sorted({i for values in rows.columns.values() for i, value in enumerate(values) if _is_null(value)})
+    reasons: dict[int, str] = {}
+    for i in nulls:
+        try:
+            formatter.render(rows.row(i), rows.where(i))
+        except DataError:
+            names = ", ".join(repr(name) for name, values in rows.columns.items() if _is_null(values[i]))
+            reasons[i] = f"nothing in the column {names}"
+    return reasons
+
+
+def _cut(prompt: np.ndarray, room: int) -> dict[str, str]:
+    """``{"note": ...}`` for a prompt that is longer than ``room`` tokens; else {}."""
+    return {} if len(prompt) <= room else {"note": f"cut to the last {room:,} of {len(prompt):,} tokens of the prompt"}
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:

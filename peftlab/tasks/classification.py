@@ -118,3 +118,8 @@ def prediction(probs: list[float], names: list[str]) -> dict[str, Any]:
         "probability": probs[best],
         "probabilities": dict(zip(names, probs, strict=True)),
     }
+
+
+def no_prediction(names: list[str]) -> dict[str, Any]:
+    """The keys of ``prediction`` without values."""
+    return {"label": None, "probability": None, "probabilities": dict.fromkeys(names)}

@@ -15,6 +15,7 @@ from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import Batch, collate, example_weights, padded_inputs
 from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.inputs import EMPTY_TEXT, blank_values, cut_note
 from peftlab.tasks.outputs import Outputs, at_least_float32
 from peftlab.tasks.preview import Preview, preview
 from peftlab.tasks.texts import Texts, fitted
@@ -72,6 +73,10 @@ class Embedding:
     @property
     def read_columns(self) -> set[str]:
         return {self._texts.column}
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        return blank_values(rows, {parts.column("text"): EMPTY_TEXT})
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -133,18 +138,25 @@ class Embedding:
     def row_from_text(self, text: str) -> dict[str, Any]:
         return {self._texts.column: text}
 
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        return self._texts.unusable(rows)
+
+    def no_result(self) -> dict[str, Any]:
+        return {"vector": None}
+
     @torch.no_grad()
     def predict(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"vector": [H numbers]}`` per row; longer texts are truncated."""
-        examples = self.encode(rows, max_length=max_length, too_long="truncate", training=False).examples
+        encoded = self.encode(rows, max_length=max_length, too_long="truncate", training=False)
+        examples, lengths = encoded.examples, encoded.ledger.row_lengths.tolist()
         device = next(model.parameters()).device
         results: dict[int, list[float]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             vectors = self.outputs(model, self.collate([examples[i] for i in part], device)).values
             results |= dict(zip(part.tolist(), vectors.tolist(), strict=True))
-        yield from ({"vector": results[i]} for i in range(len(examples)))
+        yield from ({"vector": results[i]} | cut_note(lengths[i], len(examples[i])) for i in range(len(examples)))
 
 
 def _masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

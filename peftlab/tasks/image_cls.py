@@ -17,11 +17,13 @@ from peftlab.tasks.classification import (
     Labels,
     labels_loss_sum,
     labels_score,
+    no_prediction,
     outputs_of,
     prediction,
     reference_outputs_of,
 )
 from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.inputs import NO_IMAGE, NO_LABEL, blank_values, unusable_rows
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview
 
@@ -49,6 +51,11 @@ class ImageClassification:
     @property
     def read_columns(self) -> set[str]:
         return {self._image_column, self._labels.column}
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        label = {parts.column("label"): NO_LABEL} if labelled else {}
+        return blank_values(rows, {parts.column("image"): NO_IMAGE} | label)
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
@@ -109,6 +116,13 @@ class ImageClassification:
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row for a path."""
         return {self._image_column: text}
+
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        length = self.tokenizer.length
+        return unusable_rows(rows, lambda part: list(read_images(part, self._image_column, length=length)), column=None)
+
+    def no_result(self) -> dict[str, Any]:
+        return no_prediction(self.class_names)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **_: Any) -> Iterator[dict[str, Any]]:

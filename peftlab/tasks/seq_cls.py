@@ -16,11 +16,13 @@ from peftlab.tasks.classification import (
     Labels,
     labels_loss_sum,
     labels_score,
+    no_prediction,
     outputs_of,
     prediction,
     reference_outputs_of,
 )
 from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, cut_note
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
 from peftlab.tasks.texts import Texts, fitted
@@ -45,6 +47,11 @@ class SequenceClassification:
     @property
     def read_columns(self) -> set[str]:
         return {self._texts.column, self._labels.column}
+
+    @classmethod
+    def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
+        label = {parts.column("label"): NO_LABEL} if labelled else {}
+        return blank_values(rows, {parts.column("text"): EMPTY_TEXT} | label)
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
@@ -105,19 +112,27 @@ class SequenceClassification:
     def row_from_text(self, text: str) -> dict[str, Any]:
         return {self._texts.column: text}
 
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        return self._texts.unusable(rows)
+
+    def no_result(self) -> dict[str, Any]:
+        return no_prediction(self.class_names)
+
     @torch.no_grad()
     def predict(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **_: Any
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"label", "probability", "probabilities": {name: p}}`` per row; longer texts are truncated."""
-        examples = []
+        examples: list[Example] = []
+        notes: list[dict[str, str]] = []
         for first, tokens in self._texts.pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long="truncate")
+            notes += map(cut_note, tokens.lengths.tolist(), kept.tolist())
             examples += [Example(ids, first + i, 1.0, label=0) for i, ids in fitted(tokens, kept)]
         device = next(model.parameters()).device
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             batch = self.collate([examples[i] for i in part], device)
             for i, probs in zip(part, self.outputs(model, batch).logits().softmax(-1).tolist(), strict=True):
-                results[i] = prediction(probs, self.class_names)
+                results[i] = prediction(probs, self.class_names) | notes[i]
         yield from (results[i] for i in range(len(examples)))

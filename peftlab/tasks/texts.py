@@ -10,6 +10,7 @@ import numpy as np
 from peftlab.data import Rows, Tokens, pieces, tokenize
 from peftlab.data.chat_template import Part, Rendered
 from peftlab.errors import DataError
+from peftlab.tasks.inputs import EMPTY_TEXT, is_blank, unusable_rows
 
 _KEY = "data.columns.text"
 
@@ -26,8 +27,12 @@ class Texts:
         for first, rendered in pieces(rows, self._rendered):
             tokens = self._tokenize(rendered)
             for i in np.flatnonzero(tokens.lengths == 0).tolist():
-                raise DataError(f"{rows.where(first + i)}: the text is empty", key=_KEY)
+                raise DataError(_empty(rows.where(first + i)), key=_KEY)
             yield first, tokens
+
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        """Why rows cannot be read, by index. Raises: DataError if there is no such column."""
+        return unusable_rows(rows, lambda part: list(self.pieces(part)), column=self.column, key=_KEY)
 
     def row(self, rows: Rows, index: int) -> Tokens:
         """Tokens of one row."""
@@ -37,6 +42,8 @@ class Texts:
         rendered = []
         for row, where in zip(rows, wheres, strict=True):
             text = row.get(self.column)
+            if is_blank(text):
+                raise DataError(_empty(where), key=_KEY)
             if not isinstance(text, str):
                 raise DataError(f"{where}: expected text, found {text!r}", key=_KEY)
             rendered.append(Rendered(text, [Part(0, len(text), "text")]))
@@ -44,6 +51,10 @@ class Texts:
 
     def _tokenize(self, rendered: list[Rendered]) -> Tokens:
         return tokenize(self._tokenizer, rendered, chat=False, stop_ids=())
+
+
+def _empty(where: str) -> str:
+    return f"{where}: {EMPTY_TEXT}; fill it in, or set data.empty=drop, which leaves such rows out"
 
 
 def fitted(tokens: Tokens, kept: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -39,6 +39,8 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
     recipe, task = assembly.recipe, assembly.task
     split = recipe.data.model_dump(include={"eval", "eval_fraction", "eval_rows", "exclude"})
     split["seed"] = assembly.seed
+    if recipe.data.empty != "error":
+        split["empty"] = recipe.data.empty
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins", "control_tokens"})
     template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.generates else None
     by_image = assembly.spec.reader == "image processor"

@@ -156,7 +156,8 @@ class TrainingLoop:
         progress.start(self._plan.total_steps, self._step)
         try:
             with self._sigint_sets_flag():
-                while self._step < self._plan.end_step:
+                # A checkpoint may have been saved right before the run stopped early.
+                while self._step < self._plan.end_step and not self._out_of_patience():
                     self._one_step()
                     last = self._step == self._plan.total_steps
                     if settings.eval_every and self._step % settings.eval_every == 0 and not last:
@@ -165,18 +166,19 @@ class TrainingLoop:
                     if (due or self._step == self._plan.end_step) and not last:
                         self._rng = RngState.capture()
                         self.save()
-                    if settings.patience and self._evals_without_better >= settings.patience:
-                        self._result.stopped_early = True
-                        progress.note(
-                            f"stopped after step {self._step}: {settings.best} has not improved for "
-                            f"{self._evals_without_better} evaluations"
-                        )
-                        break
         finally:
             progress.stop()
+        if self._out_of_patience() and self._step < self._plan.total_steps:
+            self._result.stopped_early = True
+            progress.note(
+                f"stopped after step {self._step}: {settings.best} has not improved for {self._evals_without_better} evaluations"
+            )
         self._result.steps = self._step
         self._result.peak_memory_bytes = peak_memory_bytes(self._accelerator.device.type)
         return self._result
+
+    def _out_of_patience(self) -> bool:
+        return bool(self._settings.patience and self._evals_without_better >= self._settings.patience)
 
     def finish(self, metrics: dict[str, float]) -> None:
         """Considers the final evaluation for the best checkpoint."""

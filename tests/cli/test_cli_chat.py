@@ -21,6 +21,8 @@ class FakeChat:
         self.options = options
         self.messages: list[dict[str, str]] = []
         self.closed = 0
+        self.max_new_tokens = 256
+        self.notes: list[str] = []
 
     def reset(self) -> None:
         self.messages = []

@@ -315,9 +315,9 @@ CASES: dict[str, Case] = {
         ["distill.teacher=classifier", "distill.teacher.quantize=nf3"], 2,
         ["1 problem", "command line", "distill.teacher.quantize", "did you mean `nf4`?"],
     ),
-    "override: a teacher beside teachers": (
-        "distill", "seq_cls", routed(), {}, ["distill.teacher=classifier"], 2,
-        ["command line", "distill.teacher: set either teacher or teachers", "`distill.teachers=[]`"],
+    "override: a teacher and teachers": (
+        "distill", "seq_cls", {"teacher": "classifier"}, {}, ["distill.teacher=classifier", "distill.teachers=[classifier]"], 2,
+        ["command line", "distill.teacher: set either teacher or teachers"],
     ),
     "override: none left": (
         "distill", "seq_cls", {"teacher": "classifier"}, {}, ["distill.teacher="], 2, ["has no teacher"],

@@ -137,8 +137,8 @@ def test_merge_passes_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("peftlab.api.merge.merge", merge)
     assert run(["merge", "runs/x", "--base", "original", "--max-kl", "0.1", "--dtype", "bfloat16"]) == 0
     assert calls == {
-        "target": "runs/x", "base": "original", "output": None, "dtype": "bfloat16", "max_kl": 0.1, "min_top1": None,
-        "replace": False,
+        "target": "runs/x", "recipe": None, "overrides": [], "base": "original", "output": None, "dtype": "bfloat16", "max_kl": 0.1,
+        "min_top1": None, "replace": False,
     }  # fmt: skip
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
@@ -247,6 +247,32 @@ def test_predict_writes_jsonl_and_csv(
     assert "--replace" in capsys.readouterr().err
     assert run(["predict", "runs/x", "a", "b", "--output", str(tmp_path / "out.csv"), "--replace"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "out.jsonl"]
+
+
+def test_predict_keeps_a_line_per_input_and_writes_notes(
+    predicted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = {"label": None, "probability": None, "probabilities": {"ham": None, "spam": None}}
+    long = {"meta": {"a": [1]}, "body": "line one\nline two, " + "x" * 200_000}
+    predicted["results"] = [long | LABELS[0], long | nothing | {"note": "the text is empty"}, long | LABELS[1]]
+    assert run(["predict", "runs/x", "--file", "in.csv", "--output", str(tmp_path / "out.csv")]) == 0
+    assert predicted["columns"] is True
+    assert "3 predictions in" in (shown := capsys.readouterr().out) and "spam 1,  ham 1" in shown
+    before = csv.field_size_limit(1 << 20)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert csv.field_size_limit(before) == 1 << 20
+    own = ["label", "probability", "probability_ham", "probability_spam", "note"]
+    assert list(lines[0]) == ["row", "meta", "body", *own]
+    assert [line["note"] for line in lines] == ["", "the text is empty", ""]
+    assert [line["label"] for line in lines] == ["spam", "", "ham"]
+    assert lines[1]["probability_ham"] == "" and lines[1]["body"] == long["body"]
+    assert json.loads(lines[2]["meta"]) == {"a": [1]}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv"]
+    predicted["results"] = [LABELS[0], nothing | {"note": "the text is empty"}, {"text": None, "note": "x"}, LABELS[1]]
+    assert run(["predict", "runs/x", "--file", "in.csv"]) == 0
+    assert predicted["columns"] is False
+    assert capsys.readouterr().out == "spam\t0.900000\n\n\nham\t0.750000\n"
 
 
 def test_predict_interrupted_leaves_no_partial_file(

@@ -287,6 +287,13 @@ def test_distill_resume_after_ctrl_c_gives_the_same_student(here: Path, texts: D
     assert weights(distill("run", resume=True, progress=SilentProgress()).folder) == weights(texts.folder / "run")
 
 
+def test_distill_resume_of_a_finished_run_touches_nothing(texts: Done) -> None:
+    before = contents(texts.folder)
+    with pytest.raises(RecipeError, match="run: the run is finished and cannot be resumed"):
+        distill(texts.folder / "run", resume=True, progress=SilentProgress())
+    assert contents(texts.folder) == before
+
+
 def test_distill_on_a_full_disk_leaves_nothing_or_resumes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from peftlab.errors import DataError, RecipeError
 from peftlab.recipe import load_recipe
 from peftlab.recipe import shipped as catalog
 from peftlab.recipe.keys import _FOREIGN_NAMES, known_keys, nearest_keys, spec_at
+from peftlab.recipe.yaml_lines import dump_yaml
 
 GOOD = """\
 # A recipe.
@@ -201,6 +203,94 @@ def test_override_takes_a_name_with_a_dot_in_a_free_mapping() -> None:
     loaded = load_recipe(settings, ["train.class_weights.not.spam=2", "data.label_names.0.5=half"])
     assert loaded.recipe.train.class_weights == {"not.spam": 2.0}
     assert loaded.recipe.data.label_names == {"0.5": "half"}
+
+
+TEACHERS = {"teachers": [{"name": "a"}, {"name": "b"}]}
+CUT = {"teacher": "a", "student_init": {"num_layers": 2}}
+ALTERNATIVES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
+    # settings of the file, override, values then, what the note names
+    ({"data": {"eval_rows": 12}}, "data.eval=o.csv", {"data.eval": "o.csv", "data.eval_rows": None}, "data.eval_rows"),
+    (
+        {"data": {"eval_fraction": 0.3}},
+        "data.eval=o.csv",
+        {"data.eval": "o.csv", "data.eval_fraction": 0.1},
+        "data.eval_fraction",
+    ),
+    ({"data": {"eval": "o.csv"}}, "data.eval_rows=5", {"data.eval": None, "data.eval_rows": 5}, "data.eval"),
+    ({"data": {"eval": "o.csv"}}, "data.eval_fraction=0.5", {"data.eval": None}, "data.eval"),
+    (
+        {"data": {"eval_rows": 12}},
+        "data.eval_fraction=0.5",
+        {"data.eval_rows": None, "data.eval_fraction": 0.5},
+        "data.eval_rows",
+    ),
+    (
+        {"data": {"label_names": {0: "a"}}},
+        "data.bins={edges: [1], names: [a, b]}",
+        {"data.label_names": {}},
+        "data.label_names",
+    ),
+    (
+        {"data": {"bins": {"edges": [1], "names": ["a", "b"]}}},
+        "data.label_names={0: a}",
+        {"data.bins": None},
+        "data.bins",
+    ),
+    ({"train": {"epochs": 2}}, "train.max_steps=3", {"train.epochs": None, "train.max_steps": 3}, "train.epochs"),
+    ({"train": {"max_steps": 3}}, "train.epochs=2", {"train.epochs": 2, "train.max_steps": None}, "train.max_steps"),
+    ({"train": {"batch_tokens": 64}}, "train.batch_size=4", {"train.batch_tokens": None}, "train.batch_tokens"),
+    ({"train": {"batch_size": 4}}, "train.batch_tokens=64", {"train.batch_size": None}, "train.batch_size"),
+    ({"distill": TEACHERS}, "distill.teacher=c", {"distill.teachers": []}, "distill.teachers"),
+    ({"distill": {"teacher": "c"}}, "distill.teachers=[a, b]", {"distill.teacher": None}, "distill.teacher"),
+    (
+        {"distill": CUT},
+        "distill.student_init.layers=[0]",
+        {"distill.student_init.num_layers": None},
+        "distill.student_init.num_layers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "override", "values", "named"), ALTERNATIVES)
+def test_override_replaces_the_keys_that_exclude_it(
+    tmp_path: Path, sections: dict[str, Any], override: str, values: dict[str, Any], named: str
+) -> None:
+    settings = BASE | {"task": "seq_cls"} | {name: BASE.get(name, {}) | keys for name, keys in sections.items()}
+    (tmp_path / "r.yaml").write_text(dump_yaml(settings))
+    line = next(
+        n for n, text in enumerate(dump_yaml(settings).splitlines(), 1) if text.strip().startswith(named.split(".")[-1])
+    )
+    loaded = load_recipe(tmp_path / "r.yaml", [override])
+    key = override.partition("=")[0]
+    assert loaded.notes == (f"{key} on the command line replaces {named} (r.yaml:{line})",)
+    for name, value in values.items():
+        assert functools.reduce(getattr, name.split("."), loaded.recipe) == value
+    assert load_recipe(tmp_path / "r.yaml").notes == ()
+
+
+def test_override_replaces_the_other_style_of_a_template() -> None:
+    settings = {
+        "task": "causal_lm",
+        "model": {"name": "tiny:llama"},
+        "data": {"train": "a.csv", "template": {"system": "s", "user": "{a}", "assistant": "{b}"}},
+    }
+    loaded = load_recipe(settings, ["data.template.prompt='{a}'", "data.template.completion='{b}'"])
+    assert loaded.recipe.data.template is not None
+    assert loaded.recipe.data.template.model_dump(exclude_none=True) == {"prompt": "{a}", "completion": "{b}"}
+    names = ", ".join(f"data.template.{name}" for name in ("system", "user", "assistant"))
+    assert loaded.notes == (f"data.template.prompt on the command line replaces {names} (the recipe)",)
+
+
+def test_override_with_two_keys_that_exclude_each_other_is_refused(write: Write) -> None:
+    text = message(write(GOOD), "data.eval=o.csv", "data.eval_rows=5")
+    assert "data.eval_rows: has no effect when data.eval is given" in text
+    text = message(write(GOOD), "train.epochs=1", "train.max_steps=5")
+    assert "set epochs or max_steps, not both" in text
+
+
+def test_override_with_null_replaces_nothing() -> None:
+    loaded = load_recipe(BASE | {"train": {"epochs": 2}}, ["train.max_steps=", "data.eval=~"])
+    assert (loaded.recipe.train.epochs, loaded.notes) == (2, ())
 
 
 def test_override_may_drop_the_lock() -> None:

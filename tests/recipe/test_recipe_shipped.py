@@ -131,3 +131,9 @@ def test_shipped_folder_is_found_in_a_bare_clone(tmp_path: Path) -> None:
         "print(type(catalog._folder()).__name__, catalog._folder().name)"
     )
     assert _python(code, tmp_path, "-S") == "PosixPath recipes"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_takes_another_file_to_evaluate_on(name: str) -> None:
+    recipe = load_recipe(name, ["data.eval=other.csv"]).recipe
+    assert (recipe.data.eval, recipe.data.eval_rows) == ("other.csv", None)

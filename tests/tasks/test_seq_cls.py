@@ -121,7 +121,7 @@ def test_held_out_rows_may_lack_a_named_class(tokenizer: Any) -> None:
 
 def test_text_that_is_none_is_refused(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer, labels=Labels(NAMES))
-    with pytest.raises(DataError, match=r"a\.csv:3: expected text, found None"):
+    with pytest.raises(DataError, match=r"a\.csv:3: the text is empty; .*data\.empty=drop"):
         encode(task, rows_of(["x", None], ["pos", "neg"]))
 
 

@@ -1,0 +1,153 @@
+"""``predict``, ``chat``, ``evaluate`` and ``merge`` with inputs, settings and adapters that users bring."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_examples import recipe, write_data
+
+import peftlab
+from peftlab.errors import DataError, RecipeError
+from peftlab.training.progress import SilentProgress
+
+# Training rows are cut to 64 tokens; the model reads 512.
+SHORT = {"data": {"max_length": 64}, "train": {"max_steps": 2}}
+WRITES = {"eval": {"choices": None, "max_new_tokens": 80, "prompts": ["red " * 150, "red"]}}
+
+
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def writer(trained: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that writes text."""
+    folder: Path = trained(recipe(**SHORT, **WRITES), write_data)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def classifier(trained: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder: Path = trained(recipe("seq_cls", **SHORT), write_data)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def predict(inputs: Any, **options: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    progress = Notes()
+    return list(peftlab.predict("run", inputs, progress=progress, **options)), progress.lines
+
+
+def test_predict_gives_an_unreadable_row_a_result_without_values(classifier: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(["red 1", "", " ", None, 5, "dog"]))
+    )
+    results, notes = predict(path)
+    assert [r["label"] is None for r in results] == [False, True, True, True, True, False]
+    empty = {"label": None, "probability": None, "probabilities": {"animal": None, "colour": None}}
+    assert results[1] == empty | {"note": "the text is empty"}
+    assert [r.get("note") for r in results[2:5]] == ["the text is empty"] * 2 + ["expected text, found 5"]
+    assert notes == ["4 of 6 inputs without a result: in.jsonl:2, 3, 4 and 1 more; the first: the text is empty"]
+    alone, _ = predict(["red 1", "dog"])
+    assert [results[0]["probability"], results[5]["probability"]] == pytest.approx([a["probability"] for a in alone])
+    assert predict([""]) == ([empty | {"note": "the text is empty"}], ["no result: the text is empty"])
+    assert predict([{"text": "red"}, {"txt": "red"}])[0][1]["note"] == "the text is empty"
+
+
+def test_predict_refuses_inputs_of_which_none_can_be_read(classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"input, record 1: expected text, found 5"):
+        predict([{"text": 5}, {"text": 6}])
+    with pytest.raises(DataError, match=r"no column 'text'; found the columns 'body'"):
+        predict([{"body": "red"}])
+
+
+def test_predict_puts_the_columns_of_the_input_first(classifier: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    with path.open("w", newline="") as file:
+        rows = [["id", "text", "label", "input_label", "row", "probability_animal"], ["a", "red 1", "x", "y", "9", "z"]]
+        csv.writer(file).writerows(rows)
+    ((result,), _) = predict(path, columns=True)
+    names = ["id", "text", "input_input_label", "input_label", "input_row", "input_probability_animal"]
+    assert sorted(list(result)[:6]) == sorted(names)
+    assert list(result)[6:] == ["label", "probability", "probabilities"]
+    assert (result["id"], result["text"], result["input_row"]) == ("a", "red 1", "9")
+    assert {result["input_label"], result["input_input_label"]} == {"x", "y"}
+    assert result["label"] in ("animal", "colour")
+
+
+def test_predict_reads_more_than_a_training_row(classifier: Path) -> None:
+    long = "red " * 40
+    ((result,), notes) = predict([long])
+    assert notes == [] and "note" not in result
+    (longer, _), notes = predict(["red " * 400, "dog"])
+    assert longer["note"].startswith("cut to 512 of ")
+    assert notes == [f"1 of 2 inputs cut: input, record 1; the first: {longer['note']}"]
+
+
+def test_generation_uses_the_limit_of_the_model(writer: Path) -> None:
+    run = peftlab.open_run("run")
+    assert [s["prompt"] for s in run.summary["samples"]] == WRITES["eval"]["prompts"]
+    (long, short), notes = predict(["red " * 400, "dog"])
+    assert long["note"].startswith("cut to the last 432 of ") and "note" not in short
+    assert len(notes) == 1 and "1 of 2 inputs cut" in notes[0]
+    with pytest.raises(RecipeError, match=r"an answer of 512 tokens") as caught:
+        peftlab.check(recipe(**SHORT, eval=WRITES["eval"] | {"max_new_tokens": 512}), progress=SilentProgress())
+    assert caught.value.key == "eval.max_new_tokens"
+    with pytest.raises(RecipeError, match=r"reads at most 512 tokens.* an answer of 600 tokens") as caught:
+        predict(["dog"], max_new_tokens=600)
+    assert caught.value.key is None
+    assert [r["text"] is None for r in predict(["dog", " "])[0]] == [False, True]
+
+
+def test_chat_uses_the_limit_of_the_model_and_leaves_out_old_turns(writer: Path) -> None:
+    chat = peftlab.Chat("run")
+    assert chat.max_new_tokens == 256
+    assert isinstance("".join(chat.reply("red")), str)
+    assert chat.notes == []
+    chat = peftlab.Chat("run", max_new_tokens=8, system="Be brief.")
+    for _ in range(3):
+        "".join(chat.reply("red " * 60))
+    assert len(chat.messages) == 7
+    "".join(chat.reply("red " * 60))
+    assert any("turns are left out" in note and "at most 504 before an answer of 8" in note for note in chat.notes)
+    chat.reset()
+    chat.notes.clear()
+    "".join(chat.reply("red " * 400))
+    assert len(chat.notes) == 1 and chat.notes[0].endswith("its start is cut")
+
+
+def test_evaluate_takes_another_file(classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("text,kind\nred 9,colour\ndog 9,animal\ncow 9,animal\n")
+    progress = Notes()
+    report = peftlab.evaluate("run", overrides=[f"data.eval={tmp_path / 'other.csv'}"], progress=progress)
+    assert report["rows"] == 3
+    assert any(
+        line.startswith("data.eval on the command line replaces data.eval_rows (recipe.lock.yaml:")
+        for line in progress.lines
+    )
+
+
+def test_adapter_without_its_run_needs_a_recipe(classifier: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree("run/adapter", adapter)
+    document = recipe("seq_cls", **SHORT)
+    with pytest.raises(RecipeError, match="an adapter without its run; name its recipe with --recipe"):
+        peftlab.merge(adapter, progress=SilentProgress())
+    report = peftlab.merge(adapter, recipe=document, output=tmp_path / "merged", progress=SilentProgress())
+    assert report["verified"]
+    expected, _ = predict(["red 1", "dog"])
+    for target, options in ((adapter, {"recipe": document}), (tmp_path / "merged", {})):
+        results = list(peftlab.predict(target, ["red 1", "dog"], progress=SilentProgress(), **options))
+        assert [r["label"] for r in results] == [r["label"] for r in expected]
+        assert [r["probability"] for r in results] == pytest.approx([r["probability"] for r in expected], abs=1e-5)

@@ -1,0 +1,133 @@
+"""``data.empty``: rows without text, label or image are an error, or are left out and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import peftlab
+from peftlab.assembly import Assembly
+from peftlab.errors import DataError
+from peftlab.recipe import load_recipe
+from peftlab.training.progress import SilentProgress
+
+LABELLED = [
+    {"text": t, "label": k}
+    for t, k in [
+        ("good film", "a"),
+        ("bad film", "b"),
+        ("", "a"),
+        (" \t", "b"),
+        (None, "a"),
+        ("no label", None),
+        ("x", " "),
+    ]
+    + [(f"film {i}", "ab"[i % 2]) for i in range(8)]
+]
+ASKED = [
+    *({"q": q, "a": a} for q, a in [("one", "1"), (None, "2"), ("three", None), ("four", "4"), ("five", "")]),
+    *({"q": f"n{i}", "a": str(i)} for i in range(8)),
+]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipe(task: str, rows: list[dict[str, Any]], model: str = "tiny:bert", **data: Any) -> dict[str, Any]:
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"task": task, "model": {"name": model}, "data": {"train": "data.jsonl", "eval_rows": 4, **data}}
+
+
+def check(document: dict[str, Any], *overrides: str) -> dict[str, Any]:
+    return peftlab.check(document, overrides, progress=SilentProgress())
+
+
+def left_out(report: dict[str, Any]) -> dict[str, list[str]]:
+    return {entry["reason"]: entry["where"] for entry in report["left_out"]}
+
+
+def test_data_empty_drops_and_counts_rows_of_a_classifier() -> None:
+    report = check(recipe("seq_cls", LABELLED), "data.empty=drop")
+    assert left_out(report["train"]) == {
+        "dropped: the text is empty": ["data.jsonl:3", "data.jsonl:4", "data.jsonl:5"],
+        "dropped: there is no label": ["data.jsonl:6", "data.jsonl:7"],
+    }
+    assert (report["train"]["rows"], report["train"]["kept"], report["held_out"]["rows"]) == (11, 6, 4)
+    assert left_out(report["held_out"]) == {}
+
+
+def test_data_empty_is_an_error_by_default() -> None:
+    with pytest.raises(DataError, match=r"2 of 15 rows have no label.*data\.jsonl:6.*data\.empty=drop") as caught:
+        check(recipe("seq_cls", LABELLED))
+    assert caught.value.key == "data.columns.label"
+    texts = [row for row in LABELLED if (row["label"] or "").strip()]
+    with pytest.raises(DataError, match=r"data\.jsonl:\d: the text is empty; fill it in, or set data\.empty=drop"):
+        check(recipe("seq_cls", texts))
+
+
+def test_data_empty_drops_rows_of_the_evaluation_file() -> None:
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LABELLED[:6]))
+    document = recipe("seq_cls", LABELLED[7:], eval_rows=None, eval="other.jsonl", empty="drop")
+    report = check(document)
+    assert left_out(report["train"]) == {}
+    assert left_out(report["held_out"]) == {
+        "dropped: the text is empty": ["other.jsonl:3", "other.jsonl:4", "other.jsonl:5"],
+        "dropped: there is no label": ["other.jsonl:6"],
+    }
+    assert (report["held_out"]["rows"], report["held_out"]["kept"]) == (6, 2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"template": {"user": "{q}", "assistant": "{a}"}},
+        {"template": {"prompt": "{q}: ", "completion": "{a}"}},
+        {"columns": {"prompt": "q", "completion": "a"}},
+    ],
+)
+def test_data_empty_drops_null_questions_and_answers(data: dict[str, Any]) -> None:
+    document = recipe("causal_lm", ASKED, "tiny:llama", **data)
+    document["data"] |= {"eval": "data.jsonl", "eval_rows": None}
+    with pytest.raises(DataError, match=r"data\.jsonl:2: .*data\.empty=drop leaves such rows out"):
+        check(document)
+    report = check(document, "data.empty=drop")
+    assert left_out(report["train"])["dropped: nothing in the column 'q'"] == ["data.jsonl:2"]
+    assert left_out(report["train"])["dropped: nothing in the column 'a'"] == ["data.jsonl:3"]
+    assert report["train"]["rows"] == 13
+
+
+def test_data_empty_keeps_rows_whose_null_column_is_not_used() -> None:
+    rows = [{**row, "source": None} for row in ASKED if row["q"] and row["a"]]
+    report = check(recipe("causal_lm", rows, "tiny:llama", columns={"prompt": "q", "completion": "a"}, empty="drop"))
+    assert report["train"]["kept"] + report["held_out"]["kept"] == len(rows)
+
+
+def test_data_empty_drops_rows_without_an_image() -> None:
+    PIL.Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save("a.png")
+    rows = [{"image": "a.png", "label": "ab"[i % 2]} for i in range(6)] + [{"image": None, "label": "a"}]
+    document = recipe("image_cls", rows, "tiny:vit")
+    with pytest.raises(DataError, match=r"data\.jsonl:7: expected an image .*, found None; data\.empty=drop"):
+        check(document, "data.eval=data.jsonl")
+    report = check(document, "data.empty=drop")
+    assert left_out(report["train"]) == {"dropped: there is no image": ["data.jsonl:7"]}
+
+
+def test_data_empty_that_leaves_no_row_says_why() -> None:
+    with pytest.raises(DataError, match=r"leaves out all 2 rows: 2 because the text is empty \(data\.jsonl:1\)"):
+        check(recipe("seq_cls", [{"text": "", "label": "a"}, {"text": " ", "label": "b"}], empty="drop"))
+
+
+def test_data_empty_applies_to_the_transfer_rows() -> None:
+    Path("more.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "three"}\n')
+    document = recipe("seq_cls", LABELLED[7:], empty="drop")
+    document["distill"] = {"teacher": "tiny:bert", "transfer": "more.jsonl"}
+    train = Assembly(load_recipe(document), transfer=True).data.train
+    assert (len(train), train.left_out) == (2, {"the text is empty": ["more.jsonl:2"]})
