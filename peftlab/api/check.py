@@ -15,6 +15,7 @@ from peftlab.assembly import Assembly
 from peftlab.assembly.account import findings, previews, shared_rows
 from peftlab.assembly.checks import check_settings
 from peftlab.assembly.estimate import estimate_seconds
+from peftlab.assembly.model_findings import model_findings
 from peftlab.assembly.plan import make_plan
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.data import Ledger, packing_figures
@@ -69,7 +70,13 @@ def check(
         train = encode(data.train, training=True, labelled=labelled).ledger
         held_out = encode(data.eval, training=False).ledger
         progress.stage("estimating steps and time")
-        notes = findings(train, held_out, allow=settings.data.allow)
+        notes = findings(
+            train,
+            held_out,
+            allow=settings.data.allow,
+            of_model=model_findings(assembly),
+            num_embeddings=assembly.num_embeddings,
+        )
         return {
             "ok": not any(f["level"] == "error" for f in notes),
             "recipe": loaded.name,

@@ -16,13 +16,21 @@ MOST_PLACES = 20
 # Findings reported for held-out rows too; the others concern the template and are reported once.
 _OF_EACH_SET = {
     "too_long", "zero_trained", "no_rows", "repeated", "contradicting", "answer_cut", "empty_answer", "inner_end", "doubled_bos",
+    "unknown_ids",
 }  # fmt: skip
 
 
 def report_ledger(
-    task: Task, train: Ledger, held_out: Ledger, progress: Progress, *, allow: Sequence[str]
+    task: Task,
+    train: Ledger,
+    held_out: Ledger,
+    progress: Progress,
+    *,
+    allow: Sequence[str],
+    of_model: Sequence[Finding] = (),
+    num_embeddings: int | None = None,
 ) -> dict[str, Any]:
-    """Reports what is trained, with one example row; returns the ledgers for the run's summary."""
+    """Reports what is trained, with one example row; returns the ledgers for the run's summary. Args: see ``findings``."""
     reports = {"train": train.report(most_places=MOST_PLACES), "held_out": held_out.report(most_places=MOST_PLACES)}
     for line in [
         *opening_lines("train", reports["train"], counts=True),
@@ -32,7 +40,7 @@ def report_ledger(
     shared = shared_rows(train, held_out)
     if shared:
         progress.warn(f"{shared_line(shared)}: the metrics include training rows")
-    reported = findings(train, held_out, allow=allow)
+    reported = findings(train, held_out, allow=allow, of_model=of_model, num_embeddings=num_embeddings)
     for finding in reported:
         progress.note(finding_line(finding))
     for row in previews(task, train, 1):
@@ -40,11 +48,26 @@ def report_ledger(
     return {**reports, "findings": {"kinds": [f["kind"] for f in reported], "shared": len(shared)}}
 
 
-def findings(train: Ledger, held_out: Ledger, *, allow: Sequence[str]) -> list[dict[str, Any]]:
-    """The findings of both ledgers: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``."""
-    reported = [_plain(f, train, "train", allow) for f in find(train)]
+def findings(
+    train: Ledger,
+    held_out: Ledger,
+    *,
+    allow: Sequence[str],
+    of_model: Sequence[Finding] = (),
+    num_embeddings: int | None = None,
+) -> list[dict[str, Any]]:
+    """The findings of both ledgers: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``.
+
+    Args: of_model: findings about the model, whose ``data`` is ``model``. num_embeddings: see ``data.find``.
+    """
+    reported = [_plain(f, train, "train", allow) for f in find(train, num_embeddings=num_embeddings)]
     # Template problems concern both data sets; report them once.
-    reported += [_plain(f, held_out, "held out", allow) for f in find(held_out) if f.kind in _OF_EACH_SET]
+    reported += [
+        _plain(f, held_out, "held out", allow)
+        for f in find(held_out, num_embeddings=num_embeddings)
+        if f.kind in _OF_EACH_SET
+    ]
+    reported += [_plain(f, train, "model", allow) for f in of_model]
     levels = ("error", "allowed", "note")
     return sorted(reported, key=lambda f: levels.index(f["level"]))
 

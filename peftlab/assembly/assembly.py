@@ -8,28 +8,35 @@ from typing import Any, TypeVar
 
 from peftlab.adapters import HeadLoss
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
+from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.measuring.memory import share_one_heap
 from peftlab.models import (
+    UNLIMITED,
     Pretrained,
+    end_ids,
     find_pretrained,
+    load_config,
     load_image_reader,
     load_model,
     load_skeleton,
     load_tokenizer,
     model_max_length,
+    padding_of,
+    reconcile,
     resolve_precision,
     sentence_files,
     tokenizer_fingerprint,
+    vocabulary_rows,
 )
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.methods import MethodSpec
 from peftlab.specs.tasks import TaskSpec
-from peftlab.tasks import Encoded, Task, TaskParts, task_class
+from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
@@ -182,9 +189,20 @@ class Assembly:
         check_columns(self.recipe, self.data.labelled)
         return self.task_for(self.reader, classes=self.classes, available=list(self.data.labelled.columns))
 
-    def task_for(self, reader: Any, *, classes: list[str] | None, available: Sequence[str] = ()) -> Task:
-        """Returns the recipe's task with another reader and other classes, such as those of a teacher."""
+    def task_for(
+        self,
+        reader: Any,
+        *,
+        classes: list[str] | None,
+        available: Sequence[str] = (),
+        pretrained: Pretrained | None = None,
+    ) -> Task:
+        """Returns the recipe's task with another reader, other classes and another model, such as those of a teacher.
+
+        Raises: RecipeError, DataError.
+        """
         r, data = self.recipe, self.recipe.data
+        padding, ends = self._reading(pretrained or self.pretrained, reader)
         parts = TaskParts(
             reader,
             columns=data.columns,
@@ -197,16 +215,37 @@ class Assembly:
             head_loss=HeadLoss(r.run.kernels),
             pooling=r.model.pooling,
             sentences=lambda: sentence_files(self.pretrained),
+            padding=padding,
+            end_ids=ends,
         )
         return task_class(r.task).make(parts)
 
+    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int]]:
+        """How a model's family is padded, and the ids that end its texts. Raises: RecipeError if it cannot do the task."""
+        if self.spec.reader != "tokenizer":
+            return "right", []
+        config = load_config(pretrained)
+        check_family(config, reader, self.spec)
+        return padding_of(config, self.spec.predicts), end_ids(pretrained, reader)[0] if self.spec.generates else []
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Rows of the model's input embeddings; None for images and for a model without a vocabulary."""
+        return vocabulary_rows(load_config(self.pretrained)) if self.spec.reader == "tokenizer" else None
+
     @property
     def limit(self) -> int:
-        """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less."""
+        """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less, or packing has no
+        limit."""
         if self.spec.reader == "image processor":
             return int(self.reader.length)
         allowed = model_max_length(self.pretrained, self.reader)
         wanted = self.recipe.data.max_length
+        if wanted is None and allowed == UNLIMITED and self.recipe.data.packing:
+            raise RecipeError(
+                f"{self.recipe.model.name} has no limit of its own, so packing needs data.max_length, such as 2048",
+                key="data.max_length",
+            )
         if wanted is None:
             return min(allowed, self.task.max_length or allowed)
         if wanted > allowed:
@@ -234,7 +273,7 @@ class Assembly:
         encoded = self.task.encode(
             rows, max_length=self.limit, too_long=data.too_long, training=training, labelled=labelled
         )
-        require(encoded.ledger, allow=data.allow, training=training)
+        require(encoded.ledger, allow=data.allow, training=training, num_embeddings=self.num_embeddings)
         return encoded
 
     @property
@@ -269,13 +308,16 @@ class Assembly:
             "dtype": "float32" if not self.method.adapts and model.dtype == "auto" else model.dtype,
             "attention": model.attention,
         }
-        return load_model(
+        loaded = load_model(
             self.pretrained,
             auto_class=self.spec.auto_class,
             device=self.device,
             **(options | changes),
             **self.task.model_kwargs(),
         )
+        if reads_ids(loaded.config, self.spec):
+            reconcile(loaded, self.reader)
+        return loaded
 
     def skeleton(self, task: Task | None = None) -> Any:
         """Returns the model without weights, on the meta device. Args: task: determines the head; default the recipe's."""
@@ -313,6 +355,7 @@ class Assembly:
             r.run.kernels,
             r.model.pooling,
             sentences,
+            self._reading(self.pretrained, self.reader),
         ]
 
     @property

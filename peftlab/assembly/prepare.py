@@ -11,6 +11,7 @@ from peftlab.adapters import AdapterReport, check_targets, head_reason, inject, 
 from peftlab.adapters.fused import fusion_report
 from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.model_findings import model_findings
 from peftlab.assembly.plan import make_plan
 from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
@@ -117,7 +118,13 @@ def prepare(
     progress.done()
     reported = phase is not None and phase.span[0] > 0
     ledger = report_ledger(
-        task, train.ledger, held_out.ledger, SilentProgress() if reported else progress, allow=recipe.data.allow
+        task,
+        train.ledger,
+        held_out.ledger,
+        SilentProgress() if reported else progress,
+        allow=recipe.data.allow,
+        of_model=model_findings(assembly),
+        num_embeddings=assembly.num_embeddings,
     )
     span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)

@@ -1,35 +1,45 @@
 """Finds, loads and quantizes backbones."""
 
 from peftlab.models.bnb import import_bitsandbytes
-from peftlab.models.config import label_names, load_skeleton
+from peftlab.models.config import end_ids, label_names, load_config, load_skeleton, reads_later_tokens
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.image_reader import ImageReader, load_image_reader
 from peftlab.models.load import base_model, load_model, num_parameters
 from peftlab.models.load_errors import quiet
+from peftlab.models.padding import padding_of, reconcile, reconciled_ids, vocabulary_rows
 from peftlab.models.pretrained import Pretrained, find_pretrained
 from peftlab.models.save import save_plain
 from peftlab.models.sentences import SentenceFiles, SentenceWriter, sentence_files
-from peftlab.models.tokenizer import load_tokenizer, model_max_length, tokenizer_fingerprint
+from peftlab.models.tokenizer import UNLIMITED, length_limit, load_tokenizer, model_max_length, tokenizer_fingerprint
 
 __all__ = [
+    "UNLIMITED",
     "ImageReader",
     "Pretrained",
     "SentenceFiles",
     "SentenceWriter",
     "base_model",
+    "end_ids",
     "find_pretrained",
     "import_bitsandbytes",
     "label_names",
+    "length_limit",
+    "load_config",
     "load_image_reader",
     "load_model",
     "load_skeleton",
     "load_tokenizer",
     "model_max_length",
     "num_parameters",
+    "padding_of",
     "quiet",
+    "reads_later_tokens",
+    "reconcile",
+    "reconciled_ids",
     "resolve_dtype",
     "resolve_precision",
     "save_plain",
     "sentence_files",
     "tokenizer_fingerprint",
+    "vocabulary_rows",
 ]

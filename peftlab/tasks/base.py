@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.outputs import Outputs
 from peftlab.tasks.preview import Preview
 
+# How rows of different length share a batch, see ``models.padding``; ``none``: they run through the model separately.
+Padding = Literal["right", "left", "none"]
 # The result of ``Task.score`` for one batch: column name -> a number, or one number per row.
 Columns = dict[str, Any]
 
@@ -33,6 +35,7 @@ class TaskParts:
         template: texts with ``{column}`` fields, by part. head_loss: see ``LMHead``.
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
+        padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
     """
 
     reader: Any
@@ -46,6 +49,8 @@ class TaskParts:
     head_loss: Callable[..., Tensor | None] = lambda *_, **__: None
     pooling: str | None = None
     sentences: Callable[[], Any] | None = None
+    padding: Padding = "right"
+    end_ids: Sequence[int] = ()
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -57,7 +62,8 @@ class Task(Protocol):
 
     ``spec`` is its row in ``specs.tasks``. ``tokenizer`` turns inputs into numbers: the tokenizer of a text task, the
     ``ImageReader`` of an image task; ``files`` writes it into a model folder, with ``save_pretrained(folder)``. ``max_length``
-    is the longest input in the model's files; None: the model's limit.
+    is the longest input in the model's files; None: the model's limit. ``padding`` is how it pads batches; a check at the start
+    of training and evaluation may set it to ``none``.
     """
 
     spec: TaskSpec
@@ -65,6 +71,7 @@ class Task(Protocol):
     files: Any
     class_names: list[str] | None
     max_length: int | None
+    padding: Padding
 
     @classmethod
     def make(cls, parts: TaskParts) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
 from peftlab.specs.tasks import TASKS
-from peftlab.tasks.base import Columns, TaskParts
-from peftlab.tasks.batch import Batch, collate, padded_inputs
+from peftlab.tasks.base import Columns, Padding, TaskParts
+from peftlab.tasks.batch import Batch, by_length, collate, padded_inputs
 from peftlab.tasks.classification import (
     Labels,
     labels_loss_sum,
@@ -32,15 +32,18 @@ class SequenceClassification:
     spec = TASKS["seq_cls"]
     max_length = None
 
-    def __init__(self, tokenizer: Any, *, labels: Labels, text_column: str = "text") -> None:
+    def __init__(
+        self, tokenizer: Any, *, labels: Labels, text_column: str = "text", padding: Padding = "right"
+    ) -> None:
         self.tokenizer = self.files = tokenizer
+        self.padding = padding
         self.class_names = labels.names
         self._texts = Texts(tokenizer, text_column)
         self._labels = labels
 
     @classmethod
     def make(cls, parts: TaskParts) -> SequenceClassification:
-        return cls(parts.reader, labels=Labels.make(parts), text_column=parts.column("text"))
+        return cls(parts.reader, labels=Labels.make(parts), text_column=parts.column("text"), padding=parts.padding)
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
@@ -80,7 +83,7 @@ class SequenceClassification:
         )
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
-        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device, left=self.padding == "left")
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return labels_loss_sum(self, model, batch)
@@ -89,11 +92,24 @@ class SequenceClassification:
         return cross_entropy(outputs)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        return outputs_of(model(**batch.inputs).logits, batch)
+        return outputs_of(self._logits(model, batch.inputs), batch)
+
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[B, C]"""
+
+        def call(inputs: Mapping[str, Tensor]) -> Tensor:
+            logits: Tensor = model(**inputs).logits
+            return logits
+
+        return by_length(call, inputs) if self.padding == "none" else call(inputs)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
-        inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
-        return reference_outputs_of(model(**inputs).logits, examples, device)
+        options = {"pad_id": self.tokenizer.pad_token_id, "device": device, "left": self.padding == "left"}
+        if self.padding == "none":
+            logits = torch.cat([model(**padded_inputs([e], **options)).logits for e in examples])
+        else:
+            logits = model(**padded_inputs(examples, **options)).logits
+        return reference_outputs_of(logits, examples, device)
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
         return labels_score(self, model, batch)
