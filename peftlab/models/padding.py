@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 Padding = Literal["right", "left", "none"]
 
-# Their outputs of a padded row differ from those of the row alone: they mix positions without a mask (FNet), hash or sample
-# positions (Reformer, YOSO), average segments (Nystromformer), or convolve over the padding (ConvBERT).
-_NO_PADDING = {"fnet", "reformer", "yoso", "nystromformer", "convbert"}
+# Their outputs of a padded row differ from those of the row alone: they mix positions without a mask (FNet,
+# Nystromformer), hash them (Reformer, YOSO), or convolve over the padding (ConvBERT).
+_NO_PADDING = {"convbert", "fnet", "nystromformer", "reformer", "yoso"}
 # Their positions are counted from the padding id of the config, so it cannot change.
 COUNTED_FROM_PADDING = {
     "camembert",
@@ -80,6 +80,9 @@ def reconcile(model: Any, tokenizer: Any) -> None:
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for name, value in _reconciled(config, tokenizer):
             setattr(config, name, value)
+    for module in model.modules():
+        if isinstance(getattr(module, "pad_index", None), int):  # XLM masks this id in a batch without padding
+            module.pad_index = tokenizer.pad_token_id
 
 
 def reconciled_ids(config: Any, tokenizer: Any) -> dict[str, tuple[int | None, int]]:

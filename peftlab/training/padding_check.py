@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.errors import RecipeError
+from peftlab.errors import PeftlabError, RecipeError
 from peftlab.models import base_model
 from peftlab.tasks import Example, Task
 from peftlab.training.checkpoint import RngState
@@ -46,7 +46,7 @@ def check_padding(
             unpadded = _outputs(model, task, [short, short], device)[: len(alone)]
             padded = _outputs(model, task, [short, long], device)[: len(alone)]
             changed = _outputs(model, task, [_changed_end(short)], device) if predicts_tokens else alone
-    except torch.cuda.OutOfMemoryError:
+    except (PeftlabError, torch.cuda.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
