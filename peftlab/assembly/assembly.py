@@ -202,7 +202,7 @@ class Assembly:
         Raises: RecipeError, DataError.
         """
         r, data = self.recipe, self.recipe.data
-        padding, ends = self._reading(pretrained or self.pretrained, reader)
+        padding, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
         parts = TaskParts(
             reader,
             columns=data.columns,
@@ -217,21 +217,24 @@ class Assembly:
             sentences=lambda: sentence_files(self.pretrained),
             padding=padding,
             end_ids=ends,
+            num_embeddings=num_embeddings,
         )
         return task_class(r.task).make(parts)
 
-    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int]]:
-        """How a model's family is padded, and the ids that end its texts. Raises: RecipeError if it cannot do the task."""
+    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
+        """How a model's family is padded, the ids that end its texts, and the rows of its input embeddings, if it has a
+        vocabulary. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
-            return "right", []
+            return "right", [], None
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
-        return padding_of(config, self.spec.predicts), end_ids(pretrained, reader)[0] if self.spec.generates else []
+        ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
+        return padding_of(config, self.spec.predicts), ends, vocabulary_rows(config)
 
     @property
     def num_embeddings(self) -> int | None:
         """Rows of the model's input embeddings; None for images and for a model without a vocabulary."""
-        return vocabulary_rows(load_config(self.pretrained)) if self.spec.reader == "tokenizer" else None
+        return self._reading(self.pretrained, self.reader)[2]
 
     @property
     def limit(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
-from peftlab.models import end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
 from peftlab.specs.tasks import TaskSpec
 
 if TYPE_CHECKING:
@@ -73,5 +73,5 @@ def _findings(assembly: Assembly) -> Iterator[Finding]:
         )
     limit = length_limit(assembly.pretrained, tokenizer)
     if limit.note is not None and assembly.recipe.data.max_length is None:
-        tokens = f"{limit.tokens:,} tokens: " if limit.tokens < 2**31 else "none: "
-        yield Finding("length_limit", f"limit of the model: {tokens}{limit.note}", "data.max_length")
+        longest = f"at most {limit.tokens:,} tokens" if limit.tokens < UNLIMITED else "texts of any length"
+        yield Finding("length_limit", f"the model reads {longest}: {limit.note}", "data.max_length")

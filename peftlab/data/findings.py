@@ -123,6 +123,13 @@ def _ids(ledger: Ledger, num_embeddings: int | None) -> Iterator[Finding]:
         )
 
 
+def check_ids(tokenizer: Any, ids: Indices, num_embeddings: int | None, where: str) -> None:
+    """Raises DataError naming ``where`` if one of the [T] ``ids`` has no embedding row. Args: num_embeddings: see ``find``."""
+    if num_embeddings is not None and len(ids) and int(ids.max()) >= num_embeddings:
+        beyond = np.unique(ids[ids >= num_embeddings]).tolist()
+        raise DataError(f"{where}: {unknown_ids(tokenizer, beyond, num_embeddings)}", key="model.name")
+
+
 def unknown_ids(tokenizer: Any, ids: Sequence[int], num_embeddings: int) -> str:
     """The message about token ids without an embedding row."""
     tokens = ", ".join(repr(str(tokenizer.convert_ids_to_tokens(i))) for i in ids[:_SHOWN_TOKENS])

@@ -36,6 +36,7 @@ class TaskParts:
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
+        num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
     """
 
     reader: Any
@@ -51,6 +52,7 @@ class TaskParts:
     sentences: Callable[[], Any] | None = None
     padding: Padding = "right"
     end_ids: Sequence[int] = ()
+    num_embeddings: int | None = None
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""

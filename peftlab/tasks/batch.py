@@ -152,6 +152,12 @@ def by_length(call: Callable[[dict[str, Tensor]], Tensor], inputs: Mapping[str, 
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
+def of_one_length(examples: Sequence[Example]) -> list[list[int]]:
+    """The indices of the examples of each length, shortest first: in the order in which ``by_length`` draws dropout masks."""
+    lengths = [len(e) for e in examples]
+    return [[i for i, length in enumerate(lengths) if length == one] for one in sorted(set(lengths))]
+
+
 def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any, left: bool = False) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` [B, T] by transformers' conventions, row by row."""
     longest = max(len(e) for e in examples)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Ledger, Rows, Tokens, answered, eval_batches, fit_lengths, pieces, tokenize
+from peftlab.data import Ledger, Rows, Tokens, answered, check_ids, eval_batches, fit_lengths, pieces, tokenize
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.errors import DataError
@@ -38,7 +38,7 @@ class CausalLM:
         formatter: rows to text and trained spans.
         head_loss: see ``LMHead``.
         choices: possible completions; every row then has a label, and ``score`` predicts by constrained decoding.
-        end_ids: tokens at which the model's generation config ends a text.
+        end_ids: tokens at which the model's generation config ends a text. num_embeddings: see ``TaskParts``.
     """
 
     spec = TASKS["causal_lm"]
@@ -53,8 +53,10 @@ class CausalLM:
         head_loss: Callable[..., Tensor | None],
         choices: Sequence[str] | None = None,
         end_ids: Sequence[int] = (),
+        num_embeddings: int | None = None,
     ) -> None:
         self.tokenizer = self.files = tokenizer
+        self._num_embeddings = num_embeddings
         self.formatter = formatter
         self.class_names = list(choices) if choices else None
         self._choice_ids: list[tuple[int, ...]] | None = None
@@ -72,7 +74,14 @@ class CausalLM:
         columns = {part: name for part, name in parts.columns.items() if part != "label"}
         available = list(parts.available) or _expected_columns(columns, parts.template)
         formatter = Formatter(parts.reader, columns=columns, template=parts.template, available=available)
-        return cls(parts.reader, formatter, head_loss=parts.head_loss, choices=parts.classes, end_ids=parts.end_ids)
+        return cls(
+            parts.reader,
+            formatter,
+            head_loss=parts.head_loss,
+            choices=parts.classes,
+            end_ids=parts.end_ids,
+            num_embeddings=parts.num_embeddings,
+        )
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -353,7 +362,10 @@ class CausalLM:
             yield from zip(part.tolist(), answers, strict=True)
 
     def _rows_prompt_ids(self, rows: Rows) -> list[np.ndarray]:
-        return self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
+        ids = self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
+        for i, row in enumerate(ids):
+            check_ids(self.tokenizer, row, self._num_embeddings, rows.where(i))
+        return ids
 
     def _predict_choices(self, model: nn.Module, ids: list[np.ndarray], batch_tokens: int) -> Iterator[dict[str, Any]]:
         assert self.class_names is not None

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
+from peftlab.data import Ledger, Rows, check_ids, eval_batches, fit_lengths
 from peftlab.errors import RecipeError
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
-from peftlab.tasks.batch import Batch, by_length, collate, example_weights, padded_inputs
+from peftlab.tasks.batch import Batch, by_length, collate, example_weights, of_one_length, padded_inputs
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.outputs import Outputs, at_least_float32
 from peftlab.tasks.preview import Preview, preview
@@ -44,10 +44,12 @@ class Embedding:
         files: Any = None,
         max_length: int | None = None,
         padding: Padding = "right",
+        num_embeddings: int | None = None,
     ) -> None:
         assert pooling in POOLINGS
         self.tokenizer, self.files, self.max_length = tokenizer, files or tokenizer, max_length
         self._pooling, self._normalize, self.padding = pooling, normalize, padding
+        self._num_embeddings = num_embeddings
         self._texts = Texts(tokenizer, text_column)
 
     @classmethod
@@ -69,6 +71,7 @@ class Embedding:
             files=files.writer(parts.reader, pooling=pooling),
             max_length=files.max_length,
             padding=parts.padding,
+            num_embeddings=parts.num_embeddings,
         )
 
     def model_kwargs(self) -> dict[str, Any]:
@@ -122,10 +125,12 @@ class Embedding:
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         """The vector of each text, computed on its own tokens only."""
-        groups = [[e] for e in examples] if self.padding == "none" else [examples]
-        inputs = [padded_inputs(group, pad_id=self.tokenizer.pad_token_id, device=device) for group in groups]
-        hidden = [states for part in inputs for states in at_least_float32(model(**part).last_hidden_state)]
-        texts = [states[: len(e)] for states, e in zip(hidden, examples, strict=True)]
+        groups = of_one_length(examples) if self.padding == "none" else [list(range(len(examples)))]
+        hidden: dict[int, Tensor] = {}
+        for group in groups:
+            inputs = padded_inputs([examples[i] for i in group], pad_id=self.tokenizer.pad_token_id, device=device)
+            hidden |= zip(group, at_least_float32(model(**inputs).last_hidden_state), strict=True)
+        texts = [hidden[i][: len(e)] for i, e in enumerate(examples)]
         pools: dict[str, Callable[[Tensor], Tensor]]
         pools = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}
         return self._outputs(torch.stack([pools[self._pooling](t) for t in texts]), example_weights(examples, device))
@@ -143,6 +148,8 @@ class Embedding:
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"vector": [H numbers]}`` per row; longer texts are truncated."""
         examples = self.encode(rows, max_length=max_length, too_long="truncate", training=False).examples
+        for example in examples:
+            check_ids(self.tokenizer, example.ids, self._num_embeddings, rows.where(example.row))
         device = next(model.parameters()).device
         results: dict[int, list[float]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):

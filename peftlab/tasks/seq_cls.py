@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
+from peftlab.data import Ledger, Rows, check_ids, eval_batches, fit_lengths
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
-from peftlab.tasks.batch import Batch, by_length, collate, padded_inputs
+from peftlab.tasks.batch import Batch, by_length, collate, of_one_length, padded_inputs
 from peftlab.tasks.classification import (
     Labels,
     labels_loss_sum,
@@ -33,17 +34,29 @@ class SequenceClassification:
     max_length = None
 
     def __init__(
-        self, tokenizer: Any, *, labels: Labels, text_column: str = "text", padding: Padding = "right"
+        self,
+        tokenizer: Any,
+        *,
+        labels: Labels,
+        text_column: str = "text",
+        padding: Padding = "right",
+        num_embeddings: int | None = None,
     ) -> None:
         self.tokenizer = self.files = tokenizer
-        self.padding = padding
+        self.padding, self._num_embeddings = padding, num_embeddings
         self.class_names = labels.names
         self._texts = Texts(tokenizer, text_column)
         self._labels = labels
 
     @classmethod
     def make(cls, parts: TaskParts) -> SequenceClassification:
-        return cls(parts.reader, labels=Labels.make(parts), text_column=parts.column("text"), padding=parts.padding)
+        return cls(
+            parts.reader,
+            labels=Labels.make(parts),
+            text_column=parts.column("text"),
+            padding=parts.padding,
+            num_embeddings=parts.num_embeddings,
+        )
 
     def model_kwargs(self) -> dict[str, Any]:
         return self._labels.model_kwargs
@@ -105,10 +118,9 @@ class SequenceClassification:
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         options = {"pad_id": self.tokenizer.pad_token_id, "device": device, "left": self.padding == "left"}
-        if self.padding == "none":
-            logits = torch.cat([model(**padded_inputs([e], **options)).logits for e in examples])
-        else:
-            logits = model(**padded_inputs(examples, **options)).logits
+        groups = of_one_length(examples) if self.padding == "none" else [list(range(len(examples)))]
+        logits = torch.cat([model(**padded_inputs([examples[i] for i in g], **options)).logits for g in groups])
+        logits = logits[np.argsort(np.concatenate(groups))]
         return reference_outputs_of(logits, examples, device)
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
@@ -125,7 +137,9 @@ class SequenceClassification:
         examples = []
         for first, tokens in self._texts.pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long="truncate")
-            examples += [Example(ids, first + i, 1.0, label=0) for i, ids in fitted(tokens, kept)]
+            for i, ids in fitted(tokens, kept):
+                check_ids(self.tokenizer, ids, self._num_embeddings, rows.where(first + i))
+                examples.append(Example(ids, first + i, 1.0, label=0))
         device = next(model.parameters()).device
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):
