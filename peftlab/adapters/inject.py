@@ -184,18 +184,15 @@ def _matched(model: nn.Module, config: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _as_peft_matches(model: nn.Module, config: Any) -> Any:
+def _as_peft_matches(model: Any, config: Any) -> Any:
     """A copy of ``config`` with the changes that PEFT makes before it matches names."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-    from peft.utils.transformers_weight_conversion import (
-        convert_peft_config_for_transformers,
-        get_model_conversion_mapping,
-    )
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     config = copy.deepcopy(config)
     if config.task_type == _CLASSIFIER:
         config.modules_to_save = [*(config.modules_to_save or []), *_CLASSIFIER_HEADS]
-    convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
     return _maybe_include_all_linear_layers(config, model)
 
 

@@ -15,6 +15,7 @@ from peftlab.assembly import Assembly
 from peftlab.assembly.account import findings, previews, shared_rows
 from peftlab.assembly.checks import check_room_to_answer, check_settings
 from peftlab.assembly.estimate import estimate_seconds
+from peftlab.assembly.model_findings import model_findings
 from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.data import Ledger, packing_figures
@@ -73,7 +74,14 @@ def check(
         train = encode(data.train, training=True, labelled=labelled).ledger
         held_out = encode(data.eval, training=False).ledger
         progress.stage("estimating steps and time")
-        notes = findings(train, held_out, allow=settings.data.allow, unread=assembly.unread_columns)
+        notes = findings(
+            train,
+            held_out,
+            allow=settings.data.allow,
+            unread=assembly.unread_columns,
+            of_model=model_findings(assembly),
+            num_embeddings=assembly.num_embeddings,
+        )
         estimate = _estimate(assembly, skeleton, train)
         for key, message in [] if estimate is None else plan_notes(settings, estimate["steps"]):
             note = {"kind": "no_effect", "level": "note", "data": "train", "message": f"{key}: {message}"}

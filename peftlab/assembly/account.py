@@ -18,16 +18,22 @@ MOST_PLACES = 20
 _OF_EACH_SET = {
     "too_long", "zero_trained", "no_rows", "repeated", "contradicting", "answer_cut", "empty_answer", "inner_end", "doubled_bos",
     "masked_turns", "control_as_text", "control_kept",
+    "unknown_ids",
 }  # fmt: skip
 
 
 def report_ledger(
-    task: Task, train: Ledger, held_out: Ledger, progress: Progress, *, allow: Sequence[str], unread: Sequence[str] = ()
+    task: Task,
+    train: Ledger,
+    held_out: Ledger,
+    progress: Progress,
+    *,
+    allow: Sequence[str],
+    unread: Sequence[str] = (),
+    of_model: Sequence[Finding] = (),
+    num_embeddings: int | None = None,
 ) -> dict[str, Any]:
-    """Reports what is trained, with one example row; returns the ledgers for the run's summary.
-
-    Args: unread: columns of the data that nothing reads.
-    """
+    """Reports what is trained, with one example row; returns the ledgers for the run's summary. Args: see ``findings``."""
     reports = {"train": train.report(most_places=MOST_PLACES), "held_out": held_out.report(most_places=MOST_PLACES)}
     for line in [
         *opening_lines("train", reports["train"], counts=True),
@@ -37,7 +43,7 @@ def report_ledger(
     shared = shared_rows(train, held_out)
     if shared:
         progress.warn(f"{shared_line(shared)}: the metrics include training rows")
-    reported = findings(train, held_out, allow=allow, unread=unread)
+    reported = findings(train, held_out, allow=allow, unread=unread, of_model=of_model, num_embeddings=num_embeddings)
     for finding in reported:
         progress.note(finding_line(finding))
     for row in previews(task, train, 1):
@@ -46,12 +52,27 @@ def report_ledger(
 
 
 def findings(
-    train: Ledger, held_out: Ledger, *, allow: Sequence[str], unread: Sequence[str] = ()
+    train: Ledger,
+    held_out: Ledger,
+    *,
+    allow: Sequence[str],
+    unread: Sequence[str] = (),
+    of_model: Sequence[Finding] = (),
+    num_embeddings: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The findings of both ledgers: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``."""
-    reported = [_plain(f, train, "train", allow) for f in find(train)]
+    """The findings of both ledgers: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``.
+
+    Args: unread: columns of the data that nothing reads. of_model: findings about the model, whose ``data`` is ``model``.
+        num_embeddings: see ``data.find``.
+    """
+    reported = [_plain(f, train, "train", allow) for f in find(train, num_embeddings=num_embeddings)]
     # Template problems concern both data sets; report them once.
-    reported += [_plain(f, held_out, "held out", allow) for f in find(held_out) if f.kind in _OF_EACH_SET]
+    reported += [
+        _plain(f, held_out, "held out", allow)
+        for f in find(held_out, num_embeddings=num_embeddings)
+        if f.kind in _OF_EACH_SET
+    ]
+    reported += [_plain(f, train, "model", allow) for f in of_model]
     if (note := unread_columns(unread)) is not None:
         reported.append(_plain(note, train, "train", allow))
     levels = ("error", "allowed", "note")

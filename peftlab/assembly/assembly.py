@@ -8,30 +8,37 @@ from typing import Any, TypeVar
 
 from peftlab.adapters import HeadLoss
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
+from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.measuring.memory import share_one_heap
 from peftlab.models import (
+    UNLIMITED,
     Pretrained,
     check_stored,
+    end_ids,
     find_pretrained,
+    load_config,
     load_image_reader,
     load_model,
     load_skeleton,
     load_tokenizer,
     model_max_length,
+    padding_of,
+    reconcile,
     resolve_precision,
     sentence_files,
     stored_as,
     tokenizer_fingerprint,
+    vocabulary_rows,
 )
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.methods import MethodSpec
 from peftlab.specs.tasks import TaskSpec
-from peftlab.tasks import Encoded, Task, TaskParts, task_class
+from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
@@ -217,15 +224,27 @@ class Assembly:
         check_columns(self.recipe, rows)
         return self.task_for(self.reader, classes=self.classes, rows=rows)
 
-    def task_for(self, reader: Any, *, classes: list[str] | None, rows: Rows | None = None) -> Task:
-        """Returns the recipe's task with another reader and other classes, such as those of a teacher.
+    def task_for(
+        self,
+        reader: Any,
+        *,
+        classes: list[str] | None,
+        rows: Rows | None = None,
+        pretrained: Pretrained | None = None,
+    ) -> Task:
+        """Returns the recipe's task with another reader, other classes and another model, such as those of a teacher.
 
         Args: rows: define the columns; default: each row shows its own when it is encoded.
+        Raises: RecipeError, DataError.
         """
-        return task_class(self.recipe.task).make(self._task_parts(reader, classes=classes, rows=rows))
+        parts = self._task_parts(reader, classes=classes, rows=rows, pretrained=pretrained)
+        return task_class(self.recipe.task).make(parts)
 
-    def _task_parts(self, reader: Any, *, classes: list[str] | None, rows: Rows | None) -> TaskParts:
+    def _task_parts(
+        self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
+    ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
+        padding, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
         return TaskParts(
             reader,
             columns=data.columns,
@@ -241,6 +260,9 @@ class Assembly:
             sentences=lambda: sentence_files(self.pretrained),
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
+            padding=padding,
+            end_ids=ends,
+            num_embeddings=num_embeddings,
         )
 
     @property
@@ -254,13 +276,34 @@ class Assembly:
             read |= {"label", data.columns["label"]}
         return [name for name in self.data.labelled.columns if name not in read]
 
+    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
+        """How a model's family is padded, the ids that end its texts, and the rows of its input embeddings, if it has a
+        vocabulary. Raises: RecipeError if it cannot do the task."""
+        if self.spec.reader != "tokenizer":
+            return "right", [], None
+        config = load_config(pretrained)
+        check_family(config, reader, self.spec)
+        ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
+        return padding_of(config, self.spec.predicts), ends, vocabulary_rows(config)
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Rows of the model's input embeddings; None for images and for a model without a vocabulary."""
+        return self._reading(self.pretrained, self.reader)[2]
+
     @property
     def limit(self) -> int:
-        """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less."""
+        """Maximum row length in tokens: data.max_length. Raises: RecipeError if the model allows less, or packing has no
+        limit."""
         if self.spec.reader == "image processor":
             return self.model_limit
         allowed = model_max_length(self.pretrained, self.reader)
         wanted = self.recipe.data.max_length
+        if wanted is None and allowed == UNLIMITED and self.recipe.data.packing:
+            raise RecipeError(
+                f"{self.recipe.model.name} has no limit of its own, so packing needs data.max_length, such as 2048",
+                key="data.max_length",
+            )
         if wanted is None:
             return self.model_limit
         if wanted > allowed:
@@ -297,7 +340,7 @@ class Assembly:
         encoded = self.task.encode(
             rows, max_length=self.limit, too_long=data.too_long, training=training, labelled=labelled
         )
-        require(encoded.ledger, allow=data.allow, training=training)
+        require(encoded.ledger, allow=data.allow, training=training, num_embeddings=self.num_embeddings)
         return encoded
 
     @property
@@ -333,13 +376,16 @@ class Assembly:
             "attention": model.attention,
             "resize_token_embeddings": model.resize_token_embeddings,
         }
-        return load_model(
+        loaded = load_model(
             self.pretrained,
             auto_class=self.spec.auto_class,
             device=self.device,
             **(options | changes),
             **self.task.model_kwargs(),
         )
+        if reads_ids(loaded.config, self.spec):
+            reconcile(loaded, self.reader)
+        return loaded
 
     def skeleton(self, task: Task | None = None) -> Any:
         """Returns the model without weights, on the meta device. Args: task: determines the head; default the recipe's."""
@@ -377,6 +423,7 @@ class Assembly:
             r.run.kernels,
             r.model.pooling,
             sentences,
+            self._reading(self.pretrained, self.reader),
         ]
 
     @property

@@ -38,6 +38,7 @@ from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.loop import LoopResult, TrainingLoop
 from peftlab.training.metrics_log import MetricsLog
 from peftlab.training.packing_check import check_packing
+from peftlab.training.padding_check import check_padding
 from peftlab.training.parity import check_parity
 from peftlab.training.progress import Progress
 
@@ -87,6 +88,7 @@ class Fit:
         """
         parts = self._parts
         with input_casts(parts.model, precision=parts.precision, adapts=parts.recipe.method.adapts):
+            self._check_padding()
             if parts.plan.packed:
                 self._check_packing()
             self._check_parity()
@@ -104,6 +106,23 @@ class Fit:
                 parts.assembly, self._folder, self._summary, self._progress, resume_hint=self._resume_hint
             )
         return open_run(self._folder)
+
+    def _check_padding(self) -> None:
+        """Checks that a row gets the same outputs in a padded batch as alone, and records it in the summary."""
+        parts, progress = self._parts, self._progress
+        progress.stage("checking that padding does not change outputs")
+        problem = check_padding(
+            parts.model,
+            parts.task,
+            max_length=parts.limit,
+            device=self._accelerator.device,
+            autocast=self._accelerator.autocast,
+        )
+        release_memory()
+        progress.done()
+        self._summary["padding"] = parts.task.padding
+        if problem is not None:
+            progress.note(problem)
 
     def _check_packing(self) -> None:
         """Runs the leak test and records it in the summary; a model that mixes packed rows gets a padded plan."""

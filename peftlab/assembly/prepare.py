@@ -12,6 +12,7 @@ from peftlab.adapters.fused import fusion_report
 from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.checks import check_room_to_answer
+from peftlab.assembly.model_findings import model_findings
 from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.data import BatchPlan, Rows
 from peftlab.measuring.memory import release_memory
@@ -126,6 +127,8 @@ def prepare(
         SilentProgress() if reported else progress,
         allow=recipe.data.allow,
         unread=assembly.unread_columns,
+        of_model=model_findings(assembly),
+        num_embeddings=assembly.num_embeddings,
     )
     span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)

@@ -18,6 +18,7 @@ from peftlab.models import Pretrained
 from peftlab.recipe import LoadedRecipe, load_recipe
 from peftlab.runs import LOCK_NAME
 from peftlab.tasks import Task
+from peftlab.training.padding_check import check_padding
 from peftlab.training.progress import Progress
 
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -152,7 +153,11 @@ def open_target(
     model = assembly.model(**model_changes)
     if target.adapter is not None:
         model = load_adapter(model, target.adapter, kernels=recipe.run.kernels)
-    return Opened(target, assembly, task, model.eval())
+    opened = Opened(target, assembly, task, model.eval())
+    problem = check_padding(model, task, max_length=opened.limit, device=opened.device, autocast=opened.autocast)
+    if problem is not None:
+        progress.note(problem)
+    return opened
 
 
 def check_same_model(target: Target, pretrained: Pretrained) -> None:

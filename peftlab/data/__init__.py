@@ -1,7 +1,7 @@
 """Data: loads rows from the sources that a recipe names, reads labels, splits, tokenizes and batches."""
 
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
-from peftlab.data.findings import Finding, find, require
+from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, read_labels
 from peftlab.data.ledger import Ledger
@@ -19,6 +19,7 @@ __all__ = [
     "Rows",
     "Tokens",
     "answered",
+    "check_ids",
     "class_names",
     "eval_batches",
     "find",

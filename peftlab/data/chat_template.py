@@ -189,6 +189,19 @@ class ChatTemplate:
         probed = self.probe(chats)
         return None if probed is None else probed[probed.rindex(_PROBE) + len(_PROBE) :]
 
+    def end_id(self) -> int | None:
+        """The special or added token with which the template ends the turn of an answer; None if it writes none."""
+        t = self._tokenizer
+        known = ({*t.all_special_ids, *t.added_tokens_decoder}) - {t.bos_token_id, t.unk_token_id, t.pad_token_id}
+        for roles in (["user"], ["system", "user"]):
+            asked = [{"role": role, "content": "?"} for role in roles]
+            text = self._plain_text([*asked, {"role": "assistant", "content": _PROBE}])
+            if text is None:
+                continue
+            ids = t(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"] if _PROBE in text else []
+            return next((i for i in ids if i in known | {t.eos_token_id}), None)
+        return None
+
     def _outlined(self, chat: Conversation, text: str) -> Rendered | None:
         """The parts of ``text`` by the outline; None if the outline with the words of ``chat``, as they are or stripped,
         does not reproduce ``text``."""

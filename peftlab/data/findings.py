@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ _NOTES = {
     ),
 }
 # Errors that make data unusable for evaluation too, not only for training.
-_ALWAYS = ("too_long", "zero_trained", "no_rows")
+_ALWAYS = ("too_long", "zero_trained", "no_rows", "unknown_ids")
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,14 @@ class Finding:
     error: bool = False
 
 
-def find(ledger: Ledger) -> list[Finding]:
-    """The findings of a ledger: errors first, then notes."""
+def find(ledger: Ledger, *, num_embeddings: int | None = None) -> list[Finding]:
+    """The findings of a ledger: errors first, then notes.
+
+    Args: num_embeddings: rows of the model's input embeddings; None: no vocabulary, or unknown.
+    """
     findings = [
         *_unfit(ledger),
+        *_ids(ledger, num_embeddings),
         *_template(ledger),
         *_answers(ledger),
         *_messages(ledger),
@@ -81,12 +86,16 @@ def find(ledger: Ledger) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.error)
 
 
-def require(ledger: Ledger, *, allow: Collection[str] = (), training: bool = True) -> None:
+def require(
+    ledger: Ledger, *, allow: Collection[str] = (), training: bool = True, num_embeddings: int | None = None
+) -> None:
     """Raises DataError with every error of the ledger that is not allowed.
 
-    Args: training: False skips errors that matter only for training, for data that is only evaluated.
+    Args: training: False skips errors that matter only for training, for data that is only evaluated. num_embeddings: see
+    ``find``.
     """
-    errors = [f for f in find(ledger) if f.error and f.kind not in allow and (training or f.kind in _ALWAYS)]
+    found = find(ledger, num_embeddings=num_embeddings)
+    errors = [f for f in found if f.error and f.kind not in allow and (training or f.kind in _ALWAYS)]
     if errors:
         raise DataError("\n".join(_located(finding, ledger) for finding in errors), key=errors[0].key)
 
@@ -125,6 +134,41 @@ def _unfit(ledger: Ledger) -> Iterator[Finding]:
             ledger.formatter.key if ledger.formatter else "data.columns",
             error=True,
         )
+
+
+def _ids(ledger: Ledger, num_embeddings: int | None) -> Iterator[Finding]:
+    if ledger.tokenizer is None or num_embeddings is None:
+        return
+    ids, more = ledger.ids_from(num_embeddings), len(ledger.tokenizer) - num_embeddings
+    if ids:
+        yield Finding("unknown_ids", unknown_ids(ledger.tokenizer, ids, num_embeddings), "model.name",
+                      ledger.rows_with_ids(num_embeddings), error=True)  # fmt: skip
+    elif more > 0:
+        yield Finding(
+            "unused_ids",
+            f"the tokenizer has {more:,} token{'' if more == 1 else 's'} more than the model has embedding rows "
+            f"({num_embeddings:,}), such as {ledger.tokenizer.convert_ids_to_tokens(num_embeddings)!r}; none occurs in these rows, "
+            "and a text with one is refused",
+            "model.name",
+        )
+
+
+def check_ids(tokenizer: Any, ids: Indices, num_embeddings: int | None, where: str) -> None:
+    """Raises DataError naming ``where`` if one of the [T] ``ids`` has no embedding row. Args: num_embeddings: see ``find``."""
+    if num_embeddings is not None and len(ids) and int(ids.max()) >= num_embeddings:
+        beyond = np.unique(ids[ids >= num_embeddings]).tolist()
+        raise DataError(f"{where}: {unknown_ids(tokenizer, beyond, num_embeddings)}", key="model.name")
+
+
+def unknown_ids(tokenizer: Any, ids: Sequence[int], num_embeddings: int) -> str:
+    """The message about token ids without an embedding row."""
+    tokens = ", ".join(repr(str(tokenizer.convert_ids_to_tokens(i))) for i in ids[:_SHOWN_TOKENS])
+    more = f" and {len(ids) - _SHOWN_TOKENS:,} others" if len(ids) > _SHOWN_TOKENS else ""
+    return (
+        f"the tokenizer writes {tokens}{more} (ids up to {max(ids):,}), but the model has only {num_embeddings:,} embedding rows. "
+        f"In Python, call model.resize_token_embeddings({len(tokenizer)}), save model and tokenizer with save_pretrained into "
+        "one folder, and set model.name to it; or use the model's own tokenizer"
+    )
 
 
 def _turn_end(ledger: Ledger) -> str | None:

@@ -55,6 +55,7 @@ class Ledger:
         self._lengths: list[Indices] = []
         self._kept: list[Indices] = []
         self._num_trained: list[Indices] = []
+        self._max_ids: list[Indices] = []
         self._hashes: list[Indices] = []
         self._prompt_hashes: list[Indices] = []
         self._labels: list[Indices] = []
@@ -79,6 +80,10 @@ class Ledger:
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(kept.astype(np.int32))
         self._num_trained.append(tokens.num_trained(kept).astype(np.int32))
+        highest = np.full(len(tokens), -1, dtype=np.int64)
+        if len(tokens.ids):
+            highest[lengths > 0] = np.maximum.reduceat(tokens.ids, tokens.bounds[:-1][lengths > 0])
+        self._max_ids.append(highest.astype(np.int32))
         raw, at = tokens.ids.tobytes(), (4 * tokens.bounds).tolist()
         self._hashes.append(np.array([hash(raw[a:b]) for a, b in pairwise(at)], dtype=np.int64))
         if labels is not None:
@@ -251,6 +256,16 @@ class Ledger:
     @property
     def num_trained(self) -> int:
         return int(self._trained.sum())
+
+    def rows_with_ids(self, first: int) -> Indices:
+        """Kept rows with a token id of ``first`` or more, before truncation."""
+        rows = self.kept_rows
+        above: Indices = rows[_joined(self._max_ids)[rows] >= first] if self._max_ids else rows[:0]
+        return above
+
+    def ids_from(self, first: int) -> list[int]:
+        """The token ids of ``first`` or more that the kept rows use."""
+        return (first + np.flatnonzero(self._seen[first:])).tolist()
 
     def repeated_rows(self) -> Indices:
         """Kept rows with the same tokens as an earlier kept row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from peftlab.errors import RecipeError
@@ -65,3 +66,30 @@ def load_skeleton(pretrained: Pretrained, *, auto_class: str, **model_kwargs: An
     with quiet(), load_errors(pretrained, "model"), torch.device("meta"):
         options = {"trust_remote_code": True} if pretrained.trust_remote_code else {}
         return getattr(transformers, auto_class).from_config(load_config(pretrained, **model_kwargs), **options)
+
+
+def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids at which the model's generation config ends a text: those that are special or added tokens of ``tokenizer``,
+    and the others, which are no ends in its vocabulary, as in a config whose default ids were never set."""
+    from transformers import GenerationConfig
+
+    ids: Any = None
+    if pretrained.source.kind not in ("tiny", "shape"):
+        with contextlib.suppress(OSError, ValueError), quiet():
+            ids = GenerationConfig.from_pretrained(pretrained.location, **pretrained.hub_kwargs).eos_token_id
+    if ids is None:
+        ids = getattr(load_config(pretrained).get_text_config(), "eos_token_id", None)
+    listed = [ids] if isinstance(ids, int) else list(ids or [])
+    known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return [i for i in listed if i in known], [i for i in listed if i not in known]
+
+
+def reads_later_tokens(config: Any) -> bool:
+    """Whether the language model of this config is no causal one: an encoder such as BERT without ``is_decoder``."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.model_type == "xlnet":
+        return True
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        return False
+    return not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from peftlab.specs.tasks import TASKS
-from peftlab.tasks.base import Columns, Generates, Redraws, Task, TaskParts
+from peftlab.tasks.base import Columns, Generates, Padding, Redraws, Task, TaskParts
 from peftlab.tasks.batch import Batch, collate_packed
 from peftlab.tasks.example import Encoded, Example, lengths_of
 from peftlab.tasks.outputs import OutputHead, Outputs, weighted_sum
@@ -25,6 +25,7 @@ __all__ = [
     "Generates",
     "OutputHead",
     "Outputs",
+    "Padding",
     "Preview",
     "Redraws",
     "Task",

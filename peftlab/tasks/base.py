@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.outputs import Outputs
 from peftlab.tasks.preview import Preview
 
+# How rows of different length share a batch, see ``models.padding``; ``none``: they run through the model separately.
+Padding = Literal["right", "left", "none"]
 # The result of ``Task.score`` for one batch: column name -> a number, or one number per row.
 Columns = dict[str, Any]
 
@@ -36,6 +38,8 @@ class TaskParts:
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
+        padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
+        num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
     """
 
     reader: Any
@@ -52,6 +56,9 @@ class TaskParts:
     sample: Mapping[str, Any] = field(default_factory=dict)
     style: Style | None = None
     control_tokens: ControlRule = "auto"
+    padding: Padding = "right"
+    end_ids: Sequence[int] = ()
+    num_embeddings: int | None = None
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -63,7 +70,8 @@ class Task(Protocol):
 
     ``spec`` is its row in ``specs.tasks``. ``tokenizer`` turns inputs into numbers: the tokenizer of a text task, the
     ``ImageReader`` of an image task; ``files`` writes it into a model folder, with ``save_pretrained(folder)``. ``max_length``
-    is the longest input in the model's files; None: the model's limit.
+    is the longest input in the model's files; None: the model's limit. ``padding`` is how it pads batches; a check at the start
+    of training and evaluation may set it to ``none``.
     """
 
     spec: TaskSpec
@@ -71,6 +79,7 @@ class Task(Protocol):
     files: Any
     class_names: list[str] | None
     max_length: int | None
+    padding: Padding
 
     @classmethod
     def make(cls, parts: TaskParts) -> Self:

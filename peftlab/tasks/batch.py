@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ class Batch:
     """The tensors of a micro-batch.
 
     Attributes:
-        inputs: arguments of the model by name, such as ``input_ids`` [B, T] int64, padded on the right, and
+        inputs: arguments of the model by name, such as ``input_ids`` [B, T] int64, padded on one side, and
             ``attention_mask`` [B, T] int64, which is absent if no row is padded (attention then runs unmasked). Packed
             documents are one row, B = 1, with ``position_ids`` [1, T] int64 from 0 for each; transformers separates them by
             these, without a mask and a cache.
@@ -65,17 +65,21 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
-    """Pads ``examples`` on the right to the longest of them. Labels per token are padded with -100, extra inputs with 0."""
+def collate(examples: Sequence[Example], *, pad_id: int, device: Any, left: bool = False) -> Batch:
+    """Pads ``examples`` on the right to the longest of them. Labels per token are padded with -100, extra inputs with 0.
+
+    Args: left: pad on the left, for examples without trained tokens, labels per token and extra inputs.
+    """
     longest = max(len(e) for e in examples)
     ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
     mask = np.zeros((len(examples), longest), dtype=np.int64)
     trained = np.zeros((len(examples), longest), dtype=bool)
     for i, example in enumerate(examples):
-        ids[i, : len(example)] = example.ids
-        mask[i, : len(example)] = 1
+        where = _span(len(example), longest, left)
+        ids[i, where] = example.ids
+        mask[i, where] = 1
         if example.trained is not None:
-            trained[i, : len(example)] = example.trained
+            trained[i, where] = example.trained
     inputs = {"input_ids": ids} | ({} if mask.all() else {"attention_mask": mask})
     for name in examples[0].extra:
         inputs[name] = _stacked([e.extra[name] for e in examples], fill=0)
@@ -132,12 +136,39 @@ def collate_packed(examples: Sequence[Example], *, device: Any) -> Batch:
     )
 
 
-def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any) -> dict[str, Tensor]:
+def by_length(call: Callable[[dict[str, Tensor]], Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """[B, ...] the outputs of ``call`` for ``inputs``, which are padded on the right: computed without padding, for the rows
+    of one length at a time. The outputs have no dimension of positions."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return call(dict(inputs))
+    lengths = mask.sum(1)
+    parts, order = [], []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        trimmed = {name: value[rows, :length] for name, value in inputs.items() if name != "attention_mask"}
+        parts.append(call(trimmed))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def of_one_length(examples: Sequence[Example]) -> list[list[int]]:
+    """The indices of the examples of each length, shortest first: in the order in which ``by_length`` draws dropout masks."""
+    lengths = [len(e) for e in examples]
+    return [[i for i, length in enumerate(lengths) if length == one] for one in sorted(set(lengths))]
+
+
+def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any, left: bool = False) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` [B, T] by transformers' conventions, row by row."""
     longest = max(len(e) for e in examples)
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, example in enumerate(examples):
-        ids[row, : len(example)] = torch.from_numpy(example.ids.astype(np.int64))
-        mask[row, : len(example)] = 1
+        where = _span(len(example), longest, left)
+        ids[row, where] = torch.from_numpy(example.ids.astype(np.int64))
+        mask[row, where] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _span(length: int, longest: int, left: bool) -> slice:
+    return slice(longest - length, longest) if left else slice(0, length)

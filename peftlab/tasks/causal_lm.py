@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Ledger, Rows, Tokens, answered, eval_batches, fit_lengths, pieces, tokenize
+from peftlab.data import Ledger, Rows, Tokens, answered, check_ids, eval_batches, fit_lengths, pieces, tokenize
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.errors import DataError
 from peftlab.specs.tasks import TASKS
-from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, unusable_rows
@@ -26,6 +26,9 @@ from peftlab.tasks.preview import Preview, preview
 
 # Positions scored at once: 256 x 49,152 float32 logits are 48 MiB.
 _SCORE_CHUNK = 256
+# Difference of logits, relative to the largest, between a prompt alone and padded: 16 bits round by 1 to 3 %, a model that
+# reads padding is off by more than half.
+_PROMPT_TOLERANCE = 0.1
 
 
 class CausalLM:
@@ -35,10 +38,12 @@ class CausalLM:
         formatter: rows to text and trained spans.
         head_loss: see ``LMHead``.
         choices: possible completions; every row then has a label, and ``score`` predicts by constrained decoding.
+        end_ids: tokens at which the model's generation config ends a text. num_embeddings: see ``TaskParts``.
     """
 
     spec = TASKS["causal_lm"]
     max_length = None
+    padding: Padding = "right"
 
     def __init__(
         self,
@@ -47,22 +52,33 @@ class CausalLM:
         *,
         head_loss: Callable[..., Tensor | None],
         choices: Sequence[str] | None = None,
+        end_ids: Sequence[int] = (),
+        num_embeddings: int | None = None,
     ) -> None:
         self.tokenizer = self.files = tokenizer
+        self._num_embeddings = num_embeddings
         self.formatter = formatter
         self.class_names = list(choices) if choices else None
         self._choice_ids: list[tuple[int, ...]] | None = None
         added = tokenizer.added_tokens_decoder
         special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        # Tokens that can end an answer; a chat template may end turns with another special token than eos.
-        never = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-        self._stop_ids = (special - never) | ({tokenizer.eos_token_id} - {None})
+        # Another special token in an answer, such as a label, does not end it.
+        ends_turn = formatter.chat_template.end_id() if formatter.style == "chat" else None
+        self._stop_ids = {tokenizer.eos_token_id, ends_turn, *end_ids} - {None}
         self._special_ids = special
+        self._pads_prompts: dict[int, bool] = {}
         self._head = LMHead(head_loss)
 
     @classmethod
     def make(cls, parts: TaskParts) -> CausalLM:
-        return cls(parts.reader, _formatter(parts), head_loss=parts.head_loss, choices=parts.classes)
+        return cls(
+            parts.reader,
+            _formatter(parts),
+            head_loss=parts.head_loss,
+            choices=parts.classes,
+            end_ids=parts.end_ids,
+            num_embeddings=parts.num_embeddings,
+        )
 
     @classmethod
     def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
@@ -364,8 +380,10 @@ class CausalLM:
         return [len(ids) for ids in self._rows_prompt_ids(rows)]
 
     def text_of(self, answer: np.ndarray) -> str:
-        """The text of an answer's tokens, without its end."""
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        """The text of an answer's tokens, without its end; other special tokens, such as labels, are part of it."""
+        t = self.tokenizer
+        silent = {*self._stop_ids, t.bos_token_id, t.unk_token_id, t.pad_token_id}
+        return str(t.decode([int(i) for i in answer if int(i) not in silent]))
 
     def ends(self, answer: np.ndarray) -> bool:
         """Whether the last token of an answer can end it."""
@@ -381,13 +399,17 @@ class CausalLM:
     ) -> Iterator[tuple[int, np.ndarray]]:
         # Padding costs less than another batch, which reads all weights again for each new token.
         lengths = [len(row) + max_new_tokens for row in ids]
-        for part in eval_batches(lengths, batch_tokens, max_padding=math.inf):
+        padded = len(set(lengths)) == 1 or self._prompts_can_be_padded(model, ids)
+        for part in eval_batches(lengths, batch_tokens, max_padding=math.inf if padded else 0):
             answers = self._generate(model, [ids[i] for i in part], max_new_tokens, sampling)
             yield from zip(part.tolist(), answers, strict=True)
 
     def _rows_prompt_ids(self, rows: Rows) -> list[np.ndarray]:
         self.formatter.recognise(rows, answer=False)
-        return self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
+        ids = self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
+        for i, row in enumerate(ids):
+            check_ids(self.tokenizer, row, self._num_embeddings, rows.where(i))
+        return ids
 
     def _predict_choices(self, model: nn.Module, ids: list[np.ndarray], batch_tokens: int) -> Iterator[dict[str, Any]]:
         assert self.class_names is not None
@@ -402,6 +424,34 @@ class CausalLM:
             for i, (choice, probability) in zip(part, self._choose(model, prefixes, logits), strict=True):
                 results[int(i)] = {"label": self.class_names[choice], "probability": probability}
         yield from (results[i] for i in range(len(ids)))
+
+    @torch.no_grad()
+    def _prompts_can_be_padded(self, model: nn.Module, ids: list[np.ndarray]) -> bool:
+        """Whether the model ignores padding before a prompt: the logits after the shortest prompt, padded to the longest,
+        are those after the prompt alone. Recurrent models without a mask and some learned positions fail."""
+        if id(model) not in self._pads_prompts:
+            short, long = min(ids, key=len), max(ids, key=len)
+            short = short[-_SCORE_CHUNK:]
+            long = long[-2 * _SCORE_CHUNK :]
+            padded = np.append(np.full(len(long) - len(short), self.tokenizer.pad_token_id), short)
+            mask = np.arange(len(long)) >= len(long) - len(short)
+            alone = self._next_logits(model, short, np.ones(len(short)))
+            error = float((self._next_logits(model, padded, mask) - alone).abs().max())
+            self._pads_prompts[id(model)] = error <= _PROMPT_TOLERANCE * float(alone.abs().max())
+        return self._pads_prompts[id(model)]
+
+    def _next_logits(self, model: nn.Module, ids: np.ndarray, mask: np.ndarray) -> Tensor:
+        """[V] float32 logits of the token that ``generate`` draws first."""
+        device = next(model.parameters()).device
+        out = cast(Callable[..., Any], model.generate)(
+            input_ids=torch.as_tensor(ids[None], dtype=torch.int64, device=device),
+            attention_mask=torch.as_tensor(mask[None], dtype=torch.int64, device=device),
+            output_logits=True,
+            return_dict_in_generate=True,
+            **self.generation_kwargs(1, _sampling(0.0, 1.0)),
+        )
+        logits: Tensor = out.logits[0][0].float()
+        return logits
 
     def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``generate``, which stops at every token that can end an answer."""

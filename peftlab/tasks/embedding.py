@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
+from peftlab.data import Ledger, Rows, check_ids, eval_batches, fit_lengths
 from peftlab.errors import RecipeError
 from peftlab.specs.tasks import TASKS
-from peftlab.tasks.base import Columns, TaskParts
-from peftlab.tasks.batch import Batch, collate, example_weights, padded_inputs
+from peftlab.tasks.base import Columns, Padding, TaskParts
+from peftlab.tasks.batch import Batch, by_length, collate, example_weights, of_one_length, padded_inputs
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import EMPTY_TEXT, blank_values, cut_note
 from peftlab.tasks.outputs import Outputs, at_least_float32
@@ -44,10 +44,13 @@ class Embedding:
         text_column: str = "text",
         files: Any = None,
         max_length: int | None = None,
+        padding: Padding = "right",
+        num_embeddings: int | None = None,
     ) -> None:
         assert pooling in POOLINGS
         self.tokenizer, self.files, self.max_length = tokenizer, files or tokenizer, max_length
-        self._pooling, self._normalize = pooling, normalize
+        self._pooling, self._normalize, self.padding = pooling, normalize, padding
+        self._num_embeddings = num_embeddings
         self._texts = Texts(tokenizer, text_column)
 
     @classmethod
@@ -68,6 +71,8 @@ class Embedding:
             text_column=parts.column("text"),
             files=files.writer(parts.reader, pooling=pooling),
             max_length=files.max_length,
+            padding=parts.padding,
+            num_embeddings=parts.num_embeddings,
         )
 
     @property
@@ -107,16 +112,21 @@ class Embedding:
         raise ValueError("texts have no labels, so the loss needs a teacher's vectors")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        hidden = at_least_float32(model(**batch.inputs).last_hidden_state)
-        mask = batch.attention_mask
-        if self._pooling == "cls":
-            vectors = hidden[:, 0]
-        elif self._pooling == "mean":
-            vectors = hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
-        else:
-            ends = torch.full_like(batch.input_ids[:, 0], hidden.shape[1]) if mask is None else mask.sum(1)
-            vectors = hidden[torch.arange(len(hidden), device=hidden.device), ends - 1]
+        def call(inputs: Mapping[str, Tensor]) -> Tensor:
+            return self._pooled(at_least_float32(model(**inputs).last_hidden_state), inputs)
+
+        vectors = by_length(call, batch.inputs) if self.padding == "none" else call(batch.inputs)
         return self._outputs(vectors, batch.weights)
+
+    def _pooled(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[B, H] one vector per row of ``hidden`` [B, T, H]."""
+        mask = inputs.get("attention_mask")
+        if self._pooling == "cls":
+            return hidden[:, 0]
+        if self._pooling == "mean":
+            return hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
+        ends = torch.full_like(inputs["input_ids"][:, 0], hidden.shape[1]) if mask is None else mask.sum(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), ends - 1]
 
     def _outputs(self, vectors: Tensor, weights: Tensor) -> Outputs:
         vectors = F.normalize(vectors, dim=-1) if self._normalize else vectors
@@ -124,9 +134,12 @@ class Embedding:
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         """The vector of each text, computed on its own tokens only."""
-        inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
-        hidden = at_least_float32(model(**inputs).last_hidden_state)
-        texts = [states[: len(e)] for states, e in zip(hidden, examples, strict=True)]
+        groups = of_one_length(examples) if self.padding == "none" else [list(range(len(examples)))]
+        hidden: dict[int, Tensor] = {}
+        for group in groups:
+            inputs = padded_inputs([examples[i] for i in group], pad_id=self.tokenizer.pad_token_id, device=device)
+            hidden |= zip(group, at_least_float32(model(**inputs).last_hidden_state), strict=True)
+        texts = [hidden[i][: len(e)] for i, e in enumerate(examples)]
         pools: dict[str, Callable[[Tensor], Tensor]]
         pools = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}
         return self._outputs(torch.stack([pools[self._pooling](t) for t in texts]), example_weights(examples, device))
@@ -151,6 +164,8 @@ class Embedding:
         """Yields ``{"vector": [H numbers]}`` per row; longer texts are truncated."""
         encoded = self.encode(rows, max_length=max_length, too_long="truncate", training=False)
         examples, lengths = encoded.examples, encoded.ledger.row_lengths.tolist()
+        for example in examples:
+            check_ids(self.tokenizer, example.ids, self._num_embeddings, rows.where(example.row))
         device = next(model.parameters()).device
         results: dict[int, list[float]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):

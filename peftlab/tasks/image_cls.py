@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlab.data import Ledger, Rows, eval_batches, read_images, size_text
 from peftlab.specs.tasks import TASKS
-from peftlab.tasks.base import Columns, TaskParts
+from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, example_weights, stacked_labels
 from peftlab.tasks.classification import (
     Labels,
@@ -38,6 +38,7 @@ class ImageClassification:
 
     spec = TASKS["image_cls"]
     max_length = None
+    padding: Padding = "right"
 
     def __init__(self, reader: Any, *, labels: Labels, image_column: str = "image") -> None:
         self.tokenizer = self.files = reader

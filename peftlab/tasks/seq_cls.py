@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.data import Ledger, Rows, eval_batches, fit_lengths
+from peftlab.data import Ledger, Rows, check_ids, eval_batches, fit_lengths
 from peftlab.specs.tasks import TASKS
-from peftlab.tasks.base import Columns, TaskParts
-from peftlab.tasks.batch import Batch, collate, padded_inputs
+from peftlab.tasks.base import Columns, Padding, TaskParts
+from peftlab.tasks.batch import Batch, by_length, collate, of_one_length, padded_inputs
 from peftlab.tasks.classification import (
     Labels,
     labels_loss_sum,
@@ -34,15 +35,30 @@ class SequenceClassification:
     spec = TASKS["seq_cls"]
     max_length = None
 
-    def __init__(self, tokenizer: Any, *, labels: Labels, text_column: str = "text") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        labels: Labels,
+        text_column: str = "text",
+        padding: Padding = "right",
+        num_embeddings: int | None = None,
+    ) -> None:
         self.tokenizer = self.files = tokenizer
+        self.padding, self._num_embeddings = padding, num_embeddings
         self.class_names = labels.names
         self._texts = Texts(tokenizer, text_column)
         self._labels = labels
 
     @classmethod
     def make(cls, parts: TaskParts) -> SequenceClassification:
-        return cls(parts.reader, labels=Labels.make(parts), text_column=parts.column("text"))
+        return cls(
+            parts.reader,
+            labels=Labels.make(parts),
+            text_column=parts.column("text"),
+            padding=parts.padding,
+            num_embeddings=parts.num_embeddings,
+        )
 
     @property
     def read_columns(self) -> set[str]:
@@ -91,7 +107,7 @@ class SequenceClassification:
         )
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
-        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device, left=self.padding == "left")
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return labels_loss_sum(self, model, batch)
@@ -100,11 +116,23 @@ class SequenceClassification:
         return cross_entropy(outputs)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        return outputs_of(model(**batch.inputs).logits, batch)
+        return outputs_of(self._logits(model, batch.inputs), batch)
+
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[B, C]"""
+
+        def call(inputs: Mapping[str, Tensor]) -> Tensor:
+            logits: Tensor = model(**inputs).logits
+            return logits
+
+        return by_length(call, inputs) if self.padding == "none" else call(inputs)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
-        inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
-        return reference_outputs_of(model(**inputs).logits, examples, device)
+        options = {"pad_id": self.tokenizer.pad_token_id, "device": device, "left": self.padding == "left"}
+        groups = of_one_length(examples) if self.padding == "none" else [list(range(len(examples)))]
+        logits = torch.cat([model(**padded_inputs([examples[i] for i in g], **options)).logits for g in groups])
+        logits = logits[np.argsort(np.concatenate(groups))]
+        return reference_outputs_of(logits, examples, device)
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
         return labels_score(self, model, batch)
@@ -128,7 +156,9 @@ class SequenceClassification:
         for first, tokens in self._texts.pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long="truncate")
             notes += map(cut_note, tokens.lengths.tolist(), kept.tolist())
-            examples += [Example(ids, first + i, 1.0, label=0) for i, ids in fitted(tokens, kept)]
+            for i, ids in fitted(tokens, kept):
+                check_ids(self.tokenizer, ids, self._num_embeddings, rows.where(first + i))
+                examples.append(Example(ids, first + i, 1.0, label=0))
         device = next(model.parameters()).device
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(e) for e in examples], batch_tokens):

@@ -150,7 +150,10 @@ class NamedTeacher:
                 model = load_adapter(model, self.adapter, kernels=self._assembly.recipe.run.kernels).eval()
         columns, own_texts, notes = self._columns(opened.task)
         # Its own tokenizer and classes, but the student's data columns: its training data may have had other names.
-        task = self._assembly.task_for(opened.assembly.reader, classes=opened.task.class_names)
+        task = self._assembly.task_for(
+            opened.assembly.reader, classes=opened.task.class_names, pretrained=opened.assembly.pretrained
+        )
+        task.padding = opened.task.padding
         return TeacherModel(self.key, self.name, model, task, opened.device, opened.limit, own_texts, columns, notes)
 
     def check(self) -> None:

@@ -479,3 +479,34 @@ def test_ledger_memory_does_not_grow_with_the_tokens(tokenizer: Any, monkeypatch
 
     peak(250)  # the first call fills caches
     assert (peak(4000) - peak(1000)) / 3000 < 100
+
+
+def test_ids_without_an_embedding_row_are_an_error_where_they_occur(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<A>", "<B>"]})
+    rows = [{"prompt": "Q", "completion": "x"}, {"prompt": "Q<B>", "completion": "x"}]
+    ledger = encode(tokenizer, rows).ledger
+    assert "unknown_ids" not in kinds(ledger)
+    (finding,) = [f for f in find(ledger, num_embeddings=260) if f.error]
+    assert finding.kind == "unknown_ids" and finding.rows is not None and finding.rows.tolist() == [1]
+    assert finding.message.startswith(
+        "the tokenizer writes '<B>' (ids up to 261), but the model has only 260 embedding rows. In Python, call "
+        "model.resize_token_embeddings(262)"
+    )
+    with pytest.raises(DataError, match="<B>"):
+        require(ledger, training=False, num_embeddings=260)
+    require(ledger, num_embeddings=262)
+
+
+def test_ids_that_do_not_occur_are_a_note(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<A>", "<B>"]})
+    ledger = encode(tokenizer, [{"prompt": "Q", "completion": "x"}]).ledger
+    (finding,) = [f for f in find(ledger, num_embeddings=260) if "ids" in f.kind]
+    assert (finding.kind, finding.error, finding.rows) == ("unused_ids", False, None)
+    assert "2 tokens more than the model has embedding rows (260), such as '<A>'" in finding.message
+    assert not [f for f in find(ledger, num_embeddings=300) if "ids" in f.kind]
+
+
+def test_ids_of_rows_without_tokens_are_none(tokenizer: Any) -> None:
+    ledger = encode(tokenizer, [{"prompt": "", "completion": "ab"}, {"prompt": "Q", "completion": "x"}]).ledger
+    assert ledger.rows_with_ids(0).tolist() == [0, 1]
+    assert ledger.ids_from(0) and not ledger.ids_from(260)

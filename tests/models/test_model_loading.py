@@ -160,5 +160,5 @@ def test_padding_adds_no_vocabulary(tmp_path: Path, tokenizer_of: Callable[[str]
     from peftlab.models.source import ModelSource
 
     loaded = load_tokenizer(Pretrained(ModelSource("folder", "x", str(tmp_path)), str(tmp_path), None, False))
-    assert loaded.pad_token_id == loaded.eos_token_id
+    assert loaded.pad_token == "<|pad|>"
     assert len(loaded) == len(tokenizer)

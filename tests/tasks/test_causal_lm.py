@@ -458,3 +458,43 @@ def test_head_is_verified_on_the_start_of_a_row_only() -> None:
     hidden = LMHead(HeadLoss()).hidden_states(model, {"input_ids": torch.arange(4, 204)[None]})
     assert hidden.shape[1] == 200
     assert lengths and max(lengths) <= 32
+
+
+@pytest.fixture
+def tagger(tokenizer_of: Callable[[str], Any]) -> Any:
+    """A tokenizer with the special tokens <A> (260) and <B> (261), which end no text."""
+    tokenizer = tokenizer_of("tiny:llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<A>", "<B>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Q", "completion": "<A>"}, {"prompt": "Q", "completion": "x<B>"}])
+def test_end_of_text_follows_an_answer_that_ends_in_another_special_token(tagger: Any, row: dict[str, str]) -> None:
+    assert masks(tagger, [row]) == [(False, "Q"), (True, row["completion"] + EOS)]
+
+
+def test_end_of_turn_of_the_template_ends_an_answer(tagger: Any) -> None:
+    """Its ``<B>`` ends turns instead of the end of text; ``<A>`` in an answer does not."""
+    tagger.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '<B>\n' }}{% endfor %}"
+    tagger.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<A>"}]}]
+    assert masks(tagger, rows) == [(False, "user:q<B>\nassistant:"), (True, "a<A><B>"), (False, "\n")]
+    task = make(tagger, rows_of(rows), end_ids=[1])
+    assert task.generation_kwargs(1, {})["eos_token_id"] == [1, 2, 261]
+    assert task.ends(np.array([5, 261])) and not task.ends(np.array([5, 260]))
+
+
+def test_text_of_an_answer_keeps_special_tokens_but_not_its_end(tagger: Any) -> None:
+    task = make(tagger, rows_of([{"prompt": "Q", "completion": "x"}]))
+    assert task.text_of(np.array([260, 2])) == "<A>"
+    assert task.text_of(np.array([*tagger("hi", add_special_tokens=False)["input_ids"], 261, 2, 0, 0])) == "hi<B>"
+
+
+def test_prompts_with_unknown_ids_are_refused(tagger: Any) -> None:
+    rows = rows_of([{"prompt": "Q", "completion": ""}, {"prompt": "Q<A>", "completion": ""}])
+    task = make(tagger, rows, num_embeddings=260)
+    with pytest.raises(
+        DataError, match=r"^a\.csv:3: the tokenizer writes '<A>' \(ids up to 260\), but the model has only"
+    ):
+        task.prompt_lengths(rows)
+    assert make(tagger, rows, num_embeddings=261).prompt_lengths(rows) == [1, 2]

@@ -19,6 +19,7 @@ from peftlab_kernels.lora_linear import plan as plan_module
 import peftlab
 from peftlab import ops
 from peftlab.adapters.inject import inject
+from peftlab.assembly import fit as fit_module
 from peftlab.assembly import prepare as prepare_module
 from peftlab.errors import RecipeError, VerificationError
 from peftlab.tasks import causal_lm, seq_cls
@@ -227,6 +228,8 @@ def mask_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padding_attended(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It finds this fault too, and runs rows of different length separately.
+    monkeypatch.setattr(fit_module, "check_padding", lambda *_, **__: None)
     for module in (causal_lm, seq_cls):
         right = module.collate
 

@@ -1,0 +1,77 @@
+"""What a model's config and its tokenizer say about each other, found without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from peftlab.data import Finding
+from peftlab.errors import RecipeError
+from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.specs.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from peftlab.assembly.assembly import Assembly
+
+_PADDING = {
+    "left": "pads rows on the left, because the head of this family reads the last position",
+    "none": "runs only rows of the same length together, because this family reads padding; that is slower",
+}
+
+
+def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
+    """Raises RecipeError if models of this config cannot do the task with this tokenizer, whatever their weights."""
+    if spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):
+        raise RecipeError(
+            f"{config.model_type} reads the tokens after the one that it predicts, so it is no causal language model; use a "
+            "model for causal language modelling, or set is_decoder to true in its config.json",
+            key="model.name",
+        )
+    if spec.classifies and getattr(config, "is_encoder_decoder", False):
+        eos = tokenizer.eos_token_id
+        if eos is None or eos not in tokenizer("a", verbose=False)["input_ids"]:
+            raise RecipeError(
+                f"the classification head of {config.model_type} reads the end of text, which the tokenizer does not write "
+                "after a text; use a tokenizer that ends every text with its eos_token",
+                key="model.name",
+            )
+
+
+def reads_ids(config: Any, spec: TaskSpec) -> bool:
+    """Whether a model of this config finds positions by ids in its config: the head of a decoder skips the padding id, and
+    an encoder-decoder reads at the end of text."""
+    return spec.reader == "tokenizer" and (spec.classifies or bool(getattr(config, "is_encoder_decoder", False)))
+
+
+def model_findings(assembly: Assembly) -> list[Finding]:
+    """Notes on padding, ids, ends of text and the limit; none for images."""
+    return list(_findings(assembly)) if assembly.spec.reader == "tokenizer" else []
+
+
+def _findings(assembly: Assembly) -> Iterator[Finding]:
+    config, tokenizer = load_config(assembly.pretrained), assembly.reader
+    if tokenizer.padding_note is not None:
+        yield Finding("padding_token", tokenizer.padding_note, "model.name")
+    if reads_ids(config, assembly.spec):
+        for name, (now, then) in reconciled_ids(config, tokenizer).items():
+            has = f"is {now}" if now is not None else "is not set"
+            yield Finding(
+                "config_ids",
+                f"{name} of the model's config {has}; peftlab sets it to {then}, the tokenizer's. To open the adapter with PEFT "
+                f"alone, set model.config.{name} = {then} first",
+                "model.name",
+            )
+    if (way := assembly.task.padding) != "right":
+        yield Finding("padding", f"{config.model_type}: peftlab {_PADDING[way]}", "model.name")
+    if assembly.spec.generates and (ordinary := end_ids(assembly.pretrained, tokenizer)[1]):
+        tokens = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in ordinary[:3])
+        yield Finding(
+            "config_ids",
+            f"eos_token_id of the model's config ({', '.join(map(str, ordinary[:3]))}) is no special token of the tokenizer "
+            f"but {tokens}, so it does not end an answer; {tokenizer.eos_token!r} does",
+            "model.name",
+        )
+    limit = length_limit(assembly.pretrained, tokenizer)
+    if limit.note is not None and assembly.recipe.data.max_length is None:
+        longest = f"at most {limit.tokens:,} tokens" if limit.tokens < UNLIMITED else "texts of any length"
+        yield Finding("length_limit", f"the model reads {longest}: {limit.note}", "data.max_length")

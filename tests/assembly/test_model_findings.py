@@ -1,0 +1,150 @@
+"""Model and tokenizer are reconciled: found by ``check`` without weights, done in training, kept in merged models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftlab
+from peftlab.errors import RecipeError
+from peftlab.training.progress import SilentProgress
+from tests.family_examples import make_config, make_model
+
+END = "<|im_end|>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_of: Callable[[str], Any]) -> Callable[..., None]:
+    """Writes the data and a model with a tokenizer that may end its texts."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": " ".join(["word"] * (1 + i % 5)) + " x" * (i % 3), "label": "ab"[i % 2]} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(config: Any, auto_class: str = "AutoModel", *, ended: bool = True, pad: bool = True) -> None:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer = tokenizer_of("tiny:llama")
+        if ended:
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"$A {END}", special_tokens=[(END, 2)]
+            )
+        make_model(config, auto_class).save_pretrained("model")
+        tokenizer.save_pretrained("model")
+        if not pad:
+            file = Path("model/tokenizer_config.json")
+            file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "pad_token"}))
+
+    return write
+
+
+def recipe(task: str = "seq_cls", **adapter: Any) -> dict[str, Any]:
+    return {
+        "task": task,
+        "model": {"name": "model"},
+        "adapter": adapter or {"targets": "all-linear"},
+        "data": {"train": "rows.jsonl"} | ({"columns": {"text": "text"}} if task == "causal_lm" else {}),
+        "train": {"max_steps": 3, "lr": 0.01},
+        "run": {"dir": "run", "device": "cpu"},
+    }
+
+
+def notes(document: dict[str, Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for finding in peftlab.check(document, progress=SilentProgress())["findings"]:
+        if finding["data"] == "model":
+            found.setdefault(finding["kind"], []).append(finding["message"])
+    return found
+
+
+def test_check_names_the_padding_of_a_decoder_without_one(folder: Callable[..., None]) -> None:
+    folder(make_config("LlamaConfig"), pad=False)
+    found = notes(recipe())
+    assert found["padding_token"] == [
+        "the tokenizer has no padding token: batches are padded with '<|pad|>' (id 0), a special token for padding"
+    ]
+    assert found["config_ids"] == [
+        "pad_token_id of the model's config is not set; peftlab sets it to 0, the tokenizer's. To open the adapter with PEFT "
+        "alone, set model.config.pad_token_id = 0 first"
+    ]
+
+
+def test_check_names_padding_and_limit_of_xlnet(folder: Callable[..., None]) -> None:
+    folder(make_config("XLNetConfig"))
+    found = notes(recipe())
+    assert found["padding"] == [
+        "xlnet: peftlab pads rows on the left, because the head of this family reads the last position"
+    ]
+    assert found["length_limit"] == [
+        "the model reads at most 512 tokens: its tokenizer says so (model_max_length); the model's positions have no limit"
+    ]
+
+
+def test_check_has_no_notes_on_a_model_that_fits_its_tokenizer(folder: Callable[..., None]) -> None:
+    folder(make_config("LlamaConfig", pad_token_id=0))
+    assert notes(recipe() | {"data": {"train": "rows.jsonl", "max_length": 64}}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "ended", "says"),
+    [
+        (
+            "BartConfig",
+            "seq_cls",
+            False,
+            "the classification head of bart reads the end of text, which the tokenizer does not",
+        ),
+        ("BertConfig", "causal_lm", True, "bert reads the tokens after the one that it predicts"),
+        ("XLNetConfig", "causal_lm", True, "xlnet reads the tokens after the one that it predicts"),
+    ],
+)
+def test_check_refuses_a_family_that_cannot_do_the_task(
+    folder: Callable[..., None], name: str, task: str, ended: bool, says: str
+) -> None:
+    folder(make_config(name), ended=ended)
+    with pytest.raises(RecipeError, match=says):
+        notes(recipe(task))
+
+
+def test_packing_without_a_limit_needs_max_length(folder: Callable[..., None]) -> None:
+    folder(make_config("BloomConfig"), "AutoModelForCausalLM")
+    file = Path("model/tokenizer_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": -1}))
+    document = recipe("causal_lm")
+    document["data"] |= {"packing": True}
+    with pytest.raises(RecipeError, match="model has no limit of its own, so packing needs"):
+        notes(document)
+    document["data"] |= {"max_length": 64}
+    assert notes(document) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "padding", "ids"),
+    [
+        ("LlamaConfig", {}, "right", {"pad_token_id": 0}),
+        ("LlamaConfig", {"pad_token_id": 3}, "right", {"pad_token_id": 0}),
+        ("T5Config", {}, "right", {"eos_token_id": 2, "decoder_start_token_id": 0}),
+        ("FNetConfig", {}, "none", {"pad_token_id": 0}),
+    ],
+)
+def test_classifier_scores_the_same_after_training_in_eval_and_merged(
+    folder: Callable[..., None], name: str, values: dict[str, Any], padding: str, ids: dict[str, int]
+) -> None:
+    folder(make_config(name, **values))
+    targets = {"LlamaConfig": ["q_proj"], "T5Config": ["q"], "FNetConfig": ["intermediate.dense"]}[name]
+    head = {"modules_to_save": ["classification_head"]} if name == "T5Config" else {}
+    run = peftlab.train(recipe(targets=targets, **head), progress=SilentProgress())
+    summary = json.loads(Path("run/run.json").read_text())
+    assert summary["padding"] == padding
+    after = summary["after"]["loss"]
+    assert peftlab.evaluate(run.folder, progress=SilentProgress())["metrics"]["loss"] == pytest.approx(after, rel=1e-5)
+    assert peftlab.merge(run.folder, progress=SilentProgress())["verified"]
+    config = json.loads(Path("run/merged/config.json").read_text())
+    assert {key: config[key] for key in ids} == ids
+    texts = ["a", "word word word word x x x x x", "so so"]
+    together = [p["probability"] for p in peftlab.predict("run/merged", texts, progress=SilentProgress())]
+    alone = [next(peftlab.predict("run/merged", [t], progress=SilentProgress()))["probability"] for t in texts]
+    assert together == pytest.approx(alone, abs=1e-6)

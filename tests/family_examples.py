@@ -1,0 +1,125 @@
+"""Tiny random models of many families, by the name of their config class in transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCABULARY = 260  # that of tiny:llama's tokenizer: <|pad|> is 0, <|im_end|>, the end of text, is 2
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+}
+_NO_FFN = {k: v for k, v in _SIZES.items() if k != "intermediate_size"}
+_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+_XLM = {"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+_DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
+_MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+
+# Decoders as published: most have no padding id.
+DECODERS: dict[str, dict[str, Any]] = {
+    "LlamaConfig": _GROUPED,
+    "Qwen2Config": _GROUPED,
+    "Qwen3Config": {**_GROUPED, "head_dim": 8},
+    "MistralConfig": _GROUPED,
+    "MixtralConfig": {**_GROUPED, "num_local_experts": 2},
+    "GemmaConfig": {**_GROUPED, "head_dim": 8},
+    "Gemma2Config": {**_GROUPED, "head_dim": 8},
+    "Gemma3TextConfig": {**_GROUPED, "head_dim": 8},
+    "PhiConfig": _SIZES,
+    "Phi3Config": {**_GROUPED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "GPT2Config": {**_GPT, "bos_token_id": 1, "eos_token_id": 2},
+    "GPTBigCodeConfig": {**_GPT, "bos_token_id": 1, "eos_token_id": 2},
+    "GPTNeoConfig": {**_NO_FFN, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "GPTNeoXConfig": _SIZES,
+    "GPTJConfig": {**_GPT, "rotary_dim": 4},
+    "OPTConfig": {**_NO_FFN, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "BloomConfig": _BLOOM,
+    "FalconConfig": _NO_FFN,
+    "MptConfig": {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    "StableLmConfig": _GROUPED,
+    "Starcoder2Config": _GROUPED,
+}
+WRITERS: dict[str, dict[str, Any]] = DECODERS | {
+    "MambaConfig": _MAMBA,
+    "RwkvConfig": {k: v for k, v in _MAMBA.items() if k != "state_size"} | {"context_length": 128},
+    "GraniteConfig": _GROUPED,
+    "OlmoConfig": _GROUPED,
+}
+CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
+    "BertConfig": _SIZES,
+    "DistilBertConfig": _DISTIL,
+    "RobertaConfig": _SIZES,
+    "XLMRobertaConfig": _SIZES,
+    "CamembertConfig": _SIZES,
+    "MPNetConfig": _SIZES,
+    "LongformerConfig": {**_SIZES, "attention_window": 8},
+    "BigBirdConfig": {**_SIZES, "block_size": 4, "num_random_blocks": 1},
+    "ElectraConfig": {**_SIZES, "embedding_size": 32},
+    "DebertaConfig": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "DebertaV2Config": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "AlbertConfig": {**_SIZES, "embedding_size": 16},
+    "MobileBertConfig": {**_SIZES, "embedding_size": 16, "intra_bottleneck_size": 32},
+    "SqueezeBertConfig": {**_SIZES, "embedding_size": 32},
+    "RoFormerConfig": _SIZES,
+    "ModernBertConfig": {**_SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+                         "sep_token_id": 2, "local_attention": 8},
+    "FunnelConfig": {"vocab_size": VOCABULARY, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64},
+    "XLNetConfig": {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+    "XLMConfig": _XLM,
+    "T5Config": _T5,
+    "MT5Config": _T5,
+    "BartConfig": _BART,
+    "MBartConfig": _BART,
+    "ConvBertConfig": {**_SIZES, "embedding_size": 32},
+    "FNetConfig": {k: v for k, v in _SIZES.items() if k != "num_attention_heads"},
+    "YosoConfig": _SIZES,
+    "NystromformerConfig": {**_SIZES, "num_landmarks": 64, "segment_means_seq_len": 64},
+    "FlaubertConfig": _XLM,
+    "XLMRobertaXLConfig": _SIZES,
+    "ErnieConfig": _SIZES,
+    "RemBertConfig": {**_SIZES, "input_embedding_size": 16, "output_embedding_size": 16},
+    "EsmConfig": {**_SIZES, "pad_token_id": 1, "mask_token_id": 3},
+    "ReformerConfig": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "attention_head_size": 8, "num_attention_heads": 4,
+        "feed_forward_size": 64, "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 16], "max_position_embeddings": 128, "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8, "num_buckets": 2, "is_decoder": False,
+        "hash_seed": 0,
+    },
+}  # fmt: skip
+
+
+def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **values: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, name)(**families[name], **values)
+
+
+def make_model(config: Any, auto_class: str) -> Any:
+    """Weights of 0.2 instead of 0.02, so that an output depends on every input by more than rounding."""
+    import torch
+    import transformers
+
+    if hasattr(config, "initializer_range"):
+        config.initializer_range = 0.2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, auto_class).from_config(config).eval()
