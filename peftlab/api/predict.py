@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftlab.assembly.data import uses_labels
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import RecipeSource, check_room_to_answer, find_target, open_target
 from peftlab.data import Rows, load_rows
 from peftlab.errors import DataError, RecipeError
+from peftlab.recipe import Recipe
 from peftlab.tasks import Task
 from peftlab.training.progress import Progress, make_progress
 
@@ -41,7 +44,7 @@ def predict(
     resolved = find_target(target, recipe, overrides)
     with located(resolved.loaded):
         settings = resolved.loaded.recipe
-        rows = _rows_of_file(inputs, settings.data.encoding) if isinstance(inputs, Path) else None
+        rows = _rows_of_file(inputs, settings, overrides) if isinstance(inputs, Path) else None
         opened = open_target(resolved, progress)
         check_room_to_answer(max_new_tokens or settings.eval.max_new_tokens, opened)
         rows = rows if rows is not None else _input_rows(inputs, opened.task)
@@ -60,9 +63,19 @@ def predict(
                 )
 
 
-def _rows_of_file(path: Path, encoding: str) -> Rows:
+def _rows_of_file(path: Path, settings: Recipe, overrides: Sequence[str]) -> Rows:
+    """The rows of a file or folder, which need not be like the training data unless ``overrides`` say how to read it."""
+    named = {override.partition("=")[0] for override in overrides}
+    keys = ("format", "delimiter", "column_names", "encoding")
+    options = {key: getattr(settings.data, key) for key in keys if f"data.{key}" in named}
+    read = functools.partial(load_rows, str(path), default_split=None, classes_from_folders=uses_labels(settings))
     try:
-        return load_rows(str(path), encoding=encoding)
+        try:
+            return read(**options)
+        except DataError as error:
+            if error.key != "data.encoding" or "encoding" in options:
+                raise
+            return read(**options, encoding=settings.data.encoding)
     except DataError as error:
         raise DataError(str(error)) from None  # the error is in the input, not in a recipe key
 

@@ -16,6 +16,7 @@ MOST_PLACES = 20
 # Findings reported for held-out rows too; the others concern the template and are reported once.
 _OF_EACH_SET = {
     "too_long", "zero_trained", "no_rows", "repeated", "contradicting", "answer_cut", "empty_answer", "inner_end", "doubled_bos",
+    "absent_label", "encoding", "format", "delimiter", "split", "folder", "odd_characters",
 }  # fmt: skip
 
 
@@ -44,7 +45,13 @@ def findings(train: Ledger, held_out: Ledger, *, allow: Sequence[str]) -> list[d
     """The findings of both ledgers: ``level`` is ``error``, ``allowed`` (an error the recipe allows) or ``note``."""
     reported = [_plain(f, train, "train", allow) for f in find(train)]
     # Template problems concern both data sets; report them once.
-    reported += [_plain(f, held_out, "held out", allow) for f in find(held_out) if f.kind in _OF_EACH_SET]
+    # Notes on a file that both sets come from are the same.
+    read = {note.message for note in train.rows.notes}
+    reported += [
+        _plain(f, held_out, "held out", allow)
+        for f in find(held_out)
+        if f.kind in _OF_EACH_SET and f.message not in read
+    ]
     levels = ("error", "allowed", "note")
     return sorted(reported, key=lambda f: levels.index(f["level"]))
 
