@@ -82,9 +82,10 @@ def _of_objects(text: str, path: Path, options: Options) -> Table:
         try:
             return _of_sequence(text, path, options)
         except DataError as second:
-            # The text of an object that is spread over lines is broken where the sequence breaks.
-            first = next((line for line in text.split("\n") if line.strip()), "")
-            raise (error if _is_object(first) else second) from None
+            # An object that is spread over lines is broken where the sequence breaks, one in a line is where the line does.
+            line = next((line for line in text.split("\n") if line.strip() and not _is_object(line)), "").rstrip()
+            spread = line.endswith(("{", "[", ",", ":")) or "Extra data" in str(error)
+            raise (second if spread else error) from None
 
 
 def _is_object(line: str) -> bool:
