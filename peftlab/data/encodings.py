@@ -27,6 +27,7 @@ _C1 = re.compile("[\x80-\x9f]")
 _LOST = re.compile("\ufffd")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+_ODD_ESCAPED = re.compile(r"\\(?:u00[01789]|ufffd|[bf])", re.IGNORECASE)
 
 
 def codec_name(encoding: str) -> str:
@@ -69,6 +70,11 @@ def decode(raw: bytes, path: Path, *, encoding: str, key: str) -> tuple[str, lis
     except UnicodeDecodeError as exc:
         raise _undecodable(raw, exc, path, encoding, key) from None
     return _without_nul(text, path, raw, encoding, key), []
+
+
+def may_be_odd(text: str) -> bool:
+    """Whether a file has characters for ``odd_character_notes``, as they are or escaped as in JSON."""
+    return _ODD.search(text) is not None or _ODD_ESCAPED.search(text) is not None
 
 
 def odd_character_notes(rows: Rows, *, encoding: str) -> Iterator[Note]:

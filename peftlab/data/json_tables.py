@@ -118,7 +118,6 @@ def _lines_of(text: str) -> Iterator[str]:
 
 
 def _of_sequence(text: str, path: Path, options: Options) -> Table:
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
     lines: list[int] = []
 
     def records() -> Iterator[dict[str, Any]]:
@@ -126,7 +125,7 @@ def _of_sequence(text: str, path: Path, options: Options) -> Table:
         while (at := _after_space(text, at)) < len(text):
             line, counted = line + text.count("\n", counted, at), at
             with _Broken(text, 1, path, options):
-                value, end = decoder.raw_decode(text, at)
+                value, end = _DECODER.raw_decode(text, at)
             yield _checked(value, f"{path}:{line}", options)
             lines.append(line)
             at = end
@@ -147,9 +146,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse(text: str, first_line: int, path: Path, options: Options) -> Any:
     with _Broken(text, first_line, path, options):
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
 
 
 class _Broken:

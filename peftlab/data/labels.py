@@ -17,6 +17,7 @@ from peftlab.errors import DataError, listed
 _ROWS_SHOWN = 5
 # More different numbers with a fraction are measurements rather than names of classes.
 _MOST_FRACTIONS = 20
+_MOST_WHOLE_NUMBERS = 100
 _DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]+")
 
 
@@ -74,7 +75,7 @@ def read_labels(
 def class_names(labels: Sequence[str], *, key: str = "data.columns.label") -> list[str]:
     """The distinct labels, in order: by number when all are integers, else by text.
 
-    Raises: DataError: fewer than two, or scores rather than classes: many different numbers with a fraction.
+    Raises: DataError: fewer than two, or scores rather than classes.
     """
     names = set(labels)
     if not names:
@@ -135,14 +136,16 @@ def _is_list(value: str) -> bool:
 
 
 def _refuse_measurements(labels: Sequence[str], names: Collection[str]) -> None:
-    """Raises DataError if the labels are many different numbers with a fraction: a score, not a class."""
+    """Raises DataError if the labels are many different numbers with a fraction, or whole ones with hardly two rows each:
+    a score, not a class."""
     if len(names) <= _MOST_FRACTIONS:
         return
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
         return
-    if all(number.is_integer() for number in numbers):
+    few_rows = len(names) > _MOST_WHOLE_NUMBERS and len(labels) <= 2 * len(names)
+    if all(number.is_integer() for number in numbers) and not few_rows:
         return
     middle = statistics.median(numbers)
     edge = middle if min(numbers) <= middle < max(numbers) else statistics.mean(numbers)

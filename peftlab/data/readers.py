@@ -18,7 +18,7 @@ import numpy as np
 
 from peftlab.data.columnar import read_columnar
 from peftlab.data.delimited import delimiter_of_a_table, read_csv, read_tsv
-from peftlab.data.encodings import codec_name, decode
+from peftlab.data.encodings import codec_name, decode, may_be_odd
 from peftlab.data.json_tables import looks_like_json, read_json
 from peftlab.data.rows import Note
 from peftlab.data.table import Options, Table, choose_split, split_in_name
@@ -122,7 +122,7 @@ def _read_text_file(raw: bytes, path: Path, name: str, options: Options) -> Tabl
     if format_name != "csv":
         _require_no_csv_options(path, format_name, options)
     table = _TEXT_READERS[format_name](text, path, options)
-    return table._replace(notes=(*notes, *table.notes))
+    return table._replace(notes=(*notes, *table.notes), may_be_odd=may_be_odd(text))
 
 
 def _format_of_text(text: str, path: Path, name: str, options: Options) -> str:

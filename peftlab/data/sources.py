@@ -186,8 +186,7 @@ def _load_local(name: str, path: Path, shown: str, options: Options) -> Rows:
         raise _no_such_file(path, shown, options.key)
     is_tables = found.kind == "tables"
     rows = _load_tables(name, found.files, options) if is_tables else _load_single_rows(name, path, found, options)
-    rows = dataclasses.replace(rows, notes=(*found.notes, *rows.notes))
-    return dataclasses.replace(rows, notes=(*rows.notes, *odd_character_notes(rows, encoding=options.encoding)))
+    return dataclasses.replace(rows, notes=(*found.notes, *rows.notes))
 
 
 def _load_tables(name: str, files: Sequence[Path], options: Options) -> Rows:
@@ -198,7 +197,7 @@ def _load_tables(name: str, files: Sequence[Path], options: Options) -> Rows:
         digest.update(raw)
         tables.append(read_table(raw, file, options))
         _require_same_columns(tables, files, options.key)
-    return Rows(
+    rows = Rows(
         name=name,
         columns={column: _joined([table.columns[column] for table in tables]) for column in tables[0].columns},
         fingerprint=digest.hexdigest(),
@@ -208,6 +207,11 @@ def _load_tables(name: str, files: Sequence[Path], options: Options) -> Rows:
         class_names=tables[0].class_names,
         notes=tuple(note for table in tables for note in table.notes),
     )
+    return _with_odd_characters(rows, options) if any(table.may_be_odd for table in tables) else rows
+
+
+def _with_odd_characters(rows: Rows, options: Options) -> Rows:
+    return dataclasses.replace(rows, notes=(*rows.notes, *odd_character_notes(rows, encoding=options.encoding)))
 
 
 def _load_single_rows(name: str, folder: Path, found: Contents, options: Options) -> Rows:
@@ -228,7 +232,7 @@ def _load_single_rows(name: str, folder: Path, found: Contents, options: Options
     if found.labels is not None:
         columns["label"] = list(found.labels)
     count = len(found.files)
-    return Rows(
+    rows = Rows(
         name=name,
         columns=columns,
         fingerprint=digest.hexdigest(),
@@ -237,6 +241,7 @@ def _load_single_rows(name: str, folder: Path, found: Contents, options: Options
         positions=np.ones(count, dtype=np.int64),
         notes=tuple(notes),
     )
+    return _with_odd_characters(rows, options) if found.kind == "texts" else rows
 
 
 def _bytes_of(path: Path, key: str) -> bytes:

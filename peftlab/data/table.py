@@ -19,6 +19,7 @@ class Table(NamedTuple):
     """Columns of N values each, and [N] the 1-based line or record number of each row in its file.
 
     ``class_names``, ``notes``: as in ``Rows``. ``splits``: names of the tables in the file, if they have names.
+    ``may_be_odd``: False if the file has no characters for ``odd_character_notes``.
     """
 
     columns: dict[str, list[Any]]
@@ -27,6 +28,7 @@ class Table(NamedTuple):
     class_names: Mapping[str, tuple[str, ...]] = {}
     notes: tuple[Note, ...] = ()
     splits: tuple[str, ...] = ()
+    may_be_odd: bool = True
 
 
 class Options(NamedTuple):

@@ -181,7 +181,11 @@ def test_class_names_refuse_scores_and_their_remedy_works() -> None:
     assert class_names(labels) == ["high", "low"]
     assert abs(labels.count("low") - 1500) <= 10
     assert len(class_names([f"{i / 2}" for i in range(12)])) == 12  # ratings with halves are classes
-    assert len(class_names([str(i) for i in range(3000)])) == 3000
+    assert len(class_names([str(i) for i in range(3000)] * 3)) == 3000
+    with pytest.raises(
+        DataError, match=r"^the labels are 3,000 different numbers from 0 to 2999: a score, not a class"
+    ):
+        class_names([str(i) for i in range(3000)])
 
 
 def test_similar_labels_differ_by_case_spaces_or_unicode_form() -> None:
