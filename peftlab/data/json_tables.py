@@ -317,6 +317,8 @@ def _of_nested(objects: dict[str, Any], path: Path, options: Options) -> dict[st
         tables: dict[str, Columns] = {}
         for name, value in objects.items():
             within = _tables_in(value, path, options)
+            if len(objects) == 1 and not isinstance(within, list) and within.keys() != {""}:
+                return within
             if isinstance(within, list):
                 tables[name] = _columns_of(within)
             elif within.keys() == {""}:

@@ -282,6 +282,8 @@ def write_splits(folder: Path, kind: str) -> Path:
     path = folder / kind
     if kind == "a.json":
         path.write_text(json.dumps(SPLITS))
+    elif kind == "nested.json":
+        path.write_text(json.dumps({"version": 1, "data": SPLITS}))
     elif kind == "columns.json":
         path.write_text(json.dumps({s: {k: [r[k] for r in rows] for k in COLUMNS} for s, rows in SPLITS.items()}))
     elif kind == "saved":
@@ -296,7 +298,7 @@ def write_splits(folder: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["a.json", "columns.json", "saved", "folders", "files"])
+@pytest.mark.parametrize("kind", ["a.json", "nested.json", "columns.json", "saved", "folders", "files"])
 def test_splits_are_named_or_noted(tmp_path: Path, kind: str) -> None:
     path = write_splits(tmp_path, kind)
     rows = load_rows(str(path))
