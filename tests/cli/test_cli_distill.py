@@ -156,7 +156,7 @@ CASES: dict[str, Case] = {
     "the backbone has no head": (
         "distill", "seq_cls", {"teacher": "self"}, {"model": {"name": "headless"}}, [], 2, [TEACHER, "not trained for this task"],
     ),
-    "other labels": ("distill", "seq_cls", {"teacher": "others"}, {}, [], 2, [TEACHER, "a, b, c", "animal, colour"]),
+    "other labels": ("distill", "seq_cls", {"teacher": "others"}, {}, [], 2, [TEACHER, "'a', 'b', 'c'", "'animal', 'colour'"]),
     "another task": (
         "distill", "seq_cls", {"teacher": "run"}, {}, [], 2, [TEACHER, "'run'", "task: causal_lm", "task: seq_cls"],
     ),
@@ -243,7 +243,7 @@ CASES: dict[str, Case] = {
     ),
     "teach: the second teacher has other labels": (
         "teach", "seq_cls", {"teachers": ["classifier", "others"], "cache": "new"}, {}, [], 2,
-        ["distill.teachers.1.name` (r.yaml:", "a, b, c", "animal, colour"],
+        ["distill.teachers.1.name` (r.yaml:", "'a', 'b', 'c'", "'animal', 'colour'"],
     ),
     "a loss that needs all classes": (
         "distill", "causal_lm", {"teacher": "lm", "cache": "new", "losses": ["reverse_kl"]}, {}, [], 2,
