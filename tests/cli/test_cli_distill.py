@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
         {"model": {"name": "longer"}, "data": {"template": {**TEMPLATE, "user": "{text}<|more|>"}}}, [], 3,
         [KEY, "data.csv:2", "the teacher's tokenizer has no '<|more|>' (id 260)"],
     ),
-    "no head": ("distill", "seq_cls", {"teacher": "headless"}, {}, [], 2, [TEACHER, "LABEL_0, LABEL_1", "not trained for this task"]),
+    "no head": ("distill", "seq_cls", {"teacher": "headless"}, {}, [], 2, [TEACHER, "'LABEL_0', 'LABEL_1'", "not trained for this task"]),
     "the backbone has no head": (
         "distill", "seq_cls", {"teacher": "self"}, {"model": {"name": "headless"}}, [], 2, [TEACHER, "not trained for this task"],
     ),
