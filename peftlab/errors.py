@@ -6,6 +6,21 @@ exit code 1.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+_MOST_CHARACTERS = 60
+
+
+def listed(values: Collection[object], *, most: int = 8) -> str:
+    """``'a', 'b' and 2,998 more``: the first values for a message, each cut to 60 characters."""
+    shown = [_clipped(repr(value)) for _, value in zip(range(most), values, strict=False)]
+    more = len(values) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 4]}...{text[-1]}"
+
 
 class PeftlabError(ValueError):
     """Base class of errors shown without a traceback.

@@ -212,7 +212,7 @@ def train_recorded(
 
     trainer = build_trainer(Recording, Timer)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float | None]:
         return evaluate_examples(
             trainer.model,
             p.task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.assembly.checks import check_room_to_answer
+from peftlab.assembly.data import uses_labels
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import Opened, RecipeSource, find_target, open_target
 from peftlab.data import Rows, load_rows
 from peftlab.data.ledger_text import places
 from peftlab.errors import DataError, RecipeError
+from peftlab.recipe import Recipe
 from peftlab.runs import finite
 from peftlab.tasks import Task
 from peftlab.tasks.inputs import EMPTY_TEXT
@@ -53,7 +56,7 @@ def predict(
         for line in resolved.loaded.notes:
             progress.note(line)
         settings = resolved.loaded.recipe
-        rows = _rows_of_file(inputs, settings.data.encoding) if isinstance(inputs, Path) else None
+        rows = _rows_of_file(inputs, settings, overrides) if isinstance(inputs, Path) else None
         opened = open_target(resolved, progress)
         new_tokens = max_new_tokens or settings.eval.max_new_tokens
         check_room_to_answer(new_tokens, opened.assembly, key=None if max_new_tokens else "eval.max_new_tokens")
@@ -141,9 +144,19 @@ def _plain(value: Any) -> Any:
     return finite(value) if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _rows_of_file(path: Path, encoding: str) -> Rows:
+def _rows_of_file(path: Path, settings: Recipe, overrides: Sequence[str]) -> Rows:
+    """The rows of a file or folder, which need not be like the training data unless ``overrides`` say how to read it."""
+    named = {override.partition("=")[0] for override in overrides}
+    keys = ("format", "delimiter", "column_names", "encoding")
+    options = {key: getattr(settings.data, key) for key in keys if f"data.{key}" in named}
+    read = functools.partial(load_rows, str(path), default_split=None, classes_from_folders=uses_labels(settings))
     try:
-        return load_rows(str(path), encoding=encoding)
+        try:
+            return read(**options)
+        except DataError as error:
+            if error.key != "data.encoding" or "encoding" in options:
+                raise
+            return read(**options, encoding=settings.data.encoding)
     except DataError as error:
         raise DataError(str(error)) from None  # the error is in the input, not in a recipe key
 

@@ -19,6 +19,7 @@ _OF_EACH_SET = {
     "too_long", "zero_trained", "no_rows", "repeated", "contradicting", "answer_cut", "empty_answer", "inner_end", "doubled_bos",
     "masked_turns", "control_as_text", "control_kept",
     "unknown_ids",
+    "absent_label", "encoding", "format", "delimiter", "split", "folder", "odd_characters",
 }  # fmt: skip
 
 
@@ -67,10 +68,12 @@ def findings(
     """
     reported = [_plain(f, train, "train", allow) for f in find(train, num_embeddings=num_embeddings)]
     # Template problems concern both data sets; report them once.
+    # Notes on a file that both sets come from are the same.
+    read = {note.message for note in train.rows.notes}
     reported += [
         _plain(f, held_out, "held out", allow)
         for f in find(held_out, num_embeddings=num_embeddings)
-        if f.kind in _OF_EACH_SET
+        if f.kind in _OF_EACH_SET and f.message not in read
     ]
     reported += [_plain(f, train, "model", allow) for f in of_model]
     if (note := unread_columns(unread)) is not None:

@@ -11,7 +11,7 @@ from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.data import Rows, class_names, require
-from peftlab.errors import RecipeError
+from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.measuring.memory import share_one_heap
 from peftlab.models import (
@@ -37,6 +37,7 @@ from peftlab.models import (
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.methods import MethodSpec
+from peftlab.specs.metrics import class_slugs, family_of
 from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
 
@@ -352,8 +353,23 @@ class Assembly:
         metrics = e.metrics or default_metrics(self.recipe.task, choices)
         names = flat_names(metrics, self.task.class_names)
         if e.best is not None and e.best not in names:
-            raise RecipeError(f"{e.best!r} is not among this run's metrics: {', '.join(names)}", key="eval.best")
+            raise RecipeError(f"{e.best!r} is not among this run's metrics: {listed(names, most=20)}", key="eval.best")
+        if e.best is not None and self._reads_data and (absent := self._class_without_rows(e.best)):
+            raise RecipeError(
+                f"no held-out row has the class {absent!r}, so {e.best} cannot be measured; name another metric, or give "
+                "data.eval rows of it",
+                key="eval.best",
+            )
         return metrics
+
+    def _class_without_rows(self, metric: str) -> str | None:
+        """The class of a per-class metric if no held-out row has it."""
+        classes, family = self.task.class_names, family_of(metric)
+        if not self.spec.classifies or classes is None or family is None or not family.averaged:
+            return None
+        held_out = set(read_class_labels(self.recipe, self.data.eval, all_names_used=False))
+        slugs = [f"{family.name}_{slug}" for slug in class_slugs(classes)]
+        return next((c for c, slug in zip(classes, slugs, strict=True) if slug == metric and c not in held_out), None)
 
     @property
     def fingerprints(self) -> dict[str, str]:

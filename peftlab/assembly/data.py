@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftlab.data import Rows, class_names, load_rows, read_labels, split_rows
-from peftlab.errors import DataError
+from peftlab.data import Rows, class_names, label_text, load_rows, read_labels, split_rows
+from peftlab.errors import DataError, listed
 from peftlab.recipe import Recipe
 
 # Rows, and whether they need a label -> why rows lack what the task needs, by index.
@@ -52,8 +52,10 @@ def load_data(recipe: Recipe, *, transfer: bool = False, blank_rows: BlankRows |
         format=data.format,
         encoding=data.encoding,
         column_names=data.column_names,
+        delimiter=data.delimiter,
         subset=data.subset,
         seed=seed,
+        classes_from_folders=uses_labels(recipe),
     )
     source = _without_blank(read(data.train, key="data.train"), blank_rows, labelled=True, key="data.train")
     train = _with_labels(recipe, source, all_names_used=True)
@@ -76,13 +78,28 @@ def load_data(recipe: Recipe, *, transfer: bool = False, blank_rows: BlankRows |
     return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
 
 
-def read_class_labels(recipe: Recipe, rows: Rows) -> list[str]:
-    """Returns the class name of each row, from the recipe's label column, names and bins."""
+def uses_labels(recipe: Recipe) -> bool:
+    """Whether rows have a class, so that a folder of texts holds one row per file."""
+    template = recipe.data.template.model_dump(exclude_none=True).values() if recipe.data.template else ()
+    return recipe.spec.classifies or "label" in recipe.data.columns or any("{label}" in str(part) for part in template)
+
+
+def read_class_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool = True) -> list[str]:
+    """Returns the class name of each row, from the recipe's label column, names and bins.
+
+    Args: all_names_used: whether each of data.label_names must occur.
+    """
     data = recipe.data
     if not recipe.spec.classifies:  # the column already holds the names
         return [str(v) for v in rows.column("label")]
     bins = (data.bins.edges, data.bins.names) if data.bins else None
-    return read_labels(rows, data.columns.get("label", "label"), label_names=data.label_names, bins=bins)
+    return read_labels(
+        rows,
+        data.columns.get("label", "label"),
+        label_names=data.label_names,
+        bins=bins,
+        all_names_used=all_names_used,
+    )
 
 
 def check_columns(recipe: Recipe, rows: Rows) -> None:
@@ -126,10 +143,15 @@ def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:
     kept = np.ones(len(rows), dtype=bool)
     for column, values in recipe.data.exclude.items():
         key = f"data.exclude.{column}"
-        texts = [str(v).lower() if isinstance(v, bool) else str(v).strip() for v in rows.column(column, key=key)]
-        if missing := sorted(set(values) - set(texts)):
-            raise DataError(f"no row of {rows.name} has {missing[0]!r} in the column {column!r}", key=key)
-        kept &= ~np.isin(texts, values)
+        texts = [label_text(v) for v in rows.column(column, key=key)]
+        numbers = {str(i): name for i, name in enumerate(rows.class_names.get(column, ()))}
+        excluded = {value: label_text(numbers.get(value, value)) for value in values}
+        if missing := sorted(value for value, text in excluded.items() if text not in texts):
+            raise DataError(
+                f"no row of {rows.name} has {missing[0]!r} in the column {column!r}, which has {listed(sorted(set(texts)))}",
+                key=key,
+            )
+        kept &= ~np.isin(texts, list(excluded.values()))
     if not kept.any():
         raise DataError(f"all rows of {rows.name} are excluded: nothing is left to train on", key="data.exclude")
     return rows if kept.all() else dataclasses.replace(rows.select(np.flatnonzero(kept)), left_out=rows.left_out)

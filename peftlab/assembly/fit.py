@@ -199,7 +199,7 @@ class Fit:
             summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
             release_memory()
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float | None]:
         parts = self._parts
         return evaluate_examples(
             parts.model,

@@ -60,11 +60,16 @@ def before_after(before: Metrics | None, after: Metrics, *, verbose: bool = Fals
         text, better = formatting.change(name, old, after[name])
         table.add_row(
             Text(name),
-            formatting.metric(name, old),
-            formatting.metric(name, after[name]),
+            "-" if before is None else _value(before, name),
+            _value(after, name),
             Text(text, style=_STYLES[better]),
         )
     return table
+
+
+def _value(metrics: Metrics, name: str) -> str:
+    """The value as text; ``n/a`` if no row has its class, ``-`` if it was not asked for."""
+    return "n/a" if name in metrics and metrics[name] is None else formatting.metric(name, metrics.get(name))
 
 
 def _of_classes(metrics: Metrics) -> set[str]:
@@ -82,7 +87,7 @@ def metric_table(metrics: Metrics) -> Table:
     own = _of_classes(metrics)
     for name in order(metrics):
         if name not in own:
-            table.add_row(Text(name), formatting.metric(name, metrics[name]))
+            table.add_row(Text(name), _value(metrics, name))
     return table
 
 
@@ -96,13 +101,14 @@ def class_table(metrics: Metrics, *, most: int = _MAX_CLASSES) -> Table | None:
     families = [f for f in _PER_CLASS if any(f"{f}_{name}" in metrics for name in names)]
     shown, judge = names, families[-1]
     if len(names) > most:
-        shown = sorted(names, key=lambda n: formatting.number(metrics.get(f"{judge}_{n}")))[:most]
+        measured = [n for n in names if metrics.get(f"{judge}_{n}") is not None]
+        shown = sorted(measured, key=lambda n: formatting.number(metrics[f"{judge}_{n}"]))[:most]
     table = new_table()
     table.add_column("class" if shown is names else f"class (lowest {judge})", overflow="fold")
     for family in families:
         table.add_column(family, justify="right", no_wrap=True)
     for name in shown:
-        table.add_row(Text(name), *(formatting.metric(f, metrics.get(f"{f}_{name}")) for f in families))
+        table.add_row(Text(name), *(_value(metrics, f"{f}_{name}") for f in families))
     if len(shown) < len(names):
         table.add_row(Text(f"and {len(names) - len(shown)} more", style="dim"), *[""] * len(families))
     return table

@@ -3,7 +3,7 @@
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
-from peftlab.data.labels import class_names, read_labels
+from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
 from peftlab.data.ledger import Ledger
 from peftlab.data.packing import pack, packing_figures
 from peftlab.data.rows import Rows
@@ -24,7 +24,9 @@ __all__ = [
     "eval_batches",
     "find",
     "fit_lengths",
+    "label_text",
     "load_rows",
+    "nearest_label",
     "pack",
     "packing_figures",
     "pieces",

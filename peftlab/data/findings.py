@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from peftlab.data.labels import similar_labels
 from peftlab.data.ledger import Indices, Ledger
-from peftlab.errors import DataError
+from peftlab.errors import DataError, listed
 
 _SHOWN_ROWS = 3
 _SHOWN_TOKENS = 3
+_SHOWN_GROUPS = 3
+# More classes than this with few rows each are probably values of another kind.
+_MANY_CLASSES = 50
+_FEW_ROWS = 2
+_LONGEST_MAPPING = 6
 # Markers that templates of all families write around turns: <|im_end|>, <end_of_turn>, </s>, [INST], <<SYS>>, also with
 # DeepSeek's wide bars (U+FF5C).
 _MARKER = re.compile(r"<[|\uff5c][^<>\s]{1,40}?[|\uff5c]>|</?[A-Za-z_][\w:-]{0,30}>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
@@ -329,6 +336,8 @@ def unread_columns(names: Collection[str]) -> Finding | None:
 
 
 def _row_notes(ledger: Ledger) -> Iterator[Finding]:
+    for note in ledger.rows.notes:
+        yield Finding(note.kind, note.message, note.key)
     repeated, doubled = ledger.repeated_rows(), ledger.marked("doubled_bos")
     if len(repeated):
         verb = "repeats" if len(repeated) == 1 else "repeat"
@@ -355,9 +364,44 @@ def _labels(ledger: Ledger) -> Iterator[Finding]:
             "data.columns.label",
             clash,
         )
-    absent = [entry["label"] for entry in ledger.label_counts() or [] if not entry["rows"]]
+    counts = {entry["label"]: entry["rows"] for entry in ledger.label_counts() or []}
+    absent = [label for label, count in counts.items() if not count]
     if absent:
-        yield Finding("absent_label", f"no row with the label {', '.join(map(repr, absent))}", "data.columns.label")
+        yield Finding("absent_label", f"no row with the label {listed(absent)}", "data.columns.label")
+    present = {label: count for label, count in counts.items() if count}
+    yield from _similar(present)
+    single = [label for label, count in present.items() if count == 1]
+    if len(present) > _MANY_CLASSES and len(ledger.lengths) <= _FEW_ROWS * len(present):
+        yield Finding(
+            "many_labels",
+            f"{len(present):,} classes in {_rows(len(ledger.lengths))}: these may be values and not classes; check "
+            "data.columns.label, or cut numbers into classes with data.bins",
+            "data.columns.label",
+        )
+    elif single:
+        have = "1 label has" if len(single) == 1 else f"{len(single):,} labels have"
+        yield Finding("single_row_label", f"{have} only one row: {listed(single)}", "data.columns.label")
+
+
+def _similar(counts: dict[str, int]) -> Iterator[Finding]:
+    groups = similar_labels(list(counts))
+    if not groups:
+        return
+    shown = "; ".join(
+        " and ".join(f"{label!r} ({_rows(counts[label])})" for label in group[:_SHOWN_TOKENS])
+        for group in groups[:_SHOWN_GROUPS]
+    )
+    more = f"; and {len(groups) - _SHOWN_GROUPS:,} more groups" if len(groups) > _SHOWN_GROUPS else ""
+    remedy = "write each label in one way"
+    if len(counts) <= _LONGEST_MAPPING:
+        most = {label: max(group, key=lambda name: counts[name]) for group in groups for label in group}
+        mapping = ", ".join(f"{json.dumps(name)}: {json.dumps(most.get(name, name))}" for name in counts)
+        remedy += f", or set data.label_names={{{mapping}}}"
+    yield Finding(
+        "similar_labels",
+        f"labels that differ only by case, spaces or Unicode form are different classes: {shown}{more}; {remedy}",
+        "data.label_names",
+    )
 
 
 def _own_ends(ledger: Ledger) -> str:

@@ -6,13 +6,19 @@ import bisect
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from peftlab.data.rows import Rows
-from peftlab.errors import DataError
+from peftlab.errors import DataError, listed
 
 _ROWS_SHOWN = 5
+# More different numbers with a fraction are measurements rather than names of classes.
+_MOST_FRACTIONS = 20
+_MOST_WHOLE_NUMBERS = 100
+_DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]+")
 
 
 def read_labels(
@@ -26,7 +32,9 @@ def read_labels(
 ) -> list[str]:
     """The class name of each row.
 
-    A value becomes text first: stripped; whole numbers without ``.0``; booleans as ``true`` and ``false``.
+    A value becomes text first, the same for every file format: stripped; decimals in their shortest form and whole ones
+    without ``.0``, also if they are text as in csv; booleans as ``true`` and ``false``, also if all values of the column
+    are such texts. ``label_names`` may name a value as it is in the file, or a class by the number that the file gives it.
 
     Args:
         key: the recipe key that names the column.
@@ -36,20 +44,25 @@ def read_labels(
 
     Returns: N class names.
 
-    Raises: DataError: missing column, a row without label, a value missing in ``label_names``, or a value for ``bins``
-        that is not a number.
+    Raises: DataError: missing column, a row without label or with several, a value missing in ``label_names``, or a value
+        for ``bins`` that is not a number.
     """
     if label_names and bins is not None:
         raise DataError("set label_names or bins, not both: bins have their own class names", key="data.bins")
     raw = rows.column(column, key=key)
     for i, value in enumerate(raw):
-        if isinstance(value, (list, dict, bytes)):
+        if isinstance(value, (list, dict, bytes)) or (isinstance(value, str) and _is_list(value)):
+            several = (
+                "; a row has one label here: give it one, or make one recipe per label"
+                if isinstance(value, list | str)
+                else ""
+            )
             raise DataError(
                 f"{rows.where(i)}: expected text, a number or true/false as label in the column {column!r}, "
-                f"found {type(value).__name__}",
+                f"found {'a list as text' if isinstance(value, str) else type(value).__name__}{several}",
                 key=key,
             )
-    values = [_as_text(value) for value in raw]
+    values = [label_text(value) for value in raw]
     _require_all_present(rows, values, column, key)
     if bins is not None:
         edges, names = bins
@@ -62,7 +75,7 @@ def read_labels(
 def class_names(labels: Sequence[str], *, key: str = "data.columns.label") -> list[str]:
     """The distinct labels, in order: by number when all are integers, else by text.
 
-    Raises: DataError: fewer than two.
+    Raises: DataError: fewer than two, or scores rather than classes.
     """
     names = set(labels)
     if not names:
@@ -71,20 +84,77 @@ def class_names(labels: Sequence[str], *, key: str = "data.columns.label") -> li
         raise DataError(
             f"one class only: {labels[0]!r} in all {len(labels)} rows; classification needs at least two", key=key
         )
+    _refuse_measurements(labels, names)
     if all(re.fullmatch(r"[+-]?[0-9]{1,4000}", label) for label in names):
         return sorted(names, key=lambda label: (int(label), label))
     return sorted(names)
 
 
-def _as_text(value: Any) -> str:
-    """The label as text; empty when there is none."""
+def similar_labels(names: Sequence[str]) -> list[list[str]]:
+    """Groups of labels that differ only by case, spaces, invisible characters or Unicode form."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_folded(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _folded(label: str) -> str:
+    plain = unicodedata.normalize("NFKC", label).casefold()
+    return "".join(c for c in plain if not c.isspace() and unicodedata.category(c) != "Cf")
+
+
+def nearest_label(label: str, names: Sequence[str]) -> str:
+    """``; did you mean 'ham'?`` for a label that is not among ``names``; empty if none is near."""
+    folded = next((name for name in names if _folded(name) == _folded(label)), None)
+    if folded is not None:
+        return f"; did you mean {folded!r}? It differs by case, spaces or Unicode form only"
+    near = difflib.get_close_matches(label, names[:1000], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def label_text(value: Any) -> str:
+    """The label as text, the same for every file format; empty when there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, str):
+        text = value.strip()
+        if text in ("True", "TRUE", "False", "FALSE"):
+            return text.lower()
+        # More digits than a float has would change.
+        return label_text(float(text)) if _DECIMAL.fullmatch(text) and len(text) <= 16 else text
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
+
+
+def _is_list(value: str) -> bool:
+    """Whether a text is a list that was written to a csv file."""
+    text = value.strip()
+    return text.startswith("[") and text.endswith("]") and ("'" in text or '"' in text or text == "[]")
+
+
+def _refuse_measurements(labels: Sequence[str], names: Collection[str]) -> None:
+    """Raises DataError if the labels are many different numbers with a fraction, or whole ones with hardly two rows each:
+    a score, not a class."""
+    if len(names) <= _MOST_FRACTIONS:
+        return
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return
+    few_rows = len(names) > _MOST_WHOLE_NUMBERS and len(labels) <= 2 * len(names)
+    if all(number.is_integer() for number in numbers) and not few_rows:
+        return
+    middle = statistics.median(numbers)
+    edge = middle if min(numbers) <= middle < max(numbers) else statistics.mean(numbers)
+    raise DataError(
+        f"the labels are {len(names):,} different numbers from {min(numbers):g} to {max(numbers):g}: a score, not a class, "
+        "and no task of peftlab is regression; cut them into classes, such as "
+        f"data.bins={{edges: [{edge:g}], names: [low, high]}}",
+        key="data.bins",
+    )
 
 
 def _require_all_present(rows: Rows, values: list[str], column: str, key: str) -> None:
@@ -115,22 +185,36 @@ def _number(rows: Rows, index: int, value: str, column: str) -> float:
 def _renamed(
     rows: Rows, values: list[str], label_names: Mapping[str, str], column: str, all_names_used: bool
 ) -> list[str]:
-    known = ", ".join(map(repr, label_names))
+    key_of = _keys_by_value(rows, column, values, label_names)
     for i, value in enumerate(values):
-        if value not in label_names:
-            near = difflib.get_close_matches(value, label_names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+        if value not in key_of:
             raise DataError(
                 f"{rows.where(i)}: the column {column!r} contains {value!r}, which is missing in data.label_names; "
-                f"it has {known}{hint}",
+                f"it has {listed(label_names)}{nearest_label(value, list(label_names))}",
                 key="data.label_names",
             )
-    unused = set(label_names).difference(values) if all_names_used else set()
+    unused = set(label_names).difference(key_of.values()) if all_names_used else set()
     if unused:
-        values_found = ", ".join(map(repr, sorted(set(values))))
         raise DataError(
-            f"{rows.name}: no row has {', '.join(map(repr, sorted(unused)))} in the column {column!r}, found {values_found}; "
-            "remove it from data.label_names or correct it",
+            f"{rows.name}: no row has {listed(sorted(unused))} in the column {column!r}, found "
+            f"{listed(sorted(set(values)))}; remove it from data.label_names or correct it",
             key="data.label_names",
         )
-    return [label_names[value] for value in values]
+    return [label_names[key_of[value]] for value in values]
+
+
+def _keys_by_value(rows: Rows, column: str, values: list[str], label_names: Mapping[str, str]) -> dict[str, str]:
+    """Label -> the key of ``label_names`` that means it: itself, as it is in the file, or its number in the file."""
+    numbers = {name: str(i) for i, name in enumerate(rows.class_names.get(column, ()))}
+    keys = {label_text(key): key for key in label_names}
+    in_file: dict[str, set[str]] = {}
+    for raw, value in zip(rows.columns[column], values, strict=True):
+        in_file.setdefault(value, set()).add(str(raw).strip())
+    found = {}
+    for value in dict.fromkeys(values):
+        for candidate in (value, *sorted(in_file[value]), numbers.get(value, value)):
+            key = candidate if candidate in label_names else keys.get(candidate)
+            if key is not None:
+                found[value] = key
+                break
+    return found

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Without colours, trained text is marked like additions in `git diff --word-diff`.
 OPEN, CLOSE = "{+", "+}"
+_MOST_LABELS = 20
 _COLOURS = {"trained": "green", "masked": "dim"}
 
 
@@ -72,12 +73,18 @@ def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
     return f"{count}: {places([s['held_out'] for s in shared])} (the first equals {places([first['train']])})"
 
 
+def _label_counts(entries: Sequence[Mapping[str, Any]]) -> str:
+    shown = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in entries[:_MOST_LABELS])
+    more = len(entries) - _MOST_LABELS
+    return f"{shown} and {more:,} more" if more > 0 else shown
+
+
 def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
     """The lines that ``train`` prints about a data set; with ``counts`` also figures per role and special token."""
     rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
-        labels = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in report["labels"] or [])
+        labels = _label_counts(report["labels"] or [])
         lines = [f"{name}: {rows}{tokens}; " + (f"labels: {labels}" if labels else "without labels")]
     else:
         trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"

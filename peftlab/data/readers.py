@@ -1,279 +1,207 @@
-"""One reader per file format: turns bytes into columns and the position of each row.
+"""Turns the bytes of a file into columns and the position of each row.
 
-Each reader reports the first problem in the file with ``file:line`` (or record).
+The content decides the format; the file ending decides where the content allows several.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
+import bz2
 import gzip
 import io
-import json
+import lzma
+import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from peftlab.data.rows import IntArray
+from peftlab.data.columnar import read_columnar
+from peftlab.data.delimited import delimiter_of_a_table, read_csv, read_tsv
+from peftlab.data.encodings import codec_name, decode, may_be_odd
+from peftlab.data.json_tables import looks_like_json, read_json
+from peftlab.data.rows import Note
+from peftlab.data.table import Options, Table, choose_split, split_in_name
 from peftlab.errors import DataError
 
+ENDINGS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".py": "text",
+}
+FORMATS = ("csv", "tsv", "json", "jsonl", "text", "parquet", "arrow")
+_PACKED = (".gz", ".bz2", ".xz", ".zip")
+_COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+# Text files that may hold a table; notes and programs do not.
+_PLAIN_ENDINGS = (".txt", ".text")
+_OTHER_FILES = {
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save the sheet as csv",
+    b"SQLite format 3": "an SQLite database; export the table as csv",
+    b"%PDF": "a PDF; extract its text",
+    b"\x80\x04": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
+    b"\x80\x05": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
+    b"\x93NUMPY": "a numpy array; save the table as parquet or csv",
+}
 
-class Table(NamedTuple):
-    """Columns of N values each, and [N] the 1-based line or record number of each row in its file."""
 
-    columns: dict[str, list[Any]]
-    positions: IntArray
-    unit: Literal["line", "record"]
+def format_of(name: str) -> str | None:
+    """The format that a file ending stands for, also before ``.gz`` and the like; None: unknown ending."""
+    return ENDINGS.get(PurePosixPath(_unpacked_name(name.lower())).suffix)
 
 
-class Options(NamedTuple):
-    """How to read a file; ``key`` is the recipe key that named it."""
-
-    key: str
-    encoding: str = "utf-8"
-    column_names: tuple[str, ...] | None = None
+def is_data_file(name: str) -> bool:
+    """Whether a file of a folder is read: a known ending, or an archive."""
+    return format_of(name) is not None or PurePosixPath(name.lower()).suffix == ".zip"
 
 
-def read_table(raw: bytes, path: Path, format_name: str, options: Options) -> Table:
-    """The table in ``raw``, the content of the file at ``path`` (decompressed here if it ends with .gz).
+def read_table(raw: bytes, path: Path, options: Options) -> Table:
+    """The table in ``raw``, the content of the file at ``path``, decompressed here.
 
-    Raises: DataError: damaged or empty file, wrong encoding, or an option that does not apply to this format.
+    Raises: DataError: damaged or empty file, unknown format, wrong encoding, or an option that does not apply.
     """
-    codec = _codec_name(options.encoding)
-    if options.column_names is not None and format_name not in ("csv", "tsv"):
-        raise DataError(
-            f"{path} is read as {format_name}; column names apply to csv and tsv only", key="data.column_names"
-        )
-    if path.name.lower().endswith(".gz"):
-        raw = _gunzip(raw, path, options)
-    if format_name == "parquet":
-        if codec != "utf-8":
-            raise DataError(f"{path} is parquet, whose text is always utf-8", key="data.encoding")
-        table = _read_parquet(raw, path, options)
+    codec_name(options.encoding)
+    raw, name, notes, splits = _unpacked(raw, path, options)
+    format_name = next((known for magic, known in _COLUMNAR.items() if raw.startswith(magic)), None)
+    if format_name is None and options.format in ("parquet", "arrow"):
+        format_name = options.format
+    if format_name is None and options.format == "auto" and format_of(name) in ("parquet", "arrow"):
+        format_name = format_of(name)
+    if format_name is not None:
+        _require_columnar(path, format_name, options)
+        table = read_columnar(raw, path, format_name, options)
     else:
-        table = _TEXT_READERS[format_name](_decode(raw, codec, path, options), path, options)
+        table = _read_text_file(raw, path, name, options)
     if len(table.positions) == 0:
         raise DataError(f"{path} has no rows", key=options.key)
     if not table.columns:
         raise DataError(f"{path} has no columns: its records are empty", key=options.key)
-    return table
+    if options.split is not None and not (splits or table.splits):
+        raise DataError(f"{path} holds one table without a name; remove ':{options.split}'", key=options.key)
+    return table._replace(notes=(*notes, *table.notes))
 
 
-def _gunzip(raw: bytes, path: Path, options: Options) -> bytes:
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as exc:
-        raise DataError(f"{path} ends with .gz but cannot be decompressed: {exc}", key=options.key) from None
+def _require_columnar(path: Path, format_name: str, options: Options) -> None:
+    """Raises DataError for an option that does not apply to a file whose format is ``format_name``."""
+    if options.format not in ("auto", format_name):
+        raise DataError(f"{path} is {format_name}, not {options.format}; remove data.format", key="data.format")
+    if codec_name(options.encoding) != "utf-8":
+        raise DataError(f"{path} is {format_name}, whose text is always utf-8", key="data.encoding")
+    _require_no_csv_options(path, format_name, options)
 
 
-def _codec_name(encoding: str) -> str:
-    """The standard name of a text encoding; utf-8-sig becomes utf-8, because a byte order mark is always removed."""
-    try:
-        codec = codecs.lookup(encoding).name
-        "".encode(codec)  # fails for codecs that are not text encodings, such as hex and rot13
-    except (LookupError, ValueError):
+def _require_no_csv_options(path: Path, format_name: str, options: Options) -> None:
+    for key, what, value in (
+        ("data.column_names", "column names apply to csv and tsv only", options.column_names),
+        ("data.delimiter", "a delimiter applies to csv only", options.delimiter),
+    ):
+        if value is not None and not (format_name == "tsv" and key == "data.column_names"):
+            raise DataError(f"{path} is read as {format_name}; {what}", key=key)
+
+
+def _read_text_file(raw: bytes, path: Path, name: str, options: Options) -> Table:
+    if options.format == "auto":
+        for magic, what in _OTHER_FILES.items():
+            if raw.startswith(magic):
+                raise DataError(f"{path} is {what}", key=options.key)
+    text, notes = decode(raw, path, encoding=options.encoding, key=options.key)
+    named, format_name = format_of(name), options.format
+    if format_name == "auto":
+        format_name = _format_of_text(text, path, name, options)
+        if named is not None and format_name != named and {named, format_name} != {"json", "jsonl"}:
+            notes.append(Note("format", f"{path} is read as {format_name}, which is what it contains", "data.format"))
+    if format_name != "csv":
+        _require_no_csv_options(path, format_name, options)
+    table = _TEXT_READERS[format_name](text, path, options)
+    return table._replace(notes=(*notes, *table.notes), may_be_odd=may_be_odd(text))
+
+
+def _format_of_text(text: str, path: Path, name: str, options: Options) -> str:
+    """The format of a text: that of the file ending unless the content is another one."""
+    named, suffix = format_of(name), PurePosixPath(_unpacked_name(name.lower())).suffix
+    if named in ("csv", "tsv"):
+        if options.delimiter is not None:
+            return "csv"
+        if looks_like_json(text):
+            return "jsonl"
+        first = text.lstrip("\n").split("\n", 1)[0]
+        return "csv" if named == "tsv" and "\t" not in first and delimiter_of_a_table(text) else named
+    if named in ("json", "jsonl"):
+        starts = text.lstrip()[:1]
+        return "csv" if starts not in ("", "{", "[") and delimiter_of_a_table(text) else named
+    if named is None or suffix in _PLAIN_ENDINGS:
+        if looks_like_json(text):
+            return "jsonl"
+        if options.delimiter is not None or delimiter_of_a_table(text):
+            return "csv"
+    if named is None:
         raise DataError(
-            f"unknown text encoding {encoding!r}; examples are utf-8, latin-1, cp1252 and utf-16",
-            key="data.encoding",
-        ) from None
-    return "utf-8" if codec == "utf-8-sig" else codec
-
-
-def _decode(raw: bytes, codec: str, path: Path, options: Options) -> str:
-    """The text of the file without a byte order mark; CR line ends of old Macs become LF."""
-    try:
-        text = raw.decode(codec).removeprefix("\ufeff")
-    except UnicodeDecodeError as exc:
-        raise _undecodable(raw, exc, path, options) from None
-    nul = text.find("\0")
-    if nul >= 0:
-        line = 1 + text.count("\n", 0, nul)
-        raise DataError(
-            f"{path}:{line}: NUL character at offset {nul}; "
-            f"this is a binary file, or text in another encoding than {options.encoding} (utf-16?)",
-            key=options.key,
+            f"{path}: unknown file ending {PurePosixPath(name).suffix!r}, and its content is no table that peftlab "
+            f"recognizes; set data.format to one of {', '.join(FORMATS)}",
+            key="data.format",
         )
-    return text if "\n" in text else text.replace("\r", "\n")
+    return named
 
 
-def _undecodable(raw: bytes, exc: UnicodeDecodeError, path: Path, options: Options) -> DataError:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        remedy = "the file starts like utf-16: set data.encoding=utf-16"
-    elif b"\0" in raw:
-        return DataError(f"{path} is not a text file: it is binary (it contains NUL bytes)", key=options.key)
-    else:
-        remedy = "set data.encoding=latin-1 (or cp1252), or convert the file to utf-8"
-    line = 1 + raw[: exc.start].decode(exc.encoding, errors="replace").count("\n")
-    return DataError(
-        f"{path}:{line}: not {options.encoding}: byte 0x{raw[exc.start]:02x} at byte offset {exc.start} "
-        f"({exc.reason}); {remedy}",
-        key="data.encoding",
-    )
+def _unpacked_name(name: str) -> str:
+    return name.removesuffix(PurePosixPath(name).suffix) if PurePosixPath(name).suffix in _PACKED else name
 
 
-@contextmanager
-def _unlimited_fields() -> Iterator[None]:
-    """Lifts the csv module's limit of 128 KiB per field, which is global to the process, and restores it afterwards."""
-    before = csv.field_size_limit(2**31 - 1)
+def _unpacked(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, list[Note], tuple[str, ...]]:
+    """``(content, file name, notes, splits)`` of a compressed file, or of one file in an archive."""
+    name = path.name
+    if raw.startswith(b"PK\x03\x04"):
+        return _unzipped(raw, path, options)
+    for ending, magic, unpack in (
+        (".gz", b"\x1f\x8b", gzip.decompress),
+        (".bz2", b"BZh", bz2.decompress),
+        (".xz", b"\xfd7zXZ", lzma.decompress),
+    ):
+        if raw.startswith(magic) or name.lower().endswith(ending):
+            try:
+                raw = unpack(raw)
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as exc:
+                says = "ends with" if name.lower().endswith(ending) else "is compressed like"
+                raise DataError(f"{path} {says} {ending} but cannot be decompressed: {exc}", key=options.key) from None
+    if raw[257:262] == b"ustar":
+        raise DataError(f"{path} is a tar archive; unpack it and name the folder or the file in it", key=options.key)
+    return raw, name, [], ()
+
+
+def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, list[Note], tuple[str, ...]]:
     try:
-        yield
-    finally:
-        csv.field_size_limit(before)
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            if "xl/workbook.xml" in archive.namelist():
+                raise DataError(f"{path} is an Excel workbook; save the sheet as csv", key=options.key)
+            members = [info.filename for info in archive.infolist() if not info.is_dir() and _is_visible(info.filename)]
+            members = [m for m in members if is_data_file(m)] or members
+            if not members:
+                raise DataError(f"{path} holds no file", key=options.key)
+            by_split: dict[str, list[str]] = {}
+            for member in members:
+                by_split.setdefault(split_in_name(PurePosixPath(member).stem) or member, []).append(member)
+            twice = next((files for files in by_split.values() if len(files) > 1), None)
+            if twice or options.split in members:
+                by_split = {member: [member] for member in members}
+            split, notes = choose_split(by_split, path, options) if len(members) > 1 else (next(iter(by_split)), [])
+            member = by_split[split][0]
+            content = archive.read(member)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as exc:
+        raise DataError(f"{path} cannot be unpacked: {exc}", key=options.key) from None
+    return content, PurePosixPath(member).name, notes, tuple(by_split) if len(members) > 1 else ()
 
 
-def _csv_records(text: str, path: Path, options: Options) -> Iterator[tuple[int, list[str]]]:
-    """(line where the record starts, its fields) of each record that is not a blank line."""
-    # StringIO breaks lines at LF only, as editors and grep -n do; CR inside a quoted field is not a new line.
-    reader = csv.reader(io.StringIO(text), strict=True)
-    line = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as exc:
-        reason = str(exc)
-        if reason == "unexpected end of data":
-            reason = "the quote that opens in this record is never closed"
-        elif reason.startswith("new-line character"):
-            reason = "carriage return outside quotes"
-        raise DataError(f"{path}:{line}: broken csv record: {reason}", key=options.key) from None
-
-
-def _tsv_records(text: str, path: Path, options: Options) -> Iterator[tuple[int, list[str]]]:
-    """Like `_csv_records`; a tab always separates and a quote is a plain character (IANA text/tab-separated-values)."""
-    for line, content in enumerate(text.split("\n"), 1):
-        content = content.removesuffix("\r")
-        if content:
-            yield line, content.split("\t")
-
-
-def _read_csv(text: str, path: Path, options: Options) -> Table:
-    with _unlimited_fields():
-        return _read_delimited(_csv_records(text, path, options), path, options, "fields that contain a comma, quoted")
-
-
-def _read_tsv(text: str, path: Path, options: Options) -> Table:
-    return _read_delimited(_tsv_records(text, path, options), path, options, "no tab or line break inside a field")
-
-
-def _read_delimited(records: Iterator[tuple[int, list[str]]], path: Path, options: Options, form: str) -> Table:
-    """Columns from records with as many fields as the header or ``options.column_names``."""
-    if options.column_names is not None:
-        names, source, key = list(options.column_names), "data.column_names", "data.column_names"
-    else:
-        line, names = next(records, (1, []))
-        source, key = f"{path}:{line}", options.key
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{source}: the column name {twice[0]!r} appears more than once", key=key)
-
-    width = len(names)
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    for line, fields in records:
-        if len(fields) != width:
-            raise DataError(
-                f"{path}:{line}: expected {width} fields as in {source} ({', '.join(map(repr, names))}), "
-                f"found {len(fields)}; a record needs all its fields, and {form}",
-                key=key,
-            )
-        rows.append(fields)
-        lines.append(line)
-    columns = {name: list(values) for name, values in zip(names, zip(*rows, strict=True), strict=False)}
-    return Table(columns, np.array(lines, dtype=np.int64), "line")
-
-
-def _read_jsonl(text: str, path: Path, options: Options) -> Table:
-    lines: list[int] = []
-
-    def records() -> Iterator[dict[str, Any]]:
-        for line, content in enumerate(_lines_of(text), 1):
-            if content.strip():
-                record = _checked_record(_parse_json(content, line, path, options), f"{path}:{line}", options)
-                if _may_hold_half_characters(content):
-                    _reject_half_characters(record, f"{path}:{line}", options)
-                lines.append(line)
-                yield record
-
-    return Table(_columns_of(records()), np.array(lines, dtype=np.int64), "line")
-
-
-def _lines_of(text: str) -> Iterator[str]:
-    """``text.split("\\n")`` without a second copy of the whole text."""
-    start = 0
-    while (end := text.find("\n", start)) >= 0:
-        yield text[start:end]
-        start = end + 1
-    yield text[start:]
-
-
-def _read_json(text: str, path: Path, options: Options) -> Table:
-    """Records from an array of objects, or from the one list in an object such as ``{"version": 1, "data": [...]}``."""
-    content = _parse_json(text, 1, path, options) if text.strip() else []
-    if isinstance(content, dict):
-        lists = [name for name, value in content.items() if isinstance(value, list)]
-        if len(lists) != 1:
-            lists_text = f"{len(lists)} lists: {', '.join(map(repr, lists))}" if lists else "no list"
-            raise DataError(
-                f"{path}: expected an array of objects, or an object with exactly one list in it; "
-                f"found an object with {lists_text}",
-                key=options.key,
-            )
-        content = content[lists[0]]
-    if not isinstance(content, list):
-        raise DataError(f"{path}: expected an array of objects, found {type(content).__name__}", key=options.key)
-    records = [_checked_record(r, f"{path}, record {i}", options) for i, r in enumerate(content, 1)]
-    if _may_hold_half_characters(text):
-        for i, record in enumerate(records, 1):
-            _reject_half_characters(record, f"{path}, record {i}", options)
-    return Table(_columns_of(records), np.arange(1, len(records) + 1, dtype=np.int64), "record")
-
-
-def _parse_json(text: str, first_line: int, path: Path, options: Options) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as exc:
-        line = first_line + exc.lineno - 1
-        raise DataError(f"{path}:{line}: broken JSON at column {exc.colno}: {exc.msg}", key=options.key) from None
-    except (ValueError, RecursionError) as exc:  # a number of over 4,300 digits, or nested too deeply
-        raise DataError(f"{path}:{first_line}: cannot read this JSON: {exc}", key=options.key) from None
-
-
-def _checked_record(record: Any, where: str, options: Options) -> dict[str, Any]:
-    if isinstance(record, dict):
-        return record
-    raise DataError(f"{where}: expected an object, found {type(record).__name__}", key=options.key)
-
-
-def _may_hold_half_characters(text: str) -> bool:
-    return "\\ud" in text or "\\uD" in text
-
-
-def _reject_half_characters(record: dict[str, Any], where: str, options: Options) -> None:
-    """JSON can escape half of a surrogate pair (a cut emoji), on which tokenizers would fail much later."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as exc:
-        half = f"\\u{ord(exc.object[exc.start]):04x}"
-        raise DataError(f"{where}: {half} is half of a surrogate pair, not a character", key=options.key) from None
-
-
-def _columns_of(records: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Column name -> values; None if a record lacks the key."""
-    columns: dict[str, list[Any]] = {}
-    for i, record in enumerate(records):
-        for name in record:
-            if name not in columns:
-                columns[name] = [None] * i
-        for name, values in columns.items():
-            values.append(record.get(name))
-    return columns
+def _is_visible(member: str) -> bool:
+    return not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(member).parts)
 
 
 def _read_text(text: str, path: Path, options: Options) -> Table:
@@ -293,26 +221,10 @@ def _read_text(text: str, path: Path, options: Options) -> Table:
     return Table({"text": ["\n".join(block) for block in paragraphs]}, np.array(lines, dtype=np.int64), "line")
 
 
-def _read_parquet(raw: bytes, path: Path, options: Options) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
-    except (pyarrow.ArrowException, OSError) as exc:
-        raise DataError(f"{path} is not a readable parquet file: {exc}", key=options.key) from None
-    names = table.column_names
-    if len(set(names)) != len(names):
-        raise DataError(f"{path}: two columns have the same name: {', '.join(map(repr, names))}", key=options.key)
-    columns = {name: table.column(name).to_pylist() for name in names}
-    return Table(columns, np.arange(1, table.num_rows + 1, dtype=np.int64), "record")
-
-
 _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-    "json": _read_json,
-    "jsonl": _read_jsonl,
+    "csv": read_csv,
+    "tsv": read_tsv,
+    "json": lambda text, path, options: read_json(text, path, options, lines=False),
+    "jsonl": lambda text, path, options: read_json(text, path, options, lines=True),
     "text": _read_text,
 }
-FORMATS = (*_TEXT_READERS, "parquet")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from peftlab.errors import DataError
+from peftlab.errors import DataError, listed
 
 IntArray = npt.NDArray[np.int64]
 
@@ -20,6 +20,14 @@ class Origin(NamedTuple):
 
     path: str
     unit: Literal["line", "record"]
+
+
+class Note(NamedTuple):
+    """What reading decided or noticed, for `peftlab check`; ``key`` is the recipe key that changes it."""
+
+    kind: str
+    message: str
+    key: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +43,9 @@ class Rows:
         origin_index: [N] int64, the index into ``origins`` of each row.
         positions: [N] int64, the 1-based line (where the row starts) or record number of each row in its file.
         left_out: the places of rows of the source that are not in the table, by reason; a selection has none.
+        class_names: column -> the class names that the file carries, in the order of their numbers; the values of such
+            a column are these names.
+        notes: what reading decided or noticed about the whole source. A selection keeps them.
     """
 
     name: str
@@ -44,6 +55,8 @@ class Rows:
     origin_index: IntArray
     positions: IntArray
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
 
     def __post_init__(self) -> None:
         num_rows = len(self.positions)
@@ -83,8 +96,7 @@ class Rows:
             return self.columns[name]
         near = difflib.get_close_matches(name, self.columns, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        columns = ", ".join(map(repr, self.columns))
-        raise DataError(f"{self.name}: no column {name!r}; found the columns {columns}{hint}", key=key)
+        raise DataError(f"{self.name}: no column {name!r}; found the columns {listed(self.columns)}{hint}", key=key)
 
     def select(self, indices: Sequence[int] | IntArray) -> Rows:
         """The rows at ``indices``, in that order, with their origins."""

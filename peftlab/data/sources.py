@@ -7,35 +7,23 @@ import difflib
 import hashlib
 import os
 import re
-import socket
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
 
 from peftlab.data.builtin import is_builtin, load_builtin
-from peftlab.data.images import IMAGE_ENDINGS
-from peftlab.data.readers import FORMATS, Options, Table, read_table
-from peftlab.data.rows import Origin, Rows
-from peftlab.errors import DataError
+from peftlab.data.encodings import codec_name, decode, odd_character_notes
+from peftlab.data.folders import Contents, contents_of
+from peftlab.data.hub import load_hub
+from peftlab.data.readers import FORMATS, format_of, read_table
+from peftlab.data.rows import Note, Origin, Rows
+from peftlab.data.table import Options, Table
+from peftlab.errors import DataError, listed
 from peftlab.paths import PACKAGE_PREFIX, package_path
 
-_ENDINGS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".py": "text",
-}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_CONNECT_TIMEOUT_S = 5.0
+_SPLIT = re.compile(r"[^:\[\]#]+")
 
 
 def load_rows(
@@ -45,58 +33,72 @@ def load_rows(
     format: str = "auto",
     encoding: str = "utf-8",
     column_names: Sequence[str] | None = None,
+    delimiter: str | None = None,
     subset: str | None = None,
     seed: int = 0,
-    default_split: str = "train",
+    default_split: str | None = "train",
+    classes_from_folders: bool = False,
 ) -> Rows:
     """The rows of a data source.
 
     A name is one of:
 
-    - a file;
+    - a file, also compressed (gz, bz2, xz) or in a zip;
     - a folder: its readable files, also in subfolders, sorted by name. They need the same columns; hidden files are
       skipped. With ``format`` only files with an ending of that format are read, or all if none has one;
-    - a folder of images with one subfolder per class (columns ``image``, a path, and ``label``);
+    - a folder that ``save_to_disk`` of ``datasets`` wrote;
+    - a folder of images with one subfolder per class (columns ``image``, a path, and ``label``), or of texts with
+      ``classes_from_folders`` (columns ``text`` and ``label``);
     - ``package:IMPORT_NAME/PATH``: a file or folder inside an installed package, which is not imported;
     - ``ID`` or ``ID:SPLIT``: a hub data set;
     - a built-in data set, see ``load_builtin``.
 
+    ``FILE:SPLIT`` reads one of several tables in a file or folder: a list in a JSON object, a saved split, files or
+    folders named after splits, a file in a zip. Without it, ``default_split`` is read, and a note says so.
+
     The suffix ``#500`` draws 500 rows with ``seed`` and keeps their order. An existing file or folder of exactly this
     name always wins.
 
-    The ending determines the format, also before ``.gz``. csv (quotes, RFC 4180) and tsv (no quotes) need a header or
-    ``column_names``; their values are text. json: an array of objects, or an object with exactly one list in it.
-    jsonl: one object per line. A missing key is None. text: one row per paragraph (a block of lines between blank
-    lines), not per file or line, in the column ``text``. Hub columns come as stored: class labels are numbers.
+    The content determines the format; the ending decides only where the content allows several. csv (quotes, RFC 4180)
+    and tsv (no quotes) need a header or ``column_names``; their values are text. json and jsonl: an array of objects,
+    one object per line, objects one after the other, one list per column, or an object with one of these in it. A
+    missing key is None. text: one row per paragraph (a block of lines between blank lines), not per file or line, in
+    the column ``text``. Numbers of a class column whose names the file carries become these names.
 
     Args:
         key: the recipe key that holds ``name``, for the errors.
-        format: csv, tsv, json, jsonl, parquet or text; ``auto``: by the file ending.
-        encoding: encoding of text files; a byte order mark is removed.
+        format: csv, tsv, json, jsonl, parquet, arrow or text; ``auto``: by content.
+        encoding: encoding of text files; a byte order mark is removed, and decides if it names another one.
         column_names: for csv and tsv files without a header, whose first line is data.
+        delimiter: field separator of csv files; None: found from the file.
         subset: the configuration of a hub data set.
         seed: seed of the ``#500`` sample.
-        default_split: split of a hub data set without ``:SPLIT``.
+        default_split: split without ``:SPLIT``; None: it must be named where there are several.
+        classes_from_folders: a folder of texts gives one row per file, and its subfolders are classes.
 
     Raises: DataError: something is missing, empty or broken, or an argument has no effect on this source.
     """
     if format != "auto" and format not in FORMATS:
         raise DataError(f"unknown format {format!r}; expected auto, {', '.join(FORMATS)}", key="data.format")
     base, num_sampled = _split_sample_size(name, key)
-    path = _local_path(base, key)
-    if is_builtin(base) and not os.path.exists(path):
-        _refuse(base, format=format, column_names=column_names, encoding=encoding, subset=subset)
+    local = _local_split(base, key)
+    if local is None and is_builtin(base):
+        _refuse(base, format=format, column_names=column_names, delimiter=delimiter, encoding=encoding, subset=subset)
         rows = dataclasses.replace(load_builtin(base, key=key), name=name)
-    elif os.path.exists(path) or _is_meant_as_file(base) or format != "auto":
+    elif local is not None or base.startswith(PACKAGE_PREFIX) or _is_meant_as_file(base) or format != "auto":
         if subset is not None:
             raise DataError(f"{base!r} is a file or folder; only hub data sets have subsets", key="data.subset")
-        rows = _load_local(name, path, base, key, format, encoding, column_names)
+        path, split = local or (_local_path(base, key), None)
+        names = None if column_names is None else tuple(column_names)
+        options = Options(key, format, encoding, names, delimiter, split, default_split, classes_from_folders)
+        rows = _load_local(name, path, base, options)
     else:
-        if column_names is not None:
-            raise DataError(f"{base!r} is a hub data set, which has its own column names", key="data.column_names")
-        if encoding.lower() not in ("utf-8", "utf8"):
+        for setting, what in (("column_names", column_names), ("delimiter", delimiter)):
+            if what is not None:
+                raise DataError(f"has no effect on the hub data set {base!r}; remove it", key=f"data.{setting}")
+        if codec_name(encoding) != "utf-8":
             raise DataError(f"{base!r} is a hub data set, whose text is always utf-8", key="data.encoding")
-        rows = _load_hub(name, base, key, subset, default_split)
+        rows = load_hub(name, base, key, subset, default_split or "train")
     if num_sampled is None:
         return rows
     if num_sampled > len(rows):
@@ -105,11 +107,30 @@ def load_rows(
     return rows.select(np.sort(chosen))
 
 
-def _refuse(base: str, *, format: str, column_names: Sequence[str] | None, encoding: str, subset: str | None) -> None:
+def _local_split(base: str, key: str) -> tuple[Path, str | None] | None:
+    """``(path, split)`` of ``PATH`` or ``PATH:SPLIT`` if the path exists, or if it can only be a file."""
+    if _exists(base, key):
+        return _local_path(base, key), None
+    head, _, split = base.rpartition(":")
+    if head and _SPLIT.fullmatch(split) and (_exists(head, key) or _is_meant_as_file(head)):
+        return _local_path(head, key), split
+    return None
+
+
+def _refuse(
+    base: str,
+    *,
+    format: str,
+    column_names: Sequence[str] | None,
+    delimiter: str | None,
+    encoding: str,
+    subset: str | None,
+) -> None:
     """Raises DataError for an argument that has no effect on a built-in data set."""
     given = {
         "format": format != "auto",
         "column_names": column_names is not None,
+        "delimiter": delimiter is not None,
         "encoding": encoding.lower() not in ("utf-8", "utf8"),
         "subset": subset is not None,
     }
@@ -148,122 +169,101 @@ def _local_path(name: str, key: str) -> Path:
     return Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves the home of an unknown user as it is
 
 
-def _format_of(path: Path) -> str | None:
-    """The format of the file ending (before ``.gz``); None: unknown ending."""
-    return _ENDINGS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
-
-
 def _is_meant_as_file(name: str) -> bool:
     """Whether a missing name can only be a file: hub ids have none of these forms."""
     looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-    return looks_local or _format_of(Path(name)) is not None
+    return looks_local or format_of(name.rpartition("/")[2]) is not None
 
 
-def _load_local(
-    name: str,
-    path: Path,
-    shown: str,
-    key: str,
-    format: str,
-    encoding: str,
-    column_names: Sequence[str] | None,
-) -> Rows:
-    if path.is_dir() and format == "auto" and (images := _images_in(path)):
-        return _load_images(name, path, images, key)
+def _load_local(name: str, path: Path, shown: str, options: Options) -> Rows:
     if path.is_dir():
-        files = _files_in(path, format, key)
+        found = contents_of(path, options)
+        if found.split_taken:
+            options = options._replace(split=None)
     elif path.is_file():
-        files = [path]
+        found = Contents([path])
     else:
-        raise _no_such_file(path, shown, key)
-    options = Options(key, encoding, None if column_names is None else tuple(column_names))
+        raise _no_such_file(path, shown, options.key)
+    is_tables = found.kind == "tables"
+    rows = _load_tables(name, found.files, options) if is_tables else _load_single_rows(name, path, found, options)
+    return dataclasses.replace(rows, notes=(*found.notes, *rows.notes))
+
+
+def _load_tables(name: str, files: Sequence[Path], options: Options) -> Rows:
     digest = hashlib.sha256()
     tables: list[Table] = []
     for file in files:
-        file_format = _format_of(file) if format == "auto" else format
-        if file_format is None:
-            raise DataError(
-                f"{file}: unknown file ending {file.suffix!r}; set data.format to one of {', '.join(FORMATS)}",
-                key="data.format",
-            )
-        try:
-            raw = file.read_bytes()
-        except OSError as exc:
-            raise DataError(f"{file} cannot be read: {exc.strerror}", key=key) from None
+        raw = _bytes_of(file, options.key)
         digest.update(raw)
-        tables.append(read_table(raw, file, file_format, options))
-        _require_same_columns(tables, files, key)
-
-    return Rows(
+        tables.append(read_table(raw, file, options))
+        _require_same_columns(tables, files, options.key)
+    rows = Rows(
         name=name,
         columns={column: _joined([table.columns[column] for table in tables]) for column in tables[0].columns},
         fingerprint=digest.hexdigest(),
         origins=tuple(Origin(str(file), table.unit) for file, table in zip(files, tables, strict=True)),
         origin_index=np.repeat(np.arange(len(tables)), [len(table.positions) for table in tables]),
         positions=np.concatenate([table.positions for table in tables]),
+        class_names=tables[0].class_names,
+        notes=tuple(note for table in tables for note in table.notes),
     )
+    return _with_odd_characters(rows, options) if any(table.may_be_odd for table in tables) else rows
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """The images in subfolders of ``folder``; none if it contains tables, which may name the images."""
-    files = _visible(folder)
-    if any(_format_of(path) not in (None, "text") for path in files):
-        return []
-    return [p for p in files if p.suffix.lower() in IMAGE_ENDINGS and len(p.relative_to(folder).parts) > 1]
+def _with_odd_characters(rows: Rows, options: Options) -> Rows:
+    return dataclasses.replace(rows, notes=(*rows.notes, *odd_character_notes(rows, encoding=options.encoding)))
 
 
-def _load_images(name: str, folder: Path, images: list[Path], key: str) -> Rows:
-    labels = [path.relative_to(folder).parts[0] for path in images]
+def _load_single_rows(name: str, folder: Path, found: Contents, options: Options) -> Rows:
+    """One row per image or text; the fingerprint is over their paths, which hold the classes, and contents."""
     digest = hashlib.sha256()
-    for path in images:
-        try:
-            digest.update(
-                f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
-            )
-        except OSError as exc:
-            raise DataError(f"{path} cannot be read: {exc.strerror}", key=key) from None
-    return Rows(
-        name=name,
-        columns={"image": [str(path.absolute()) for path in images], "label": list(labels)},
-        fingerprint=digest.hexdigest(),
-        origins=tuple(Origin(str(path), "record") for path in images),
-        origin_index=np.arange(len(images)),
-        positions=np.ones(len(images), dtype=np.int64),
+    texts: list[Any] = []
+    notes: list[Note] = []
+    for path in found.files:
+        raw = _bytes_of(path, options.key)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(raw).digest())
+        if found.kind == "texts":
+            text, noted = decode(raw, path, encoding=options.encoding, key=options.key)
+            texts.append(text.strip("\r\n"))
+            notes += noted
+    columns: dict[str, list[Any]] = (
+        {"text": texts} if found.kind == "texts" else {"image": [str(path.absolute()) for path in found.files]}
     )
+    if found.labels is not None:
+        columns["label"] = list(found.labels)
+    count = len(found.files)
+    rows = Rows(
+        name=name,
+        columns=columns,
+        fingerprint=digest.hexdigest(),
+        origins=tuple(Origin(str(path), "line" if found.kind == "texts" else "record") for path in found.files),
+        origin_index=np.arange(count),
+        positions=np.ones(count, dtype=np.int64),
+        notes=tuple(notes),
+    )
+    return _with_odd_characters(rows, options) if found.kind == "texts" else rows
 
 
-def _joined(parts: list[list[object]]) -> list[object]:
+def _bytes_of(path: Path, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}", key=key) from None
+
+
+def _joined(parts: list[list[Any]]) -> list[Any]:
     return parts[0] if len(parts) == 1 else [value for part in parts for value in part]
 
 
-def _require_same_columns(tables: list[Table], files: list[Path], key: str) -> None:
+def _require_same_columns(tables: Sequence[Table], files: Sequence[Path], key: str) -> None:
     """Raises DataError unless the newest table has the column names of the first, in any order."""
     first, newest = tables[0].columns, tables[-1].columns
     if first.keys() != newest.keys():
         raise DataError(
-            f"{files[len(tables) - 1]} has the columns {', '.join(map(repr, newest))}, but {files[0]} has "
-            f"{', '.join(map(repr, first))}; all files of a folder need the same columns",
+            f"{files[len(tables) - 1]} has the columns {listed(newest)}, but {files[0]} has {listed(first)}; all files of "
+            "a folder need the same columns",
             key=key,
         )
-
-
-def _visible(folder: Path) -> list[Path]:
-    """All files in and below ``folder``, sorted by name, without hidden ones."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
-def _files_in(folder: Path, format: str, key: str) -> list[Path]:
-    files = _visible(folder)
-    readable = [path for path in files if _format_of(path) is not None and format in ("auto", _format_of(path))]
-    if format != "auto" and not readable:
-        readable = files
-    if not readable:
-        raise DataError(f"the folder {folder} has no file with a known ending: {', '.join(_ENDINGS)}", key=key)
-    return readable
 
 
 def _no_such_file(path: Path, shown: str, key: str) -> DataError:
@@ -273,56 +273,3 @@ def _no_such_file(path: Path, shown: str, key: str) -> DataError:
     near = difflib.get_close_matches(path.name, os.listdir(folder), n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return DataError(f"{shown!r}: no such file in the folder {folder.absolute()}{hint}", key=key)
-
-
-def _load_hub(name: str, base: str, key: str, subset: str | None, default_split: str) -> Rows:
-    hub_id, _, split = base.partition(":")
-    if not _HUB_ID.fullmatch(hub_id):
-        raise DataError(f"{base!r} is not an existing file or folder, nor a valid hub data set id", key=key)
-    if os.path.exists(hub_id):
-        raise DataError(f"{base!r}: {hub_id!r} is a local file or folder; only hub data sets have splits", key=key)
-    import datasets
-
-    split = split or default_split
-    tried = f"{base!r} is not a local file or folder; looked for hub data set {hub_id!r}, split {split!r}"
-    advice = "files, folders and package:IMPORT_NAME/PATH work without network"
-    offline = datasets.config.HF_HUB_OFFLINE
-    if not offline and (reason := _why_unreachable(datasets.config.HF_ENDPOINT)):
-        raise DataError(
-            f"{tried}; {datasets.config.HF_ENDPOINT} cannot be reached ({reason}); {advice}, "
-            "and so does a cached hub data set with HF_HUB_OFFLINE=1",
-            key=key,
-        )
-    try:
-        table = datasets.load_dataset(hub_id, subset, split=split)
-    except Exception as exc:  # datasets, huggingface_hub, httpx and pyarrow raise too many types to list
-        offline_note = "; HF_HUB_OFFLINE=1 allows only cached data sets" if offline else ""
-        raise DataError(f"{tried}; {type(exc).__name__}: {exc}{offline_note}; {advice}", key=key) from exc
-    if len(table) == 0:
-        raise DataError(f"the split {split!r} of the hub data set {hub_id!r} has no rows", key=key)
-    return Rows(
-        name=name,
-        columns=table.to_dict(),
-        fingerprint=table._fingerprint,
-        origins=(Origin(f"{hub_id}:{split}", "record"),),
-        origin_index=np.zeros(len(table), dtype=np.int64),
-        positions=np.arange(1, len(table) + 1),
-    )
-
-
-def _why_unreachable(endpoint: str) -> str | None:
-    """Why the hub (or the proxy to it) is unreachable; None: it is reachable.
-
-    ``datasets`` itself makes six attempts with pauses first: 23 s without DNS, minutes behind a firewall.
-    """
-    target = urlsplit(endpoint)
-    if not urllib.request.proxy_bypass(target.hostname or ""):
-        proxies = urllib.request.getproxies()
-        proxy = proxies.get(target.scheme) or proxies.get("all")
-        target = urlsplit(proxy) if proxy else target
-    port = target.port or (80 if target.scheme == "http" else 443)
-    try:
-        socket.create_connection((target.hostname, port), timeout=_HUB_CONNECT_TIMEOUT_S).close()
-    except OSError as exc:
-        return str(exc)
-    return None

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peftlab.errors import RecipeError
+from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.card_shape import Ratio
 from peftlab.evaluation.metrics import unknown_metric
 from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, ROWS_OF_CHOICES, class_slugs, family_of
@@ -62,7 +62,8 @@ def check_headline(name: str, task: str, class_names: Sequence[str] | None, *, h
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RecipeError(
-            f"expected a metric of the report card ({', '.join(known)}), found {name!r}{hint}", key="distill.headline"
+            f"expected a metric of the report card ({listed(known, most=20)}), found {name!r}{hint}",
+            key="distill.headline",
         )
 
 

@@ -13,8 +13,8 @@ from peftlab.evaluation.scorer import Scorer
 @torch.no_grad()
 def evaluate_examples(
     model: Any, task: Any, encoded: Any, *, metrics: list[str], batch_tokens: int, device: Any, autocast: Any
-) -> dict[str, float]:
-    """Returns the metrics of ``model`` on ``encoded`` examples, by flat name.
+) -> dict[str, float | None]:
+    """Returns the metrics of ``model`` on ``encoded`` examples, by flat name; None: of a class that no example has.
 
     Args:
         task: a ``tasks.Task``; its ``score`` is called per padded batch of at most ``batch_tokens`` tokens.

@@ -6,6 +6,8 @@ and denominators over the drawn rows before dividing, so that a row with many to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -49,6 +51,17 @@ def share_of_class(numerators: ArrayLike, denominators: ArrayLike) -> Statistic:
         return np.nan_to_num(share(counts), nan=0.0)
 
     return statistic
+
+
+def of_classes(
+    family: str, values: Sequence[float], references: Sequence[int], class_names: Sequence[str]
+) -> dict[str, float | None]:
+    """``FAMILY_CLASS`` -> value of each class; None for a class that no row has, of which nothing is measured."""
+    present = set(references)
+    return {
+        f"{family}_{name}": float(value) if i in present else None
+        for i, (name, value) in enumerate(zip(class_names, values, strict=True))
+    }
 
 
 def _column(values: ArrayLike) -> Floats:

@@ -70,11 +70,12 @@ class Scorer:
                 kept = self._columns[name] = array("d" if any(isinstance(v, float) for v in column) else "q")
             kept.extend(column)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float | None]:
         """The requested values by flat name: one per family in the order of names, then the per-class values.
 
-        A precision, recall or F1 without rows to divide by is 0.0; the macro average is over the classes that occur in
-        predictions or references. ``confusion`` gives ``confusion_R_as_P``, the rows of class R predicted as P.
+        Precision, recall and F1 of a class that no row has are None, and 0.0 if there is nothing else to divide by; the
+        macro average is over the classes that occur in predictions or references. ``confusion`` gives
+        ``confusion_R_as_P``, the rows of class R predicted as P.
         Values may be ``nan`` or ``inf`` (perplexity beyond float64): JSON writers must handle them.
 
         Raises:
@@ -83,7 +84,7 @@ class Scorer:
         from peftlab.evaluation.modules import load_metric, takes_class_names
 
         columns = {name: [] if kept is None else kept.tolist() for name, kept in self._columns.items()}
-        values: dict[str, float] = {}
+        values: dict[str, float | None] = {}
         # The modules create a cache folder even if they keep everything in memory.
         with tempfile.TemporaryDirectory(prefix="peftlab-metrics-") as scratch:
             for family in dict.fromkeys(self._families.values()):
@@ -105,9 +106,9 @@ class Scorer:
         if outside:
             raise ValueError(f"expected class indices in 0..{len(self._slugs) - 1}, found {sorted(outside)}")
 
-    def _flat(self, computed: Mapping[str, Any]) -> dict[str, float]:
+    def _flat(self, computed: Mapping[str, Any]) -> dict[str, float | None]:
         """Flattens ``computed``: a matrix over classes becomes one value per pair."""
-        flat: dict[str, float] = {}
+        flat: dict[str, float | None] = {}
         for name, value in computed.items():
             if not isinstance(value, list):
                 flat[name] = value

@@ -29,6 +29,9 @@ else:
     KernelMode = Literal[tuple(KERNEL_MODES)]
 
 
+DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " "}
+
+
 class ModelSection(Section):
     name: str = Field(
         description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit, or "
@@ -144,7 +147,7 @@ class TemplateSection(Section):
 class DataSection(Section):
     train: str = Field(
         description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; "
-        "NAME#500 samples 500 rows"
+        "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
     )
     eval: str | None = Field(
         None, description="held-out data, in the same forms as train; default: a part of train is held out"
@@ -153,10 +156,15 @@ class DataSection(Section):
         0.1, gt=0, lt=1, description="share of the training rows to hold out when data.eval is not set"
     )
     eval_rows: int | None = Field(None, ge=1, description="number of rows to hold out, instead of eval_fraction")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text"] = Field(
-        "auto", description="file format; auto uses the file ending"
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text"] = Field(
+        "auto", description="file format; auto uses the content, and the file ending where that leaves a choice"
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
+    delimiter: str | None = Field(
+        None,
+        description="field separator of csv files: one character, or comma, semicolon, tab, pipe or space; default: found "
+        "from the file",
+    )
     column_names: list[str] | None = Field(None, description="column names of a csv or tsv file without a header")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     columns: dict[Column, str] = Field(
@@ -197,6 +205,14 @@ class DataSection(Section):
     allow: list[Literal["untrained_terminator", "wrong_mask", "pad_is_eos", "template_family"]] = Field(
         default_factory=list, description="errors of `peftlab check` to accept (causal_lm)"
     )
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        character = None if value is None else DELIMITER_NAMES.get(value.lower(), value)
+        if character is not None and (len(character) != 1 or character in '\r\n"'):
+            raise ValueError(f"expected one character, or {', '.join(DELIMITER_NAMES)}; found {value!r}")
+        return character
 
     @field_validator("exclude", mode="before")
     @classmethod

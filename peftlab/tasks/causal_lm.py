@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from peftlab.data import Ledger, Rows, Tokens, answered, check_ids, eval_batches, fit_lengths, pieces, tokenize
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
-from peftlab.errors import DataError
+from peftlab.errors import DataError, listed
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
@@ -191,7 +191,7 @@ class CausalLM:
             return self._choice_ids.index(tokens)
         raise DataError(
             f"{rows.where(i)}: the completion {self.tokenizer.decode(tokens, skip_special_tokens=True)!r} is not one of eval.choices: "
-            f"{', '.join(map(repr, self.class_names))}",
+            f"{listed(self.class_names)}",
             key="eval.choices",
         )
 

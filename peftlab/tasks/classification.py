@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.data import Rows, read_labels
-from peftlab.errors import DataError, RecipeError
+from peftlab.data import Rows, nearest_label, read_labels
+from peftlab.errors import DataError, RecipeError, listed
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.batch import Batch, example_weights, stacked_labels
 from peftlab.tasks.example import Example
@@ -38,7 +38,7 @@ class Labels:
     def __post_init__(self) -> None:
         if isinstance(self.class_weights, Mapping) and set(self.class_weights) != set(self.names):
             raise RecipeError(
-                f"expected a weight for each of the classes {self.names}, found {sorted(self.class_weights)}",
+                f"expected a weight for each of the classes {listed(self.names)}; found {listed(sorted(self.class_weights))}",
                 key="train.class_weights",
             )
 
@@ -68,7 +68,7 @@ class Labels:
             if label not in index:
                 raise DataError(
                     f"{rows.where(i)}: label {label!r} does not occur in the training data, whose labels are "
-                    f"{', '.join(self.names)}",
+                    f"{listed(self.names)}{nearest_label(label, self.names)}",
                     key="data.columns.label",
                 )
         return np.array([index[label] for label in labels], dtype=np.int64)

@@ -20,7 +20,7 @@ from peftlab.assembly.process import pick_device
 from peftlab.assembly.target import Target, find_target, open_target
 from peftlab.data import Rows
 from peftlab.distillation import compare, require_same
-from peftlab.errors import ArtifactError, DataError, RecipeError
+from peftlab.errors import ArtifactError, DataError, RecipeError, listed
 from peftlab.models import label_names, resolve_dtype
 from peftlab.paths import sha256_of_files
 from peftlab.recipe import LoadedRecipe
@@ -253,7 +253,7 @@ class NamedTeacher:
             is_default = theirs == [f"LABEL_{i}" for i in range(len(theirs))]
             unnamed = " (transformers' default labels of a model not trained for this task)" if is_default else ""
             raise RecipeError(
-                f"the teacher has other labels: {', '.join(theirs)}{unnamed}; the student's are {', '.join(ours)}. Use a teacher "
+                f"the teacher has other labels: {listed(theirs)}{unnamed}; the student's are {listed(ours)}. Use a teacher "
                 "trained on these labels, or rename the labels in its config",
                 key=f"{self.key}.name",
             )

@@ -117,7 +117,7 @@ class TrainingLoop:
         progress: Progress,
         where: Callable[[int], str],
         loss_sum: LossSum | None = None,
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Callable[[], dict[str, float | None]] | None = None,
         resume_hint: str = "",
     ) -> None:
         self._model, self._task, self._train, self._plan = model, task, train, plan
@@ -180,7 +180,7 @@ class TrainingLoop:
     def _out_of_patience(self) -> bool:
         return bool(self._settings.patience and self._evals_without_better >= self._settings.patience)
 
-    def finish(self, metrics: dict[str, float]) -> None:
+    def finish(self, metrics: dict[str, float | None]) -> None:
         """Considers the final evaluation for the best checkpoint."""
         if not self._result.history or self._result.history[-1]["step"] != self._step:
             self._keep_best(metrics)
@@ -350,17 +350,17 @@ class TrainingLoop:
         metrics = self._evaluate()
         if self._accelerator.is_main_process:
             self._log.write({"step": self._step, "eval": metrics})
-        self._accelerator.log({f"eval/{k}": v for k, v in metrics.items()}, step=self._step)
+        self._accelerator.log({f"eval/{k}": v for k, v in metrics.items() if v is not None}, step=self._step)
         self._progress.evaluated(self._step, metrics)
         self._result.history.append({"step": self._step, **metrics})
         self._keep_best(metrics)
 
-    def _keep_best(self, metrics: dict[str, float]) -> None:
+    def _keep_best(self, metrics: dict[str, float | None]) -> None:
         name = self._settings.best
         if name is None:
             return
         value, best = metrics[name], self._result.best_value
-        if not math.isfinite(value):
+        if value is None or not math.isfinite(value):
             self._evals_without_better += 1
         elif best is None or (value > best if higher_is_better(name) else value < best):
             self._result.best_step, self._result.best_value = self._step, value

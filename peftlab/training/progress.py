@@ -59,7 +59,7 @@ class Progress(Protocol):
         """Reports optimizer step ``step`` (1-based). Known values, each optional: loss (nats), lr, grad_norm, tokens_per_s,
         memory_bytes."""
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Shows the first eight flat metric values after ``step`` steps."""
 
     def stop(self) -> None:
@@ -114,7 +114,7 @@ class SilentProgress:
 
     def step(self, step: int, values: Mapping[str, float | None]) -> None: ...
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -197,7 +197,7 @@ class PlainProgress:
             self._write(f"{self._step_line(value_texts(values, with_optimizer=True))}\n")
             self._line_step, self._line_time = step, self._clock()
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
         self._end_stage()
         if not self._quiet:
             self._print(metrics_text(step, metrics))
@@ -307,7 +307,7 @@ class RichProgress:
         self._pace.advance(step)
         self._values = dict(values)
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
         self._end_stage()
         if not self._quiet:
             self._print(metrics_text(step, metrics, self._console.width))

@@ -98,9 +98,10 @@ def value_texts(values: Mapping[str, float | None], *, with_optimizer: bool) -> 
     return [text(value) for text, value in known if value is not None]
 
 
-def metrics_text(step: int, metrics: Mapping[str, float], width: int | None = None) -> str:
+def metrics_text(step: int, metrics: Mapping[str, float | None], width: int | None = None) -> str:
     """The first eight metrics, in lines of at most width columns if the names fit; None: one line."""
-    shown = [f"{name} {format_number(value)}" for name, value in list(metrics.items())[:_MAX_SHOWN_METRICS]]
+    values = list(metrics.items())[:_MAX_SHOWN_METRICS]
+    shown = [f"{name} {'n/a' if value is None else format_number(value)}" for name, value in values]
     if len(metrics) > len(shown):
         shown.append(f"and {len(metrics) - len(shown)} more")
     return _wrap_items(f"eval at step {step:,}:", shown, width)

@@ -93,6 +93,82 @@ def test_check_labels_counts_classes_and_shared_rows(capsys: pytest.CaptureFixtu
     assert "note: " in out and "repeat an earlier one (texts.csv:" in out
 
 
+def notes_of_check(capsys: pytest.CaptureFixture[str], *settings: str) -> dict[str, tuple[str, str]]:
+    """kind -> (data, message) of the findings, after ``ready to train``."""
+    code, out, _ = run_check(capsys, "labels.yaml", "--json", *settings)
+    assert code == 0, out
+    return {f["kind"]: (f["data"], f["message"]) for f in json.loads(out)["findings"]}
+
+
+def test_check_notes_similar_labels_and_its_remedy_works(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["ham", "Ham", "spam", "spam", "spam", "ham"] * 5
+    Path("mixed.csv").write_text("text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels)))
+    _, message = notes_of_check(capsys, "data.train=mixed.csv")["similar_labels"]
+    assert message.startswith(
+        "labels that differ only by case, spaces or Unicode form are different classes: 'Ham' (4 rows) and 'ham' (8 rows)"
+    )
+    remedy = "data.label_names=" + message.partition("data.label_names=")[2]
+    assert remedy == 'data.label_names={"Ham": "ham", "ham": "ham", "spam": "spam"}'
+    assert "similar_labels" not in notes_of_check(capsys, "data.train=mixed.csv", remedy)
+
+
+def test_check_notes_held_out_rows_without_a_class_and_classes_of_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one.csv").write_text("text,label\n" + "".join(f"row {i},{'ab'[i % 2]}\n" for i in range(9)) + "x,c\n")
+    Path("plain.yaml").write_text(
+        "task: seq_cls\nmodel: {name: tiny:bert}\ndata: {train: one.csv, eval: texts.csv}\ntrain: {max_steps: 2}\n"
+    )
+    code, out, _ = run_check(capsys, "plain.yaml", "--json")
+    notes = {(f["kind"], f["data"]): f["message"] for f in json.loads(out)["findings"]}
+    assert code == 0
+    assert notes["absent_label", "held out"] == "no row with the label 'c'"
+    assert notes["single_row_label", "train"] == "1 label has only one row: 'c'"
+    code, out, _ = run_check(capsys, "plain.yaml", "--json", "eval.best=f1_c")
+    assert code == 2
+    assert "no held-out row has the class 'c', so f1_c cannot be measured" in json.loads(out)["error"]["message"]
+
+
+def test_check_refuses_scores_and_its_remedy_works(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("scores.csv").write_text("text,label\n" + "".join(f"text {i},{i / 7:.4f}\n" for i in range(60)))
+    code, out, _ = run_check(capsys, "labels.yaml", "--json", "data.train=scores.csv")
+    message = json.loads(out)["error"]["message"]
+    assert code == 3
+    assert "the labels are 60 different numbers from 0 to 8.4286: a score, not a class" in message
+    notes_of_check(capsys, "data.train=scores.csv", "data.bins=" + message.partition("data.bins=")[2])
+
+
+def test_check_notes_the_split_that_it_reads_and_takes_the_one_it_offers(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    Path("splits.json").write_text(json.dumps({"train": rows[:14], "test": rows[14:]}))
+    Path("split.yaml").write_text(
+        "task: seq_cls\nmodel: {name: tiny:bert}\ndata: {train: splits.json}\ntrain: {max_steps: 2}\n"
+    )
+    _, out, _ = run_check(capsys, "split.yaml", "--json")
+    (note,) = [f for f in json.loads(out)["findings"] if f["kind"] == "split"]
+    assert note["message"].startswith("splits.json holds 'train', 'test'; data.train reads 'train'; ")
+    remedy = re.search(r"data\.eval=\S+", note["message"])
+    assert remedy is not None
+    _, out, _ = run_check(capsys, "split.yaml", "--json", remedy[0], "data.train=splits.json:train")
+    report = json.loads(out)
+    assert (report["train"]["rows"], report["held_out"]["rows"]) == (14, 6)
+    assert [f for f in report["findings"] if f["kind"] == "split"] == []
+
+
+def test_check_reads_every_delimiter_and_class_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    for delimiter, name in ((";", "semicolon"), ("\t", "tab"), ("|", "pipe")):
+        Path("other.csv").write_text(Path("texts.csv").read_text().replace(",", delimiter))
+        data, message = notes_of_check(capsys, "data.train=other.csv")["delimiter"]
+        assert (data, message) == ("train", f"other.csv separates fields by {name}")
+        assert "delimiter" not in notes_of_check(capsys, "data.train=other.csv", f"data.delimiter={name}")
+    for i in range(12):
+        file = Path("reviews") / ("pos", "neg")[i % 2] / f"{i}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"review {i}\n\nwith two paragraphs\n")
+    _, out, _ = run_check(capsys, "labels.yaml", "--json", "data.train=reviews")
+    report = json.loads(out)
+    assert [entry["label"] for entry in report["train"]["labels"]] == ["neg", "pos"]
+    assert report["train"]["rows"] + report["held_out"]["rows"] == 12
+
+
 def test_check_json_is_one_complete_document(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run_check(
         capsys, "chat.yaml", "--show", "3", "--json", "data.max_length=80", "data.too_long=truncate"

@@ -152,11 +152,11 @@ CASES: dict[str, Case] = {
         {"model": {"name": "longer"}, "data": {"template": {**TEMPLATE, "user": "{text}<|more|>"}}}, [], 3,
         [KEY, "data.csv:2", "the teacher's tokenizer has no '<|more|>' (id 260)"],
     ),
-    "no head": ("distill", "seq_cls", {"teacher": "headless"}, {}, [], 2, [TEACHER, "LABEL_0, LABEL_1", "not trained for this task"]),
+    "no head": ("distill", "seq_cls", {"teacher": "headless"}, {}, [], 2, [TEACHER, "'LABEL_0', 'LABEL_1'", "not trained for this task"]),
     "the backbone has no head": (
         "distill", "seq_cls", {"teacher": "self"}, {"model": {"name": "headless"}}, [], 2, [TEACHER, "not trained for this task"],
     ),
-    "other labels": ("distill", "seq_cls", {"teacher": "others"}, {}, [], 2, [TEACHER, "a, b, c", "animal, colour"]),
+    "other labels": ("distill", "seq_cls", {"teacher": "others"}, {}, [], 2, [TEACHER, "'a', 'b', 'c'", "'animal', 'colour'"]),
     "another task": (
         "distill", "seq_cls", {"teacher": "run"}, {}, [], 2, [TEACHER, "'run'", "task: causal_lm", "task: seq_cls"],
     ),
@@ -243,7 +243,7 @@ CASES: dict[str, Case] = {
     ),
     "teach: the second teacher has other labels": (
         "teach", "seq_cls", {"teachers": ["classifier", "others"], "cache": "new"}, {}, [], 2,
-        ["distill.teachers.1.name` (r.yaml:", "a, b, c", "animal, colour"],
+        ["distill.teachers.1.name` (r.yaml:", "'a', 'b', 'c'", "'animal', 'colour'"],
     ),
     "a loss that needs all classes": (
         "distill", "causal_lm", {"teacher": "lm", "cache": "new", "losses": ["reverse_kl"]}, {}, [], 2,

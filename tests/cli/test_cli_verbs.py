@@ -126,6 +126,18 @@ def test_eval_shows_classes_and_confusions(monkeypatch: pytest.MonkeyPatch, caps
     assert json.loads(capsys.readouterr().out)["metrics"]["loss"] == "inf"
 
 
+def test_eval_shows_na_for_a_class_without_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = _metrics(0.5, 0.5, ["ham", "spam"]) | dict.fromkeys(("precision_spam", "recall_spam", "f1_spam"))
+    report = {"target": "runs/x", "kind": "run", "rows": 4000, "metrics": metrics}
+    monkeypatch.setattr("peftlab.api.evaluate.evaluate", lambda *_, **__: report)
+    assert run(["eval", "runs/x"]) == 0
+    assert any(line.split() == ["spam", "n/a", "n/a", "n/a"] for line in capsys.readouterr().out.splitlines())
+    assert run(["eval", "runs/x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["f1_spam"] is None
+
+
 def test_merge_passes_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: dict[str, Any] = {}
 

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
+import yaml
 
-from peftlab.data import Rows, class_names, read_labels
+from peftlab.data import Rows, class_names, load_rows, read_labels
+from peftlab.data.labels import similar_labels
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError
 
@@ -23,8 +28,8 @@ def rows_of(values: list[Any]) -> Rows:
 
 
 def test_read_labels_converts_values_to_text() -> None:
-    values = ["ham", " spam ", 3, 4.0, 2.5, True, False, -1.0, 0, "1.0"]
-    expected = ["ham", "spam", "3", "4", "2.5", "true", "false", "-1", "0", "1.0"]
+    values = ["ham", " spam ", 3, 4.0, 2.5, True, False, -1.0, 0, "1.0", "2.50", "True", "1.0.0", "007", "1e3"]
+    expected = ["ham", "spam", "3", "4", "2.5", "true", "false", "-1", "0", "1", "2.5", "true", "1.0.0", "007", "1e3"]
     assert read_labels(rows_of(values), "label") == expected
 
 
@@ -47,9 +52,14 @@ def test_read_labels_of_an_unknown_column_names_the_key() -> None:
     assert info.value.key == "data.columns.label"
 
 
-@pytest.mark.parametrize(("value", "kind"), [(["a"], "list"), ({"a": 1}, "dict"), (b"a", "bytes")])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(["a"], "list"), ("['a']", "a list as text"), ({"a": 1}, "dict"), (b"a", "bytes")]
+)
 def test_read_labels_refuses_other_types(value: Any, kind: str) -> None:
-    with pytest.raises(DataError, match=f"^a.csv:3: expected text, a number or true/false .* found {kind}$"):
+    with pytest.raises(
+        DataError,
+        match=f"^a.csv:3: expected text, a number or true/false .* found {kind}(; a row has one label here|$)",
+    ):
         read_labels(rows_of(["a", value]), "label")
 
 
@@ -114,3 +124,70 @@ def test_class_names_refuse_one_class_or_none() -> None:
     assert info.value.key == "data.columns.label"
     with pytest.raises(DataError, match="no labels"):
         class_names([])
+
+
+def test_labels_are_the_same_from_every_file_format(tmp_path: Path) -> None:
+    for values, expected in (
+        ([1, 0, 1], ["1", "0", "1"]),
+        ([1.0, 0.0, 1.0], ["1", "0", "1"]),
+        ([0.5, 1.25, 3.0], ["0.5", "1.25", "3"]),
+        ([True, False, True], ["true", "false", "true"]),
+        (["b", "a", "b"], ["b", "a", "b"]),
+    ):
+        frame = pandas.DataFrame({"text": ["x", "y", "z"], "label": values})
+        frame.to_csv(tmp_path / "a.csv", index=False)
+        frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+        frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+        frame.to_json(tmp_path / "a.json")
+        frame.to_parquet(tmp_path / "a.parquet")
+        frame.to_feather(tmp_path / "a.feather")
+        for file in ("a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.feather"):
+            assert read_labels(load_rows(str(tmp_path / file)), "label") == expected, (file, values)
+
+
+def test_label_names_may_name_the_value_in_the_file_or_its_number() -> None:
+    values = rows_of(["True", "False", "1.0"])
+    assert read_labels(values, "label", label_names={"True": "yes", "false": "no", "1.0": "one"}) == [
+        "yes",
+        "no",
+        "one",
+    ]
+    carried = dataclasses.replace(rows_of(["ham", "spam"]), class_names={"label": ("ham", "spam")})
+    assert read_labels(carried, "label", label_names={"0": "good", "1": "bad"}) == ["good", "bad"]
+    assert read_labels(carried, "label", label_names={"ham": "good", "1": "bad"}) == ["good", "bad"]
+
+
+def test_label_message_about_many_names_is_short() -> None:
+    names = {f"name {i}": str(i) for i in range(3000)}
+    with pytest.raises(DataError) as info:
+        read_labels(rows_of(["name 7", "Name 8"]), "label", label_names=names)
+    assert "'name 7' and 2,992 more; did you mean 'name 8'? It differs by case, spaces or Unicode form only" in str(
+        info.value
+    )
+    with pytest.raises(DataError) as info:
+        read_labels(rows_of(["name 7"]), "label", label_names=names)
+    assert len(str(info.value)) < 400
+
+
+def test_class_names_refuse_scores_and_their_remedy_works() -> None:
+    values = [f"{i / 7 - 100:.4f}" for i in range(3000)]
+    with pytest.raises(DataError) as info:
+        class_names(read_labels(rows_of(values), "label"))
+    message = str(info.value)
+    assert message.startswith("the labels are 3,000 different numbers from -100 to 328.429: a score, not a class")
+    assert info.value.key == "data.bins"
+    bins = yaml.safe_load(message.partition("data.bins=")[2])
+    labels = read_labels(rows_of(values), "label", bins=(bins["edges"], bins["names"]))
+    assert class_names(labels) == ["high", "low"]
+    assert abs(labels.count("low") - 1500) <= 10
+    assert len(class_names([f"{i / 2}" for i in range(12)])) == 12  # ratings with halves are classes
+    assert len(class_names([str(i) for i in range(3000)] * 3)) == 3000
+    with pytest.raises(
+        DataError, match=r"^the labels are 3,000 different numbers from 0 to 2999: a score, not a class"
+    ):
+        class_names([str(i) for i in range(3000)])
+
+
+def test_similar_labels_differ_by_case_spaces_or_unicode_form() -> None:
+    names = ["ham", "Ham", "very good", "very  good", "caf\u00e9", "cafe\u0301", "x", "x\u200b", "y"]
+    assert similar_labels(names) == [names[0:2], names[2:4], names[4:6], names[6:8]]

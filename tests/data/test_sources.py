@@ -69,14 +69,17 @@ def test_format_overrides_the_ending(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a\tb\n1\t2\n")
     assert load_rows(str(path), format="tsv").columns == {"a": ["1"], "b": ["2"]}
-    assert len(load_rows(str(path))) == 1
+    assert load_rows(str(path), format="text").columns == {"text": ["a\tb\n1\t2"]}
 
 
 def test_format_and_ending_that_are_unknown_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.dat"
     path.write_text("a\n1\n")
     message, key = error(path)
-    assert message.startswith(f"{path}: unknown file ending '.dat'; set data.format to one of csv, tsv")
+    expected = (
+        f"{path}: unknown file ending '.dat', and its content is no table that peftlab recognizes; set data.format"
+    )
+    assert message.startswith(f"{expected} to one of csv, tsv, json")
     assert key == "data.format"
     assert load_rows(str(path), format="csv").columns == {"a": ["1"]}
     assert error(path, format="xlsx")[1] == "data.format"

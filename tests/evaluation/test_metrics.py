@@ -75,7 +75,14 @@ def test_class_metrics_match_scikit_learn_called_directly() -> None:
 
 def test_class_metrics_macro_average_ignores_a_class_that_never_occurs() -> None:
     values = _score_classes(["f1"], [0, 1, 1], [0, 1, 1])
-    assert values == {"f1_macro": 1.0, "f1_ham": 1.0, "f1_spam": 1.0, "f1_other": 0.0}
+    assert values == {"f1_macro": 1.0, "f1_ham": 1.0, "f1_spam": 1.0, "f1_other": None}
+
+
+def test_class_metrics_of_a_class_without_rows_are_none_even_if_it_is_predicted() -> None:
+    values = _score_classes(["precision", "recall", "f1"], [0, 1, 2], [0, 1, 1])
+    assert [values[f"{family}_other"] for family in ("precision", "recall", "f1")] == [None, None, None]
+    assert values["recall_spam"] == 0.5
+    assert values["f1_macro"] == pytest.approx((1 + 2 / 3 + 0) / 3)  # scikit-learn's rule: a predicted class counts
 
 
 def _naive_macro_f1(predictions: list[int], references: list[int]) -> float:
@@ -277,7 +284,7 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == sum(bool(spec.needs) for spec in METRICS.values())
-    assert "f1 f1 {'f1_macro': 0.3333333333333333, 'f1_a': 0.6666666666666666, 'f1_b': 0.0}" in lines
+    assert "f1 f1 {'f1_macro': 0.3333333333333333, 'f1_a': 0.6666666666666666, 'f1_b': None}" in lines
     assert "confusion confusion {'confusion': [[1, 1], [0, 0]]}" in lines
 
 

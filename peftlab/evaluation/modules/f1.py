@@ -15,7 +15,7 @@ from peftlab.measuring.intervals import Floats, Statistic
 
 
 class F1(evaluate.Metric):
-    """F1 per class; a class without predictions and references scores 0.
+    """F1 per class; a class without rows has none.
 
     The macro average is over the classes that occur in the references or the predictions.
     """
@@ -28,12 +28,14 @@ class F1(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
 
-    def _compute(self, *, predictions: list[int], references: list[int], class_names: list[str]) -> dict[str, float]:
-        """``f1_macro`` and one ``f1_CLASS`` per class name, each in 0..1."""
+    def _compute(
+        self, *, predictions: list[int], references: list[int], class_names: list[str]
+    ) -> dict[str, float | None]:
+        """``f1_macro`` and one ``f1_CLASS`` per class name, each in 0..1; None for a class without rows."""
         macro = f1_score(references, predictions, average="macro", zero_division=0.0)
         indices = list(range(len(class_names)))
         values = f1_score(references, predictions, labels=indices, average=None, zero_division=0.0)
-        per_class = {f"f1_{class_name}": float(v) for class_name, v in zip(class_names, values, strict=True)}
+        per_class = row_metrics.of_classes("f1", values, references, class_names)
         return {"f1_macro": float(macro), **per_class}
 
 

@@ -26,12 +26,14 @@ class Precision(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
 
-    def _compute(self, *, predictions: list[int], references: list[int], class_names: list[str]) -> dict[str, float]:
-        """``precision_macro`` and one ``precision_CLASS`` per class name, each in 0..1."""
+    def _compute(
+        self, *, predictions: list[int], references: list[int], class_names: list[str]
+    ) -> dict[str, float | None]:
+        """``precision_macro`` and one ``precision_CLASS`` per class name, each in 0..1; None for a class without rows."""
         macro = precision_score(references, predictions, average="macro", zero_division=0.0)
         indices = list(range(len(class_names)))
         values = precision_score(references, predictions, labels=indices, average=None, zero_division=0.0)
-        per_class = {f"precision_{class_name}": float(v) for class_name, v in zip(class_names, values, strict=True)}
+        per_class = row_metrics.of_classes("precision", values, references, class_names)
         return {"precision_macro": float(macro), **per_class}
 
 

@@ -1,0 +1,156 @@
+"""Finds what a folder holds: tables, texts or images per class, saved data sets, and their splits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftlab.data.images import IMAGE_ENDINGS
+from peftlab.data.readers import ENDINGS, format_of, is_data_file
+from peftlab.data.rows import Note
+from peftlab.data.table import SPLITS, Options, choose_split, split_in_name
+from peftlab.errors import DataError
+
+# Files that `datasets` and repositories write next to the data.
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_ABOUT_STEMS = ("readme", "license", "licence", "changelog")
+_UNLABELLED = ("unsup", "unlabeled", "unlabelled")
+
+
+class Contents(NamedTuple):
+    """The files of a folder to read.
+
+    Attributes:
+        kind: ``tables``; ``images`` or ``texts``: each file is one row.
+        labels: the class of each file, if its subfolder names it.
+        split_taken: whether ``Options.split`` chose these files, and not a table in them.
+    """
+
+    files: list[Path]
+    kind: str = "tables"
+    labels: list[str] | None = None
+    notes: tuple[Note, ...] = ()
+    split_taken: bool = False
+
+
+def contents_of(folder: Path, options: Options) -> Contents:
+    """What to read in a folder. Raises: DataError: nothing that can be read, or an unclear split."""
+    saved = _saved_splits(folder)
+    if saved:
+        split, notes = choose_split(saved, folder, options)
+        return Contents(_saved_files(folder / split, options), notes=tuple(notes), split_taken=True)
+    if (folder / "state.json").is_file():
+        return Contents(_saved_files(folder, options))
+    files = _visible(folder)
+    if options.format == "auto" and not any(_is_table(path) for path in files):
+        images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+        if any(path.parent != folder for path in images):
+            return _of_classes(folder, images, "images", options)
+        if options.classes_from_folders:
+            texts = [path for path in files if format_of(path.name) == "text"]
+            if texts:
+                return _of_classes(folder, texts, "texts", options)
+    readable = _readable(folder, files, options)
+    readable, notes, taken = _of_split(folder, readable, lambda path: _split_of_table(folder, path), options)
+    return Contents(readable, notes=tuple(notes), split_taken=taken)
+
+
+def _saved_splits(folder: Path) -> list[str]:
+    """The splits of a folder that ``DatasetDict.save_to_disk`` wrote."""
+    content = _json_in(folder / "dataset_dict.json")
+    splits = content.get("splits") if isinstance(content, dict) else None
+    return [str(split) for split in splits] if isinstance(splits, list) else []
+
+
+def _saved_files(folder: Path, options: Options) -> list[Path]:
+    """The files of a data set that ``Dataset.save_to_disk`` wrote; caches beside them are none."""
+    state = _json_in(folder / "state.json")
+    try:
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (TypeError, KeyError):
+        files = []
+    missing = [file for file in files if not file.is_file()]
+    if not files or missing:
+        what = f"the file {missing[0].name!r} of it is missing" if missing else "its state.json names no files"
+        raise DataError(f"{folder} is an incomplete saved data set: {what}", key=options.key)
+    return files
+
+
+def _json_in(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _visible(folder: Path) -> list[Path]:
+    """All files in and below ``folder``, sorted by name, without hidden ones."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _is_table(path: Path) -> bool:
+    return is_data_file(path.name) and format_of(path.name) != "text" and path.name not in _ABOUT
+
+
+def _of_classes(folder: Path, files: list[Path], kind: str, options: Options) -> Contents:
+    """Files of which each is one row. The first subfolder is the class, or the split if all of them are splits."""
+    parts = {path: path.relative_to(folder).parts[:-1] for path in files}
+    depth = 0
+    notes: list[Note] = []
+    taken = False
+    tops = {inside[0].lower() for inside in parts.values() if inside}
+    if tops and tops <= set(SPLITS):
+        files, notes, taken = _of_split(folder, files, lambda path: parts[path][0] if parts[path] else None, options)
+        depth = 1
+    classed = [path for path in files if len(parts[path]) > depth]
+    labelled = [path for path in classed if parts[path][depth].lower() not in _UNLABELLED]
+    if not labelled:
+        return Contents(files, kind, None, tuple(notes), taken)
+    if left := len(files) - len(labelled):
+        what = "file is" if left == 1 else "files are"
+        notes.append(Note("folder", f"{folder}: {left:,} {what} in no class folder, and not read", options.key))
+    return Contents(labelled, kind, [parts[path][depth] for path in labelled], tuple(notes), taken)
+
+
+def _of_split(
+    folder: Path, files: list[Path], split_of: Callable[[Path], str | None], options: Options
+) -> tuple[list[Path], list[Note], bool]:
+    """``(files, notes, whether they are those of one split)``: all files if they are not of several splits."""
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        if split := split_of(path):
+            groups.setdefault(split, []).append(path)
+    if len(groups) < 2 and (options.split is None or options.split not in groups):
+        return files, [], False
+    split, notes = choose_split(groups, folder, options)
+    if left := len(files) - sum(map(len, groups.values())):
+        what = "file is" if left == 1 else "files are"
+        notes.append(Note("folder", f"{folder}: {left:,} {what} in no split, and not read", options.key))
+    return groups[split], notes, True
+
+
+def _split_of_table(folder: Path, path: Path) -> str | None:
+    """The split of a table in a folder, from a folder above it or from its name."""
+    inside = path.relative_to(folder).parts[:-1]
+    above = next((part.lower() for part in inside if part.lower() in SPLITS), None)
+    return above or split_in_name(path.name.split(".")[0])
+
+
+def _readable(folder: Path, files: list[Path], options: Options) -> list[Path]:
+    """The files with a known ending, or with one of ``options.format``; all files if none has one of that."""
+    files = [path for path in files if path.name not in _ABOUT]
+    if options.format == "auto":
+        readable = [path for path in files if is_data_file(path.name)]
+        if any(map(_is_table, readable)):
+            readable = [path for path in readable if _is_table(path) or not path.stem.lower().startswith(_ABOUT_STEMS)]
+    else:
+        readable = [path for path in files if format_of(path.name) == options.format] or files
+    if not readable:
+        raise DataError(f"the folder {folder} has no file with a known ending: {', '.join(ENDINGS)}", key=options.key)
+    return readable
