@@ -16,7 +16,15 @@ _SIZES = {
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-_T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "decoder_start_token_id": 0,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+}
 _BART = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -184,7 +192,9 @@ def end_every_text(tokenizer: Any) -> None:
 def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **values: Any) -> Any:
     import transformers
 
-    return getattr(transformers, name)(**families[name], **values)
+    config = getattr(transformers, name)(**families[name], **values)
+    config.architectures = config.architectures or []  # transformers (5.23) reads it for Funnel
+    return config
 
 
 def make_model(config: Any, auto_class: str) -> Any:

@@ -25,7 +25,7 @@ from tests.run_examples import Stopper
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
-_TITLES = {"causal_lm": "Language models", "seq_cls": "Text classifiers", "image_cls": "Image classifiers"}
+TITLES = {"causal_lm": "Language models", "seq_cls": "Text classifiers", "image_cls": "Image classifiers"}
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 # What the default, all-linear, does not reach, by the remedy of its message.
@@ -109,7 +109,7 @@ def page(rows: dict[str, list[Row]]) -> str:
         "",
         "The last column is what `peftlab check` says of the family.",
     ]
-    for task, title in _TITLES.items():
+    for task, title in TITLES.items():
         head = ["family", *COLUMNS, "`check` says"]
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(str, rows[task])]
     return "\n".join(lines) + "\n"
@@ -194,7 +194,7 @@ def main() -> None:
         command = [sys.executable, "-m", "peftlab", "eval", run, "--json"]
         return float(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["metrics"]["loss"])
 
-    rows: dict[str, list[Row]] = {task: [] for task in _TITLES}
+    rows: dict[str, list[Row]] = {task: [] for task in TITLES}
     for name, task in families():
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             row = measure(name, task, Path(folder), evaluate=evaluate)

@@ -6,6 +6,7 @@ from peftlab.adapters.adapter_files import (
     brought_parameters,
     check_adapter_files,
     load_adapter,
+    made_for,
     save_adapter,
 )
 from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
@@ -30,6 +31,7 @@ __all__ = [
     "kept_buffers",
     "load_adapter",
     "load_trained",
+    "made_for",
     "new_modules",
     "planned_modules",
     "reach_notes",

@@ -71,9 +71,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
     try:
         model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ArtifactError(
-            f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model.get_base_model())}: {error}"
-        ) from error
+        raise ArtifactError(_unfit(model.get_base_model(), folder, str(error))) from error
     model.set_adapter(active)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
@@ -138,7 +136,7 @@ def _unfit(model: Any, folder: Path, error: str) -> str:
             )
     lines = error.strip().splitlines()
     detail = next((line.strip() for line in lines if "size mismatch" in line), lines[0] if lines else "")
-    return f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(model)}: {detail}"
+    return f"the adapter in {folder} was made for another model ({made_for(folder) or 'unknown'}), not for {_name(model)}: {detail}"
 
 
 def _vocabulary_modules(model: Any) -> list[Any]:
@@ -167,7 +165,7 @@ def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
     if odd := sorted((expected - saved) | lost):
         side = "in the file but not in the model" if odd[0] in saved else "in the model but not in the file"
         raise ArtifactError(
-            f"the adapter in {folder} was made for another model ({_made_for(folder)}), not for {_name(base)}: "
+            f"the adapter in {folder} was made for another model ({made_for(folder) or 'unknown'}), not for {_name(base)}: "
             f"{len(odd)} tensors do not match, such as {odd[0]} ({side})"
         )
 
@@ -178,8 +176,9 @@ def _plain(name: str) -> str:
     return ".".join(p for p in parts if p not in ("modules_to_save", "default", "original_module", "base_layer"))
 
 
-def _made_for(folder: Path) -> str:
-    return str(json.loads((folder / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path") or "unknown")
+def made_for(folder: Path) -> str | None:
+    """The base model that an adapter's config names; None if it names none."""
+    return json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8")).get("base_model_name_or_path") or None
 
 
 def _name(model: nn.Module) -> str:

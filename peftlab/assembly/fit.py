@@ -170,6 +170,11 @@ class Fit:
         release_memory()
         progress.done()
         progress.detail(str(report))
+        if report.idle:
+            progress.note(
+                f"{len(report.idle)} of {report.num_adapted} adapted modules are not used by this model, so they do not learn, such "
+                f"as {report.idle[0]}; leave them out of adapter.targets"
+            )
         if parts.loss is not None:
             self._report_gradients(parts.loss)
 

@@ -15,6 +15,7 @@ from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.model_findings import model_findings
 from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.data import BatchPlan, Rows
+from peftlab.errors import RecipeError
 from peftlab.measuring.memory import release_memory
 from peftlab.models import base_model, new_weights
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
@@ -149,7 +150,14 @@ def prepare(
     if full_logits:
         progress.note(f"output head: the loss uses full logits: {full_logits}")
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise RecipeError(
+                f"{type(base_model(model)).__name__} has no gradient checkpointing ({str(error).splitlines()[0]}); set "
+                "train.gradient_checkpointing=false",
+                key="train.gradient_checkpointing",
+            ) from error
     summary: dict[str, Any] = {
         "adapter": asdict(trained),
         "train_rows": len(train.examples),

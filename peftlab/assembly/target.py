@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import check_adapter_files, load_adapter
+from peftlab.adapters import check_adapter_files, load_adapter, made_for
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.process import pick_device
 from peftlab.errors import ArtifactError, RecipeError
@@ -148,6 +148,8 @@ def open_target(
     if target.adapter is not None:
         check_adapter_files(target.adapter)
     check_same_model(target, assembly.pretrained)
+    if (note := _other_base(target, assembly.pretrained)) is not None:
+        progress.note(note)
     task = assembly.task  # before the model, which takes longer
     progress.stage(f"loading {recipe.model.name}")
     model = assembly.model(**model_changes)
@@ -158,6 +160,17 @@ def open_target(
     if problem is not None:
         progress.note(problem)
     return opened
+
+
+def _other_base(target: Target, pretrained: Pretrained) -> str | None:
+    """A note if an adapter without fingerprints names another base: equal shapes do not show that."""
+    if target.adapter is None or (target.loaded.recipe.lock or {}).get("fingerprints"):
+        return None
+    named = made_for(target.adapter)
+    same = {Path(name).name.lower() for name in (pretrained.source.name, pretrained.location)}
+    if named is None or Path(named).name.lower() in same:
+        return None
+    return f"the adapter in {target.adapter} was made for {named}, and is used on {pretrained.source.name}"
 
 
 def check_same_model(target: Target, pretrained: Pretrained) -> None:

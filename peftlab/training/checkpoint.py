@@ -166,9 +166,11 @@ def _load_optimizer(
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         by_parameter.setdefault(name, {})[entry] = value
-    if set(by_parameter) != set(names.values()):
+    if not set(by_parameter) <= set(names.values()):
         raise ArtifactError(f"checkpoint {folder} has different trained parameters than this run; start a new run")
     for parameter, name in names.items():
+        if name not in by_parameter:
+            continue  # it never had a gradient
         optimizer.state[parameter] = {
             key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
             for key, value in by_parameter[name].items()

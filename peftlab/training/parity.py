@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftlab import ops
 from peftlab.adapters import base_name, changed_buffers, kept_buffers, train_mode
 from peftlab.adapters.fused import FusedLora, frozen_weight, fusion_report, set_kernels
-from peftlab.errors import VerificationError
+from peftlab.errors import PeftlabError, RecipeError, VerificationError
 from peftlab.tasks import Batch, Example, Task, collate_packed, weighted_sum
 from peftlab.training.checkpoint import RngState
 
@@ -66,6 +66,8 @@ class ParityReport:
     slow: dict[str, str]
     num_parameters: int
     num_zero_gradients: int
+    idle: list[str]
+    """Adapted modules that the loss does not depend on."""
     worst_cosine: float | None
     worst_cosine_at: str | None
     worst_norm_ratio: float | None
@@ -146,7 +148,8 @@ def check_parity(
                 sample = sample[:1]
             # In mode "compared" PEFT's layers use the masks of the fused layers; in mode "reference" both sides draw PEFT's masks.
             set_kernels(model, "reference" if kernels == "reference" else "compared")
-            reference = _pass(model, lambda: reference_loss(model, sample, device), autocast, sample)
+            with _model_errors(model):
+                reference = _pass(model, lambda: reference_loss(model, sample, device), autocast, sample)
             set_kernels(model, kernels)
             with ops.planned_for(rows):
                 if rounds:  # float32 separates errors of masks, adapters and head from rounding
@@ -181,11 +184,35 @@ def check_parity(
         slow={base_name(name): reason for name, reason in fusion.slow.items()},
         num_parameters=len(reference[1]),
         num_zero_gradients=sum(not g.any() for g in fast[1].values()),
+        idle=_idle(_adapted(model), fast[1]) if math.isfinite(fast[0]) else [],
         **compared,
         rows=len(sample),
         tokens=sum(map(len, sample)),
         seconds=time.perf_counter() - started,
     )
+
+
+@contextlib.contextmanager
+def _model_errors(model: nn.Module) -> Iterator[None]:
+    """Turns errors of the model's own forward and backward, which use no code of peftlab, into its reason."""
+    try:
+        yield
+    except (PeftlabError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, ImportError) as error:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RecipeError(
+            f"{type(base).__name__} ({base.config.model_type}) cannot be trained on these rows with these settings: {reason}",
+            key="model.name",
+        ) from error
+
+
+def _idle(adapted: Sequence[str], gradients: dict[str, Tensor]) -> list[str]:
+    """The adapted modules of whose adapters no value has a gradient."""
+    moved = {name for name, gradient in gradients.items() if gradient.any()}
+    trained = [n for n in adapted if any(name.startswith(f"{n}.") for name in gradients)]
+    return [base_name(n) for n in trained if not any(name.startswith(f"{n}.") for name in moved)]
 
 
 def _check_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
