@@ -18,6 +18,7 @@ import torch
 import peftlab
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import Interrupted, PeftlabError
+from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
@@ -30,7 +31,7 @@ TITLES = {"causal_lm": "Language models", "seq_cls": "Text classifiers", "image_
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 # What the default, all-linear, does not reach, by the remedy of its message.
 _SETTINGS = {"ResNetConfig": {"targets": ["convolution"]}}
-_NOTED = ("reach", "padding", "padding_token")
+_NOTED = ("reach", "padding", "padding_token", "config_ids")
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
 _CLOSE = 1e-4
 
@@ -153,12 +154,16 @@ def _yes(holds: bool, otherwise: str) -> str:
 
 
 def _plain_peft(task: str) -> Any:
-    """The run in plain transformers and PEFT, with the padding token that the note of ``check`` names."""
+    """The run in plain transformers and PEFT, with the ids in the config that ``check`` says are needed."""
     import transformers
     from peft import PeftModel
 
     options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
+    if task == "seq_cls":
+        tokenizer = load_tokenizer(find_pretrained("model"))
+        for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
+            setattr(base.config, name, wanted)
     return PeftModel.from_pretrained(base, "run/adapter").eval()
 
 

@@ -20,6 +20,7 @@ from peftlab import ops
 from peftlab.adapters import base_name, changed_buffers, kept_buffers, train_mode
 from peftlab.adapters.fused import FusedLora, frozen_weight, fusion_report, set_kernels
 from peftlab.errors import PeftlabError, RecipeError, VerificationError
+from peftlab.models import base_model
 from peftlab.tasks import Batch, Example, Task, collate_packed, weighted_sum
 from peftlab.training.checkpoint import RngState
 
@@ -200,7 +201,7 @@ def _model_errors(model: nn.Module) -> Iterator[None]:
     except (PeftlabError, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, ImportError) as error:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RecipeError(
             f"{type(base).__name__} ({base.config.model_type}) cannot be trained on these rows with these settings: {reason}",

@@ -1,0 +1,108 @@
+"""What an adapter leaves out is said in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftlab.adapters import idle_towers, new_modules, planned_modules, reach_notes
+from peftlab.errors import RecipeError
+from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, make_model
+
+PEFT_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS", "image_cls": None}
+
+
+def family(name: str, task: str) -> Any:
+    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
+    return make_model(make_config(name, tables[task]), AUTO_CLASSES[task])
+
+
+def notes(name: str, task: str, targets: Any = "all-linear", *, quantized: bool = False) -> list[str]:
+    model = family(name, task)
+    planned = planned_modules(model, peft_type=PEFT_TYPES[task], targets=targets)
+    return reach_notes(model, planned, targets=targets, quantized=quantized)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "wanted"),
+    [
+        ("LlamaConfig", "causal_lm", []),
+        ("GPT2Config", "causal_lm", []),
+        ("RobertaConfig", "seq_cls", []),
+        ("ViTConfig", "image_cls", []),
+        ("MixtralConfig", "causal_lm", []),
+        (
+            "Qwen2MoeConfig",
+            "causal_lm",
+            ["routed experts are not adapted: down_proj x2, gate_up_proj x2 (24,576 of 54,112 parameters)"],
+        ),
+        ("MambaConfig", "causal_lm", ["all-linear leaves out out_proj x2, which PEFT cannot adapt in this family"]),
+        (
+            "SqueezeBertConfig",
+            "seq_cls",
+            [
+                "the adapter reaches only dense x1; 85% of the weights in layers are elsewhere: conv1d x6, key x2, query x2, "
+                "value x2 (Conv1d); name them in adapter.targets"
+            ],
+        ),
+    ],
+)
+def test_reach_notes_of_families(name: str, task: str, wanted: list[str]) -> None:
+    assert notes(name, task) == wanted
+
+
+def test_reach_notes_of_quantized_experts() -> None:
+    (note,) = notes("GraniteMoeConfig", "causal_lm", quantized=True)
+    assert note.startswith("routed experts are not adapted and not quantized: ")
+    (note,) = notes("MixtralConfig", "causal_lm", quantized=True)
+    assert note.startswith("routed experts are not quantized: down_proj x2, gate_up_proj x2")
+
+
+class Eyes(nn.Module):
+    main_input_name = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Linear(12, 32)
+
+
+def test_encoders_that_text_does_not_reach_are_left_out_or_named() -> None:
+    model = family("LlamaConfig", "causal_lm")
+    model.model.vision_tower = Eyes()
+    assert idle_towers(model) == ["model.vision_tower"]
+    planned = planned_modules(model, peft_type="CAUSAL_LM", targets="all-linear")
+    assert len(planned) == 14 and not any("vision" in name for name in planned)
+    assert reach_notes(model, planned, targets="all-linear", quantized=False) == [
+        "model.vision_tower is not adapted (1 layers): this task's text does not reach it"
+    ]
+    targets = ["q_proj", "patches"]
+    planned = planned_modules(model, peft_type="CAUSAL_LM", targets=targets)
+    (note,) = reach_notes(model, planned, targets=targets, quantized=False)
+    assert note == "1 of the 3 adapted modules are in model.vision_tower, which this task's text does not reach"
+
+
+def test_all_linear_without_linear_layers_names_the_others() -> None:
+    with pytest.raises(
+        RecipeError, match=r"no linear layer outside its head; .* adapter\.targets=\[convolution\]"
+    ) as info:
+        notes("ResNetConfig", "image_cls")
+    assert info.value.key == "adapter.targets"
+
+
+def test_new_modules_are_the_largest_that_are_new() -> None:
+    model = family("DistilBertConfig", "seq_cls")
+    names = [n for n, _ in model.named_parameters()]
+    assert new_modules(model, [n for n in names if "classifier" in n]) == ["classifier", "pre_classifier"]
+    assert new_modules(model, ["classifier.bias"]) == ["classifier"]
+    inside = [n for n in names if n.startswith("distilbert.transformer.layer.0.")]
+    assert new_modules(model, inside) == ["distilbert.transformer.layer.0"]
+
+
+def test_new_parameter_without_a_module_is_refused() -> None:
+    model = family("LlamaConfig", "causal_lm")
+    model.temperature = nn.Parameter(torch.ones(1))
+    with pytest.raises(RecipeError, match=r"lack temperature, which belongs to no module"):
+        new_modules(model, ["temperature"])
