@@ -377,7 +377,8 @@ def _reopened(assembly: Assembly, folder: Path, progress: Progress) -> dict[str,
     witness, target = read_witness(folder), find_target(folder)
     if witness is None:
         raise ArtifactError(f"{folder / WITNESS_NAME} is missing; train the run again")
-    opened = open_target(target, progress, assembly=assembly if target.adapter is not None else None)
+    adapts = target.adapter is not None
+    opened = open_target(target, progress, assembly=assembly if adapts else None, check=not adapts)
     progress.stage("comparing the saved files with the trained model")
     result = witness.check(
         opened.model,

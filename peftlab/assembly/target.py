@@ -132,6 +132,7 @@ def open_target(
     *,
     reads_data: bool = False,
     assembly: Assembly | None = None,
+    check: bool = True,
     **model_changes: Any,
 ) -> Opened:
     """Loads tokenizer, model and adapter of a target.
@@ -139,6 +140,7 @@ def open_target(
     Args:
         reads_data: whether to read columns and classes that the target does not define from its recipe's data.
         assembly: that of the training that wrote the target; default: made from the target's recipe.
+        check: whether to check that padding does not change outputs; False for a model that training checked.
         model_changes: loading options that differ from the recipe's.
     Raises: RecipeError, ArtifactError (adapter damaged or made for another model).
     """
@@ -156,9 +158,10 @@ def open_target(
     if target.adapter is not None:
         model = load_adapter(model, target.adapter, kernels=recipe.run.kernels)
     opened = Opened(target, assembly, task, model.eval())
-    problem = check_padding(model, task, max_length=opened.limit, device=opened.device, autocast=opened.autocast)
-    if problem is not None:
-        progress.note(problem)
+    if check:
+        problem = check_padding(model, task, max_length=opened.limit, device=opened.device, autocast=opened.autocast)
+        if problem is not None:
+            progress.note(problem)
     return opened
 
 
