@@ -193,11 +193,14 @@ def _difference(opened: Any, examples: list[Example], other: Any = None) -> floa
 
 def main() -> None:
     import contextlib
-    import subprocess
+
+    from tests.processes import Processes
+
+    processes = Processes()
 
     def evaluate(run: str) -> float:
-        command = [sys.executable, "-m", "peftlab", "eval", run, "--json"]
-        return float(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["metrics"]["loss"])
+        done = processes.run(["-m", "peftlab", "eval", run, "--json"], cwd=Path.cwd(), check=True)
+        return float(json.loads(done.stdout)["metrics"]["loss"])
 
     rows: dict[str, list[Row]] = {task: [] for task in TITLES}
     for name, task in families():
