@@ -401,6 +401,35 @@ def set_kernels(model: nn.Module, kernels: str) -> None:
             module.kernels = kernels
 
 
+@contextlib.contextmanager
+def exact_products(model: nn.Module) -> Iterator[bool]:
+    """Eval mode with the most exact products, for comparisons of outputs: float32 for NF4 weights, no rounded operands, and
+    dequantized int8 weights. Yields whether that holds for every layer: without a fused layer, bitsandbytes rounds rows of x to
+    8 bits, in a way that depends on the other rows."""
+    modes = {module: module.training for module in model.modules()}
+    dtypes: dict[Any, Any] = {m: m.compute_dtype for m in model.modules() if type(m).__name__ == "Linear4bit"}
+    layers = [m for m in model.modules() if isinstance(m, FusedLora)]
+    rounded = next((m.kernels for m in layers if m.kernels in ops.CPU_OPERANDS), None)
+    int8 = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
+    model.eval()
+    try:
+        for module in dtypes:
+            module.compute_dtype = torch.float32
+        if rounded is not None:
+            set_kernels(model, "auto")
+        for module in int8:
+            module.training = True  # the fused layers then dequantize it
+        bases = {id(layer.get_base_layer()) for layer in layers if layer.slow_reason() is None}
+        yield all(id(module) in bases for module in int8)
+    finally:
+        for module, dtype in dtypes.items():
+            module.compute_dtype = dtype
+        if rounded is not None:
+            set_kernels(model, rounded)
+        for module, training in modes.items():
+            module.training = training
+
+
 @dataclass(frozen=True)
 class FusionReport:
     """fused: names of modules on the fused path; slow: name -> reason of modules on PEFT's path."""

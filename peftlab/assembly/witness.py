@@ -5,7 +5,6 @@ What opens the run's files later compares with it: a reload compared with anothe
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftlab import ops
-from peftlab.adapters.fused import FusedLora, set_kernels
+from peftlab.adapters.fused import exact_products
 from peftlab.assembly.target import Opened
 from peftlab.data import Image, eval_batches
 from peftlab.errors import ArtifactError, VerificationError
@@ -171,30 +169,8 @@ def _logits(
     model: Any, task: Task, examples: Sequence[Example], *, batch_tokens: int, device: str
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields the index and the [n, C] float32 logits (of vectors: see ``as_logits``) of each example, in any order."""
-    with _exactly(model), torch.no_grad():
+    with exact_products(model), torch.no_grad():
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             outputs = task.outputs(model, task.collate([examples[i] for i in part], device))
             values = as_logits(outputs.values) if outputs.vectors else outputs.logits().float()
             yield from zip(part.tolist(), values.split(list(outputs.counts)), strict=True)
-
-
-@contextlib.contextmanager
-def _exactly(model: Any) -> Iterator[None]:
-    """Eval mode with the most exact products, so that a comparison measures the weights and not rounding."""
-    modes = {module: module.training for module in model.modules()}
-    dtypes = {m: m.compute_dtype for m in model.modules() if type(m).__name__ == "Linear4bit"}
-    rounded = next((m.kernels for m in model.modules() if isinstance(m, FusedLora)), "auto")
-    model.eval()
-    try:
-        for module in dtypes:
-            module.compute_dtype = torch.float32
-        if rounded in ops.CPU_OPERANDS:
-            set_kernels(model, "auto")
-        yield
-    finally:
-        for module, dtype in dtypes.items():
-            module.compute_dtype = dtype
-        if rounded in ops.CPU_OPERANDS:
-            set_kernels(model, rounded)
-        for module, training in modes.items():
-            module.training = training
