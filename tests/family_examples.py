@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 VOCABULARY = 260  # that of tiny:llama's tokenizer: <|pad|> is 0, <|im_end|>, the end of text, is 2
@@ -57,7 +58,15 @@ DECODERS: dict[str, dict[str, Any]] = {
     "StableLmConfig": _GROUPED,
     "Starcoder2Config": _GROUPED,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WRITERS: dict[str, dict[str, Any]] = DECODERS | {
+    "SmolLM3Config": {**_GROUPED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "Olmo2Config": _GROUPED,
+    "CohereConfig": {**_GROUPED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "Qwen2MoeConfig": {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    "Qwen3MoeConfig": {**_GROUPED, **_EXPERTS, "head_dim": 8},
+    "OlmoeConfig": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoeConfig": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "MambaConfig": _MAMBA,
     "RwkvConfig": {k: v for k, v in _MAMBA.items() if k != "state_size"} | {"context_length": 128},
     "GraniteConfig": _GROUPED,
@@ -105,6 +114,71 @@ CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
         "hash_seed": 0,
     },
 }  # fmt: skip
+
+
+_IMAGE = {"image_size": 8, "num_channels": 1}
+_VIT = {
+    **_IMAGE,
+    "patch_size": 4,
+    **{k: v for k, v in _SIZES.items() if k not in ("vocab_size", "max_position_embeddings")},
+}
+READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
+    "ViTConfig": _VIT,
+    "DeiTConfig": _VIT,
+    "SwinConfig": {**_IMAGE, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
+    "ResNetConfig": {
+        "num_channels": 1,
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    },
+    "ConvNextConfig": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
+}
+# Families whose tokenizers end every text, because their head reads there.
+_WITH_END = ("T5", "MT5", "Bart", "MBart")
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq_cls": "AutoModelForSequenceClassification",
+    "image_cls": "AutoModelForImageClassification",
+}
+
+
+def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
+    """Writes a model as published, with its tokenizer or image processor: a classifier without its head.
+
+    Args: name: of a config class above. values: of the config.
+    """
+    import torch
+
+    from peftlab.models.image_reader import tiny_image_processor
+    from peftlab.models.tiny import tiny_tokenizer
+
+    families = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}[task]
+    model = make_model(
+        make_config(name, families, **values), AUTO_CLASSES[task] if task == "causal_lm" else "AutoModel"
+    )
+    generator = torch.Generator().manual_seed(1)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("running_mean"):  # as of a trained model
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+    model.save_pretrained(folder)
+    if task == "image_cls":
+        tiny_image_processor().save_pretrained(folder)
+        return
+    tokenizer = tiny_tokenizer()
+    if name.removesuffix("Config") in _WITH_END:
+        end_every_text(tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
+def end_every_text(tokenizer: Any) -> None:
+    """Lets the tiny tokenizer end every text with its end of text, as those of T5 and BART do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+    )
 
 
 def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **values: Any) -> Any:

@@ -11,8 +11,8 @@ from peftlab.adapters.adapter_files import (
 from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
 from peftlab.adapters.head import HeadLoss, head_input, head_reason
 from peftlab.adapters.inject import AdapterReport, base_name, idle_towers, inject, new_modules, planned_modules, report
+from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.state import changed_buffers, kept_buffers, train_mode
-from peftlab.adapters.target_modules import check_targets
 
 __all__ = [
     "ADAPTER_FILES",
@@ -23,7 +23,6 @@ __all__ = [
     "brought_parameters",
     "changed_buffers",
     "check_adapter_files",
-    "check_targets",
     "head_input",
     "head_reason",
     "idle_towers",
@@ -33,6 +32,7 @@ __all__ = [
     "load_trained",
     "new_modules",
     "planned_modules",
+    "reach_notes",
     "report",
     "save_adapter",
     "save_trained",

@@ -147,7 +147,7 @@ def _config(
 
     spec = METHODS[method]
     assert spec.config is not None
-    head = _head(model) if peft_type is None else []
+    head = head_modules(model) if peft_type is None else []
     given = [*head, *modules_to_save]
     trained = [*given, *(_CLASSIFIER_HEADS if peft_type == _CLASSIFIER else ())]
     whole = list(dict.fromkeys([*given, *(n for n in new_modules(model, new) if not _is_inside(n, trained))]))
@@ -275,9 +275,11 @@ def _is_inside(name: str, endings: Sequence[str]) -> bool:
     return name in endings or any(above.endswith(ending) for above in around for ending in endings)
 
 
-def _head(model: nn.Module) -> list[str]:
+def head_modules(model: Any) -> list[str]:
     """Names of the modules with weights outside the body of a transformers model."""
     body: Any = model.base_model
+    if body is model:
+        return []
     return [n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from peftlab.adapters import check_targets
 from peftlab.assembly import Assembly
 from peftlab.assembly.account import findings, previews, shared_rows
 from peftlab.assembly.checks import check_room_to_answer, check_settings
@@ -63,8 +62,7 @@ def check(
         if settings.eval.prompts:
             check_room_to_answer(settings.eval.max_new_tokens, assembly, key="eval.max_new_tokens")
         skeleton = assembly.skeleton()
-        if assembly.method.adapts:
-            check_targets(skeleton, settings.adapter.targets)
+        of_model = model_findings(assembly)
         distillation = None
         if settings.distill is not None:
             distillation, skeleton = describe_distillation(assembly)
@@ -79,7 +77,7 @@ def check(
             held_out,
             allow=settings.data.allow,
             unread=assembly.unread_columns,
-            of_model=model_findings(assembly),
+            of_model=of_model,
             num_embeddings=assembly.num_embeddings,
         )
         estimate = _estimate(assembly, skeleton, train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from peftlab.adapters import planned_modules, reach_notes
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
@@ -44,11 +45,34 @@ def reads_ids(config: Any, spec: TaskSpec) -> bool:
 
 
 def model_findings(assembly: Assembly) -> list[Finding]:
-    """Notes on padding, ids, ends of text and the limit; none for images."""
-    return list(_findings(assembly)) if assembly.spec.reader == "tokenizer" else []
+    """Notes on how the weights are stored, on what the adapter leaves out, and for texts on padding, ids, ends of text and the
+    limit. Raises: RecipeError if the adapter's targets match nothing."""
+    texts = _of_texts(assembly) if assembly.spec.reader == "tokenizer" else ()
+    return [*_of_weights(assembly), *texts]
 
 
-def _findings(assembly: Assembly) -> Iterator[Finding]:
+def _of_weights(assembly: Assembly) -> Iterator[Finding]:
+    if (stored := assembly.stored) != "none":
+        yield Finding(
+            "stored",
+            f"the weights are stored in {stored} by bitsandbytes; they stay so, and a merge writes their dequantized values",
+            "model.name",
+        )
+    if not assembly.method.adapts:
+        return
+    adapter, skeleton = assembly.recipe.adapter, assembly.skeleton()
+    planned = planned_modules(
+        skeleton,
+        peft_type=assembly.spec.peft_type,
+        targets=adapter.targets,
+        modules_to_save=adapter.modules_to_save,
+    )
+    quantized = assembly.storage != "none"
+    for note in reach_notes(skeleton, planned, targets=adapter.targets, quantized=quantized):
+        yield Finding("reach", note, "adapter.targets")
+
+
+def _of_texts(assembly: Assembly) -> Iterator[Finding]:
     config, tokenizer = load_config(assembly.pretrained), assembly.reader
     if tokenizer.padding_note is not None:
         yield Finding("padding_token", tokenizer.padding_note, "model.name")

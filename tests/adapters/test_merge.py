@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from peftlab.adapters.merge import DequantizedWeights, LayerError, Probes, fold
-from tests.families import FAMILIES
+from tests.family_examples import AUTO_CLASSES, READERS_OF_IMAGES, WRITERS, make_config, make_model
 
 OPTIONS = [
     pytest.param({}, id="lora"),
@@ -79,56 +78,57 @@ def test_probes_catch_values_that_are_not_finite(tiny: Callable[..., Any]) -> No
     assert error(probes, model).wrong == 1
 
 
-METHODS = {
-    "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
-    "vera": lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_weights=False),
-    "loha": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], r=4, init_weights=False),
-    "lora-bias": lambda: peft.LoraConfig(target_modules=["query"], lora_bias=True, init_lora_weights=False),
-    "pissa": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
-    "olora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights="olora"),
-    "dora-embedding": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"], use_dora=True, init_lora_weights=False),
-    "replicated-layers": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]], init_lora_weights=False),
-}  # fmt: skip
+def method(name: str) -> Any:
+    attention, mlp = ["q_proj", "k_proj"], ["down_proj"]
+    random = {"init_lora_weights": False}
+    return {
+        "ia3": lambda: peft.IA3Config(
+            target_modules=[*attention, *mlp], feedforward_modules=mlp, init_ia3_weights=False
+        ),
+        "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=4, init_weights=False),
+        "loha": lambda: peft.LoHaConfig(target_modules=[*attention, *mlp], r=4, init_weights=False),
+        "lora-bias": lambda: peft.LoraConfig(target_modules=["query"], lora_bias=True, **random),
+        "pissa": lambda: peft.LoraConfig(target_modules=[*attention, *mlp], init_lora_weights="pissa"),
+        "olora": lambda: peft.LoraConfig(target_modules=[*attention, *mlp], init_lora_weights="olora"),
+        "dora-embedding": lambda: peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], use_dora=True, **random),
+        "replicated": lambda: peft.LoraConfig(target_modules=attention, layer_replication=[[0, 2], [0, 2]], **random),
+    }[name]()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_probes_know_every_method(tiny: Callable[..., Any], method: str) -> None:
-    name = "tiny:bert" if method == "lora-bias" else "tiny:llama"
-    model = peft.get_peft_model(tiny(name, adapter=False), METHODS[method]())
+@pytest.mark.parametrize("name", ["ia3", "vera", "loha", "lora-bias", "pissa", "olora", "dora-embedding", "replicated"])
+def test_probes_know_every_method(tiny: Callable[..., Any], name: str) -> None:
+    base = tiny("tiny:bert" if name == "lora-bias" else "tiny:llama", adapter=False)
+    model = peft.get_peft_model(base, method(name))
     probes = Probes(model)
     result = error(probes, fold(model))
     assert result.num_modules > 0 and result.wrong == 0
     assert 0 < result.relative < 1e-4
 
 
+def family(name: str, task: str) -> Any:
+    return make_model(make_config(name, WRITERS if task == "causal_lm" else READERS_OF_IMAGES), AUTO_CLASSES[task])
+
+
 @pytest.mark.parametrize(
-    ("family", "targets"),
+    ("name", "task", "targets"),
     [
-        ("gpt2", ["c_attn", "c_proj"]),
-        ("resnet", ["convolution"]),
-        ("convnext", ["downsampling_layer.1", "pwconv1"]),
-        ("vit", ["projection"]),
+        ("GPT2Config", "causal_lm", ["c_attn", "c_proj"]),
+        ("ResNetConfig", "image_cls", ["convolution"]),
+        ("ConvNextConfig", "image_cls", ["downsampling_layer.1", "pwconv1"]),
+        ("ViTConfig", "image_cls", ["projection"]),
     ],
 )
-def test_probes_know_every_kind_of_layer(tmp_path: Path, family: str, targets: list[str]) -> None:
-    import transformers
-
-    FAMILIES[family].write(tmp_path)
-    auto = "AutoModelForCausalLM" if family == "gpt2" else "AutoModelForImageClassification"
-    base = getattr(transformers, auto).from_pretrained(tmp_path)
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
+def test_probes_know_every_kind_of_layer(name: str, task: str, targets: list[str]) -> None:
+    config = peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
+    model = peft.get_peft_model(family(name, task), config)
     probes = Probes(model)
     result = error(probes, fold(model))
     assert result.num_modules > 0 and result.wrong == 0 and result.num_unchecked == 0
 
 
-def test_probes_count_what_cannot_run_alone(tmp_path: Path) -> None:
-    import transformers
-
-    FAMILIES["mixtral"].write(tmp_path)
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "w1", "w2", "w3"], r=4))
-    assert Probes(model).num_unchecked == 2
+def test_probes_count_what_cannot_run_alone() -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "w1", "w2", "w3"], r=4)
+    assert Probes(peft.get_peft_model(family("MixtralConfig", "causal_lm"), config)).num_unchecked == 2
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

@@ -17,7 +17,7 @@ from run_examples import Stopper, contents, recipe, write_data
 from safetensors.torch import load_file
 
 import peftlab
-from peftlab.adapters import merge as merge_figures
+from peftlab.adapters.merge import Probes
 from peftlab.assembly import fit as fit_module
 from peftlab.assembly import merging as merging_module
 from peftlab.errors import (
@@ -74,6 +74,7 @@ def test_train_run_folder_is_complete(done: Done) -> None:
         "metrics.jsonl",
         "recipe.lock.yaml",
         "run.json",
+        "witness.safetensors",
     }
     summary = peftlab.open_run(folder).summary
     assert summary["status"] == "finished"
@@ -99,6 +100,7 @@ def test_evaluate_without_the_adapter_gives_other_metrics(
     from safetensors.torch import save_file
 
     save_file({k: v * 0 for k, v in load_file(str(path)).items()}, str(path), metadata={"format": "pt"})
+    (copy / "witness.safetensors").unlink()  # with it, evaluating is refused
     result = peftlab.evaluate(copy, progress=SilentProgress())
     assert result["metrics"]["loss"] != pytest.approx(done.run.summary["after"]["loss"], rel=1e-3)
 
@@ -174,7 +176,7 @@ def test_merge_writes_files_that_plain_transformers_loads(process: Any, done: Do
     assert report["verified"] and report["target"] == "original"
     figures = report["targets"]["original"]
     assert figures["logits"]["top1"] == 1.0 and figures["logits"]["kl_mean"] < 1e-6
-    assert figures["weights"]["relative"] < 1e-4 and figures["tokenizer_same"]
+    assert figures["layers"]["relative"] < 1e-4 and figures["tokenizer_same"]
     settings = done.run.recipe().recipe
     auto = "AutoModelForCausalLM" if settings.task == "causal_lm" else "AutoModelForSequenceClassification"
     (tmp_path / "elsewhere").mkdir()
@@ -220,7 +222,7 @@ def test_merge_that_loses_the_update_is_caught(done: Done, copy: Path, monkeypat
     from peft.tuners.lora import Linear
 
     monkeypatch.setattr(Linear, "merge", lambda self, *args, **kwargs: None)
-    with pytest.raises(VerificationError, match=r"merged weights miss 100.0% of the update"):
+    with pytest.raises(VerificationError, match=r"merged layers differ from the layers .*by 100\.0% of what"):
         peftlab.merge(copy, progress=SilentProgress())
     assert not (copy / "merged").exists()
 
@@ -239,23 +241,24 @@ def test_merge_of_a_quantized_run_has_two_targets(here: Path, task: str) -> None
     exact, original = (report["targets"][t] for t in ("dequantized", "original"))
     assert exact["logits"]["kl_mean"] < 1e-6
     assert 10 * exact["logits"]["kl_mean"] < original["logits"]["kl_mean"]
-    assert exact["weights"]["relative"] < 1e-4
+    assert exact["layers"]["relative"] < 1e-4
     merged = peftlab.evaluate("run/merged", progress=SilentProgress())["metrics"]
     assert merged["loss"] == pytest.approx(run.summary["after"]["loss"], rel=1e-3)
     other = peftlab.merge("run", base="original", output="other", max_kl=99, min_top1=0, progress=SilentProgress())
     assert other["target"] == "original" and (here / "other/model.safetensors").is_file()
 
 
-def test_merge_check_with_a_wrong_formula_fails_a_right_merge(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference formula is the check. With a wrong formula, a right merge must fail."""
+def test_merge_check_against_other_layers_fails_a_right_merge(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded layers are the check. With an adapter of half the size, a right merge must fail."""
     train(recipe(eval={"before": False}))
-    right = merge_figures.expected_weight
 
-    def unscaled(weight: Any, update: Any) -> Any:
-        return right(weight, update | {"scaling": torch.tensor(1.0, dtype=torch.float64)})
+    class Halved(Probes):
+        def __init__(self, model: Any) -> None:
+            super().__init__(model)
+            self._adapted = {name: (y + self._plain[name]) / 2 for name, y in self._adapted.items()}
 
-    monkeypatch.setattr(merge_figures, "expected_weight", unscaled)
-    with pytest.raises(VerificationError, match="merged weights miss"):
+    monkeypatch.setattr("peftlab.assembly.merging.Probes", Halved)
+    with pytest.raises(VerificationError, match="14 of 14 merged layers differ"):
         peftlab.merge("run", progress=SilentProgress())
 
 

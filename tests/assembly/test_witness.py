@@ -15,7 +15,7 @@ from peftlab.assembly import prepare as prepare_module
 from peftlab.assembly.witness import WITNESS_NAME
 from peftlab.errors import ArtifactError, Interrupted, VerificationError
 from peftlab.training.progress import SilentProgress
-from tests.families import FAMILIES
+from tests.family_examples import write_family
 from tests.run_examples import Stopper
 
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
@@ -27,9 +27,9 @@ def write_rows(folder: Path) -> None:
 
 
 def recipe(family: str, **sections: Any) -> dict[str, Any]:
-    images = FAMILIES[family].task == "image_cls"
+    images = family == "ResNetConfig"
     document: dict[str, Any] = {
-        "task": FAMILIES[family].task,
+        "task": "image_cls" if images else "seq_cls",
         "model": {"name": "model"},
         "data": {"train": "sklearn:digits" if images else "rows.jsonl", "eval_rows": 8},
         "train": {"max_steps": 4, "batch_size": 4, "lr": 1e-2},
@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def train(family: str, **sections: Any) -> Any:
     if not Path("model").exists():
-        FAMILIES[family].write(Path("model"))
+        write_family(Path("model"), family, "image_cls" if family == "ResNetConfig" else "seq_cls")
     return peftlab.train(recipe(family, **sections), progress=SilentProgress())
 
 
@@ -59,12 +59,22 @@ def scores() -> list[float]:
 
 
 # Heads with layers of their own, and poolers, that the files of a base model lack.
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "deberta-v3", "modernbert"])
+@pytest.mark.parametrize("family", ["RobertaConfig", "DistilBertConfig", "DebertaV2Config", "ModernBertConfig"])
 @pytest.mark.parametrize("targets", ["all-linear", "few"])
 def test_new_modules_are_trained_and_saved(here: Path, family: str, targets: str) -> None:
-    few = {"roberta": ["query"], "distilbert": ["q_lin"], "deberta-v3": ["query_proj"], "modernbert": ["Wqkv"]}
+    few = {
+        "RobertaConfig": ["query"],
+        "DistilBertConfig": ["q_lin"],
+        "DebertaV2Config": ["query_proj"],
+        "ModernBertConfig": ["Wqkv"],
+    }
     run = train(family, adapter={"targets": few[family] if targets == "few" else "all-linear"}, run={"save_every": 2})
-    whole = {"roberta": "classifier", "distilbert": "pre_classifier", "deberta-v3": "pooler", "modernbert": "head"}
+    whole = {
+        "RobertaConfig": "classifier",
+        "DistilBertConfig": "pre_classifier",
+        "DebertaV2Config": "pooler",
+        "ModernBertConfig": "head",
+    }
     assert whole[family] in run.summary["adapter"]["whole"]
     stored = load_file("run/adapter/adapter_model.safetensors")
     assert any(f".{whole[family]}." in name for name in stored)
@@ -78,17 +88,19 @@ def test_new_pooler_is_trained_and_saved(here: Path) -> None:
     """BERT as published for masked language modelling has no pooler."""
     from transformers import AutoModel
 
-    FAMILIES["bert"].write(Path("model"))
+    write_family(Path("model"), "BertConfig", "seq_cls")
     AutoModel.from_pretrained("model", add_pooling_layer=False).save_pretrained("model")
-    run = train("bert", adapter={"targets": ["query", "value"]})
+    run = train("BertConfig", adapter={"targets": ["query", "value"]})
     assert run.summary["adapter"]["whole"] == ["bert.pooler", "classifier"]
     assert scores() == [run.summary["after"]["loss"]] * 2
 
 
 def test_head_for_other_classes_is_replaced_and_trained(here: Path) -> None:
-    family = FAMILIES["roberta"]
-    type(family)(family.name, family.task, family.model_type, {**family.options, "num_labels": 5}).write(Path("model"))
-    run = train("roberta")
+    write_family(Path("model"), "RobertaConfig", "seq_cls", num_labels=5)
+    from transformers import AutoModelForSequenceClassification
+
+    AutoModelForSequenceClassification.from_pretrained("model").save_pretrained("model")
+    run = train("RobertaConfig")
     assert "classifier" in run.summary["adapter"]["whole"]
     assert scores() == [run.summary["after"]["loss"]] * 2
 
@@ -97,12 +109,12 @@ def test_run_that_does_not_save_a_new_module_is_refused(here: Path, monkeypatch:
     """The deliberate fault: the new head layer is not among the trained modules."""
     monkeypatch.setattr(prepare_module, "new_weights", lambda model: frozenset())
     with pytest.raises(VerificationError, match="do not give the outputs of the model that was trained: mean KL"):
-        train("modernbert", adapter={"targets": ["Wqkv"]})
+        train("ModernBertConfig", adapter={"targets": ["Wqkv"]})
     assert json.loads(Path("run/run.json").read_text())["status"] == "trained"
 
 
 def test_eval_and_merge_compare_with_the_witness(here: Path) -> None:
-    train("roberta")
+    train("RobertaConfig")
     path = Path("run/adapter/adapter_model.safetensors")
     tensors = load_file(path)
     name = next(n for n in tensors if "classifier.dense.weight" in n)
@@ -119,7 +131,7 @@ def test_eval_and_merge_compare_with_the_witness(here: Path) -> None:
 
 def test_frozen_statistics_stay(here: Path) -> None:
     run = train(
-        "resnet", adapter={"targets": ["convolution"]}, eval={"before": False, "every": 2}, run={"save_every": 2}
+        "ResNetConfig", adapter={"targets": ["convolution"]}, eval={"before": False, "every": 2}, run={"save_every": 2}
     )
     base = load_file("model/model.safetensors")
     assert scores() == [run.summary["after"]["loss"]] * 2
@@ -130,8 +142,8 @@ def test_frozen_statistics_stay(here: Path) -> None:
 
 
 def test_statistics_of_a_trained_model_resume_exactly(here: Path) -> None:
-    whole = train("resnet", adapter={"method": "none"}, run={"save_every": 2})
-    document = recipe("resnet", adapter={"method": "none"}, run={"save_every": 2, "dir": "other"})
+    whole = train("ResNetConfig", adapter={"method": "none"}, run={"save_every": 2})
+    document = recipe("ResNetConfig", adapter={"method": "none"}, run={"save_every": 2, "dir": "other"})
     with pytest.raises(Interrupted):
         peftlab.train(document, progress=Stopper(at=3))
     peftlab.train("other", resume=True, progress=SilentProgress())
@@ -148,5 +160,5 @@ def test_buffers_that_an_adapter_cannot_contain_are_refused(here: Path, monkeypa
     with pytest.raises(
         VerificationError, match=r"training changes 18 buffers of frozen modules, such as resnet\..*running_mean"
     ):
-        train("resnet", adapter={"targets": ["convolution"]})
+        train("ResNetConfig", adapter={"targets": ["convolution"]})
     assert not Path("run").exists()

@@ -31,7 +31,7 @@ def _summary(classes: list[str]) -> dict[str, Any]:
     target = {
         "dtype": "float32",
         "bytes": 91582912,
-        "weights": {"relative": 2e-6},
+        "layers": {"relative": 2e-6},
         "logits": {"kl_mean": 4e-15, "top1": 1.0},
     }
     return {

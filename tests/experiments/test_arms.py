@@ -124,7 +124,7 @@ def test_distill_run_folder_is_complete(done: Done) -> None:
     names = {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     model |= {"recipe.lock.yaml"} | ({"generation_config.json"} if done.task == "causal_lm" else set())
-    arm = {"metrics.jsonl", "recipe.lock.yaml", "run.json"}
+    arm = {"metrics.jsonl", "recipe.lock.yaml", "run.json", "witness.safetensors"}
     if done.task == "causal_lm":
         arm |= {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "merge.json"}
         arm |= {f"merged/{name}" for name in model}
@@ -135,7 +135,9 @@ def test_distill_run_folder_is_complete(done: Done) -> None:
     seeds = [0] if done.task == "causal_lm" else [0, 1]
     want |= {f"seed-{seed}/{kind}/{name}" for seed in seeds for kind in ("student", "labels") for name in arm}
     checkpoints = {name for name in names if "/checkpoints/" in name}
-    assert names - checkpoints == want | {"recipe.lock.yaml", "run.json"} | {f"student/{name}" for name in model}
+    assert names - checkpoints == want | {"recipe.lock.yaml", "run.json", "witness.safetensors"} | {
+        f"student/{name}" for name in model
+    }
     assert bool(checkpoints) == (done.task == "causal_lm")
     summary = json.loads(Path("run/run.json").read_text())
     assert (summary["status"], summary["kind"]) == ("finished", "distill")

@@ -19,7 +19,7 @@ from peftlab.tasks.classification import Labels
 from peftlab.tasks.embedding import POOLINGS, Embedding
 from peftlab.tasks.seq_cls import SequenceClassification
 from peftlab.training.padding_check import check_padding
-from tests.family_examples import CLASSIFIERS, WRITERS, make_config, make_model
+from tests.family_examples import CLASSIFIERS, WRITERS, end_every_text, make_config, make_model
 
 END = 2
 NAMES = ["a", "b", "c"]
@@ -37,12 +37,8 @@ OWN_WAY = {
 @pytest.fixture
 def tokenizer(tokenizer_of: Callable[[str], Any]) -> Any:
     """A tokenizer that ends every text with its end of text, as those of T5 and BART do."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = tokenizer_of("tiny:llama")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]
-    )
+    end_every_text(tokenizer)
     return tokenizer
 
 

@@ -1,0 +1,207 @@
+"""What works on each family of models, measured on a tiny random model of it: the table in docs/families.md.
+
+``python -m tests.family_table`` writes the table; tests/api/test_families.py measures it again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peftlab
+from peftlab.assembly.target import find_target, open_target
+from peftlab.errors import Interrupted, PeftlabError
+from peftlab.tasks import Example
+from peftlab.training.progress import SilentProgress
+from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.run_examples import Stopper
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
+_TITLES = {"causal_lm": "Language models", "seq_cls": "Text classifiers", "image_cls": "Image classifiers"}
+# Decoders with a head for classes; the others differ from these only in their body.
+_DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
+# What the default, all-linear, does not reach, by the remedy of its message.
+_SETTINGS = {"ResNetConfig": {"targets": ["convolution"]}}
+_NOTED = ("reach", "padding", "padding_token")
+_WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
+_CLOSE = 1e-4
+
+
+def families() -> Iterator[tuple[str, str]]:
+    """Config class and task of every row."""
+    yield from ((name, "causal_lm") for name in WRITERS)
+    yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
+    yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
+
+
+@dataclass
+class Row:
+    """A row of the table. cells: by column. notes: lines that ``check`` says of the family."""
+
+    family: str
+    cells: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        cells = [self.cells.get(name, "-") for name in COLUMNS]
+        return "| " + " | ".join([f"`{self.family}`", *cells, "; ".join(self.notes)]) + " |"
+
+
+def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], float]) -> Row:
+    """Trains the family in ``folder``, the current directory, and fills its row.
+
+    Args: evaluate: returns the loss of the run in another process.
+    """
+    write_family(folder / "model", name, task)
+    _write_rows(folder)
+    row = Row(_title(name, task))
+    adapter = {}
+    try:
+        checked = peftlab.check(_recipe(task), progress=SilentProgress())
+    except PeftlabError as error:
+        row.notes.append(_line(str(error), folder))
+        if name not in _SETTINGS:
+            row.cells = dict.fromkeys(COLUMNS, "refused")
+            return row
+        adapter = _SETTINGS[name]
+        checked = peftlab.check(_recipe(task, adapter=adapter), progress=SilentProgress())
+    row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
+    run = peftlab.train(_recipe(task, adapter=adapter), progress=SilentProgress())
+    row.cells["train"] = "yes"
+    loss = run.summary["after"]["loss"]
+    row.cells["eval again"] = _yes(abs(evaluate("run") - loss) < _CLOSE * loss, "other loss")
+    opened = open_target(find_target("run"), SilentProgress())
+    examples = opened.target.assembly(reads_data=True).held_out.examples[:4]
+    row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
+    row.cells["batch = alone"] = _yes(_difference(opened, examples) < _CLOSE, "other outputs")
+    row.cells["merge"] = _yes(peftlab.merge("run", progress=SilentProgress())["verified"], "not verified")
+    document = _recipe(task, adapter=adapter, run={"dir": "other", "save_every": 2})
+    try:
+        peftlab.train(document, progress=Stopper(at=3))
+    except Interrupted:
+        peftlab.train("other", resume=True, progress=SilentProgress())
+    same = Path("run/adapter/adapter_model.safetensors").read_bytes()
+    row.cells["resume"] = _yes(Path("other/adapter/adapter_model.safetensors").read_bytes() == same, "other bytes")
+    return row
+
+
+def page(rows: dict[str, list[Row]]) -> str:
+    """The text of docs/families.md."""
+    lines = [
+        "# Families of models",
+        "",
+        "Each row is a tiny random model of a family, trained with the default adapter (LoRA on all linear",
+        "layers), on the CPU. `python -m tests.family_table` writes this page; a test measures it again.",
+        "",
+        "- **train**: the parity gate, the training, and the run opened again from its files (see",
+        "  [guarantees.md](guarantees.md)). **eval again**: the same loss in a new process.",
+        "- **plain PEFT**: `PeftModel.from_pretrained` on the base model gives the same outputs.",
+        "- **merge**: the merged folder gives the outputs of training. **batch = alone**: padding changes nothing.",
+        "- **resume**: a run that was stopped and resumed has the same adapter, to the byte.",
+        "",
+        "The last column is what `peftlab check` says of the family.",
+    ]
+    for task, title in _TITLES.items():
+        head = ["family", *COLUMNS, "`check` says"]
+        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(str, rows[task])]
+    return "\n".join(lines) + "\n"
+
+
+def _title(name: str, task: str) -> str:
+    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
+    return str(make_config(name, tables[task]).model_type)
+
+
+def _recipe(task: str, **sections: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
+    if task == "causal_lm":
+        data["template"] = {"user": "{text}", "assistant": "{label}"}
+    document: dict[str, Any] = {
+        "task": task,
+        "model": {"name": "model"},
+        "data": data,
+        "train": {"max_steps": 4, "batch_size": 4},
+        "eval": {"before": False},
+        "run": {"dir": "run"},
+    }
+    return {**document, **{name: {**document.get(name, {}), **values} for name, values in sections.items()}}
+
+
+def _write_rows(folder: Path) -> None:
+    rows = [
+        {"text": f"{word} film {'so ' * (i % 3)}{i}", "label": label}
+        for i in range(8)
+        for word, label in _WORDS.items()
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _line(text: str, folder: Path) -> str:
+    return text.replace(str(folder.resolve()), "").replace("|", "\\|").strip()
+
+
+def _yes(holds: bool, otherwise: str) -> str:
+    return "yes" if holds else f"**no: {otherwise}**"
+
+
+def _plain_peft(task: str) -> Any:
+    """The run in plain transformers and PEFT, with the padding token that the note of ``check`` names."""
+    import transformers
+    from peft import PeftModel
+
+    options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
+    return PeftModel.from_pretrained(base, "run/adapter").eval()
+
+
+def _classes() -> list[str]:
+    import yaml
+
+    document = yaml.safe_load(Path("run/recipe.lock.yaml").read_text())
+    names: list[str] = document["lock"]["environment"]["class_names"]
+    return names
+
+
+@torch.no_grad()
+def _difference(opened: Any, examples: list[Example], other: Any = None) -> float:
+    """The largest difference to the outputs of ``other``, or of the same model in one batch, one row at a time; relative to
+    the largest output."""
+    torch.manual_seed(0)
+    alone = [opened.task.outputs(opened.model, opened.task.collate([e], "cpu")).logits() for e in examples]
+    if other is None:
+        torch.manual_seed(0)
+        compared = opened.task.outputs(opened.model, opened.task.collate(examples, "cpu")).logits()
+    else:
+        torch.manual_seed(0)
+        compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
+    wanted = torch.cat(alone)
+    return float((wanted - compared).abs().max() / wanted.abs().max())
+
+
+def main() -> None:
+    import contextlib
+    import subprocess
+
+    def evaluate(run: str) -> float:
+        command = [sys.executable, "-m", "peftlab", "eval", run, "--json"]
+        return float(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["metrics"]["loss"])
+
+    rows: dict[str, list[Row]] = {task: [] for task in _TITLES}
+    for name, task in families():
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            row = measure(name, task, Path(folder), evaluate=evaluate)
+        rows[task].append(row)
+        print(row, file=sys.stderr)
+    PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
