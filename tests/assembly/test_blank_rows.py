@@ -153,7 +153,7 @@ def test_data_balance_trains_on_equally_many_rows_of_each_class_and_keeps_the_he
     held_out = {e["label"]: e["rows"] for e in report["held_out"]["labels"]}
     assert held_out == ({" ham": 6, " spam": 2} if split == "part" else {" ham": 4, " spam": 4})
     assert {reason: len(where) for reason, where in left_out(report["train"]).items()} == {
-        "dropped: its class has more rows than the rarest (data.balance)": (18 if split == "part" else 24) - fewest
+        "dropped: of a class with more rows than the rarest (data.balance)": (18 if split == "part" else 24) - fewest
     }
     assert not report["held_out"]["left_out"]
 
