@@ -148,9 +148,9 @@ def _streamer(task: Generates) -> Any:
     class Streamer(TextIteratorStreamer):
         def put(self, value: torch.Tensor) -> None:
             if self.next_tokens_are_prompt:
-                super().put(value)
+                cast(Any, super()).put(value)
             elif kept := [i for i in value.reshape(-1).tolist() if i not in task.silent_ids]:
-                super().put(torch.tensor(kept))
+                cast(Any, super()).put(torch.tensor(kept))
 
     return Streamer(task.tokenizer, skip_prompt=True)
 
