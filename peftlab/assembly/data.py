@@ -148,7 +148,10 @@ def _chosen(recipe: Recipe, rows: Rows) -> Rows:
     out = np.setdiff1d(np.arange(len(rows)), kept)
     if not len(out):
         return rows
-    left_out = {**rows.left_out, "of a class with more rows than the rarest (data.balance)": [rows.where(int(i)) for i in out]}
+    left_out = {
+        **rows.left_out,
+        "of a class with more rows than the rarest (data.balance)": [rows.where(int(i)) for i in out],
+    }
     return dataclasses.replace(rows.select(kept), left_out=left_out)
 
 

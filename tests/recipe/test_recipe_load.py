@@ -609,7 +609,10 @@ def test_misspelt_keys_are_refused_with_the_right_one(case: tuple[str, str, str]
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"data": {"train": "a.csv", "balance": True}}, "data.balance: draws rows by their class; set data.columns.label"),
+        (
+            {"data": {"train": "a.csv", "balance": True}},
+            "data.balance: draws rows by their class; set data.columns.label",
+        ),
         (
             {"task": "embedding", "model": {"name": "tiny:bert"}, "data": {"train": "a.csv", "balance": True}},
             "data.balance: has no effect for task: embedding",
