@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -77,12 +77,12 @@ class Chat:
 
         Closing the generator early (Ctrl-C) stops the model; the text so far is kept as its turn.
         """
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
+        from transformers import StoppingCriteriaList
 
-        opened, tokenizer = self._opened, self._task.tokenizer
+        opened = self._opened
         turns = [*self.messages, {"role": "user", "content": text}]
         inputs = self._fitting(turns)
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _streamer(self._task)
         stop, failure = threading.Event(), []
 
         def work() -> None:
@@ -139,6 +139,20 @@ class Chat:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+
+def _streamer(task: Generates) -> Any:
+    """Streams the text of an answer: the same tokens as in ``task.text_of``."""
+    from transformers import TextIteratorStreamer
+
+    class Streamer(TextIteratorStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt:
+                cast(Any, super()).put(value)
+            elif kept := [i for i in value.reshape(-1).tolist() if i not in task.silent_ids]:
+                cast(Any, super()).put(torch.tensor(kept))
+
+    return Streamer(task.tokenizer, skip_prompt=True)
 
 
 def _chat_target(target: str | os.PathLike[str], recipe: RecipeSource | None, overrides: Sequence[str]) -> Target:

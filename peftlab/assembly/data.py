@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftlab.data import Rows, class_names, label_text, load_rows, read_labels, split_rows
+from peftlab.data import Rows, balanced_rows, class_names, label_text, load_rows, read_labels, split_rows
 from peftlab.errors import DataError, listed
 from peftlab.recipe import Recipe
 
@@ -65,7 +65,7 @@ def load_data(recipe: Recipe, *, transfer: bool = False, blank_rows: BlankRows |
         other = _without_blank(other, blank_rows, labelled=True, key="data.eval")
         held_out = _with_labels(recipe, other, all_names_used=False)
         fingerprints |= {"eval data": held_out.fingerprint}
-        parts = DataParts(_without_excluded(recipe, train), held_out, fingerprints, train)
+        parts = DataParts(_chosen(recipe, train), held_out, fingerprints, train)
         return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
     classifies = recipe.spec.classifies
     labels = read_class_labels(recipe, train) if classifies or "label" in data.columns else None
@@ -73,8 +73,8 @@ def load_data(recipe: Recipe, *, transfer: bool = False, blank_rows: BlankRows |
         class_names(labels or [])
     kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
-    kept_train = dataclasses.replace(_without_excluded(recipe, labelled), left_out=train.left_out)
-    parts = DataParts(kept_train, train.select(held), fingerprints, labelled)
+    chosen = _chosen(recipe, dataclasses.replace(labelled, left_out=train.left_out))
+    parts = DataParts(chosen, train.select(held), fingerprints, labelled)
     return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
 
 
@@ -136,6 +136,23 @@ def _with_transfer(
     rows = _without_blank(rows, blank_rows, labelled=False, key="distill.transfer")
     fingerprints = parts.fingerprints | {"transfer data": rows.fingerprint}
     return dataclasses.replace(parts, train=rows, fingerprints=fingerprints, has_labels=False)
+
+
+def _chosen(recipe: Recipe, rows: Rows) -> Rows:
+    """The rows to train on: those that data.exclude and data.balance leave. Raises: DataError."""
+    rows = _without_excluded(recipe, rows)
+    if not recipe.data.balance:
+        return rows
+    labels = read_class_labels(recipe, rows, all_names_used=False)
+    kept = balanced_rows(labels, seed=data_seed(recipe))
+    out = np.setdiff1d(np.arange(len(rows)), kept)
+    if not len(out):
+        return rows
+    left_out = {
+        **rows.left_out,
+        "of a class with more rows than the rarest (data.balance)": [rows.where(int(i)) for i in out],
+    }
+    return dataclasses.replace(rows.select(kept), left_out=left_out)
 
 
 def _without_excluded(recipe: Recipe, rows: Rows) -> Rows:

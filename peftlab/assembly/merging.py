@@ -77,28 +77,29 @@ def merge_run(
         "targets": {},
     }
     for name in targets:
-        progress.stage(
-            f"merge: folding the adapter into the {name} weights" + ("" if name == chosen else " (for comparison)")
-        )
-        written = output.with_name(f".{output.name}.partial-{os.getpid()}") if name == chosen else None
+        if name != chosen:
+            progress.stage(f"merge: the adapter on the {name} weights, for comparison")
+            report["targets"][name] = _compare_one(target, reference, name)
+            release_memory()
+            continue
+        progress.stage(f"merge: folding the adapter into the {name} weights")
+        written = output.with_name(f".{output.name}.partial-{os.getpid()}")
         try:
             figures = _merge_one(target, reference, name, written, dtype)
             release_memory()
             report["targets"][name] = figures
-            if written is not None:
-                failures = _failures(figures, name, quantized, limits or {})
-                report["verified"] = not failures
-                write_json(folder / "merge.json", report)
-                if failures:
-                    raise VerificationError(
-                        f"merge verification failed, nothing was written: {'; '.join(failures)}. Figures: {folder / 'merge.json'}"
-                        + ("; --base dequantized merges exactly" if name == "original" and quantized else "")
-                    )
-                shutil.rmtree(output, ignore_errors=True)
-                os.replace(written, output)
+            failures = _failures(figures, name, quantized, limits or {})
+            report["verified"] = not failures
+            write_json(folder / "merge.json", report)
+            if failures:
+                raise VerificationError(
+                    f"merge verification failed, nothing was written: {'; '.join(failures)}. Figures: {folder / 'merge.json'}"
+                    + ("; --base dequantized merges exactly" if name == "original" and quantized else "")
+                )
+            shutil.rmtree(output, ignore_errors=True)
+            os.replace(written, output)
         finally:
-            if written is not None:
-                shutil.rmtree(written, ignore_errors=True)
+            shutil.rmtree(written, ignore_errors=True)
     write_json(folder / "merge.json", report)
     return report
 
@@ -150,6 +151,9 @@ class _Reference:
             dequantized = DequantizedWeights(assembly.model())
         return cls(assembly, witness, True, dequantized)
 
+    def figures(self) -> dict[str, Any]:
+        return {"rows": len(self.witness.examples), "of_training": self.of_training}
+
     def compare(self, model: Any) -> Agreement:
         return self.witness.compare(model, self.assembly.task, **_runs(self.assembly))
 
@@ -166,40 +170,48 @@ def _held_out(assembly: Assembly) -> list[Example]:
     return encoded.examples
 
 
-def _merge_one(target: Target, reference: _Reference, name: str, written: Path | None, dtype: str) -> dict[str, Any]:
-    """Merges into one kind of base weights; with ``written`` saves the result and verifies the reloaded files."""
+def _merge_one(target: Target, reference: _Reference, name: str, written: Path, dtype: str) -> dict[str, Any]:
+    """Merges into one kind of base weights, writes the result to ``written`` and verifies the reloaded files."""
     assembly = reference.assembly
-    assert target.adapter is not None
-    plain = assembly.model(quantize="none", dtype="float32")
-    if name == "dequantized":
-        _replace_weights(plain, reference.dequantized)
-    adapted = load_adapter(plain, target.adapter)
+    plain, adapted = _adapted(target, reference, name)
     tied = _tied_head(plain)
     if tied and _is_adapted(plain):
         _untie(plain)
         tied = False
     probes = Probes(adapted)
     merged = _fold(adapted)
-    figures: dict[str, Any] = {"rows": len(reference.witness.examples), "of_training": reference.of_training}
-    saved = torch.float32
-    if written is not None:
-        saved = _save_dtype(assembly.pretrained, dtype)
-        _save(merged.to(saved), reference, written, target)
-        tokenizer_same = _same_tokenizer(assembly.reader, written)
-        del merged, plain, adapted
-        release_memory()
-        merged = _reload(written, assembly.task, assembly.device)
-        figures |= {
-            "dtype": str(saved).removeprefix("torch."),
-            "tied_head": _is_tied(merged),
-            "tied_head_kept": _is_tied(merged) == tied,
-            "tokenizer_same": tokenizer_same,
-            "bytes": sum(p.stat().st_size for p in written.iterdir()),
-        }
+    saved = _save_dtype(assembly.pretrained, dtype)
+    _save(merged.to(saved), reference, written, target)
+    tokenizer_same = _same_tokenizer(assembly.reader, written)
+    del merged, plain, adapted
+    release_memory()
+    merged = _reload(written, assembly.task, assembly.device)
     layers = probes.error(merged, saved)
-    figures["layers"] = None if layers is None else asdict(layers)
-    figures["logits"] = asdict(reference.compare(merged.float()))
-    return figures
+    return {
+        **reference.figures(),
+        "dtype": str(saved).removeprefix("torch."),
+        "tied_head": _is_tied(merged),
+        "tied_head_kept": _is_tied(merged) == tied,
+        "tokenizer_same": tokenizer_same,
+        "bytes": sum(p.stat().st_size for p in written.iterdir()),
+        "layers": None if layers is None else asdict(layers),
+        "logits": asdict(reference.compare(merged.float())),
+    }
+
+
+def _compare_one(target: Target, reference: _Reference, name: str) -> dict[str, Any]:
+    """The figures of a kind of base weights that is not written. The adapter on them gives the outputs of their merge."""
+    _, adapted = _adapted(target, reference, name)
+    return {**reference.figures(), "layers": None, "logits": asdict(reference.compare(adapted))}
+
+
+def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any]:
+    """The plain float32 model with one kind of base weights, and the model with the adapter on it."""
+    assert target.adapter is not None
+    plain = reference.assembly.model(quantize="none", dtype="float32")
+    if name == "dequantized":
+        _replace_weights(plain, reference.dequantized)
+    return plain, load_adapter(plain, target.adapter)
 
 
 def _fold(adapted: Any) -> Any:

@@ -8,7 +8,7 @@ from peftlab.data.ledger import Ledger
 from peftlab.data.packing import pack, packing_figures
 from peftlab.data.rows import Rows
 from peftlab.data.sources import load_rows
-from peftlab.data.split import split_rows
+from peftlab.data.split import balanced_rows, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Rows",
     "Tokens",
     "answered",
+    "balanced_rows",
     "check_ids",
     "class_names",
     "eval_batches",

@@ -40,15 +40,30 @@ def split_rows(
         held_out = rng.permutation(len(rows))[:num_eval]
     else:
         assert len(labels) == len(rows)
-        # Not a numpy text array: that would pad each label to the longest one.
-        _, class_of_row = np.unique(np.array(labels, dtype=object), return_inverse=True)
-        sizes = np.bincount(class_of_row)
-        members = [np.flatnonzero(class_of_row == c) for c in range(len(sizes))]
-        counts = _eval_counts(sizes, num_eval)
+        members = _members(labels)
+        counts = _eval_counts(np.array([len(rows) for rows in members]), num_eval)
         held_out = np.concatenate([rng.permutation(m)[:n] for m, n in zip(members, counts, strict=True)])
     is_eval = np.zeros(len(rows), dtype=bool)
     is_eval[held_out] = True
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
+
+
+def balanced_rows(labels: Sequence[str], *, seed: int = 0) -> IntArray:
+    """Ascending indices of as many rows of each class as the rarest has; the same arguments draw the same rows.
+
+    Args: labels: [N] the class of each row, N >= 1.
+    """
+    members = _members(labels)
+    rng = np.random.default_rng(seed)
+    fewest = min(map(len, members))
+    return np.sort(np.concatenate([rng.permutation(rows)[:fewest] for rows in members]))
+
+
+def _members(labels: Sequence[str]) -> list[IntArray]:
+    """The rows of each class, in the order of the classes' names."""
+    # Not a numpy text array: that would pad each label to the longest one.
+    names, class_of_row = np.unique(np.array(labels, dtype=object), return_inverse=True)
+    return [np.flatnonzero(class_of_row == c) for c in range(len(names))]
 
 
 def _num_eval(rows: Rows, fraction: float, num_rows: int | None) -> int:

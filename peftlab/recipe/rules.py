@@ -93,6 +93,14 @@ def label_names_name_a_column(recipe: Recipe) -> Problems:
         yield ("data.label_names",), "names the values of a label column; set data.columns.label"
 
 
+def balance_knows_the_classes(recipe: Recipe) -> Problems:
+    has_column = TASKS[recipe.task].classifies or "label" in recipe.data.columns
+    if recipe.data.balance and "data.balance" in TASKS[recipe.task].keys and not has_column:
+        yield ("data.balance",), "draws rows by their class; set data.columns.label"
+    if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
+        yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
+
+
 def packed_rows_have_no_groups(recipe: Recipe) -> Problems:
     if recipe.data.packing:
         yield from _no_effect(recipe, ["train.grouping"], "with data.packing")
@@ -216,6 +224,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     keys_of_other_methods,
     keys_of_other_optimizers,
     label_names_name_a_column,
+    balance_knows_the_classes,
     packed_rows_have_no_groups,
     merge_has_something_to_merge,
     quantized_weights_are_not_trained,

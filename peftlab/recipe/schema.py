@@ -175,6 +175,11 @@ class DataSection(Section):
         description="leave rows with one of these values in this column out of training, such as {label: [spam]}; "
         "their classes remain classes, and held-out rows keep them",
     )
+    balance: bool = Field(
+        False,
+        description="train on as many rows of each class as the rarest has, drawn with data.seed; held-out rows stay as "
+        "they are",
+    )
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(
         default_factory=dict, description="class name for each value in the label column"

@@ -65,7 +65,7 @@ class TaskSpec:
 
 _TEXT = ("data.max_length", "data.too_long")
 _SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
-_LABELS = ("data.label_names", "distill.hard_weight", "distill.baseline", *_SCORED)
+_LABELS = ("data.label_names", "data.balance", "distill.hard_weight", "distill.baseline", *_SCORED)
 _CLASSES = ("data.bins", "train.class_weights", *_LABELS)
 _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
 # What a task lacks if it does not use the key.

@@ -143,9 +143,10 @@ class Task(Protocol):
 
 
 class Generates(Task, Protocol):
-    """A task that writes text (``spec.generates``)."""
+    """A task that writes text (``spec.generates``). Attributes: silent_ids: tokens of an answer that are no part of its text."""
 
     formatter: Any
+    silent_ids: frozenset[int]
 
     def generate(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **sampling: Any

@@ -66,6 +66,9 @@ class CausalLM:
         ends_turn = formatter.chat_template.end_id() if formatter.style == "chat" else None
         self._stop_ids = {tokenizer.eos_token_id, ends_turn, *end_ids} - {None}
         self._special_ids = special
+        self.silent_ids = frozenset(
+            {*self._stop_ids, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
+        )
         self._pads_prompts: dict[int, bool] = {}
         self._head = LMHead(head_loss)
 
@@ -381,9 +384,7 @@ class CausalLM:
 
     def text_of(self, answer: np.ndarray) -> str:
         """The text of an answer's tokens, without its end; other special tokens, such as labels, are part of it."""
-        t = self.tokenizer
-        silent = {*self._stop_ids, t.bos_token_id, t.unk_token_id, t.pad_token_id}
-        return str(t.decode([int(i) for i in answer if int(i) not in silent]))
+        return str(self.tokenizer.decode([int(i) for i in answer if int(i) not in self.silent_ids]))
 
     def ends(self, answer: np.ndarray) -> bool:
         """Whether the last token of an answer can end it."""

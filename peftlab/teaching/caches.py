@@ -41,6 +41,8 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
     split["seed"] = assembly.seed
     if recipe.data.empty != "error":
         split["empty"] = recipe.data.empty
+    if recipe.data.balance:
+        split["balance"] = True
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins", "control_tokens"})
     template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.generates else None
     by_image = assembly.spec.reader == "image processor"

@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from run_examples import recipe, write_data
 
 import peftlab
+from peftlab.api.chat import _streamer
 from peftlab.errors import DataError, RecipeError
 from peftlab.training.progress import SilentProgress
 
@@ -125,6 +128,20 @@ def test_chat_uses_the_limit_of_the_model_and_leaves_out_old_turns(writer: Path)
     chat.notes.clear()
     "".join(chat.reply("red " * 400))
     assert len(chat.notes) == 1 and chat.notes[0].endswith("its start is cut")
+
+
+def test_chat_streams_the_same_text_of_an_answer_as_predict(writer: Path) -> None:
+    task = peftlab.Chat("run")._task
+    task.tokenizer.add_tokens(["<A>"], special_tokens=True)
+    label, end = task.tokenizer.convert_tokens_to_ids("<A>"), task.tokenizer.eos_token_id
+    answer = [*task.tokenizer("red ", add_special_tokens=False)["input_ids"], label, end, task.tokenizer.pad_token_id]
+    streamer = _streamer(task)
+    streamer.put(torch.tensor([[5, label]]))  # the prompt
+    for token in answer:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(streamer) == task.text_of(np.array(answer))
+    assert "<A>" in task.text_of(np.array(answer))
 
 
 def test_evaluate_takes_another_file(classifier: Path, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ CHANGES: list[tuple[Any, dict[str, Any]]] = [
     (classifier, {"data.seed": 7}),
     (classifier, {"run.seed": 7}),
     (classifier, {"data.exclude": {"kind": ["number"]}}),
+    (classifier, {"data.balance": True}),
     (classifier, {"data.label_names": {"animal": "beast", "colour": "hue", "number": "sum"}}),
     (classifier, {"data.columns": {"label": "kind", "text": "kind"}}),
     (classifier, {"data.max_length": 8, "data.too_long": "truncate"}),

@@ -131,3 +131,35 @@ def test_data_empty_applies_to_the_transfer_rows() -> None:
     document["distill"] = {"teacher": "tiny:bert", "transfer": "more.jsonl"}
     train = Assembly(load_recipe(document), transfer=True).data.train
     assert (len(train), train.left_out) == (2, {"the text is empty": ["more.jsonl:2"]})
+
+
+KINDS = ["ham"] * 24 + ["spam"] * 8
+
+
+@pytest.mark.parametrize("split", ["part", "file"])
+def test_data_balance_trains_on_equally_many_rows_of_each_class_and_keeps_the_held_out_ones(split: str) -> None:
+    rows = [{"text": f"text {i}", "label": kind} for i, kind in enumerate(KINDS)]
+    document = recipe("causal_lm", rows, "tiny:llama", balance=True, columns={"label": "label"}, eval_rows=8)
+    document["data"]["template"] = {"prompt": "{text}:", "completion": " {label}"}
+    document["eval"] = {"choices": [" ham", " spam"]}
+    fewest = 6  # the split is stratified
+    if split == "file":
+        Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[20:28]))
+        document["data"] |= {"eval": "other.jsonl"}
+        del document["data"]["eval_rows"]
+        fewest = 8
+    report = check(document)
+    assert {e["label"]: e["rows"] for e in report["train"]["labels"]} == {" ham": fewest, " spam": fewest}
+    held_out = {e["label"]: e["rows"] for e in report["held_out"]["labels"]}
+    assert held_out == ({" ham": 6, " spam": 2} if split == "part" else {" ham": 4, " spam": 4})
+    assert {reason: len(where) for reason, where in left_out(report["train"]).items()} == {
+        "dropped: of a class with more rows than the rarest (data.balance)": (18 if split == "part" else 24) - fewest
+    }
+    assert not report["held_out"]["left_out"]
+
+
+def test_data_balance_counts_the_rows_that_data_exclude_leaves() -> None:
+    rows = [{"text": f"text {i}", "label": kind} for i, kind in enumerate([*KINDS, "rare", "rare"])]
+    report = check(recipe("seq_cls", rows, balance=True, exclude={"label": ["rare"]}))
+    kept = {e["label"]: e["rows"] for e in report["train"]["labels"] if e["rows"]}
+    assert set(kept) == {"ham", "spam"} and kept["ham"] == kept["spam"] >= 6

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftlab.data import Rows, split_rows
+from peftlab.data import Rows, balanced_rows, split_rows
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError
 
@@ -147,3 +147,12 @@ def test_split_rows_refuses_a_wrong_share(fraction: float) -> None:
     with pytest.raises(DataError, match="expected a share between 0 and 1") as info:
         split_rows(rows_of(5), fraction=fraction)
     assert info.value.key == "data.eval_fraction"
+
+
+def test_balanced_rows_draws_as_many_of_each_class_as_the_rarest_has() -> None:
+    labels = ["ham"] * 20 + ["spam"] * 5 + ["ham"] * 20 + ["other"] * 7
+    kept = balanced_rows(labels, seed=1)
+    assert Counter(labels[i] for i in kept) == {"ham": 5, "spam": 5, "other": 5}
+    assert list(kept) == sorted(set(kept.tolist()))
+    assert set(range(20, 25)) <= set(kept.tolist())
+    assert kept.tolist() == balanced_rows(labels, seed=1).tolist() != balanced_rows(labels, seed=2).tolist()

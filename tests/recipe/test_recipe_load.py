@@ -604,3 +604,29 @@ def test_misspelt_keys_are_refused_with_the_right_one(case: tuple[str, str, str]
     text = message(settings, *([f"{dotted}=1"] if as_override else []))
     row = next(line for line in text.splitlines() if f" {dotted}: unknown key" in line)
     assert key in row
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"data": {"train": "a.csv", "balance": True}},
+            "data.balance: draws rows by their class; set data.columns.label",
+        ),
+        (
+            {"task": "embedding", "model": {"name": "tiny:bert"}, "data": {"train": "a.csv", "balance": True}},
+            "data.balance: has no effect for task: embedding",
+        ),
+        (
+            {
+                "task": "seq_cls",
+                "model": {"name": "tiny:bert"},
+                "data": {"train": "a.csv", "balance": True},
+                "distill": {"teacher": "t", "transfer": "b.csv"},
+            },
+            "data.balance: has no effect with distill.transfer, whose rows are trained on; remove it",
+        ),
+    ],
+)
+def test_balance_without_classes_to_draw_from_is_refused(changes: dict[str, Any], expected: str) -> None:
+    assert expected in message(BASE | changes)
