@@ -79,11 +79,14 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Loads saved adapter tensors into a model with the same adapter."""
-    from peft import set_peft_model_state_dict
+    """Loads saved adapter tensors into a model with the same adapter. Raises: RuntimeError for another adapter."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    stored = load_file(str(folder / "adapter_model.safetensors"))
+    if stored.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+        raise RuntimeError("other tensors")
+    set_peft_model_state_dict(model, stored)
 
 
 def check_adapter_files(folder: Path) -> None:

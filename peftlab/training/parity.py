@@ -162,10 +162,10 @@ def check_parity(
                 set_kernels(model, kernels)
                 trained = _pass(model, fast_loss, autocast, sample) if rounds or replaced else None
             _check_buffers(model, before)
+            fusion = fusion_report(model)
         finally:
             set_kernels(model, kernels)
             rng.restore()
-    fusion = fusion_report(model)
     tolerance = TOLERANCES[coarsest_dtype(model, autocast, device)]
     places = [where(example.row) for example in sample]
     compared = _compare(reference, fast, tolerance, places)

@@ -206,7 +206,7 @@ CASES: dict[str, Case] = {
     ),
     "transfer without the answer": (
         "distill", "causal_lm", {"teacher": "lm", "transfer": "more.csv"}, {}, [], 3,
-        ["data.template` (r.yaml:", "more.csv:2: no column 'label'; found the columns 'text'"],
+        ["data.template` (r.yaml:", "more.csv:2: no column 'label'; found the column 'text'"],
     ),
     "transfer absent": (
         "distill", "seq_cls", {"teacher": "classifier", "transfer": "mor.csv"}, {}, [], 3,

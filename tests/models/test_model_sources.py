@@ -114,7 +114,7 @@ def test_damaged_config_is_refused(folder: Path) -> None:
     with pytest.raises((RecipeError, ArtifactError)):
         load(str(folder))
     (folder / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"the model of .* cannot be loaded"):
+    with pytest.raises(RecipeError, match=r"the config of .* cannot be loaded"):
         load(str(folder))
 
 

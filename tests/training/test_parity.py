@@ -178,7 +178,7 @@ def test_parity_report_lists_pefts_own_path(here: Path, dropout: float) -> None:
 def test_parity_gate_does_not_change_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(adapter={"dropout": 0.1})
     gated = (here / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
-    fake = dataclasses.make_dataclass("Report", [])()
+    fake = dataclasses.make_dataclass("Report", ["idle"])([])
     monkeypatch.setattr("peftlab.assembly.fit.check_parity", lambda *_, **__: fake)
     peftlab.train(recipe(adapter={"dropout": 0.1}, run={"dir": "other"}), progress=SilentProgress())
     assert (here / "other" / "adapter" / "adapter_model.safetensors").read_bytes() == gated
