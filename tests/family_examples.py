@@ -18,7 +18,6 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _T5 = {
     "vocab_size": VOCABULARY,
-    "decoder_start_token_id": 0,
     "d_model": 32,
     "d_kv": 8,
     "d_ff": 64,
@@ -162,6 +161,8 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
     from peftlab.models.image_reader import tiny_image_processor
     from peftlab.models.tiny import tiny_tokenizer
 
+    if name in ("T5Config", "MT5Config"):
+        values = {"decoder_start_token_id": 0, **values}
     families = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}[task]
     model = make_model(
         make_config(name, families, **values), AUTO_CLASSES[task] if task == "causal_lm" else "AutoModel"

@@ -1,13 +1,8 @@
-"""What works on each family of models, measured on a tiny random model of it: the table in docs/families.md.
-
-``python -m tests.family_table`` writes the table; tests/api/test_families.py measures it again.
-"""
+"""What works on each family of models, measured on a tiny random model of it."""
 
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +19,7 @@ from peftlab.training.progress import SilentProgress
 from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
 from tests.run_examples import Stopper
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
-TITLES = {"causal_lm": "Language models", "seq_cls": "Text classifiers", "image_cls": "Image classifiers"}
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 # What the default, all-linear, does not reach, by the remedy of its message.
@@ -92,28 +85,6 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     same = Path("run/adapter/adapter_model.safetensors").read_bytes()
     row.cells["resume"] = _yes(Path("other/adapter/adapter_model.safetensors").read_bytes() == same, "other bytes")
     return row
-
-
-def page(rows: dict[str, list[Row]]) -> str:
-    """The text of docs/families.md."""
-    lines = [
-        "# Families of models",
-        "",
-        "Each row is a tiny random model of a family, trained with the default adapter (LoRA on all linear",
-        "layers), on the CPU. `python -m tests.family_table` writes this page; a test measures it again.",
-        "",
-        "- **train**: the parity gate, the training, and the run opened again from its files (see",
-        "  [guarantees.md](guarantees.md)). **eval again**: the same loss in a new process.",
-        "- **plain PEFT**: `PeftModel.from_pretrained` on the base model gives the same outputs.",
-        "- **merge**: the merged folder gives the outputs of training. **batch = alone**: padding changes nothing.",
-        "- **resume**: a run that was stopped and resumed has the same adapter, to the byte.",
-        "",
-        "The last column is what `peftlab check` says of the family.",
-    ]
-    for task, title in TITLES.items():
-        head = ["family", *COLUMNS, "`check` says"]
-        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(str, rows[task])]
-    return "\n".join(lines) + "\n"
 
 
 def _title(name: str, task: str) -> str:
@@ -189,27 +160,3 @@ def _difference(opened: Any, examples: list[Example], other: Any = None) -> floa
         compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
     wanted = torch.cat(alone)
     return float((wanted - compared).abs().max() / wanted.abs().max())
-
-
-def main() -> None:
-    import contextlib
-
-    from tests.processes import Processes
-
-    processes = Processes()
-
-    def evaluate(run: str) -> float:
-        done = processes.run(["-m", "peftlab", "eval", run, "--json"], cwd=Path.cwd(), check=True)
-        return float(json.loads(done.stdout)["metrics"]["loss"])
-
-    rows: dict[str, list[Row]] = {task: [] for task in TITLES}
-    for name, task in families():
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            row = measure(name, task, Path(folder), evaluate=evaluate)
-        rows[task].append(row)
-        print(row, file=sys.stderr)
-    PAGE.write_text(page(rows))
-
-
-if __name__ == "__main__":
-    main()

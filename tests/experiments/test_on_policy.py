@@ -36,7 +36,7 @@ from peftlab.training.schedules import learning_rate
 WORDS = {"red": "colour", "green": "colour", "blue": "colour", "cat": "animal", "dog": "animal", "cow": "animal"}
 TEXT = "<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant\n{kind}<|im_end|>"
 START, END = 1, 2
-STOPS = {START, END}  # each of these special tokens can end an answer
+STOPS = {END}  # what ends a turn of the chat template
 
 
 def pretrain(folder: Path, *, steps: int) -> None:
