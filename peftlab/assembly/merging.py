@@ -62,8 +62,8 @@ def merge_run(
     targets = _targets(sources)
     chosen = base or ("dequantized" if quantized else "original")
     if chosen not in targets:
-        why = {1: "the base of this run is not quantized", 0: f"the base of this run is stored in {sources.stored}"}
-        allowed = " or ".join(targets) if len(targets) > 1 else f"{targets[0]} ({why['original' in targets]})"
+        why = "not quantized" if targets == ("original",) else f"stored in {sources.stored}"
+        allowed = " or ".join(targets) if len(targets) > 1 else f"{targets[0]} (the base of this run is {why})"
         raise RecipeError(f"expected a merge into {allowed}, found {chosen!r}", key="run.merge")
     output = output or folder / "merged"
     _check_output(output, replace)

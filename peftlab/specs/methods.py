@@ -31,8 +31,6 @@ class MethodSpec:
         keys: keys of the section ``adapter`` that it uses -> their names in PEFT. ``targets`` and ``modules_to_save``
             apply to all methods.
         fixed: other settings that PEFT's configuration needs.
-        formula: name in ``adapters.merge.FORMULAS`` of the formula that checks a merged weight; None: only the outputs of
-            the merged model are checked.
         mergeable: whether the adapter can be merged into the weights.
         quantized: whether it can be trained on quantized weights.
         variants: its names in the benchmark; default: its own name.
@@ -43,7 +41,6 @@ class MethodSpec:
     config: str | None
     keys: Mapping[str, str]
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    formula: str | None = None
     mergeable: bool = True
     quantized: bool = True
     variants: Mapping[str, Variant] = field(default_factory=dict)
@@ -75,7 +72,6 @@ METHODS: dict[str, MethodSpec] = {
                 "bias": "bias",
                 "modules_to_save": "modules_to_save",
             },
-            formula="lora",
             variants={
                 "lora": Variant(),
                 "rslora": Variant({"rslora": True}),

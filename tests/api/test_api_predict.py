@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from run_examples import recipe, write_data
+from run_examples import Notes, recipe, write_data
 
 import peftlab
 from peftlab.api.chat import _streamer
@@ -21,14 +21,6 @@ from peftlab.training.progress import SilentProgress
 # Training rows are cut to 64 tokens; the model reads 512.
 SHORT = {"data": {"max_length": 64}, "train": {"max_steps": 2}}
 WRITES = {"eval": {"choices": None, "max_new_tokens": 80, "prompts": ["red " * 150, "red"]}}
-
-
-class Notes(SilentProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture
