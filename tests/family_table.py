@@ -1,9 +1,17 @@
-"""What works on each family of models, measured on a tiny random model of it."""
+"""What works on each family of models, measured on a tiny random model of it.
+
+``python -m tests.family_table`` measures every family and writes docs/families.md.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +25,39 @@ from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.processes import Processes
 from tests.run_examples import Stopper
 
+PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
 COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 # What the default, all-linear, does not reach, by the remedy of its message.
-_SETTINGS = {"ResNetConfig": {"targets": ["convolution"]}}
+_SETTINGS = {
+    "ResNetConfig": {"targets": ["convolution"]},
+    "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.2.convolution"]},
+    "EfficientNetConfig": {"targets": ["expand_conv", "project_conv"]},
+}
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
 _CLOSE = 1e-4
+_INTRODUCTION = """\
+# Families of models
+
+Each row is a tiny random model of a family of transformers, trained with the defaults of a recipe
+(LoRA on all linear layers) on a CPU. `python -m tests.family_table` measures all of them and writes
+this page. A test measures each row again and compares it with the page.
+
+- **train**: the recipe trains.
+- **eval again**: `peftlab eval` in a new process finds the loss that training ended with.
+- **plain PEFT**: transformers and PEFT alone open the adapter and give the same outputs.
+- **merge**: the merged folder gives the outputs that were trained.
+- **batch = alone**: a row gives the same outputs in a batch and alone.
+- **resume**: a run that is stopped and resumed ends with the same bytes.
+"""
+_NOTES = """\
+`peftlab check` says each of these lines when you bring a model of the family. Counts and ids are those
+of the tiny model."""
 
 
 def families() -> Iterator[tuple[str, str]]:
@@ -41,12 +72,16 @@ class Row:
     """A row of the table. cells: by column. notes: lines that ``check`` says of the family."""
 
     family: str
+    task: str
     cells: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        cells = [self.cells.get(name, "-") for name in COLUMNS]
-        return "| " + " | ".join([f"`{self.family}`", *cells, "; ".join(self.notes)]) + " |"
+        return f"{self.line()} {'; '.join(self.notes)}"
+
+    def line(self, notes: str = "") -> str:
+        """The row in Markdown, with the numbers of its notes."""
+        return "| " + " | ".join([f"`{self.family}`", self.task, *(self.cells[name] for name in COLUMNS), notes]) + " |"
 
 
 def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], float]) -> Row:
@@ -56,7 +91,7 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     """
     write_family(folder / "model", name, task)
     _write_rows(folder)
-    row = Row(_title(name, task))
+    row = Row(_title(name, task), task)
     adapter = {}
     try:
         checked = peftlab.check(_recipe(task), progress=SilentProgress())
@@ -85,6 +120,27 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     same = Path("run/adapter/adapter_model.safetensors").read_bytes()
     row.cells["resume"] = _yes(Path("other/adapter/adapter_model.safetensors").read_bytes() == same, "other bytes")
     return row
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/families.md."""
+    numbers: dict[str, int] = {}
+    lines = [row.line(", ".join(str(numbers.setdefault(note, len(numbers) + 1)) for note in row.notes)) for row in rows]
+    header = ["family", "task", *COLUMNS, "notes"]
+    table = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *lines]
+    notes = [f"{number}. {note}" for note, number in numbers.items()]
+    return "\n".join([_INTRODUCTION, *table, "", "## Notes", "", _NOTES, "", *notes]) + "\n"
+
+
+def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
+    """Cells and notes of docs/families.md, by family and task."""
+    text = PAGE.read_text()
+    notes = dict(re.findall(r"^(\d+)\. (.+)$", text, flags=re.MULTILINE))
+    rows = {}
+    for line in re.findall(r"^\| `.*$", text, flags=re.MULTILINE):
+        family, task, *cells, numbers = (cell.strip(" `") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+        rows[family, task] = (cells, [notes[number] for number in re.findall(r"\d+", numbers)])
+    return rows
 
 
 def _title(name: str, task: str) -> str:
@@ -160,3 +216,28 @@ def _difference(opened: Any, examples: list[Example], other: Any = None) -> floa
         compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
     wanted = torch.cat(alone)
     return float((wanted - compared).abs().max() / wanted.abs().max())
+
+
+def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
+    """``measure`` in an empty folder, with another process for the second evaluation."""
+
+    def evaluate(run: str) -> float:
+        done = process.run(["-m", "peftlab", "eval", run, "--json"], cwd=folder, check=True)
+        return float(json.loads(done.stdout)["metrics"]["loss"])
+
+    with contextlib.chdir(folder):
+        return measure(name, task, folder, evaluate=evaluate)
+
+
+def main() -> None:
+    process, rows = Processes(), []
+    os.environ["PYTHONPATH"] = str(PAGE.parent.parent)
+    for name, task in families():
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure_in(Path(folder), name, task, process))
+        print(rows[-1], file=sys.stderr, flush=True)
+    PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from peftlab.adapters.head import HeadLoss, head_input, head_reason
 from peftlab.adapters.inject import AdapterReport, base_name, idle_towers, inject, new_modules, planned_modules, report
 from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.state import changed_buffers, kept_buffers, train_mode
+from peftlab.adapters.target_modules import is_grouped
 
 __all__ = [
     "ADAPTER_FILES",
@@ -28,6 +29,7 @@ __all__ = [
     "head_reason",
     "idle_towers",
     "inject",
+    "is_grouped",
     "kept_buffers",
     "load_adapter",
     "load_trained",

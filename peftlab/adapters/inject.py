@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.adapters.target_modules import check_modules_to_save, check_targets, is_adaptable, is_linear
+from peftlab.adapters.target_modules import check_modules_to_save, check_targets, is_adaptable, is_grouped, is_linear
 from peftlab.errors import PeftlabError, RecipeError
 from peftlab.specs.methods import METHODS
 
@@ -129,7 +129,8 @@ def report(model: Any) -> AdapterReport:
 
 def base_name(name: str) -> str:
     """The name in the base model of a module in a PEFT model."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.removesuffix(".token_adapter")
 
 
 def _config(
@@ -219,10 +220,12 @@ def _all_linear(model: Any, seen: Any) -> list[str]:
         and not refused(name)
     ]
     if not names:
-        others = sorted(
-            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_adaptable(m) and not is_linear(m)}
-        )
-        others = [name for name in others if not name.isdigit()]
+        kinds: dict[str, bool] = {}
+        for name, module in model.named_modules():
+            kind = name.rsplit(".", 1)[-1]
+            fits = is_adaptable(module) and not is_linear(module) and not is_grouped(module) and not kind.isdigit()
+            kinds[kind] = fits and kinds.get(kind, True)
+        others = sorted(kind for kind, fits in kinds.items() if fits)
         hint = f"; it has other layers that can have one: adapter.targets=[{', '.join(others[:6])}]" if others else ""
         raise RecipeError(
             f"all-linear matches nothing: {type(model).__name__} has no linear layer outside its head{hint}",
@@ -296,7 +299,8 @@ def _peft_errors() -> Iterator[None]:
     except PeftlabError:
         raise
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # A module in the text is its class here, not the tree of what is in it.
+        text = re.sub(r"(Target module \w+)\(.*\)( is not)", r"\1\2", " ".join(str(error).split())) or type(error).__name__
         lowered = text.lower()
         key = next((key for word, key in _KEYS_BY_WORD.items() if word in lowered), "targets")
         raise RecipeError(f"PEFT refuses this adapter: {text}", key=f"adapter.{key}") from error

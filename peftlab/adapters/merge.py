@@ -42,16 +42,21 @@ class LayerError:
 
 def fold(model: Any) -> Any:
     """The base model of a ``PeftModel`` with the adapter in its weights. Raises: what PEFT raises if it cannot merge."""
-    # With layer_replication layers share one weight, and PEFT adds the update of each to it.
-    seen: set[int] = set()
-    for _, layer in _outermost(model):
-        base = layer.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            if id(weight) in seen:
-                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            seen.add(id(base.weight))
+    if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
+        _unshare(model.get_base_model())
     return model.merge_and_unload(safe_merge=True)
+
+
+def _unshare(model: Any) -> None:
+    """Gives each replicated layer weights of its own. PEFT would add the updates of all to one, and transformers would not
+    write the files. A head that is tied to the embeddings stays tied."""
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen - ends:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
 
 
 class Probes:
@@ -67,7 +72,7 @@ class Probes:
         self._plain: dict[str, Tensor] = {}
         self.num_unchecked = 0
         for name, layer in _outermost(model):
-            x = _input_of(layer.get_base_layer())
+            x = _input_of(layer)
             if x is None:
                 self.num_unchecked += 1
                 continue
@@ -123,11 +128,14 @@ def _outermost(model: Any) -> Iterator[tuple[str, Any]]:
             yield base_name(name), module
 
 
-def _input_of(layer: nn.Module) -> Tensor | None:
-    """A random input for a layer; None for a kind that cannot be called with one tensor."""
+def _input_of(adapted: Any) -> Tensor | None:
+    """A random input for an adapted layer; None for a kind that cannot be called with one tensor."""
+    layer = adapted.get_base_layer()
     generator = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Embedding):
-        return torch.randint(layer.num_embeddings, (_ROWS, 4), generator=generator)
+        trained = sorted({i for rows in getattr(adapted, "token_indices", {}).values() for i in rows})
+        ids = torch.randint(layer.num_embeddings, (_ROWS, 4), generator=generator)
+        return torch.cat([ids.flatten(), torch.tensor(trained, dtype=torch.long)])
     if isinstance(layer, nn.modules.conv._ConvNd):
         extent = [d * (k - 1) + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         return torch.randn(2, layer.in_channels, *extent, generator=generator, dtype=torch.float64)

@@ -59,6 +59,11 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
 
 
+def is_grouped(module: nn.Module) -> bool:
+    """Whether it is a grouped convolution: PEFT adapts it only at a rank that its groups divide, and cannot merge it."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer: quantized or not, or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

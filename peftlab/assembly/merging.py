@@ -216,13 +216,20 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
 
 def _fold(adapted: Any) -> Any:
     """The base model with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
+    config = adapted.peft_config["default"]
+    if config.is_prompt_learning:
+        raise RecipeError(
+            f"an adapter of {config.peft_type.value} adds virtual tokens to the input and changes no weight, so nothing can be "
+            "merged; use it as an adapter",
+            key="adapter.method",
+        )
     try:
         return fold(adapted)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
-        method = adapted.peft_config["default"].peft_type.value
+        method = config.peft_type.value
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise RecipeError(
-            f"PEFT cannot merge this {method} adapter: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}; "
-            "use it as an adapter, without merging",
+            f"PEFT cannot merge this {method} adapter: {reason}; use it as an adapter, without merging",
             key="adapter.method",
         ) from error
 

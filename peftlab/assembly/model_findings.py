@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftlab.adapters import planned_modules, reach_notes
+from peftlab.adapters import is_grouped, planned_modules, reach_notes
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
@@ -26,6 +26,12 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
         raise RecipeError(
             f"{config.model_type} reads the tokens after the one that it predicts, so it is no causal language model; use a "
             "model for causal language modelling, or set is_decoder to true in its config.json",
+            key="model.name",
+        )
+    if config.model_type == "reformer":
+        raise RecipeError(
+            "reformer trains only on rows whose length is a multiple of its chunks, and texts differ in length; use a model "
+            "of another family that reads long texts, such as longformer or big_bird",
             key="model.name",
         )
     if spec.classifies and getattr(config, "is_encoder_decoder", False):
@@ -67,6 +73,13 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         targets=adapter.targets,
         modules_to_save=adapter.modules_to_save,
     )
+    if grouped := [name for name in planned if is_grouped(skeleton.get_submodule(name))]:
+        found = f"{len(grouped)} of the {len(planned)} adapted layers are grouped convolutions ({grouped[0]})"
+        if assembly.recipe.run.merge != "none":
+            raise RecipeError(
+                f"{found}, which PEFT cannot merge; leave them out of adapter.targets, or set run.merge=none", key="run.merge"
+            )
+        yield Finding("reach", f"{found}, which PEFT cannot merge", "adapter.targets")
     quantized = assembly.storage != "none"
     for note in reach_notes(skeleton, planned, targets=adapter.targets, quantized=quantized):
         yield Finding("reach", note, "adapter.targets")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from peftlab.adapters import idle_towers, new_modules, planned_modules, reach_notes
+from peftlab.adapters import idle_towers, inject, new_modules, planned_modules, reach_notes
+from peftlab.adapters.merge import fold
 from peftlab.errors import RecipeError
 from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, make_model
 
@@ -84,12 +86,16 @@ def test_encoders_that_text_does_not_reach_are_left_out_or_named() -> None:
     assert note == "1 of the 3 adapted modules are in model.vision_tower, which this task's text does not reach"
 
 
-def test_all_linear_without_linear_layers_names_the_others() -> None:
-    with pytest.raises(
-        RecipeError, match=r"no linear layer outside its head; .* adapter\.targets=\[convolution\]"
-    ) as info:
-        notes("ResNetConfig", "image_cls")
+@pytest.mark.parametrize("name", ["ResNetConfig", "EfficientNetConfig"])
+def test_all_linear_without_linear_layers_names_others_that_work(name: str) -> None:
+    with pytest.raises(RecipeError, match="no linear layer outside its head") as info:
+        notes(name, "image_cls")
     assert info.value.key == "adapter.targets"
+    offered = re.search(r"adapter\.targets=\[(.*)\]", str(info.value))
+    assert offered
+    model = family(name, "image_cls")
+    adapted = inject(model, "lora", peft_type=None, targets=offered[1].split(", "), rank=4)
+    assert fold(adapted) is not None
 
 
 def test_new_modules_are_the_largest_that_are_new() -> None:

@@ -99,6 +99,7 @@ def test_check_has_no_notes_on_a_model_that_fits_its_tokenizer(folder: Callable[
         ),
         ("BertConfig", "causal_lm", True, "bert reads the tokens after the one that it predicts"),
         ("XLNetConfig", "causal_lm", True, "xlnet reads the tokens after the one that it predicts"),
+        ("ReformerConfig", "seq_cls", True, "reformer trains only on rows whose length is a multiple of its chunks"),
     ],
 )
 def test_check_refuses_a_family_that_cannot_do_the_task(
@@ -107,6 +108,18 @@ def test_check_refuses_a_family_that_cannot_do_the_task(
     folder(make_config(name), ended=ended)
     with pytest.raises(RecipeError, match=says):
         notes(recipe(task))
+
+
+def test_grouped_convolutions_cannot_be_merged(folder: Callable[..., None]) -> None:
+    folder(make_config("SqueezeBertConfig", pad_token_id=0))
+    document = recipe(targets=["query", "value"])
+    layer = "transformer.encoder.layers.0.attention.query"
+    said = f"4 of the 4 adapted layers are grouped convolutions ({layer}), which PEFT cannot merge"
+    assert said in notes(document)["reach"]
+    document["run"] |= {"merge": "original"}
+    with pytest.raises(RecipeError, match="4 of the 4 adapted layers are grouped .*, or set run.merge=none") as info:
+        notes(document)
+    assert info.value.key == "run.merge"
 
 
 def test_packing_without_a_limit_needs_max_length(folder: Callable[..., None]) -> None:
