@@ -140,7 +140,13 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "depths": [1, 1],
         "layer_type": "basic",
     },
-    "RegNetConfig": {"num_channels": 1, "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "groups_width": 8},
+    "RegNetConfig": {
+        "num_channels": 1,
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "groups_width": 8,
+    },
     "EfficientNetConfig": {**_IMAGE, "image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.3},
     "ConvNextConfig": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
 }

@@ -300,7 +300,9 @@ def _peft_errors() -> Iterator[None]:
         raise
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
         # A module in the text is its class here, not the tree of what is in it.
-        text = re.sub(r"(Target module \w+)\(.*\)( is not)", r"\1\2", " ".join(str(error).split())) or type(error).__name__
+        text = (
+            re.sub(r"(Target module \w+)\(.*\)( is not)", r"\1\2", " ".join(str(error).split())) or type(error).__name__
+        )
         lowered = text.lower()
         key = next((key for word, key in _KEYS_BY_WORD.items() if word in lowered), "targets")
         raise RecipeError(f"PEFT refuses this adapter: {text}", key=f"adapter.{key}") from error

@@ -77,7 +77,8 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         found = f"{len(grouped)} of the {len(planned)} adapted layers are grouped convolutions ({grouped[0]})"
         if assembly.recipe.run.merge != "none":
             raise RecipeError(
-                f"{found}, which PEFT cannot merge; leave them out of adapter.targets, or set run.merge=none", key="run.merge"
+                f"{found}, which PEFT cannot merge; leave them out of adapter.targets, or set run.merge=none",
+                key="run.merge",
             )
         yield Finding("reach", f"{found}, which PEFT cannot merge", "adapter.targets")
     quantized = assembly.storage != "none"

@@ -117,7 +117,7 @@ def test_grouped_convolutions_cannot_be_merged(folder: Callable[..., None]) -> N
     said = f"4 of the 4 adapted layers are grouped convolutions ({layer}), which PEFT cannot merge"
     assert said in notes(document)["reach"]
     document["run"] |= {"merge": "original"}
-    with pytest.raises(RecipeError, match="4 of the 4 adapted layers are grouped .*, or set run.merge=none") as info:
+    with pytest.raises(RecipeError, match=r"4 of the 4 adapted layers are grouped .*, or set run\.merge=none") as info:
         notes(document)
     assert info.value.key == "run.merge"
 
