@@ -44,9 +44,16 @@ def check_padding(
             if not exact:
                 return None  # rounding hides what padding does; what is known of the family decides
             alone = _outputs(model, task, [short], device)
-            unpadded = _outputs(model, task, [short, short], device)[: len(alone)]
-            padded = _outputs(model, task, [short, long], device)[: len(alone)]
-            changed = _outputs(model, task, [_changed_end(short)], device) if predicts_tokens else alone
+            n = len(alone)
+            batch = _outputs(model, task, [short, *([_changed_end(short)] if predicts_tokens else []), long], device)
+            padded, changed = batch[:n], batch[n : 2 * n]
+            size = float(alone.abs().max())
+            allowed = _TOLERANCES[coarsest_dtype(model, autocast, device)]
+            difference = _difference(padded, alone, size)
+            leak = _difference(changed[: n - 1], padded[: n - 1], size) if predicts_tokens else 0.0
+            if not max(difference, leak) <= allowed:
+                unpadded = _outputs(model, task, [short, short], device)[:n]
+                allowed = max(allowed, 4 * _difference(unpadded, alone, size))
     except (PeftlabError, torch.cuda.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, IndexError) as error:
@@ -57,15 +64,12 @@ def check_padding(
         ) from error
     finally:
         rng.restore()
-    size = float(alone.abs().max())
-    allowed = max(_TOLERANCES[coarsest_dtype(model, autocast, device)], 4 * _difference(unpadded, alone, size))
-    if predicts_tokens and not _difference(changed[:-1], alone[:-1], size) <= allowed:
+    if not leak <= allowed:
         raise RecipeError(
             f"{who} reads the tokens after the one that it predicts, so it is no causal language model; use a model for "
             "causal language modelling, or set is_decoder to true in its config.json",
             key="model.name",
         )
-    difference = _difference(padded, alone, size)
     if task.padding == "none" or difference <= allowed:
         return None
     if predicts_tokens:
