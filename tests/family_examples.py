@@ -147,7 +147,13 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "depths": [1, 1],
         "groups_width": 8,
     },
-    "EfficientNetConfig": {**_IMAGE, "image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.3},
+    "EfficientNetConfig": {
+        **_IMAGE,
+        "image_size": 32,
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.3,
+        "hidden_dim": 320,
+    },
     "ConvNextConfig": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
 }
 # Families whose tokenizers end every text, because their head reads there.
@@ -181,7 +187,9 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     if task == "image_cls":
-        tiny_image_processor().save_pretrained(folder)
+        processor, size = tiny_image_processor(), getattr(model.config, "image_size", 8)
+        processor.size = {"height": size, "width": size}
+        processor.save_pretrained(folder)
         return
     tokenizer = tiny_tokenizer()
     if name.removesuffix("Config") in _WITH_END:

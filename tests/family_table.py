@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 # What the default, all-linear, does not reach, by the remedy of its message.
 _SETTINGS = {
     "ResNetConfig": {"targets": ["convolution"]},
-    "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.2.convolution"]},
+    "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.3.convolution"]},
     "EfficientNetConfig": {"targets": ["expand_conv", "project_conv"]},
 }
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
@@ -56,8 +57,8 @@ this page. A test measures each row again and compares it with the page.
 - **resume**: a run that is stopped and resumed ends with the same bytes.
 """
 _NOTES = """\
-`peftlab check` says each of these lines when you bring a model of the family. Counts and ids are those
-of the tiny model."""
+`peftlab check` says each of these lines when you bring a model of the family. Counts and ids are
+those of the tiny model."""
 
 
 def families() -> Iterator[tuple[str, str]]:
@@ -128,17 +129,21 @@ def page(rows: Sequence[Row]) -> str:
     lines = [row.line(", ".join(str(numbers.setdefault(note, len(numbers) + 1)) for note in row.notes)) for row in rows]
     header = ["family", "task", *COLUMNS, "notes"]
     table = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *lines]
-    notes = [f"{number}. {note}" for note, number in numbers.items()]
+    notes = [
+        textwrap.fill(f"{number}. {note}", 100, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
+        for note, number in numbers.items()
+    ]
     return "\n".join([_INTRODUCTION, *table, "", "## Notes", "", _NOTES, "", *notes]) + "\n"
 
 
 def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
     """Cells and notes of docs/families.md, by family and task."""
     text = PAGE.read_text()
-    notes = dict(re.findall(r"^(\d+)\. (.+)$", text, flags=re.MULTILINE))
+    found = re.findall(r"^(\d+)\. (.+(?:\n   .+)*)", text, flags=re.MULTILINE)
+    notes = {number: " ".join(note.split()) for number, note in found}
     rows = {}
     for line in re.findall(r"^\| `.*$", text, flags=re.MULTILINE):
-        family, task, *cells, numbers = (cell.strip(" `") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+        family, task, *cells, numbers = (cell.strip(" `") for cell in line.split("|")[1:-1])
         rows[family, task] = (cells, [notes[number] for number in re.findall(r"\d+", numbers)])
     return rows
 
@@ -173,7 +178,7 @@ def _write_rows(folder: Path) -> None:
 
 
 def _line(text: str, folder: Path) -> str:
-    return text.replace(str(folder.resolve()), "").replace("|", "\\|").strip()
+    return " ".join(text.replace(str(folder.resolve()), "").split())
 
 
 def _yes(holds: bool, otherwise: str) -> str:

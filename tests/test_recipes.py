@@ -13,10 +13,36 @@ import pytest
 
 import peftlab
 from peftlab.api.distill import distill
+from peftlab.data import load_rows
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 
 TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert", "embedding": "tiny:bert", "image_cls": "tiny:vit"}
+# What a newcomer types first. None of them is in the data.
+SPAM = [
+    "URGENT you have won a free cruise, call now",
+    "Congratulations! You have been chosen for a $1000 gift card, click here to claim",
+    "You won the lottery! Send your bank details to claim your prize",
+    "FREE iPhone for the first 100 callers, text WIN to 80085",
+    "Claim your free ringtone now, reply YES",
+    "Hot singles in your area want to meet you, text back now",
+    "Limited offer: 50% off all phones today only, call 0800 123 456",
+    "Your account has been suspended, verify your details at http://secure-bank-login.com",
+    "Earn $500 a day working from home, no experience needed, sign up now",
+    "Get a cheap loan today, no credit check, reply YES",
+]
+HAM = [
+    "Hi mum, I'll be home around six, love you",
+    "Are we still meeting for lunch tomorrow?",
+    "Can you pick up some milk on the way home?",
+    "Happy birthday! Hope you have a great day",
+    "I'm running late, the train is delayed",
+    "Thanks for dinner last night, it was lovely",
+    "What time does the film start?",
+    "Call me when you get a chance",
+    "Did you finish the homework for Monday?",
+    "ok see you later",
+]
 DISTILLING = [name for name in recipe_names() if load_recipe(name).recipe.distill is not None]
 
 
@@ -107,9 +133,24 @@ def test_quickstart_reaches_its_figures(tmp_path: Path) -> None:
     before, after = summary["before"], summary["after"]
     assert isinstance(before, dict) and isinstance(after, dict)
     assert before["accuracy"] < 0.5
-    assert after["accuracy"] >= 0.95
+    assert after["f1_macro"] >= 0.95
     assert peak <= 3.0 * 2**30
     assert seconds <= 300
+    spam, ham = load_recipe("quickstart").recipe.eval.choices[::-1]
+    for change in (str, str.lower, str.upper):
+        results = list(peftlab.predict(tmp_path / "run", [change(text) for text in SPAM + HAM]))
+        wrong = [
+            r for r, label in zip(results, [spam] * len(SPAM) + [ham] * len(HAM), strict=True) if r["label"] != label
+        ]
+        assert not wrong
+
+
+def test_messages_of_the_quickstart_are_not_in_its_data() -> None:
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    known = {plain(text) for text in load_rows(load_recipe("quickstart").recipe.data.train).columns["text"]}
+    assert not known & {plain(text) for text in SPAM + HAM}
 
 
 @pytest.mark.slow

@@ -220,18 +220,31 @@ def _all_linear(model: Any, seen: Any) -> list[str]:
         and not refused(name)
     ]
     if not names:
-        kinds: dict[str, bool] = {}
-        for name, module in model.named_modules():
-            kind = name.rsplit(".", 1)[-1]
-            fits = is_adaptable(module) and not is_linear(module) and not is_grouped(module) and not kind.isdigit()
-            kinds[kind] = fits and kinds.get(kind, True)
-        others = sorted(kind for kind, fits in kinds.items() if fits)
+        others = _other_endings(model)
         hint = f"; it has other layers that can have one: adapter.targets=[{', '.join(others[:6])}]" if others else ""
         raise RecipeError(
             f"all-linear matches nothing: {type(model).__name__} has no linear layer outside its head{hint}",
             key="adapter.targets",
         )
     return names
+
+
+def _other_endings(model: nn.Module) -> list[str]:
+    """The shortest endings of names that match layers which can have an adapter that merges, and nothing else."""
+    fits = {
+        name: is_adaptable(module) and not is_linear(module) and not is_grouped(module)
+        for name, module in model.named_modules()
+    }
+    endings = set()
+    for name in (name for name, good in fits.items() if good):
+        parts = name.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            ending = ".".join(parts[start:])
+            same = [good for n, good in fits.items() if n == ending or n.endswith(f".{ending}")]
+            if all(same) and not parts[start].isdigit():
+                endings.add(ending)
+                break
+    return sorted(endings)
 
 
 def idle_towers(model: Any) -> list[str]:

@@ -102,11 +102,12 @@ def _of_texts(assembly: Assembly) -> Iterator[Finding]:
     if (way := assembly.task.padding) != "right":
         yield Finding("padding", f"{config.model_type}: peftlab {_PADDING[way]}", "model.name")
     if assembly.spec.generates and (ordinary := end_ids(assembly.pretrained, tokenizer)[1]):
-        tokens = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in ordinary[:3])
+        names = [tokenizer.convert_ids_to_tokens(i) for i in ordinary[:3]]
+        found = f"no special token of the tokenizer but {', '.join(map(repr, filter(None, names)))}"
         yield Finding(
             "config_ids",
-            f"eos_token_id of the model's config ({', '.join(map(str, ordinary[:3]))}) is no special token of the tokenizer "
-            f"but {tokens}, so it does not end an answer; {tokenizer.eos_token!r} does",
+            f"eos_token_id of the model's config ({', '.join(map(str, ordinary[:3]))}) is "
+            f"{found if any(names) else 'no token of the tokenizer'}, so it does not end an answer; {tokenizer.eos_token!r} does",
             "model.name",
         )
     limit = length_limit(assembly.pretrained, tokenizer)
