@@ -57,6 +57,7 @@ class Assembly:
         transfer: whether to train on the rows of distill.transfer, if the recipe has them.
         classes: names of the classes; None: those of the training rows.
         reads_data: False if there may be no data, as in prediction; then only classes are read from it.
+        reads_train: False to read only data.eval, whose rows then show the columns.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Assembly:
         transfer: bool = False,
         classes: Sequence[str] | None = None,
         reads_data: bool = True,
+        reads_train: bool = True,
         _shared: dict[tuple[str, str], Any] | None = None,
     ) -> None:
-        self.loaded, self._transfer, self._reads_data = loaded, transfer, reads_data
+        self.loaded, self._transfer = loaded, transfer
+        self._reads_data, self._reads_train = reads_data, reads_train
         self._classes = None if classes is None else list(classes)
         self._shared: dict[tuple[str, str], Any] = {} if _shared is None else _shared
 
@@ -132,6 +135,7 @@ class Assembly:
             transfer=self._transfer if transfer is None else transfer,
             classes=self._classes if classes is None else classes,
             reads_data=self._reads_data,
+            reads_train=self._reads_train,
             _shared=self._shared,
         )
 
@@ -192,7 +196,12 @@ class Assembly:
 
     def _load_data(self) -> DataParts:
         drop = self.recipe.data.empty == "drop"
-        return load_data(self.recipe, transfer=self._transfer, blank_rows=self._blank_rows if drop else None)
+        return load_data(
+            self.recipe,
+            transfer=self._transfer,
+            held_out_only=not self._reads_train,
+            blank_rows=self._blank_rows if drop else None,
+        )
 
     def _blank_rows(self, rows: Rows, labelled: bool) -> dict[int, str]:
         """Why rows lack what the task needs, by index."""

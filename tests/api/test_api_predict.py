@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from run_examples import Notes, recipe, write_data
 import peftlab
 from peftlab.api.chat import _streamer
 from peftlab.errors import DataError, RecipeError
-from peftlab.training.progress import SilentProgress
+from peftlab.training.progress import SilentProgress, make_progress
 
 # Training rows are cut to 64 tokens; the model reads 512.
 SHORT = {"data": {"max_length": 64}, "train": {"max_steps": 2}}
@@ -145,6 +146,26 @@ def test_evaluate_takes_another_file(classifier: Path, tmp_path: Path) -> None:
         line.startswith("data.eval on the command line replaces data.eval_rows (recipe.lock.yaml:")
         for line in progress.lines
     )
+
+
+def test_evaluate_of_another_file_needs_no_training_rows_and_no_class_of_eval_best(
+    classifier: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.csv").write_text("text,kind\nred 9,colour\n")
+    settings = ["data.train=/gone.csv", "eval.best=f1_animal"]
+    report = peftlab.evaluate("run", overrides=[*settings, f"data.eval={tmp_path / 'other.csv'}"])
+    assert report["rows"] == 1
+    assert report["metrics"]["f1_animal"] is None
+    with pytest.raises(DataError, match="no such file"):
+        peftlab.evaluate("run", overrides=settings)
+
+
+def test_evaluate_reads_the_data_before_the_model(classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("text\nred 9\n")
+    stream = io.StringIO()
+    with pytest.raises(DataError, match="no column 'kind'"):
+        peftlab.evaluate("run", overrides=[f"data.eval={tmp_path / 'other.csv'}"], progress=make_progress(stream))
+    assert stream.getvalue().endswith("reading data ...\n")
 
 
 def test_adapter_without_its_run_needs_a_recipe(classifier: Path, tmp_path: Path) -> None:
