@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftlab.data.messages import Conversation, Message, read_messages, read_tools
+from peftlab.data.messages import Conversation, Message, from_json, read_messages, read_tools
+from peftlab.data.values import NUMBERS, is_null, plain_text
 from peftlab.errors import DataError
 
 Style = Literal["text", "completion", "chat"]
@@ -56,7 +57,7 @@ class Layout:
         else:
             read = self._alpaca(row, where, answer)
         system = self._optional(row, "system")
-        if system and self.kind != "alpaca":
+        if system and not is_null(system) and self.kind != "alpaca":
             read = self._with_system(read, system, where)
         if "tools" not in self.columns and "functions" not in self.columns:
             return read
@@ -78,7 +79,7 @@ class Layout:
                 continue
             value = self._value(row, part, where)
             key = f"data.columns.{part}"
-            if isinstance(value, str) and not is_chat(value):
+            if plain_text(value) is not None and not is_chat(value):
                 value = [{"role": role, "content": value}]
             parts.append(read_messages(value, where, roles=roles, part=part, key=key))
         first, rest = parts[0], parts[1:]
@@ -93,36 +94,49 @@ class Layout:
     def _alpaca(self, row: Mapping[str, Any], where: str, answer: bool) -> Conversation:
         messages: list[Message] = []
         places: list[str] = []
+        notes: list[str] = []
 
         def add(role: str, content: str, place: str) -> None:
             messages.append({"role": role, "content": content})
             places.append(place)
 
-        if system := self._text(row, "system", where, optional=True):
+        def text_of(part: str, value: Any) -> str:
+            text = plain_text(value)
+            if text is None:
+                raise DataError(
+                    f"{where}: expected text in the column {self.columns[part]!r}, found "
+                    f"{'null' if is_null(value) else repr(value)}",
+                    key="data.columns",
+                )
+            notes.extend([] if text is value else [NUMBERS])
+            return text
+
+        def optional(part: str) -> str:
+            value = self._optional(row, part)
+            return "" if is_null(value) else text_of(part, value)
+
+        if system := optional("system"):
             add("system", system, "column 'system'")
-        history = self._optional(row, "history") or []
-        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-            raise DataError(
-                f"{where}: expected pairs of question and answer in the column 'history'", key="data.columns"
-            )
-        for i, (question, reply) in enumerate(history, 1):
-            add("user", str(question), f"history {i}")
-            add("assistant", str(reply), f"history {i}")
-        asked = [self._text(row, "instruction", where), self._text(row, "input", where, optional=True)]
+        for i, (question, reply) in enumerate(self._history(row, where), 1):
+            add("user", text_of("history", question), f"history {i}")
+            add("assistant", text_of("history", reply), f"history {i}")
+        asked = [text_of("instruction", self._value(row, "instruction", where)), optional("input")]
         add("user", "\n\n".join(text for text in asked if text), "column 'instruction'")
         if answer:
-            add("assistant", self._text(row, "output", where), "column 'output'")
-        return Conversation(messages, [m["role"] == "assistant" for m in messages], places)
+            add("assistant", text_of("output", self._value(row, "output", where)), "column 'output'")
+        trained = [m["role"] == "assistant" for m in messages]
+        return Conversation(messages, trained, places, notes=tuple(dict.fromkeys(notes)))
 
-    def _text(self, row: Mapping[str, Any], part: str, where: str, *, optional: bool = False) -> str:
-        value = self._optional(row, part) if optional else self._value(row, part, where)
-        if value is None and optional:
-            return ""
-        if not isinstance(value, str):
-            raise DataError(
-                f"{where}: expected text in the column {self.columns[part]!r}, found {value!r}", key="data.columns"
-            )
-        return value
+    def _history(self, row: Mapping[str, Any], where: str) -> list[list[Any]]:
+        """Pairs of question and answer before the instruction."""
+        what = "pairs of question and answer in the column 'history'"
+        history = from_json(self._optional(row, "history"), where, what, "data.columns")
+        if hasattr(history, "tolist"):
+            history = history.tolist()
+        history = [] if is_null(history) else history
+        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+            raise DataError(f"{where}: expected {what}", key="data.columns")
+        return history
 
     def _value(self, row: Mapping[str, Any], part: str, where: str) -> Any:
         return column_value(row, self.columns[part], where, key=f"data.columns.{part}")

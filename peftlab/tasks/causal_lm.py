@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from peftlab.data import Ledger, Rows, Tokens, answered, check_ids, eval_batches, fit_lengths, pieces, tokenize
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
+from peftlab.data.values import is_null
 from peftlab.errors import DataError, listed
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
@@ -497,7 +498,7 @@ def _formatter(parts: TaskParts) -> Formatter:
 
 
 def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, list | np.ndarray) and not len(value))
+    return is_null(value) or (isinstance(value, list | np.ndarray) and not len(value))
 
 
 def _unwritten(rows: Rows, formatter: Formatter) -> dict[int, str]:

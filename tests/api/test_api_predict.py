@@ -47,13 +47,13 @@ def predict(inputs: Any, **options: Any) -> tuple[list[dict[str, Any]], list[str
 def test_predict_gives_an_unreadable_row_a_result_without_values(classifier: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(
-        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(["red 1", "", " ", None, 5, "dog"]))
+        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(["red 1", "", " ", None, ["x"], "dog"]))
     )
     results, notes = predict(path)
     assert [r["label"] is None for r in results] == [False, True, True, True, True, False]
     empty = {"label": None, "probability": None, "probabilities": {"animal": None, "colour": None}}
     assert results[1] == empty | {"note": "the text is empty"}
-    assert [r.get("note") for r in results[2:5]] == ["the text is empty"] * 2 + ["expected text, found 5"]
+    assert [r.get("note") for r in results[2:5]] == ["the text is empty"] * 2 + ["expected text, found ['x']"]
     assert notes == ["4 of 6 inputs without a result: in.jsonl:2, 3, 4 and 1 more; the first: the text is empty"]
     alone, _ = predict(["red 1", "dog"])
     assert [results[0]["probability"], results[5]["probability"]] == pytest.approx([a["probability"] for a in alone])
@@ -62,8 +62,8 @@ def test_predict_gives_an_unreadable_row_a_result_without_values(classifier: Pat
 
 
 def test_predict_refuses_inputs_of_which_none_can_be_read(classifier: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"input, record 1: expected text, found 5"):
-        predict([{"text": 5}, {"text": 6}])
+    with pytest.raises(DataError, match=r"input, record 1: expected text, found \[5\]"):
+        predict([{"text": [5]}, {"text": [6]}])
     with pytest.raises(DataError, match=r"no column 'text'; found the columns 'body'"):
         predict([{"body": "red"}])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,37 @@ def test_alpaca_reads_system_input_and_history(tokenizer: Any) -> None:
     ]
 
 
+def test_history_may_be_json_text(tokenizer: Any) -> None:
+    row = {"instruction": "b?", "output": "b"}
+    history = [["a?", "a"], ["c?", "c"]]
+    expected = of_rows(tokenizer, row | {"history": history})
+    assert len(expected[0][1]) == 3
+    assert of_rows(tokenizer, row | {"history": json.dumps(history)}) == expected
+    assert of_rows(tokenizer, row | {"history": ""}) == of_rows(tokenizer, row | {"history": math.nan})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": 4},
+        {"prompt": 1, "completion": 4},
+        {"prompt": [{"role": "user", "content": 1}], "completion": 4},
+        {"instruction": 1, "output": 4, "input": 2.5, "history": [[1, 2]]},
+        {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": 4}]},
+    ],
+)
+def test_numbers_train_the_same_as_in_a_text_file(tokenizer: Any, row: dict[str, Any]) -> None:
+    def as_text(value: Any) -> Any:
+        if isinstance(value, list):
+            return [as_text(v) for v in value]
+        return {k: as_text(v) for k, v in value.items()} if isinstance(value, dict) else str(value)
+
+    assert of_rows(tokenizer, row) == of_rows(tokenizer, as_text(row))
+    layout = find_layout({}, list(row), row)
+    if layout.style == "chat":
+        assert layout.conversation(row, "here").notes == ("numbers",)
+
+
 def test_answers_in_a_prompt_are_not_trained(tokenizer: Any) -> None:
     ((text, trained),) = of_rows(
         tokenizer, {"prompt": [ASKED, SAID, ASKED], "completion": [{**SAID, "content": "new"}]}
@@ -254,8 +286,10 @@ def test_old_function_calls_equal_tool_calls(tokenizer: Any) -> None:
         ({"messages": [ASKED, SAID], "system": 3}, "expected text in the column 'system', found 3"),
         ({"messages": [ASKED, SAID], "images": ["a.png"]}, "the column 'images' has images, audio or video"),
         ({"messages": [ASKED], "tools": [WEATHER], "functions": [ADD]}, "the columns 'tools' and 'functions' differ"),
-        ({"instruction": 3, "output": "x"}, "expected text in the column 'instruction', found 3"),
-        ({"instruction": "a", "output": None}, "expected text in the column 'output', found None"),
+        ({"instruction": b"3", "output": "x"}, "expected text in the column 'instruction', found b'3'"),
+        ({"instruction": "a", "output": None}, "expected text in the column 'output', found null"),
+        ({"instruction": "a", "output": "b", "history": [["q", None]]}, "text in the column 'history', found null"),
+        ({"instruction": "a", "output": "b", "history": "[[1"}, "in the column 'history' as JSON, found '[[1'"),
         ({"instruction": "a", "output": "b", "history": ["a"]}, "expected pairs of question and answer in the column"),
         (
             {"prompt": [ASKED], "completion": [{"role": "assistant"}]},

@@ -1,0 +1,25 @@
+"""Values of columns that become text, the same for every file format."""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+from typing import Any
+
+# The note of a text that was a number (``Rendered.notes``).
+NUMBERS = "numbers"
+
+
+def is_null(value: Any) -> bool:
+    """Whether it is null, or NaN, which pandas writes for null."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def plain_text(value: Any) -> str | None:
+    """Text as it is, and a number or a boolean as JSON writes it; None for any other value."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or (isinstance(value, int | float) and math.isfinite(value)):
+        return json.dumps(value)
+    return str(value) if isinstance(value, Decimal) and value.is_finite() else None
