@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftlab.data.images import IMAGE_ENDINGS
-from peftlab.data.readers import ENDINGS, format_of, is_data_file
+from peftlab.data.readers import ENDINGS, format_of, is_about, is_data_file
 from peftlab.data.rows import Note
 from peftlab.data.table import SPLITS, Options, choose_split, split_in_name
 from peftlab.errors import DataError
 
 # Files that `datasets` and repositories write next to the data.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_ABOUT_STEMS = ("readme", "license", "licence", "changelog")
 _UNLABELLED = ("unsup", "unlabeled", "unlabelled")
 
 
@@ -148,7 +147,7 @@ def _readable(folder: Path, files: list[Path], options: Options) -> list[Path]:
     if options.format == "auto":
         readable = [path for path in files if is_data_file(path.name)]
         if any(map(_is_table, readable)):
-            readable = [path for path in readable if _is_table(path) or not path.stem.lower().startswith(_ABOUT_STEMS)]
+            readable = [path for path in readable if _is_table(path) or not is_about(path.stem)]
     else:
         readable = [path for path in files if format_of(path.name) == options.format] or files
     if not readable:

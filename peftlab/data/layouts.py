@@ -15,6 +15,7 @@ Kind = Literal["text", "completion", "messages", "turns", "alpaca"]
 
 _MESSAGES = ("messages", "conversations", "conversation")
 _ALPACA = ("instruction", "input", "output", "system", "history")
+_ASKS = ("user", "human")
 _MOST_NAMES = 12
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _EXPECTED = "expected a column text, or prompt and completion, or messages (ShareGPT: conversations), or instruction and output (Alpaca)"
@@ -193,9 +194,24 @@ def find_layout(
         return Layout("text", {"text": chosen["text"]}, f"plain text ({_named([chosen['text']])})")
     if "instruction" in chosen:
         return _chat("alpaca", "Alpaca instructions", chosen, extras)
+    if {"chosen", "rejected"} <= set(available):
+        raise DataError(_preferences(available, sample.get("chosen")), key="data.columns")
     raise DataError(
         f"{_EXPECTED}; found {_listed(available)}. Map them with data.columns or build the text with data.template",
         key="data.columns",
+    )
+
+
+def _preferences(available: Sequence[str], chosen: Any) -> str:
+    """The error about pairs of a better and a worse answer."""
+    text = str(chosen)
+    if is_chat(chosen) and ("prompt" not in available or any(f"{q}{r}{q}" in text for q in "'\"" for r in _ASKS)):
+        columns = "{messages: chosen}"
+    else:
+        columns = "{prompt: prompt, completion: chosen}" if "prompt" in available else "{text: chosen}"
+    return (
+        "these rows are preferences (chosen and rejected), and causal_lm learns one answer per row; set "
+        f"data.columns={columns} to train on the chosen answers"
     )
 
 

@@ -51,7 +51,11 @@ _OTHER_FILES = {
     b"\x80\x04": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x80\x05": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x93NUMPY": "a numpy array; save the table as parquet or csv",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it with git lfs pull",
 }
+_WEB_PAGE = (b"<!doctype html", b"<html")
+# Files that describe others, as the start of their names.
+_ABOUT_STEMS = ("readme", "license", "licence", "changelog")
 
 
 def format_of(name: str) -> str | None:
@@ -71,6 +75,8 @@ def read_table(raw: bytes, path: Path, options: Options) -> Table:
     """
     codec_name(options.encoding)
     raw, name, notes, splits = _unpacked(raw, path, options)
+    if options.format == "auto":
+        _refuse_other_files(raw, path, name, options)
     format_name = next((known for magic, known in _COLUMNAR.items() if raw.startswith(magic)), None)
     if format_name is None and options.format in ("parquet", "arrow"):
         format_name = options.format
@@ -88,6 +94,14 @@ def read_table(raw: bytes, path: Path, options: Options) -> Table:
     if options.split is not None and not (splits or table.splits):
         raise DataError(f"{path} holds one table without a name; remove ':{options.split}'", key=options.key)
     return table._replace(notes=(*notes, *table.notes))
+
+
+def _refuse_other_files(raw: bytes, path: Path, name: str, options: Options) -> None:
+    what = next((what for magic, what in _OTHER_FILES.items() if raw.startswith(magic)), None)
+    if what is None and format_of(name) != "text" and raw[:100].lstrip().lower().startswith(_WEB_PAGE):
+        what = "a web page, such as that of a failed download; get the file itself"
+    if what is not None:
+        raise DataError(f"{path} is {what}", key=options.key)
 
 
 def _require_columnar(path: Path, format_name: str, options: Options) -> None:
@@ -109,10 +123,6 @@ def _require_no_csv_options(path: Path, format_name: str, options: Options) -> N
 
 
 def _read_text_file(raw: bytes, path: Path, name: str, options: Options) -> Table:
-    if options.format == "auto":
-        for magic, what in _OTHER_FILES.items():
-            if raw.startswith(magic):
-                raise DataError(f"{path} is {what}", key=options.key)
     text, notes = decode(raw, path, encoding=options.encoding, key=options.key)
     named, format_name = format_of(name), options.format
     if format_name == "auto":
@@ -183,7 +193,7 @@ def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, lis
             if "xl/workbook.xml" in archive.namelist():
                 raise DataError(f"{path} is an Excel workbook; save the sheet as csv", key=options.key)
             members = [info.filename for info in archive.infolist() if not info.is_dir() and _is_visible(info.filename)]
-            members = [m for m in members if is_data_file(m)] or members
+            members = _tables_among(members) or [m for m in members if is_data_file(m)] or members
             if not members:
                 raise DataError(f"{path} holds no file", key=options.key)
             by_split: dict[str, list[str]] = {}
@@ -198,6 +208,18 @@ def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, lis
     except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as exc:
         raise DataError(f"{path} cannot be unpacked: {exc}", key=options.key) from None
     return content, PurePosixPath(member).name, notes, tuple(by_split) if len(members) > 1 else ()
+
+
+def _tables_among(members: list[str]) -> list[str]:
+    """The files of an archive that are read beside a table: none that only describes it. Empty without a table."""
+    if all(format_of(m) in (None, "text") for m in members):
+        return []
+    return [m for m in members if is_data_file(m) and not (format_of(m) == "text" and is_about(PurePosixPath(m).stem))]
+
+
+def is_about(stem: str) -> bool:
+    """Whether a file of this name describes others, such as README."""
+    return stem.lower().startswith(_ABOUT_STEMS)
 
 
 def _is_visible(member: str) -> bool:

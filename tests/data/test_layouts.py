@@ -191,6 +191,24 @@ def test_layout_of_plain_columns_is_plain() -> None:
         find_layout({}, ["prompt", "x"], {})
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "prompt", "completion": "chosen"}),
+        ({"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]}, {"prompt": "prompt", "completion": "chosen"}),
+        ({"prompt": "hi", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, {"messages": "chosen"}),
+        ({"chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, {"messages": "chosen"}),
+        ({"chosen": "a", "rejected": "b"}, {"text": "chosen"}),
+    ],
+)
+def test_preferences_are_refused_with_columns_that_work(row: dict[str, Any], columns: dict[str, str]) -> None:
+    shown = ", ".join(f"{part}: {column}" for part, column in columns.items())
+    with pytest.raises(DataError, match=re.escape("these rows are preferences (chosen and rejected)")) as caught:
+        find_layout({}, list(row), row)
+    assert f"set data.columns={{{shown}}}" in str(caught.value)
+    assert set(find_layout(columns, list(row), row).columns.values()) == set(columns.values())
+
+
 def test_alpaca_reads_system_input_and_history(tokenizer: Any) -> None:
     row = {"instruction": "b?", "input": "more", "output": "b", "system": "s", "history": [["a?", "a"]]}
     assert of_rows(tokenizer, row) == [

@@ -62,6 +62,8 @@ def test_folder_that_is_missing_is_named(folder: Path) -> None:
     assert error("~nobody-of-this-name/x")[0].endswith("the folder ~nobody-of-this-name does not exist")
     assert error("a/b/c")[0] == "'a/b/c': no such file, and the folder a/b does not exist"
     assert "no such file" in error("./no-ending")[0]
+    for pattern in ("data/*", "part-?.csv", str(folder / "*.csv")):
+        assert error(pattern)[0].startswith(f"{pattern!r}: patterns are not expanded; name a folder")
     assert "no such file" in error("no-ending", format="csv")[0]
 
 
