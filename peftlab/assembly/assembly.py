@@ -363,22 +363,32 @@ class Assembly:
         names = flat_names(metrics, self.task.class_names)
         if e.best is not None and e.best not in names:
             raise RecipeError(f"{e.best!r} is not among this run's metrics: {listed(names, most=20)}", key="eval.best")
-        if e.best is not None and self._reads_data and (absent := self._class_without_rows(e.best)):
-            raise RecipeError(
-                f"no held-out row has the class {absent!r}, so {e.best} cannot be measured; name another metric, or give "
-                "data.eval rows of it",
-                key="eval.best",
-            )
+        if e.best is not None and self._reads_data:
+            self.check_class_has_rows(e.best, key="eval.best")
         return metrics
 
-    def _class_without_rows(self, metric: str) -> str | None:
-        """The class of a per-class metric if no held-out row has it."""
+    def check_class_has_rows(self, metric: str, *, key: str) -> None:
+        """Raises RecipeError at ``key`` if ``metric`` is of one class, and no held-out row has that class."""
         classes, family = self.task.class_names, family_of(metric)
-        if not self.spec.classifies or classes is None or family is None or not family.averaged:
-            return None
-        held_out = set(read_class_labels(self.recipe, self.data.eval, all_names_used=False))
+        if classes is None or family is None or not family.averaged:
+            return
         slugs = [f"{family.name}_{slug}" for slug in class_slugs(classes)]
-        return next((c for c, slug in zip(classes, slugs, strict=True) if slug == metric and c not in held_out), None)
+        if metric not in slugs:
+            return
+        name = classes[slugs.index(metric)]
+        if name not in self._held_out_classes():
+            raise RecipeError(
+                f"no held-out row has the class {name!r}, so {metric} cannot be measured; name another metric, or give "
+                "data.eval rows of it",
+                key=key,
+            )
+
+    def _held_out_classes(self) -> set[str]:
+        if self.spec.classifies:
+            return set(read_class_labels(self.recipe, self.data.eval, all_names_used=False))
+        too_long = self.recipe.data.too_long
+        encoded = self.task.encode(self.data.eval, max_length=self.limit, too_long=too_long, training=False, keep=False)
+        return {entry["label"] for entry in encoded.ledger.label_counts() or () if entry["rows"]}
 
     @property
     def fingerprints(self) -> dict[str, str]:
