@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -205,6 +206,9 @@ class Assembly:
 
     def _blank_rows(self, rows: Rows, labelled: bool) -> dict[int, str]:
         """Why rows lack what the task needs, by index."""
+        label = self.recipe.data.columns.get("label")
+        if not self.spec.classifies and label in rows.columns:  # named before there are class names
+            rows = dataclasses.replace(rows, columns={**rows.columns, "label": rows.columns[label]})
         parts = self._task_parts(self.reader, classes=None, rows=rows)
         return task_class(self.recipe.task).blank_rows(parts, rows, labelled=labelled)
 

@@ -12,7 +12,7 @@ from peftlab.data.control_tokens import ControlTokens
 from peftlab.data.layouts import Layout, Style, column_value, find_layout
 from peftlab.data.messages import Conversation, read_messages
 from peftlab.data.rows import Rows
-from peftlab.data.values import NUMBERS, is_null, plain_text
+from peftlab.data.values import NUMBERS, EmptyValueError, is_null, plain_text
 from peftlab.errors import DataError, RecipeError
 
 ControlRule = Literal["auto", "text", "keep"]
@@ -255,7 +255,10 @@ class Formatter:
         value = column_value(row, column, where, key=f"data.columns.{part}")
         text = plain_text(value)
         if text is None:
-            raise DataError(f"{where}: expected text in column {column!r}, found {value!r}", key=f"data.columns.{part}")
+            message, key = f"{where}: expected text in the column {column!r}, found ", f"data.columns.{part}"
+            if is_null(value):
+                raise EmptyValueError(f"{message}null", column=column, key=key)
+            raise DataError(f"{message}{value!r}", key=key)
         if not self.control.within(text):
             return text, () if text is value else (NUMBERS,)
         if self._control_rule == "text":
@@ -273,7 +276,9 @@ class Formatter:
         if null and part == "system" and len(null) == len(values):
             return None, ()
         if null and (part in _ANSWERS or len(null) == len(values)):
-            raise DataError(f"{where}: column {null[0]!r} is empty in this row", key="data.template")
+            raise EmptyValueError(
+                f"{where}: column {null[0]!r} is empty in this row", column=null[0], key="data.template"
+            )
         notes: tuple[str, ...] = ()
         if (marked := self.control.protect(values, where)) is not values:
             keep = self._control_rule == "keep"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftlab.data.messages import Conversation, Message, from_json, read_messages, read_tools
-from peftlab.data.values import NUMBERS, is_null, plain_text
+from peftlab.data.values import NUMBERS, EmptyValueError, is_empty, is_null, plain_text
 from peftlab.errors import DataError
 
 Style = Literal["text", "completion", "chat"]
@@ -52,7 +52,9 @@ class Layout:
             if column in row and row[column] is not None and (not hasattr(row[column], "__len__") or len(row[column])):
                 raise DataError(f"{where}: the column {column!r} has images, audio or video; causal_lm reads text only")
         if self.kind == "messages":
-            read = read_messages(self._value(row, "messages", where), where, roles=roles)
+            value = self._value(row, "messages", where)
+            self._require(value, "messages", where, empty=is_empty(value))
+            read = read_messages(value, where, roles=roles)
         elif self.kind == "turns":
             read = self._prompt_and_completion(row, where, roles, answer)
         else:
@@ -80,6 +82,7 @@ class Layout:
                 continue
             value = self._value(row, part, where)
             key = f"data.columns.{part}"
+            self._require(value, part, where, empty=not isinstance(value, str) and is_empty(value))
             if plain_text(value) is not None and not is_chat(value):
                 value = [{"role": role, "content": value}]
             parts.append(read_messages(value, where, roles=roles, part=part, key=key))
@@ -92,6 +95,16 @@ class Layout:
             tuple(dict.fromkeys(note for read in parts for note in read.notes)),
         )
 
+    def _require(self, value: Any, part: str, where: str, *, empty: bool) -> None:
+        """Raises EmptyValueError if the column of ``part`` is ``empty``."""
+        if empty:
+            found = "null" if is_null(value) else "an empty text" if isinstance(value, str) else "an empty list"
+            raise EmptyValueError(
+                f"{where}: expected a list of messages with role and content, found {found}",
+                column=self.columns[part],
+                key=f"data.columns.{part}",
+            )
+
     def _alpaca(self, row: Mapping[str, Any], where: str, answer: bool) -> Conversation:
         messages: list[Message] = []
         places: list[str] = []
@@ -102,13 +115,12 @@ class Layout:
             places.append(place)
 
         def text_of(part: str, value: Any) -> str:
-            text = plain_text(value)
+            text, column = plain_text(value), self.columns[part]
             if text is None:
-                raise DataError(
-                    f"{where}: expected text in the column {self.columns[part]!r}, found "
-                    f"{'null' if is_null(value) else repr(value)}",
-                    key="data.columns",
-                )
+                message = f"{where}: expected text in the column {column!r}, found "
+                if is_null(value) and part != "history":
+                    raise EmptyValueError(f"{message}null", column=column, key="data.columns")
+                raise DataError(f"{message}{'null' if is_null(value) else repr(value)}", key="data.columns")
             notes.extend([] if text is value else [NUMBERS])
             return text
 

@@ -40,7 +40,7 @@ _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", "refusal", "audio", *_WEIGHTS, *_REASONING}
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_YES_OR_NO = {"true": True, "1": True, "false": False, "0": False}
+_YES_OR_NO = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _FUNCTION_KEYS, _SCHEMA_KEYS = ("name", "description", "parameters"), ("type", "properties", "required")
 _SHOWN = 80
 
@@ -407,7 +407,9 @@ def from_json(value: Any, where: str, what: str, key: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         hint = (
-            "; write it with json.dumps, not as Python's text of a list" if value.lstrip()[:2] in ("[{", "{'") else ""
+            "; write it with json.dumps, not as Python's text of a list"
+            if value.lstrip("[ \n").startswith("{'")
+            else ""
         )
         if value.lstrip()[:1] not in ("[", "{"):
             raise DataError(f"{where}: expected {what}, found {_shown(value)}", key=key) from None

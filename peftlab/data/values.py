@@ -7,13 +7,30 @@ import math
 from decimal import Decimal
 from typing import Any
 
+from peftlab.errors import DataError
+
 # The note of a text that was a number (``Rendered.notes``).
 NUMBERS = "numbers"
+
+
+class EmptyValueError(DataError):
+    """A row has nothing in ``column``, which its text needs; ``data.empty: drop`` leaves such rows out."""
+
+    def __init__(self, message: str, *, column: str, key: str) -> None:
+        super().__init__(message, key=key)
+        self.column = column
 
 
 def is_null(value: Any) -> bool:
     """Whether it is null, or NaN, which pandas writes for null."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a column holds nothing: null, a text of white space (text files have no null), or an empty list."""
+    if isinstance(value, str):
+        return not value.strip()
+    return is_null(value) or ((isinstance(value, list) or hasattr(value, "tolist")) and not len(value))
 
 
 def plain_text(value: Any) -> str | None:

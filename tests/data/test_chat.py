@@ -186,7 +186,7 @@ def test_formatter_names_row_and_column_of_an_empty_cell(tokenizer: Any) -> None
     f = formatter(tokenizer, ["q", "a"], template={"prompt": "{q}", "completion": "{a}"})
     with pytest.raises(DataError, match=r"a\.csv:7: column 'a' is empty"):
         f.render({"q": "x", "a": None}, "a.csv:7")
-    with pytest.raises(DataError, match=r"a\.csv:7: expected text in column 'text', found \[3\]"):
+    with pytest.raises(DataError, match=r"a\.csv:7: expected text in the column 'text', found \[3\]"):
         formatter(tokenizer, ["text"]).render({"text": [3]}, "a.csv:7")
     with pytest.raises(DataError, match=r"a\.csv:7: column 'a' has bytes; a field of data\.template needs text"):
         f.render({"q": "x", "a": b"y"}, "a.csv:7")
