@@ -40,6 +40,7 @@ ENDINGS = {
     ".py": "text",
 }
 FORMATS = ("csv", "tsv", "json", "jsonl", "text", "parquet", "arrow")
+_ZIP = b"PK\x03\x04"
 _PACKED = (".gz", ".bz2", ".xz", ".zip")
 _COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 # Text files that may hold a table; notes and programs do not.
@@ -168,9 +169,11 @@ def _unpacked_name(name: str) -> str:
 
 def _unpacked(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, list[Note], tuple[str, ...]]:
     """``(content, file name, notes, splits)`` of a compressed file, or of one file in an archive."""
-    name = path.name
-    if raw.startswith(b"PK\x03\x04"):
-        return _unzipped(raw, path, options)
+    name, notes, splits = path.name, list[Note](), tuple[str, ...]()
+    if raw.startswith(_ZIP):
+        raw, name, notes, splits = _unzipped(raw, path, options)
+        if raw.startswith(_ZIP):
+            raise DataError(f"{path} holds an archive or a workbook, {name!r}; unpack it", key=options.key)
     for ending, magic, unpack in (
         (".gz", b"\x1f\x8b", gzip.decompress),
         (".bz2", b"BZh", bz2.decompress),
@@ -184,7 +187,7 @@ def _unpacked(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, lis
                 raise DataError(f"{path} {says} {ending} but cannot be decompressed: {exc}", key=options.key) from None
     if raw[257:262] == b"ustar":
         raise DataError(f"{path} is a tar archive; unpack it and name the folder or the file in it", key=options.key)
-    return raw, name, [], ()
+    return raw, name, notes, splits
 
 
 def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, list[Note], tuple[str, ...]]:
@@ -196,6 +199,10 @@ def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, lis
             members = _tables_among(members) or [m for m in members if is_data_file(m)] or members
             if not members:
                 raise DataError(f"{path} holds no file", key=options.key)
+            if len(members) > 1 and options.split is None and all(format_of(m) == "text" for m in members):
+                raise DataError(
+                    f"{path} holds {len(members):,} text files; unpack it and name the folder", key=options.key
+                )
             by_split: dict[str, list[str]] = {}
             for member in members:
                 by_split.setdefault(split_in_name(PurePosixPath(member).stem) or member, []).append(member)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import json
 import lzma
 import zipfile
@@ -287,6 +288,21 @@ def test_archives_hold_one_file(tmp_path: Path) -> None:
         archive.writestr("README.md", "about")
         archive.writestr("messages.csv", table_text(";"))
     assert load_rows(str(tmp_path / "d.zip")).columns == OF_TABLE
+    with zipfile.ZipFile(tmp_path / "e.zip", "w") as archive:
+        archive.writestr("messages.csv.gz", gzip.compress(table_text(";").encode()))
+    assert load_rows(str(tmp_path / "e.zip")).columns == OF_TABLE
+    for file, members, says in (
+        (
+            "f.zip",
+            {"e.zip": (tmp_path / "e.zip").read_bytes()},
+            "f.zip holds an archive or a workbook, 'e.zip'; unpack it",
+        ),
+        ("g.zip", {"a/1.txt": b"x", "b/1.txt": b"y"}, "g.zip holds 2 text files; unpack it and name the folder"),
+    ):
+        with zipfile.ZipFile(tmp_path / file, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        assert error(tmp_path, file, (tmp_path / file).read_bytes())[0] == says
     assert error(tmp_path, "c.zip", b"PK\x03\x04 no archive")[0].startswith("c.zip cannot be unpacked: ")
 
 
@@ -380,6 +396,18 @@ def write_classes(folder: Path) -> None:
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+
+
+def test_folder_notes_files_that_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.csv", "b.xlsx", "README.md", ".hidden", "dataset_infos.json"):
+        (folder / name).write_text("text\nx\n")
+    assert notes_of(load_rows(str(folder)), tmp_path) == ["data: 1 other file is not read: 'b.xlsx'"]
+    (folder / "c.jsonl").write_text('{"text": "y"}')
+    rows = load_rows(str(folder), format="csv")
+    assert rows.columns == {"text": ["x"]}
+    assert notes_of(rows, tmp_path) == ["data: 2 other files are not read: 'b.xlsx', 'c.jsonl'"]
 
 
 def test_folder_of_texts_per_class_has_one_row_per_file(tmp_path: Path) -> None:
