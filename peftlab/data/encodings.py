@@ -21,6 +21,7 @@ _MARKS = (
 )
 # Encodings of languages in which most letters are not ASCII; every byte sequence is valid in none of them.
 _NOT_WESTERN = ("shift_jis", "euc_kr", "gb18030", "big5", "cp1251", "cp1253", "cp1255", "cp1256")
+_WIDE = ("utf-16", "utf-32")
 _MOST_OFFERED = 3
 _LONGEST_SAMPLE = 50
 _C1 = re.compile("[\x80-\x9f]")
@@ -54,6 +55,11 @@ def decode(raw: bytes, path: Path, *, encoding: str, key: str) -> tuple[str, lis
     Raises: DataError with line and remedy: not text, or in another encoding.
     """
     codec = codec_name(encoding)
+    if codec.startswith(_WIDE) and b"\0" not in raw and _is_utf_8(raw):
+        raise DataError(
+            f"{path}: not {encoding}, in which each line break has a NUL byte: it is valid utf-8; remove data.encoding",
+            key="data.encoding",
+        )
     mark, marked = next(((m, name) for m, name in _MARKS if raw.startswith(m)), (b"", None))
     if marked is not None and not codec.startswith(marked):
         try:
@@ -75,13 +81,20 @@ def decode(raw: bytes, path: Path, *, encoding: str, key: str) -> tuple[str, lis
 
 def _utf_8_notes(raw: bytes, path: Path, encoding: str) -> list[Note]:
     """A note if a file that is read in another encoding is valid utf-8, which hardly any other text is."""
-    try:
-        count = sum(c > "\x7f" for c in raw.decode("utf-8"))
-    except UnicodeDecodeError:
+    if not _is_utf_8(raw):
         return []
+    count = sum(c > "\x7f" for c in raw.decode("utf-8"))
     what = "character is" if count == 1 else "characters are"
     text = f"{path} is read as {encoding}, but its {count:,} {what} valid utf-8; remove data.encoding if the text looks wrong"
     return [Note("encoding", text, "data.encoding")]
+
+
+def _is_utf_8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def may_be_odd(text: str) -> bool:

@@ -42,7 +42,12 @@ def contents_of(folder: Path, options: Options) -> Contents:
         return Contents(_saved_files(folder / split, options), notes=tuple(notes), split_taken=True)
     if (folder / "state.json").is_file():
         return Contents(_saved_files(folder, options))
-    files = _visible(folder)
+    try:
+        files = _visible(folder)
+    except OSError as exc:
+        raise DataError(
+            f"the folder {folder} cannot be read: {exc.strerror}: {exc.filename}", key=options.key
+        ) from None
     if options.format == "auto" and not any(_is_table(path) for path in files):
         images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
         if any(path.parent != folder for path in images):

@@ -272,6 +272,8 @@ def _require_same_columns(tables: Sequence[Table], files: Sequence[Path], key: s
 
 def _no_such_file(path: Path, shown: str, key: str) -> DataError:
     folder = path.parent
+    if "://" in shown:
+        return DataError(f"{shown!r} is an address; download the file and name the local copy", key=key)
     if _is_pattern(shown):
         return DataError(
             f"{shown!r}: patterns are not expanded; name a folder, of which all readable files are read, or one file",

@@ -474,6 +474,15 @@ def test_encoding_that_is_wrong_for_a_utf_8_file_says_so(tmp_path: Path) -> None
     assert message.endswith("; set data.encoding=utf-8")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_encoding_of_two_bytes_is_refused_for_a_utf_8_file(tmp_path: Path, encoding: str) -> None:
+    message, key = error(tmp_path, "a.txt", "even", encoding=encoding)
+    assert message == (
+        f"a.txt: not {encoding}, in which each line break has a NUL byte: it is valid utf-8; remove data.encoding"
+    )
+    assert key == "data.encoding"
+
+
 def test_encoding_that_misreads_a_utf_8_file_is_noted(tmp_path: Path) -> None:
     rows = load(tmp_path, "a.csv", "text\nM\u00fcller\n", encoding="cp1252")
     assert rows.column("text") == ["M\u00c3\u00bcller"]
