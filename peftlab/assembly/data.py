@@ -60,19 +60,23 @@ def load_data(
         seed=seed,
         classes_from_folders=uses_labels(recipe),
     )
-    held_out, fingerprints = None, {}
-    if data.eval is not None:
-        other = read(data.eval, key="data.eval", default_split="validation")
-        other = _without_blank(other, blank_rows, labelled=True, key="data.eval")
-        held_out = _with_labels(recipe, other, all_names_used=False)
-        fingerprints = {"eval data": held_out.fingerprint}
+
+    def read_held_out(name: str) -> Rows:
+        rows = read(name, key="data.eval", default_split="validation")
+        return _with_labels(
+            recipe, _without_blank(rows, blank_rows, labelled=True, key="data.eval"), all_names_used=False
+        )
+
     if held_out_only:
-        assert held_out is not None
-        return DataParts(held_out, held_out, fingerprints, held_out)
+        assert data.eval is not None
+        held_out = read_held_out(data.eval)
+        return DataParts(held_out, held_out, {"eval data": held_out.fingerprint}, held_out)
     source = _without_blank(read(data.train, key="data.train"), blank_rows, labelled=True, key="data.train")
     train = _with_labels(recipe, source, all_names_used=True)
-    fingerprints = {"train data": train.fingerprint} | fingerprints
-    if held_out is not None:
+    fingerprints = {"train data": train.fingerprint}
+    if data.eval is not None:
+        held_out = read_held_out(data.eval)
+        fingerprints |= {"eval data": held_out.fingerprint}
         parts = DataParts(_chosen(recipe, train), held_out, fingerprints, train)
         return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts
     classifies = recipe.spec.classifies

@@ -55,7 +55,7 @@ def decode(raw: bytes, path: Path, *, encoding: str, key: str) -> tuple[str, lis
     Raises: DataError with line and remedy: not text, or in another encoding.
     """
     codec = codec_name(encoding)
-    if codec.startswith(_WIDE) and b"\0" not in raw and _is_utf_8(raw):
+    if raw and codec.startswith(_WIDE) and b"\0" not in raw and _is_utf_8(raw):
         raise DataError(
             f"{path}: not {encoding}, in which each line break has a NUL byte: it is valid utf-8; remove data.encoding",
             key="data.encoding",
