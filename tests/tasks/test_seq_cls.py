@@ -106,6 +106,13 @@ def test_class_weights_must_name_every_class(tokenizer: Any) -> None:
         SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights={"pos": 1.0, "neg": 1.0}))
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_class_weights_must_be_above_zero(tokenizer: Any, weight: float) -> None:
+    with pytest.raises(RecipeError, match=r"expected a weight above 0 for the class 'mid', found .*data\.exclude") as e:
+        SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights={"pos": 1.0, "neg": 1.0, "mid": weight}))
+    assert e.value.key == "train.class_weights"
+
+
 def test_label_that_training_did_not_have_is_refused(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer, labels=Labels(["neg", "pos"]))
     with pytest.raises(
