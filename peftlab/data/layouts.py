@@ -49,7 +49,8 @@ class Layout:
         column of its own, which the row may lack.
         """
         for column in _MEDIA:
-            if column in row and row[column] is not None and (not hasattr(row[column], "__len__") or len(row[column])):
+            value = row.get(column)
+            if not is_empty(value) and not (isinstance(value, str | dict) and value in ({}, "[]", "{}")):
                 raise DataError(f"{where}: the column {column!r} has images, audio or video; causal_lm reads text only")
         if self.kind == "messages":
             value = self._value(row, "messages", where)
@@ -60,7 +61,7 @@ class Layout:
         else:
             read = self._alpaca(row, where, answer)
         system = self._optional(row, "system")
-        if system and not is_null(system) and self.kind != "alpaca":
+        if not is_empty(system) and self.kind != "alpaca":
             read = self._with_system(read, system, where)
         if "tools" not in self.columns and "functions" not in self.columns:
             return read

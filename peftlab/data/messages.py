@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlab.data.values import NUMBERS, is_null, plain_text
-from peftlab.errors import DataError
+from peftlab.errors import DataError, listed
 
 Message = dict[str, Any]
 
@@ -190,7 +190,9 @@ class _Reader:
             if message.get("tool_calls") or message.get("reasoning_content"):
                 return ""
             expected = "content or tool_calls" if message["role"] == "assistant" else "content"
-            raise self._error(f"the message has no {expected}; complete or remove it")
+            others = [name for name in raw if name not in _READ]
+            found = f"; its other keys are {listed(others)}" if others else ""
+            raise self._error(f"the message has no {expected}; complete or remove it{found}")
         if (text := plain_text(content)) is not None:
             self.notes += [] if text is content else [NUMBERS]
             return text

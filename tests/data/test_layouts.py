@@ -302,6 +302,10 @@ def test_old_function_calls_equal_tool_calls(tokenizer: Any) -> None:
             "both the column 'system' and turn 1 (system) have a system message, and they differ; remove one",
         ),
         ({"messages": [ASKED, SAID], "system": 3}, "expected text in the column 'system', found 3"),
+        (
+            {"messages": [{"role": "user", "parts": [{"text": "x"}]}]},
+            "turn 1 (user): the message has no content; complete or remove it; its other keys are 'parts'",
+        ),
         ({"messages": [ASKED, SAID], "images": ["a.png"]}, "the column 'images' has images, audio or video"),
         ({"messages": [ASKED], "tools": [WEATHER], "functions": [ADD]}, "the columns 'tools' and 'functions' differ"),
         ({"instruction": b"3", "output": "x"}, "expected text in the column 'instruction', found b'3'"),
@@ -326,6 +330,13 @@ def test_system_column_may_repeat_the_system_turn(tokenizer: Any) -> None:
     assert of_rows(tokenizer, {"messages": [system, ASKED, SAID], "system": "a"}) == of_rows(
         tokenizer, {"messages": [ASKED, SAID], "system": "a"}
     )
+
+
+@pytest.mark.parametrize("empty", [None, "", "  ", math.nan, []])
+def test_empty_columns_beside_messages_say_nothing(tokenizer: Any, empty: Any) -> None:
+    row = {"messages": [ASKED, SAID]}
+    assert of_rows(tokenizer, row | {"system": empty, "tools": empty, "images": empty}) == of_rows(tokenizer, row)
+    assert of_rows(tokenizer, row | {"images": "[]"}) == of_rows(tokenizer, row)
 
 
 def test_formatter_reads_rows_of_another_layout(tokenizer: Any) -> None:
