@@ -11,7 +11,7 @@ from peftlab.assembly.target import RecipeSource, find_target, open_target
 from peftlab.assembly.witness import check_witness
 from peftlab.errors import RecipeError
 from peftlab.evaluation.loop import evaluate_examples
-from peftlab.evaluation.metrics import check_metrics
+from peftlab.evaluation.metrics import check_metrics, default_metrics
 from peftlab.training.progress import Progress, make_progress
 
 
@@ -35,7 +35,7 @@ def evaluate(
     prepare_libraries()
     progress = progress or make_progress()
     resolved = find_target(target, recipe, overrides)
-    with located(resolved.loaded):
+    with located(resolved.loaded), progress:
         for line in resolved.loaded.notes:
             progress.note(line)
         settings = resolved.loaded.recipe
@@ -48,20 +48,22 @@ def evaluate(
             check_metrics(settings.eval.metrics, settings.task, bool(settings.eval.choices))
         progress.stage("reading data")
         assembly = resolved.assembly(reads_data=True)
+        held_out = assembly.held_out  # before the model, which takes longer
         opened = open_target(resolved, progress, assembly=assembly)
         if not any(text.startswith("model.") for text in overrides):
             check_witness(opened, progress)
-        progress.stage(f"evaluating on {len(assembly.held_out.examples):,} rows")
+        count = len(held_out.examples)
+        progress.stage(f"evaluating on {count:,} row{'' if count == 1 else 's'}")
         metrics = evaluate_examples(
             opened.model,
             opened.task,
-            assembly.held_out,
-            metrics=assembly.metrics,
+            held_out,
+            # eval.best chooses among checkpoints, so rows need not allow it here.
+            metrics=settings.eval.metrics or default_metrics(settings.task, bool(settings.eval.choices)),
             batch_tokens=settings.eval.batch_tokens,
             device=opened.device,
             autocast=opened.autocast,
         )
-        progress.stop()
         return {
-            "target": str(target), "kind": resolved.kind, "rows": len(assembly.held_out.examples), "metrics": metrics,
+            "target": str(target), "kind": resolved.kind, "rows": count, "metrics": metrics,
         }  # fmt: skip

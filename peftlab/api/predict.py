@@ -52,7 +52,7 @@ def predict(
     prepare_libraries()
     progress = progress or make_progress()
     resolved = find_target(target, recipe, overrides)
-    with located(resolved.loaded):
+    with located(resolved.loaded), progress:
         for line in resolved.loaded.notes:
             progress.note(line)
         settings = resolved.loaded.recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -57,6 +58,7 @@ class Assembly:
         transfer: whether to train on the rows of distill.transfer, if the recipe has them.
         classes: names of the classes; None: those of the training rows.
         reads_data: False if there may be no data, as in prediction; then only classes are read from it.
+        reads_train: False to read only data.eval, whose rows then show the columns.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class Assembly:
         transfer: bool = False,
         classes: Sequence[str] | None = None,
         reads_data: bool = True,
+        reads_train: bool = True,
         _shared: dict[tuple[str, str], Any] | None = None,
     ) -> None:
-        self.loaded, self._transfer, self._reads_data = loaded, transfer, reads_data
+        self.loaded, self._transfer = loaded, transfer
+        self._reads_data, self._reads_train = reads_data, reads_train
         self._classes = None if classes is None else list(classes)
         self._shared: dict[tuple[str, str], Any] = {} if _shared is None else _shared
 
@@ -132,6 +136,7 @@ class Assembly:
             transfer=self._transfer if transfer is None else transfer,
             classes=self._classes if classes is None else classes,
             reads_data=self._reads_data,
+            reads_train=self._reads_train,
             _shared=self._shared,
         )
 
@@ -192,10 +197,18 @@ class Assembly:
 
     def _load_data(self) -> DataParts:
         drop = self.recipe.data.empty == "drop"
-        return load_data(self.recipe, transfer=self._transfer, blank_rows=self._blank_rows if drop else None)
+        return load_data(
+            self.recipe,
+            transfer=self._transfer,
+            held_out_only=not self._reads_train,
+            blank_rows=self._blank_rows if drop else None,
+        )
 
     def _blank_rows(self, rows: Rows, labelled: bool) -> dict[int, str]:
         """Why rows lack what the task needs, by index."""
+        label = self.recipe.data.columns.get("label")
+        if not self.spec.classifies and label in rows.columns:  # named before there are class names
+            rows = dataclasses.replace(rows, columns={**rows.columns, "label": rows.columns[label]})
         parts = self._task_parts(self.reader, classes=None, rows=rows)
         return task_class(self.recipe.task).blank_rows(parts, rows, labelled=labelled)
 
@@ -354,22 +367,32 @@ class Assembly:
         names = flat_names(metrics, self.task.class_names)
         if e.best is not None and e.best not in names:
             raise RecipeError(f"{e.best!r} is not among this run's metrics: {listed(names, most=20)}", key="eval.best")
-        if e.best is not None and self._reads_data and (absent := self._class_without_rows(e.best)):
-            raise RecipeError(
-                f"no held-out row has the class {absent!r}, so {e.best} cannot be measured; name another metric, or give "
-                "data.eval rows of it",
-                key="eval.best",
-            )
+        if e.best is not None and self._reads_data:
+            self.check_class_has_rows(e.best, key="eval.best")
         return metrics
 
-    def _class_without_rows(self, metric: str) -> str | None:
-        """The class of a per-class metric if no held-out row has it."""
+    def check_class_has_rows(self, metric: str, *, key: str) -> None:
+        """Raises RecipeError at ``key`` if ``metric`` is of one class, and no held-out row has that class."""
         classes, family = self.task.class_names, family_of(metric)
-        if not self.spec.classifies or classes is None or family is None or not family.averaged:
-            return None
-        held_out = set(read_class_labels(self.recipe, self.data.eval, all_names_used=False))
+        if classes is None or family is None or not family.averaged:
+            return
         slugs = [f"{family.name}_{slug}" for slug in class_slugs(classes)]
-        return next((c for c, slug in zip(classes, slugs, strict=True) if slug == metric and c not in held_out), None)
+        if metric not in slugs:
+            return
+        name = classes[slugs.index(metric)]
+        if name not in self._held_out_classes():
+            raise RecipeError(
+                f"no held-out row has the class {name!r}, so {metric} cannot be measured; name another metric, or give "
+                "data.eval rows of it",
+                key=key,
+            )
+
+    def _held_out_classes(self) -> set[str]:
+        if self.spec.classifies:
+            return set(read_class_labels(self.recipe, self.data.eval, all_names_used=False))
+        too_long = self.recipe.data.too_long
+        encoded = self.task.encode(self.data.eval, max_length=self.limit, too_long=too_long, training=False, keep=False)
+        return {entry["label"] for entry in encoded.ledger.label_counts() or () if entry["rows"]}
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ class DataParts:
     """Training and held-out rows, and what identifies them.
 
     Attributes:
-        labelled: the rows that define the classes: those of data.train that are not held out.
+        labelled: the rows that define columns and classes: those of data.train that are not held out.
         has_labels: whether ``train`` has labels; a transfer set has none.
     """
 
@@ -38,11 +38,14 @@ def data_seed(recipe: Recipe) -> int:
     return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
 
 
-def load_data(recipe: Recipe, *, transfer: bool = False, blank_rows: BlankRows | None = None) -> DataParts:
+def load_data(
+    recipe: Recipe, *, transfer: bool = False, held_out_only: bool = False, blank_rows: BlankRows | None = None
+) -> DataParts:
     """Reads the rows and splits them. Raises: DataError, RecipeError.
 
     Args:
         transfer: whether to train on the rows of distill.transfer, if the recipe has them.
+        held_out_only: read only data.eval, which the recipe must have; its rows stand for the training rows.
         blank_rows: why rows lack what the task needs, by index, to leave them out (data.empty); None: leave out none.
     """
     data = recipe.data
@@ -57,13 +60,22 @@ def load_data(recipe: Recipe, *, transfer: bool = False, blank_rows: BlankRows |
         seed=seed,
         classes_from_folders=uses_labels(recipe),
     )
+
+    def read_held_out(name: str) -> Rows:
+        rows = read(name, key="data.eval", default_split="validation")
+        return _with_labels(
+            recipe, _without_blank(rows, blank_rows, labelled=True, key="data.eval"), all_names_used=False
+        )
+
+    if held_out_only:
+        assert data.eval is not None
+        held_out = read_held_out(data.eval)
+        return DataParts(held_out, held_out, {"eval data": held_out.fingerprint}, held_out)
     source = _without_blank(read(data.train, key="data.train"), blank_rows, labelled=True, key="data.train")
     train = _with_labels(recipe, source, all_names_used=True)
     fingerprints = {"train data": train.fingerprint}
     if data.eval is not None:
-        other = read(data.eval, key="data.eval", default_split="validation")
-        other = _without_blank(other, blank_rows, labelled=True, key="data.eval")
-        held_out = _with_labels(recipe, other, all_names_used=False)
+        held_out = read_held_out(data.eval)
         fingerprints |= {"eval data": held_out.fingerprint}
         parts = DataParts(_chosen(recipe, train), held_out, fingerprints, train)
         return _with_transfer(recipe, parts, read, blank_rows) if transfer else parts

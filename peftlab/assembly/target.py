@@ -50,8 +50,13 @@ class Target:
         return list(names) if names and self.kind != "base" else None
 
     def assembly(self, *, reads_data: bool = False) -> Assembly:
-        """Returns the assembly of its recipe. Args: reads_data: see ``Assembly``."""
-        return Assembly(self.loaded, classes=self.classes, reads_data=reads_data)
+        """Returns the assembly of its recipe. It reads data.train only for held-out rows or classes that nothing else gives.
+
+        Args: reads_data: see ``Assembly``.
+        """
+        recipe = self.loaded.recipe
+        needs_train = recipe.data.eval is None or (recipe.spec.classifies and self.classes is None)
+        return Assembly(self.loaded, classes=self.classes, reads_data=reads_data, reads_train=needs_train)
 
 
 @dataclass(frozen=True)

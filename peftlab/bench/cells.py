@@ -22,8 +22,13 @@ from peftlab.tasks import Example
 
 # Rows encoded first, doubled until there are enough tokens: a few thousand tokens need not read a million rows.
 _FIRST_ROWS = 256
-# Run settings that a measured step does not use.
+# Settings that a measured step does not use.
 _UNUSED = {"train": ("epochs", "batch_tokens", "accumulate"), "data": ("packing",), "run": ("dir", "log", "save_every")}
+_IDLE = {"run.keep", "run.merge", *(f"{section}.{name}" for section, names in _UNUSED.items() for name in names)}
+# Settings that every cell sets, and the option that does.
+_SET = {"model.quantize": "quantize", "run.kernels": "kernels", "run.dir": "out", "train.max_steps": "steps"}
+# Settings that a cell sets if the option is given.
+_SET_IF_GIVEN = {"adapter.rank": "ranks", "adapter.method": "methods", "train.batch_size": "batch"}
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -34,6 +39,20 @@ def check_recipe(recipe: Recipe) -> None:
             "section distill, such as quickstart or sms-spam",
             key="distill" if recipe.distill is not None else "task",
         )
+
+
+def check_overrides(overrides: Sequence[str], choices: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a setting on the command line that no cell uses. Args: choices: see ``sweep_of``."""
+    for key, _, value in (text.partition("=") for text in overrides):
+        option = _SET.get(key)
+        if option is None and choices.get(_SET_IF_GIVEN.get(key, "")) is not None:
+            option = _SET_IF_GIVEN[key]
+        if value in ("", "null"):  # takes a key of the file away
+            continue
+        if option is not None:
+            raise RecipeError(f"has no effect here, because --{option} decides it; use that instead", key=key)
+        if key in _IDLE or (key.startswith("eval.") and key != "eval.choices"):
+            raise RecipeError("has no effect on the steps that bench measures; remove it", key=key)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

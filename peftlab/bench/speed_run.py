@@ -95,6 +95,7 @@ def _plan(
 ) -> _Plan:
     recipe, device = assembly.recipe, assembly.device
     cells.check_recipe(recipe)
+    cells.check_overrides(overrides, choices)
     check_settings(assembly)
     for name, value in protocol.items():
         if value is not None and value < 1:

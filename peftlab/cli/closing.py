@@ -28,7 +28,7 @@ def show_training(out: Output, folder: str, summary: Mapping[str, Any]) -> None:
     out.line()
     rows = summary.get("eval_rows")
     if summary.get("after"):
-        out.line(f"on {rows:,} held-out rows" if rows else "on the held-out rows", style="dim")
+        out.line(f"on {rows:,} held-out row{'' if rows == 1 else 's'}" if rows else "on the held-out rows", style="dim")
         out.show(before_after(summary.get("before"), summary["after"], verbose=out.verbose))
         if not out.verbose and (table := class_table(summary["after"], most=_MAX_CLASSES)) is not None:
             out.line()

@@ -27,7 +27,9 @@ def evaluate(
     if out.json:
         out.document(report)
         return
-    out.line(f"{report['target']} ({report['kind']}) on {report['rows']:,} held-out rows")
+    out.line(
+        f"{report['target']} ({report['kind']}) on {report['rows']:,} held-out row{'' if report['rows'] == 1 else 's'}"
+    )
     out.show(metric_table(report["metrics"]))
     if (table := class_table(report["metrics"])) is not None:
         out.show(table)

@@ -12,6 +12,7 @@ from peftlab.data.control_tokens import ControlTokens
 from peftlab.data.layouts import Layout, Style, column_value, find_layout
 from peftlab.data.messages import Conversation, read_messages
 from peftlab.data.rows import Rows
+from peftlab.data.values import NUMBERS, EmptyValueError, is_null, plain_text
 from peftlab.errors import DataError, RecipeError
 
 ControlRule = Literal["auto", "text", "keep"]
@@ -252,13 +253,17 @@ class Formatter:
             return text, notes
         column = self._layout_for(row, where, answer=part == "completion").columns.get(part, part)
         value = column_value(row, column, where, key=f"data.columns.{part}")
-        if not isinstance(value, str):
-            raise DataError(f"{where}: expected text in column {column!r}, found {value!r}", key=f"data.columns.{part}")
-        if not self.control.within(value):
-            return value, ()
+        text = plain_text(value)
+        if text is None:
+            message, key = f"{where}: expected text in the column {column!r}, found ", f"data.columns.{part}"
+            if is_null(value):
+                raise EmptyValueError(f"{message}null", column=column, key=key)
+            raise DataError(f"{message}{value!r}", key=key)
+        if not self.control.within(text):
+            return text, () if text is value else (NUMBERS,)
         if self._control_rule == "text":
-            return self.control.protect(value, where), (_AS_TEXT,)
-        return value, (_KEPT,)
+            return self.control.protect(text, where), (_AS_TEXT,)
+        return text, (_KEPT,)
 
     def _filled(self, part: str, row: Mapping[str, Any], where: str) -> tuple[str | None, tuple[str, ...]]:
         """A part of ``data.template`` with the values of the row, with marks in place of their control tokens, and notes.
@@ -271,7 +276,9 @@ class Formatter:
         if null and part == "system" and len(null) == len(values):
             return None, ()
         if null and (part in _ANSWERS or len(null) == len(values)):
-            raise DataError(f"{where}: column {null[0]!r} is empty in this row", key="data.template")
+            raise EmptyValueError(
+                f"{where}: column {null[0]!r} is empty in this row", column=null[0], key="data.template"
+            )
         notes: tuple[str, ...] = ()
         if (marked := self.control.protect(values, where)) is not values:
             keep = self._control_rule == "keep"
@@ -324,12 +331,13 @@ def _fields(template: str) -> list[str]:
 
 def _field_value(row: Mapping[str, Any], name: str, where: str) -> Any:
     value = column_value(row, name, where, key="data.template")
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | bytes):
+        kind = "bytes" if isinstance(value, bytes) else f"a {type(value).__name__}"
         raise DataError(
-            f"{where}: column {name!r} has a {type(value).__name__}; a field of data.template needs text or a number",
+            f"{where}: column {name!r} has {kind}; a field of data.template needs text or a number",
             key="data.template",
         )
-    return value
+    return None if is_null(value) else value
 
 
 def _fill(template: str, values: Mapping[str, Any], where: str, *, optional: bool) -> str:

@@ -126,6 +126,8 @@ def _csv_records(
             reason = "the quote that opens in this record is never closed"
         elif reason.startswith("new-line character"):
             reason = "carriage return outside quotes"
+        elif "expected after" in reason:
+            reason = 'a field goes on after its closing quote; write a quote inside a quoted field twice ("")'
         raise DataError(f"{path}:{line}: broken csv record: {reason}", key=options.key) from None
 
 
@@ -143,21 +145,32 @@ def _read_records(records: Iterator[tuple[int, list[str]]], path: Path, options:
     else:
         line, names = next(records, (1, []))
         source, key = f"{path}:{line}", options.key
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{source}: the column name {twice[0]!r} appears more than once", key=key)
 
     width = len(names)
     rows: list[list[str]] = []
     lines: list[int] = []
     for line, fields in records:
         if len(fields) != width:
+            if len(fields) == 1 and not fields[0].strip():
+                continue
             raise DataError(
-                f"{path}:{line}: expected {width} fields as in {source} ({listed(names)}), "
+                f"{path}:{line}: expected {width} field{'' if width == 1 else 's'} as in {source} ({listed(names)}), "
                 f"found {len(fields)}; a record needs all its fields, and {form}",
                 key=key,
             )
         rows.append(fields)
         lines.append(line)
+    names = names[: width - _num_empty(names, rows)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{source}: the column name {twice[0]!r} appears more than once; rename one of them", key=key)
     columns = {name: list(values) for name, values in zip(names, zip(*rows, strict=True), strict=False)}
     return Table(columns, np.array(lines, dtype=np.int64), "line")
+
+
+def _num_empty(names: list[str], rows: list[list[str]]) -> int:
+    """How many columns at the end have neither a name nor a value, as spreadsheets write them; never all."""
+    count = 0
+    while count + 1 < len(names) and not names[-1 - count].strip() and not any(row[-1 - count].strip() for row in rows):
+        count += 1
+    return count

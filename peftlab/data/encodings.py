@@ -21,6 +21,7 @@ _MARKS = (
 )
 # Encodings of languages in which most letters are not ASCII; every byte sequence is valid in none of them.
 _NOT_WESTERN = ("shift_jis", "euc_kr", "gb18030", "big5", "cp1251", "cp1253", "cp1255", "cp1256")
+_WIDE = ("utf-16", "utf-32")
 _MOST_OFFERED = 3
 _LONGEST_SAMPLE = 50
 _C1 = re.compile("[\x80-\x9f]")
@@ -54,6 +55,11 @@ def decode(raw: bytes, path: Path, *, encoding: str, key: str) -> tuple[str, lis
     Raises: DataError with line and remedy: not text, or in another encoding.
     """
     codec = codec_name(encoding)
+    if raw and codec.startswith(_WIDE) and b"\0" not in raw and _is_utf_8(raw):
+        raise DataError(
+            f"{path}: not {encoding}, in which each line break has a NUL byte: it is valid utf-8; remove data.encoding",
+            key="data.encoding",
+        )
     mark, marked = next(((m, name) for m, name in _MARKS if raw.startswith(m)), (b"", None))
     if marked is not None and not codec.startswith(marked):
         try:
@@ -69,7 +75,26 @@ def decode(raw: bytes, path: Path, *, encoding: str, key: str) -> tuple[str, lis
         text = raw.decode(codec)
     except UnicodeDecodeError as exc:
         raise _undecodable(raw, exc, path, encoding, key) from None
-    return _without_nul(text, path, raw, encoding, key), []
+    notes = [] if codec.startswith("utf") or raw.isascii() else _utf_8_notes(raw, path, encoding)
+    return _without_nul(text, path, raw, encoding, key), notes
+
+
+def _utf_8_notes(raw: bytes, path: Path, encoding: str) -> list[Note]:
+    """A note if a file that is read in another encoding is valid utf-8, which hardly any other text is."""
+    if not _is_utf_8(raw):
+        return []
+    count = sum(c > "\x7f" for c in raw.decode("utf-8"))
+    what = "character is" if count == 1 else "characters are"
+    text = f"{path} is read as {encoding}, but its {count:,} {what} valid utf-8; remove data.encoding if the text looks wrong"
+    return [Note("encoding", text, "data.encoding")]
+
+
+def _is_utf_8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def may_be_odd(text: str) -> bool:
@@ -147,6 +172,8 @@ def _utf_16_of(raw: bytes) -> str | None:
 
 def _undecodable(raw: bytes, exc: UnicodeDecodeError, path: Path, encoding: str, key: str) -> DataError:
     if b"\0" in raw and codec_name(encoding) == "utf-8":
+        if (utf_16 := _utf_16_of(raw)) is not None:
+            return DataError(f"{path}: the file looks like utf-16: set data.encoding={utf_16}", key="data.encoding")
         return DataError(f"{path} is not a text file: it is binary (it contains NUL bytes)", key=key)
     line = 1 + raw[: exc.start].decode(exc.encoding, errors="replace").count("\n")
     return DataError(
@@ -157,8 +184,8 @@ def _undecodable(raw: bytes, exc: UnicodeDecodeError, path: Path, encoding: str,
 
 
 def _remedy(raw: bytes, exc: UnicodeDecodeError) -> str:
-    escaped = raw.decode("utf-8", errors="surrogateescape")
-    wrong = sum("\udc80" <= c <= "\udcff" for c in escaped)
+    escaped = raw.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+    wrong = sum(map(_is_escaped, escaped))
     valid = sum(c > "\x7f" for c in escaped) - wrong
     if not wrong:
         return "set data.encoding=utf-8"
@@ -181,6 +208,8 @@ def _remedy(raw: bytes, exc: UnicodeDecodeError) -> str:
         except UnicodeDecodeError:
             continue
         offers.append(f"data.encoding={name} reads this line as {_clipped(sample.decode(name, errors='replace'))!r}")
+        if western and valid:
+            offers[-1] += _as_read(escaped, name)
         if western or len(offers) == _MOST_OFFERED:
             break
     if not offers:
@@ -190,3 +219,21 @@ def _remedy(raw: bytes, exc: UnicodeDecodeError) -> str:
 
 def _clipped(text: str) -> str:
     return text if len(text) <= _LONGEST_SAMPLE else f"{text[:_LONGEST_SAMPLE]}..."
+
+
+def _as_read(escaped: str, encoding: str) -> str:
+    """What an encoding makes of the first line that is valid utf-8 and not ASCII; empty if there is none."""
+    for number, line in enumerate(escaped.split("\n"), 1):
+        if not line.isascii() and not any(map(_is_escaped, line)):
+            line = line.rstrip("\r")
+            read = line.encode().decode(encoding, errors="replace")
+            return (
+                f", but line {number} as {_clipped(read)!r}, which is {_clipped(line)!r} in utf-8: if that is right, the file "
+                "mixes encodings and these lines need correction"
+            )
+    return ""
+
+
+def _is_escaped(character: str) -> bool:
+    """Whether it stands for a byte that is no utf-8, as ``surrogateescape`` writes it."""
+    return "\udc80" <= character <= "\udcff"

@@ -30,7 +30,7 @@ _MISSING = {"words": "the message", "calls": "the tool calls", "reasoning": "the
 # Kind of a note of ``Rendered.notes`` -> its text and the recipe key to look at.
 _NOTES = {
     "unread_key": ("the chat template does not read these keys of messages: {details} ({rows})", "model.chat_template"),
-    "numbers": ("numbers as content are read as text ({rows})", None),
+    "numbers": ("numbers are read as text ({rows})", None),
     "nulls": (
         "null values inside tool calls and tools count as absent ({rows}); arguments as JSON text keep them",
         None,

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftlab.data.images import IMAGE_ENDINGS
-from peftlab.data.readers import ENDINGS, format_of, is_data_file
+from peftlab.data.readers import ENDINGS, format_of, is_about, is_data_file
 from peftlab.data.rows import Note
 from peftlab.data.table import SPLITS, Options, choose_split, split_in_name
-from peftlab.errors import DataError
+from peftlab.errors import DataError, listed
 
 # Files that `datasets` and repositories write next to the data.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_ABOUT_STEMS = ("readme", "license", "licence", "changelog")
 _UNLABELLED = ("unsup", "unlabeled", "unlabelled")
 
 
@@ -43,7 +42,12 @@ def contents_of(folder: Path, options: Options) -> Contents:
         return Contents(_saved_files(folder / split, options), notes=tuple(notes), split_taken=True)
     if (folder / "state.json").is_file():
         return Contents(_saved_files(folder, options))
-    files = _visible(folder)
+    try:
+        files = _visible(folder)
+    except OSError as exc:
+        raise DataError(
+            f"the folder {folder} cannot be read: {exc.strerror}: {exc.filename}", key=options.key
+        ) from None
     if options.format == "auto" and not any(_is_table(path) for path in files):
         images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
         if any(path.parent != folder for path in images):
@@ -53,8 +57,19 @@ def contents_of(folder: Path, options: Options) -> Contents:
             if texts:
                 return _of_classes(folder, texts, "texts", options)
     readable = _readable(folder, files, options)
+    chosen = set(readable)
+    others = [path for path in files if path not in chosen and path.name not in _ABOUT and not is_about(path.stem)]
     readable, notes, taken = _of_split(folder, readable, lambda path: _split_of_table(folder, path), options)
-    return Contents(readable, notes=tuple(notes), split_taken=taken)
+    return Contents(readable, notes=(*_others_noted(folder, others, options), *notes), split_taken=taken)
+
+
+def _others_noted(folder: Path, files: list[Path], options: Options) -> list[Note]:
+    """A note on files beside the data that are of another kind."""
+    if not files:
+        return []
+    names = listed([path.relative_to(folder).as_posix() for path in files], most=3)
+    what = "1 other file is" if len(files) == 1 else f"{len(files):,} other files are"
+    return [Note("folder", f"{folder}: {what} not read: {names}", options.key)]
 
 
 def _saved_splits(folder: Path) -> list[str]:
@@ -148,7 +163,7 @@ def _readable(folder: Path, files: list[Path], options: Options) -> list[Path]:
     if options.format == "auto":
         readable = [path for path in files if is_data_file(path.name)]
         if any(map(_is_table, readable)):
-            readable = [path for path in readable if _is_table(path) or not path.stem.lower().startswith(_ABOUT_STEMS)]
+            readable = [path for path in readable if _is_table(path) or not is_about(path.stem)]
     else:
         readable = [path for path in files if format_of(path.name) == options.format] or files
     if not readable:

@@ -129,6 +129,8 @@ def _check(content: bytes, source: Path | bytes, where: str) -> None:
 @contextlib.contextmanager
 def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
     """Turns Pillow's errors for an unreadable file into a DataError."""
+    import PIL
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which changes no pixel
@@ -136,6 +138,8 @@ def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
     # Its plugins raise many types: an unknown format or a truncated file is an OSError, other faults are not.
     except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
         name = str(source) if isinstance(source, Path) else f"{len(source):,} bytes"
+        unknown = isinstance(error, PIL.UnidentifiedImageError)  # its text shows an object in memory
+        reason = "" if unknown else f" ({error})"
         raise DataError(
-            f"{where}: expected an image, found a damaged file or another format: {name} ({error})", key=_KEY
+            f"{where}: expected an image, found a damaged file or another format: {name}{reason}", key=_KEY
         ) from error

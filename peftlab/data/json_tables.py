@@ -183,6 +183,8 @@ def _hint(text: str, at: int) -> str:
     before = text[max(0, at - 1000) : at].rstrip()[-1:]
     if before == "," and text[at : at + 1] in ("]", "}"):
         return "; remove the comma before it"
+    if before == "}" and text.startswith(",", at):
+        return "; objects that follow each other have no comma between them: remove it, or write [ ] around all"
     if text.startswith("'", at):
         return "; JSON strings have double quotes"
     if text.startswith(("None", "True", "False"), at):

@@ -9,6 +9,7 @@ import re
 import statistics
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from peftlab.data.rows import Rows
@@ -18,6 +19,7 @@ _ROWS_SHOWN = 5
 # More different numbers with a fraction are measurements rather than names of classes.
 _MOST_FRACTIONS = 20
 _MOST_WHOLE_NUMBERS = 100
+_NUMBERS = re.compile(r"\s*(?:[+-]?[0-9.]+(?:\s*,\s*|\s*$))*")  # the inside of a list of numbers, or of an empty one
 _DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]+")
 
 
@@ -52,14 +54,12 @@ def read_labels(
     raw = rows.column(column, key=key)
     for i, value in enumerate(raw):
         if isinstance(value, (list, dict, bytes)) or (isinstance(value, str) and _is_list(value)):
-            several = (
-                "; a row has one label here: give it one, or make one recipe per label"
-                if isinstance(value, list | str)
-                else ""
-            )
+            remedy = "; a row has one label here: give it one, or make one recipe per label"
+            if isinstance(value, dict | bytes):
+                remedy = "; store the label as text" if isinstance(value, bytes) else ""
             raise DataError(
                 f"{rows.where(i)}: expected text, a number or true/false as label in the column {column!r}, "
-                f"found {'a list as text' if isinstance(value, str) else type(value).__name__}{several}",
+                f"found {'a list as text' if isinstance(value, str) else type(value).__name__}{remedy}",
                 key=key,
             )
     values = [label_text(value) for value in raw]
@@ -122,8 +122,13 @@ def label_text(value: Any) -> str:
         text = value.strip()
         if text in ("True", "TRUE", "False", "FALSE"):
             return text.lower()
+        if not _DECIMAL.fullmatch(text):
+            return text
+        short = re.sub(r"(\.[0-9]+?)0+$", r"\1", text)
         # More digits than a float has would change.
-        return label_text(float(text)) if _DECIMAL.fullmatch(text) and len(text) <= 16 else text
+        return label_text(float(short)) if len(short) <= 16 else short
+    if isinstance(value, Decimal):
+        return label_text(format(value, "f"))
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
@@ -132,7 +137,9 @@ def label_text(value: Any) -> str:
 def _is_list(value: str) -> bool:
     """Whether a text is a list that was written to a csv file."""
     text = value.strip()
-    return text.startswith("[") and text.endswith("]") and ("'" in text or '"' in text or text == "[]")
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    return "'" in text or '"' in text or _NUMBERS.fullmatch(text[1:-1]) is not None
 
 
 def _refuse_measurements(labels: Sequence[str], names: Collection[str]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftlab.data.messages import Conversation, Message, read_messages, read_tools
+from peftlab.data.messages import Conversation, Message, from_json, read_messages, read_tools
+from peftlab.data.values import NUMBERS, EmptyValueError, is_empty, is_null, plain_text
 from peftlab.errors import DataError
 
 Style = Literal["text", "completion", "chat"]
@@ -14,6 +15,7 @@ Kind = Literal["text", "completion", "messages", "turns", "alpaca"]
 
 _MESSAGES = ("messages", "conversations", "conversation")
 _ALPACA = ("instruction", "input", "output", "system", "history")
+_ASKS = ("user", "human")
 _MOST_NAMES = 12
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _EXPECTED = "expected a column text, or prompt and completion, or messages (ShareGPT: conversations), or instruction and output (Alpaca)"
@@ -47,16 +49,19 @@ class Layout:
         column of its own, which the row may lack.
         """
         for column in _MEDIA:
-            if column in row and row[column] is not None and (not hasattr(row[column], "__len__") or len(row[column])):
+            value = row.get(column)
+            if not is_empty(value) and not (isinstance(value, str | dict) and value in ({}, "[]", "{}")):
                 raise DataError(f"{where}: the column {column!r} has images, audio or video; causal_lm reads text only")
         if self.kind == "messages":
-            read = read_messages(self._value(row, "messages", where), where, roles=roles)
+            value = self._value(row, "messages", where)
+            self._require(value, "messages", where, empty=is_empty(value))
+            read = read_messages(value, where, roles=roles)
         elif self.kind == "turns":
             read = self._prompt_and_completion(row, where, roles, answer)
         else:
             read = self._alpaca(row, where, answer)
         system = self._optional(row, "system")
-        if system and self.kind != "alpaca":
+        if not is_empty(system) and self.kind != "alpaca":
             read = self._with_system(read, system, where)
         if "tools" not in self.columns and "functions" not in self.columns:
             return read
@@ -78,7 +83,8 @@ class Layout:
                 continue
             value = self._value(row, part, where)
             key = f"data.columns.{part}"
-            if isinstance(value, str) and not is_chat(value):
+            self._require(value, part, where, empty=not isinstance(value, str) and is_empty(value))
+            if plain_text(value) is not None and not is_chat(value):
                 value = [{"role": role, "content": value}]
             parts.append(read_messages(value, where, roles=roles, part=part, key=key))
         first, rest = parts[0], parts[1:]
@@ -90,39 +96,61 @@ class Layout:
             tuple(dict.fromkeys(note for read in parts for note in read.notes)),
         )
 
+    def _require(self, value: Any, part: str, where: str, *, empty: bool) -> None:
+        """Raises EmptyValueError if the column of ``part`` is ``empty``."""
+        if empty:
+            found = "null" if is_null(value) else "an empty text" if isinstance(value, str) else "an empty list"
+            raise EmptyValueError(
+                f"{where}: expected a list of messages with role and content, found {found}",
+                column=self.columns[part],
+                key=f"data.columns.{part}",
+            )
+
     def _alpaca(self, row: Mapping[str, Any], where: str, answer: bool) -> Conversation:
         messages: list[Message] = []
         places: list[str] = []
+        notes: list[str] = []
 
         def add(role: str, content: str, place: str) -> None:
             messages.append({"role": role, "content": content})
             places.append(place)
 
-        if system := self._text(row, "system", where, optional=True):
+        def text_of(part: str, value: Any) -> str:
+            text, column = plain_text(value), self.columns[part]
+            if text is None:
+                message = f"{where}: expected text in the column {column!r}, found "
+                if is_null(value) and part != "history":
+                    raise EmptyValueError(f"{message}null", column=column, key="data.columns")
+                raise DataError(f"{message}{'null' if is_null(value) else repr(value)}", key="data.columns")
+            notes.extend([] if text is value else [NUMBERS])
+            return text
+
+        def optional(part: str) -> str:
+            value = self._optional(row, part)
+            return "" if is_null(value) else text_of(part, value)
+
+        if system := optional("system"):
             add("system", system, "column 'system'")
-        history = self._optional(row, "history") or []
-        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-            raise DataError(
-                f"{where}: expected pairs of question and answer in the column 'history'", key="data.columns"
-            )
-        for i, (question, reply) in enumerate(history, 1):
-            add("user", str(question), f"history {i}")
-            add("assistant", str(reply), f"history {i}")
-        asked = [self._text(row, "instruction", where), self._text(row, "input", where, optional=True)]
+        for i, (question, reply) in enumerate(self._history(row, where), 1):
+            add("user", text_of("history", question), f"history {i}")
+            add("assistant", text_of("history", reply), f"history {i}")
+        asked = [text_of("instruction", self._value(row, "instruction", where)), optional("input")]
         add("user", "\n\n".join(text for text in asked if text), "column 'instruction'")
         if answer:
-            add("assistant", self._text(row, "output", where), "column 'output'")
-        return Conversation(messages, [m["role"] == "assistant" for m in messages], places)
+            add("assistant", text_of("output", self._value(row, "output", where)), "column 'output'")
+        trained = [m["role"] == "assistant" for m in messages]
+        return Conversation(messages, trained, places, notes=tuple(dict.fromkeys(notes)))
 
-    def _text(self, row: Mapping[str, Any], part: str, where: str, *, optional: bool = False) -> str:
-        value = self._optional(row, part) if optional else self._value(row, part, where)
-        if value is None and optional:
-            return ""
-        if not isinstance(value, str):
-            raise DataError(
-                f"{where}: expected text in the column {self.columns[part]!r}, found {value!r}", key="data.columns"
-            )
-        return value
+    def _history(self, row: Mapping[str, Any], where: str) -> list[list[Any]]:
+        """Pairs of question and answer before the instruction."""
+        what = "pairs of question and answer in the column 'history'"
+        history = from_json(self._optional(row, "history"), where, what, "data.columns")
+        if hasattr(history, "tolist"):
+            history = history.tolist()
+        history = [] if is_null(history) else history
+        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+            raise DataError(f"{where}: expected {what}", key="data.columns")
+        return history
 
     def _value(self, row: Mapping[str, Any], part: str, where: str) -> Any:
         return column_value(row, self.columns[part], where, key=f"data.columns.{part}")
@@ -179,9 +207,24 @@ def find_layout(
         return Layout("text", {"text": chosen["text"]}, f"plain text ({_named([chosen['text']])})")
     if "instruction" in chosen:
         return _chat("alpaca", "Alpaca instructions", chosen, extras)
+    if {"chosen", "rejected"} <= set(available):
+        raise DataError(_preferences(available, sample.get("chosen")), key="data.columns")
     raise DataError(
         f"{_EXPECTED}; found {_listed(available)}. Map them with data.columns or build the text with data.template",
         key="data.columns",
+    )
+
+
+def _preferences(available: Sequence[str], chosen: Any) -> str:
+    """The error about pairs of a better and a worse answer."""
+    text = str(chosen)
+    if is_chat(chosen) and ("prompt" not in available or any(f"{q}{r}{q}" in text for q in "'\"" for r in _ASKS)):
+        columns = "{messages: chosen}"
+    else:
+        columns = "{prompt: prompt, completion: chosen}" if "prompt" in available else "{text: chosen}"
+    return (
+        "these rows are preferences (chosen and rejected), and causal_lm learns one answer per row; set "
+        f"data.columns={columns} to train on the chosen answers"
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftlab.errors import DataError
+from peftlab.data.values import NUMBERS, is_null, plain_text
+from peftlab.errors import DataError, listed
 
 Message = dict[str, Any]
 
@@ -40,7 +40,7 @@ _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", "refusal", "audio", *_WEIGHTS, *_REASONING}
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_YES_OR_NO = {"true": True, "1": True, "false": False, "0": False}
+_YES_OR_NO = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _FUNCTION_KEYS, _SCHEMA_KEYS = ("name", "description", "parameters"), ("type", "properties", "required")
 _SHOWN = 80
 
@@ -92,7 +92,7 @@ def read_messages(
     Args: roles: further roles that the chat template knows. part: the column's part if not ``messages``, for errors.
     Raises: DataError with place and turn.
     """
-    value = _from_json(value, where, "a list of messages", key)
+    value = from_json(value, where, "a list of messages", key)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, list) or not value:
@@ -135,7 +135,7 @@ class _Reader:
     def read(self, raw: Any, number: int) -> None:
         self._place = f"{self._part}turn {number}"
         if isinstance(raw, str) and raw.lstrip().startswith("{"):
-            raw = _from_json(raw, f"{self._where}, {self._place}", "a message", self._key)
+            raw = from_json(raw, f"{self._where}, {self._place}", "a message", self._key)
         if not isinstance(raw, Mapping):
             raise self._error(f"expected a message with role and content, found {_shown(raw)}")
         # Columnar files fill absent keys with null, and absent lists sometimes with empty ones.
@@ -145,7 +145,7 @@ class _Reader:
         message: Message = {"role": "assistant" if role == "call" else role}
         if role == "call":
             message["content"] = ""
-            calls = _from_json(_first(raw, "content", "value"), self._at, "a tool call", self._key)
+            calls = from_json(_first(raw, "content", "value"), self._at, "a tool call", self._key)
             message["tool_calls"] = self._calls(calls if isinstance(calls, list) else [calls])
         else:
             self._add_calls(raw, message)
@@ -190,12 +190,12 @@ class _Reader:
             if message.get("tool_calls") or message.get("reasoning_content"):
                 return ""
             expected = "content or tool_calls" if message["role"] == "assistant" else "content"
-            raise self._error(f"the message has no {expected}; complete or remove it")
-        if isinstance(content, str):
-            return content
-        if isinstance(content, bool) or (isinstance(content, int | float) and math.isfinite(content)):
-            self.notes.append("numbers")
-            return json.dumps(content)
+            others = [name for name in raw if name not in _READ]
+            found = f"; its other keys are {listed(others)}" if others else ""
+            raise self._error(f"the message has no {expected}; complete or remove it{found}")
+        if (text := plain_text(content)) is not None:
+            self.notes += [] if text is content else [NUMBERS]
+            return text
         if hasattr(content, "tolist"):
             content = content.tolist()
         parts = [content] if isinstance(content, Mapping) else content
@@ -230,7 +230,7 @@ class _Reader:
         return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] if texts else ""
 
     def _add_calls(self, raw: Mapping[str, Any], message: Message) -> None:
-        calls = _from_json(raw.get("tool_calls"), self._at, "tool_calls", self._key)
+        calls = from_json(raw.get("tool_calls"), self._at, "tool_calls", self._key)
         if hasattr(calls, "tolist"):
             calls = calls.tolist()
         if calls is not None and not isinstance(calls, list):
@@ -248,7 +248,7 @@ class _Reader:
     def _calls(self, calls: Sequence[Any]) -> list[dict[str, Any]]:
         written = []
         for call in calls:
-            call = _from_json(call, self._at, "a tool call", self._key)
+            call = from_json(call, self._at, "a tool call", self._key)
             function = call.get("function", call) if isinstance(call, Mapping) else None
             if isinstance(function, str) and isinstance(call, Mapping):
                 function = {**call, "name": function}
@@ -278,7 +278,7 @@ class _Reader:
             text = arguments
             for _ in range(2):  # some exports encode them twice
                 if isinstance(text, str):
-                    text = _from_json(text.strip() or "{}", self._at, "the arguments of a tool call", self._key)
+                    text = from_json(text.strip() or "{}", self._at, "the arguments of a tool call", self._key)
             if not isinstance(text, dict):
                 raise self._error(f"expected an object as the arguments of a tool call, found {_shown(arguments)}")
             return text
@@ -344,7 +344,7 @@ def read_tools(value: Any, where: str, *, key: str = "data.columns.tools") -> li
 
     Raises: DataError.
     """
-    value = _from_json(value, where, "a list of tools", key)
+    value = from_json(value, where, "a list of tools", key)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if _absent(value):
@@ -353,7 +353,7 @@ def read_tools(value: Any, where: str, *, key: str = "data.columns.tools") -> li
     for i, tool in enumerate(
         [value] if isinstance(value, Mapping) else value if isinstance(value, list) else [None], 1
     ):
-        tool = _pruned(_from_json(tool, where, "a tool", key))
+        tool = _pruned(from_json(tool, where, "a tool", key))
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             shown = value if not isinstance(value, list | Mapping) else tool
@@ -362,7 +362,7 @@ def read_tools(value: Any, where: str, *, key: str = "data.columns.tools") -> li
         if function is not tool and tool.get("function") is None:
             function.pop("type", None)
         if isinstance(function.get("parameters"), str):
-            function["parameters"] = _from_json(function["parameters"], where, "the parameters of a tool", key)
+            function["parameters"] = from_json(function["parameters"], where, "the parameters of a tool", key)
         # A columnar file has one order of keys, whichever row came first.
         for keys, values in ((_FUNCTION_KEYS, function), (_SCHEMA_KEYS, function.get("parameters"))):
             if isinstance(values, dict):
@@ -386,23 +386,19 @@ def _first(raw: Mapping[str, Any], *names: str) -> Any:
 
 def _absent(value: Any) -> bool:
     """Whether a value says nothing: null, NaN (pandas' null), an empty list or an empty object."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    return isinstance(value, list | dict) and not value
+    return is_null(value) or (isinstance(value, list | dict) and not value)
 
 
 def _pruned(value: Any) -> Any:
     """``value`` without the keys of objects that are null."""
     if isinstance(value, Mapping):
-        return {
-            k: _pruned(v) for k, v in value.items() if v is not None and not (isinstance(v, float) and math.isnan(v))
-        }
+        return {k: _pruned(v) for k, v in value.items() if not is_null(v)}
     if hasattr(value, "tolist") and not isinstance(value, str):
         value = value.tolist()
     return [_pruned(v) for v in value] if isinstance(value, list) else value
 
 
-def _from_json(value: Any, where: str, what: str, key: str) -> Any:
+def from_json(value: Any, where: str, what: str, key: str) -> Any:
     """The value of JSON text, None for blank text; any other value as it is. Raises: DataError."""
     if not isinstance(value, str):
         return value
@@ -413,7 +409,9 @@ def _from_json(value: Any, where: str, what: str, key: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         hint = (
-            "; write it with json.dumps, not as Python's text of a list" if value.lstrip()[:2] in ("[{", "{'") else ""
+            "; write it with json.dumps, not as Python's text of a list"
+            if value.lstrip("[ \n").startswith("{'")
+            else ""
         )
         if value.lstrip()[:1] not in ("[", "{"):
             raise DataError(f"{where}: expected {what}, found {_shown(value)}", key=key) from None

@@ -40,6 +40,7 @@ ENDINGS = {
     ".py": "text",
 }
 FORMATS = ("csv", "tsv", "json", "jsonl", "text", "parquet", "arrow")
+_ZIP = b"PK\x03\x04"
 _PACKED = (".gz", ".bz2", ".xz", ".zip")
 _COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 # Text files that may hold a table; notes and programs do not.
@@ -51,7 +52,11 @@ _OTHER_FILES = {
     b"\x80\x04": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x80\x05": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x93NUMPY": "a numpy array; save the table as parquet or csv",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it with git lfs pull",
 }
+_WEB_PAGE = (b"<!doctype html", b"<html")
+# Files that describe others, as the start of their names.
+_ABOUT_STEMS = ("readme", "license", "licence", "changelog")
 
 
 def format_of(name: str) -> str | None:
@@ -71,6 +76,8 @@ def read_table(raw: bytes, path: Path, options: Options) -> Table:
     """
     codec_name(options.encoding)
     raw, name, notes, splits = _unpacked(raw, path, options)
+    if options.format == "auto":
+        _refuse_other_files(raw, path, name, options)
     format_name = next((known for magic, known in _COLUMNAR.items() if raw.startswith(magic)), None)
     if format_name is None and options.format in ("parquet", "arrow"):
         format_name = options.format
@@ -88,6 +95,14 @@ def read_table(raw: bytes, path: Path, options: Options) -> Table:
     if options.split is not None and not (splits or table.splits):
         raise DataError(f"{path} holds one table without a name; remove ':{options.split}'", key=options.key)
     return table._replace(notes=(*notes, *table.notes))
+
+
+def _refuse_other_files(raw: bytes, path: Path, name: str, options: Options) -> None:
+    what = next((what for magic, what in _OTHER_FILES.items() if raw.startswith(magic)), None)
+    if what is None and format_of(name) != "text" and raw[:100].lstrip().lower().startswith(_WEB_PAGE):
+        what = "a web page, such as that of a failed download; get the file itself"
+    if what is not None:
+        raise DataError(f"{path} is {what}", key=options.key)
 
 
 def _require_columnar(path: Path, format_name: str, options: Options) -> None:
@@ -109,10 +124,6 @@ def _require_no_csv_options(path: Path, format_name: str, options: Options) -> N
 
 
 def _read_text_file(raw: bytes, path: Path, name: str, options: Options) -> Table:
-    if options.format == "auto":
-        for magic, what in _OTHER_FILES.items():
-            if raw.startswith(magic):
-                raise DataError(f"{path} is {what}", key=options.key)
     text, notes = decode(raw, path, encoding=options.encoding, key=options.key)
     named, format_name = format_of(name), options.format
     if format_name == "auto":
@@ -158,9 +169,11 @@ def _unpacked_name(name: str) -> str:
 
 def _unpacked(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, list[Note], tuple[str, ...]]:
     """``(content, file name, notes, splits)`` of a compressed file, or of one file in an archive."""
-    name = path.name
-    if raw.startswith(b"PK\x03\x04"):
-        return _unzipped(raw, path, options)
+    name, notes, splits = path.name, list[Note](), tuple[str, ...]()
+    if raw.startswith(_ZIP):
+        raw, name, notes, splits = _unzipped(raw, path, options)
+        if raw.startswith(_ZIP):
+            raise DataError(f"{path} holds an archive or a workbook, {name!r}; unpack it", key=options.key)
     for ending, magic, unpack in (
         (".gz", b"\x1f\x8b", gzip.decompress),
         (".bz2", b"BZh", bz2.decompress),
@@ -174,7 +187,7 @@ def _unpacked(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, lis
                 raise DataError(f"{path} {says} {ending} but cannot be decompressed: {exc}", key=options.key) from None
     if raw[257:262] == b"ustar":
         raise DataError(f"{path} is a tar archive; unpack it and name the folder or the file in it", key=options.key)
-    return raw, name, [], ()
+    return raw, name, notes, splits
 
 
 def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, list[Note], tuple[str, ...]]:
@@ -183,9 +196,13 @@ def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, lis
             if "xl/workbook.xml" in archive.namelist():
                 raise DataError(f"{path} is an Excel workbook; save the sheet as csv", key=options.key)
             members = [info.filename for info in archive.infolist() if not info.is_dir() and _is_visible(info.filename)]
-            members = [m for m in members if is_data_file(m)] or members
+            members = _tables_among(members) or [m for m in members if is_data_file(m)] or members
             if not members:
                 raise DataError(f"{path} holds no file", key=options.key)
+            if len(members) > 1 and options.split is None and all(format_of(m) == "text" for m in members):
+                raise DataError(
+                    f"{path} holds {len(members):,} text files; unpack it and name the folder", key=options.key
+                )
             by_split: dict[str, list[str]] = {}
             for member in members:
                 by_split.setdefault(split_in_name(PurePosixPath(member).stem) or member, []).append(member)
@@ -198,6 +215,18 @@ def _unzipped(raw: bytes, path: Path, options: Options) -> tuple[bytes, str, lis
     except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as exc:
         raise DataError(f"{path} cannot be unpacked: {exc}", key=options.key) from None
     return content, PurePosixPath(member).name, notes, tuple(by_split) if len(members) > 1 else ()
+
+
+def _tables_among(members: list[str]) -> list[str]:
+    """The files of an archive that are read beside a table: none that only describes it. Empty without a table."""
+    if all(format_of(m) in (None, "text") for m in members):
+        return []
+    return [m for m in members if is_data_file(m) and not (format_of(m) == "text" and is_about(PurePosixPath(m).stem))]
+
+
+def is_about(stem: str) -> bool:
+    """Whether a file of this name describes others, such as README."""
+    return stem.lower().startswith(_ABOUT_STEMS)
 
 
 def _is_visible(member: str) -> bool:

@@ -171,8 +171,12 @@ def _local_path(name: str, key: str) -> Path:
 
 def _is_meant_as_file(name: str) -> bool:
     """Whether a missing name can only be a file: hub ids have none of these forms."""
-    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    looks_local = name.startswith((".", "/", "~")) or _is_pattern(name) or name.endswith("/") or name.count("/") > 1
     return looks_local or format_of(name.rpartition("/")[2]) is not None
+
+
+def _is_pattern(name: str) -> bool:
+    return "*" in name or "?" in name
 
 
 def _load_local(name: str, path: Path, shown: str, options: Options) -> Rows:
@@ -268,6 +272,13 @@ def _require_same_columns(tables: Sequence[Table], files: Sequence[Path], key: s
 
 def _no_such_file(path: Path, shown: str, key: str) -> DataError:
     folder = path.parent
+    if "://" in shown:
+        return DataError(f"{shown!r} is an address; download the file and name the local copy", key=key)
+    if _is_pattern(shown):
+        return DataError(
+            f"{shown!r}: patterns are not expanded; name a folder, of which all readable files are read, or one file",
+            key=key,
+        )
     if not folder.is_dir():
         return DataError(f"{shown!r}: no such file, and the folder {folder} does not exist", key=key)
     near = difflib.get_close_matches(path.name, os.listdir(folder), n=3, cutoff=0.5)

@@ -65,11 +65,12 @@ def describe_distillation(assembly: Assembly) -> tuple[dict[str, Any], Any]:
 
 
 def check_models(assembly: Assembly) -> Skeletons:
-    """Checks teachers and student of a recipe, but not caches or rows. Raises: as ``describe_distillation``."""
+    """Checks headline, teachers and student of a recipe, but not caches or rows. Raises: as ``describe_distillation``."""
     distill = assembly.distill
     if distill.headline is not None:
         choices = bool(assembly.recipe.eval.choices)
         check_headline(distill.headline, assembly.recipe.task, assembly.classes, has_choices=choices)
+        assembly.check_class_has_rows(distill.headline, key="distill.headline")
     student: dict[str, Any] = {"cut_from": None, "layers_before": None, "layers": None}
     skeleton, known = assembly.skeleton(), True
     if (init := distill.student_init) is not None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from peftlab.data import Ledger, Rows, Tokens, answered, check_ids, eval_batches, fit_lengths, pieces, tokenize
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
+from peftlab.data.values import EmptyValueError, is_empty
 from peftlab.errors import DataError, listed
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
@@ -86,7 +87,7 @@ class CausalLM:
     @classmethod
     def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
         label = {parts.columns["label"]: NO_LABEL} if labelled and "label" in parts.columns else {}
-        return blank_values(rows, label) | _unwritten(rows, _formatter(parts))
+        return dict(sorted((_unwritten(rows, _formatter(parts)) | blank_values(rows, label)).items()))
 
     @property
     def read_columns(self) -> set[str]:
@@ -118,11 +119,8 @@ class CausalLM:
     def _render(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
         try:
             return self.formatter.render_all(rows, wheres)
-        except DataError as error:
-            place = str(error).partition(": ")[0]
-            if place in wheres and any(map(_is_null, rows[list(wheres).index(place)].values())):
-                raise DataError(f"{error}; data.empty=drop leaves such rows out", key=error.key) from None
-            raise
+        except EmptyValueError as error:
+            raise DataError(f"{error}; data.empty=drop leaves such rows out", key=error.key) from None
 
     def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
         """The rows with ``answers`` of the model in training, as ``write_answers`` gives them, in place of their own. The
@@ -496,20 +494,15 @@ def _formatter(parts: TaskParts) -> Formatter:
     )
 
 
-def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, list | np.ndarray) and not len(value))
-
-
 def _unwritten(rows: Rows, formatter: Formatter) -> dict[int, str]:
-    """Why rows with null or an empty list in a column cannot become text, by index."""
-    nulls = sorted({i for values in rows.columns.values() for i, value in enumerate(values) if _is_null(value)})
+    """Why rows with nothing in a column cannot become text, by index."""
+    read = [values for name, values in rows.columns.items() if name in formatter.read_columns]
     reasons: dict[int, str] = {}
-    for i in nulls:
+    for i in sorted({i for values in read for i, value in enumerate(values) if is_empty(value)}):
         try:
             formatter.render(rows.row(i), rows.where(i))
-        except DataError:
-            names = ", ".join(repr(name) for name, values in rows.columns.items() if _is_null(values[i]))
-            reasons[i] = f"nothing in the column {names}"
+        except EmptyValueError as error:
+            reasons[i] = f"nothing in the column {error.column!r}"
     return reasons
 
 

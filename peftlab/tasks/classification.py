@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,20 @@ class Labels:
     class_weights: str | Mapping[str, float] = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.class_weights, Mapping) and set(self.class_weights) != set(self.names):
+        if not isinstance(self.class_weights, Mapping):
+            return
+        if set(self.class_weights) != set(self.names):
             raise RecipeError(
                 f"expected a weight for each of the classes {listed(self.names)}; found {listed(sorted(self.class_weights))}",
                 key="train.class_weights",
             )
+        for name, weight in self.class_weights.items():
+            if not 0 < weight < math.inf:
+                raise RecipeError(
+                    f"expected a weight above 0 for the class {name!r}, found {weight:g}; data.exclude leaves a class out of "
+                    "training",
+                    key="train.class_weights",
+                )
 
     @classmethod
     def make(cls, parts: TaskParts) -> Labels:

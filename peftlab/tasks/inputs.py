@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftlab.data import Rows
+from peftlab.data.values import is_null
 from peftlab.errors import DataError
 
 EMPTY_TEXT, NO_LABEL, NO_IMAGE = "the text is empty", "there is no label", "there is no image"
@@ -14,9 +14,7 @@ EMPTY_TEXT, NO_LABEL, NO_IMAGE = "the text is empty", "there is no label", "ther
 
 def is_blank(value: Any) -> bool:
     """Whether a value has no content: null, NaN, or text of white space."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    return isinstance(value, str) and not value.strip()
+    return is_null(value) or (isinstance(value, str) and not value.strip())
 
 
 def blank_values(rows: Rows, columns: Mapping[str, str], *, key: str = "data.columns") -> dict[int, str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from peftlab.data import Rows, Tokens, pieces, tokenize
 from peftlab.data.chat_template import Part, Rendered
+from peftlab.data.values import NUMBERS, plain_text
 from peftlab.errors import DataError
 from peftlab.tasks.inputs import EMPTY_TEXT, is_blank, unusable_rows
 
@@ -44,9 +45,10 @@ class Texts:
             text = row.get(self.column)
             if is_blank(text):
                 raise DataError(_empty(where), key=_KEY)
-            if not isinstance(text, str):
+            if (written := plain_text(text)) is None:
                 raise DataError(f"{where}: expected text, found {text!r}", key=_KEY)
-            rendered.append(Rendered(text, [Part(0, len(text), "text")]))
+            notes = () if written is text else (NUMBERS,)
+            rendered.append(Rendered(written, [Part(0, len(written), "text")], notes=notes))
         return rendered
 
     def _tokenize(self, rendered: list[Rendered]) -> Tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from run_examples import Notes, recipe, write_data
 import peftlab
 from peftlab.api.chat import _streamer
 from peftlab.errors import DataError, RecipeError
-from peftlab.training.progress import SilentProgress
+from peftlab.training.progress import SilentProgress, make_progress
 
 # Training rows are cut to 64 tokens; the model reads 512.
 SHORT = {"data": {"max_length": 64}, "train": {"max_steps": 2}}
@@ -46,13 +47,13 @@ def predict(inputs: Any, **options: Any) -> tuple[list[dict[str, Any]], list[str
 def test_predict_gives_an_unreadable_row_a_result_without_values(classifier: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(
-        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(["red 1", "", " ", None, 5, "dog"]))
+        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(["red 1", "", " ", None, ["x"], "dog"]))
     )
     results, notes = predict(path)
     assert [r["label"] is None for r in results] == [False, True, True, True, True, False]
     empty = {"label": None, "probability": None, "probabilities": {"animal": None, "colour": None}}
     assert results[1] == empty | {"note": "the text is empty"}
-    assert [r.get("note") for r in results[2:5]] == ["the text is empty"] * 2 + ["expected text, found 5"]
+    assert [r.get("note") for r in results[2:5]] == ["the text is empty"] * 2 + ["expected text, found ['x']"]
     assert notes == ["4 of 6 inputs without a result: in.jsonl:2, 3, 4 and 1 more; the first: the text is empty"]
     alone, _ = predict(["red 1", "dog"])
     assert [results[0]["probability"], results[5]["probability"]] == pytest.approx([a["probability"] for a in alone])
@@ -61,8 +62,8 @@ def test_predict_gives_an_unreadable_row_a_result_without_values(classifier: Pat
 
 
 def test_predict_refuses_inputs_of_which_none_can_be_read(classifier: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"input, record 1: expected text, found 5"):
-        predict([{"text": 5}, {"text": 6}])
+    with pytest.raises(DataError, match=r"input, record 1: expected text, found \[5\]"):
+        predict([{"text": [5]}, {"text": [6]}])
     with pytest.raises(DataError, match=r"no column 'text'; found the columns 'body'"):
         predict([{"body": "red"}])
 
@@ -145,6 +146,26 @@ def test_evaluate_takes_another_file(classifier: Path, tmp_path: Path) -> None:
         line.startswith("data.eval on the command line replaces data.eval_rows (recipe.lock.yaml:")
         for line in progress.lines
     )
+
+
+def test_evaluate_of_another_file_needs_no_training_rows_and_no_class_of_eval_best(
+    classifier: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.csv").write_text("text,kind\nred 9,colour\n")
+    settings = ["data.train=/gone.csv", "eval.best=f1_animal"]
+    report = peftlab.evaluate("run", overrides=[*settings, f"data.eval={tmp_path / 'other.csv'}"])
+    assert report["rows"] == 1
+    assert report["metrics"]["f1_animal"] is None
+    with pytest.raises(DataError, match="no such file"):
+        peftlab.evaluate("run", overrides=settings)
+
+
+def test_evaluate_reads_the_data_before_the_model(classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("text\nred 9\n")
+    stream = io.StringIO()
+    with pytest.raises(DataError, match="no column 'kind'"):
+        peftlab.evaluate("run", overrides=[f"data.eval={tmp_path / 'other.csv'}"], progress=make_progress(stream))
+    assert stream.getvalue().endswith("reading data ...\n")
 
 
 def test_adapter_without_its_run_needs_a_recipe(classifier: Path, tmp_path: Path) -> None:

@@ -110,6 +110,35 @@ def test_data_empty_keeps_rows_whose_null_column_is_not_used() -> None:
     assert report["train"]["kept"] + report["held_out"]["kept"] == len(rows)
 
 
+def test_data_empty_drops_rows_without_a_label_that_a_template_inserts() -> None:
+    rows = [{"text": f"t{i}", "y": i % 2} for i in range(8)] + [{"text": "t8", "y": None}]
+    columns = {"columns": {"label": "y"}, "label_names": {"0": "ham", "1": "spam"}}
+    document = recipe("causal_lm", rows, "tiny:llama", **columns)
+    document["data"]["template"] = {"user": "{text}", "assistant": "{label}"}
+    with pytest.raises(DataError, match=r"1 of 9 rows have no label .*set data\.empty=drop"):
+        check(document)
+    assert left_out(check(document, "data.empty=drop")["train"]) == {"dropped: there is no label": ["data.jsonl:9"]}
+
+
+def test_data_empty_drops_empty_conversations_of_a_text_file() -> None:
+    turns = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).replace('"', '""')
+    Path("chats.csv").write_text("messages,id\n" + "".join(f'"{turns}",{i}\n' for i in range(5)) + '"",5\n')
+    document = recipe("causal_lm", [], "tiny:llama")
+    document["data"] |= {"train": "chats.csv"}
+    with pytest.raises(DataError, match=r"chats\.csv:7: .*found an empty text; data\.empty=drop leaves such rows out"):
+        check(document, "data.eval=chats.csv", "data.eval_rows=null")
+    report = check(document, "data.empty=drop")
+    assert left_out(report["train"]) == {"dropped: nothing in the column 'messages'": ["chats.csv:7"]}
+
+
+def test_data_empty_drops_no_row_that_is_wrong_for_another_reason() -> None:
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": m, "system": None} for m in [good] * 5 + [[{"role": "assistent", "content": "b"}]]]
+    with pytest.raises(DataError, match=r"data\.jsonl:6, turn 1: unknown role 'assistent'") as caught:
+        check(recipe("causal_lm", rows, "tiny:llama", empty="drop"), "data.eval=data.jsonl", "data.eval_rows=null")
+    assert "data.empty" not in str(caught.value)
+
+
 def test_data_empty_drops_rows_without_an_image() -> None:
     PIL.Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save("a.png")
     rows = [{"image": "a.png", "label": "ab"[i % 2]} for i in range(6)] + [{"image": None, "label": "a"}]

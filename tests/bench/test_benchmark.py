@@ -181,6 +181,29 @@ def test_damaged_journal_is_refused(jobs: FakeJobs) -> None:
         bench(resume=True)
 
 
+@pytest.mark.parametrize(
+    ("override", "options", "says"),
+    [
+        ("model.quantize=int8", {}, "because --quantize decides it; use that instead"),
+        ("run.kernels=reference", {}, "because --kernels decides it"),
+        ("run.dir=x", {}, "because --out decides it"),
+        ("adapter.rank=4", {"ranks": [2]}, "because --ranks decides it"),
+        ("train.batch_size=4", {}, "because --batch decides it"),
+        ("train.epochs=3", {}, "has no effect on the steps that bench measures; remove it"),
+        ("eval.every=1", {}, "has no effect on the steps"),
+        ("run.merge=original", {}, "has no effect on the steps"),
+    ],
+)
+def test_override_that_no_cell_uses_is_refused(
+    jobs: FakeJobs, override: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        bench(overrides=[override], **options)
+    assert caught.value.key == override.partition("=")[0]
+    assert not jobs.asked
+    bench(overrides=["adapter.rank=4", "train.lr=0.1", "eval.every=null"])
+
+
 def test_folder_with_other_content_is_refused(jobs: FakeJobs) -> None:
     with pytest.raises(RecipeError, match="no benchmark in"):
         bench(resume=True)

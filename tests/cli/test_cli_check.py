@@ -127,6 +127,15 @@ def test_check_notes_held_out_rows_without_a_class_and_classes_of_one_row(capsys
     assert "no held-out row has the class 'c', so f1_c cannot be measured" in json.loads(out)["error"]["message"]
 
 
+def test_check_refuses_eval_best_of_a_choice_without_held_out_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one.jsonl").write_text('{"question": "What is a cow?", "answer": "animal"}\n')
+    settings = ["data.eval=one.jsonl", "eval.every=10"]
+    assert run_check(capsys, "smoke", *settings, "eval.best=f1_animal")[0] == 0
+    code, _, err = run_check(capsys, "smoke", *settings, "eval.best=f1_colour")
+    assert code == 2
+    assert "no held-out row has the class 'colour', so f1_colour cannot be measured" in " ".join(err.split())
+
+
 def test_check_refuses_scores_and_its_remedy_works(capsys: pytest.CaptureFixture[str]) -> None:
     Path("scores.csv").write_text("text,label\n" + "".join(f"text {i},{i / 7:.4f}\n" for i in range(60)))
     code, out, _ = run_check(capsys, "labels.yaml", "--json", "data.train=scores.csv")

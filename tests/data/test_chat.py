@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -185,8 +186,17 @@ def test_formatter_names_row_and_column_of_an_empty_cell(tokenizer: Any) -> None
     f = formatter(tokenizer, ["q", "a"], template={"prompt": "{q}", "completion": "{a}"})
     with pytest.raises(DataError, match=r"a\.csv:7: column 'a' is empty"):
         f.render({"q": "x", "a": None}, "a.csv:7")
-    with pytest.raises(DataError, match=r"a\.csv:7: expected text in column 'text', found 3"):
-        formatter(tokenizer, ["text"]).render({"text": 3}, "a.csv:7")
+    with pytest.raises(DataError, match=r"a\.csv:7: expected text in the column 'text', found \[3\]"):
+        formatter(tokenizer, ["text"]).render({"text": [3]}, "a.csv:7")
+    with pytest.raises(DataError, match=r"a\.csv:7: column 'a' has bytes; a field of data\.template needs text"):
+        f.render({"q": "x", "a": b"y"}, "a.csv:7")
+    with pytest.raises(DataError, match=r"a\.csv:7: column 'a' is empty"):
+        f.render({"q": "x", "a": math.nan}, "a.csv:7")
+
+
+def test_formatter_notes_numbers(tokenizer: Any) -> None:
+    rendered = formatter(tokenizer, ["prompt", "completion"]).render({"prompt": "1+1=", "completion": 2}, "here")
+    assert (rendered.text, rendered.notes) == ("1+1=2", ("numbers",))
 
 
 def test_formatter_keeps_braces_in_the_data(tokenizer: Any) -> None:
@@ -201,7 +211,7 @@ def test_prompt_row_refuses_a_prompt_of_several_columns(tokenizer: Any) -> None:
         f.prompt_row("hello")
 
 
-@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("empty", [None, "", math.nan])
 @pytest.mark.parametrize(
     ("template", "text"),
     [
@@ -212,7 +222,7 @@ def test_prompt_row_refuses_a_prompt_of_several_columns(tokenizer: Any) -> None:
     ],
 )
 def test_template_leaves_an_empty_column_out_with_the_white_space_before_it(
-    tokenizer: Any, template: str, text: str, empty: str | None
+    tokenizer: Any, template: str, text: str, empty: str | float | None
 ) -> None:
     f = formatter(tokenizer, ["q", "c", "a"], template={"prompt": template, "completion": "{a}"})
     assert f.render({"q": "say", "c": empty, "a": "x"}, "here").text == text + "x"

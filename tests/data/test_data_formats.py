@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import json
 import lzma
 import zipfile
@@ -102,6 +103,10 @@ def test_jsonl_object_with_a_list_is_one_row(tmp_path: Path) -> None:
     [
         ('[{"a": 1},\n]', "a.json:2: broken JSON at column 1: Expecting value; remove the comma before it"),
         ('[{"a": 1,}]', "a.json:1: broken JSON at column 10: "),
+        (
+            '{"a": 1},\n{"a": 2},',
+            "a.json:1: broken JSON at column 9: Expecting value; objects that follow each other have",
+        ),
         ("[{'a': 1}]", "a.json:1: broken JSON at column 3: "),
         ('[{"a": None}]', "a.json:1: broken JSON at column 8: Expecting value; JSON has null, true and false"),
         ('[\n{"a": 1}\n// no\n]', "a.json:3: broken JSON at column 1: "),
@@ -166,6 +171,27 @@ def test_delimiter_error_names_the_record_and_the_key(tmp_path: Path) -> None:
     message, _ = error(tmp_path, "a.csv", "a;b\n1;2\n3\n")
     assert message.startswith("a.csv:3: expected 2 fields as in a.csv:1 ('a', 'b'), found 1; ")
     assert "a semicolon, quoted; data.delimiter sets another separator" in message
+
+
+def test_columns_at_the_end_without_name_and_value_are_left_out(tmp_path: Path) -> None:
+    assert load(tmp_path, "a.csv", "text,label,,\na,x,,\nb,y, ,\n").columns == {"text": ["a", "b"], "label": ["x", "y"]}
+    assert "'' appears more than once; rename one of them" in error(tmp_path, "b.csv", "text,,\na,x,y\n")[0]
+    assert load(tmp_path, "c.csv", ",text\n0,a\n").columns == {"": ["0"], "text": ["a"]}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_lines_of_white_space_are_no_records(tmp_path: Path, name: str) -> None:
+    text = "text,label\na,x\n  \nb,y\n \n".replace(",", "\t" if name == "a.tsv" else ",")
+    rows = load(tmp_path, name, text)
+    assert (rows.columns["text"], rows.positions.tolist()) == (["a", "b"], [2, 4])
+    assert load(tmp_path, "b.csv", "text\na\n \n").columns == {"text": ["a", " "]}
+
+
+def test_quote_inside_a_quoted_field_names_the_line_and_the_remedy(tmp_path: Path) -> None:
+    message, _ = error(tmp_path, "a.csv", 'text,label\n"a \\"b\\" c",x\n')
+    assert message.startswith(
+        "a.csv:2: broken csv record: a field goes on after its closing quote; write a quote inside"
+    )
 
 
 def test_text_files_of_prose_stay_text(tmp_path: Path) -> None:
@@ -258,6 +284,25 @@ def test_archives_hold_one_file(tmp_path: Path) -> None:
     assert load_rows(f"{tmp_path}/b.zip").columns == COLUMNS
     assert len(load_rows(f"{tmp_path}/b.zip:test")) == 1
     assert load_rows(f"{tmp_path}/b.zip:other.jsonl").columns == {"a": [1]}
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        archive.writestr("README.md", "about")
+        archive.writestr("messages.csv", table_text(";"))
+    assert load_rows(str(tmp_path / "d.zip")).columns == OF_TABLE
+    with zipfile.ZipFile(tmp_path / "e.zip", "w") as archive:
+        archive.writestr("messages.csv.gz", gzip.compress(table_text(";").encode()))
+    assert load_rows(str(tmp_path / "e.zip")).columns == OF_TABLE
+    for file, members, says in (
+        (
+            "f.zip",
+            {"e.zip": (tmp_path / "e.zip").read_bytes()},
+            "f.zip holds an archive or a workbook, 'e.zip'; unpack it",
+        ),
+        ("g.zip", {"a/1.txt": b"x", "b/1.txt": b"y"}, "g.zip holds 2 text files; unpack it and name the folder"),
+    ):
+        with zipfile.ZipFile(tmp_path / file, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        assert error(tmp_path, file, (tmp_path / file).read_bytes())[0] == says
     assert error(tmp_path, "c.zip", b"PK\x03\x04 no archive")[0].startswith("c.zip cannot be unpacked: ")
 
 
@@ -266,6 +311,9 @@ def test_archives_hold_one_file(tmp_path: Path) -> None:
     [
         ("a.pkl", b"\x80\x04\x95", "a.pkl is a pickle, which can run code"),
         ("a.xls", b"\xd0\xcf\x11\xe0\xa1", "a.xls is an old Excel or Word file; save the sheet as csv"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a.csv is a pointer of Git LFS"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid x\n", "a.parquet is a pointer of Git LFS"),
+        ("a.json", b"\n<!DOCTYPE HTML><html>404</html>", "a.json is a web page, such as that of a failed download"),
         ("a.tar", b"\0" * 257 + b"ustar" + b"\0" * 300, "a.tar is a tar archive; unpack it"),
     ],
 )
@@ -350,6 +398,18 @@ def write_classes(folder: Path) -> None:
         (folder / name).write_text(text)
 
 
+def test_folder_notes_files_that_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.csv", "b.xlsx", "README.md", ".hidden", "dataset_infos.json"):
+        (folder / name).write_text("text\nx\n")
+    assert notes_of(load_rows(str(folder)), tmp_path) == ["data: 1 other file is not read: 'b.xlsx'"]
+    (folder / "c.jsonl").write_text('{"text": "y"}')
+    rows = load_rows(str(folder), format="csv")
+    assert rows.columns == {"text": ["x"]}
+    assert notes_of(rows, tmp_path) == ["data: 2 other files are not read: 'b.xlsx', 'c.jsonl'"]
+
+
 def test_folder_of_texts_per_class_has_one_row_per_file(tmp_path: Path) -> None:
     write_classes(tmp_path / "train")
     rows = load_rows(str(tmp_path / "train"), classes_from_folders=True)
@@ -397,6 +457,7 @@ def test_encoding_of_a_byte_order_mark_is_used(tmp_path: Path, codec: str) -> No
         ("text,label\nM\u00fcller,x\n".encode("latin-1"), "M\u00fcller"),
         ("text,label\nab,x\n".encode("utf-16-le"), "ab"),
         ("text,label\nab,x\n".encode("utf-16-be"), "ab"),
+        ("text,label\nM\u00fcller,x\n".encode("utf-16-le"), "M\u00fcller"),
         ("text,label\n\u3053\u3093\u306b\u3061\u306f,x\n".encode("shift_jis"), "\u3053\u3093\u306b\u3061\u306f"),
     ],
 )
@@ -411,6 +472,34 @@ def test_encoding_remedy_works_when_it_is_followed(tmp_path: Path, content: byte
 def test_encoding_that_is_wrong_for_a_utf_8_file_says_so(tmp_path: Path) -> None:
     message, _ = error(tmp_path, "a.csv", "text\nM\u00fcller\n", encoding="ascii")
     assert message.endswith("; set data.encoding=utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_encoding_of_two_bytes_is_refused_for_a_utf_8_file(tmp_path: Path, encoding: str) -> None:
+    message, key = error(tmp_path, "a.txt", "even", encoding=encoding)
+    assert message == (
+        f"a.txt: not {encoding}, in which each line break has a NUL byte: it is valid utf-8; remove data.encoding"
+    )
+    assert key == "data.encoding"
+
+
+def test_encoding_that_misreads_a_utf_8_file_is_noted(tmp_path: Path) -> None:
+    rows = load(tmp_path, "a.csv", "text\nM\u00fcller\n", encoding="cp1252")
+    assert rows.column("text") == ["M\u00c3\u00bcller"]
+    assert notes_of(rows, tmp_path) == [
+        "a.csv is read as cp1252, but its 1 character is valid utf-8; remove data.encoding if the text looks wrong"
+    ]
+    assert load(tmp_path, "a.csv", b"text\nM\xfcller\n", encoding="cp1252").notes == ()
+    assert load(tmp_path, "a.csv", b"text\nMiller\n", encoding="cp1252").notes == ()
+
+
+def test_encoding_that_is_offered_shows_what_it_makes_of_a_mixed_file(tmp_path: Path) -> None:
+    message, _ = error(tmp_path, "a.csv", "text\nM\u00fcller\n".encode() + b"K\xf6hler\nK\xf6nig\n")
+    assert message.startswith("a.csv:3: not utf-8")
+    assert (
+        "reads this line as 'K\u00f6hler', but line 2 as 'M\u00c3\u00bcller', which is 'M\u00fcller' in utf-8"
+        in message
+    )
 
 
 def test_encoding_of_a_mixed_or_cut_file_offers_no_encoding(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,20 @@ def test_read_labels_of_an_unknown_column_names_the_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(["a"], "list"), ("['a']", "a list as text"), ({"a": 1}, "dict"), (b"a", "bytes")]
+    ("value", "kind"),
+    [
+        (["a"], "list"),
+        ("['a']", "a list as text"),
+        ("[1, 0.5]", "a list as text"),
+        ("[]", "a list as text"),
+        ({"a": 1}, "dict"),
+        (b"a", "bytes"),
+    ],
 )
 def test_read_labels_refuses_other_types(value: Any, kind: str) -> None:
     with pytest.raises(
         DataError,
-        match=f"^a.csv:3: expected text, a number or true/false .* found {kind}(; a row has one label here|$)",
+        match=f"^a.csv:3: expected text, a number or true/false .* found {kind}(; a row has one label here|; store the label as text$|$)",
     ):
         read_labels(rows_of(["a", value]), "label")
 
@@ -132,6 +141,7 @@ def test_labels_are_the_same_from_every_file_format(tmp_path: Path) -> None:
         ([1.0, 0.0, 1.0], ["1", "0", "1"]),
         ([0.5, 1.25, 3.0], ["0.5", "1.25", "3"]),
         ([True, False, True], ["true", "false", "true"]),
+        ([Decimal("1.00"), Decimal("0.50"), Decimal("2.125000000000000000")], ["1", "0.5", "2.125"]),
         (["b", "a", "b"], ["b", "a", "b"]),
     ):
         frame = pandas.DataFrame({"text": ["x", "y", "z"], "label": values})

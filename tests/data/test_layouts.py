@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,24 @@ def test_layout_of_plain_columns_is_plain() -> None:
         find_layout({}, ["prompt", "x"], {})
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "prompt", "completion": "chosen"}),
+        ({"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]}, {"prompt": "prompt", "completion": "chosen"}),
+        ({"prompt": "hi", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, {"messages": "chosen"}),
+        ({"chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, {"messages": "chosen"}),
+        ({"chosen": "a", "rejected": "b"}, {"text": "chosen"}),
+    ],
+)
+def test_preferences_are_refused_with_columns_that_work(row: dict[str, Any], columns: dict[str, str]) -> None:
+    shown = ", ".join(f"{part}: {column}" for part, column in columns.items())
+    with pytest.raises(DataError, match=re.escape("these rows are preferences (chosen and rejected)")) as caught:
+        find_layout({}, list(row), row)
+    assert f"set data.columns={{{shown}}}" in str(caught.value)
+    assert set(find_layout(columns, list(row), row).columns.values()) == set(columns.values())
+
+
 def test_alpaca_reads_system_input_and_history(tokenizer: Any) -> None:
     row = {"instruction": "b?", "input": "more", "output": "b", "system": "s", "history": [["a?", "a"]]}
     assert of_rows(tokenizer, row) == [
@@ -199,6 +218,37 @@ def test_alpaca_reads_system_input_and_history(tokenizer: Any) -> None:
             ["a<|im_end|>", "b<|im_end|>"],
         )
     ]
+
+
+def test_history_may_be_json_text(tokenizer: Any) -> None:
+    row = {"instruction": "b?", "output": "b"}
+    history = [["a?", "a"], ["c?", "c"]]
+    expected = of_rows(tokenizer, row | {"history": history})
+    assert len(expected[0][1]) == 3
+    assert of_rows(tokenizer, row | {"history": json.dumps(history)}) == expected
+    assert of_rows(tokenizer, row | {"history": ""}) == of_rows(tokenizer, row | {"history": math.nan})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": 4},
+        {"prompt": 1, "completion": 4},
+        {"prompt": [{"role": "user", "content": 1}], "completion": 4},
+        {"instruction": 1, "output": 4, "input": 2.5, "history": [[1, 2]]},
+        {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": 4}]},
+    ],
+)
+def test_numbers_train_the_same_as_in_a_text_file(tokenizer: Any, row: dict[str, Any]) -> None:
+    def as_text(value: Any) -> Any:
+        if isinstance(value, list):
+            return [as_text(v) for v in value]
+        return {k: as_text(v) for k, v in value.items()} if isinstance(value, dict) else str(value)
+
+    assert of_rows(tokenizer, row) == of_rows(tokenizer, as_text(row))
+    layout = find_layout({}, list(row), row)
+    if layout.style == "chat":
+        assert layout.conversation(row, "here").notes == ("numbers",)
 
 
 def test_answers_in_a_prompt_are_not_trained(tokenizer: Any) -> None:
@@ -252,10 +302,16 @@ def test_old_function_calls_equal_tool_calls(tokenizer: Any) -> None:
             "both the column 'system' and turn 1 (system) have a system message, and they differ; remove one",
         ),
         ({"messages": [ASKED, SAID], "system": 3}, "expected text in the column 'system', found 3"),
+        (
+            {"messages": [{"role": "user", "parts": [{"text": "x"}]}]},
+            "turn 1 (user): the message has no content; complete or remove it; its other keys are 'parts'",
+        ),
         ({"messages": [ASKED, SAID], "images": ["a.png"]}, "the column 'images' has images, audio or video"),
         ({"messages": [ASKED], "tools": [WEATHER], "functions": [ADD]}, "the columns 'tools' and 'functions' differ"),
-        ({"instruction": 3, "output": "x"}, "expected text in the column 'instruction', found 3"),
-        ({"instruction": "a", "output": None}, "expected text in the column 'output', found None"),
+        ({"instruction": b"3", "output": "x"}, "expected text in the column 'instruction', found b'3'"),
+        ({"instruction": "a", "output": None}, "expected text in the column 'output', found null"),
+        ({"instruction": "a", "output": "b", "history": [["q", None]]}, "text in the column 'history', found null"),
+        ({"instruction": "a", "output": "b", "history": "[[1"}, "in the column 'history' as JSON, found '[[1'"),
         ({"instruction": "a", "output": "b", "history": ["a"]}, "expected pairs of question and answer in the column"),
         (
             {"prompt": [ASKED], "completion": [{"role": "assistant"}]},
@@ -274,6 +330,13 @@ def test_system_column_may_repeat_the_system_turn(tokenizer: Any) -> None:
     assert of_rows(tokenizer, {"messages": [system, ASKED, SAID], "system": "a"}) == of_rows(
         tokenizer, {"messages": [ASKED, SAID], "system": "a"}
     )
+
+
+@pytest.mark.parametrize("empty", [None, "", "  ", math.nan, []])
+def test_empty_columns_beside_messages_say_nothing(tokenizer: Any, empty: Any) -> None:
+    row = {"messages": [ASKED, SAID]}
+    assert of_rows(tokenizer, row | {"system": empty, "tools": empty, "images": empty}) == of_rows(tokenizer, row)
+    assert of_rows(tokenizer, row | {"images": "[]"}) == of_rows(tokenizer, row)
 
 
 def test_formatter_reads_rows_of_another_layout(tokenizer: Any) -> None:

@@ -86,6 +86,7 @@ def test_nulls_are_values_in_json_text_and_fillers_in_objects() -> None:
         ({"weight": 1}, True),
         ({"weight": 0}, False),
         ({"weight": 0.0}, False),
+        ({"weight": "0.0"}, False),
         ({"loss": False}, False),
         ({"train": False, "training": False}, False),
         ({"training": "false"}, False),

@@ -81,7 +81,7 @@ def test_column_names_make_the_first_line_data(tmp_path: Path) -> None:
     assert key == "data.column_names"
     message, key = error(tmp_path, "a.csv", "a,1\n", column_names=["text", "text"])
     assert (message, key) == (
-        "data.column_names: the column name 'text' appears more than once",
+        "data.column_names: the column name 'text' appears more than once; rename one of them",
         "data.column_names",
     )
     message, key = error(tmp_path, "a.jsonl", "{}", column_names=["text"])
@@ -96,7 +96,7 @@ def test_column_names_make_the_first_line_data(tmp_path: Path) -> None:
         ('a,b\n"1\n",2\n3\n', "a.csv:4: expected 2 fields as in a.csv:1 ('a', 'b'), found 1;"),
         ("a,b\n1,2,3\n", "a.csv:2: expected 2 fields as in a.csv:1 ('a', 'b'), found 3;"),
         ('a,b\n1,2\n3,"4\n5,6\n', "a.csv:3: broken csv record: the quote that opens in this record is never closed"),
-        ('a,b\n1,"2"3\n', "a.csv:2: broken csv record: ',' expected after '\"'"),
+        ('a,b\n1,"2"3\n', "a.csv:2: broken csv record: a field goes on after its closing quote; write a quote"),
         ("a,b\n1,2\r3,4\n", "a.csv:2: broken csv record: carriage return outside quotes"),
         ("", "a.csv has no rows"),
         ("\n\n", "a.csv has no rows"),
@@ -127,7 +127,9 @@ def test_tsv_has_no_quotes(tmp_path: Path) -> None:
     assert rows.columns == {"text": ['"open', 'a "b", c'], "label": ["1", ""]}
     assert lines_of(rows) == [2, 4]
     assert error(tmp_path, "a.tsv", "a\tb\n1\n")[0].startswith("a.tsv:2: expected 2 fields as in a.tsv:1 ('a', 'b')")
-    assert error(tmp_path, "a.tsv", "a\ta\n1\t2\n")[0] == "a.tsv:1: the column name 'a' appears more than once"
+    assert error(tmp_path, "a.tsv", "a\ta\n1\t2\n")[0] == (
+        "a.tsv:1: the column name 'a' appears more than once; rename one of them"
+    )
 
 
 @pytest.mark.parametrize("file", ["a.jsonl", "a.ndjson"])

@@ -54,6 +54,16 @@ def test_file_that_is_missing_names_the_nearest(folder: Path, monkeypatch: pytes
     assert key == "data.eval"
 
 
+def test_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, pattern: str) -> None:
+        raise PermissionError(13, "Permission denied", str(self / "private"))
+
+    monkeypatch.setattr(Path, "rglob", refuse)
+    message, key = error(folder, key="data.eval")
+    assert message == f"the folder {folder} cannot be read: Permission denied: {folder}/private"
+    assert key == "data.eval"
+
+
 def test_folder_that_is_missing_is_named(folder: Path) -> None:
     assert (
         error(folder / "no" / "x.csv")[0]
@@ -62,6 +72,12 @@ def test_folder_that_is_missing_is_named(folder: Path) -> None:
     assert error("~nobody-of-this-name/x")[0].endswith("the folder ~nobody-of-this-name does not exist")
     assert error("a/b/c")[0] == "'a/b/c': no such file, and the folder a/b does not exist"
     assert "no such file" in error("./no-ending")[0]
+    assert (
+        error("https://x.org/a.csv")[0]
+        == "'https://x.org/a.csv' is an address; download the file and name the local copy"
+    )
+    for pattern in ("data/*", "part-?.csv", str(folder / "*.csv")):
+        assert error(pattern)[0].startswith(f"{pattern!r}: patterns are not expanded; name a folder")
     assert "no such file" in error("no-ending", format="csv")[0]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import peftlab
+from peftlab.api.check import check
 from peftlab.api.distill import distill
 from peftlab.api.train import train
 from peftlab.assembly.data import load_data
@@ -90,6 +91,19 @@ def test_headline_that_is_no_metric_is_refused_before_training(untaught: Path, n
     recipe = digits(untaught, {"headline": name})
     with pytest.raises(RecipeError, match="expected a metric of the report card"):
         distill(recipe, progress=SilentProgress())
+    assert not (untaught / "run").exists()
+
+
+def test_headline_of_a_class_without_held_out_rows_is_refused_before_training(untaught: Path) -> None:
+    few = {"eval": "sklearn:digits:test#2"}
+    present = set(map(str, load_data(load_recipe(digits(untaught, **few)).recipe).eval.columns["label"]))
+    absent = next(digit for digit in "0123456789" if digit not in present)
+    for run in (distill, check):
+        with pytest.raises(
+            RecipeError, match=f"no held-out row has the class '{absent}', so recall_{absent} cannot"
+        ) as caught:
+            run(digits(untaught, {"headline": f"recall_{absent}"}, **few), progress=SilentProgress())
+        assert caught.value.key == "distill.headline"
     assert not (untaught / "run").exists()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from peftlab.data import BatchPlan, Rows
+from peftlab.data.findings import find
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError, RecipeError
 from peftlab.tasks.classification import Labels
@@ -105,6 +106,13 @@ def test_class_weights_must_name_every_class(tokenizer: Any) -> None:
         SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights={"pos": 1.0, "neg": 1.0}))
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_class_weights_must_be_above_zero(tokenizer: Any, weight: float) -> None:
+    with pytest.raises(RecipeError, match=r"expected a weight above 0 for the class 'mid', found .*data\.exclude") as e:
+        SequenceClassification(tokenizer, labels=Labels(NAMES, class_weights={"pos": 1.0, "neg": 1.0, "mid": weight}))
+    assert e.value.key == "train.class_weights"
+
+
 def test_label_that_training_did_not_have_is_refused(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer, labels=Labels(["neg", "pos"]))
     with pytest.raises(
@@ -176,3 +184,12 @@ def test_empty_text_names_its_row_or_trains(
     else:
         place = "a.csv:2" if np.isfinite(step_loss(task, model, encoded, grouping, 1)) else ""
     assert "a.csv:2" in place
+
+
+def test_numbers_are_read_as_text_and_noted(tokenizer: Any) -> None:
+    task = SequenceClassification(tokenizer, labels=Labels(["a", "b"]))
+    numbers, texts = (encode(task, rows_of(values, ["a", "b"])) for values in ([5, 2.5], ["5", "2.5"]))
+    assert [e.ids.tolist() for e in numbers.examples] == [e.ids.tolist() for e in texts.examples]
+    assert [f.message for f in find(numbers.ledger) if f.kind == "numbers"] == ["numbers are read as text (2 rows)"]
+    with pytest.raises(DataError, match=r"a\.csv:3: expected text, found \['x'\]"):
+        encode(task, rows_of(["x", ["x"]], ["a", "b"]))
