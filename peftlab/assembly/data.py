@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peftlab.data import Rows, balanced_rows, class_names, label_text, load_rows, read_labels, split_rows
-from peftlab.errors import DataError, listed
+from peftlab.errors import DataError, RecipeError, listed
 from peftlab.recipe import Recipe
 
 # Rows, and whether they need a label -> why rows lack what the task needs, by index.
@@ -156,13 +156,20 @@ def _chosen(recipe: Recipe, rows: Rows) -> Rows:
     if not recipe.data.balance:
         return rows
     labels = read_class_labels(recipe, rows, all_names_used=False)
-    kept = balanced_rows(labels, seed=data_seed(recipe))
+    shares = recipe.data.balance if isinstance(recipe.data.balance, dict) else None
+    if shares is not None and shares.keys() != set(labels):
+        raise RecipeError(
+            f"expected a share of each class ({listed(sorted(set(labels)))}), found {listed(list(shares))}",
+            key="data.balance",
+        )
+    kept = balanced_rows(labels, shares=shares, seed=data_seed(recipe))
     out = np.setdiff1d(np.arange(len(rows)), kept)
     if not len(out):
         return rows
+    than = "the rarest" if shares is None else "its share"
     left_out = {
         **rows.left_out,
-        "of a class with more rows than the rarest (data.balance)": [rows.where(int(i)) for i in out],
+        f"of a class with more rows than {than} (data.balance)": [rows.where(int(i)) for i in out],
     }
     return dataclasses.replace(rows.select(kept), left_out=left_out)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -48,15 +48,17 @@ def split_rows(
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
 
 
-def balanced_rows(labels: Sequence[str], *, seed: int = 0) -> IntArray:
-    """Ascending indices of as many rows of each class as the rarest has; the same arguments draw the same rows.
+def balanced_rows(labels: Sequence[str], *, shares: Mapping[str, float] | None = None, seed: int = 0) -> IntArray:
+    """Ascending indices of rows of which each class has its share, as many as there are; the same arguments draw the same.
 
-    Args: labels: [N] the class of each row, N >= 1.
+    Args: labels: [N] the class of each row, N >= 1. shares: of each class, above 0; default: equal ones.
     """
-    members = _members(labels)
+    members, names = _members(labels), sorted(set(labels))
+    parts = [1.0 if shares is None else shares[name] for name in names]
+    whole = min(len(rows) / part for rows, part in zip(members, parts, strict=True))
     rng = np.random.default_rng(seed)
-    fewest = min(map(len, members))
-    return np.sort(np.concatenate([rng.permutation(rows)[:fewest] for rows in members]))
+    counts = [max(1, round(whole * part)) for part in parts]
+    return np.sort(np.concatenate([rng.permutation(rows)[:n] for rows, n in zip(members, counts, strict=True)]))
 
 
 def _members(labels: Sequence[str]) -> list[IntArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -175,10 +176,10 @@ class DataSection(Section):
         description="leave rows with one of these values in this column out of training, such as {label: [spam]}; "
         "their classes remain classes, and held-out rows keep them",
     )
-    balance: bool = Field(
+    balance: bool | dict[str, float] = Field(
         False,
-        description="train on as many rows of each class as the rarest has, drawn with data.seed; held-out rows stay as "
-        "they are",
+        description="train on as many rows of each class as the rarest has, or on a share of each class, such as "
+        "{spam: 2, ham: 1}; drawn with data.seed; held-out rows stay as they are",
     )
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(
@@ -218,6 +219,18 @@ class DataSection(Section):
         if character is not None and (len(character) != 1 or character in '\r\n"'):
             raise ValueError(f"expected one character, or {', '.join(DELIMITER_NAMES)}; found {value!r}")
         return character
+
+    @field_validator("balance")
+    @classmethod
+    def _shares_are_positive(cls, value: bool | dict[str, float]) -> bool | dict[str, float]:
+        if isinstance(value, dict):
+            if wrong := next((name for name, share in value.items() if not 0 < share < math.inf), None):
+                raise ValueError(
+                    f"the share of {wrong!r} is {value[wrong]:g}; data.exclude leaves a class out of training"
+                )
+            if not value:
+                raise ValueError("an empty mapping has no share of any class; write true")
+        return value
 
     @field_validator("exclude", mode="before")
     @classmethod

@@ -42,7 +42,7 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
     if recipe.data.empty != "error":
         split["empty"] = recipe.data.empty
     if recipe.data.balance:
-        split["balance"] = True
+        split["balance"] = recipe.data.balance
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins", "control_tokens"})
     template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.generates else None
     by_image = assembly.spec.reader == "image processor"

@@ -12,7 +12,7 @@ import pytest
 
 import peftlab
 from peftlab.assembly import Assembly
-from peftlab.errors import DataError
+from peftlab.errors import DataError, RecipeError
 from peftlab.recipe import load_recipe
 from peftlab.training.progress import SilentProgress
 
@@ -185,6 +185,18 @@ def test_data_balance_trains_on_equally_many_rows_of_each_class_and_keeps_the_he
         "dropped: of a class with more rows than the rarest (data.balance)": (18 if split == "part" else 24) - fewest
     }
     assert not report["held_out"]["left_out"]
+
+
+def test_data_balance_gives_each_class_its_share() -> None:
+    rows = [{"text": f"text {i}", "label": kind} for i, kind in enumerate(KINDS)]
+    report = check(recipe("seq_cls", rows, balance={"spam": 3, "ham": 1.5}, eval_rows=8))
+    assert {e["label"]: e["rows"] for e in report["train"]["labels"]} == {"ham": 3, "spam": 6}
+    (reason,) = left_out(report["train"])
+    assert reason == "dropped: of a class with more rows than its share (data.balance)"
+    with pytest.raises(RecipeError, match=r"expected a share of each class \('ham', 'spam'\), found 'spam'"):
+        check(recipe("seq_cls", rows, balance={"spam": 3}))
+    with pytest.raises(RecipeError, match=r"the share of .ham. is 0; data\.exclude leaves"):
+        check(recipe("seq_cls", rows, balance={"spam": 3, "ham": 0}))
 
 
 def test_data_balance_counts_the_rows_that_data_exclude_leaves() -> None:
