@@ -27,7 +27,7 @@ SPAM = [
     "Claim your free ringtone now, reply YES",
     "Hot singles in your area want to meet you, text back now",
     "Limited offer: 50% off all phones today only, call 0800 123 456",
-    "Your account has been suspended, verify your details at http://secure-bank-login.com",
+    "You have been selected for a cash prize of 5000 pounds, reply CLAIM now",
     "Earn $500 a day working from home, no experience needed, sign up now",
     "Get a cheap loan today, no credit check, reply YES",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import string
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ _NEW_TOKENS = 256
 
 
 class Chat:
-    """A conversation with a run or a model that has a chat template.
+    """A conversation with a run or a model.
+
+    A message is written into ``data.template`` of the recipe as in training, if its question has one column. With a template
+    of prompt and completion, the model reads each message alone; otherwise it reads the conversation in its chat template.
 
     Args:
         target, recipe, overrides: as for ``evaluate``.
@@ -57,15 +61,23 @@ class Chat:
             self.max_new_tokens = max_new_tokens or min(_NEW_TOKENS, max(1, self._opened.model_limit // 2))
             check_room_to_answer(self.max_new_tokens, self._opened.assembly)
             self._task = cast(Generates, self._opened.task)
-            if not self._task.tokenizer.chat_template:
+            template = resolved.loaded.recipe.data.template
+            self._alone = template is not None and template.prompt is not None
+            if not self._alone and not self._task.tokenizer.chat_template:
                 raise RecipeError("the tokenizer has no chat template; use predict", key="model.chat_template")
-        template = resolved.loaded.recipe.data.template
+        asked = (template.prompt or template.user or "") if template else ""
+        columns = {name for _, name, _, _ in string.Formatter().parse(asked) if name is not None}
+        self._asked, self._column = (asked, columns.pop()) if len(columns) == 1 else ("{text}", "text")
         constant = template.system if template and template.system and "{" not in template.system else None
         self._start = [{"role": "system", "content": text}] if (text := system or constant) else []
         self._sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         )
         self.notes = list(resolved.loaded.notes)
+        if self._alone:
+            self.notes.append(f"the model reads each message alone, as in training: {asked!r}")
+            if system:
+                self.notes.append("a system message has no effect: the model was trained on text without messages")
         self.messages: list[dict[str, str]] = list(self._start)
 
     def reset(self) -> None:
@@ -81,7 +93,7 @@ class Chat:
 
         opened = self._opened
         turns = [*self.messages, {"role": "user", "content": text}]
-        inputs = self._fitting(turns)
+        inputs = self._fitting(turns[-1:] if self._alone else turns)
         streamer = _streamer(self._task)
         stop, failure = threading.Event(), []
 
@@ -136,8 +148,19 @@ class Chat:
 
     def _encoded(self, turns: list[dict[str, str]]) -> torch.Tensor:
         tokenizer = self._task.tokenizer
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
+        written = [
+            {**turn, "content": self._asked.format(**{self._column: turn["content"]})}
+            if turn["role"] == "user"
+            else turn
+            for turn in turns
+        ]
+        if self._alone:
+            prompt = written[-1]["content"]
+        else:
+            prompt = tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True)
+        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=self._alone, verbose=False)[
+            "input_ids"
+        ]
         return ids
 
 

@@ -179,7 +179,7 @@ class DataSection(Section):
     balance: bool | dict[str, float] = Field(
         False,
         description="train on as many rows of each class as the rarest has, or on a share of each class, such as "
-        "{spam: 2, ham: 1}; drawn with data.seed; held-out rows stay as they are",
+        "{spam: 2, ham: 1}; drawn with data.seed, before rows are dropped as too long; held-out rows stay as they are",
     )
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(

@@ -123,6 +123,41 @@ def test_chat_uses_the_limit_of_the_model_and_leaves_out_old_turns(writer: Path)
     assert len(chat.notes) == 1 and chat.notes[0].endswith("its start is cut")
 
 
+@pytest.mark.parametrize(
+    ("template", "read"),
+    [
+        (
+            {"prompt": "Word: {word}\nKind:\n", "completion": "{kind}", "user": None, "assistant": None},
+            "Word: sky\nKind:\n",
+        ),
+        ({"user": "Word: {word}"}, "<|im_start|>user\nWord: sky<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+    ids=["alone", "conversation"],
+)
+def test_chat_writes_a_message_as_training_did(
+    trained: Any, monkeypatch: pytest.MonkeyPatch, template: dict[str, Any], read: str
+) -> None:
+    document = recipe(**SHORT)
+    document["data"] = {**recipe()["data"], "max_length": 64}
+    document["data"]["template"] = {**document["data"]["template"], **template}
+    monkeypatch.chdir(trained(document, write_data))
+    chat = peftlab.Chat("run")
+    seen: list[str] = []
+    generate = chat._opened.model.generate
+    decode = chat._task.tokenizer.decode
+
+    def watched(**inputs: Any) -> Any:
+        seen.append(decode(inputs["input_ids"][0]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(chat._opened.model, "generate", watched)
+    for text in ("red", "sky"):
+        "".join(chat.reply(text))
+    assert seen[1].endswith(read) and ("red" in seen[1]) == (template.get("prompt") is None)
+    assert [turn["content"] for turn in chat.messages if turn["role"] == "user"] == ["red", "sky"]
+    assert any("reads each message alone" in note for note in chat.notes) == (template.get("prompt") is not None)
+
+
 def test_chat_streams_the_same_text_of_an_answer_as_predict(writer: Path) -> None:
     task = peftlab.Chat("run")._task
     task.tokenizer.add_tokens(["<A>"], special_tokens=True)
