@@ -51,10 +51,12 @@ def small(name: str) -> list[str]:
     recipe = load_recipe(name).recipe
     source = recipe.data.train.partition("#")[0]
     overrides = [f"model.name={TINY[recipe.task]}", "train.epochs=", "train.max_steps=2", "run.dir=run"]
+    if recipe.adapter.targets != "all-linear":
+        overrides += ["adapter.targets=all-linear"]  # a tiny model has other layers
     if not source.endswith("smoke.jsonl"):
         overrides += [f"data.train={source}#90"]
         overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
-        overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#24"] if recipe.data.eval else []
+        overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#60"] if recipe.data.eval else []
         if recipe.task != "image_cls":
             overrides += ["data.too_long=truncate", "data.max_length=400"]
     return overrides

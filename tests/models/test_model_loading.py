@@ -92,7 +92,7 @@ def test_evaluating_first_does_not_change_the_gradients(tiny: Callable[..., Any]
 def test_evaluating_first_breaks_training_without_the_guard(
     tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_module, "_keep_storage_layout", lambda model: None)
+    monkeypatch.setattr(load_module, "_keep_storage_layout", lambda model, compute: None)
     with pytest.raises((AssertionError, RuntimeError)):
         test_evaluating_first_does_not_change_the_gradients(tiny, "nf4", "reference")
 
