@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,13 @@ from peftlab.data import Ledger, Rows, Tokens, answered, check_ids, eval_batches
 from peftlab.data.chat import Formatter
 from peftlab.data.chat_template import Rendered
 from peftlab.data.values import EmptyValueError, is_empty
-from peftlab.errors import DataError, listed
+from peftlab.errors import DataError
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, collate, padded_inputs
+from peftlab.tasks.choices import Choices
 from peftlab.tasks.example import Encoded, Example
+from peftlab.tasks.generation import Generator, sampling_kwargs
 from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, unusable_rows
 from peftlab.tasks.lm_head import LMHead
 from peftlab.tasks.outputs import Outputs, cross_entropy
@@ -27,9 +28,6 @@ from peftlab.tasks.preview import Preview, preview
 
 # Positions scored at once: 256 x 49,152 float32 logits are 48 MiB.
 _SCORE_CHUNK = 256
-# Difference of logits, relative to the largest, between a prompt alone and padded: 16 bits round by 1 to 3 %, a model that
-# reads padding is off by more than half.
-_PROMPT_TOLERANCE = 0.1
 
 
 class CausalLM:
@@ -59,8 +57,7 @@ class CausalLM:
         self.tokenizer = self.files = tokenizer
         self._num_embeddings = num_embeddings
         self.formatter = formatter
-        self.class_names = list(choices) if choices else None
-        self._choice_ids: list[tuple[int, ...]] | None = None
+        self._choices = Choices(choices) if choices else None
         added = tokenizer.added_tokens_decoder
         special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         # Another special token in an answer, such as a label, does not end it.
@@ -70,7 +67,7 @@ class CausalLM:
         self.silent_ids = frozenset(
             {*self._stop_ids, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
         )
-        self._pads_prompts: dict[int, bool] = {}
+        self._generator = Generator(pad_id=tokenizer.pad_token_id, stop_ids=self._stop_ids)
         self._head = LMHead(head_loss)
 
     @classmethod
@@ -90,6 +87,10 @@ class CausalLM:
         return dict(sorted((_unwritten(rows, _formatter(parts)) | blank_values(rows, label)).items()))
 
     @property
+    def class_names(self) -> list[str] | None:
+        return self._choices.names if self._choices else None
+
+    @property
     def read_columns(self) -> set[str]:
         return self.formatter.read_columns
 
@@ -101,16 +102,16 @@ class CausalLM:
     ) -> Encoded:
         self.formatter.recognise(rows)
         ledger = self._ledger(rows, max_length=max_length, too_long=too_long)
-        if self.class_names and len(rows):
-            self._choice_ids = self._encode_choices(rows)
+        if self._choices and len(rows):
+            self._encode_choices(self._choices, rows)
         examples: list[Example] = []
         for first, rendered in pieces(rows, self._render):
             tokens = self._tokenize(rendered)
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
             trained = tokens.num_trained(kept)
             # A truncated choice is no longer one of the choices.
-            kept[(trained == 0) | (bool(self.class_names) & (trained < tokens.num_trained(tokens.lengths)))] = 0
-            labels = self._labels(rows, first, tokens, kept) if self.class_names else None
+            kept[(trained == 0) | (bool(self._choices) & (trained < tokens.num_trained(tokens.lengths)))] = 0
+            labels = self._choices.labels(rows, first, tokens, kept, self.tokenizer) if self._choices else None
             ledger.add(first, tokens, kept, labels)
             if keep:
                 examples += _examples(first, tokens, kept, trained, labels)
@@ -161,40 +162,10 @@ class CausalLM:
             control=self.formatter.control,
         )
 
-    def _encode_choices(self, rows: Rows) -> list[tuple[int, ...]]:
-        """Token ids of each choice after a prompt, with its end token, so that no choice is a prefix of another."""
-        assert self.class_names is not None
+    def _encode_choices(self, choices: Choices, rows: Rows) -> None:
         row, where = rows.row(0), rows.where(0)
-        before = self._prompt_ids([self.formatter.render_prompt(row, where)])[0]
-        tokens = self._tokenize([self.formatter.render_answer(row, where, c) for c in self.class_names])
-        for i, choice in enumerate(self.class_names):
-            choice_ids = tokens.ids[tokens.row(i)]
-            if choice_ids[: len(before)].tolist() != before.tolist():
-                raise DataError(
-                    f"the choice {choice!r} merges with the end of the prompt when tokenized; end the prompt with a "
-                    "line break or begin the choice with a space",
-                    key="eval.choices",
-                )
-        spans = [tokens.row(i) for i in range(len(tokens))]
-        return [tuple(tokens.ids[span][tokens.trained[span]].tolist()) for span in spans]
-
-    def _labels(self, rows: Rows, first: int, tokens: Tokens, kept: np.ndarray) -> np.ndarray:
-        """[N] index of the choice in each row's answer; -1 for rows that are left out."""
-        labels = np.full(len(tokens), -1, dtype=np.int64)
-        for i in np.flatnonzero(kept).tolist():
-            span = tokens.row(i)
-            labels[i] = self._label(rows, first + i, tuple(tokens.ids[span][tokens.trained[span]].tolist()))
-        return labels
-
-    def _label(self, rows: Rows, i: int, tokens: tuple[int, ...]) -> int:
-        assert self._choice_ids is not None and self.class_names is not None
-        if tokens in self._choice_ids:
-            return self._choice_ids.index(tokens)
-        raise DataError(
-            f"{rows.where(i)}: the completion {self.tokenizer.decode(tokens, skip_special_tokens=True)!r} is not one of eval.choices: "
-            f"{listed(self.class_names)}",
-            key="eval.choices",
-        )
+        prompt = self._prompt_ids([self.formatter.render_prompt(row, where)])[0]
+        choices.encode(prompt, self._tokenize([self.formatter.render_answer(row, where, c) for c in choices.names]))
 
     def _prompt_ids(self, prompts: Sequence[Rendered]) -> list[np.ndarray]:
         chat = self.formatter.style == "chat"
@@ -269,43 +240,17 @@ class CausalLM:
             "rows_right": (misses == 0).tolist(),
             "rows": [True] * len(misses),
         }
-        if self.class_names:
+        if self._choices:
             assert batch.labels is not None
             prefixes = [
                 row[: int(mask.to(torch.uint8).argmax())]
                 for row, mask in zip(batch.input_ids, batch.trained, strict=True)
             ]
             first = torch.cat([row_of.new_tensor([True]).bool(), row_of[1:] != row_of[:-1]])
-            chosen = self._choose(model, prefixes, self._head.logits(model, hidden[first]))
+            chosen = self._choices.choose(model, self._head, prefixes, self._head.logits(model, hidden[first]))
             scores["predictions"] = [index for index, _ in chosen]
             scores["references"] = batch.labels.tolist()
         return scores
-
-    def _choose(self, model: nn.Module, prefixes: list[Tensor], logits: Tensor) -> list[tuple[int, float]]:
-        """The choice of each row by greedy decoding constrained to the choices, with its probability.
-
-        Args: prefixes: token ids before the answer. logits: [B, V] at the last of them. If the choices begin with
-        different tokens, which is usual, no further forward pass is needed.
-        """
-        assert self._choice_ids is not None
-        results = []
-        for prefix, row_logits in zip(prefixes, logits, strict=True):
-            alive, depth, probability = list(range(len(self._choice_ids))), 0, 1.0
-            while True:
-                tokens = sorted({self._choice_ids[c][depth] for c in alive})
-                if len(tokens) > 1:
-                    probs = row_logits[tokens].softmax(-1)
-                    best = int(probs.argmax())
-                    probability *= float(probs[best])
-                    alive = [c for c in alive if self._choice_ids[c][depth] == tokens[best]]
-                if len(alive) == 1:
-                    results.append((alive[0], probability))
-                    break
-                prefix = torch.cat([prefix, prefix.new_tensor([self._choice_ids[alive[0]][depth]])])
-                depth += 1
-                hidden = self._head.hidden_states(model, {"input_ids": prefix[None]})
-                row_logits = self._head.logits(model, hidden[0, -1:])[0]
-        return results
 
     def row_from_text(self, text: str) -> dict[str, Any]:
         return self.formatter.prompt_row(text)
@@ -320,19 +265,20 @@ class CausalLM:
         return problems | {i: EMPTY_TEXT for i, length in zip(rest, lengths, strict=True) if not length}
 
     def no_result(self) -> dict[str, Any]:
-        return {"label": None, "probability": None} if self.class_names else {"text": None}
+        return {"label": None, "probability": None} if self._choices else {"text": None}
 
     @torch.no_grad()
     def predict(
         self, model: nn.Module, rows: Rows, *, batch_tokens: int, max_length: int, **sampling: Any
     ) -> Iterator[dict[str, Any]]:
         """Yields ``{"label", "probability"}`` per row with choices, otherwise ``{"text"}`` as ``generate``."""
-        if not self.class_names:
+        if not self._choices:
             yield from self.generate(model, rows, batch_tokens=batch_tokens, max_length=max_length, **sampling)
             return
         whole = self._rows_prompt_ids(rows)
-        self._choice_ids = self._choice_ids or self._encode_choices(rows)
-        results = self._predict_choices(model, [row[-max_length:] for row in whole], batch_tokens)
+        if not self._choices.encoded:
+            self._encode_choices(self._choices, rows)
+        results = self._predict_choices(model, self._choices, [row[-max_length:] for row in whole], batch_tokens)
         yield from (result | _cut(row, max_length) for row, result in zip(whole, results, strict=True))
 
     @torch.no_grad()
@@ -352,10 +298,13 @@ class CausalLM:
         Args: temperature: 0 decodes greedily. A prompt without room for the answer is truncated at its start, and ``note``
             says so.
         """
-        sampling = _sampling(temperature, top_p)
+        sampling = sampling_kwargs(temperature, top_p)
         whole, room = self._rows_prompt_ids(rows), max(1, max_length - max_new_tokens)
         ids = [row[-room:] for row in whole]
-        results = {i: self.text_of(a) for i, a in self._written(model, ids, batch_tokens, max_new_tokens, sampling)}
+        answers = self._generator.write(
+            model, ids, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        results = {i: self.text_of(answer) for i, answer in answers}
         yield from ({"text": results[i].strip()} | _cut(row, room) for i, row in enumerate(whole))
 
     @torch.no_grad()
@@ -373,8 +322,18 @@ class CausalLM:
         the answer was truncated at ``max_new_tokens``. Tokens are drawn from the model's own distribution at that
         temperature, unless its generation_config sets something else.
         """
-        sampling = _sampling(temperature, top_p) | ({"top_k": 0} if temperature else {})  # transformers' default is 50
-        yield from self._written(model, self._rows_prompt_ids(rows), batch_tokens, max_new_tokens, sampling)
+        # transformers' default is a top_k of 50
+        sampling = sampling_kwargs(temperature, top_p) | ({"top_k": 0} if temperature else {})
+        yield from self._generator.write(
+            model,
+            self._rows_prompt_ids(rows),
+            batch_tokens=batch_tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
+
+    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        return self._generator.kwargs(max_new_tokens, sampling)
 
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """The number of tokens before the answer of each row."""
@@ -388,21 +347,6 @@ class CausalLM:
         """Whether the last token of an answer can end it."""
         return len(answer) > 0 and int(answer[-1]) in self._stop_ids
 
-    def _written(
-        self,
-        model: nn.Module,
-        ids: list[np.ndarray],
-        batch_tokens: int,
-        max_new_tokens: int,
-        sampling: Mapping[str, Any],
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        # Padding costs less than another batch, which reads all weights again for each new token.
-        lengths = [len(row) + max_new_tokens for row in ids]
-        padded = len(set(lengths)) == 1 or self._prompts_can_be_padded(model, ids)
-        for part in eval_batches(lengths, batch_tokens, max_padding=math.inf if padded else 0):
-            answers = self._generate(model, [ids[i] for i in part], max_new_tokens, sampling)
-            yield from zip(part.tolist(), answers, strict=True)
-
     def _rows_prompt_ids(self, rows: Rows) -> list[np.ndarray]:
         self.formatter.recognise(rows, answer=False)
         ids = self._prompt_ids([self.formatter.render_prompt(rows.row(i), rows.where(i)) for i in range(len(rows))])
@@ -410,8 +354,9 @@ class CausalLM:
             check_ids(self.tokenizer, row, self._num_embeddings, rows.where(i))
         return ids
 
-    def _predict_choices(self, model: nn.Module, ids: list[np.ndarray], batch_tokens: int) -> Iterator[dict[str, Any]]:
-        assert self.class_names is not None
+    def _predict_choices(
+        self, model: nn.Module, choices: Choices, ids: list[np.ndarray], batch_tokens: int
+    ) -> Iterator[dict[str, Any]]:
         device = next(model.parameters()).device
         results: dict[int, dict[str, Any]] = {}
         for part in eval_batches([len(row) for row in ids], batch_tokens):
@@ -420,66 +365,9 @@ class CausalLM:
             last = torch.tensor([len(ids[i]) - 1 for i in part], device=device)
             logits = self._head.logits(model, hidden[torch.arange(len(part), device=device), last])
             prefixes = [torch.as_tensor(ids[i], device=device, dtype=torch.int64) for i in part]
-            for i, (choice, probability) in zip(part, self._choose(model, prefixes, logits), strict=True):
-                results[int(i)] = {"label": self.class_names[choice], "probability": probability}
+            for i, (choice, probability) in zip(part, choices.choose(model, self._head, prefixes, logits), strict=True):
+                results[int(i)] = {"label": choices.names[choice], "probability": probability}
         yield from (results[i] for i in range(len(ids)))
-
-    @torch.no_grad()
-    def _prompts_can_be_padded(self, model: nn.Module, ids: list[np.ndarray]) -> bool:
-        """Whether the model ignores padding before a prompt: the logits after the shortest prompt, padded to the longest,
-        are those after the prompt alone. Recurrent models without a mask and some learned positions fail."""
-        if id(model) not in self._pads_prompts:
-            short, long = min(ids, key=len), max(ids, key=len)
-            short = short[-_SCORE_CHUNK:]
-            long = long[-2 * _SCORE_CHUNK :]
-            padded = np.append(np.full(len(long) - len(short), self.tokenizer.pad_token_id), short)
-            mask = np.arange(len(long)) >= len(long) - len(short)
-            alone = self._next_logits(model, short, np.ones(len(short)))
-            error = float((self._next_logits(model, padded, mask) - alone).abs().max())
-            self._pads_prompts[id(model)] = error <= _PROMPT_TOLERANCE * float(alone.abs().max())
-        return self._pads_prompts[id(model)]
-
-    def _next_logits(self, model: nn.Module, ids: np.ndarray, mask: np.ndarray) -> Tensor:
-        """[V] float32 logits of the token that ``generate`` draws first."""
-        device = next(model.parameters()).device
-        out = cast(Callable[..., Any], model.generate)(
-            input_ids=torch.as_tensor(ids[None], dtype=torch.int64, device=device),
-            attention_mask=torch.as_tensor(mask[None], dtype=torch.int64, device=device),
-            output_logits=True,
-            return_dict_in_generate=True,
-            **self.generation_kwargs(1, _sampling(0.0, 1.0)),
-        )
-        logits: Tensor = out.logits[0][0].float()
-        return logits
-
-    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of ``generate``, which stops at every token that can end an answer."""
-        return {
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": sorted(self._stop_ids),
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **sampling,
-        }
-
-    def _generate(
-        self, model: nn.Module, ids: list[np.ndarray], max_new_tokens: int, sampling: Mapping[str, Any]
-    ) -> list[np.ndarray]:
-        """The tokens of each answer, up to and including the first that ends it."""
-        device = next(model.parameters()).device
-        longest = max(map(len, ids))
-        tokens = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for i, row in enumerate(ids):
-            tokens[i, longest - len(row) :] = torch.as_tensor(row, dtype=torch.int64)
-            mask[i, longest - len(row) :] = 1
-        out = cast(Callable[..., Tensor], model.generate)(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            **self.generation_kwargs(max_new_tokens, sampling),
-        )
-        answers = out[:, longest:].cpu().numpy()
-        stops = np.isin(answers, list(self._stop_ids))
-        return [row[: int(at.argmax()) + 1] if at.any() else row for row, at in zip(answers, stops, strict=True)]
 
 
 def _formatter(parts: TaskParts) -> Formatter:
@@ -509,12 +397,6 @@ def _unwritten(rows: Rows, formatter: Formatter) -> dict[int, str]:
 def _cut(prompt: np.ndarray, room: int) -> dict[str, str]:
     """``{"note": ...}`` for a prompt that is longer than ``room`` tokens; else {}."""
     return {} if len(prompt) <= room else {"note": f"cut to the last {room:,} of {len(prompt):,} tokens of the prompt"}
-
-
-def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    if not temperature:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
 
 def _examples(

@@ -18,6 +18,7 @@ from peftlab.data.rows import Origin
 from peftlab.errors import DataError, RecipeError
 from peftlab.tasks import Batch
 from peftlab.tasks.causal_lm import CausalLM
+from peftlab.tasks.choices import Choices
 from peftlab.tasks.lm_head import LMHead
 
 EOS = "<|im_end|>"
@@ -377,7 +378,7 @@ def test_choices_agree_with_constrained_decoding(
 def test_choices_that_are_always_the_first_are_caught(
     tokenizer: Any, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CausalLM, "_choose", lambda self, model, prefixes, logits: [(0, 1.0)] * len(prefixes))
+    monkeypatch.setattr(Choices, "choose", lambda self, model, head, prefixes, logits: [(0, 1.0)] * len(prefixes))
     with pytest.raises(AssertionError):
         test_choices_agree_with_constrained_decoding(tokenizer, tiny, ["ham", "spam"], CHAT)
 

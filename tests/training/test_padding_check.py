@@ -15,6 +15,7 @@ from peftlab.errors import RecipeError
 from peftlab.models import padding_of, reconcile
 from peftlab.tasks import Example
 from peftlab.tasks.causal_lm import CausalLM
+from peftlab.tasks.generation import Generator
 from peftlab.tasks.classification import Labels
 from peftlab.tasks.embedding import POOLINGS, Embedding
 from peftlab.tasks.seq_cls import SequenceClassification
@@ -165,4 +166,5 @@ def test_prompts_are_padded_unless_the_model_reads_padding(tokenizer: Any) -> No
     ids = [np.arange(5, 35), np.arange(40, 47)]
     for name, padded in [("LlamaConfig", True), ("BloomConfig", True), ("MambaConfig", True), ("RwkvConfig", False)]:
         model, task = writer(tokenizer, name)
-        assert task._prompts_can_be_padded(model, ids) is padded, name
+        generator = Generator(pad_id=task.tokenizer.pad_token_id, stop_ids=[0])
+        assert generator.ignores_padding(model, ids) is padded, name
