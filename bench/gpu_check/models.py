@@ -10,11 +10,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bench import ROOT
 from bench.gpu_check.base import Deadline, Device, Row, Task
+
+if TYPE_CHECKING:
+    from peftlab.evaluation.agreement import Agreement
 
 TESTS = ["tests/ops", "tests/adapters/test_fused.py"]
 DRY_TESTS = ["tests/ops/test_linear_losses.py", "-k", "do_not_change_their_inputs"]
@@ -79,7 +84,7 @@ def _tiny_step(device: Device, quantize: str, dropout: float) -> Row:
 
 
 def smoke_recipe(device: Device) -> Iterator[Task]:
-    """Trains, merges and verifies, with the parity gate. The same recipe twice gives the same adapter bytes."""
+    """Trains, merges, verifies and opens again on the CPU, with the parity gate. The same recipe twice gives the same bytes."""
     for quantize in device.pick(("none", "nf4", "int8"), ("none",)):
         what = {"check": "smoke recipe", "quantize": quantize}
         yield Task(what, partial(_smoke, device, quantize), seconds=20)
@@ -101,14 +106,29 @@ def _smoke(device: Device, quantize: str) -> Row:
         runs = [peftlab.train("smoke", [f"run.dir={folder}/{i}", *changes]) for i in range(2)]
         same = len({(r.adapter / "adapter_model.safetensors").read_bytes() for r in runs}) == 1
         summary = runs[0].summary
+        elsewhere = _agreement_on_cpu(runs[0].folder)
     parity = summary["parity"]
     return {
         "accuracy": summary["after"]["accuracy"],
         "merge": summary["merge"]["targets"][merge]["logits"],
+        "witness_on_cpu": asdict(elsewhere),
         "same_bytes_twice": same,
         "fused": [parity["num_fused"], parity["num_adapted"]],
         "ok": same and summary["merge"]["verified"] and parity["num_fused"] == parity["num_adapted"],
     }
+
+
+def _agreement_on_cpu(run: Path) -> Agreement:
+    """How the run, opened on the CPU, agrees with the model in training. Raises: VerificationError beyond the limits."""
+    from peftlab.assembly.target import find_target, open_target
+    from peftlab.assembly.witness import read_witness
+    from peftlab.training.progress import SilentProgress
+
+    opened = open_target(find_target(run, overrides=["run.device=cpu"]), SilentProgress())
+    witness = read_witness(run)
+    assert witness is not None
+    batch_tokens = opened.target.loaded.recipe.eval.batch_tokens
+    return witness.check(opened.model, opened.task, run, batch_tokens=batch_tokens, device="cpu", same=False)
 
 
 def gpu_tests(device: Device) -> Iterator[Task]:
