@@ -140,7 +140,7 @@ def test_quickstart_reaches_its_figures(tmp_path: Path) -> None:
     assert seconds <= 300
     spam, ham = load_recipe("quickstart").recipe.eval.choices[::-1]
     labels = [spam] * len(SPAM) + [ham] * len(HAM)
-    for change, allowed in ((str, 1), (str.lower, 2), (str.upper, 2)):
+    for change, allowed in ((str, 0), (str.lower, 2), (str.upper, 2)):
         texts = [change(text) for text in SPAM + HAM]
         results = peftlab.predict(tmp_path / "run", texts)
         wrong = [text for text, label, r in zip(texts, labels, results, strict=True) if r["label"] != label]
