@@ -357,9 +357,11 @@ def test_fused_training_of_a_real_model_equals_pefts_for_twenty_steps(tmp_path: 
     from peftlab.training.metrics_log import read_metrics
     from peftlab.training.progress import SilentProgress
 
+    # All layers, at a rate that does not enlarge rounding: the recipe's own would.
     shared = [
-        "train.epochs=", "train.max_steps=20", "train.batch_tokens=160", "train.accumulate=1", "data.eval_rows=10",
-        "eval.before=false", "eval.prompts=[]", "run.merge=none", f"model.quantize={storage}",
+        "train.max_steps=20", "train.batch_tokens=160", "train.lr=1.0e-3", "train.accumulate=1", "adapter.targets=all-linear",
+        "data.max_length=150", "data.eval_rows=10", "eval.before=false", "eval.prompts=[]", "run.merge=none",
+        f"model.quantize={storage}",
     ]  # fmt: skip
     losses, updates = {}, {}
     for kernels in ("auto", "reference"):
@@ -373,7 +375,8 @@ def test_fused_training_of_a_real_model_equals_pefts_for_twenty_steps(tmp_path: 
         updates[kernels] = [tensors[n.replace("lora_A", "lora_B")] @ tensors[n] for n in tensors if "lora_A" in n]
     assert len(losses["auto"]) == 20
     assert losses["auto"][-1] < 0.8 * losses["auto"][0], "nothing was learned, so nothing is compared"
-    torch.testing.assert_close(torch.tensor(losses["auto"]), torch.tensor(losses["reference"]), rtol=1e-3, atol=0)
+    # A loss near zero is the difference of two numbers near 20, each rounded by up to 2.4e-6.
+    torch.testing.assert_close(torch.tensor(losses["auto"]), torch.tensor(losses["reference"]), rtol=1e-3, atol=5e-6)
     gap = sum(float((a - b).square().sum()) for a, b in zip(updates["auto"], updates["reference"], strict=True))
     size = sum(float(b.square().sum()) for b in updates["reference"])
     assert (gap / size) ** 0.5 < 0.02
