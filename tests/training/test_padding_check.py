@@ -15,9 +15,9 @@ from peftlab.errors import RecipeError
 from peftlab.models import padding_of, reconcile
 from peftlab.tasks import Example
 from peftlab.tasks.causal_lm import CausalLM
-from peftlab.tasks.generation import Generator
 from peftlab.tasks.classification import Labels
 from peftlab.tasks.embedding import POOLINGS, Embedding
+from peftlab.tasks.generation import Generator
 from peftlab.tasks.seq_cls import SequenceClassification
 from peftlab.training.padding_check import check_padding
 from tests.family_examples import CLASSIFIERS, WRITERS, end_every_text, make_config, make_model
