@@ -198,6 +198,8 @@ def find_layout(
         column = chosen["messages"]
         kind = "ShareGPT conversations" if _is_sharegpt(sample.get(column)) else "chat messages"
         return _chat("messages", kind, {"messages": column}, extras)
+    if answer and not columns and "completion" in chosen and str(sample.get("label")).lower() in ("true", "false"):
+        raise DataError(_JUDGED, key="data.columns")
     if "prompt" in chosen and ("completion" in chosen or not answer):
         pair = {part: column for part, column in chosen.items() if part in ("prompt", "completion")}
         if any(is_chat(sample.get(column)) for column in pair.values()):
@@ -213,6 +215,12 @@ def find_layout(
         f"{_EXPECTED}; found {_listed(available)}. Map them with data.columns or build the text with data.template",
         key="data.columns",
     )
+
+
+_JUDGED = (
+    "these rows are judged answers (label is true for a good completion), and causal_lm learns every completion; set "
+    "data.columns={prompt: prompt, completion: completion} and data.exclude={label: ['False']} to train on the good ones"
+)
 
 
 def _preferences(available: Sequence[str], chosen: Any) -> str:

@@ -14,11 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import peftlab
 from peftlab.adapters import HeadLoss
+from peftlab.assembly.assembly import Assembly
 from peftlab.data import Rows, load_rows
 from peftlab.data.chat import Formatter
 from peftlab.data.layouts import find_layout
 from peftlab.errors import DataError
+from peftlab.recipe import load_recipe
 from peftlab.tasks.causal_lm import CausalLM
 
 # Writes tools, reasoning, tool calls and tool results.
@@ -207,6 +210,23 @@ def test_preferences_are_refused_with_columns_that_work(row: dict[str, Any], col
         find_layout({}, list(row), row)
     assert f"set data.columns={{{shown}}}" in str(caught.value)
     assert set(find_layout(columns, list(row), row).columns.values()) == set(columns.values())
+
+
+def test_judged_answers_are_refused_with_keys_that_work(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "completion": str(i), "label": i % 2 == 0} for i in range(8)]
+    path = tmp_path / "judged.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    keys = {"task": "causal_lm", "model": {"name": "tiny:llama"}, "data": {"train": str(path), "eval_rows": 2}}
+    with pytest.raises(DataError, match=r"judged answers .* data\.columns=.* data\.exclude=") as caught:
+        peftlab.check(keys)
+    remedies = re.findall(r"data\.\w+=\{.*?\}", str(caught.value))
+    assert len(remedies) == 2
+    kept = Assembly(load_recipe(keys, remedies)).data.train
+    assert kept.columns["label"] and all(kept.columns["label"])
+    peftlab.check(keys, remedies)
+    assert find_layout({}, ["prompt", "label"], {"prompt": "q", "label": True}, answer=False).kind == "completion"
+    with pytest.raises(DataError, match="judged answers"):  # as csv reads it
+        find_layout({}, list(rows[0]), {**rows[0], "label": "False"})
 
 
 def test_alpaca_reads_system_input_and_history(tokenizer: Any) -> None:
