@@ -200,6 +200,7 @@ def test_pending_lists_missed_targets_and_red_rows_first() -> None:
         "layer",
         "smoke",
         "training-loop",
+        "witness",
     }
     assert verdicts["layer-dropout"].state == "confirmed"
     left = pending.pending(records, load())
