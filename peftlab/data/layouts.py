@@ -199,7 +199,7 @@ def find_layout(
         kind = "ShareGPT conversations" if _is_sharegpt(sample.get(column)) else "chat messages"
         return _chat("messages", kind, {"messages": column}, extras)
     if answer and not columns and "completion" in chosen and str(sample.get("label")).lower() in ("true", "false"):
-        raise DataError(_JUDGED, key="data.columns")
+        raise DataError(_judged(str(sample["label"])), key="data.columns")
     if "prompt" in chosen and ("completion" in chosen or not answer):
         pair = {part: column for part, column in chosen.items() if part in ("prompt", "completion")}
         if any(is_chat(sample.get(column)) for column in pair.values()):
@@ -217,10 +217,13 @@ def find_layout(
     )
 
 
-_JUDGED = (
-    "these rows are judged answers (label is true for a good completion), and causal_lm learns every completion; set "
-    "data.columns={prompt: prompt, completion: completion} and data.exclude={label: ['False']} to train on the good ones"
-)
+def _judged(label: str) -> str:
+    """The error about rows that say whether their completion is good. Args: label: one of them, spelt as in the file."""
+    bad = "false" if label.islower() else "FALSE" if label.isupper() else "False"
+    return (
+        "the column 'label' says whether a completion is good, and causal_lm learns every completion; set "
+        f"data.exclude={{label: ['{bad}']}} and data.columns={{prompt: prompt, completion: completion}} to train on the good ones"
+    )
 
 
 def _preferences(available: Sequence[str], chosen: Any) -> str:

@@ -212,21 +212,25 @@ def test_preferences_are_refused_with_columns_that_work(row: dict[str, Any], col
     assert set(find_layout(columns, list(row), row).columns.values()) == set(columns.values())
 
 
-def test_judged_answers_are_refused_with_keys_that_work(tmp_path: Path) -> None:
-    rows = [{"prompt": f"{i}?", "completion": str(i), "label": i % 2 == 0} for i in range(8)]
+@pytest.mark.parametrize(
+    ("good", "bad"), [("true", "false"), ('"True"', '"False"'), ('"TRUE"', '"FALSE"'), ('"true"', '"false"')]
+)
+def test_judged_answers_are_refused_with_keys_that_work(tmp_path: Path, good: str, bad: str) -> None:
     path = tmp_path / "judged.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    lines = [f'{{"prompt": "{i}?", "completion": "{i}", "label": {bad if i % 2 else good}}}' for i in range(8)]
+    path.write_text("\n".join(lines))
     keys = {"task": "causal_lm", "model": {"name": "tiny:llama"}, "data": {"train": str(path), "eval_rows": 2}}
-    with pytest.raises(DataError, match=r"judged answers .* data\.columns=.* data\.exclude=") as caught:
+    with pytest.raises(DataError, match=r"whether a completion is good, .* data\.exclude=.* data\.columns=") as caught:
         peftlab.check(keys)
     remedies = re.findall(r"data\.\w+=\{.*?\}", str(caught.value))
     assert len(remedies) == 2
-    kept = Assembly(load_recipe(keys, remedies)).data.train
-    assert kept.columns["label"] and all(kept.columns["label"])
+    labels = {str(label).lower() for label in Assembly(load_recipe(keys, remedies)).data.train.columns["label"]}
+    assert labels == {"true"}
     peftlab.check(keys, remedies)
+
+
+def test_judged_prompts_can_be_predicted() -> None:
     assert find_layout({}, ["prompt", "label"], {"prompt": "q", "label": True}, answer=False).kind == "completion"
-    with pytest.raises(DataError, match="judged answers"):  # as csv reads it
-        find_layout({}, list(rows[0]), {**rows[0], "label": "False"})
 
 
 def test_alpaca_reads_system_input_and_history(tokenizer: Any) -> None:
