@@ -11,7 +11,8 @@ from peftlab.adapters.adapter_files import (
 )
 from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
 from peftlab.adapters.head import HeadLoss, head_input, head_reason
-from peftlab.adapters.inject import AdapterReport, base_name, idle_towers, inject, new_modules, planned_modules, report
+from peftlab.adapters.inject import AdapterReport, adapted_modules, base_name, check_adapter, inject, report
+from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.state import changed_buffers, kept_buffers, train_mode
 from peftlab.adapters.target_modules import is_grouped
@@ -20,10 +21,12 @@ __all__ = [
     "ADAPTER_FILES",
     "AdapterReport",
     "HeadLoss",
+    "adapted_modules",
     "add_adapter",
     "base_name",
     "brought_parameters",
     "changed_buffers",
+    "check_adapter",
     "check_adapter_files",
     "head_input",
     "head_reason",

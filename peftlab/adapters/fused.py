@@ -459,8 +459,10 @@ def fusion_report(model: nn.Module) -> FusionReport:
             continue
         if isinstance(module, FusedLora):
             reason = module.slow_reason() or module.kept_slow
-        else:
+        elif hasattr(module, "lora_A"):
             reason = f"{type(module.get_base_layer()).__name__} has no fused form"
+        else:
+            reason = "only LoRA has a fused form"
         if reason is None:
             fused.append(name)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.adapters.inject import head_modules, idle_towers
+from peftlab.adapters.places import head_modules, idle_towers
 from peftlab.adapters.target_modules import is_adaptable, is_linear
 
 # Share of the weights in layers from which on the adapter does not miss the point of the model.

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from torch import nn
 
 from peftlab.errors import RecipeError
+from peftlab.specs.methods import TARGET_NAMES
 
 
-def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
-    """Raises RecipeError for the first target that matches no adaptable module, with the nearest names."""
-    names = [name for name, module in model.named_modules() if is_adaptable(module)]
-    if targets == "all-linear":
+def check_targets(model: nn.Module, targets: str | Sequence[str], *, norms: bool = False) -> None:
+    """Raises RecipeError for the first target that matches no adaptable module, with the nearest names.
+
+    Args: norms: whether the method adapts norms, and no other layers.
+    """
+    fits = is_norm if norms else is_adaptable
+    names = [name for name, module in model.named_modules() if fits(module)]
+    if targets in TARGET_NAMES:
         return
     if isinstance(targets, str):
         if not any(re.fullmatch(targets, name) for name in names):
@@ -24,7 +29,7 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
                 key="adapter.targets",
             )
         for name, module in model.named_modules():
-            if re.fullmatch(targets, name) and not is_adaptable(module):
+            if re.fullmatch(targets, name) and not fits(module):
                 raise RecipeError(
                     f"the regular expression {targets!r} also matches {name!r}, a {type(module).__name__}, which cannot have "
                     r"an adapter; end it with the names of linear layers, such as (q_proj|v_proj)",
@@ -67,3 +72,8 @@ def is_grouped(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer: quantized or not, or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalization layer with a weight, of torch or of a model's own code."""
+    return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None

@@ -93,6 +93,24 @@ class Assembly:
         return self.recipe.method
 
     @property
+    def adapter_places(self) -> dict[str, Any]:
+        """The arguments of ``adapters.inject`` that say which modules are adapted and which are trained in full."""
+        a = self.recipe.adapter
+        return {
+            "peft_type": self.spec.peft_type,
+            "targets": a.targets,
+            "modules_to_save": a.modules_to_save,
+            "layers": a.layers,
+            "freeze": a.freeze,
+        }
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """Its other arguments: the settings of the method."""
+        a, keys = self.recipe.adapter, self.method.keys
+        return {key: getattr(a, key) for key in keys if key not in ("targets", "modules_to_save")} | a.options
+
+    @property
     def distill(self) -> DistillSection:
         """The section ``distill``. Raises: RecipeError if the recipe has none."""
         if self.recipe.distill is None:
@@ -311,7 +329,7 @@ class Assembly:
         limit."""
         if self.spec.reader == "image processor":
             return self.model_limit
-        allowed = model_max_length(self.pretrained, self.reader)
+        allowed = self._max_length
         wanted = self.recipe.data.max_length
         if wanted is None and allowed == UNLIMITED and self.recipe.data.packing:
             raise RecipeError(
@@ -321,10 +339,24 @@ class Assembly:
         if wanted is None:
             return self.model_limit
         if wanted > allowed:
+            prompts = f" beside the {self._virtual_tokens} of the adapter" if self._virtual_tokens else ""
             raise RecipeError(
-                f"{self.recipe.model.name} reads at most {allowed:,} tokens, found {wanted:,}", key="data.max_length"
+                f"{self.recipe.model.name} reads at most {allowed:,} tokens{prompts}, found {wanted:,}",
+                key="data.max_length",
             )
         return wanted
+
+    @property
+    def _virtual_tokens(self) -> int:
+        """Number of positions that the adapter takes before each row."""
+        options = {**self.method.defaults, **self.recipe.adapter.options}
+        return int(options.get("num_virtual_tokens") or 0) if self.method.prompts else 0
+
+    @property
+    def _max_length(self) -> int:
+        """Maximum number of a row's own tokens that the model's files and the adapter allow."""
+        allowed = model_max_length(self.pretrained, self.reader)
+        return allowed if allowed == UNLIMITED else allowed - self._virtual_tokens
 
     @property
     def model_limit(self) -> int:
@@ -332,7 +364,7 @@ class Assembly:
         data.max_length is that of training and held-out rows."""
         if self.spec.reader == "image processor":
             return int(self.reader.length)
-        allowed = model_max_length(self.pretrained, self.reader)
+        allowed = self._max_length
         return min(allowed, self.task.max_length or allowed)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftlab.adapters import is_grouped, planned_modules, reach_notes
+from peftlab.adapters import check_adapter, is_grouped, planned_modules, reach_notes
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
@@ -66,13 +66,11 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         )
     if not assembly.method.adapts:
         return
-    adapter, skeleton = assembly.recipe.adapter, assembly.skeleton()
-    planned = planned_modules(
-        skeleton,
-        peft_type=assembly.spec.peft_type,
-        targets=adapter.targets,
-        modules_to_save=adapter.modules_to_save,
-    )
+    adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
+    check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
+    if not assembly.method.places:
+        return
+    planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
     if grouped := [name for name in planned if is_grouped(skeleton.get_submodule(name))]:
         found = f"{len(grouped)} of the {len(planned)} adapted layers are grouped convolutions ({grouped[0]})"
         if assembly.recipe.run.merge != "none":

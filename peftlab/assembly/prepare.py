@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peftlab import ops
-from peftlab.adapters import AdapterReport, head_reason, inject, planned_modules, report, train_all
+from peftlab.adapters import (
+    AdapterReport,
+    adapted_modules,
+    head_reason,
+    inject,
+    planned_modules,
+    report,
+    train_all,
+)
 from peftlab.adapters.fused import fusion_report
 from peftlab.assembly.account import report_ledger
 from peftlab.assembly.assembly import Assembly
@@ -137,7 +145,7 @@ def prepare(
         progress.note(f"{key}: {message}")
     storage = "unquantized" if assembly.storage == "none" else assembly.storage
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
-    model, planned, trained = trainable(assembly, assembly.model())
+    model, planned, trained = trainable(assembly, assembly.model(), num_steps=plan.total_steps)
     release_memory()  # quantizing held every weight in full precision
     progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
@@ -171,29 +179,24 @@ def prepare(
     return Parts(assembly, precision, model, rows, train, held_out, plan, metrics, planned, loss, phase, summary)
 
 
-def trainable(assembly: Assembly, model: Any) -> tuple[Any, list[str], AdapterReport]:
+def trainable(assembly: Assembly, model: Any, *, num_steps: int | None = None) -> tuple[Any, list[str], AdapterReport]:
     """Returns the model ready to train, the names of the modules to adapt, and the counts."""
-    a, method, peft_type = assembly.recipe.adapter, assembly.method, assembly.spec.peft_type
+    method, a = assembly.method, assembly.recipe.adapter
     if not method.adapts:
         return model, [], train_all(model, freeze=a.freeze)
     # A vector is the mean of token vectors, or one of them: no new pooler has a part in it.
     new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)
-    where: dict[str, Any] = {
-        "peft_type": peft_type,
-        "targets": a.targets,
-        "modules_to_save": a.modules_to_save,
-        "new": new,
-    }
-    planned = planned_modules(model, **where)
-    options = {key: getattr(a, key) for key in method.keys if key not in ("targets", "modules_to_save")}
-    model = inject(model, method.name, kernels=assembly.recipe.run.kernels, **where, **options)
-    return model, planned, report(model)
+    where: dict[str, Any] = {"new": new, **assembly.adapter_places}
+    planned = planned_modules(model, method=method.name, **where)
+    kernels = assembly.recipe.run.kernels
+    model = inject(model, method.name, kernels=kernels, num_steps=num_steps, **where, **assembly.adapter_options)
+    return model, planned if method.places else adapted_modules(model), report(model)
 
 
 def method_text(recipe: Recipe) -> str:
     """``LoRA rank 8``."""
     method = recipe.method
-    return f"{method.label} rank {recipe.adapter.rank}" if method.has_rank else method.label
+    return method.label if recipe.adapter.rank is None else f"{method.label} rank {recipe.adapter.rank}"
 
 
 def _full_logits_reason(assembly: Assembly, model: Any) -> str | None:

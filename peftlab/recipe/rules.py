@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from peftlab.recipe.distillation import SELF, DistillSection
+from peftlab.recipe.method_options import option_problems
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
@@ -69,14 +70,44 @@ def keys_of_other_tasks(recipe: Recipe) -> Problems:
 def keys_of_other_methods(recipe: Recipe) -> Problems:
     spec = METHODS[recipe.adapter.method]
     every = dict.fromkeys(key for other in METHODS.values() for key in other.keys)
+    every |= dict.fromkeys(key for other in METHODS.values() for key in other.places)
     for key in every:
-        if key not in spec.keys:
+        if key not in spec.keys and key not in spec.places:
             reason = f"for adapter.method: {spec.name}"
             if not spec.adapts:
                 reason = "without an adapter"
-            elif all(not other.adapts for other in METHODS.values() if key in other.keys):
-                reason = "with an adapter, which leaves all other weights as they are"
             yield from _no_effect(recipe, [f"adapter.{key}"], reason)
+
+
+def options_of_the_method(recipe: Recipe) -> Problems:
+    spec, options = METHODS[recipe.adapter.method], recipe.adapter.options
+    if spec.refused:
+        yield ("adapter.method",), f"no recipe can use {spec.name}: {spec.refused}"
+        return
+    for name, message in option_problems(spec.name, options):
+        yield (f"adapter.{name}",), message
+    for name in spec.required:
+        if name not in options:
+            yield ("adapter.method",), f"{spec.name} needs adapter.{name}: {spec.options[name].help}"
+    allowed = ("none", "all", "lora_only" if spec.name == "lora" else f"{spec.name}_only")
+    if "bias" in spec.keys and recipe.adapter.bias not in allowed:
+        yield ("adapter.bias",), f"expected one of {', '.join(allowed)}, found {recipe.adapter.bias!r}"
+
+
+def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
+    spec = METHODS[recipe.adapter.method]
+    if not spec.prompts:
+        return
+    if recipe.data.packing:
+        yield (
+            ("data.packing",),
+            f"{spec.name} puts its tokens before a sequence, and packed rows after the first would have none; remove it",
+        )
+    if recipe.train.gradient_checkpointing:
+        yield (
+            ("train.gradient_checkpointing",),
+            f"{spec.name} gives the layers keys and values, which transformers drops when it recomputes them; remove it",
+        )
 
 
 def keys_of_other_optimizers(recipe: Recipe) -> Problems:
@@ -113,13 +144,13 @@ def merge_has_something_to_merge(recipe: Recipe) -> Problems:
         yield from _no_effect(recipe, ["run.merge"], "in a distillation, which writes the student as a complete model")
     elif not METHODS[recipe.adapter.method].adapts:
         yield from _no_effect(recipe, ["run.merge"], "without an adapter: the run's model/ is the trained model")
-    elif not METHODS[recipe.adapter.method].mergeable and recipe.run.merge != "none":
+    elif METHODS[recipe.adapter.method].mergeable is False and recipe.run.merge != "none":
         yield ("run.merge",), f"{METHODS[recipe.adapter.method].label} cannot be merged into the weights; remove it"
 
 
 def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:
     method = METHODS[recipe.adapter.method]
-    if method.quantized or recipe.model.quantize == "none":
+    if method.quantized is not False or recipe.model.quantize == "none":
         return
     if not method.adapts:
         yield (
@@ -222,6 +253,8 @@ def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
 RULES: tuple[Callable[[Recipe], Problems], ...] = (
     keys_of_other_tasks,
     keys_of_other_methods,
+    options_of_the_method,
+    prompts_stand_before_each_row,
     keys_of_other_optimizers,
     label_names_name_a_column,
     balance_knows_the_classes,

@@ -6,13 +6,14 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from peftlab.recipe.distillation import DistillSection
+from peftlab.recipe.method_options import add_method_options
 from peftlab.recipe.rules import check_rules
 from peftlab.recipe.section import DType, Section, StorageName
 from peftlab.specs.kernels import KERNEL_MODES
-from peftlab.specs.methods import METHODS, MethodSpec
+from peftlab.specs.methods import METHODS, TARGET_NAMES, MethodSpec
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.tasks import COLUMNS, TASKS, TaskSpec
@@ -77,30 +78,59 @@ class ModelSection(Section):
 
 
 class AdapterSection(Section):
+    """Keys for all methods. The other options of a method have PEFT's own names; ``peftlab adapters show NAME`` lists them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=add_method_options)
+
     method: MethodName = Field(
-        "lora", description="adapter method; none trains the model's own weights (full fine-tuning)"
+        "lora",
+        description="adapter method of PEFT (`peftlab adapters` lists them); none trains the model's own weights (full "
+        "fine-tuning)",
     )
-    rank: int = Field(8, ge=1, description="LoRA rank r")
-    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    rank: int | None = Field(None, ge=1, description="rank r of the update; default 8 for lora, else PEFT's")
+    alpha: float | None = Field(
+        None, gt=0, description="the update is scaled by alpha / rank; default 16 for lora, else PEFT's"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: str | list[str] = Field(
-        "all-linear", description="all-linear, a list of module name endings, or one regular expression"
+        "all-linear",
+        description="all-linear, all-norms, embeddings, a list of module name endings, or one regular expression; the "
+        "default depends on the method",
+    )
+    layers: list[int] | str | None = Field(
+        None,
+        description="indices of the blocks to adapt, such as [0, 1], or a range of them: 12:, :6, -6: (the last six); "
+        "default: all",
     )
     rslora: bool = Field(False, description="scale the update by alpha / sqrt(rank) instead of alpha / rank")
     dora: bool = Field(False, description="use DoRA, weight-decomposed LoRA")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases to train")
+    bias: str = Field("none", description="which biases to train: none, all or lora_only (of the adapted modules)")
     modules_to_save: list[str] = Field(
         default_factory=list, description="modules that are trained in full and saved with the adapter"
     )
     freeze: list[str] = Field(
         default_factory=list,
-        description="endings of module names whose weights are not trained, such as [embeddings]; needs method: none",
+        description="endings of the names of modules to leave as they are, such as [embeddings]; with an adapter: not to "
+        "adapt",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, value: Any) -> Any:
+        """Fills in what depends on the method, so that a lock file says it."""
+        method = value.get("method", "lora") if isinstance(value, dict) else None
+        spec = METHODS.get(method) if isinstance(method, str) else None
+        if spec is None:
+            return value
+        values = {key: spec.default(key) for key in ("rank", "alpha") if key in spec.keys}
+        if "targets" in spec.keys:
+            values["targets"] = spec.targets
+        return {k: v for k, v in values.items() if v is not None} | {k: v for k, v in value.items() if v is not None}
 
     @field_validator("targets")
     @classmethod
     def _targets_parse(cls, value: str | list[str]) -> str | list[str]:
-        if isinstance(value, str) and value != "all-linear":
+        if isinstance(value, str) and value not in TARGET_NAMES:
             try:
                 re.compile(value)
             except re.error as error:
@@ -108,6 +138,20 @@ class AdapterSection(Section):
         if isinstance(value, list) and not value:
             raise ValueError("an empty list adapts nothing; write all-linear or module names")
         return value
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_are_a_range(cls, value: list[int] | str | None) -> list[int] | str | None:
+        if isinstance(value, str) and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", value):
+            raise ValueError(f"expected a list of indices, or a range such as 12: or -6:; found {value!r}")
+        if value in ([], ":"):
+            raise ValueError("adapts no block in particular; remove it" if value else "an empty list adapts nothing")
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the recipe sets by PEFT's own names."""
+        return dict(self.__pydantic_extra__ or {})
 
 
 class BinsSection(Section):

@@ -1,10 +1,39 @@
-"""The adapter methods. A PEFT method needs only a row here."""
+"""The adapter methods: PEFT's, and full fine-tuning.
+
+Methods and their options come from the installed PEFT. A row in ``_ROWS`` adds what PEFT's source does not say: a label, the
+paper, what was measured of it, keys of ours, settings that it needs. A method without a row works too.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from peftlab.specs.peft_methods import PeftMethod, PeftOption, peft_method, peft_method_names
+
+# Keys of the section ``adapter`` -> PEFT's names for them, which end in the method's name in some classes.
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "rank": ("r",),
+    "alpha": ("lora_alpha", "alpha", "{}_alpha"),
+    "dropout": ("lora_dropout", "{}_dropout"),
+    "targets": ("target_modules",),
+    "rslora": ("use_rslora",),
+    "dora": ("use_dora",),
+    "bias": ("bias",),
+    "modules_to_save": ("modules_to_save",),
+}
+# Options that the run itself sets: the modules to adapt, the layout of a weight, the model's sizes, the number of steps.
+_SET_BY_RUN = frozenset(
+    (
+        *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "token_dim", "hidden_size"),
+        *("num_transformer_submodules", "num_attention_heads", "num_layers", "tokenizer_name_or_path", "total_step"),
+        *("megatron_config", "megatron_core"),
+    )
+)
+# Words for the key ``targets`` that stand for modules found by their kind.
+TARGET_NAMES = ("all-linear", "all-norms", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -17,8 +46,8 @@ class Variant:
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    fused: bool = True
-    several: bool = True
+    fused: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,75 +55,273 @@ class MethodSpec:
     """Properties of an adapter method.
 
     Attributes:
-        label: its name in a sentence.
-        config: PEFT's configuration class; None if no adapter is added.
-        keys: keys of the section ``adapter`` that it uses -> their names in PEFT. ``targets`` and ``modules_to_save``
-            apply to all methods.
-        fixed: other settings that PEFT's configuration needs.
-        mergeable: whether the adapter can be merged into the weights.
-        quantized: whether it can be trained on quantized weights.
+        label: its name in a sentence. summary: one line. paper: arXiv number, or another address; empty if unknown.
+        peft: its name in PEFT; None if no adapter is added.
+        own_keys: keys of the section ``adapter`` -> their names in PEFT, where the general rule would not find them.
+        without: keys of the section that it does not use although PEFT has the option, which then goes by PEFT's name.
+        defaults: settings that differ from PEFT's defaults; a recipe may change them. fixed: those that it may not.
+        required: options that a recipe has to set, because nothing sensible can be assumed.
+        refused: why no recipe can use it; empty if one can.
+        targets: the default of ``targets``.
+        mergeable, quantized: whether the adapter can be merged into the weights, and trained on quantized weights; None if
+            nobody tried it here.
+        several: whether PEFT can generate with several such adapters in one batch.
+        evidence: what is known of its quality, for ``peftlab adapters``.
         variants: its names in the benchmark; default: its own name.
     """
 
     name: str
     label: str
-    config: str | None
-    keys: Mapping[str, str]
+    summary: str = ""
+    peft: str | None = None
+    paper: str = ""
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    mergeable: bool = True
-    quantized: bool = True
+    required: tuple[str, ...] = ()
+    refused: str = ""
+    targets: str = "all-linear"
+    mergeable: bool | None = None
+    quantized: bool | None = None
+    several: bool = False
+    evidence: str = ""
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     @property
     def adapts(self) -> bool:
         """Whether it adds an adapter; otherwise the model's own weights are trained."""
-        return self.config is not None
+        return self.peft is not None
 
     @property
     def has_rank(self) -> bool:
         return "rank" in self.keys
 
+    @property
+    def prompts(self) -> bool:
+        """Whether it adds virtual tokens to the input, and leaves every layer as it is."""
+        return self.peft is not None and self._in_peft.prompts
 
-METHODS: dict[str, MethodSpec] = {
-    spec.name: spec
-    for spec in (
-        MethodSpec(
-            "lora",
-            "LoRA",
-            "LoraConfig",
-            keys={
-                "rank": "r",
-                "alpha": "lora_alpha",
-                "dropout": "lora_dropout",
-                "targets": "target_modules",
-                "rslora": "use_rslora",
-                "dora": "use_dora",
-                "bias": "bias",
-                "modules_to_save": "modules_to_save",
-            },
-            variants={
-                "lora": Variant(),
-                "rslora": Variant({"rslora": True}),
-                "dora": Variant({"dora": True}, fused=False, several=False),
-            },
-        ),
-        MethodSpec(
-            "none",
-            "full fine-tuning",
-            None,
-            keys={"freeze": "freeze"},
-            mergeable=False,
-            quantized=False,
-            variants={"full": Variant(fused=False, several=False)},
-        ),
-    )
-}
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """The keys of the section ``adapter`` that it uses -> their names in PEFT."""
+        found = _keys(self.peft, tuple(self.own_keys.items()), self.name)
+        return {key: name for key, name in found.items() if key not in self.without}
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The keys that choose modules of the model, and have no name in PEFT."""
+        return ("layers", "freeze") if "targets" in self.keys else ()
+
+    @property
+    def options(self) -> Mapping[str, PeftOption]:
+        """The options that a recipe gives by PEFT's own name: all that no key of ours stands for."""
+        if self.peft is None:
+            return {}
+        taken = {*self.keys.values(), *_SET_BY_RUN, *self.fixed}
+        return {name: option for name, option in self._in_peft.options.items() if name not in taken}
+
+    def default(self, key: str) -> Any:
+        """The default of a key of ours that depends on the method, such as ``rank``; None if PEFT has none."""
+        if key in self.defaults:
+            return self.defaults[key]
+        name = self.keys.get(key)
+        value = None if name is None or self.peft is None else self._in_peft.options[name].default
+        return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+    @property
+    def _in_peft(self) -> PeftMethod:
+        assert self.peft is not None
+        return peft_method(self.peft)
+
+
+@functools.cache
+def _keys(peft: str | None, own: tuple[tuple[str, str], ...], name: str) -> Mapping[str, str]:
+    if peft is None:
+        return dict(own)
+    options = peft_method(peft).options
+    found = {}
+    for key, names in _NAMES.items():
+        chosen = next((n for n in (n.format(name) for n in names) if n in options), None)
+        if chosen is not None:
+            found[key] = chosen
+    return found | dict(own)
+
+
+def _of_peft(name: str, label: str, summary: str, paper: str = "", **more: Any) -> MethodSpec:
+    return MethodSpec(name, label, summary, peft=name, paper=paper, **more)
+
+
+_TASK_IDS = "it needs the number of a task with each row, which no task here has"
+_LIKE_LORA = "within 1 to 2 % of LoRA once the learning rate is tuned (arXiv 2602.04998)"
+
+_ROWS: tuple[MethodSpec, ...] = (
+    _of_peft(
+        "lora",
+        "LoRA",
+        "adds a low-rank product B A to each weight",
+        "2106.09685",
+        defaults={"rank": 8, "alpha": 16.0},
+        mergeable=True,
+        quantized=True,
+        several=True,
+        evidence="98 % of published adapters; every engine serves it; the default",
+        variants={
+            "lora": Variant(fused=True, several=True),
+            "rslora": Variant({"rslora": True}, fused=True, several=True),
+            "dora": Variant({"dora": True}),
+        },
+    ),
+    MethodSpec(
+        "none",
+        "full fine-tuning",
+        "trains the model's own weights",
+        own_keys={"freeze": "freeze"},
+        mergeable=False,
+        quantized=False,
+        evidence="what every adapter is compared with; many times the memory",
+        variants={"full": Variant()},
+    ),
+    _of_peft(
+        "adalora",
+        "AdaLoRA",
+        "LoRA as a singular value decomposition; the loop moves rank to the modules that need it",
+        "2303.10512",
+        own_keys={"rank": "target_r"},
+        fixed={"r": 8},
+        evidence="37.3 on GSM8K where LoRA has 47.8 (PEFT's table); rank chosen by gradients gains nothing (arXiv 2605.16800)",
+    ),
+    _of_peft("adamss", "AdaMSS", "trains subspaces of each weight, found by clustering its singular vectors"),
+    _of_peft(
+        "adaption_prompt",
+        "LLaMA-Adapter",
+        "trained prompts in the attention of the last layers, behind a gate that starts at 0",
+        "2303.16199",
+        without=("targets",),
+        required=("adapter_len", "adapter_layers"),
+    ),
+    _of_peft("beft", "BEFT", "trains the biases of chosen layers", "2509.15974"),
+    _of_peft("boft", "BOFT", "multiplies each weight by butterfly-factorized rotations", "2311.06243"),
+    _of_peft("c3a", "C3A", "adds block-circulant matrices, applied by FFT", "2407.19342"),
+    _of_peft("cartridge", "Cartridge", "trains a key-value cache that stands for a long context", "2506.06266"),
+    _of_peft(
+        "cpt",
+        "CPT",
+        "trains the embeddings of a given context",
+        "2410.17222",
+        refused="its loss and its labels are computed inside PEFT from its own token types, which a loss outside cannot see",
+    ),
+    _of_peft("deft", "DEFT", "projects a subspace out of each weight and adds a low-rank one"),
+    _of_peft(
+        "delora",
+        "DeLoRA",
+        "LoRA with a normalized update, whose strength is trained apart from its direction",
+        "2503.18225",
+    ),
+    _of_peft("fourierft", "FourierFT", "trains a few Fourier coefficients of each update", "2405.03003"),
+    _of_peft("frod", "FRoD", "trains a sparse rotation of each weight's singular values"),
+    _of_peft("glora", "GLoRA", "scales and shifts weights and biases by low-rank terms", "2306.07967"),
+    _of_peft("gralora", "GraLoRA", "LoRA in blocks of each weight", "2505.20355"),
+    _of_peft("hira", "HiRA", "multiplies each weight by a low-rank matrix, value by value"),
+    _of_peft("hra", "HRA", "multiplies each weight by Householder reflections", "2405.17484"),
+    _of_peft(
+        "ia3",
+        "IA3",
+        "scales the outputs of each layer",
+        "2205.05638",
+        # A scaled output of up_proj is the scaled input of down_proj, which the paper trains.
+        defaults={"feedforward_modules": []},
+        evidence="fewest parameters of the early methods; made for few examples",
+    ),
+    _of_peft("lily", "Lily", "shares low-rank factors between layers, chosen by a router", "2407.09946"),
+    _of_peft("ln_tuning", "LayerNorm tuning", "trains the weights of the norms", "2312.11420", targets="all-norms"),
+    _of_peft(
+        "loha",
+        "LoHa",
+        "adds the value-by-value product of two low-rank matrices",
+        "2108.06098",
+        evidence="used for image models (3.7 % of imports, with LoKr)",
+    ),
+    _of_peft("lokr", "LoKr", "adds a Kronecker product", "2309.14859", evidence="used for image models"),
+    _of_peft("miss", "MiSS", "shares the rows of one small matrix over each weight", "2409.15371"),
+    _of_peft(
+        "multitask_prompt_tuning",
+        "multitask prompt tuning",
+        "prompt tuning with a shared prompt for several tasks",
+        "2303.02861",
+        refused=_TASK_IDS,
+    ),
+    _of_peft("oft", "OFT", "multiplies each weight by rotations in blocks", "2306.07280"),
+    _of_peft(
+        "osf", "OSF", "trains the small singular directions of each weight and keeps the large ones", "2504.07097"
+    ),
+    _of_peft(
+        "p_tuning",
+        "P-tuning",
+        "virtual tokens made by a small network",
+        "2103.10385",
+        defaults={"num_virtual_tokens": 20},
+    ),
+    _of_peft("peanut", "PEANuT", "a small network of the frozen weight as its update", "2410.01870"),
+    _of_peft("poly", "Poly", "mixes LoRA skills by task", "2202.13914", refused=_TASK_IDS),
+    _of_peft(
+        "prefix_tuning",
+        "prefix tuning",
+        "trains keys and values before the text, in every layer",
+        "2101.00190",
+        defaults={"num_virtual_tokens": 20},
+    ),
+    _of_peft(
+        "prompt_tuning",
+        "prompt tuning",
+        "trains virtual tokens before the text",
+        "2104.08691",
+        defaults={"num_virtual_tokens": 20},
+        evidence="needs many steps and a large model",
+    ),
+    _of_peft("psoft", "PSOFT", "rotates the principal subspace of each weight"),
+    _of_peft("pvera", "PVeRA", "VeRA with a distribution over its vectors", "2512.07703"),
+    _of_peft("randlora", "RandLoRA", "full-rank sums of fixed random products", "2502.00987"),
+    _of_peft("road", "RoAd", "rotates pairs of outputs in two dimensions", "2409.00119"),
+    _of_peft("shadow", "ShadowPEFT", "a small network beside the decoder", without=("targets",)),
+    _of_peft("shira", "SHiRA", "trains a sparse set of weights", "2406.13175"),
+    _of_peft("supertuning", "Super-Tuning", "trains the largest values of each weight", "2607.09287"),
+    _of_peft("tinylora", "TinyLoRA", "a few numbers, projected to every layer", "2602.04118"),
+    _of_peft(
+        "trainable_tokens",
+        "trainable tokens",
+        "trains rows of the embeddings",
+        targets="embeddings",
+        required=("token_indices",),
+        evidence="chat tokens in 1 % of the memory of whole embeddings",
+    ),
+    _of_peft("unilora", "Uni-LoRA", "one trained vector, projected to all factors", "2506.00799"),
+    _of_peft("vblora", "VB-LoRA", "builds the factors from a shared bank of vectors", "2405.15179"),
+    _of_peft("vera", "VeRA", "trains two vectors around shared random matrices", "2310.11454"),
+    _of_peft("waveft", "WaveFT", "trains a few wavelet coefficients of each update", "2505.12532"),
+    _of_peft("xlora", "X-LoRA", "mixes given LoRA adapters by token", "2402.07148", required=("adapters",)),
+)
+
+
+def _methods() -> dict[str, MethodSpec]:
+    installed = peft_method_names()
+    rows = {row.name: row for row in _ROWS if row.peft is None or row.peft in installed}
+    return rows | {name: _unknown(name) for name in installed if name not in rows}
+
+
+def _unknown(name: str) -> MethodSpec:
+    """The row of a method that PEFT registers and that nobody here tried."""
+    return MethodSpec(name, name, peft_method(name).summary, peft=name)
+
+
+METHODS: dict[str, MethodSpec] = _methods()
 
 # Name in the benchmark -> (method, variant), in display order.
 VARIANTS: dict[str, tuple[MethodSpec, Variant]] = {
     name: (spec, variant)
     for spec in METHODS.values()
-    for name, variant in (spec.variants or {spec.name: Variant(fused=False, several=False)}).items()
+    if not spec.refused
+    for name, variant in (spec.variants or {spec.name: Variant(several=spec.several)}).items()
 }
 
 

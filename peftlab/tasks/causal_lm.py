@@ -210,7 +210,8 @@ class CausalLM:
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         inputs = padded_inputs(examples, pad_id=self.tokenizer.pad_token_id, device=device)
-        logits = model(**inputs, use_cache=False).logits
+        # The rows' own tokens: an adapter may put virtual tokens before them.
+        logits = model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
         rows, before, targets = [], [], []
         for row, example in enumerate(examples):
             assert example.trained is not None

@@ -113,7 +113,7 @@ class Embedding:
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         def call(inputs: Mapping[str, Tensor]) -> Tensor:
-            return self._pooled(at_least_float32(model(**inputs).last_hidden_state), inputs)
+            return self._pooled(_own_tokens(model(**inputs).last_hidden_state, inputs), inputs)
 
         vectors = by_length(call, batch.inputs) if self.padding == "none" else call(batch.inputs)
         return self._outputs(vectors, batch.weights)
@@ -138,7 +138,7 @@ class Embedding:
         hidden: dict[int, Tensor] = {}
         for group in groups:
             inputs = padded_inputs([examples[i] for i in group], pad_id=self.tokenizer.pad_token_id, device=device)
-            hidden |= zip(group, at_least_float32(model(**inputs).last_hidden_state), strict=True)
+            hidden |= zip(group, _own_tokens(model(**inputs).last_hidden_state, inputs), strict=True)
         texts = [hidden[i][: len(e)] for i, e in enumerate(examples)]
         pools: dict[str, Callable[[Tensor], Tensor]]
         pools = {"mean": lambda t: t.sum(0) / len(t), "cls": lambda t: t[0], "last": lambda t: t[-1]}
@@ -172,6 +172,11 @@ class Embedding:
             vectors = self.outputs(model, self.collate([examples[i] for i in part], device)).values
             results |= dict(zip(part.tolist(), vectors.tolist(), strict=True))
         yield from ({"vector": results[i]} | cut_note(lengths[i], len(examples[i])) for i in range(len(examples)))
+
+
+def _own_tokens(hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The states of the texts' own tokens: an adapter may put virtual tokens before them."""
+    return at_least_float32(hidden[:, -inputs["input_ids"].shape[1] :])
 
 
 def _masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

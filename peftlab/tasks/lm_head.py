@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -37,6 +38,8 @@ class LMHead:
         if id(base) not in self._verified:
             self._verify(model, base, inputs)
             self._verified.add(id(base))
+        if _has_own_forward(model):
+            return _hidden_of_forward(model, base, inputs)
         hidden: Tensor = _decoder(base)(**inputs, use_cache=False)[0]
         return hidden
 
@@ -78,6 +81,32 @@ class LMHead:
 
 def _base(model: nn.Module) -> Any:
     return cast(Callable[[], nn.Module], model.get_base_model)() if hasattr(model, "get_base_model") else model
+
+
+def _has_own_forward(model: Any) -> bool:
+    """Whether the adapter acts in the forward of its PEFT model, and not only in the layers: virtual tokens, and mixtures that
+    run the model twice."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return False
+    tuner = model.base_model
+    return bool(
+        config.is_prompt_learning or (isinstance(tuner, BaseTuner) and type(tuner).forward is not BaseTuner.forward)
+    )
+
+
+def _hidden_of_forward(model: Any, base: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """[B, T, H] last hidden states of the row's own tokens, from the model's whole forward with a single logit."""
+    seen: list[Tensor] = []
+    hook = _decoder(base).register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    try:
+        model(**inputs, use_cache=False, **few)
+    finally:
+        hook.remove()
+    return seen[-1][:, -inputs["input_ids"].shape[1] :]
 
 
 def _decoder(base: Any) -> nn.Module:

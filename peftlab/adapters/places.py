@@ -1,0 +1,300 @@
+"""Which modules of a model an adapter changes, and which are trained in full."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from peftlab.adapters.target_modules import check_targets, is_adaptable, is_grouped, is_linear, is_norm, match_ending
+from peftlab.errors import PeftlabError, RecipeError
+from peftlab.specs.methods import METHODS
+
+# PEFT's task type of a sequence classifier: it trains modules with these endings in full.
+_CLASSIFIER = "SEQ_CLS"
+_CLASSIFIER_HEADS = ("classifier", "score")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def planned_modules(
+    model: nn.Module,
+    *,
+    peft_type: str | None,
+    targets: str | Sequence[str],
+    method: str = "lora",
+    modules_to_save: Sequence[str] = (),
+    new: Collection[str] = (),
+    layers: Sequence[int] | str | None = None,
+    freeze: Sequence[str] = (),
+) -> list[str]:
+    """Full names of the modules of a model without adapters that ``inject`` adapts, by PEFT's own rules; empty for a method that
+    chooses them itself, or that adapts none. Args: see ``inject``. Raises: RecipeError if a target matches nothing.
+    """
+    spec = METHODS[method]
+    if not spec.places:
+        return []
+    chosen = place_config(
+        model,
+        norms=spec.targets == "all-norms",
+        peft_type=peft_type,
+        targets=targets,
+        modules_to_save=modules_to_save,
+        new=new,
+        layers=layers,
+        freeze=freeze,
+    )
+    return matched(model, chosen)
+
+
+def place_config(
+    model: nn.Module,
+    *,
+    peft_type: str | None,
+    targets: str | Sequence[str],
+    modules_to_save: Sequence[str] = (),
+    new: Collection[str] = (),
+    layers: Sequence[int] | str | None = None,
+    freeze: Sequence[str] = (),
+    norms: bool = False,
+    **options: Any,
+) -> Any:
+    """PEFT's LoraConfig with the modules to adapt and those to train in full.
+
+    Args: norms: whether the method adapts norms, and no other layers. options: its other fields.
+
+    Raises: RecipeError if a target matches nothing.
+    """
+    import peft
+
+    head = head_modules(model) if peft_type is None else []
+    given = [*head, *modules_to_save]
+    trained = [*given, *(_CLASSIFIER_HEADS if peft_type == _CLASSIFIER else ())]
+    whole = list(dict.fromkeys([*given, *(n for n in new_modules(model, new) if not _is_inside(n, trained))]))
+    with peft_errors("lora"):
+        config = peft.LoraConfig(
+            task_type=peft_type,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            modules_to_save=whole or None,
+            exclude_modules=_inside(head),
+            **options,
+        )
+    if targets in ("all-norms", "embeddings"):
+        config.target_modules = _of_kind(model, str(targets), trained)
+    with peft_errors("lora"):
+        seen = _as_peft_matches(model, config)
+    if not getattr(seen, "target_parameters", None):  # else PEFT translates names that no module has any more
+        check_targets(model, targets, norms=norms)
+        if targets == "all-linear":
+            config.target_modules = _all_linear(model, seen)
+    if layers is not None or freeze:
+        config.target_modules = _chosen(matched(model, config), layers, freeze, model)
+    return config
+
+
+def matched(model: nn.Module, config: Any) -> list[str]:
+    """Full names of the modules that PEFT adapts: layers, and the owners of adapted parameters."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    seen = _as_peft_matches(model, config)
+    names = [name for name, _ in model.named_modules() if name and check_target_module_exists(seen, name)]
+    endings = tuple(getattr(seen, "target_parameters", None) or ())
+    for name, _ in model.named_parameters():
+        if any(name == ending or name.endswith(f".{ending}") for ending in endings):
+            names.append(name.rpartition(".")[0])
+    return list(dict.fromkeys(names))
+
+
+def _chosen(names: list[str], layers: Sequence[int] | str | None, freeze: Sequence[str], model: nn.Module) -> list[str]:
+    """The ``names`` in the blocks ``layers``, without those in the modules ``freeze``."""
+    every = [name for name, _ in model.named_modules() if name]
+    for ending in freeze:
+        match_ending(ending, every, "adapter.freeze")
+    kept = [n for n in names if not any(f".{n}.".find(f".{ending}.") >= 0 for ending in freeze)]
+    if layers is not None:
+        kept = _in_blocks(kept, layers)
+    if not kept:
+        raise RecipeError("adapter.freeze leaves no module to adapt", key="adapter.freeze")
+    return kept
+
+
+def _in_blocks(names: list[str], layers: Sequence[int] | str) -> list[str]:
+    """The ``names`` in some blocks: the first number in a name is the index of its block."""
+    block = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", f".{name}."))}
+    count = max(block.values(), default=-1) + 1
+    if not count:
+        raise RecipeError("the adapted modules are not in numbered blocks; remove it", key="adapter.layers")
+    if isinstance(layers, str):
+        first, _, last = layers.partition(":")
+        chosen = set(range(count)[slice(int(first) if first else None, int(last) if last else None)])
+    else:
+        if wrong := [i for i in layers if not -count <= i < count]:
+            raise RecipeError(
+                f"there is no block {wrong[0]}: this model has {count} blocks, 0 to {count - 1}", key="adapter.layers"
+            )
+        chosen = {i % count for i in layers}
+    if not chosen:
+        raise RecipeError(f"{layers} is no block of the {count} of this model, 0 to {count - 1}", key="adapter.layers")
+    return [name for name in names if block.get(name) in chosen]
+
+
+def _of_kind(model: Any, kind: str, trained: Sequence[str]) -> list[str]:
+    """Full names of the norms or of the input embeddings, outside the modules that are trained in full."""
+    if kind == "embeddings":
+        embedding = model.get_input_embeddings()
+        names = [name for name, module in model.named_modules() if module is embedding]
+    else:
+        names = [name for name, module in model.named_modules() if is_norm(module)]
+    names = [name for name in names if not _is_inside(name, trained)]
+    if not names:
+        raise RecipeError(f"{kind} matches nothing in {type(model).__name__}", key="adapter.targets")
+    return names
+
+
+def _as_peft_matches(model: Any, config: Any) -> Any:
+    """A copy of ``config`` with the changes that PEFT makes before it matches names."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = copy.deepcopy(config)
+    if config.task_type == _CLASSIFIER:
+        config.modules_to_save = [*(config.modules_to_save or []), *_CLASSIFIER_HEADS]
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
+    return _maybe_include_all_linear_layers(config, model)
+
+
+def _all_linear(model: Any, seen: Any) -> list[str]:
+    """Full names of the linear layers that run in the body, without those that are trained in full or that PEFT refuses."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+
+    def refused(name: str) -> bool:
+        try:
+            _check_lora_target_modules_mamba(seen, model, name.rsplit(".", 1)[-1])
+        except ValueError:
+            return True
+        return False
+
+    towers = tuple(f"{name}." for name in idle_towers(model))
+    # Attention of torch itself reads the weight of its output layer without calling the layer.
+    inner = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+    names = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and check_target_module_exists(seen, name)
+        and not name.startswith((*towers, *inner))
+        and not refused(name)
+    ]
+    if not names:
+        others = _other_endings(model)
+        hint = f"; it has other layers that can have one: adapter.targets=[{', '.join(others[:6])}]" if others else ""
+        raise RecipeError(
+            f"all-linear matches nothing: {type(model).__name__} has no linear layer outside its head{hint}",
+            key="adapter.targets",
+        )
+    return names
+
+
+def _other_endings(model: nn.Module) -> list[str]:
+    """The shortest endings of names that match layers which can have an adapter that merges, and nothing else."""
+    fits = {
+        name: is_adaptable(module) and not is_linear(module) and not is_grouped(module)
+        for name, module in model.named_modules()
+    }
+    endings = set()
+    for name in (name for name, good in fits.items() if good):
+        parts = name.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            ending = ".".join(parts[start:])
+            same = [good for n, good in fits.items() if n == ending or n.endswith(f".{ending}")]
+            if all(same) and not parts[start].isdigit():
+                endings.add(ending)
+                break
+    return sorted(endings)
+
+
+def idle_towers(model: Any) -> list[str]:
+    """Names of the encoders of other inputs, such as images, in a model that is given text."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return []
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and getattr(type(module), "main_input_name", "input_ids") != "input_ids"
+    ]
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def new_modules(model: nn.Module, new: Collection[str]) -> list[str]:
+    """The largest modules whose parameters are all ``new``; the owner of a parameter if it has other parameters too.
+
+    Raises: RecipeError for a parameter of the model itself, which PEFT cannot train and save.
+    """
+    modules = dict(model.named_modules())
+    parameters = {name for name, _ in model.named_parameters()}
+    chosen: list[str] = []
+    for parameter in sorted(set(new) & parameters):
+        owner = parameter.rpartition(".")[0]
+        if not owner:
+            raise RecipeError(
+                f"the model's files lack {parameter}, which belongs to no module, so an adapter cannot contain it; "
+                "use adapter.method=none",
+                key="model.name",
+            )
+        while (above := owner.rpartition(".")[0]) and not isinstance(modules[above], _CONTAINERS):
+            if any(name.startswith(f"{above}.") and name not in new for name in parameters):
+                break
+            owner = above
+        if not any(owner == other or owner.startswith(f"{other}.") for other in chosen):
+            chosen.append(owner)
+    return chosen
+
+
+def _is_inside(name: str, endings: Sequence[str]) -> bool:
+    """Whether a module is in one that PEFT trains for ``endings``; it compares the ends of names, not of their parts."""
+    parts = name.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return name in endings or any(above.endswith(ending) for above in around for ending in endings)
+
+
+def head_modules(model: Any) -> list[str]:
+    """Names of the modules with weights outside the body of a transformers model."""
+    body: Any = model.base_model
+    if body is model:
+        return []
+    return [n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())]
+
+
+def _inside(modules: Sequence[str]) -> str | None:
+    """A regular expression for the names of ``modules`` and all their submodules; None without modules."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
+
+
+@contextlib.contextmanager
+def peft_errors(method: str) -> Iterator[None]:
+    """Turns PEFT's refusals into errors that name the key."""
+    try:
+        yield
+    except PeftlabError:
+        raise
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
+        # A module in the text is its class here, not the tree of what is in it.
+        text = (
+            re.sub(r"(Target module \w+)\(.*\)( is not)", r"\1\2", " ".join(str(error).split())) or type(error).__name__
+        )
+        raise RecipeError(
+            f"PEFT refuses this adapter: {text}", key=f"adapter.{_key_in(text.lower(), method)}"
+        ) from error
+
+
+def _key_in(text: str, method: str) -> str:
+    """The key that PEFT's refusal is about: the longest name in it."""
+    words = set(re.findall(r"\w+", text))
+    spec = METHODS[method]
+    names = {name: name for name in spec.options} | {theirs: ours for ours, theirs in spec.keys.items()}
+    names |= {ours: ours for ours in spec.keys} | {"dora": "dora"}
+    found = [name for name in names if (name.lower() in words and len(name) > 1) or f"`{name}`" in text]
+    return names[max(found, key=len)] if found else "targets" if "targets" in spec.keys else "method"

@@ -1,0 +1,85 @@
+"""The options of an adapter method that a recipe gives by PEFT's own names: which exist, and of which type they are."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from peftlab.specs.methods import METHODS, MethodSpec
+from peftlab.specs.peft_methods import peft_version
+
+_TYPES = {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")}
+
+
+def option_problems(method: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and message for each of the ``given`` options that ``method`` does not have, or of another type."""
+    spec = METHODS[method]
+    for name, value in given.items():
+        if name not in spec.options:
+            yield name, _unknown(spec, name)
+        elif (expected := _type_problem(spec.options[name].kind, value)) is not None:
+            yield name, expected
+
+
+def add_method_options(schema: dict[str, Any]) -> None:
+    """Adds the options of all methods to the JSON Schema of the section, so that an editor completes them."""
+    for spec in METHODS.values():
+        for name, option in spec.options.items():
+            text = f"{spec.name}: {option.help}" if option.help else f"an option of {spec.name}"
+            known = schema["properties"].setdefault(name, {"title": name, "description": text})
+            if not known["description"].startswith(text):
+                known["description"] += f" | {text}"
+    schema["additionalProperties"] = False
+
+
+def _unknown(spec: MethodSpec, name: str) -> str:
+    renamed = {theirs: ours for ours, theirs in spec.keys.items()} | {"layers_to_transform": "layers"}
+    if name in renamed:
+        return f"unknown key; did you mean `{renamed[name]}`?"
+    if spec.adapts and name in METHODS and name != spec.name:
+        return f"unknown key; did you mean `method: {name}`?"
+    others = [other.name for other in METHODS.values() if name in other.options]
+    if others:
+        more = f" and {len(others) - 4} others" if len(others) > 4 else ""
+        return f"is an option of {', '.join(others[:4])}{more}, not of {spec.name}; remove it"
+    if name == "total_step":
+        return "is the number of steps of the run; remove it"
+    near = get_close_matches(name, [*spec.keys, *spec.places, *spec.options], n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    return (
+        f"unknown key{hint} (keys for {spec.name}: {', '.join([*spec.keys, *spec.places])}; options of PEFT "
+        f"{peft_version()}: {', '.join(spec.options) or 'none'})"
+    )
+
+
+def _type_problem(kind: str, value: Any) -> str | None:
+    """What was expected, if ``value`` does not fit an annotation of PEFT; its own classes take mappings."""
+    try:
+        annotation = eval(kind, {"__builtins__": {}}, _Names())
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return f"expected {_words(kind)}, found {value!r}"
+    except (SyntaxError, TypeError):
+        return None
+    return None
+
+
+class _Names(dict[str, Any]):
+    """Names in an annotation: those of ``typing``, plain types, and anything else for PEFT's classes."""
+
+    def __missing__(self, name: str) -> Any:
+        plain = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "tuple": tuple}
+        return _TYPES.get(name) or plain.get(name, dict)
+
+
+def _words(kind: str) -> str:
+    text = kind
+    for theirs, ours in (("Optional[", ""), ("Union[", ""), ("Literal[", "one of "), ("]", ""), ("[", " of ")):
+        text = text.replace(theirs, ours)
+    for theirs, ours in (("bool", "true or false"), ("int", "whole number"), ("float", "number"), ("str", "text")):
+        text = text.replace(theirs, ours)
+    return text.replace(" | ", " or ").replace(", ", " or ")
