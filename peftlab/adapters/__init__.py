@@ -9,11 +9,21 @@ from peftlab.adapters.adapter_files import (
     made_for,
     save_adapter,
 )
-from peftlab.adapters.full import load_trained, save_trained, train_all, trained_files
+from peftlab.adapters.full import load_state, load_trained, save_state, save_trained, state_files, train_all
 from peftlab.adapters.head import HeadLoss, head_input, head_reason
-from peftlab.adapters.inject import AdapterReport, adapted_modules, base_name, check_adapter, inject, report
+from peftlab.adapters.initial import InitialRows
+from peftlab.adapters.inject import (
+    AdapterReport,
+    adapted_modules,
+    base_name,
+    check_adapter,
+    inject,
+    report,
+    token_modules,
+)
 from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
+from peftlab.adapters.schedule import after_step, penalty
 from peftlab.adapters.state import changed_buffers, kept_buffers, train_mode
 from peftlab.adapters.target_modules import is_grouped
 
@@ -21,8 +31,10 @@ __all__ = [
     "ADAPTER_FILES",
     "AdapterReport",
     "HeadLoss",
+    "InitialRows",
     "adapted_modules",
     "add_adapter",
+    "after_step",
     "base_name",
     "brought_parameters",
     "changed_buffers",
@@ -35,15 +47,19 @@ __all__ = [
     "is_grouped",
     "kept_buffers",
     "load_adapter",
+    "load_state",
     "load_trained",
     "made_for",
     "new_modules",
+    "penalty",
     "planned_modules",
     "reach_notes",
     "report",
     "save_adapter",
+    "save_state",
     "save_trained",
+    "state_files",
+    "token_modules",
     "train_all",
     "train_mode",
-    "trained_files",
 ]

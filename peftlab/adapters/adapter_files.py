@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from peftlab.adapters.initial import as_plain_lora
 from peftlab.errors import ArtifactError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
     """Writes the adapter in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args: to_go_on: write the values that training goes on with, even if they fit only weights that the adapter changed.
 
     PEFT writes lists from sets, whose order changes between processes; they are sorted, so equal runs give equal files.
     """
@@ -28,10 +31,23 @@ def save_adapter(model: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
+    if not to_go_on:
+        config |= _save_as_plain(model, folder / ADAPTER_FILES[1])
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _save_as_plain(model: Any, path: Path) -> dict[str, Any]:
+    """Writes an adapter that changed the base weights as one for the weights as they were; returns the changes of its config."""
+    from safetensors.torch import load_file, save_file
+
+    if not getattr(model, "first_factors", None):
+        return {}
+    state, changes = as_plain_lora(model, load_file(str(path)))
+    save_file({name: value.contiguous() for name, value in state.items()}, str(path), metadata={"format": "pt"})
+    return changes
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, kernels: str = "auto") -> Any:

@@ -1,7 +1,9 @@
-"""Training a model's own weights without an adapter, and the files of what is trained, adapter or weights."""
+"""Training a model's own weights without an adapter, and the files of what is trained, adapter or weights: those that inference
+needs, and those that training needs to go on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from peftlab.adapters.adapter_files import ADAPTER_FILES, check_adapter_files, load_adapter_weights, save_adapter
 from peftlab.adapters.inject import AdapterReport
+from peftlab.adapters.schedule import load_schedule_state, schedule_state
 from peftlab.adapters.state import saved_buffers
 from peftlab.adapters.target_modules import match_ending
 from peftlab.errors import ArtifactError, RecipeError
@@ -42,15 +45,60 @@ def train_all(model: nn.Module, *, freeze: Sequence[str] = ()) -> AdapterReport:
     return AdapterReport(sum(kinds.values()), trained, sum(p.numel() for p in model.parameters()), kinds)
 
 
-def trained_files(model: Any) -> tuple[str, ...]:
-    """Names of the files that ``save_trained`` writes."""
-    return ADAPTER_FILES if _is_adapted(model) else (WEIGHTS_FILE,)
+def state_files(model: Any) -> tuple[str, ...]:
+    """Names of the files that ``save_state`` writes."""
+    if not _is_adapted(model):
+        return (WEIGHTS_FILE,)
+    return ADAPTER_FILES if _is_whole(model) else (*ADAPTER_FILES, WEIGHTS_FILE)
 
 
-def save_trained(model: Any, folder: Path) -> None:
-    """Writes the trained part of ``model``: its adapter in PEFT's format, or else its trained weights and buffers by name."""
+def save_state(model: Any, folder: Path) -> None:
+    """Writes what training needs to go on: the files of ``save_trained``, and all values by name where PEFT's files contain only
+    what inference needs, such as the rows that a small network gave, but not the network."""
+    from safetensors.torch import save_file
+
+    save_trained(model, folder, to_go_on=True)
+    if _is_adapted(model) and not _is_whole(model):
+        state = {f"value/{n}": t for n, t in _adapter_values(model).items()}
+        state |= {f"schedule/{n}": t for n, t in schedule_state(model).items()}
+        frozen = [n for n, p in model.named_parameters() if n in _adapter_values(model) and not p.requires_grad]
+        metadata = {"format": "pt", "frozen": json.dumps(frozen)}
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
+        save_file(tensors, str(folder / WEIGHTS_FILE), metadata=metadata)
+
+
+def load_state(model: Any, folder: Path) -> None:
+    """Loads the files of ``save_state`` into a model that trains the same weights. Raises: ArtifactError if it does not."""
+    from safetensors import SafetensorError, safe_open
+
+    if not _is_adapted(model) or _is_whole(model):
+        load_trained(model, folder)
+        return
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            frozen = set(json.loads((file.metadata() or {})["frozen"]))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
+    values = {n.removeprefix("value/"): t for n, t in stored.items() if n.startswith("value/")}
+    own = _adapter_values(model)
+    if {n: t.shape for n, t in values.items()} != {n: t.shape for n, t in own.items()}:
+        raise ArtifactError(f"{folder} belongs to a run with another adapter; start a new run")
+    for name, value in own.items():
+        value.data.copy_(values[name])
+    for name, parameter in model.named_parameters():
+        if name in own:
+            parameter.requires_grad_(name not in frozen)
+    load_schedule_state(model, {n.removeprefix("schedule/"): t for n, t in stored.items() if n.startswith("schedule/")})
+
+
+def save_trained(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
+    """Writes the trained part of ``model``: its adapter in PEFT's format, or else its trained weights and buffers by name.
+
+    Args: to_go_on: see ``save_adapter``.
+    """
     if _is_adapted(model):
-        save_adapter(model, folder)
+        save_adapter(model, folder, to_go_on=to_go_on)
         return
     from safetensors.torch import save_file
 
@@ -85,6 +133,25 @@ def load_trained(model: Any, folder: Path) -> None:
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights, and the buffers that training may change, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | saved_buffers(model)
+
+
+def _adapter_values(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters, those of the adapter that its method froze for now, and the adapter's buffers, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or _is_own(n, layers)}
+    return parameters | {n: b for n, b in saved_buffers(model).items() if _is_own(n, layers)}
+
+
+def _is_own(name: str, layers: tuple[str, ...]) -> bool:
+    """Whether a value belongs to an adapter's layer, and not to the layer that it adapts."""
+    return name.startswith(layers) and ".base_layer." not in name and ".original_module." not in name
+
+
+def _is_whole(model: Any) -> bool:
+    """Whether PEFT's files contain all that training changes."""
+    return str(model.peft_config["default"].peft_type.value) == "LORA"
 
 
 def _is_adapted(model: Any) -> bool:

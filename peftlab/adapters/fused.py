@@ -407,10 +407,12 @@ def exact_products(model: nn.Module) -> Iterator[bool]:
     dequantized int8 weights. Yields whether that holds for every layer: without a fused layer, bitsandbytes rounds rows of x to
     8 bits, in a way that depends on the other rows."""
     modes = {module: module.training for module in model.modules()}
-    dtypes: dict[Any, Any] = {m: m.compute_dtype for m in model.modules() if type(m).__name__ == "Linear4bit"}
+    bnb = sys.modules.get("bitsandbytes")
+    nf4 = [m for m in model.modules() if bnb is not None and isinstance(m, bnb.nn.Linear4bit)]
+    dtypes: dict[Any, Any] = {module: module.compute_dtype for module in nf4}
     layers = [m for m in model.modules() if isinstance(m, FusedLora)]
     rounded = next((m.kernels for m in layers if m.kernels in ops.CPU_OPERANDS), None)
-    int8 = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
+    int8 = [m for m in model.modules() if bnb is not None and isinstance(m, bnb.nn.Linear8bitLt)]
     model.eval()
     try:
         for module in dtypes:

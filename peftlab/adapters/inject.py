@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from peftlab.adapters.places import matched, peft_errors, place_config
+from peftlab.adapters import initial
+from peftlab.adapters.places import matched, peft_errors, place_config, trained_in_full, whole_modules
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
 from peftlab.specs.methods import METHODS
@@ -51,6 +52,7 @@ def inject(
     freeze: Sequence[str] = (),
     kernels: str = "auto",
     num_steps: int | None = None,
+    rows: Callable[[], initial.InitialRows] | None = None,
     **options: Any,
 ) -> Any:
     """The model with adapters injected by PEFT (a ``PeftModel``); only the adapters require gradients.
@@ -65,6 +67,7 @@ def inject(
             that are left as they are.
         kernels: auto, triton or reference; see ``fused.set_kernels``. No effect for a method without fused layers.
         num_steps: number of optimizer steps, for a method whose schedule needs it.
+        rows: makes training rows for an initialisation that looks at them.
         options: the method's other keys of the section ``adapter``, such as ``rank``, and its options by PEFT's names.
     Raises: RecipeError if a target or a module to save matches nothing, or PEFT refuses the adapter.
     """
@@ -86,7 +89,10 @@ def inject(
     with warnings.catch_warnings(), peft_errors(method):
         # PEFT 0.21 reads an attribute of transformers 5 under its old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        given = rows() if rows is not None and initial.needs_rows(config) else None
+        initial.before_injection(model, config, given)
         peft_model = peft.get_peft_model(model, config)
+        initial.after_injection(peft_model, given)
     fused.set_kernels(peft_model, kernels)
     return peft_model
 
@@ -123,6 +129,8 @@ def check_adapter(
         "layers": layers,
         "freeze": freeze,
     }
+    if values.get("init_lora_weights") == "loftq":  # PEFT reads a mapping with all settings
+        values["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | (values.get("loftq_config") or {})
     if spec.name == "lora":
         return place_config(model, **where, **values)
     fields = peft_method(spec.peft).options
@@ -131,8 +139,14 @@ def check_adapter(
         # Full names: most configurations have no way to leave out the head.
         values["target_modules"] = matched(model, chosen)
         values["modules_to_save"] = chosen.modules_to_save
-    elif "modules_to_save" in fields:
-        values["modules_to_save"] = list(modules_to_save) or None
+    else:
+        values["modules_to_save"] = whole_modules(model, peft_type, modules_to_save, new) or None
+    if "modules_to_save" not in fields and (whole := trained_in_full(model, peft_type, modules_to_save, new)):
+        raise RecipeError(
+            f"{spec.name} has no place for modules that are trained in full, and this model needs that for {', '.join(whole)}; use "
+            f"another method{', such as lora with trainable_token_indices' if spec.targets == 'embeddings' else ''}",
+            key="adapter.method",
+        )
     values |= {k: v for k, v in _set_by_run(model, num_steps).items() if k in fields and k not in values}
     with peft_errors(method):
         config_class = getattr(peft, peft_method(spec.peft).config)
@@ -174,9 +188,16 @@ def adapted_modules(model: Any) -> list[str]:
     return [base_name(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
+def token_modules(model: Any) -> list[str]:
+    """Names, in the base model, of the embeddings and heads of which rows are trained."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return [base_name(name) for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)]
+
+
 def base_name(name: str) -> str:
     """The name in the base model of a module in a PEFT model."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    name = name.removeprefix("base_model.model.").removeprefix("base_model.").replace(".base_layer", "")
     return name.removesuffix(".token_adapter")
 
 

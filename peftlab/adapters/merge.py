@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.inject import base_name
+from peftlab.adapters.target_modules import is_norm
 
 _ROWS = 16
 # Error of a value after rounding, relative to the value.
@@ -44,7 +45,21 @@ def fold(model: Any) -> Any:
     """The base model of a ``PeftModel`` with the adapter in its weights. Raises: what PEFT raises if it cannot merge."""
     if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
         _unshare(model.get_base_model())
-    return model.merge_and_unload(safe_merge=True)
+    merged = model.merge_and_unload(safe_merge=True)
+    _unwrap(merged)
+    return merged
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Puts modules that were trained in full in place of PEFT's wrappers. PEFT 0.21.2 forgets them for LayerNorm tuning, and a
+    merged file would have a new head."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, plain)
 
 
 def _unshare(model: Any) -> None:
@@ -76,14 +91,12 @@ class Probes:
             if x is None:
                 self.num_unchecked += 1
                 continue
-            # A copy in float64, one layer at a time: PEFT's forward, and no fused one.
-            exact = copy.deepcopy(layer).cpu().double().eval()
-            if hasattr(exact, "kernels"):
-                exact.kernels = "reference"
-            with torch.no_grad():
-                adapted = exact(x)
-                exact.enable_adapters(False)
-                self._inputs[name], self._adapted[name], self._plain[name] = x, adapted, exact(x)
+            try:
+                adapted, plain = _outputs(layer, x)
+            except RuntimeError:  # AdaMSS computes in the dtype that its layer was made with
+                x = x.float() if x.is_floating_point() else x
+                adapted, plain = _outputs(layer, x, torch.float32)
+            self._inputs[name], self._adapted[name], self._plain[name] = x, adapted.double(), plain.double()
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -97,7 +110,7 @@ class Probes:
         lost, moved, wrong = 0.0, 0.0, 0
         worst, worst_excess, worst_relative = "", -1.0, 0.0
         for name, x in self._inputs.items():
-            y = copy.deepcopy(modules[name]).cpu().double().eval()(x)
+            y = copy.deepcopy(modules[name]).cpu().double().eval()(x.double() if x.is_floating_point() else x)
             adapted = self._adapted[name]
             difference = float((y - adapted).norm())
             update = float((adapted - self._plain[name]).norm())
@@ -115,6 +128,17 @@ class Probes:
             len(self._inputs),
             self.num_unchecked,
         )
+
+
+@torch.no_grad()
+def _outputs(layer: Any, x: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The outputs of a copy of an adapted layer on the CPU, with and without its adapter."""
+    exact = copy.deepcopy(layer).cpu().to(dtype).eval()
+    if hasattr(exact, "kernels"):
+        exact.kernels = "reference"  # PEFT's forward, and no fused one
+    adapted = exact(x)
+    exact.enable_adapters(False)
+    return adapted, exact(x)
 
 
 def _outermost(model: Any) -> Iterator[tuple[str, Any]]:
@@ -139,6 +163,8 @@ def _input_of(adapted: Any) -> Tensor | None:
     if isinstance(layer, nn.modules.conv._ConvNd):
         extent = [d * (k - 1) + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         return torch.randn(2, layer.in_channels, *extent, generator=generator, dtype=torch.float64)
+    if is_norm(layer) and layer.weight.dim() == 1:
+        return torch.randn(_ROWS, len(layer.weight), generator=generator, dtype=torch.float64)
     if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
         width = layer.in_features if isinstance(layer, nn.Linear) else cast(Any, layer).nx
         return torch.randn(_ROWS, width, generator=generator, dtype=torch.float64)

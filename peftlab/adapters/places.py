@@ -47,7 +47,18 @@ def planned_modules(
         layers=layers,
         freeze=freeze,
     )
-    return matched(model, chosen)
+    names = matched(model, chosen)
+    return [*names, *_tied_to(model, names)] if spec.targets == "embeddings" else names
+
+
+def _tied_to(model: Any, names: Collection[str]) -> list[str]:
+    """The output head, if it is tied to an embedding in ``names``: PEFT then trains its rows with those of the embedding."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return []
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {id(module): name for name, module in model.named_modules()}
+    embedding, head = (found.get(id(end)) for end in ends)
+    return [head] if head is not None and embedding in names else []
 
 
 def place_config(
@@ -71,9 +82,8 @@ def place_config(
     import peft
 
     head = head_modules(model) if peft_type is None else []
-    given = [*head, *modules_to_save]
-    trained = [*given, *(_CLASSIFIER_HEADS if peft_type == _CLASSIFIER else ())]
-    whole = list(dict.fromkeys([*given, *(n for n in new_modules(model, new) if not _is_inside(n, trained))]))
+    trained = [*head, *modules_to_save, *(_CLASSIFIER_HEADS if peft_type == _CLASSIFIER else ())]
+    whole = whole_modules(model, peft_type, modules_to_save, new)
     with peft_errors("lora"):
         config = peft.LoraConfig(
             task_type=peft_type,
@@ -93,6 +103,23 @@ def place_config(
     if layers is not None or freeze:
         config.target_modules = _chosen(matched(model, config), layers, freeze, model)
     return config
+
+
+def whole_modules(
+    model: nn.Module, peft_type: str | None, modules_to_save: Sequence[str], new: Collection[str]
+) -> list[str]:
+    """Names of the modules to name in PEFT's ``modules_to_save``: without the heads that it adds for a classifier."""
+    given = [*(head_modules(model) if peft_type is None else []), *modules_to_save]
+    trained = [*given, *(_CLASSIFIER_HEADS if peft_type == _CLASSIFIER else ())]
+    return list(dict.fromkeys([*given, *(n for n in new_modules(model, new) if not _is_inside(n, trained))]))
+
+
+def trained_in_full(
+    model: nn.Module, peft_type: str | None, modules_to_save: Sequence[str], new: Collection[str]
+) -> list[str]:
+    """Names of all modules that have to be trained in full."""
+    heads = [n for n, _ in model.named_modules() if peft_type == _CLASSIFIER and n.endswith(_CLASSIFIER_HEADS)]
+    return list(dict.fromkeys([*heads, *whole_modules(model, peft_type, modules_to_save, new)]))
 
 
 def matched(model: nn.Module, config: Any) -> list[str]:

@@ -183,10 +183,11 @@ class Assembly:
         if stored == "none":
             return wanted
         check_stored(self.pretrained, stored, wanted)
-        if not self.method.quantized:
+        if not self.method.trains_on(stored):
+            what = f"{self.method.label} does not work on them" if self.method.adapts else "they cannot be trained"
             raise RecipeError(
-                f"{self.recipe.model.name} is stored in {stored}, and quantized weights cannot be trained; use an adapter, or "
-                "name the model that it was made from",
+                f"the weights of {self.recipe.model.name} are stored in {stored}, and {what}; use adapter.method=lora, or name "
+                "the model that it was made from",
                 key="adapter.method",
             )
         return stored

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from peftlab.adapters import load_trained, save_trained
+from peftlab.adapters import load_state, save_trained
 from peftlab.assembly.accelerator import run_accelerator
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.checks import check_room
@@ -301,7 +301,7 @@ class Fit:
             self._progress.note(
                 f"keeping step {result.best_step}: best {parts.recipe.eval.best} {result.best_value:.4g}"
             )
-            load_trained(parts.model, best)
+            load_state(parts.model, best)
             self._save_result()
 
     def _save_result(self) -> None:

@@ -23,6 +23,7 @@ from peftlab.measuring.memory import release_memory
 from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, write_json
+from peftlab.specs.methods import METHODS
 from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
 
@@ -217,16 +218,16 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
 def _fold(adapted: Any) -> Any:
     """The base model with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
     config = adapted.peft_config["default"]
-    if config.is_prompt_learning:
+    method = str(config.peft_type.value)
+    spec = METHODS.get(method.lower())
+    if spec is not None and spec.unmergeable:
         raise RecipeError(
-            f"an adapter of {config.peft_type.value} adds virtual tokens to the input and changes no weight, so nothing can be "
-            "merged; use it as an adapter",
+            f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
             key="adapter.method",
         )
     try:
         return fold(adapted)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
-        method = config.peft_type.value
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise RecipeError(
             f"PEFT cannot merge this {method} adapter: {reason}; use it as an adapter, without merging",

@@ -9,11 +9,13 @@ from typing import Any
 from peftlab import ops
 from peftlab.adapters import (
     AdapterReport,
+    InitialRows,
     adapted_modules,
     head_reason,
     inject,
     planned_modules,
     report,
+    token_modules,
     train_all,
 )
 from peftlab.adapters.fused import fusion_report
@@ -22,7 +24,7 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.model_findings import model_findings
 from peftlab.assembly.plan import make_plan, plan_notes
-from peftlab.data import BatchPlan, Rows
+from peftlab.data import BatchPlan, Rows, eval_batches
 from peftlab.errors import RecipeError
 from peftlab.measuring.memory import release_memory
 from peftlab.models import base_model, new_weights
@@ -30,6 +32,9 @@ from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.progress import Progress, SilentProgress
+
+# Rows that an initialisation looks at, and padded tokens per batch of them.
+_INITIAL_ROWS, _INITIAL_TOKENS = 128, 2048
 
 
 @dataclass(frozen=True)
@@ -145,13 +150,14 @@ def prepare(
         progress.note(f"{key}: {message}")
     storage = "unquantized" if assembly.storage == "none" else assembly.storage
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
-    model, planned, trained = trainable(assembly, assembly.model(), num_steps=plan.total_steps)
+    model, planned, trained = trainable(assembly, assembly.model(), num_steps=plan.total_steps, train=train)
     release_memory()  # quantizing held every weight in full precision
     progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
     if assembly.method.adapts:
         fusion = fusion_report(model)
-        (progress.note if fusion.slow else progress.detail)(str(fusion))
+        meant = any(variant.fused for variant in assembly.method.variants.values())
+        (progress.note if fusion.slow and meant else progress.detail)(str(fusion))
         if recipe.run.kernels != "reference" and (note := ops.kernels_note(device)):
             progress.note(note)
     full_logits = _full_logits_reason(assembly, model)
@@ -179,8 +185,13 @@ def prepare(
     return Parts(assembly, precision, model, rows, train, held_out, plan, metrics, planned, loss, phase, summary)
 
 
-def trainable(assembly: Assembly, model: Any, *, num_steps: int | None = None) -> tuple[Any, list[str], AdapterReport]:
-    """Returns the model ready to train, the names of the modules to adapt, and the counts."""
+def trainable(
+    assembly: Assembly, model: Any, *, num_steps: int | None = None, train: Encoded | None = None
+) -> tuple[Any, list[str], AdapterReport]:
+    """Returns the model ready to train, the names of the modules to adapt, and the counts.
+
+    Args: num_steps: optimizer steps of the run. train: the training examples, for an initialisation that looks at them.
+    """
     method, a = assembly.method, assembly.recipe.adapter
     if not method.adapts:
         return model, [], train_all(model, freeze=a.freeze)
@@ -188,9 +199,29 @@ def trainable(assembly: Assembly, model: Any, *, num_steps: int | None = None) -
     new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)
     where: dict[str, Any] = {"new": new, **assembly.adapter_places}
     planned = planned_modules(model, method=method.name, **where)
-    kernels = assembly.recipe.run.kernels
-    model = inject(model, method.name, kernels=kernels, num_steps=num_steps, **where, **assembly.adapter_options)
-    return model, planned if method.places else adapted_modules(model), report(model)
+    model = inject(
+        model,
+        method.name,
+        kernels=assembly.recipe.run.kernels,
+        num_steps=num_steps,
+        rows=None if train is None else lambda: _initial_rows(assembly, train),
+        **where,
+        **assembly.adapter_options,
+    )
+    planned = [*planned, *token_modules(model)] if method.places else adapted_modules(model)
+    return model, list(dict.fromkeys(planned)), report(model)
+
+
+def _initial_rows(assembly: Assembly, train: Encoded) -> InitialRows:
+    """The first training rows, in batches of similar length."""
+    examples = train.examples[:_INITIAL_ROWS]
+    parts = eval_batches([len(example) for example in examples], _INITIAL_TOKENS)
+    batches = [assembly.task.collate([examples[i] for i in part], assembly.device) for part in parts]
+
+    def loss(model: Any, index: int) -> Any:
+        return assembly.task.loss_sum(model, batches[index]) / batches[index].weights.sum()
+
+    return InitialRows([batch.inputs for batch in batches], loss)
 
 
 def method_text(recipe: Recipe) -> str:

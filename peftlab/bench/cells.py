@@ -14,6 +14,7 @@ from peftlab.bench.sweep import Cell, Facts, Sweep, make_sweep
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import import_bitsandbytes, model_max_length
 from peftlab.recipe import Recipe
+from peftlab.recipe.method_options import settings_for
 from peftlab.recipe.schema import AdapterSection
 from peftlab.specs.methods import VARIANTS, variant_of
 from peftlab.specs.protocol import BATCH, LENGTH
@@ -71,7 +72,7 @@ def sweep_of(recipe: Recipe, device: str, choices: Mapping[str, Any], fixed_leng
     Raises: RecipeError, see ``make_sweep``.
     """
     length = fixed_length or min(recipe.data.max_length or LENGTH[device], LENGTH[device])
-    dense_only = not recipe.method.quantized and choices.get("methods") is None
+    dense_only = not recipe.method.trains_on("nf4") and choices.get("methods") is None
     default: dict[str, Sequence[Any]] = {
         "what": ["train"],
         "methods": [method_of(recipe)],
@@ -121,8 +122,8 @@ def adapter_settings(base: Mapping[str, Any], method: str, rank: int | None) -> 
     """Returns the adapter section for the variant ``method``; keeps the recipe's settings that the method uses, such as alpha."""
     spec, variant = VARIANTS[method]
     of_variants = {key for other in spec.variants.values() for key in other.settings}
-    given = {k: v for k, v in base.get("adapter", {}).items() if k in spec.keys and k not in of_variants}
-    given |= {"method": spec.name} | ({"rank": rank} if spec.has_rank else {})
+    given = {k: v for k, v in base.get("adapter", {}).items() if k not in of_variants}
+    given = settings_for(given, spec.name) | {"method": spec.name} | ({} if rank is None else {"rank": rank})
     return given | {key: variant.settings.get(key, AdapterSection.model_fields[key].default) for key in of_variants}
 
 

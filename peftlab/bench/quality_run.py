@@ -24,7 +24,7 @@ from peftlab.measuring import journal
 from peftlab.measuring.machine import describe_machine, git_commit, size_of_machine, versions
 from peftlab.measuring.memory import frozen_heap
 from peftlab.recipe import Recipe
-from peftlab.specs.methods import VARIANTS
+from peftlab.specs.methods import COMPARED, VARIANTS, rank_of
 from peftlab.specs.protocol import SEEDS
 
 _Variant = tuple[str, int | None]
@@ -90,7 +90,8 @@ def run_quality(
 def _variants(
     recipe: Recipe, methods: Sequence[str] | None, ranks: Sequence[int] | None
 ) -> tuple[list[_Variant], dict[_Variant, str]]:
-    names = list(VARIANTS) if methods is None else methods
+    names = list(COMPARED) if methods is None else methods
+    recipe_method = recipe.adapter.method if ranks is None else None
     sweep = make_sweep(
         what=["train"],
         methods=names,
@@ -100,11 +101,9 @@ def _variants(
         batch=[1],
         length=[2],
     )
-    variants = list(
-        dict.fromkeys((m, r if VARIANTS[m][0].has_rank else None) for m in sweep.methods for r in sweep.ranks)
-    )
+    variants = list(dict.fromkeys((m, rank_of(m, r, recipe_method)) for m in sweep.methods for r in sweep.ranks))
     stored = recipe.model.quantize
-    dense_only = [v for v in variants if not VARIANTS[v[0]][0].quantized and stored != "none"]
+    dense_only = [v for v in variants if not VARIANTS[v[0]][0].trains_on(stored)]
     reason = f"{stored} weights cannot be trained: {{}} needs model.quantize=none"
     return variants, {v: reason.format(VARIANTS[v[0]][0].label) for v in dense_only}
 

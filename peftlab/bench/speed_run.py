@@ -102,7 +102,7 @@ def _plan(
             raise RecipeError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
     facts = cells.facts_of(assembly, protocol["new_tokens"])
     sweep = cells.sweep_of(recipe, device, choices, facts.fixed_length)
-    every = cells_of(sweep)
+    every = cells_of(sweep, recipe.adapter.method if choices.get("ranks") is None else None)
     reasons = {cell.key: why for cell in every if (why := impossible(cell, facts)) is not None}
     classes = assembly.classes if assembly.spec.classifies else None
     steps, warm_up = protocol["steps"] or STEPS[device], WARM_UP[device]

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftlab.errors import RecipeError
 from peftlab.specs.kernels import KERNEL_MODES
-from peftlab.specs.methods import VARIANTS
+from peftlab.specs.methods import VARIANTS, rank_of
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.tasks import TASKS
 
@@ -68,7 +68,7 @@ class Sweep:
 
     what: tuple[str, ...]
     methods: tuple[str, ...]
-    ranks: tuple[int, ...]
+    ranks: tuple[int | None, ...]
     quantize: tuple[str, ...]
     kernels: tuple[str, ...]
     batch: tuple[int, ...]
@@ -95,22 +95,22 @@ def make_sweep(**values: Sequence[Any]) -> Sweep:
                 near = difflib.get_close_matches(str(value), _KNOWN[name], n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise RecipeError(f"--{name}: expected some of {', '.join(_KNOWN[name])}, found {value!r}{hint}")
-            if name not in _KNOWN and value < (2 if name == "length" else 1):
+            if name not in _KNOWN and value is not None and value < (2 if name == "length" else 1):
                 least = "2 tokens, of which one is predicted" if name == "length" else "1"
                 raise RecipeError(f"--{name}: expected at least {least}, found {value}")
         checked[name] = tuple(dict.fromkeys(given))
     return Sweep(**checked)
 
 
-def cells_of(sweep: Sweep) -> list[Cell]:
+def cells_of(sweep: Sweep, recipe_method: str | None = None) -> list[Cell]:
     """Returns the product of all values, PEFT's path next to the fused one. A method without a rank, such as full
-    fine-tuning, appears once, not once per rank."""
+    fine-tuning, appears once, not once per rank. Args: recipe_method: see ``rank_of``."""
     ranks: tuple[int | None, ...] = sweep.ranks
     product = itertools.product(
         sweep.what, sweep.batch, sweep.length, sweep.adapters, sweep.methods, ranks, sweep.quantize, sweep.kernels
     )
     cells = [
-        Cell(what, method, rank if VARIANTS[method][0].has_rank else None, quantize, kernels, batch, length, adapters)
+        Cell(what, method, rank_of(method, rank, recipe_method), quantize, kernels, batch, length, adapters)
         for what, batch, length, adapters, method, rank, quantize, kernels in product
     ]
     return list(dict.fromkeys(cells))
@@ -140,7 +140,7 @@ def impossible(cell: Cell, facts: Facts) -> str | None:
     mode = KERNEL_MODES[cell.kernels]
     if STORAGES[cell.quantize].is_quantized and facts.no_bitsandbytes is not None:
         return f"{cell.quantize} needs bitsandbytes, which cannot be imported ({facts.no_bitsandbytes})"
-    if not method.quantized and STORAGES[cell.quantize].is_quantized:
+    if not method.trains_on(cell.quantize):
         return f"{cell.quantize} weights cannot be trained: {method.label} needs --quantize none"
     if cell.kernels in facts.no_operands:
         return facts.no_operands[cell.kernels]

@@ -93,6 +93,16 @@ VERBS: dict[str, Verb | Group] = {
         },
         alone="list",
     ),
+    "adapters": Group(
+        "List the adapter methods and their options.",
+        "peftlab adapters list vera",
+        {
+            "list": Verb(
+                "adapter_methods:list_methods", "List the methods, or the options of one.", "peftlab adapters list vera"
+            ),
+        },
+        alone="list",
+    ),
     "bench": Group(
         "Benchmark training and generation on this machine.",
         "peftlab bench quickstart --quantize nf4",

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from peftlab.adapters import load_adapter, load_trained, train_all
+from peftlab.adapters import load_adapter, load_state, train_all
 from peftlab.assembly import Assembly
 from peftlab.assembly.accelerator import run_accelerator
 from peftlab.data import Rows
@@ -137,7 +137,7 @@ def _open_student(assembly: Assembly, checkpoint: Path | None) -> Any:
         check_checkpoint(checkpoint)
         if not assembly.method.adapts:
             train_all(model, freeze=recipe.adapter.freeze)
-            load_trained(model, checkpoint)
+            load_state(model, checkpoint)
         else:
             model = load_adapter(model, checkpoint, kernels=recipe.run.kernels)
     return model.eval()

@@ -158,6 +158,11 @@ def _foreign() -> dict[str, str]:
     return {name: key for key, names in _FOREIGN_NAMES.items() for name in names.split()}
 
 
+def foreign_key(name: str) -> str | None:
+    """The dotted key for a name of another project."""
+    return _foreign().get(name.lower().replace("-", "_"))
+
+
 def join(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +14,12 @@ from peftlab.errors import PeftlabError, RecipeError
 from peftlab.recipe.alternatives import replace_alternatives
 from peftlab.recipe.distillation import expand_names
 from peftlab.recipe.keys import did_you_mean, is_free_mapping, is_section, spec_at
+from peftlab.recipe.method_options import settings_for
 from peftlab.recipe.problems import COMMAND_LINE, misread_numbers, report, translate
 from peftlab.recipe.schema import Recipe
 from peftlab.recipe.shipped import nearest_recipes, recipe_file, recipe_names
 from peftlab.recipe.yaml_lines import Lines, Parsed, Problem, parse_yaml
+from peftlab.specs.methods import METHODS
 
 # A recipe has a few kilobytes; a larger file is a data or weight file given by mistake.
 _MAX_BYTES = 1 << 20
@@ -100,11 +102,12 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     data, lines = origin.parsed.data, origin.parsed.lines
     expand_names(data, lines)
     problems = list(origin.parsed.problems)
+    of_file = dict(section) if isinstance(section := data.get("adapter"), dict) else {}
     for override in overrides:
         problems += _override(data, lines, override)
         expand_names(data, lines)  # an override may set a name again, and the next one a key next to it
     given = {key for key, line in lines.items() if line == COMMAND_LINE}
-    replaced = replace_alternatives(data, given)
+    replaced = replace_alternatives(data, given) | _of_another_method(data, of_file, given)
     notes = [
         f"{key} on the command line replaces {', '.join(names)} ({_places(names, lines, origin.label)})"
         for key, names in replaced.items()
@@ -129,6 +132,19 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
         origins={k: "command line" if n == COMMAND_LINE else f"{origin.label}:{n}" for k, n in lines.items()},
         notes=tuple(notes),
     )
+
+
+def _of_another_method(data: dict[str, Any], of_file: dict[str, Any], given: Collection[str]) -> dict[str, list[str]]:
+    """Removes the file's settings of an adapter method that the command line replaces by another; returns them by its key."""
+    section: Any = data.get("adapter")
+    method = section.get("method") if isinstance(section, dict) else None
+    if "adapter.method" not in given or method not in METHODS or method == of_file.get("method", "lora"):
+        return {}
+    kept = settings_for(of_file, str(method))
+    names = [name for name in of_file if name not in kept and name != "method" and f"adapter.{name}" not in given]
+    for name in names:
+        section.pop(name, None)
+    return {"adapter.method": [f"adapter.{name}" for name in names]} if names else {}
 
 
 def _places(keys: Sequence[str], lines: Lines, label: str) -> str:

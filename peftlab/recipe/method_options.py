@@ -12,7 +12,15 @@ from pydantic import TypeAdapter, ValidationError
 from peftlab.specs.methods import METHODS, MethodSpec
 from peftlab.specs.peft_methods import peft_version
 
-_TYPES = {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")}
+
+class _AnyText:
+    """Stands for ``Literal``: PEFT's annotations leave out values that it takes, such as ``lora_ga``, and PEFT checks them."""
+
+    def __getitem__(self, values: Any) -> Any:
+        return str
+
+
+_TYPES = {name: getattr(typing, name) for name in ("Any", "Optional", "Union")} | {"Literal": _AnyText()}
 
 
 def option_problems(method: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -23,6 +31,19 @@ def option_problems(method: str, given: Mapping[str, Any]) -> Iterator[tuple[str
             yield name, _unknown(spec, name)
         elif (expected := _type_problem(spec.options[name].kind, value)) is not None:
             yield name, expected
+
+
+def settings_for(section: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings of a section ``adapter`` that mean the same for another method: where, what is trained in full, dropout. A
+    rank or an alpha of one method says nothing about another."""
+    spec = METHODS[method]
+    former = section.get("method", "lora")
+    if former == method:
+        return {k: v for k, v in section.items() if k in ("method", *spec.keys, *spec.places, *spec.options)}
+    kept = {*spec.keys, *spec.places} - {"rank", "alpha"}
+    if former in METHODS and METHODS[former].targets != spec.targets:
+        kept -= {"targets"}  # norms are no linear layers
+    return {k: v for k, v in section.items() if k in kept}
 
 
 def add_method_options(schema: dict[str, Any]) -> None:
@@ -37,11 +58,15 @@ def add_method_options(schema: dict[str, Any]) -> None:
 
 
 def _unknown(spec: MethodSpec, name: str) -> str:
+    from peftlab.recipe.keys import foreign_key  # it reads the schema, which imports this module
+
     renamed = {theirs: ours for ours, theirs in spec.keys.items()} | {"layers_to_transform": "layers"}
     if name in renamed:
         return f"unknown key; did you mean `{renamed[name]}`?"
     if spec.adapts and name in METHODS and name != spec.name:
         return f"unknown key; did you mean `method: {name}`?"
+    if (foreign := foreign_key(name)) is not None:
+        return f"unknown key; did you mean `{foreign.removeprefix('adapter.')}`?"
     others = [other.name for other in METHODS.values() if name in other.options]
     if others:
         more = f" and {len(others) - 4} others" if len(others) > 4 else ""
@@ -78,7 +103,7 @@ class _Names(dict[str, Any]):
 
 def _words(kind: str) -> str:
     text = kind
-    for theirs, ours in (("Optional[", ""), ("Union[", ""), ("Literal[", "one of "), ("]", ""), ("[", " of ")):
+    for theirs, ours in (("Optional[", ""), ("Union[", ""), ("Literal[", ""), ("]", ""), ("[", " of ")):
         text = text.replace(theirs, ours)
     for theirs, ours in (("bool", "true or false"), ("int", "whole number"), ("float", "number"), ("str", "text")):
         text = text.replace(theirs, ours)

@@ -144,13 +144,13 @@ def merge_has_something_to_merge(recipe: Recipe) -> Problems:
         yield from _no_effect(recipe, ["run.merge"], "in a distillation, which writes the student as a complete model")
     elif not METHODS[recipe.adapter.method].adapts:
         yield from _no_effect(recipe, ["run.merge"], "without an adapter: the run's model/ is the trained model")
-    elif METHODS[recipe.adapter.method].mergeable is False and recipe.run.merge != "none":
-        yield ("run.merge",), f"{METHODS[recipe.adapter.method].label} cannot be merged into the weights; remove it"
+    elif (reason := METHODS[recipe.adapter.method].unmergeable) and recipe.run.merge != "none":
+        yield ("run.merge",), f"{METHODS[recipe.adapter.method].label} cannot be merged: {reason}; remove it"
 
 
 def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:
     method = METHODS[recipe.adapter.method]
-    if method.quantized is not False or recipe.model.quantize == "none":
+    if method.trains_on(recipe.model.quantize):
         return
     if not method.adapts:
         yield (
@@ -159,7 +159,11 @@ def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:
             "or train an adapter",
         )
     else:
-        yield ("adapter.method",), f"{method.label} does not work on quantized weights; set model.quantize: none"
+        others = f", or to {' or '.join(method.storages)}" if method.storages else ""
+        yield (
+            ("adapter.method",),
+            f"{method.label} does not work on {recipe.model.quantize} weights; set model.quantize to none{others}",
+        )
 
 
 def rounded_operands_have_a_path(recipe: Recipe) -> Problems:

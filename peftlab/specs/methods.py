@@ -63,8 +63,8 @@ class MethodSpec:
         required: options that a recipe has to set, because nothing sensible can be assumed.
         refused: why no recipe can use it; empty if one can.
         targets: the default of ``targets``.
-        mergeable, quantized: whether the adapter can be merged into the weights, and trained on quantized weights; None if
-            nobody tried it here.
+        unmergeable: why the adapter cannot be merged into the weights; empty if it can, or if nobody tried it here.
+        storages: the quantized storages that it can be trained on; None if nobody tried it here.
         several: whether PEFT can generate with several such adapters in one batch.
         evidence: what is known of its quality, for ``peftlab adapters``.
         variants: its names in the benchmark; default: its own name.
@@ -82,8 +82,8 @@ class MethodSpec:
     required: tuple[str, ...] = ()
     refused: str = ""
     targets: str = "all-linear"
-    mergeable: bool | None = None
-    quantized: bool | None = None
+    unmergeable: str = ""
+    storages: tuple[str, ...] | None = None
     several: bool = False
     evidence: str = ""
     variants: Mapping[str, Variant] = field(default_factory=dict)
@@ -96,6 +96,10 @@ class MethodSpec:
     @property
     def has_rank(self) -> bool:
         return "rank" in self.keys
+
+    def trains_on(self, storage: str) -> bool:
+        """Whether it can be trained on weights in this storage; True if nobody tried."""
+        return storage == "none" or self.storages is None or storage in self.storages
 
     @property
     def prompts(self) -> bool:
@@ -152,8 +156,10 @@ def _of_peft(name: str, label: str, summary: str, paper: str = "", **more: Any) 
     return MethodSpec(name, label, summary, peft=name, paper=paper, **more)
 
 
+# Where PEFT uses the outputs of a quantized layer, and not its stored bytes as if they were the weight.
+_QUANTIZED = ("nf4", "int8")
+_NO_WEIGHT = "its virtual tokens change no weight"
 _TASK_IDS = "it needs the number of a task with each row, which no task here has"
-_LIKE_LORA = "within 1 to 2 % of LoRA once the learning rate is tuned (arXiv 2602.04998)"
 
 _ROWS: tuple[MethodSpec, ...] = (
     _of_peft(
@@ -162,8 +168,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "adds a low-rank product B A to each weight",
         "2106.09685",
         defaults={"rank": 8, "alpha": 16.0},
-        mergeable=True,
-        quantized=True,
+        storages=_QUANTIZED,
         several=True,
         evidence="98 % of published adapters; every engine serves it; the default",
         variants={
@@ -177,8 +182,8 @@ _ROWS: tuple[MethodSpec, ...] = (
         "full fine-tuning",
         "trains the model's own weights",
         own_keys={"freeze": "freeze"},
-        mergeable=False,
-        quantized=False,
+        unmergeable="the run's model/ is the trained model",
+        storages=(),
         evidence="what every adapter is compared with; many times the memory",
         variants={"full": Variant()},
     ),
@@ -190,8 +195,11 @@ _ROWS: tuple[MethodSpec, ...] = (
         own_keys={"rank": "target_r"},
         fixed={"r": 8},
         evidence="37.3 on GSM8K where LoRA has 47.8 (PEFT's table); rank chosen by gradients gains nothing (arXiv 2605.16800)",
+        storages=_QUANTIZED,
     ),
-    _of_peft("adamss", "AdaMSS", "trains subspaces of each weight, found by clustering its singular vectors"),
+    _of_peft(
+        "adamss", "AdaMSS", "trains subspaces of each weight, found by clustering its singular vectors", storages=()
+    ),
     _of_peft(
         "adaption_prompt",
         "LLaMA-Adapter",
@@ -199,11 +207,23 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2303.16199",
         without=("targets",),
         required=("adapter_len", "adapter_layers"),
+        unmergeable="it adds keys and values to the attention, and changes no weight",
+        storages=_QUANTIZED,
     ),
-    _of_peft("beft", "BEFT", "trains the biases of chosen layers", "2509.15974"),
-    _of_peft("boft", "BOFT", "multiplies each weight by butterfly-factorized rotations", "2311.06243"),
-    _of_peft("c3a", "C3A", "adds block-circulant matrices, applied by FFT", "2407.19342"),
-    _of_peft("cartridge", "Cartridge", "trains a key-value cache that stands for a long context", "2506.06266"),
+    _of_peft("beft", "BEFT", "trains the biases of chosen layers", "2509.15974", storages=_QUANTIZED),
+    _of_peft(
+        "boft", "BOFT", "multiplies each weight by butterfly-factorized rotations", "2311.06243", storages=_QUANTIZED
+    ),
+    _of_peft("c3a", "C3A", "adds block-circulant matrices, applied by FFT", "2407.19342", storages=_QUANTIZED),
+    _of_peft(
+        "cartridge",
+        "Cartridge",
+        "trains a key-value cache that stands for a long context",
+        "2506.06266",
+        unmergeable=_NO_WEIGHT,
+        defaults={"num_virtual_tokens": 20, "num_frozen_tokens": 0},
+        storages=_QUANTIZED,
+    ),
     _of_peft(
         "cpt",
         "CPT",
@@ -211,19 +231,31 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2410.17222",
         refused="its loss and its labels are computed inside PEFT from its own token types, which a loss outside cannot see",
     ),
-    _of_peft("deft", "DEFT", "projects a subspace out of each weight and adds a low-rank one"),
+    _of_peft("deft", "DEFT", "projects a subspace out of each weight and adds a low-rank one", storages=()),
     _of_peft(
         "delora",
         "DeLoRA",
         "LoRA with a normalized update, whose strength is trained apart from its direction",
         "2503.18225",
+        storages=(),
     ),
-    _of_peft("fourierft", "FourierFT", "trains a few Fourier coefficients of each update", "2405.03003"),
-    _of_peft("frod", "FRoD", "trains a sparse rotation of each weight's singular values"),
-    _of_peft("glora", "GLoRA", "scales and shifts weights and biases by low-rank terms", "2306.07967"),
-    _of_peft("gralora", "GraLoRA", "LoRA in blocks of each weight", "2505.20355"),
-    _of_peft("hira", "HiRA", "multiplies each weight by a low-rank matrix, value by value"),
-    _of_peft("hra", "HRA", "multiplies each weight by Householder reflections", "2405.17484"),
+    _of_peft(
+        "fourierft", "FourierFT", "trains a few Fourier coefficients of each update", "2405.03003", storages=_QUANTIZED
+    ),
+    _of_peft("frod", "FRoD", "trains a sparse rotation of each weight's singular values", storages=()),
+    _of_peft(
+        "glora",
+        "GLoRA",
+        "scales and shifts weights and biases by low-rank terms",
+        "2306.07967",
+        storages=(),
+        several=True,
+    ),
+    _of_peft("gralora", "GraLoRA", "LoRA in blocks of each weight", "2505.20355", storages=_QUANTIZED),
+    _of_peft(
+        "hira", "HiRA", "multiplies each weight by a low-rank matrix, value by value", storages=_QUANTIZED, several=True
+    ),
+    _of_peft("hra", "HRA", "multiplies each weight by Householder reflections", "2405.17484", storages=()),
     _of_peft(
         "ia3",
         "IA3",
@@ -232,18 +264,36 @@ _ROWS: tuple[MethodSpec, ...] = (
         # A scaled output of up_proj is the scaled input of down_proj, which the paper trains.
         defaults={"feedforward_modules": []},
         evidence="fewest parameters of the early methods; made for few examples",
+        storages=_QUANTIZED,
     ),
-    _of_peft("lily", "Lily", "shares low-rank factors between layers, chosen by a router", "2407.09946"),
-    _of_peft("ln_tuning", "LayerNorm tuning", "trains the weights of the norms", "2312.11420", targets="all-norms"),
+    _of_peft(
+        "lily",
+        "Lily",
+        "shares low-rank factors between layers, chosen by a router",
+        "2407.09946",
+        unmergeable="a router chooses its factors by the input",
+        storages=_QUANTIZED,
+    ),
+    _of_peft(
+        "ln_tuning",
+        "LayerNorm tuning",
+        "trains the weights of the norms",
+        "2312.11420",
+        targets="all-norms",
+        storages=_QUANTIZED,
+    ),
     _of_peft(
         "loha",
         "LoHa",
         "adds the value-by-value product of two low-rank matrices",
         "2108.06098",
         evidence="used for image models (3.7 % of imports, with LoKr)",
+        storages=("int8",),
     ),
-    _of_peft("lokr", "LoKr", "adds a Kronecker product", "2309.14859", evidence="used for image models"),
-    _of_peft("miss", "MiSS", "shares the rows of one small matrix over each weight", "2409.15371"),
+    _of_peft(
+        "lokr", "LoKr", "adds a Kronecker product", "2309.14859", evidence="used for image models", storages=("int8",)
+    ),
+    _of_peft("miss", "MiSS", "shares the rows of one small matrix over each weight", "2409.15371", storages=_QUANTIZED),
     _of_peft(
         "multitask_prompt_tuning",
         "multitask prompt tuning",
@@ -251,9 +301,13 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2303.02861",
         refused=_TASK_IDS,
     ),
-    _of_peft("oft", "OFT", "multiplies each weight by rotations in blocks", "2306.07280"),
+    _of_peft("oft", "OFT", "multiplies each weight by rotations in blocks", "2306.07280", storages=_QUANTIZED),
     _of_peft(
-        "osf", "OSF", "trains the small singular directions of each weight and keeps the large ones", "2504.07097"
+        "osf",
+        "OSF",
+        "trains the small singular directions of each weight and keeps the large ones",
+        "2504.07097",
+        storages=(),
     ),
     _of_peft(
         "p_tuning",
@@ -261,8 +315,10 @@ _ROWS: tuple[MethodSpec, ...] = (
         "virtual tokens made by a small network",
         "2103.10385",
         defaults={"num_virtual_tokens": 20},
+        unmergeable=_NO_WEIGHT,
+        storages=_QUANTIZED,
     ),
-    _of_peft("peanut", "PEANuT", "a small network of the frozen weight as its update", "2410.01870"),
+    _of_peft("peanut", "PEANuT", "a small network of the frozen weight as its update", "2410.01870", storages=()),
     _of_peft("poly", "Poly", "mixes LoRA skills by task", "2202.13914", refused=_TASK_IDS),
     _of_peft(
         "prefix_tuning",
@@ -270,6 +326,8 @@ _ROWS: tuple[MethodSpec, ...] = (
         "trains keys and values before the text, in every layer",
         "2101.00190",
         defaults={"num_virtual_tokens": 20},
+        unmergeable=_NO_WEIGHT,
+        storages=_QUANTIZED,
     ),
     _of_peft(
         "prompt_tuning",
@@ -278,15 +336,26 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2104.08691",
         defaults={"num_virtual_tokens": 20},
         evidence="needs many steps and a large model",
+        unmergeable=_NO_WEIGHT,
+        storages=_QUANTIZED,
     ),
-    _of_peft("psoft", "PSOFT", "rotates the principal subspace of each weight"),
-    _of_peft("pvera", "PVeRA", "VeRA with a distribution over its vectors", "2512.07703"),
-    _of_peft("randlora", "RandLoRA", "full-rank sums of fixed random products", "2502.00987"),
-    _of_peft("road", "RoAd", "rotates pairs of outputs in two dimensions", "2409.00119"),
-    _of_peft("shadow", "ShadowPEFT", "a small network beside the decoder", without=("targets",)),
-    _of_peft("shira", "SHiRA", "trains a sparse set of weights", "2406.13175"),
-    _of_peft("supertuning", "Super-Tuning", "trains the largest values of each weight", "2607.09287"),
-    _of_peft("tinylora", "TinyLoRA", "a few numbers, projected to every layer", "2602.04118"),
+    _of_peft("psoft", "PSOFT", "rotates the principal subspace of each weight", storages=()),
+    _of_peft("pvera", "PVeRA", "VeRA with a distribution over its vectors", "2512.07703", storages=_QUANTIZED),
+    _of_peft("randlora", "RandLoRA", "full-rank sums of fixed random products", "2502.00987", storages=_QUANTIZED),
+    _of_peft(
+        "road", "RoAd", "rotates pairs of outputs in two dimensions", "2409.00119", storages=_QUANTIZED, several=True
+    ),
+    _of_peft(
+        "shadow",
+        "ShadowPEFT",
+        "a small network beside the decoder",
+        without=("targets",),
+        unmergeable="its update depends on the input",
+        storages=_QUANTIZED,
+    ),
+    _of_peft("shira", "SHiRA", "trains a sparse set of weights", "2406.13175", storages=_QUANTIZED),
+    _of_peft("supertuning", "Super-Tuning", "trains the largest values of each weight", "2607.09287", storages=()),
+    _of_peft("tinylora", "TinyLoRA", "a few numbers, projected to every layer", "2602.04118", storages=()),
     _of_peft(
         "trainable_tokens",
         "trainable tokens",
@@ -294,12 +363,22 @@ _ROWS: tuple[MethodSpec, ...] = (
         targets="embeddings",
         required=("token_indices",),
         evidence="chat tokens in 1 % of the memory of whole embeddings",
+        storages=_QUANTIZED,
     ),
-    _of_peft("unilora", "Uni-LoRA", "one trained vector, projected to all factors", "2506.00799"),
-    _of_peft("vblora", "VB-LoRA", "builds the factors from a shared bank of vectors", "2405.15179"),
-    _of_peft("vera", "VeRA", "trains two vectors around shared random matrices", "2310.11454"),
-    _of_peft("waveft", "WaveFT", "trains a few wavelet coefficients of each update", "2505.12532"),
-    _of_peft("xlora", "X-LoRA", "mixes given LoRA adapters by token", "2402.07148", required=("adapters",)),
+    _of_peft("unilora", "Uni-LoRA", "one trained vector, projected to all factors", "2506.00799", storages=_QUANTIZED),
+    _of_peft(
+        "vblora", "VB-LoRA", "builds the factors from a shared bank of vectors", "2405.15179", storages=_QUANTIZED
+    ),
+    _of_peft("vera", "VeRA", "trains two vectors around shared random matrices", "2310.11454", storages=_QUANTIZED),
+    _of_peft("waveft", "WaveFT", "trains a few wavelet coefficients of each update", "2505.12532", storages=_QUANTIZED),
+    _of_peft(
+        "xlora",
+        "X-LoRA",
+        "mixes given LoRA adapters by token",
+        "2402.07148",
+        required=("adapters",),
+        unmergeable="it mixes its adapters by the input",
+    ),
 )
 
 
@@ -323,6 +402,21 @@ VARIANTS: dict[str, tuple[MethodSpec, Variant]] = {
     if not spec.refused
     for name, variant in (spec.variants or {spec.name: Variant(several=spec.several)}).items()
 }
+
+# Those that a comparison takes unless it names some: the family of LoRA, and full fine-tuning.
+COMPARED = tuple(name for name, (spec, _) in VARIANTS.items() if spec.variants)
+
+
+def rank_of(variant: str, rank: int | None, recipe_method: str | None) -> int | None:
+    """The rank at which a comparison measures a variant; None for a method without one.
+
+    Args: rank: of the comparison. recipe_method: the method that ``rank`` belongs to, because it is the recipe's; other methods
+        then use their own. None: the user gave the rank for all.
+    """
+    spec = VARIANTS[variant][0]
+    if not spec.has_rank:
+        return None
+    return rank if rank is not None and recipe_method in (None, spec.name) else spec.default("rank")
 
 
 def variant_of(method: str, settings: Mapping[str, Any]) -> str:

@@ -92,6 +92,8 @@ def _has_own_forward(model: Any) -> bool:
     if config is None:
         return False
     tuner = model.base_model
+    if getattr(config, "alora_invocation_tokens", None):  # PEFT finds them in the input of its own forward
+        return True
     return bool(
         config.is_prompt_learning or (isinstance(tuner, BaseTuner) and type(tuner).forward is not BaseTuner.forward)
     )

@@ -1,7 +1,8 @@
 """Step checkpoints: everything a run needs to resume, without pickles, published by one rename.
 
 step-00000040/
-  adapter_config.json, adapter_model.safetensors    PEFT's format; without an adapter trained.safetensors
+  adapter_config.json, adapter_model.safetensors    PEFT's format, with an adapter
+  trained.safetensors                               without one, and for methods that PEFT's files do not resume
   optimizer.safetensors                             state of every trained parameter, by name
   rng.safetensors                                   torch generators as bytes
   state.json                                        step, best value, Python and NumPy generators, plan
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftlab.adapters import load_trained, save_trained, trained_files
+from peftlab.adapters import load_state, save_state, state_files
 from peftlab.errors import ArtifactError
 
 
@@ -71,7 +72,7 @@ def save_checkpoint(
     partial = root / f".partial-{step:08d}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_trained(model, partial)
+        save_state(model, partial)
         save_file(_optimizer_tensors(model, optimizer), str(partial / "optimizer.safetensors"))
         generators = {"torch_cpu": rng.torch_cpu} | {f"torch_cuda_{i}": t for i, t in enumerate(rng.torch_cuda)}
         save_file(generators, str(partial / "rng.safetensors"))
@@ -129,8 +130,8 @@ def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimize
 
     Raises: ArtifactError if the checkpoint is damaged or belongs to another model.
     """
-    check_checkpoint(folder, trained=trained_files(model))
-    load_trained(model, folder)
+    check_checkpoint(folder, trained=state_files(model))
+    load_state(model, folder)
     _load_optimizer(model, optimizer, load_file(str(folder / "optimizer.safetensors")), folder)
     state = json.loads((folder / "state.json").read_text())
     generators = load_file(str(folder / "rng.safetensors"))
@@ -145,12 +146,14 @@ def load_checkpoint(folder: Path, *, model: Any, optimizer: torch.optim.Optimize
     return state, rng
 
 
-def _trained_names(model: nn.Module) -> dict[torch.Tensor, str]:
-    return {p: name for name, p in model.named_parameters() if p.requires_grad}
+def _trained_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, str]:
+    """Names of the parameters that the optimizer trains; a method may have frozen some of them for now."""
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    return {p: name for name, p in model.named_parameters() if p in trained}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = _trained_names(model)
+    names = _trained_names(model, optimizer)
     return {
         f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
         for parameter, values in optimizer.state.items()
@@ -161,7 +164,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], folder: Path
 ) -> None:
-    names = _trained_names(model)
+    names = _trained_names(model, optimizer)
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")

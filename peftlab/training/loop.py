@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters import save_trained, train_mode
+from peftlab.adapters import after_step, penalty, save_state, train_mode
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
@@ -76,7 +76,7 @@ LossSum = Callable[[nn.Module, Batch], Tensor]
 
 
 class LossModule(nn.Module):
-    """Wraps model and loss in one module, so that DDP sees its forward and autocast covers it."""
+    """Wraps model, loss and the method's penalty in one module, so that DDP sees its forward and autocast covers it."""
 
     def __init__(self, model: nn.Module, loss_sum: LossSum) -> None:
         super().__init__()
@@ -84,7 +84,9 @@ class LossModule(nn.Module):
         self.loss_sum = loss_sum
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.loss_sum(self.model, batch)
+        loss = self.loss_sum(self.model, batch)
+        extra = penalty(self.model)
+        return loss if extra is None else loss + extra * batch.weights.sum().to(loss.dtype)
 
 
 class _StopRequested(Exception):
@@ -234,6 +236,7 @@ class TrainingLoop:
         lr = self._set_learning_rate()
         grad_norm = self._clip_and_check(rows[bad] if bad is not None else [e for part in rows for e in part], loss)
         self._optimizer.step()
+        after_step(self._model, self._step + 1)
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
         self._record(rows, planned.epoch, weight, loss, lr, grad_norm, time.perf_counter() - started)
@@ -366,7 +369,7 @@ class TrainingLoop:
             self._result.best_step, self._result.best_value = self._step, value
             self._evals_without_better = 0
             if self._accelerator.is_main_process:
-                save_trained(self._model, self._folder / "best")
+                save_state(self._model, self._folder / "best")
         else:
             self._evals_without_better += 1
 

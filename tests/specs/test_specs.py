@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import subprocess
 import sys
 
 import peft
 import pytest
+from peft import PeftConfig, PeftType, PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from peftlab import ops
 from peftlab.distillation import INNER_ATTENTION, INNER_HIDDEN, VECTOR_LOSSES
@@ -15,11 +18,13 @@ from peftlab.evaluation import modules
 from peftlab.evaluation.comparison import Comparison
 from peftlab.recipe.keys import known_keys
 from peftlab.recipe.schema import AdapterSection, ModelSection, TrainSection
+from peftlab.specs import methods
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
 from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, family_of
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
+from peftlab.specs.peft_methods import COMPUTED, peft_method, peft_method_names
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.tasks import COLUMNS, KEYS_OF_TASKS, NEEDS, TASKS
 from peftlab.tasks import Generates, Redraws, Task, task_class
@@ -30,7 +35,7 @@ def test_specs_import_neither_the_engine_nor_libraries() -> None:
     program = """
 import sys
 before = set(sys.modules)
-from peftlab.specs import kernels, losses, methods, metrics, optimizers, protocol, storages, tasks
+from peftlab.specs import kernels, losses, methods, metrics, optimizers, peft_methods, protocol, storages, tasks
 found = {name for name in set(sys.modules) - before if not name.startswith("peftlab.specs")}
 print(sorted(name for name in found if name.startswith("peftlab.") or name in ("torch", "numpy", "pydantic")))
 """
@@ -99,9 +104,37 @@ def test_optimizers_and_schedules_are_implemented_and_have_their_keys() -> None:
 @pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.adapts])
 def test_methods_name_fields_of_pefts_configuration(name: str) -> None:
     spec = METHODS[name]
-    fields = getattr(peft, spec.config).__dataclass_fields__
-    assert {*spec.keys.values(), *spec.fixed} <= set(fields)
-    assert set(spec.keys) <= set(AdapterSection.model_fields)
+    assert spec.peft is not None
+    config = getattr(peft, peft_method(spec.peft).config)
+    own = {field.name for field in dataclasses.fields(config)} - {
+        field.name for field in dataclasses.fields(PeftConfig)
+    }
+    assert set(peft_method(spec.peft).options) == own
+    assert {*spec.keys.values(), *spec.fixed} <= own
+    assert {*spec.required, *(set(spec.defaults) - set(spec.keys))} <= set(spec.options)
+    assert {*spec.keys, *spec.places} <= set(AdapterSection.model_fields)
+    assert peft_method(spec.peft).prompts == issubclass(config, PromptLearningConfig)
+
+
+def test_methods_are_those_that_peft_registers() -> None:
+    registered = {peft_type.value.lower() for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
+    assert {spec.peft for spec in METHODS.values() if spec.adapts} == registered == set(peft_method_names())
+
+
+@pytest.mark.parametrize("name", peft_method_names())
+def test_peft_method_reads_the_defaults_of_pefts_configuration(name: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name.upper()]])}
+    for option in peft_method(name).options.values():
+        if option.default is not COMPUTED:
+            default = fields[option.name].default
+            assert option.default == (None if default is dataclasses.MISSING else default), option.name
+
+
+def test_peft_method_without_a_row_is_a_method_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_ROWS", [row for row in methods._ROWS if row.name != "vera"])
+    spec = methods._methods()["vera"]
+    assert spec.adapts and spec.has_rank and spec.default("rank") == 256 and "d_initial" in spec.options
+    assert "Vera" in spec.summary or "VeRA" in spec.summary or spec.summary
 
 
 def test_variant_of_tells_variants_apart_by_settings() -> None:
