@@ -66,7 +66,9 @@ def add_bottlenecks(
     check_modules_to_save(model, modules_to_save)
     return BottleneckModel(
         model,
-        StoredConfig(config, task_type, getattr(model, "name_or_path", None) or None, list(modules_to_save) or None),
+        StoredConfig(
+            config, task_type, getattr(model, "name_or_path", None) or None, sorted(set(modules_to_save)) or None
+        ),
     )
 
 
@@ -211,11 +213,14 @@ class BottleneckModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The model without its adapters and trained modules inside of the block."""
+        trained = [(p, p.requires_grad) for p in self.parameters()]
         self.disable_adapter_layers()
         try:
             yield
         finally:
             self.enable_adapter_layers()
+            for parameter, requires_grad in trained:  # PEFT's layers make an enabled adapter trainable
+                parameter.requires_grad_(requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switches the adapters on."""
