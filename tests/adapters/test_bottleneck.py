@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 
-from peftlab.adapters import report, save_adapter
+from peftlab.adapters import add_adapter, report, save_adapter
 from peftlab.adapters.bottleneck import (
     STYLES,
     BottleneckConfig,
@@ -148,6 +151,33 @@ def test_bottlenecks_in_bfloat16_train_float32_and_keep_the_dtype_of_the_model()
     assert logits(model).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_bottlenecks_under_autocast_with_and_without_casts_of_their_inputs(style: str) -> None:
+    gradients = []
+    for casts in (contextlib.nullcontext, disable_input_dtype_casting):
+        model = adapted("BertConfig", style, scaling="learned")
+        with torch.autocast("cpu", torch.bfloat16), casts(model):
+            model(**inputs_of(model)).logits.float().square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for cast, uncast in zip(*gradients, strict=True):
+        assert cast.dtype == torch.float32 and cast.abs().max() > 0
+        # bfloat16 keeps 8 bits; autocast rounds to it either way, but in other places.
+        torch.testing.assert_close(uncast, cast, rtol=0, atol=0.1 * float(cast.abs().max()))
+
+
+def test_parallel_bottlenecks_beside_prefix_tuning_are_the_mix_and_match_adapter() -> None:
+    config = make_config("LlamaConfig")
+    model = filled(add_bottlenecks(make_model(config, "AutoModelForCausalLM"), config_of("parallel")))
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    mixed = peft.get_peft_model(model.get_base_model(), prefix)
+    for name, parameter in mixed.named_parameters():
+        parameter.requires_grad_("prompt" in name or ".bottleneck." in name)  # PEFT froze the bottlenecks with the base
+    mixed(**inputs_of(mixed)).logits.square().sum().backward()
+    trained = [p for p in mixed.parameters() if p.requires_grad]
+    assert len(trained) == 1 + 4 * 2
+    assert all(p.grad.abs().max() > 0 for p in trained)
+
+
 def test_bottlenecks_are_found_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = make_model(make_config("LlamaConfig"), "AutoModelForCausalLM")
@@ -248,6 +278,25 @@ def test_bottleneck_model_has_what_the_engine_uses_of_a_peft_model() -> None:
         _ = model.nonsense
 
 
+@pytest.mark.parametrize("family", ["BertConfig", "LlamaConfig", "T5Config", "SwinConfig"])
+def test_bottlenecks_keep_the_lists_of_hidden_states_and_attentions(family: str) -> None:
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    outputs = [
+        model(**inputs_of(model), **wanted)
+        for model in (
+            make(family, attn_implementation="eager"),
+            filled(add_bottlenecks(make(family, attn_implementation="eager"), config_of("houlsby"))),
+        )
+    ]
+    names = [name for name in outputs[0] if name.endswith(("hidden_states", "attentions"))]
+    assert len(names) >= 2
+    for name in names:
+        base, ours = (output[name] for output in outputs)
+        assert [x.shape for x in ours] == [x.shape for x in base]
+        assert torch.equal(ours[0], base[0]) == (name != "cross_attentions")  # before the first adapter
+        assert not torch.equal(ours[-1], base[-1])
+
+
 def test_bottlenecks_refuse_to_merge() -> None:
     model = adapted()
     for merge in (model.merge_and_unload, model.merge_adapter, model.bottleneck_layers()[0].merge, lambda: fold(model)):
@@ -303,7 +352,7 @@ def test_bottleneck_dropout_acts_in_training_only() -> None:
 def test_second_bottleneck_is_frozen_and_can_be_switched_to(tmp_path: Path) -> None:
     first, second = (filled(adapted(), seed) for seed in (1, 2))
     second.save_pretrained(str(tmp_path / "second"))
-    first.load_adapter(str(tmp_path / "second"), adapter_name="teacher")
+    add_adapter(first, tmp_path / "second", name="teacher")
     want = logits(first)
     assert not any(p.requires_grad for n, p in first.named_parameters() if ".teacher." in n)
     first.set_adapter("teacher")

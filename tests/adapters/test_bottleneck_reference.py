@@ -19,7 +19,7 @@ from tests.family_examples import CLASSIFIERS, DECODERS, make_config, make_model
 
 RECORDED = Path(__file__).parent / "bottlenecks_of_adapters.safetensors"
 _SCALING = 1.7
-# Sums of float64 in another order.
+# Sums of float64 in another order; the largest difference seen is 1.6e-14.
 _CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
 
@@ -84,7 +84,6 @@ def compare(family: str, style: Any) -> None:
     """Compares the first block of a model of one layer in float64: its output, and the gradients of input and adapters."""
     families = {"BertConfig": ("num_hidden_layers", CLASSIFIERS), "GPT2Config": ("n_layer", DECODERS)}
     count, known = families[family]
-    # A second family whose config has the key already.
     config = make_config(family, {family: {**known[family], count: 1}})
     plain = make_model(config, "AutoModel").double()
     generator = torch.Generator().manual_seed(2)
@@ -178,5 +177,5 @@ def test_bottlenecks_equal_the_recorded_outputs_of_adapters(style: str) -> None:
     with torch.no_grad():
         output = model(tensors["input_ids"]).last_hidden_state
     assert (output - without).abs().max() > 0.1
-    # Float32, after two layers; the largest difference seen is 6e-8.
+    # Float32, after two layers; the largest difference seen is 1.4e-7, of Pfeiffer's style.
     torch.testing.assert_close(output, tensors[f"{style}.output"], rtol=0, atol=2e-6)

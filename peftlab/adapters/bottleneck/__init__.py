@@ -9,7 +9,8 @@ from peftlab.adapters.bottleneck.files import (
 )
 from peftlab.adapters.bottleneck.layer import Bottleneck, BottleneckLayer
 from peftlab.adapters.bottleneck.model import BottleneckModel, add_bottlenecks, bottleneck_places
-from peftlab.adapters.bottleneck.places import Block, Place, find_blocks
+from peftlab.adapters.bottleneck.places import find_blocks
+from peftlab.adapters.bottleneck.trace import Block, Place
 
 __all__ = [
     "STYLES",

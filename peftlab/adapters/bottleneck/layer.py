@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peftlab.adapters.bottleneck.config import BottleneckConfig, Style
-from peftlab.adapters.bottleneck.places import Place, first_tensor
+from peftlab.adapters.bottleneck.trace import Place, first_tensor
 
 
 class Bottleneck(nn.Module):
@@ -39,8 +39,8 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(start)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.dropout(self.scaling * self.up(self.non_linearity(self.down(x.to(self.down.weight.dtype)))))
-        return y.to(x.dtype)
+        y: Tensor = self.dropout(self.scaling * self.up(self.non_linearity(self.down(x))))
+        return y
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
@@ -58,6 +58,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.place, self.style = place, style
         self.wraps_norm = style == "pfeiffer" and place.norm is not None
         self._residual: Tensor | None = None
+        self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting reads it
 
     def add(self, name: str, config: BottleneckConfig) -> None:
         """Adds an adapter: float64 beside a base that computes in float64, else float32, as PEFT's beside 16 bits."""
@@ -71,18 +72,22 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             self._residual = first_tensor(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapters = self._active()
-        if not adapters:
+        if not self._active():
             return self.base_layer(*args, **kwargs)
         if self.wraps_norm:
-            total = args[0]
             normed = self.base_layer(*args, **kwargs)
-            return self.base_layer(total + _summed(adapters, normed), *args[1:], **kwargs)
+            return self.base_layer(self._added(args[0], normed), *args[1:], **kwargs)
         output = self.base_layer(*args, **kwargs)
-        several = isinstance(output, tuple | list)
-        h: Tensor = output[0] if several else output
-        adapted = h + _summed(adapters, self._input(h))
-        return type(output)([adapted, *output[1:]]) if several else adapted
+        if not isinstance(output, tuple | list):
+            return self._added(output, self._input(output))
+        return type(output)([self._added(output[0], self._input(output[0])), *output[1:]])
+
+    def _added(self, value: Tensor, x: Tensor) -> Tensor:
+        """``value`` plus the outputs of the active adapters for ``x``, in the dtype of ``value``."""
+        for adapter in self._active():
+            weights = adapter.down.weight
+            value = value + adapter(self._cast_input_dtype(x, weights.dtype)).to(value.dtype)
+        return value
 
     def _input(self, h: Tensor) -> Tensor:
         """What the adapter reads beside or after a sublayer with the output ``h``."""
@@ -93,7 +98,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         residual = residual.reshape(h.shape)  # OPT flattens its batch
         return residual if self.style == "parallel" else h + residual
 
-    def _active(self) -> list[nn.Module]:
+    def _active(self) -> list[Any]:
         if self.disable_adapters:
             return []
         return [self.bottleneck[name] for name in self.active_adapters if name in self.bottleneck]
@@ -109,13 +114,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer":
                 raise
             return getattr(super().__getattr__("base_layer"), name)
-
-
-def _summed(adapters: list[nn.Module], x: Tensor) -> Tensor:
-    total: Tensor = adapters[0](x)
-    for adapter in adapters[1:]:
-        total = total + adapter(x)
-    return total
 
 
 def refuse_merge() -> None:

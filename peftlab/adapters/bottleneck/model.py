@@ -16,7 +16,8 @@ from torch import nn
 
 from peftlab.adapters.bottleneck.config import BottleneckConfig
 from peftlab.adapters.bottleneck.layer import BottleneckLayer, refuse_merge
-from peftlab.adapters.bottleneck.places import Block, Place, find_blocks
+from peftlab.adapters.bottleneck.places import find_blocks
+from peftlab.adapters.bottleneck.trace import Block, Place
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError, listed
 
