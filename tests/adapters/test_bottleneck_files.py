@@ -12,10 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftlab.adapters import save_adapter
-from peftlab.adapters.bottleneck import BottleneckModel, bottleneck_state, load_bottleneck_state, load_bottlenecks
+from peftlab.adapters import add_adapter, load_adapter, load_trained, save_adapter, save_trained
+from peftlab.adapters.bottleneck import (
+    BottleneckModel,
+    add_bottlenecks,
+    bottleneck_state,
+    load_bottleneck_state,
+    load_bottlenecks,
+)
 from peftlab.errors import ArtifactError
-from tests.adapters.bottleneck_examples import adapted, filled, logits, make
+from tests.adapters.bottleneck_examples import adapted, config_of, filled, logits, make
 from tests.family_examples import CLASSIFIERS, make_config, make_model
 
 
@@ -117,6 +123,22 @@ def test_load_bottlenecks_refuses_another_model(tmp_path: Path) -> None:
 
 def _narrow() -> dict[str, dict[str, Any]]:
     return {"BertConfig": {**CLASSIFIERS["BertConfig"], "hidden_size": 16}}
+
+
+def test_bottleneck_files_are_loaded_by_the_functions_for_every_adapter(tmp_path: Path) -> None:
+    model = adapted()
+    save_trained(model, tmp_path / "checkpoint")
+    again = load_adapter(make("BertConfig"), tmp_path / "checkpoint")
+    assert isinstance(again, BottleneckModel) and torch.equal(logits(again), logits(model))
+    resumed = filled(adapted(), seed=5)
+    load_trained(resumed, tmp_path / "checkpoint")
+    assert torch.equal(logits(resumed), logits(model))
+    with pytest.raises(ArtifactError, match="belongs to a run with another adapter"):
+        load_trained(adapted(style="pfeiffer"), tmp_path / "checkpoint")
+    narrow = make_model(make_config("BertConfig", _narrow()), "AutoModelForSequenceClassification")
+    other = add_bottlenecks(narrow, config_of("houlsby"))
+    with pytest.raises(ArtifactError, match=r"for another model .*\[8, 32\] in the file and \[4, 16\] in the model"):
+        add_adapter(other, tmp_path / "checkpoint", name="second")
 
 
 def test_load_bottlenecks_to_train_on(tmp_path: Path) -> None:
