@@ -16,8 +16,9 @@ STYLES: tuple[Style, ...] = ("houlsby", "pfeiffer", "parallel")
 class BottleneckConfig:
     """An adapter ``A(x) = scaling * up(f(down(x)))`` after or beside the sublayers of each block.
 
-    ``h`` is the output of a sublayer (after its dropout), ``r`` the residual stream that is added to it and ``LN`` the layer
-    norm over the sum if the block has one (post-norm, as BERT; a pre-norm block such as Llama's has none):
+    ``h`` is the output of a sublayer, after its dropout if that is a module (BART's blocks drop what the adapter gives), ``r``
+    the residual stream that is added to it, and ``LN`` the layer norm over the sum if the block has one (post-norm, as BERT; a
+    pre-norm block such as Llama's has none):
 
         houlsby   LN(h + A(h) + r)        after self-attention and after the feed-forward sublayer
         pfeiffer  LN(h + A(LN(h + r)) + r)  after the feed-forward sublayer; pre-norm: h + A(h + r) + r
