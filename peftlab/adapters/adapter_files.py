@@ -61,6 +61,10 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     from peftlab.adapters import fused
 
     check_adapter_files(folder)
+    if _is_bottleneck(folder):
+        from peftlab.adapters.bottleneck import load_bottlenecks
+
+        return load_bottlenecks(model, folder, trainable=trainable)
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
         fused.register(config)
@@ -86,6 +90,8 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
     active = model.active_adapter
     try:
         model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    except ArtifactError:
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         raise ArtifactError(_unfit(model.get_base_model(), folder, str(error))) from error
     model.set_adapter(active)
@@ -99,7 +105,12 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from peftlab.adapters.bottleneck import BottleneckModel, load_bottleneck_state
+
     stored = load_file(str(folder / "adapter_model.safetensors"))
+    if isinstance(model, BottleneckModel):
+        load_bottleneck_state(model, stored)
+        return
     if stored.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
         raise RuntimeError("other tensors")
     set_peft_model_state_dict(model, stored)
@@ -137,6 +148,11 @@ def brought_parameters(folder: Path) -> set[str]:
 
     with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
         return {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+
+
+def _is_bottleneck(folder: Path) -> bool:
+    """Whether checked files contain an adapter of ours that PEFT does not know."""
+    return bool(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))["peft_type"] == "BOTTLENECK")
 
 
 def _unfit(model: Any, folder: Path, error: str) -> str:
