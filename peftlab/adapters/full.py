@@ -151,7 +151,8 @@ def _is_own(name: str, layers: tuple[str, ...]) -> bool:
 
 def _is_whole(model: Any) -> bool:
     """Whether PEFT's files contain all that training changes."""
-    return str(model.peft_config["default"].peft_type.value) == "LORA"
+    kind = model.peft_config["default"].peft_type
+    return str(getattr(kind, "value", kind)) == "LORA"
 
 
 def _is_adapted(model: Any) -> bool:

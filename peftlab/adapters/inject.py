@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from peftlab.adapters import initial
-from peftlab.adapters.places import matched, peft_errors, place_config, trained_in_full, whole_modules
+from peftlab.adapters.places import (
+    chosen_blocks,
+    matched,
+    peft_errors,
+    place_config,
+    trained_in_full,
+    whole_modules,
+)
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
 from peftlab.specs.methods import METHODS
@@ -83,6 +90,8 @@ def inject(
         "layers": layers,
         "freeze": freeze,
     }
+    if METHODS[method].own_options:
+        return _inject_bottlenecks(model, places, options)
     config = check_adapter(model, method, num_steps=num_steps, **places, **options)
     if type(config) is peft.LoraConfig:
         fused.register(config)
@@ -95,6 +104,21 @@ def inject(
         initial.after_injection(peft_model, given)
     fused.set_kernels(peft_model, kernels)
     return peft_model
+
+
+def _inject_bottlenecks(model: nn.Module, places: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    from peftlab.adapters.bottleneck import add_bottlenecks, find_blocks
+
+    layers, (peft_type, saved, new) = places["layers"], (places[n] for n in ("peft_type", "modules_to_save", "new"))
+    chosen = None if layers is None else tuple(sorted(chosen_blocks(layers, len(find_blocks(model)))))
+    whole = trained_in_full(model, peft_type, saved, new)
+    return add_bottlenecks(model, _bottleneck_config(options, chosen), modules_to_save=whole, task_type=peft_type)
+
+
+def _bottleneck_config(options: Mapping[str, Any], layers: tuple[int, ...] | None = None) -> Any:
+    from peftlab.adapters.bottleneck import BottleneckConfig
+
+    return BottleneckConfig(**{name: value for name, value in options.items() if value is not None}, layers=layers)
 
 
 def check_adapter(
@@ -110,11 +134,13 @@ def check_adapter(
     num_steps: int | None = None,
     **options: Any,
 ) -> Any:
-    """PEFT's configuration of an adapter, for a model that may have no weights yet. Args and errors: see ``inject``."""
+    """The configuration of an adapter, PEFT's or ours, for a model that may have no weights yet. Args and errors: see ``inject``."""
     import peft
 
     check_modules_to_save(model, modules_to_save)
     spec = METHODS[method]
+    if spec.own_options:
+        return _bottleneck_config(options)
     assert spec.peft is not None
     values = {spec.keys.get(key, key): value for key, value in options.items() if value is not None}
     alpha = options.get("alpha")
@@ -134,7 +160,7 @@ def check_adapter(
     if spec.name == "lora":
         return place_config(model, **where, **values)
     fields = peft_method(spec.peft).options
-    if spec.places:
+    if spec.has_targets:
         chosen = place_config(model, norms=spec.targets == "all-norms", **where)
         # Full names: most configurations have no way to leave out the head.
         values["target_modules"] = matched(model, chosen)

@@ -35,7 +35,7 @@ def planned_modules(
     chooses them itself, or that adapts none. Args: see ``inject``. Raises: RecipeError if a target matches nothing.
     """
     spec = METHODS[method]
-    if not spec.places:
+    if not spec.has_targets:
         return []
     chosen = place_config(
         model,
@@ -154,6 +154,12 @@ def _in_blocks(names: list[str], layers: Sequence[int] | str) -> list[str]:
     count = max(block.values(), default=-1) + 1
     if not count:
         raise RecipeError("the adapted modules are not in numbered blocks; remove it", key="adapter.layers")
+    chosen = chosen_blocks(layers, count)
+    return [name for name in names if block.get(name) in chosen]
+
+
+def chosen_blocks(layers: Sequence[int] | str, count: int) -> set[int]:
+    """The indices of some of ``count`` blocks. Raises: RecipeError for an index that does not exist, and if there is none."""
     if isinstance(layers, str):
         first, _, last = layers.partition(":")
         chosen = set(range(count)[slice(int(first) if first else None, int(last) if last else None)])
@@ -165,7 +171,7 @@ def _in_blocks(names: list[str], layers: Sequence[int] | str) -> list[str]:
         chosen = {i % count for i in layers}
     if not chosen:
         raise RecipeError(f"{layers} is no block of the {count} of this model, 0 to {count - 1}", key="adapter.layers")
-    return [name for name in names if block.get(name) in chosen]
+    return chosen
 
 
 def _of_kind(model: Any, kind: str, trained: Sequence[str]) -> list[str]:

@@ -218,7 +218,7 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
 def _fold(adapted: Any) -> Any:
     """The base model with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
     config = adapted.peft_config["default"]
-    method = str(config.peft_type.value)
+    method = str(getattr(config.peft_type, "value", config.peft_type))
     spec = METHODS.get(method.lower())
     if spec is not None and spec.unmergeable:
         raise RecipeError(

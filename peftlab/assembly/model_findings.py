@@ -68,7 +68,7 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
     check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
-    if not assembly.method.places:
+    if not assembly.method.has_targets:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
     if grouped := [name for name in planned if is_grouped(skeleton.get_submodule(name))]:

@@ -208,7 +208,7 @@ def trainable(
         **where,
         **assembly.adapter_options,
     )
-    planned = [*planned, *token_modules(model)] if method.places else adapted_modules(model)
+    planned = [*planned, *token_modules(model)] if method.has_targets else adapted_modules(model)
     return model, list(dict.fromkeys(planned)), report(model)
 
 

@@ -73,11 +73,11 @@ def _unknown(spec: MethodSpec, name: str) -> str:
         return f"is an option of {', '.join(others[:4])}{more}, not of {spec.name}; remove it"
     if name == "total_step":
         return "is the number of steps of the run; remove it"
-    near = get_close_matches(name, [*spec.keys, *spec.places, *spec.options], n=1)
+    near = get_close_matches(name, ["method", *spec.keys, *spec.places, *spec.options], n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
     return (
-        f"unknown key{hint} (keys for {spec.name}: {', '.join([*spec.keys, *spec.places])}; options of PEFT "
-        f"{peft_version()}: {', '.join(spec.options) or 'none'})"
+        f"unknown key{hint} (keys for {spec.name}: {', '.join([*spec.keys, *spec.places])}; "
+        f"options{f' of PEFT {peft_version()}' if spec.peft else ''}: {', '.join(spec.options) or 'none'})"
     )
 
 

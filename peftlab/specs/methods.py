@@ -56,7 +56,8 @@ class MethodSpec:
 
     Attributes:
         label: its name in a sentence. summary: one line. paper: arXiv number, or another address; empty if unknown.
-        peft: its name in PEFT; None if no adapter is added.
+        peft: its name in PEFT; None for full fine-tuning and for a method of ours.
+        own_options: the options of a method of ours.
         own_keys: keys of the section ``adapter`` -> their names in PEFT, where the general rule would not find them.
         without: keys of the section that it does not use although PEFT has the option, which then goes by PEFT's name.
         defaults: settings that differ from PEFT's defaults; a recipe may change them. fixed: those that it may not.
@@ -74,6 +75,7 @@ class MethodSpec:
     label: str
     summary: str = ""
     peft: str | None = None
+    own_options: tuple[PeftOption, ...] = ()
     paper: str = ""
     own_keys: Mapping[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ class MethodSpec:
     @property
     def adapts(self) -> bool:
         """Whether it adds an adapter; otherwise the model's own weights are trained."""
-        return self.peft is not None
+        return self.peft is not None or bool(self.own_options)
 
     @property
     def has_rank(self) -> bool:
@@ -115,13 +117,20 @@ class MethodSpec:
     @property
     def places(self) -> tuple[str, ...]:
         """The keys that choose modules of the model, and have no name in PEFT."""
+        if self.own_options:
+            return ("layers",)
         return ("layers", "freeze") if "targets" in self.keys else ()
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a recipe chooses the modules that it changes."""
+        return "targets" in self.keys
 
     @property
     def options(self) -> Mapping[str, PeftOption]:
         """The options that a recipe gives by PEFT's own name: all that no key of ours stands for."""
         if self.peft is None:
-            return {}
+            return {option.name: option for option in self.own_options if option.name not in self.keys.values()}
         taken = {*self.keys.values(), *_SET_BY_RUN, *self.fixed}
         return {name: option for name, option in self._in_peft.options.items() if name not in taken}
 
@@ -161,6 +170,20 @@ _QUANTIZED = ("nf4", "int8")
 _NO_WEIGHT = "its virtual tokens change no weight"
 _TASK_IDS = "it needs the number of a task with each row, which no task here has"
 
+_BOTTLENECK = (
+    PeftOption(
+        "style",
+        "str",
+        "pfeiffer",
+        "houlsby: after attention and feed-forward; pfeiffer: after the feed-forward sublayer; parallel: beside it",
+    ),
+    PeftOption("reduction_factor", "float", 16.0, "width of the block / width of the bottleneck"),
+    PeftOption("non_linearity", "str", "relu", "a name of transformers' activations, such as gelu or silu"),
+    PeftOption("scaling", "Union[float, str]", 1.0, "factor on the output, or learned: one trained number per adapter"),
+    PeftOption("dropout", "float", 0.0, "dropout on the adapter's output"),
+    PeftOption("modules_to_save", "list[str]", [], "modules that are trained in full"),
+)
+
 _ROWS: tuple[MethodSpec, ...] = (
     _of_peft(
         "lora",
@@ -186,6 +209,17 @@ _ROWS: tuple[MethodSpec, ...] = (
         storages=(),
         evidence="what every adapter is compared with; many times the memory",
         variants={"full": Variant()},
+    ),
+    MethodSpec(
+        "bottleneck",
+        "bottleneck adapters",
+        "small networks after or beside the sublayers of each block (Houlsby, Pfeiffer, parallel)",
+        own_options=_BOTTLENECK,
+        paper="1902.00751",
+        own_keys={"dropout": "dropout", "modules_to_save": "modules_to_save"},
+        unmergeable="a non-linearity stands between its matrices",
+        storages=("nf4", "int8"),
+        evidence="the first adapters; slower than LoRA at inference, because they cannot be merged",
     ),
     _of_peft(
         "adalora",

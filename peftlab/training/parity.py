@@ -274,8 +274,8 @@ def _cut(example: Example, max_tokens: int) -> Example:
 
 @contextlib.contextmanager
 def woken(model: nn.Module) -> Iterator[None]:
-    """Gives zero LoRA B matrices values that change a layer's output by a few percent, for the comparison: with the initial
-    B = 0 neither the adapter's output nor A's gradient would show an error."""
+    """Gives zero LoRA B matrices, and zero up-projections of bottlenecks, values that change a layer's output by a few percent,
+    for the comparison: with the initial 0 neither the adapter's output nor the gradient of A would show an error."""
     held: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
@@ -284,7 +284,7 @@ def woken(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                if ".lora_B." in name and parameter.dim() == 2 and not parameter.any():
+                if _starts_at_zero(name) and parameter.dim() == 2 and not parameter.any():
                     held[name] = parameter.detach().clone()
                     noise = torch.randn(parameter.shape, generator=generator) * (0.02 / parameter.shape[1] ** 0.5)
                     parameter.copy_(noise)
@@ -295,6 +295,10 @@ def woken(model: nn.Module) -> Iterator[None]:
                 parameters[name].copy_(value)
         for module, training in modes.items():
             module.training = training
+
+
+def _starts_at_zero(name: str) -> bool:
+    return ".lora_B." in name or (".bottleneck." in name and ".up." in name)
 
 
 def _pass(model: nn.Module, loss_sum: Any, autocast: Any, sample: list[Example]) -> tuple[float, dict[str, Tensor]]:

@@ -101,7 +101,7 @@ def test_full_training_keeps_the_best_step(here: Path) -> None:
     [
         ({"model": {"quantize": "nf4"}}, "nf4 weights cannot be trained"),
         ({"adapter": {"method": "none", "rank": 4}}, "rank: has no effect without an adapter"),
-        ({"adapter": {"method": "lora", "freeze": ["embed_tokens"]}}, "freeze: has no effect with an adapter"),
+        ({"adapter": {"method": "lora", "freeze": ["model"]}}, "leaves no module to adapt"),
         ({"adapter": {"method": "none", "freeze": ["embedings"]}}, "'embedings' matches no module"),
         ({"adapter": {"method": "none", "freeze": ["model", "lm_head"]}}, "every weight is frozen"),
         ({"run": {"merge": "original"}}, "merge: has no effect without an adapter"),

@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 REFUSED = {
     "bias": "PEFT cannot merge this LORA adapter: .* the base layer has no bias; use it as an adapter",
-    "prompt": "an adapter of PROMPT_TUNING adds virtual tokens to the input and changes no weight",
+    "prompt": "prompt tuning cannot be merged: its virtual tokens change no weight",
 }
 
 

@@ -101,7 +101,7 @@ def test_optimizers_and_schedules_are_implemented_and_have_their_keys() -> None:
     assert keys <= set(TrainSection.model_fields)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.adapts])
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.peft])
 def test_methods_name_fields_of_pefts_configuration(name: str) -> None:
     spec = METHODS[name]
     assert spec.peft is not None
@@ -118,7 +118,7 @@ def test_methods_name_fields_of_pefts_configuration(name: str) -> None:
 
 def test_methods_are_those_that_peft_registers() -> None:
     registered = {peft_type.value.lower() for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
-    assert {spec.peft for spec in METHODS.values() if spec.adapts} == registered == set(peft_method_names())
+    assert {spec.peft for spec in METHODS.values() if spec.peft} == registered == set(peft_method_names())
 
 
 @pytest.mark.parametrize("name", peft_method_names())
