@@ -91,7 +91,8 @@ def measure(method: str, task: str, storage: str, folder: Path) -> Row:
     alone = run.summary["reopened"]["kl_mean"] < _SAME
     row.cells["start"] = "model" if abs(before - _base_loss(task, storage)) < 1e-4 * before else "elsewhere"
     row.cells["train"] = "yes" if after < before and alone else f"**no: {before:.4f} to {after:.4f}**"
-    row.cells["plain PEFT"] = _yes(_plain_difference(task, storage) < _SAME, "other outputs")
+    if METHODS[method].peft is not None:
+        row.cells["plain PEFT"] = _yes(_plain_difference(task, storage) < _SAME, "other outputs")
     other = _recipe(method, task, storage, dir="other", save_every=3)
     try:
         peftlab.train(other, progress=Stopper(at=5))

@@ -21,6 +21,7 @@ from peftlab.adapters.inject import (
     report,
     token_modules,
 )
+from peftlab.adapters.patterns import Pattern, rate_factors
 from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.schedule import after_step, penalty
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterReport",
     "HeadLoss",
     "InitialRows",
+    "Pattern",
     "adapted_modules",
     "add_adapter",
     "after_step",
@@ -53,6 +55,7 @@ __all__ = [
     "new_modules",
     "penalty",
     "planned_modules",
+    "rate_factors",
     "reach_notes",
     "report",
     "save_adapter",

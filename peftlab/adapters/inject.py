@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from peftlab.adapters import initial
+from peftlab.adapters.patterns import Pattern, assigned, pattern_values, set_dropout
 from peftlab.adapters.places import (
     chosen_blocks,
     matched,
     peft_errors,
     place_config,
+    planned_modules,
     trained_in_full,
     whole_modules,
 )
@@ -60,6 +62,7 @@ def inject(
     kernels: str = "auto",
     num_steps: int | None = None,
     rows: Callable[[], initial.InitialRows] | None = None,
+    patterns: Sequence[Pattern] = (),
     **options: Any,
 ) -> Any:
     """The model with adapters injected by PEFT (a ``PeftModel``); only the adapters require gradients.
@@ -74,6 +77,7 @@ def inject(
             that are left as they are.
         kernels: auto, triton or reference; see ``fused.set_kernels``. No effect for a method without fused layers.
         num_steps: number of optimizer steps, for a method whose schedule needs it.
+        patterns: settings for some of the adapted modules.
         rows: makes training rows for an initialisation that looks at them.
         options: the method's other keys of the section ``adapter``, such as ``rank``, and its options by PEFT's names.
     Raises: RecipeError if a target or a module to save matches nothing, or PEFT refuses the adapter.
@@ -92,7 +96,8 @@ def inject(
     }
     if METHODS[method].own_options:
         return _inject_bottlenecks(model, places, options)
-    config = check_adapter(model, method, num_steps=num_steps, **places, **options)
+    config = check_adapter(model, method, num_steps=num_steps, patterns=patterns, **places, **options)
+    of_module = assigned(planned_modules(model, method=method, **places), patterns) if patterns else {}
     if type(config) is peft.LoraConfig:
         fused.register(config)
     with warnings.catch_warnings(), peft_errors(method):
@@ -102,6 +107,8 @@ def inject(
         initial.before_injection(model, config, given)
         peft_model = peft.get_peft_model(model, config)
         initial.after_injection(peft_model, given)
+    set_dropout(peft_model, of_module)
+    peft_model.patterns_of_modules = of_module
     fused.set_kernels(peft_model, kernels)
     return peft_model
 
@@ -132,6 +139,7 @@ def check_adapter(
     layers: Sequence[int] | str | None = None,
     freeze: Sequence[str] = (),
     num_steps: int | None = None,
+    patterns: Sequence[Pattern] = (),
     **options: Any,
 ) -> Any:
     """The configuration of an adapter, PEFT's or ours, for a model that may have no weights yet. Args and errors: see ``inject``."""
@@ -157,6 +165,11 @@ def check_adapter(
     }
     if values.get("init_lora_weights") == "loftq":  # PEFT reads a mapping with all settings
         values["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | (values.get("loftq_config") or {})
+    names = planned_modules(model, method=method, **where) if spec.name == "lora" or patterns else []
+    if spec.name == "lora":
+        _check_rank(model, names, options.get("rank"))
+    if patterns:
+        values |= pattern_values(spec, assigned(names, patterns))
     if spec.name == "lora":
         return place_config(model, **where, **values)
     fields = peft_method(spec.peft).options
@@ -225,6 +238,19 @@ def base_name(name: str) -> str:
     """The name in the base model of a module in a PEFT model."""
     name = name.removeprefix("base_model.model.").removeprefix("base_model.").replace(".base_layer", "")
     return name.removesuffix(".token_adapter")
+
+
+def _check_rank(model: nn.Module, names: Sequence[str], rank: int | None) -> None:
+    """Raises RecipeError for a rank above that of every adapted weight."""
+    modules = dict(model.named_modules())
+    widths = {n: min(m.in_features, m.out_features) for n in names if isinstance(m := modules[n], nn.Linear)}
+    if rank is not None and len(widths) == len(names) > 0 and rank > max(widths.values()):
+        widest = max(widths, key=widths.__getitem__)
+        raise RecipeError(
+            f"expected at most {widths[widest]:,}, the smaller side of the largest adapted weight ({widest}); found {rank:,}, "
+            "which no update of these layers can have",
+            key="adapter.rank",
+        )
 
 
 def _set_by_run(model: Any, num_steps: int | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftlab.adapters.target_modules import check_targets, is_adaptable, is_grouped, is_linear, is_norm, match_ending
 from peftlab.errors import PeftlabError, RecipeError
-from peftlab.specs.methods import METHODS
+from peftlab.specs.methods import METHODS, TARGET_NAMES
 
 # PEFT's task type of a sequence classifier: it trains modules with these endings in full.
 _CLASSIFIER = "SEQ_CLS"
@@ -142,35 +142,40 @@ def _chosen(names: list[str], layers: Sequence[int] | str | None, freeze: Sequen
         match_ending(ending, every, "adapter.freeze")
     kept = [n for n in names if not any(f".{n}.".find(f".{ending}.") >= 0 for ending in freeze)]
     if layers is not None:
-        kept = _in_blocks(kept, layers)
+        kept = chosen_blocks_of(kept, layers)
     if not kept:
         raise RecipeError("adapter.freeze leaves no module to adapt", key="adapter.freeze")
     return kept
 
 
-def _in_blocks(names: list[str], layers: Sequence[int] | str) -> list[str]:
+def ends_with(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether a module's name matches: a word of ``TARGET_NAMES`` is all, text a regular expression, a list name endings."""
+    if isinstance(targets, str):
+        return targets in TARGET_NAMES or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def chosen_blocks_of(names: Sequence[str], layers: Sequence[int] | str, *, key: str = "adapter.layers") -> list[str]:
     """The ``names`` in some blocks: the first number in a name is the index of its block."""
     block = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", f".{name}."))}
     count = max(block.values(), default=-1) + 1
     if not count:
-        raise RecipeError("the adapted modules are not in numbered blocks; remove it", key="adapter.layers")
-    chosen = chosen_blocks(layers, count)
+        raise RecipeError("the adapted modules are not in numbered blocks; remove it", key=key)
+    chosen = chosen_blocks(layers, count, key=key)
     return [name for name in names if block.get(name) in chosen]
 
 
-def chosen_blocks(layers: Sequence[int] | str, count: int) -> set[int]:
+def chosen_blocks(layers: Sequence[int] | str, count: int, *, key: str = "adapter.layers") -> set[int]:
     """The indices of some of ``count`` blocks. Raises: RecipeError for an index that does not exist, and if there is none."""
     if isinstance(layers, str):
         first, _, last = layers.partition(":")
         chosen = set(range(count)[slice(int(first) if first else None, int(last) if last else None)])
     else:
         if wrong := [i for i in layers if not -count <= i < count]:
-            raise RecipeError(
-                f"there is no block {wrong[0]}: this model has {count} blocks, 0 to {count - 1}", key="adapter.layers"
-            )
+            raise RecipeError(f"there is no block {wrong[0]}: this model has {count} blocks, 0 to {count - 1}", key=key)
         chosen = {i % count for i in layers}
     if not chosen:
-        raise RecipeError(f"{layers} is no block of the {count} of this model, 0 to {count - 1}", key="adapter.layers")
+        raise RecipeError(f"{layers} is no block of the {count} of this model, 0 to {count - 1}", key=key)
     return chosen
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from peftlab.adapters import HeadLoss
+from peftlab.adapters import HeadLoss, Pattern
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
@@ -108,7 +108,8 @@ class Assembly:
     def adapter_options(self) -> dict[str, Any]:
         """Its other arguments: the settings of the method."""
         a, keys = self.recipe.adapter, self.method.keys
-        return {key: getattr(a, key) for key in keys if key not in ("targets", "modules_to_save")} | a.options
+        options = {key: getattr(a, key) for key in keys if key not in ("targets", "modules_to_save")} | a.options
+        return options | ({"patterns": [Pattern(**p.model_dump()) for p in a.patterns]} if a.patterns else {})
 
     @property
     def distill(self) -> DistillSection:

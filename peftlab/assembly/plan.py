@@ -84,6 +84,7 @@ def loop_settings(assembly: Assembly) -> LoopSettings:
         lr=t.lr,
         optimizer=t.optimizer,
         optimizer_options={key: getattr(t, key) for key in OPTIMIZERS[t.optimizer].keys},
+        loraplus_lr_ratio=t.loraplus_lr_ratio,
         schedule=t.schedule,
         warmup=t.warmup,
         max_grad_norm=t.max_grad_norm,

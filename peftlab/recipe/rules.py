@@ -94,6 +94,11 @@ def options_of_the_method(recipe: Recipe) -> Problems:
         yield ("adapter.bias",), f"expected one of {', '.join(allowed)}, found {recipe.adapter.bias!r}"
 
 
+def loraplus_needs_b_matrices(recipe: Recipe) -> Problems:
+    if "dora" not in METHODS[recipe.adapter.method].keys:
+        yield from _no_effect(recipe, ["train.loraplus_lr_ratio"], "without the matrices A and B of LoRA")
+
+
 def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
     spec = METHODS[recipe.adapter.method]
     if not spec.prompts:
@@ -258,6 +263,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     keys_of_other_tasks,
     keys_of_other_methods,
     options_of_the_method,
+    loraplus_needs_b_matrices,
     prompts_stand_before_each_row,
     keys_of_other_optimizers,
     label_names_name_a_column,

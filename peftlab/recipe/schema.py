@@ -77,6 +77,45 @@ class ModelSection(Section):
         return self
 
 
+def _parsed_targets(value: str | list[str]) -> str | list[str]:
+    if isinstance(value, str) and value not in TARGET_NAMES:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a valid regular expression: {error}") from None
+    if isinstance(value, list) and not value:
+        raise ValueError("an empty list adapts nothing; write all-linear or module names")
+    return value
+
+
+def _parsed_layers(value: list[int] | str | None) -> list[int] | str | None:
+    if isinstance(value, str) and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", value):
+        raise ValueError(f"expected a list of indices, or a range such as 12: or -6:; found {value!r}")
+    if value in ([], ":"):
+        raise ValueError("adapts no block in particular; remove it" if value else "an empty list adapts nothing")
+    return value
+
+
+class PatternSection(Section):
+    targets: str | list[str] = Field(
+        description="which of the adapted modules: a list of name endings, or one regular expression"
+    )
+    layers: list[int] | str | None = Field(None, description="blocks, as adapter.layers")
+    rank: int | None = Field(None, ge=1, description="their rank")
+    alpha: float | None = Field(None, gt=0, description="their alpha")
+    dropout: float | None = Field(None, ge=0, lt=1, description="their dropout")
+    lr: float | None = Field(None, gt=0, description="their peak learning rate, instead of train.lr")
+
+    _targets_parse = field_validator("targets")(_parsed_targets)
+    _layers_are_a_range = field_validator("layers")(_parsed_layers)
+
+    @model_validator(mode="after")
+    def _sets_something(self) -> Self:
+        if all(value is None for value in (self.rank, self.alpha, self.dropout, self.lr)):
+            raise ValueError("a pattern without rank, alpha, dropout or lr changes nothing")
+        return self
+
+
 class AdapterSection(Section):
     """Keys for all methods. The other options of a method have PEFT's own names; ``peftlab adapters show NAME`` lists them."""
 
@@ -101,6 +140,10 @@ class AdapterSection(Section):
         None,
         description="indices of the blocks to adapt, such as [0, 1], or a range of them: 12:, :6, -6: (the last six); "
         "default: all",
+    )
+    patterns: list[PatternSection] = Field(
+        default_factory=list,
+        description="other settings for some of the adapted modules, such as [{targets: [q_proj], rank: 32, lr: 1e-3}]",
     )
     rslora: bool = Field(False, description="scale the update by alpha / sqrt(rank) instead of alpha / rank")
     dora: bool = Field(False, description="use DoRA, weight-decomposed LoRA")
@@ -127,26 +170,8 @@ class AdapterSection(Section):
             values["targets"] = spec.targets
         return {k: v for k, v in values.items() if v is not None} | {k: v for k, v in value.items() if v is not None}
 
-    @field_validator("targets")
-    @classmethod
-    def _targets_parse(cls, value: str | list[str]) -> str | list[str]:
-        if isinstance(value, str) and value not in TARGET_NAMES:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"not a valid regular expression: {error}") from None
-        if isinstance(value, list) and not value:
-            raise ValueError("an empty list adapts nothing; write all-linear or module names")
-        return value
-
-    @field_validator("layers")
-    @classmethod
-    def _layers_are_a_range(cls, value: list[int] | str | None) -> list[int] | str | None:
-        if isinstance(value, str) and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", value):
-            raise ValueError(f"expected a list of indices, or a range such as 12: or -6:; found {value!r}")
-        if value in ([], ":"):
-            raise ValueError("adapts no block in particular; remove it" if value else "an empty list adapts nothing")
-        return value
+    _targets_parse = field_validator("targets")(_parsed_targets)
+    _layers_are_a_range = field_validator("layers")(_parsed_layers)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -320,6 +345,9 @@ class TrainSection(Section):
     warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps if below 1, else a number of steps")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="learning rate of LoRA's B / that of A (LoRA+); 16 is what its authors use"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this value; 0: no clipping")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, slower"

@@ -119,7 +119,7 @@ class MethodSpec:
         """The keys that choose modules of the model, and have no name in PEFT."""
         if self.own_options:
             return ("layers",)
-        return ("layers", "freeze") if "targets" in self.keys else ()
+        return ("layers", "freeze", "patterns") if "targets" in self.keys else ()
 
     @property
     def has_targets(self) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters import after_step, penalty, save_state, train_mode
+from peftlab.adapters import after_step, penalty, rate_factors, save_state, train_mode
 from peftlab.data.batching import BatchPlan
 from peftlab.errors import Interrupted, ResourceError, VerificationError
 from peftlab.evaluation.metrics import higher_is_better
@@ -45,6 +45,7 @@ class LoopSettings:
     lr: float = 2e-4
     optimizer: str = "adamw"
     optimizer_options: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.999), "weight_decay": 0.0})
+    loraplus_lr_ratio: float = 1.0
     schedule: str = "linear"
     warmup: float = 0.03
     max_grad_norm: float = 1.0
@@ -126,7 +127,13 @@ class TrainingLoop:
         self._settings, self._accelerator = settings, accelerator
         self._folder, self._log, self._progress = folder, log, progress
         self._where, self._evaluate, self._resume_hint = where, evaluate, resume_hint
-        self._optimizer = make_optimizer(model, settings.optimizer, lr=settings.lr, **settings.optimizer_options)
+        self._optimizer = make_optimizer(
+            model,
+            settings.optimizer,
+            lr=settings.lr,
+            factors=rate_factors(model, settings.lr, settings.loraplus_lr_ratio),
+            **settings.optimizer_options,
+        )
         self._module, self._optimizer = accelerator.prepare(
             LossModule(model, loss_sum or task.loss_sum), self._optimizer
         )
@@ -316,7 +323,7 @@ class TrainingLoop:
             self._step, total_steps=self._plan.total_steps, peak=s.lr, schedule=s.schedule, warmup=s.warmup
         )
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         return lr
 
     def _record(
