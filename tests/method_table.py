@@ -152,7 +152,8 @@ def _yes(holds: bool, otherwise: str) -> str:
 
 def _reason(error: PeftlabError) -> str:
     text = " ".join(str(error).split())
-    text = re.sub(r"^`adapter\.\w+`( \([^)]*\))?: |^1 problem in .*?: |^adapter\.\w+: ", "", text)
+    text = re.sub(r"^1 problem in \S+( recipe)?: ", "", text)
+    text = re.sub(r"^`?adapter\.\w+`?( \([^)]*\))?: ", "", text)
     return re.sub(r"\(recipe[^)]*\)", "", text).replace("|", "\\|")[:160]
 
 

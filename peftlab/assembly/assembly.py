@@ -18,6 +18,7 @@ from peftlab.measuring.memory import share_one_heap
 from peftlab.models import (
     UNLIMITED,
     Pretrained,
+    add_tokens,
     check_stored,
     end_ids,
     find_pretrained,
@@ -31,6 +32,7 @@ from peftlab.models import (
     reconcile,
     resolve_precision,
     sentence_files,
+    start_rows,
     stored_as,
     tokenizer_fingerprint,
     vocabulary_rows,
@@ -196,7 +198,7 @@ class Assembly:
     @property
     def reader(self) -> Any:
         """The tokenizer, or the ``ImageReader`` for images. Raises: RecipeError."""
-        settings = [*self._model_key, self.spec.reader, self.recipe.model.chat_template]
+        settings = [*self._model_key, self.spec.reader, self.recipe.model.chat_template, self.recipe.adapter.tokens]
         return self._once("reader", settings, self._read_reader)
 
     def _read_reader(self) -> Any:
@@ -204,6 +206,8 @@ class Assembly:
             reader = load_image_reader(self.pretrained)
         else:
             reader = load_tokenizer(self.pretrained, chat_template=self.recipe.model.chat_template)
+            if self.recipe.adapter.tokens:
+                add_tokens(reader, self.recipe.adapter.tokens)
         # Students cut from one model have equal readers; sharing one lets them share their examples.
         shared = self._once("reader by content", _content(reader), lambda: reader)
         # Encoding changes the truncation that a tokenizer's file may set, and with it the fingerprint.
@@ -318,7 +322,10 @@ class Assembly:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
-        return padding_of(config, self.spec.predicts), ends, vocabulary_rows(config)
+        rows = vocabulary_rows(config)
+        if self.recipe.adapter.tokens and rows is not None:
+            rows = max(rows, len(reader))
+        return padding_of(config, self.spec.predicts), ends, rows
 
     @property
     def num_embeddings(self) -> int | None:
@@ -456,6 +463,8 @@ class Assembly:
             **(options | changes),
             **self.task.model_kwargs(),
         )
+        if self.recipe.adapter.tokens:
+            start_rows(loaded, self.reader, self.recipe.adapter.tokens)
         if reads_ids(loaded.config, self.spec):
             reconcile(loaded, self.reader)
         return loaded

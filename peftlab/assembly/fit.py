@@ -309,6 +309,8 @@ class Fit:
         parts, folder = self._parts, self._folder
         if parts.recipe.method.adapts:
             save_trained(parts.model, folder / "adapter")
+            if parts.recipe.adapter.tokens:  # for those who open the adapter with PEFT alone
+                parts.task.files.save_pretrained(str(folder / "adapter"))
             return
         save_plain(parts.model, parts.task.files, folder / "model", extra_file=folder / LOCK_NAME)
 

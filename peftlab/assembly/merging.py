@@ -287,10 +287,13 @@ def _tied_head(base: Any) -> bool:
 
 def _is_adapted(base: Any) -> bool:
     """Whether the adapter changes the head or the embeddings, so that they need separate tensors."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
+    from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
-    return any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in _ends(base))
+    # Trained rows of a tied pair are the same rows.
+    others = [m for m in _ends(base) if not isinstance(m, TrainableTokensLayer | TrainableTokensWrapper)]
+    return any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in others)
 
 
 def _untie(base: Any) -> None:

@@ -27,7 +27,7 @@ from peftlab.assembly.plan import make_plan, plan_notes
 from peftlab.data import BatchPlan, Rows, eval_batches
 from peftlab.errors import RecipeError
 from peftlab.measuring.memory import release_memory
-from peftlab.models import base_model, new_weights
+from peftlab.models import base_model, new_weights, token_rows
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distill_loss import DistillLoss
@@ -199,6 +199,9 @@ def trainable(
     new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)
     where: dict[str, Any] = {"new": new, **assembly.adapter_places}
     planned = planned_modules(model, method=method.name, **where)
+    options = assembly.adapter_options
+    if assembly.recipe.adapter.tokens:
+        options |= {"trainable_token_indices": _trained_rows(assembly, model, options)}
     model = inject(
         model,
         method.name,
@@ -206,10 +209,19 @@ def trainable(
         num_steps=num_steps,
         rows=None if train is None else lambda: _initial_rows(assembly, train),
         **where,
-        **assembly.adapter_options,
+        **options,
     )
     planned = [*planned, *token_modules(model)] if method.has_targets else adapted_modules(model)
     return model, list(dict.fromkeys(planned)), report(model)
+
+
+def _trained_rows(assembly: Assembly, model: Any, options: dict[str, Any]) -> dict[str, list[int]]:
+    """The rows of new tokens, with those that the recipe names itself, by name of their module."""
+    rows = token_rows(model, assembly.reader, list(assembly.recipe.adapter.tokens))
+    given = options.get("trainable_token_indices") or {}
+    if isinstance(given, list):
+        given = dict.fromkeys(rows, given)
+    return {name: sorted({*rows.get(name, []), *given.get(name, [])}) for name in {**rows, **given}}
 
 
 def _initial_rows(assembly: Assembly, train: Encoded) -> InitialRows:

@@ -127,7 +127,7 @@ def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> T
 def _plain_target(kind: str, folder: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
     """The target for a model folder that a run wrote; its weights include the training."""
     settings = [f"model.name={folder}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
-    settings += ["model.revision=", "run.merge=none"]
+    settings += ["model.revision=", "run.merge=none", "adapter.tokens=[]"]  # its tokenizer has them
     return Target(kind, load_recipe(recipe, [*settings, *overrides]), None)
 
 

@@ -14,6 +14,7 @@ from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.image_reader import ImageReader, load_image_reader
 from peftlab.models.load import base_model, load_model, new_weights, num_parameters
 from peftlab.models.load_errors import quiet
+from peftlab.models.new_tokens import add_tokens, start_rows, token_rows
 from peftlab.models.padding import padding_of, reconcile, reconciled_ids, vocabulary_rows
 from peftlab.models.pretrained import Pretrained, find_pretrained
 from peftlab.models.save import save_plain
@@ -26,11 +27,12 @@ __all__ = [
     "Pretrained",
     "SentenceFiles",
     "SentenceWriter",
+    "add_tokens",
     "base_model",
+    "check_stored",
     "end_ids",
     "find_pretrained",
     "import_bitsandbytes",
-    "check_stored",
     "label_names",
     "length_limit",
     "load_config",
@@ -50,7 +52,9 @@ __all__ = [
     "resolve_precision",
     "save_plain",
     "sentence_files",
+    "start_rows",
     "stored_as",
+    "token_rows",
     "tokenizer_fingerprint",
     "vocabulary_rows",
 ]

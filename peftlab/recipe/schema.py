@@ -141,6 +141,11 @@ class AdapterSection(Section):
         description="indices of the blocks to adapt, such as [0, 1], or a range of them: 12:, :6, -6: (the last six); "
         "default: all",
     )
+    tokens: list[str] | dict[str, str] = Field(
+        default_factory=list,
+        description="tokens to add to the vocabulary, or a mapping of tokens to descriptions whose mean they start from; with "
+        "lora only their rows are trained",
+    )
     patterns: list[PatternSection] = Field(
         default_factory=list,
         description="other settings for some of the adapted modules, such as [{targets: [q_proj], rank: 32, lr: 1e-3}]",

@@ -119,7 +119,8 @@ class MethodSpec:
         """The keys that choose modules of the model, and have no name in PEFT."""
         if self.own_options:
             return ("layers",)
-        return ("layers", "freeze", "patterns") if "targets" in self.keys else ()
+        tokens = ("tokens",) if not self.adapts or "trainable_token_indices" in self.options else ()
+        return ("layers", "freeze", "patterns", *tokens) if "targets" in self.keys else tokens
 
     @property
     def has_targets(self) -> bool:
