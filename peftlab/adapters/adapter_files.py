@@ -22,12 +22,16 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
 
     PEFT writes lists from sets, whose order changes between processes; they are sorted, so equal runs give equal files.
     """
+    live = model.peft_config["default"]
+    ranks = getattr(live, "rank_pattern", None)
     model.save_pretrained(
         str(folder),
         safe_serialization=True,
         selected_adapters=["default"],  # a teacher's adapter may be loaded too
         save_embedding_layers=False,  # a trained matrix is in the adapter already, and the base has the others
     )
+    if ranks is not None:
+        live.rank_pattern = ranks  # PEFT renames AdaLoRA's for the file, also in the model that goes on
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())

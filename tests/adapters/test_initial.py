@@ -50,7 +50,9 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}]
+)
 @pytest.mark.parametrize("kind", CHANGES_WEIGHTS)
 def test_adapter_that_changed_the_weights_is_saved_for_the_model_as_it_was(
     base: Any, kind: str, options: dict[str, Any], tmp_path: Path
@@ -64,8 +66,10 @@ def test_adapter_that_changed_the_weights_is_saved_for_the_model_as_it_was(
     trained = logits(model)
     assert float((trained - start).abs().max()) > 1e-2
     save_adapter(model, tmp_path / "adapter")
-    for opened in (PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "adapter"),
-                   load_adapter(copy.deepcopy(untouched), tmp_path / "adapter")):
+    for opened in (
+        PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "adapter"),
+        load_adapter(copy.deepcopy(untouched), tmp_path / "adapter"),
+    ):
         torch.testing.assert_close(logits(opened), trained, rtol=1e-4, atol=1e-4)
 
 
