@@ -19,6 +19,8 @@ _EXPORTS = {
     "evaluate": "peftlab.api.evaluate",
     "merge": "peftlab.api.merge",
     "predict": "peftlab.api.predict",
+    "show_adapter": "peftlab.api.show_adapter",
+    "shrink_adapter": "peftlab.api.shrink_adapter",
     "teach": "peftlab.api.teach",
     "train": "peftlab.api.train",
     "tune_kernels": "peftlab.api.tune_kernels",
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from peftlab.api.evaluate import evaluate as evaluate
     from peftlab.api.merge import merge as merge
     from peftlab.api.predict import predict as predict
+    from peftlab.api.show_adapter import show_adapter as show_adapter
+    from peftlab.api.shrink_adapter import shrink_adapter as shrink_adapter
     from peftlab.api.teach import teach as teach
     from peftlab.api.train import train as train
     from peftlab.api.tune_kernels import tune_kernels as tune_kernels

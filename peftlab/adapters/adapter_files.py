@@ -26,7 +26,11 @@ def save_adapter(model: Any, folder: Path) -> None:
         save_embedding_layers=False,  # a trained matrix is in the adapter already, and the base has the others
     )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    path = folder / "adapter_config.json"
+    sort_config(folder / "adapter_config.json")
+
+
+def sort_config(path: Path) -> None:
+    """Sorts the keys and the lists of names in an adapter's config, so that equal adapters have equal files."""
     config = json.loads(path.read_text())
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):

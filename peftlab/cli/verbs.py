@@ -74,6 +74,22 @@ VERBS: dict[str, Verb | Group] = {
         "Fold the adapter into the weights and verify the result.",
         "peftlab merge runs/quickstart --base original",
     ),
+    "adapters": Group(
+        "Show, shrink, combine, extract and convert adapters.",
+        "peftlab adapters shrink runs/quickstart --to runs/small",
+        {
+            "show": Verb(
+                "adapters:show",
+                "Show what an adapter changes, module by module.",
+                "peftlab adapters show runs/quickstart --picture adapter.png",
+            ),
+            "shrink": Verb(
+                "adapters:shrink",
+                "Keep the largest singular values of an adapter, and verify the result.",
+                "peftlab adapters shrink runs/quickstart --to runs/small --keep 0.25",
+            ),
+        },
+    ),
     "recipes": Group(
         "List, show and copy the recipes that ship with peftlab.",
         "peftlab recipes copy quickstart mine.yaml",
