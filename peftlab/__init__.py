@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "benchmark": "peftlab.api.benchmark",
     "benchmark_quality": "peftlab.api.benchmark_quality",
+    "combine_adapters": "peftlab.api.combine_adapters",
     "compare_benchmarks": "peftlab.api.compare_benchmarks",
+    "convert_adapter": "peftlab.api.convert_adapter",
     "Chat": "peftlab.api.chat",
     "check": "peftlab.api.check",
     "distill": "peftlab.api.distill",
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from peftlab.api.benchmark_quality import benchmark_quality as benchmark_quality
     from peftlab.api.chat import Chat as Chat
     from peftlab.api.check import check as check
+    from peftlab.api.combine_adapters import combine_adapters as combine_adapters
     from peftlab.api.compare_benchmarks import compare_benchmarks as compare_benchmarks
+    from peftlab.api.convert_adapter import convert_adapter as convert_adapter
     from peftlab.api.distill import distill as distill
     from peftlab.api.doctor import doctor as doctor
     from peftlab.api.evaluate import evaluate as evaluate

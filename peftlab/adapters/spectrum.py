@@ -15,6 +15,8 @@ from peftlab.errors import RecipeError
 
 # Singular values below this share of the module's largest are rounding errors of float32 factors.
 _NOISE = 1e-6
+# What remains of factors that cancel each other, relative to the factors.
+_CANCELLED = 1e-12
 
 
 class Decomposed(NamedTuple):
@@ -43,7 +45,7 @@ def decompose(update: Update) -> Decomposed:
     q_left, r_left = torch.linalg.qr(update.left.double())
     q_right, r_right = torch.linalg.qr(update.right.double().T)
     left, values, right = torch.linalg.svd(r_left @ r_right.T)
-    return _above_noise(q_left @ left, values, right @ q_right.T)
+    return _above_noise(q_left @ left, values, right @ q_right.T, least=_CANCELLED * float(r_left.norm() * r_right.norm()))
 
 
 def decompose_matrix(matrix: Tensor) -> Decomposed:
@@ -53,8 +55,8 @@ def decompose_matrix(matrix: Tensor) -> Decomposed:
     return _above_noise(*torch.linalg.svd(precise, full_matrices=False))
 
 
-def _above_noise(left: Tensor, values: Tensor, right: Tensor) -> Decomposed:
-    count = int((values > _NOISE * values[:1]).sum()) if len(values) else 0
+def _above_noise(left: Tensor, values: Tensor, right: Tensor, *, least: float = 0.0) -> Decomposed:
+    count = int((values > max(_NOISE * float(values[0]), least)).sum()) if len(values) else 0
     return Decomposed(left[:, :count], values[:count], right[:count])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftlab import formatting
-from peftlab.cli.metrics_tables import before_after, new_table
+from peftlab.cli.metrics_tables import before_after, new_table, overall_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -103,29 +103,56 @@ def _reasons(modules: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def rework_tables(report: Mapping[str, Any]) -> list[RenderableType]:
-    """Metrics before and after, the agreement, and the size of a reworked adapter."""
+    """The metrics, the agreement, and the size of a reworked adapter."""
     from rich.text import Text
 
     shown: list[RenderableType] = []
     metrics = report.get("metrics") or {}
-    if metrics.get("after"):
+    if report.get("parents") and metrics.get("after"):
+        shown.append(_parents_table(report))
+    elif metrics.get("after"):
         shown.append(before_after(metrics.get("before"), metrics["after"]))
-    parameters = report["parameters"]
-    ranks = [m["rank"] for m in report["modules"]]
-    kept = [rank for rank in ranks if rank]
-    size = f"{parameters['after']:,} of {parameters['before']:,} parameters ({formatting.share(parameters['after'], parameters['before'])})"
-    size += f" in {len(kept)} of {len(ranks)} modules, ranks {min(kept)} to {max(kept)}"
-    if report.get("in_full"):
-        size += f"; trained in full, kept: {report['in_full']:,}"
-    shown.append(Text(size))
-    shown.append(Text(f"{agreement_line(report)}", "green"))
+    shown.append(Text(_size_line(report)))
+    if report.get("error"):
+        shown.append(Text(f"error of the update: {formatting.small(100 * report['error'])} % of its norm"))
+    if report.get("logits"):
+        shown.append(Text(_agreement_line(report), "green"))
     shown.append(Text(f"new adapter: {report['output']}"))
     return shown
 
 
-def agreement_line(report: Mapping[str, Any]) -> str:
+def _parents_table(report: Mapping[str, Any]) -> Table:
+    """The metrics of each combined adapter and of the result, on the same rows."""
+    table = new_table()
+    table.add_column("metric", overflow="fold")
+    for index, parent in enumerate(report["parents"]):
+        table.add_column(
+            f"{'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[index % 26]} x{parent['weight']:g}", justify="right", no_wrap=True
+        )
+    table.add_column("result", justify="right", no_wrap=True)
+    result = report["metrics"]["after"]
+    for name in overall_names(result):
+        columns = [parent["metrics"].get(name) for parent in report["parents"]] + [result[name]]
+        table.add_row(name, *(formatting.metric(name, value) for value in columns))
+    return table
+
+
+def _size_line(report: Mapping[str, Any]) -> str:
+    parameters = report["parameters"]
+    ranks = [m["rank"] for m in report["modules"]]
+    kept = [rank for rank in ranks if rank]
+    size = f"{parameters['after']:,} parameters"
+    if parameters.get("before"):
+        share = formatting.share(parameters["after"], parameters["before"])
+        size = f"{parameters['after']:,} parameters, {share} of {parameters['before']:,}"
+    low, high = min(kept), max(kept)
+    size += f", in {len(kept)} of {len(ranks)} modules, rank {low}" + (f" to {high}" if high > low else "")
+    return size + (f"; trained in full, kept: {report['in_full']:,}" if report.get("in_full") else "")
+
+
+def _agreement_line(report: Mapping[str, Any]) -> str:
     logits = report["logits"]
-    against = "the trained model" if report.get("of_training") else "base + adapter"
+    against = report.get("reference") or ("the trained model" if report.get("of_training") else "base + adapter")
     return (
         f"verified against {against}: mean KL {formatting.small(logits['kl_mean'])} nats, the same top class at "
         f"{100 * formatting.number(logits['top1']):.1f} % of {logits['num_positions']:,} held-out positions"

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from peftlab.cli.adapter_tables import rework_tables, show_tables
-from peftlab.cli.options import Debug, Json, Overrides, RecipeOption, Verbose, check_overrides
+from peftlab.cli.failures import usage_error
+from peftlab.cli.options import Debug, Json, Overrides, RecipeOption, Verbose, check_overrides, split_overrides
 from peftlab.cli.output import Output, output_of
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or adapter folder.")]
@@ -80,6 +81,88 @@ def shrink(
             overrides=settings,
         )
     _finish(out, report)
+
+
+def combine(
+    context: typer.Context,
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN_A RUN_B ...", help="Run or adapter folders; settings last.")
+    ],
+    to: To,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", metavar="M", help="linear, difference, svd, ties, dare_linear or dare_ties; default linear."
+        ),
+    ] = "linear",
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W", help="One per adapter, such as 1,0.5; default 1 each.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", metavar="D", help="Share that ties and dare keep; default 0.5.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Rank of the result, for svd.")] = None,
+    recipe: RecipeOption = None,
+    tolerance: Tolerance = None,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    out = output_of(context)
+    settings, names = split_overrides(runs)
+    with out.working():
+        import peftlab
+
+        report = peftlab.combine_adapters(
+            names,
+            to,
+            method=method,
+            weights=None if weights is None else _numbers(weights, context),
+            density=density,
+            rank=rank,
+            tolerance=tolerance,
+            recipe=recipe,
+            overrides=settings,
+        )
+    _finish(out, report)
+
+
+def convert(
+    context: typer.Context,
+    run: Run,
+    to: To,
+    rank: Annotated[
+        str, typer.Option("--rank", metavar="N", help="Rank of each module, or the share of its norm to keep: 0.99.")
+    ],
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    tolerance: Tolerance = None,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    out = output_of(context)
+    settings = check_overrides(overrides, context, subject=run)
+    with out.working():
+        import peftlab
+
+        report = peftlab.convert_adapter(
+            run, to, rank=_rank(rank, context), tolerance=tolerance, recipe=recipe, overrides=settings
+        )
+    _finish(out, report)
+
+
+def _numbers(text: str, context: typer.Context) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        usage_error(f"expected numbers with commas between them, such as 1,0.5, found {text!r}", context)
+
+
+def _rank(text: str, context: typer.Context) -> float:
+    """An int for a rank, a float for a share."""
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        usage_error(f"expected a rank such as 8, or a share such as 0.99, found {text!r}", context)
 
 
 def _finish(out: Output, report: dict[str, object]) -> None:

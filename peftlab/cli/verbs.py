@@ -85,8 +85,18 @@ VERBS: dict[str, Verb | Group] = {
             ),
             "shrink": Verb(
                 "adapters:shrink",
-                "Keep the largest singular values of an adapter, and verify the result.",
+                "Keep the largest singular values, verified.",
                 "peftlab adapters shrink runs/quickstart --to runs/small --keep 0.25",
+            ),
+            "combine": Verb(
+                "adapters:combine",
+                "Combine adapters of one base into one, verified.",
+                "peftlab adapters combine runs/a runs/b --to runs/both --weights 1,0.5",
+            ),
+            "convert": Verb(
+                "adapters:convert",
+                "Convert an adapter of another method to LoRA, verified.",
+                "peftlab adapters convert runs/loha --rank 0.99 --to runs/lora",
             ),
         },
     ),

@@ -72,7 +72,7 @@ def reopen(
     )
     progress.stage("comparing with the reference on held-out rows")
     agreed = reference.compare(opened.model, assembly.task, **runs_of(assembly))
-    return Result(opened, agreed, metrics_of(assembly, held_out, opened.model, opened.autocast, progress))
+    return Result(opened, agreed, metrics_of(opened, held_out, progress))
 
 
 def publish(

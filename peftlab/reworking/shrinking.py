@@ -47,7 +47,7 @@ def shrink_run(
         budget=budget if keep is None else math.floor(keep * before),
         energy=DEFAULT_ENERGY if keep is threshold is budget is None else None,
     )
-    metrics = {"before": source.metrics(source.opened.model, progress)}
+    metrics = {"before": source.metrics(progress)}
     tensors: dict[str, Any] = {}
     for update in updates:
         if rank := cut.ranks[update.name]:

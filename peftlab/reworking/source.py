@@ -93,9 +93,9 @@ class Source:
         assert self.target.adapter is not None
         return other_tensors(self.target.adapter, self.method)
 
-    def metrics(self, model: Any, progress: Progress) -> dict[str, float | None]:
-        """The task's metrics of ``model`` on the held-out rows; empty for a task without labels."""
-        return metrics_of(self.assembly, self.held_out, model, self.opened.autocast, progress)
+    def metrics(self, progress: Progress) -> dict[str, float | None]:
+        """The task's metrics on the held-out rows; empty for a task without labels."""
+        return metrics_of(self.opened, self.held_out, progress)
 
     def updates(self) -> list[Update]:
         """The updates, which a plain LoRA adapter can hold. Raises: RecipeError with the first that it cannot."""
@@ -139,22 +139,21 @@ def held_out_rows(assembly: Assembly) -> Encoded:
     return encoded
 
 
-def metrics_of(
-    assembly: Assembly, held_out: Encoded, model: Any, autocast: Any, progress: Progress
-) -> dict[str, float | None]:
+def metrics_of(opened: Opened, held_out: Encoded, progress: Progress) -> dict[str, float | None]:
     """As ``Source.metrics``."""
+    assembly = opened.assembly
     settings = assembly.recipe
     if not assembly.spec.learns_from_labels:
         return {}
     progress.stage(f"evaluating on {len(held_out.examples):,} rows")
     return evaluate_examples(
-        model,
-        assembly.task,
+        opened.model,
+        opened.task,
         held_out,
         metrics=settings.eval.metrics or default_metrics(settings.task, bool(settings.eval.choices)),
         batch_tokens=settings.eval.batch_tokens,
         device=assembly.device,
-        autocast=autocast,
+        autocast=opened.autocast,
     )
 
 

@@ -43,6 +43,8 @@ def test_decompose_drops_values_of_rounding() -> None:
     assert update.left is not None and update.right is not None
     doubled = Update("m", "m", left=torch.cat([update.left] * 2, 1), right=torch.cat([update.right] * 2, 0))
     assert len(decompose(doubled).values) == 3
+    none = Update("m", "m", left=torch.cat([update.left, -update.left], 1), right=torch.cat([update.right] * 2, 0))
+    assert len(decompose(none).values) == 0
     zero = Update("m", "m", left=torch.zeros(4, 2), right=torch.ones(2, 4))
     assert len(decompose(zero).values) == 0
 

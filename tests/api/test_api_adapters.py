@@ -20,7 +20,7 @@ from peftlab.errors import RecipeError, VerificationError
 from peftlab.models import find_pretrained, load_model
 from peftlab.training.progress import SilentProgress
 
-QUIET = {"progress": SilentProgress()}
+QUIET: dict[str, Any] = {"progress": SilentProgress()}
 IDS = torch.arange(4, 20)[None]
 
 
