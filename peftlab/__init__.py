@@ -19,6 +19,7 @@ _EXPORTS = {
     "distill": "peftlab.api.distill",
     "doctor": "peftlab.api.doctor",
     "evaluate": "peftlab.api.evaluate",
+    "extract_adapter": "peftlab.api.extract_adapter",
     "merge": "peftlab.api.merge",
     "predict": "peftlab.api.predict",
     "show_adapter": "peftlab.api.show_adapter",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from peftlab.api.distill import distill as distill
     from peftlab.api.doctor import doctor as doctor
     from peftlab.api.evaluate import evaluate as evaluate
+    from peftlab.api.extract_adapter import extract_adapter as extract_adapter
     from peftlab.api.merge import merge as merge
     from peftlab.api.predict import predict as predict
     from peftlab.api.show_adapter import show_adapter as show_adapter

@@ -45,7 +45,9 @@ def decompose(update: Update) -> Decomposed:
     q_left, r_left = torch.linalg.qr(update.left.double())
     q_right, r_right = torch.linalg.qr(update.right.double().T)
     left, values, right = torch.linalg.svd(r_left @ r_right.T)
-    return _above_noise(q_left @ left, values, right @ q_right.T, least=_CANCELLED * float(r_left.norm() * r_right.norm()))
+    return _above_noise(
+        q_left @ left, values, right @ q_right.T, least=_CANCELLED * float(r_left.norm() * r_right.norm())
+    )
 
 
 def decompose_matrix(matrix: Tensor) -> Decomposed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,19 @@ def rework_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     shown.append(Text(_size_line(report)))
     if report.get("error"):
         shown.append(Text(f"error of the update: {formatting.small(100 * report['error'])} % of its norm"))
+    if report.get("rest"):
+        fate = "stored in full" if report["rest_saved"] else "lost (--save-rest stores them)"
+        shown.append(Text(f"{len(report['rest'])} other parameters differ, {fate}: {_kinds(report['rest'])}"))
     if report.get("logits"):
         shown.append(Text(_agreement_line(report), "green"))
     shown.append(Text(f"new adapter: {report['output']}"))
     return shown
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """``LayerNorm.bias x25, query.bias x12``."""
+    counts = Counter(".".join(name.split(".")[-2:]) for name in names)
+    return ", ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in counts.most_common())
 
 
 def _parents_table(report: Mapping[str, Any]) -> Table:

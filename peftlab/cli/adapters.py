@@ -126,6 +126,43 @@ def combine(
     _finish(out, report)
 
 
+def extract(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before fine-tuning.")],
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="The same model after fine-tuning.")],
+    rank: Annotated[int, typer.Option("--rank", metavar="N", help="Rank of each linear layer.")],
+    to: To,
+    overrides: Overrides = None,
+    save_rest: Annotated[
+        bool, typer.Option("--save-rest", help="Store biases, norms and others that differ in full.")
+    ] = False,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="R", help="Names task and held-out rows to compare outputs on.")
+    ] = None,
+    tolerance: Tolerance = None,
+    _json: Json = False,
+    _debug: Debug = False,
+) -> None:
+    out = output_of(context)
+    settings = check_overrides(overrides, context, subject=base)
+    if recipe is None and (settings or tolerance is not None):
+        usage_error("settings and --tolerance need --recipe, which names the rows to compare on", context)
+    with out.working():
+        import peftlab
+
+        report = peftlab.extract_adapter(
+            base,
+            finetuned,
+            to,
+            rank=rank,
+            save_rest=save_rest,
+            recipe=recipe,
+            overrides=settings,
+            tolerance=tolerance,
+        )
+    _finish(out, report)
+
+
 def convert(
     context: typer.Context,
     run: Run,
@@ -171,6 +208,8 @@ def _finish(out: Output, report: dict[str, object]) -> None:
         out.document(report)
         return
     out.show(*rework_tables(report))
+    if not report.get("verified"):
+        return
     out.line()
     out.line(f"use it:   peftlab eval {report['output']}")
     out.line(f"          peftlab merge {report['output']}")

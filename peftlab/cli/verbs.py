@@ -93,6 +93,11 @@ VERBS: dict[str, Verb | Group] = {
                 "Combine adapters of one base into one, verified.",
                 "peftlab adapters combine runs/a runs/b --to runs/both --weights 1,0.5",
             ),
+            "extract": Verb(
+                "adapters:extract",
+                "Extract a LoRA adapter from two checkpoints of one model.",
+                "peftlab adapters extract models/base models/tuned --rank 16 --to lora",
+            ),
             "convert": Verb(
                 "adapters:convert",
                 "Convert an adapter of another method to LoRA, verified.",

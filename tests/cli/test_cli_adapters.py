@@ -55,7 +55,9 @@ def test_adapters_shrink_prints_before_and_after(here: Path, capsys: pytest.Capt
 
 
 def test_adapters_combine_prints_each_parent(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli(["adapters", "combine", "run", "run", "--to", "both", "--weights", "1,0.5", "eval.batch_tokens=999"]) == 0
+    assert (
+        cli(["adapters", "combine", "run", "run", "--to", "both", "--weights", "1,0.5", "eval.batch_tokens=999"]) == 0
+    )
     shown = capsys.readouterr().out
     assert "A x1" in shown and "B x0.5" in shown and "result" in shown
     assert "verified against the sum of the updates" in shown
