@@ -407,7 +407,10 @@ def exact_products(model: nn.Module) -> Iterator[bool]:
     dequantized int8 weights. Yields whether that holds for every layer: without a fused layer, bitsandbytes rounds rows of x to
     8 bits, in a way that depends on the other rows."""
     modes = {module: module.training for module in model.modules()}
-    dtypes: dict[Any, Any] = {m: m.compute_dtype for m in model.modules() if type(m).__name__ == "Linear4bit"}
+    # PEFT's own layer around a Linear4bit has the same name and no dtype.
+    dtypes: dict[Any, Any] = {
+        m: m.compute_dtype for m in model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")
+    }
     layers = [m for m in model.modules() if isinstance(m, FusedLora)]
     rounded = next((m.kernels for m in layers if m.kernels in ops.CPU_OPERANDS), None)
     int8 = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]

@@ -137,7 +137,8 @@ def dora_update(weight: Tensor, low_rank: Tensor, magnitude: Tensor) -> Tensor:
     Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
     """
     moved = weight + low_rank
-    return (magnitude.float() / moved.norm(dim=1))[:, None] * moved - weight
+    scaled: Tensor = (magnitude.float() / moved.norm(dim=1))[:, None] * moved
+    return scaled - weight
 
 
 def _difference(layer: Any, adapter: str) -> Tensor | None:

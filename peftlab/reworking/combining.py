@@ -192,7 +192,9 @@ def _with_parents(base: Any, folders: Sequence[Path]) -> tuple[Any, dict[str, to
     from safetensors.torch import load_file
 
     others = other_tensors(folders[0], "LORA")
-    unknown = base.load_state_dict({n.removeprefix("base_model.model."): t for n, t in others.items()}, strict=False)
+    unknown: Any = base.load_state_dict(
+        {n.removeprefix("base_model.model."): t for n, t in others.items()}, strict=False
+    )
     if unknown.unexpected_keys:
         raise ArtifactError(f"{folders[0]} has tensors that the model lacks, such as {unknown.unexpected_keys[0]}")
     model: Any = None
@@ -206,7 +208,7 @@ def _with_parents(base: Any, folders: Sequence[Path]) -> tuple[Any, dict[str, to
             model = PeftModel(base, config, adapter_name=_name(index))
         else:
             model.add_adapter(_name(index), config)
-        result = peft.set_peft_model_state_dict(model, state, adapter_name=_name(index))
+        result: Any = peft.set_peft_model_state_dict(model, state, adapter_name=_name(index))
         if result.unexpected_keys:
             raise ArtifactError(f"{folder} was made for another model: it has {result.unexpected_keys[0]}")
         # The scaling is in the layers by now. PEFT's combination would take sqrt(r) from the first config.
