@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.inject import base_name
+from peftlab.adapters.merge import dequantizer
 
 ADAPTER = "default"
 # Initialisations of LoRA that take a part of the weight out of it when the adapter is loaded.
@@ -159,7 +160,6 @@ def _difference(layer: Any, adapter: str) -> Tensor | None:
 def _weight(layer: Any) -> Tensor | None:
     """The frozen weight of an adapted layer, dequantized; None for a bare parameter of a module, such as routed experts."""
     from peft.tuners.lora.layer import ParamWrapper
-    from peft.utils.integrations import dequantize_module_weight
 
     if isinstance(layer, ParamWrapper):
         return None
@@ -169,7 +169,8 @@ def _weight(layer: Any) -> Tensor | None:
         return inner.detach()
     if not hasattr(base, "weight"):
         return None
-    weight: Tensor = dequantize_module_weight(base) if _is_quantized(base) else base.weight
+    read = dequantizer(base) if _is_quantized(base) else None
+    weight: Tensor = base.weight if read is None else read()
     return weight.detach()
 
 

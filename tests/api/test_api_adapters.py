@@ -126,3 +126,14 @@ def test_shrink_adapter_refuses_what_it_cannot_do(writer: Path, classifier: Path
     with pytest.raises(RecipeError, match="has no adapter: it is a merged model"):
         peftlab.shrink_adapter("run/merged", "small", **QUIET)
     assert sorted(p.name for p in Path().iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_shrink_adapter_on_a_quantized_base(trained: Any, monkeypatch: Any, tmp_path: Path, storage: str) -> None:
+    """PEFT's dequantization takes the scales away from an int8 weight: the next forward then fails."""
+    run = trained(recipe(model={"quantize": storage}), write_data) / "run"
+    monkeypatch.chdir(tmp_path)
+    report = peftlab.shrink_adapter(run, "small", tolerance=0.1, **QUIET)
+    assert report["logits"]["kl_mean"] < 1e-3
+    halves = peftlab.combine_adapters([run, run], "same", weights=[0.5, 0.5], **QUIET)
+    assert halves["metrics"]["after"] == pytest.approx(halves["parents"][0]["metrics"], abs=1e-3)

@@ -24,8 +24,8 @@ QUIET: dict[str, Any] = {"progress": SilentProgress()}
 @pytest.fixture
 def runs(trained: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]:
     """Two runs on one base: of another seed, rank and scaling."""
-    first = trained(recipe(), write_data) / "run"
-    second = trained(recipe(adapter={"rank": 2, "rslora": True}, run={"seed": 7}), write_data) / "run"
+    first = trained(recipe(adapter={"rslora": True}), write_data) / "run"
+    second = trained(recipe(adapter={"rank": 2}, run={"seed": 7}), write_data) / "run"
     monkeypatch.chdir(tmp_path)
     return first, second
 
