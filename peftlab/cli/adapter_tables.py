@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 # Modules shown of each kind; -v shows all.
 _MOST_MODULES = 2
-_BARS_SHOWN, _NAME = 8, 28
+_BARS_SHOWN, _NAME = 7, 28
 
 
 def show_tables(figures: Mapping[str, Any], *, verbose: bool = False) -> list[RenderableType]:
