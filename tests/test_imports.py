@@ -34,8 +34,9 @@ ALLOWED: dict[str, set[str]] = {
     "teaching": _ASSEMBLED,
     "bench": _ASSEMBLED,
     "experiments": {*_ASSEMBLED, "teaching"},
+    "reworking": _ASSEMBLED,
     "diagnosing": _GROUND | {"models", "measuring"},
-    "api": {*_ASSEMBLED, "teaching", "bench", "experiments", "diagnosing"},
+    "api": {*_ASSEMBLED, "teaching", "bench", "experiments", "reworking", "diagnosing"},
     "cli": {
         "errors",
         "specs",

@@ -33,7 +33,11 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
     if ranks is not None:
         live.rank_pattern = ranks  # PEFT renames AdaLoRA's for the file, also in the model that goes on
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    path = folder / "adapter_config.json"
+    sort_config(folder / "adapter_config.json")
+
+
+def sort_config(path: Path) -> None:
+    """Sorts the keys and the lists of names in an adapter's config, so that equal adapters have equal files."""
     config = json.loads(path.read_text())
     if not to_go_on:
         config |= _save_as_plain(model, folder / ADAPTER_FILES[1])

@@ -171,6 +171,23 @@ def _input_of(adapted: Any) -> Tensor | None:
     return None
 
 
+def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
+    """A function that dequantizes the weight of a bitsandbytes linear and changes nothing in it; None for another module.
+
+    PEFT's own (0.21) moves an int8 weight, which then lacks the scales that its next forward needs.
+    """
+    import bitsandbytes as bnb
+
+    if isinstance(module, bnb.nn.Linear4bit):
+        packed = cast(bnb.nn.Params4bit, module.weight)
+        return functools.partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        rows = cast(bnb.nn.Int8Params, module.weight)
+        scale = cast(Tensor, rows.SCB if rows.SCB is not None else module.state.SCB)
+        return functools.partial(bnb.functional.int8_vectorwise_dequant, rows.data, scale)
+    return None
+
+
 class DequantizedWeights(Mapping[str, Tensor]):
     """The bitsandbytes linears of a model as float32 [out, in] weights on the CPU, by module name.
 
@@ -178,20 +195,10 @@ class DequantizedWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        import bitsandbytes as bnb
-
         self._stored: dict[str, Callable[[], Tensor]] = {}
         for name, module in model.named_modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                packed = cast(bnb.nn.Params4bit, module.weight)
-                read = functools.partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)
-            elif isinstance(module, bnb.nn.Linear8bitLt):
-                rows = cast(bnb.nn.Int8Params, module.weight)
-                scale = cast(Tensor, rows.SCB if rows.SCB is not None else module.state.SCB)
-                read = functools.partial(bnb.functional.int8_vectorwise_dequant, rows.data, scale)
-            else:
-                continue
-            self._stored[name.removesuffix(".base_layer").removeprefix("base_model.model.")] = read
+            if (read := dequantizer(module)) is not None:
+                self._stored[name.removesuffix(".base_layer").removeprefix("base_model.model.")] = read
 
     def __getitem__(self, name: str) -> Tensor:
         return self._stored[name]().float().cpu()

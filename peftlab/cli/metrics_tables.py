@@ -54,8 +54,7 @@ def before_after(before: Metrics | None, after: Metrics, *, verbose: bool = Fals
     table.add_column("metric", overflow="fold")
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right", no_wrap=True)
-    own = set() if verbose else _of_classes(after)
-    for name in (name for name in order(after) if name not in own):
+    for name in order(after) if verbose else overall_names(after):
         old = None if before is None else before.get(name)
         text, better = formatting.change(name, old, after[name])
         table.add_row(
@@ -70,6 +69,12 @@ def before_after(before: Metrics | None, after: Metrics, *, verbose: bool = Fals
 def _value(metrics: Metrics, name: str) -> str:
     """The value as text; ``n/a`` if no row has its class, ``-`` if it was not asked for."""
     return "n/a" if name in metrics and metrics[name] is None else formatting.metric(name, metrics.get(name))
+
+
+def overall_names(metrics: Metrics) -> list[str]:
+    """The metric names of ``order`` without per-class values."""
+    own = _of_classes(metrics)
+    return [name for name in order(metrics) if name not in own]
 
 
 def _of_classes(metrics: Metrics) -> set[str]:

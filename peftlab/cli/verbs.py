@@ -74,6 +74,41 @@ VERBS: dict[str, Verb | Group] = {
         "Fold the adapter into the weights and verify the result.",
         "peftlab merge runs/quickstart --base original",
     ),
+    "adapters": Group(
+        "List the adapter methods; show, shrink, combine, extract and convert adapters.",
+        "peftlab adapters shrink runs/quickstart --to runs/small",
+        {
+            "list": Verb(
+                "adapter_methods:list_methods", "List the methods, or the options of one.", "peftlab adapters list vera"
+            ),
+            "show": Verb(
+                "adapters:show",
+                "Show what an adapter changes, module by module.",
+                "peftlab adapters show runs/quickstart --picture adapter.png",
+            ),
+            "shrink": Verb(
+                "adapters:shrink",
+                "Keep the largest singular values, verified.",
+                "peftlab adapters shrink runs/quickstart --to runs/small --keep 0.25",
+            ),
+            "combine": Verb(
+                "adapters:combine",
+                "Combine adapters of one base into one, verified.",
+                "peftlab adapters combine runs/a runs/b --to runs/both --weights 1,0.5",
+            ),
+            "extract": Verb(
+                "adapters:extract",
+                "Extract a LoRA adapter from two checkpoints of one model.",
+                "peftlab adapters extract models/base models/tuned --rank 16 --to lora",
+            ),
+            "convert": Verb(
+                "adapters:convert",
+                "Convert an adapter of another method to LoRA, verified.",
+                "peftlab adapters convert runs/loha --rank 0.99 --to runs/lora",
+            ),
+        },
+        alone="list",
+    ),
     "recipes": Group(
         "List, show and copy the recipes that ship with peftlab.",
         "peftlab recipes copy quickstart mine.yaml",
@@ -89,16 +124,6 @@ VERBS: dict[str, Verb | Group] = {
                 "recipes:schema",
                 "Print the JSON Schema of a recipe, for editors.",
                 "peftlab recipes schema > recipe.schema.json",
-            ),
-        },
-        alone="list",
-    ),
-    "adapters": Group(
-        "List the adapter methods and their options.",
-        "peftlab adapters list vera",
-        {
-            "list": Verb(
-                "adapter_methods:list_methods", "List the methods, or the options of one.", "peftlab adapters list vera"
             ),
         },
         alone="list",

@@ -41,13 +41,14 @@ def markers(names: Iterable[str]) -> dict[str, str]:
     return dict(zip(names, turned, strict=False))
 
 
-def save_pictures(build: Callable[[], Any], png: Path, svg: Path) -> None:
-    """Writes the figure of ``build`` as PNG and SVG, each by a rename; equal figures give equal SVG files."""
+def save_pictures(build: Callable[[], Any], *paths: Path) -> None:
+    """Writes the figure of ``build`` to .png and .svg files, each by a rename; equal figures give equal SVG files."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "peftlab", "font.size": 10}):
         figure = build()
-        for path, kind in ((png, "png"), (svg, "svg")):
+        for path in paths:
+            kind = path.suffix[1:].lower()
             partial = path.with_name(f".{path.name}.{os.getpid()}")
             figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
             os.replace(partial, path)

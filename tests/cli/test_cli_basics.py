@@ -15,7 +15,7 @@ from peftlab.cli import options
 from peftlab.cli.app import run
 from peftlab.recipe import recipe_names, recipe_schema
 
-VERBS = ["train", "eval", "predict", "chat", "merge", "bench", "doctor", "recipes"]
+VERBS = ["train", "eval", "predict", "chat", "merge", "adapters", "bench", "doctor", "recipes"]
 
 
 def _fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

@@ -1,0 +1,1 @@
+"""What one does with adapters after training: show, shrink, combine, extract, convert; each result is verified."""

@@ -1,0 +1,116 @@
+"""Writes a reworked adapter, opens the files again, compares, and keeps them only if they agree."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.target import Opened, Target, open_target
+from peftlab.assembly.witness import WITNESS_NAME, Witness
+from peftlab.errors import RecipeError, VerificationError
+from peftlab.evaluation.agreement import Agreement
+from peftlab.recipe import write_lock
+from peftlab.reworking.source import metrics_of, runs_of
+from peftlab.runs import LOCK_NAME, finite, write_json
+from peftlab.tasks import Encoded
+from peftlab.training.progress import Progress
+
+# The result is the same function in other factors: only rounding and the order of sums differ.
+EXACT = 1e-4
+# Mean KL in nats that an approximation may cost; see ``limits_of`` for the top-1 agreement that goes with it.
+APPROXIMATE = 0.02
+
+
+def limits_of(tolerance: float) -> dict[str, float]:
+    """The limits on mean KL and top-1 agreement for one tolerance in nats.
+
+    The mean total variation is at most sqrt(KL / 2) (Pinsker), and so many of the positions may change their likeliest class.
+    """
+    return {"kl_mean": tolerance, "top1": max(0.0, 1 - math.sqrt(tolerance / 2))}
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises RecipeError unless it is a number of nats."""
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise RecipeError(f"expected a tolerance above 0 nats of mean KL, found {tolerance}")
+
+
+@contextlib.contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder next to ``folder`` that is gone at the end of the block, unless it was renamed."""
+    written = folder.absolute().with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        written.mkdir()
+        yield written
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A written adapter that was opened again. metrics: on the held-out rows."""
+
+    opened: Opened
+    agreement: Agreement
+    metrics: dict[str, float | None]
+
+
+def reopen(
+    written: Path, target: Target, assembly: Assembly, held_out: Encoded, reference: Witness, progress: Progress
+) -> Result:
+    """Opens the adapter in ``written`` on the base of ``target``, compares it with ``reference`` and evaluates it."""
+    opened = open_target(
+        dataclasses.replace(target, adapter=written, kind="adapter"), progress, assembly=assembly, check=False
+    )
+    progress.stage("comparing with the reference on held-out rows")
+    agreed = reference.compare(opened.model, assembly.task, **runs_of(assembly))
+    return Result(opened, agreed, metrics_of(opened, held_out, progress))
+
+
+def publish(
+    written: Path,
+    folder: Path,
+    result: Result,
+    held_out: Encoded,
+    report: dict[str, Any],
+    *,
+    tolerance: float,
+    remedy: str,
+) -> dict[str, Any]:
+    """Adds lock, witness and report to ``written`` and renames it to ``folder``; returns the report.
+
+    Raises: VerificationError, with nothing kept, if the result is beyond ``tolerance``.
+    """
+    limits = limits_of(tolerance)
+    if failures := result.agreement.failures(**limits):
+        raise VerificationError(f"the new adapter does not agree, nothing was written: {'; '.join(failures)}. {remedy}")
+    assembly, target = result.opened.assembly, result.opened.target
+    report = finite(
+        {
+            **report,
+            "output": str(folder),
+            "logits": asdict(result.agreement),
+            "limits": limits,
+            "rows": len(held_out.examples),
+            "verified": True,
+        }
+    )
+    # A witness of its own: `eval` and `merge` of the new folder compare with this adapter, not with the one it came from.
+    taken = Witness.take(result.opened.model, assembly.task, held_out.examples, **runs_of(assembly))
+    taken.write(written / WITNESS_NAME)
+    if target.lock is not None:
+        shutil.copyfile(target.lock, written / LOCK_NAME)
+    else:
+        names = {"class_names": assembly.classes} if assembly.spec.classifies else {}
+        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
+    write_json(written / f"{report['verb']}.json", report)
+    os.replace(written, folder)
+    return report
