@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
     if ranks is not None:
         live.rank_pattern = ranks  # PEFT renames AdaLoRA's for the file, also in the model that goes on
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    sort_config(folder / "adapter_config.json")
+    changes = {} if to_go_on else _save_as_plain(model, folder / ADAPTER_FILES[1])
+    sort_config(folder / "adapter_config.json", changes)
 
 
-def sort_config(path: Path) -> None:
-    """Sorts the keys and the lists of names in an adapter's config, so that equal adapters have equal files."""
-    config = json.loads(path.read_text())
-    if not to_go_on:
-        config |= _save_as_plain(model, folder / ADAPTER_FILES[1])
+def sort_config(path: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """Sorts the keys and the lists of names in an adapter's config, with ``changes`` in it, so that equal adapters have equal
+    files."""
+    config = {**json.loads(path.read_text()), **(changes or {})}
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
