@@ -1,0 +1,38 @@
+"""Every adapter method: train, resume, plain PEFT, merge; as docs/adapters.md says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.method_table import COLUMNS, measure_in, read_page, rows
+
+# One of each kind: a low-rank product, a schedule, rotations, virtual tokens, norms, rows of the embeddings, ours, and one that
+# cannot be trained on quantized weights; the others run with the slow tests.
+QUICK = {
+    ("adalora", "causal_lm", "none"),
+    ("bottleneck", "seq_cls", "none"),
+    ("ln_tuning", "seq_cls", "none"),
+    ("oft", "causal_lm", "nf4"),
+    ("p_tuning", "causal_lm", "none"),
+    ("trainable_tokens", "causal_lm", "none"),
+    ("deft", "causal_lm", "int8"),
+}
+ROWS = [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow, id="-".join(row)) for row in rows()]
+
+
+@pytest.mark.parametrize(("method", "task", "storage"), ROWS)
+def test_method_does_what_the_page_says(method: str, task: str, storage: str, tmp_path: Path) -> None:
+    row = measure_in(tmp_path, method, task, storage)
+    cells, reason = read_page()[method, task, storage]
+    assert [row.cells[column] for column in COLUMNS] == cells, row.line()
+    assert row.reason == reason
+
+
+def test_page_has_every_method_and_no_cell_is_no() -> None:
+    page = read_page()
+    assert list(page) == list(rows())
+    for row, (cells, reason) in page.items():
+        assert not any("no" in cell for cell in cells), row
+        assert "refused" not in cells or reason, row
