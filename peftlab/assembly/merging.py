@@ -31,6 +31,8 @@ TARGETS = ("original", "dequantized")
 # Maximum mean KL (nats) and minimum top-1 agreement per base. A merge into the weights used in training only rounds; a
 # merge into the original weights also removes the quantization error.
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
+# Rounding error of a merge, relative to the update, from which on a line says so.
+_MOST_LOST = 0.5
 _PROBES = [
     "The quick brown fox.",
     "  spaces\tand\nlines",
@@ -97,6 +99,8 @@ def merge_run(
                     f"merge verification failed, nothing was written: {'; '.join(failures)}. Figures: {folder / 'merge.json'}"
                     + ("; --base dequantized merges exactly" if name == "original" and quantized else "")
                 )
+            if (lost := _lost(figures)) is not None:
+                progress.note(lost)
             shutil.rmtree(output, ignore_errors=True)
             os.replace(written, output)
         finally:
@@ -321,6 +325,18 @@ def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
         all(tokenizer(p)["input_ids"] == again(p)["input_ids"] for p in _PROBES)
         and tokenizer.chat_template == again.chat_template
         and tokenizer.special_tokens_map == again.special_tokens_map
+    )
+
+
+def _lost(figures: dict[str, Any]) -> str | None:
+    """A line if rounding took most of what the adapter changes: an update below the resolution of 16 bits is gone."""
+    layers = figures["layers"]
+    if not layers or layers["relative"] < _MOST_LOST:
+        return None
+    wider = "" if figures["dtype"] == "float32" else "; a merge in float32 keeps it: --dtype float32"
+    return (
+        f"merge: rounding to {figures['dtype']} changes the layers by {layers['relative']:.0%} of what the adapter changes, most in "
+        f"{layers['worst']}{wider}"
     )
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import peftlab
 from peftlab.errors import RecipeError
 from peftlab.models import find_pretrained, load_model
 from peftlab.training.progress import SilentProgress
+from tests.run_examples import Notes
 
 IDS = torch.arange(4, 20)[None]
 RECIPE = {
@@ -91,3 +93,18 @@ def test_adapter_that_cannot_be_merged_says_why(brought: Callable[[str], torch.T
     with pytest.raises(RecipeError, match=REFUSED[name]):
         peftlab.merge("adapter", recipe=RECIPE, output="merged", progress=SilentProgress())
     assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float32", False)])
+def test_merge_that_rounding_undoes_says_so(brought: Callable[[str], torch.Tensor], dtype: str, said: bool) -> None:
+    brought("patterns")
+    path = "adapter/adapter_model.safetensors"
+    # An update of a ten-thousandth of the weight is below the resolution of bfloat16, and above that of float32.
+    small = {name: value * (1e-4 if "lora_B" in name else 1) for name, value in load_file(path).items()}
+    save_file(small, path, metadata={"format": "pt"})
+    notes = Notes()
+    report = peftlab.merge("adapter", recipe=RECIPE, output="merged", dtype=dtype, progress=notes)
+    assert report["verified"]
+    lines = [line for line in notes.lines if f"rounding to {dtype}" in line]
+    assert bool(lines) is said
+    assert not said or "--dtype float32" in lines[0]

@@ -23,7 +23,12 @@ TOKENS = {"<kind?>": "red cat", "<ok>": ""}
 def llama(*, tied: bool) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=260, tie_word_embeddings=tied
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=260,
+        tie_word_embeddings=tied,
     )
     return transformers.LlamaForCausalLM(config)
 
