@@ -350,6 +350,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "virtual tokens made by a small network",
         "2103.10385",
         defaults={"num_virtual_tokens": 20},
+        evidence="learns little where a classifier reads the first position, as BERT's does: that is a virtual token",
         unmergeable=_NO_WEIGHT,
         storages=_QUANTIZED,
     ),
@@ -400,7 +401,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         evidence="chat tokens in 1 % of the memory of whole embeddings",
         storages=_QUANTIZED,
     ),
-    _of_peft("unilora", "Uni-LoRA", "one trained vector, projected to all factors", "2506.00799", storages=_QUANTIZED),
+    _of_peft("unilora", "Uni-LoRA", "one trained vector, projected to all factors", "2506.00799", storages=()),
     _of_peft(
         "vblora", "VB-LoRA", "builds the factors from a shared bank of vectors", "2405.15179", storages=_QUANTIZED
     ),
@@ -411,7 +412,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "X-LoRA",
         "mixes given LoRA adapters by token",
         "2402.07148",
-        required=("adapters",),
+        refused="PEFT keeps its classifier in a file of its own, which the runs here do not have",
         unmergeable="it mixes its adapters by the input",
     ),
 )
