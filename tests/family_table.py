@@ -92,20 +92,20 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     Args: evaluate: returns the loss of the run in another process.
     """
     write_family(folder / "model", name, task)
-    _write_rows(folder)
+    write_rows(folder)
     row = Row(_title(name, task), task)
     adapter = {}
     try:
-        checked = peftlab.check(_recipe(task), progress=SilentProgress())
+        checked = peftlab.check(family_recipe(task), progress=SilentProgress())
     except PeftlabError as error:
         row.notes.append(_line(str(error), folder))
         if name not in _SETTINGS:
             row.cells = dict.fromkeys(COLUMNS, "refused")
             return row
         adapter = _SETTINGS[name]
-        checked = peftlab.check(_recipe(task, adapter=adapter), progress=SilentProgress())
+        checked = peftlab.check(family_recipe(task, adapter=adapter), progress=SilentProgress())
     row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
-    run = peftlab.train(_recipe(task, adapter=adapter), progress=SilentProgress())
+    run = peftlab.train(family_recipe(task, adapter=adapter), progress=SilentProgress())
     row.cells["train"] = "yes"
     loss = run.summary["after"]["loss"]
     row.cells["eval again"] = _yes(abs(evaluate("run") - loss) < _CLOSE * loss, "other loss")
@@ -114,7 +114,7 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
     row.cells["batch = alone"] = _yes(_difference(opened, examples) < _CLOSE, "other outputs")
     row.cells["merge"] = _yes(peftlab.merge("run", progress=SilentProgress())["verified"], "not verified")
-    document = _recipe(task, adapter=adapter, run={"dir": "other", "save_every": 2})
+    document = family_recipe(task, adapter=adapter, run={"dir": "other", "save_every": 2})
     try:
         peftlab.train(document, progress=Stopper(at=3))
     except Interrupted:
@@ -154,7 +154,7 @@ def _title(name: str, task: str) -> str:
     return str(make_config(name, tables[task]).model_type)
 
 
-def _recipe(task: str, **sections: Any) -> dict[str, Any]:
+def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
@@ -169,7 +169,7 @@ def _recipe(task: str, **sections: Any) -> dict[str, Any]:
     return {**document, **{name: {**document.get(name, {}), **values} for name, values in sections.items()}}
 
 
-def _write_rows(folder: Path) -> None:
+def write_rows(folder: Path) -> None:
     rows = [
         {"text": f"{word} film {'so ' * (i % 3)}{i}", "label": label}
         for i in range(8)

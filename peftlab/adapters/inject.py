@@ -13,10 +13,10 @@ from peftlab.adapters import initial
 from peftlab.adapters.patterns import Pattern, assigned, pattern_values, set_dropout
 from peftlab.adapters.places import (
     chosen_blocks,
-    matched,
     peft_errors,
     place_config,
     planned_modules,
+    target_names,
     trained_in_full,
     whole_modules,
 )
@@ -174,10 +174,9 @@ def check_adapter(
         return place_config(model, **where, **values)
     fields = peft_method(spec.peft).options
     if spec.has_targets:
-        chosen = place_config(model, norms=spec.targets == "all-norms", **where)
         # Full names: most configurations have no way to leave out the head.
-        values["target_modules"] = matched(model, chosen)
-        values["modules_to_save"] = chosen.modules_to_save
+        values["target_modules"] = target_names(model, method, **where)
+        values["modules_to_save"] = whole_modules(model, peft_type, modules_to_save, new) or None
     else:
         values["modules_to_save"] = whole_modules(model, peft_type, modules_to_save, new) or None
     if "modules_to_save" not in fields and (whole := trained_in_full(model, peft_type, modules_to_save, new)):

@@ -45,14 +45,13 @@ def fold(model: Any) -> Any:
     """The base model of a ``PeftModel`` with the adapter in its weights. Raises: what PEFT raises if it cannot merge."""
     if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
         _unshare(model.get_base_model())
-    merged = model.merge_and_unload(safe_merge=True)
-    _unwrap(merged)
-    return merged
+    _unwrap(model.get_base_model())
+    return model.merge_and_unload(safe_merge=True)
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Puts modules that were trained in full in place of PEFT's wrappers. PEFT 0.21.2 forgets them for LayerNorm tuning, and a
-    merged file would have a new head."""
+    """Puts modules that were trained in full in place of PEFT's wrappers. PEFT 0.21.2 forgets them for LayerNorm tuning, so that a
+    merged file would have a new head, and fails for most methods if such a head is more than one layer, as RoBERTa's."""
     from peft.utils import AuxiliaryTrainingWrapper
 
     for name, module in list(model.named_modules()):
@@ -163,6 +162,9 @@ def _input_of(adapted: Any) -> Tensor | None:
     if isinstance(layer, nn.modules.conv._ConvNd):
         extent = [d * (k - 1) + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         return torch.randn(2, layer.in_channels, *extent, generator=generator, dtype=torch.float64)
+    if isinstance(layer, nn.modules.batchnorm._NormBase | nn.GroupNorm):
+        dims = {"BatchNorm1d": 0, "BatchNorm3d": 3}.get(type(layer).__name__, 2)
+        return torch.randn(2, len(layer.weight), *([3] * dims), generator=generator, dtype=torch.float64)
     if is_norm(layer) and layer.weight.dim() == 1:
         return torch.randn(_ROWS, len(layer.weight), generator=generator, dtype=torch.float64)
     if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":

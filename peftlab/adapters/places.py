@@ -20,35 +20,30 @@ _CLASSIFIER_HEADS = ("classifier", "score")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def planned_modules(
-    model: nn.Module,
-    *,
-    peft_type: str | None,
-    targets: str | Sequence[str],
-    method: str = "lora",
-    modules_to_save: Sequence[str] = (),
-    new: Collection[str] = (),
-    layers: Sequence[int] | str | None = None,
-    freeze: Sequence[str] = (),
-) -> list[str]:
+def planned_modules(model: nn.Module, *, method: str = "lora", **where: Any) -> list[str]:
     """Full names of the modules of a model without adapters that ``inject`` adapts, by PEFT's own rules; empty for a method that
-    chooses them itself, or that adapts none. Args: see ``inject``. Raises: RecipeError if a target matches nothing.
+    chooses them itself, or that adapts none.
+
+    Args: where: the arguments of ``inject`` from ``peft_type`` to ``freeze``. Raises: RecipeError if a target matches nothing.
     """
+    names = target_names(model, method, **where)
+    return [*names, *_tied_to(model, names)] if METHODS[method].targets == "embeddings" else names
+
+
+def target_names(model: nn.Module, method: str, **where: Any) -> list[str]:
+    """Full names of the modules to name as targets to PEFT; see ``planned_modules``."""
     spec = METHODS[method]
     if not spec.has_targets:
         return []
-    chosen = place_config(
-        model,
-        norms=spec.targets == "all-norms",
-        peft_type=peft_type,
-        targets=targets,
-        modules_to_save=modules_to_save,
-        new=new,
-        layers=layers,
-        freeze=freeze,
-    )
-    names = matched(model, chosen)
-    return [*names, *_tied_to(model, names)] if spec.targets == "embeddings" else names
+    names = matched(model, place_config(model, norms=spec.targets == "all-norms", **where))
+    if method == "lora":
+        return names
+    # Only LoRA adapts parameters of modules of other kinds, such as routers and experts.
+    modules = dict(model.named_modules())
+    names = [name for name in names if is_adaptable(modules[name]) or is_norm(modules[name])]
+    if not names:
+        raise RecipeError(f"no layer that {method} can adapt matches", key="adapter.targets")
+    return names
 
 
 def _tied_to(model: Any, names: Collection[str]) -> list[str]:

@@ -103,6 +103,8 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
     spec = METHODS[recipe.adapter.method]
     if not spec.prompts:
         return
+    if TASKS[recipe.task].reader != "tokenizer":
+        yield ("adapter.method",), f"{spec.name} puts tokens before a text, and task: {recipe.task} has none; use lora"
     if recipe.data.packing:
         yield (
             ("data.packing",),

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import peftlab
+from peftlab.training.progress import SilentProgress
+from tests.family_examples import write_family
+from tests.family_table import family_recipe, write_rows
 from tests.method_table import COLUMNS, measure_in, read_page, rows
 
 # One of each kind: a low-rank product, a schedule, rotations, virtual tokens, norms, rows of the embeddings, ours, and one that
@@ -28,6 +33,31 @@ def test_method_does_what_the_page_says(method: str, task: str, storage: str, tm
     cells, reason = read_page()[method, task, storage]
     assert [row.cells[column] for column in COLUMNS] == cells, row.line()
     assert row.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "adapter", "num_modules"),
+    [
+        # Routers and experts are no layers that LoHa can adapt.
+        ("MixtralConfig", "causal_lm", {"method": "loha"}, 8),
+        # A head of two layers, which PEFT forgets or stumbles over in a merge.
+        ("RobertaConfig", "seq_cls", {"method": "vera", "rank": 8}, 12),
+        ("RobertaConfig", "seq_cls", {"method": "ln_tuning"}, 5),
+        # BatchNorms, whose inputs are images.
+        ("ResNetConfig", "image_cls", {"method": "ln_tuning"}, 6),
+    ],
+)
+def test_method_merges_on_other_families(
+    family: str, task: str, adapter: dict[str, Any], num_modules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_family(tmp_path / "model", family, task)
+    write_rows(tmp_path)
+    run = peftlab.train(family_recipe(task, adapter=adapter), progress=SilentProgress())
+    assert run.summary["adapter"]["num_modules"] == num_modules
+    report = peftlab.merge("run", progress=SilentProgress())
+    assert report["verified"]
+    assert report["targets"]["original"]["layers"]["num_modules"] == num_modules
 
 
 def test_page_has_every_method_and_no_cell_is_no() -> None:
