@@ -1,0 +1,131 @@
+"""The options of adapter methods in a recipe: which exist, which values they take, and what a change of method keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftlab.errors import RecipeError
+from peftlab.recipe import load_recipe, write_lock
+from peftlab.recipe.shipped import recipe_schema
+from peftlab.specs.methods import METHODS
+
+BASE: dict[str, Any] = {"task": "causal_lm", "model": {"name": "tiny:llama"}, "data": {"train": "x.jsonl"}}
+REQUIRED = {
+    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
+    "trainable_tokens": {"token_indices": [5]},
+}
+
+
+def load(adapter: dict[str, Any], *overrides: str, **sections: Any) -> Any:
+    return load_recipe({**BASE, **sections, "adapter": adapter}, list(overrides))
+
+
+def problem(adapter: dict[str, Any], **sections: Any) -> str:
+    with pytest.raises(RecipeError) as error:
+        load(adapter, **sections)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if not spec.refused])
+def test_method_with_its_defaults_is_a_recipe_that_its_lock_repeats(method: str, tmp_path: Path) -> None:
+    loaded = load({"method": method, **REQUIRED.get(method, {})})
+    lock = tmp_path / "recipe.lock.yaml"
+    write_lock(lock, loaded, fingerprints={}, environment={})
+    again = load_recipe(lock).recipe
+    assert again.adapter == loaded.recipe.adapter
+    assert again.adapter.options == REQUIRED.get(method, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "alpha"), [("lora", 8, 16.0), ("vera", 256, None), ("loha", 8, 8.0), ("oft", None, None)]
+)
+def test_rank_and_alpha_are_the_methods_own(method: str, rank: int | None, alpha: float | None) -> None:
+    adapter = load({"method": method}).recipe.adapter
+    assert (adapter.rank, adapter.alpha) == (rank, alpha)
+
+
+def test_rank_of_the_recipe_is_kept_even_if_it_is_loras_default() -> None:
+    assert load({"method": "vera", "rank": 8}).recipe.adapter.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"method": "vera", "d_inital": 1}, "adapter.d_inital: unknown key; did you mean `d_initial`?"),
+        ({"method": "vera", "n_frequency": 1}, "adapter.n_frequency: is an option of fourierft, waveft, not of vera"),
+        ({"r": 4}, "adapter.r: unknown key; did you mean `rank`?"),
+        ({"lora_r": 4}, "adapter.lora_r: unknown key; did you mean `rank`?"),
+        ({"method": "vera", "vera_dropout": 0.1}, "adapter.vera_dropout: unknown key; did you mean `dropout`?"),
+        ({"layers_to_transform": [1]}, "adapter.layers_to_transform: unknown key; did you mean `layers`?"),
+        ({"method": "adalora", "total_step": 9}, "adapter.total_step: is the number of steps of the run"),
+        ({"vera": True}, "adapter.vera: unknown key; did you mean `method: vera`?"),
+        ({"learning_rate": 1}, "adapter.learning_rate: unknown key; did you mean `train.lr`?"),
+        ({"method": "oft", "oft_block_size": "big"}, "adapter.oft_block_size: expected whole number, found 'big'"),
+        ({"method": "oft", "coft": "perhaps"}, "adapter.coft: expected true or false, found 'perhaps'"),
+        ({"method": "cpt"}, "adapter.method: no recipe can use cpt"),
+        ({"method": "poly"}, "adapter.method: no recipe can use poly: it needs the number of a task with each row"),
+        ({"method": "adaption_prompt"}, "adapter.method: adaption_prompt needs adapter.adapter_len"),
+        ({"method": "vera", "alpha": 3}, "adapter.alpha: has no effect for adapter.method: vera"),
+        ({"method": "boft", "bias": "lora_only"}, "adapter.bias: expected one of none, all, boft_only"),
+        ({"method": "vera", "tokens": ["<x>"]}, "adapter.tokens: has no effect for adapter.method: vera"),
+        ({"method": "none", "layers": [0]}, "adapter.layers: has no effect without an adapter"),
+        ({"layers": "3-4"}, "adapter.layers: expected a list of indices, or a range such as 12: or -6:"),
+        ({"patterns": [{"targets": ["q_proj"]}]}, "a pattern without rank, alpha, dropout or lr changes nothing"),
+        ({"patterns": [{"targets": ["q_proj"], "ranks": 2}]}, "adapter.patterns.0.ranks: unknown key; did you mean `rank`?"),
+        ({"method": "bottleneck", "styel": "houlsby"}, "adapter.styel: unknown key; did you mean `style`?"),
+    ],
+)  # fmt: skip
+def test_wrong_setting_of_a_method_is_one_message(adapter: dict[str, Any], message: str) -> None:
+    assert message in problem(adapter)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sections", "message"),
+    [
+        ({"method": "p_tuning"}, {"data": {"train": "x", "packing": True}}, "data.packing: p_tuning puts its tokens before"),
+        ({"method": "prefix_tuning"}, {"train": {"gradient_checkpointing": True}}, "transformers drops when it recomputes"),
+        ({"method": "prefix_tuning"}, {"run": {"merge": "original"}}, "run.merge: prefix tuning cannot be merged: its virtual"),
+        ({"method": "deft"}, {"model": {"name": "m", "quantize": "nf4"}}, "DEFT does not work on nf4 weights; set model.quantize to none"),
+        ({"method": "loha"}, {"model": {"name": "m", "quantize": "nf4"}}, "set model.quantize to none, or to int8"),
+        ({"method": "vera"}, {"train": {"loraplus_lr_ratio": 4}}, "train.loraplus_lr_ratio: has no effect without the matrices A and B"),
+        ({"method": "p_tuning"}, {"task": "image_cls"}, "p_tuning puts tokens before a text, and task: image_cls has none"),
+    ],
+)  # fmt: skip
+def test_method_and_another_section_that_exclude_each_other(
+    adapter: dict[str, Any], sections: dict[str, Any], message: str
+) -> None:
+    assert message in problem(adapter, **sections)
+
+
+def test_method_on_the_command_line_replaces_what_belongs_to_the_files_method(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "task: causal_lm\nmodel: {name: tiny:llama}\ndata: {train: x.jsonl}\n"
+        "adapter:\n  rank: 16\n  alpha: 32\n  dropout: 0.1\n  targets: [q_proj]\n  lora_bias: true\n"
+    )
+    loaded = load_recipe(path, ["adapter.method=vera"])
+    adapter = loaded.recipe.adapter
+    assert (adapter.method, adapter.rank, adapter.dropout, adapter.targets) == ("vera", 256, 0.1, ["q_proj"])
+    assert loaded.notes == (
+        "adapter.method on the command line replaces adapter.rank, adapter.alpha, adapter.lora_bias (r.yaml:5, 6, 9)",
+    )
+    assert load_recipe(path, ["adapter.method=vera", "adapter.rank=4"]).recipe.adapter.rank == 4
+    assert load_recipe(path, ["adapter.method=lora"]).recipe.adapter.rank == 16
+    # Norms are no linear layers.
+    assert load_recipe(path, ["adapter.method=ln_tuning"]).recipe.adapter.targets == "all-norms"
+
+
+def test_derived_recipe_keeps_the_options() -> None:
+    loaded = load({"method": "vera", "d_initial": 0.5})
+    assert loaded.derive({"train.lr": 1.0}).recipe.adapter.options == {"d_initial": 0.5}
+
+
+def test_schema_lists_the_options_and_forbids_others() -> None:
+    section = recipe_schema()["$defs"]["AdapterSection"]
+    assert section["additionalProperties"] is False
+    assert "vera" in section["properties"]["d_initial"]["description"]
+    options = {name for spec in METHODS.values() for name in spec.options}
+    assert options <= set(section["properties"])
