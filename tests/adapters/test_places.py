@@ -80,11 +80,11 @@ def test_head_of_a_classifier_is_trained_in_full_and_not_adapted(tiny: Callable[
 
 
 def test_method_without_a_place_for_a_new_head_is_refused(tiny: Callable[..., Any]) -> None:
-    with pytest.raises(
-        RecipeError, match="trainable_tokens has no place for modules that are trained in full.*classifier"
-    ):
-        model = tiny("tiny:bert", adapter=False)
+    model = tiny("tiny:bert", adapter=False)
+    with pytest.raises(RecipeError) as error:
         inject(model, "trainable_tokens", peft_type="SEQ_CLS", targets="embeddings", token_indices=[5])
+    assert "trainable_tokens has no place for modules that are trained in full" in str(error.value)
+    assert "classifier" in str(error.value)
 
 
 def test_rank_above_every_weight_is_refused(llama: Any) -> None:
