@@ -15,8 +15,14 @@ _LAYER_AVERAGES = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_u
 
 def after_step(model: Any, step: int) -> None:
     """Lets the method change the adapter after optimizer step ``step``, counted from 1, while the gradients are there."""
-    if (update := _update(model)) is not None:
-        update(step)
+    if (update := _update(model)) is None:
+        return
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(
+                parameter
+            )  # of a module that the loss does not use; AdaLoRA reads every gradient
+    update(step)
 
 
 def penalty(model: Any) -> Tensor | None:

@@ -243,7 +243,8 @@ class TrainingLoop:
         lr = self._set_learning_rate()
         grad_norm = self._clip_and_check(rows[bad] if bad is not None else [e for part in rows for e in part], loss)
         self._optimizer.step()
-        after_step(self._model, self._step + 1)
+        if not getattr(self._optimizer, "step_was_skipped", False):  # gradients of float16 that overflowed
+            after_step(self._model, self._step + 1)
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
         self._record(rows, planned.epoch, weight, loss, lr, grad_norm, time.perf_counter() - started)

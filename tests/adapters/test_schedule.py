@@ -73,6 +73,18 @@ def test_adalora_ends_at_its_budget(base: Any) -> None:
     assert sum(per_layer) == kept and len(set(per_layer)) > 1  # layers get different ranks
 
 
+def test_adalora_takes_modules_that_the_loss_does_not_use(base: Any) -> None:
+    model = adalora(base)
+    (
+        model(input_ids=IDS).logits.sum() * 0 + sum(p.sum() for n, p in model.named_parameters() if "0.mlp" in n)
+    ).backward()
+    unused = [p for n, p in model.named_parameters() if ".lora_" in n and "1.mlp" in n and p.requires_grad]
+    for parameter in unused:
+        parameter.grad = None
+    after_step(model, 1)
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in unused)
+
+
 @pytest.mark.parametrize("stop", [3, 9])
 def test_adalora_goes_on_from_its_state_to_the_bit(base: Any, stop: int, tmp_path: Path) -> None:
     other = copy.deepcopy(base)
