@@ -169,16 +169,15 @@ def check_adapter(
     if spec.name == "lora":
         _check_rank(model, names, options.get("rank"))
     if patterns:
-        values |= pattern_values(spec, assigned(names, patterns))
+        for name, chosen in pattern_values(spec, assigned(names, patterns)).items():
+            values[name] = {**(values.get(name) or {}), **chosen}
     if spec.name == "lora":
         return place_config(model, **where, **values)
     fields = peft_method(spec.peft).options
     if spec.has_targets:
         # Full names: most configurations have no way to leave out the head.
         values["target_modules"] = target_names(model, method, **where)
-        values["modules_to_save"] = whole_modules(model, peft_type, modules_to_save, new) or None
-    else:
-        values["modules_to_save"] = whole_modules(model, peft_type, modules_to_save, new) or None
+    values["modules_to_save"] = whole_modules(model, peft_type, modules_to_save, new) or None
     if "modules_to_save" not in fields and (whole := trained_in_full(model, peft_type, modules_to_save, new)):
         raise RecipeError(
             f"{spec.name} has no place for modules that are trained in full, and this model needs that for {', '.join(whole)}; use "
