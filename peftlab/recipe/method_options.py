@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -83,11 +84,14 @@ def _unknown(spec: MethodSpec, name: str) -> str:
 
 def _type_problem(kind: str, value: Any) -> str | None:
     """What was expected, if ``value`` does not fit an annotation of PEFT; its own classes take mappings."""
+    from peftlab.recipe.problems import shown  # it reads the schema, which imports this module
+
     try:
         annotation = eval(kind, {"__builtins__": {}}, _Names())
-        TypeAdapter(annotation).validate_python(value)
+        # As JSON, because YAML's lists also stand for tuples; strict, because PEFT would get the text "7" and not a number.
+        TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except ValidationError:
-        return f"expected {_words(kind)}, found {value!r}"
+        return f"expected {_words(kind)}, found {shown(value)}"
     except (SyntaxError, TypeError):
         return None
     return None

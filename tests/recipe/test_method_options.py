@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peftlab.adapters import check_adapter
+from peftlab.assembly import Assembly
 from peftlab.errors import RecipeError
 from peftlab.recipe import load_recipe, write_lock
 from peftlab.recipe.shipped import recipe_schema
@@ -47,6 +50,34 @@ def test_rank_and_alpha_are_the_methods_own(method: str, rank: int | None, alpha
     assert (adapter.rank, adapter.alpha) == (rank, alpha)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("vera", {"d_initial": 1, "save_projection": False}),
+        ("fourierft", {"random_loc_seed": None}),
+        ("lora", {"layer_replication": [[0, 2], [1, 2]], "init_lora_weights": "pissa_niter_4"}),
+        ("lora", {"init_lora_weights": False, "loftq_config": {"loftq_bits": 4}}),
+        ("lora", {"trainable_token_indices": {"embed_tokens": [3]}, "rank_pattern": {"q_proj": 2}}),
+        ("ia3", {"feedforward_modules": ["down_proj"]}),
+        ("hira", {"init_weights": None}),
+        ("road", {"variant": "road_2"}),
+        ("osf", {"effective_rank": 0.5}),
+        ("bottleneck", {"scaling": "learned", "style": "houlsby"}),
+    ],
+)
+def test_options_of_the_types_in_peft_are_kept_by_recipe_and_lock(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    loaded = load({"method": method, **options})
+    assert loaded.recipe.adapter.options == options
+    write_lock(tmp_path / "lock.yaml", loaded, fingerprints={}, environment={})
+    assert load_recipe(tmp_path / "lock.yaml").recipe.adapter == loaded.recipe.adapter
+
+
+def test_null_is_no_value_for_a_key_of_ours() -> None:
+    assert load({"rank": None, "targets": None, "layers": None}).recipe.adapter == load({}).recipe.adapter
+
+
 def test_rank_of_the_recipe_is_kept_even_if_it_is_loras_default() -> None:
     assert load({"method": "vera", "rank": 8}).recipe.adapter.rank == 8
 
@@ -65,6 +96,13 @@ def test_rank_of_the_recipe_is_kept_even_if_it_is_loras_default() -> None:
         ({"learning_rate": 1}, "adapter.learning_rate: unknown key; did you mean `train.lr`?"),
         ({"method": "oft", "oft_block_size": "big"}, "adapter.oft_block_size: expected whole number, found 'big'"),
         ({"method": "oft", "coft": "perhaps"}, "adapter.coft: expected true or false, found 'perhaps'"),
+        ({"method": "oft", "coft": 1}, "adapter.coft: expected true or false, found 1"),
+        ({"method": "vera", "d_initial": "0.1"}, "adapter.d_initial: expected number, found '0.1'"),
+        ({"method": "vera", "d_initial": True}, "adapter.d_initial: expected number, found true"),
+        ({"method": "vera", "d_initial": None}, "adapter.d_initial: expected number, found nothing"),
+        ({"method": "vera", "projection_prng_key": 7.0}, "adapter.projection_prng_key: expected whole number, found 7.0"),
+        ({"method": "vera", "d_inital": None}, "adapter.d_inital: unknown key; did you mean `d_initial`?"),
+        ({"r": None}, "adapter.r: unknown key; did you mean `rank`?"),
         ({"method": "cpt"}, "adapter.method: no recipe can use cpt"),
         ({"method": "poly"}, "adapter.method: no recipe can use poly: it needs the number of a task with each row"),
         ({"method": "adaption_prompt"}, "adapter.method: adaption_prompt needs adapter.adapter_len"),
@@ -129,3 +167,28 @@ def test_schema_lists_the_options_and_forbids_others() -> None:
     assert "vera" in section["properties"]["d_initial"]["description"]
     options = {name for spec in METHODS.values() for name in spec.options}
     assert options <= set(section["properties"])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "config"),
+    [
+        ({"method": "vera", "rank": 16, "d_initial": 0.5, "dropout": 0.25}, {"r": 16, "d_initial": 0.5, "vera_dropout": 0.25}),
+        ({"method": "fourierft", "n_frequency": 9, "random_loc_seed": None}, {"n_frequency": 9, "random_loc_seed": None}),
+        ({"method": "fourierft", "n_frequency": 9}, {"random_loc_seed": 777}),
+        ({"method": "adalora", "rank": 6, "init_r": 9}, {"target_r": 6, "init_r": 9, "lora_alpha": 8, "total_step": 1}),
+        ({"method": "loha"}, {"r": 8, "alpha": 8}),
+        ({"method": "ia3"}, {"feedforward_modules": set()}),
+        ({"method": "p_tuning"}, {"num_virtual_tokens": 20}),
+        ({"method": "boft", "bias": "boft_only", "boft_block_size": 8}, {"bias": "boft_only", "boft_block_size": 8}),
+        ({"rslora": True, "init_lora_weights": "gaussian"}, {"use_rslora": True, "init_lora_weights": "gaussian", "r": 8}),
+        ({"init_lora_weights": "loftq"}, {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}),
+    ],
+)  # fmt: skip
+def test_options_reach_pefts_configuration(
+    tiny: Callable[..., Any], adapter: dict[str, Any], config: dict[str, Any]
+) -> None:
+    assembly = Assembly(load(adapter))
+    made = check_adapter(
+        tiny("tiny:llama", adapter=False), assembly.method.name, **assembly.adapter_places, **assembly.adapter_options
+    )
+    assert {name: getattr(made, name) for name in config} == config
