@@ -40,12 +40,14 @@ def option_problems(method: str, given: Mapping[str, Any]) -> Iterator[tuple[str
 
 def settings_for(section: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The settings of a section ``adapter`` that mean the same for another method: where, what is trained in full, dropout. A
-    rank or an alpha of one method says nothing about another."""
+    rank or an alpha of one method says nothing about another, and patterns have those too; ``lora_only`` is no bias of OFT."""
     spec = METHODS[method]
     former = section.get("method", "lora")
     if former == method:
         return {k: v for k, v in section.items() if k in ("method", *spec.keys, *spec.places, *spec.options)}
-    kept = {*spec.keys, *spec.places} - {"rank", "alpha"}
+    kept = {*spec.keys, *spec.places} - {"rank", "alpha", "patterns"}
+    if str(section.get("bias")).endswith("_only"):
+        kept -= {"bias"}
     if former in METHODS and METHODS[former].targets != spec.targets:
         kept -= {"targets"}  # norms are no linear layers
     return {k: v for k, v in section.items() if k in kept}

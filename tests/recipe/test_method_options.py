@@ -12,6 +12,7 @@ from peftlab.adapters import check_adapter
 from peftlab.assembly import Assembly
 from peftlab.errors import RecipeError
 from peftlab.recipe import load_recipe, write_lock
+from peftlab.recipe.schema import AdapterSection
 from peftlab.recipe.shipped import recipe_schema
 from peftlab.specs.methods import METHODS
 
@@ -192,9 +193,49 @@ def test_method_on_the_command_line_replaces_what_belongs_to_the_files_method(tm
     assert load_recipe(path, ["adapter.method=ln_tuning"]).recipe.adapter.targets == "all-norms"
 
 
+@pytest.mark.parametrize(
+    ("adapter", "method", "kept", "replaced"),
+    [
+        (
+            {"rank": 4, "patterns": [{"targets": ["q_proj"], "rank": 2}], "layers": [0], "freeze": ["k_proj"]},
+            "vera",
+            {"layers": [0], "freeze": ["k_proj"], "patterns": []},
+            "adapter.rank, adapter.patterns",
+        ),
+        ({"bias": "lora_only", "modules_to_save": ["norm"]}, "oft", {"bias": "none", "modules_to_save": ["norm"]}, "adapter.bias"),
+        ({"bias": "all", "dora": True}, "oft", {"bias": "all", "dora": False}, "adapter.dora"),
+        ({"dropout": 0.5, "layers": "1:"}, "loha", {"dropout": 0.0, "layers": "1:"}, "adapter.dropout"),
+        ({"targets": ["q_proj"], "layers": [1]}, "p_tuning", {"targets": "all-linear", "layers": None}, "adapter.targets, adapter.layers"),
+        ({"freeze": ["lm_head"], "rank": 4}, "none", {"freeze": ["lm_head"], "rank": None}, "adapter.rank"),
+        ({"method": "vera", "rank": 4, "d_initial": 0.5}, "lora", {"rank": 8, "alpha": 16.0}, "adapter.rank, adapter.d_initial"),
+        ({"method": "vera", "rank": 4, "d_initial": 0.5}, "pvera", {"rank": 256}, "adapter.rank, adapter.d_initial"),
+    ],
+)  # fmt: skip
+def test_other_method_keeps_what_means_the_same_for_it(
+    adapter: dict[str, Any], method: str, kept: dict[str, Any], replaced: str
+) -> None:
+    loaded = load(adapter, f"adapter.method={method}")
+    assert {name: getattr(loaded.recipe.adapter, name) for name in kept} == kept
+    assert loaded.recipe.adapter.options == {}
+    assert loaded.notes == (f"adapter.method on the command line replaces {replaced} (the recipe)",)
+
+
+def test_method_and_option_on_the_command_line() -> None:
+    adapter = load({"rank": 4}, "adapter.method=vera", "adapter.d_initial=0.5").recipe.adapter
+    assert (adapter.rank, adapter.options) == (256, {"d_initial": 0.5})
+    with pytest.raises(RecipeError, match=r"command line  adapter.alpha: has no effect for adapter.method: vera"):
+        load({"alpha": 4}, "adapter.method=vera", "adapter.alpha=2")
+
+
 def test_derived_recipe_keeps_the_options() -> None:
     loaded = load({"method": "vera", "d_initial": 0.5})
     assert loaded.derive({"train.lr": 1.0}).recipe.adapter.options == {"d_initial": 0.5}
+    assert loaded.derive({"adapter.projection_prng_key": 3}).recipe.adapter.options == {
+        "d_initial": 0.5,
+        "projection_prng_key": 3,
+    }
+    with pytest.raises(RecipeError, match=r"adapter.rnk: unknown key; did you mean `rank`"):
+        loaded.derive({"adapter.rnk": 3})
 
 
 def test_schema_lists_the_options_and_forbids_others() -> None:
@@ -202,7 +243,12 @@ def test_schema_lists_the_options_and_forbids_others() -> None:
     assert section["additionalProperties"] is False
     assert "vera" in section["properties"]["d_initial"]["description"]
     options = {name for spec in METHODS.values() for name in spec.options}
-    assert options <= set(section["properties"])
+    keys = set(AdapterSection.model_fields)
+    assert set(section["properties"]) == options | keys
+    # Else a recipe's value would go to the key and never to the option.
+    assert not options & keys
+    names = section["properties"]["init_weights"]["description"]
+    assert all(f"{spec.name}:" in names for spec in METHODS.values() if "init_weights" in spec.options)
 
 
 @pytest.mark.parametrize(
