@@ -150,7 +150,8 @@ def check_adapter(
     if spec.own_options:
         return _bottleneck_config(options)
     assert spec.peft is not None
-    values = {spec.keys.get(key, key): value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None or key in spec.options}
+    values = {spec.keys.get(key, key): value for key, value in given.items()}
     alpha = options.get("alpha")
     if alpha is not None and float(alpha).is_integer():
         values[spec.keys["alpha"]] = int(alpha)  # as in PEFT's own files

@@ -175,7 +175,8 @@ def nearest_keys(section: str, name: str) -> list[str]:
     if spelt in siblings:
         return [join(section, spelt)]
     if spelt in foreign:
-        return [foreign[spelt]]
+        ours = foreign[spelt].rpartition(".")[2]  # in an item of a list, such as a pattern: its own key of this name
+        return [join(section, ours)] if ours in siblings else [foreign[spelt]]
     elsewhere = [join(other, spelt) for other, names in sections.items() if spelt in names]
     if elsewhere:
         return elsewhere

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -20,6 +22,9 @@ class _AnyText:
         return str
 
 
+# PEFT's names for the keys that choose modules -> ours.
+_NAMES_OF_PLACES = {"layers_to_transform": "layers", "exclude_modules": "freeze"}
+_OF_PLACES = {theirs: f"adapter.{ours}" for theirs, ours in _NAMES_OF_PLACES.items()}
 _TYPES = {name: getattr(typing, name) for name in ("Any", "Optional", "Union")} | {"Literal": _AnyText()}
 
 
@@ -35,12 +40,14 @@ def option_problems(method: str, given: Mapping[str, Any]) -> Iterator[tuple[str
 
 def settings_for(section: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The settings of a section ``adapter`` that mean the same for another method: where, what is trained in full, dropout. A
-    rank or an alpha of one method says nothing about another."""
+    rank or an alpha of one method says nothing about another, and patterns have those too; ``lora_only`` is no bias of OFT."""
     spec = METHODS[method]
     former = section.get("method", "lora")
     if former == method:
         return {k: v for k, v in section.items() if k in ("method", *spec.keys, *spec.places, *spec.options)}
-    kept = {*spec.keys, *spec.places} - {"rank", "alpha"}
+    kept = {*spec.keys, *spec.places} - {"rank", "alpha", "patterns"}
+    if str(section.get("bias")).endswith("_only"):
+        kept -= {"bias"}
     if former in METHODS and METHODS[former].targets != spec.targets:
         kept -= {"targets"}  # norms are no linear layers
     return {k: v for k, v in section.items() if k in kept}
@@ -58,36 +65,50 @@ def add_method_options(schema: dict[str, Any]) -> None:
 
 
 def _unknown(spec: MethodSpec, name: str) -> str:
-    from peftlab.recipe.keys import foreign_key  # it reads the schema, which imports this module
-
-    renamed = {theirs: ours for ours, theirs in spec.keys.items()} | {"layers_to_transform": "layers"}
+    usable = ["method", *spec.keys, *spec.places]
+    renamed = {theirs: ours for ours, theirs in spec.keys.items()}
+    renamed |= {theirs: ours for theirs, ours in _NAMES_OF_PLACES.items() if ours in usable}
     if name in renamed:
         return f"unknown key; did you mean `{renamed[name]}`?"
     if spec.adapts and name in METHODS and name != spec.name:
         return f"unknown key; did you mean `method: {name}`?"
-    if (foreign := foreign_key(name)) is not None:
-        return f"unknown key; did you mean `{foreign.removeprefix('adapter.')}`?"
+    if name == "total_step":
+        return "is the number of steps of the run; remove it"
     others = [other.name for other in METHODS.values() if name in other.options]
     if others:
         more = f" and {len(others) - 4} others" if len(others) > 4 else ""
         return f"is an option of {', '.join(others[:4])}{more}, not of {spec.name}; remove it"
-    if name == "total_step":
-        return "is the number of steps of the run; remove it"
-    near = get_close_matches(name, ["method", *spec.keys, *spec.places, *spec.options], n=1)
+    if (elsewhere := _elsewhere(name)) is not None:
+        key = elsewhere.removeprefix("adapter.")
+        if key != elsewhere and key not in usable:
+            return f"unknown key; {spec.name} has no {key}; remove it"
+        return f"unknown key; did you mean `{key}`?"
+    near = get_close_matches(name, [*usable, *spec.options], n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
     return (
-        f"unknown key{hint} (keys for {spec.name}: {', '.join([*spec.keys, *spec.places])}; "
+        f"unknown key{hint} (keys for {spec.name}: {', '.join(usable[1:])}; "
         f"options{f' of PEFT {peft_version()}' if spec.peft else ''}: {', '.join(spec.options) or 'none'})"
     )
 
 
+def _elsewhere(name: str) -> str | None:
+    """The dotted key that is called ``name`` in another section, in another project, or in PEFT; None if there is none."""
+    from peftlab.recipe.keys import foreign_key, join, known_keys  # it reads the schema, which imports this module
+
+    sections = (section for section, names in known_keys().items() if name in names)
+    return foreign_key(name) or next((join(section, name) for section in sections), None) or _OF_PLACES.get(name)
+
+
 def _type_problem(kind: str, value: Any) -> str | None:
     """What was expected, if ``value`` does not fit an annotation of PEFT; its own classes take mappings."""
+    from peftlab.recipe.problems import shown  # it reads the schema, which imports this module
+
     try:
         annotation = eval(kind, {"__builtins__": {}}, _Names())
-        TypeAdapter(annotation).validate_python(value)
+        # As JSON, because YAML's lists also stand for tuples; strict, because PEFT would get the text "7" and not a number.
+        TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except ValidationError:
-        return f"expected {_words(kind)}, found {value!r}"
+        return f"expected {_words(kind)}, found {shown(value)}"
     except (SyntaxError, TypeError):
         return None
     return None
@@ -101,10 +122,36 @@ class _Names(dict[str, Any]):
         return _TYPES.get(name) or plain.get(name, dict)
 
 
+# How a message calls the types in PEFT's annotations: one, and several.
+_WORDS = {
+    "int": ("whole number", "whole numbers"),
+    "float": ("number", "numbers"),
+    "bool": ("true or false", "true or false"),
+    "str": ("text", "texts"),
+    "list": ("list", "lists"),
+    "tuple": ("list", "lists"),
+    "Any": ("value", "values"),
+}
+
+
 def _words(kind: str) -> str:
-    text = kind
-    for theirs, ours in (("Optional[", ""), ("Union[", ""), ("Literal[", ""), ("]", ""), ("[", " of ")):
-        text = text.replace(theirs, ours)
-    for theirs, ours in (("bool", "true or false"), ("int", "whole number"), ("float", "number"), ("str", "text")):
-        text = text.replace(theirs, ours)
-    return text.replace(" | ", " or ").replace(", ", " or ")
+    """An annotation of PEFT in plain words."""
+    return " or ".join(dict.fromkeys(_alternatives(ast.parse(kind, mode="eval").body, several=False)))
+
+
+def _alternatives(node: ast.expr, *, several: bool) -> Iterator[str]:
+    if isinstance(node, ast.BinOp):
+        yield from (text for side in (node.left, node.right) for text in _alternatives(side, several=several))
+    elif isinstance(node, ast.Subscript):
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        kind = ast.unparse(node.value)
+        if kind == "Literal":
+            yield from (ast.unparse(value) for value in inner)
+        elif kind in ("Optional", "Union"):
+            yield from (text for part in inner for text in _alternatives(part, several=several))
+        else:
+            of = [" or ".join(_alternatives(part, several=True)) for part in inner]
+            name = _WORDS.get(kind, ("mapping", "mappings"))[several]
+            yield f"{name} of {' to '.join(of) if kind == 'dict' else ' or '.join(dict.fromkeys(of))}"
+    elif not (isinstance(node, ast.Constant) and node.value is None):
+        yield _WORDS.get(ast.unparse(node), ("mapping", "mappings"))[several]

@@ -167,7 +167,7 @@ def _mistyped(path: KeyPath, value: Any) -> str:
         hint = "; put it in quotes"
     elif str in kinds and isinstance(value, dict):
         hint = "; text with braces or a colon needs quotes"
-    return f"expected {_describe(spec)}, found {_shown(value)}{hint}"
+    return f"expected {_describe(spec)}, found {shown(value)}{hint}"
 
 
 def _members(kind: Any) -> list[Any]:
@@ -206,7 +206,8 @@ def _limits(bounds: Sequence[Any]) -> str:
     return f" {' and '.join(limits)}" if limits else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in the words of a message."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

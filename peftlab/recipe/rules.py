@@ -88,7 +88,8 @@ def options_of_the_method(recipe: Recipe) -> Problems:
         yield (f"adapter.{name}",), message
     for name in spec.required:
         if name not in options:
-            yield ("adapter.method",), f"{spec.name} needs adapter.{name}: {spec.options[name].help}"
+            text = spec.options[name].help
+            yield ("adapter.method",), f"{spec.name} needs adapter.{name}{f': {text}' if text else ''}"
     allowed = ("none", "all", "lora_only" if spec.name == "lora" else f"{spec.name}_only")
     if "bias" in spec.keys and recipe.adapter.bias not in allowed:
         yield ("adapter.bias",), f"expected one of {', '.join(allowed)}, found {recipe.adapter.bias!r}"
@@ -175,11 +176,12 @@ def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:
 
 def rounded_operands_have_a_path(recipe: Recipe) -> Problems:
     mode = KERNEL_MODES[recipe.run.kernels]
-    if mode.operands is None:
+    if mode.operands is None or METHODS[recipe.adapter.method].refused:
         return
     _, variant = VARIANTS[variant_of(recipe.adapter.method, recipe.adapter.model_dump())]
     if not variant.fused:
-        why = "DoRA does not run fused" if recipe.adapter.dora else "without an adapter no weight is frozen"
+        label = "DoRA" if recipe.adapter.dora else METHODS[recipe.adapter.method].label
+        why = f"{label} does not run fused" if recipe.method.adapts else "without an adapter no weight is frozen"
         yield ("run.kernels",), f"{mode.name} rounds products with frozen weights under LoRA, and {why}; set auto"
     elif recipe.train.precision not in ("auto", "float32") or recipe.model.dtype not in ("auto", "float32"):
         yield ("run.kernels",), f"{mode.name} is for float32; remove train.precision and model.dtype"

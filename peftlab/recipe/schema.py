@@ -165,7 +165,7 @@ class AdapterSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, value: Any) -> Any:
-        """Fills in what depends on the method, so that a lock file says it."""
+        """Fills in what depends on the method, so that a lock file says it. A null sets no key of ours, but is a value in PEFT."""
         method = value.get("method", "lora") if isinstance(value, dict) else None
         spec = METHODS.get(method) if isinstance(method, str) else None
         if spec is None:
@@ -173,7 +173,8 @@ class AdapterSection(Section):
         values = {key: spec.default(key) for key in ("rank", "alpha") if key in spec.keys}
         if "targets" in spec.keys:
             values["targets"] = spec.targets
-        return {k: v for k, v in values.items() if v is not None} | {k: v for k, v in value.items() if v is not None}
+        given = {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
+        return {k: v for k, v in values.items() if v is not None} | given
 
     _targets_parse = field_validator("targets")(_parsed_targets)
     _layers_are_a_range = field_validator("layers")(_parsed_layers)
