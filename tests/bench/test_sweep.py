@@ -8,6 +8,7 @@ import pytest
 
 from peftlab.bench.sweep import Cell, Facts, cells_of, impossible, interleaved, make_sweep
 from peftlab.errors import RecipeError
+from peftlab.specs.methods import VARIANTS
 
 ONE: dict[str, Any] = {
     "what": ["train"],
@@ -48,7 +49,7 @@ def test_duplicate_values_count_once() -> None:
     [
         (
             {"methods": ["lorra"]},
-            "--methods: expected some of lora, rslora, dora, full, found 'lorra'; did you mean 'lora'?",
+            f"--methods: expected some of {', '.join(VARIANTS)}, found 'lorra'; did you mean 'lora'?",
         ),
         ({"quantize": ["nf8"]}, "--quantize: expected some of none, nf4, int8, found 'nf8'; did you mean 'nf4'?"),
         ({"kernels": []}, "nothing to measure: --kernels is empty; omit it to use the recipe's value, or give a value"),
