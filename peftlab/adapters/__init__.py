@@ -25,7 +25,7 @@ from peftlab.adapters.patterns import Pattern, rate_factors
 from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.schedule import after_step, penalty
-from peftlab.adapters.state import changed_buffers, kept_buffers, train_mode
+from peftlab.adapters.state import changed_buffers, kept_buffers, method_of, train_mode
 from peftlab.adapters.target_modules import is_grouped
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "load_state",
     "load_trained",
     "made_for",
+    "method_of",
     "new_modules",
     "penalty",
     "planned_modules",

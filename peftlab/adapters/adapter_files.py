@@ -80,6 +80,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            warnings.filterwarnings("ignore", message="Unsupported layer type")  # norms, whose sizes PEFT asks
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     except SafetensorError as error:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error

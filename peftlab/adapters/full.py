@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftlab.adapters.adapter_files import ADAPTER_FILES, check_adapter_files, load_adapter_weights, save_adapter
 from peftlab.adapters.inject import AdapterReport
 from peftlab.adapters.schedule import load_schedule_state, schedule_state
-from peftlab.adapters.state import saved_buffers
+from peftlab.adapters.state import method_of, saved_buffers
 from peftlab.adapters.target_modules import match_ending
 from peftlab.errors import ArtifactError, RecipeError
 
@@ -151,8 +151,7 @@ def _is_own(name: str, layers: tuple[str, ...]) -> bool:
 
 def _is_whole(model: Any) -> bool:
     """Whether PEFT's files contain all that training changes."""
-    kind = model.peft_config["default"].peft_type
-    return str(getattr(kind, "value", kind)) == "LORA"
+    return method_of(model.peft_config["default"]) == "lora"
 
 
 def _is_adapted(model: Any) -> bool:

@@ -103,6 +103,7 @@ def inject(
     with warnings.catch_warnings(), peft_errors(method):
         # PEFT 0.21 reads an attribute of transformers 5 under its old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message="Unsupported layer type")  # norms, whose sizes PEFT asks
         given = rows() if rows is not None and initial.needs_rows(config) else None
         initial.before_injection(model, config, given)
         peft_model = peft.get_peft_model(model, config)

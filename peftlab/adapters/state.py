@@ -21,6 +21,12 @@ def train_mode(model: nn.Module) -> None:
             module.train(_is_trained(module))
 
 
+def method_of(config: Any) -> str:
+    """The name in ``specs.methods`` of an adapter's configuration, PEFT's or ours."""
+    kind = config.peft_type
+    return str(getattr(kind, "value", kind)).lower()
+
+
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers of ``model`` by name, those that its state dict contains."""
     saved = model.state_dict(keep_vars=True).keys()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftlab.adapters.inject import base_name
 from peftlab.adapters.merge import dequantizer
+from peftlab.specs.methods import METHODS
 
 ADAPTER = "default"
 # Initialisations of LoRA that take a part of the weight out of it when the adapter is loaded.
@@ -84,7 +85,8 @@ def _read(layer: Any, path: str, adapter: str, method: str) -> Update:
         facts["rank"] = ranks[adapter]
     weight = _weight(layer)
     if weight is None:
-        return Update(**facts, reason="it adapts a bare parameter")
+        why = METHODS[method.lower()].unmergeable if method.lower() in METHODS else ""
+        return Update(**facts, reason=why or "it adapts a bare parameter")
     facts["weight_norm"] = float(torch.linalg.vector_norm(weight.float()))
     if weight.dim() < 2:
         return Update(**facts, reason="its weight is a vector")

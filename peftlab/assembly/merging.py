@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import load_adapter
+from peftlab.adapters import load_adapter, method_of
 from peftlab.adapters.merge import DequantizedWeights, Probes, fold
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.target import Target, check_same_model, find_target, open_target
@@ -222,8 +222,8 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
 def _fold(adapted: Any) -> Any:
     """The base model with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
     config = adapted.peft_config["default"]
-    method = str(getattr(config.peft_type, "value", config.peft_type))
-    spec = METHODS.get(method.lower())
+    method = method_of(config)
+    spec = METHODS.get(method)
     if spec is not None and spec.unmergeable:
         raise RecipeError(
             f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
@@ -234,7 +234,7 @@ def _fold(adapted: Any) -> Any:
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise RecipeError(
-            f"PEFT cannot merge this {method} adapter: {reason}; use it as an adapter, without merging",
+            f"PEFT cannot merge this {method.upper()} adapter: {reason}; use it as an adapter, without merging",
             key="adapter.method",
         ) from error
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftlab import formatting
 from peftlab.cli.metrics_tables import before_after, new_table, overall_names
+from peftlab.specs.methods import METHODS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +27,7 @@ def show_tables(figures: Mapping[str, Any], *, verbose: bool = False) -> list[Re
     total = figures["total"]
     shown: list[RenderableType] = [
         Text(
-            f"{figures['target']}: {figures['method']}, {total['num_parameters']:,} parameters in "
+            f"{figures['target']}: {METHODS[figures['method']].label}, {total['num_parameters']:,} parameters in "
             f"{total['num_modules']:,} modules of {figures['base']}"
         )
     ]

@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peftlab.adapters import method_of
 from peftlab.adapters.spectrum import decompose, effective_rank, places, rank_holding
 from peftlab.adapters.updates import Update, changed_base, read_updates, trained_in_full
 from peftlab.assembly.target import Target, open_target
+from peftlab.specs.methods import METHODS
 from peftlab.training.progress import Progress
 
 _MOST_VALUES = 16
@@ -19,9 +21,9 @@ def adapter_figures(target: Target, progress: Progress) -> dict[str, Any]:
     """The figures of each adapted module, of each kind of module, and of all; see ``api.show_adapter``."""
     opened = open_target(target, progress, check=False)
     config = opened.model.peft_config["default"]
-    notes = []
+    notes, method = [], method_of(config)
     if config.is_prompt_learning:
-        notes.append(f"{config.peft_type.value} adds virtual tokens to the input: there is no update matrix")
+        notes.append(f"{METHODS[method].label} adds virtual tokens to the input: there is no update matrix")
     if (name := changed_base(config)) is not None:
         notes.append(f"initialised with {name}: updates are relative to the base weights that it changed")
     progress.stage("decomposing the updates")
@@ -31,7 +33,7 @@ def adapter_figures(target: Target, progress: Progress) -> dict[str, Any]:
         module["layer"], module["kind"] = where[module["name"]]
     return {
         "target": str(target.adapter),
-        "method": str(config.peft_type.value),
+        "method": method,
         "base": target.loaded.recipe.model.name,
         "modules": modules,
         "kinds": kind_totals(modules),
