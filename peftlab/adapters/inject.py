@@ -22,7 +22,7 @@ from peftlab.adapters.places import (
 )
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
-from peftlab.specs.methods import METHODS
+from peftlab.specs.methods import METHODS, TARGET_NAMES
 from peftlab.specs.peft_methods import peft_method
 
 
@@ -97,7 +97,7 @@ def inject(
     if METHODS[method].own_options:
         return _inject_bottlenecks(model, places, options)
     config = check_adapter(model, method, num_steps=num_steps, patterns=patterns, **places, **options)
-    of_module = assigned(planned_modules(model, method=method, **places), patterns) if patterns else {}
+    of_module = assigned(model, planned_modules(model, method=method, **places), patterns) if patterns else {}
     if type(config) is peft.LoraConfig:
         fused.register(config)
     with warnings.catch_warnings(), peft_errors(method):
@@ -167,12 +167,20 @@ def check_adapter(
     }
     if values.get("init_lora_weights") == "loftq":  # PEFT reads a mapping with all settings
         values["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | (values.get("loftq_config") or {})
+    if values.get("layer_replication"):
+        _check_replication(targets, {"layers": layers, "freeze": freeze, "patterns": patterns})
     names = planned_modules(model, method=method, **where) if spec.name == "lora" or patterns else []
     if spec.name == "lora":
         _check_rank(model, names, options.get("rank"))
     if patterns:
-        for name, chosen in pattern_values(spec, assigned(names, patterns)).items():
-            values[name] = {**(values.get(name) or {}), **chosen}
+        of_module = assigned(model, names, patterns)
+        for index, pattern in enumerate(patterns):
+            if spec.name == "lora":
+                matched = [name for name, its in of_module.items() if its is pattern]
+                _check_rank(model, matched, pattern.rank, key=f"adapter.patterns.{index}.rank")
+        for name, chosen in pattern_values(spec, patterns, of_module).items():
+            # PEFT takes the first that matches, and a module's full name is more precise than what the recipe gives.
+            values[name] = {**chosen, **{n: v for n, v in (values.get(name) or {}).items() if n not in chosen}}
     if spec.name == "lora":
         return place_config(model, **where, **values)
     fields = peft_method(spec.peft).options
@@ -240,7 +248,7 @@ def base_name(name: str) -> str:
     return name.removesuffix(".token_adapter")
 
 
-def _check_rank(model: nn.Module, names: Sequence[str], rank: int | None) -> None:
+def _check_rank(model: nn.Module, names: Sequence[str], rank: int | None, key: str = "adapter.rank") -> None:
     """Raises RecipeError for a rank above that of every adapted weight."""
     modules = dict(model.named_modules())
     widths = {n: min(m.in_features, m.out_features) for n in names if isinstance(m := modules[n], nn.Linear)}
@@ -249,7 +257,23 @@ def _check_rank(model: nn.Module, names: Sequence[str], rank: int | None) -> Non
         raise RecipeError(
             f"expected at most {widths[widest]:,}, the smaller side of the largest adapted weight ({widest}); found {rank:,}, "
             "which no update of these layers can have",
-            key="adapter.rank",
+            key=key,
+        )
+
+
+def _check_replication(targets: str | Sequence[str], places: Mapping[str, Any]) -> None:
+    """Raises RecipeError for settings that find modules by their full names: replicated layers have other names."""
+    for name, value in places.items():
+        if value:
+            raise RecipeError(
+                "reaches none of the layers that adapter.layer_replication makes; remove one of the two",
+                key=f"adapter.{name}",
+            )
+    if targets in TARGET_NAMES:
+        raise RecipeError(
+            f"adapter.targets: {targets} reaches none of the layers that it makes; name the endings of the modules, such as "
+            "[q_proj, v_proj]",
+            key="adapter.layer_replication",
         )
 
 

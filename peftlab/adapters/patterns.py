@@ -28,8 +28,8 @@ class Pattern:
     lr: float | None = None
 
 
-def assigned(names: Sequence[str], patterns: Sequence[Pattern]) -> dict[str, Pattern]:
-    """The pattern of each of the adapted modules ``names`` that has one.
+def assigned(model: nn.Module, names: Sequence[str], patterns: Sequence[Pattern]) -> dict[str, Pattern]:
+    """The pattern of each of the adapted modules ``names`` of ``model`` that has one.
 
     Raises: RecipeError for a pattern that matches none of them, and for two patterns on one module.
     """
@@ -37,8 +37,8 @@ def assigned(names: Sequence[str], patterns: Sequence[Pattern]) -> dict[str, Pat
     for index, pattern in enumerate(patterns):
         key = f"adapter.patterns.{index}.targets"
         matches = [name for name in names if ends_with(name, pattern.targets)]
-        if pattern.layers is not None:
-            matches = chosen_blocks_of(matches, pattern.layers, key=f"adapter.patterns.{index}.layers")
+        if matches and pattern.layers is not None:
+            matches = chosen_blocks_of(matches, pattern.layers, model, key=f"adapter.patterns.{index}.layers")
         if not matches:
             raise RecipeError(
                 f"{pattern.targets!r} matches none of the {len(names)} adapted modules, such as {names[0]}; "
@@ -54,20 +54,24 @@ def assigned(names: Sequence[str], patterns: Sequence[Pattern]) -> dict[str, Pat
     return {name: pattern for name, (_, pattern) in found.items()}
 
 
-def pattern_values(spec: MethodSpec, of_module: Mapping[str, Pattern]) -> dict[str, Any]:
-    """PEFT's settings for the patterns of the modules. Raises: RecipeError for one that the method does not have."""
-    values: dict[str, Any] = {}
-    for ours, theirs in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
-        chosen = {n: getattr(p, ours) for n, p in of_module.items() if getattr(p, ours) is not None}
-        if chosen and theirs not in spec.options:
-            raise RecipeError(
-                f"{spec.name} has one {ours} for all modules; remove it", key=f"adapter.patterns.0.{ours}"
-            )
-        if chosen:
-            values[theirs] = chosen
-    if any(p.dropout is not None for p in of_module.values()) and spec.keys.get("dropout") != "lora_dropout":
-        raise RecipeError(f"{spec.name} has one dropout for all modules; remove it", key="adapter.patterns.0.dropout")
-    return values
+def pattern_values(spec: MethodSpec, patterns: Sequence[Pattern], of_module: Mapping[str, Pattern]) -> dict[str, Any]:
+    """PEFT's settings for the ``patterns``, by module. Raises: RecipeError for one that the method does not have."""
+    # AdaLoRA keeps the ranks that it has found in rank_pattern. The layers of LoRA, and no others, have a dropout each.
+    has = {
+        "rank": spec.keys.get("rank") == "r" and "rank_pattern" in spec.options,
+        "alpha": "alpha_pattern" in spec.options,
+        "dropout": "dora" in spec.keys,
+    }
+    for index, pattern in enumerate(patterns):
+        for ours, exists in has.items():
+            if getattr(pattern, ours) is not None and not exists:
+                key = f"adapter.patterns.{index}.{ours}"
+                raise RecipeError(f"{spec.name} takes no {ours} for single modules; remove it", key=key)
+    values = {
+        f"{ours}_pattern": {n: getattr(p, ours) for n, p in of_module.items() if getattr(p, ours) is not None}
+        for ours in ("rank", "alpha")
+    }
+    return {name: chosen for name, chosen in values.items() if chosen}
 
 
 def set_dropout(model: Any, of_module: Mapping[str, Pattern]) -> None:

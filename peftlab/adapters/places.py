@@ -135,9 +135,12 @@ def _chosen(names: list[str], layers: Sequence[int] | str | None, freeze: Sequen
     every = [name for name, _ in model.named_modules() if name]
     for ending in freeze:
         match_ending(ending, every, "adapter.freeze")
-    kept = [n for n in names if not any(f".{n}.".find(f".{ending}.") >= 0 for ending in freeze)]
-    if layers is not None:
-        kept = chosen_blocks_of(kept, layers)
+    chosen = names if layers is None else chosen_blocks_of(names, layers, model)
+    if not chosen:
+        raise RecipeError(
+            f"none of the {len(names)} modules that adapter.targets names is in {layers}", key="adapter.layers"
+        )
+    kept = [n for n in chosen if not any(f".{ending}." in f".{n}." for ending in freeze)]
     if not kept:
         raise RecipeError("adapter.freeze leaves no module to adapt", key="adapter.freeze")
     return kept
@@ -150,28 +153,45 @@ def ends_with(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def chosen_blocks_of(names: Sequence[str], layers: Sequence[int] | str, *, key: str = "adapter.layers") -> list[str]:
-    """The ``names`` in some blocks: the first number in a name is the index of its block."""
-    block = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", f".{name}."))}
-    count = max(block.values(), default=-1) + 1
-    if not count:
+def chosen_blocks_of(
+    names: Sequence[str], layers: Sequence[int] | str, model: nn.Module, *, key: str = "adapter.layers"
+) -> list[str]:
+    """The ``names`` in some blocks. The first number in a name is the index of its block, and what stands before it is the stack:
+    negative indices and ranges count the blocks of each stack, whether they are adapted or not."""
+    counts: dict[str, int] = {}
+    for name, _ in model.named_modules():
+        if place := _block(name):
+            counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
+    places = {name: place for name in names if (place := _block(name))}
+    if not places:
         raise RecipeError("the adapted modules are not in numbered blocks; remove it", key=key)
-    chosen = chosen_blocks(layers, count, key=key)
-    return [name for name in names if block.get(name) in chosen]
+    stacks = {stack for stack, _ in places.values()}
+    chosen_blocks(layers, max(counts[stack] for stack in stacks), key=key)
+    chosen = {stack: _indices(layers, counts[stack]) for stack in stacks}
+    return [name for name, (stack, index) in places.items() if index in chosen[stack]]
+
+
+def _block(name: str) -> tuple[str, int] | None:
+    """The stack of blocks that a module is in and the index of its block; None outside of blocks."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return (name[: max(found.start() - 1, 0)], int(found[1])) if found else None
 
 
 def chosen_blocks(layers: Sequence[int] | str, count: int, *, key: str = "adapter.layers") -> set[int]:
     """The indices of some of ``count`` blocks. Raises: RecipeError for an index that does not exist, and if there is none."""
-    if isinstance(layers, str):
-        first, _, last = layers.partition(":")
-        chosen = set(range(count)[slice(int(first) if first else None, int(last) if last else None)])
-    else:
-        if wrong := [i for i in layers if not -count <= i < count]:
-            raise RecipeError(f"there is no block {wrong[0]}: this model has {count} blocks, 0 to {count - 1}", key=key)
-        chosen = {i % count for i in layers}
-    if not chosen:
+    if not isinstance(layers, str) and (wrong := [i for i in layers if not -count <= i < count]):
+        raise RecipeError(f"there is no block {wrong[0]}: this model has {count} blocks, 0 to {count - 1}", key=key)
+    if not (chosen := _indices(layers, count)):
         raise RecipeError(f"{layers} is no block of the {count} of this model, 0 to {count - 1}", key=key)
     return chosen
+
+
+def _indices(layers: Sequence[int] | str, count: int) -> set[int]:
+    """The ``layers`` that exist among ``count`` blocks."""
+    if isinstance(layers, str):
+        first, _, last = layers.partition(":")
+        return set(range(count)[slice(int(first) if first else None, int(last) if last else None)])
+    return {i % count for i in layers if -count <= i < count}
 
 
 def _of_kind(model: Any, kind: str, trained: Sequence[str]) -> list[str]:

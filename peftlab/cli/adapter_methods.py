@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output, output_of
 from peftlab.errors import RecipeError
+from peftlab.recipe import shipped
 from peftlab.specs.methods import METHODS, MethodSpec
 from peftlab.specs.peft_methods import COMPUTED, peft_version
 from peftlab.specs.storages import STORAGES
@@ -100,12 +102,12 @@ def _lines(spec: MethodSpec) -> list[tuple[str, str]]:
 
 def _options(spec: MethodSpec) -> list[dict[str, str]]:
     """The keys of ours, with PEFT's name, then PEFT's options."""
-    rows = [
-        {"key": key, "default": _shown(_default(spec, key)), "meaning": f"PEFT's {name}"}
-        for key, name in spec.keys.items()
-        if spec.adapts
-    ]
-    rows += [{"key": key, "default": "", "meaning": text} for key, text in _PLACES.items() if key in spec.places]
+    rows = []
+    for key in (*spec.keys, *spec.places):
+        meaning = (
+            f"PEFT's {spec.keys[key]}" if spec.peft is not None and key in spec.keys else _keys()[key]["description"]
+        )
+        rows.append({"key": key, "default": _shown(_default(spec, key)), "meaning": meaning})
     for name, option in spec.options.items():
         default = spec.defaults.get(name, option.default)
         required = "required; " if name in spec.required else ""
@@ -113,15 +115,23 @@ def _options(spec: MethodSpec) -> list[dict[str, str]]:
     return rows
 
 
-_PLACES = {"layers": "the blocks to adapt, such as -6:", "freeze": "endings of the names of modules not to adapt"}
+@functools.cache
+def _keys() -> dict[str, Any]:
+    """The keys of the section adapter, with their descriptions and defaults."""
+    return dict(shipped.recipe_schema()["$defs"]["AdapterSection"]["properties"])
 
 
 def _default(spec: MethodSpec, key: str) -> Any:
-    return spec.targets if key == "targets" else spec.default(key)
+    """The default of a key of ours: the method's own, or that of all methods."""
+    own = spec.targets if key == "targets" else spec.default(key)
+    return _keys()[key].get("default") if own is None else own
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None or value is COMPUTED else str(value)
+    """A default as a recipe writes it."""
+    if value is None or value is COMPUTED or value == []:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _says(fact: bool | None) -> str:

@@ -117,7 +117,7 @@ class PatternSection(Section):
 
 
 class AdapterSection(Section):
-    """Keys for all methods. The other options of a method have PEFT's own names; ``peftlab adapters show NAME`` lists them."""
+    """Keys for all methods. The other options of a method have PEFT's own names; ``peftlab adapters list NAME`` lists them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=add_method_options)
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import nn
 
-from peftlab.adapters import adapted_modules, inject, planned_modules
+from peftlab.adapters import Pattern, adapted_modules, check_adapter, inject, planned_modules
 from peftlab.errors import RecipeError
+from tests.family_examples import READERS_OF_IMAGES, make_config, make_model
 
 
 @pytest.fixture
@@ -42,6 +44,75 @@ def test_layers_that_do_not_exist_are_refused(llama: Any, layers: Any, message: 
     with pytest.raises(RecipeError) as error:
         planned(llama, layers=layers)
     assert message in str(error.value) and error.value.key == "adapter.layers"
+
+
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [
+        ({"targets": r".*layers\.0\..*q_proj", "layers": "-2:"}, 0),
+        ({"freeze": ["layers.1.mlp", "layers.1.self_attn.q_proj"], "layers": [-1]}, 1),
+        ({"targets": ["0.self_attn.q_proj", "1.self_attn.k_proj"], "layers": [0]}, 0),
+    ],
+)
+def test_layers_count_the_blocks_of_the_model_and_not_those_adapted(llama: Any, options: Any, block: int) -> None:
+    assert {name.split(".")[2] for name in planned(llama, **options)} == {str(block)}
+
+
+def test_layers_and_freeze_say_which_of_them_leaves_nothing(llama: Any) -> None:
+    with pytest.raises(RecipeError, match=r"none of the 1 modules that adapter.targets names is in") as error:
+        planned(llama, targets=["0.mlp.up_proj"], layers=[-1])
+    assert error.value.key == "adapter.layers"
+    with pytest.raises(RecipeError, match="leaves no module to adapt") as error:
+        planned(llama, layers=[1], freeze=["layers.1"])
+    assert error.value.key == "adapter.freeze"
+
+
+def family(name: str) -> tuple[Any, str | None]:
+    """A tiny model, and PEFT's task type of its task."""
+    if name == "SwinConfig":
+        return make_model(make_config(name, READERS_OF_IMAGES), "AutoModelForImageClassification"), None
+    more = {"num_decoder_layers": 3} if name == "T5Config" else {}
+    return make_model(make_config(name, **more), "AutoModelForSequenceClassification"), "SEQ_CLS"
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "stacks"),
+    [
+        ("BertConfig", [0], ["bert.encoder.layer.0"]),
+        ("BertConfig", "-1:", ["bert.encoder.layer.1"]),
+        # The encoder of this T5 has two blocks, its decoder three.
+        ("T5Config", [0], ["transformer.decoder.block.0", "transformer.encoder.block.0"]),
+        ("T5Config", [-1], ["transformer.decoder.block.2", "transformer.encoder.block.1"]),
+        ("T5Config", "-1:", ["transformer.decoder.block.2", "transformer.encoder.block.1"]),
+        ("T5Config", "2:", ["transformer.decoder.block.2"]),
+        ("SwinConfig", [-1], ["swin.encoder.layers.1"]),
+        ("SwinConfig", ":1", ["swin.encoder.layers.0"]),
+    ],
+)
+def test_layers_of_other_families(name: str, layers: Any, stacks: list[str]) -> None:
+    model, peft_type = family(name)
+    names = planned(model, peft_type=peft_type, layers=layers)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert names == [n for n in linear if any(n.startswith(f"{stack}.") for stack in stacks)]
+    assert {s for n in names for s in stacks if n.startswith(f"{s}.")} == set(stacks)
+
+
+def test_layers_beyond_the_longest_stack_are_refused() -> None:
+    model, peft_type = family("T5Config")
+    with pytest.raises(RecipeError, match="there is no block 3: this model has 3 blocks, 0 to 2"):
+        planned(model, peft_type=peft_type, layers=[0, 3])
+
+
+def test_head_of_an_image_classifier_is_named_to_no_method() -> None:
+    """VeRA's configuration has no exclude_modules: its targets have to leave out the head themselves."""
+    model, peft_type = family("SwinConfig")
+    places: Any = {"peft_type": peft_type, "targets": "all-linear"}
+    config = check_adapter(model, "vera", rank=4, **places)
+    assert config.modules_to_save == ["classifier"]
+    assert sorted(config.target_modules) == sorted(planned(model, "vera", **places))
+    assert not any("classifier" in name for name in config.target_modules)
+    norms = planned(model, "ln_tuning", peft_type=peft_type, targets="all-norms")
+    assert norms == [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
 
 
 def test_layers_without_blocks_are_refused(llama: Any) -> None:
@@ -93,3 +164,22 @@ def test_rank_above_every_weight_is_refused(llama: Any) -> None:
         inject(llama, "lora", peft_type="CAUSAL_LM", rank=widest + 1, alpha=8)
     assert f"expected at most {widest}" in str(error.value) and error.value.key == "adapter.rank"
     assert len(adapted_modules(inject(llama, "lora", peft_type="CAUSAL_LM", rank=widest, alpha=8))) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({}, "adapter.layer_replication"),
+        ({"targets": ["q_proj"], "layers": [0]}, "adapter.layers"),
+        ({"targets": ["q_proj"], "freeze": ["layers.0"]}, "adapter.freeze"),
+        ({"targets": ["q_proj"], "patterns": [Pattern(["q_proj"], rank=2)]}, "adapter.patterns"),
+    ],
+)
+def test_replicated_layers_need_endings(llama: Any, options: Any, key: str) -> None:
+    """PEFT makes the layers after the names were found, so these settings left them without an adapter."""
+    values: dict[str, Any] = {"peft_type": "CAUSAL_LM", "rank": 4, "alpha": 8, "layer_replication": [[0, 2], [0, 2]]}
+    with pytest.raises(RecipeError) as error:
+        inject(llama, "lora", **values, **options)
+    assert error.value.key == key
+    model = inject(llama, "lora", **values, targets=["q_proj"])
+    assert [n.split(".")[2] for n in adapted_modules(model)] == ["0", "1", "2", "3"]

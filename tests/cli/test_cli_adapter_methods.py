@@ -33,7 +33,33 @@ def test_adapters_list_of_one_method_shows_its_options(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("name", list(METHODS))
 def test_adapters_list_shows_every_method(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["adapters", "list", name]) == 0
-    assert capsys.readouterr().out.startswith(name)
+    shown = capsys.readouterr()
+    assert shown.out.startswith(name) and not shown.err
+    assert max(map(len, shown.out.splitlines())) <= 80
+    keys = {line.split()[0] for line in shown.out.split("meaning\n", 1)[1].splitlines() if not line.startswith(" ")}
+    assert keys >= {*METHODS[name].keys, *METHODS[name].places, *METHODS[name].options}
+
+
+def options_of(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
+    """Default and meaning of each key in the document of a method."""
+    assert run(["adapters", "list", name, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"peft", "name", "label", "merges", "quantized", "refused", "options"} <= set(document)
+    return {option["key"]: (option["default"], option["meaning"]) for option in document["options"]}
+
+
+def test_adapters_list_has_the_defaults_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    lora = options_of("lora", capsys)
+    wanted = {"rank": "8", "alpha": "16.0", "dropout": "0.0", "bias": "none", "dora": "false", "layers": ""}
+    assert {key: lora[key][0] for key in wanted} == wanted
+    assert lora["rank"][1] == "PEFT's r" and lora["patterns"][1].startswith("other settings for some")
+    assert options_of("ln_tuning", capsys)["targets"][0] == "all-norms"
+    assert options_of("ia3", capsys)["feedforward_modules"][0] == ""
+
+
+def test_adapters_list_names_no_option_of_peft_for_our_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "PEFT" not in options_of("bottleneck", capsys)["dropout"][1]
+    assert options_of("none", capsys)["freeze"][1].startswith("endings of the names of modules to leave as they are")
 
 
 def test_adapters_list_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
