@@ -25,6 +25,7 @@ from peftlab.adapters.patterns import Pattern, rate_factors
 from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.schedule import after_step, penalty
+from peftlab.adapters.sizes import fitting_sizes
 from peftlab.adapters.state import changed_buffers, kept_buffers, method_of, train_mode
 from peftlab.adapters.target_modules import is_grouped
 
@@ -42,6 +43,7 @@ __all__ = [
     "changed_buffers",
     "check_adapter",
     "check_adapter_files",
+    "fitting_sizes",
     "head_input",
     "head_reason",
     "idle_towers",

@@ -20,6 +20,7 @@ from peftlab.adapters.places import (
     trained_in_full,
     whole_modules,
 )
+from peftlab.adapters.sizes import check_rank, fitting_sizes
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
 from peftlab.specs.methods import METHODS, TARGET_NAMES
@@ -169,15 +170,16 @@ def check_adapter(
         values["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | (values.get("loftq_config") or {})
     if values.get("layer_replication"):
         _check_replication(targets, {"layers": layers, "freeze": freeze, "patterns": patterns})
-    names = planned_modules(model, method=method, **where) if spec.name == "lora" or patterns else []
+    names = planned_modules(model, method=method, **where) if spec.name == "lora" or patterns or spec.divisors else []
     if spec.name == "lora":
-        _check_rank(model, names, options.get("rank"))
+        check_rank(model, names, options.get("rank"))
+    values |= fitting_sizes(model, spec, names, values)[0]
     if patterns:
         of_module = assigned(model, names, patterns)
         for index, pattern in enumerate(patterns):
             if spec.name == "lora":
                 matched = [name for name, its in of_module.items() if its is pattern]
-                _check_rank(model, matched, pattern.rank, key=f"adapter.patterns.{index}.rank")
+                check_rank(model, matched, pattern.rank, key=f"adapter.patterns.{index}.rank")
         for name, chosen in pattern_values(spec, patterns, of_module).items():
             # PEFT takes the first that matches, and a module's full name is more precise than what the recipe gives.
             values[name] = {**chosen, **{n: v for n, v in (values.get(name) or {}).items() if n not in chosen}}
@@ -246,19 +248,6 @@ def base_name(name: str) -> str:
     """The name in the base model of a module in a PEFT model."""
     name = name.removeprefix("base_model.model.").removeprefix("base_model.").replace(".base_layer", "")
     return name.removesuffix(".token_adapter")
-
-
-def _check_rank(model: nn.Module, names: Sequence[str], rank: int | None, key: str = "adapter.rank") -> None:
-    """Raises RecipeError for a rank above that of every adapted weight."""
-    modules = dict(model.named_modules())
-    widths = {n: min(m.in_features, m.out_features) for n in names if isinstance(m := modules[n], nn.Linear)}
-    if rank is not None and len(widths) == len(names) > 0 and rank > max(widths.values()):
-        widest = max(widths, key=widths.__getitem__)
-        raise RecipeError(
-            f"expected at most {widths[widest]:,}, the smaller side of the largest adapted weight ({widest}); found {rank:,}, "
-            "which no update of these layers can have",
-            key=key,
-        )
 
 
 def _check_replication(targets: str | Sequence[str], places: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlab.adapters.places import chosen_blocks_of, ends_with
 from peftlab.errors import RecipeError
-from peftlab.specs.methods import MethodSpec
+from peftlab.specs.method_spec import MethodSpec
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from peftlab.models import (
 )
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
-from peftlab.specs.methods import MethodSpec
+from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.metrics import class_slugs, family_of
 from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class

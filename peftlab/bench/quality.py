@@ -15,12 +15,11 @@ from peftlab.measuring.drawing import colours, markers, place_labels, save_pictu
 from peftlab.measuring.intervals import over_rounds, over_seeds, quartiles
 from peftlab.specs.methods import VARIANTS
 from peftlab.specs.metrics import family_of
+from peftlab.specs.protocol import MOST_RATES_BEYOND
 
 RESULT, TABLE, PICTURE, VECTOR = "quality.json", "quality.csv", "quality.png", "quality.svg"
 COLOURS, MARKERS = colours(VARIANTS), markers(VARIANTS)
 _GREY = "#666666"
-# A search goes at most this many rates beyond those that it begins with.
-MOST_BEYOND = 4
 
 
 def name_of(method: str, rank: int | None) -> str:
@@ -36,7 +35,7 @@ def rate_to_try(
     if missing := [rate for rate in rates if rate not in tried]:
         return missing[0]
     best = _best(tried, metric)
-    if not search or best is None or len(rates) < 2 or len(tried) >= len(rates) + MOST_BEYOND:
+    if not search or best is None or len(rates) < 2 or len(tried) >= len(rates) + MOST_RATES_BEYOND:
         return None
     factor = (max(rates) / min(rates)) ** (1 / (len(rates) - 1))
     beyond = best * factor if best == max(tried) else best / factor if best == min(tried) else None

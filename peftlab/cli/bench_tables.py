@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftlab import formatting
 from peftlab.bench.captions import cell_label, dimensions, machine_text, protocol_text
-from peftlab.bench.quality import MOST_BEYOND
 from peftlab.cli.output import WIDTH, Output
+from peftlab.specs.protocol import MOST_RATES_BEYOND
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,7 +98,7 @@ def show_trainings(out: Output, report: Mapping[str, Any]) -> None:
     )
     protocol = header["protocol"]
     rates = ", ".join(f"{r:g}" for r in protocol["learning_rates"])
-    beyond = f" and at most {MOST_BEYOND} more by the same factor" if protocol["search"] else ""
+    beyond = f" and at most {MOST_RATES_BEYOND} more by the same factor" if protocol["search"] else ""
     out.line()
     paragraph(
         out,

@@ -13,7 +13,8 @@ from peftlab.recipe.method_options import add_method_options
 from peftlab.recipe.rules import check_rules
 from peftlab.recipe.section import DType, Section, StorageName
 from peftlab.specs.kernels import KERNEL_MODES
-from peftlab.specs.methods import METHODS, TARGET_NAMES, MethodSpec
+from peftlab.specs.method_spec import MethodSpec
+from peftlab.specs.methods import METHODS, TARGET_NAMES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.tasks import COLUMNS, TASKS, TaskSpec

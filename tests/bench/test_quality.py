@@ -14,11 +14,12 @@ from PIL import Image
 
 from peftlab.api.benchmark_quality import benchmark_quality
 from peftlab.bench import quality_run
-from peftlab.bench.quality import MOST_BEYOND, build_figure, chosen_rate
+from peftlab.bench.quality import build_figure, chosen_rate
 from peftlab.bench.worker import run_job
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, RecipeError
 from peftlab.recipe import load_recipe
+from peftlab.specs.protocol import MOST_RATES_BEYOND
 
 OUT = Path("runs/quality-smoke")
 LR = load_recipe("smoke").recipe.train.lr
@@ -147,7 +148,7 @@ def test_search_goes_beyond_the_end_that_is_best(trainings: Trainings) -> None:
 def test_search_is_bounded_and_says_so(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
     trainings.larger_is_better = True
     assert run(["bench", "smoke", "--quality", "--methods", "lora", "--seeds", "1"]) == 0
-    assert len(trainings.asked) == 3 + MOST_BEYOND
+    assert len(trainings.asked) == 3 + MOST_RATES_BEYOND
     assert "lora r8: the best learning rate is at the end of those tried" in " ".join(capsys.readouterr().out.split())
 
 
