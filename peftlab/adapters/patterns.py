@@ -59,7 +59,7 @@ def pattern_values(spec: MethodSpec, patterns: Sequence[Pattern], of_module: Map
     # AdaLoRA keeps the ranks that it has found in rank_pattern. The layers of LoRA, and no others, have a dropout each.
     has = {
         "rank": spec.keys.get("rank") == "r" and "rank_pattern" in spec.options,
-        "alpha": "alpha_pattern" in spec.options,
+        "alpha": "alpha_pattern" in spec.options and "alpha_pattern" not in spec.refused_options,
         "dropout": "dora" in spec.keys,
     }
     for index, pattern in enumerate(patterns):

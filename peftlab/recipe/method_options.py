@@ -80,7 +80,7 @@ def _unknown(spec: MethodSpec, name: str) -> str:
         return f"unknown key; did you mean `method: {name}`?"
     if name == "total_step":
         return "is the number of steps of the run; remove it"
-    others = [other.name for other in METHODS.values() if name in other.options]
+    others = [m.name for m in METHODS.values() if name in m.options and name not in m.refused_options]
     if others:
         more = f" and {len(others) - 4} others" if len(others) > 4 else ""
         return f"is an option of {', '.join(others[:4])}{more}, not of {spec.name}; remove it"

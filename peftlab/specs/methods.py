@@ -97,6 +97,14 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2303.10512",
         own_keys={"rank": "target_r"},
         fixed={"r": 8},
+        refused_options={
+            name: "AdaLoRA takes it from LoRA's options, and does not read it"
+            for name in (
+                *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "use_bdlora"),
+                *("use_qalora", "qalora_group_size", "monteclora_config", "arrow_config", "kasa_config", "lora_bias"),
+                *("alora_invocation_tokens", "runtime_config", "alpha_pattern", "rank_pattern", "target_parameters"),
+            )
+        },
         evidence="37.3 on GSM8K where LoRA has 47.8 (PEFT's table); rank chosen by gradients gains nothing (arXiv 2605.16800)",
         storages=_QUANTIZED,
     ),
@@ -157,7 +165,13 @@ _ROWS: tuple[MethodSpec, ...] = (
     _of_peft(
         "fourierft", "FourierFT", "trains a few Fourier coefficients of each update", "2405.03003", storages=_QUANTIZED
     ),
-    _of_peft("frod", "FRoD", "trains a sparse rotation of each weight's singular values", storages=()),
+    _of_peft(
+        "frod",
+        "FRoD",
+        "trains a sparse rotation of each weight's singular values",
+        defaults={"progressbar": False},
+        storages=(),
+    ),
     _of_peft(
         "glora",
         "GLoRA",
