@@ -97,14 +97,14 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2303.10512",
         own_keys={"rank": "target_r"},
         fixed={"r": 8},
-        refused_options={
-            name: "AdaLoRA takes it from LoRA's options, and does not read it"
-            for name in (
+        refused_options=dict.fromkeys(
+            (
                 *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "use_bdlora"),
                 *("use_qalora", "qalora_group_size", "monteclora_config", "arrow_config", "kasa_config", "lora_bias"),
                 *("alora_invocation_tokens", "runtime_config", "alpha_pattern", "rank_pattern", "target_parameters"),
-            )
-        },
+            ),
+            "AdaLoRA takes it from LoRA's options, and does not read it",
+        ),
         evidence="37.3 on GSM8K where LoRA has 47.8 (PEFT's table); rank chosen by gradients gains nothing (arXiv 2605.16800)",
         storages=_QUANTIZED,
     ),
