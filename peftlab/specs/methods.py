@@ -24,6 +24,11 @@ def _of_peft(name: str, label: str, summary: str, paper: str = "", **more: Any) 
 _QUANTIZED = ("nf4", "int8")
 _NO_WEIGHT = "its virtual tokens change no weight"
 _QALORA = "PEFT uses it on GPTQ weights only, which peftlab does not load"
+_UNREAD = (
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config", "use_bdlora"),
+    *("arrow_config", "kasa_config", "use_qalora", "qalora_group_size", "lora_bias", "alora_invocation_tokens"),
+    *("alpha_pattern", "rank_pattern", "target_parameters", "runtime_config"),
+)
 _TASK_IDS = "it needs the number of a task with each row, which no task here has"
 
 _BOTTLENECK = (
@@ -97,7 +102,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2303.10512",
         own_keys={"rank": "target_r"},
         fixed={"r": 8},
-        refused_options=dict.fromkeys(
+        refused_options=dict.fromkeys(_UNREAD, "AdaLoRA takes it from LoRA's options, and does not read it"),
             (
                 *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "use_bdlora"),
                 *("use_qalora", "qalora_group_size", "monteclora_config", "arrow_config", "kasa_config", "lora_bias"),
