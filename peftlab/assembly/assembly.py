@@ -11,6 +11,7 @@ from peftlab.adapters import HeadLoss, Pattern
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
+from peftlab.assembly.start import Start
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
@@ -440,7 +441,19 @@ class Assembly:
         """Hashes of model, tokenizer and data. The weights are hashed once, as long as their files do not change."""
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
-        return {"model": self.pretrained.fingerprint, "tokenizer": of_reader, **self.data.fingerprints}
+        start = {} if self.start is None else {"start adapter": self.start.fingerprint}
+        return {"model": self.model_fingerprint, "tokenizer": of_reader, **start, **self.data.fingerprints}
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Identifies the frozen weights."""
+        return self.pretrained.fingerprint
+
+    @property
+    def start(self) -> Start | None:
+        """The adapter that this one continues. Raises: RecipeError if there is none in adapter.start."""
+        name = self.recipe.adapter.start
+        return None if name is None else self._once("start adapter", name, lambda: Start.find(name))
 
     def model(self, **changes: Any) -> Any:
         """Loads the frozen backbone, every time; ``changes`` override loading options, such as ``quantize="none"``."""

@@ -31,13 +31,20 @@ _HEADER = """\
 # Written by peftlab. `peftlab train` with this file repeats the run; every setting is explicit.
 # The section `lock` holds the versions and fingerprints the run was made with, which are checked then.
 """
-_LOCAL_PATHS = (("model", "name"), ("model", "chat_template"), ("data", "train"), ("data", "eval"))
+_LOCAL_PATHS = (
+    ("model", "name"),
+    ("model", "chat_template"),
+    ("adapter", "start"),
+    ("data", "train"),
+    ("data", "eval"),
+)
 # Settings that do not change what a run computes.
 _FREE_ON_RESUME = {"run.log", "run.save_every", "run.keep", "run.merge", "eval.prompts", "eval.max_new_tokens"}
 _DATA_REMEDY = "restore the original data file"
 _REMEDIES = {
     "model": "restore the original weights, or set model.revision to their commit",
     "tokenizer": "restore the original tokenizer files, or set model.revision to their commit",
+    "start adapter": "restore the adapter that adapter.start names",
     "train data": _DATA_REMEDY,
     "eval data": _DATA_REMEDY,
 }

@@ -126,6 +126,11 @@ class AdapterSection(Section):
         description="adapter method of PEFT (`peftlab adapters` lists them); none trains the model's own weights (full "
         "fine-tuning)",
     )
+    start: str | None = Field(
+        None,
+        description="run, checkpoint or folder of an adapter whose weights the new one begins with; it also gives the keys of "
+        "this section that the recipe leaves out",
+    )
     rank: int | None = Field(None, ge=1, description="rank r of the update; default 8 for lora, else PEFT's")
     alpha: float | None = Field(
         None, gt=0, description="the update is scaled by alpha / rank; default 16 for lora, else PEFT's"

@@ -66,6 +66,7 @@ class MethodSpec:
         targets: the default of ``targets``.
         unmergeable: why the adapter cannot be merged into the weights; empty if it can, or if nobody tried it here.
         storages: the quantized storages that it can be trained on; None if nobody tried it here.
+        files_lack: what its files do not have, so that training cannot go on from them; empty if they have all.
         several: whether PEFT can generate with several such adapters in one batch.
         evidence: what is known of its quality, for ``peftlab adapters``.
         variants: its names in the benchmark; default: its own name.
@@ -86,6 +87,7 @@ class MethodSpec:
     targets: str = "all-linear"
     unmergeable: str = ""
     storages: tuple[str, ...] | None = None
+    files_lack: str = ""
     several: bool = False
     evidence: str = ""
     variants: Mapping[str, Variant] = field(default_factory=dict)
@@ -229,6 +231,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2303.10512",
         own_keys={"rank": "target_r"},
         fixed={"r": 8},
+        files_lack="they have only the ranks that were kept, and a new schedule begins with all",
         evidence="37.3 on GSM8K where LoRA has 47.8 (PEFT's table); rank chosen by gradients gains nothing (arXiv 2605.16800)",
         storages=_QUANTIZED,
     ),
@@ -350,6 +353,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "virtual tokens made by a small network",
         "2103.10385",
         defaults={"num_virtual_tokens": 20},
+        files_lack="they have the virtual tokens, and not the network that makes them",
         evidence="learns little where a classifier reads the first position, as BERT's does: that is a virtual token",
         unmergeable=_NO_WEIGHT,
         storages=_QUANTIZED,
