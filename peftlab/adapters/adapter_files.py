@@ -128,7 +128,8 @@ def state_of(model: Any) -> dict[str, Any]:
 
     if isinstance(model, BottleneckModel):
         return bottleneck_state(model)
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    state: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
 
 
 def load_tensors(model: Any, stored: dict[str, Any]) -> None:

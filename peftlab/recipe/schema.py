@@ -40,6 +40,10 @@ class ModelSection(Section):
         "shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
+    adapter: str | None = Field(
+        None,
+        description="run or folder of an adapter to fold into the model's weights first; what the recipe trains comes on top",
+    )
     quantize: StorageName = Field(
         "none", description="how the frozen linear weights are stored (bitsandbytes); nf4 is what QLoRA uses"
     )
