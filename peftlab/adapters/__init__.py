@@ -9,9 +9,18 @@ from peftlab.adapters.adapter_files import (
     made_for,
     save_adapter,
 )
-from peftlab.adapters.full import load_state, load_trained, save_state, save_trained, state_files, train_all
+from peftlab.adapters.continuing import check_same_adapter, continue_from
+from peftlab.adapters.full import (
+    WEIGHTS_FILE,
+    load_state,
+    load_trained,
+    save_state,
+    save_trained,
+    state_files,
+    train_all,
+)
 from peftlab.adapters.head import HeadLoss, head_input, head_reason
-from peftlab.adapters.initial import InitialRows
+from peftlab.adapters.initial import InitialRows, changes_weights
 from peftlab.adapters.inject import (
     AdapterReport,
     adapted_modules,
@@ -35,14 +44,18 @@ __all__ = [
     "HeadLoss",
     "InitialRows",
     "Pattern",
+    "WEIGHTS_FILE",
     "adapted_modules",
     "add_adapter",
     "after_step",
     "base_name",
     "brought_parameters",
     "changed_buffers",
+    "changes_weights",
     "check_adapter",
     "check_adapter_files",
+    "check_same_adapter",
+    "continue_from",
     "fitting_sizes",
     "head_input",
     "head_reason",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +112,35 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
     """Loads saved adapter tensors into a model with the same adapter. Raises: RuntimeError for another adapter."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
+
+    stored = load_file(str(folder / "adapter_model.safetensors"))
+    if stored.keys() != state_of(model).keys():
+        raise RuntimeError("other tensors")
+    load_tensors(model, stored)
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """The tensors of an adapter by their names in its file."""
+    from peft import get_peft_model_state_dict
+
+    from peftlab.adapters.bottleneck import BottleneckModel, bottleneck_state
+
+    if isinstance(model, BottleneckModel):
+        return bottleneck_state(model)
+    state: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def load_tensors(model: Any, stored: dict[str, Any]) -> None:
+    """Copies the tensors of an adapter's file into a model with the same adapter. Raises: RuntimeError for another adapter."""
+    from peft import set_peft_model_state_dict
 
     from peftlab.adapters.bottleneck import BottleneckModel, load_bottleneck_state
 
-    stored = load_file(str(folder / "adapter_model.safetensors"))
     if isinstance(model, BottleneckModel):
         load_bottleneck_state(model, stored)
         return
-    if stored.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
-        raise RuntimeError("other tensors")
     set_peft_model_state_dict(model, stored)
 
 
@@ -197,22 +215,26 @@ def _vocabulary_modules(model: Any) -> list[Any]:
 def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
     """Raises ArtifactError for parts of the adapter without tensors, and for tensors that PEFT did not use: it only warns, but
     they mean another model. Matrices of the base itself, such as resized embeddings, are loaded and are no fault."""
-    from peft import get_peft_model_state_dict
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors import safe_open
 
     with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
         saved = set(tensors.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config["default"].peft_type, "lora_")
-    modules = {_plain(f"{name}.") for name, _ in model.named_modules()}
-    lost = {n for n in saved - expected if f".{prefix}" in n or _plain(f"{n.rpartition('.')[0]}.") not in modules}
-    if odd := sorted((expected - saved) | lost):
+    expected = set(state_of(model))
+    if odd := sorted((expected - saved) | set(unused_tensors(model, saved - expected))):
         side = "in the file but not in the model" if odd[0] in saved else "in the model but not in the file"
         raise ArtifactError(
             f"the adapter in {folder} was made for another model ({made_for(folder) or 'unknown'}), not for {_name(base)}: "
             f"{len(odd)} tensors do not match, such as {odd[0]} ({side})"
         )
+
+
+def unused_tensors(model: Any, names: Collection[str]) -> list[str]:
+    """Those ``names`` of tensors in a file, beside the adapter's own, that are no matrices of the base either; sorted."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config["default"].peft_type, "lora_")
+    modules = {_plain(f"{name}.") for name, _ in model.named_modules()}
+    return sorted(n for n in names if f".{prefix}" in n or _plain(f"{n.rpartition('.')[0]}.") not in modules)
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,8 @@ from peftlab.adapters import HeadLoss, Pattern
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
+from peftlab.assembly.stack import adapter_fingerprint, base_adapter, stacked
+from peftlab.assembly.start import Start
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
@@ -163,13 +165,13 @@ class Assembly:
 
     @property
     def pretrained(self) -> Pretrained:
-        """The files of the model. Raises: RecipeError, ArtifactError."""
+        """The files of the model, with the adapter in model.adapter. Raises: RecipeError, ArtifactError."""
+        return self._once("model files", self._model_key, self._find_model)
+
+    def _find_model(self) -> Pretrained:
         model = self.recipe.model
-        return self._once(
-            "model files",
-            [model.name, model.revision, model.trust_remote_code],
-            lambda: find_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code),
-        )
+        found = find_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return found if model.adapter is None else stacked(self, found, model.adapter)
 
     @property
     def stored(self) -> str:
@@ -440,7 +442,21 @@ class Assembly:
         """Hashes of model, tokenizer and data. The weights are hashed once, as long as their files do not change."""
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
-        return {"model": self.pretrained.fingerprint, "tokenizer": of_reader, **self.data.fingerprints}
+        adapters = {} if self.start is None else {"start adapter": self.start.fingerprint}
+        if (name := self.recipe.model.adapter) is not None:
+            adapters["base adapter"] = adapter_fingerprint(base_adapter(name))
+        return {"model": self.model_fingerprint, "tokenizer": of_reader, **adapters, **self.data.fingerprints}
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Identifies the frozen weights."""
+        return self.pretrained.fingerprint
+
+    @property
+    def start(self) -> Start | None:
+        """The adapter that this one continues. Raises: RecipeError if there is none in adapter.start."""
+        name = self.recipe.adapter.start
+        return None if name is None else self._once("start adapter", name, lambda: Start.find(name))
 
     def model(self, **changes: Any) -> Any:
         """Loads the frozen backbone, every time; ``changes`` override loading options, such as ``quantize="none"``."""
@@ -483,7 +499,7 @@ class Assembly:
     @property
     def _model_key(self) -> list[Any]:
         model = self.recipe.model
-        return [model.name, model.revision, model.trust_remote_code]
+        return [model.name, model.revision, model.trust_remote_code, model.adapter]
 
     @property
     def _data_key(self) -> list[Any]:

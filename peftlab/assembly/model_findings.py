@@ -67,7 +67,11 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
-    check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
+    config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
+    if assembly.start is not None:
+        assembly.start.check(config, assembly)
+        going_on = f"continues the adapter in {assembly.start.folder}"
+        yield Finding("start", f"{going_on}. {assembly.start.as_plain}".rstrip(". "), "adapter.start")
     if not assembly.method.has_targets:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)

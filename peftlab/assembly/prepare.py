@@ -211,6 +211,8 @@ def trainable(
         **where,
         **options,
     )
+    if assembly.start is not None:
+        assembly.start.load(model)
     planned = [*planned, *token_modules(model)] if method.has_targets else adapted_modules(model)
     return model, list(dict.fromkeys(planned)), report(model)
 

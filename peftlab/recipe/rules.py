@@ -77,6 +77,8 @@ def keys_of_other_methods(recipe: Recipe) -> Problems:
             if not spec.adapts:
                 reason = "without an adapter"
             yield from _no_effect(recipe, [f"adapter.{key}"], reason)
+    if not spec.adapts:
+        yield from _no_effect(recipe, ["adapter.start"], "without an adapter")
 
 
 def options_of_the_method(recipe: Recipe) -> Problems:

@@ -41,6 +41,10 @@ class ModelSection(Section):
         "shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
+    adapter: str | None = Field(
+        None,
+        description="run or folder of an adapter to fold into the model's weights first; what the recipe trains comes on top",
+    )
     quantize: StorageName = Field(
         "none", description="how the frozen linear weights are stored (bitsandbytes); nf4 is what QLoRA uses"
     )
@@ -126,6 +130,11 @@ class AdapterSection(Section):
         "lora",
         description="adapter method of PEFT (`peftlab adapters` lists them); none trains the model's own weights (full "
         "fine-tuning)",
+    )
+    start: str | None = Field(
+        None,
+        description="run, checkpoint or folder of an adapter whose weights the new one begins with; it also gives the keys of "
+        "this section that the recipe leaves out",
     )
     rank: int | None = Field(None, ge=1, description="rank r of the update; default 8 for lora, else PEFT's")
     alpha: float | None = Field(

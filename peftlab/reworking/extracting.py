@@ -205,7 +205,7 @@ def _verified(
 ) -> dict[str, Any]:
     """Compares the base with the written adapter with the fine-tuned model, and publishes it with the recipe's lock."""
     held_out = held_out_rows(assembly)
-    tuned = assembly.derive({"model.name": second.source.name})
+    tuned = assembly.derive({"model.name": second.source.name, "model.adapter": None})
     progress.stage(f"running {second.source.name} on held-out rows")
     opened = Opened(Target("base", tuned.loaded, None), tuned, assembly.task, tuned.model().eval())
     reference = Witness.take(opened.model, assembly.task, held_out.examples, **runs_of(assembly))

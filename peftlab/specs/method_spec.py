@@ -77,6 +77,7 @@ class MethodSpec:
         targets: the default of ``targets``.
         unmergeable: why the adapter cannot be merged into the weights; empty if it can, or if nobody tried it here.
         storages: the quantized storages that it can be trained on; None if nobody tried it here.
+        files_lack: what its files do not have, so that training cannot go on from them; empty if they have all.
         several: whether PEFT can generate with several such adapters in one batch.
         evidence: what is known of its quality, for ``peftlab adapters``.
         variants: its names in the benchmark; default: its own name.
@@ -100,6 +101,7 @@ class MethodSpec:
     targets: str = "all-linear"
     unmergeable: str = ""
     storages: tuple[str, ...] | None = None
+    files_lack: str = ""
     several: bool = False
     evidence: str = ""
     variants: Mapping[str, Variant] = field(default_factory=dict)
