@@ -114,7 +114,9 @@ class Formulas:
 
     def __init__(self, model: Any, weights: Mapping[str, Tensor]) -> None:
         rules: dict[tuple[str, str], tuple[Any, Rule | None]] = {}
-        inside = tuple(f"{p}." for p, m in _adapted_layers(model) if isinstance(m.get_base_layer(), nn.MultiheadAttention))
+        inside = tuple(
+            f"{p}." for p, m in _adapted_layers(model) if isinstance(m.get_base_layer(), nn.MultiheadAttention)
+        )
         for path, layer in _adapted_layers(model):
             # PEFT 0.21 trains torch's attention with twice the update of the output projection, and merges it so.
             rule = None if path.startswith(inside) else rule_of(layer)

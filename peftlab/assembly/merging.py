@@ -335,9 +335,13 @@ def _lost(figures: dict[str, Any]) -> str | None:
         return None
     wider = "" if figures["dtype"] == "float32" else "; a merge in float32 keeps it: --dtype float32"
     return (
-        f"merge: rounding to {figures['dtype']} changes {layers['num_lost']} of {layers['by_formula'] + layers['by_probes']} layers "
-        f"by more than half of what the adapter changes, most {layers['most_lost']}: by {layers['most_lost_relative']:.0%}{wider}"
+        f"merge: rounding to {figures['dtype']} changes {layers['num_lost']} of {_compared(layers)} layers by more than half of "
+        f"what the adapter changes, most {layers['most_lost']}: by {layers['most_lost_relative']:.0%}{wider}"
     )
+
+
+def _compared(layers: dict[str, Any]) -> int:
+    return int(layers["by_formula"] + layers["by_probes"])
 
 
 def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[str, float]) -> Iterable[str]:
@@ -347,7 +351,7 @@ def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[
     layers = figures["layers"]
     if layers and layers["wrong"]:
         failures.append(
-            f"{layers['wrong']} of {layers['by_formula'] + layers['by_probes']} merged layers differ from the layers with their adapters, most "
+            f"{layers['wrong']} of {_compared(layers)} merged layers differ from the layers with their adapters, most "
             f"{layers['worst']}: by {layers['worst_relative']:.1%} of what the adapter changes"
         )
     if not figures["tied_head_kept"]:
