@@ -23,7 +23,7 @@ class Rule:
 
     Attributes:
         parameter: the adapted parameter's name in the module.
-        weight: W in float64 on the CPU, in the module's layout -> W'.
+        weight: W in float64 on the CPU, in the module's layout -> W'. It keeps no module alive.
         bias: the same for the bias, which no adapter changes by default.
     """
 
@@ -52,27 +52,16 @@ def rule_of(layer: Any, adapter: str = ADAPTER) -> Rule | None:
     return None
 
 
-def _as_matrix(weight: Tensor, base: nn.Module) -> Tensor:
-    """[N, K], outputs by inputs, of a weight in its module's layout. GPT-2's Conv1D and embeddings store [K, N]."""
-    return weight.T if _is_transposed(base) else weight.flatten(1)
-
-
-def _in_layout(matrix: Tensor, like: Tensor, base: nn.Module) -> Tensor:
-    return matrix.T if _is_transposed(base) else matrix.reshape(like.shape)
-
-
-def _is_transposed(base: nn.Module) -> bool:
-    return isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D"
-
-
 def _exact(value: Any) -> Tensor:
     tensor: Tensor = value.detach().to("cpu", torch.float64)
     return tensor
 
 
 def _changed(base: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A function of a weight in the module's layout, of one of [N, K] matrices."""
-    return lambda weight: _in_layout(change(_as_matrix(weight, base)), weight, base)
+    """A function of a weight in the module's layout, of one of [N, K] matrices, outputs by inputs."""
+    if isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D":  # these store [K, N]
+        return lambda weight: change(weight.T).T
+    return lambda weight: change(weight.flatten(1)).reshape(weight.shape)
 
 
 def _added(base: nn.Module, update: Callable[[], Tensor]) -> Rule:
@@ -164,6 +153,7 @@ def _ia3(layer: Any, adapter: str) -> Rule | None:
     if adapter not in layer.ia3_l:
         return None
     base, vector = layer.get_base_layer(), layer.ia3_l[adapter]
+    groups = base.groups if isinstance(base, nn.modules.conv._ConvNd) else 1
     if not layer.is_feedforward:
         return Rule(
             "weight",
@@ -172,7 +162,6 @@ def _ia3(layer: Any, adapter: str) -> Rule | None:
         )
 
     def inputs_scaled(weight: Tensor) -> Tensor:
-        groups = base.groups if isinstance(base, nn.modules.conv._ConvNd) else 1
         of_group = _exact(vector).reshape(groups, -1)
         of_row = of_group.repeat_interleave(len(weight) // groups, 0)
         return weight * of_row.repeat_interleave(weight.shape[1] // of_row.shape[1], 1)
@@ -196,13 +185,13 @@ def _loha(layer: Any, adapter: str) -> Rule | None:
         return None
     scale = float(layer.alpha[adapter] / layer.r[adapter])
     stored = [
-        (layer.hada_t1, layer.hada_w1_a[adapter], layer.hada_w1_b[adapter]),
-        (layer.hada_t2, layer.hada_w2_a[adapter], layer.hada_w2_b[adapter]),
+        (layer.hada_t1.get(adapter), layer.hada_w1_a[adapter], layer.hada_w1_b[adapter]),
+        (layer.hada_t2.get(adapter), layer.hada_w2_a[adapter], layer.hada_w2_b[adapter]),
     ]
 
     def update() -> Tensor:
         first, second = (
-            formulas.tucker(_exact(core[adapter]), _exact(a), _exact(b)) if adapter in core else _exact(a) @ _exact(b)
+            _exact(a) @ _exact(b) if core is None else formulas.tucker(_exact(core), _exact(a), _exact(b))
             for core, a, b in stored
         )
         return formulas.loha(first, second, scale)
@@ -211,25 +200,23 @@ def _loha(layer: Any, adapter: str) -> Rule | None:
 
 
 def _lokr(layer: Any, adapter: str) -> Rule | None:
-    whole_first, whole_second = adapter in layer.lokr_w1, adapter in layer.lokr_w2
-    if not (whole_first or adapter in layer.lokr_w1_a):
-        return None
-    if whole_second and layer.lokr_w2[adapter].dim() == 3:
-        return None  # PEFT 0.21 trains another product of the factors on nn.Conv1d
+    names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    w1, w1_a, w1_b, w2, w2_a, w2_b, core = (getattr(layer, f"lokr_{name}").get(adapter) for name in names)
+    if (w1 is None and w1_a is None) or (w2 is not None and w2.dim() == 3):
+        return None  # PEFT 0.21 trains another product of the factors where w2 is whole, on nn.Conv1d
     scale = float(layer.alpha[adapter] / layer.r[adapter])
 
-    def first() -> Tensor:
-        if whole_first:
-            return _exact(layer.lokr_w1[adapter])
-        return _exact(layer.lokr_w1_a[adapter]) @ _exact(layer.lokr_w1_b[adapter])
-
     def second() -> Tensor:
-        if whole_second:
-            return _exact(layer.lokr_w2[adapter])
-        a, b = _exact(layer.lokr_w2_a[adapter]), _exact(layer.lokr_w2_b[adapter])
-        return formulas.tucker(_exact(layer.lokr_t2[adapter]), a, b) if adapter in layer.lokr_t2 else a @ b
+        if w2 is not None:
+            return _exact(w2)
+        if core is not None:
+            return formulas.tucker(_exact(core), _exact(w2_a), _exact(w2_b))
+        return _exact(w2_a) @ _exact(w2_b)
 
-    return _added(layer.get_base_layer(), lambda: formulas.lokr(first(), second(), scale))
+    return _added(
+        layer.get_base_layer(),
+        lambda: formulas.lokr(_exact(w1) if w1 is not None else _exact(w1_a) @ _exact(w1_b), second(), scale),
+    )
 
 
 def _oft(layer: Any, adapter: str) -> Rule | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -237,6 +239,17 @@ def test_a_wrong_formula_is_seen_in_every_layer(fault: str, monkeypatch: pytest.
     if function in ("expert_low_rank", "tucker"):
         found = {n: e for n, e in found.items() if n not in ("linear", "point")}  # layers that do not use it
     assert min(found.values()) > 1e-4, found
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "parameters", "ia3-inputs", "loha", "lokr", "oft", "vera", "adalora"])
+def test_rules_do_not_keep_the_weights_in_memory(name: str) -> None:
+    model = adapted(name)
+    rules = [rule_of(layer) for _, layer in tuner_layers(model)]
+    weights = [weakref.ref(p) for n, p in model.named_parameters() if "base_layer" in n and n.endswith("weight")]
+    assert rules and weights
+    del model
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_layers_without_a_formula_have_no_rule() -> None:

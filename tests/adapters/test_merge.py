@@ -191,6 +191,61 @@ def test_check_sees_one_wrong_value(tiny: Callable[..., Any], dtype: torch.dtype
     assert result.wrong == 1 and result.worst == name
 
 
+SMALL: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=4),
+    "dora": lambda: peft.LoraConfig(target_modules=["q_proj"], r=4, use_dora=True),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=4, total_step=9),
+    "ia3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=4),
+    "loha": lambda: peft.LoHaConfig(target_modules=["q_proj"], r=4),
+    "lokr": lambda: peft.LoKrConfig(target_modules=["q_proj"], r=4),
+    "oft": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4),
+    "parameters": lambda: peft.LoraConfig(target_modules=[], target_parameters=["q_proj.weight"], r=4),
+}
+
+
+def slightly(tiny: Callable[..., Any], name: str, size: float) -> Any:
+    """An adapter that changes the weights a little, and those of the first block more."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny("tiny:llama", adapter=False), SMALL[name]())
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += (0.1 if ".layers.0." in path else size) * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_check_counts_layers_that_lose_their_update(tiny: Callable[..., Any], name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = slightly(tiny, name, 1e-5)
+        check = MergeCheck(model)
+        result = error(check, fold(model), dtype)
+        assert result.by_formula > 1 and result.wrong == 0
+        lost = 0 if dtype == torch.float32 else result.by_formula // 2
+        assert result.num_lost == lost and ("layers.1." in result.most_lost) == bool(lost)
+        assert result.most_lost_relative > 0.5 or not lost
+
+
+def test_check_sees_that_pefts_rotation_of_patches_is_no_rotation_of_weights() -> None:
+    """PEFT 0.21's OFT adds up overlapping patches in the forward of a convolution, and merges something else."""
+
+    class Convolution(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(4, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x)
+
+    model = peft.get_peft_model(
+        Convolution(), peft.OFTConfig(target_modules=["conv"], oft_block_size=4, init_weights=False)
+    )
+    check = MergeCheck(model)
+    result = error(check, fold(model))
+    assert (result.by_formula, result.wrong) == (1, 1)
+    assert result.relative < 1e-4  # of the weights; the outputs are others
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_dequantized_weights_are_those_the_forward_uses(tiny: Callable[..., Any], quantize: str) -> None:
     plain = dict(tiny("tiny:llama", adapter=False).named_modules())
