@@ -45,7 +45,8 @@ def dora(weight: Tensor, update: Tensor, magnitude: Tensor) -> Tensor:
     Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
     """
     moved = weight + update
-    return (magnitude / moved.norm(dim=1))[:, None] * moved
+    scaled: Tensor = (magnitude / moved.norm(dim=1))[:, None] * moved
+    return scaled
 
 
 def vera(down: Tensor, up: Tensor, scale_d: Tensor, scale_b: Tensor) -> Tensor:
@@ -99,13 +100,15 @@ def within(skewed: Tensor, radius: float) -> Tensor:
     Source: Qiu et al. 2023, arXiv 2306.07280, section 3.3, with the radius shared among the blocks.
     """
     norms = torch.linalg.matrix_norm(skewed)[:, None, None]
-    return skewed * (radius / len(skewed) ** 0.5 / norms).clamp(max=1.0)
+    shrunk: Tensor = skewed * (radius / len(skewed) ** 0.5 / norms).clamp(max=1.0)
+    return shrunk
 
 
 def cayley(skewed: Tensor) -> Tensor:
     """Rotations ``(I + Q) (I - Q)^-1`` of antisymmetric Q. Source: Qiu et al. 2023 (OFT), arXiv 2306.07280, section 3.2."""
     one = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device)
-    return (one + skewed) @ torch.linalg.inv(one - skewed)
+    rotations: Tensor = (one + skewed) @ torch.linalg.inv(one - skewed)
+    return rotations
 
 
 def cayley_series(skewed: Tensor, order: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -129,7 +130,7 @@ class Formulas:
             if rule is not None:
                 self.layers.append((name, rule))
                 bias = getattr(base, "bias", None) if parameter == "weight" else None
-                weight = _kept(getattr(base, parameter).detach(), weights.get(name))
+                weight = _kept(getattr(base, parameter).detach(), name, weights if parameter == "weight" else {})
                 self._before.append((weight, None if bias is None else bias.detach().clone()))
 
     def differences(self, merged: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, _Difference]]:
@@ -167,10 +168,11 @@ def _typical(values: Tensor) -> Tensor:
     return values.square().mean(dim=dims, keepdim=True).sqrt()
 
 
-def _kept(weight: Tensor, elsewhere: Tensor | None) -> Callable[[], Tensor]:
+def _kept(weight: Tensor, name: str, elsewhere: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     """A function that gives the values of ``weight`` later: from ``elsewhere`` if it has the same, else from a copy on the CPU."""
-    if elsewhere is not None and elsewhere.shape == weight.shape and torch.equal(elsewhere, weight.to(elsewhere)):
-        return lambda: elsewhere
+    same = elsewhere.get(name)
+    if same is not None and same.shape == weight.shape and torch.equal(same, weight.to(same)):
+        return functools.partial(elsewhere.__getitem__, name)
     kept = weight.to("cpu", copy=True)
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal((short := kept.to(dtype)).to(kept.dtype), kept):

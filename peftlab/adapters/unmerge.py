@@ -31,14 +31,14 @@ class ExactUnmerge(LoraLayer):
                 n: getattr(base, n).detach().clone() for n in (["weight", "bias"] if biased else ["weight"])
             }
         try:
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
             if not layer.merged:  # it failed, or has none of these adapters
                 self._unmerged = None
 
     def unmerge(self) -> None:
         layer: Any = self
-        super().unmerge()  # type: ignore[misc]
+        super().unmerge()
         kept, self._unmerged = self._unmerged or {}, None
         for name, value in kept.items():
             stored = getattr(layer.get_base_layer(), name)

@@ -246,6 +246,31 @@ def test_check_sees_that_pefts_rotation_of_patches_is_no_rotation_of_weights() -
     assert result.relative < 1e-4  # of the weights; the outputs are others
 
 
+def test_check_copies_no_weight_that_is_in_memory_anyway(tiny: Callable[..., Any]) -> None:
+    """Nor does it keep one in more than 16 bits, if these are enough."""
+    quantized = DequantizedWeights(tiny("tiny:llama", quantize="nf4", adapter=False))
+    model = tiny("tiny:llama")
+    for name, layer in model.get_base_model().named_modules():
+        if name in quantized:
+            layer.get_base_layer().weight.data.copy_(quantized[name])
+    read: list[str] = []
+
+    class Counted(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return quantized[name]
+
+    check = MergeCheck(model, Counted({name: quantized[name] for name in quantized}))
+    assert read == []
+    assert error(check, fold(model)).wrong == 0
+    assert sorted(read) == sorted(quantized)
+    model = tiny("tiny:llama").bfloat16().float()
+    check = MergeCheck(model)
+    kept = [weight() for weight, _ in check._formulas._before]
+    assert len(kept) == 14 and {w.dtype for w in kept} == {torch.bfloat16}
+    assert error(check, fold(model)).wrong == 0
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_dequantized_weights_are_those_the_forward_uses(tiny: Callable[..., Any], quantize: str) -> None:
     plain = dict(tiny("tiny:llama", adapter=False).named_modules())
