@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftlab.adapters import ADAPTER_FILES, check_adapter_files, load_adapter
-from peftlab.adapters.merge import Probes
+from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.folding import folded, untie_if_adapted
 from peftlab.errors import ArtifactError, RecipeError, VerificationError
 from peftlab.models import Pretrained, load_config, load_model, load_tokenizer, save_plain, stacked_on
@@ -121,18 +121,18 @@ def _write(assembly: Assembly, first: Assembly | None, base: Pretrained, folder:
     plain, files = _plain(assembly, base, folder) if first is None else (_float32(first), first.task.files)
     adapted = load_adapter(plain, folder)
     untie_if_adapted(plain)
-    probes = Probes(adapted)
+    check = MergeCheck(adapted)
     try:
         model = folded(adapted)
     except RecipeError as error:
         raise RecipeError(
             str(error).replace("use it as an adapter, without merging", "adapter.start continues it"), key=_KEY
         ) from error
-    error = probes.error(model, torch.float32)
-    if error is not None and error.wrong:
+    layers = check.error(model, torch.float32)
+    if layers is not None and layers.wrong:
         raise VerificationError(
-            f"{error.wrong} of {error.num_modules} layers with the adapter in {folder} folded in differ from the layers with their "
-            f"adapter, most {error.worst}: by {error.worst_relative:.1%} of what the adapter changes",
+            f"{layers.wrong} layers with the adapter in {folder} folded in differ from the layers with their adapter, most "
+            f"{layers.worst}: by {layers.worst_relative:.1%} of what the adapter changes",
             key=_KEY,
         )
     save_plain(model, files, target)
@@ -152,7 +152,7 @@ def _plain(assembly: Assembly, base: Pretrained, folder: Path) -> tuple[Any, Any
             _PLAIN | {"model.adapter": None, "adapter": {}, "train.loraplus_lr_ratio": 1.0, "lock": None}
         )
         return _float32(same), same.task.files
-    labels = {"num_labels": count} if other.classifies and (count := _num_labels(folder)) else {}
+    labels: dict[str, Any] = {"num_labels": count} if other.classifies and (count := _num_labels(folder)) else {}
     model = load_model(base, auto_class=other.auto_class, device="cpu", dtype="float32", **labels)
     return model, load_tokenizer(base)
 
