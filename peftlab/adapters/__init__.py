@@ -9,6 +9,7 @@ from peftlab.adapters.adapter_files import (
     made_for,
     save_adapter,
 )
+from peftlab.adapters.beside import Beside, beside, folders_beside, refuse_beside, without_adapter
 from peftlab.adapters.continuing import check_same_adapter, continue_from
 from peftlab.adapters.full import (
     WEIGHTS_FILE,
@@ -41,6 +42,7 @@ from peftlab.adapters.target_modules import is_grouped
 __all__ = [
     "ADAPTER_FILES",
     "AdapterReport",
+    "Beside",
     "HeadLoss",
     "InitialRows",
     "Pattern",
@@ -49,6 +51,7 @@ __all__ = [
     "add_adapter",
     "after_step",
     "base_name",
+    "beside",
     "brought_parameters",
     "changed_buffers",
     "changes_weights",
@@ -57,6 +60,7 @@ __all__ = [
     "check_same_adapter",
     "continue_from",
     "fitting_sizes",
+    "folders_beside",
     "head_input",
     "head_reason",
     "idle_towers",
@@ -73,6 +77,7 @@ __all__ = [
     "planned_modules",
     "rate_factors",
     "reach_notes",
+    "refuse_beside",
     "report",
     "save_adapter",
     "save_state",
@@ -81,4 +86,5 @@ __all__ = [
     "token_modules",
     "train_all",
     "train_mode",
+    "without_adapter",
 ]

@@ -89,7 +89,8 @@ def rate_factors(model: Any, lr: float, loraplus_lr_ratio: float = 1.0) -> dict[
     Args: loraplus_lr_ratio: rate of LoRA's B / rate of A (LoRA+, arXiv 2402.12354).
     """
     of_module: Mapping[str, Pattern] = getattr(model, "patterns_of_modules", {})
-    rates = {f"base_model.model.{name}.": p.lr / lr for name, p in of_module.items() if p.lr is not None}
+    around = "base_model.model." if hasattr(getattr(model, "base_model", None), "model") else "base_model."
+    rates = {f"{around}{name}.": p.lr / lr for name, p in of_module.items() if p.lr is not None}
     factors = {}
     for name, parameter in model.named_parameters():
         factor = next((rate for start, rate in rates.items() if name.startswith(start)), 1.0)

@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from peftlab.adapters import HeadLoss, Pattern
+from peftlab.adapters import HeadLoss
+from peftlab.assembly.adapter import adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
@@ -99,21 +100,12 @@ class Assembly:
     @property
     def adapter_places(self) -> dict[str, Any]:
         """The arguments of ``adapters.inject`` that say which modules are adapted and which are trained in full."""
-        a = self.recipe.adapter
-        return {
-            "peft_type": self.spec.peft_type,
-            "targets": a.targets,
-            "modules_to_save": a.modules_to_save,
-            "layers": a.layers,
-            "freeze": a.freeze,
-        }
+        return adapter_places(self.recipe)
 
     @property
     def adapter_options(self) -> dict[str, Any]:
         """Its other arguments: the settings of the method."""
-        a, keys = self.recipe.adapter, self.method.keys
-        options = {key: getattr(a, key) for key in keys if key not in ("targets", "modules_to_save")} | a.options
-        return options | ({"patterns": [Pattern(**p.model_dump()) for p in a.patterns]} if a.patterns else {})
+        return adapter_options(self.recipe)
 
     @property
     def distill(self) -> DistillSection:

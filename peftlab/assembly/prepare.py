@@ -213,7 +213,9 @@ def trainable(
     )
     if assembly.start is not None:
         assembly.start.load(model)
-    planned = [*planned, *token_modules(model)] if method.has_targets else adapted_modules(model)
+    if a.beside or not method.has_targets:
+        planned = adapted_modules(model)
+    planned += token_modules(model)
     return model, list(dict.fromkeys(planned)), report(model)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftlab.adapters import ADAPTER_FILES, check_adapter_files, load_adapter
+from peftlab.adapters import ADAPTER_FILES, check_adapter_files, folders_beside, load_adapter
 from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.folding import folded, untie_if_adapted
 from peftlab.errors import ArtifactError, RecipeError, VerificationError
@@ -62,7 +62,7 @@ def base_adapter(name: str) -> Path:
 
 def adapter_fingerprint(folder: Path) -> str:
     """sha256 of an adapter's files."""
-    return sha256_of_files([folder / name for name in ADAPTER_FILES])
+    return sha256_of_files([part / name for part in (folder, *folders_beside(folder)) for name in ADAPTER_FILES])
 
 
 def stacked_fingerprint(base: str, folder: Path) -> str:

@@ -79,6 +79,7 @@ class MethodSpec:
         storages: the quantized storages that it can be trained on; None if nobody tried it here.
         files_lack: what its files do not have, so that training cannot go on from them; empty if they have all.
         several: whether PEFT can generate with several such adapters in one batch.
+        beside: whether it can be trained beside an adapter of another method: all that it has is in its layers.
         evidence: what is known of its quality, for ``peftlab adapters``.
         variants: its names in the benchmark; default: its own name.
     """
@@ -103,6 +104,7 @@ class MethodSpec:
     storages: tuple[str, ...] | None = None
     files_lack: str = ""
     several: bool = False
+    beside: bool = False
     evidence: str = ""
     variants: Mapping[str, Variant] = field(default_factory=dict)
 

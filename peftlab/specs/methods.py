@@ -81,6 +81,7 @@ _ROWS: tuple[MethodSpec, ...] = (
             "rslora": Variant({"rslora": True}, fused=True, several=True),
             "dora": Variant({"dora": True}),
         },
+        beside=True,
     ),
     MethodSpec(
         "none",
@@ -102,6 +103,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         unmergeable="a non-linearity stands between its matrices",
         storages=("nf4", "int8"),
         evidence="the first adapters; slower than LoRA at inference, because they cannot be merged",
+        beside=True,
     ),
     _of_peft(
         "adalora",
@@ -136,6 +138,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2311.06243",
         divisors=(Divisor("boft_block_size", "in", when={"boft_block_num": 0}), Divisor("boft_block_num", "in")),
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "c3a",
@@ -144,6 +147,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2407.19342",
         divisors=(Divisor("block_size"),),
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "cartridge",
@@ -168,9 +172,15 @@ _ROWS: tuple[MethodSpec, ...] = (
         "LoRA with a normalized update, whose strength is trained apart from its direction",
         "2503.18225",
         storages=(),
+        beside=True,
     ),
     _of_peft(
-        "fourierft", "FourierFT", "trains a few Fourier coefficients of each update", "2405.03003", storages=_QUANTIZED
+        "fourierft",
+        "FourierFT",
+        "trains a few Fourier coefficients of each update",
+        "2405.03003",
+        storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "frod",
@@ -178,6 +188,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "trains a sparse rotation of each weight's singular values",
         defaults={"progressbar": False},
         storages=(),
+        beside=True,
     ),
     _of_peft(
         "glora",
@@ -194,9 +205,15 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2505.20355",
         divisors=(Divisor("gralora_k"),),
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
-        "hira", "HiRA", "multiplies each weight by a low-rank matrix, value by value", storages=_QUANTIZED, several=True
+        "hira",
+        "HiRA",
+        "multiplies each weight by a low-rank matrix, value by value",
+        storages=_QUANTIZED,
+        several=True,
+        beside=True,
     ),
     _of_peft("hra", "HRA", "multiplies each weight by Householder reflections", "2405.17484", storages=()),
     _of_peft(
@@ -208,6 +225,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         defaults={"feedforward_modules": []},
         evidence="fewest parameters of the early methods; made for few examples",
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "lily",
@@ -216,6 +234,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2407.09946",
         unmergeable="a router chooses its factors by the input",
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "ln_tuning",
@@ -224,6 +243,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2312.11420",
         targets="all-norms",
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "loha",
@@ -232,9 +252,16 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2108.06098",
         evidence="used for image models (3.7 % of imports, with LoKr)",
         storages=("int8",),
+        beside=True,
     ),
     _of_peft(
-        "lokr", "LoKr", "adds a Kronecker product", "2309.14859", evidence="used for image models", storages=("int8",)
+        "lokr",
+        "LoKr",
+        "adds a Kronecker product",
+        "2309.14859",
+        evidence="used for image models",
+        storages=("int8",),
+        beside=True,
     ),
     _of_peft(
         "miss",
@@ -246,6 +273,7 @@ _ROWS: tuple[MethodSpec, ...] = (
             Divisor("mini_r", "out", when={"init_weights": "mini"}),
         ),
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "multitask_prompt_tuning",
@@ -261,6 +289,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "trains the small singular directions of each weight and keeps the large ones",
         "2504.07097",
         storages=(),
+        beside=True,
     ),
     _of_peft(
         "p_tuning",
@@ -305,6 +334,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         divisors=(Divisor("group_size", "out", even=True),),
         storages=_QUANTIZED,
         several=True,
+        beside=True,
     ),
     _of_peft(
         "shadow",
