@@ -11,12 +11,14 @@ from typing import Any
 from torch import nn
 
 from peftlab.adapters.beside import (
+    beside,
     folders_beside,
     keep_bottlenecks,
     load_beside,
     load_tensors_beside,
     refuse_beside,
     save_beside,
+    tensors_of_main,
 )
 from peftlab.adapters.initial import as_plain_lora
 from peftlab.errors import ArtifactError
@@ -36,6 +38,7 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
     model.save_pretrained(
         str(folder),
         safe_serialization=True,
+        **({"state_dict": tensors_of_main(model, model.state_dict())} if beside(model) else {}),
         selected_adapters=["default"],  # a teacher's adapter may be loaded too
         save_embedding_layers=False,  # a trained matrix is in the adapter already, and the base has the others
     )
@@ -101,9 +104,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(_unfit(model, folder, str(error))) from error
-    _check_complete(peft_model, folder, model)
     if bottlenecks is not None:
         keep_bottlenecks(peft_model, stored)
+    _check_complete(peft_model, folder, model)
     load_beside(peft_model, folder, trainable=trainable)
     fused.set_kernels(peft_model, kernels)
     return peft_model
@@ -149,8 +152,7 @@ def state_of(model: Any) -> dict[str, Any]:
 
     if isinstance(model, BottleneckModel):
         return bottleneck_state(model)
-    state: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
+    return tensors_of_main(model, get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def load_tensors(model: Any, stored: dict[str, Any]) -> None:
