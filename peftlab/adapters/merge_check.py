@@ -152,9 +152,10 @@ def _compare(before: Tensor, change: Callable[[Tensor], Tensor], found: Any, dty
     expected, values = change(before), found.detach().cpu()
     if values.shape != expected.shape:
         raise ValueError(f"expected a merged parameter of shape {list(expected.shape)}, found {list(values.shape)}")
-    rows = [_rows(tensor) for tensor in (before, expected, values)]
-    step = max(1, _BLOCK // max(1, rows[0].shape[1]))
-    return _sum(_compare_rows(*(tensor[i : i + step] for tensor in rows), dtype) for i in range(0, len(rows[0]), step))
+    w, wanted, got = _rows(before), _rows(expected), _rows(values)
+    step = max(1, _BLOCK // max(1, w.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, len(w), step)]
+    return _sum(_compare_rows(w[block], wanted[block], got[block], dtype) for block in blocks)
 
 
 def _rows(values: Tensor) -> Tensor:
