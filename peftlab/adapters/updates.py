@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.adapters.beside import method_of_layer
 from peftlab.adapters.inject import base_name
 from peftlab.adapters.layer_rules import ADAPTER, lora_factors, lora_scale, rule_of
 from peftlab.adapters.merge import dequantizer
@@ -74,7 +75,7 @@ def read_updates(model: Any, adapter: str = ADAPTER) -> Iterator[Update]:
 
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
-            yield _read(layer, path, adapter, str(model.peft_config[adapter].peft_type.value))
+            yield _read(layer, path, adapter, method_of_layer(model, layer, adapter).upper())
 
 
 def _read(layer: Any, path: str, adapter: str, method: str) -> Update:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import load_adapter, method_of
-from peftlab.adapters.merge import DequantizedWeights, fold
+from peftlab.adapters import load_adapter
+from peftlab.adapters.merge import DequantizedWeights
 from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.folding import folded, is_tied, untie_if_adapted
 from peftlab.assembly.target import Target, check_same_model, find_target, open_target
 from peftlab.assembly.witness import Witness, read_witness
 from peftlab.data import require
@@ -24,7 +25,6 @@ from peftlab.measuring.memory import release_memory
 from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, write_json
-from peftlab.specs.methods import METHODS
 from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
 
@@ -178,12 +178,9 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path, 
     """Merges into one kind of base weights, writes the result to ``written`` and verifies the reloaded files."""
     assembly = reference.assembly
     plain, adapted = _adapted(target, reference, name)
-    tied = _tied_head(plain)
-    if tied and _is_adapted(plain):
-        _untie(plain)
-        tied = False
+    tied = untie_if_adapted(plain)
     check = MergeCheck(adapted, reference.dequantized if name == "dequantized" else None)
-    merged = _fold(adapted)
+    merged = folded(adapted)
     saved = _save_dtype(assembly.pretrained, dtype)
     _save(merged.to(saved), reference, written, target)
     tokenizer_same = _same_tokenizer(assembly.reader, written)
@@ -195,8 +192,8 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path, 
     return {
         **reference.figures(),
         "dtype": str(saved).removeprefix("torch."),
-        "tied_head": _is_tied(merged),
-        "tied_head_kept": _is_tied(merged) == tied,
+        "tied_head": is_tied(merged),
+        "tied_head_kept": is_tied(merged) == tied,
         "tokenizer_same": tokenizer_same,
         "bytes": sum(p.stat().st_size for p in written.iterdir()),
         "layers": None if layers is None else asdict(layers),
@@ -217,26 +214,6 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
     if name == "dequantized":
         _replace_weights(plain, reference.dequantized)
     return plain, load_adapter(plain, target.adapter)
-
-
-def _fold(adapted: Any) -> Any:
-    """The base model with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
-    config = adapted.peft_config["default"]
-    method = method_of(config)
-    spec = METHODS.get(method)
-    if spec is not None and spec.unmergeable:
-        raise RecipeError(
-            f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
-            key="adapter.method",
-        )
-    try:
-        return fold(adapted)
-    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise RecipeError(
-            f"PEFT cannot merge this {method.upper()} adapter: {reason}; use it as an adapter, without merging",
-            key="adapter.method",
-        ) from error
 
 
 def _replace_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
@@ -274,45 +251,6 @@ def _reload(folder: Path, task: Task, device: str) -> Any:
 
     with quiet():
         return getattr(transformers, task.spec.auto_class).from_pretrained(folder, dtype="auto").to(device).eval()
-
-
-def _ends(model: Any) -> tuple[Any, Any]:
-    """The output head and the input embeddings of a model, adapted or not; None for one that it does not have."""
-    try:
-        return model.get_output_embeddings(), model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None, None
-
-
-def _tied_head(base: Any) -> bool:
-    head, _ = _ends(base)
-    return head is not None and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _is_adapted(base: Any) -> bool:
-    """Whether the adapter changes the head or the embeddings, so that they need separate tensors."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-
-    # Trained rows of a tied pair are the same rows.
-    others = [m for m in _ends(base) if not isinstance(m, TrainableTokensLayer | TrainableTokensWrapper)]
-    return any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in others)
-
-
-def _untie(base: Any) -> None:
-    """Gives the head a separate tensor, so that an update of head or embedding does not change the other."""
-    head, _ = _ends(base)
-    head = getattr(head, "original_module", head)
-    head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    base.config.get_text_config().tie_word_embeddings = False
-    base.config.tie_word_embeddings = False
-
-
-def _is_tied(model: Any) -> bool:
-    head, embedding = _ends(model)
-    return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
 
 
 def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
