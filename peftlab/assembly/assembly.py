@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peftlab.adapters import HeadLoss, Pattern
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
+from peftlab.assembly.mixed import mixed_adapters, mixed_fingerprint
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.assembly.stack import adapter_fingerprint, base_adapter, stacked
@@ -113,6 +115,8 @@ class Assembly:
         """Its other arguments: the settings of the method."""
         a, keys = self.recipe.adapter, self.method.keys
         options = {key: getattr(a, key) for key in keys if key not in ("targets", "modules_to_save")} | a.options
+        if "adapters" in self.method.required:
+            options["adapters"] = {name: str(folder) for name, folder in self.mixed.items()}
         return options | ({"patterns": [Pattern(**p.model_dump()) for p in a.patterns]} if a.patterns else {})
 
     @property
@@ -443,6 +447,8 @@ class Assembly:
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
         adapters = {} if self.start is None else {"start adapter": self.start.fingerprint}
+        if "adapters" in self.method.required:
+            adapters["mixed adapters"] = mixed_fingerprint(self.mixed)
         if (name := self.recipe.model.adapter) is not None:
             adapters["base adapter"] = adapter_fingerprint(base_adapter(name))
         return {"model": self.model_fingerprint, "tokenizer": of_reader, **adapters, **self.data.fingerprints}
@@ -451,6 +457,11 @@ class Assembly:
     def model_fingerprint(self) -> str:
         """Identifies the frozen weights."""
         return self.pretrained.fingerprint
+
+    @property
+    def mixed(self) -> dict[str, Path]:
+        """The folders of the adapters that X-LoRA mixes, by name. Raises: RecipeError, ArtifactError."""
+        return mixed_adapters(self.recipe.adapter.options["adapters"])
 
     @property
     def start(self) -> Start | None:

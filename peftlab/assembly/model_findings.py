@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from peftlab.adapters import check_adapter, is_grouped, planned_modules, reach_notes
+from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
@@ -68,6 +69,8 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
     config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
+    if "adapters" in assembly.method.required:
+        check_mixed(assembly.mixed, assembly)
     if assembly.start is not None:
         assembly.start.check(config, assembly)
         going_on = f"continues the adapter in {assembly.start.folder}"

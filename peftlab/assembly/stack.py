@@ -128,11 +128,11 @@ def _write(assembly: Assembly, first: Assembly | None, base: Pretrained, folder:
         raise RecipeError(
             str(error).replace("use it as an adapter, without merging", "adapter.start continues it"), key=_KEY
         ) from error
-    error = probes.error(model, torch.float32)
-    if error is not None and error.wrong:
+    layers = probes.error(model, torch.float32)
+    if layers is not None and layers.wrong:
         raise VerificationError(
-            f"{error.wrong} of {error.num_modules} layers with the adapter in {folder} folded in differ from the layers with their "
-            f"adapter, most {error.worst}: by {error.worst_relative:.1%} of what the adapter changes",
+            f"{layers.wrong} of {layers.num_modules} layers with the adapter in {folder} folded in differ from the layers with their "
+            f"adapter, most {layers.worst}: by {layers.worst_relative:.1%} of what the adapter changes",
             key=_KEY,
         )
     save_plain(model, files, target)
@@ -152,7 +152,7 @@ def _plain(assembly: Assembly, base: Pretrained, folder: Path) -> tuple[Any, Any
             _PLAIN | {"model.adapter": None, "adapter": {}, "train.loraplus_lr_ratio": 1.0, "lock": None}
         )
         return _float32(same), same.task.files
-    labels = {"num_labels": count} if other.classifies and (count := _num_labels(folder)) else {}
+    labels: dict[str, Any] = {"num_labels": count} if other.classifies and (count := _num_labels(folder)) else {}
     model = load_model(base, auto_class=other.auto_class, device="cpu", dtype="float32", **labels)
     return model, load_tokenizer(base)
 

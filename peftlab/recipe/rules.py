@@ -120,6 +120,14 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
         )
 
 
+def mixtures_run_the_model_twice(recipe: Recipe) -> Problems:
+    if recipe.adapter.method == "xlora" and recipe.train.gradient_checkpointing:
+        yield (
+            ("train.gradient_checkpointing",),
+            "X-LoRA gives its layers the mixture of each forward, which is gone when they are computed again; remove it",
+        )
+
+
 def keys_of_other_optimizers(recipe: Recipe) -> Problems:
     for kind, rows in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         chosen = rows[getattr(recipe.train, kind)]
@@ -271,6 +279,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     options_of_the_method,
     loraplus_needs_b_matrices,
     prompts_stand_before_each_row,
+    mixtures_run_the_model_twice,
     keys_of_other_optimizers,
     label_names_name_a_column,
     balance_knows_the_classes,
