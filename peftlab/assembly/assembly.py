@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-from peftlab.adapters import HeadLoss, Pattern
+from peftlab.adapters import HeadLoss
+from peftlab.assembly.adapter_settings import AdapterSettings
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
-from peftlab.assembly.mixed import mixed_adapters, mixed_fingerprint
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
-from peftlab.assembly.stack import adapter_fingerprint, base_adapter, stacked
-from peftlab.assembly.start import Start
+from peftlab.assembly.stack import stacked
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
@@ -99,25 +97,10 @@ class Assembly:
         return self.recipe.method
 
     @property
-    def adapter_places(self) -> dict[str, Any]:
-        """The arguments of ``adapters.inject`` that say which modules are adapted and which are trained in full."""
-        a = self.recipe.adapter
-        return {
-            "peft_type": self.spec.peft_type,
-            "targets": a.targets,
-            "modules_to_save": a.modules_to_save,
-            "layers": a.layers,
-            "freeze": a.freeze,
-        }
-
-    @property
-    def adapter_options(self) -> dict[str, Any]:
-        """Its other arguments: the settings of the method."""
-        a, keys = self.recipe.adapter, self.method.keys
-        options = {key: getattr(a, key) for key in keys if key not in ("targets", "modules_to_save")} | a.options
-        if "adapters" in self.method.required:
-            options["adapters"] = {name: str(folder) for name, folder in self.mixed.items()}
-        return options | ({"patterns": [Pattern(**p.model_dump()) for p in a.patterns]} if a.patterns else {})
+    def adapter(self) -> AdapterSettings:
+        """How the adapter is injected, and the saved adapters that the recipe names."""
+        named = [self.recipe.adapter.model_dump(), self.recipe.model.adapter, self.spec.peft_type]
+        return self._once("adapter", named, lambda: AdapterSettings(self.recipe))
 
     @property
     def distill(self) -> DistillSection:
@@ -446,28 +429,13 @@ class Assembly:
         """Hashes of model, tokenizer and data. The weights are hashed once, as long as their files do not change."""
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
-        adapters = {} if self.start is None else {"start adapter": self.start.fingerprint}
-        if "adapters" in self.method.required:
-            adapters["mixed adapters"] = mixed_fingerprint(self.mixed)
-        if (name := self.recipe.model.adapter) is not None:
-            adapters["base adapter"] = adapter_fingerprint(base_adapter(name))
+        adapters = self.adapter.fingerprints
         return {"model": self.model_fingerprint, "tokenizer": of_reader, **adapters, **self.data.fingerprints}
 
     @property
     def model_fingerprint(self) -> str:
         """Identifies the frozen weights."""
         return self.pretrained.fingerprint
-
-    @property
-    def mixed(self) -> dict[str, Path]:
-        """The folders of the adapters that X-LoRA mixes, by name. Raises: RecipeError, ArtifactError."""
-        return mixed_adapters(self.recipe.adapter.options["adapters"])
-
-    @property
-    def start(self) -> Start | None:
-        """The adapter that this one continues. Raises: RecipeError if there is none in adapter.start."""
-        name = self.recipe.adapter.start
-        return None if name is None else self._once("start adapter", name, lambda: Start.find(name))
 
     def model(self, **changes: Any) -> Any:
         """Loads the frozen backbone, every time; ``changes`` override loading options, such as ``quantize="none"``."""

@@ -68,16 +68,15 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
-    config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
-    if "adapters" in assembly.method.required:
-        check_mixed(assembly.mixed, assembly)
-    if assembly.start is not None:
-        assembly.start.check(config, assembly)
-        going_on = f"continues the adapter in {assembly.start.folder}"
-        yield Finding("start", f"{going_on}. {assembly.start.as_plain}".rstrip(". "), "adapter.start")
+    config = check_adapter(skeleton, method, **assembly.adapter.places, **assembly.adapter.options)
+    check_mixed(assembly.adapter.mixed, assembly)
+    if (start := assembly.adapter.start) is not None:
+        start.check(config, assembly)
+        going_on = f"continues the adapter in {start.folder}"
+        yield Finding("start", f"{going_on}. {start.as_plain}".rstrip(". "), "adapter.start")
     if not assembly.method.has_targets:
         return
-    planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
+    planned = planned_modules(skeleton, method=method, **assembly.adapter.places)
     if grouped := [name for name in planned if is_grouped(skeleton.get_submodule(name))]:
         found = f"{len(grouped)} of the {len(planned)} adapted layers are grouped convolutions ({grouped[0]})"
         if assembly.recipe.run.merge != "none":

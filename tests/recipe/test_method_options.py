@@ -272,6 +272,6 @@ def test_options_reach_pefts_configuration(
 ) -> None:
     assembly = Assembly(load(adapter))
     made = check_adapter(
-        tiny("tiny:llama", adapter=False), assembly.method.name, **assembly.adapter_places, **assembly.adapter_options
+        tiny("tiny:llama", adapter=False), assembly.method.name, **assembly.adapter.places, **assembly.adapter.options
     )
     assert {name: getattr(made, name) for name in config} == config
