@@ -10,6 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from peftlab.adapters.beside import (
+    folders_beside,
+    keep_bottlenecks,
+    load_beside,
+    load_tensors_beside,
+    refuse_beside,
+    save_beside,
+)
 from peftlab.adapters.initial import as_plain_lora
 from peftlab.adapters.mixture import after_mixing, before_mixing, is_mixture, mixture_state, save_mixed, saved_places
 from peftlab.errors import ArtifactError
@@ -40,6 +48,8 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
         _write_tensors(mixture_state(model), folder / ADAPTER_FILES[1])
         changes = {} if to_go_on else save_mixed(model, folder)
     sort_config(folder / "adapter_config.json", changes)
+    for path in save_beside(model, folder):
+        sort_config(path)
 
 
 def sort_config(path: Path, changes: Mapping[str, Any] | None = None) -> None:
@@ -91,6 +101,11 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     if is_mixture(config):
         config.adapters = saved_places(folder) or config.adapters
         before_mixing(model)
+    bottlenecks = next((path for path in folders_beside(folder) if _is_bottleneck(path)), None)
+    if bottlenecks is not None:  # found in the model's own blocks, which the main adapter would change
+        from peftlab.adapters.bottleneck import load_bottlenecks
+
+        stored = load_bottlenecks(model, bottlenecks, trainable=trainable).peft_config["default"]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -103,6 +118,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     if is_mixture(config):
         after_mixing(peft_model, [Path(place).name for place in config.adapters.values()])
     _check_complete(peft_model, folder, model)
+    if bottlenecks is not None:
+        keep_bottlenecks(peft_model, stored)
+    load_beside(peft_model, folder, trainable=trainable)
     fused.set_kernels(peft_model, kernels)
     return peft_model
 
@@ -113,6 +131,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
     Raises: ArtifactError if files are missing, damaged, or made for another model.
     """
     check_adapter_files(folder)
+    refuse_beside(folder, "they cannot be loaded next to another adapter")
     active = model.active_adapter
     try:
         model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
@@ -134,6 +153,8 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     if stored.keys() != state_of(model).keys():
         raise RuntimeError("other tensors")
     load_tensors(model, stored)
+    for path in folders_beside(folder):
+        load_tensors_beside(model, path.name, load_file(str(path / "adapter_model.safetensors")))
 
 
 def state_of(model: Any) -> dict[str, Any]:
@@ -163,7 +184,7 @@ def load_tensors(model: Any, stored: dict[str, Any]) -> None:
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Raises ArtifactError unless ``folder`` contains a readable adapter in safetensors format."""
+    """Raises ArtifactError unless ``folder`` contains a readable adapter in safetensors format, and so do those beside it."""
     from safetensors import SafetensorError, safe_open
 
     for name in ADAPTER_FILES:
@@ -186,6 +207,8 @@ def check_adapter_files(folder: Path) -> None:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
     if not names:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} contains no tensors")
+    for path in folders_beside(folder):
+        check_adapter_files(path)
 
 
 def brought_parameters(folder: Path) -> set[str]:

@@ -16,7 +16,8 @@ from peftlab.adapters.full import WEIGHTS_FILE, load_values
 from peftlab.adapters.initial import changes_weights
 from peftlab.adapters.state import method_of
 from peftlab.errors import ArtifactError, RecipeError
-from peftlab.specs.methods import METHODS, MethodSpec
+from peftlab.specs.method_spec import MethodSpec
+from peftlab.specs.methods import METHODS
 
 # Fields of a configuration that say where an adapter is, which its tensors show, or that act in training only.
 _FREE = frozenset(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlab.adapters.adapter_files import ADAPTER_FILES, check_adapter_files, load_adapter_weights, save_adapter
+from peftlab.adapters.beside import beside
 from peftlab.adapters.inject import AdapterReport
 from peftlab.adapters.schedule import load_schedule_state, schedule_state
 from peftlab.adapters.state import method_of, saved_buffers
@@ -165,7 +166,7 @@ def _is_own(name: str, layers: tuple[str, ...]) -> bool:
 
 def _is_whole(model: Any) -> bool:
     """Whether PEFT's files contain all that training changes."""
-    return method_of(model.peft_config["default"]) == "lora"
+    return method_of(model.peft_config["default"]) == "lora" and not beside(model)
 
 
 def _is_adapted(model: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftlab.adapters.beside import FOLDER
 from peftlab.adapters.initial import changes_weights
 from peftlab.errors import RecipeError
 
@@ -46,8 +47,8 @@ def numbered(model: Any, folders: Mapping[str, str]) -> dict[str, str]:
         raise RecipeError(f"expected 2 to {_MOST} adapters to mix, found {len(folders)}", key=_KEY)
     problems = []
     for name, folder in folders.items():
-        if not re.fullmatch(r"\w[\w-]*", name):
-            problems.append(f"{name!r} is no name for a folder: expected letters, digits, _ and -")
+        if not re.fullmatch(r"\w[\w-]*", name) or name == FOLDER:
+            problems.append(f"{name!r} is no name for a folder of its own: expected letters, digits, _ and -")
         elif problem := _problem(model, Path(folder)):
             problems.append(f"{name}: {problem}")
     if problems:

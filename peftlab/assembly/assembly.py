@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from peftlab.adapters import HeadLoss
-from peftlab.assembly.adapter_settings import AdapterSettings
+from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.assembly.stack import stacked
+from peftlab.assembly.start import Start
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
@@ -41,7 +42,7 @@ from peftlab.models import (
 )
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
-from peftlab.specs.methods import MethodSpec
+from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.metrics import class_slugs, family_of
 from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
@@ -97,10 +98,14 @@ class Assembly:
         return self.recipe.method
 
     @property
-    def adapter(self) -> AdapterSettings:
-        """How the adapter is injected, and the saved adapters that the recipe names."""
-        named = [self.recipe.adapter.model_dump(), self.recipe.model.adapter, self.spec.peft_type]
-        return self._once("adapter", named, lambda: AdapterSettings(self.recipe))
+    def adapter_places(self) -> dict[str, Any]:
+        """The arguments of ``adapters.inject`` that say which modules are adapted and which are trained in full."""
+        return adapter_places(self.recipe)
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """Its other arguments: the settings of the method."""
+        return adapter_options(self.recipe)
 
     @property
     def distill(self) -> DistillSection:
@@ -429,13 +434,19 @@ class Assembly:
         """Hashes of model, tokenizer and data. The weights are hashed once, as long as their files do not change."""
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
-        adapters = self.adapter.fingerprints
+        adapters = adapter_fingerprints(self.recipe, self.start)
         return {"model": self.model_fingerprint, "tokenizer": of_reader, **adapters, **self.data.fingerprints}
 
     @property
     def model_fingerprint(self) -> str:
         """Identifies the frozen weights."""
         return self.pretrained.fingerprint
+
+    @property
+    def start(self) -> Start | None:
+        """The adapter that this one continues. Raises: RecipeError if there is none in adapter.start, ArtifactError."""
+        name = self.recipe.adapter.start
+        return None if name is None else self._once("start adapter", name, lambda: Start.find(name))
 
     def model(self, **changes: Any) -> Any:
         """Loads the frozen backbone, every time; ``changes`` override loading options, such as ``quantize="none"``."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import method_of
+from peftlab.adapters import beside, method_of
 from peftlab.adapters.merge import fold
 from peftlab.errors import RecipeError
 from peftlab.specs.methods import METHODS
@@ -14,14 +14,13 @@ from peftlab.specs.methods import METHODS
 
 def folded(adapted: Any) -> Any:
     """The base model of a ``PeftModel`` with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
-    config = adapted.peft_config["default"]
-    method = method_of(config)
-    spec = METHODS.get(method)
-    if spec is not None and spec.unmergeable:
-        raise RecipeError(
-            f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
-            key="adapter.method",
-        )
+    method = method_of(adapted.peft_config["default"])
+    for spec in filter(None, map(METHODS.get, (method, *beside(adapted)))):
+        if spec.unmergeable:
+            raise RecipeError(
+                f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
+                key="adapter.method",
+            )
     try:
         return fold(adapted)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from peftlab.adapters import load_adapter
-from peftlab.adapters.merge import DequantizedWeights, Probes
+from peftlab.adapters.merge import DequantizedWeights
+from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.folding import folded, is_tied, untie_if_adapted
 from peftlab.assembly.target import Target, check_same_model, find_target, open_target
@@ -31,8 +32,6 @@ TARGETS = ("original", "dequantized")
 # Maximum mean KL (nats) and minimum top-1 agreement per base. A merge into the weights used in training only rounds; a
 # merge into the original weights also removes the quantization error.
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
-# Rounding error of a merge, relative to the update, from which on a line says so.
-_MOST_LOST = 0.5
 _PROBES = [
     "The quick brown fox.",
     "  spaces\tand\nlines",
@@ -180,7 +179,7 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path, 
     assembly = reference.assembly
     plain, adapted = _adapted(target, reference, name)
     tied = untie_if_adapted(plain)
-    probes = Probes(adapted)
+    check = MergeCheck(adapted, reference.dequantized if name == "dequantized" else None)
     merged = folded(adapted)
     saved = _save_dtype(assembly.pretrained, dtype)
     _save(merged.to(saved), reference, written, target)
@@ -188,7 +187,8 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path, 
     del merged, plain, adapted
     release_memory()
     merged = _reload(written, assembly.task, assembly.device)
-    layers = probes.error(merged, saved)
+    layers = check.error(merged, saved)
+    del check  # it has the base weights
     return {
         **reference.figures(),
         "dtype": str(saved).removeprefix("torch."),
@@ -267,15 +267,19 @@ def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
 
 
 def _lost(figures: dict[str, Any]) -> str | None:
-    """A line if rounding took most of what the adapter changes: an update below the resolution of 16 bits is gone."""
+    """A line if rounding takes most of what the adapter changes in a layer: an update below the resolution of 16 bits is gone."""
     layers = figures["layers"]
-    if not layers or layers["relative"] < _MOST_LOST:
+    if not layers or not layers["num_lost"]:
         return None
     wider = "" if figures["dtype"] == "float32" else "; a merge in float32 keeps it: --dtype float32"
     return (
-        f"merge: rounding to {figures['dtype']} changes the layers by {layers['relative']:.0%} of what the adapter changes, most in "
-        f"{layers['worst']}{wider}"
+        f"merge: rounding to {figures['dtype']} changes {layers['num_lost']} of {_compared(layers)} layers by more than half of "
+        f"what the adapter changes, most {layers['most_lost']}: by {layers['most_lost_relative']:.0%}{wider}"
     )
+
+
+def _compared(layers: dict[str, Any]) -> int:
+    return int(layers["by_formula"] + layers["by_probes"])
 
 
 def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[str, float]) -> Iterable[str]:
@@ -285,7 +289,7 @@ def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[
     layers = figures["layers"]
     if layers and layers["wrong"]:
         failures.append(
-            f"{layers['wrong']} of {layers['num_modules']} merged layers differ from the layers with their adapters, most "
+            f"{layers['wrong']} of {_compared(layers)} merged layers differ from the layers with their adapters, most "
             f"{layers['worst']}: by {layers['worst_relative']:.1%} of what the adapter changes"
         )
     if not figures["tied_head_kept"]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftlab.adapters import check_adapter_files
+from peftlab.adapters import check_adapter_files, refuse_beside
 from peftlab.assembly.stack import adapter_fingerprint
 from peftlab.errors import ArtifactError, PeftlabError, RecipeError
 from peftlab.recipe import adapter_folder, lock_of
@@ -25,6 +25,7 @@ def mixed_adapters(named: Mapping[str, str]) -> dict[str, Path]:
         try:
             folders[name] = adapter_folder(place)
             check_adapter_files(folders[name])
+            refuse_beside(folders[name], "X-LoRA mixes adapters of one method")
         except (FileNotFoundError, PeftlabError) as error:
             problems.append(f"{name}: {error}")
     if problems:

@@ -197,9 +197,9 @@ def trainable(
         return model, [], train_all(model, freeze=a.freeze)
     # A vector is the mean of token vectors, or one of them: no new pooler has a part in it.
     new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)
-    where: dict[str, Any] = {"new": new, **assembly.adapter.places}
+    where: dict[str, Any] = {"new": new, **assembly.adapter_places}
     planned = planned_modules(model, method=method.name, **where)
-    options = assembly.adapter.options
+    options = assembly.adapter_options
     if assembly.recipe.adapter.tokens:
         options |= {"trainable_token_indices": _trained_rows(assembly, model, options)}
     model = inject(
@@ -211,9 +211,11 @@ def trainable(
         **where,
         **options,
     )
-    if assembly.adapter.start is not None:
-        assembly.adapter.start.load(model)
-    planned = [*planned, *token_modules(model)] if method.has_targets else adapted_modules(model)
+    if assembly.start is not None:
+        assembly.start.load(model)
+    if a.beside or not method.has_targets:
+        planned = adapted_modules(model)
+    planned += token_modules(model)
     return model, list(dict.fromkeys(planned)), report(model)
 
 

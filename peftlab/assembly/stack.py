@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftlab.adapters import ADAPTER_FILES, check_adapter_files, load_adapter
-from peftlab.adapters.merge import Probes
+from peftlab.adapters import ADAPTER_FILES, check_adapter_files, folders_beside, load_adapter
+from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.folding import folded, untie_if_adapted
 from peftlab.errors import ArtifactError, RecipeError, VerificationError
 from peftlab.models import Pretrained, load_config, load_model, load_tokenizer, save_plain, stacked_on
@@ -62,7 +62,7 @@ def base_adapter(name: str) -> Path:
 
 def adapter_fingerprint(folder: Path) -> str:
     """sha256 of an adapter's files."""
-    return sha256_of_files([folder / name for name in ADAPTER_FILES])
+    return sha256_of_files([part / name for part in (folder, *folders_beside(folder)) for name in ADAPTER_FILES])
 
 
 def stacked_fingerprint(base: str, folder: Path) -> str:
@@ -121,18 +121,18 @@ def _write(assembly: Assembly, first: Assembly | None, base: Pretrained, folder:
     plain, files = _plain(assembly, base, folder) if first is None else (_float32(first), first.task.files)
     adapted = load_adapter(plain, folder)
     untie_if_adapted(plain)
-    probes = Probes(adapted)
+    check = MergeCheck(adapted)
     try:
         model = folded(adapted)
     except RecipeError as error:
         raise RecipeError(
             str(error).replace("use it as an adapter, without merging", "adapter.start continues it"), key=_KEY
         ) from error
-    layers = probes.error(model, torch.float32)
+    layers = check.error(model, torch.float32)
     if layers is not None and layers.wrong:
         raise VerificationError(
-            f"{layers.wrong} of {layers.num_modules} layers with the adapter in {folder} folded in differ from the layers with their "
-            f"adapter, most {layers.worst}: by {layers.worst_relative:.1%} of what the adapter changes",
+            f"{layers.wrong} layers with the adapter in {folder} folded in differ from the layers with their adapter, most "
+            f"{layers.worst}: by {layers.worst_relative:.1%} of what the adapter changes",
             key=_KEY,
         )
     save_plain(model, files, target)

@@ -13,6 +13,7 @@ from peftlab.adapters import (
     check_adapter_files,
     check_same_adapter,
     continue_from,
+    refuse_beside,
 )
 from peftlab.errors import ArtifactError, RecipeError
 from peftlab.paths import sha256_of_files
@@ -39,6 +40,7 @@ class Start:
         except FileNotFoundError as error:
             raise RecipeError(str(error), key=_KEY) from None
         check_adapter_files(folder)
+        refuse_beside(folder, "adapter.start continues an adapter of one method")
         return cls(folder, lock_of(folder))
 
     @property

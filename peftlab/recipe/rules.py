@@ -97,6 +97,37 @@ def options_of_the_method(recipe: Recipe) -> Problems:
         yield ("adapter.bias",), f"expected one of {', '.join(allowed)}, found {recipe.adapter.bias!r}"
 
 
+def methods_beside(recipe: Recipe) -> Problems:
+    """Whether each adapter beside the main one has the keys and options of its method, and the main one can have others."""
+    adapter = recipe.adapter
+    if not adapter.beside:
+        return
+    main = METHODS[adapter.method]
+    if not main.adapts or main.own_options:
+        yield ("adapter.beside",), f"has no effect for adapter.method: {main.name}; make a method of PEFT the main one"
+        return
+    for key in ("start", "tokens"):
+        if getattr(adapter, key):
+            yield (f"adapter.{key}",), "is not for an adapter with others beside it; remove one of the two"
+    for index, other in enumerate(adapter.beside):
+        at, spec = f"adapter.beside.{index}", METHODS[other.method]
+        if not spec.beside:
+            fits = ", ".join(name for name, each in METHODS.items() if each.beside)
+            yield (f"{at}.method",), f"{spec.name} cannot be trained beside another method; expected one of {fits}"
+            continue
+        if spec.has_targets and other.targets is None:
+            yield (f"{at}.targets",), "missing: it says which modules this adapter changes"
+        for key in ("targets", "rank", "alpha", "dropout", "rslora", "dora"):
+            default = type(other).model_fields[key].default
+            if getattr(other, key) != default and key not in spec.keys:
+                yield (f"{at}.{key}",), f"has no effect for {spec.name}; remove it"
+        for name, message in option_problems(spec.name, other.options):
+            yield (f"{at}.{name}",), message
+        for name in spec.required:
+            if name not in other.options:
+                yield (f"{at}.method",), f"{spec.name} needs {name}"
+
+
 def loraplus_needs_b_matrices(recipe: Recipe) -> Problems:
     if "dora" not in METHODS[recipe.adapter.method].keys:
         yield from _no_effect(recipe, ["train.loraplus_lr_ratio"], "without the matrices A and B of LoRA")
@@ -121,10 +152,17 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
 
 
 def mixtures_run_the_model_twice(recipe: Recipe) -> Problems:
-    if recipe.adapter.method == "xlora" and recipe.train.gradient_checkpointing:
+    if recipe.adapter.method != "xlora":
+        return
+    if recipe.train.gradient_checkpointing:
         yield (
             ("train.gradient_checkpointing",),
             "X-LoRA gives its layers the mixture of each forward, which is gone when they are computed again; remove it",
+        )
+    if recipe.adapter.beside:
+        yield (
+            ("adapter.beside",),
+            "X-LoRA trains its classifier and no layer; remove it, or mix adapters that are trained before",
         )
 
 
@@ -277,6 +315,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     keys_of_other_tasks,
     keys_of_other_methods,
     options_of_the_method,
+    methods_beside,
     loraplus_needs_b_matrices,
     prompts_stand_before_each_row,
     mixtures_run_the_model_twice,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.recipe.yaml_lines import parse_yaml
-from peftlab.specs.methods import METHODS, MethodSpec
+from peftlab.specs.method_spec import MethodSpec
+from peftlab.specs.methods import METHODS
 
 _CONFIG, _LOCK = "adapter_config.json", "recipe.lock.yaml"
 # PEFT's task type of a classifier adds these to its modules_to_save itself, and names them in the file.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import check_adapter_files, load_adapter, made_for
+from peftlab.adapters import check_adapter_files, load_adapter, made_for, method_of
 from peftlab.adapters.lora_files import lora_tensors, other_tensors, write_lora
 from peftlab.adapters.spectrum import decompose
 from peftlab.adapters.updates import read_updates
@@ -18,7 +18,7 @@ from peftlab.assembly.target import Opened, Target
 from peftlab.assembly.witness import Witness
 from peftlab.errors import ArtifactError, RecipeError, listed
 from peftlab.measuring.memory import release_memory
-from peftlab.reworking.publishing import APPROXIMATE, EXACT, check_tolerance, partial_folder, publish, reopen
+from peftlab.reworking.publishing import APPROXIMATE, EXACT, Comparison, check_tolerance, write_verified
 from peftlab.reworking.source import Source, check_new, metrics_of, refuse_unplain, runs_of
 from peftlab.training.progress import Progress
 
@@ -137,19 +137,15 @@ def combine_runs(
     }
     del model, summed, updates, parts
     release_memory()
-    with partial_folder(folder) as written:
-        write_lora(written, tensors, ranks, config=config, others=others)
-        result = reopen(written, targets[0], assembly, held_out, reference, progress)
-        report["metrics"] = {"after": result.metrics}
-        return publish(
-            written,
-            folder,
-            result,
-            held_out,
-            report,
-            tolerance=tolerance if tolerance is not None else EXACT if exact else APPROXIMATE,
-            remedy="" if exact else "Use a larger --rank, or --method linear, which loses nothing",
-        )
+    return write_verified(
+        folder,
+        lambda written: write_lora(written, tensors, ranks, config=config, others=others),
+        Comparison(targets[0], assembly, held_out, reference),
+        report,
+        tolerance=tolerance if tolerance is not None else EXACT if exact else APPROXIMATE,
+        remedy="" if exact else "Use a larger --rank, or --method linear, which loses nothing",
+        progress=progress,
+    )
 
 
 def _check_same_base(targets: Sequence[Target], progress: Progress) -> list[Target]:
@@ -181,9 +177,9 @@ def _check_plain_lora(folder: Path) -> None:
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
-    method = str(getattr(config.peft_type, "value", config.peft_type))
-    if method != "LORA" or getattr(config, "use_dora", False):
-        what = "DoRA" if method == "LORA" else method
+    method = method_of(config)
+    if method != "lora" or getattr(config, "use_dora", False):
+        what = "DoRA" if method == "lora" else method.upper()
         raise RecipeError(
             f"{folder} is an adapter of {what}, and only LoRA can be combined; first: peftlab adapters convert"
         )

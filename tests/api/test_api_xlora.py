@@ -153,7 +153,7 @@ def test_mixture_goes_on_and_a_changed_adapter_is_noticed(here: Path) -> None:
         ({"a": "legal"}, "`adapter.adapters`: expected 2 to 10 adapters to mix, found 1"),
         (
             {"a/b": "legal", "c": "dora"},
-            r"'a/b' is no name for a folder: .*; c: dora is an adapter of DoRA, and X-LoRA mixes",
+            r"'a/b' is no name for a folder of its own: .*; c: dora is an adapter of DoRA, and X-LoRA mixes",
         ),
         (
             {"a": "legal", "b": "head"},
@@ -188,6 +188,10 @@ def test_other_bases_families_and_settings_are_refused(trained: Any, here: Path)
         ({"train": {"max_steps": 1, "gradient_checkpointing": True}}, "the mixture of each forward, which is gone"),
         ({"model": {"name": "tiny:llama", "quantize": "nf4"}}, "X-LoRA does not work on nf4 weights"),
         ({"adapter": {"method": "xlora"}}, "xlora needs adapter.adapters"),
+        (
+            {"adapter": mixture(beside=[{"method": "oft", "targets": ["o_proj"]}])["adapter"]},
+            "X-LoRA trains its classifier",
+        ),
     ):
         with pytest.raises(RecipeError, match=message):
             peftlab.train(mixture() | changes, **QUIET)

@@ -58,7 +58,7 @@ def test_rank_and_alpha_are_the_methods_own(method: str, rank: int | None, alpha
         ("vera", {"d_initial": 1, "save_projection": False}),
         ("fourierft", {"random_loc_seed": None}),
         ("lora", {"layer_replication": [[0, 2], [1, 2]], "init_lora_weights": "pissa_niter_4"}),
-        ("lora", {"init_lora_weights": False, "loftq_config": {"loftq_bits": 4}}),
+        ("lora", {"init_lora_weights": "eva", "eva_config": {"rho": 3}}),
         ("lora", {"trainable_token_indices": {"embed_tokens": [3]}, "rank_pattern": {"q_proj": 2}}),
         ("ia3", {"feedforward_modules": ["down_proj"]}),
         ("hira", {"init_weights": None}),
@@ -90,6 +90,9 @@ def test_rank_of_the_recipe_is_kept_even_if_it_is_loras_default() -> None:
         ({"method": "vera", "d_inital": 1}, "adapter.d_inital: unknown key; did you mean `d_initial`?"),
         ({"method": "vera", "n_frequency": 1}, "adapter.n_frequency: is an option of fourierft, waveft, not of vera"),
         ({"r": 4}, "adapter.r: unknown key; did you mean `rank`?"),
+        ({"use_qalora": True}, "adapter.use_qalora: cannot be set: PEFT uses it on GPTQ weights only"),
+        ({"method": "adalora", "lora_bias": True}, "adapter.lora_bias: cannot be set: AdaLoRA takes it from LoRA's options"),
+        ({"eva_config": {"rho": 3}}, "adapter.eva_config: has no effect without adapter.init_lora_weights: eva; set that"),
         ({"lora_r": 4}, "adapter.lora_r: unknown key; did you mean `rank`?"),
         ({"method": "vera", "vera_dropout": 0.1}, "adapter.vera_dropout: unknown key; did you mean `dropout`?"),
         ({"layers_to_transform": [1]}, "adapter.layers_to_transform: unknown key; did you mean `layers`?"),
@@ -117,7 +120,7 @@ def test_rank_of_the_recipe_is_kept_even_if_it_is_loras_default() -> None:
         ({"method": "prefix_tuning", "lora_r": 4}, "adapter.lora_r: unknown key; prefix_tuning has no rank; remove it"),
         ({"method": "vera", "lora_alpha": 4}, "adapter.lora_alpha: unknown key; vera has no alpha; remove it"),
         ({"method": "none", "layers_to_transform": [0]}, "adapter.layers_to_transform: unknown key; none has no layers;"),
-        ({"method": "vera", "lora_bias": True}, "adapter.lora_bias: is an option of lora, adalora, not of vera"),
+        ({"method": "vera", "lora_bias": True}, "adapter.lora_bias: is an option of lora, not of vera"),
         ({"patterns": [{"targets": ["q_proj"], "r": 2, "lr": 1}]}, "adapter.patterns.0.r: unknown key; did you mean `rank`?"),
         ({"patterns": [{"rank": 2}]}, "adapter.patterns.0.targets: missing"),
         ({"patterns": [{"targets": [], "rank": 2}]}, "adapter.patterns.0.targets: an empty list adapts nothing"),
@@ -272,6 +275,6 @@ def test_options_reach_pefts_configuration(
 ) -> None:
     assembly = Assembly(load(adapter))
     made = check_adapter(
-        tiny("tiny:llama", adapter=False), assembly.method.name, **assembly.adapter.places, **assembly.adapter.options
+        tiny("tiny:llama", adapter=False), assembly.method.name, **assembly.adapter_places, **assembly.adapter_options
     )
     assert {name: getattr(made, name) for name in config} == config
