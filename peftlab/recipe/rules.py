@@ -103,8 +103,8 @@ def methods_beside(recipe: Recipe) -> Problems:
     if not adapter.beside:
         return
     main = METHODS[adapter.method]
-    if not main.adapts or main.own_options:
-        yield ("adapter.beside",), f"has no effect for adapter.method: {main.name}; make a method of PEFT the main one"
+    if not main.adapts or main.own_options or main.name == "xlora":
+        yield ("adapter.beside",), f"is not for adapter.method: {main.name}; make another method of PEFT the main one"
         return
     for key in ("start", "tokens"):
         if getattr(adapter, key):
@@ -148,6 +148,21 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
         yield (
             ("train.gradient_checkpointing",),
             f"{spec.name} gives the layers keys and values, which transformers drops when it recomputes them; remove it",
+        )
+
+
+def mixtures_run_the_model_twice(recipe: Recipe) -> Problems:
+    if recipe.adapter.method != "xlora":
+        return
+    if recipe.train.gradient_checkpointing:
+        yield (
+            ("train.gradient_checkpointing",),
+            "X-LoRA gives its layers the mixture of each forward, which is gone when they are computed again; remove it",
+        )
+    if recipe.adapter.beside:
+        yield (
+            ("adapter.beside",),
+            "X-LoRA trains its classifier and no layer; remove it, or mix adapters that are trained before",
         )
 
 
@@ -303,6 +318,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     methods_beside,
     loraplus_needs_b_matrices,
     prompts_stand_before_each_row,
+    mixtures_run_the_model_twice,
     keys_of_other_optimizers,
     label_names_name_a_column,
     balance_knows_the_classes,

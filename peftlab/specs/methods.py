@@ -363,8 +363,10 @@ _ROWS: tuple[MethodSpec, ...] = (
         "X-LoRA",
         "mixes given LoRA adapters by token",
         "2402.07148",
-        refused="PEFT keeps its classifier in a file of its own, which the runs here do not have",
+        fixed={"use_trainable_adapters": False},
+        required=("adapters",),
         unmergeable="it mixes its adapters by the input",
+        storages=(),
     ),
 )
 

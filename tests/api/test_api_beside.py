@@ -203,7 +203,7 @@ def test_classifier_keeps_its_head_in_the_main_file(here: Path) -> None:
             "1.targets",
         ),
         ({"beside": [{"method": "bottleneck", "style": "parallel"}]}, "has both the main adapter and one of bottleneck", "0.targets"),
-        ({"method": "none", "beside": [{"method": "ia3", "targets": ["q_proj"]}]}, "has no effect for adapter.method: none", "beside"),
+        ({"method": "none", "beside": [{"method": "ia3", "targets": ["q_proj"]}]}, "is not for adapter.method: none", "beside"),
         ({"tokens": ["<a>"], "beside": [{"method": "ia3", "targets": ["q_proj"]}]}, "is not for an adapter with others beside", "tokens"),
         (
             {"method": "oft", "beside": [{"method": "lora", "targets": ["q_proj"], "init_lora_weights": "pissa"}]},

@@ -23,6 +23,7 @@ QUICK = {
     ("p_tuning", "causal_lm", "none"),
     ("trainable_tokens", "causal_lm", "none"),
     ("deft", "causal_lm", "int8"),
+    ("xlora", "causal_lm", "none"),
 }
 ROWS = [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow, id="-".join(row)) for row in rows()]
 
