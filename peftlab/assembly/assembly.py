@@ -43,6 +43,7 @@ from peftlab.models import (
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.method_spec import MethodSpec
+from peftlab.specs.methods import METHODS
 from peftlab.specs.metrics import class_slugs, family_of
 from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
@@ -180,8 +181,9 @@ class Assembly:
         if stored == "none":
             return wanted
         check_stored(self.pretrained, stored, wanted)
-        if not self.method.trains_on(stored):
-            what = f"{self.method.label} does not work on them" if self.method.adapts else "they cannot be trained"
+        methods = [self.method, *(METHODS[other.method] for other in self.recipe.adapter.beside)]
+        if (method := next((m for m in methods if not m.trains_on(stored)), None)) is not None:
+            what = f"{method.label} does not work on them" if method.adapts else "they cannot be trained"
             raise RecipeError(
                 f"the weights of {self.recipe.model.name} are stored in {stored}, and {what}; use adapter.method=lora, or name "
                 "the model that it was made from",

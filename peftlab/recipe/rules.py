@@ -103,7 +103,7 @@ def methods_beside(recipe: Recipe) -> Problems:
     if not adapter.beside:
         return
     main = METHODS[adapter.method]
-    if not main.adapts or main.own_options or main.name == "xlora":
+    if not main.adapts or main.own_options:
         yield ("adapter.beside",), f"is not for adapter.method: {main.name}; make another method of PEFT the main one"
         return
     for key in ("start", "tokens"):
@@ -206,6 +206,10 @@ def merge_has_something_to_merge(recipe: Recipe) -> Problems:
 
 def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:
     method = METHODS[recipe.adapter.method]
+    for index, other in enumerate(recipe.adapter.beside):
+        if not (spec := METHODS[other.method]).trains_on(recipe.model.quantize):
+            text = f"{spec.label} does not work on {recipe.model.quantize} weights; set model.quantize to none, or remove it"
+            yield (f"adapter.beside.{index}.method",), text
     if method.trains_on(recipe.model.quantize):
         return
     if not method.adapts:

@@ -171,6 +171,12 @@ def test_learning_rates_of_their_own(here: Path) -> None:
     assert oft and all(".layers.0." in name for name in oft), "layers limits it"
 
 
+def test_method_that_needs_dense_weights_is_refused_on_others(here: Path) -> None:
+    adapter = {"rank": 4, "beside": [{"method": "hra", "targets": ["q_proj"]}]}
+    with pytest.raises(RecipeError, match=r"adapter.beside.0.method: HRA does not work on nf4 weights"):
+        train(recipe(model={"quantize": "nf4"}) | {"adapter": adapter})
+
+
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_quantized_base(storage: str, here: Path) -> None:
     run = train(document("lora", model={"quantize": storage}))
