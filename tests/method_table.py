@@ -35,13 +35,11 @@ _BEGIN, _END = "<!-- table: python -m tests.method_table -->", "<!-- end of the 
 # Options that are too large for layers of 64 values, and those that a recipe has to give.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
-    "c3a": {"block_size": 16},
     "fourierft": {"n_frequency": 50},
     "miss": {"rank": 8},
     "psoft": {"rank": 8},
     "pvera": {"rank": 16},
     "randlora": {"rank": 8},
-    "road": {"group_size": 8},
     "shira": {"rank": 4},
     "trainable_tokens": {"token_indices": list(range(40, 120))},
     "unilora": {"theta_d_length": 64},
