@@ -103,6 +103,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
         fused.register(config)
     if is_mixture(config):
         config.adapters = saved_places(folder) or config.adapters
+        if absent := [place for place in config.adapters.values() if not Path(place).is_dir()]:
+            raise ArtifactError(f"{folder} mixes adapters that are missing: {', '.join(absent)}; put them back")
         before_mixing(model)
     bottlenecks = next((path for path in folders_beside(folder) if _is_bottleneck(path)), None)
     if bottlenecks is not None:  # found in the model's own blocks, which the main adapter would change

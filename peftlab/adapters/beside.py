@@ -8,6 +8,7 @@ over layers, such as a merge, takes them along.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,16 +79,23 @@ def claimed_modules(
     """
     claimed: dict[str, list[str]] = {}
     for index, other in enumerate(others):
-        try:
+        with errors_beside(index):
             names = list(planned(other))
-        except RecipeError as error:
-            part = (error.key or "adapter.targets").removeprefix("adapter.")
-            raise RecipeError(str(error), key=f"{_KEY}.{index}.{part}") from error
         for method, taken in claimed.items():
             if clash := _overlap(names, taken):
                 raise RecipeError(f"{clash} has an adapter of {method} already", key=f"{_KEY}.{index}.targets")
         claimed[other.method] = names
     return claimed
+
+
+@contextlib.contextmanager
+def errors_beside(index: int) -> Iterator[None]:
+    """Gives errors about an adapter its place in ``adapter.beside``."""
+    try:
+        yield
+    except RecipeError as error:
+        part = (error.key or "adapter.targets").removeprefix("adapter.")
+        raise RecipeError(str(error), key=f"{_KEY}.{index}.{part}") from error
 
 
 def check_apart(main: Sequence[str], claimed: Mapping[str, Sequence[str]]) -> None:
@@ -118,7 +126,8 @@ def add_beside(model: Any, method: str, config: Any) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     if type(config) is peft.LoraConfig:
         fused.register(config)
-    with peft_errors(method), _as_main(model, config):
+    with warnings.catch_warnings(), peft_errors(method), _as_main(model, config):
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # that of the main adapter
         before = {id(p) for p in model.parameters()}
         peft.inject_adapter_in_model(config, base, adapter_name="default")
     new = [p for p in model.parameters() if id(p) not in before and p.requires_grad]

@@ -17,6 +17,7 @@ from peftlab.adapters.beside import (
     check_apart,
     check_methods,
     claimed_modules,
+    errors_beside,
     keep_bottlenecks,
 )
 from peftlab.adapters.patterns import Pattern, assigned, pattern_values, set_dropout
@@ -129,11 +130,12 @@ def inject(
         initial.after_injection(peft_model, given)
     if mixture.is_mixture(config):
         mixture.after_mixing(peft_model, list(options["adapters"]))
-    for other in configs:
+    for index, (other, own) in enumerate(configs.items()):
         if other == "bottleneck":
-            keep_bottlenecks(peft_model, configs[other])
+            keep_bottlenecks(peft_model, own)
         else:
-            add_beside(peft_model, other, configs[other])
+            with errors_beside(index):
+                add_beside(peft_model, other, own)
     set_dropout(peft_model, of_module)
     rates = {other.method: other.lr for other in beside}
     of_module |= {n: Pattern([n], lr=rates[m]) for m, names in claimed.items() for n in names if rates[m] is not None}
@@ -322,17 +324,19 @@ def _configs_beside(
         if other.is_bottleneck:
             configs[other.method] = _bottleneck_of(model, other)
             continue
-        try:
-            # Without a task type the head would be trained too.
-            kind, targets = places["peft_type"] or PLAIN_TYPE, claimed[other.method]
+        # Without a task type the head would be trained too.
+        kind, targets = places["peft_type"] or PLAIN_TYPE, claimed[other.method]
+        with errors_beside(index):
             config = check_adapter(model, other.method, peft_type=kind, targets=targets, **other.options)
-        except RecipeError as error:
-            raise RecipeError(str(error), key=f"{key}.{(error.key or '').removeprefix('adapter.')}") from error
         kind = getattr(config, "init_lora_weights", None)
         if initial.changes_weights(kind) or initial.needs_rows(config):
             raise RecipeError(
                 f"{kind} looks at training rows or changes the weights, which only the main adapter can",
                 key=f"{key}.init_lora_weights",
+            )
+        if getattr(config, "target_parameters", None):
+            raise RecipeError(
+                "parameters of experts are for the main adapter; remove it", key=f"{key}.target_parameters"
             )
         config.task_type = places["peft_type"]
         configs[other.method] = config

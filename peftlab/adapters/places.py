@@ -96,7 +96,7 @@ def place_config(
         if targets == "all-linear":
             config.target_modules = _all_linear(model, seen)
     if layers is not None or freeze:
-        config.target_modules = _chosen(matched(model, config), layers, freeze, model)
+        _choose(config, seen, _chosen(matched(model, config), layers, freeze, model), model)
     return config
 
 
@@ -123,11 +123,25 @@ def matched(model: nn.Module, config: Any) -> list[str]:
 
     seen = _as_peft_matches(model, config)
     names = [name for name, _ in model.named_modules() if name and check_target_module_exists(seen, name)]
-    endings = tuple(getattr(seen, "target_parameters", None) or ())
-    for name, _ in model.named_parameters():
-        if any(name == ending or name.endswith(f".{ending}") for ending in endings):
-            names.append(name.rpartition(".")[0])
+    names += [name.rpartition(".")[0] for name in _target_parameters(model, seen)]
     return list(dict.fromkeys(names))
+
+
+def _choose(config: Any, seen: Any, chosen: Collection[str], model: nn.Module) -> None:
+    """Makes the modules ``chosen`` the targets of ``config``: layers by their names, experts by those of their parameters, with the
+    ranks that PEFT gives fused ones in ``seen``."""
+    parameters = [name for name in _target_parameters(model, seen) if name.rpartition(".")[0] in chosen]
+    owners = {name.rpartition(".")[0] for name in _target_parameters(model, seen)}
+    if owners:
+        config.target_parameters = parameters
+        config.rank_pattern, config.alpha_pattern = seen.rank_pattern, seen.alpha_pattern
+    config.target_modules = [name for name in chosen if name not in owners]
+
+
+def _target_parameters(model: nn.Module, seen: Any) -> list[str]:
+    endings = tuple(getattr(seen, "target_parameters", None) or ())
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if any(name == ending or name.endswith(f".{ending}") for ending in endings)]
 
 
 def _chosen(names: list[str], layers: Sequence[int] | str | None, freeze: Sequence[str], model: nn.Module) -> list[str]:

@@ -18,11 +18,18 @@ _MUCH = 0.2
 _MOST_KINDS = 6
 
 
-def reach_notes(model: Any, planned: Collection[str], *, targets: str | Sequence[str], quantized: bool) -> list[str]:
+def reach_notes(
+    model: Any,
+    planned: Collection[str],
+    *,
+    targets: str | Sequence[str],
+    quantized: bool,
+    everywhere: Collection[str] | None = None,
+) -> list[str]:
     """One line each for routed experts, encoders that text does not reach, and layers that ``all-linear`` misses.
 
     Args: model: without adapters; may be on the meta device. planned: names of the modules to adapt. quantized: whether the
-        linear layers are quantized.
+        linear layers are quantized. everywhere: as planned, without the blocks and modules that the recipe leaves out itself.
     """
     notes = []
     adapted = set(planned)
@@ -50,7 +57,7 @@ def reach_notes(model: Any, planned: Collection[str], *, targets: str | Sequence
         elif targets == "all-linear":
             notes.append(f"{tower} is not adapted ({len(inside)} layers): this task's text does not reach it")
     if targets == "all-linear":
-        notes += _missed(model, adapted)
+        notes += _missed(model, adapted if everywhere is None else set(everywhere))
     return notes
 
 

@@ -90,7 +90,8 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             )
         yield Finding("reach", f"{found}, which PEFT cannot merge", "adapter.targets")
     quantized = assembly.storage != "none"
-    for note in reach_notes(skeleton, planned, targets=adapter.targets, quantized=quantized):
+    everywhere = planned_modules(skeleton, method=method, **assembly.adapter_places | {"layers": None, "freeze": []})
+    for note in reach_notes(skeleton, planned, targets=adapter.targets, quantized=quantized, everywhere=everywhere):
         yield Finding("reach", note, "adapter.targets")
 
 

@@ -29,6 +29,7 @@ from peftlab.errors import RecipeError
 from peftlab.measuring.memory import release_memory
 from peftlab.models import base_model, new_weights, token_rows
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
+from peftlab.specs.methods import METHODS
 from peftlab.tasks import Encoded, Task
 from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.progress import Progress, SilentProgress
@@ -177,6 +178,7 @@ def prepare(
         "train_rows": len(train.examples),
         "eval_rows": len(held_out.examples),
         "full": not assembly.method.adapts,
+        "mergeable": assembly.method.adapts and not any(METHODS[n].unmergeable for n in assembly.recipe.adapter.methods),
         "full_logits": full_logits,
         "ledger": ledger,
     }
@@ -198,8 +200,9 @@ def trainable(
     # A vector is the mean of token vectors, or one of them: no new pooler has a part in it.
     new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)
     where: dict[str, Any] = {"new": new, **assembly.adapter_places}
-    planned = planned_modules(model, method=method.name, **where)
     options = assembly.adapter_options
+    parameters = {name: options[name] for name in ("target_parameters",) if options.get(name)}
+    planned = planned_modules(model, method=method.name, **where, **parameters)
     if assembly.recipe.adapter.tokens:
         options |= {"trainable_token_indices": _trained_rows(assembly, model, options)}
     model = inject(

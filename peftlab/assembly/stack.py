@@ -19,7 +19,7 @@ import torch
 from peftlab.adapters import ADAPTER_FILES, check_adapter_files, folders_beside, load_adapter
 from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.folding import folded, untie_if_adapted
-from peftlab.errors import ArtifactError, RecipeError, VerificationError
+from peftlab.errors import ArtifactError, RecipeError, ResourceError, VerificationError
 from peftlab.models import Pretrained, load_config, load_model, load_tokenizer, save_plain, stacked_on
 from peftlab.paths import cache_root, sha256_of_files
 from peftlab.recipe import adapter_folder, load_recipe, lock_of
@@ -55,9 +55,14 @@ def base_adapter(name: str) -> Path:
     spec = METHODS.get(_config(folder)["peft_type"].lower())
     if spec is not None and spec.unmergeable:
         raise RecipeError(
-            f"{spec.label} cannot be folded into the model: {spec.unmergeable}; adapter.start continues it", key=_KEY
+            f"{spec.label} cannot be folded into the model: {spec.unmergeable}; {_instead(folder)}", key=_KEY
         )
     return folder
+
+
+def _instead(folder: Path) -> str:
+    """What a recipe can do with an adapter that cannot be folded."""
+    return "name another adapter" if folders_beside(folder) else "adapter.start continues it"
 
 
 def adapter_fingerprint(folder: Path) -> str:
@@ -89,8 +94,7 @@ def stacked(assembly: Assembly, base: Pretrained, name: str) -> Pretrained:
     made_from = stacked_fingerprint(fingerprint, folder)
     target = cache_root() / "stacked" / f"{made_from[:32]}-v{_VERSION}"
     if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        partial = _new_folder(target.parent)
         try:
             with torch.random.fork_rng(devices=[]):  # a run that finds the folder draws the same numbers
                 _write(assembly, first, base, folder, partial / "model")
@@ -102,6 +106,19 @@ def stacked(assembly: Assembly, base: Pretrained, name: str) -> Pretrained:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return stacked_on(base, target, name=name, made_from=made_from)
+
+
+def _new_folder(parent: Path) -> Path:
+    """An empty folder in the cache. Raises: ResourceError if the cache cannot be written."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    except OSError as error:
+        raise ResourceError(
+            f"the folded model is written to the cache, and {parent} cannot be written: {error.strerror}; set PEFTLAB_CACHE to "
+            "a folder that can",
+            key=_KEY,
+        ) from error
 
 
 def _of_run(assembly: Assembly, lock: dict[str, Any]) -> Assembly:
@@ -126,7 +143,7 @@ def _write(assembly: Assembly, first: Assembly | None, base: Pretrained, folder:
         model = folded(adapted)
     except RecipeError as error:
         raise RecipeError(
-            str(error).replace("use it as an adapter, without merging", "adapter.start continues it"), key=_KEY
+            str(error).replace("use it as an adapter, without merging", _instead(folder)), key=_KEY
         ) from error
     layers = check.error(model, torch.float32)
     if layers is not None and layers.wrong:

@@ -95,6 +95,8 @@ def check_witness(opened: Opened, progress: Progress) -> None:
     if target.kind not in ("run", "adapter"):
         return
     folder = target.adapter or Path(target.loaded.recipe.model.name)
+    if (folder / "manifest.json").is_file():  # a checkpoint, from before the end of the training
+        return
     if (witness := read_witness(folder)) is not None:
         progress.stage("comparing with the model that was trained")
         batch_tokens = target.loaded.recipe.eval.batch_tokens

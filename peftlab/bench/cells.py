@@ -40,6 +40,12 @@ def check_recipe(recipe: Recipe) -> None:
             "section distill, such as quickstart or sms-spam",
             key="distill" if recipe.distill is not None else "task",
         )
+    for key, found, without in (("start", "continues one", ""), ("beside", "trains others beside it", "[]")):
+        if getattr(recipe.adapter, key):
+            raise RecipeError(
+                f"bench measures a new adapter of one method, and this recipe {found}; add adapter.{key}={without} to the command",
+                key=f"adapter.{key}",
+            )
 
 
 def check_overrides(overrides: Sequence[str], choices: Mapping[str, Any]) -> None:

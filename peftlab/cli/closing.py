@@ -176,7 +176,7 @@ def next_steps(folder: str, summary: Mapping[str, Any]) -> Table:
     steps = [predict_line(folder, summary), f"peftlab eval {where}"]
     if TASKS[summary["task"]].generates and "accuracy" not in (summary.get("after") or {}):
         steps.insert(0, f"peftlab chat {where}")
-    if not summary.get("merge") and not summary.get("full"):
+    if not summary.get("merge") and summary.get("mergeable", not summary.get("full")):
         steps.append(f"peftlab merge {where}")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

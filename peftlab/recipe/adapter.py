@@ -171,6 +171,11 @@ class AdapterSection(Section):
     _layers_are_a_range = field_validator("layers")(_parsed_layers)
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """The main method and those beside it."""
+        return (self.method, *(other.method for other in self.beside))
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options that the recipe sets by PEFT's own names."""
         return dict(self.__pydantic_extra__ or {})

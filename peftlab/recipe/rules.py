@@ -129,7 +129,7 @@ def methods_beside(recipe: Recipe) -> Problems:
 
 
 def loraplus_needs_b_matrices(recipe: Recipe) -> Problems:
-    if "dora" not in METHODS[recipe.adapter.method].keys:
+    if all("dora" not in METHODS[name].keys for name in recipe.adapter.methods):
         yield from _no_effect(recipe, ["train.loraplus_lr_ratio"], "without the matrices A and B of LoRA")
 
 
@@ -200,8 +200,10 @@ def merge_has_something_to_merge(recipe: Recipe) -> Problems:
         yield from _no_effect(recipe, ["run.merge"], "in a distillation, which writes the student as a complete model")
     elif not METHODS[recipe.adapter.method].adapts:
         yield from _no_effect(recipe, ["run.merge"], "without an adapter: the run's model/ is the trained model")
-    elif (reason := METHODS[recipe.adapter.method].unmergeable) and recipe.run.merge != "none":
-        yield ("run.merge",), f"{METHODS[recipe.adapter.method].label} cannot be merged: {reason}; remove it"
+    elif recipe.run.merge != "none":
+        for name in recipe.adapter.methods:
+            if reason := METHODS[name].unmergeable:
+                yield ("run.merge",), f"{METHODS[name].label} cannot be merged: {reason}; remove it"
 
 
 def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:

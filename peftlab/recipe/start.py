@@ -54,11 +54,11 @@ def fill_from_start(data: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     if section.get("method", spec.name) == spec.name:  # of another method nothing fits, which a later check says
-        for name, value in _settings(spec, config, lock_of(folder)).items():
+        for name, value in _settings(spec, config, folder).items():
             section.setdefault(name, value)
 
 
-def _settings(spec: MethodSpec, config: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(spec: MethodSpec, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A section ``adapter`` that describes a saved adapter: PEFT's configuration, and the tokens that its run added."""
     # A zero is off: OFT has a rank or a block size.
     names = {key: name for key, name in spec.keys.items() if config.get(name) not in (None, 0)}
@@ -76,7 +76,12 @@ def _settings(spec: MethodSpec, config: Mapping[str, Any], lock: Mapping[str, An
         values["modules_to_save"] = [n for n in values["modules_to_save"] if n not in _ADDED_BY_PEFT]
     if "layers" in spec.places and not spec.has_targets and config.get("layers"):
         values["layers"] = list(config["layers"])
-    section = lock.get("adapter")
+    if "adapters" in values:
+        # X-LoRA saves what it mixes next to its classifier, and the file says where that was written.
+        places = {Path(place).name: folder / Path(place).name for place in values["adapters"].values()}
+        if len(places) == len(values["adapters"]) and all(place.is_dir() for place in places.values()):
+            values["adapters"] = {name: str(place) for name, place in places.items()}
+    section = lock_of(folder).get("adapter")
     if isinstance(section, dict) and section.get("tokens"):
         values.pop("trainable_token_indices", None)
         values["tokens"] = section["tokens"]

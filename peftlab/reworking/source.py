@@ -38,7 +38,7 @@ def find_adapter(
         raise RecipeError(f"{path} has no adapter: its student is a whole model; name a run with an adapter")
     target = find_target(path, recipe, overrides)
     if target.adapter is not None:
-        refuse_beside(target.adapter, "a rework takes an adapter of one method")
+        refuse_beside(target.adapter, "this command takes an adapter of one method")
     if target.adapter is None:
         what = "a merged model, whose weights contain its adapter" if target.kind == "merged" else "full fine-tuning"
         raise RecipeError(f"{path} has no adapter: it is {what}; name a run with an adapter")

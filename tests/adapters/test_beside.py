@@ -14,6 +14,7 @@ from peftlab.adapters.merge import fold
 from peftlab.adapters.updates import read_updates
 from peftlab.errors import RecipeError
 from peftlab.specs.methods import METHODS
+from tests.family_examples import WRITERS, make_config, make_model
 
 # Sizes that fit layers of 64 values.
 OPTIONS = {
@@ -80,3 +81,27 @@ def test_file_of_another_shape_is_refused_and_changes_nothing(tiny: Any) -> None
 def test_method_with_values_outside_of_its_layers_is_refused(method: str, tiny: Any) -> None:
     with pytest.raises(RecipeError, match="keeps values outside of its layers"):
         adapted(tiny("tiny:llama", adapter=False), method, "lora")
+
+
+def test_refusal_of_peft_names_the_adapter_beside() -> None:
+    model = make_model(make_config("GPT2Config", WRITERS), "AutoModelForCausalLM")
+    others = [Beside("ia3", ["mlp.c_proj"]), Beside("oft", ["c_fc"], options={"oft_block_size": 8})]
+    with pytest.raises(RecipeError, match="Target module Conv1D is not supported") as error:
+        inject(model, "lora", peft_type="CAUSAL_LM", targets=["c_attn"], beside=others)
+    assert error.value.key == "adapter.beside.1.targets"
+
+
+def test_main_adapter_keeps_the_experts_with_another_beside_it() -> None:
+    model = make_model(make_config("MixtralConfig", WRITERS), "AutoModelForCausalLM")
+    other = Beside("ia3", ["k_proj"])
+    names = adapted_modules(inject(model, "lora", peft_type="CAUSAL_LM", rank=4, alpha=8, beside=[other]))
+    assert sum(name.endswith("mlp.experts") for name in names) == 4  # two parameters in each of two layers
+    assert sum(name.endswith("k_proj") for name in names) == 2
+
+
+def test_parameters_of_experts_are_for_the_main_adapter() -> None:
+    model = make_model(make_config("MixtralConfig", WRITERS), "AutoModelForCausalLM")
+    other = Beside("lora", ["q_proj"], options={"rank": 4, "target_parameters": ["mlp.experts.down_proj"]})
+    with pytest.raises(RecipeError, match="parameters of experts are for the main adapter") as error:
+        inject(model, "ia3", peft_type="CAUSAL_LM", targets=["k_proj"], beside=[other])
+    assert error.value.key == "adapter.beside.0.target_parameters"

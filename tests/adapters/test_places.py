@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlab.adapters import Pattern, adapted_modules, check_adapter, inject, planned_modules
 from peftlab.errors import RecipeError
-from tests.family_examples import READERS_OF_IMAGES, make_config, make_model
+from tests.family_examples import READERS_OF_IMAGES, WRITERS, make_config, make_model
 
 
 @pytest.fixture
@@ -183,3 +183,14 @@ def test_replicated_layers_need_endings(llama: Any, options: Any, key: str) -> N
     assert error.value.key == key
     model = inject(llama, "lora", **values, targets=["q_proj"])
     assert [n.split(".")[2] for n in adapted_modules(model)] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("options", [{"layers": [1]}, {"freeze": ["layers.0"]}])
+def test_layers_and_freeze_choose_experts(options: dict[str, Any]) -> None:
+    model = make_model(make_config("MixtralConfig", WRITERS), "AutoModelForCausalLM")
+    names = planned(model, **options)
+    assert "model.layers.1.mlp.experts" in names and all(name.startswith("model.layers.1.") for name in names)
+    adapted = inject(model, "lora", peft_type="CAUSAL_LM", rank=4, alpha=8, **options)
+    assert set(adapted_modules(adapted)) == set(names)
+    # Two experts: w2 has the rank 4, and w1 and w3, which are fused, have it each.
+    assert sorted(p.shape[0] for n, p in adapted.named_parameters() if ".experts." in n and "lora_A" in n) == [8, 16]

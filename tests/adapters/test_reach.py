@@ -112,3 +112,12 @@ def test_new_parameter_without_a_module_is_refused() -> None:
     model.temperature = nn.Parameter(torch.ones(1))
     with pytest.raises(RecipeError, match=r"lack temperature, which belongs to no module"):
         new_modules(model, ["temperature"])
+
+
+def test_blocks_that_the_recipe_leaves_out_are_no_news() -> None:
+    model = family("LlamaConfig", "causal_lm")
+    where = {"peft_type": "CAUSAL_LM", "targets": "all-linear"}
+    every, planned = planned_modules(model, **where), planned_modules(model, **where, layers=[1])
+    assert reach_notes(model, planned, targets="all-linear", quantized=False, everywhere=every) == []
+    (note,) = reach_notes(model, planned, targets="all-linear", quantized=False, everywhere=every[1:])
+    assert note.startswith("all-linear leaves out q_proj x1")

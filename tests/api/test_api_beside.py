@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from safetensors.torch import load_file
 import peftlab
 from peftlab.adapters import load_adapter, rate_factors, without_adapter
 from peftlab.adapters.bottleneck import load_bottlenecks
+from peftlab.assembly import Assembly
+from peftlab.assembly.prepare import trainable
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import ArtifactError, Interrupted, RecipeError
 from peftlab.models import find_pretrained, load_model
+from peftlab.recipe import load_recipe
 from peftlab.training.progress import SilentProgress
 
 IDS = torch.arange(4, 20)[None]
@@ -157,10 +161,6 @@ def test_damaged_file_is_named(here: Path, trained: Any) -> None:
 
 
 def test_learning_rates_of_their_own(here: Path) -> None:
-    from peftlab.assembly import Assembly
-    from peftlab.assembly.prepare import trainable
-    from peftlab.recipe import load_recipe
-
     assembly = Assembly(load_recipe(document("lora")))
     model, _, _ = trainable(assembly, assembly.model())
     factors = rate_factors(model, lr=1e-2)
@@ -227,8 +227,31 @@ def test_mistake_is_one_message(adapter: dict[str, Any], message: str, key: str,
 def test_what_takes_one_method_only_says_so(here: Path, trained: Any) -> None:
     run = shutil.copytree(trained(document("lora"), write_data) / "run", here / "run")
     with pytest.raises(
-        RecipeError, match=r"has adapters of several methods \(ia3, oft beside it\); a rework takes an adapter of one"
+        RecipeError,
+        match=r"has adapters of several methods \(ia3, oft beside it\); this command takes an adapter of one",
     ):
         peftlab.shrink_adapter(run, "small")
     with pytest.raises(RecipeError, match=r"adapter.start continues an adapter of one method"):
         train(recipe(run={"dir": "next"}) | {"adapter": {"start": str(run)}})
+
+
+def test_beside_that_cannot_be_merged_is_refused_before_training(here: Path) -> None:
+    document = recipe(run={"merge": "original"}) | {
+        "adapter": {"targets": ["q_proj"], "beside": [{"method": "bottleneck"}]}
+    }
+    with pytest.raises(RecipeError, match=r"run.merge: bottleneck adapters cannot be merged"):
+        peftlab.check(document, progress=SilentProgress())
+
+
+def test_loraplus_is_for_a_lora_beside_too(here: Path) -> None:
+    assembly = Assembly(load_recipe(document("oft", train={"loraplus_lr_ratio": 4.0})))
+    model, _, _ = trainable(assembly, assembly.model())
+    factors = rate_factors(model, 1e-2, 4.0)
+    assert factors and all("q_proj.lora_B" in name for name in factors)
+
+
+def test_opening_prints_no_warning_of_peft(here: Path, trained: Any) -> None:
+    run = trained(document("lora"), write_data) / "run"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Already found")
+        load_adapter(load_model(find_pretrained("tiny:llama"), device="cpu"), run / "adapter")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import peftlab
 from peftlab.assembly.target import find_target, open_target
-from peftlab.errors import ArtifactError, Interrupted, RecipeError
+from peftlab.errors import ArtifactError, Interrupted, RecipeError, ResourceError
 from peftlab.models import find_pretrained, load_model, load_tokenizer
 from peftlab.training.progress import SilentProgress
 
@@ -219,3 +219,13 @@ def test_adapter_that_cannot_be_folded_or_is_of_other_weights_is_refused(trained
     with pytest.raises(RecipeError, match=r"`model.adapter`: there is no folder nowhere"):
         train(second("nowhere"))
     assert not list((here / "cache/stacked").glob("*"))
+
+
+def test_cache_that_cannot_be_written_is_named(first: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "file").touch()
+    monkeypatch.setenv("PEFTLAB_CACHE", str(here / "file"))
+    with pytest.raises(
+        ResourceError, match=r"file/stacked cannot be written: .*; set PEFTLAB_CACHE to a folder that can"
+    ) as error:
+        train(second(first))
+    assert error.value.key == "model.adapter"

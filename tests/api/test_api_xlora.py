@@ -198,3 +198,10 @@ def test_other_bases_families_and_settings_are_refused(trained: Any, here: Path)
     classes = recipe("seq_cls")["data"]
     with pytest.raises(PeftlabError, match="xlora has no place for modules that are trained in full"):
         peftlab.train(mixture() | {"task": "seq_cls", "data": classes, "eval": {}}, **QUIET)
+
+
+def test_checkpoint_says_which_adapters_are_missing(here: Path) -> None:
+    peftlab.train({**mixture(), "run": {"dir": "mix", "save_every": 3}}, **QUIET)
+    shutil.rmtree("legal")
+    with pytest.raises(ArtifactError, match=r"mixes adapters that are missing: legal; put them back"):
+        peftlab.evaluate(min(Path("mix/checkpoints").iterdir()), **QUIET)

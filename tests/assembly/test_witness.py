@@ -162,3 +162,9 @@ def test_buffers_that_an_adapter_cannot_contain_are_refused(here: Path, monkeypa
     ):
         train("ResNetConfig", adapter={"targets": ["convolution"]})
     assert not Path("run").exists()
+
+
+def test_checkpoint_from_before_the_end_is_no_fault(tiny_run: Path) -> None:
+    checkpoint = min((tiny_run / "checkpoints").iterdir())
+    metrics = peftlab.evaluate(checkpoint, progress=SilentProgress())["metrics"]
+    assert metrics["loss"] > peftlab.evaluate(tiny_run, progress=SilentProgress())["metrics"]["loss"]

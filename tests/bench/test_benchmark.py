@@ -258,6 +258,8 @@ def test_plan_measures_nothing(jobs: FakeJobs, capsys: pytest.CaptureFixture[str
             "nothing to measure: all 4 cells are impossible; first: training uses one adapter",
         ),
         (["minilm-student"], 2, "learns from a teacher"),
+        (["smoke", "adapter.beside=[{method: ia3, targets: [k_proj]}]"], 2, "this recipe trains others beside it; add"),
+        (["smoke", "adapter.start=runs/first"], 2, "this recipe continues one; add adapter.start= to the command"),
         (["tune-kernel"], 2, "did you mean 'tune-kernels'?"),
         (["smoke", "data.train=absent.csv"], 3, "absent.csv"),
     ],
