@@ -178,7 +178,8 @@ def prepare(
         "train_rows": len(train.examples),
         "eval_rows": len(held_out.examples),
         "full": not assembly.method.adapts,
-        "mergeable": assembly.method.adapts and not any(METHODS[n].unmergeable for n in assembly.recipe.adapter.methods),
+        "mergeable": assembly.method.adapts
+        and not any(METHODS[n].unmergeable for n in assembly.recipe.adapter.methods),
         "full_logits": full_logits,
         "ledger": ledger,
     }

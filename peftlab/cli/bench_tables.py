@@ -100,14 +100,16 @@ def show_trainings(out: Output, report: Mapping[str, Any]) -> None:
     rates = ", ".join(f"{r:g}" for r in protocol["learning_rates"])
     beyond = f" and at most {MOST_RATES_BEYOND} more by the same factor" if protocol["search"] else ""
     out.line()
-    paragraph(
-        out,
-        f"learning rates {rates}{beyond} on the first of {protocol['seeds']} seeds, the best of each on the other seeds",
-    )
+    seeds = protocol["seeds"]
+    if len(protocol["learning_rates"]) == 1 or (seeds == 1 and not beyond):
+        paragraph(out, f"learning rates: {rates}; seeds: {seeds}")
+    else:
+        then = ", the best of each on the other seeds" if seeds > 1 else ""
+        paragraph(out, f"learning rates {rates}{beyond} on the first of {seeds} seeds{then}")
     paragraph(
         out,
         f"{'at least ' if protocol['search'] else ''}{report['trainings']} trainings; nothing was trained. "
-        f"peftlab check {header['name']} estimates the time of one",
+        "peftlab check estimates the time of one",
     )
 
 

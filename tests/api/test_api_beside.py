@@ -254,4 +254,6 @@ def test_opening_prints_no_warning_of_peft(here: Path, trained: Any) -> None:
     run = trained(document("lora"), write_data) / "run"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Already found")
-        load_adapter(load_model(find_pretrained("tiny:llama"), device="cpu"), run / "adapter")
+        load_adapter(
+            load_model(find_pretrained("tiny:llama"), auto_class="AutoModelForCausalLM", device="cpu"), run / "adapter"
+        )

@@ -16,6 +16,7 @@ import peftlab
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import ArtifactError, Interrupted, PeftlabError, RecipeError
 from peftlab.models import find_pretrained, load_model, load_tokenizer
+from peftlab.recipe import load_recipe
 from peftlab.training.progress import SilentProgress
 
 IDS = torch.arange(4, 20)[None]
@@ -139,6 +140,9 @@ def test_mixture_goes_on_and_a_changed_adapter_is_noticed(here: Path) -> None:
         peftlab.train(document, progress=Stopper(at=2))
     on = peftlab.train("on", resume=True, **QUIET)
     assert on.summary["before"]["loss"] == pytest.approx(first.summary["after"]["loss"], rel=1e-6)
+    shutil.move("mix", "moved")
+    section = load_recipe(document | {"adapter": {"start": "moved"}}).recipe.adapter
+    assert section.options["adapters"] == {name: f"moved/adapter/{name}" for name in ("law", "code")}
     with pytest.raises(Interrupted):
         peftlab.train({**mixture(), "run": {"dir": "cut"}}, progress=Stopper(at=2))
     write_adapter("programs", r=2, target_modules=["q_proj", "down_proj"])
