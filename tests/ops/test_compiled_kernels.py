@@ -102,7 +102,9 @@ def test_compiled_kernels_cover_every_kernel_and_architecture(compiled: Compiled
     # Of int8_dequant_kernel one variant has a product and one has none.
     without = {row["kernel"] for row in compiled.rows if not row["matrix"]}
     assert without == kernels - {name for name in kernels if "merge" in name or re.search("_(down|backward|dx)_", name)}
-    expected = {(kernel, "bf16", arch) for kernel in kernels for arch in compiled.archs if arch >= 80 or kernel in without}
+    expected = {
+        (kernel, "bf16", arch) for kernel in kernels for arch in compiled.archs if arch >= 80 or kernel in without
+    }
     assert seen == expected | {(kernel, "fp16", 90) for kernel in kernels if 90 in compiled.archs}
 
 
