@@ -9,9 +9,19 @@ from peftlab.adapters.adapter_files import (
     made_for,
     save_adapter,
 )
-from peftlab.adapters.full import load_state, load_trained, save_state, save_trained, state_files, train_all
+from peftlab.adapters.beside import Beside, beside, folders_beside, refuse_beside, without_adapter
+from peftlab.adapters.continuing import check_same_adapter, continue_from
+from peftlab.adapters.full import (
+    WEIGHTS_FILE,
+    load_state,
+    load_trained,
+    save_state,
+    save_trained,
+    state_files,
+    train_all,
+)
 from peftlab.adapters.head import HeadLoss, head_input, head_reason
-from peftlab.adapters.initial import InitialRows
+from peftlab.adapters.initial import InitialRows, changes_weights
 from peftlab.adapters.inject import (
     AdapterReport,
     adapted_modules,
@@ -25,23 +35,32 @@ from peftlab.adapters.patterns import Pattern, rate_factors
 from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.schedule import after_step, penalty
+from peftlab.adapters.sizes import fitting_sizes
 from peftlab.adapters.state import changed_buffers, kept_buffers, method_of, train_mode
 from peftlab.adapters.target_modules import is_grouped
 
 __all__ = [
     "ADAPTER_FILES",
     "AdapterReport",
+    "Beside",
     "HeadLoss",
     "InitialRows",
     "Pattern",
+    "WEIGHTS_FILE",
     "adapted_modules",
     "add_adapter",
     "after_step",
     "base_name",
+    "beside",
     "brought_parameters",
     "changed_buffers",
+    "changes_weights",
     "check_adapter",
     "check_adapter_files",
+    "check_same_adapter",
+    "continue_from",
+    "fitting_sizes",
+    "folders_beside",
     "head_input",
     "head_reason",
     "idle_towers",
@@ -58,6 +77,7 @@ __all__ = [
     "planned_modules",
     "rate_factors",
     "reach_notes",
+    "refuse_beside",
     "report",
     "save_adapter",
     "save_state",
@@ -66,4 +86,5 @@ __all__ = [
     "token_modules",
     "train_all",
     "train_mode",
+    "without_adapter",
 ]

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from peftlab.adapters.beside import (
+    folders_beside,
+    keep_bottlenecks,
+    load_beside,
+    load_tensors_beside,
+    refuse_beside,
+    save_beside,
+)
 from peftlab.adapters.initial import as_plain_lora
 from peftlab.errors import ArtifactError
 
@@ -36,6 +44,8 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     changes = {} if to_go_on else _save_as_plain(model, folder / ADAPTER_FILES[1])
     sort_config(folder / "adapter_config.json", changes)
+    for path in save_beside(model, folder):
+        sort_config(path)
 
 
 def sort_config(path: Path, changes: Mapping[str, Any] | None = None) -> None:
@@ -77,6 +87,11 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
         fused.register(config)
+    bottlenecks = next((path for path in folders_beside(folder) if _is_bottleneck(path)), None)
+    if bottlenecks is not None:  # found in the model's own blocks, which the main adapter would change
+        from peftlab.adapters.bottleneck import load_bottlenecks
+
+        stored = load_bottlenecks(model, bottlenecks, trainable=trainable).peft_config["default"]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -87,6 +102,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(_unfit(model, folder, str(error))) from error
     _check_complete(peft_model, folder, model)
+    if bottlenecks is not None:
+        keep_bottlenecks(peft_model, stored)
+    load_beside(peft_model, folder, trainable=trainable)
     fused.set_kernels(peft_model, kernels)
     return peft_model
 
@@ -97,6 +115,7 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
     Raises: ArtifactError if files are missing, damaged, or made for another model.
     """
     check_adapter_files(folder)
+    refuse_beside(folder, "they cannot be loaded next to another adapter")
     active = model.active_adapter
     try:
         model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
@@ -112,22 +131,42 @@ def add_adapter(model: Any, folder: Path, *, name: str) -> None:
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
     """Loads saved adapter tensors into a model with the same adapter. Raises: RuntimeError for another adapter."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
+
+    stored = load_file(str(folder / "adapter_model.safetensors"))
+    if stored.keys() != state_of(model).keys():
+        raise RuntimeError("other tensors")
+    load_tensors(model, stored)
+    for path in folders_beside(folder):
+        load_tensors_beside(model, path.name, load_file(str(path / "adapter_model.safetensors")))
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """The tensors of an adapter by their names in its file."""
+    from peft import get_peft_model_state_dict
+
+    from peftlab.adapters.bottleneck import BottleneckModel, bottleneck_state
+
+    if isinstance(model, BottleneckModel):
+        return bottleneck_state(model)
+    state: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def load_tensors(model: Any, stored: dict[str, Any]) -> None:
+    """Copies the tensors of an adapter's file into a model with the same adapter. Raises: RuntimeError for another adapter."""
+    from peft import set_peft_model_state_dict
 
     from peftlab.adapters.bottleneck import BottleneckModel, load_bottleneck_state
 
-    stored = load_file(str(folder / "adapter_model.safetensors"))
     if isinstance(model, BottleneckModel):
         load_bottleneck_state(model, stored)
         return
-    if stored.keys() != get_peft_model_state_dict(model, save_embedding_layers=False).keys():
-        raise RuntimeError("other tensors")
     set_peft_model_state_dict(model, stored)
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Raises ArtifactError unless ``folder`` contains a readable adapter in safetensors format."""
+    """Raises ArtifactError unless ``folder`` contains a readable adapter in safetensors format, and so do those beside it."""
     from safetensors import SafetensorError, safe_open
 
     for name in ADAPTER_FILES:
@@ -150,6 +189,8 @@ def check_adapter_files(folder: Path) -> None:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
     if not names:
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} contains no tensors")
+    for path in folders_beside(folder):
+        check_adapter_files(path)
 
 
 def brought_parameters(folder: Path) -> set[str]:
@@ -197,22 +238,26 @@ def _vocabulary_modules(model: Any) -> list[Any]:
 def _check_complete(model: Any, folder: Path, base: nn.Module) -> None:
     """Raises ArtifactError for parts of the adapter without tensors, and for tensors that PEFT did not use: it only warns, but
     they mean another model. Matrices of the base itself, such as resized embeddings, are loaded and are no fault."""
-    from peft import get_peft_model_state_dict
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors import safe_open
 
     with safe_open(str(folder / ADAPTER_FILES[1]), framework="pt") as tensors:
         saved = set(tensors.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config["default"].peft_type, "lora_")
-    modules = {_plain(f"{name}.") for name, _ in model.named_modules()}
-    lost = {n for n in saved - expected if f".{prefix}" in n or _plain(f"{n.rpartition('.')[0]}.") not in modules}
-    if odd := sorted((expected - saved) | lost):
+    expected = set(state_of(model))
+    if odd := sorted((expected - saved) | set(unused_tensors(model, saved - expected))):
         side = "in the file but not in the model" if odd[0] in saved else "in the model but not in the file"
         raise ArtifactError(
             f"the adapter in {folder} was made for another model ({made_for(folder) or 'unknown'}), not for {_name(base)}: "
             f"{len(odd)} tensors do not match, such as {odd[0]} ({side})"
         )
+
+
+def unused_tensors(model: Any, names: Collection[str]) -> list[str]:
+    """Those ``names`` of tensors in a file, beside the adapter's own, that are no matrices of the base either; sorted."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config["default"].peft_type, "lora_")
+    modules = {_plain(f"{name}.") for name, _ in model.named_modules()}
+    return sorted(n for n in names if f".{prefix}" in n or _plain(f"{n.rpartition('.')[0]}.") not in modules)
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlab.adapters.adapter_files import ADAPTER_FILES, check_adapter_files, load_adapter_weights, save_adapter
+from peftlab.adapters.beside import beside
 from peftlab.adapters.inject import AdapterReport
 from peftlab.adapters.schedule import load_schedule_state, schedule_state
 from peftlab.adapters.state import method_of, saved_buffers
@@ -69,11 +70,30 @@ def save_state(model: Any, folder: Path) -> None:
 
 def load_state(model: Any, folder: Path) -> None:
     """Loads the files of ``save_state`` into a model that trains the same weights. Raises: ArtifactError if it does not."""
-    from safetensors import SafetensorError, safe_open
-
     if not _is_adapted(model) or _is_whole(model):
         load_trained(model, folder)
         return
+    values, frozen, schedule = _read_values(model, folder)
+    for name, value in _adapter_values(model).items():
+        value.data.copy_(values[name])
+    for name, parameter in model.named_parameters():
+        if name in values:
+            parameter.requires_grad_(name not in frozen)
+    load_schedule_state(model, schedule)
+
+
+def load_values(model: Any, folder: Path) -> None:
+    """Loads the values of the adapter in a checkpoint of a method that PEFT's files do not resume, and nothing of its schedule.
+    Raises: ArtifactError if the checkpoint is of another adapter."""
+    values, _, _ = _read_values(model, folder)
+    for name, value in _adapter_values(model).items():
+        value.data.copy_(values[name])
+
+
+def _read_values(model: Any, folder: Path) -> tuple[dict[str, Tensor], set[str], dict[str, Tensor]]:
+    """The values by name, the names of frozen parameters, and the state of the schedule."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
@@ -84,12 +104,7 @@ def load_state(model: Any, folder: Path) -> None:
     own = _adapter_values(model)
     if {n: t.shape for n, t in values.items()} != {n: t.shape for n, t in own.items()}:
         raise ArtifactError(f"{folder} belongs to a run with another adapter; start a new run")
-    for name, value in own.items():
-        value.data.copy_(values[name])
-    for name, parameter in model.named_parameters():
-        if name in own:
-            parameter.requires_grad_(name not in frozen)
-    load_schedule_state(model, {n.removeprefix("schedule/"): t for n, t in stored.items() if n.startswith("schedule/")})
+    return values, frozen, {n.removeprefix("schedule/"): t for n, t in stored.items() if n.startswith("schedule/")}
 
 
 def save_trained(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
@@ -151,7 +166,7 @@ def _is_own(name: str, layers: tuple[str, ...]) -> bool:
 
 def _is_whole(model: Any) -> bool:
     """Whether PEFT's files contain all that training changes."""
-    return method_of(model.peft_config["default"]) == "lora"
+    return method_of(model.peft_config["default"]) == "lora" and not beside(model)
 
 
 def _is_adapted(model: Any) -> bool:

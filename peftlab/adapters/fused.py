@@ -1,6 +1,7 @@
 """PEFT's LoRA linears with a fused forward: subclasses of PEFT's layers, registered through its custom-module mapping.
 
-Injection, files, merging, hot swapping and every tool that reads PEFT keep working, because only ``forward`` differs.
+Injection, files, merging, hot swapping and every tool that reads PEFT keep working, because only ``forward`` differs, and
+``unmerge`` of a dense weight, which is exact.
 What the fused operation does not support runs through PEFT's own forward, and is listed with its reason (contract C7).
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab import ops
+from peftlab.adapters.unmerge import ExactUnmerge
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -262,7 +264,7 @@ def _top_level(layer: type) -> type:
 def _fused_dense() -> type:
     from peft.tuners import lora
 
-    class FusedLinear(FusedLora, lora.Linear):
+    class FusedLinear(ExactUnmerge, FusedLora, lora.Linear):
         def _base_reason(self, base: Any, weight: Any, x: Tensor | None) -> str | None:
             if type(base) is not nn.Linear:
                 return f"its base layer is a {type(base).__name__}"

@@ -67,7 +67,7 @@ def after_injection(model: Any, rows: InitialRows | None) -> None:
     kind = getattr(config, "init_lora_weights", None)
     if kind == "eva":
         _initialise_eva(model, _rows(rows, kind))
-    if _changes_weights(config):
+    if changes_weights(kind):
         names = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
         first = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if any(part in n for part in names)}
         model.first_factors = first
@@ -103,8 +103,8 @@ def as_plain_lora(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tenso
     return plain, changes
 
 
-def _changes_weights(config: Any) -> bool:
-    kind = getattr(config, "init_lora_weights", None)
+def changes_weights(kind: object) -> bool:
+    """Whether LoRA with this ``init_lora_weights`` takes its first factors out of the base weights."""
     return isinstance(kind, str) and kind.startswith(_CHANGE_WEIGHTS)
 
 

@@ -10,6 +10,15 @@ from typing import Any
 from torch import nn
 
 from peftlab.adapters import initial
+from peftlab.adapters.beside import (
+    PLAIN_TYPE,
+    Beside,
+    add_beside,
+    check_apart,
+    check_methods,
+    claimed_modules,
+    keep_bottlenecks,
+)
 from peftlab.adapters.patterns import Pattern, assigned, pattern_values, set_dropout
 from peftlab.adapters.places import (
     chosen_blocks,
@@ -20,6 +29,7 @@ from peftlab.adapters.places import (
     trained_in_full,
     whole_modules,
 )
+from peftlab.adapters.sizes import check_rank, fitting_sizes
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
 from peftlab.specs.methods import METHODS, TARGET_NAMES
@@ -63,6 +73,7 @@ def inject(
     num_steps: int | None = None,
     rows: Callable[[], initial.InitialRows] | None = None,
     patterns: Sequence[Pattern] = (),
+    beside: Sequence[Beside] = (),
     **options: Any,
 ) -> Any:
     """The model with adapters injected by PEFT (a ``PeftModel``); only the adapters require gradients.
@@ -77,7 +88,7 @@ def inject(
             that are left as they are.
         kernels: auto, triton or reference; see ``fused.set_kernels``. No effect for a method without fused layers.
         num_steps: number of optimizer steps, for a method whose schedule needs it.
-        patterns: settings for some of the adapted modules.
+        patterns: settings for some of the adapted modules. beside: adapters of other methods, on other modules.
         rows: makes training rows for an initialisation that looks at them.
         options: the method's other keys of the section ``adapter``, such as ``rank``, and its options by PEFT's names.
     Raises: RecipeError if a target or a module to save matches nothing, or PEFT refuses the adapter.
@@ -85,6 +96,7 @@ def inject(
     import peft
 
     from peftlab.adapters import fused
+    from peftlab.adapters.bottleneck import add_bottlenecks
 
     places: dict[str, Any] = {
         "peft_type": peft_type,
@@ -96,8 +108,13 @@ def inject(
     }
     if METHODS[method].own_options:
         return _inject_bottlenecks(model, places, options)
-    config = check_adapter(model, method, num_steps=num_steps, patterns=patterns, **places, **options)
+    config = check_adapter(model, method, num_steps=num_steps, patterns=patterns, beside=beside, **places, **options)
+    claimed = _claimed(model, beside, places)
+    configs = _configs_beside(model, beside, claimed, places)
+    places["freeze"] = [*freeze, *_layers_of(claimed)]
     of_module = assigned(model, planned_modules(model, method=method, **places), patterns) if patterns else {}
+    if "bottleneck" in configs:
+        configs["bottleneck"] = add_bottlenecks(model, configs["bottleneck"]).peft_config["default"]
     if type(config) is peft.LoraConfig:
         fused.register(config)
     with warnings.catch_warnings(), peft_errors(method):
@@ -108,7 +125,14 @@ def inject(
         initial.before_injection(model, config, given)
         peft_model = peft.get_peft_model(model, config)
         initial.after_injection(peft_model, given)
+    for other in configs:
+        if other == "bottleneck":
+            keep_bottlenecks(peft_model, configs[other])
+        else:
+            add_beside(peft_model, other, configs[other])
     set_dropout(peft_model, of_module)
+    rates = {other.method: other.lr for other in beside}
+    of_module |= {n: Pattern([n], lr=rates[m]) for m, names in claimed.items() for n in names if rates[m] is not None}
     peft_model.patterns_of_modules = of_module
     fused.set_kernels(peft_model, kernels)
     return peft_model
@@ -141,6 +165,7 @@ def check_adapter(
     freeze: Sequence[str] = (),
     num_steps: int | None = None,
     patterns: Sequence[Pattern] = (),
+    beside: Sequence[Beside] = (),
     **options: Any,
 ) -> Any:
     """The configuration of an adapter, PEFT's or ours, for a model that may have no weights yet. Args and errors: see ``inject``."""
@@ -165,19 +190,26 @@ def check_adapter(
         "layers": layers,
         "freeze": freeze,
     }
+    if beside:
+        check_methods(method, beside)
+        claimed = _claimed(model, beside, where)
+        _configs_beside(model, beside, claimed, where)
+        where["freeze"] = [*freeze, *_layers_of(claimed)]
+        check_apart(planned_modules(model, method=method, **where), claimed)
     if values.get("init_lora_weights") == "loftq":  # PEFT reads a mapping with all settings
         values["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | (values.get("loftq_config") or {})
     if values.get("layer_replication"):
         _check_replication(targets, {"layers": layers, "freeze": freeze, "patterns": patterns})
-    names = planned_modules(model, method=method, **where) if spec.name == "lora" or patterns else []
+    names = planned_modules(model, method=method, **where) if spec.name == "lora" or patterns or spec.divisors else []
     if spec.name == "lora":
-        _check_rank(model, names, options.get("rank"))
+        check_rank(model, names, options.get("rank"))
+    values |= fitting_sizes(model, spec, names, values)[0]
     if patterns:
         of_module = assigned(model, names, patterns)
         for index, pattern in enumerate(patterns):
             if spec.name == "lora":
                 matched = [name for name, its in of_module.items() if its is pattern]
-                _check_rank(model, matched, pattern.rank, key=f"adapter.patterns.{index}.rank")
+                check_rank(model, matched, pattern.rank, key=f"adapter.patterns.{index}.rank")
         for name, chosen in pattern_values(spec, patterns, of_module).items():
             # PEFT takes the first that matches, and a module's full name is more precise than what the recipe gives.
             values[name] = {**chosen, **{n: v for n, v in (values.get(name) or {}).items() if n not in chosen}}
@@ -248,17 +280,56 @@ def base_name(name: str) -> str:
     return name.removesuffix(".token_adapter")
 
 
-def _check_rank(model: nn.Module, names: Sequence[str], rank: int | None, key: str = "adapter.rank") -> None:
-    """Raises RecipeError for a rank above that of every adapted weight."""
-    modules = dict(model.named_modules())
-    widths = {n: min(m.in_features, m.out_features) for n in names if isinstance(m := modules[n], nn.Linear)}
-    if rank is not None and len(widths) == len(names) > 0 and rank > max(widths.values()):
-        widest = max(widths, key=widths.__getitem__)
-        raise RecipeError(
-            f"expected at most {widths[widest]:,}, the smaller side of the largest adapted weight ({widest}); found {rank:,}, "
-            "which no update of these layers can have",
-            key=key,
-        )
+def _claimed(model: nn.Module, beside: Sequence[Beside], places: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The modules of the adapters ``beside``, by method."""
+    from peftlab.adapters.bottleneck import bottleneck_places
+
+    def planned(other: Beside) -> Sequence[str]:
+        if other.is_bottleneck:
+            return list(bottleneck_places(model, _bottleneck_of(model, other)))
+        where = {"peft_type": places["peft_type"], "targets": other.targets, "layers": other.layers}
+        return planned_modules(model, method=other.method, **where)
+
+    return claimed_modules(model, beside, planned)
+
+
+def _layers_of(claimed: Mapping[str, Sequence[str]]) -> list[str]:
+    """The modules that are left out of the main adapter; a bottleneck stands behind one, and does not replace its layers."""
+    return [name for method, names in claimed.items() if method != "bottleneck" for name in names]
+
+
+def _bottleneck_of(model: nn.Module, other: Beside) -> Any:
+    from peftlab.adapters.bottleneck import find_blocks
+
+    layers = None if other.layers is None else tuple(sorted(chosen_blocks(other.layers, len(find_blocks(model)))))
+    return _bottleneck_config(other.options, layers)
+
+
+def _configs_beside(
+    model: nn.Module, beside: Sequence[Beside], claimed: Mapping[str, Sequence[str]], places: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The configurations of the adapters ``beside``, by method."""
+    configs = {}
+    for index, other in enumerate(beside):
+        key = f"adapter.beside.{index}"
+        if other.is_bottleneck:
+            configs[other.method] = _bottleneck_of(model, other)
+            continue
+        try:
+            # Without a task type the head would be trained too.
+            kind, targets = places["peft_type"] or PLAIN_TYPE, claimed[other.method]
+            config = check_adapter(model, other.method, peft_type=kind, targets=targets, **other.options)
+        except RecipeError as error:
+            raise RecipeError(str(error), key=f"{key}.{(error.key or '').removeprefix('adapter.')}") from error
+        kind = getattr(config, "init_lora_weights", None)
+        if initial.changes_weights(kind) or initial.needs_rows(config):
+            raise RecipeError(
+                f"{kind} looks at training rows or changes the weights, which only the main adapter can",
+                key=f"{key}.init_lora_weights",
+            )
+        config.task_type = places["peft_type"]
+        configs[other.method] = config
+    return configs
 
 
 def _check_replication(targets: str | Sequence[str], places: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlab.adapters.places import chosen_blocks_of, ends_with
 from peftlab.errors import RecipeError
-from peftlab.specs.methods import MethodSpec
+from peftlab.specs.method_spec import MethodSpec
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def pattern_values(spec: MethodSpec, patterns: Sequence[Pattern], of_module: Map
     # AdaLoRA keeps the ranks that it has found in rank_pattern. The layers of LoRA, and no others, have a dropout each.
     has = {
         "rank": spec.keys.get("rank") == "r" and "rank_pattern" in spec.options,
-        "alpha": "alpha_pattern" in spec.options,
+        "alpha": "alpha_pattern" in spec.options and "alpha_pattern" not in spec.refused_options,
         "dropout": "dora" in spec.keys,
     }
     for index, pattern in enumerate(patterns):
@@ -89,7 +89,8 @@ def rate_factors(model: Any, lr: float, loraplus_lr_ratio: float = 1.0) -> dict[
     Args: loraplus_lr_ratio: rate of LoRA's B / rate of A (LoRA+, arXiv 2402.12354).
     """
     of_module: Mapping[str, Pattern] = getattr(model, "patterns_of_modules", {})
-    rates = {f"base_model.model.{name}.": p.lr / lr for name, p in of_module.items() if p.lr is not None}
+    around = "base_model.model." if hasattr(getattr(model, "base_model", None), "model") else "base_model."
+    rates = {f"{around}{name}.": p.lr / lr for name, p in of_module.items() if p.lr is not None}
     factors = {}
     for name, parameter in model.named_parameters():
         factor = next((rate for start, rate in rates.items() if name.startswith(start)), 1.0)

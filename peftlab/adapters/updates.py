@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.adapters.beside import method_of_layer
 from peftlab.adapters.inject import base_name
+from peftlab.adapters.layer_rules import ADAPTER, lora_factors, lora_scale, rule_of
 from peftlab.adapters.merge import dequantizer
 from peftlab.specs.methods import METHODS
 
-ADAPTER = "default"
 # Initialisations of LoRA that take a part of the weight out of it when the adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -74,7 +75,7 @@ def read_updates(model: Any, adapter: str = ADAPTER) -> Iterator[Update]:
 
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
-            yield _read(layer, path, adapter, str(model.peft_config[adapter].peft_type.value))
+            yield _read(layer, path, adapter, method_of_layer(model, layer, adapter).upper())
 
 
 def _read(layer: Any, path: str, adapter: str, method: str) -> Update:
@@ -97,10 +98,10 @@ def _read(layer: Any, path: str, adapter: str, method: str) -> Update:
         if base.groups > 1:
             return Update(**facts, reason="it is a grouped convolution")
         facts |= {"layout": "conv", "extent": tuple(base.weight.shape[1:])}
-    if method == "LORA":
-        return _read_lora(layer, adapter, facts, weight)
+    if method == "LORA" and (found := _lora(layer, adapter, facts)) is not None:
+        return found
     try:
-        difference = _difference(layer, adapter)
+        difference = _difference(layer, adapter, weight)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, KeyError) as error:
         return Update(**facts, reason=_first_line(error))
     if difference is None:
@@ -110,45 +111,31 @@ def _read(layer: Any, path: str, adapter: str, method: str) -> Update:
     return Update(**facts, dense=_as_matrix(difference, base))
 
 
-def _read_lora(layer: Any, adapter: str, facts: dict[str, Any], weight: Tensor) -> Update:
-    scale, variant = float(layer.scaling[adapter]), layer.lora_variant.get(adapter)
+def _lora(layer: Any, adapter: str, facts: dict[str, Any]) -> Update | None:
+    """The factors of plain LoRA, or why there is no matrix; None for DoRA, whose update is no product of them."""
+    variant = layer.lora_variant.get(adapter)
+    down, up = lora_factors(layer, adapter)
+    scale = lora_scale(layer, adapter)
     if facts["layout"] == "embedding":
-        left, right = layer.lora_embedding_A[adapter].T * scale, layer.lora_embedding_B[adapter].T
-    else:
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if getattr(layer.lora_B[adapter], "bias", None) is not None:
-            return Update(**facts, reason="it has a bias of its own (lora_bias)")
-        left, right = up.flatten(1) * scale, down.flatten(1)
+        return None if variant is not None else Update(**facts, left=down.T * scale, right=up.T)
+    if getattr(layer.lora_B[adapter], "bias", None) is not None:
+        return Update(**facts, reason="it has a bias of its own (lora_bias)")
     if variant is None:
-        return Update(**facts, left=left, right=right)
+        return Update(**facts, left=up * scale, right=down)
     if "Dora" not in type(variant).__name__:
         return Update(**facts, reason=f"it is a variant of LoRA ({type(variant).__name__})")
-    if facts["layout"] != "linear":  # never quantized, so PEFT's own merge shows it
-        difference = _difference(layer, adapter)
-        assert difference is not None
-        return Update(**facts, dense=_as_matrix(difference, layer.get_base_layer()))
-    plain = _as_matrix(weight, layer.get_base_layer()).float()
-    return Update(
-        **facts, dense=dora_update(plain, left.float() @ right.float(), layer.lora_magnitude_vector[adapter].weight)
-    )
+    return None
 
 
-def dora_update(weight: Tensor, low_rank: Tensor, magnitude: Tensor) -> Tensor:
-    """[N, K] W' - W of DoRA: ``m * (W + D) / ||W + D|| - W`` with the norms of rows.
+def _difference(layer: Any, adapter: str, weight: Tensor) -> Tensor | None:
+    """W' - W in the layout of the weight: by the method's formula, else from PEFT's own merge of a copy; None for a quantized
+    weight without either.
 
-    Args: weight, low_rank: [N, K] W and D. magnitude: [N].
-    Source: Liu et al. 2024, arXiv 2402.09353, equation 5.
+    ``get_delta_weight`` alone is no common definition: of HiRA it is a factor, of others a rotation.
     """
-    moved = weight + low_rank
-    scaled: Tensor = (magnitude.float() / moved.norm(dim=1))[:, None] * moved
-    return scaled - weight
-
-
-def _difference(layer: Any, adapter: str) -> Tensor | None:
-    """W' - W in the layout of the weight, from PEFT's own merge of a copy; None for a quantized weight without a delta.
-
-    ``get_delta_weight`` alone is no common definition: of OFT it is a rotation, of HiRA a factor, and IA3 has none.
-    """
+    if (rule := rule_of(layer, adapter)) is not None:
+        before = weight.double().cpu()
+        return (rule.weight(before) - before).to(weight.device, torch.float32)
     if _is_quantized(layer.get_base_layer()):
         if not layer.supports_lora_conversion(adapter):
             return None

@@ -33,10 +33,11 @@ def benchmark_quality(
 
     All methods use the recipe's steps, batches, alpha and held-out rows. Methods need different learning rates: with the
     first seed each method tries all of ``learning_rates`` and keeps its best for the other seeds. For every method that
-    choice uses the held-out rows.
+    choice uses the held-out rows. Without ``learning_rates`` each method searches: it begins with the recipe's rate, a third
+    and three times it, and goes on by factors of three while the best is the first or the last that it tried.
 
-    Args: methods: default all of ``specs.methods.VARIANTS``. ranks: default the recipe's. learning_rates: default the recipe's
-        rate and a tenth of it, which full fine-tuning often needs. out: default runs/quality-NAME. plan: train nothing.
+    Args: methods: default all of ``specs.methods.VARIANTS``. ranks: default the recipe's. learning_rates: default a
+        search. out: default runs/quality-NAME. plan: train nothing.
         resume, replace, progress: as for ``benchmark``.
     Returns: the contents of quality.json, ``header`` and ``methods`` (see ``bench.quality``), with ``folder``.
     Raises: RecipeError, DataError, ArtifactError, Interrupted.

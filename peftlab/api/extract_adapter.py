@@ -44,7 +44,7 @@ def extract_adapter(
     Raises: ArtifactError for checkpoints of different models; VerificationError beyond the tolerance, with nothing written.
     """
     prepare_libraries()
-    loaded = None if recipe is None else load_recipe(recipe, [f"model.name={base}", *overrides])
+    loaded = None if recipe is None else load_recipe(recipe, [f"model.name={base}", "model.adapter=", *overrides])
     with located(loaded), frozen_heap(), progress or make_progress() as progress:
         for line in loaded.notes if loaded is not None else ():
             progress.note(line)

@@ -28,7 +28,8 @@ def merge(
     replace: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merges a run's adapter, writes a plain transformers folder, and compares it with base + adapter.
+    """Merges a run's adapter, writes a plain transformers folder, and compares the written files with the model that was
+    trained, by its witness; or with base + adapter, for an adapter that has no witness of its training.
 
     Args:
         target: a run folder or its adapter folder, or a folder with an adapter of PEFT, which needs ``recipe``.
@@ -41,8 +42,9 @@ def merge(
         max_kl, min_top1: thresholds on mean KL in nats and on top-1 agreement; override the defaults.
         replace: overwrite ``output``.
 
-    Returns: the report, also written to ``RUN/merge.json``.
-    Raises: VerificationError if the merged model exceeds a threshold; ``output`` is then not written.
+    Returns: the report, also written to ``RUN/merge.json``. ``of_training`` says what the outputs were compared with, ``layers``
+        how many layers were compared by formula and by outputs.
+    Raises: VerificationError if the merged model exceeds a threshold or a layer is wrong; ``output`` is then not written.
     """
     prepare_libraries()
     resolved = find_target(target, recipe, overrides)

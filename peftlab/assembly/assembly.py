@@ -7,10 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from peftlab.adapters import HeadLoss, Pattern
+from peftlab.adapters import HeadLoss
+from peftlab.assembly.adapter import adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
+from peftlab.assembly.stack import adapter_fingerprint, base_adapter, stacked
+from peftlab.assembly.start import Start
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
@@ -39,7 +42,7 @@ from peftlab.models import (
 )
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
-from peftlab.specs.methods import MethodSpec
+from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.metrics import class_slugs, family_of
 from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
@@ -97,21 +100,12 @@ class Assembly:
     @property
     def adapter_places(self) -> dict[str, Any]:
         """The arguments of ``adapters.inject`` that say which modules are adapted and which are trained in full."""
-        a = self.recipe.adapter
-        return {
-            "peft_type": self.spec.peft_type,
-            "targets": a.targets,
-            "modules_to_save": a.modules_to_save,
-            "layers": a.layers,
-            "freeze": a.freeze,
-        }
+        return adapter_places(self.recipe)
 
     @property
     def adapter_options(self) -> dict[str, Any]:
         """Its other arguments: the settings of the method."""
-        a, keys = self.recipe.adapter, self.method.keys
-        options = {key: getattr(a, key) for key in keys if key not in ("targets", "modules_to_save")} | a.options
-        return options | ({"patterns": [Pattern(**p.model_dump()) for p in a.patterns]} if a.patterns else {})
+        return adapter_options(self.recipe)
 
     @property
     def distill(self) -> DistillSection:
@@ -163,13 +157,13 @@ class Assembly:
 
     @property
     def pretrained(self) -> Pretrained:
-        """The files of the model. Raises: RecipeError, ArtifactError."""
+        """The files of the model, with the adapter in model.adapter. Raises: RecipeError, ArtifactError."""
+        return self._once("model files", self._model_key, self._find_model)
+
+    def _find_model(self) -> Pretrained:
         model = self.recipe.model
-        return self._once(
-            "model files",
-            [model.name, model.revision, model.trust_remote_code],
-            lambda: find_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code),
-        )
+        found = find_pretrained(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return found if model.adapter is None else stacked(self, found, model.adapter)
 
     @property
     def stored(self) -> str:
@@ -445,7 +439,21 @@ class Assembly:
         """Hashes of model, tokenizer and data. The weights are hashed once, as long as their files do not change."""
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
-        return {"model": self.pretrained.fingerprint, "tokenizer": of_reader, **self.data.fingerprints}
+        adapters = {} if self.start is None else {"start adapter": self.start.fingerprint}
+        if (name := self.recipe.model.adapter) is not None:
+            adapters["base adapter"] = adapter_fingerprint(base_adapter(name))
+        return {"model": self.model_fingerprint, "tokenizer": of_reader, **adapters, **self.data.fingerprints}
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Identifies the frozen weights."""
+        return self.pretrained.fingerprint
+
+    @property
+    def start(self) -> Start | None:
+        """The adapter that this one continues. Raises: RecipeError if there is none in adapter.start."""
+        name = self.recipe.adapter.start
+        return None if name is None else self._once("start adapter", name, lambda: Start.find(name))
 
     def model(self, **changes: Any) -> Any:
         """Loads the frozen backbone, every time; ``changes`` override loading options, such as ``quantize="none"``."""
@@ -488,7 +496,7 @@ class Assembly:
     @property
     def _model_key(self) -> list[Any]:
         model = self.recipe.model
-        return [model.name, model.revision, model.trust_remote_code]
+        return [model.name, model.revision, model.trust_remote_code, model.adapter]
 
     @property
     def _data_key(self) -> list[Any]:

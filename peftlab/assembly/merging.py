@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import load_adapter, method_of
-from peftlab.adapters.merge import DequantizedWeights, Probes, fold
+from peftlab.adapters import load_adapter
+from peftlab.adapters.merge import DequantizedWeights
+from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.assembly import Assembly
+from peftlab.assembly.folding import folded, is_tied, untie_if_adapted
 from peftlab.assembly.target import Target, check_same_model, find_target, open_target
 from peftlab.assembly.witness import Witness, read_witness
 from peftlab.data import require
@@ -23,7 +25,6 @@ from peftlab.measuring.memory import release_memory
 from peftlab.models import ImageReader, find_pretrained, load_image_reader, load_tokenizer, quiet, save_plain
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, write_json
-from peftlab.specs.methods import METHODS
 from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
 
@@ -31,8 +32,6 @@ TARGETS = ("original", "dequantized")
 # Maximum mean KL (nats) and minimum top-1 agreement per base. A merge into the weights used in training only rounds; a
 # merge into the original weights also removes the quantization error.
 _LIMITS = {"same": {"kl_mean": 1e-3, "top1": 0.99}, "original": {"kl_mean": 0.25, "top1": 0.8}}
-# Rounding error of a merge, relative to the update, from which on a line says so.
-_MOST_LOST = 0.5
 _PROBES = [
     "The quick brown fox.",
     "  spaces\tand\nlines",
@@ -179,24 +178,22 @@ def _merge_one(target: Target, reference: _Reference, name: str, written: Path, 
     """Merges into one kind of base weights, writes the result to ``written`` and verifies the reloaded files."""
     assembly = reference.assembly
     plain, adapted = _adapted(target, reference, name)
-    tied = _tied_head(plain)
-    if tied and _is_adapted(plain):
-        _untie(plain)
-        tied = False
-    probes = Probes(adapted)
-    merged = _fold(adapted)
+    tied = untie_if_adapted(plain)
+    check = MergeCheck(adapted, reference.dequantized if name == "dequantized" else None)
+    merged = folded(adapted)
     saved = _save_dtype(assembly.pretrained, dtype)
     _save(merged.to(saved), reference, written, target)
     tokenizer_same = _same_tokenizer(assembly.reader, written)
     del merged, plain, adapted
     release_memory()
     merged = _reload(written, assembly.task, assembly.device)
-    layers = probes.error(merged, saved)
+    layers = check.error(merged, saved)
+    del check  # it has the base weights
     return {
         **reference.figures(),
         "dtype": str(saved).removeprefix("torch."),
-        "tied_head": _is_tied(merged),
-        "tied_head_kept": _is_tied(merged) == tied,
+        "tied_head": is_tied(merged),
+        "tied_head_kept": is_tied(merged) == tied,
         "tokenizer_same": tokenizer_same,
         "bytes": sum(p.stat().st_size for p in written.iterdir()),
         "layers": None if layers is None else asdict(layers),
@@ -217,26 +214,6 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
     if name == "dequantized":
         _replace_weights(plain, reference.dequantized)
     return plain, load_adapter(plain, target.adapter)
-
-
-def _fold(adapted: Any) -> Any:
-    """The base model with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
-    config = adapted.peft_config["default"]
-    method = method_of(config)
-    spec = METHODS.get(method)
-    if spec is not None and spec.unmergeable:
-        raise RecipeError(
-            f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
-            key="adapter.method",
-        )
-    try:
-        return fold(adapted)
-    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise RecipeError(
-            f"PEFT cannot merge this {method.upper()} adapter: {reason}; use it as an adapter, without merging",
-            key="adapter.method",
-        ) from error
 
 
 def _replace_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
@@ -276,45 +253,6 @@ def _reload(folder: Path, task: Task, device: str) -> Any:
         return getattr(transformers, task.spec.auto_class).from_pretrained(folder, dtype="auto").to(device).eval()
 
 
-def _ends(model: Any) -> tuple[Any, Any]:
-    """The output head and the input embeddings of a model, adapted or not; None for one that it does not have."""
-    try:
-        return model.get_output_embeddings(), model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None, None
-
-
-def _tied_head(base: Any) -> bool:
-    head, _ = _ends(base)
-    return head is not None and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _is_adapted(base: Any) -> bool:
-    """Whether the adapter changes the head or the embeddings, so that they need separate tensors."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-
-    # Trained rows of a tied pair are the same rows.
-    others = [m for m in _ends(base) if not isinstance(m, TrainableTokensLayer | TrainableTokensWrapper)]
-    return any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in others)
-
-
-def _untie(base: Any) -> None:
-    """Gives the head a separate tensor, so that an update of head or embedding does not change the other."""
-    head, _ = _ends(base)
-    head = getattr(head, "original_module", head)
-    head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    base.config.get_text_config().tie_word_embeddings = False
-    base.config.tie_word_embeddings = False
-
-
-def _is_tied(model: Any) -> bool:
-    head, embedding = _ends(model)
-    return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
-
-
 def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
     """Whether the written tokenizer has the same probe ids, template and special tokens."""
     written = find_pretrained(str(folder))
@@ -329,15 +267,19 @@ def _same_tokenizer(tokenizer: Any, folder: Path) -> bool:
 
 
 def _lost(figures: dict[str, Any]) -> str | None:
-    """A line if rounding took most of what the adapter changes: an update below the resolution of 16 bits is gone."""
+    """A line if rounding takes most of what the adapter changes in a layer: an update below the resolution of 16 bits is gone."""
     layers = figures["layers"]
-    if not layers or layers["relative"] < _MOST_LOST:
+    if not layers or not layers["num_lost"]:
         return None
     wider = "" if figures["dtype"] == "float32" else "; a merge in float32 keeps it: --dtype float32"
     return (
-        f"merge: rounding to {figures['dtype']} changes the layers by {layers['relative']:.0%} of what the adapter changes, most in "
-        f"{layers['worst']}{wider}"
+        f"merge: rounding to {figures['dtype']} changes {layers['num_lost']} of {_compared(layers)} layers by more than half of "
+        f"what the adapter changes, most {layers['most_lost']}: by {layers['most_lost_relative']:.0%}{wider}"
     )
+
+
+def _compared(layers: dict[str, Any]) -> int:
+    return int(layers["by_formula"] + layers["by_probes"])
 
 
 def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[str, float]) -> Iterable[str]:
@@ -347,7 +289,7 @@ def _failures(figures: dict[str, Any], name: str, quantized: bool, limits: dict[
     layers = figures["layers"]
     if layers and layers["wrong"]:
         failures.append(
-            f"{layers['wrong']} of {layers['num_modules']} merged layers differ from the layers with their adapters, most "
+            f"{layers['wrong']} of {_compared(layers)} merged layers differ from the layers with their adapters, most "
             f"{layers['worst']}: by {layers['worst_relative']:.1%} of what the adapter changes"
         )
     if not figures["tied_head_kept"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftlab.adapters import check_adapter, is_grouped, planned_modules, reach_notes
+from peftlab.adapters import check_adapter, fitting_sizes, is_grouped, planned_modules, reach_notes
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
@@ -67,10 +67,17 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
-    check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
+    config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
+    if assembly.start is not None:
+        assembly.start.check(config, assembly)
+        going_on = f"continues the adapter in {assembly.start.folder}"
+        yield Finding("start", f"{going_on}. {assembly.start.as_plain}".rstrip(". "), "adapter.start")
     if not assembly.method.has_targets:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
+    given = {assembly.method.keys.get(k, k): v for k, v in assembly.adapter_options.items() if v is not None}
+    for line in fitting_sizes(skeleton, assembly.method, planned, given)[1]:
+        yield Finding("sizes", line, "adapter.method")
     if grouped := [name for name in planned if is_grouped(skeleton.get_submodule(name))]:
         found = f"{len(grouped)} of the {len(planned)} adapted layers are grouped convolutions ({grouped[0]})"
         if assembly.recipe.run.merge != "none":

@@ -211,7 +211,11 @@ def trainable(
         **where,
         **options,
     )
-    planned = [*planned, *token_modules(model)] if method.has_targets else adapted_modules(model)
+    if assembly.start is not None:
+        assembly.start.load(model)
+    if a.beside or not method.has_targets:
+        planned = adapted_modules(model)
+    planned += token_modules(model)
     return model, list(dict.fromkeys(planned)), report(model)
 
 

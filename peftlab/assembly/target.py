@@ -106,7 +106,7 @@ def find_target(
         return _run_target(path, recipe if recipe is not None else path / LOCK_NAME, overrides)
     if recipe is None:
         raise RecipeError(f"{str(target)!r} is neither a run nor a merged folder; for a base model add --recipe NAME")
-    return Target("base", load_recipe(recipe, [f"model.name={target}", *overrides]), None)
+    return Target("base", load_recipe(recipe, [f"model.name={target}", "model.adapter=", *overrides]), None)
 
 
 def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
@@ -127,7 +127,7 @@ def _run_target(path: Path, recipe: RecipeSource, overrides: Sequence[str]) -> T
 def _plain_target(kind: str, folder: Path, recipe: RecipeSource, overrides: Sequence[str]) -> Target:
     """The target for a model folder that a run wrote; its weights include the training."""
     settings = [f"model.name={folder}", "model.quantize=none", "model.double_quant=true", "model.compute_dtype=auto"]
-    settings += ["model.revision=", "run.merge=none", "adapter.tokens=[]"]  # its tokenizer has them
+    settings += ["model.revision=", "run.merge=none", "adapter.tokens=[]", "model.adapter="]  # they are in it
     return Target(kind, load_recipe(recipe, [*settings, *overrides]), None)
 
 

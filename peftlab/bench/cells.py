@@ -14,8 +14,8 @@ from peftlab.bench.sweep import Cell, Facts, Sweep, make_sweep
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import import_bitsandbytes, model_max_length
 from peftlab.recipe import Recipe
+from peftlab.recipe.adapter import AdapterSection
 from peftlab.recipe.method_options import settings_for
-from peftlab.recipe.schema import AdapterSection
 from peftlab.specs.methods import VARIANTS, variant_of
 from peftlab.specs.protocol import BATCH, LENGTH
 from peftlab.specs.tasks import Predicts

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters import train_mode
+from peftlab.adapters import train_mode, without_adapter
 from peftlab.adapters.fused import fusion_report, set_kernels
 from peftlab.assembly.fit import input_casts
 from peftlab.assembly.plan import loop_settings
@@ -186,7 +186,7 @@ def _generation_gate(job: Job) -> dict[str, Any]:
 
     with woken(job.model):
         job.model.eval()
-        with job.model.disable_adapter() if job.planned else contextlib.nullcontext():
+        with without_adapter(job.model) if job.planned else contextlib.nullcontext():
             without = logits("reference") if job.planned else None
         want, got = logits("reference"), logits(job.recipe.run.kernels)
     size = float(want.norm() if without is None else (want - without).norm())

@@ -15,6 +15,7 @@ from peftlab.measuring.drawing import colours, markers, place_labels, save_pictu
 from peftlab.measuring.intervals import over_rounds, over_seeds, quartiles
 from peftlab.specs.methods import VARIANTS
 from peftlab.specs.metrics import family_of
+from peftlab.specs.protocol import MOST_RATES_BEYOND
 
 RESULT, TABLE, PICTURE, VECTOR = "quality.json", "quality.csv", "quality.png", "quality.svg"
 COLOURS, MARKERS = colours(VARIANTS), markers(VARIANTS)
@@ -25,13 +26,34 @@ def name_of(method: str, rank: int | None) -> str:
     return method if rank is None else f"{method} r{rank}"
 
 
-def chosen_rate(records: Sequence[Mapping[str, Any]], name: str, rates: Sequence[float], metric: str) -> float | None:
+def rate_to_try(
+    records: Sequence[Mapping[str, Any]], name: str, rates: Sequence[float], metric: str, *, search: bool
+) -> float | None:
+    """Returns a learning rate that is still to be tried on the first seed: one of ``rates``, then, in a search, the next one
+    beyond the end that is best; None if all are tried and the best lies between others."""
+    tried = first_trials(records, name)
+    if missing := [rate for rate in rates if rate not in tried]:
+        return missing[0]
+    best = _best(tried, metric)
+    if not search or best is None or len(rates) < 2 or len(tried) >= len(rates) + MOST_RATES_BEYOND:
+        return None
+    factor = (max(rates) / min(rates)) ** (1 / (len(rates) - 1))
+    beyond = best * factor if best == max(tried) else best / factor if best == min(tried) else None
+    return None if beyond is None else float(f"{beyond:.2g}")
+
+
+def chosen_rate(
+    records: Sequence[Mapping[str, Any]], name: str, rates: Sequence[float], metric: str, *, search: bool = False
+) -> float | None:
     """Returns the learning rate with the best metric on the first seed, the smaller one of equals; None until all are tried,
     or if none has a finite metric."""
-    tried = first_trials(records, name)
-    if any(rate not in tried for rate in rates):
+    if rate_to_try(records, name, rates, metric, search=search) is not None:
         return None
-    scores = {rate: r["metrics"][metric] for rate, r in tried.items() if r["status"] == "ok" and rate in rates}
+    return _best(first_trials(records, name), metric)
+
+
+def _best(tried: Mapping[float, Mapping[str, Any]], metric: str) -> float | None:
+    scores = {rate: r["metrics"][metric] for rate, r in tried.items() if r["status"] == "ok"}
     scores = {rate: score for rate, score in scores.items() if math.isfinite(score)}
     sign = 1 if smaller_is_better(metric) else -1
     return min(sorted(scores), key=lambda rate: sign * scores[rate], default=None)
@@ -54,6 +76,8 @@ def quality_rows(
     records: Sequence[Mapping[str, Any]],
     metric: str,
     rates: Sequence[float],
+    *,
+    search: bool = False,
 ) -> list[dict[str, Any]]:
     """Returns a row per method and rank, with its learning rate: the metric over seeds with a 95 % interval (Student t),
     trained parameters, seconds (median) and memory of the training, and the paired difference of the metric to the first
@@ -62,12 +86,13 @@ def quality_rows(
     for method, rank in variants:
         row: dict[str, Any] = {"method": method, "rank": rank, "name": name_of(method, rank), "status": "ok"}
         row["reason"] = None
-        rate = chosen_rate(records, row["name"], rates, metric)
+        rate = chosen_rate(records, row["name"], rates, metric, search=search)
         tried = first_trials(records, row["name"])
-        row |= {"lr": rate, "tried": {f"{r:g}": _score(record, metric) for r, record in tried.items()}}
+        row |= {"lr": rate, "tried": {f"{r:g}": _score(record, metric) for r, record in sorted(tried.items())}}
+        row["at_end"] = rate is not None and len(tried) > 1 and rate in (min(tried), max(tried))
         mine = [r for r in records if r["kind"] == "quality" and r["cell"] == row["name"] and r["lr"] == rate]
         bad = next((r for r in mine if r["status"] != "ok"), None)
-        if rate is None and len(tried) == len(rates):
+        if rate is None and len(tried) >= len(rates):
             bad = next((r for r in tried.values() if r["status"] != "ok"), _NO_METRIC)
         if (method, rank) in reasons:
             row |= {"status": "impossible", "reason": reasons[method, rank]}
@@ -216,10 +241,13 @@ def _bars(interval: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _budget(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    seeds, rates = header["protocol"]["seeds"], header["protocol"]["learning_rates"]
+    protocol = header["protocol"]
+    seeds, rates = protocol["seeds"], protocol["learning_rates"]
     text = f"{rows[0]['steps']} steps each, {seeds} seed{'s' if seeds != 1 else ''}, "
     if len(rates) == 1:
         return f"{text}learning rate {rates[0]:g} for all"
+    if protocol["search"]:
+        return f"{text}each with the best learning rate that a search finds on the first seed"
     return f"{text}each with its best learning rate on the first seed, of {', '.join(f'{r:g}' for r in rates)}"
 
 

@@ -68,7 +68,7 @@ def run_quality(
         raise RecipeError(
             f"nothing to train: all {len(variants)} methods are impossible: {next(iter(reasons.values()))}"
         )
-    rates = list(dict.fromkeys(map(float, rates if rates is not None else _rates(assembly.recipe))))
+    rates = list(dict.fromkeys(map(float, rates if rates is not None else first_rates(assembly.recipe))))
     header = _header(assembly, overrides, variants, rates, request)
     if plan:
         rows = quality.quality_rows(variants, reasons, [], header["metric"], rates)
@@ -108,9 +108,9 @@ def _variants(
     return variants, {v: reason.format(VARIANTS[v[0]][0].label) for v in dense_only}
 
 
-def _rates(recipe: Recipe) -> list[float]:
-    lr = recipe.train.lr
-    return [float(f"{lr / 10:.6g}"), lr]
+def first_rates(recipe: Recipe) -> list[float]:
+    """The learning rates that a search begins with: the recipe's, a third and three times it."""
+    return [float(f"{recipe.train.lr * factor:.2g}") for factor in (1 / 3, 1, 3)]
 
 
 def _trainings(possible: Sequence[_Variant], rates: Sequence[float], seeds: int) -> int:
@@ -154,7 +154,11 @@ def _header(
         },
         "metric": metric,
         "smaller_is_better": quality.smaller_is_better(metric),
-        "protocol": {"seeds": request.seeds, "learning_rates": list(rates)},
+        "protocol": {
+            "seeds": request.seeds,
+            "learning_rates": list(rates),
+            "search": request.learning_rates is None,
+        },
         "variants": [list(v) for v in variants],
         "recipe": cells.settings_of(recipe),
     }
@@ -168,22 +172,31 @@ def _train_all(
     start: Launch,
 ) -> None:
     """Trains seed by seed in alternating order, so that an interrupted run has about equally many trainings per method."""
-    seeds, rates = header["protocol"]["seeds"], header["protocol"]["learning_rates"]
-    total = _trainings(possible, rates, seeds)
+    protocol, metric = header["protocol"], header["metric"]
+    seeds, rates, search = protocol["seeds"], protocol["learning_rates"], protocol["search"]
     first_seed = int(header["recipe"].get("run", {}).get("seed", 0))
+
+    def train(method: str, rank: int | None, turn: int, lr: float) -> None:
+        name, seed = quality.name_of(method, rank), first_seed + turn
+        done = len(opened.of("quality"))
+        total = max(_trainings(possible, rates, seeds), done + 1)
+        tell(done, total, f"{name}, lr {lr:g}, seed {seed} ({turn + 1} of {seeds})")
+        result = start({"job": "quality", "recipe": training_settings(header["recipe"], method, rank, seed, lr)})
+        opened.write({"kind": "quality", "cell": name, "seed": seed, "turn": turn, "lr": lr, **result})
+
     for turn in range(seeds):
         for method, rank in possible if turn % 2 == 0 else list(reversed(possible)):
-            name, seed = quality.name_of(method, rank), first_seed + turn
+            name = quality.name_of(method, rank)
+            if turn == 0:
+                while (lr := quality.rate_to_try(opened.records, name, rates, metric, search=search)) is not None:
+                    train(method, rank, turn, lr)
+                continue
+            chosen = quality.chosen_rate(opened.records, name, rates, metric, search=search)
             done = {(r["turn"], r["lr"]): r["status"] for r in opened.of("quality", name)}
-            chosen = quality.chosen_rate(opened.records, name, rates, header["metric"]) if turn else None
-            for lr in rates if turn == 0 else [] if chosen is None else [chosen]:
-                if (turn, lr) in done or (turn and any(s != "ok" for (_, r), s in done.items() if r == lr)):
-                    continue
-                tell(len(opened.of("quality")), total, f"{name}, lr {lr:g}, seed {seed} ({turn + 1} of {seeds})")
-                recipe = training_settings(header["recipe"], method, rank, seed, lr)
-                result = start({"job": "quality", "recipe": recipe})
-                opened.write({"kind": "quality", "cell": name, "seed": seed, "turn": turn, "lr": lr, **result})
-    tell(total, total, "")
+            failed = any(status != "ok" for (_, lr), status in done.items() if lr == chosen)
+            if chosen is not None and not failed and (turn, chosen) not in done:
+                train(method, rank, turn, chosen)
+    tell(len(opened.of("quality")), len(opened.of("quality")), "")
 
 
 def training_settings(base: Mapping[str, Any], method: str, rank: int | None, seed: int, lr: float) -> dict[str, Any]:
@@ -226,8 +239,8 @@ def _write(
     reasons: Mapping[_Variant, str],
 ) -> dict[str, Any]:
     header = {k: v for k, v in opened.records[0].items() if k != "kind"}
-    rates = header["protocol"]["learning_rates"]
-    rows = quality.quality_rows(variants, reasons, opened.records, header["metric"], rates)
+    rates, search = header["protocol"]["learning_rates"], header["protocol"]["search"]
+    rows = quality.quality_rows(variants, reasons, opened.records, header["metric"], rates, search=search)
     document = {"header": header, "methods": rows}
     result_files.write_result(folder / quality.RESULT, document)
     result_files.write_text(folder / quality.TABLE, quality.csv_text(rows))

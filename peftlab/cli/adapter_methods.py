@@ -12,7 +12,8 @@ from peftlab.cli.options import Debug, Json
 from peftlab.cli.output import Output, output_of
 from peftlab.errors import RecipeError
 from peftlab.recipe import shipped
-from peftlab.specs.methods import METHODS, MethodSpec
+from peftlab.specs.method_spec import MethodSpec
+from peftlab.specs.methods import METHODS
 from peftlab.specs.peft_methods import COMPUTED, peft_version
 from peftlab.specs.storages import STORAGES
 
@@ -111,7 +112,10 @@ def _options(spec: MethodSpec) -> list[dict[str, str]]:
     for name, option in spec.options.items():
         default = spec.defaults.get(name, option.default)
         required = "required; " if name in spec.required else ""
-        rows.append({"key": name, "default": _shown(default), "meaning": f"{required}{option.help or option.kind}"})
+        meaning = f"{required}{option.help or option.kind}"
+        if name in spec.refused_options:
+            meaning = f"cannot be set: {spec.refused_options[name]}"
+        rows.append({"key": name, "default": _shown(default), "meaning": meaning})
     return rows
 
 

@@ -89,7 +89,7 @@ def bench_run(
             "--learning-rates",
             metavar="X,..",
             help="With --quality: learning rates to try; each method keeps its best on the first seed. "
-            "Default: the recipe's rate and a tenth of it.",
+            "Default: a search in steps of three around the recipe's rate.",
         ),
     ] = None,
     _json: Json = False,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peftlab import formatting
 from peftlab.bench.captions import cell_label, dimensions, machine_text, protocol_text
 from peftlab.cli.output import WIDTH, Output
+from peftlab.specs.protocol import MOST_RATES_BEYOND
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,6 +69,12 @@ def show_quality(out: Output, report: Mapping[str, Any]) -> None:
     for row in rows:
         if row["status"] != "ok":
             paragraph(out, f"{row['name']}: {_STATUS[row['status']]}: {row['reason']}")
+    for row in rows:
+        if row["status"] == "ok" and row["at_end"]:
+            paragraph(
+                out,
+                f"{row['name']}: the best learning rate is at the end of those tried; another --learning-rates may be better",
+            )
     if len(header["protocol"]["learning_rates"]) > 1:
         paragraph(out, f"{metric} on the first seed by learning rate: {'; '.join(map(_tried, rows))}")
     out.line(f"results  {report['folder']}/quality.json, quality.csv")
@@ -91,13 +98,16 @@ def show_trainings(out: Output, report: Mapping[str, Any]) -> None:
     )
     protocol = header["protocol"]
     rates = ", ".join(f"{r:g}" for r in protocol["learning_rates"])
+    beyond = f" and at most {MOST_RATES_BEYOND} more by the same factor" if protocol["search"] else ""
     out.line()
     paragraph(
-        out, f"learning rates {rates} on the first of {protocol['seeds']} seeds, the best of each on the other seeds"
+        out,
+        f"learning rates {rates}{beyond} on the first of {protocol['seeds']} seeds, the best of each on the other seeds",
     )
     paragraph(
         out,
-        f"{report['trainings']} trainings; nothing was trained. peftlab check {header['name']} estimates the time of one",
+        f"{'at least ' if protocol['search'] else ''}{report['trainings']} trainings; nothing was trained. "
+        f"peftlab check {header['name']} estimates the time of one",
     )
 
 

@@ -140,9 +140,26 @@ def merge_table(report: Mapping[str, Any]) -> list[RenderableType]:
     parts = [str(report["output"]), str(chosen.get("dtype", report.get("dtype", "")))]
     if chosen.get("bytes"):
         parts.append(formatting.size(chosen["bytes"]))
-    against = "the trained model" if chosen.get("of_training") else "base + adapter"
-    note = f"compared with {against} on held-out rows; layer error relative to what the adapter changes"
-    return [table, Text(note, style="dim"), Text("merged model: " + ", ".join(p for p in parts if p))]
+    notes = [Text(line, style="dim") for line in _compared(chosen)]
+    return [table, *notes, Text("merged model: " + ", ".join(p for p in parts if p))]
+
+
+def _compared(figures: Mapping[str, Any]) -> list[str]:
+    """What the merged files were compared with: outputs, then layers."""
+    if figures.get("of_training"):
+        with_what = "the trained model, as it was in memory at the end of training"
+    else:
+        with_what = "base + adapter, loaded from their files: the adapter has no witness of its training"
+    lines = [f"the merged files were compared on held-out rows with {with_what}"]
+    if (layers := figures.get("layers")) is not None:
+        counts = {
+            "against the formula of the method": layers["by_formula"],
+            "by their outputs on random inputs": layers["by_probes"],
+            "not one by one": layers["unchecked"],
+        }
+        listed = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+        lines.append(f"layers: {listed}; the error is relative to what the adapter changes")
+    return lines
 
 
 def predict_line(folder: str, summary: Mapping[str, Any]) -> str:

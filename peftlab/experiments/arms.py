@@ -157,7 +157,8 @@ class Distillation:
         if init.weights == "random" or "student_init" not in self._summary:
             self._summary["student_init"] = cut_student(self._assembly, where, self._progress, seed=seed)
         # Use the cut student instead of the model it was cut from.
-        changes = {"model.name": str(where.absolute()), "model.revision": None, "distill.student_init": None}
+        changes = {"model.name": str(where.absolute()), "model.revision": None, "model.adapter": None}
+        changes |= {"distill.student_init": None}
         return self._assembly.derive(changes)
 
     def _train(self, student: Assembly, arm: Arm, teachers: Teachers | None, steps: int | None) -> dict[str, Any]:

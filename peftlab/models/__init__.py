@@ -16,7 +16,7 @@ from peftlab.models.load import base_model, load_model, new_weights, num_paramet
 from peftlab.models.load_errors import quiet
 from peftlab.models.new_tokens import add_tokens, start_rows, token_rows
 from peftlab.models.padding import padding_of, reconcile, reconciled_ids, vocabulary_rows
-from peftlab.models.pretrained import Pretrained, find_pretrained
+from peftlab.models.pretrained import Pretrained, find_pretrained, stacked_on
 from peftlab.models.save import save_plain
 from peftlab.models.sentences import SentenceFiles, SentenceWriter, sentence_files
 from peftlab.models.tokenizer import UNLIMITED, length_limit, load_tokenizer, model_max_length, tokenizer_fingerprint
@@ -52,6 +52,7 @@ __all__ = [
     "resolve_precision",
     "save_plain",
     "sentence_files",
+    "stacked_on",
     "start_rows",
     "stored_as",
     "token_rows",

@@ -16,7 +16,11 @@ from peftlab.models.source import ModelSource, resolve_model
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model on disk or on the hub, ready to be loaded: ``location`` is what ``from_pretrained`` takes, ``commit`` the hub's."""
+    """A model on disk or on the hub, ready to be loaded.
+
+    Attributes: location: what ``from_pretrained`` takes. commit: the hub's. made_from: of a folder in the cache, the fingerprint of
+        what it was made from.
+    """
 
     source: ModelSource
     location: str
@@ -24,10 +28,13 @@ class Pretrained:
     trust_remote_code: bool
     commit: str | None = None
     local_files_only: bool = True
+    made_from: str | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """The commit of a hub model, else sha256 of weights and config, read at the first use."""
+        if self.made_from is not None:
+            return self.made_from
         return f"{self.source.path}@{self.commit}" if self.source.kind == "hub" else self.source.weights_fingerprint()
 
     @property
@@ -54,6 +61,12 @@ def find_pretrained(name: str, *, revision: str | None = None, trust_remote_code
     elif source.kind == "shape":
         location = str(config_folder(source.path, source.weights_fingerprint()))
     return Pretrained(source, location, None, trust_remote_code)
+
+
+def stacked_on(base: Pretrained, folder: Path, *, name: str, made_from: str) -> Pretrained:
+    """The model ``base`` with the adapter ``name`` in its weights, as it was written to ``folder``."""
+    source = ModelSource("folder", f"{base.source.name} with {name}", str(folder))
+    return Pretrained(source, str(folder), None, base.trust_remote_code, made_from=made_from)
 
 
 def _find_on_hub(source: ModelSource, trust_remote_code: bool) -> Pretrained:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from peftlab.recipe.load import LoadedRecipe, load_recipe
     from peftlab.recipe.lock import check_lock, check_same_settings, local_files, write_lock
     from peftlab.recipe.schema import Recipe
+    from peftlab.recipe.start import adapter_folder, lock_of
 else:
     _HOME = {
         "Recipe": "schema",
@@ -20,6 +21,8 @@ else:
         "check_lock": "lock",
         "check_same_settings": "lock",
         "local_files": "lock",
+        "adapter_folder": "start",
+        "lock_of": "start",
     }
 
     def __getattr__(name: str) -> object:
@@ -32,11 +35,13 @@ else:
 __all__ = [
     "LoadedRecipe",
     "Recipe",
+    "adapter_folder",
     "check_lock",
     "check_same_settings",
     "copy_recipe",
     "load_recipe",
     "local_files",
+    "lock_of",
     "recipe_names",
     "recipe_schema",
     "recipe_summary",

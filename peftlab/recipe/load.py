@@ -18,6 +18,7 @@ from peftlab.recipe.method_options import settings_for
 from peftlab.recipe.problems import COMMAND_LINE, misread_numbers, report, translate
 from peftlab.recipe.schema import Recipe
 from peftlab.recipe.shipped import nearest_recipes, recipe_file, recipe_names
+from peftlab.recipe.start import fill_from_start
 from peftlab.recipe.yaml_lines import Lines, Parsed, Problem, parse_yaml
 from peftlab.specs.methods import METHODS
 
@@ -116,6 +117,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
         for old in [k for k in lines if k == name or k.startswith(f"{name}.")]:
             del lines[old]
     problems += misread_numbers(data)
+    fill_from_start(data)
     recipe = None
     try:
         recipe = Recipe.model_validate(data)

@@ -31,13 +31,25 @@ _HEADER = """\
 # Written by peftlab. `peftlab train` with this file repeats the run; every setting is explicit.
 # The section `lock` holds the versions and fingerprints the run was made with, which are checked then.
 """
-_LOCAL_PATHS = (("model", "name"), ("model", "chat_template"), ("data", "train"), ("data", "eval"))
-# Settings that do not change what a run computes.
-_FREE_ON_RESUME = {"run.log", "run.save_every", "run.keep", "run.merge", "eval.prompts", "eval.max_new_tokens"}
+_LOCAL_PATHS = (
+    ("model", "name"),
+    ("model", "adapter"),
+    ("model", "chat_template"),
+    ("adapter", "start"),
+    ("data", "train"),
+    ("data", "eval"),
+)
+# Settings that do not change what a run computes; of adapters only the place may change, because their fingerprints are compared.
+_FREE_ON_RESUME = {
+    *("run.log", "run.save_every", "run.keep", "run.merge", "eval.prompts", "eval.max_new_tokens"),
+    *("model.adapter", "adapter.start"),
+}
 _DATA_REMEDY = "restore the original data file"
 _REMEDIES = {
     "model": "restore the original weights, or set model.revision to their commit",
     "tokenizer": "restore the original tokenizer files, or set model.revision to their commit",
+    "base adapter": "restore the adapter that model.adapter names",
+    "start adapter": "restore the adapter that adapter.start names",
     "train data": _DATA_REMEDY,
     "eval data": _DATA_REMEDY,
 }
@@ -145,6 +157,8 @@ def check_lock(loaded: LoadedRecipe, *, fingerprints: Mapping[str, str | None], 
     changed = [
         name for name, now in fingerprints.items() if None not in (now, stored.get(name)) and stored[name] != now
     ]
+    if "base adapter" in changed:
+        changed.remove("model")  # which is the base with this adapter
     if changed:
         rows = "; ".join(
             f"the {name} has changed: {_short(stored[name])} when the run was made, {_short(fingerprints[name])} now"

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from peftlab.specs.methods import METHODS, MethodSpec
+from peftlab.specs.method_spec import MethodSpec
+from peftlab.specs.methods import METHODS
 from peftlab.specs.peft_methods import peft_version
 
 
@@ -29,13 +30,18 @@ _TYPES = {name: getattr(typing, name) for name in ("Any", "Optional", "Union")} 
 
 
 def option_problems(method: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and message for each of the ``given`` options that ``method`` does not have, or of another type."""
+    """Name and message for each of the ``given`` options that ``method`` does not have, of another type, or without effect."""
     spec = METHODS[method]
     for name, value in given.items():
+        needed, wanted = spec.needed.get(name, (None, None))
         if name not in spec.options:
             yield name, _unknown(spec, name)
+        elif name in spec.refused_options:
+            yield name, f"cannot be set: {spec.refused_options[name]}; remove it"
         elif (expected := _type_problem(spec.options[name].kind, value)) is not None:
             yield name, expected
+        elif value is not None and needed is not None and given.get(needed) != wanted:
+            yield name, f"has no effect without adapter.{needed}: {wanted}; set that, or remove it"
 
 
 def settings_for(section: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def _unknown(spec: MethodSpec, name: str) -> str:
         return f"unknown key; did you mean `method: {name}`?"
     if name == "total_step":
         return "is the number of steps of the run; remove it"
-    others = [other.name for other in METHODS.values() if name in other.options]
+    others = [m.name for m in METHODS.values() if name in m.options and name not in m.refused_options]
     if others:
         more = f" and {len(others) - 4} others" if len(others) > 4 else ""
         return f"is an option of {', '.join(others[:4])}{more}, not of {spec.name}; remove it"

@@ -77,6 +77,8 @@ def keys_of_other_methods(recipe: Recipe) -> Problems:
             if not spec.adapts:
                 reason = "without an adapter"
             yield from _no_effect(recipe, [f"adapter.{key}"], reason)
+    if not spec.adapts:
+        yield from _no_effect(recipe, ["adapter.start"], "without an adapter")
 
 
 def options_of_the_method(recipe: Recipe) -> Problems:
@@ -93,6 +95,37 @@ def options_of_the_method(recipe: Recipe) -> Problems:
     allowed = ("none", "all", "lora_only" if spec.name == "lora" else f"{spec.name}_only")
     if "bias" in spec.keys and recipe.adapter.bias not in allowed:
         yield ("adapter.bias",), f"expected one of {', '.join(allowed)}, found {recipe.adapter.bias!r}"
+
+
+def methods_beside(recipe: Recipe) -> Problems:
+    """Whether each adapter beside the main one has the keys and options of its method, and the main one can have others."""
+    adapter = recipe.adapter
+    if not adapter.beside:
+        return
+    main = METHODS[adapter.method]
+    if not main.adapts or main.own_options:
+        yield ("adapter.beside",), f"has no effect for adapter.method: {main.name}; make a method of PEFT the main one"
+        return
+    for key in ("start", "tokens"):
+        if getattr(adapter, key):
+            yield (f"adapter.{key}",), "is not for an adapter with others beside it; remove one of the two"
+    for index, other in enumerate(adapter.beside):
+        at, spec = f"adapter.beside.{index}", METHODS[other.method]
+        if not spec.beside:
+            fits = ", ".join(name for name, each in METHODS.items() if each.beside)
+            yield (f"{at}.method",), f"{spec.name} cannot be trained beside another method; expected one of {fits}"
+            continue
+        if spec.has_targets and other.targets is None:
+            yield (f"{at}.targets",), "missing: it says which modules this adapter changes"
+        for key in ("targets", "rank", "alpha", "dropout", "rslora", "dora"):
+            default = type(other).model_fields[key].default
+            if getattr(other, key) != default and key not in spec.keys:
+                yield (f"{at}.{key}",), f"has no effect for {spec.name}; remove it"
+        for name, message in option_problems(spec.name, other.options):
+            yield (f"{at}.{name}",), message
+        for name in spec.required:
+            if name not in other.options:
+                yield (f"{at}.method",), f"{spec.name} needs {name}"
 
 
 def loraplus_needs_b_matrices(recipe: Recipe) -> Problems:
@@ -267,6 +300,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     keys_of_other_tasks,
     keys_of_other_methods,
     options_of_the_method,
+    methods_beside,
     loraplus_needs_b_matrices,
     prompts_stand_before_each_row,
     keys_of_other_optimizers,

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import check_adapter_files, load_adapter, made_for
+from peftlab.adapters import check_adapter_files, load_adapter, made_for, method_of
 from peftlab.adapters.lora_files import lora_tensors, other_tensors, write_lora
 from peftlab.adapters.spectrum import decompose
 from peftlab.adapters.updates import read_updates
+from peftlab.assembly.stack import stacked_fingerprint
 from peftlab.assembly.target import Opened, Target
 from peftlab.assembly.witness import Witness
 from peftlab.errors import ArtifactError, RecipeError, listed
 from peftlab.measuring.memory import release_memory
-from peftlab.reworking.publishing import APPROXIMATE, EXACT, check_tolerance, partial_folder, publish, reopen
+from peftlab.reworking.publishing import APPROXIMATE, EXACT, Comparison, check_tolerance, write_verified
 from peftlab.reworking.source import Source, check_new, metrics_of, refuse_unplain, runs_of
 from peftlab.training.progress import Progress
 
@@ -77,7 +78,7 @@ def combine_runs(
     check_new(folder)
     check_method(method, weights, len(targets), density, rank)
     check_tolerance(tolerance)
-    _check_same_base(targets, progress)
+    stacked = _check_same_base(targets, progress)
     weights = list(weights or [1.0] * len(targets))
     folders = [target.adapter for target in targets if target.adapter is not None]
     for each in folders:
@@ -90,14 +91,17 @@ def combine_runs(
     for other, each, weight in zip(targets[1:], folders[1:], weights[1:], strict=True):
         release_memory()
         progress.stage(f"loading {assembly.recipe.model.name} with {each}")
-        loaded = load_adapter(assembly.model(), each, kernels=assembly.recipe.run.kernels).eval()
+        own = other.assembly() if other in stacked else assembly
+        loaded = load_adapter(own.model(), each, kernels=assembly.recipe.run.kernels).eval()
         metrics = metrics_of(Opened(other, assembly, assembly.task, loaded), held_out, progress)
         parents.append({"adapter": str(each), "weight": weight, "metrics": metrics})
         del loaded
     release_memory()
     signed = [weights[0], -weights[1]] if method == "difference" else weights
     progress.stage(f"combining {len(folders)} adapters: {method}")
-    model, others = _with_parents(assembly.model(), folders)
+    # The head that was trained last, over those of the others.
+    whole = folders[0] if not stacked else folders[targets.index(stacked[-1])]
+    model, others = _with_parents(assembly.model(), folders, whole)
     # The sum of the updates by PEFT's own forward with all parents active: no formula of ours takes part in it.
     summed = _all_active(model, signed)
     reference = Witness.take(summed, assembly.task, held_out.examples, **runs_of(assembly)) if method in _SUMS else None
@@ -133,26 +137,25 @@ def combine_runs(
     }
     del model, summed, updates, parts
     release_memory()
-    with partial_folder(folder) as written:
-        write_lora(written, tensors, ranks, config=config, others=others)
-        result = reopen(written, targets[0], assembly, held_out, reference, progress)
-        report["metrics"] = {"after": result.metrics}
-        return publish(
-            written,
-            folder,
-            result,
-            held_out,
-            report,
-            tolerance=tolerance if tolerance is not None else EXACT if exact else APPROXIMATE,
-            remedy="" if exact else "Use a larger --rank, or --method linear, which loses nothing",
-        )
+    return write_verified(
+        folder,
+        lambda written: write_lora(written, tensors, ranks, config=config, others=others),
+        Comparison(targets[0], assembly, held_out, reference),
+        report,
+        tolerance=tolerance if tolerance is not None else EXACT if exact else APPROXIMATE,
+        remedy="" if exact else "Use a larger --rank, or --method linear, which loses nothing",
+        progress=progress,
+    )
 
 
-def _check_same_base(targets: Sequence[Target], progress: Progress) -> None:
-    """Raises ArtifactError if the locks name other weights; a note if an adapter has no lock to tell."""
+def _check_same_base(targets: Sequence[Target], progress: Progress) -> list[Target]:
+    """The targets that were trained over an earlier one, on the model with its adapter folded in: the sum of their updates over the
+    plain model is what they compute. Raises ArtifactError if the locks name other weights; a note if an adapter has no lock to
+    tell."""
     prints = [((t.loaded.recipe.lock or {}).get("fingerprints") or {}).get("model") for t in targets]
+    bases, stacked = {prints[0]}, []
     for target, fingerprint in zip(targets, prints, strict=True):
-        if None not in (fingerprint, prints[0]) and fingerprint != prints[0]:
+        if None not in (fingerprint, prints[0]) and fingerprint not in bases:
             raise ArtifactError(
                 f"the adapters have different bases: {targets[0].adapter} was trained on weights {str(prints[0])[:12]}, "
                 f"{target.adapter} on {str(fingerprint)[:12]}; only updates of the same weights can be combined"
@@ -162,6 +165,11 @@ def _check_same_base(targets: Sequence[Target], progress: Progress) -> None:
             progress.note(
                 f"{target.adapter} has no fingerprint of its base, {made_for(target.adapter) or 'which it does not name'}"
             )
+            continue
+        if fingerprint != prints[0]:
+            stacked.append(target)
+        bases.add(stacked_fingerprint(fingerprint, target.adapter))
+    return stacked
 
 
 def _check_plain_lora(folder: Path) -> None:
@@ -169,9 +177,9 @@ def _check_plain_lora(folder: Path) -> None:
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
-    method = str(getattr(config.peft_type, "value", config.peft_type))
-    if method != "LORA" or getattr(config, "use_dora", False):
-        what = "DoRA" if method == "LORA" else method
+    method = method_of(config)
+    if method != "lora" or getattr(config, "use_dora", False):
+        what = "DoRA" if method == "lora" else method.upper()
         raise RecipeError(
             f"{folder} is an adapter of {what}, and only LoRA can be combined; first: peftlab adapters convert"
         )
@@ -184,19 +192,19 @@ def _name(index: int) -> str:
     return f"parent{index}"
 
 
-def _with_parents(base: Any, folders: Sequence[Path]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A PeftModel with the factors of each adapter, without what they train in full, and those parts of the first, which are
-    put into the base: PEFT refuses to combine adapters that train the same module in full."""
+def _with_parents(base: Any, folders: Sequence[Path], whole: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A PeftModel with the factors of each adapter, without what they train in full, and those parts of ``whole``, which are put
+    into the base: PEFT refuses to combine adapters that train the same module in full."""
     import peft
     from peft import PeftConfig, PeftModel
     from safetensors.torch import load_file
 
-    others = other_tensors(folders[0], "LORA")
+    others = other_tensors(whole, "LORA")
     unknown: Any = base.load_state_dict(
         {n.removeprefix("base_model.model."): t for n, t in others.items()}, strict=False
     )
     if unknown.unexpected_keys:
-        raise ArtifactError(f"{folders[0]} has tensors that the model lacks, such as {unknown.unexpected_keys[0]}")
+        raise ArtifactError(f"{whole} has tensors that the model lacks, such as {unknown.unexpected_keys[0]}")
     model: Any = None
     for index, folder in enumerate(folders):
         state = {n: t for n, t in load_file(str(folder / "adapter_model.safetensors")).items() if ".lora_" in n}

@@ -16,7 +16,7 @@ from peftlab.adapters.updates import Update
 from peftlab.assembly.target import Target
 from peftlab.errors import RecipeError
 from peftlab.measuring.memory import release_memory
-from peftlab.reworking.publishing import APPROXIMATE, check_tolerance, partial_folder, publish, reopen
+from peftlab.reworking.publishing import APPROXIMATE, Comparison, check_tolerance, write_verified
 from peftlab.reworking.source import Source, check_new
 from peftlab.training.progress import Progress
 
@@ -61,27 +61,24 @@ def convert_run(
             "before": sum(u.num_parameters for u in updates),
             "after": sum(ranks[u.name] * sum(u.shape) for u in updates),
         },
+        "metrics": metrics,
         "of_training": source.of_training,
         "modules": modules,
     }
     config, others = source.config, source.others()
-    assembly, held_out, reference = source.assembly, source.held_out, source.reference
+    comparison = Comparison(target, source.assembly, source.held_out, source.reference)
     report["in_full"] = sum(t.numel() for t in others.values())
     del source, updates, factors
     release_memory()
-    with partial_folder(folder) as written:
-        write_lora(written, tensors, ranks, config=config, others=others)
-        result = reopen(written, target, assembly, held_out, reference, progress)
-        report["metrics"] = {**metrics, "after": result.metrics}
-        return publish(
-            written,
-            folder,
-            result,
-            held_out,
-            report,
-            tolerance=APPROXIMATE if tolerance is None else tolerance,
-            remedy="Use a larger --rank, or allow more with --tolerance",
-        )
+    return write_verified(
+        folder,
+        lambda written: write_lora(written, tensors, ranks, config=config, others=others),
+        comparison,
+        report,
+        tolerance=APPROXIMATE if tolerance is None else tolerance,
+        remedy="Use a larger --rank, or allow more with --tolerance",
+        progress=progress,
+    )
 
 
 def _through_peft(model: Any, updates: Sequence[Update], rank: float) -> Factors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlab.adapters.lora_files import lora_tensors, num_stored, write_lora
+from peftlab.adapters.lora_files import lora_tensors, write_lora
 from peftlab.adapters.spectrum import decompose_matrix
 from peftlab.adapters.target_modules import is_linear
 from peftlab.adapters.updates import Update
@@ -23,7 +24,7 @@ from peftlab.measuring.memory import release_memory
 from peftlab.models import Pretrained, load_skeleton
 from peftlab.recipe import LoadedRecipe
 from peftlab.reworking.checkpoints import Weights, auto_class_of, find_checkpoint
-from peftlab.reworking.publishing import APPROXIMATE, check_tolerance, partial_folder, publish, reopen
+from peftlab.reworking.publishing import APPROXIMATE, Comparison, check_tolerance, partial_folder, write_verified
 from peftlab.reworking.source import check_new, held_out_rows, metrics_of, runs_of
 from peftlab.runs import write_json
 from peftlab.training.progress import Progress
@@ -92,14 +93,17 @@ def extract_from(
         "unknown": sorted(after.unknown),
     }
     del skeleton, before, after
-    with partial_folder(folder) as written:
+
+    def write(written: Path) -> None:
         write_lora(written, difference.tensors, difference.ranks, config=config, others=others)
-        assert num_stored(written) == report["parameters"]["after"] + report["in_full"]
-        if assembly is None:
-            write_json(written / "extract.json", report)
-            os.replace(written, folder)
-            return report
-        return _verified(written, folder, assembly, second, report, tolerance, progress)
+
+    if assembly is not None:
+        return _verified(folder, write, assembly, second, report, tolerance, progress)
+    with partial_folder(folder) as written:
+        write(written)
+        write_json(written / "extract.json", report)
+        os.replace(written, folder)
+    return report
 
 
 @torch.no_grad()
@@ -191,8 +195,8 @@ def _rest_tensors(skeleton: Any, config: Any, difference: _Difference, after: We
 
 
 def _verified(
-    written: Path,
     folder: Path,
+    write: Callable[[Path], None],
     assembly: Assembly,
     second: Pretrained,
     report: dict[str, Any],
@@ -201,27 +205,24 @@ def _verified(
 ) -> dict[str, Any]:
     """Compares the base with the written adapter with the fine-tuned model, and publishes it with the recipe's lock."""
     held_out = held_out_rows(assembly)
-    tuned = assembly.derive({"model.name": second.source.name})
+    tuned = assembly.derive({"model.name": second.source.name, "model.adapter": None})
     progress.stage(f"running {second.source.name} on held-out rows")
     opened = Opened(Target("base", tuned.loaded, None), tuned, assembly.task, tuned.model().eval())
     reference = Witness.take(opened.model, assembly.task, held_out.examples, **runs_of(assembly))
-    metrics = {"before": metrics_of(opened, held_out, progress)}
+    report |= {"metrics": {"before": metrics_of(opened, held_out, progress)}, "reference": "the fine-tuned model"}
     del opened
     release_memory()
-    target = Target("adapter", assembly.loaded, written)
-    result = reopen(written, target, assembly, held_out, reference, progress)
-    report |= {"metrics": {**metrics, "after": result.metrics}, "reference": "the fine-tuned model"}
     rest = (
         f", or --save-rest: {len(report['rest'])} other parameters differ"
         if report["rest"] and not report["rest_saved"]
         else ""
     )
-    return publish(
-        written,
+    return write_verified(
         folder,
-        result,
-        held_out,
+        write,
+        Comparison(Target("adapter", assembly.loaded, None), assembly, held_out, reference),
         report,
         tolerance=APPROXIMATE if tolerance is None else tolerance,
         remedy=f"Use a larger --rank{rest}, or allow more with --tolerance",
+        progress=progress,
     )

@@ -7,16 +7,16 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peftlab.adapters.lora_files import num_stored
 from peftlab.assembly.assembly import Assembly
-from peftlab.assembly.target import Opened, Target, open_target
+from peftlab.assembly.target import Target, open_target
 from peftlab.assembly.witness import WITNESS_NAME, Witness
 from peftlab.errors import RecipeError, VerificationError
-from peftlab.evaluation.agreement import Agreement
 from peftlab.recipe import write_lock
 from peftlab.reworking.source import metrics_of, runs_of
 from peftlab.runs import LOCK_NAME, finite, write_json
@@ -55,62 +55,65 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """A written adapter that was opened again. metrics: on the held-out rows."""
+class Comparison:
+    """What a new adapter is compared with. target, assembly: how it is opened, on which base. reference: outputs that it has to
+    give, on some of the held-out rows."""
 
-    opened: Opened
-    agreement: Agreement
-    metrics: dict[str, float | None]
-
-
-def reopen(
-    written: Path, target: Target, assembly: Assembly, held_out: Encoded, reference: Witness, progress: Progress
-) -> Result:
-    """Opens the adapter in ``written`` on the base of ``target``, compares it with ``reference`` and evaluates it."""
-    opened = open_target(
-        dataclasses.replace(target, adapter=written, kind="adapter"), progress, assembly=assembly, check=False
-    )
-    progress.stage("comparing with the reference on held-out rows")
-    agreed = reference.compare(opened.model, assembly.task, **runs_of(assembly))
-    return Result(opened, agreed, metrics_of(opened, held_out, progress))
+    target: Target
+    assembly: Assembly
+    held_out: Encoded
+    reference: Witness
 
 
-def publish(
-    written: Path,
+def write_verified(
     folder: Path,
-    result: Result,
-    held_out: Encoded,
+    write: Callable[[Path], None],
+    comparison: Comparison,
     report: dict[str, Any],
     *,
     tolerance: float,
     remedy: str,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Adds lock, witness and report to ``written`` and renames it to ``folder``; returns the report.
+    """Writes an adapter, opens it again, compares it, and adds lock, witness and report; returns the report.
 
+    Args:
+        write: writes the adapter's files into a folder. report: of the verb, with the metrics known so far.
+        tolerance: nats of mean KL. remedy: what a user can do if that is exceeded.
     Raises: VerificationError, with nothing kept, if the result is beyond ``tolerance``.
     """
-    limits = limits_of(tolerance)
-    if failures := result.agreement.failures(**limits):
-        raise VerificationError(f"the new adapter does not agree, nothing was written: {'; '.join(failures)}. {remedy}")
-    assembly, target = result.opened.assembly, result.opened.target
-    report = finite(
-        {
-            **report,
-            "output": str(folder),
-            "logits": asdict(result.agreement),
-            "limits": limits,
-            "rows": len(held_out.examples),
-            "verified": True,
-        }
-    )
-    # A witness of its own: `eval` and `merge` of the new folder compare with this adapter, not with the one it came from.
-    taken = Witness.take(result.opened.model, assembly.task, held_out.examples, **runs_of(assembly))
-    taken.write(written / WITNESS_NAME)
-    if target.lock is not None:
-        shutil.copyfile(target.lock, written / LOCK_NAME)
-    else:
-        names = {"class_names": assembly.classes} if assembly.spec.classifies else {}
-        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
-    write_json(written / f"{report['verb']}.json", report)
-    os.replace(written, folder)
+    assembly, held_out = comparison.assembly, comparison.held_out
+    with partial_folder(folder) as written:
+        write(written)
+        assert num_stored(written) == report["parameters"]["after"] + report["in_full"]
+        target = dataclasses.replace(comparison.target, adapter=written, kind="adapter")
+        opened = open_target(target, progress, assembly=assembly, check=False)
+        progress.stage("comparing with the reference on held-out rows")
+        agreement = comparison.reference.compare(opened.model, assembly.task, **runs_of(assembly))
+        metrics = metrics_of(opened, held_out, progress)
+        limits = limits_of(tolerance)
+        if failures := agreement.failures(**limits):
+            raise VerificationError(
+                f"the new adapter does not agree, nothing was written: {'; '.join(failures)}. {remedy}"
+            )
+        report = finite(
+            {
+                **report,
+                "metrics": {**report.get("metrics", {}), "after": metrics},
+                "output": str(folder),
+                "logits": asdict(agreement),
+                "limits": limits,
+                "rows": len(held_out.examples),
+                "verified": True,
+            }
+        )
+        # A witness of its own: `eval` and `merge` of the new folder compare with this adapter, not with the one it came from.
+        Witness.take(opened.model, assembly.task, held_out.examples, **runs_of(assembly)).write(written / WITNESS_NAME)
+        if target.lock is not None:
+            shutil.copyfile(target.lock, written / LOCK_NAME)
+        else:
+            names = {"class_names": assembly.classes} if assembly.spec.classifies else {}
+            write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
+        write_json(written / f"{report['verb']}.json", report)
+        os.replace(written, folder)
     return report

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from peftlab.adapters.lora_files import lora_tensors, num_stored, write_lora
+from peftlab.adapters.lora_files import lora_tensors, write_lora
 from peftlab.adapters.spectrum import cut_at, decompose
 from peftlab.assembly.target import Target
 from peftlab.errors import RecipeError
 from peftlab.measuring.memory import release_memory
-from peftlab.reworking.publishing import APPROXIMATE, check_tolerance, partial_folder, publish, reopen
+from peftlab.reworking.publishing import APPROXIMATE, Comparison, check_tolerance, write_verified
 from peftlab.reworking.source import Source, check_new
 from peftlab.training.progress import Progress
 
@@ -53,7 +53,7 @@ def shrink_run(
         if rank := cut.ranks[update.name]:
             tensors |= lora_tensors(update, *parts[update.name].cut(rank))
     config, others = source.config, source.others()
-    assembly, held_out, reference = source.assembly, source.held_out, source.reference
+    comparison = Comparison(target, source.assembly, source.held_out, source.reference)
     report: dict[str, Any] = {
         "verb": "shrink",
         "source": str(target.adapter),
@@ -62,6 +62,7 @@ def shrink_run(
         "energy": cut.energy,
         "parameters": {"before": before, "after": cut.num_parameters, "share": cut.num_parameters / before},
         "in_full": sum(t.numel() for t in others.values()),
+        "metrics": metrics,
         "of_training": source.of_training,
         "modules": [
             {"name": u.name, "rank_before": u.rank, "rank": cut.ranks[u.name], "energy": _held(parts[u.name].values, cut.ranks[u.name])}
@@ -71,20 +72,15 @@ def shrink_run(
     }  # fmt: skip
     del source, updates, parts  # the first model, before the second is loaded
     release_memory()
-    with partial_folder(folder) as written:
-        write_lora(written, tensors, cut.ranks, config=config, others=others)
-        assert num_stored(written) == cut.num_parameters + report["in_full"]
-        result = reopen(written, target, assembly, held_out, reference, progress)
-        report["metrics"] = {**metrics, "after": result.metrics}
-        return publish(
-            written,
-            folder,
-            result,
-            held_out,
-            report,
-            tolerance=APPROXIMATE if tolerance is None else tolerance,
-            remedy="Keep more (--keep, --budget, --threshold), or allow more with --tolerance",
-        )
+    return write_verified(
+        folder,
+        lambda written: write_lora(written, tensors, cut.ranks, config=config, others=others),
+        comparison,
+        report,
+        tolerance=APPROXIMATE if tolerance is None else tolerance,
+        remedy="Keep more (--keep, --budget, --threshold), or allow more with --tolerance",
+        progress=progress,
+    )
 
 
 def check_rule(keep: float | None, threshold: float | None, budget: int | None) -> None:

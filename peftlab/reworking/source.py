@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftlab.adapters import refuse_beside
 from peftlab.adapters.lora_files import other_tensors
 from peftlab.adapters.updates import Update, changed_base, read_updates
 from peftlab.assembly.assembly import Assembly
@@ -36,6 +37,8 @@ def find_adapter(
     if (path / "student" / "config.json").is_file():
         raise RecipeError(f"{path} has no adapter: its student is a whole model; name a run with an adapter")
     target = find_target(path, recipe, overrides)
+    if target.adapter is not None:
+        refuse_beside(target.adapter, "a rework takes an adapter of one method")
     if target.adapter is None:
         what = "a merged model, whose weights contain its adapter" if target.kind == "merged" else "full fine-tuning"
         raise RecipeError(f"{path} has no adapter: it is {what}; name a run with an adapter")

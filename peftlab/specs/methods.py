@@ -6,160 +6,14 @@ paper, what was measured of it, keys of ours, settings that it needs. A method w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from peftlab.specs.peft_methods import PeftMethod, PeftOption, peft_method, peft_method_names
+from peftlab.specs.method_spec import Divisor, MethodSpec, Variant
+from peftlab.specs.peft_methods import PeftOption, peft_method, peft_method_names
 
-# Keys of the section ``adapter`` -> PEFT's names for them, which end in the method's name in some classes.
-_NAMES: Mapping[str, tuple[str, ...]] = {
-    "rank": ("r",),
-    "alpha": ("lora_alpha", "alpha", "{}_alpha"),
-    "dropout": ("lora_dropout", "{}_dropout"),
-    "targets": ("target_modules",),
-    "rslora": ("use_rslora",),
-    "dora": ("use_dora",),
-    "bias": ("bias",),
-    "modules_to_save": ("modules_to_save",),
-}
-# Options that the run itself sets: the modules to adapt, the layout of a weight, the model's sizes, the number of steps.
-_SET_BY_RUN = frozenset(
-    (
-        *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "token_dim", "hidden_size"),
-        *("num_transformer_submodules", "num_attention_heads", "num_layers", "tokenizer_name_or_path", "total_step"),
-        *("megatron_config", "megatron_core"),
-    )
-)
 # Words for the key ``targets`` that stand for modules found by their kind.
 TARGET_NAMES = ("all-linear", "all-norms", "embeddings")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to use a method, as ``peftlab bench --methods`` names it.
-
-    Attributes:
-        settings: keys of the section ``adapter`` that differ from their defaults.
-        fused: whether it has a fused path. several: whether PEFT can generate with several such adapters in one batch.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    fused: bool = False
-    several: bool = False
-
-
-@dataclass(frozen=True)
-class MethodSpec:
-    """Properties of an adapter method.
-
-    Attributes:
-        label: its name in a sentence. summary: one line. paper: arXiv number, or another address; empty if unknown.
-        peft: its name in PEFT; None for full fine-tuning and for a method of ours.
-        own_options: the options of a method of ours.
-        own_keys: keys of the section ``adapter`` -> their names in PEFT, where the general rule would not find them.
-        without: keys of the section that it does not use although PEFT has the option, which then goes by PEFT's name.
-        defaults: settings that differ from PEFT's defaults; a recipe may change them. fixed: those that it may not.
-        required: options that a recipe has to set, because nothing sensible can be assumed.
-        refused: why no recipe can use it; empty if one can.
-        targets: the default of ``targets``.
-        unmergeable: why the adapter cannot be merged into the weights; empty if it can, or if nobody tried it here.
-        storages: the quantized storages that it can be trained on; None if nobody tried it here.
-        several: whether PEFT can generate with several such adapters in one batch.
-        evidence: what is known of its quality, for ``peftlab adapters``.
-        variants: its names in the benchmark; default: its own name.
-    """
-
-    name: str
-    label: str
-    summary: str = ""
-    peft: str | None = None
-    own_options: tuple[PeftOption, ...] = ()
-    paper: str = ""
-    own_keys: Mapping[str, str] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    required: tuple[str, ...] = ()
-    refused: str = ""
-    targets: str = "all-linear"
-    unmergeable: str = ""
-    storages: tuple[str, ...] | None = None
-    several: bool = False
-    evidence: str = ""
-    variants: Mapping[str, Variant] = field(default_factory=dict)
-
-    @property
-    def adapts(self) -> bool:
-        """Whether it adds an adapter; otherwise the model's own weights are trained."""
-        return self.peft is not None or bool(self.own_options)
-
-    @property
-    def has_rank(self) -> bool:
-        return "rank" in self.keys
-
-    def trains_on(self, storage: str) -> bool:
-        """Whether it can be trained on weights in this storage; True if nobody tried."""
-        return storage == "none" or self.storages is None or storage in self.storages
-
-    @property
-    def prompts(self) -> bool:
-        """Whether it adds virtual tokens to the input, and leaves every layer as it is."""
-        return self.peft is not None and self._in_peft.prompts
-
-    @property
-    def keys(self) -> Mapping[str, str]:
-        """The keys of the section ``adapter`` that it uses -> their names in PEFT."""
-        found = _keys(self.peft, tuple(self.own_keys.items()), self.name)
-        return {key: name for key, name in found.items() if key not in self.without}
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """The keys that choose modules of the model, and have no name in PEFT."""
-        if self.own_options:
-            return ("layers",)
-        tokens = ("tokens",) if not self.adapts or "trainable_token_indices" in self.options else ()
-        return ("layers", "freeze", "patterns", *tokens) if "targets" in self.keys else tokens
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether a recipe chooses the modules that it changes."""
-        return "targets" in self.keys
-
-    @property
-    def options(self) -> Mapping[str, PeftOption]:
-        """The options that a recipe gives by PEFT's own name: all that no key of ours stands for."""
-        if self.peft is None:
-            return {option.name: option for option in self.own_options if option.name not in self.keys.values()}
-        taken = {*self.keys.values(), *_SET_BY_RUN, *self.fixed}
-        return {name: option for name, option in self._in_peft.options.items() if name not in taken}
-
-    def default(self, key: str) -> Any:
-        """The default of a key of ours that depends on the method, such as ``rank``; None if PEFT has none."""
-        if key in self.defaults:
-            return self.defaults[key]
-        name = self.keys.get(key)
-        value = None if name is None or self.peft is None else self._in_peft.options[name].default
-        return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
-
-    @property
-    def _in_peft(self) -> PeftMethod:
-        assert self.peft is not None
-        return peft_method(self.peft)
-
-
-@functools.cache
-def _keys(peft: str | None, own: tuple[tuple[str, str], ...], name: str) -> Mapping[str, str]:
-    if peft is None:
-        return dict(own)
-    options = peft_method(peft).options
-    found = {}
-    for key, names in _NAMES.items():
-        chosen = next((n for n in (n.format(name) for n in names) if n in options), None)
-        if chosen is not None:
-            found[key] = chosen
-    return found | dict(own)
 
 
 def _of_peft(name: str, label: str, summary: str, paper: str = "", **more: Any) -> MethodSpec:
@@ -169,6 +23,20 @@ def _of_peft(name: str, label: str, summary: str, paper: str = "", **more: Any) 
 # Where PEFT uses the outputs of a quantized layer, and not its stored bytes as if they were the weight.
 _QUANTIZED = ("nf4", "int8")
 _NO_WEIGHT = "its virtual tokens change no weight"
+_QALORA = "PEFT uses it on GPTQ weights only, which peftlab does not load"
+_UNREAD = (
+    *(
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "monteclora_config",
+        "use_bdlora",
+    ),
+    *("arrow_config", "kasa_config", "use_qalora", "qalora_group_size", "lora_bias", "alora_invocation_tokens"),
+    *("alpha_pattern", "rank_pattern", "target_parameters", "runtime_config"),
+)
 _TASK_IDS = "it needs the number of a task with each row, which no task here has"
 
 _BOTTLENECK = (
@@ -195,11 +63,25 @@ _ROWS: tuple[MethodSpec, ...] = (
         storages=_QUANTIZED,
         several=True,
         evidence="98 % of published adapters; every engine serves it; the default",
+        needed={
+            "eva_config": ("init_lora_weights", "eva"),
+            "corda_config": ("init_lora_weights", "corda"),
+            "lora_ga_config": ("init_lora_weights", "lora_ga"),
+            "loftq_config": ("init_lora_weights", "loftq"),
+        },
+        refused_options={
+            "use_qalora": _QALORA,
+            "qalora_group_size": _QALORA,
+            "arrow_config": "it chooses between adapters that exist, and trains nothing",
+            "monteclora_config": "its random draws differ between two forwards, so its gradients cannot be verified",
+            "runtime_config": "it is a setting of the process and not of the adapter",
+        },
         variants={
             "lora": Variant(fused=True, several=True),
             "rslora": Variant({"rslora": True}, fused=True, several=True),
             "dora": Variant({"dora": True}),
         },
+        beside=True,
     ),
     MethodSpec(
         "none",
@@ -221,6 +103,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         unmergeable="a non-linearity stands between its matrices",
         storages=("nf4", "int8"),
         evidence="the first adapters; slower than LoRA at inference, because they cannot be merged",
+        beside=True,
     ),
     _of_peft(
         "adalora",
@@ -229,6 +112,8 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2303.10512",
         own_keys={"rank": "target_r"},
         fixed={"r": 8},
+        files_lack="they have only the ranks that were kept, and a new schedule begins with all",
+        refused_options=dict.fromkeys(_UNREAD, "AdaLoRA takes it from LoRA's options, and does not read it"),
         evidence="37.3 on GSM8K where LoRA has 47.8 (PEFT's table); rank chosen by gradients gains nothing (arXiv 2605.16800)",
         storages=_QUANTIZED,
     ),
@@ -247,9 +132,23 @@ _ROWS: tuple[MethodSpec, ...] = (
     ),
     _of_peft("beft", "BEFT", "trains the biases of chosen layers", "2509.15974", storages=_QUANTIZED),
     _of_peft(
-        "boft", "BOFT", "multiplies each weight by butterfly-factorized rotations", "2311.06243", storages=_QUANTIZED
+        "boft",
+        "BOFT",
+        "multiplies each weight by butterfly-factorized rotations",
+        "2311.06243",
+        divisors=(Divisor("boft_block_size", "in", when={"boft_block_num": 0}), Divisor("boft_block_num", "in")),
+        storages=_QUANTIZED,
+        beside=True,
     ),
-    _of_peft("c3a", "C3A", "adds block-circulant matrices, applied by FFT", "2407.19342", storages=_QUANTIZED),
+    _of_peft(
+        "c3a",
+        "C3A",
+        "adds block-circulant matrices, applied by FFT",
+        "2407.19342",
+        divisors=(Divisor("block_size"),),
+        storages=_QUANTIZED,
+        beside=True,
+    ),
     _of_peft(
         "cartridge",
         "Cartridge",
@@ -273,11 +172,24 @@ _ROWS: tuple[MethodSpec, ...] = (
         "LoRA with a normalized update, whose strength is trained apart from its direction",
         "2503.18225",
         storages=(),
+        beside=True,
     ),
     _of_peft(
-        "fourierft", "FourierFT", "trains a few Fourier coefficients of each update", "2405.03003", storages=_QUANTIZED
+        "fourierft",
+        "FourierFT",
+        "trains a few Fourier coefficients of each update",
+        "2405.03003",
+        storages=_QUANTIZED,
+        beside=True,
     ),
-    _of_peft("frod", "FRoD", "trains a sparse rotation of each weight's singular values", storages=()),
+    _of_peft(
+        "frod",
+        "FRoD",
+        "trains a sparse rotation of each weight's singular values",
+        defaults={"progressbar": False},
+        storages=(),
+        beside=True,
+    ),
     _of_peft(
         "glora",
         "GLoRA",
@@ -286,9 +198,22 @@ _ROWS: tuple[MethodSpec, ...] = (
         storages=(),
         several=True,
     ),
-    _of_peft("gralora", "GraLoRA", "LoRA in blocks of each weight", "2505.20355", storages=_QUANTIZED),
     _of_peft(
-        "hira", "HiRA", "multiplies each weight by a low-rank matrix, value by value", storages=_QUANTIZED, several=True
+        "gralora",
+        "GraLoRA",
+        "LoRA in blocks of each weight",
+        "2505.20355",
+        divisors=(Divisor("gralora_k"),),
+        storages=_QUANTIZED,
+        beside=True,
+    ),
+    _of_peft(
+        "hira",
+        "HiRA",
+        "multiplies each weight by a low-rank matrix, value by value",
+        storages=_QUANTIZED,
+        several=True,
+        beside=True,
     ),
     _of_peft("hra", "HRA", "multiplies each weight by Householder reflections", "2405.17484", storages=()),
     _of_peft(
@@ -300,6 +225,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         defaults={"feedforward_modules": []},
         evidence="fewest parameters of the early methods; made for few examples",
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "lily",
@@ -308,6 +234,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2407.09946",
         unmergeable="a router chooses its factors by the input",
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "ln_tuning",
@@ -316,6 +243,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2312.11420",
         targets="all-norms",
         storages=_QUANTIZED,
+        beside=True,
     ),
     _of_peft(
         "loha",
@@ -324,11 +252,29 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2108.06098",
         evidence="used for image models (3.7 % of imports, with LoKr)",
         storages=("int8",),
+        beside=True,
     ),
     _of_peft(
-        "lokr", "LoKr", "adds a Kronecker product", "2309.14859", evidence="used for image models", storages=("int8",)
+        "lokr",
+        "LoKr",
+        "adds a Kronecker product",
+        "2309.14859",
+        evidence="used for image models",
+        storages=("int8",),
+        beside=True,
     ),
-    _of_peft("miss", "MiSS", "shares the rows of one small matrix over each weight", "2409.15371", storages=_QUANTIZED),
+    _of_peft(
+        "miss",
+        "MiSS",
+        "shares the rows of one small matrix over each weight",
+        "2409.15371",
+        divisors=(
+            Divisor("r", when={"init_weights": "bat"}),
+            Divisor("mini_r", "out", when={"init_weights": "mini"}),
+        ),
+        storages=_QUANTIZED,
+        beside=True,
+    ),
     _of_peft(
         "multitask_prompt_tuning",
         "multitask prompt tuning",
@@ -343,6 +289,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "trains the small singular directions of each weight and keeps the large ones",
         "2504.07097",
         storages=(),
+        beside=True,
     ),
     _of_peft(
         "p_tuning",
@@ -350,6 +297,7 @@ _ROWS: tuple[MethodSpec, ...] = (
         "virtual tokens made by a small network",
         "2103.10385",
         defaults={"num_virtual_tokens": 20},
+        files_lack="they have the virtual tokens, and not the network that makes them",
         evidence="learns little where a classifier reads the first position, as BERT's does: that is a virtual token",
         unmergeable=_NO_WEIGHT,
         storages=_QUANTIZED,
@@ -379,7 +327,14 @@ _ROWS: tuple[MethodSpec, ...] = (
     _of_peft("pvera", "PVeRA", "VeRA with a distribution over its vectors", "2512.07703", storages=_QUANTIZED),
     _of_peft("randlora", "RandLoRA", "full-rank sums of fixed random products", "2502.00987", storages=_QUANTIZED),
     _of_peft(
-        "road", "RoAd", "rotates pairs of outputs in two dimensions", "2409.00119", storages=_QUANTIZED, several=True
+        "road",
+        "RoAd",
+        "rotates pairs of outputs in two dimensions",
+        "2409.00119",
+        divisors=(Divisor("group_size", "out", even=True),),
+        storages=_QUANTIZED,
+        several=True,
+        beside=True,
     ),
     _of_peft(
         "shadow",
@@ -403,7 +358,12 @@ _ROWS: tuple[MethodSpec, ...] = (
     ),
     _of_peft("unilora", "Uni-LoRA", "one trained vector, projected to all factors", "2506.00799", storages=()),
     _of_peft(
-        "vblora", "VB-LoRA", "builds the factors from a shared bank of vectors", "2405.15179", storages=_QUANTIZED
+        "vblora",
+        "VB-LoRA",
+        "builds the factors from a shared bank of vectors",
+        "2405.15179",
+        divisors=(Divisor("vector_length"),),
+        storages=_QUANTIZED,
     ),
     _of_peft("vera", "VeRA", "trains two vectors around shared random matrices", "2310.11454", storages=_QUANTIZED),
     _of_peft("waveft", "WaveFT", "trains a few wavelet coefficients of each update", "2505.12532", storages=_QUANTIZED),

@@ -9,3 +9,6 @@ LENGTH = {"cpu": 128, "cuda": 1024}
 BATCH = 8
 # Trainings per method with --quality.
 SEEDS = 3
+
+# A search for a learning rate goes at most this many rates beyond those that it begins with.
+MOST_RATES_BEYOND = 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab import ops
-from peftlab.adapters import head_input
+from peftlab.adapters import head_input, without_adapter
 from peftlab.distillation import SparseTarget, as_teacher
 from peftlab.tasks import Batch, Example, Outputs, Task, collate_packed
 
@@ -187,7 +187,7 @@ class BackboneTeacher:
         before = student.active_adapter
         try:
             if self._adapter is None:
-                with student.disable_adapter():
+                with without_adapter(student):
                     yield
             else:
                 student.set_adapter(self._adapter)

@@ -206,6 +206,7 @@ def test_loha_has_patterns_of_rank(base: Any) -> None:
         # PEFT has a rank_pattern for these two, which is another thing: the ranks that it found, or those that it keeps.
         ("adalora", [Pattern(["q_proj"], rank=2)], "adalora takes no rank for single modules", "adapter.patterns.0.rank"),
         ("osf", [Pattern(["q_proj"], rank=2)], "osf takes no rank for single modules", "adapter.patterns.0.rank"),
+        ("adalora", [Pattern(["q_proj"], alpha=2)], "adalora takes no alpha for single modules", "adapter.patterns.0.alpha"),
         ("hira", [Pattern(["q_proj"], alpha=2)], "hira takes no alpha for single modules", "adapter.patterns.0.alpha"),
         ("supertuning", [Pattern(["q_proj"], dropout=0.5)], "supertuning takes no dropout", "adapter.patterns.0.dropout"),
         ("lora", [Pattern(["k_proj"], lr=1.0), Pattern(["q_proj"], rank=65)],

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftlab.adapters.updates import changed_base, dora_update, read_updates, trained_in_full
+from peftlab.adapters.updates import changed_base, read_updates, trained_in_full
 
 
 class Layers(nn.Module):
@@ -84,13 +84,6 @@ def test_updates_count_what_the_file_contains() -> None:
     stored = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     assert sum(u.num_parameters for u in read_updates(model)) == sum(t.numel() for t in stored.values())
     assert [u.rank for u in read_updates(model)] == [3, 2, 3, 3]
-
-
-def test_dora_update_of_magnitudes_alone_scales_rows() -> None:
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    magnitude = weight.norm(dim=1) * torch.tensor([1.0, 2.0, 0.5, 1.0])
-    change = dora_update(weight, torch.zeros(4, 6), magnitude)
-    torch.testing.assert_close(change, torch.tensor([0.0, 1.0, -0.5, 0.0])[:, None] * weight)
 
 
 def test_read_updates_says_why_there_is_no_matrix() -> None:

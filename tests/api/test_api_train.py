@@ -17,7 +17,7 @@ from run_examples import Stopper, contents, recipe, write_data
 from safetensors.torch import load_file
 
 import peftlab
-from peftlab.adapters.merge import Probes
+from peftlab.adapters import formulas, merge_check
 from peftlab.assembly import fit as fit_module
 from peftlab.assembly import merging as merging_module
 from peftlab.errors import (
@@ -248,16 +248,24 @@ def test_merge_of_a_quantized_run_has_two_targets(here: Path, task: str) -> None
     assert other["target"] == "original" and (here / "other/model.safetensors").is_file()
 
 
-def test_merge_check_against_other_layers_fails_a_right_merge(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["weights", "outputs"])
+def test_merge_check_against_other_layers_fails_a_right_merge(
+    of: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The recorded layers are the check. With an adapter of half the size, a right merge must fail."""
     train(recipe(eval={"before": False}))
 
-    class Halved(Probes):
-        def __init__(self, model: Any) -> None:
-            super().__init__(model)
-            self._adapted = {name: (y + self._plain[name]) / 2 for name, y in self._adapted.items()}
+    def half_update(down: Any, up: Any, scale: float) -> Any:
+        return scale / 2 * (up @ down)
 
-    monkeypatch.setattr("peftlab.assembly.merging.Probes", Halved)
+    def half_way(layer: Any, x: Any, outputs: Any = merge_check._outputs) -> Any:
+        adapted, plain = outputs(layer, x)
+        return (adapted + plain) / 2, plain
+
+    if of == "weights":
+        monkeypatch.setattr(formulas, "low_rank", half_update)
+    else:
+        monkeypatch.setattr(merge_check, "_outputs", half_way)
     with pytest.raises(VerificationError, match="14 of 14 merged layers differ"):
         peftlab.merge("run", progress=SilentProgress())
 

@@ -57,7 +57,8 @@ def test_method_merges_on_other_families(
     assert run.summary["adapter"]["num_modules"] == num_modules
     report = peftlab.merge("run", progress=SilentProgress())
     assert report["verified"]
-    assert report["targets"]["original"]["layers"]["num_modules"] == num_modules
+    layers = report["targets"]["original"]["layers"]
+    assert layers["by_formula"] + layers["by_probes"] == num_modules and layers["unchecked"] == 0
 
 
 def test_page_has_every_method_and_no_cell_is_no() -> None:

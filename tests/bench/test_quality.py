@@ -19,6 +19,7 @@ from peftlab.bench.worker import run_job
 from peftlab.cli.app import run
 from peftlab.errors import ArtifactError, Interrupted, RecipeError
 from peftlab.recipe import load_recipe
+from peftlab.specs.protocol import MOST_RATES_BEYOND
 
 OUT = Path("runs/quality-smoke")
 LR = load_recipe("smoke").recipe.train.lr
@@ -39,6 +40,8 @@ class Trainings:
         self.diverged: set[tuple[str, float]] = set()
         self.recipes: list[dict[str, Any]] = []
         self.stop_after: int | None = None
+        self.accuracy_at: dict[float, float] = {}
+        self.larger_is_better = False
 
     def __call__(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
@@ -52,6 +55,8 @@ class Trainings:
         if (name, lr) in self.diverged:
             return {"status": "red", "reason": "the loss is nan in step 3"}
         accuracy = 0.5 + 0.1 * seed + (0.1 if name == "dora" else 0.0) - (0.2 if lr != RIGHT[name] else 0.0)
+        if self.accuracy_at or self.larger_is_better:
+            accuracy = min(self.accuracy_at.items(), key=lambda at: abs(at[0] - lr), default=(0, lr))[1]
         memory = {
             "load_peak_bytes": 1e8,
             "before_bytes": 0,
@@ -79,7 +84,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
 
 
 def quality(**options: Any) -> dict[str, Any]:
-    return benchmark_quality("smoke", **{"methods": ["lora", "dora", "full"], **options})
+    return benchmark_quality(
+        "smoke", **{"methods": ["lora", "dora", "full"], "learning_rates": [LR / 10, LR], **options}
+    )
 
 
 def test_figures_equal_those_worked_out_by_hand(trainings: Trainings) -> None:
@@ -129,6 +136,22 @@ def test_diverged_learning_rate_only_loses(trainings: Trainings) -> None:
     )
 
 
+def test_search_goes_beyond_the_end_that_is_best(trainings: Trainings) -> None:
+    third, three, nine = (float(f"{LR * factor:.2g}") for factor in (1 / 3, 3, 9))
+    trainings.accuracy_at = {third: 0.5, LR: 0.6, three: 0.7, nine: 0.65}
+    (row,) = quality(methods=["lora"], learning_rates=None, seeds=2)["methods"]
+    tried = [lr for _, seed, lr in trainings.asked if seed == 0]
+    assert tried == [third, LR, three, pytest.approx(nine, rel=0.05)], "one more, because three times the rate was best"
+    assert (row["lr"], row["at_end"], row["metric"]["n"]) == (three, False, 2)
+
+
+def test_search_is_bounded_and_says_so(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+    trainings.larger_is_better = True
+    assert run(["bench", "smoke", "--quality", "--methods", "lora", "--seeds", "1"]) == 0
+    assert len(trainings.asked) == 3 + MOST_RATES_BEYOND
+    assert "lora r8: the best learning rate is at the end of those tried" in " ".join(capsys.readouterr().out.split())
+
+
 def test_chosen_rate_has_the_smallest_loss() -> None:
     def record(lr: float, loss: float, turn: int = 0, status: str = "ok") -> dict[str, Any]:
         return {
@@ -157,7 +180,7 @@ def test_chosen_rate_has_the_smallest_loss() -> None:
 def test_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "smoke", "--quality", "--plan", "--methods", "lora,full", "--seeds", "5"]) == 0
     shown = capsys.readouterr().out
-    assert "12 trainings" in shown and "full" in shown and max(map(len, shown.splitlines())) <= 80
+    assert "at least 14 trainings" in shown and "full" in shown and max(map(len, shown.splitlines())) <= 80
     assert not trainings.asked and not OUT.exists()
 
 
@@ -169,7 +192,8 @@ def test_full_fine_tuning_of_quantized_weights_is_a_row(trainings: Trainings) ->
 
 
 def test_files_and_table(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", "smoke", "--quality", "--methods", "lora,dora,full"]) == 0
+    rates = f"{LR / 10},{LR}"
+    assert run(["bench", "smoke", "--quality", "--methods", "lora,dora,full", "--learning-rates", rates]) == 0
     shown = capsys.readouterr()
     assert max(map(len, shown.out.splitlines())) <= 80
     assert "+0.1000" in shown.out and "no difference" in shown.out and "baseline" in shown.out

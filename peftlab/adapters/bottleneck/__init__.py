@@ -6,6 +6,7 @@ from peftlab.adapters.bottleneck.files import (
     load_bottleneck_state,
     load_bottlenecks,
     save_bottlenecks,
+    write_config,
 )
 from peftlab.adapters.bottleneck.layer import Bottleneck, BottleneckLayer
 from peftlab.adapters.bottleneck.model import BottleneckModel, add_bottlenecks, bottleneck_places
@@ -28,4 +29,5 @@ __all__ = [
     "load_bottleneck_state",
     "load_bottlenecks",
     "save_bottlenecks",
+    "write_config",
 ]

@@ -52,7 +52,12 @@ def save_bottlenecks(model: BottleneckModel, folder: Path, *, adapter_name: str 
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in bottleneck_state(model, adapter_name).items()}
     save_file(state, str(folder / ADAPTER_FILES[1]), metadata={"format": "pt"})
-    settings = model.peft_config[adapter_name].to_dict() | {"inference_mode": True}
+    write_config(model.peft_config[adapter_name], folder)
+
+
+def write_config(stored: StoredConfig, folder: Path) -> None:
+    """Writes the settings of an adapter."""
+    settings = stored.to_dict() | {"inference_mode": True}
     (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,82 @@
+"""An adapter folded into its base model: what can be folded, and what becomes of a head that is tied to the embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peftlab.adapters import beside, method_of
+from peftlab.adapters.merge import fold
+from peftlab.errors import RecipeError
+from peftlab.specs.methods import METHODS
+
+
+def folded(adapted: Any) -> Any:
+    """The base model of a ``PeftModel`` with the adapter in its weights. Raises: RecipeError for a method that PEFT cannot merge."""
+    method = method_of(adapted.peft_config["default"])
+    for spec in filter(None, map(METHODS.get, (method, *beside(adapted)))):
+        if spec.unmergeable:
+            raise RecipeError(
+                f"{spec.label} cannot be merged: {spec.unmergeable}; use it as an adapter, without merging",
+                key="adapter.method",
+            )
+    try:
+        return fold(adapted)
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise RecipeError(
+            f"PEFT cannot merge this {method.upper()} adapter: {reason}; use it as an adapter, without merging",
+            key="adapter.method",
+        ) from error
+
+
+def untie_if_adapted(base: Any) -> bool:
+    """Gives a tied head weights of its own if the adapter in ``base`` changes it or the embeddings; returns whether it is still
+    tied."""
+    if not _tied_head(base):
+        return False
+    if _is_adapted(base):
+        _untie(base)
+        return False
+    return True
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head of a model is its embeddings."""
+    head, embedding = _ends(model)
+    return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    """The output head and the input embeddings of a model, adapted or not; None for one that it does not have."""
+    try:
+        return model.get_output_embeddings(), model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None, None
+
+
+def _tied_head(base: Any) -> bool:
+    head, _ = _ends(base)
+    return head is not None and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _is_adapted(base: Any) -> bool:
+    """Whether the adapter changes the head or the embeddings, so that they need separate tensors."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+    # Trained rows of a tied pair are the same rows.
+    others = [m for m in _ends(base) if not isinstance(m, TrainableTokensLayer | TrainableTokensWrapper)]
+    return any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in others)
+
+
+def _untie(base: Any) -> None:
+    """Gives the head a separate tensor, so that an update of head or embedding does not change the other."""
+    head, _ = _ends(base)
+    head = getattr(head, "original_module", head)
+    head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
