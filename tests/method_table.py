@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import peftlab
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import Interrupted, PeftlabError
+from peftlab.models import find_pretrained, load_model
 from peftlab.specs.methods import METHODS
 from peftlab.training.progress import SilentProgress
 from tests.run_examples import Stopper, recipe, write_data
@@ -34,19 +35,18 @@ _BEGIN, _END = "<!-- table: python -m tests.method_table -->", "<!-- end of the 
 # Options that are too large for layers of 64 values, and those that a recipe has to give.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
-    "c3a": {"block_size": 16},
     "fourierft": {"n_frequency": 50},
     "miss": {"rank": 8},
     "psoft": {"rank": 8},
     "pvera": {"rank": 16},
     "randlora": {"rank": 8},
-    "road": {"group_size": 8},
     "shira": {"rank": 4},
     "trainable_tokens": {"token_indices": list(range(40, 120))},
     "unilora": {"theta_d_length": 64},
     "vblora": {"vector_length": 8, "num_vectors": 16},
     "vera": {"rank": 16},
     "waveft": {"n_frequency": 50},
+    "xlora": {"adapters": {"one": "one", "two": "two"}},
 }
 # Rates at which eight steps lower the loss, for methods and tasks that do not learn at the first.
 _RATES = {
@@ -88,6 +88,8 @@ def rows() -> Iterator[tuple[str, str, str]]:
 def measure(method: str, task: str, storage: str, folder: Path) -> Row:
     """Trains with the method in ``folder``, the current directory, and fills its row."""
     write_data(folder)
+    if method == "xlora":
+        _write_mixed()
     row = Row(method, task, storage, dict.fromkeys(COLUMNS, "-"))
     document = _recipe(method, task, storage, dir="run")
     try:
@@ -147,6 +149,17 @@ def _recipe(method: str, task: str, storage: str, **run: Any) -> dict[str, Any]:
     return document | {"adapter": {"method": method, **OPTIONS.get(method, {})}}
 
 
+def _write_mixed() -> None:
+    """The adapters that X-LoRA mixes, of two ranks and with other targets."""
+    config = find_pretrained("tiny:llama")
+    for name, rank, targets in (("one", 4, ["q_proj", "up_proj"]), ("two", 2, ["q_proj", "v_proj"])):
+        base = load_model(config, auto_class="AutoModelForCausalLM", device="cpu")
+        with torch.random.fork_rng():
+            torch.manual_seed(rank)
+            lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=targets, init_lora_weights=False)
+            get_peft_model(base, lora).save_pretrained(name)
+
+
 @functools.cache
 def _base_loss(task: str, storage: str) -> float:
     """The loss of the model without an adapter: where LoRA starts, whose B is 0."""
@@ -175,6 +188,7 @@ def _plain_difference(task: str, storage: str) -> float:
     batches = [opened.task.collate([example], "cpu") for example in examples]
     ours = torch.cat([opened.task.outputs(opened.model, batch).logits() for batch in batches])
     base = opened.target.assembly(reads_data=True).model()
+    base.config.use_cache = False  # PEFT asks for it with X-LoRA, and nothing is generated here
     plain = PeftModel.from_pretrained(base, "run/adapter").eval()
     theirs = torch.cat([opened.task.outputs(plain, batch).logits() for batch in batches])
     return float((ours - theirs).abs().max() / ours.abs().max())

@@ -9,7 +9,7 @@ from peftlab.adapters.adapter_files import (
     made_for,
     save_adapter,
 )
-from peftlab.adapters.beside import Beside, beside, folders_beside, refuse_beside, without_adapter
+from peftlab.adapters.beside import FOLDER_BESIDE, Beside, beside, folders_beside, refuse_beside, without_adapter
 from peftlab.adapters.continuing import check_same_adapter, continue_from
 from peftlab.adapters.full import (
     WEIGHTS_FILE,
@@ -43,6 +43,7 @@ __all__ = [
     "ADAPTER_FILES",
     "AdapterReport",
     "Beside",
+    "FOLDER_BESIDE",
     "HeadLoss",
     "InitialRows",
     "Pattern",

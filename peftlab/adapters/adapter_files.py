@@ -11,14 +11,17 @@ from typing import Any
 from torch import nn
 
 from peftlab.adapters.beside import (
+    beside,
     folders_beside,
     keep_bottlenecks,
     load_beside,
     load_tensors_beside,
     refuse_beside,
     save_beside,
+    tensors_of_main,
 )
 from peftlab.adapters.initial import as_plain_lora
+from peftlab.adapters.mixture import after_mixing, before_mixing, is_mixture, mixture_state, save_mixed, saved_places
 from peftlab.errors import ArtifactError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -36,6 +39,7 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
     model.save_pretrained(
         str(folder),
         safe_serialization=True,
+        **({"state_dict": tensors_of_main(model, model.state_dict())} if beside(model) else {}),
         selected_adapters=["default"],  # a teacher's adapter may be loaded too
         save_embedding_layers=False,  # a trained matrix is in the adapter already, and the base has the others
     )
@@ -43,6 +47,9 @@ def save_adapter(model: Any, folder: Path, *, to_go_on: bool = False) -> None:
         live.rank_pattern = ranks  # PEFT renames AdaLoRA's for the file, also in the model that goes on
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     changes = {} if to_go_on else _save_as_plain(model, folder / ADAPTER_FILES[1])
+    if is_mixture(model):
+        _write_tensors(mixture_state(model), folder / ADAPTER_FILES[1])
+        changes = {} if to_go_on else save_mixed(model, folder)
     sort_config(folder / "adapter_config.json", changes)
     for path in save_beside(model, folder):
         sort_config(path)
@@ -60,13 +67,20 @@ def sort_config(path: Path, changes: Mapping[str, Any] | None = None) -> None:
 
 def _save_as_plain(model: Any, path: Path) -> dict[str, Any]:
     """Writes an adapter that changed the base weights as one for the weights as they were; returns the changes of its config."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     if not getattr(model, "first_factors", None):
         return {}
     state, changes = as_plain_lora(model, load_file(str(path)))
-    save_file({name: value.contiguous() for name, value in state.items()}, str(path), metadata={"format": "pt"})
+    _write_tensors(state, path)
     return changes
+
+
+def _write_tensors(state: Mapping[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    values = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(values, str(path), metadata={"format": "pt"})
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, kernels: str = "auto") -> Any:
@@ -87,6 +101,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
         fused.register(config)
+    if is_mixture(config):
+        config.adapters = saved_places(folder) or config.adapters
+        before_mixing(model)
     bottlenecks = next((path for path in folders_beside(folder) if _is_bottleneck(path)), None)
     if bottlenecks is not None:  # found in the model's own blocks, which the main adapter would change
         from peftlab.adapters.bottleneck import load_bottlenecks
@@ -101,9 +118,11 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, ker
         raise ArtifactError(f"{folder / ADAPTER_FILES[1]} is damaged: {error}; restore it from a checkpoint") from error
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(_unfit(model, folder, str(error))) from error
-    _check_complete(peft_model, folder, model)
+    if is_mixture(config):
+        after_mixing(peft_model, [Path(place).name for place in config.adapters.values()])
     if bottlenecks is not None:
         keep_bottlenecks(peft_model, stored)
+    _check_complete(peft_model, folder, model)
     load_beside(peft_model, folder, trainable=trainable)
     fused.set_kernels(peft_model, kernels)
     return peft_model
@@ -149,8 +168,9 @@ def state_of(model: Any) -> dict[str, Any]:
 
     if isinstance(model, BottleneckModel):
         return bottleneck_state(model)
-    state: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
+    if is_mixture(model):
+        return mixture_state(model)
+    return tensors_of_main(model, get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def load_tensors(model: Any, stored: dict[str, Any]) -> None:

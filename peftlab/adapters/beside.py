@@ -20,7 +20,7 @@ from peftlab.adapters.state import method_of
 from peftlab.errors import ArtifactError, RecipeError
 from peftlab.specs.methods import METHODS
 
-FOLDER = "beside"
+FOLDER_BESIDE = "beside"
 _KEY = "adapter.beside"
 # A task type of PEFT that adds no head to what is trained.
 PLAIN_TYPE = "FEATURE_EXTRACTION"
@@ -78,7 +78,11 @@ def claimed_modules(
     """
     claimed: dict[str, list[str]] = {}
     for index, other in enumerate(others):
-        names = list(planned(other))
+        try:
+            names = list(planned(other))
+        except RecipeError as error:
+            part = (error.key or "adapter.targets").removeprefix("adapter.")
+            raise RecipeError(str(error), key=f"{_KEY}.{index}.{part}") from error
         for method, taken in claimed.items():
             if clash := _overlap(names, taken):
                 raise RecipeError(f"{clash} has an adapter of {method} already", key=f"{_KEY}.{index}.targets")
@@ -194,35 +198,40 @@ def tensors_beside(model: Any, method: str) -> dict[str, Tensor]:
     """The tensors of one of these adapters by their names in its file."""
     from peft import get_peft_model_state_dict
 
-    config = beside(model)[method]
     if method == "bottleneck":
         from peftlab.adapters.bottleneck import bottleneck_state
 
         tensors = bottleneck_state(model)
-        tensors = {n: t for n, t in tensors.items() if ".bottleneck." in n}
     else:
-        with _as_main(model, config):
+        with _as_main(model, beside(model)[method]):
             tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        own = _prefix(method)
-        tensors = {n: t for n, t in tensors.items() if own in n}
-    return {_in_file(model, name): tensor for name, tensor in tensors.items()}
+    layers = _layers(model, method)
+    return {_in_file(model, name): tensor for name, tensor in tensors.items() if name.startswith(layers)}
+
+
+def tensors_of_main(model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Those ``tensors``, PEFT's for the main adapter, that are not of an adapter beside it: PEFT takes all layers of any method."""
+    layers = tuple(layer for method in beside(model) for layer in _layers(model, method))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(layers)}
+
+
+def _layers(model: nn.Module, method: str) -> tuple[str, ...]:
+    """The beginnings of the names in the layers of one of these adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    return tuple(f"{name}." for name, layer in layers if method_of_layer(model, layer) == method)
 
 
 def load_tensors_beside(model: Any, method: str, tensors: Mapping[str, Tensor]) -> None:
     """Copies the tensors of a file into the adapter of this method. Raises: RuntimeError for another adapter."""
-    from peft import set_peft_model_state_dict
-
     own = tensors_beside(model, method)
     shapes = {n: t.shape for n, t in tensors.items()}
     if {n: t.shape for n, t in own.items()} != shapes:
         odd = next(iter(sorted(own.keys() ^ tensors.keys())), None) or next(n for n in own if own[n].shape != shapes[n])
         raise RuntimeError(f"its tensors of {method} differ, such as {odd}")
-    if method == "bottleneck":
-        for name, value in own.items():
-            value.data.copy_(tensors[name])
-        return
-    with _as_main(model, beside(model)[method]):
-        set_peft_model_state_dict(model, {_in_model(model, name): value for name, value in tensors.items()})
+    for name, value in own.items():
+        value.data.copy_(tensors[name])
 
 
 def save_beside(model: Any, folder: Path) -> list[Path]:
@@ -233,7 +242,7 @@ def save_beside(model: Any, folder: Path) -> list[Path]:
 
     paths = []
     for method, config in beside(model).items():
-        target = folder / FOLDER / method
+        target = folder / FOLDER_BESIDE / method
         target.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors_beside(model, method).items()}
         save_file(tensors, str(target / "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -247,7 +256,7 @@ def save_beside(model: Any, folder: Path) -> list[Path]:
 
 def folders_beside(folder: Path) -> list[Path]:
     """The folders of the adapters beside the one in ``folder``."""
-    return sorted(path for path in (folder / FOLDER).glob("*") if path.is_dir())
+    return sorted(path for path in (folder / FOLDER_BESIDE).glob("*") if path.is_dir())
 
 
 def refuse_beside(folder: Path, why: str) -> None:
@@ -296,7 +305,3 @@ def _around(model: Any) -> str:
 
 def _in_file(model: Any, name: str) -> str:
     return "base_model.model." + name.removeprefix(_around(model))
-
-
-def _in_model(model: Any, name: str) -> str:
-    return _around(model) + name.removeprefix("base_model.model.")

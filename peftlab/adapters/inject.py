@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.adapters import initial
+from peftlab.adapters import initial, mixture
 from peftlab.adapters.beside import (
     PLAIN_TYPE,
     Beside,
@@ -123,8 +123,12 @@ def inject(
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # norms, whose sizes PEFT asks
         given = rows() if rows is not None and initial.needs_rows(config) else None
         initial.before_injection(model, config, given)
+        if mixture.is_mixture(config):
+            mixture.before_mixing(model)
         peft_model = peft.get_peft_model(model, config)
         initial.after_injection(peft_model, given)
+    if mixture.is_mixture(config):
+        mixture.after_mixing(peft_model, list(options["adapters"]))
     for other in configs:
         if other == "bottleneck":
             keep_bottlenecks(peft_model, configs[other])
@@ -226,6 +230,8 @@ def check_adapter(
             f"another method{', such as lora with trainable_token_indices' if spec.targets == 'embeddings' else ''}",
             key="adapter.method",
         )
+    if spec.name == "xlora":
+        values["adapters"] = mixture.numbered(model, values["adapters"])
     values |= {k: v for k, v in _set_by_run(model, num_steps).items() if k in fields and k not in values}
     with peft_errors(method):
         config_class = getattr(peft, peft_method(spec.peft).config)
@@ -276,6 +282,7 @@ def token_modules(model: Any) -> list[str]:
 
 def base_name(name: str) -> str:
     """The name in the base model of a module in a PEFT model."""
+    name = name.removeprefix("base_model.lora_model.model.")  # of X-LoRA
     name = name.removeprefix("base_model.model.").removeprefix("base_model.").replace(".base_layer", "")
     return name.removesuffix(".token_adapter")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,7 +16,21 @@ def fold(model: Any) -> Any:
     if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
         _unshare(model.get_base_model())
     _unwrap(model.get_base_model())
-    return model.merge_and_unload(safe_merge=True)
+    with _full_float32():
+        return model.merge_and_unload(safe_merge=True)
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keeps products of float32 on a GPU from using TF32, which has 10 bits; cuDNN does by default, for LoRA's convolutions."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _unwrap(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,8 +20,10 @@ _ROWS = 16
 _ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # What a merge may lose of an update, and how many times the typical rounding error of outputs, before it is wrong.
 _LOST, _ROUNDINGS = 1e-3, 4.0
-# Error of float32 arithmetic in a weight, relative to the weights of its output: sums of a few dozen terms.
-_ARITHMETIC = 2.0**-20
+# Error of float32 arithmetic in a weight, relative to the weights of its output: sums of some hundred terms.
+_ARITHMETIC = 2.0**-18
+# Values to compare at a time: few enough for a processor's cache, which makes it ten times as fast.
+_BLOCK = 2**16
 # Share of an update that rounding may change before the layer counts as losing it.
 _MOST = 0.5
 
@@ -142,18 +144,30 @@ class Formulas:
             if bias is not None:
                 parts.append(_compare(bias.double().cpu(), rule.bias, module.bias, dtype))
             label = name if rule.parameter == "weight" else f"{name}.{rule.parameter}"
-            yield (
-                label,
-                _Difference(sum(p.lost for p in parts), sum(p.moved for p in parts), max(p.excess for p in parts)),
-            )
+            yield label, _sum(parts)
 
 
 def _compare(before: Tensor, change: Callable[[Tensor], Tensor], found: Any, dtype: torch.dtype) -> _Difference:
-    """Compares each value with the expected one, which arithmetic may move a little before it is rounded to ``dtype``."""
-    expected, values = change(before), found.detach().double().cpu()
+    """Compares each value of a merged parameter with the expected one."""
+    expected, values = change(before), found.detach().cpu()
     if values.shape != expected.shape:
         raise ValueError(f"expected a merged parameter of shape {list(expected.shape)}, found {list(values.shape)}")
-    update = expected - before
+    w, wanted, got = _rows(before), _rows(expected), _rows(values)
+    step = max(1, _BLOCK // max(1, w.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, len(w), step)]
+    return _sum(_compare_rows(w[block], wanted[block], got[block], dtype) for block in blocks)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """[rows, columns] of a parameter; an expert's rows each for themselves."""
+    if values.dim() == 1:
+        return values[None]
+    return values.flatten(0, 1) if values.dim() == 3 and values.shape[2] > 16 else values.flatten(1)
+
+
+def _compare_rows(before: Tensor, expected: Tensor, found: Tensor, dtype: torch.dtype) -> _Difference:
+    """Arithmetic may move a value a little before it is rounded to ``dtype``."""
+    values, update = found.double(), expected - before
     noise = _LOST * _typical(update) + _ARITHMETIC * (expected.abs() + _typical(expected))
     # Rounding keeps the order of values, so a right one lies between the bounds, rounded alike.
     low, high = ((expected + sign * noise).to(dtype).double() for sign in (-1, 1))
@@ -162,10 +176,14 @@ def _compare(before: Tensor, change: Callable[[Tensor], Tensor], found: Any, dty
     return _Difference(float((values - expected).square().sum()), float(update.square().sum()), excess)
 
 
-def _typical(values: Tensor) -> Tensor:
-    """The root mean square of each row of a tensor, or of a vector, to broadcast with it."""
-    dims = tuple(range(1, values.dim())) if values.dim() > 1 else (0,)
-    return values.square().mean(dim=dims, keepdim=True).sqrt()
+def _typical(rows: Tensor) -> Tensor:
+    """[rows, 1] root mean squares."""
+    return rows.square().mean(dim=1, keepdim=True).sqrt()
+
+
+def _sum(parts: Iterable[_Difference]) -> _Difference:
+    listed = list(parts)
+    return _Difference(sum(p.lost for p in listed), sum(p.moved for p in listed), max(p.excess for p in listed))
 
 
 def _kept(weight: Tensor, name: str, elsewhere: Mapping[str, Tensor]) -> Callable[[], Tensor]:

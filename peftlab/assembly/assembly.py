@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from peftlab.adapters import HeadLoss
-from peftlab.assembly.adapter import adapter_options, adapter_places
+from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
-from peftlab.assembly.stack import adapter_fingerprint, base_adapter, stacked
+from peftlab.assembly.stack import stacked
 from peftlab.assembly.start import Start
 from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError, listed
@@ -43,6 +43,7 @@ from peftlab.models import (
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.method_spec import MethodSpec
+from peftlab.specs.methods import METHODS
 from peftlab.specs.metrics import class_slugs, family_of
 from peftlab.specs.tasks import TaskSpec
 from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
@@ -180,8 +181,9 @@ class Assembly:
         if stored == "none":
             return wanted
         check_stored(self.pretrained, stored, wanted)
-        if not self.method.trains_on(stored):
-            what = f"{self.method.label} does not work on them" if self.method.adapts else "they cannot be trained"
+        methods = [self.method, *(METHODS[other.method] for other in self.recipe.adapter.beside)]
+        if (method := next((m for m in methods if not m.trains_on(stored)), None)) is not None:
+            what = f"{method.label} does not work on them" if method.adapts else "they cannot be trained"
             raise RecipeError(
                 f"the weights of {self.recipe.model.name} are stored in {stored}, and {what}; use adapter.method=lora, or name "
                 "the model that it was made from",
@@ -439,9 +441,7 @@ class Assembly:
         """Hashes of model, tokenizer and data. The weights are hashed once, as long as their files do not change."""
         reader = self.reader
         of_reader = self._once("fingerprint of the reader", id(reader), lambda: tokenizer_fingerprint(reader))
-        adapters = {} if self.start is None else {"start adapter": self.start.fingerprint}
-        if (name := self.recipe.model.adapter) is not None:
-            adapters["base adapter"] = adapter_fingerprint(base_adapter(name))
+        adapters = adapter_fingerprints(self.recipe, self.start)
         return {"model": self.model_fingerprint, "tokenizer": of_reader, **adapters, **self.data.fingerprints}
 
     @property
@@ -451,7 +451,7 @@ class Assembly:
 
     @property
     def start(self) -> Start | None:
-        """The adapter that this one continues. Raises: RecipeError if there is none in adapter.start."""
+        """The adapter that this one continues. Raises: RecipeError if there is none in adapter.start, ArtifactError."""
         name = self.recipe.adapter.start
         return None if name is None else self._once("start adapter", name, lambda: Start.find(name))
 

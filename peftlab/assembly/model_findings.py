@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from peftlab.adapters import check_adapter, fitting_sizes, is_grouped, planned_modules, reach_notes
+from peftlab.assembly.adapter import mixed_of
+from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
@@ -68,10 +70,11 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
     config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
-    if assembly.start is not None:
-        assembly.start.check(config, assembly)
-        going_on = f"continues the adapter in {assembly.start.folder}"
-        yield Finding("start", f"{going_on}. {assembly.start.as_plain}".rstrip(". "), "adapter.start")
+    check_mixed(mixed_of(assembly.recipe), assembly)
+    if (start := assembly.start) is not None:
+        start.check(config, assembly)
+        going_on = f"continues the adapter in {start.folder}"
+        yield Finding("start", f"{going_on}. {start.as_plain}".rstrip(". "), "adapter.start")
     if not assembly.method.has_targets:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)

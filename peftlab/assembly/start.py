@@ -54,9 +54,11 @@ class Start:
         known = self.lock.get("lock") or {}
         expected = (known.get("fingerprints") or {}).get("model")
         if expected is not None and expected != assembly.model_fingerprint:
+            under = (self.lock.get("model") or {}).get("adapter")
+            hint = f"; its run has model.adapter: {under}" if under and assembly.recipe.model.adapter is None else ""
             raise ArtifactError(
                 f"the adapter in {self.folder} was made for another model: it was trained on weights {expected[:12]}, and "
-                f"{assembly.recipe.model.name!r} has {assembly.model_fingerprint[:12]}",
+                f"{assembly.pretrained.source.name!r} has {assembly.model_fingerprint[:12]}{hint}",
                 key=_KEY,
             )
         names = (known.get("environment") or {}).get("class_names")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peftlab.adapters import check_adapter_files, load_adapter, made_for
+from peftlab.adapters import FOLDER_BESIDE, check_adapter_files, folders_beside, load_adapter, made_for
 from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.process import pick_device
 from peftlab.errors import ArtifactError, RecipeError
@@ -154,6 +154,7 @@ def open_target(
     pick_device(recipe.run.device)  # report a missing device first
     if target.adapter is not None:
         check_adapter_files(target.adapter)
+        _check_beside(target)
     check_same_model(target, assembly.pretrained)
     if (note := _other_base(target, assembly.pretrained)) is not None:
         progress.note(note)
@@ -168,6 +169,17 @@ def open_target(
         if problem is not None:
             progress.note(problem)
     return opened
+
+
+def _check_beside(target: Target) -> None:
+    """Raises ArtifactError if an adapter's folder lacks adapters that its recipe trains beside it."""
+    assert target.adapter is not None
+    found = {path.name for path in folders_beside(target.adapter)}
+    if absent := [other.method for other in target.loaded.recipe.adapter.beside if other.method not in found]:
+        raise ArtifactError(
+            f"{target.adapter} lacks the adapter of {', '.join(absent)} that was trained beside it, in {FOLDER_BESIDE}/"
+            f"{absent[0]}; copy the folder with all that is in it"
+        )
 
 
 def _other_base(target: Target, pretrained: Pretrained) -> str | None:

@@ -96,6 +96,7 @@ def _lines(spec: MethodSpec) -> list[tuple[str, str]]:
         ("merges", merges),
         ("quantized weights", "not tried" if spec.storages is None else quantized),
         ("several in one batch", "yes" if spec.several else "no"),
+        ("beside another method", "yes" if spec.beside else ""),
         ("refused", spec.refused),
     ]
     return [(label, text) for label, text in lines if text and not (spec.refused and label in ("merges",))]

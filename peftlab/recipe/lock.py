@@ -42,13 +42,14 @@ _LOCAL_PATHS = (
 # Settings that do not change what a run computes; of adapters only the place may change, because their fingerprints are compared.
 _FREE_ON_RESUME = {
     *("run.log", "run.save_every", "run.keep", "run.merge", "eval.prompts", "eval.max_new_tokens"),
-    *("model.adapter", "adapter.start"),
+    *("model.adapter", "adapter.start", "adapter.adapters"),
 }
 _DATA_REMEDY = "restore the original data file"
 _REMEDIES = {
     "model": "restore the original weights, or set model.revision to their commit",
     "tokenizer": "restore the original tokenizer files, or set model.revision to their commit",
     "base adapter": "restore the adapter that model.adapter names",
+    "mixed adapters": "restore those that adapter.adapters names",
     "start adapter": "restore the adapter that adapter.start names",
     "train data": _DATA_REMEDY,
     "eval data": _DATA_REMEDY,
@@ -97,6 +98,8 @@ def _settings(loaded: LoadedRecipe) -> dict[str, Any]:
     """Every setting by section, local paths absolute, without the run folder and the lock."""
     settings = loaded.recipe.model_dump(exclude={"lock"})
     settings["run"]["dir"] = None
+    if isinstance(mixed := settings["adapter"].get("adapters"), dict):
+        settings["adapter"]["adapters"] = {name: _absolute(folder) for name, folder in mixed.items()}
     for section, name in _LOCAL_PATHS:
         settings[section][name] = _absolute(settings[section][name])
     distill = settings["distill"]
@@ -112,6 +115,8 @@ def local_files(loaded: LoadedRecipe) -> dict[str, Path]:
     """Recipe key -> absolute path of each local file or folder that a recipe names; a sampling suffix stays."""
     settings = _settings(loaded)
     named = {f"{section}.{name}": settings[section][name] for section, name in _LOCAL_PATHS}
+    if isinstance(mixed := settings["adapter"].get("adapters"), dict):
+        named |= {f"adapter.adapters.{name}": folder for name, folder in mixed.items()}
     if (distill := settings["distill"]) is not None:
         named |= {f"distill.{name}": distill[name] for name in ("transfer", "cache")}
         teachers = {f"teachers.{i}": teacher for i, teacher in enumerate(distill["teachers"])}

@@ -147,7 +147,8 @@ def _names() -> Iterator[str]:
         "Adapter methods",
         "`adapter.method`. The benchmark names the variants of a method: " + _listed(VARIANTS) + ".",
         (
-            f"**`{m.name}`**: {m.summary or m.label}. Keys: {_listed([*m.keys, *m.places])}."
+            f"**`{m.name}`**: {m.summary or m.label}."
+            + (f" Keys: {_listed([*m.keys, *m.places])}." if m.keys or m.places else "")
             + (f" PEFT's options: {_listed(m.options)}." if m.options else "")
             + (f" No recipe can use it: {m.refused}." if m.refused else "")
             for m in METHODS.values()

@@ -104,7 +104,7 @@ def methods_beside(recipe: Recipe) -> Problems:
         return
     main = METHODS[adapter.method]
     if not main.adapts or main.own_options:
-        yield ("adapter.beside",), f"has no effect for adapter.method: {main.name}; make a method of PEFT the main one"
+        yield ("adapter.beside",), f"is not for adapter.method: {main.name}; make another method of PEFT the main one"
         return
     for key in ("start", "tokens"):
         if getattr(adapter, key):
@@ -151,6 +151,21 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
         )
 
 
+def mixtures_run_the_model_twice(recipe: Recipe) -> Problems:
+    if recipe.adapter.method != "xlora":
+        return
+    if recipe.train.gradient_checkpointing:
+        yield (
+            ("train.gradient_checkpointing",),
+            "X-LoRA gives its layers the mixture of each forward, which is gone when they are computed again; remove it",
+        )
+    if recipe.adapter.beside:
+        yield (
+            ("adapter.beside",),
+            "X-LoRA trains its classifier and no layer; remove it, or mix adapters that are trained before",
+        )
+
+
 def keys_of_other_optimizers(recipe: Recipe) -> Problems:
     for kind, rows in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         chosen = rows[getattr(recipe.train, kind)]
@@ -191,6 +206,10 @@ def merge_has_something_to_merge(recipe: Recipe) -> Problems:
 
 def quantized_weights_are_not_trained(recipe: Recipe) -> Problems:
     method = METHODS[recipe.adapter.method]
+    for index, other in enumerate(recipe.adapter.beside):
+        if not (spec := METHODS[other.method]).trains_on(recipe.model.quantize):
+            text = f"{spec.label} does not work on {recipe.model.quantize} weights; set model.quantize to none, or remove it"
+            yield (f"adapter.beside.{index}.method",), text
     if method.trains_on(recipe.model.quantize):
         return
     if not method.adapts:
@@ -303,6 +322,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     methods_beside,
     loraplus_needs_b_matrices,
     prompts_stand_before_each_row,
+    mixtures_run_the_model_twice,
     keys_of_other_optimizers,
     label_names_name_a_column,
     balance_knows_the_classes,

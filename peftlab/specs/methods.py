@@ -16,8 +16,15 @@ from peftlab.specs.peft_methods import PeftOption, peft_method, peft_method_name
 TARGET_NAMES = ("all-linear", "all-norms", "embeddings")
 
 
+# Methods all of whose values are in the layers that they adapt; others share some between layers.
+_IN_LAYERS = (
+    *("lora", "loha", "lokr", "oft", "boft", "hra", "ia3", "miss", "c3a", "fourierft", "gralora", "hira", "ln_tuning"),
+    *("road", "deft", "delora"),
+)
+
+
 def _of_peft(name: str, label: str, summary: str, paper: str = "", **more: Any) -> MethodSpec:
-    return MethodSpec(name, label, summary, peft=name, paper=paper, **more)
+    return MethodSpec(name, label, summary, peft=name, paper=paper, beside=name in _IN_LAYERS, **more)
 
 
 # Where PEFT uses the outputs of a quantized layer, and not its stored bytes as if they were the weight.
@@ -81,7 +88,6 @@ _ROWS: tuple[MethodSpec, ...] = (
             "rslora": Variant({"rslora": True}, fused=True, several=True),
             "dora": Variant({"dora": True}),
         },
-        beside=True,
     ),
     MethodSpec(
         "none",
@@ -138,7 +144,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2311.06243",
         divisors=(Divisor("boft_block_size", "in", when={"boft_block_num": 0}), Divisor("boft_block_num", "in")),
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "c3a",
@@ -147,7 +152,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2407.19342",
         divisors=(Divisor("block_size"),),
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "cartridge",
@@ -172,7 +176,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "LoRA with a normalized update, whose strength is trained apart from its direction",
         "2503.18225",
         storages=(),
-        beside=True,
     ),
     _of_peft(
         "fourierft",
@@ -180,7 +183,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "trains a few Fourier coefficients of each update",
         "2405.03003",
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "frod",
@@ -188,7 +190,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "trains a sparse rotation of each weight's singular values",
         defaults={"progressbar": False},
         storages=(),
-        beside=True,
     ),
     _of_peft(
         "glora",
@@ -205,7 +206,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2505.20355",
         divisors=(Divisor("gralora_k"),),
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "hira",
@@ -213,7 +213,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "multiplies each weight by a low-rank matrix, value by value",
         storages=_QUANTIZED,
         several=True,
-        beside=True,
     ),
     _of_peft("hra", "HRA", "multiplies each weight by Householder reflections", "2405.17484", storages=()),
     _of_peft(
@@ -225,7 +224,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         defaults={"feedforward_modules": []},
         evidence="fewest parameters of the early methods; made for few examples",
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "lily",
@@ -234,7 +232,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2407.09946",
         unmergeable="a router chooses its factors by the input",
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "ln_tuning",
@@ -243,7 +240,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2312.11420",
         targets="all-norms",
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "loha",
@@ -252,7 +248,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2108.06098",
         evidence="used for image models (3.7 % of imports, with LoKr)",
         storages=("int8",),
-        beside=True,
     ),
     _of_peft(
         "lokr",
@@ -261,7 +256,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "2309.14859",
         evidence="used for image models",
         storages=("int8",),
-        beside=True,
     ),
     _of_peft(
         "miss",
@@ -273,7 +267,6 @@ _ROWS: tuple[MethodSpec, ...] = (
             Divisor("mini_r", "out", when={"init_weights": "mini"}),
         ),
         storages=_QUANTIZED,
-        beside=True,
     ),
     _of_peft(
         "multitask_prompt_tuning",
@@ -289,7 +282,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         "trains the small singular directions of each weight and keeps the large ones",
         "2504.07097",
         storages=(),
-        beside=True,
     ),
     _of_peft(
         "p_tuning",
@@ -334,7 +326,6 @@ _ROWS: tuple[MethodSpec, ...] = (
         divisors=(Divisor("group_size", "out", even=True),),
         storages=_QUANTIZED,
         several=True,
-        beside=True,
     ),
     _of_peft(
         "shadow",
@@ -372,8 +363,10 @@ _ROWS: tuple[MethodSpec, ...] = (
         "X-LoRA",
         "mixes given LoRA adapters by token",
         "2402.07148",
-        refused="PEFT keeps its classifier in a file of its own, which the runs here do not have",
+        fixed={"use_trainable_adapters": False},
+        required=("adapters",),
         unmergeable="it mixes its adapters by the input",
+        storages=(),
     ),
 )
 

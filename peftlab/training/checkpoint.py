@@ -89,9 +89,10 @@ def save_checkpoint(
 
 def _publish(partial: Path, final: Path) -> None:
     """Adds hashes, syncs the files to disk and renames the folder, so that a torn save never looks like a checkpoint."""
-    files = sorted(p for p in partial.iterdir() if p.is_file())
-    (partial / "manifest.json").write_text(json.dumps({p.name: _sha256(p) for p in files}, indent=1))
-    for path in partial.iterdir():
+    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    hashes = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
+    (partial / "manifest.json").write_text(json.dumps(hashes, indent=1))
+    for path in [*files, partial / "manifest.json"]:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     if final.exists():

@@ -39,7 +39,7 @@ def error(check: MergeCheck, model: Any, dtype: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_check_find_no_error_in_pefts_merge(tiny: Callable[..., Any], options: Any) -> None:
+def test_check_finds_no_error_in_pefts_merge(tiny: Callable[..., Any], options: Any) -> None:
     result = error(*merged(tiny, **options))
     assert result.wrong == 0 and result.unchecked == 0
     assert result.relative < 1e-5
@@ -47,7 +47,7 @@ def test_check_find_no_error_in_pefts_merge(tiny: Callable[..., Any], options: A
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_check_allow_the_rounding_of_16_bit_files(tiny: Callable[..., Any], dtype: torch.dtype) -> None:
+def test_check_allows_the_rounding_of_16_bit_files(tiny: Callable[..., Any], dtype: torch.dtype) -> None:
     result = error(*merged(tiny), dtype=dtype)
     assert result.wrong == 0 and result.relative > 1e-4
 
@@ -56,8 +56,21 @@ def _lost(layer: Any, plain: Any) -> None:
     layer.weight.data.copy_(plain.weight)
 
 
+def test_fold_computes_in_full_float32(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32's error, 2^-11, is as large as what the check allows."""
+    model = tiny("tiny:llama")
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(
+        model, "merge_and_unload",
+        lambda **_: seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())),
+    )  # fmt: skip
+    fold(model)
+    assert seen == [(False, "highest")] and torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_check_name_the_layer_that_lost_its_update(tiny: Callable[..., Any], dtype: torch.dtype) -> None:
+def test_check_names_the_layer_that_lost_its_update(tiny: Callable[..., Any], dtype: torch.dtype) -> None:
     check, model = merged(tiny)
     plain = dict(tiny("tiny:llama", adapter=False).named_modules())
     name = "model.layers.1.mlp.up_proj"
@@ -67,7 +80,7 @@ def test_check_name_the_layer_that_lost_its_update(tiny: Callable[..., Any], dty
     assert result.worst_relative == pytest.approx(1.0, rel=0.05)
 
 
-def test_check_catch_a_wrong_scaling(tiny: Callable[..., Any]) -> None:
+def test_check_catches_a_wrong_scaling(tiny: Callable[..., Any]) -> None:
     model = tiny("tiny:llama")
     check = MergeCheck(model)
     for module in model.modules():
@@ -77,7 +90,7 @@ def test_check_catch_a_wrong_scaling(tiny: Callable[..., Any]) -> None:
     assert result.wrong == checked(result) and result.relative == pytest.approx(1.0, rel=1e-4)
 
 
-def test_check_catch_values_that_are_not_finite(tiny: Callable[..., Any]) -> None:
+def test_check_catches_values_that_are_not_finite(tiny: Callable[..., Any]) -> None:
     check, model = merged(tiny)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     assert error(check, model).wrong == 1
@@ -101,7 +114,7 @@ def method(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["ia3", "vera", "loha", "lora-bias", "pissa", "olora", "dora-embedding", "replicated"])
-def test_check_know_every_method(tiny: Callable[..., Any], name: str) -> None:
+def test_check_knows_every_method(tiny: Callable[..., Any], name: str) -> None:
     base = tiny("tiny:bert" if name == "lora-bias" else "tiny:llama", adapter=False)
     model = peft.get_peft_model(base, method(name))
     check = MergeCheck(model)
@@ -123,7 +136,7 @@ def family(name: str, task: str) -> Any:
         ("ViTConfig", "image_cls", ["projection"]),
     ],
 )
-def test_check_know_every_kind_of_layer(name: str, task: str, targets: list[str]) -> None:
+def test_check_knows_every_kind_of_layer(name: str, task: str, targets: list[str]) -> None:
     config = peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
     model = peft.get_peft_model(family(name, task), config)
     check = MergeCheck(model)

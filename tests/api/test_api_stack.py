@@ -170,6 +170,12 @@ def test_resumed_run_ends_with_the_same_bytes_and_stacks_grow(first: Path, here:
     by_hand = add_by_hand(add_by_hand(base(), first / "adapter", 6 / 4**0.5), Path("second/adapter"), 8 / 4)
     ours = logits(open_target(find_target("third"), SilentProgress()).model)
     close(ours, logits(peft.PeftModel.from_pretrained(by_hand, third.adapter)))
+    document = recipe(run={"dir": "on"}) | {"adapter": {"start": "third"}}
+    with pytest.raises(ArtifactError, match=r"was made for another model: .*; its run has model.adapter: \S*second"):
+        train(document)
+    document["model"] |= {"adapter": "second"}
+    on = train(document, "train.max_steps=1")
+    assert on.summary["before"]["loss"] == pytest.approx(third.summary["after"]["loss"], rel=1e-6)
 
 
 def test_first_adapter_that_moved_or_changed_is_named(first: Path, here: Path) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 import peftlab
+from peftlab.errors import Interrupted
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import write_family
 from tests.family_table import family_recipe, write_rows
 from tests.method_table import COLUMNS, measure_in, read_page, rows
+from tests.run_examples import Stopper, contents, recipe, write_data
 
 # One of each kind: a low-rank product, a schedule, rotations, virtual tokens, norms, rows of the embeddings, ours, and one that
 # cannot be trained on quantized weights; the others run with the slow tests.
@@ -23,6 +25,7 @@ QUICK = {
     ("p_tuning", "causal_lm", "none"),
     ("trainable_tokens", "causal_lm", "none"),
     ("deft", "causal_lm", "int8"),
+    ("xlora", "causal_lm", "none"),
 }
 ROWS = [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow, id="-".join(row)) for row in rows()]
 
@@ -69,3 +72,29 @@ def test_page_has_every_method_and_no_cell_is_no() -> None:
         allowed = 1 if row[:2] == ("p_tuning", "seq_cls") else 0
         assert sum("no" in cell for cell in cells) == allowed, row
         assert "refused" not in cells or reason, row
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"init_lora_weights": "pissa"},
+        pytest.param({"init_lora_weights": "eva"}, marks=pytest.mark.slow),
+        pytest.param({"init_lora_weights": "corda"}, marks=pytest.mark.slow),
+        {"init_lora_weights": "lora_ga"},
+        {"tokens": ["<a>", "<b>"]},
+    ],
+    ids=lambda adapter: str(next(iter(adapter.values()))),
+)
+def test_initialisation_and_new_tokens_resume_to_the_byte(
+    adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an initialisation took from the rows and the weights comes from the checkpoint, and not from another start."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    document = recipe() | {"adapter": {"rank": 4, "alpha": 8, **adapter}}
+    peftlab.train(document, progress=SilentProgress())
+    other = document | {"run": {"dir": "other", "save_every": 2}}
+    with pytest.raises(Interrupted):
+        peftlab.train(other, progress=Stopper(at=4))
+    peftlab.train("other", resume=True, progress=SilentProgress())
+    assert contents(Path("other/adapter")) == contents(Path("run/adapter"))

@@ -20,6 +20,7 @@ BASE: dict[str, Any] = {"task": "causal_lm", "model": {"name": "tiny:llama"}, "d
 REQUIRED = {
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
     "trainable_tokens": {"token_indices": [5]},
+    "xlora": {"adapters": {"law": "no/law", "code": "no/code"}},
 }
 
 
