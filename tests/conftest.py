@@ -66,8 +66,8 @@ GUARD = tiers.Guard()
 
 
 class SmallHeap:
-    """Keeps imported modules out of the cycle collector, for the whole session. Runs collect garbage a dozen times
-    each. Without this they would scan the modules of a hundred test files: half of the time of tests that train."""
+    """Keeps imported modules out of the cycle collector, for the whole session. A run collects garbage a dozen times, and
+    would scan all of them each time: half of the time of tests/api/test_api_train.py alone."""
 
     def __init__(self) -> None:
         from peftlab.measuring.memory import frozen_heap

@@ -60,7 +60,7 @@ class Compiled(NamedTuple):
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """The quick cases of two architectures. They take ten seconds on two idle cores."""
+    """The quick cases of two architectures. They take twenty seconds of processor time on a busy machine."""
     folder = tmp_path_factory.mktemp("compiled")
     archs = [word for arch in request.param for word in ("--arch", str(arch))]
     return Compiled(*_compile(folder, "--quick", *archs, "--ptx", str(folder)), request.param, folder)
