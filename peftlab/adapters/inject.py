@@ -30,6 +30,7 @@ from peftlab.adapters.places import (
     trained_in_full,
     whole_modules,
 )
+from peftlab.adapters.schedule import check_steps
 from peftlab.adapters.sizes import check_rank, fitting_sizes
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
@@ -232,6 +233,8 @@ def check_adapter(
             f"another method{', such as lora with trainable_token_indices' if spec.targets == 'embeddings' else ''}",
             key="adapter.method",
         )
+    if spec.name == "adalora":
+        check_steps(num_steps, values.get("tfinal", 0))
     if spec.name == "xlora":
         values["adapters"] = mixture.numbered(model, values["adapters"])
     values |= {k: v for k, v in _set_by_run(model, num_steps).items() if k in fields and k not in values}
