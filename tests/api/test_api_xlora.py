@@ -135,6 +135,7 @@ def test_resumed_run_ends_with_the_same_bytes(options: dict[str, Any], here: Pat
 
 def test_mixture_goes_on_and_a_changed_adapter_is_noticed(here: Path) -> None:
     first = peftlab.train(mixture(), **QUIET)
+    assert first.summary["mergeable"] is False, "no line says to merge it"
     document = {**mixture(), "adapter": {"start": "mix"}, "run": {"dir": "on"}, "train": {"max_steps": 4}}
     with pytest.raises(Interrupted):
         peftlab.train(document, progress=Stopper(at=2))

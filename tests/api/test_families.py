@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.family_table import COLUMNS, families, measure_in, read_page
+import peftlab
+from peftlab.training.progress import SilentProgress
+from tests.family_examples import write_family
+from tests.family_table import COLUMNS, families, family_recipe, measure_in, read_page, write_rows
 
 # One of each kind of layer, adapter and padding, and one that is refused; the others run with the slow tests.
 QUICK = {
@@ -33,3 +36,12 @@ def test_page_has_every_family_and_no_cell_is_no() -> None:
     assert len(rows) == len(list(families()))
     for (family, task), (cells, notes) in rows.items():
         assert cells == ["yes"] * len(COLUMNS) or (cells == ["refused"] * len(COLUMNS) and notes), (family, task)
+
+
+def test_experts_that_a_recipe_names_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    write_family(Path("model"), "MixtralConfig", "causal_lm")
+    adapter = {"targets": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    run = peftlab.train(family_recipe("causal_lm", adapter=adapter), progress=SilentProgress())
+    assert run.summary["adapter"]["kinds"] == {"experts": 2, "q_proj": 2}

@@ -181,6 +181,8 @@ def test_plan_trains_nothing(trainings: Trainings, capsys: pytest.CaptureFixture
     assert run(["bench", "smoke", "--quality", "--plan", "--methods", "lora,full", "--seeds", "5"]) == 0
     shown = capsys.readouterr().out
     assert "at least 14 trainings" in shown and "full" in shown and max(map(len, shown.splitlines())) <= 80
+    assert run(["bench", "smoke", "--quality", "--plan", "--methods", "lora", "--learning-rates", "1e-3"]) == 0
+    assert "learning rates: 0.001; seeds: 3" in capsys.readouterr().out
     assert not trainings.asked and not OUT.exists()
 
 
