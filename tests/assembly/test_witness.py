@@ -16,7 +16,8 @@ from peftlab.assembly.witness import WITNESS_NAME
 from peftlab.errors import ArtifactError, Interrupted, VerificationError
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import write_family
-from tests.run_examples import Stopper
+from tests.run_examples import Stopper, write_data
+from tests.run_examples import recipe as run_recipe
 
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
 
@@ -165,7 +166,8 @@ def test_buffers_that_an_adapter_cannot_contain_are_refused(here: Path, monkeypa
 
 
 def test_checkpoint_from_before_the_end_is_no_fault(here: Path) -> None:
-    train("RobertaConfig", train={"lr": 0.1}, run={"save_every": 1})
+    write_data(here)
+    peftlab.train(run_recipe(run={"save_every": 1, "keep": 9}), progress=SilentProgress())
     checkpoint = min(Path("run/checkpoints").iterdir())
     losses = [peftlab.evaluate(f, progress=SilentProgress())["metrics"]["loss"] for f in (checkpoint, "run")]
-    assert abs(losses[0] - losses[1]) > 1e-3
+    assert losses[0] != losses[1]
