@@ -145,6 +145,16 @@ def test_search_goes_beyond_the_end_that_is_best(trainings: Trainings) -> None:
     assert (row["lr"], row["at_end"], row["metric"]["n"]) == (three, False, 2)
 
 
+def test_progress_counts_the_rates_beyond(trainings: Trainings) -> None:
+    trainings.larger_is_better = True
+    told: list[tuple[int, int]] = []
+    quality(
+        methods=["lora"], learning_rates=None, seeds=3, progress=lambda done, total, text: told.append((done, total))
+    )
+    assert [done for done, _ in told] == list(range(3 + MOST_RATES_BEYOND + 2 + 1))
+    assert [total for _, total in told][:5] == [5, 5, 5, 6, 7] and told[-1] == (9, 9)
+
+
 def test_search_is_bounded_and_says_so(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
     trainings.larger_is_better = True
     assert run(["bench", "smoke", "--quality", "--methods", "lora", "--seeds", "1"]) == 0
