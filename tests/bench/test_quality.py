@@ -56,7 +56,7 @@ class Trainings:
             return {"status": "red", "reason": "the loss is nan in step 3"}
         accuracy = 0.5 + 0.1 * seed + (0.1 if name == "dora" else 0.0) - (0.2 if lr != RIGHT[name] else 0.0)
         if self.accuracy_at or self.larger_is_better:
-            accuracy = min(self.accuracy_at.items(), key=lambda at: abs(at[0] - lr), default=(0, lr))[1]
+            accuracy = min(self.accuracy_at.items(), key=lambda at: abs(at[0] - lr), default=(0, lr / 100))[1]
         memory = {
             "load_peak_bytes": 1e8,
             "before_bytes": 0,
