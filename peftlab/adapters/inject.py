@@ -29,6 +29,7 @@ from peftlab.adapters.places import (
     trained_in_full,
     whole_modules,
 )
+from peftlab.adapters.quantized_check import check_untried
 from peftlab.adapters.sizes import check_rank, fitting_sizes
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
@@ -91,7 +92,8 @@ def inject(
         patterns: settings for some of the adapted modules. beside: adapters of other methods, on other modules.
         rows: makes training rows for an initialisation that looks at them.
         options: the method's other keys of the section ``adapter``, such as ``rank``, and its options by PEFT's names.
-    Raises: RecipeError if a target or a module to save matches nothing, or PEFT refuses the adapter.
+    Raises: RecipeError if a target or a module to save matches nothing, PEFT refuses the adapter, or a method that nobody tried on
+        quantized weights computes something else there.
     """
     import peft
 
@@ -113,6 +115,9 @@ def inject(
     configs = _configs_beside(model, beside, claimed, places)
     places["freeze"] = [*freeze, *_layers_of(claimed)]
     of_module = assigned(model, planned_modules(model, method=method, **places), patterns) if patterns else {}
+    untried = {name: value for name, value in {method: config, **configs}.items() if METHODS[name].storages is None}
+    places_of = claimed | ({method: planned_modules(model, method=method, **places)} if method in untried else {})
+    checked = check_untried(model, untried, places_of)
     if "bottleneck" in configs:
         configs["bottleneck"] = add_bottlenecks(model, configs["bottleneck"]).peft_config["default"]
     if type(config) is peft.LoraConfig:
@@ -138,6 +143,7 @@ def inject(
     rates = {other.method: other.lr for other in beside}
     of_module |= {n: Pattern([n], lr=rates[m]) for m, names in claimed.items() for n in names if rates[m] is not None}
     peft_model.patterns_of_modules = of_module
+    peft_model.quantized_check = checked
     fused.set_kernels(peft_model, kernels)
     return peft_model
 

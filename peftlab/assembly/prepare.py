@@ -154,6 +154,8 @@ def prepare(
     release_memory()  # quantizing held every weight in full precision
     progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
+    if (checked := getattr(model, "quantized_check", None)) is not None:
+        progress.note(str(checked))
     if assembly.method.adapts:
         fusion = fusion_report(model)
         meant = any(variant.fused for variant in assembly.method.variants.values())
