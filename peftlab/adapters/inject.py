@@ -19,6 +19,7 @@ from peftlab.adapters.beside import (
     claimed_modules,
     keep_bottlenecks,
 )
+from peftlab.adapters.parameters import check_settings, experts_text, planned_parameters
 from peftlab.adapters.patterns import Pattern, assigned, pattern_values, set_dropout
 from peftlab.adapters.places import (
     chosen_blocks,
@@ -44,6 +45,7 @@ class AdapterReport:
     Attributes:
         kinds: number of adapted modules by the last part of their names; of an adapter that changes no module: what is trained.
         whole: names of the modules that are trained in full, such as a new head.
+        experts: which stacked weights of experts are adapted, and of how many; empty without any.
     """
 
     num_modules: int
@@ -51,12 +53,14 @@ class AdapterReport:
     num_total: int
     kinds: dict[str, int]
     whole: tuple[str, ...] = ()
+    experts: str = ""
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{name} x{count}" for name, count in sorted(self.kinds.items()))
         share = 100 * self.num_trained / self.num_total
         where = f" in {self.num_modules} modules: {kinds}" if self.num_modules else f": {kinds}"
         text = f"{self.num_trained:,} of {self.num_total:,} parameters trained ({share:.2f} %){where}"
+        text = f"{text}; {self.experts}" if self.experts else text
         return f"{text}; in full: {', '.join(self.whole)}" if self.whole else text
 
 
@@ -224,7 +228,12 @@ def check_adapter(
             # PEFT takes the first that matches, and a module's full name is more precise than what the recipe gives.
             values[name] = {**chosen, **{n: v for n, v in (values.get(name) or {}).items() if n not in chosen}}
     if spec.name == "lora":
-        return place_config(model, **where, **values)
+        parameters = planned_parameters(model, values.pop("target_parameters", None), **where)
+        if parameters:
+            check_settings(options.get("dropout"), options.get("dora"))
+        placed = place_config(model, **where, **values)
+        placed.target_parameters = parameters or None
+        return placed
     fields = peft_method(spec.peft).options
     if spec.has_targets:
         # Full names: most configurations have no way to leave out the head.
@@ -250,10 +259,13 @@ def report(model: Any) -> AdapterReport:
     from peft.utils import ModulesToSaveWrapper
 
     kinds: dict[str, int] = {}
-    whole = []
+    whole, shapes = [], []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             kind = base_name(name).rsplit(".", 1)[-1]
+            if (parameter := getattr(module, "parameter_name", None)) is not None:
+                kind = f"{kind}.{parameter}"
+                shapes.append((f"{base_name(name)}.{parameter}", module.get_param().shape))
             kinds[kind] = kinds.get(kind, 0) + 1
         elif isinstance(module, ModulesToSaveWrapper):
             whole.append(base_name(name))
@@ -269,7 +281,9 @@ def report(model: Any) -> AdapterReport:
             if parameter.requires_grad and ".modules_to_save." not in name:
                 kind = name.removeprefix("base_model.model.").rsplit(".", 1)[-1]
                 kinds[kind] = kinds.get(kind, 0) + 1
-    return AdapterReport(num_modules, trained, total, kinds, tuple(whole))
+    quantized = bool(getattr(model.get_base_model(), "is_quantized", False))
+    experts = experts_text(shapes, quantized=quantized)
+    return AdapterReport(num_modules, trained, total, kinds, tuple(whole), experts)
 
 
 def adapted_modules(model: Any) -> list[str]:

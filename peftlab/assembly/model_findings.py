@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftlab.adapters import check_adapter, fitting_sizes, is_grouped, planned_modules, reach_notes
+from peftlab.adapters import (
+    check_adapter,
+    experts_text,
+    fitting_sizes,
+    is_grouped,
+    owners,
+    planned_modules,
+    planned_parameters,
+    reach_notes,
+)
 from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
@@ -97,6 +106,11 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
                 key="run.merge",
             )
         yield Finding("reach", f"{found}, which PEFT cannot merge", "adapter.targets")
+    if parameters := planned_parameters(skeleton, given.get("target_parameters"), **assembly.adapter_places):
+        planned += owners(parameters)
+        shapes = [(name, skeleton.get_parameter(name).shape) for name in parameters]
+        if text := experts_text(shapes, quantized=quantized):
+            yield Finding("reach", f"the adapter changes {text}", "adapter.target_parameters")
     for note in reach_notes(skeleton, planned, targets=adapter.targets, quantized=quantized):
         yield Finding("reach", note, "adapter.targets")
 

@@ -13,7 +13,9 @@ from peftlab.adapters import (
     adapted_modules,
     head_reason,
     inject,
+    owners,
     planned_modules,
+    planned_parameters,
     report,
     token_modules,
     train_all,
@@ -202,6 +204,7 @@ def trainable(
     where: dict[str, Any] = {"new": new, **assembly.adapter_places}
     planned = planned_modules(model, method=method.name, **where)
     options = assembly.adapter_options
+    planned += owners(planned_parameters(model, options.get("target_parameters"), **where))
     if assembly.recipe.adapter.tokens:
         options |= {"trainable_token_indices": _trained_rows(assembly, model, options)}
     model = inject(
