@@ -19,7 +19,7 @@ from bench.gpu_check import claims, pending
 from bench.gpu_check.journal import JOURNAL
 from bench.peers import distillation as distilled_by_peers
 from bench.peers import report as peers_report
-from bench.studies import call_overhead, cpu_path, distillation, embedding_probe, linear_losses, loss_curves
+from bench.studies import call_overhead, cpu_path, distillation, embedding_probe, linear_losses, loss_curves, methods
 from peftlab.measuring.journal import read_records
 
 PAGE, README, DISTILLATION = ROOT / "bench" / "RESULTS.md", ROOT / "README.md", ROOT / "docs" / "distillation.md"
@@ -43,6 +43,10 @@ def _cpu_paths() -> str:
     return "\n\n".join(cpu_path.table(result(path.stem)) for path in sorted(RESULTS.glob("cpu_path-*.json")))
 
 
+def _methods() -> str:
+    return methods.speed_table({name: result(f"methods-{name.lower()}-cpu") for name in ("MiniLM", "SmolLM2")})
+
+
 # (file, marker) -> function that returns the table.
 TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (README, "peers"): lambda: peers_report.short_table(RESULTS),
@@ -55,6 +59,8 @@ TABLES: dict[tuple[Path, str], Callable[[], str]] = {
     (PAGE, "linear_losses"): lambda: linear_losses.table(result("linear_losses")),
     (PAGE, "call_overhead"): lambda: call_overhead.table(result("call_overhead")),
     (PAGE, "embedding_probe"): lambda: embedding_probe.table(result("embedding_probe")),
+    (PAGE, "methods"): _methods,
+    (PAGE, "methods_quality"): lambda: methods.quality_table(result("methods-quality-cpu")),
     (PAGE, "gpu_check"): _confirmed,
 }
 

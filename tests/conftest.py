@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,9 +65,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 GUARD = tiers.Guard()
 
 
+class SmallHeap:
+    """Keeps imported modules out of the cycle collector, for the whole session. A run collects garbage a dozen times, and
+    would scan all of them each time: half of the time of tests/api/test_api_train.py alone."""
+
+    def __init__(self) -> None:
+        from peftlab.measuring.memory import frozen_heap
+
+        self._num_modules = 0
+        # A run of the tests finds the heap frozen, and leaves it so.
+        self._frozen = contextlib.ExitStack()
+        self._frozen.enter_context(frozen_heap())
+
+    def begin(self) -> None:
+        # The first test that uses a library imports many of its modules.
+        if len(sys.modules) != self._num_modules:
+            self._num_modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
+
+
+HEAP = SmallHeap()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     GUARD.begin()
+    HEAP.begin()
     return (yield)
 
 
@@ -74,14 +100,6 @@ def as_its_tier(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     tier = next(name for name in tiers.TIERS if request.node.get_closest_marker(name))
     assert not GUARD.wrong(tier), f"a test of the tier `{tier}` does this: {GUARD.wrong(tier)}; see tests/tiers.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> None:
-    """Runs collect garbage a dozen times each. Without this they would scan, half a second every time, what the imports
-    of a hundred test files left."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

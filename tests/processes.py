@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import multiprocessing
 import os
@@ -38,6 +39,7 @@ LIBRARIES = [
     "evaluate", "sklearn.metrics", "bitsandbytes", "safetensors.torch", "pydantic.json_schema", "typer", "rich.live", "rich.progress",
     "rich.table", "yaml", "psutil",
 ]  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 # Prefixes of the variables that the interpreter or a library reads only once.
 READ_ONCE = (
     "ACCELERATE_TORCH", "BNB_", "CUDA_", "GOMP_", "HF_", "HOME", "HUGGINGFACE_", "LD_", "MALLOC_", "MKL_", "OMP_",
@@ -136,6 +138,15 @@ class Processes:
         if check and done.returncode:
             raise AssertionError(f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
+
+    def run_with_other_hashes(self, code: str, *arguments: str | Path) -> str:
+        """What the program prints in a process in which texts have other hashes than here, so that sets have another
+        order."""
+        environment, seed = dict(os.environ), os.environ.get("PYTHONHASHSEED", "random")
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        if seed != "random":
+            environment["PYTHONHASHSEED"] = str(int(seed) + 1)
+        return self.run(["-c", code, *arguments], env=environment, cwd=ROOT, check=True).stdout
 
     def run_ranks(
         self, arguments: Sequence[str | Path], *, env: Mapping[str, str], timeout: float = 120, num_ranks: int = 2
@@ -245,6 +256,8 @@ def _child(work: Any, folder: str, environment: dict[str, str], out: Path, err: 
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    # A collection would scan the server's libraries, and copy the pages that they are on.
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -78,6 +78,12 @@ def test_process_that_fails_says_why(process: Processes) -> None:
     assert process.run(["-c", "import os; os.kill(os.getpid(), 9)"]).returncode == -signal.SIGKILL
 
 
+def test_process_with_other_hashes(process: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert process.run_with_other_hashes("print(hash('a'))") != f"{hash('a')}\n"
+    monkeypatch.setenv("PYTHONHASHSEED", "4")
+    assert process.run_with_other_hashes("import os; print(os.environ['PYTHONHASHSEED'])") == "5\n"
+
+
 def test_process_that_takes_too_long_is_killed(process: Processes) -> None:
     with process.start(["-c", "import time; print('ready', flush=True); time.sleep(600)"]) as child:
         child.wait_for(lambda: child.stdout == "ready\n")

@@ -54,11 +54,11 @@ def small(name: str) -> list[str]:
     if recipe.adapter.targets != "all-linear":
         overrides += ["adapter.targets=all-linear"]  # a tiny model has other layers
     if not source.endswith("smoke.jsonl"):
-        overrides += [f"data.train={source}#90"]
+        overrides += [f"data.train={source}#60"]
         overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
-        overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#60"] if recipe.data.eval else []
+        overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#30"] if recipe.data.eval else []
         if recipe.task != "image_cls":
-            overrides += ["data.too_long=truncate", "data.max_length=400"]
+            overrides += ["data.too_long=truncate", "data.max_length=250"]
     return overrides
 
 
@@ -91,7 +91,7 @@ def test_recipe_distills_on_tiny_models(name: str, tmp_path: Path, monkeypatch: 
         teacher = str(peftlab.train(name, [*small(name), *plain], progress=SilentProgress()).folder)
     transfer = recipe.distill.transfer
     changes = [f"distill.teacher={teacher}", "distill.seeds=1"]
-    changes += [f"distill.transfer={transfer.partition('#')[0]}#60"] if transfer else []
+    changes += [f"distill.transfer={transfer.partition('#')[0]}#40"] if transfer else []
     if recipe.distill.student_init is not None and recipe.distill.student_init.weights == "copied":
         changes += ["distill.student_init={layers: [0]}"]
     run = distill(name, [*small(name), *changes], progress=SilentProgress())

@@ -31,6 +31,7 @@ from peftlab.adapters.places import (
     whole_modules,
 )
 from peftlab.adapters.quantized_check import check_untried
+from peftlab.adapters.schedule import check_steps
 from peftlab.adapters.sizes import check_rank, fitting_sizes
 from peftlab.adapters.target_modules import check_modules_to_save
 from peftlab.errors import RecipeError
@@ -245,6 +246,8 @@ def check_adapter(
             f"another method{', such as lora with trainable_token_indices' if spec.targets == 'embeddings' else ''}",
             key="adapter.method",
         )
+    if spec.name == "adalora":
+        check_steps(num_steps, values.get("tfinal", 0))
     if spec.name == "xlora":
         values["adapters"] = mixture.numbered(model, values["adapters"])
     values |= {k: v for k, v in _set_by_run(model, num_steps).items() if k in fields and k not in values}
@@ -262,10 +265,11 @@ def report(model: Any) -> AdapterReport:
     whole, shapes = [], []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
+            layer: Any = module
             kind = base_name(name).rsplit(".", 1)[-1]
-            if (parameter := getattr(module, "parameter_name", None)) is not None:
+            if (parameter := getattr(layer, "parameter_name", None)) is not None:
                 kind = f"{kind}.{parameter}"
-                shapes.append((f"{base_name(name)}.{parameter}", module.get_param().shape))
+                shapes.append((f"{base_name(name)}.{parameter}", layer.get_param().shape))
             kinds[kind] = kinds.get(kind, 0) + 1
         elif isinstance(module, ModulesToSaveWrapper):
             whole.append(base_name(name))

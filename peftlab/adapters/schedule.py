@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.errors import RecipeError
+
 # AdaLoRA's averages by parameter, and AdaMSS's by layer.
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _LAYER_AVERAGES = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
+
+
+def check_steps(num_steps: int | None, tfinal: int) -> None:
+    """Raises RecipeError if AdaLoRA has no step before its last phase. Args: num_steps: of the run; None if not known yet."""
+    if num_steps is not None and num_steps - tfinal < 2:
+        raise RecipeError(
+            f"AdaLoRA chooses its ranks by the steps before: expected at least {tfinal + 2} steps, found {num_steps}",
+            key="train.max_steps",
+        )
 
 
 def after_step(model: Any, step: int) -> None:

@@ -315,6 +315,11 @@ class Assembly:
         vocabulary. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
             return "right", [], None
+        settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
+        # The reader is kept too: while it lives, no other one has its id.
+        return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
+
+    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []

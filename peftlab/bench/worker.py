@@ -33,6 +33,8 @@ from peftlab.recipe import load_recipe
 from peftlab.runs import write_json
 from peftlab.tasks import lengths_of
 
+# The measured steps are the first of a longer run, for a method with a schedule.
+_STEPS_AFTER = 1000
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -75,7 +77,7 @@ def _prepare(spec: Mapping[str, Any], assembly: Assembly, accelerator: Any) -> J
         predicts = assembly.spec.predicts
         rows = text_examples(Path(spec["texts"]), rows=count, length=spec["length"], predicts=predicts)
     plan = make_plan(assembly, lengths_of(rows))
-    model, planned, report = trainable(assembly, assembly.model())
+    model, planned, report = trainable(assembly, assembly.model(), num_steps=spec["steps"] + _STEPS_AFTER)
     spec = {**spec, "num_trained": report.num_trained, "num_total": report.num_total}
     return Job(spec, assembly, accelerator, assembly.task, model, planned, rows, plan)
 

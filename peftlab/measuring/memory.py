@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _M_ARENA_MAX = -8  # malloc.h of glibc
+_frozen = False  # inside of frozen_heap; gc.get_freeze_count walks over all frozen objects
 
 
 def memory_bytes(device_type: str) -> int:
@@ -67,14 +68,17 @@ def frozen_heap() -> Iterator[None]:
     takes 0.3 s each time. Nested uses have no effect; the outermost one unfreezes at its end."""
     import gc
 
-    if gc.get_freeze_count():
+    global _frozen
+    if _frozen:
         yield
         return
     gc.collect()
     gc.freeze()
+    _frozen = True
     try:
         yield
     finally:
+        _frozen = False
         gc.unfreeze()
 
 

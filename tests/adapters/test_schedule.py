@@ -12,6 +12,7 @@ import torch
 
 from peftlab.adapters import after_step, inject, load_state, penalty, save_state
 from peftlab.adapters.schedule import schedule_state
+from peftlab.errors import RecipeError
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 STEPS = 12
@@ -133,3 +134,9 @@ def test_adamss_freezes_subspaces_and_goes_on_from_its_state_to_the_bit(base: An
     for name, parameter in second.named_parameters():
         assert torch.equal(parameter, wanted[name]), name
         assert parameter.requires_grad == wanted[name].requires_grad, name
+
+
+@pytest.mark.parametrize(("num_steps", "tfinal"), [(1, 0), (10, 9), (10, 12)])
+def test_adalora_needs_steps_before_its_last_phase(base: Any, num_steps: int, tfinal: int) -> None:
+    with pytest.raises(RecipeError, match=rf"expected at least {tfinal + 2} steps, found {num_steps}"):
+        inject(base, "adalora", peft_type="CAUSAL_LM", num_steps=num_steps, tfinal=tfinal)

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from hypothesis import strategies as st
 from peftlab.data import Rows, balanced_rows, split_rows
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError
+from tests.processes import Processes
 
 
 def rows_of(count: int) -> Rows:
@@ -110,23 +107,13 @@ def test_split_rows_draws_rows_evenly() -> None:
     assert np.abs(hits - 250).max() < 5 * np.sqrt(500 * 0.25)  # five standard deviations
 
 
-def test_split_rows_does_not_depend_on_the_hash_seed() -> None:
-    program = (
-        "from test_split import rows_of, labels_of, split_rows;"
+def test_split_rows_does_not_depend_on_the_hash_seed(process: Processes) -> None:
+    code = (
+        "from tests.data.test_split import rows_of, labels_of, split_rows;"
         "print(split_rows(rows_of(40), labels=labels_of([20, 15, 5]))[1].tolist())"
     )
-    results = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=Path(__file__).parent,
-            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[2])},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for hash_seed in ("1", "2")
-    }
-    assert len(results) == 1
+    here = split_rows(rows_of(40), labels=labels_of([20, 15, 5]))[1].tolist()
+    assert process.run_with_other_hashes(code) == f"{here}\n"
 
 
 @pytest.mark.parametrize("count", [0, 1])

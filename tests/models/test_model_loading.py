@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from peftlab.adapters.fused import set_kernels
 from peftlab.models import find_pretrained, load_tokenizer, model_max_length, resolve_dtype, tokenizer_fingerprint
 from peftlab.models import load as load_module
+from tests.processes import Processes
 
 IDS = torch.tensor([[5, 9, 33, 100, 7, 8]])
 QUANTIZED = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
@@ -133,23 +131,13 @@ def test_tokenizer_fingerprint_does_not_change_with_use(tokenizer_of: Callable[[
     assert tokenizer_fingerprint(tokenizer) == before
 
 
-def test_tokenizer_fingerprint_is_stable_across_processes() -> None:
+def test_tokenizer_fingerprint_is_stable_across_processes(process: Processes) -> None:
     code = (
         "from peftlab.models import *\n"
         "print(tokenizer_fingerprint(load_tokenizer(find_pretrained('tiny:llama'))))"
     )  # fmt: skip
-    fingerprints = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert fingerprints == {tokenizer_fingerprint(load_tokenizer(find_pretrained("tiny:llama")))}
+    here = tokenizer_fingerprint(load_tokenizer(find_pretrained("tiny:llama")))
+    assert process.run_with_other_hashes(code).strip() == here
 
 
 def test_padding_adds_no_vocabulary(tmp_path: Path, tokenizer_of: Callable[[str], Any]) -> None:

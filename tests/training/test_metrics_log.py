@@ -193,7 +193,9 @@ def test_share_one_heap_makes_threads_allocate_from_one_heap() -> None:
     assert inside("own") == "False", "the test must see a heap of the thread's own"
 
 
-def test_frozen_heap_thaws_and_collects_new_garbage() -> None:
+def test_frozen_heap_thaws_and_collects_new_garbage(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     class Node:
         pass
 
@@ -202,7 +204,9 @@ def test_frozen_heap_thaws_and_collects_new_garbage() -> None:
         node.itself = node  # type: ignore[attr-defined]
         return weakref.ref(node)
 
+    monkeypatch.setattr(memory, "_frozen", False)
     gc.unfreeze()  # what tests/conftest.py froze
+    request.addfinalizer(gc.freeze)
     before = cycle()
     with frozen_heap():
         assert before() is None, "what was garbage at its beginning is gone, not kept"

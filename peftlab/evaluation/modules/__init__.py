@@ -7,6 +7,7 @@ a hub. The module of a metric with an interval over rows has ``statistic``, the 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
@@ -16,6 +17,7 @@ from peftlab.measuring.intervals import Floats, Statistic
 from peftlab.specs.metrics import METRICS
 
 
+@functools.cache
 def load_metric(name: str) -> Any:
     """The ``evaluate.Metric`` class of a family that evaluation computes."""
     import evaluate

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,33 @@ import torch
 from bench.gpu_check.__main__ import chosen_sections
 from bench.gpu_check.sections import SECTIONS
 from peftlab.measuring.journal import read_records
+from tests.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
 ARGUMENTS = argparse.ArgumentParser()
 
 
-def check(out: Path, *arguments: str) -> tuple[int, list[Row], str]:
-    """Exit code, rows and stderr."""
+Result = tuple[int, list[Row], str]
+
+
+def check(out: Path, *arguments: str) -> Result:
+    """Exit code, rows and stderr of gpu_check as users start it."""
     command = [sys.executable, "-m", "bench.gpu_check", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, rows_of(out / "gpu_check.jsonl"), done.stderr
+
+
+@pytest.fixture
+def checked(process: Processes) -> Callable[..., Result]:
+    """``check``, whose processes are forks. tests/bench/gpu_check/forked.py"""
+
+    def run(out: Path, *arguments: str) -> Result:
+        code = "from tests.bench.gpu_check.forked import run; run()"
+        done = process.run(["-c", code, "--out", str(out), *arguments], cwd=ROOT, timeout=300)
+        return done.returncode, rows_of(out / "gpu_check.jsonl"), done.stderr
+
+    return run
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -112,7 +129,7 @@ def test_dry_run_of_a_few_sections_is_green(tmp_path: Path, names: tuple[str, ..
         assert listed[name] == [row["task"] for row in rows if row["section"] == name]
 
 
-def test_resume_continues_a_killed_run(tmp_path: Path) -> None:
+def test_resume_continues_a_killed_run(checked: Callable[..., Result], tmp_path: Path) -> None:
     """The run resumes after a kill in the middle of a line. It refuses another version. It does nothing if everything
     is done."""
     path, chosen = tmp_path / "gpu_check.jsonl", ("--dry-run-cpu", "--only", "order of addition", "ceilings")
@@ -120,20 +137,20 @@ def test_resume_continues_a_killed_run(tmp_path: Path) -> None:
     def measured() -> list[Row]:
         return [row for row in rows_of(path) if "task" in row]
 
-    code, _, stderr = check(tmp_path, *chosen, "--resume")
+    code, _, stderr = checked(tmp_path, *chosen, "--resume")
     assert code == 2 and "no benchmark in" in stderr
-    code, _, stderr = check(tmp_path, *chosen)
+    code, _, stderr = checked(tmp_path, *chosen)
     assert code == 0, stderr
     first, lines = measured(), path.read_bytes().splitlines(keepends=True)
     (lost,) = (n for n, line in enumerate(lines) if b'"ceiling, copy"}, "ok"' in line)
     path.write_bytes(b"".join([*lines[:lost], *lines[lost + 1 :]]) + lines[lost][:40])
-    code, _, stderr = check(tmp_path, *chosen, "--resume")
+    code, _, stderr = checked(tmp_path, *chosen, "--resume")
     assert code == 0 and "already measured: order of addition" in stderr, stderr
     *kept, again = measured()
     assert again["task"] == {"case": "ceiling, copy"}
     assert kept == [row for row in first if row["task"] != again["task"]]
     num_before = len(read_records(path))
-    code, _, stderr = check(tmp_path, *chosen, "--resume")
+    code, _, stderr = checked(tmp_path, *chosen, "--resume")
     assert code == 0 and "already measured: ceilings, order of addition" in stderr
     assert [r["kind"] for r in read_records(path)[num_before:]] == ["resumed"]
 
@@ -141,7 +158,7 @@ def test_resume_continues_a_killed_run(tmp_path: Path) -> None:
     changed = json.loads(header)
     changed["versions"]["torch"], changed["commit"] = "1.0", "0" * 40
     path.write_text(json.dumps(changed) + "\n" + rest)
-    code, _, stderr = check(tmp_path, *chosen, "--resume")
+    code, _, stderr = checked(tmp_path, *chosen, "--resume")
     assert code == 5 and len(measured()) == len(first)
     assert (
         'versions.torch: "1.0" there' in stderr
@@ -150,14 +167,14 @@ def test_resume_continues_a_killed_run(tmp_path: Path) -> None:
     )
 
 
-def test_report_refuses_a_dry_run(tmp_path: Path) -> None:
+def test_report_refuses_a_dry_run(checked: Callable[..., Result], tmp_path: Path) -> None:
     files = [ROOT / "bench" / name for name in ("RESULTS.md", "results/PENDING.md")]
     before = [file.read_bytes() for file in files]
-    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--only", "ceilings")
+    code, rows, stderr = checked(tmp_path, "--dry-run-cpu", "--only", "ceilings")
     assert code == 0 and {row["ok"] for row in rows} == {True}, stderr
-    code, _, stderr = check(tmp_path, "--report")
+    code, _, stderr = checked(tmp_path, "--report")
     assert code == 2 and "is from a dry run, which confirms nothing" in stderr
-    code, rows, stderr = check(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
+    code, rows, stderr = checked(ROOT / "bench" / "results", "--dry-run-cpu", "--only", "ceilings")
     assert code == 2 and "a dry run does not write into the folder of GPU rows" in stderr
     assert [file.read_bytes() for file in files] == before
 
@@ -198,32 +215,31 @@ def test_dry_run_of_every_section_is_green(tmp_path: Path) -> None:
     figures_are_there(rows)
 
 
-def test_kernels_with_unfinished_checks_are_not_timed(tmp_path: Path) -> None:
+def test_kernels_with_unfinished_checks_are_not_timed(checked: Callable[..., Result], tmp_path: Path) -> None:
     """A check that found no time, or was skipped, keeps its timings from running. The row says so."""
-    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--minutes", "0.05", "--only", "dequant speed")
+    code, rows, stderr = checked(tmp_path, "--dry-run-cpu", "--minutes", "0", "--only", "dequant speed")
     assert code == 0, stderr
     assert {(row["section"], row["ok"], row["not_run"]) for row in rows} == {
         ("dequant", None, "no time is left"),
         ("dequant speed", None, "not timed: `dequant` is unfinished (no time is left)"),
     }
-    code, rows, stderr = check(tmp_path, "--dry-run-cpu", "--only", "dequant speed", "ceilings", "--skip", "dequant")
+    code, rows, stderr = checked(tmp_path, "--dry-run-cpu", "--only", "dequant speed", "ceilings", "--skip", "dequant")
     assert code == 0, stderr
     (row,) = (row for row in rows if row["ok"] is not True)
     assert row["section"] == "dequant speed" and row["not_run"] == "not timed: `dequant` has not run"
     assert [row["section"] for row in rows].count("ceilings") == 2
 
 
-# gpu_check with other sources for its sections, in this process and in those that it starts. Each section of
+# gpu_check with other sources for its sections, in this process and in its forks. Each section of
 # correctness gives green rows, and the section named by $SPOILT one red row. The sections of timing in $REAL stay as
 # they are; the others give green rows.
 DRIVER = """
 import os, sys
 from dataclasses import replace
-sys.path[:0] = [os.getcwd()]
 sys.modules["driver"] = sys.modules["__main__"]
-from bench.gpu_check import processes, sections
+from bench.gpu_check import sections
 from bench.gpu_check.base import Task
-processes.PROGRAM[1:] = [__file__]
+from tests.bench.gpu_check.forked import run
 
 def rows(device, name):
     bad = {"ok": False, "failed": "planted"} if name == os.environ["SPOILT"] else {}
@@ -233,19 +249,15 @@ def rows(device, name):
 for place, section in enumerate(sections.SECTIONS):
     if section.name not in os.environ["REAL"].split(","):
         sections.SECTIONS[place] = replace(section, source=f"driver:rows:{section.name}", needs=(), uses=())
-from bench.gpu_check.__main__ import main
-sys.exit(main())
+run()
 """
 CORRECTNESS = [section.name for section in SECTIONS if not section.timing]
 CHEAP = "ceilings,order of addition"
 
 
-def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
-    program, out = folder / "driver.py", folder / "out"
-    program.write_text(DRIVER)
+def driven(process: Processes, out: Path, spoilt: str, real: str) -> Result:
     environment = {**os.environ, "SPOILT": spoilt, "REAL": real}
-    command = [sys.executable, str(program), "--dry-run-cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = process.run(["-c", DRIVER, "--dry-run-cpu", "--out", out], cwd=ROOT, env=environment, timeout=300)
     return done.returncode, rows_of(out / "gpu_check.jsonl"), done.stderr
 
 
@@ -261,10 +273,12 @@ def driven(folder: Path, spoilt: str, real: str) -> tuple[int, list[Row], str]:
         ),
     ],
 )
-def test_red_row_stops_only_the_timings_that_depend_on_it(tmp_path: Path, spoilt: str, real: str) -> None:
+def test_red_row_stops_only_the_timings_that_depend_on_it(
+    process: Processes, tmp_path: Path, spoilt: str, real: str
+) -> None:
     """The sections run in their own processes. tests/bench/gpu_check/test_gpu_schedule.py has all cases without
     processes."""
-    code, rows, stderr = driven(tmp_path, spoilt, real)
+    code, rows, stderr = driven(process, tmp_path, spoilt, real)
     assert code == 6, stderr
     assert "planted" in stderr
     stands_on = standing()
@@ -306,11 +320,11 @@ run_group(chosen, Rows(journal, Device("cpu")), Deadline(time.time() + 200))
 """
 
 
-def test_checks_find_deliberate_faults(tmp_path: Path) -> None:
+def test_checks_find_deliberate_faults(process: Processes, tmp_path: Path) -> None:
     """The faults: a scale and weights that are 1 % off, a divergence that is 5 % off."""
     path = tmp_path / "rows.jsonl"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", FAULTS, str(path)], cwd=ROOT, env=environment, check=True)
+    process.run(["-c", FAULTS, path], cwd=ROOT, env=environment, timeout=300, check=True)
     red = {(row["task"]["check"], row["ok"]) for row in rows_of(path)}
     assert (
         ("lora_linear", True) not in red

@@ -75,6 +75,10 @@ def states(records: list[Row]) -> dict[str, Any]:
     return {claim["id"]: judge(claim, records) for claim in load()}
 
 
+def judged(claim: str, records: list[Row]) -> Any:
+    return next(judge(c, records) for c in load() if c["id"] == claim)
+
+
 def rows(records: list[Row], section: str, **task: Any) -> list[Row]:
     matching = [
         r for r in records if r["kind"] == "row" and r["section"] == section and task.items() <= r["task"].items()
@@ -239,14 +243,14 @@ def test_claim_with_one_fault_is_not_confirmed_beyond_noise(
 ) -> None:
     records = good()
     rows(records, section, **task)[0].update(change)
-    verdict = states(records)[claim]
+    verdict = judged(claim, records)
     assert verdict.state == state, verdict
 
 
 def test_claim_stays_open_when_a_row_is_missing() -> None:
     records = good()
     records.remove(rows(records, "order of addition")[0])
-    verdict = states(records)["order-of-addition"]
+    verdict = judged("order-of-addition", records)
     assert (verdict.state, verdict.note) == ("open", "7 of 8 rows green")
     assert "`order of addition`; 7 of 8 rows green |" in pending.pending(records, load())
 
@@ -297,7 +301,7 @@ def test_claim_of_a_card_is_open_on_another_card() -> None:
     records[0]["machine"]["name"] = "NVIDIA GeForce RTX 3090"
     verdict = judge(claim, records)
     assert (verdict.state, verdict.note) == ("open", "for a card other than NVIDIA GeForce RTX 3090")
-    assert states(records)["dropout-memory"].state == "confirmed", "a claim about bytes holds for any card"
+    assert judged("dropout-memory", records).state == "confirmed", "a claim about bytes holds for any card"
     confirmed_page, left = (part(records, load()) for part in (pending.confirmed, pending.pending))
     assert f"| {claim['what']} | H200 |" in left and claim["what"] not in confirmed_page
 
@@ -319,12 +323,12 @@ def test_later_row_replaces_an_earlier_one() -> None:
     smoke["ok"] = False
     (begun,) = [r for r in records if r["kind"] == "begin" and r["section"] == "smoke recipe"]
     records.append({"kind": "row", "section": "smoke recipe", "ok": None, "stopped": "1 rows did not fit the time"})
-    assert states(records)["smoke"].state == "failed" and "smoke recipe" not in journal.finished(records)
+    assert judged("smoke", records).state == "failed" and "smoke recipe" not in journal.finished(records)
     records += [
         {"kind": "resumed", "command": "python -m bench.gpu_check --resume", "date": "2026-01-03", "clocks": {}}
     ]
     records += [begun, again]
-    assert states(records)["smoke"].state == "confirmed" and "smoke recipe" in journal.finished(records)
+    assert judged("smoke", records).state == "confirmed" and "smoke recipe" in journal.finished(records)
     assert "then `python -m bench.gpu_check --resume` on 2026-01-03" in pending.where(records)
 
 
