@@ -6,6 +6,7 @@ import datetime
 import math
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,9 +179,11 @@ def _train_all(
 
     def train(method: str, rank: int | None, turn: int, lr: float) -> None:
         name, seed = quality.name_of(method, rank), first_seed + turn
-        done = len(opened.of("quality"))
-        total = max(_trainings(possible, rates, seeds), done + 1)
-        tell(done, total, f"{name}, lr {lr:g}, seed {seed} ({turn + 1} of {seeds})")
+        records = opened.of("quality")
+        tried = Counter(r["cell"] for r in records if r["turn"] == 0)
+        beyond = sum(max(0, n - len(rates)) for n in tried.values()) + (turn == 0 and tried[name] >= len(rates))
+        total = _trainings(possible, rates, seeds) + beyond
+        tell(len(records), total, f"{name}, lr {lr:g}, seed {seed} ({turn + 1} of {seeds})")
         result = start({"job": "quality", "recipe": training_settings(header["recipe"], method, rank, seed, lr)})
         opened.write({"kind": "quality", "cell": name, "seed": seed, "turn": turn, "lr": lr, **result})
 

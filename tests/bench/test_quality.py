@@ -56,7 +56,7 @@ class Trainings:
             return {"status": "red", "reason": "the loss is nan in step 3"}
         accuracy = 0.5 + 0.1 * seed + (0.1 if name == "dora" else 0.0) - (0.2 if lr != RIGHT[name] else 0.0)
         if self.accuracy_at or self.larger_is_better:
-            accuracy = min(self.accuracy_at.items(), key=lambda at: abs(at[0] - lr), default=(0, lr))[1]
+            accuracy = min(self.accuracy_at.items(), key=lambda at: abs(at[0] - lr), default=(0, lr / 100))[1]
         memory = {
             "load_peak_bytes": 1e8,
             "before_bytes": 0,
@@ -143,6 +143,16 @@ def test_search_goes_beyond_the_end_that_is_best(trainings: Trainings) -> None:
     tried = [lr for _, seed, lr in trainings.asked if seed == 0]
     assert tried == [third, LR, three, pytest.approx(nine, rel=0.05)], "one more, because three times the rate was best"
     assert (row["lr"], row["at_end"], row["metric"]["n"]) == (three, False, 2)
+
+
+def test_progress_counts_the_rates_beyond(trainings: Trainings) -> None:
+    trainings.larger_is_better = True
+    told: list[tuple[int, int]] = []
+    quality(
+        methods=["lora"], learning_rates=None, seeds=3, progress=lambda done, total, text: told.append((done, total))
+    )
+    assert [done for done, _ in told] == list(range(3 + MOST_RATES_BEYOND + 2 + 1))
+    assert [total for _, total in told][:5] == [5, 5, 5, 6, 7] and told[-1] == (9, 9)
 
 
 def test_search_is_bounded_and_says_so(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
