@@ -31,6 +31,7 @@ from peftlab.adapters.inject import (
     report,
     token_modules,
 )
+from peftlab.adapters.parameters import experts_text, owners, planned_parameters
 from peftlab.adapters.patterns import Pattern, rate_factors
 from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
@@ -60,6 +61,7 @@ __all__ = [
     "check_adapter_files",
     "check_same_adapter",
     "continue_from",
+    "experts_text",
     "fitting_sizes",
     "folders_beside",
     "head_input",
@@ -75,7 +77,9 @@ __all__ = [
     "method_of",
     "new_modules",
     "penalty",
+    "owners",
     "planned_modules",
+    "planned_parameters",
     "rate_factors",
     "reach_notes",
     "refuse_beside",

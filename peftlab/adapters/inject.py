@@ -20,6 +20,7 @@ from peftlab.adapters.beside import (
     errors_beside,
     keep_bottlenecks,
 )
+from peftlab.adapters.parameters import check_settings, experts_text, planned_parameters
 from peftlab.adapters.patterns import Pattern, assigned, pattern_values, set_dropout
 from peftlab.adapters.places import (
     chosen_blocks,
@@ -30,6 +31,7 @@ from peftlab.adapters.places import (
     trained_in_full,
     whole_modules,
 )
+from peftlab.adapters.quantized_check import check_untried
 from peftlab.adapters.schedule import check_steps
 from peftlab.adapters.sizes import check_rank, fitting_sizes
 from peftlab.adapters.target_modules import check_modules_to_save
@@ -45,6 +47,7 @@ class AdapterReport:
     Attributes:
         kinds: number of adapted modules by the last part of their names; of an adapter that changes no module: what is trained.
         whole: names of the modules that are trained in full, such as a new head.
+        experts: which stacked weights of experts are adapted, and of how many; empty without any.
     """
 
     num_modules: int
@@ -52,12 +55,14 @@ class AdapterReport:
     num_total: int
     kinds: dict[str, int]
     whole: tuple[str, ...] = ()
+    experts: str = ""
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{name} x{count}" for name, count in sorted(self.kinds.items()))
         share = 100 * self.num_trained / self.num_total
         where = f" in {self.num_modules} modules: {kinds}" if self.num_modules else f": {kinds}"
         text = f"{self.num_trained:,} of {self.num_total:,} parameters trained ({share:.2f} %){where}"
+        text = f"{text}; {self.experts}" if self.experts else text
         return f"{text}; in full: {', '.join(self.whole)}" if self.whole else text
 
 
@@ -93,7 +98,8 @@ def inject(
         patterns: settings for some of the adapted modules. beside: adapters of other methods, on other modules.
         rows: makes training rows for an initialisation that looks at them.
         options: the method's other keys of the section ``adapter``, such as ``rank``, and its options by PEFT's names.
-    Raises: RecipeError if a target or a module to save matches nothing, or PEFT refuses the adapter.
+    Raises: RecipeError if a target or a module to save matches nothing, PEFT refuses the adapter, or a method that nobody tried on
+        quantized weights computes something else there.
     """
     import peft
 
@@ -115,6 +121,9 @@ def inject(
     configs = _configs_beside(model, beside, claimed, places)
     places["freeze"] = [*freeze, *_layers_of(claimed)]
     of_module = assigned(model, planned_modules(model, method=method, **places), patterns) if patterns else {}
+    untried = {name: value for name, value in {method: config, **configs}.items() if METHODS[name].storages is None}
+    places_of = claimed | ({method: planned_modules(model, method=method, **places)} if method in untried else {})
+    checked = check_untried(model, untried, places_of)
     if "bottleneck" in configs:
         configs["bottleneck"] = add_bottlenecks(model, configs["bottleneck"]).peft_config["default"]
     if type(config) is peft.LoraConfig:
@@ -141,6 +150,7 @@ def inject(
     rates = {other.method: other.lr for other in beside}
     of_module |= {n: Pattern([n], lr=rates[m]) for m, names in claimed.items() for n in names if rates[m] is not None}
     peft_model.patterns_of_modules = of_module
+    peft_model.quantized_check = checked
     fused.set_kernels(peft_model, kernels)
     return peft_model
 
@@ -221,7 +231,12 @@ def check_adapter(
             # PEFT takes the first that matches, and a module's full name is more precise than what the recipe gives.
             values[name] = {**chosen, **{n: v for n, v in (values.get(name) or {}).items() if n not in chosen}}
     if spec.name == "lora":
-        return place_config(model, **where, **values)
+        parameters = planned_parameters(model, values.pop("target_parameters", None), **where)
+        if parameters:
+            check_settings(options.get("dropout"), options.get("dora"))
+        placed = place_config(model, **where, **values)
+        placed.target_parameters = [*parameters, *(placed.target_parameters or [])] or None
+        return placed
     fields = peft_method(spec.peft).options
     if spec.has_targets:
         # Full names: most configurations have no way to leave out the head.
@@ -249,10 +264,14 @@ def report(model: Any) -> AdapterReport:
     from peft.utils import ModulesToSaveWrapper
 
     kinds: dict[str, int] = {}
-    whole = []
+    whole, shapes = [], []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
+            layer: Any = module
             kind = base_name(name).rsplit(".", 1)[-1]
+            if (parameter := getattr(layer, "parameter_name", None)) is not None:
+                kind = f"{kind}.{parameter}"
+                shapes.append((f"{base_name(name)}.{parameter}", layer.get_param().shape))
             kinds[kind] = kinds.get(kind, 0) + 1
         elif isinstance(module, ModulesToSaveWrapper):
             whole.append(base_name(name))
@@ -268,7 +287,9 @@ def report(model: Any) -> AdapterReport:
             if parameter.requires_grad and ".modules_to_save." not in name:
                 kind = name.removeprefix("base_model.model.").rsplit(".", 1)[-1]
                 kinds[kind] = kinds.get(kind, 0) + 1
-    return AdapterReport(num_modules, trained, total, kinds, tuple(whole))
+    quantized = bool(getattr(model.get_base_model(), "is_quantized", False))
+    experts = experts_text(shapes, quantized=quantized)
+    return AdapterReport(num_modules, trained, total, kinds, tuple(whole), experts)
 
 
 def adapted_modules(model: Any) -> list[str]:

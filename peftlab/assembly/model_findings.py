@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftlab.adapters import check_adapter, fitting_sizes, is_grouped, planned_modules, reach_notes
+from peftlab.adapters import (
+    check_adapter,
+    experts_text,
+    fitting_sizes,
+    is_grouped,
+    owners,
+    planned_modules,
+    planned_parameters,
+    reach_notes,
+)
 from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.specs.methods import METHODS
 from peftlab.specs.tasks import TaskSpec
 
 if TYPE_CHECKING:
@@ -75,6 +85,13 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         start.check(config, assembly)
         going_on = f"continues the adapter in {start.folder}"
         yield Finding("start", f"{going_on}. {start.as_plain}".rstrip(". "), "adapter.start")
+    quantized = assembly.storage != "none"
+    for name in (method, *(other.method for other in adapter.beside)) if quantized else ():
+        if METHODS[name].storages is None:
+            text = f"{METHODS[name].label} was not tried on {assembly.storage} weights"
+            yield Finding(
+                "untried", f"{text}; the run compares its layers with dequantized ones first", "adapter.method"
+            )
     if not assembly.method.has_targets:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
@@ -89,7 +106,11 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
                 key="run.merge",
             )
         yield Finding("reach", f"{found}, which PEFT cannot merge", "adapter.targets")
-    quantized = assembly.storage != "none"
+    if parameters := planned_parameters(skeleton, given.get("target_parameters"), **assembly.adapter_places):
+        planned += owners(parameters)
+        shapes = [(name, skeleton.get_parameter(name).shape) for name in parameters]
+        if text := experts_text(shapes, quantized=quantized):
+            yield Finding("reach", f"the adapter changes {text}", "adapter.target_parameters")
     everywhere = planned_modules(skeleton, method=method, **assembly.adapter_places | {"layers": None, "freeze": []})
     for note in reach_notes(skeleton, planned, targets=adapter.targets, quantized=quantized, everywhere=everywhere):
         yield Finding("reach", note, "adapter.targets")

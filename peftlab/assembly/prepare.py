@@ -13,7 +13,9 @@ from peftlab.adapters import (
     adapted_modules,
     head_reason,
     inject,
+    owners,
     planned_modules,
+    planned_parameters,
     report,
     token_modules,
     train_all,
@@ -155,6 +157,8 @@ def prepare(
     release_memory()  # quantizing held every weight in full precision
     progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
+    if (checked := getattr(model, "quantized_check", None)) is not None:
+        progress.note(str(checked))
     if assembly.method.adapts:
         fusion = fusion_report(model)
         meant = any(variant.fused for variant in assembly.method.variants.values())
@@ -202,8 +206,8 @@ def trainable(
     new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)
     where: dict[str, Any] = {"new": new, **assembly.adapter_places}
     options = assembly.adapter_options
-    parameters = {name: options[name] for name in ("target_parameters",) if options.get(name)}
-    planned = planned_modules(model, method=method.name, **where, **parameters)
+    planned = planned_modules(model, method=method.name, **where)
+    planned += owners(planned_parameters(model, options.get("target_parameters"), **where))
     if assembly.recipe.adapter.tokens:
         options |= {"trainable_token_indices": _trained_rows(assembly, model, options)}
     model = inject(
