@@ -10,6 +10,7 @@ from peftlab.adapters.adapter_files import (
     save_adapter,
 )
 from peftlab.adapters.beside import FOLDER_BESIDE, Beside, beside, folders_beside, refuse_beside, without_adapter
+from peftlab.adapters.configuration import check_adapter
 from peftlab.adapters.continuing import check_same_adapter, continue_from
 from peftlab.adapters.full import (
     WEIGHTS_FILE,
@@ -26,7 +27,6 @@ from peftlab.adapters.inject import (
     AdapterReport,
     adapted_modules,
     base_name,
-    check_adapter,
     inject,
     report,
     token_modules,
