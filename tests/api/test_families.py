@@ -44,4 +44,4 @@ def test_experts_that_a_recipe_names_are_trained(tmp_path: Path, monkeypatch: py
     write_family(Path("model"), "MixtralConfig", "causal_lm")
     adapter = {"targets": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
     run = peftlab.train(family_recipe("causal_lm", adapter=adapter), progress=SilentProgress())
-    assert run.summary["adapter"]["kinds"] == {"experts": 2, "q_proj": 2}
+    assert run.summary["adapter"]["kinds"] == {"experts.down_proj": 2, "q_proj": 2}

@@ -24,6 +24,7 @@ from peftlab.tasks.lm_head import LMHead
 EOS = "<|im_end|>"
 CHAT = {"user": "{q}", "assistant": "{a}"}
 RAW = {"prompt": "{q}:", "completion": " {a}"}
+SPACED = {"prompt": "{q}: ", "completion": "{a}"}
 
 
 def rows_of(rows: list[dict[str, Any]]) -> Rows:
@@ -346,15 +347,12 @@ def constrained_decoding(model: Any, prompt: list[int], choices: list[list[int]]
         written.append(best)
 
 
-RAW = {"prompt": "{q}: ", "completion": "{a}"}
-
-
 @pytest.mark.parametrize(
     ("choices", "template"),
     [
         *(pytest.param(choices, CHAT, id=f"{name}, chat") for name, choices in CHOICES.items()),
         *(
-            pytest.param(choices, RAW, id=f"{name}, raw", marks=() if name == "nested" else pytest.mark.slow)
+            pytest.param(choices, SPACED, id=f"{name}, raw", marks=() if name == "nested" else pytest.mark.slow)
             for name, choices in CHOICES.items()
         ),
     ],
