@@ -44,7 +44,8 @@ def _cpu_paths() -> str:
 
 
 def _methods() -> str:
-    return methods.speed_table({name: result(f"methods-{name.lower()}-cpu") for name in ("MiniLM", "SmolLM2")})
+    names = [name for name in ("MiniLM", "SmolLM2") if (RESULTS / f"methods-{name.lower()}-cpu.json").is_file()]
+    return methods.speed_table({name: result(f"methods-{name.lower()}-cpu") for name in names})
 
 
 # (file, marker) -> function that returns the table.

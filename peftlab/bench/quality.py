@@ -172,7 +172,7 @@ def build_figure(document: Mapping[str, Any]) -> Any:
     header = document["header"]
     rows = [row | {"metric": _on_scale(row["metric"], header)} for row in document["methods"] if row["status"] == "ok"]
     scale, unit = memory_unit([row["peak_bytes"] for row in rows])
-    figure: Any = Figure(figsize=(12, 5.4))
+    figure: Any = Figure(figsize=(12.8, 5.4))
     FigureCanvasAgg(figure)
     figure.text(0.065, 0.945, f"{header['name']}: quality and cost of each method", fontsize=14, fontweight="bold")
     lines = textwrap.wrap(f"{header['unit']['model']}; {machine_text(header)}; {_budget(header, rows)}", 150)
@@ -184,7 +184,7 @@ def build_figure(document: Mapping[str, Any]) -> Any:
     )
     shared: Any = None
     for index, (label, cost) in enumerate(panels):
-        axes: Any = figure.add_axes((0.065 + index * 0.285, 0.16, 0.25, 0.63), sharey=shared)
+        axes: Any = figure.add_axes((0.065 + index * 0.27, 0.16, 0.235, 0.63), sharey=shared)
         shared = shared or axes
         for row in rows:
             value, seconds = row["metric"], row["seconds"]
@@ -262,4 +262,4 @@ def _legend(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         Line2D([], [], color=COLOURS[m], marker=MARKERS[m], linestyle="", markersize=7, label=m)
         for m in dict.fromkeys(row["method"] for row in rows)
     ]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.9, 0.8), frameon=False, fontsize=10)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.855, 0.8), frameon=False, fontsize=10)
