@@ -47,17 +47,19 @@ def quality_table(result: Result) -> str:
     header, rows = result["header"], result["methods"]
     metric, seeds = header["metric"], header["protocol"]["seeds"]
     lines = [
-        f"| method | learning rate | {metric} | difference to {rows[0]['name']} | trained |",
-        "|---|---|---|---|---|",
+        f"| method | learning rate | {metric} | lowest..highest seed | difference to {rows[0]['name']} | trained |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"| `{row['name']}` | - | {row['status']} | - | - |")
+            lines.append(f"| `{row['name']}` | - | {row['status']} | - | - | - |")
             continue
         score, difference = row["metric"], row["difference"]
         value = f"{score['value']:.4f} ± {score['high'] - score['value']:.4f}"
         gap = "baseline" if difference is None else _difference(difference)
-        lines.append(f"| `{row['name']}` | {row['lr']:g} | {value} | {gap} | {row['num_trained']:,} |")
+        scores = sorted(run["metrics"][metric] for run in row["runs"])
+        seen = f"{scores[0]:.3f}..{scores[-1]:.3f}"
+        lines.append(f"| `{row['name']}` | {row['lr']:g} | {value} | {seen} | {gap} | {row['num_trained']:,} |")
     steps = next(row["steps"] for row in rows if row["status"] == "ok")
     tried = "; ".join(
         f"{row['name']} {', '.join(f'{rate} {_score(score)}' for rate, score in row['tried'].items())}" for row in rows
