@@ -249,6 +249,7 @@ def _child(work: Any, folder: str, environment: dict[str, str], out: Path, err: 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     # A child holds what the server waits for before it ends, so that it can ask for more children. Our children may not
     # outlive the server.
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background ignores
     server = forkserver._forkserver  # type: ignore[attr-defined]
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = server._forkserver_address = None

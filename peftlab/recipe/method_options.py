@@ -71,7 +71,7 @@ def add_method_options(schema: dict[str, Any]) -> None:
 
 
 def _unknown(spec: MethodSpec, name: str) -> str:
-    usable = ["method", *spec.keys, *spec.places]
+    usable = ["method", *spec.keys, *spec.places, *(("start", "beside") if spec.adapts else ())]
     renamed = {theirs: ours for ours, theirs in spec.keys.items()}
     renamed |= {theirs: ours for theirs, ours in _NAMES_OF_PLACES.items() if ours in usable}
     if name in renamed:
