@@ -25,15 +25,15 @@ def speed_table(results: Mapping[str, Result]) -> str:
     for model in results:
         header += [f"{model}: trained", "ms a step", "times as fast as the first", "peak memory"]
     lines += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    rows = dict.fromkeys(_label(cell) for result in results.values() for cell in result["cells"])
+    rows = dict.fromkeys(str(cell["method"]) for result in results.values() for cell in result["cells"])
     for label in rows:
         columns = [f"`{label}`"]
         for result in results.values():
-            cell = next((c for c in result["cells"] if _label(c) == label), None)
+            cell = next((c for c in result["cells"] if c["method"] == label), None)
             columns += _speed(cell) if cell is not None and cell["status"] == "ok" else ["-", "-", "-", "-"]
         lines.append(f"| {' | '.join(columns)} |")
     reasons = [
-        f"- `{_label(cell)}` on {model}: {_first_sentence(cell['reason'])}"
+        f"- `{str(cell['method'])}` on {model}: {_first_sentence(cell['reason'])}"
         for model, result in results.items()
         for cell in result["cells"]
         if cell["status"] != "ok"
@@ -76,15 +76,12 @@ def quality_table(result: Result) -> str:
     )
 
 
-def _label(cell: Mapping[str, Any]) -> str:
-    return str(cell["method"]) + (f" r{cell['rank']}" if cell["rank"] is not None else "")
-
-
 def _speed(cell: Mapping[str, Any]) -> Sequence[str]:
     step, ratio = cell["step_s"], cell["speed"]
     time = f"{1000 * step['median']:,.0f} ({1000 * step['q1']:,.0f}..{1000 * step['q3']:,.0f})"
     times = "baseline" if ratio is None else _times(ratio)
-    return [f"{cell['num_trained']:,}", time, times, formatting.size(cell["peak_bytes"]["median"])]
+    rank = "" if cell["rank"] is None else f" (r{cell['rank']})"
+    return [f"{cell['num_trained']:,}{rank}", time, times, formatting.size(cell["peak_bytes"]["median"])]
 
 
 def _times(ratio: Mapping[str, Any]) -> str:
