@@ -33,7 +33,7 @@ def speed_table(results: Mapping[str, Result]) -> str:
             columns += _speed(cell) if cell is not None and cell["status"] == "ok" else ["-", "-", "-", "-"]
         lines.append(f"| {' | '.join(columns)} |")
     reasons = [
-        f"- `{str(cell['method'])}` on {model}: {_first_sentence(cell['reason'])}"
+        f"- `{cell['method']!s}` on {model}: {_first_sentence(cell['reason'])}"
         for model, result in results.items()
         for cell in result["cells"]
         if cell["status"] != "ok"
