@@ -264,8 +264,8 @@ def save_beside(model: Any, folder: Path) -> list[Path]:
 
 
 def folders_beside(folder: Path) -> list[Path]:
-    """The folders of the adapters beside the one in ``folder``."""
-    return sorted(path for path in (folder / FOLDER_BESIDE).glob("*") if path.is_dir())
+    """The folders of the adapters beside the one in ``folder``; not those that an editor or a notebook left there."""
+    return sorted(path for path in (folder / FOLDER_BESIDE).glob("*") if path.is_dir() and path.name in METHODS)
 
 
 def refuse_beside(folder: Path, why: str) -> None:

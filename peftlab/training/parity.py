@@ -221,6 +221,12 @@ def _check_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
     if not hasattr(model, "peft_config") or not (moved := changed_buffers(model, before)):
         return
     module = base_name(moved[0]).rpartition(".")[0]
+    if ".lora_" in moved[0]:
+        raise VerificationError(
+            f"training changes {len(moved)} buffers of the adapter itself, such as {base_name(moved[0])}, and its files would not "
+            "contain them; VeLoRA works with adapter.velora_config={init_type: random}. Nothing was trained",
+            key="adapter.velora_config",
+        )
     raise VerificationError(
         f"training changes {len(moved)} buffers of frozen modules, such as {base_name(moved[0])}, and the adapter's files "
         f"would not contain them; train the module in full with adapter.modules_to_save=[{module}], or use "

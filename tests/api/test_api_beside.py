@@ -152,6 +152,12 @@ def test_lost_adapter_is_found(mix: str, run: Path) -> None:
         peftlab.evaluate(run, progress=SilentProgress())
 
 
+def test_other_folders_are_left_alone(here: Path, trained: Any) -> None:
+    run = Path(shutil.copytree(trained(document("lora"), write_data) / "run", "copied"))
+    (run / "adapter/beside/.ipynb_checkpoints").mkdir()
+    open_target(find_target(run), SilentProgress())
+
+
 def test_damaged_file_is_named(here: Path, trained: Any) -> None:
     run = shutil.copytree(trained(document("lora"), write_data) / "run", "damaged")
     file = Path(run, "adapter/beside/ia3/adapter_model.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import peftlab
-from peftlab.errors import Interrupted
+from peftlab.errors import Interrupted, VerificationError
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import write_family
 from tests.family_table import family_recipe, write_rows
@@ -98,3 +98,13 @@ def test_initialisation_and_new_tokens_resume_to_the_byte(
         peftlab.train(other, progress=Stopper(at=4))
     peftlab.train("other", resume=True, progress=SilentProgress())
     assert contents(Path("other/adapter")) == contents(Path("run/adapter"))
+
+
+def test_velora_trains_with_a_projection_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's default projection comes from the first batch, and an adapter's files do not have it."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    with pytest.raises(VerificationError, match=r"VeLoRA works with adapter.velora_config=\{init_type: random\}"):
+        peftlab.train(recipe() | {"adapter": {"velora_config": {"num_groups": 8}}}, progress=SilentProgress())
+    document = recipe() | {"adapter": {"velora_config": {"num_groups": 8, "init_type": "random"}}}
+    assert peftlab.train(document, progress=SilentProgress()).summary["reopened"]["kl_mean"] < 1e-9
