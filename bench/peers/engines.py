@@ -217,7 +217,7 @@ def train_recorded(
             trainer.model,
             p.task,
             p.eval,
-            metrics=default_metrics(p.recipe.task, False),
+            metrics=default_metrics(p.recipe.spec, False),
             batch_tokens=p.recipe.eval.batch_tokens,
             device=torch.device(device),
             autocast=contextlib.nullcontext if device == "cpu" else lambda: torch.autocast(device, torch.bfloat16),

@@ -45,7 +45,7 @@ def evaluate(
                 key="task",
             )
         if settings.eval.metrics is not None:
-            check_metrics(settings.eval.metrics, settings.task, bool(settings.eval.choices))
+            check_metrics(settings.eval.metrics, settings.spec, bool(settings.eval.choices))
         progress.stage("reading data")
         assembly = resolved.assembly(reads_data=True)
         held_out = assembly.held_out  # before the model, which takes longer
@@ -59,7 +59,7 @@ def evaluate(
             opened.task,
             held_out,
             # eval.best chooses among checkpoints, so rows need not allow it here.
-            metrics=settings.eval.metrics or default_metrics(settings.task, bool(settings.eval.choices)),
+            metrics=settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices)),
             batch_tokens=settings.eval.batch_tokens,
             device=opened.device,
             autocast=opened.autocast,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from peftlab.adapters import HeadLoss
 from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
@@ -45,8 +45,8 @@ from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
 from peftlab.specs.metrics import class_slugs, family_of
-from peftlab.specs.tasks import TaskSpec
-from peftlab.tasks import Encoded, Padding, Task, TaskParts, task_class
+from peftlab.specs.task_spec import TaskSpec
+from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
@@ -230,21 +230,25 @@ class Assembly:
         if not self.spec.classifies and label in rows.columns:  # named before there are class names
             rows = dataclasses.replace(rows, columns={**rows.columns, "label": rows.columns[label]})
         parts = self._task_parts(self.reader, classes=None, rows=rows)
-        return task_class(self.recipe.task).blank_rows(parts, rows, labelled=labelled)
+        return task_class(self.spec).blank_rows(parts, rows, labelled=labelled)
 
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, in the order of their index; None for a task without classes."""
         if self.spec.classes_from == "eval.choices":
             return self.recipe.eval.choices
-        if not self.spec.classifies:
+        if not self.spec.names_classes:
             return None
         if self._classes is not None:
             return self._classes
         return self._once("classes", self._data_key, self._read_classes)
 
     def _read_classes(self) -> list[str]:
-        return class_names(read_class_labels(self.recipe, self.data.labelled))
+        rows = self.data.labelled
+        if self.spec.classes_from == "label":
+            return class_names(read_class_labels(self.recipe, rows))
+        parts = self._task_parts(self.reader, classes=None, rows=rows)
+        return cast(type[FindsClasses], task_class(self.spec)).find_classes(parts, rows)
 
     @property
     def task(self) -> Task:
@@ -272,7 +276,7 @@ class Assembly:
         Raises: RecipeError, DataError.
         """
         parts = self._task_parts(reader, classes=classes, rows=rows, pretrained=pretrained)
-        return task_class(self.recipe.task).make(parts)
+        return task_class(self.spec).make(parts)
 
     def _task_parts(
         self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
@@ -404,8 +408,8 @@ class Assembly:
         """Names of the run's metrics. Raises: RecipeError for an unknown metric, or if eval.best is not among them."""
         e, choices = self.recipe.eval, bool(self.recipe.eval.choices)
         if e.metrics is not None:
-            check_metrics(e.metrics, self.recipe.task, choices)
-        metrics = e.metrics or default_metrics(self.recipe.task, choices)
+            check_metrics(e.metrics, self.spec, choices)
+        metrics = e.metrics or default_metrics(self.spec, choices)
         names = flat_names(metrics, self.task.class_names)
         if e.best is not None and e.best not in names:
             raise RecipeError(f"{e.best!r} is not among this run's metrics: {listed(names, most=20)}", key="eval.best")

@@ -26,7 +26,7 @@ def check_settings(assembly: Assembly) -> None:
         if problem := on_gpu or ops.operands_problem(mode.name):
             raise RecipeError(f"run.kernels={mode.name} cannot run here: {problem}; use auto", key="run.kernels")
     if recipe.eval.metrics is not None:
-        check_metrics(recipe.eval.metrics, recipe.task, bool(recipe.eval.choices))
+        check_metrics(recipe.eval.metrics, recipe.spec, bool(recipe.eval.choices))
     for name in recipe.run.log:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(f"{name} is not installed; run: pip install 'peftlab[{name}]'", key="run.log")

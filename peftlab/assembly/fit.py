@@ -358,7 +358,7 @@ class Fit:
         name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
         environment: dict[str, Any] = {"device": name, "precision": parts.precision, "threads": torch.get_num_threads()}
         environment["kernel_plans"] = plans_in_use()
-        if parts.task.class_names and parts.assembly.spec.classifies:
+        if parts.task.class_names and parts.assembly.spec.names_classes:
             environment["class_names"] = parts.task.class_names
         if parts.assembly.spec.generates:
             environment["style"] = cast(Generates, parts.task).formatter.style

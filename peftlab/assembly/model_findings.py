@@ -21,7 +21,7 @@ from peftlab.data import Finding
 from peftlab.errors import RecipeError
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
 from peftlab.specs.methods import METHODS
-from peftlab.specs.tasks import TaskSpec
+from peftlab.specs.task_spec import TaskSpec
 
 if TYPE_CHECKING:
     from peftlab.assembly.assembly import Assembly

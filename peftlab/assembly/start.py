@@ -62,7 +62,7 @@ class Start:
                 key=_KEY,
             )
         names = (known.get("environment") or {}).get("class_names")
-        if names and assembly.spec.classifies and assembly.classes != names:
+        if names and assembly.spec.names_classes and assembly.classes != names:
             raise RecipeError(
                 f"the adapter in {self.folder} tells apart {', '.join(names)}; found {', '.join(assembly.classes or [])}",
                 key=_KEY,

@@ -55,7 +55,7 @@ class Target:
         Args: reads_data: see ``Assembly``.
         """
         recipe = self.loaded.recipe
-        needs_train = recipe.data.eval is None or (recipe.spec.classifies and self.classes is None)
+        needs_train = recipe.data.eval is None or (recipe.spec.names_classes and self.classes is None)
         return Assembly(self.loaded, classes=self.classes, reads_data=reads_data, reads_train=needs_train)
 
 

@@ -22,6 +22,7 @@ from peftlab.assembly.target import Opened
 from peftlab.data import Image, eval_batches
 from peftlab.errors import ArtifactError, VerificationError
 from peftlab.evaluation.agreement import Agreement, Distributions, agreement, as_logits
+from peftlab.specs.task_spec import Predicts
 from peftlab.tasks import Example, Task
 from peftlab.training.progress import Progress
 
@@ -44,14 +45,14 @@ class Witness:
     @classmethod
     def take(cls, model: Any, task: Task, examples: Sequence[Example], *, batch_tokens: int, device: str) -> Witness:
         """Runs ``model`` on the first of ``examples``; of a language model, at all their positions."""
-        chosen = _few(examples)
+        chosen = _few(examples, task.spec.predicts)
         parts = _logits(model, task, chosen, batch_tokens=batch_tokens, device=device)
         by_row = {index: Distributions.of(logits) for index, logits in parts}
         return cls(chosen, Distributions.joined([by_row[i] for i in range(len(chosen))]))
 
     def compare(self, model: Any, task: Task, *, batch_tokens: int, device: str) -> Agreement:
         """Runs another model on the same rows."""
-        counts = [1 if e.trained is None else int(e.trained.sum()) for e in self.examples]
+        counts = [e.num_scored for e in self.examples]
         ends = np.cumsum(counts).tolist()
         parts = _logits(model, task, self.examples, batch_tokens=batch_tokens, device=device)
         return agreement((self.outputs[ends[i] - counts[i] : ends[i]], logits) for i, logits in parts)
@@ -80,6 +81,8 @@ class Witness:
             arrays = {"ids": example.ids, **{f"extra.{name}": value for name, value in example.extra.items()}}
             if example.trained is not None:
                 arrays["trained"] = example.trained
+            if example.scored != 1:
+                arrays["scored"] = np.array(example.scored)
             if example.image is not None:
                 arrays["image"] = np.frombuffer(_image_bytes(example.image), dtype=np.uint8)
                 arrays["length"] = np.array(example.image.length)
@@ -133,24 +136,26 @@ def _example(stored: dict[str, Tensor], index: int) -> Example:
         trained=trained,
         image=image,
         extra={n.removeprefix("extra."): v for n, v in own.items() if n.startswith("extra.")},
+        scored=int(own.get("scored", 1)),
     )
 
 
-def _few(examples: Sequence[Example]) -> list[Example]:
-    """The first examples up to the limits, at least one; without their labels, with every token's prediction."""
+def _few(examples: Sequence[Example], predicts: Predicts) -> list[Example]:
+    """The first examples up to the limits, at least one; without their labels. Of a language model with every token's
+    prediction."""
     chosen: list[Example] = []
     positions = tokens = size = 0
     for index, example in enumerate(examples):
-        if example.trained is not None:
+        if example.trained is not None and predicts == "tokens":
             trained = np.ones(len(example), dtype=bool)
             trained[0] = False  # no token comes before the first
             example = replace(example, trained=trained, weight=float(trained.sum()))
-        positions += 1 if example.trained is None else int(example.weight)
+        positions += example.num_scored
         tokens += len(example)
         size += 0 if example.image is None else len(_image_bytes(example.image))
         if chosen and (positions > _POSITIONS or tokens > _TOKENS or size > _INPUT_BYTES):
             break
-        chosen.append(replace(example, row=index, label=None))
+        chosen.append(replace(example, row=index, label=None, reference=None))
     return chosen
 
 

@@ -18,7 +18,7 @@ from peftlab.recipe.adapter import AdapterSection
 from peftlab.recipe.method_options import settings_for
 from peftlab.specs.methods import VARIANTS, variant_of
 from peftlab.specs.protocol import BATCH, LENGTH
-from peftlab.specs.tasks import Predicts
+from peftlab.specs.task_spec import Predicts
 from peftlab.tasks import Example
 
 # Rows encoded first, doubled until there are enough tokens: a few thousand tokens need not read a million rows.

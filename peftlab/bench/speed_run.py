@@ -104,7 +104,7 @@ def _plan(
     sweep = cells.sweep_of(recipe, device, choices, facts.fixed_length)
     every = cells_of(sweep, recipe.adapter.method if choices.get("ranks") is None else None)
     reasons = {cell.key: why for cell in every if (why := impossible(cell, facts)) is not None}
-    classes = assembly.classes if assembly.spec.classifies else None
+    classes = assembly.classes if assembly.spec.names_classes else None
     steps, warm_up = protocol["steps"] or STEPS[device], WARM_UP[device]
     needed = max((cell.batch * cell.length for cell in every), default=0) * (steps + warm_up)
     header = {

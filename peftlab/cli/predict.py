@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from peftlab import formatting
+from peftlab.cli.answers import answer_line, has_no_result, whole_answer
 from peftlab.cli.failures import usage_error
 from peftlab.cli.options import Debug, Json, RecipeOption, Replace, Target, Temperature, TopP, split_overrides
 from peftlab.cli.output import Output, output_of
 from peftlab.cli.prediction_files import PredictionFile, check_destination
 from peftlab.errors import DataError
-
-_LABEL_WIDTH = 16
 
 
 def predict(
@@ -120,48 +118,12 @@ def _records(results: Iterable[dict[str, Any]], inputs: list[str] | None, out: O
 def _print(records: Iterable[dict[str, Any]], out: Output, *, single: bool) -> None:
     """Prints only the answer for one text, else a line per record; tab-separated if stdout is not a terminal."""
     for record in records:
-        if all(record.get(name) is None for name in ("text", "label", "vector")):
+        if has_no_result(record):
             out.line()  # as many lines as inputs
         elif single:
-            _print_one(record, out)
-        elif not _is_short(record):
-            out.line(_as_json(record))
-        elif "text" in record:
-            out.line(formatting.one_line(record["text"]) if out.styled else _escaped(record["text"]))
-        elif not out.styled:
-            out.line(f"{record['label']}\t{record['probability']:.6f}")
+            out.line(whole_answer(record, styled=out.styled))
         else:
-            label = formatting.one_line(record["label"], _LABEL_WIDTH)
-            head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
-            about = record.get("input") or f"row {record['row']:,}"
-            out.line(head + formatting.one_line(about, out.console.width - len(head) - 1))
-
-
-def _print_one(record: dict[str, Any], out: Output) -> None:
-    if not _is_short(record):
-        out.line(_as_json(record))
-    elif "text" in record:
-        out.line(formatting.printable(record["text"]) if out.styled else record["text"])
-    elif out.styled:
-        out.line(f"{record['label']}  {100 * record['probability']:.1f} %")
-    else:
-        out.line(f"{record['label']}\t{record['probability']:.6f}")
-
-
-def _is_short(record: Mapping[str, Any]) -> bool:
-    """Whether the answer is a text, or a label with its probability; others are printed as JSON."""
-    return "text" in record or {"label", "probability"} <= set(record)
-
-
-def _as_json(record: Mapping[str, Any]) -> str:
-    """The answer without the row it belongs to; one value without its name."""
-    answer = {name: value for name, value in record.items() if name not in ("row", "input", "note")}
-    return json.dumps(next(iter(answer.values())) if len(answer) == 1 else answer)
-
-
-def _escaped(text: str) -> str:
-    """The text on one line, with reversible escapes."""
-    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+            out.line(answer_line(record, styled=out.styled, width=out.console.width))
 
 
 def _write(records: Iterable[dict[str, Any]], destination: Path, target: str, out: Output) -> None:

@@ -10,7 +10,7 @@ from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.card_shape import Ratio
 from peftlab.evaluation.metrics import unknown_metric
 from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, ROWS_OF_CHOICES, class_slugs, family_of
-from peftlab.specs.tasks import TASKS
+from peftlab.specs.task_spec import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def class_metrics(names: Sequence[str] | None) -> dict[str, tuple[str, int]]:
     return {f"{f}_{slug}": (f, i) for f in families for i, slug in enumerate(class_slugs(names or []))}
 
 
-def check_headline(name: str, task: str, class_names: Sequence[str] | None, *, has_choices: bool) -> None:
+def check_headline(name: str, spec: TaskSpec, class_names: Sequence[str] | None, *, has_choices: bool) -> None:
     """Raises RecipeError unless ``name`` is a metric with an interval over rows, which a verdict needs."""
-    known = [*_verdict_metrics(task, has_choices), *class_metrics(class_names)]
+    known = [*_verdict_metrics(spec, has_choices), *class_metrics(class_names)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -67,6 +67,6 @@ def check_headline(name: str, task: str, class_names: Sequence[str] | None, *, h
         )
 
 
-def _verdict_metrics(task: str, has_choices: bool) -> list[str]:
-    columns = ROWS[TASKS[task].predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
+def _verdict_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
+    columns = ROWS[spec.predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
     return [s.headline for s in METRICS.values() if s.rows and s.on_card and columns >= set(s.rows)]

@@ -15,7 +15,7 @@ from peftlab.errors import DataError, VerificationError
 from peftlab.evaluation.calibration import Calibration
 from peftlab.measuring.intervals import Estimate, Floats, Statistic, bootstrap
 from peftlab.specs.metrics import METRICS
-from peftlab.specs.tasks import Predicts
+from peftlab.specs.task_spec import Predicts
 
 # Metrics that range from 0 (no row or token correct) to 1 (all correct); see ``Estimate.interval``.
 SHARES = frozenset(spec.headline for spec in METRICS.values() if spec.share and spec.rows)

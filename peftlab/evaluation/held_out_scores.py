@@ -12,7 +12,7 @@ from peftlab.evaluation.comparison import SHARES, Comparison
 from peftlab.evaluation.embeddings import EmbeddingComparison
 from peftlab.evaluation.modules import class_statistic, row_statistics
 from peftlab.measuring.intervals import Estimate, bootstrap
-from peftlab.specs.tasks import TaskSpec
+from peftlab.specs.task_spec import TaskSpec
 
 
 class HeldOutScores:

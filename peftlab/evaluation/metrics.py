@@ -7,29 +7,29 @@ from collections.abc import Iterable, Sequence
 
 from peftlab.errors import RecipeError
 from peftlab.specs.metrics import METRICS, class_slugs, family_of
-from peftlab.specs.tasks import TASKS
+from peftlab.specs.task_spec import TaskSpec
 
 
-def default_metrics(task: str, has_choices: bool) -> list[str]:
+def default_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
     """The metric families used if the recipe names none."""
-    return [name for name in _available(task, has_choices) if METRICS[name].by_default]
+    return [name for name in _available(spec, has_choices) if METRICS[name].by_default]
 
 
 def check_metrics(
-    names: Sequence[str], task: str, has_choices: bool, *, class_names: Sequence[str] | None = None
+    names: Sequence[str], spec: TaskSpec, has_choices: bool, *, class_names: Sequence[str] | None = None
 ) -> None:
     """Checks the recipe's ``eval.metrics``.
 
     Args:
         names: families ("f1") or flat values ("f1_macro", "f1_spam").
-        task: the recipe's ``task``.
+        spec: of the recipe's task.
         has_choices: whether eval.choices is given.
         class_names: without them any NAME_CLASS of a per-class family passes; ``Scorer`` checks it again.
 
     Raises:
         RecipeError: key eval.metrics, with all invalid names at once.
     """
-    available, with_choices = _available(task, has_choices), _available(task, True)
+    available, with_choices = _available(spec, has_choices), _available(spec, True)
     slugs = None if class_names is None else class_slugs(class_names)
     problems = [] if names else ["the list is empty"]
     for name in names:
@@ -37,11 +37,11 @@ def check_metrics(
         if family is None or not family.needs:
             problems.append(unknown_metric(name, with_choices, slugs))
         elif family.name not in with_choices:
-            problems.append(f"{name!r} does not apply to task: {task}")
+            problems.append(f"{name!r} does not apply to task: {spec.name}")
         elif family.name not in available:
             problems.append(f"{name!r} needs eval.choices, the possible completions")
     if problems:
-        valid = f"metrics for task {task}: {', '.join(_spelled_out(available))}"
+        valid = f"metrics for task {spec.name}: {', '.join(_spelled_out(available))}"
         raise RecipeError(f"{'; '.join(problems)}; {valid}", key="eval.metrics")
 
 
@@ -78,8 +78,7 @@ def unknown_metric(name: str, families: Sequence[str], slugs: Sequence[str] | No
     return f"unknown metric {name!r}" + (f", did you mean {nearest[0]!r}?" if nearest else "")
 
 
-def _available(task: str, has_choices: bool) -> list[str]:
-    spec = TASKS[task]
+def _available(spec: TaskSpec, has_choices: bool) -> list[str]:
     columns = {*spec.scores, *(spec.scores_with_classes if has_choices else ())}
     return [name for name, metric in METRICS.items() if metric.needs and columns.issuperset(metric.needs.values())]
 

@@ -15,8 +15,8 @@ from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation.metrics import unknown_metric
 from peftlab.specs.metrics import METRICS, class_slugs, family_of
 
-# The result of a task's ``score`` for one batch: a number, or one number per row, by column name.
-Columns = Mapping[str, float | int | Sequence[float] | Sequence[int] | Sequence[bool]]
+# The result of a task's ``score`` for one batch, by column name: a number, or a list of numbers, texts or other values.
+Columns = Mapping[str, float | int | Sequence[Any]]
 
 
 class Scorer:
@@ -44,13 +44,14 @@ class Scorer:
                 raise RecipeError(f"{name!r} needs classes (causal_lm: eval.choices)", key="eval.metrics")
             self._families[name] = family.name
         needed = dict.fromkeys(column for f in self._families.values() for column in METRICS[f].needs.values())
-        self._columns: dict[str, array[Any] | None] = dict.fromkeys(needed)
+        self._columns: dict[str, array[Any] | list[Any] | None] = dict.fromkeys(needed)
 
     def add(self, columns: Columns) -> None:
         """Adds one batch; ignores columns that no metric needs.
 
         Args: columns: ``num_...`` counts of the batch, ``nll_sum`` nats summed in float64, or one number per row:
-            ``predictions`` and ``references`` are class indices.
+            ``predictions`` and ``references`` of classes are their indices. A task with other columns gives lists of
+            numbers, texts or other values, as its metrics take them.
         Raises:
             ValueError: a needed column is missing, related columns differ in length, or an index is not a class.
         """
@@ -66,8 +67,10 @@ class Scorer:
                 self._check_classes(needed)
         for name, column in values.items():
             kept = self._columns[name]
+            if kept is None and not column:
+                continue
             if kept is None:
-                kept = self._columns[name] = array("d" if any(isinstance(v, float) for v in column) else "q")
+                kept = self._columns[name] = _store(column)
             kept.extend(column)
 
     def compute(self) -> dict[str, float | None]:
@@ -83,7 +86,7 @@ class Scorer:
         """
         from peftlab.evaluation.modules import load_metric, takes_class_names
 
-        columns = {name: [] if kept is None else kept.tolist() for name, kept in self._columns.items()}
+        columns = {name: list(kept or ()) for name, kept in self._columns.items()}
         values: dict[str, float | None] = {}
         # The modules create a cache folder even if they keep everything in memory.
         with tempfile.TemporaryDirectory(prefix="peftlab-metrics-") as scratch:
@@ -119,6 +122,13 @@ class Scorer:
                     for predicted, n in zip(self._slugs, row, strict=True)
                 }
         return flat
+
+
+def _store(column: Sequence[Any]) -> array[Any] | list[Any]:
+    """An empty store for such values."""
+    if not all(isinstance(v, int | float) for v in column):
+        return []
+    return array("d" if any(isinstance(v, float) for v in column) else "q")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -159,7 +159,7 @@ class _Comparer:
 
 def _untrained_student(student: Assembly) -> Target | None:
     """The student before training; None if its answers are meaningless: with a new head or random weights."""
-    if student.spec.classifies or student.recipe.model.name.startswith("shape:"):
+    if student.spec.names_classes or student.recipe.model.name.startswith("shape:"):
         return None
     return Target("base", student.loaded.derive({"distill": None, "lock": None}, name="cut"), None)
 

@@ -69,7 +69,7 @@ def check_models(assembly: Assembly) -> Skeletons:
     distill = assembly.distill
     if distill.headline is not None:
         choices = bool(assembly.recipe.eval.choices)
-        check_headline(distill.headline, assembly.recipe.task, assembly.classes, has_choices=choices)
+        check_headline(distill.headline, assembly.spec, assembly.classes, has_choices=choices)
         assembly.check_class_has_rows(distill.headline, key="distill.headline")
     student: dict[str, Any] = {"cut_from": None, "layers_before": None, "layers": None}
     skeleton, known = assembly.skeleton(), True

@@ -21,7 +21,8 @@ from peftlab.specs.methods import METHODS, VARIANTS
 from peftlab.specs.metrics import METRICS, MetricSpec
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
-from peftlab.specs.tasks import KEYS_OF_TASKS, TASKS
+from peftlab.specs.task_spec import TaskSpec
+from peftlab.specs.tasks import KEYS_OF_TASKS, TASK_SPECS
 
 _WIDTH = 98
 _INTRO = """\
@@ -73,7 +74,7 @@ def _inner_section(kind: Any) -> Any:
 
 def _key(path: str, field: FieldInfo) -> str:
     description = field.description or ""
-    tasks = [name for name, spec in TASKS.items() if path in spec.keys]
+    tasks = list(dict.fromkeys(spec.name for spec in TASK_SPECS if path in spec.keys))
     suffix = f" ({', '.join(tasks)})"
     if path in KEYS_OF_TASKS and not description.endswith(suffix):
         description += suffix
@@ -137,10 +138,10 @@ def _names() -> Iterator[str]:
         "Tasks",
         "`task`. Every task has its own columns (`data.columns`) and its own metric for the verdict of a distillation.",
         (
-            f"**`{t.name}`**: {t.summary}. Columns: {_listed(t.columns)}. Model class: `{t.auto_class}`. "
+            f"**`{t.name}`**{_variant(t)}: {t.summary}. Columns: {_listed(t.columns)}. Model class: `{t.auto_class}`. "
             f"Verdict: `{t.headline}`"
             + (f", or `{t.headline_with_classes}` with `{t.classes_from}`." if t.headline_with_classes else ".")
-            for t in TASKS.values()
+            for t in TASK_SPECS
         ),
     )
     yield from _rows(
@@ -204,13 +205,18 @@ def _names() -> Iterator[str]:
 def _metric(spec: MetricSpec) -> str:
     order = {"higher": "Higher is better.", "lower": "Lower is better.", None: "It has no order."}[spec.better]
     tasks = [
-        name
-        for name, task in TASKS.items()
+        f"{task.name} {' '.join(task.chosen_by)}".strip()
+        for task in TASK_SPECS
         if spec.needs and set(spec.needs.values()) <= {*task.scores, *task.scores_with_classes}
     ]
     where = f"Tasks: {_listed(tasks)}." if tasks else "On the report card of `peftlab distill` only."
     over = " One value per class." if spec.averaged else ""
     return f"**`{spec.name}`**: {order}{over} {where}"
+
+
+def _variant(spec: TaskSpec) -> str:
+    """Which column chooses a variant of a task."""
+    return f" with {_listed(f'data.columns.{role}' for role in spec.chosen_by)}" if spec.chosen_by else ""
 
 
 def _listed(names: Iterable[str]) -> str:

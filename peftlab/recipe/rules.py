@@ -15,7 +15,7 @@ from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
-from peftlab.specs.tasks import KEYS_OF_TASKS, NEEDS, TASKS
+from peftlab.specs.tasks import KEYS_OF_TASKS, NEEDS
 
 if TYPE_CHECKING:
     from peftlab.recipe.schema import Recipe
@@ -57,7 +57,7 @@ def _no_effect(recipe: Recipe, keys: Iterable[str], reason: str) -> Problems:
 
 
 def keys_of_other_tasks(recipe: Recipe) -> Problems:
-    spec = TASKS[recipe.task]
+    spec = recipe.spec
     for key in KEYS_OF_TASKS:
         if key not in spec.keys:
             lacks = f", which has no {NEEDS[key]}" if key in NEEDS else ""
@@ -137,7 +137,7 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
     spec = METHODS[recipe.adapter.method]
     if not spec.prompts:
         return
-    if TASKS[recipe.task].reader != "tokenizer":
+    if recipe.spec.reader != "tokenizer":
         yield ("adapter.method",), f"{spec.name} puts tokens before a text, and task: {recipe.task} has none; use lora"
     if recipe.data.packing:
         yield (
@@ -175,14 +175,14 @@ def keys_of_other_optimizers(recipe: Recipe) -> Problems:
 
 
 def label_names_name_a_column(recipe: Recipe) -> Problems:
-    has_column = TASKS[recipe.task].classifies or "label" in recipe.data.columns
-    if recipe.data.label_names and "data.label_names" in TASKS[recipe.task].keys and not has_column:
+    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    if recipe.data.label_names and "data.label_names" in recipe.spec.keys and not has_column:
         yield ("data.label_names",), "names the values of a label column; set data.columns.label"
 
 
 def balance_knows_the_classes(recipe: Recipe) -> Problems:
-    has_column = TASKS[recipe.task].classifies or "label" in recipe.data.columns
-    if recipe.data.balance and "data.balance" in TASKS[recipe.task].keys and not has_column:
+    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    if recipe.data.balance and "data.balance" in recipe.spec.keys and not has_column:
         yield ("data.balance",), "draws rows by their class; set data.columns.label"
     if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
         yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
@@ -264,7 +264,7 @@ def self_is_a_backbone(recipe: Recipe) -> Problems:
 
 
 def losses_compare_what_there_is(recipe: Recipe) -> Problems:
-    distill, spec = recipe.distill, TASKS[recipe.task]
+    distill, spec = recipe.distill, recipe.spec
     if distill is None:
         return
     for loss in distill.losses:

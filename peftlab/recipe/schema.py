@@ -16,7 +16,8 @@ from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
-from peftlab.specs.tasks import COLUMNS, TASKS, TaskSpec
+from peftlab.specs.task_spec import TaskSpec
+from peftlab.specs.tasks import COLUMNS, TASKS, spec_of
 
 if TYPE_CHECKING:
     TaskName = str
@@ -336,7 +337,7 @@ class Recipe(Section):
     @property
     def spec(self) -> TaskSpec:
         """The spec of the task."""
-        return TASKS[self.task]
+        return spec_of(self.task, self.data.columns)
 
     @property
     def method(self) -> MethodSpec:

@@ -153,7 +153,7 @@ def metrics_of(opened: Opened, held_out: Encoded, progress: Progress) -> dict[st
         opened.model,
         opened.task,
         held_out,
-        metrics=settings.eval.metrics or default_metrics(settings.task, bool(settings.eval.choices)),
+        metrics=settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices)),
         batch_tokens=settings.eval.batch_tokens,
         device=assembly.device,
         autocast=opened.autocast,

@@ -2,66 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
 
-# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, or a vector per
-# row. Loss, teacher and report card depend on it.
-Predicts = Literal["tokens", "token classes", "classes", "vectors"]
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """Properties of a task.
-
-    Attributes:
-        summary: the task in a few words.
-        implementation: ``FILE:CLASS`` under ``peftlab/tasks``.
-        auto_class: the transformers auto class.
-        peft_type: PEFT's task type. None if PEFT has none, or none that keeps adapters off the head (its TOKEN_CLS puts one on
-            it and then fails to train the head): the modules outside the body are then the head and are trained in full.
-        predicts: what is scored. reader: what turns the inputs into numbers.
-        columns: the roles that data columns can have (data.columns).
-        keys: the recipe keys that this task uses among those that not all tasks use. A key that no task lists is for all.
-        scores: the columns that ``Task.score`` gives to the metrics; ``scores_with_classes``: additional ones with classes.
-        classes_from: the key that names the classes; None: there are none. A task with classes from the data has one
-            label per row and a classification head.
-        headline: the metric of a distillation's verdict; with classes ``headline_with_classes``.
-        learns_from_labels: False if it can only learn from a teacher.
-        generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
-            each pass (it then implements ``tasks.Redraws``).
-        example_input: an example argument for ``peftlab predict``.
-    """
-
-    name: str
-    summary: str
-    implementation: str
-    auto_class: str
-    peft_type: str | None
-    predicts: Predicts
-    columns: tuple[str, ...]
-    keys: tuple[str, ...]
-    scores: tuple[str, ...]
-    headline: str
-    scores_with_classes: tuple[str, ...] = ()
-    headline_with_classes: str | None = None
-    classes_from: Literal["data", "eval.choices"] | None = None
-    reader: Literal["tokenizer", "image processor"] = "tokenizer"
-    learns_from_labels: bool = True
-    generates: bool = False
-    redraws: bool = False
-    example_input: str = '"some text"'
-
-    @property
-    def has_softmax(self) -> bool:
-        """Whether it predicts probabilities, with cross-entropy as the loss."""
-        return self.predicts in ("tokens", "token classes", "classes")
-
-    @property
-    def classifies(self) -> bool:
-        """Whether it has one label per row and a classification head."""
-        return self.classes_from == "data"
-
+from peftlab.specs.task_spec import TaskSpec
 
 _TEXT = ("data.max_length", "data.too_long")
 _SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
@@ -117,7 +60,7 @@ TASKS: dict[str, TaskSpec] = {
             columns=("text", "label"),
             keys=(*_TEXT, *_CLASSES, *_SOFTMAX),
             scores=_PER_ROW,
-            classes_from="data",
+            classes_from="label",
             headline="accuracy",
         ),
         TaskSpec(
@@ -130,7 +73,7 @@ TASKS: dict[str, TaskSpec] = {
             columns=("image", "label"),
             keys=(*_CLASSES, *_SOFTMAX),
             scores=_PER_ROW,
-            classes_from="data",
+            classes_from="label",
             headline="accuracy",
             reader="image processor",
             example_input="image.png",
@@ -151,8 +94,19 @@ TASKS: dict[str, TaskSpec] = {
     )
 }
 
+# Tasks whose rows hold something else, by the role in data.columns that chooses them.
+VARIANTS: tuple[TaskSpec, ...] = ()
+
+TASK_SPECS: tuple[TaskSpec, ...] = (*TASKS.values(), *VARIANTS)
+
 # Every role that a data column can have in some task.
-COLUMNS: tuple[str, ...] = tuple(dict.fromkeys(name for spec in TASKS.values() for name in spec.columns))
+COLUMNS: tuple[str, ...] = tuple(dict.fromkeys(name for spec in TASK_SPECS for name in spec.columns))
 
 # Recipe keys that some tasks use and others do not.
-KEYS_OF_TASKS: tuple[str, ...] = tuple(dict.fromkeys(key for spec in TASKS.values() for key in spec.keys))
+KEYS_OF_TASKS: tuple[str, ...] = tuple(dict.fromkeys(key for spec in TASK_SPECS for key in spec.keys))
+
+
+def spec_of(task: str, columns: Collection[str] = ()) -> TaskSpec:
+    """The spec of a task whose data.columns has these roles."""
+    chosen = (spec for spec in VARIANTS if spec.name == task and set(spec.chosen_by) & set(columns))
+    return next(chosen, TASKS[task])

@@ -2,17 +2,17 @@
 
 from importlib import import_module
 
-from peftlab.specs.tasks import TASKS
-from peftlab.tasks.base import Columns, Generates, Padding, Redraws, Task, TaskParts
+from peftlab.specs.task_spec import TaskSpec
+from peftlab.tasks.base import Columns, FindsClasses, Generates, Padding, Redraws, Task, TaskParts
 from peftlab.tasks.batch import Batch, collate_packed
 from peftlab.tasks.example import Encoded, Example, lengths_of
 from peftlab.tasks.outputs import OutputHead, Outputs, weighted_sum
 from peftlab.tasks.preview import Preview
 
 
-def task_class(name: str) -> type[Task]:
-    """The class that implements a task, by its name in ``specs.tasks``."""
-    file, _, class_name = TASKS[name].implementation.partition(":")
+def task_class(spec: TaskSpec) -> type[Task]:
+    """The class that implements a task."""
+    file, _, class_name = spec.implementation.partition(":")
     implementation_class: type[Task] = getattr(import_module(f".{file}", __name__), class_name)
     return implementation_class
 
@@ -22,6 +22,7 @@ __all__ = [
     "Columns",
     "Encoded",
     "Example",
+    "FindsClasses",
     "Generates",
     "OutputHead",
     "Outputs",

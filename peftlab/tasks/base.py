@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftlab.data import Rows
 from peftlab.data.chat import ControlRule
 from peftlab.data.layouts import Style
-from peftlab.specs.tasks import TaskSpec
+from peftlab.specs.task_spec import TaskSpec
 from peftlab.tasks.batch import Batch
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.outputs import Outputs
@@ -116,6 +116,9 @@ class Task(Protocol):
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Undivided sum of the weighted losses of ``batch``, float32 scalar (float64 stays)."""
 
+    def probe(self, ids: np.ndarray) -> Example:
+        """An example of these tokens with any labels, all of whose outputs are scored: for checks of a model."""
+
     def losses(self, outputs: Outputs) -> Tensor:
         """[N] loss at each position, without the weights."""
 
@@ -140,6 +143,14 @@ class Task(Protocol):
 
     def predict(self, model: nn.Module, rows: Rows, *, batch_tokens: int, **options: Any) -> Iterator[dict[str, Any]]:
         """One result per row, in order. Its ``note`` says what is cut of an input that is too long. Args: rows: usable ones."""
+
+
+class FindsClasses(Task, Protocol):
+    """A task that finds the names of its classes in the rows (``spec.classes_from`` is ``rows``)."""
+
+    @classmethod
+    def find_classes(cls, parts: TaskParts, rows: Rows) -> list[str]:
+        """The names in index order. Raises: DataError if there are too few. Args: parts: without classes."""
 
 
 class Generates(Task, Protocol):

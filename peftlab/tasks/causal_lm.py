@@ -200,6 +200,9 @@ class CausalLM:
         hidden, targets = self._selected(model, batch)
         return self._head.cross_entropy_sum(model, hidden, targets)
 
+    def probe(self, ids: np.ndarray) -> Example:
+        return Example(ids, 0, float(len(ids) - 1), trained=np.arange(len(ids)) > 0)
+
     def losses(self, outputs: Outputs) -> Tensor:
         return cross_entropy(outputs)
 

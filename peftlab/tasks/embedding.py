@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,6 +105,9 @@ class Embedding:
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+
+    def probe(self, ids: np.ndarray) -> Example:
+        return Example(ids, 0, 1.0)
 
     def losses(self, outputs: Outputs) -> Tensor:
         raise ValueError("texts have no labels, so the loss needs a teacher's vectors")

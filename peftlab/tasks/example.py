@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,8 @@ class Example:
             or boxes. None for language modelling without choices, and for a row without a label.
         image: the image instead of tokens, read when it is batched.
         extra: additional inputs of the model by name, such as the ids of a decoder.
+        scored: number of scored positions; only if ``trained`` is None.
+        reference: what a prediction is compared with, if that is more than ``label``, such as texts or boxes.
     """
 
     ids: np.ndarray
@@ -35,6 +38,13 @@ class Example:
     label: int | float | np.ndarray | None = None
     image: Image | None = None
     extra: Mapping[str, np.ndarray] = field(default_factory=lambda: _NOTHING)
+    scored: int = 1
+    reference: Any = None
+
+    @property
+    def num_scored(self) -> int:
+        """The number of its positions in ``Outputs``."""
+        return self.scored if self.trained is None else int(self.trained.sum())
 
     def __len__(self) -> int:
         return len(self.ids) if self.image is None else self.image.length

@@ -100,6 +100,9 @@ class ImageClassification:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return labels_loss_sum(self, model, batch)
 
+    def probe(self, ids: np.ndarray) -> Example:
+        raise TypeError("an image has no tokens")
+
     def losses(self, outputs: Outputs) -> Tensor:
         return cross_entropy(outputs)
 

@@ -129,7 +129,7 @@ class NamedTeacher:
 
     def _labels(self, loaded: LoadedRecipe) -> list[str] | None:
         """The labels of the columns of a model's own head."""
-        return label_names(Assembly(loaded).pretrained) if loaded.recipe.spec.classifies else None
+        return label_names(Assembly(loaded).pretrained) if loaded.recipe.spec.names_classes else None
 
     def open(self, progress: Progress) -> TeacherModel:
         """Loads the teacher, which is not ``self``.

@@ -89,13 +89,7 @@ def _rows(task: Task, length: int) -> tuple[Example, Example]:
     """A row of ``length`` tokens, and a short one; both end as texts of the tokenizer do."""
     ids = np.asarray(task.tokenizer(_TEXT, verbose=False)["input_ids"], dtype=np.int32)
     body = np.resize(ids[:-1] if len(ids) > 1 else ids, length - 1)
-    return _example(task, np.append(body, ids[-1])), _example(task, np.append(body[: _SHORT - 1], ids[-1]))
-
-
-def _example(task: Task, ids: np.ndarray) -> Example:
-    if task.spec.predicts == "tokens":
-        return Example(ids, 0, float(len(ids) - 1), trained=np.arange(len(ids)) > 0)
-    return Example(ids, 0, 1.0, label=0 if task.spec.predicts == "classes" else None)
+    return task.probe(np.append(body, ids[-1])), task.probe(np.append(body[: _SHORT - 1], ids[-1]))
 
 
 def _changed_end(example: Example) -> Example:

@@ -20,6 +20,7 @@ from peftlab.evaluation.metrics import check_metrics, default_metrics, higher_is
 from peftlab.evaluation.modules import class_statistic, row_statistics
 from peftlab.evaluation.scorer import Scorer
 from peftlab.specs.metrics import METRICS, class_slugs, family_of
+from peftlab.specs.tasks import TASKS
 
 NAMES = ["ham", "spam", "other"]
 REFERENCES = [0, 0, 0, 0, 1, 1, 1, 2]
@@ -208,22 +209,22 @@ def test_scorer_checks_per_class_names() -> None:
 )
 def test_check_metrics_refuses_wrong_names(names: list[str], task: str, has_choices: bool, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        check_metrics(names, task, has_choices)
+        check_metrics(names, TASKS[task], has_choices)
     assert caught.value.key == "eval.metrics"
 
 
 def test_check_metrics_knows_classes_once_they_are_given() -> None:
-    check_metrics(["f1", "f1_macro", "f1_spma"], "seq_cls", False)
-    check_metrics(["f1_spam"], "causal_lm", True, class_names=NAMES)
+    check_metrics(["f1", "f1_macro", "f1_spma"], TASKS["seq_cls"], False)
+    check_metrics(["f1_spam"], TASKS["causal_lm"], True, class_names=NAMES)
     with pytest.raises(RecipeError, match="did you mean 'f1_spam'"):
-        check_metrics(["f1_spma"], "seq_cls", False, class_names=NAMES)
+        check_metrics(["f1_spma"], TASKS["seq_cls"], False, class_names=NAMES)
 
 
 def test_default_metrics_are_valid_and_cover_the_task() -> None:
-    assert default_metrics("seq_cls", False) == ["loss", "accuracy", "precision", "recall", "f1"]
-    assert default_metrics("causal_lm", False) == ["loss", "perplexity", "token_accuracy", "exact_match"]
-    assert default_metrics("causal_lm", True)[4:] == ["accuracy", "precision", "recall", "f1"]
-    for task, has_choices in [("seq_cls", False), ("causal_lm", False), ("causal_lm", True)]:
+    assert default_metrics(TASKS["seq_cls"], False) == ["loss", "accuracy", "precision", "recall", "f1"]
+    assert default_metrics(TASKS["causal_lm"], False) == ["loss", "perplexity", "token_accuracy", "exact_match"]
+    assert default_metrics(TASKS["causal_lm"], True)[4:] == ["accuracy", "precision", "recall", "f1"]
+    for task, has_choices in [(TASKS["seq_cls"], False), (TASKS["causal_lm"], False), (TASKS["causal_lm"], True)]:
         check_metrics(default_metrics(task, has_choices), task, has_choices)
 
 
@@ -240,7 +241,8 @@ def test_check_metrics_imports_nothing_heavy() -> None:
     program = """
         import sys
         from peftlab.evaluation.metrics import check_metrics, default_metrics
-        check_metrics(default_metrics("seq_cls", False), "seq_cls", False)
+        from peftlab.specs.tasks import TASKS
+        check_metrics(default_metrics(TASKS["seq_cls"], False), TASKS["seq_cls"], False)
         print(sorted({"evaluate", "sklearn", "torch", "datasets", "numpy"} & set(sys.modules)))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)

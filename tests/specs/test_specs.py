@@ -26,8 +26,9 @@ from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, family_of
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.peft_methods import COMPUTED, peft_method, peft_method_names
 from peftlab.specs.storages import STORAGES
-from peftlab.specs.tasks import COLUMNS, KEYS_OF_TASKS, NEEDS, TASKS
-from peftlab.tasks import Generates, Redraws, Task, task_class
+from peftlab.specs.task_spec import TaskSpec
+from peftlab.specs.tasks import COLUMNS, KEYS_OF_TASKS, NEEDS, TASK_SPECS, TASKS, spec_of
+from peftlab.tasks import FindsClasses, Generates, Redraws, Task, task_class
 from peftlab.training import optimizers, schedules
 
 
@@ -48,12 +49,18 @@ def test_rows_are_keyed_by_their_name(rows: dict[str, object]) -> None:
     assert rows and all(getattr(row, "name", None) == name for name, row in rows.items())
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_tasks_implement_what_their_row_names(name: str) -> None:
-    spec, implementation = TASKS[name], task_class(name)
-    assert implementation.spec is spec
+@pytest.mark.parametrize("spec", TASK_SPECS, ids=lambda s: " ".join((s.name, *s.chosen_by)))
+def test_tasks_implement_what_their_row_names(spec: TaskSpec) -> None:
+    implementation = task_class(spec)
+    assert implementation.spec is spec and spec_of(spec.name, spec.chosen_by) is spec
     protocols = [Task, *([Generates] if spec.generates else []), *([Redraws] if spec.redraws else [])]
-    wanted = {n for p in protocols for n, value in vars(p).items() if inspect.isfunction(value) or n == "make"}
+    protocols += [FindsClasses] if spec.classes_from == "rows" else []
+    wanted = {
+        n
+        for p in protocols
+        for n, value in vars(p).items()
+        if inspect.isfunction(value) or isinstance(value, classmethod)
+    }
     assert not {n for n in wanted if not n.startswith("_")} - set(dir(implementation))
     assert spec.predicts in ROWS and family_of(spec.headline).rows
 
@@ -69,7 +76,7 @@ def test_metrics_take_what_their_row_says(name: str) -> None:
     metric = modules.load_metric(name)
     assert modules.takes_class_names(metric) <= METRICS[name].of_classes
     assert set(inspect.signature(metric._compute).parameters) - {"self", "class_names"} == set(METRICS[name].needs)
-    assert any(set(METRICS[name].needs.values()) <= {*t.scores, *t.scores_with_classes} for t in TASKS.values())
+    assert any(set(METRICS[name].needs.values()) <= {*t.scores, *t.scores_with_classes} for t in TASK_SPECS)
 
 
 def test_comparison_columns_are_those_that_rows_name() -> None:
