@@ -87,7 +87,8 @@ CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
     "CamembertConfig": _SIZES,
     "MPNetConfig": _SIZES,
     "LongformerConfig": {**_SIZES, "attention_window": 8},
-    "BigBirdConfig": {**_SIZES, "block_size": 4, "num_random_blocks": 1},
+    # Blocks longer than the texts: the model turns to full attention at the first short one, for good.
+    "BigBirdConfig": {**_SIZES, "block_size": 16, "num_random_blocks": 1},
     "ElectraConfig": {**_SIZES, "embedding_size": 32},
     "DebertaConfig": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "DebertaV2Config": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
@@ -156,12 +157,31 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
     },
     "ConvNextConfig": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
 }
+# Classifiers that transformers (5.23) has no question answering for.
+_NO_QUESTIONS = {
+    "GemmaConfig", "Gemma2Config", "Gemma3TextConfig", "PhiConfig", "Phi3Config", "GPTBigCodeConfig", "StableLmConfig",
+    "Starcoder2Config", "EsmConfig",
+}  # fmt: skip
+READERS_OF_QUESTIONS = {n: v for n, v in CLASSIFIERS.items() if n not in _NO_QUESTIONS - {"Gemma2Config"}} | {
+    "SmolLM3Config": WRITERS["SmolLM3Config"],
+    "Qwen2MoeConfig": WRITERS["Qwen2MoeConfig"],
+    "Qwen3MoeConfig": WRITERS["Qwen3MoeConfig"],
+}
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart")
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq_cls": "AutoModelForSequenceClassification",
     "image_cls": "AutoModelForImageClassification",
+    "extractive_qa": "AutoModelForQuestionAnswering",
+}
+
+
+FAMILIES = {
+    "causal_lm": WRITERS,
+    "seq_cls": CLASSIFIERS,
+    "image_cls": READERS_OF_IMAGES,
+    "extractive_qa": READERS_OF_QUESTIONS,
 }
 
 
@@ -177,7 +197,7 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
 
     if name in ("T5Config", "MT5Config"):
         values = {"decoder_start_token_id": 0, **values}
-    families = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}[task]
+    families = FAMILIES[task]
     model = make_model(
         make_config(name, families, **values), AUTO_CLASSES[task] if task == "causal_lm" else "AutoModel"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -25,7 +26,16 @@ from peftlab.errors import Interrupted, PeftlabError
 from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
-from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.family_examples import (
+    AUTO_CLASSES,
+    CLASSIFIERS,
+    FAMILIES,
+    READERS_OF_IMAGES,
+    READERS_OF_QUESTIONS,
+    WRITERS,
+    make_config,
+    write_family,
+)
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
@@ -66,6 +76,7 @@ def families() -> Iterator[tuple[str, str]]:
     """Config class and task of every row."""
     yield from ((name, "causal_lm") for name in WRITERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
+    yield from ((name, "extractive_qa") for name in READERS_OF_QUESTIONS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
 
 
@@ -150,12 +161,12 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
 
 
 def _title(name: str, task: str) -> str:
-    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
-    return str(make_config(name, tables[task]).model_type)
+    return str(make_config(name, FAMILIES[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
-    data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
+    sources = {"image_cls": "sklearn:digits", "extractive_qa": "questions.jsonl"}
+    data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
     document: dict[str, Any] = {
@@ -176,6 +187,16 @@ def write_rows(folder: Path) -> None:
         for word, label in _WORDS.items()
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [
+        {
+            "question": f"What is {i}?",
+            "context": f"{word} film {'so ' * (i % 3)}{i}",
+            "answers": [word] if i % 4 else [],
+        }
+        for i in range(8)
+        for word in _WORDS
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
 
 
 def _line(text: str, folder: Path) -> str:
@@ -191,9 +212,9 @@ def _plain_peft(task: str) -> Any:
     import transformers
     from peft import PeftModel
 
-    options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    options = {} if task in ("causal_lm", "extractive_qa") else {"num_labels": len(_classes())}
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task == "seq_cls":
+    if task in ("seq_cls", "extractive_qa"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
@@ -221,7 +242,10 @@ def _difference(opened: Any, examples: list[Example], other: Any = None) -> floa
         torch.manual_seed(0)
         compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
     wanted = torch.cat(alone)
-    return float((wanted - compared).abs().max() / wanted.abs().max())
+    exists = wanted > -math.inf
+    if not torch.equal(exists, compared > -math.inf):
+        return math.inf
+    return float((wanted - compared)[exists].abs().max() / wanted[exists].abs().max())
 
 
 def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:

@@ -37,6 +37,7 @@ from peftlab.models import (
     sentence_files,
     start_rows,
     stored_as,
+    token_types,
     tokenizer_fingerprint,
     vocabulary_rows,
 )
@@ -282,7 +283,7 @@ class Assembly:
         self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        padding, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
+        padding, ends, num_embeddings, types = self._reading(pretrained or self.pretrained, reader)
         return TaskParts(
             reader,
             columns=data.columns,
@@ -299,6 +300,7 @@ class Assembly:
             stride=data.stride,
             max_answer_tokens=r.eval.max_answer_tokens,
             null_threshold=r.eval.null_threshold,
+            token_types=types,
             sentences=lambda: sentence_files(self.pretrained),
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
@@ -318,23 +320,23 @@ class Assembly:
             read |= {"label", data.columns["label"]}
         return [name for name in self.data.labelled.columns if name not in read]
 
-    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
-        """How a model's family is padded, the ids that end its texts, and the rows of its input embeddings, if it has a
-        vocabulary. Raises: RecipeError if it cannot do the task."""
+    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None, int]:
+        """How a model's family is padded, the ids that end its texts, the rows of its input embeddings, if it has a vocabulary,
+        and the number of types of tokens that it reads. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
-            return "right", [], None
+            return "right", [], None, 0
         settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
         # The reader is kept too: while it lives, no other one has its id.
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
-    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
+    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None, int]:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
         rows = vocabulary_rows(config)
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
-        return padding_of(config, self.spec.predicts), ends, rows
+        return padding_of(config, self.spec.predicts), ends, rows, token_types(config, reader)
 
     @property
     def num_embeddings(self) -> int | None:

@@ -19,7 +19,7 @@ from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
-from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.models import UNLIMITED, end_ids, has_head, length_limit, load_config, reads_later_tokens, reconciled_ids
 from peftlab.specs.methods import METHODS
 from peftlab.specs.task_spec import TaskSpec
 
@@ -34,6 +34,21 @@ _PADDING = {
 
 def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
     """Raises RecipeError if models of this config cannot do the task with this tokenizer, whatever their weights."""
+    if not has_head(config, spec.auto_class):
+        raise RecipeError(
+            f"transformers has no {spec.auto_class} for {config.model_type}, so task: {spec.name} needs a model of another "
+            "family",
+            key="model.name",
+        )
+    separator = getattr(config, "sep_token_id", None)
+    if spec.predicts == "spans" and config.model_type == "longformer":
+        found = tokenizer("a", "b", verbose=False)["input_ids"].count(separator)
+        if found != 3:
+            raise RecipeError(
+                f"longformer finds the question by three separators (id {separator}) around it and its context, and the "
+                f"tokenizer writes {found}; use the model's own tokenizer",
+                key="model.name",
+            )
     if spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):
         raise RecipeError(
             f"{config.model_type} reads the tokens after the one that it predicts, so it is no causal language model; use a "

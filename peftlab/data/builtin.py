@@ -1,4 +1,5 @@
-"""Built-in data sets, available on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` of installed packages."""
+"""Built-in data sets, available on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` and
+``docstring-questions:PACKAGE,PACKAGE`` of installed packages."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from peftlab.data.docstring_questions import parameter_names, rows_of
 from peftlab.data.rows import Origin, Rows
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS = "sklearn:digits", "docstrings:"
+DIGITS, DOCSTRINGS, QUESTIONS = "sklearn:digits", "docstrings:", "docstring-questions:"
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -27,6 +29,7 @@ _DOCSTRING = re.compile(
     r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*(?:#[^\n]*)?\n[ \t]+)[rRuU]{0,2}"""(.+?)"""', re.DOTALL
 )
 _FEWEST_WORDS = 5
+_HAS_PARAMETERS = "Parameters\n"
 # Other ways to write a package's name than its import name.
 _ALIASES = {
     "datasets": (),
@@ -40,7 +43,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS))
+    return name.startswith(("sklearn:", DOCSTRINGS, QUESTIONS))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -51,23 +54,29 @@ def load_builtin(name: str, *, key: str) -> Rows:
     installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
     packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
 
+    ``docstring-questions:numpy,scipy``: questions about the docstrings with a section Parameters (numpy's format) of up to
+    1,500 characters, made by rules: the default or the type of a parameter, or an exception. Columns ``id``, ``question``,
+    ``context`` and ``answers`` as in SQuAD 2; about a third of the questions have no answer in their context.
+
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
-    row's content, so a row is on the same side wherever it appears.
+    row's content (of a question: its context), so a row is on the same side wherever it appears.
 
     Raises: DataError at ``key`` for an unknown name or a package that is not installed.
     """
     base, part = name, None
     head, _, tail = name.rpartition(":")
-    if tail in _PARTS and head.rstrip(":") != "docstrings":
+    if tail in _PARTS and f"{head.rstrip(':')}:" not in (DOCSTRINGS, QUESTIONS):
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
     elif base.startswith(DOCSTRINGS):
         rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
+    elif base.startswith(QUESTIONS):
+        rows, contents = _questions(name, tuple(base.removeprefix(QUESTIONS).split(",")), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS} or {DOCSTRINGS}PACKAGE,PACKAGE, optionally followed by :train "
-            "or :test",
+            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE or {QUESTIONS}PACKAGE,PACKAGE, "
+            "optionally followed by :train or :test",
             key=key,
         )
     if part is None:
@@ -125,6 +134,42 @@ def _search(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
     return rows, [text.encode() for text in texts]
 
 
+def _questions(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:
+    rows, contents = _ask(tuple(_folder(package, key) for package in packages))
+    if not contents:
+        raise DataError(f"{name!r}: no docstring in numpy's format in these packages", key=key)
+    return dataclasses.replace(rows, name=name), contents
+
+
+@functools.lru_cache(maxsize=4)
+def _ask(folders: tuple[Path, ...]) -> tuple[Rows, list[bytes]]:
+    """Rows in the order of the packages, of their files' paths, and of the lines. A docstring that occurs again is left out."""
+    texts: dict[str, tuple[str, int]] = {}
+    for folder in folders:
+        for file, line, text in _texts(folder):
+            if _HAS_PARAMETERS in text:
+                texts.setdefault(text, (file, line))
+    named = [parameter_names(text) for text in texts]
+    rows: list[dict[str, Any]] = []
+    places: list[tuple[str, int]] = []
+    for i, (text, place) in enumerate(texts.items()):
+        # Parameters of a docstring nearby: its functions are about similar things.
+        for row in rows_of(text, named[i - 1]):
+            rows.append(row)
+            places.append(place)
+    files = {file: i for i, file in enumerate(dict.fromkeys(file for file, _ in places))}
+    digest = hashlib.sha256("\0".join(f"{row['id']}\0{row['question']}" for row in rows).encode())
+    table = Rows(
+        name=QUESTIONS,
+        columns={name: [row[name] for row in rows] for name in (rows[0] if rows else ())},
+        fingerprint=digest.hexdigest(),
+        origins=tuple(Origin(file, "line") for file in files),
+        origin_index=np.array([files[file] for file, _ in places], dtype=np.int64),
+        positions=np.array([line for _, line in places], dtype=np.int64),
+    )
+    return table, [row["context"].encode() for row in rows]
+
+
 def _folder(package: str, key: str) -> Path:
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -142,15 +187,21 @@ def _folder(package: str, key: str) -> Path:
 
 def _paragraphs(folder: Path) -> Iterator[tuple[str, int, str]]:
     """``(file, line, text)`` of each docstring's first paragraph."""
+    for file, line, docstring in _texts(folder):
+        first = docstring.replace("\\\n", "\n").strip().split("\n\n")[0]
+        text = " ".join(first.split())
+        if len(text.split()) >= _FEWEST_WORDS:
+            yield file, line, text
+
+
+def _texts(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """``(file, line, text)`` of each docstring."""
     for file in sorted(folder.rglob("*.py")):
         source = file.read_text(encoding="utf-8", errors="replace")
         line, counted = 1, 0
         for match in _DOCSTRING.finditer(source) if '"""' in source else ():
             line, counted = line + source.count("\n", counted, match.start(1)), match.start(1)
-            first = match[1].replace("\\\n", "\n").strip().split("\n\n")[0]
-            text = " ".join(first.split())
-            if len(text.split()) >= _FEWEST_WORDS:
-                yield str(file), line, text
+            yield str(file), line, match[1]
 
 
 def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.card_shape import Ratio
 from peftlab.evaluation.metrics import unknown_metric
-from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, ROWS_OF_CHOICES, class_slugs, family_of
+from peftlab.specs.metrics import CARD_ORDER, METRICS, ROWS, ROWS_OF_ANSWERS, ROWS_OF_CHOICES, class_slugs, family_of
 from peftlab.specs.task_spec import TaskSpec
 
 
@@ -69,4 +69,5 @@ def check_headline(name: str, spec: TaskSpec, class_names: Sequence[str] | None,
 
 def _verdict_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
     columns = ROWS[spec.predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
+    columns |= ROWS_OF_ANSWERS if spec.predicts == "spans" else frozenset()
     return [s.headline for s in METRICS.values() if s.rows and s.on_card and columns >= set(s.rows)]

@@ -4,11 +4,13 @@ from peftlab.models.bnb import import_bitsandbytes
 from peftlab.models.config import (
     check_stored,
     end_ids,
+    has_head,
     label_names,
     load_config,
     load_skeleton,
     reads_later_tokens,
     stored_as,
+    token_types,
 )
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.image_reader import ImageReader, load_image_reader
@@ -33,6 +35,7 @@ __all__ = [
     "end_ids",
     "find_pretrained",
     "import_bitsandbytes",
+    "has_head",
     "label_names",
     "length_limit",
     "load_config",
@@ -56,6 +59,7 @@ __all__ = [
     "start_rows",
     "stored_as",
     "token_rows",
+    "token_types",
     "tokenizer_fingerprint",
     "vocabulary_rows",
 ]

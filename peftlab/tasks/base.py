@@ -37,6 +37,7 @@ class TaskParts:
         template: texts with ``{column}`` fields, by part. head_loss: see ``LMHead``.
         window: longest window of a long context in tokens; None: not set. stride: tokens that neighbouring windows share; None:
             not set. max_answer_tokens, null_threshold: see the recipe's section ``eval``.
+        token_types: number of types of tokens that the model reads; 0: it reads none.
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
@@ -58,6 +59,7 @@ class TaskParts:
     stride: int | None = None
     max_answer_tokens: int = 30
     null_threshold: float | None = 0.0
+    token_types: int = 0
     sentences: Callable[[], Any] | None = None
     sample: Mapping[str, Any] = field(default_factory=dict)
     style: Style | None = None
