@@ -40,6 +40,12 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
             "family",
             key="model.name",
         )
+    if spec.predicts == "spans" and getattr(config, "pad_index", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+        raise RecipeError(
+            f"{config.model_type} takes the id {config.pad_index} for padding, also inside a text, and the padding token of the "
+            f"tokenizer is {tokenizer.pad_token_id}; use the model's own tokenizer",
+            key="model.name",
+        )
     separator = getattr(config, "sep_token_id", None)
     if spec.predicts == "spans" and config.model_type == "longformer":
         found = tokenizer("a", "b", verbose=False)["input_ids"].count(separator)

@@ -24,6 +24,8 @@ def whole_answer(record: Record, *, styled: bool) -> str:
     """The answer to a single input. Args: styled: for a person at a terminal, not for a program."""
     if "text" in record:
         return formatting.printable(record["text"]) if styled else str(record["text"])
+    if _has_span(record):
+        return _span(record, styled=styled)
     if not _has_label(record):
         return _as_json(record)
     if styled:
@@ -35,6 +37,9 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     """The answer to one of several inputs, on one line. Args: styled: as above. width: of the terminal."""
     if "text" in record:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
+    if _has_span(record) and styled:
+        about = "" if record.get("input") else f"row {record['row']:,}: "
+        return formatting.one_line(f"{about}{_span(record, styled=True)}", width - 1)
     if not _has_label(record) or not styled:
         return whole_answer(record, styled=styled)
     label = formatting.one_line(record["label"], _LABEL_WIDTH)
@@ -45,6 +50,22 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
 
 def _has_label(record: Record) -> bool:
     return {"label", "probability"} <= record.keys()
+
+
+def _has_span(record: Record) -> bool:
+    return {"answer", "start", "end"} <= record.keys()
+
+
+def _span(record: Record, *, styled: bool) -> str:
+    """The answer, its place in characters, its probability and that of having none; tab-separated for a program."""
+    found, none = record["probability"], record["no_answer_probability"]
+    if styled:
+        if record["start"] is None:
+            return f"(no answer)  {100 * none:.1f} %"
+        answer = formatting.one_line(record["answer"])
+        return f"{answer}  ({record['start']:,} to {record['end']:,})  {100 * found:.1f} %"
+    places = ["" if record[name] is None else str(record[name]) for name in ("start", "end")]
+    return "\t".join([_escaped(record["answer"]).replace("\t", "\\t"), *places, f"{found:.6f}", f"{none:.6f}"])
 
 
 def _as_json(record: Record) -> str:

@@ -55,7 +55,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
     packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
 
     ``docstring-questions:numpy,scipy``: questions about the docstrings with a section Parameters (numpy's format) of up to
-    1,500 characters, made by rules: the default or the type of a parameter, or an exception. Columns ``id``, ``question``,
+    600 characters, made by rules: the default or the type of a parameter, or an exception. Columns ``id``, ``question``,
     ``context`` and ``answers`` as in SQuAD 2; about a third of the questions have no answer in their context.
 
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a

@@ -12,7 +12,7 @@ import numpy as np
 
 _RAISES = "Which exception is raised?"
 # Characters of a docstring: longer ones are mostly examples and notes.
-_LONGEST = 1500
+_LONGEST = 600
 # Questions of a kind per docstring, so that functions with many parameters do not outweigh the others.
 _MOST_DEFAULTS, _MOST_TYPES = 2, 1
 _LONGEST_TYPE = 60
