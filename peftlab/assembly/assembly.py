@@ -46,7 +46,7 @@ from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
 from peftlab.specs.metrics import class_slugs, family_of
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_class
+from peftlab.tasks import Encoded, FindsClasses, FindsSettings, Padding, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
@@ -251,6 +251,27 @@ class Assembly:
         return cast(type[FindsClasses], task_class(self.spec)).find_classes(parts, rows)
 
     @property
+    def found(self) -> dict[str, Any]:
+        """The settings that the task finds, or that the run in the recipe's lock has found; empty for a task without any."""
+        if not self.spec.finds_settings:
+            return {}
+        stored = ((self.recipe.lock or {}).get("environment") or {}).get("found")
+        if isinstance(stored, dict):
+            return dict(stored)
+        return self._once("settings", [self._data_key, self._reads_train], self._find_settings)
+
+    def _find_settings(self) -> dict[str, Any]:
+        rows = self.data.labelled
+        parts = self._task_parts(self.reader, classes=None, rows=rows, found={})
+        return cast(type[FindsSettings], task_class(self.spec)).find_settings(parts, rows)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the lock file of a run keeps of the data: names of the classes, and settings."""
+        kept: dict[str, Any] = {"class_names": self.classes} if self.spec.names_classes else {}
+        return kept | ({"found": self.found} if self.found else {})
+
+    @property
     def task(self) -> Task:
         """The task, with reader, columns and classes. Raises: DataError, RecipeError."""
         return self._once("task", self._task_key, self._make_task)
@@ -279,10 +300,16 @@ class Assembly:
         return task_class(self.spec).make(parts)
 
     def _task_parts(
-        self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
+        self,
+        reader: Any,
+        *,
+        classes: list[str] | None,
+        rows: Rows | None,
+        pretrained: Pretrained | None = None,
+        found: dict[str, Any] | None = None,
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        padding, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
+        padding, ends, num_embeddings, token_types = self._reading(pretrained or self.pretrained, reader)
         return TaskParts(
             reader,
             columns=data.columns,
@@ -301,6 +328,11 @@ class Assembly:
             padding=padding,
             end_ids=ends,
             num_embeddings=num_embeddings,
+            token_types=token_types,
+            separator=data.separator,
+            order=data.order,
+            threshold=r.eval.threshold,
+            found=self.found if found is None else found,
         )
 
     @property
@@ -314,23 +346,24 @@ class Assembly:
             read |= {"label", data.columns["label"]}
         return [name for name in self.data.labelled.columns if name not in read]
 
-    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
-        """How a model's family is padded, the ids that end its texts, and the rows of its input embeddings, if it has a
-        vocabulary. Raises: RecipeError if it cannot do the task."""
+    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None, bool]:
+        """How a model's family is padded, the ids that end its texts, the rows of its input embeddings, if it has a
+        vocabulary, and whether it reads types of tokens. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
-            return "right", [], None
+            return "right", [], None, False
         settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
         # The reader is kept too: while it lives, no other one has its id.
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
-    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
+    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None, bool]:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
         rows = vocabulary_rows(config)
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
-        return padding_of(config, self.spec.predicts), ends, rows
+        types = getattr(config, "type_vocab_size", 0) or 0
+        return padding_of(config, whole_rows=self.spec.reads_whole_rows), ends, rows, types > 1
 
     @property
     def num_embeddings(self) -> int | None:
@@ -516,9 +549,13 @@ class Assembly:
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens"}),
+            r.data.model_dump(
+                include={"columns", "label_names", "bins", "order", "separator", "template", "control_tokens"}
+            ),
             r.train.class_weights,
             self.classes,
+            self.found,
+            r.eval.threshold,
             r.run.kernels,
             r.model.pooling,
             sentences,

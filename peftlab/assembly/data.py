@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peftlab.data import Rows, balanced_rows, class_names, label_text, load_rows, read_labels, split_rows
+from peftlab.data.label_sets import label_columns
 from peftlab.errors import DataError, RecipeError, listed
 from peftlab.recipe import Recipe
 
@@ -116,8 +117,8 @@ def read_class_labels(recipe: Recipe, rows: Rows, *, all_names_used: bool = True
 
 def check_columns(recipe: Recipe, rows: Rows) -> None:
     """Raises DataError for the first of data.columns that is missing in the rows."""
-    for part, name in recipe.data.columns.items():
-        if part != "label":
+    for part, named in recipe.data.columns.items():
+        for name in [] if part == "label" else label_columns(named, rows.columns) if part == "labels" else [named]:
             try:
                 rows.column(name)
             except DataError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from peftlab import ops
 from peftlab.adapters import (
@@ -32,7 +32,7 @@ from peftlab.measuring.memory import release_memory
 from peftlab.models import base_model, new_weights, token_rows
 from peftlab.recipe import LoadedRecipe, Recipe, check_lock
 from peftlab.specs.methods import METHODS
-from peftlab.tasks import Encoded, Task
+from peftlab.tasks import Encoded, FindsSettings, Task
 from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.progress import Progress, SilentProgress
 
@@ -155,6 +155,10 @@ def prepare(
     progress.stage(f"loading {recipe.model.name} ({storage}) on {device}")
     model, planned, trained = trainable(assembly, assembly.model(), num_steps=plan.total_steps, train=train)
     release_memory()  # quantizing held every weight in full precision
+    if assembly.spec.finds_settings:
+        random = assembly.pretrained.source.kind in ("tiny", "shape")
+        before = assembly.start is not None or not (random or new_weights(model))
+        cast(FindsSettings, task).before_training(model, trained_before=before)
     progress.done()
     progress.note(f"{method_text(recipe)}: {trained}")
     if (checked := getattr(model, "quantized_check", None)) is not None:

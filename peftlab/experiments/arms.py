@@ -103,7 +103,7 @@ class Distillation:
         if replace and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        environment: dict[str, Any] = {"class_names": assembly.classes} if assembly.spec.names_classes else {}
+        environment = assembly.kept
         if assembly.spec.generates:
             environment["style"] = cast(Generates, assembly.task).formatter.style
         try:

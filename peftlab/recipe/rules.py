@@ -61,10 +61,10 @@ def keys_of_other_tasks(recipe: Recipe) -> Problems:
     for key in KEYS_OF_TASKS:
         if key not in spec.keys:
             lacks = f", which has no {NEEDS[key]}" if key in NEEDS else ""
-            yield from _no_effect(recipe, [key], f"for task: {recipe.task}{lacks}")
+            yield from _no_effect(recipe, [key], f"for {spec.what}{lacks}")
     for part in recipe.data.columns:
         if part not in spec.columns:
-            yield (f"data.columns.{part}",), f"has no effect for task: {recipe.task}; remove it"
+            yield (f"data.columns.{part}",), f"has no effect for {spec.what}; remove it"
 
 
 def keys_of_other_methods(recipe: Recipe) -> Problems:
@@ -175,7 +175,7 @@ def keys_of_other_optimizers(recipe: Recipe) -> Problems:
 
 
 def label_names_name_a_column(recipe: Recipe) -> Problems:
-    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    has_column = recipe.spec.names_classes or "label" in recipe.data.columns
     if recipe.data.label_names and "data.label_names" in recipe.spec.keys and not has_column:
         yield ("data.label_names",), "names the values of a label column; set data.columns.label"
 
@@ -270,6 +270,9 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
     for loss in distill.losses:
         if loss.compares_layers(spec.predicts):
             yield from _one_live_teacher(distill, loss.kind)
+        elif spec.predicts == "numbers":
+            if loss.kind != "hidden_mse":
+                yield ("distill.losses",), f"{loss.kind} does not compare numbers; use hidden_mse, or leave it out"
         elif spec.predicts == "vectors" and "vectors" not in LOSSES[loss.kind].compares:
             yield (
                 ("distill.losses",),
@@ -293,6 +296,11 @@ def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
         )
     elif len(distill.all_teachers) > 1:
         yield ("distill.losses",), f"{kind} compares the layers of one teacher; set distill.teacher"
+
+
+def thresholds_are_tuned_in_training(recipe: Recipe) -> Problems:
+    if recipe.eval.threshold == "tuned" and recipe.distill is not None:
+        yield ("eval.threshold",), "is tuned by `peftlab train` only; set a number for a distillation"
 
 
 def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
@@ -334,5 +342,6 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     rounded_operands_have_a_path,
     self_is_a_backbone,
     losses_compare_what_there_is,
+    thresholds_are_tuned_in_training,
     on_policy_knows_its_steps,
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, or a vector per
-# row. Loss, teacher and report card depend on it.
-Predicts = Literal["tokens", "token classes", "classes", "vectors"]
+# What a model predicts at each scored position: tokens of a vocabulary, a class per token or per decision about a row, one class
+# per row, a vector per row, or a number per row. Loss, teacher and report card depend on it.
+Predicts = Literal["tokens", "token classes", "classes", "vectors", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class TaskSpec:
             classification head. ``rows``: the task finds them in its rows (it then implements ``tasks.FindsClasses``).
             ``eval.choices``: that key names them.
         headline: the metric of a distillation's verdict; with classes ``headline_with_classes``.
+        finds_settings: whether the training rows or the trained model give it settings that a run keeps (it then implements
+            ``tasks.FindsSettings``).
+        one_output_per_class: whether each class is a scored position of its own, so that a teacher needs the same order.
         learns_from_labels: False if it can only learn from a teacher.
         generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
             each pass (it then implements ``tasks.Redraws``).
@@ -50,6 +53,8 @@ class TaskSpec:
     headline_with_classes: str | None = None
     classes_from: Literal["label", "rows", "eval.choices"] | None = None
     reader: Literal["tokenizer", "image processor"] = "tokenizer"
+    finds_settings: bool = False
+    one_output_per_class: bool = False
     learns_from_labels: bool = True
     generates: bool = False
     redraws: bool = False
@@ -64,6 +69,16 @@ class TaskSpec:
     def classifies(self) -> bool:
         """Whether it has one label per row and a classification head."""
         return self.classes_from == "label"
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether its head reads one position of each row of tokens: the first or the last."""
+        return self.auto_class == "AutoModelForSequenceClassification"
+
+    @property
+    def what(self) -> str:
+        """``task: NAME``, with the role that chooses a variant."""
+        return f"task: {self.name}" + (f" with data.columns.{self.chosen_by[0]}" if self.chosen_by else "")
 
     @property
     def names_classes(self) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from peftlab.specs.task_spec import TaskSpec
 
 _TEXT = ("data.max_length", "data.too_long")
 _SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
-_LABELS = ("data.label_names", "data.balance", "distill.hard_weight", "distill.baseline", *_SCORED)
+_TAUGHT = ("distill.hard_weight", "distill.baseline", *_SCORED)
+_LABELS = ("data.label_names", "data.balance", *_TAUGHT)
 _CLASSES = ("data.bins", "train.class_weights", *_LABELS)
+_SELF_TRAINING = "train.self_training"
 _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
 # What a task lacks if it does not use the key.
 NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *_SCORED), "labels") | dict.fromkeys(
@@ -57,8 +60,8 @@ TASKS: dict[str, TaskSpec] = {
             auto_class="AutoModelForSequenceClassification",
             peft_type="SEQ_CLS",
             predicts="classes",
-            columns=("text", "label"),
-            keys=(*_TEXT, *_CLASSES, *_SOFTMAX),
+            columns=("text", "pair", "label"),
+            keys=(*_TEXT, *_CLASSES, *_SOFTMAX, _SELF_TRAINING),
             scores=_PER_ROW,
             classes_from="label",
             headline="accuracy",
@@ -71,7 +74,7 @@ TASKS: dict[str, TaskSpec] = {
             peft_type=None,
             predicts="classes",
             columns=("image", "label"),
-            keys=(*_CLASSES, *_SOFTMAX),
+            keys=(*_CLASSES, *_SOFTMAX, _SELF_TRAINING),
             scores=_PER_ROW,
             classes_from="label",
             headline="accuracy",
@@ -95,7 +98,48 @@ TASKS: dict[str, TaskSpec] = {
 }
 
 # Tasks whose rows hold something else, by the role in data.columns that chooses them.
-VARIANTS: tuple[TaskSpec, ...] = ()
+VARIANTS: tuple[TaskSpec, ...] = (
+    replace(
+        TASKS["seq_cls"],
+        summary="any number of labels per text",
+        implementation="seq_cls:MultiLabelClassification",
+        chosen_by=("labels",),
+        columns=("text", "pair", "labels"),
+        predicts="token classes",
+        keys=("data.separator", "data.label_names", "eval.threshold", *_TEXT, *_TAUGHT, *_SOFTMAX),
+        scores=("nll_sum", "num_scored", "predicted_labels", "true_labels", "label_probabilities"),
+        classes_from="rows",
+        finds_settings=True,
+        one_output_per_class=True,
+        headline="loss",
+    ),
+    replace(
+        TASKS["seq_cls"],
+        summary="one of several ordered classes per text",
+        implementation="seq_cls:OrdinalClassification",
+        chosen_by=("rank",),
+        columns=("text", "pair", "rank"),
+        predicts="token classes",
+        keys=("data.order", "data.bins", "data.label_names", "train.class_weights", *_TEXT, *_TAUGHT, *_SOFTMAX),
+        scores=(*_PER_ROW, "predicted_ranks", "true_ranks"),
+        classes_from="rows",
+        one_output_per_class=True,
+        headline="loss",
+    ),
+    replace(
+        TASKS["seq_cls"],
+        summary="a number per text",
+        implementation="seq_cls:Regression",
+        chosen_by=("score",),
+        columns=("text", "pair", "score"),
+        predicts="numbers",
+        keys=(*_TEXT, *_TAUGHT),
+        scores=("nll_sum", "num_scored", "predicted_numbers", "true_numbers"),
+        classes_from=None,
+        finds_settings=True,
+        headline="mse",
+    ),
+)
 
 TASK_SPECS: tuple[TaskSpec, ...] = (*TASKS.values(), *VARIANTS)
 

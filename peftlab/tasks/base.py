@@ -40,6 +40,9 @@ class TaskParts:
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
+        token_types: whether the model tells two texts apart by ``token_type_ids``.
+        separator: what stands between the labels in a text. order: the classes of a rank, lowest first.
+        threshold: the probability from which a row has a label, ``tuned``, or None. found: see ``FindsSettings``.
     """
 
     reader: Any
@@ -59,6 +62,11 @@ class TaskParts:
     padding: Padding = "right"
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    token_types: bool = False
+    separator: str | None = None
+    order: Sequence[str] = ()
+    threshold: float | str | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -151,6 +159,24 @@ class FindsClasses(Task, Protocol):
     @classmethod
     def find_classes(cls, parts: TaskParts, rows: Rows) -> list[str]:
         """The names in index order. Raises: DataError if there are too few. Args: parts: without classes."""
+
+
+class FindsSettings(Task, Protocol):
+    """A task with settings that come from the training rows (``spec.finds_settings``), such as the scale of the scores, or
+    from the trained model, such as thresholds. A run keeps them."""
+
+    @classmethod
+    def find_settings(cls, parts: TaskParts, rows: Rows) -> dict[str, Any]:
+        """Plain values for ``TaskParts.found``. Raises: DataError. Args: parts: without classes."""
+
+    def before_training(self, model: nn.Module, *, trained_before: bool) -> None:
+        """Prepares ``model``. Args: trained_before: whether its head comes from an earlier training. Raises: RecipeError."""
+
+    def after_training(self, model: nn.Module, examples: Sequence[Example], *, batch_tokens: int) -> dict[str, Any]:
+        """Finishes a model as it was trained, and returns the settings. Args: examples: the training rows."""
+
+    def of_checkpoint(self) -> None:
+        """The model that comes next is of a training that has not ended."""
 
 
 class Generates(Task, Protocol):

@@ -19,7 +19,7 @@ from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import EMPTY_TEXT, blank_values, cut_note
 from peftlab.tasks.outputs import Outputs, at_least_float32
 from peftlab.tasks.preview import Preview, preview
-from peftlab.tasks.texts import Texts, fitted
+from peftlab.tasks.texts import Texts
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -96,7 +96,7 @@ class Embedding:
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
             ledger.add(first, tokens, kept)
             if keep:
-                examples += [Example(ids, first + i, 1.0) for i, ids in fitted(tokens, kept)]
+                examples += [Example(ids, first + i, 1.0) for i, ids, _ in self._texts.fitted(tokens, kept)]
         return Encoded(examples, ledger)
 
     def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
