@@ -42,16 +42,16 @@ _INITIAL_ROWS, _INITIAL_TOKENS = 128, 2048
 
 @dataclass(frozen=True)
 class Phase:
-    """A range of a run's steps, with its own rows.
+    """A range of a run's steps, or all of them, with its own rows.
 
     Attributes:
-        rows: the rows of ``train``. span: the first step, and the one after the last.
+        rows: the rows of ``train``. span: the first step, and the one after the last; None: all steps.
         before: called with the parts right before the first step; None: no call.
     """
 
     rows: Rows
     train: Encoded
-    span: tuple[int, int]
+    span: tuple[int, int] | None = None
     before: Callable[[Parts], None] | None = None
 
 
@@ -136,7 +136,8 @@ def prepare(
     train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
     rows = rows if phase is None else phase.rows
     progress.done()
-    reported = phase is not None and phase.span[0] > 0
+    span = None if phase is None else phase.span
+    reported = span is not None and span[0] > 0
     ledger = report_ledger(
         task,
         train.ledger,
@@ -147,7 +148,6 @@ def prepare(
         of_model=model_findings(assembly),
         num_embeddings=assembly.num_embeddings,
     )
-    span = None if phase is None else phase.span
     plan = make_plan(assembly, train.lengths, packing=limit if recipe.data.packing else None, span=span)
     for key, message in [] if reported else plan_notes(recipe, plan.total_steps):
         progress.note(f"{key}: {message}")

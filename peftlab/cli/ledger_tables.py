@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
 from peftlab.cli.output import Output
-from peftlab.data.ledger_text import PreviewText, answers_line, finding_line, left_out_lines, shared_line
+from peftlab.data.ledger_text import (
+    PreviewText,
+    answers_line,
+    finding_line,
+    left_out_lines,
+    numbers_text,
+    shared_line,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +40,7 @@ def show_check(out: Output, report: Report) -> None:
     out.line(f"data: {train['name']}, {part if report['split'] else held_out['name']} held out")
     if report["format"]:
         out.line(f"format: {formatting.printable(report['format'])}")
-    for line in [] if distill is None else _distill_lines(distill, report["model"]):
+    for line in [*([] if distill is None else _distill_lines(distill, report["model"])), *report["unlabelled"]]:
         out.line(line)
     _show_findings(out, [f for f in report["findings"] if f["level"] == "error"])
     out.line()
@@ -41,6 +48,9 @@ def show_check(out: Output, report: Report) -> None:
     if train["labels"] is not None:
         out.line()
         out.show(_label_table(train["labels"], held_out["labels"]))
+    for name, title in _TITLES.items():
+        if text := numbers_text(report[name]["numbers"]):
+            out.line(f"{title}: {text}")
     if train["trained"] is not None:
         if train["roles"] or held_out["roles"]:
             out.line()

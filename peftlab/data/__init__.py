@@ -7,8 +7,8 @@ from peftlab.data.labels import class_names, label_text, nearest_label, read_lab
 from peftlab.data.ledger import Ledger
 from peftlab.data.packing import pack, packing_figures
 from peftlab.data.rows import Rows
-from peftlab.data.sources import load_rows
-from peftlab.data.split import balanced_rows, split_rows
+from peftlab.data.sources import load_rows, split_per_class
+from peftlab.data.split import balanced_rows, rows_per_class, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
@@ -34,7 +34,9 @@ __all__ = [
     "read_images",
     "read_labels",
     "require",
+    "rows_per_class",
     "size_text",
+    "split_per_class",
     "split_rows",
     "tokenize",
 ]

@@ -181,7 +181,7 @@ def label_names_name_a_column(recipe: Recipe) -> Problems:
 
 
 def balance_knows_the_classes(recipe: Recipe) -> Problems:
-    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    has_column = recipe.spec.classifies or {"label", "rank"} & set(recipe.data.columns)
     if recipe.data.balance and "data.balance" in recipe.spec.keys and not has_column:
         yield ("data.balance",), "draws rows by their class; set data.columns.label"
     if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
@@ -298,6 +298,11 @@ def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
         yield ("distill.losses",), f"{kind} compares the layers of one teacher; set distill.teacher"
 
 
+def self_training_is_no_distillation(recipe: Recipe) -> Problems:
+    if recipe.distill is not None:
+        yield from _no_effect(recipe, ["train.self_training"], "in a distillation; name the rows in distill.transfer")
+
+
 def thresholds_are_tuned_in_training(recipe: Recipe) -> Problems:
     if recipe.eval.threshold == "tuned" and recipe.distill is not None:
         yield ("eval.threshold",), "is tuned by `peftlab train` only; set a number for a distillation"
@@ -342,6 +347,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     rounded_operands_have_a_path,
     self_is_a_backbone,
     losses_compare_what_there_is,
+    self_training_is_no_distillation,
     thresholds_are_tuned_in_training,
     on_policy_knows_its_steps,
 )
