@@ -284,8 +284,11 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
                 ("distill.losses",),
                 f"{loss.kind} compares vectors, and task: {recipe.task} has none; use forward_kl",
             )
-    if spec.predicts == "vectors" and distill.teachers:
-        yield ("distill.teachers",), "vectors of several teachers cannot be mixed; set distill.teacher"
+    if spec.predicts in ("vectors", "numbers"):
+        if distill.teachers:
+            yield ("distill.teachers",), f"{spec.predicts} of several teachers cannot be mixed; set distill.teacher"
+        if distill.cache is not None and distill.targets.fill != "hidden":
+            yield ("distill.targets",), f"a cache of {spec.predicts} stores them whole; set fill: hidden"
 
 
 def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:

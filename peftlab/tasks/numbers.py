@@ -20,7 +20,7 @@ from peftlab.data.numbers import read_numbers
 from peftlab.errors import DataError, RecipeError
 from peftlab.tasks.base import Columns, TaskParts
 from peftlab.tasks.example import Example
-from peftlab.tasks.outputs import Outputs, at_least_float32
+from peftlab.tasks.outputs import Outputs, at_least_float32, numbers_of
 
 _KEY = "data.columns.score"
 
@@ -31,8 +31,8 @@ class Numbers:
 
     Attributes:
         mean, std: of the training rows, in the data's units.
-        has_bias: whether the head has a bias; without one, numbers are in units of their root mean square.
-        in_training: whether the model gives numbers in these units, and not in the data's.
+        has_bias: whether the head has a bias; a model without one learns numbers in units of their root mean square.
+        in_training: whether the model gives the numbers that it learns, and not the data's.
     """
 
     mean: float
@@ -66,9 +66,17 @@ class Numbers:
         return {"num_labels": 1, "problem_type": "regression"}
 
     @property
-    def unit(self) -> tuple[float, float]:
-        """The number that is 0, and the length of 1, of ``Outputs.values``."""
+    def _learned(self) -> tuple[float, float]:
+        """The data's number for an output of 0 while the model learns, and what an output of 1 is more."""
         return (self.mean, self.std) if self.has_bias else (0.0, math.hypot(self.mean, self.std))
+
+    @property
+    def _to_deviations(self) -> tuple[float, float]:
+        """What to add to, and to multiply before, an output of the model to have standard deviations from the mean."""
+        if self.in_training:
+            zero, one = self._learned
+            return (zero - self.mean) / self.std, one / self.std
+        return -self.mean / self.std, 1 / self.std
 
     def texts(self, rows: Rows) -> list[str]:
         return [f"{number:g}" for number in read_numbers(rows, self.column)]
@@ -85,21 +93,22 @@ class Numbers:
         return None
 
     def outputs(self, logits: Tensor, labels: Tensor | None, weights: Tensor) -> Outputs:
-        values, (zero, one) = at_least_float32(logits), self.unit
-        if not self.in_training:
-            values = (values - zero) / one
-        targets = None if labels is None else ((labels.double() - zero) / one).to(values.dtype)
-        return Outputs(values, [1] * len(values), vectors=True, targets=targets, weights=weights)
+        shift, scale = self._to_deviations
+        values = at_least_float32(logits) * scale + shift
+        targets = None if labels is None else ((labels.double() - self.mean) / self.std).to(values.dtype)
+        unit = (self.mean, self.mean + self.std)
+        return Outputs(values, [1] * len(values), vectors=True, unit=unit, targets=targets, weights=weights)
 
     def reference(self, logits: Tensor, examples: list[Example], device: Any) -> Outputs:
-        zero, one = self.unit
-        values = [row if self.in_training else row / one - zero / one for row in at_least_float32(logits)]
+        zero, one = self._learned if self.in_training else (0.0, 1.0)
+        values = [(row * one + (zero - self.mean)) / self.std for row in at_least_float32(logits)]
         labelled = all(e.label is not None for e in examples)
-        targets = [(float(np.asarray(e.label)) - zero) / one for e in examples] if labelled else None
+        targets = [(float(np.asarray(e.label)) - self.mean) / self.std for e in examples] if labelled else None
         return Outputs(
             torch.stack(values),
             [1] * len(examples),
             vectors=True,
+            unit=(self.mean, self.mean + self.std),
             targets=None if targets is None else torch.tensor(targets, dtype=values[0].dtype, device=device),
             weights=torch.tensor([e.weight for e in examples], dtype=torch.float64, device=device),
         )
@@ -113,35 +122,35 @@ class Numbers:
         return {
             "nll_sum": float(self.losses(outputs).sum()),
             "num_scored": len(outputs),
-            "predicted_numbers": self._numbers(outputs),
+            "predicted_numbers": _predicted(outputs),
             "true_numbers": labels.double().tolist(),
         }
 
     def results(self, outputs: Outputs) -> list[dict[str, Any]]:
         """``{"score": number}`` of each row."""
-        return [{"score": number} for number in self._numbers(outputs)]
+        return [{"score": number} for number in _predicted(outputs)]
 
     def no_result(self) -> dict[str, Any]:
         return {"score": None}
-
-    def _numbers(self, outputs: Outputs) -> list[float]:
-        zero, one = self.unit
-        numbers: list[float] = (outputs.values[:, 0].double() * one + zero).tolist()
-        return numbers
 
     def begin(self, model: nn.Module, *, trained_before: bool) -> None:
         """Prepares a model for training. Args: trained_before: whether its head gives the data's units. Raises: RecipeError."""
         head = _head(model)
         self.has_bias, self.in_training = head.bias is not None, True
         if trained_before:
-            zero, one = self.unit
+            zero, one = self._learned
             _rescale(head, -zero / one, 1 / one)
 
     def finish(self, model: nn.Module) -> None:
         """Puts the scale into the head of a model as it was trained."""
-        zero, one = self.unit
-        _rescale(_head(model), zero, one)
+        _rescale(_head(model), *self._learned)
         self.in_training = False
+
+
+def _predicted(outputs: Outputs) -> list[float]:
+    """In the data's units."""
+    assert outputs.unit is not None
+    return numbers_of(outputs.values[:, 0], outputs.unit)
 
 
 def _head(model: nn.Module) -> nn.Linear:

@@ -125,6 +125,10 @@ def planned_fill(assembly: Assembly, skeleton: Any) -> Fill:
     num_classes, width = None, skeleton.config.get_text_config().hidden_size
     if assembly.spec.predicts == "tokens":
         num_classes = len(task.tokenizer)
+    elif assembly.spec.predicts == "numbers":
+        width = 1
+    elif assembly.spec.one_output_per_class:
+        num_classes = width = 2
     elif task.class_names:  # few classes: `hidden` stores the logits themselves
         num_classes = width = len(task.class_names)
     return fill_of(assembly, num_classes=num_classes, hidden_size=width)

@@ -264,7 +264,7 @@ def plan_capture(taught: TaughtExamples, teacher: NamedTeacher) -> dict[str, Any
 
 def _num_positions(examples: Sequence[Example]) -> NDArray[np.float64]:
     """[N] number of scored positions of each example."""
-    return np.array([1.0 if e.trained is None else e.weight for e in examples])
+    return np.array([float(e.num_scored) for e in examples])
 
 
 def _stored_bytes(fill: Fill, counts: NDArray[np.float64]) -> int:
