@@ -74,7 +74,8 @@ def test_a_run_is_checked_trained_resumed_merged_and_used(here: Path, kind: str)
     inputs: Any = [{"text": "good film", "pair": "yes"}, {"text": "bad", "pair": "no"}]
     found = list(peftlab.predict("run", inputs, progress=silent))
     merged = list(peftlab.predict("run/merged", inputs, progress=silent))
-    assert [r[KEYS[kind]] for r in merged] == pytest.approx([r[KEYS[kind]] for r in found], rel=1e-5)
+    ours, theirs = ([r[KEYS[kind]] for r in results] for results in (found, merged))
+    assert theirs == (pytest.approx(ours, rel=1e-5) if kind == "score" else ours)
     if "pair" in COLUMNS[kind]["columns"]:
         with pytest.raises(DataError, match="this model reads two texts, found one: 'good'"):
             list(peftlab.predict("run", "good", progress=silent))
