@@ -14,6 +14,7 @@ from peftlab.adapters import (
     planned_modules,
     planned_parameters,
     reach_notes,
+    try_injection,
 )
 from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
@@ -81,6 +82,14 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name
     config = check_adapter(skeleton, method, **assembly.adapter_places, **assembly.adapter_options)
     check_mixed(mixed_of(assembly.recipe), assembly)
+    if not (assembly.method.own_options or adapter.tokens or mixed_of(assembly.recipe)):
+        # Which modules of a head are new, and so no targets, is known with the weights; without a type none is a target.
+        places = (
+            assembly.adapter_places
+            | {"modules_to_save": ()}
+            | ({"peft_type": None} if assembly.spec.classifies else {})
+        )
+        try_injection(assembly.skeleton(), method, **places, **assembly.adapter_options)
     if (start := assembly.start) is not None:
         start.check(config, assembly)
         going_on = f"continues the adapter in {start.folder}"
