@@ -50,7 +50,7 @@ from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
-_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "too_long", "packing", "allow", "seed"}
+_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "stride", "too_long", "packing", "allow", "seed"}
 
 
 class Assembly:
@@ -295,6 +295,10 @@ class Assembly:
             template=data.template.model_dump(exclude_none=True) if data.template else None,
             head_loss=HeadLoss(r.run.kernels),
             pooling=r.model.pooling,
+            window=data.max_length,
+            stride=data.stride,
+            max_answer_tokens=r.eval.max_answer_tokens,
+            null_threshold=r.eval.null_threshold,
             sentences=lambda: sentence_files(self.pretrained),
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
@@ -512,12 +516,14 @@ class Assembly:
     def _task_key(self) -> list[Any]:
         r = self.recipe
         sentences = str(sentence_files(self.pretrained)) if "model.pooling" in self.spec.keys else None
+        windows = r.data.max_length if self.spec.predicts == "spans" else None
         return [
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
             r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens"}),
             r.train.class_weights,
+            [r.eval.max_answer_tokens, r.eval.null_threshold, r.data.stride, windows],
             self.classes,
             r.run.kernels,
             r.model.pooling,

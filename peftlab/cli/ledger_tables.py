@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from peftlab import formatting
 from peftlab.cli.metrics_tables import new_table
 from peftlab.cli.output import Output
-from peftlab.data.ledger_text import PreviewText, answers_line, finding_line, left_out_lines, shared_line
+from peftlab.data.ledger_text import (
+    PreviewText,
+    answers_line,
+    finding_line,
+    left_out_lines,
+    questions_line,
+    shared_line,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +48,10 @@ def show_check(out: Output, report: Report) -> None:
     if train["labels"] is not None:
         out.line()
         out.show(_label_table(train["labels"], held_out["labels"]))
+    if line := questions_line(train):
+        out.line()
+        out.line(f"train: {line}")
+        out.line(f"held out: {questions_line(held_out)}")
     if train["trained"] is not None:
         if train["roles"] or held_out["roles"]:
             out.line()
@@ -54,7 +65,8 @@ def show_check(out: Output, report: Report) -> None:
                 out.line(f"{title}: {line}")
     if train["tokens"] is not None:
         out.line()
-        out.show(*_length_lines(train["lengths"], train["max_length"], unicode=_draws(out)))
+        cut = "in windows of" if "questions" in train else "before truncation, limit"
+        out.show(*_length_lines(train["lengths"], train["max_length"], cut, unicode=_draws(out)))
     _show_rows(out, report)
     if report["estimate"] is not None:
         out.line()
@@ -172,11 +184,11 @@ def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
     return table
 
 
-def _length_lines(lengths: Report, limit: int, *, unicode: bool) -> list[Table | Text]:
+def _length_lines(lengths: Report, limit: int, cut: str, *, unicode: bool) -> list[Table | Text]:
     from rich.text import Text
 
     summary = (
-        f"tokens per row before truncation (limit {limit:,}): {lengths['min']:,} to {lengths['max']:,}, median "
+        f"tokens per row ({cut} {limit:,}): {lengths['min']:,} to {lengths['max']:,}, median "
         f"{lengths['median']:,.0f}, 95 % up to {lengths['p95']:,.0f}"
     )
     table = new_table()

@@ -6,6 +6,8 @@ from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
 from peftlab.data.ledger import Ledger
 from peftlab.data.packing import pack, packing_figures
+from peftlab.data.question_ledger import QuestionLedger
+from peftlab.data.questions import Question, Questions
 from peftlab.data.rows import Rows
 from peftlab.data.sources import load_rows
 from peftlab.data.split import balanced_rows, split_rows
@@ -16,6 +18,9 @@ __all__ = [
     "Finding",
     "Image",
     "Ledger",
+    "Question",
+    "QuestionLedger",
+    "Questions",
     "Rows",
     "Tokens",
     "answered",

@@ -12,6 +12,7 @@ import numpy as np
 
 from peftlab.data.labels import similar_labels
 from peftlab.data.ledger import Indices, Ledger
+from peftlab.data.question_ledger import QuestionLedger
 from peftlab.errors import DataError, listed
 
 _SHOWN_ROWS = 3
@@ -38,6 +39,14 @@ _NOTES = {
     "untrained_role": (
         "train or loss is true on turns that are not the assistant's; they are not trained ({rows})",
         None,
+    ),
+    "unaligned": (
+        "the answer begins or ends inside a token ({rows}); the tokens that cover it are trained",
+        "data.columns.answers",
+    ),
+    "ambiguous_answer": (
+        "the answer occurs more than once in the context and the data does not say where; the first place is trained ({rows})",
+        "data.columns.answer_start",
     ),
     "unmatched_call": ("a tool_call_id names no earlier call ({rows})", None),
     "dropped_reasoning": ("the chat template leaves out the reasoning before the last question ({rows})", None),
@@ -89,6 +98,7 @@ def find(ledger: Ledger, *, num_embeddings: int | None = None) -> list[Finding]:
         *_messages(ledger),
         *_row_notes(ledger),
         *_labels(ledger),
+        *(_questions(ledger) if isinstance(ledger, QuestionLedger) else ()),
     ]
     return sorted(findings, key=lambda finding: not finding.error)
 
@@ -381,6 +391,24 @@ def _labels(ledger: Ledger) -> Iterator[Finding]:
     elif single:
         have = "1 label has" if len(single) == 1 else f"{len(single):,} labels have"
         yield Finding("single_row_label", f"{have} only one row: {listed(single)}", "data.columns.label")
+
+
+def _questions(ledger: QuestionLedger) -> Iterator[Finding]:
+    count, without = ledger.num_labelled, ledger.num_unanswered
+    if count and without == count:
+        yield Finding("no_answers", f"none of the {_rows(count)} has an answer", "data.columns.answers", error=True)
+    elif count and not without and ledger.withholds:
+        yield Finding(
+            "always_answered",
+            "every row has an answer; eval.null_threshold=null makes the model always give one",
+            "eval.null_threshold",
+        )
+    elif without and not ledger.withholds:
+        yield Finding(
+            "never_withheld",
+            f"{_rows(without)} have no answer, but with eval.null_threshold=null the model gives one to every question",
+            "eval.null_threshold",
+        )
 
 
 def _similar(counts: dict[str, int]) -> Iterator[Finding]:

@@ -308,7 +308,7 @@ class Ledger:
             "name": self.rows.name,
             "style": self.style,
             "rows": len(lengths) + sum(map(len, self.rows.left_out.values())),
-            "kept": len(self.lengths),
+            "kept": len(self.kept_rows),
             "tokens": None if self.tokenizer is None else self.num_tokens,
             "trained": None if self.per_row else self.num_trained,
             "max_length": self.max_length,

@@ -50,6 +50,20 @@ def answers_line(report: Mapping[str, Any]) -> str:
     return f"{answers['ended']:,} of {count:,} {what}s end with a trained {ends}{cut}"
 
 
+def questions_line(report: Mapping[str, Any]) -> str:
+    """A sentence on the windows of a data set of questions and on its answers; empty for other data."""
+    found = report.get("questions")
+    if found is None:
+        return ""
+    windows = f"{found['windows']:,} window{'' if found['windows'] == 1 else 's'} of up to {found['window']:,} tokens"
+    several = f" ({found['rows_of_several_windows']:,} rows have several)" if found["rows_of_several_windows"] else ""
+    if not found["rows_labelled"]:
+        return f"{windows}{several}"
+    without = f"{found['rows_without_answer']:,} of {found['rows_labelled']:,} rows have no answer"
+    inside = f"; in {found['rows_not_aligned']:,} it begins or ends inside a token" if found["rows_not_aligned"] else ""
+    return f"{windows}{several}, {found['windows_with_answer']:,} with the answer; {without}{inside}"
+
+
 def left_out_lines(report: Mapping[str, Any]) -> list[str]:
     """One line per reason why rows were changed or left out."""
     return [
@@ -85,7 +99,8 @@ def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
         labels = _label_counts(report["labels"] or [])
-        lines = [f"{name}: {rows}{tokens}; " + (f"labels: {labels}" if labels else "without labels")]
+        about = questions_line(report) or (f"labels: {labels}" if labels else "without labels")
+        lines = [f"{name}: {rows}{tokens}; {about}"]
     else:
         trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"
         lines = [f"{name}: {rows}, {report['tokens']:,} tokens, {trained}"]

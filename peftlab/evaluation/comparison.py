@@ -29,7 +29,8 @@ class Comparison:
 
     Args:
         num_rows: number of held-out rows. Compare models on the same rows only.
-        predicts: see ``TaskSpec``. "tokens", "token classes": a row has any number of scored positions. "classes": exactly one.
+        predicts: see ``TaskSpec``. "tokens", "token classes", "spans": a row has any number of scored positions. "classes": exactly
+            one.
 
     Attributes:
         calibration: over all positions.
@@ -113,7 +114,7 @@ class Comparison:
         columns: dict[str, Floats] = {"positions": positions, "nll": self._sums["nll"]}
         if self.predicts == "tokens":
             columns |= {"tokens": positions, "correct_tokens": correct}
-        else:
+        elif self.predicts != "spans":
             columns |= {"class_positions": positions, "correct_classes": correct}
         if self.predicts == "classes":
             predicted, true = (np.asarray(rows, dtype=np.float64) for rows in (self.predictions, self.references))

@@ -162,6 +162,12 @@ class DataSection(Section):
     too_long: Literal["error", "truncate", "drop"] = Field(
         "error", description="what to do with rows longer than max_length"
     )
+    stride: int | None = Field(
+        None,
+        ge=0,
+        description="tokens that neighbouring windows of a long context share; default: a third of the window, which is "
+        "max_length (extractive_qa)",
+    )
     empty: Literal["error", "drop"] = Field(
         "error",
         description="what to do with rows that have no text, label or image, or null in another column that the texts are "
@@ -284,6 +290,13 @@ class EvalSection(Section):
         default_factory=list, description="prompts that the model answers before and after training (causal_lm)"
     )
     max_new_tokens: int = Field(64, ge=1, description="longest answer to a prompt, in tokens (causal_lm)")
+
+    max_answer_tokens: int = Field(30, ge=1, description="longest answer, in tokens (extractive_qa)")
+    null_threshold: float | None = Field(
+        0.0,
+        description="a question gets no answer if the score of having none exceeds that of the best answer by more than "
+        "this; null: every question gets an answer (extractive_qa)",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

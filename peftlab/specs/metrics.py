@@ -23,6 +23,7 @@ class MetricSpec:
         better: which direction is better; None if the values have no order.
         lowest, highest: bounds of its values.
         averaged: it gives NAME_macro and one NAME_CLASS per class instead of NAME.
+        parts: it gives NAME_PART as well for each of these parts of the rows.
         by_default: whether recipes without ``eval.metrics`` compute it.
         on_card: whether the report card shows the family's headline value if it can be computed.
         on_short_card: whether the card on the screen shows it without --verbose, in addition to the headline metric.
@@ -39,6 +40,7 @@ class MetricSpec:
     lowest: float = 0.0
     highest: float = math.inf
     averaged: bool = False
+    parts: tuple[str, ...] = ()
     by_default: bool = True
     on_card: bool = True
     on_short_card: bool = False
@@ -63,6 +65,8 @@ def _share(name: str, **about: object) -> MetricSpec:
 
 _PAIRS = {"predictions": "predictions", "references": "references"}
 _CLASS_ROWS = ("predicted_class", "true_class")
+_ANSWERS = {"predictions": "found_answers", "references": "right_answers"}
+_ANSWERABLE = ("answerable", "unanswerable")
 
 # The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
@@ -70,10 +74,13 @@ ROWS: dict[str, frozenset[str]] = {
     "tokens": _POSITIONS | {"tokens", "correct_tokens"},
     "token classes": _POSITIONS | {"class_positions", "correct_classes"},
     "classes": _POSITIONS | {"class_positions", "correct_classes", "brier", *_CLASS_ROWS},
+    "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
 }
 # Additional columns of answers chosen from eval.choices.
 ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
+# Additional columns of spans: how right the answer to each row is.
+ROWS_OF_ANSWERS = frozenset({"answer_exact", "answer_f1"})
 
 METRICS: dict[str, MetricSpec] = {
     spec.name: spec
@@ -139,6 +146,26 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             label="macro F1",
             note="F1 averaged over classes, all with equal weight",
+        ),
+        _share(
+            "squad_exact",
+            needs=_ANSWERS,
+            rows=("answer_exact",),
+            parts=_ANSWERABLE,
+            kept_as="share",
+            on_short_card=True,
+            label="exact match",
+            note="share of questions with exactly a right answer (SQuAD)",
+        ),
+        _share(
+            "squad_f1",
+            needs=_ANSWERS,
+            rows=("answer_f1",),
+            parts=_ANSWERABLE,
+            kept_as="share",
+            on_short_card=True,
+            label="answer F1",
+            note="words that the answer shares with a right one, averaged over questions (SQuAD)",
         ),
         MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
         MetricSpec(
@@ -207,6 +234,8 @@ METRICS: dict[str, MetricSpec] = {
 
 # The order on the report card; other metrics follow by name.
 CARD_ORDER = (
+    "squad_f1",
+    "squad_exact",
     "accuracy",
     "f1_macro",
     "exact_match",
@@ -249,5 +278,7 @@ def family_of(name: str, slugs: Sequence[str] | None = None) -> MetricSpec | Non
         class_name = name.removeprefix(f"{spec.name}_")
         is_class = bool(class_name) if slugs is None else class_name in ("macro", *slugs)
         if spec.averaged and class_name != name and is_class:
+            return spec
+        if class_name != name and class_name in spec.parts:
             return spec
     return None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, or a vector per
-# row. Loss, teacher and report card depend on it.
-Predicts = Literal["tokens", "token classes", "classes", "vectors"]
+# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, a position of
+# the row (the start and the end of a span), or a vector per row. Loss, teacher and report card depend on it.
+Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TaskSpec:
     @property
     def has_softmax(self) -> bool:
         """Whether it predicts probabilities, with cross-entropy as the loss."""
-        return self.predicts in ("tokens", "token classes", "classes")
+        return self.predicts in ("tokens", "token classes", "classes", "spans")
 
     @property
     def classifies(self) -> bool:

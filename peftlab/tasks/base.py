@@ -35,6 +35,8 @@ class TaskParts:
         label_names: value in the label column -> class. bins: cut points and class names of a numeric label column.
         class_weights: weight of each class in the loss, by name, or ``balanced`` or ``none``.
         template: texts with ``{column}`` fields, by part. head_loss: see ``LMHead``.
+        window: longest window of a long context in tokens; None: not set. stride: tokens that neighbouring windows share; None:
+            not set. max_answer_tokens, null_threshold: see the recipe's section ``eval``.
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
@@ -52,6 +54,10 @@ class TaskParts:
     template: Mapping[str, str] | None = None
     head_loss: Callable[..., Tensor | None] = lambda *_, **__: None
     pooling: str | None = None
+    window: int | None = None
+    stride: int | None = None
+    max_answer_tokens: int = 30
+    null_threshold: float | None = 0.0
     sentences: Callable[[], Any] | None = None
     sample: Mapping[str, Any] = field(default_factory=dict)
     style: Style | None = None

@@ -19,7 +19,7 @@ class Example:
 
     Attributes:
         ids: [T] int32 token ids; empty for an image.
-        row: index into the ``Rows`` it came from, for messages.
+        row: index into the ``Rows`` it came from.
         weight: its contribution to the step's normaliser: the sum of the weights of its scored positions, such as trained
             tokens (causal_lm) or the weight of its class (seq_cls).
         trained: [T] bool, tokens whose prediction is trained; None if a row has one prediction.
@@ -28,6 +28,7 @@ class Example:
         image: the image instead of tokens, read when it is batched.
         extra: additional inputs of the model by name, such as the ids of a decoder.
         scored: number of scored positions; only if ``trained`` is None.
+        part: which of the row's examples it is, as the windows of a long context.
         reference: what a prediction is compared with, if that is more than ``label``, such as texts or boxes.
     """
 
@@ -40,6 +41,12 @@ class Example:
     extra: Mapping[str, np.ndarray] = field(default_factory=lambda: _NOTHING)
     scored: int = 1
     reference: Any = None
+    part: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Identifies it among the examples of a data set."""
+        return self.row, self.part
 
     @property
     def num_scored(self) -> int:

@@ -44,6 +44,8 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
     if recipe.data.balance:
         split["balance"] = recipe.data.balance
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins", "control_tokens"})
+    if recipe.data.stride is not None:
+        template["stride"] = recipe.data.stride
     template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.generates else None
     by_image = assembly.spec.reader == "image processor"
     return {
@@ -125,6 +127,8 @@ def planned_fill(assembly: Assembly, skeleton: Any) -> Fill:
     num_classes, width = None, skeleton.config.get_text_config().hidden_size
     if assembly.spec.predicts == "tokens":
         num_classes = len(task.tokenizer)
+    elif assembly.spec.predicts == "spans":  # the positions of a window
+        num_classes = width = task.max_length
     elif task.class_names:  # few classes: `hidden` stores the logits themselves
         num_classes = width = len(task.class_names)
     return fill_of(assembly, num_classes=num_classes, hidden_size=width)

@@ -100,9 +100,10 @@ def _changed_end(example: Example) -> Example:
 
 
 def _outputs(model: nn.Module, task: Task, examples: list[Example], device: Any) -> Tensor:
-    """[N, ...] logits or vectors at the scored positions, row by row."""
+    """[N, ...] logits or vectors at the scored positions, row by row; 0 for classes that do not exist."""
     outputs = task.outputs(model, task.collate(examples, device))
-    return (outputs.values if task.spec.predicts == "vectors" else outputs.logits()).float()
+    values = (outputs.values if task.spec.predicts == "vectors" else outputs.logits()).float()
+    return values.masked_fill(values.isneginf(), 0.0)
 
 
 def _difference(actual: Tensor, expected: Tensor, size: float) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -256,7 +257,7 @@ def _adapted(model: nn.Module) -> list[str]:
 
 def _sample(micro_batch: Sequence[Example], max_tokens: int) -> list[Example]:
     """Rows of the micro-batch up to ``max_tokens`` padded tokens; a longer row is cut so that it ends with its last trained
-    token."""
+    token. The first row stays whole if other inputs or its label belong to its tokens."""
     cut = [_cut(example, max_tokens) for example in micro_batch]
     chosen = cut[:1]
     for example in cut[1:]:
@@ -270,7 +271,8 @@ def _cut(example: Example, max_tokens: int) -> Example:
     if len(example) <= max_tokens:
         return example
     if example.trained is None:
-        return replace(example, ids=example.ids[:max_tokens])
+        per_token = example.extra or isinstance(example.label, np.ndarray)
+        return example if per_token else replace(example, ids=example.ids[:max_tokens])
     end = int(example.trained.nonzero()[0][-1]) + 1
     window = slice(max(0, end - max_tokens), end)
     trained = example.trained[window].copy()
