@@ -7,6 +7,7 @@ from peftlab.data.labels import class_names, label_text, nearest_label, read_lab
 from peftlab.data.ledger import Ledger
 from peftlab.data.packing import pack, packing_figures
 from peftlab.data.rows import Rows
+from peftlab.data.scores import read_scores
 from peftlab.data.sources import load_rows
 from peftlab.data.split import balanced_rows, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
@@ -33,6 +34,7 @@ __all__ = [
     "pieces",
     "read_images",
     "read_labels",
+    "read_scores",
     "require",
     "size_text",
     "split_rows",

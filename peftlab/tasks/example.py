@@ -18,7 +18,8 @@ class Example:
     """One encoded row.
 
     Attributes:
-        ids: [T] int32 token ids; empty for an image.
+        ids: [T] int32 token ids; empty for an image. sizes: the number of tokens of each of its texts, which ``ids`` holds one
+            after the other; empty: it is one text.
         row: index into the ``Rows`` it came from, for messages.
         weight: its contribution to the step's normaliser: the sum of the weights of its scored positions, such as trained
             tokens (causal_lm) or the weight of its class (seq_cls).
@@ -40,6 +41,12 @@ class Example:
     extra: Mapping[str, np.ndarray] = field(default_factory=lambda: _NOTHING)
     scored: int = 1
     reference: Any = None
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """The token ids of each of its texts."""
+        return np.split(self.ids, np.cumsum(self.sizes)[:-1]) if self.sizes else [self.ids]
 
     @property
     def num_scored(self) -> int:
