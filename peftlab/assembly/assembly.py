@@ -50,7 +50,17 @@ from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
-_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "stride", "too_long", "packing", "allow", "seed"}
+_NOT_ABOUT_ROWS = {
+    "template",
+    "control_tokens",
+    "max_length",
+    "stride",
+    "too_long",
+    "packing",
+    "allow",
+    "seed",
+    "score_range",
+}
 
 
 class Assembly:
@@ -305,7 +315,20 @@ class Assembly:
             padding=padding,
             end_ids=ends,
             num_embeddings=num_embeddings,
+            vectors=self._vectors(pretrained or self.pretrained) if self.spec.objectives else {},
         )
+
+    def _vectors(self, pretrained: Pretrained) -> dict[str, Any]:
+        """See ``TaskParts.vectors``."""
+        train, config = self.recipe.train, load_config(pretrained)
+        return {
+            "objective": self.recipe.objective,
+            "scale": train.embedding_scale,
+            "margin": train.margin,
+            "widths": train.matryoshka,
+            "score_range": self.recipe.data.score_range,
+            "width": getattr(config.get_text_config(), "hidden_size", None),
+        }
 
     @property
     def unread_columns(self) -> list[str]:
@@ -521,9 +544,10 @@ class Assembly:
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens"}),
+            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens", "score_range"}),
             r.train.class_weights,
             [r.eval.max_answer_tokens, r.eval.null_threshold, r.data.stride, windows],
+            r.train.model_dump(include={"objective", "embedding_scale", "margin", "matryoshka"}),
             self.classes,
             r.run.kernels,
             r.model.pooling,

@@ -9,6 +9,7 @@ from peftlab.data.packing import pack, packing_figures
 from peftlab.data.question_ledger import QuestionLedger
 from peftlab.data.questions import Question, Questions
 from peftlab.data.rows import Rows
+from peftlab.data.scores import read_scores
 from peftlab.data.sources import load_rows
 from peftlab.data.split import balanced_rows, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
@@ -38,6 +39,7 @@ __all__ = [
     "pieces",
     "read_images",
     "read_labels",
+    "read_scores",
     "require",
     "size_text",
     "split_rows",

@@ -71,10 +71,20 @@ class Ledger:
         self._left_out: dict[str, list[Indices]] = {}
         self._writers: dict[str, None] = {}
 
-    def add(self, first: int, tokens: Tokens, kept: Indices, labels: Indices | None = None) -> None:
+    def add(
+        self,
+        first: int,
+        tokens: Tokens,
+        kept: Indices,
+        labels: Indices | None = None,
+        *,
+        long: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         """Adds the rows ``first``, ``first + 1``, ...
 
-        Args: kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices.
+        Args:
+            kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices.
+            long: [N] whether a row is longer than the limit; default: its tokens are.
         """
         lengths, in_row = tokens.lengths, first + np.arange(len(tokens), dtype=np.int64)
         self._lengths.append(lengths.astype(np.int32))
@@ -95,7 +105,7 @@ class Ledger:
             self._prompt_hashes.append(
                 np.array([hash(raw[a:b]) for a, b in zip(at, ends, strict=False)], dtype=np.int64)
             )
-        self._leave_out(tokens, kept, lengths, in_row)
+        self._leave_out(tokens, kept, lengths > self.max_length if long is None else long, in_row)
         self._count(tokens, kept, lengths)
         self._read_answers(tokens, kept, first)
         bos = self.tokenizer.bos_token_id
@@ -130,9 +140,8 @@ class Ledger:
             self._labels.append(labels.astype(np.int32))
             self._prompt_hashes.append(hashes)
 
-    def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
-        long = lengths > self.max_length
-        trained = tokens.num_trained(lengths) > 0
+    def _leave_out(self, tokens: Tokens, kept: Indices, long: npt.NDArray[np.bool_], in_row: Indices) -> None:
+        trained = tokens.num_trained(tokens.lengths) > 0
         answers = np.bincount(tokens.answer_rows, minlength=len(tokens)) > 0
         untrained = np.bincount(np.array([row for row, _ in tokens.masked], dtype=np.int64), minlength=len(tokens)) > 0
         masked = (kept == 0) & ~(long & (self.too_long != "truncate"))

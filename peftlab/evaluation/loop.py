@@ -25,14 +25,19 @@ def evaluate_examples(
         return {}
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    scorer = Scorer(metrics, class_names=task.class_names)
+    scorer, parts = Scorer(metrics, class_names=task.class_names), []
     try:
         for part in eval_batches(encoded.lengths, batch_tokens):
             batch = task.collate([encoded.examples[i] for i in part], device)
             with autocast():
                 columns = task.score(model, batch)
-            scorer.add(columns)
+            if task.spec.gathers:
+                parts.append(columns)
+            else:
+                scorer.add(columns)
     finally:
         for module, training in modes.items():
             module.training = training
+    if parts:
+        scorer.add(task.gathered(parts))
     return scorer.compute()

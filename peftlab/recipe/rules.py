@@ -14,6 +14,7 @@ from peftlab.recipe.method_options import option_problems
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
+from peftlab.specs.objectives import OBJECTIVES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.tasks import KEYS_OF_TASKS, NEEDS
 
@@ -174,6 +175,25 @@ def keys_of_other_optimizers(recipe: Recipe) -> Problems:
                 yield from _no_effect(recipe, [f"train.{key}"], f"for train.{kind}: {chosen.name}")
 
 
+def objective_fits_the_columns(recipe: Recipe) -> Problems:
+    spec, given = recipe.spec, recipe.train.objective
+    if not spec.objectives:
+        return
+    if given is not None and given not in spec.objectives:
+        fits = " or ".join(spec.objectives)
+        yield ("train.objective",), f"expected {fits} for rows with {', '.join(spec.columns)}; found {given!r}"
+        return
+    name = recipe.objective
+    assert name is not None
+    chosen = OBJECTIVES[name]
+    for key in dict.fromkeys(key for row in OBJECTIVES.values() for key in row.keys):
+        if key not in chosen.keys and f"train.{key}" in spec.keys:
+            yield from _no_effect(recipe, [f"train.{key}"], f"for train.objective: {name}")
+    if chosen.whole_step and recipe.train.batch_size == 1 and recipe.train.accumulate == 1:
+        text = "one row per step has no other row to be compared with; set train.batch_size to 2 or more, 16 or more is better"
+        yield ("train.batch_size",), text
+
+
 def label_names_name_a_column(recipe: Recipe) -> Problems:
     has_column = recipe.spec.classifies or "label" in recipe.data.columns
     if recipe.data.label_names and "data.label_names" in recipe.spec.keys and not has_column:
@@ -326,6 +346,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     prompts_stand_before_each_row,
     mixtures_run_the_model_twice,
     keys_of_other_optimizers,
+    objective_fits_the_columns,
     label_names_name_a_column,
     balance_knows_the_classes,
     packed_rows_have_no_groups,

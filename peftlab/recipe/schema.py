@@ -14,6 +14,7 @@ from peftlab.recipe.section import DType, Section, StorageName
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
+from peftlab.specs.objectives import OBJECTIVES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.task_spec import TaskSpec
@@ -21,12 +22,14 @@ from peftlab.specs.tasks import COLUMNS, TASKS, spec_of
 
 if TYPE_CHECKING:
     TaskName = str
+    ObjectiveName = str
     OptimizerName = str
     ScheduleName = str
     KernelMode = str
     Column = str
 else:
     TaskName, Column = Literal[tuple(TASKS)], Literal[COLUMNS]
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
     OptimizerName, ScheduleName = Literal[tuple(OPTIMIZERS)], Literal[tuple(SCHEDULES)]
     KernelMode = Literal[tuple(KERNEL_MODES)]
 
@@ -157,6 +160,11 @@ class DataSection(Section):
         default_factory=dict, description="class name for each value in the label column"
     )
     bins: BinsSection | None = Field(None, description="cut a numeric label column into classes")
+    score_range: tuple[float, float] | None = Field(
+        None,
+        description="the lowest and the highest score of the data, such as [0, 5], which become 0 and 1; default: scores are "
+        "used as they are",
+    )
     seed: int | None = Field(None, ge=0, description="seed of the split and of sampled rows; default: run.seed")
     max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: the model's limit")
     too_long: Literal["error", "truncate", "drop"] = Field(
@@ -225,6 +233,13 @@ class DataSection(Section):
         # Labels are compared as text, with lower-case booleans.
         return {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in value.items()}
 
+    @field_validator("score_range")
+    @classmethod
+    def _range_ascends(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError(f"expected the lowest score before the highest, found {list(value)}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.eval is not None:
@@ -266,6 +281,27 @@ class TrainSection(Section):
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
         "none", description="weight of each class in the loss (seq_cls, image_cls)"
     )
+    objective: ObjectiveName | None = Field(
+        None, description="the loss of pairs, triplets and scored pairs; default: the first of those for the columns"
+    )
+    embedding_scale: float = Field(
+        20.0, gt=0, description="factor on cosines in the losses in_batch and cosent (1 / temperature)"
+    )
+    margin: float = Field(
+        0.5, gt=0, description="by how much the positive shall be closer to the anchor than the negative, in cosine"
+    )
+    matryoshka: list[int] = Field(
+        default_factory=list,
+        description="train vectors that can be cut: the loss is the sum over these numbers of leading dimensions, such as "
+        "[384, 192, 96]",
+    )
+
+    @field_validator("matryoshka")
+    @classmethod
+    def _widths_differ(cls, value: list[int]) -> list[int]:
+        if any(width < 1 for width in value) or len(set(value)) < len(value):
+            raise ValueError(f"expected different numbers of dimensions, 1 or more; found {value}")
+        return value
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -351,6 +387,11 @@ class Recipe(Section):
     def spec(self) -> TaskSpec:
         """The spec of the task."""
         return spec_of(self.task, self.data.columns)
+
+    @property
+    def objective(self) -> str | None:
+        """The loss of a task that has several; None if it has one."""
+        return self.train.objective or next(iter(self.spec.objectives), None)
 
     @property
     def method(self) -> MethodSpec:

@@ -168,6 +168,18 @@ METRICS: dict[str, MetricSpec] = {
             note="words that the answer shares with a right one, averaged over questions (SQuAD)",
         ),
         MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
+        _share("recall_at_1", needs={"ranks": "found_at"}, on_card=False),
+        _share("recall_at_10", needs={"ranks": "found_at"}, on_card=False),
+        MetricSpec("mrr", needs={"ranks": "first_relevant"}, highest=1.0, on_card=False),
+        MetricSpec("ndcg_at_10", needs={"gains": "gains", "ideal": "ideal_gains"}, highest=1.0, on_card=False),
+        _share("triplet_accuracy", needs={"right": "triplets_right"}, on_card=False),
+        MetricSpec(
+            "spearman_cosine",
+            needs={"cosines": "cosines", "scores": "scores"},
+            lowest=-1.0,
+            highest=1.0,
+            on_card=False,
+        ),
         MetricSpec(
             "spearman",
             rows=("vectors",),

@@ -32,6 +32,10 @@ class TaskSpec:
         learns_from_labels: False if it can only learn from a teacher.
         generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
             each pass (it then implements ``tasks.Redraws``).
+        objectives: the losses in ``specs.objectives`` that it can learn by, the default first; empty: it has one loss.
+        contrasts: whether the loss of a row may depend on the other rows of its step (it then implements ``tasks.Contrasts``).
+        gathers: whether its metrics need all held-out rows together (it then implements ``tasks.Gathers``).
+        whole: the role whose equal values stay together when rows are held out; None: rows are split one by one.
         example_input: an example argument for ``peftlab predict``.
     """
 
@@ -53,6 +57,10 @@ class TaskSpec:
     learns_from_labels: bool = True
     generates: bool = False
     redraws: bool = False
+    objectives: tuple[str, ...] = ()
+    contrasts: bool = False
+    gathers: bool = False
+    whole: str | None = None
     example_input: str = '"some text"'
 
     @property

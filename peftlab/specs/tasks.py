@@ -15,6 +15,16 @@ _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
 NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *_SCORED), "labels") | dict.fromkeys(
     _SOFTMAX, "softmax"
 )
+_VECTORS = (
+    "model.pooling",
+    "train.objective",
+    "train.embedding_scale",
+    "train.matryoshka",
+    "distill.baseline",
+    *_TEXT,
+    *_SCORED,
+)
+_RANKS = ("found_at", "first_relevant", "gains", "ideal_gains")
 _PER_ROW = ("nll_sum", "num_scored", "predictions", "references")
 
 TASKS: dict[str, TaskSpec] = {
@@ -117,7 +127,55 @@ TASKS: dict[str, TaskSpec] = {
 }
 
 # Tasks whose rows hold something else, by the role in data.columns that chooses them.
-VARIANTS: tuple[TaskSpec, ...] = ()
+VARIANTS: tuple[TaskSpec, ...] = (
+    TaskSpec(
+        "embedding",
+        "a vector per text, learned from triplets of an anchor, a positive and a negative text",
+        "embedding_sets:EmbeddingTriplets",
+        auto_class="AutoModel",
+        peft_type="FEATURE_EXTRACTION",
+        predicts="vectors",
+        columns=("anchor", "positive", "negative"),
+        chosen_by=("negative",),
+        keys=("train.margin", *_VECTORS),
+        scores=(*_RANKS, "triplets_right"),
+        headline="spearman",
+        objectives=("in_batch", "triplet"),
+        contrasts=True,
+        gathers=True,
+    ),
+    TaskSpec(
+        "embedding",
+        "a vector per text, learned from pairs of texts with a score of their similarity",
+        "embedding_sets:EmbeddingScores",
+        auto_class="AutoModel",
+        peft_type="FEATURE_EXTRACTION",
+        predicts="vectors",
+        columns=("sentence1", "sentence2", "score"),
+        chosen_by=("score", "sentence1", "sentence2"),
+        keys=("data.score_range", *_VECTORS),
+        scores=("cosines", "scores"),
+        headline="spearman",
+        objectives=("cosine", "cosent"),
+        contrasts=True,
+    ),
+    TaskSpec(
+        "embedding",
+        "a vector per text, learned from pairs of an anchor and a positive text",
+        "embedding_sets:EmbeddingPairs",
+        auto_class="AutoModel",
+        peft_type="FEATURE_EXTRACTION",
+        predicts="vectors",
+        columns=("anchor", "positive"),
+        chosen_by=("anchor", "positive"),
+        keys=_VECTORS,
+        scores=_RANKS,
+        headline="spearman",
+        objectives=("in_batch",),
+        contrasts=True,
+        gathers=True,
+    ),
+)
 
 TASK_SPECS: tuple[TaskSpec, ...] = (*TASKS.values(), *VARIANTS)
 

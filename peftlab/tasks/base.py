@@ -42,6 +42,8 @@ class TaskParts:
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
+        vectors: how vectors are trained: ``objective``, ``scale``, ``margin``, ``widths``, ``score_range``, and ``width``, that of
+            the model's vectors if its config says so.
     """
 
     reader: Any
@@ -65,6 +67,7 @@ class TaskParts:
     padding: Padding = "right"
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    vectors: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -199,3 +202,23 @@ class Redraws(Task, Protocol):
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
         """``example`` for this pass, with the same length; ``rng`` depends on the seed, the step and the row."""
+
+
+class Contrasts(Task, Protocol):
+    """A task whose loss may compare all rows of an optimizer step (``spec.contrasts``).
+
+    The loop then runs the micro-batches of a step twice. The first pass has no gradients and gives all vectors of the step;
+    their loss gives the derivative with respect to each vector. In the second pass, with the same dropout masks, ``loss_sum``
+    of a batch with ``Batch.share`` returns the batch's part of that loss, with these derivatives.
+    """
+
+    @property
+    def whole_step(self) -> bool:
+        """Whether the loss of a row depends on other rows."""
+
+
+class Gathers(Task, Protocol):
+    """A task whose metrics need all held-out rows together (``spec.gathers``)."""
+
+    def gathered(self, parts: Sequence[Mapping[str, Any]]) -> Columns:
+        """The columns in the spec's ``scores``, from what ``score`` returned for each batch."""

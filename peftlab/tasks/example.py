@@ -18,8 +18,9 @@ class Example:
     """One encoded row.
 
     Attributes:
-        ids: [T] int32 token ids; empty for an image.
-        row: index into the ``Rows`` it came from.
+        ids: [T] int32 token ids; empty for an image. sizes: the number of tokens of each of its texts, which ``ids`` holds one
+            after the other; empty: it is one text.
+        row: index into the ``Rows`` it came from, for messages.
         weight: its contribution to the step's normaliser: the sum of the weights of its scored positions, such as trained
             tokens (causal_lm) or the weight of its class (seq_cls).
         trained: [T] bool, tokens whose prediction is trained; None if a row has one prediction.
@@ -42,11 +43,17 @@ class Example:
     scored: int = 1
     reference: Any = None
     part: int = 0
+    sizes: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[int, int]:
         """Identifies it among the examples of a data set."""
         return self.row, self.part
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """The token ids of each of its texts."""
+        return np.split(self.ids, np.cumsum(self.sizes)[:-1]) if self.sizes else [self.ids]
 
     @property
     def num_scored(self) -> int:
