@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from peftlab.data.ledger import Indices, Ledger
 from peftlab.data.questions import Question
@@ -35,7 +36,7 @@ class QuestionLedger(Ledger):
         if question.ambiguous:
             self._mark("note ambiguous_answer", np.array([row]))
 
-    def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
+    def _leave_out(self, tokens: Tokens, kept: Indices, long: npt.NDArray[np.bool_], in_row: Indices) -> None:
         """No row is left out for its length."""
 
     @property
