@@ -14,7 +14,7 @@ from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.assembly.stack import stacked
 from peftlab.assembly.start import Start
-from peftlab.data import Rows, class_names, require
+from peftlab.data import Augmentation, Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.measuring.memory import share_one_heap
@@ -50,7 +50,7 @@ from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
-_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "too_long", "packing", "allow", "seed"}
+_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "too_long", "packing", "allow", "augment", "seed"}
 
 
 class Assembly:
@@ -301,6 +301,7 @@ class Assembly:
             padding=padding,
             end_ids=ends,
             num_embeddings=num_embeddings,
+            augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
         )
 
     @property
@@ -516,7 +517,7 @@ class Assembly:
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens"}),
+            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens", "augment"}),
             r.train.class_weights,
             self.classes,
             r.run.kernels,

@@ -15,6 +15,7 @@ _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
 NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *_SCORED), "labels") | dict.fromkeys(
     _SOFTMAX, "softmax"
 )
+_IMAGES = ("data.augment", "train.batch_norm")
 _PER_ROW = ("nll_sum", "num_scored", "predictions", "references")
 
 TASKS: dict[str, TaskSpec] = {
@@ -71,11 +72,12 @@ TASKS: dict[str, TaskSpec] = {
             peft_type=None,
             predicts="classes",
             columns=("image", "label"),
-            keys=(*_CLASSES, *_SOFTMAX),
+            keys=(*_IMAGES, *_CLASSES, *_SOFTMAX),
             scores=_PER_ROW,
             classes_from="label",
             headline="accuracy",
             reader="image processor",
+            redraws=True,
             example_input="image.png",
         ),
         TaskSpec(

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from torch import Tensor, nn
 
-from peftlab.data import Rows
+from peftlab.data import Augmentation, Rows
 from peftlab.data.chat import ControlRule
 from peftlab.data.layouts import Style
 from peftlab.specs.task_spec import TaskSpec
@@ -40,6 +40,7 @@ class TaskParts:
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
+        augmentation: random changes of training images.
     """
 
     reader: Any
@@ -59,6 +60,7 @@ class TaskParts:
     padding: Padding = "right"
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    augmentation: Augmentation | None = None
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
