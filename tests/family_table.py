@@ -33,12 +33,6 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
 COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
-# What the default, all-linear, does not reach, by the remedy of its message.
-_SETTINGS = {
-    "ResNetConfig": {"targets": ["convolution"]},
-    "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.3.convolution"]},
-    "EfficientNetConfig": {"targets": ["expand_conv", "project_conv"]},
-}
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
 _CLOSE = 1e-4
@@ -48,7 +42,7 @@ _INTRODUCTION = """\
 Each row is a tiny random model of a family of transformers, trained with the defaults of a recipe
 (LoRA on all linear layers) on a CPU. `python -m tests.family_table` measures all of them and writes
 this page. A test measures each row again and compares it with the page. Families without linear
-layers, of which a note says so, are trained on convolutions that `adapter.targets` names.
+layers, of which a note says so, are trained on their convolutions.
 
 - **train**: the recipe trains.
 - **eval again**: `peftlab eval` in a new process finds the loss that training ended with.
@@ -94,18 +88,14 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     write_family(folder / "model", name, task)
     write_rows(folder)
     row = Row(_title(name, task), task)
-    adapter = {}
     try:
         checked = peftlab.check(family_recipe(task), progress=SilentProgress())
     except PeftlabError as error:
         row.notes.append(_line(str(error), folder))
-        if name not in _SETTINGS:
-            row.cells = dict.fromkeys(COLUMNS, "refused")
-            return row
-        adapter = _SETTINGS[name]
-        checked = peftlab.check(family_recipe(task, adapter=adapter), progress=SilentProgress())
+        row.cells = dict.fromkeys(COLUMNS, "refused")
+        return row
     row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
-    run = peftlab.train(family_recipe(task, adapter=adapter), progress=SilentProgress())
+    run = peftlab.train(family_recipe(task), progress=SilentProgress())
     row.cells["train"] = "yes"
     loss = run.summary["after"]["loss"]
     row.cells["eval again"] = _yes(abs(evaluate("run") - loss) < _CLOSE * loss, "other loss")
@@ -114,7 +104,7 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
     row.cells["batch = alone"] = _yes(_difference(opened, examples) < _CLOSE, "other outputs")
     row.cells["merge"] = _yes(peftlab.merge("run", progress=SilentProgress())["verified"], "not verified")
-    document = family_recipe(task, adapter=adapter, run={"dir": "other", "save_every": 2})
+    document = family_recipe(task, run={"dir": "other", "save_every": 2})
     try:
         peftlab.train(document, progress=Stopper(at=3))
     except Interrupted:

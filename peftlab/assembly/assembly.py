@@ -14,7 +14,7 @@ from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.assembly.stack import stacked
 from peftlab.assembly.start import Start
-from peftlab.data import Rows, class_names, require
+from peftlab.data import Augmentation, Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.measuring.memory import share_one_heap
@@ -60,6 +60,7 @@ _NOT_ABOUT_ROWS = {
     "allow",
     "seed",
     "score_range",
+    "augment",
 }
 
 
@@ -316,6 +317,7 @@ class Assembly:
             end_ids=ends,
             num_embeddings=num_embeddings,
             vectors=self._vectors(pretrained or self.pretrained) if self.spec.objectives else {},
+            augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
         )
 
     def _vectors(self, pretrained: Pretrained) -> dict[str, Any]:
@@ -544,7 +546,9 @@ class Assembly:
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens", "score_range"}),
+            r.data.model_dump(
+                include={"columns", "label_names", "bins", "template", "control_tokens", "score_range", "augment"}
+            ),
             r.train.class_weights,
             [r.eval.max_answer_tokens, r.eval.null_threshold, r.data.stride, windows],
             r.train.model_dump(include={"objective", "embedding_scale", "margin", "matryoshka"}),

@@ -9,6 +9,7 @@ from peftlab.adapters import (
     check_adapter,
     experts_text,
     fitting_sizes,
+    is_convolution,
     is_grouped,
     owners,
     planned_modules,
@@ -104,6 +105,14 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if not assembly.method.has_targets:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
+    if getattr(load_config(assembly.pretrained), "tf_padding", False) and any(
+        is_convolution(skeleton.get_submodule(name)) for name in planned
+    ):
+        raise RecipeError(
+            f"{skeleton.config.model_type} asks its convolutions how to pad (tf_padding), and PEFT's layers around them do not say; "
+            "use adapter.method=none",
+            key="adapter.targets",
+        )
     given = {assembly.method.keys.get(k, k): v for k, v in assembly.adapter_options.items() if v is not None}
     for line in fitting_sizes(skeleton, assembly.method, planned, given)[1]:
         yield Finding("sizes", line, "adapter.method")

@@ -1,5 +1,6 @@
 """Data: loads rows from the sources that a recipe names, reads labels, splits, tokenizes and batches."""
 
+from peftlab.data.augment import Augmentation, Change
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
@@ -15,7 +16,9 @@ from peftlab.data.split import balanced_rows, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
+    "Augmentation",
     "BatchPlan",
+    "Change",
     "Finding",
     "Image",
     "Ledger",

@@ -208,6 +208,19 @@ def balance_knows_the_classes(recipe: Recipe) -> Problems:
         yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
 
 
+def adapters_keep_statistics(recipe: Recipe) -> Problems:
+    if recipe.method.adapts:
+        yield from _no_effect(recipe, ["train.batch_norm"], "with an adapter, whose files have no place for statistics")
+
+
+def changed_images_are_not_cached(recipe: Recipe) -> Problems:
+    if recipe.data.augment is not None and recipe.distill is not None and recipe.distill.cache is not None:
+        yield (
+            ("data.augment",),
+            "the cache stores a teacher's outputs for the images as they are; remove distill.cache, or this key",
+        )
+
+
 def packed_rows_have_no_groups(recipe: Recipe) -> Problems:
     if recipe.data.packing:
         yield from _no_effect(recipe, ["train.grouping"], "with data.packing")
@@ -349,6 +362,8 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     objective_fits_the_columns,
     label_names_name_a_column,
     balance_knows_the_classes,
+    adapters_keep_statistics,
+    changed_images_are_not_cached,
     packed_rows_have_no_groups,
     merge_has_something_to_merge,
     quantized_weights_are_not_trained,

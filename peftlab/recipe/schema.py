@@ -119,6 +119,25 @@ class TemplateSection(Section):
         return self
 
 
+class AugmentSection(Section):
+    """Random changes of training images, drawn anew on each pass."""
+
+    flip: float = Field(0.0, ge=0, le=1, description="probability of mirroring an image left to right")
+    crop: tuple[float, float] | None = Field(
+        None, description="smallest and largest share of the area that is kept, such as [0.8, 1.0]; default: all"
+    )
+    rotate: float = Field(0.0, ge=0, le=180, description="largest angle in degrees, either way")
+    color: float = Field(0.0, ge=0, le=1, description="largest relative change of brightness, contrast and saturation")
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop: expected two shares of the area, 0 < low <= high <= 1, found {list(self.crop)}")
+        if not (self.flip or self.crop or self.rotate or self.color):
+            raise ValueError("changes nothing; set flip, crop, rotate or color, or remove it")
+        return self
+
+
 class DataSection(Section):
     train: str = Field(
         description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; "
@@ -187,6 +206,9 @@ class DataSection(Section):
         "and train.batch_size counts sequences (causal_lm)",
     )
 
+    augment: AugmentSection | None = Field(
+        None, description="random changes of the training images; held-out images stay as they are"
+    )
     control_tokens: Literal["auto", "text", "keep"] = Field(
         "auto",
         description="control tokens such as <|im_end|> inside the values of the data; text: encode them as plain text; "
@@ -277,6 +299,11 @@ class TrainSection(Section):
     )
     precision: DType = Field(
         "auto", description="autocast dtype; auto: bfloat16 on a GPU that supports it, else float32"
+    )
+    batch_norm: Literal["frozen", "trained"] = Field(
+        "frozen",
+        description="running statistics of BatchNorm. frozen: as in the model's files; trained: each micro-batch is normalized "
+        "by its own, so the loss depends on train.batch_size, for weights that start at random",
     )
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
         "none", description="weight of each class in the loss (seq_cls, image_cls)"

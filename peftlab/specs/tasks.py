@@ -25,6 +25,7 @@ _VECTORS = (
     *_SCORED,
 )
 _RANKS = ("found_at", "first_relevant", "gains", "ideal_gains")
+_IMAGES = ("data.augment", "train.batch_norm")
 _PER_ROW = ("nll_sum", "num_scored", "predictions", "references")
 
 TASKS: dict[str, TaskSpec] = {
@@ -103,11 +104,12 @@ TASKS: dict[str, TaskSpec] = {
             peft_type=None,
             predicts="classes",
             columns=("image", "label"),
-            keys=(*_CLASSES, *_SOFTMAX),
+            keys=(*_IMAGES, *_CLASSES, *_SOFTMAX),
             scores=_PER_ROW,
             classes_from="label",
             headline="accuracy",
             reader="image processor",
+            redraws=True,
             example_input="image.png",
         ),
         TaskSpec(

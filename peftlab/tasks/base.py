@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from torch import Tensor, nn
 
-from peftlab.data import Rows
+from peftlab.data import Augmentation, Rows
 from peftlab.data.chat import ControlRule
 from peftlab.data.layouts import Style
 from peftlab.specs.task_spec import TaskSpec
@@ -44,6 +44,7 @@ class TaskParts:
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
         vectors: how vectors are trained: ``objective``, ``scale``, ``margin``, ``widths``, ``score_range``, and ``width``, that of
             the model's vectors if its config says so.
+        augmentation: random changes of training images.
     """
 
     reader: Any
@@ -68,6 +69,7 @@ class TaskParts:
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
     vectors: Mapping[str, Any] = field(default_factory=dict)
+    augmentation: Augmentation | None = None
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
