@@ -1,5 +1,6 @@
 """Data: loads rows from the sources that a recipe names, reads labels, splits, tokenizes and batches."""
 
+from peftlab.data.annotated import Annotated, Annotations
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
@@ -12,6 +13,8 @@ from peftlab.data.split import balanced_rows, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
+    "Annotated",
+    "Annotations",
     "BatchPlan",
     "Finding",
     "Image",

@@ -23,6 +23,7 @@ class MetricSpec:
         better: which direction is better; None if the values have no order.
         lowest, highest: bounds of its values.
         averaged: it gives NAME_macro and one NAME_CLASS per class instead of NAME.
+        of_entities: it gives NAME over all entities and one NAME_LABEL per entity label.
         by_default: whether recipes without ``eval.metrics`` compute it.
         on_card: whether the report card shows the family's headline value if it can be computed.
         on_short_card: whether the card on the screen shows it without --verbose, in addition to the headline metric.
@@ -39,6 +40,7 @@ class MetricSpec:
     lowest: float = 0.0
     highest: float = math.inf
     averaged: bool = False
+    of_entities: bool = False
     by_default: bool = True
     on_card: bool = True
     on_short_card: bool = False
@@ -63,6 +65,7 @@ def _share(name: str, **about: object) -> MetricSpec:
 
 _PAIRS = {"predictions": "predictions", "references": "references"}
 _CLASS_ROWS = ("predicted_class", "true_class")
+_TAGS = {**_PAIRS, "starts": "row_starts"}
 
 # The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
@@ -72,8 +75,9 @@ ROWS: dict[str, frozenset[str]] = {
     "classes": _POSITIONS | {"class_positions", "correct_classes", "brier", *_CLASS_ROWS},
     "vectors": frozenset({"vectors"}),
 }
-# Additional columns of answers chosen from eval.choices.
+# Additional columns of answers chosen from eval.choices, and of tags that mark entities.
 ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
+ROWS_OF_ENTITIES = frozenset({"entities_right", "entities_predicted", "entities_true"})
 
 METRICS: dict[str, MetricSpec] = {
     spec.name: spec
@@ -141,6 +145,37 @@ METRICS: dict[str, MetricSpec] = {
             note="F1 averaged over classes, all with equal weight",
         ),
         MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
+        _share(
+            "entity_f1",
+            needs=_TAGS,
+            rows=("entities_right", "entities_predicted", "entities_true"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            on_short_card=True,
+            label="entity F1",
+            note="an entity counts as found if its words and its label are right",
+        ),
+        _share(
+            "entity_precision",
+            needs=_TAGS,
+            rows=("entities_right", "entities_predicted"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            label="precision",
+            note="share of the predicted entities that are right",
+        ),
+        _share(
+            "entity_recall",
+            needs=_TAGS,
+            rows=("entities_right", "entities_true"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            label="recall",
+            note="share of the true entities that are found",
+        ),
         MetricSpec(
             "spearman",
             rows=("vectors",),
@@ -207,6 +242,9 @@ METRICS: dict[str, MetricSpec] = {
 
 # The order on the report card; other metrics follow by name.
 CARD_ORDER = (
+    "entity_f1",
+    "entity_precision",
+    "entity_recall",
     "accuracy",
     "f1_macro",
     "exact_match",
@@ -238,16 +276,26 @@ def class_slugs(class_names: Sequence[str]) -> list[str]:
     return slugs[1:]
 
 
-def family_of(name: str, slugs: Sequence[str] | None = None) -> MetricSpec | None:
+def values_of(family: MetricSpec, class_names: Sequence[str]) -> dict[str, str]:
+    """Flat value of each class, or of each entity label, -> its name. Empty for a family with one value."""
+    if family.of_entities:
+        labels = [name.removeprefix("B-") for name in class_names if name.startswith("B-")]
+        return {f"{family.name}_{slug}": label for slug, label in zip(class_slugs(labels), labels, strict=True)}
+    if family.averaged:
+        return {f"{family.name}_{slug}": name for slug, name in zip(class_slugs(class_names), class_names, strict=True)}
+    return {}
+
+
+def family_of(name: str, class_names: Sequence[str] | None = None) -> MetricSpec | None:
     """The family of a family name or flat name; None if there is none.
 
-    Args: slugs: the class names in flat names; None: any class name is accepted.
+    Args: class_names: the classes; None: any name of a class is accepted.
     """
     if name in METRICS:
         return METRICS[name]
     for spec in METRICS.values():
-        class_name = name.removeprefix(f"{spec.name}_")
-        is_class = bool(class_name) if slugs is None else class_name in ("macro", *slugs)
-        if spec.averaged and class_name != name and is_class:
+        if not (spec.averaged or spec.of_entities) or not name.startswith(f"{spec.name}_"):
+            continue
+        if class_names is None or name == spec.headline or name in values_of(spec, class_names):
             return spec
     return None

@@ -15,6 +15,7 @@ _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
 NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *_SCORED), "labels") | dict.fromkeys(
     _SOFTMAX, "softmax"
 )
+_TAGS = ("data.label_names", "distill.hard_weight", "distill.baseline", *_SCORED)
 _PER_ROW = ("nll_sum", "num_scored", "predictions", "references")
 
 TASKS: dict[str, TaskSpec] = {
@@ -64,6 +65,20 @@ TASKS: dict[str, TaskSpec] = {
             headline="accuracy",
         ),
         TaskSpec(
+            "token_cls",
+            "named entities: labels of parts of a text",
+            "token_cls:NamedEntities",
+            auto_class="AutoModelForTokenClassification",
+            peft_type=None,
+            predicts="token classes",
+            columns=("text", "spans", "tokens", "tags"),
+            keys=(*_TEXT, *_TAGS, *_SOFTMAX),
+            scores=(*_PER_ROW, "row_starts"),
+            default_metrics=("loss", "accuracy", "entity_f1", "entity_precision", "entity_recall"),
+            classes_from="rows",
+            headline="entity_f1",
+        ),
+        TaskSpec(
             "image_cls",
             "one label per image",
             "image_cls:ImageClassification",
@@ -95,7 +110,22 @@ TASKS: dict[str, TaskSpec] = {
 }
 
 # Tasks whose rows hold something else, by the role in data.columns that chooses them.
-VARIANTS: tuple[TaskSpec, ...] = ()
+VARIANTS: tuple[TaskSpec, ...] = (
+    TaskSpec(
+        "token_cls",
+        "a tag for each word, such as its part of speech",
+        "token_cls:WordTags",
+        auto_class="AutoModelForTokenClassification",
+        peft_type=None,
+        predicts="token classes",
+        columns=("tokens", "word_tags"),
+        chosen_by=("word_tags",),
+        keys=(*_TEXT, *_TAGS, *_SOFTMAX),
+        scores=_PER_ROW,
+        classes_from="rows",
+        headline="accuracy",
+    ),
+)
 
 TASK_SPECS: tuple[TaskSpec, ...] = (*TASKS.values(), *VARIANTS)
 

@@ -38,7 +38,8 @@ class TaskParts:
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
-        padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
+        padding: how the family of the model is padded. causal: whether a token of it sees only those before.
+        end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
     """
 
@@ -57,6 +58,7 @@ class TaskParts:
     style: Style | None = None
     control_tokens: ControlRule = "auto"
     padding: Padding = "right"
+    causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
 
