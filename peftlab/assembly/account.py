@@ -102,7 +102,7 @@ def shared_rows(train: Ledger, held_out: Ledger) -> list[dict[str, str]]:
 
 def previews(task: Task, ledger: Ledger, count: int) -> list[Preview]:
     """Previews of the first ``count`` kept training rows; without labels if the ledger has none."""
-    labelled = ledger.style != "labels" or ledger.has_labels
+    labelled = ledger.style not in ("labels", "words") or ledger.has_labels
     return [
         task.preview(ledger.rows, int(i), max_length=ledger.max_length, labelled=labelled)
         for i in ledger.kept_rows[:count]

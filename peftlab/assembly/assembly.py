@@ -25,6 +25,7 @@ from peftlab.models import (
     check_stored,
     end_ids,
     find_pretrained,
+    is_causal,
     load_config,
     load_image_reader,
     load_model,
@@ -44,7 +45,7 @@ from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
-from peftlab.specs.metrics import class_slugs, family_of
+from peftlab.specs.metrics import family_of, values_of
 from peftlab.specs.task_spec import TaskSpec
 from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_class
 
@@ -293,7 +294,7 @@ class Assembly:
         self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        padding, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
+        padding, causal, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
         return TaskParts(
             reader,
             columns=data.columns,
@@ -314,6 +315,7 @@ class Assembly:
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
             padding=padding,
+            causal=causal,
             end_ids=ends,
             num_embeddings=num_embeddings,
             vectors=self._vectors(pretrained or self.pretrained) if self.spec.objectives else {},
@@ -343,28 +345,28 @@ class Assembly:
             read |= {"label", data.columns["label"]}
         return [name for name in self.data.labelled.columns if name not in read]
 
-    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
-        """How a model's family is padded, the ids that end its texts, and the rows of its input embeddings, if it has a
-        vocabulary. Raises: RecipeError if it cannot do the task."""
+    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, bool, list[int], int | None]:
+        """How a model's family is padded, whether it reads only from left to right, the ids that end its texts, and the rows
+        of its input embeddings, if it has a vocabulary. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
-            return "right", [], None
+            return "right", False, [], None
         settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
         # The reader is kept too: while it lives, no other one has its id.
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
-    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
+    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, bool, list[int], int | None]:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
         rows = vocabulary_rows(config)
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
-        return padding_of(config, self.spec.predicts), ends, rows
+        return padding_of(config, self.spec.predicts), is_causal(config), ends, rows
 
     @property
     def num_embeddings(self) -> int | None:
         """Rows of the model's input embeddings; None for images and for a model without a vocabulary."""
-        return self._reading(self.pretrained, self.reader)[2]
+        return self._reading(self.pretrained, self.reader)[3]
 
     @property
     def limit(self) -> int:
@@ -449,13 +451,10 @@ class Assembly:
     def check_class_has_rows(self, metric: str, *, key: str) -> None:
         """Raises RecipeError at ``key`` if ``metric`` is of one class, and no held-out row has that class."""
         classes, family = self.task.class_names, family_of(metric)
-        if classes is None or family is None or not family.averaged:
+        if classes is None or family is None:
             return
-        slugs = [f"{family.name}_{slug}" for slug in class_slugs(classes)]
-        if metric not in slugs:
-            return
-        name = classes[slugs.index(metric)]
-        if name not in self._held_out_classes():
+        name = values_of(family, classes).get(metric)
+        if name is not None and name not in self._held_out_classes():
             raise RecipeError(
                 f"no held-out row has the class {name!r}, so {metric} cannot be measured; name another metric, or give "
                 "data.eval rows of it",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftlab import formatting
@@ -24,6 +24,11 @@ def whole_answer(record: Record, *, styled: bool) -> str:
     """The answer to a single input. Args: styled: for a person at a terminal, not for a program."""
     if "text" in record:
         return formatting.printable(record["text"]) if styled else str(record["text"])
+    if (spans := _spans(record)) is not None and styled:
+        rows = [(s["label"], s["text"], s["score"], s["start"], s["end"]) for s in spans]
+        width = max([len(str(row[0])) for row in rows], default=0)
+        lines = [f"{label:<{width}}  {100 * p:5.1f} %  {a:>5}-{b:<5}  {text}" for label, text, p, a, b in rows]
+        return "\n".join(map(formatting.printable, [_marked(record, spans), *lines]))
     if not _has_label(record):
         return _as_json(record)
     if styled:
@@ -35,12 +40,35 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     """The answer to one of several inputs, on one line. Args: styled: as above. width: of the terminal."""
     if "text" in record:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
+    if (spans := _spans(record)) is not None and styled:
+        return formatting.one_line(_marked(record, spans), width - 1)
     if not _has_label(record) or not styled:
         return whole_answer(record, styled=styled)
     label = formatting.one_line(record["label"], _LABEL_WIDTH)
     head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
     about = record.get("input") or f"row {record['row']:,}"
     return head + formatting.one_line(about, width - len(head) - 1)
+
+
+def _spans(record: Record) -> list[dict[str, Any]] | None:
+    """The labelled parts of the input: entities, or words with a tag."""
+    spans: list[dict[str, Any]] | None = record.get("spans", record.get("words"))
+    return spans
+
+
+def _marked(record: Record, spans: Sequence[Mapping[str, Any]]) -> str:
+    """The input with a label after each span, such as ``[Ann Lee PER] slept``, or ``Ann/PROPN slept/VERB`` for tagged words;
+    only the spans if the input is not in the record."""
+    form = "[{text} {label}]" if "spans" in record else "{text}/{label}"
+    marks = [form.format(**span) for span in spans]
+    text = record.get("input")
+    if not isinstance(text, str):
+        return " ".join(marks) or f"row {record['row']:,}: none"
+    parts, at = [], 0
+    for mark, span in zip(marks, spans, strict=True):
+        parts += [text[at : span["start"]], mark]
+        at = span["end"]
+    return "".join([*parts, text[at:]])
 
 
 def _has_label(record: Record) -> bool:

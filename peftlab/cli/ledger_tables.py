@@ -157,23 +157,25 @@ def _count_table(title: str, key: str, train: Sequence[Report], held_out: Sequen
 
 
 def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
+    """Rows of each label, or spans where a row has several."""
     table = new_table()
     table.add_column("label", overflow="fold", min_width=_NAME)
     for title in ("train", "share", "held out", "share"):
         table.add_column(title, justify="right", no_wrap=True)
-    totals = [sum(entry["rows"] for entry in entries) for entries in (train, held_out)]
-    pairs = sorted(zip(train, held_out, strict=True), key=lambda pair: -pair[0]["rows"])
-    for one, other in pairs[:_MAX_LABELS]:
+    counted = [[entry.get("spans", entry["rows"]) for entry in entries] for entries in (train, held_out)]
+    totals = [sum(counts) for counts in counted]
+    pairs = sorted(zip((entry["label"] for entry in train), *counted, strict=True), key=lambda pair: -pair[1])
+    for label, one, other in pairs[:_MAX_LABELS]:
         table.add_row(
-            formatting.printable(one["label"]),
-            f"{one['rows']:,}",
-            formatting.share(one["rows"], totals[0]),
-            f"{other['rows']:,}",
-            formatting.share(other["rows"], totals[1]),
+            formatting.printable(label),
+            f"{one:,}",
+            formatting.share(one, totals[0]),
+            f"{other:,}",
+            formatting.share(other, totals[1]),
         )
     if len(pairs) > _MAX_LABELS:
         rest = pairs[_MAX_LABELS:]
-        counts = [sum(pair[side]["rows"] for pair in rest) for side in (0, 1)]
+        counts = [sum(pair[side] for pair in rest) for side in (1, 2)]
         table.add_row(
             f"{len(rest):,} more",
             f"{counts[0]:,}",

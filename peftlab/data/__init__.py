@@ -1,5 +1,6 @@
 """Data: loads rows from the sources that a recipe names, reads labels, splits, tokenizes and batches."""
 
+from peftlab.data.annotated import Annotated, Annotations
 from peftlab.data.augment import Augmentation, Change
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, check_ids, find, require
@@ -17,6 +18,8 @@ from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
     "Augmentation",
+    "Annotated",
+    "Annotations",
     "BatchPlan",
     "Change",
     "Finding",

@@ -17,6 +17,8 @@ from peftlab.data.tokens import Tokens
 Indices = npt.NDArray[np.int64]
 
 _MAX_BINS = 8
+# What a row without trained tokens lacks, by style.
+_EMPTY = {"text": "the text is empty", "words": "there is no word in it"}
 
 
 class Ledger:
@@ -30,7 +32,8 @@ class Ledger:
         max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
         keep_last: a truncated row keeps its last token.
         formatter: how rows became text, for a language model. class_names: for rows with a label.
-        style: labels, images or texts, for rows without a formatter.
+        style: labels, images, texts or words, for rows without a formatter. words: their tokens are trained.
+        span_labels: the labels that ``add_spans`` counts.
         stop_ids: tokens that can end an answer.
     """
 
@@ -46,6 +49,7 @@ class Ledger:
         class_names: Sequence[str] | None = None,
         stop_ids: Collection[int] = (),
         style: str = "labels",
+        span_labels: Sequence[str] = (),
     ) -> None:
         self.rows, self.max_length, self.too_long = rows, max_length, too_long
         self.style = formatter.style if formatter else style
@@ -67,6 +71,7 @@ class Ledger:
         self._terminators: Counter[int] = Counter()
         self.num_answers = self.num_ended = self.num_masked_eos = 0
         self.num_masked = self.num_masked_tokens = 0
+        self._spans = {name: {"rows": 0, "spans": 0, "cut": 0} for name in span_labels}
         self._marks: dict[str, list[Indices]] = {}
         self._left_out: dict[str, list[Indices]] = {}
         self._writers: dict[str, None] = {}
@@ -140,6 +145,15 @@ class Ledger:
             self._labels.append(labels.astype(np.int32))
             self._prompt_hashes.append(hashes)
 
+    def add_spans(self, labels: Sequence[str], cut: Sequence[str] = ()) -> None:
+        """Adds the labels of a kept row's spans (entities, or words with a tag). Args: cut: of those that truncation shortens
+        or removes."""
+        for name in set(labels):
+            self._spans[name]["rows"] += 1
+        for what, names in (("spans", labels), ("cut", cut)):
+            for name in names:
+                self._spans[name][what] += 1
+
     def _leave_out(self, tokens: Tokens, kept: Indices, long: npt.NDArray[np.bool_], in_row: Indices) -> None:
         trained = tokens.num_trained(tokens.lengths) > 0
         answers = np.bincount(tokens.answer_rows, minlength=len(tokens)) > 0
@@ -152,7 +166,7 @@ class Ledger:
             f"refused: {limit}": long & (self.too_long == "error"),
             "dropped: no assistant turn in it": masked & ~answers & ~untrained & (self.style == "chat"),
             "dropped: the data masks all assistant turns in it": masked & ~answers & untrained,
-            f"dropped: the {'text' if self.style == 'text' else 'answer'} is empty": masked
+            f"dropped: {_EMPTY.get(self.style, 'the answer is empty')}": masked
             & ~trained
             & (answers | (self.style != "chat")),
             f"dropped: truncation leaves no {'whole choice' if self.class_names else 'trained token'}": masked
@@ -230,7 +244,7 @@ class Ledger:
     @property
     def per_row(self) -> bool:
         """Whether a row has one answer, such as a label, instead of trained tokens."""
-        return self.formatter is None
+        return self.formatter is None and self.style != "words"
 
     @property
     def left_out(self) -> dict[str, Indices]:
@@ -377,10 +391,12 @@ class Ledger:
 
     @property
     def has_labels(self) -> bool:
-        return bool(self._labels)
+        return bool(self._labels or self._spans)
 
     def label_counts(self) -> list[dict[str, Any]] | None:
-        """The number of kept rows of each class; None without classes."""
+        """The number of kept rows of each class; None without classes. Of ``add_spans`` also the number of spans."""
+        if self._spans:
+            return [{"label": name, **counts} for name, counts in self._spans.items()]
         if not self.has_labels or self.class_names is None:
             return None
         counts = np.bincount(_joined(self._labels)[_joined(self._kept) > 0], minlength=len(self.class_names)).tolist()

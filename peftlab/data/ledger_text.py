@@ -88,7 +88,7 @@ def shared_line(shared: Sequence[Mapping[str, str]]) -> str:
 
 
 def _label_counts(entries: Sequence[Mapping[str, Any]]) -> str:
-    shown = ", ".join(f"{entry['label']} {entry['rows']:,}" for entry in entries[:_MOST_LABELS])
+    shown = ", ".join(f"{entry['label']} {entry.get('spans', entry['rows']):,}" for entry in entries[:_MOST_LABELS])
     more = len(entries) - _MOST_LABELS
     return f"{shown} and {more:,} more" if more > 0 else shown
 
@@ -110,6 +110,8 @@ def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list
             counted = ", ".join(f"{title} {e['trained']:,} of {e['seen']:,}" for title, e in entries)
             lines += [f"  trained {what}: {counted}"] if counted and counts else []
         lines += [f"  {line}" for line in [answers_line(report)] if line]
+        spans = [entry for entry in report["labels"] or () if "spans" in entry]
+        lines += [f"  labels: {_label_counts(spans)}"] if spans else []
     return [*lines, *(f"  {line}" for line in left_out_lines(report))]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from peftlab.data.columnar import read_columnar
+from peftlab.data.conll import looks_like_conll, read_conll
 from peftlab.data.delimited import delimiter_of_a_table, read_csv, read_tsv
 from peftlab.data.encodings import codec_name, decode, may_be_odd
 from peftlab.data.json_tables import looks_like_json, read_json
@@ -34,12 +35,17 @@ ENDINGS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".conll": "conll",
+    ".conllu": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
     ".txt": "text",
     ".text": "text",
     ".md": "text",
     ".py": "text",
 }
-FORMATS = ("csv", "tsv", "json", "jsonl", "text", "parquet", "arrow")
+FORMATS = ("csv", "tsv", "json", "jsonl", "text", "conll", "parquet", "arrow")
 _ZIP = b"PK\x03\x04"
 _PACKED = (".gz", ".bz2", ".xz", ".zip")
 _COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
@@ -144,14 +150,20 @@ def _format_of_text(text: str, path: Path, name: str, options: Options) -> str:
             return "csv"
         if looks_like_json(text):
             return "jsonl"
+        if looks_like_conll(text):
+            return "conll"
         first = text.lstrip("\n").split("\n", 1)[0]
         return "csv" if named == "tsv" and "\t" not in first and delimiter_of_a_table(text) else named
     if named in ("json", "jsonl"):
         starts = text.lstrip()[:1]
         return "csv" if starts not in ("", "{", "[") and delimiter_of_a_table(text) else named
+    if named == "conll":
+        return "jsonl" if looks_like_json(text) else named
     if named is None or suffix in _PLAIN_ENDINGS:
         if looks_like_json(text):
             return "jsonl"
+        if options.delimiter is None and looks_like_conll(text):
+            return "conll"
         if options.delimiter is not None or delimiter_of_a_table(text):
             return "csv"
     if named is None:
@@ -256,4 +268,5 @@ _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {
     "json": lambda text, path, options: read_json(text, path, options, lines=False),
     "jsonl": lambda text, path, options: read_json(text, path, options, lines=True),
     "text": _read_text,
+    "conll": read_conll,
 }

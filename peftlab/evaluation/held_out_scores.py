@@ -25,9 +25,13 @@ class HeldOutScores:
         self, spec: TaskSpec, num_rows: int, headline: str, *, class_names: Sequence[str] | None = None
     ) -> None:
         self._num_rows = num_rows
-        self._of_class = (headline, *class_metrics(class_names).get(headline, ("", -1)))
+        self._of_class = (headline, *class_metrics(class_names, spec).get(headline, ("", -1)))
         self._vectors = EmbeddingComparison() if spec.predicts == "vectors" else None
-        self._logits = None if self._vectors else Comparison(num_rows, predicts=spec.predicts)
+        self._logits = (
+            None
+            if self._vectors
+            else Comparison(num_rows, predicts=spec.predicts, tags=class_names if spec.marks_entities else None)
+        )
         self._chosen: dict[int, tuple[int, int]] = {}
         self._any = False
 

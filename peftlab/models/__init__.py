@@ -4,6 +4,7 @@ from peftlab.models.bnb import import_bitsandbytes
 from peftlab.models.config import (
     check_stored,
     end_ids,
+    is_causal,
     label_names,
     load_config,
     load_skeleton,
@@ -45,6 +46,7 @@ __all__ = [
     "num_parameters",
     "padding_of",
     "quiet",
+    "is_causal",
     "reads_later_tokens",
     "reconcile",
     "reconciled_ids",

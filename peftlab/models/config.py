@@ -84,6 +84,11 @@ def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int
     return [i for i in listed if i in known], [i for i in listed if i not in known]
 
 
+def is_causal(config: Any) -> bool:
+    """Whether a token of models of this config sees only those before it; that is so for decoders."""
+    return not (config.is_encoder_decoder or reads_later_tokens(config))
+
+
 def reads_later_tokens(config: Any) -> bool:
     """Whether the language model of this config is no causal one: an encoder such as BERT without ``is_decoder``."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

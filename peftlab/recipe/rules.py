@@ -195,7 +195,7 @@ def objective_fits_the_columns(recipe: Recipe) -> Problems:
 
 
 def label_names_name_a_column(recipe: Recipe) -> Problems:
-    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    has_column = recipe.spec.names_classes or "label" in recipe.data.columns
     if recipe.data.label_names and "data.label_names" in recipe.spec.keys and not has_column:
         yield ("data.label_names",), "names the values of a label column; set data.columns.label"
 

@@ -150,7 +150,7 @@ class DataSection(Section):
         0.1, gt=0, lt=1, description="share of the training rows to hold out when data.eval is not set"
     )
     eval_rows: int | None = Field(None, ge=1, description="number of rows to hold out, instead of eval_fraction")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text"] = Field(
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "conll"] = Field(
         "auto", description="file format; auto uses the content, and the file ending where that leaves a choice"
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
@@ -176,7 +176,8 @@ class DataSection(Section):
     )
     template: TemplateSection | None = Field(None, description="builds the texts from the columns (causal_lm)")
     label_names: dict[str, str] = Field(
-        default_factory=dict, description="class name for each value in the label column"
+        default_factory=dict,
+        description="class name for each value in the label column, or for each tag or entity label",
     )
     bins: BinsSection | None = Field(None, description="cut a numeric label column into classes")
     score_range: tuple[float, float] | None = Field(

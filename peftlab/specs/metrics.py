@@ -24,6 +24,7 @@ class MetricSpec:
         lowest, highest: bounds of its values.
         averaged: it gives NAME_macro and one NAME_CLASS per class instead of NAME.
         parts: it gives NAME_PART as well for each of these parts of the rows.
+        of_entities: it gives NAME over all entities and one NAME_LABEL per entity label.
         by_default: whether recipes without ``eval.metrics`` compute it.
         on_card: whether the report card shows the family's headline value if it can be computed.
         on_short_card: whether the card on the screen shows it without --verbose, in addition to the headline metric.
@@ -41,6 +42,7 @@ class MetricSpec:
     highest: float = math.inf
     averaged: bool = False
     parts: tuple[str, ...] = ()
+    of_entities: bool = False
     by_default: bool = True
     on_card: bool = True
     on_short_card: bool = False
@@ -67,6 +69,7 @@ _PAIRS = {"predictions": "predictions", "references": "references"}
 _CLASS_ROWS = ("predicted_class", "true_class")
 _ANSWERS = {"predictions": "found_answers", "references": "right_answers"}
 _ANSWERABLE = ("answerable", "unanswerable")
+_TAGS = {**_PAIRS, "starts": "row_starts"}
 
 # The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
@@ -77,10 +80,11 @@ ROWS: dict[str, frozenset[str]] = {
     "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
 }
-# Additional columns of answers chosen from eval.choices.
+# Additional columns of answers chosen from eval.choices, and of tags that mark entities.
 ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
 # Additional columns of spans: how right the answer to each row is.
 ROWS_OF_ANSWERS = frozenset({"answer_exact", "answer_f1"})
+ROWS_OF_ENTITIES = frozenset({"entities_right", "entities_predicted", "entities_true"})
 
 METRICS: dict[str, MetricSpec] = {
     spec.name: spec
@@ -180,6 +184,37 @@ METRICS: dict[str, MetricSpec] = {
             highest=1.0,
             on_card=False,
         ),
+        _share(
+            "entity_f1",
+            needs=_TAGS,
+            rows=("entities_right", "entities_predicted", "entities_true"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            on_short_card=True,
+            label="entity F1",
+            note="an entity counts as found if its words and its label are right",
+        ),
+        _share(
+            "entity_precision",
+            needs=_TAGS,
+            rows=("entities_right", "entities_predicted"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            label="precision",
+            note="share of the predicted entities that are right",
+        ),
+        _share(
+            "entity_recall",
+            needs=_TAGS,
+            rows=("entities_right", "entities_true"),
+            of_classes=True,
+            of_entities=True,
+            kept_as="share",
+            label="recall",
+            note="share of the true entities that are found",
+        ),
         MetricSpec(
             "spearman",
             rows=("vectors",),
@@ -248,6 +283,9 @@ METRICS: dict[str, MetricSpec] = {
 CARD_ORDER = (
     "squad_f1",
     "squad_exact",
+    "entity_f1",
+    "entity_precision",
+    "entity_recall",
     "accuracy",
     "f1_macro",
     "exact_match",
@@ -279,18 +317,28 @@ def class_slugs(class_names: Sequence[str]) -> list[str]:
     return slugs[1:]
 
 
-def family_of(name: str, slugs: Sequence[str] | None = None) -> MetricSpec | None:
+def values_of(family: MetricSpec, class_names: Sequence[str]) -> dict[str, str]:
+    """Flat value of each class, or of each entity label, -> its name. Empty for a family with one value."""
+    if family.of_entities:
+        labels = [name.removeprefix("B-") for name in class_names if name.startswith("B-")]
+        return {f"{family.name}_{slug}": label for slug, label in zip(class_slugs(labels), labels, strict=True)}
+    if family.averaged:
+        return {f"{family.name}_{slug}": name for slug, name in zip(class_slugs(class_names), class_names, strict=True)}
+    return {}
+
+
+def family_of(name: str, class_names: Sequence[str] | None = None) -> MetricSpec | None:
     """The family of a family name or flat name; None if there is none.
 
-    Args: slugs: the class names in flat names; None: any class name is accepted.
+    Args: class_names: the classes; None: any name of a class is accepted.
     """
     if name in METRICS:
         return METRICS[name]
     for spec in METRICS.values():
-        class_name = name.removeprefix(f"{spec.name}_")
-        is_class = bool(class_name) if slugs is None else class_name in ("macro", *slugs)
-        if spec.averaged and class_name != name and is_class:
+        if name in (f"{spec.name}_{part}" for part in spec.parts):
             return spec
-        if class_name != name and class_name in spec.parts:
+        if not (spec.averaged or spec.of_entities) or not name.startswith(f"{spec.name}_"):
+            continue
+        if class_names is None or name == spec.headline or name in values_of(spec, class_names):
             return spec
     return None

@@ -25,6 +25,7 @@ class TaskSpec:
         chosen_by: the roles of which one in data.columns chooses this variant; empty for the task's default.
         keys: the recipe keys that this task uses among those that not all tasks use. A key that no task lists is for all.
         scores: the columns that ``Task.score`` gives to the metrics; ``scores_with_classes``: additional ones with classes.
+        default_metrics: the metrics of a recipe without eval.metrics; empty: all those that are ``by_default``.
         classes_from: where the names of the classes come from; None: there are none. ``label``: one label per row, for a
             classification head. ``rows``: the task finds them in its rows (it then implements ``tasks.FindsClasses``).
             ``eval.choices``: that key names them.
@@ -52,6 +53,7 @@ class TaskSpec:
     chosen_by: tuple[str, ...] = ()
     scores_with_classes: tuple[str, ...] = ()
     headline_with_classes: str | None = None
+    default_metrics: tuple[str, ...] = ()
     classes_from: Literal["label", "rows", "eval.choices"] | None = None
     reader: Literal["tokenizer", "image processor"] = "tokenizer"
     learns_from_labels: bool = True
@@ -77,3 +79,8 @@ class TaskSpec:
     def names_classes(self) -> bool:
         """Whether its head has classes whose names come from the data."""
         return self.classes_from in ("label", "rows")
+
+    @property
+    def marks_entities(self) -> bool:
+        """Whether its classes are tags that mark entities."""
+        return "row_starts" in self.scores

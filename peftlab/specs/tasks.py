@@ -26,6 +26,7 @@ _VECTORS = (
 )
 _RANKS = ("found_at", "first_relevant", "gains", "ideal_gains")
 _IMAGES = ("data.augment", "train.batch_norm")
+_TAGS = ("data.label_names", "distill.hard_weight", "distill.baseline", *_SCORED)
 _PER_ROW = ("nll_sum", "num_scored", "predictions", "references")
 
 TASKS: dict[str, TaskSpec] = {
@@ -95,6 +96,20 @@ TASKS: dict[str, TaskSpec] = {
             scores=("nll_sum", "num_scored", "found_answers", "right_answers"),
             headline="squad_f1",
             example_input="""'{"question": "Who wrote it?", "context": "Ann wrote it."}'""",
+        ),
+        TaskSpec(
+            "token_cls",
+            "named entities: labels of parts of a text",
+            "token_cls:NamedEntities",
+            auto_class="AutoModelForTokenClassification",
+            peft_type=None,
+            predicts="token classes",
+            columns=("text", "spans", "tokens", "tags"),
+            keys=(*_TEXT, *_TAGS, *_SOFTMAX),
+            scores=(*_PER_ROW, "row_starts"),
+            default_metrics=("loss", "accuracy", "entity_f1", "entity_precision", "entity_recall"),
+            classes_from="rows",
+            headline="entity_f1",
         ),
         TaskSpec(
             "image_cls",
@@ -176,6 +191,20 @@ VARIANTS: tuple[TaskSpec, ...] = (
         objectives=("in_batch",),
         contrasts=True,
         gathers=True,
+    ),
+    TaskSpec(
+        "token_cls",
+        "a tag for each word, such as its part of speech",
+        "token_cls:WordTags",
+        auto_class="AutoModelForTokenClassification",
+        peft_type=None,
+        predicts="token classes",
+        columns=("tokens", "word_tags"),
+        chosen_by=("word_tags",),
+        keys=(*_TEXT, *_TAGS, *_SOFTMAX),
+        scores=_PER_ROW,
+        classes_from="rows",
+        headline="accuracy",
     ),
 )
 

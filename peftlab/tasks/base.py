@@ -40,7 +40,8 @@ class TaskParts:
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
-        padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
+        padding: how the family of the model is padded. causal: whether a token of it sees only those before.
+        end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
         vectors: how vectors are trained: ``objective``, ``scale``, ``margin``, ``widths``, ``score_range``, and ``width``, that of
             the model's vectors if its config says so.
@@ -66,6 +67,7 @@ class TaskParts:
     style: Style | None = None
     control_tokens: ControlRule = "auto"
     padding: Padding = "right"
+    causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
     vectors: Mapping[str, Any] = field(default_factory=dict)
