@@ -36,8 +36,8 @@ DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "sp
 
 class ModelSection(Section):
     name: str = Field(
-        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit, or "
-        "shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:t5 | tiny:vit, "
+        "or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     adapter: str | None = Field(
@@ -167,6 +167,20 @@ class DataSection(Section):
         description="what to do with rows that have no text, label or image, or null in another column that the texts are "
         "made of; rows whose answer is empty are always left out",
     )
+    prefix: str = Field(
+        "", description="text before each source, such as 'translate English to German: ' for T5 (seq2seq)"
+    )
+    source_language: str | None = Field(
+        None, description="language of the sources, for tokenizers of several, such as en_XX or eng_Latn (seq2seq)"
+    )
+    target_language: str | None = Field(
+        None, description="language of the targets, which is also the one that is written (seq2seq)"
+    )
+    max_target_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest target in tokens, as max_length is that of the sources; too_long is for both (seq2seq)",
+    )
     packing: bool = Field(
         False,
         description="put several rows into one sequence of up to max_length tokens; attention stays within each row, "
@@ -281,9 +295,15 @@ class EvalSection(Section):
     best: str | None = Field(None, description="keep the checkpoint with the best value of this metric")
     patience: int | None = Field(None, ge=1, description="stop after N evaluations without a better value of eval.best")
     prompts: list[str] = Field(
-        default_factory=list, description="prompts that the model answers before and after training (causal_lm)"
+        default_factory=list,
+        description="prompts that the model answers before and after training (causal_lm, seq2seq)",
     )
-    max_new_tokens: int = Field(64, ge=1, description="longest answer to a prompt, in tokens (causal_lm)")
+    max_new_tokens: int = Field(
+        64, ge=1, description="longest text that the model writes in evaluation, in tokens (causal_lm, seq2seq)"
+    )
+    beams: int = Field(
+        1, ge=1, description="width of the beam search for texts written in evaluation; 1: greedy (seq2seq)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -30,8 +30,10 @@ class TaskSpec:
             ``eval.choices``: that key names them.
         headline: the metric of a distillation's verdict; with classes ``headline_with_classes``.
         learns_from_labels: False if it can only learn from a teacher.
-        generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
-            each pass (it then implements ``tasks.Redraws``).
+        generates: whether it writes text (it then implements ``tasks.Generates``). chats: whether it also answers
+            conversations (``tasks.Chats``). redraws: whether its examples change on each pass (``tasks.Redraws``).
+        reads_source: whether a row has a source, which an encoder reads, and a target, which a decoder writes.
+        answer_scores: the columns that ``Generates.score_answers`` gives to the metrics, from texts that the model writes.
         example_input: an example argument for ``peftlab predict``.
     """
 
@@ -52,6 +54,9 @@ class TaskSpec:
     reader: Literal["tokenizer", "image processor"] = "tokenizer"
     learns_from_labels: bool = True
     generates: bool = False
+    chats: bool = False
+    reads_source: bool = False
+    answer_scores: tuple[str, ...] = ()
     redraws: bool = False
     example_input: str = '"some text"'
 

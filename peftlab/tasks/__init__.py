@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks.base import Columns, FindsClasses, Generates, Padding, Redraws, Task, TaskParts
+from peftlab.tasks.base import Chats, Columns, FindsClasses, Generates, Padding, Redraws, Task, TaskParts
 from peftlab.tasks.batch import Batch, collate_packed
 from peftlab.tasks.example import Encoded, Example, lengths_of
 from peftlab.tasks.outputs import OutputHead, Outputs, weighted_sum
@@ -19,6 +19,7 @@ def task_class(spec: TaskSpec) -> type[Task]:
 
 __all__ = [
     "Batch",
+    "Chats",
     "Columns",
     "Encoded",
     "Example",

@@ -40,6 +40,9 @@ class TaskParts:
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
+        prefix: text before each source. source_language, target_language: codes in the tokenizer's languages.
+        max_target_length: longest target in tokens. decoder_start: the token before each target of an encoder-decoder; None:
+            the last token of the target. beams, max_new_tokens: of texts that are written in evaluation.
     """
 
     reader: Any
@@ -59,6 +62,13 @@ class TaskParts:
     padding: Padding = "right"
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    prefix: str = ""
+    source_language: str | None = None
+    target_language: str | None = None
+    max_target_length: int | None = None
+    decoder_start: int | None = None
+    beams: int = 1
+    max_new_tokens: int = 64
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -156,7 +166,6 @@ class FindsClasses(Task, Protocol):
 class Generates(Task, Protocol):
     """A task that writes text (``spec.generates``). Attributes: silent_ids: tokens of an answer that are no part of its text."""
 
-    formatter: Any
     silent_ids: frozenset[int]
 
     def generate(
@@ -172,11 +181,14 @@ class Generates(Task, Protocol):
     def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
         """The rows with a model's ``answers`` in place of their own."""
 
-    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the model's ``generate``."""
+    def score_answers(self, model: nn.Module, batch: Batch) -> Columns:
+        """The columns in the spec's ``answer_scores``, from texts that the model writes; not called if there are none."""
 
-    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """The tokens of a conversation in memory up to where the model answers."""
+    def answers_need(self, rows: Rows) -> None:
+        """Raises DataError if these rows have no prompts that a model could answer."""
+
+    def prompt_text(self, rows: Rows, index: int) -> str:
+        """What the model reads before the answer of a row, as text."""
 
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """The number of tokens before the answer of each row."""
@@ -186,6 +198,18 @@ class Generates(Task, Protocol):
 
     def ends(self, answer: np.ndarray) -> bool:
         """Whether the last token of an answer can end it."""
+
+
+class Chats(Generates, Protocol):
+    """A task that answers conversations (``spec.chats``)."""
+
+    formatter: Any
+
+    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the model's ``generate``."""
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """The tokens of a conversation in memory up to where the model answers."""
 
 
 class Redraws(Task, Protocol):

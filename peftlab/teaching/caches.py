@@ -44,7 +44,11 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
     if recipe.data.balance:
         split["balance"] = recipe.data.balance
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins", "control_tokens"})
-    template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.generates else None
+    if assembly.spec.reads_source:
+        template |= recipe.data.model_dump(
+            include={"prefix", "source_language", "target_language", "max_target_length"}
+        )
+    template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.chats else None
     by_image = assembly.spec.reader == "image processor"
     return {
         "task": recipe.task,
