@@ -118,8 +118,8 @@ class TemplateSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; "
-        "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
+        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE, "
+        "catalogues:PACKAGE/LANGUAGE or hub data set; NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
     )
     eval: str | None = Field(
         None, description="held-out data, in the same forms as train; default: a part of train is held out"
@@ -128,7 +128,7 @@ class DataSection(Section):
         0.1, gt=0, lt=1, description="share of the training rows to hold out when data.eval is not set"
     )
     eval_rows: int | None = Field(None, ge=1, description="number of rows to hold out, instead of eval_fraction")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text"] = Field(
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "po"] = Field(
         "auto", description="file format; auto uses the content, and the file ending where that leaves a choice"
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
