@@ -198,13 +198,48 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "decoder_hidden_size": 16,
     },
 }
+_NO_START = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TRANSLATORS: dict[str, dict[str, Any]] = {
+    "T5Config": {**_T5, "decoder_start_token_id": 0},
+    "MT5Config": {**_T5, "decoder_start_token_id": 0},
+    "UMT5Config": {**_T5, "decoder_start_token_id": 0},
+    "LongT5Config": {**_T5, "decoder_start_token_id": 0, "local_radius": 127},
+    "SwitchTransformersConfig": {**_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_sparse_encoder_layers": 1,
+                                 "num_sparse_decoder_layers": 1},
+    "BartConfig": _BART,
+    "MBartConfig": _BART,
+    "MarianConfig": {**_BART, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2},
+    "PegasusConfig": {**_BART, "decoder_start_token_id": 0},
+    "PegasusXConfig": {**_BART, "decoder_start_token_id": 0, "block_size": 16, "num_global_tokens": 4},
+    "BigBirdPegasusConfig": {**_BART, "block_size": 4, "num_random_blocks": 1, "attention_type": "original_full"},
+    "M2M100Config": {**_BART, **_NO_START},
+    "NllbMoeConfig": {**_BART, **_NO_START, "num_experts": 2, "expert_capacity": 64},
+    "LEDConfig": {
+        **{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
+        "max_encoder_position_embeddings": 128,
+        "max_decoder_position_embeddings": 64,
+        "attention_window": 8,
+    },
+    "BlenderbotConfig": {**_BART, **_NO_START},
+    "BlenderbotSmallConfig": {**_BART, **_NO_START},
+    "MvpConfig": _BART,
+    "PLBartConfig": _BART,
+    "ProphetNetConfig": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4, "max_position_embeddings": 128,
+    },
+}  # fmt: skip
+FAMILIES = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES, "seq2seq": TRANSLATORS}
 # Families whose tokenizers end every text, because their head reads there.
-_WITH_END = ("T5", "MT5", "Bart", "MBart")
+_WITH_END = ("T5", "MT5", "Bart", "MBart", *(name.removesuffix("Config") for name in TRANSLATORS))
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq_cls": "AutoModelForSequenceClassification",
     "image_cls": "AutoModelForImageClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
+_WRITES = ("causal_lm", "seq2seq")
 
 
 def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
@@ -217,12 +252,10 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
     from peftlab.models.image_reader import tiny_image_processor
     from peftlab.models.tiny import tiny_tokenizer
 
-    if name in ("T5Config", "MT5Config"):
+    if name in ("T5Config", "MT5Config") and task != "seq2seq":
         values = {"decoder_start_token_id": 0, **values}
-    families = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}[task]
-    model = make_model(
-        make_config(name, families, **values), AUTO_CLASSES[task] if task == "causal_lm" else "AutoModel"
-    )
+    config = make_config(name, FAMILIES[task], **values)
+    model = make_model(config, AUTO_CLASSES[task] if task in _WRITES else "AutoModel")
     generator = torch.Generator().manual_seed(1)
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("running_mean"):  # as of a trained model

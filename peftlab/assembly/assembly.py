@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
+
+from pydantic import BaseModel
 
 from peftlab.adapters import HeadLoss
 from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
@@ -23,6 +25,7 @@ from peftlab.models import (
     Pretrained,
     add_tokens,
     check_stored,
+    decoder_start,
     end_ids,
     find_pretrained,
     is_causal,
@@ -38,6 +41,7 @@ from peftlab.models import (
     sentence_files,
     start_rows,
     stored_as,
+    target_limit,
     tokenizer_fingerprint,
     vocabulary_rows,
 )
@@ -55,14 +59,34 @@ _NOT_ABOUT_ROWS = {
     "template",
     "control_tokens",
     "max_length",
+    "max_target_length",
     "stride",
     "too_long",
     "packing",
     "allow",
-    "seed",
-    "score_range",
     "augment",
+    "score_range",
+    "prefix",
+    "source_language",
+    "target_language",
+    "seed",
 }
+
+
+class Reading(NamedTuple):
+    """How a model's family reads and writes texts.
+
+    Attributes: padding, causal, num_embeddings, decoder_start, hidden_size: see ``TaskParts``. end_ids: the ids that end its texts.
+        target_limit: the longest target in tokens; None for a task without targets.
+    """
+
+    padding: Padding = "right"
+    causal: bool = False
+    end_ids: Sequence[int] = ()
+    num_embeddings: int | None = None
+    decoder_start: int | None = None
+    target_limit: int | None = None
+    hidden_size: int | None = None
 
 
 class Assembly:
@@ -206,14 +230,21 @@ class Assembly:
     @property
     def reader(self) -> Any:
         """The tokenizer, or the ``ImageReader`` for images. Raises: RecipeError."""
-        settings = [*self._model_key, self.spec.reader, self.recipe.model.chat_template, self.recipe.adapter.tokens]
+        settings = [
+            *self._model_key,
+            self.spec.reader,
+            self.spec.reads_source,
+            self.recipe.model.chat_template,
+            self.recipe.adapter.tokens,
+        ]
         return self._once("reader", settings, self._read_reader)
 
     def _read_reader(self) -> Any:
         if self.spec.reader == "image processor":
             reader = load_image_reader(self.pretrained)
         else:
-            reader = load_tokenizer(self.pretrained, chat_template=self.recipe.model.chat_template)
+            template, offsets = self.recipe.model.chat_template, not self.spec.reads_source
+            reader = load_tokenizer(self.pretrained, chat_template=template, offsets=offsets)
             if self.recipe.adapter.tokens:
                 add_tokens(reader, self.recipe.adapter.tokens)
         # Students cut from one model have equal readers; sharing one lets them share their examples.
@@ -294,7 +325,7 @@ class Assembly:
         self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        padding, causal, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
+        family = self._reading(pretrained or self.pretrained, reader)
         return TaskParts(
             reader,
             columns=data.columns,
@@ -307,32 +338,41 @@ class Assembly:
             template=data.template.model_dump(exclude_none=True) if data.template else None,
             head_loss=HeadLoss(r.run.kernels),
             pooling=r.model.pooling,
-            window=data.max_length,
-            stride=data.stride,
-            max_answer_tokens=r.eval.max_answer_tokens,
-            null_threshold=r.eval.null_threshold,
             sentences=lambda: sentence_files(self.pretrained),
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
-            padding=padding,
-            causal=causal,
-            end_ids=ends,
-            num_embeddings=num_embeddings,
-            vectors=self._vectors(pretrained or self.pretrained) if self.spec.objectives else {},
+            padding=family.padding,
+            causal=family.causal,
+            end_ids=family.end_ids,
+            num_embeddings=family.num_embeddings,
+            decoder_start=family.decoder_start,
+            max_target_length=self._max_target_length(family),
+            hidden_size=family.hidden_size,
+            settings=self._settings,
             augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
         )
 
-    def _vectors(self, pretrained: Pretrained) -> dict[str, Any]:
-        """See ``TaskParts.vectors``."""
-        train, config = self.recipe.train, load_config(pretrained)
-        return {
-            "objective": self.recipe.objective,
-            "scale": train.embedding_scale,
-            "margin": train.margin,
-            "widths": train.matryoshka,
-            "score_range": self.recipe.data.score_range,
-            "width": getattr(config.get_text_config(), "hidden_size", None),
-        }
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """See ``TaskParts.settings``."""
+        values: dict[str, Any] = {}
+        for key in self.spec.settings:
+            section, name = key.split(".")
+            value = getattr(getattr(self.recipe, section), name)
+            values[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+        return values
+
+    def _max_target_length(self, family: Reading) -> int | None:
+        """The longest target in tokens; None for a task without targets. Raises: RecipeError if the model writes less."""
+        wanted, allowed = self.recipe.data.max_target_length, family.target_limit
+        if allowed is None:
+            return None
+        if wanted is not None and wanted > allowed:
+            raise RecipeError(
+                f"the decoder of {self.recipe.model.name} writes at most {allowed:,} tokens, found {wanted:,}",
+                key="data.max_target_length",
+            )
+        return allowed if wanted is None else wanted
 
     @property
     def unread_columns(self) -> list[str]:
@@ -345,28 +385,43 @@ class Assembly:
             read |= {"label", data.columns["label"]}
         return [name for name in self.data.labelled.columns if name not in read]
 
-    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, bool, list[int], int | None]:
-        """How a model's family is padded, whether it reads only from left to right, the ids that end its texts, and the rows
-        of its input embeddings, if it has a vocabulary. Raises: RecipeError if it cannot do the task."""
+    def _reading(self, pretrained: Pretrained, reader: Any) -> Reading:
+        """How the model's family reads and writes. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
-            return "right", False, [], None
+            return Reading()
         settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
         # The reader is kept too: while it lives, no other one has its id.
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
-    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, bool, list[int], int | None]:
+    def _read_family(self, pretrained: Pretrained, reader: Any) -> Reading:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
         rows = vocabulary_rows(config)
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
-        return padding_of(config, self.spec.predicts), is_causal(config), ends, rows
+        reading = Reading(
+            padding_of(config, self.spec.predicts),
+            is_causal(config),
+            ends,
+            rows,
+            hidden_size=getattr(config.get_text_config(), "hidden_size", None),
+        )
+        if not self.spec.reads_source:
+            return reading
+        return reading._replace(decoder_start=decoder_start(config), target_limit=target_limit(pretrained, reader))
 
     @property
     def num_embeddings(self) -> int | None:
         """Rows of the model's input embeddings; None for images and for a model without a vocabulary."""
-        return self._reading(self.pretrained, self.reader)[3]
+        return self._reading(self.pretrained, self.reader).num_embeddings
+
+    @property
+    def target_limit(self) -> int:
+        """The longest target in tokens that the model's decoder writes."""
+        limit = self._reading(self.pretrained, self.reader).target_limit
+        assert limit is not None
+        return limit
 
     @property
     def limit(self) -> int:
@@ -540,20 +595,14 @@ class Assembly:
     def _task_key(self) -> list[Any]:
         r = self.recipe
         sentences = str(sentence_files(self.pretrained)) if "model.pooling" in self.spec.keys else None
-        windows = r.data.max_length if self.spec.predicts == "spans" else None
         return [
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(
-                include={"columns", "label_names", "bins", "template", "control_tokens", "score_range", "augment"}
-            ),
-            r.train.class_weights,
-            [r.eval.max_answer_tokens, r.eval.null_threshold, r.data.stride, windows],
-            r.train.model_dump(include={"objective", "embedding_scale", "margin", "matryoshka"}),
+            r.data.columns,
+            self._settings,
             self.classes,
             r.run.kernels,
-            r.model.pooling,
             sentences,
             self._reading(self.pretrained, self.reader),
         ]

@@ -21,7 +21,16 @@ from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
-from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.models import (
+    UNLIMITED,
+    decoder_start,
+    end_ids,
+    length_limit,
+    load_config,
+    reads_later_tokens,
+    reconciled_ids,
+    starts_with_last,
+)
 from peftlab.specs.methods import METHODS
 from peftlab.specs.task_spec import TaskSpec
 
@@ -36,7 +45,9 @@ _PADDING = {
 
 def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
     """Raises RecipeError if models of this config cannot do the task with this tokenizer, whatever their weights."""
-    if spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):
+    if spec.reads_source:
+        _check_encoder_decoder(config)
+    elif spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):
         raise RecipeError(
             f"{config.model_type} reads the tokens after the one that it predicts, so it is no causal language model; use a "
             "model for causal language modelling, or set is_decoder to true in its config.json",
@@ -56,6 +67,34 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
                 "after a text; use a tokenizer that ends every text with its eos_token",
                 key="model.name",
             )
+
+
+# Why encoder-decoders of a family cannot be trained on a source and a target.
+_REFUSED = {
+    "prophetnet": "predicts several tokens at each position, and its loss is that of all of them",
+    "xlm-prophetnet": "predicts several tokens at each position, and its loss is that of all of them",
+    "fsmt": "has two vocabularies, and its head is part of its decoder",
+}
+
+
+def _check_encoder_decoder(config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    if kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "audio_config"):
+        raise RecipeError(
+            f"{kind} has no decoder that writes a text from another text; use an encoder-decoder such as t5, bart, mbart, "
+            "marian or pegasus, or task: causal_lm with a language model",
+            key="model.name",
+        )
+    if kind in _REFUSED:
+        raise RecipeError(f"{kind} {_REFUSED[kind]}; use another family, such as t5 or bart", key="model.name")
+    if not starts_with_last(config) and decoder_start(config) is None:
+        raise RecipeError(
+            "its config.json has no decoder_start_token_id, the token that stands before each target; set it as the model was "
+            "trained (T5, Marian, Pegasus: the padding token; BART: the end of text)",
+            key="model.name",
+        )
 
 
 def reads_ids(config: Any, spec: TaskSpec) -> bool:

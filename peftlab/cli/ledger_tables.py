@@ -25,6 +25,8 @@ _BAR = 24
 # Minimum width of names in a narrow terminal.
 _NAME = 9
 _MAX_LABELS = 12
+# As ``models.UNLIMITED``, which this module cannot import without torch.
+_UNLIMITED = 2**31
 _STYLES = {"error": "bold red", "allowed": "yellow", "note": "yellow"}
 _TITLES = {"train": "train", "held_out": "held out"}
 
@@ -65,8 +67,9 @@ def show_check(out: Output, report: Report) -> None:
                 out.line(f"{title}: {line}")
     if train["tokens"] is not None:
         out.line()
-        cut = "in windows of" if "questions" in train else "before truncation, limit"
-        out.show(*_length_lines(train["lengths"], train["max_length"], cut, unicode=_draws(out)))
+        for side in train["sides"]:
+            out.line(_side_line(side))
+        out.show(*_length_lines(train, unicode=_draws(out)))
     _show_rows(out, report)
     if report["estimate"] is not None:
         out.line()
@@ -186,13 +189,29 @@ def _label_table(train: Sequence[Report], held_out: Sequence[Report]) -> Table:
     return table
 
 
-def _length_lines(lengths: Report, limit: int, cut: str, *, unicode: bool) -> list[Table | Text]:
+def _side_line(side: Report) -> str:
+    """The lengths of the sources, or of the targets."""
+    name = "target" if side["key"] == "data.max_target_length" else "source"
+    return f"tokens per {name} before truncation ({_limit_text(side['limit'])}): {_range_text(side)}"
+
+
+def _limit_text(limit: int) -> str:
+    return f"limit {limit:,}" if limit < _UNLIMITED else "no limit"
+
+
+def _range_text(lengths: Report) -> str:
+    return (
+        f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, 95 % up to {lengths['p95']:,.0f}"
+    )
+
+
+def _length_lines(train: Report, *, unicode: bool) -> list[Table | Text]:
     from rich.text import Text
 
-    summary = (
-        f"tokens per row ({cut} {limit:,}): {lengths['min']:,} to {lengths['max']:,}, median "
-        f"{lengths['median']:,.0f}, 95 % up to {lengths['p95']:,.0f}"
-    )
+    lengths, limit = train["lengths"], None if train["sides"] else train["max_length"]
+    cut = "in windows of" if "questions" in train else "before truncation, limit"
+    which = "tokens per row, source and target" if limit is None else f"tokens per row ({cut} {limit:,})"
+    summary = f"{which}: {_range_text(lengths)}"
     table = new_table()
     table.show_header, table.box = False, None
     table.add_column(justify="right", no_wrap=True)
@@ -202,7 +221,7 @@ def _length_lines(lengths: Report, limit: int, cut: str, *, unicode: bool) -> li
     for entry in lengths["histogram"]:
         filled = round(_BAR * entry["rows"] / most)
         bar = ("\u2588" if unicode else "#") * (filled or (1 if entry["rows"] else 0))
-        over = entry["from"] > limit
+        over = limit is not None and entry["from"] > limit
         span = f"{entry['from']:,} to {entry['to']:,}" if entry["from"] < entry["to"] else f"{entry['to']:,}"
         table.add_row(span, f"{entry['rows']:,}", Text(bar, "red" if over else "cyan"))
     return [Text(summary), table]

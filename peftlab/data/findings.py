@@ -148,14 +148,15 @@ def _located(finding: Finding, ledger: Ledger) -> str:
 
 
 def _unfit(ledger: Ledger) -> Iterator[Finding]:
-    refused = next((rows for reason, rows in ledger.left_out.items() if reason.startswith("refused")), None)
+    why, refused = next(((why, rows) for why, rows in ledger.left_out.items() if why.startswith("refused")), ("", None))
     if refused is not None:
+        key, limit, lengths = ledger.limit_of(why)
+        what = "target tokens" if key == "data.max_target_length" else "tokens"
         has = "has" if len(refused) == 1 else "have"
         yield Finding(
             "too_long",
-            f"{_rows(len(refused))} {has} more tokens than the limit of {ledger.max_length:,} (up to "
-            f"{int(ledger.row_lengths[refused].max()):,}); set data.too_long=truncate or data.too_long=drop, or raise "
-            "data.max_length if the model allows it",
+            f"{_rows(len(refused))} {has} more {what} than the limit of {limit:,} (up to {int(lengths[refused].max()):,}); set "
+            f"data.too_long=truncate or data.too_long=drop, or raise {key} if the model allows it",
             "data.too_long",
             refused,
             error=True,

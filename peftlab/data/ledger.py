@@ -32,7 +32,8 @@ class Ledger:
         max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
         keep_last: a truncated row keeps its last token.
         formatter: how rows became text, for a language model. class_names: for rows with a label.
-        style: labels, images, texts or words, for rows without a formatter. words: their tokens are trained.
+        style: labels, images, texts, words or pairs (a source and a target), for rows without a formatter. words: their tokens
+            are trained.
         span_labels: the labels that ``add_spans`` counts.
         stop_ids: tokens that can end an answer.
     """
@@ -75,6 +76,7 @@ class Ledger:
         self._marks: dict[str, list[Indices]] = {}
         self._left_out: dict[str, list[Indices]] = {}
         self._writers: dict[str, None] = {}
+        self._sides: dict[str, tuple[int, list[Indices]]] = {}
 
     def add(
         self,
@@ -84,12 +86,15 @@ class Ledger:
         labels: Indices | None = None,
         *,
         long: npt.NDArray[np.bool_] | None = None,
+        limits: Sequence[tuple[str, int, Indices]] | None = None,
     ) -> None:
         """Adds the rows ``first``, ``first + 1``, ...
 
         Args:
             kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices.
             long: [N] whether a row is longer than the limit; default: its tokens are.
+            limits: of rows with several texts, whose ``tokens`` are cut already: the key of each limit, the limit, and [N] tokens
+                of that text before it.
         """
         lengths, in_row = tokens.lengths, first + np.arange(len(tokens), dtype=np.int64)
         self._lengths.append(lengths.astype(np.int32))
@@ -110,7 +115,10 @@ class Ledger:
             self._prompt_hashes.append(
                 np.array([hash(raw[a:b]) for a, b in zip(at, ends, strict=False)], dtype=np.int64)
             )
-        self._leave_out(tokens, kept, lengths > self.max_length if long is None else long, in_row)
+        for key, limit, whole in limits or ():
+            self._sides.setdefault(key, (limit, []))[1].append(whole.astype(np.int32))
+        whole = lengths if long is None else np.where(long, self.max_length + 1, 0)
+        self._leave_out(tokens, kept, limits or [("data.max_length", self.max_length, whole)], in_row)
         self._count(tokens, kept, lengths)
         self._read_answers(tokens, kept, first)
         bos = self.tokenizer.bos_token_id
@@ -154,16 +162,25 @@ class Ledger:
             for name in names:
                 self._spans[name][what] += 1
 
-    def _leave_out(self, tokens: Tokens, kept: Indices, long: npt.NDArray[np.bool_], in_row: Indices) -> None:
-        trained = tokens.num_trained(tokens.lengths) > 0
+    def _leave_out(
+        self, tokens: Tokens, kept: Indices, limits: Sequence[tuple[str, int, Indices]], in_row: Indices
+    ) -> None:
+        lengths = tokens.lengths
+        over: dict[str, npt.NDArray[np.bool_]] = {}
+        for key, limit, whole in limits:
+            beyond, name = whole > limit, f"longer than {key} ({limit:,} tokens)"
+            over |= {
+                f"truncated: {name}": beyond & (kept > 0),
+                f"dropped: {name}": beyond & (self.too_long == "drop"),
+                f"refused: {name}": beyond & (self.too_long == "error"),
+            }
+        long = np.any([whole > limit for _, limit, whole in limits], axis=0)
+        trained = tokens.num_trained(lengths) > 0
         answers = np.bincount(tokens.answer_rows, minlength=len(tokens)) > 0
         untrained = np.bincount(np.array([row for row, _ in tokens.masked], dtype=np.int64), minlength=len(tokens)) > 0
         masked = (kept == 0) & ~(long & (self.too_long != "truncate"))
-        limit = f"longer than data.max_length ({self.max_length:,} tokens)"
         for reason, chosen in {
-            f"truncated: {limit}": long & (kept > 0),
-            f"dropped: {limit}": long & (self.too_long == "drop"),
-            f"refused: {limit}": long & (self.too_long == "error"),
+            **over,
             "dropped: no assistant turn in it": masked & ~answers & ~untrained & (self.style == "chat"),
             "dropped: the data masks all assistant turns in it": masked & ~answers & untrained,
             f"dropped: {_EMPTY.get(self.style, 'the answer is empty')}": masked
@@ -244,7 +261,15 @@ class Ledger:
     @property
     def per_row(self) -> bool:
         """Whether a row has one answer, such as a label, instead of trained tokens."""
-        return self.formatter is None and self.style != "words"
+        return self.formatter is None and self.style not in ("words", "pairs")
+
+    def limit_of(self, reason: str) -> tuple[str, int, Indices]:
+        """The key of the limit in a reason of ``left_out``, the limit, and [number of rows] lengths before truncation."""
+        key = next((key for key in self._sides if f"{key} (" in reason), None)
+        if key is None:
+            return "data.max_length", self.max_length, self.row_lengths
+        limit, lengths = self._sides[key]
+        return key, limit, _joined(lengths)
 
     @property
     def left_out(self) -> dict[str, Indices]:
@@ -348,14 +373,10 @@ class Ledger:
                 "terminators": {self.tokenizer.convert_ids_to_tokens(i): n for i, n in self._terminators.most_common()},
             },
             "masked": {"turns": self.num_masked, "tokens": self.num_masked_tokens},
-            "lengths": {
-                "min": int(lengths.min(initial=2**31)) if len(lengths) else 0,
-                "median": float(np.median(lengths)) if len(lengths) else 0.0,
-                "mean": float(lengths.mean()) if len(lengths) else 0.0,
-                "p95": float(np.percentile(lengths, 95)) if len(lengths) else 0.0,
-                "max": int(lengths.max(initial=0)),
-                "histogram": _histogram(lengths),
-            },
+            "lengths": {**_figures(lengths), "histogram": _histogram(lengths)},
+            "sides": [
+                {"key": key, "limit": limit, **_figures(_joined(parts))} for key, (limit, parts) in self._sides.items()
+            ],
             "labels": self.label_counts(),
             "left_out": [
                 *(
@@ -421,6 +442,17 @@ def _first(mask: npt.NDArray[np.bool_]) -> int:
 
 def _joined(parts: Sequence[Indices]) -> Indices:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _figures(lengths: Indices) -> dict[str, float]:
+    some = len(lengths) > 0
+    return {
+        "min": int(lengths.min()) if some else 0,
+        "median": float(np.median(lengths)) if some else 0.0,
+        "mean": float(lengths.mean()) if some else 0.0,
+        "p95": float(np.percentile(lengths, 95)) if some else 0.0,
+        "max": int(lengths.max(initial=0)),
+    }
 
 
 def _histogram(lengths: Indices) -> list[dict[str, int]]:

@@ -36,7 +36,7 @@ def _file_and_row(place: str) -> tuple[str, str, str]:
 def answers_line(report: Mapping[str, Any]) -> str:
     """A sentence on how the answers of a data set end; empty if there are none."""
     answers, count = report["answers"], report["answers"]["count"]
-    what = {"chat": "assistant turn", "text": "text"}.get(report["style"], "answer")
+    what = {"chat": "assistant turn", "text": "text", "pairs": "target"}.get(report["style"], "answer")
     if not count:
         return ""
     ends = " or ".join(printable(token) for token in answers["terminators"]) or "end-of-turn token"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from peftlab.data.ledger import Indices, Ledger
 from peftlab.data.questions import Question
@@ -36,7 +36,9 @@ class QuestionLedger(Ledger):
         if question.ambiguous:
             self._mark("note ambiguous_answer", np.array([row]))
 
-    def _leave_out(self, tokens: Tokens, kept: Indices, long: npt.NDArray[np.bool_], in_row: Indices) -> None:
+    def _leave_out(
+        self, tokens: Tokens, kept: Indices, limits: Sequence[tuple[str, int, Indices]], in_row: Indices
+    ) -> None:
         """No row is left out for its length."""
 
     @property

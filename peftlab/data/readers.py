@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from peftlab.data.catalogues import read_po
 from peftlab.data.columnar import read_columnar
 from peftlab.data.conll import looks_like_conll, read_conll
 from peftlab.data.delimited import delimiter_of_a_table, read_csv, read_tsv
@@ -44,8 +45,10 @@ ENDINGS = {
     ".text": "text",
     ".md": "text",
     ".py": "text",
+    ".po": "po",
+    ".pot": "po",
 }
-FORMATS = ("csv", "tsv", "json", "jsonl", "text", "conll", "parquet", "arrow")
+FORMATS = ("csv", "tsv", "json", "jsonl", "text", "conll", "po", "parquet", "arrow")
 _ZIP = b"PK\x03\x04"
 _PACKED = (".gz", ".bz2", ".xz", ".zip")
 _COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
@@ -58,6 +61,8 @@ _OTHER_FILES = {
     b"\x80\x04": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x80\x05": "a pickle, which can run code when it is loaded; save the table as parquet or csv",
     b"\x93NUMPY": "a numpy array; save the table as parquet or csv",
+    b"\xde\x12\x04\x95": "a compiled gettext catalogue; name the .po file that it was made from",
+    b"\x95\x04\x12\xde": "a compiled gettext catalogue; name the .po file that it was made from",
     b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it with git lfs pull",
 }
 _WEB_PAGE = (b"<!doctype html", b"<html")
@@ -269,4 +274,5 @@ _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {
     "jsonl": lambda text, path, options: read_json(text, path, options, lines=True),
     "text": _read_text,
     "conll": read_conll,
+    "po": read_po,
 }

@@ -67,7 +67,7 @@ def load_rows(
 
     Args:
         key: the recipe key that holds ``name``, for the errors.
-        format: csv, tsv, json, jsonl, parquet, arrow, text or conll; ``auto``: by content.
+        format: csv, tsv, json, jsonl, parquet, arrow, text, conll or po (gettext catalogues); ``auto``: by content.
         encoding: encoding of text files; a byte order mark is removed, and decides if it names another one.
         column_names: for csv and tsv files without a header, whose first line is data.
         delimiter: field separator of csv files; None: found from the file.

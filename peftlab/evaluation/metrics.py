@@ -77,7 +77,7 @@ def unknown_metric(name: str, families: Sequence[str], class_names: Sequence[str
 
 
 def _available(spec: TaskSpec, has_choices: bool) -> list[str]:
-    columns = {*spec.scores, *(spec.scores_with_classes if has_choices else ())}
+    columns = {*spec.scores, *spec.answer_scores, *(spec.scores_with_classes if has_choices else ())}
     return [name for name, metric in METRICS.items() if metric.needs and columns.issuperset(metric.needs.values())]
 
 

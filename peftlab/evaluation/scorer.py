@@ -47,6 +47,11 @@ class Scorer:
         needed = dict.fromkeys(column for f in self._families.values() for column in METRICS[f].needs.values())
         self._columns: dict[str, array[Any] | list[Any] | None] = dict.fromkeys(needed)
 
+    @property
+    def columns(self) -> set[str]:
+        """The columns that its metrics need."""
+        return set(self._columns)
+
     def add(self, columns: Columns) -> None:
         """Adds one batch; ignores columns that no metric needs.
 

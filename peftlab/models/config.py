@@ -89,6 +89,20 @@ def is_causal(config: Any) -> bool:
     return not (config.is_encoder_decoder or reads_later_tokens(config))
 
 
+# Their decoder starts with the last token of the target, which is a language.
+_STARTS_WITH_LAST = {"mbart", "plbart"}
+
+
+def decoder_start(config: Any) -> int | None:
+    """The token before each target of an encoder-decoder; None: the last token of the target."""
+    return None if config.model_type in _STARTS_WITH_LAST else getattr(config, "decoder_start_token_id", None)
+
+
+def starts_with_last(config: Any) -> bool:
+    """Whether the decoder starts with the last token of the target."""
+    return config.model_type in _STARTS_WITH_LAST
+
+
 def reads_later_tokens(config: Any) -> bool:
     """Whether the language model of this config is no causal one: an encoder such as BERT without ``is_decoder``."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -39,8 +39,8 @@ DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "sp
 
 class ModelSection(Section):
     name: str = Field(
-        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit, or "
-        "shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:t5 | tiny:vit, "
+        "or shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     adapter: str | None = Field(
@@ -140,8 +140,8 @@ class AugmentSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; "
-        "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
+        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE, "
+        "catalogues:PACKAGE/LANGUAGE or hub data set; NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
     )
     eval: str | None = Field(
         None, description="held-out data, in the same forms as train; default: a part of train is held out"
@@ -150,7 +150,7 @@ class DataSection(Section):
         0.1, gt=0, lt=1, description="share of the training rows to hold out when data.eval is not set"
     )
     eval_rows: int | None = Field(None, ge=1, description="number of rows to hold out, instead of eval_fraction")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "conll"] = Field(
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "conll", "po"] = Field(
         "auto", description="file format; auto uses the content, and the file ending where that leaves a choice"
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
@@ -200,6 +200,20 @@ class DataSection(Section):
         "error",
         description="what to do with rows that have no text, label or image, or null in another column that the texts are "
         "made of; rows whose answer is empty are always left out",
+    )
+    prefix: str = Field(
+        "", description="text before each source, such as 'translate English to German: ' for T5 (seq2seq)"
+    )
+    source_language: str | None = Field(
+        None, description="language of the sources, for tokenizers of several, such as en_XX or eng_Latn (seq2seq)"
+    )
+    target_language: str | None = Field(
+        None, description="language of the targets, which is also the one that is written (seq2seq)"
+    )
+    max_target_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest target in tokens, as max_length is that of the sources; too_long is for both (seq2seq)",
     )
     packing: bool = Field(
         False,
@@ -351,9 +365,15 @@ class EvalSection(Section):
     best: str | None = Field(None, description="keep the checkpoint with the best value of this metric")
     patience: int | None = Field(None, ge=1, description="stop after N evaluations without a better value of eval.best")
     prompts: list[str] = Field(
-        default_factory=list, description="prompts that the model answers before and after training (causal_lm)"
+        default_factory=list,
+        description="prompts that the model answers before and after training (causal_lm, seq2seq)",
     )
-    max_new_tokens: int = Field(64, ge=1, description="longest answer to a prompt, in tokens (causal_lm)")
+    max_new_tokens: int = Field(
+        64, ge=1, description="longest text that the model writes in evaluation, in tokens (causal_lm, seq2seq)"
+    )
+    beams: int = Field(
+        1, ge=1, description="width of the beam search for texts written in evaluation; 1: greedy (seq2seq)"
+    )
 
     max_answer_tokens: int = Field(30, ge=1, description="longest answer, in tokens (extractive_qa)")
     null_threshold: float | None = Field(

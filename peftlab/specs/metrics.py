@@ -28,6 +28,8 @@ class MetricSpec:
         by_default: whether recipes without ``eval.metrics`` compute it.
         on_card: whether the report card shows the family's headline value if it can be computed.
         on_short_card: whether the card on the screen shows it without --verbose, in addition to the headline metric.
+        of_answers: whether it is about texts that the model writes, which takes long: evaluations in the middle of training
+            compute it only if the recipe names it.
         share: its values are shares, shown in percentage points. kept_as: how the card expresses how much of the teacher's
             value the student keeps; None: not shown, as for metrics that already compare with the teacher.
         label, note: its name on the card, and its meaning in one line.
@@ -46,6 +48,7 @@ class MetricSpec:
     by_default: bool = True
     on_card: bool = True
     on_short_card: bool = False
+    of_answers: bool = False
     share: bool = False
     kept_as: Literal["share", "times"] | None = None
     label: str = ""
@@ -66,6 +69,8 @@ def _share(name: str, **about: object) -> MetricSpec:
 
 
 _PAIRS = {"predictions": "predictions", "references": "references"}
+_TEXTS = {"predictions": "answers", "references": "reference_texts"}
+ROUGE = {"rouge1": "words", "rouge2": "pairs of words", "rougeL": "words in the same order"}
 _CLASS_ROWS = ("predicted_class", "true_class")
 _ANSWERS = {"predictions": "found_answers", "references": "right_answers"}
 _ANSWERABLE = ("answerable", "unanswerable")
@@ -80,6 +85,8 @@ ROWS: dict[str, frozenset[str]] = {
     "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
 }
+# Additional columns of texts that the model writes.
+ROWS_OF_TEXTS = frozenset({"bleu_counts", "chrf_counts", *ROUGE})
 # Additional columns of answers chosen from eval.choices, and of tags that mark entities.
 ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
 # Additional columns of spans: how right the answer to each row is.
@@ -124,6 +131,40 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             label="exact match",
             note="share of rows with every token correct",
+        ),
+        MetricSpec(
+            "bleu",
+            needs=_TEXTS,
+            rows=("bleu_counts",),
+            of_answers=True,
+            highest=100.0,
+            kept_as="share",
+            on_short_card=True,
+            label="BLEU",
+            note="matching word n-grams of the texts that it writes, 0 to 100",
+        ),
+        MetricSpec(
+            "chrf",
+            needs=_TEXTS,
+            rows=("chrf_counts",),
+            of_answers=True,
+            highest=100.0,
+            kept_as="share",
+            on_short_card=True,
+            label="chrF",
+            note="matching character n-grams of the texts that it writes, 0 to 100",
+        ),
+        *(
+            _share(
+                name,
+                needs=_TEXTS,
+                rows=(name,),
+                of_answers=True,
+                kept_as="share",
+                label=f"ROUGE-{name[5:]}",
+                note=f"shared {what} of the texts that it writes and the references (F-measure)",
+            )
+            for name, what in ROUGE.items()
         ),
         _share(
             "accuracy",
@@ -289,6 +330,9 @@ CARD_ORDER = (
     "accuracy",
     "f1_macro",
     "exact_match",
+    "chrf",
+    "bleu",
+    *ROUGE,
     "perplexity",
     "token_accuracy",
     "loss",

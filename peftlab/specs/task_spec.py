@@ -9,6 +9,10 @@ from typing import Literal
 # the row (the start and the end of a span), or a vector per row. Loss, teacher and report card depend on it.
 Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors"]
 
+# Keys that some tasks use and others do not, but that others read.
+SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
+_NOT_OF_TASKS = (*SCORED, "data.too_long", "data.packing", "data.allow", "data.balance", "eval.prompts")
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -31,8 +35,10 @@ class TaskSpec:
             ``eval.choices``: that key names them.
         headline: the metric of a distillation's verdict; with classes ``headline_with_classes``.
         learns_from_labels: False if it can only learn from a teacher.
-        generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
-            each pass (it then implements ``tasks.Redraws``).
+        generates: whether it writes text (it then implements ``tasks.Generates``). chats: whether it also answers
+            conversations (``tasks.Chats``). redraws: whether its examples change on each pass (``tasks.Redraws``).
+        reads_source: whether a row has a source, which an encoder reads, and a target, which a decoder writes.
+        answer_scores: the columns that ``Generates.score_answers`` gives to the metrics, from texts that the model writes.
         objectives: the losses in ``specs.objectives`` that it can learn by, the default first; empty: it has one loss.
         contrasts: whether the loss of a row may depend on the other rows of its step (it then implements ``tasks.Contrasts``).
         gathers: whether its metrics need all held-out rows together (it then implements ``tasks.Gathers``).
@@ -58,12 +64,20 @@ class TaskSpec:
     reader: Literal["tokenizer", "image processor"] = "tokenizer"
     learns_from_labels: bool = True
     generates: bool = False
+    chats: bool = False
+    reads_source: bool = False
+    answer_scores: tuple[str, ...] = ()
     redraws: bool = False
     objectives: tuple[str, ...] = ()
     contrasts: bool = False
     gathers: bool = False
     whole: str | None = None
     example_input: str = '"some text"'
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The keys that say how its texts, losses and answers are made, which its implementation gets."""
+        return tuple(key for key in self.keys if key not in _NOT_OF_TASKS and not key.startswith("distill."))
 
     @property
     def has_softmax(self) -> bool:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from peftlab.specs.task_spec import TaskSpec
+from peftlab.specs.task_spec import SCORED, TaskSpec
 
 _TEXT = ("data.max_length", "data.too_long")
-_SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
-_LABELS = ("data.label_names", "data.balance", "distill.hard_weight", "distill.baseline", *_SCORED)
+_LABELS = ("data.label_names", "data.balance", "distill.hard_weight", "distill.baseline", *SCORED)
 _CLASSES = ("data.bins", "train.class_weights", *_LABELS)
 _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
 # What a task lacks if it does not use the key.
-NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *_SCORED), "labels") | dict.fromkeys(
+NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *SCORED), "labels") | dict.fromkeys(
     _SOFTMAX, "softmax"
 )
 _VECTORS = (
@@ -22,11 +21,11 @@ _VECTORS = (
     "train.matryoshka",
     "distill.baseline",
     *_TEXT,
-    *_SCORED,
+    *SCORED,
 )
 _RANKS = ("found_at", "first_relevant", "gains", "ideal_gains")
 _IMAGES = ("data.augment", "train.batch_norm")
-_TAGS = ("data.label_names", "distill.hard_weight", "distill.baseline", *_SCORED)
+_TAGS = ("data.label_names", "distill.hard_weight", "distill.baseline", *SCORED)
 _PER_ROW = ("nll_sum", "num_scored", "predictions", "references")
 
 TASKS: dict[str, TaskSpec] = {
@@ -51,6 +50,7 @@ TASKS: dict[str, TaskSpec] = {
                 "eval.max_new_tokens",
                 "distill.cross_tokenizer",
                 "distill.on_policy",
+                "distill.answers",
                 *_TEXT,
                 *_LABELS,
                 *_SOFTMAX,
@@ -61,6 +61,36 @@ TASKS: dict[str, TaskSpec] = {
             headline="perplexity",
             headline_with_classes="accuracy",
             generates=True,
+            chats=True,
+        ),
+        TaskSpec(
+            "seq2seq",
+            "a text from a text: translation, summaries",
+            "seq2seq:Seq2Seq",
+            auto_class="AutoModelForSeq2SeqLM",
+            peft_type="SEQ_2_SEQ_LM",
+            predicts="tokens",
+            columns=("source", "target"),
+            keys=(
+                "data.prefix",
+                "data.source_language",
+                "data.target_language",
+                "data.max_target_length",
+                "eval.prompts",
+                "eval.max_new_tokens",
+                "eval.beams",
+                "distill.answers",
+                "distill.hard_weight",
+                "distill.baseline",
+                *_TEXT,
+                *SCORED,
+                *_SOFTMAX,
+            ),
+            scores=("nll_sum", "num_scored", "num_tokens", "num_correct", "rows_right", "rows"),
+            answer_scores=("answers", "reference_texts"),
+            headline="perplexity",
+            generates=True,
+            reads_source=True,
         ),
         TaskSpec(
             "seq_cls",
@@ -90,7 +120,7 @@ TASKS: dict[str, TaskSpec] = {
                 "eval.null_threshold",
                 "distill.hard_weight",
                 "distill.baseline",
-                *_SCORED,
+                *SCORED,
                 *_SOFTMAX,
             ),
             scores=("nll_sum", "num_scored", "found_answers", "right_answers"),

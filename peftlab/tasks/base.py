@@ -35,17 +35,16 @@ class TaskParts:
         label_names: value in the label column -> class. bins: cut points and class names of a numeric label column.
         class_weights: weight of each class in the loss, by name, or ``balanced`` or ``none``.
         template: texts with ``{column}`` fields, by part. head_loss: see ``LMHead``.
-        window: longest window of a long context in tokens; None: not set. stride: tokens that neighbouring windows share; None:
-            not set. max_answer_tokens, null_threshold: see the recipe's section ``eval``.
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. causal: whether a token of it sees only those before.
         end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
-        vectors: how vectors are trained: ``objective``, ``scale``, ``margin``, ``widths``, ``score_range``, and ``width``, that of
-            the model's vectors if its config says so.
-        augmentation: random changes of training images.
+        hidden_size: width of its hidden states, if its config says so. augmentation: random changes of training images.
+        max_target_length: longest target in tokens. decoder_start: the token before each target of an encoder-decoder; None:
+            the last token of the target.
+        settings: values of the recipe keys in ``TaskSpec.settings``, such as ``data.stride``, by key.
     """
 
     reader: Any
@@ -58,10 +57,6 @@ class TaskParts:
     template: Mapping[str, str] | None = None
     head_loss: Callable[..., Tensor | None] = lambda *_, **__: None
     pooling: str | None = None
-    window: int | None = None
-    stride: int | None = None
-    max_answer_tokens: int = 30
-    null_threshold: float | None = 0.0
     sentences: Callable[[], Any] | None = None
     sample: Mapping[str, Any] = field(default_factory=dict)
     style: Style | None = None
@@ -70,8 +65,11 @@ class TaskParts:
     causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
-    vectors: Mapping[str, Any] = field(default_factory=dict)
+    hidden_size: int | None = None
     augmentation: Augmentation | None = None
+    max_target_length: int | None = None
+    decoder_start: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -169,7 +167,6 @@ class FindsClasses(Task, Protocol):
 class Generates(Task, Protocol):
     """A task that writes text (``spec.generates``). Attributes: silent_ids: tokens of an answer that are no part of its text."""
 
-    formatter: Any
     silent_ids: frozenset[int]
 
     def generate(
@@ -185,11 +182,14 @@ class Generates(Task, Protocol):
     def encode_answers(self, rows: Rows, answers: Sequence[np.ndarray], *, max_length: int) -> Encoded:
         """The rows with a model's ``answers`` in place of their own."""
 
-    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the model's ``generate``."""
+    def score_answers(self, model: nn.Module, batch: Batch) -> Columns:
+        """The columns in the spec's ``answer_scores``, from texts that the model writes; not called if there are none."""
 
-    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """The tokens of a conversation in memory up to where the model answers."""
+    def answers_need(self, rows: Rows) -> None:
+        """Raises DataError if these rows have no prompts that a model could answer."""
+
+    def prompt_text(self, rows: Rows, index: int) -> str:
+        """What the model reads before the answer of a row, as text."""
 
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """The number of tokens before the answer of each row."""
@@ -199,6 +199,18 @@ class Generates(Task, Protocol):
 
     def ends(self, answer: np.ndarray) -> bool:
         """Whether the last token of an answer can end it."""
+
+
+class Chats(Generates, Protocol):
+    """A task that answers conversations (``spec.chats``)."""
+
+    formatter: Any
+
+    def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the model's ``generate``."""
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """The tokens of a conversation in memory up to where the model answers."""
 
 
 class Redraws(Task, Protocol):

@@ -339,6 +339,21 @@ class CausalLM:
     def generation_kwargs(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
         return self._generator.kwargs(max_new_tokens, sampling)
 
+    def score_answers(self, model: nn.Module, batch: Batch) -> Columns:
+        """No columns: the metrics of answers are not for chats and prompts."""
+        return {}
+
+    def answers_need(self, rows: Rows) -> None:
+        if self.formatter.style == "text":
+            raise DataError(
+                "on_policy and answers need prompts to answer, but these rows are plain text: expected messages, prompt and "
+                "completion, or a template",
+                key=self.formatter.key,
+            )
+
+    def prompt_text(self, rows: Rows, index: int) -> str:
+        return self.formatter.render_prompt(rows.row(index), rows.where(index)).text
+
     def prompt_lengths(self, rows: Rows) -> list[int]:
         """The number of tokens before the answer of each row."""
         return [len(ids) for ids in self._rows_prompt_ids(rows)]

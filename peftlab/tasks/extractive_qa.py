@@ -70,10 +70,10 @@ class ExtractiveQA:
         return cls(
             parts.reader,
             columns=parts.columns,
-            window=parts.window,
-            stride=parts.stride,
-            max_answer_tokens=parts.max_answer_tokens,
-            null_threshold=parts.null_threshold,
+            window=parts.settings["data.max_length"],
+            stride=parts.settings["data.stride"],
+            max_answer_tokens=parts.settings["eval.max_answer_tokens"],
+            null_threshold=parts.settings["eval.null_threshold"],
             padding=parts.padding,
             num_embeddings=parts.num_embeddings,
         )

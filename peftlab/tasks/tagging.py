@@ -332,7 +332,7 @@ def _notes(row: Annotated, found: Positions) -> Iterator[str]:
 
 def _overlaps(row: Annotated, found: Positions, k: int, start: int, end: int) -> bool:
     """Whether position ``k`` stands for characters of ``[start, end)``."""
-    return row.words[found.firsts[k]][0] < end and row.words[found.lasts[k]][1] > start
+    return bool(row.words[found.firsts[k]][0] < end and row.words[found.lasts[k]][1] > start)
 
 
 def _ends_texts(tokenizer: Any) -> bool:

@@ -46,7 +46,11 @@ def examples_identity(assembly: Assembly, rows: Rows) -> dict[str, Any]:
     template = recipe.data.model_dump(include={"template", "columns", "label_names", "bins", "control_tokens"})
     if recipe.data.stride is not None:
         template["stride"] = recipe.data.stride
-    template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.generates else None
+    if assembly.spec.reads_source:
+        template |= recipe.data.model_dump(
+            include={"prefix", "source_language", "target_language", "max_target_length"}
+        )
+    template["chat"] = getattr(task.tokenizer, "chat_template", None) if assembly.spec.chats else None
     by_image = assembly.spec.reader == "image processor"
     return {
         "task": recipe.task,

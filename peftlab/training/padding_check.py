@@ -93,9 +93,10 @@ def _rows(task: Task, length: int) -> tuple[Example, Example]:
 
 
 def _changed_end(example: Example) -> Example:
-    """``example`` with another last token, or the same if there is no other."""
+    """``example`` with another token before its last, which only the last prediction may read; or the same if there is no
+    other. The last token itself starts the decoder of some families."""
     ids = example.ids.copy()
-    ids[-1] = next((i for i in ids if i != ids[-1]), ids[-1])
+    ids[-2] = next((i for i in ids if i != ids[-2]), ids[-2])
     return Example(ids, 0, example.weight, trained=example.trained, label=example.label)
 
 
