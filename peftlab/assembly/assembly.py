@@ -51,7 +51,7 @@ from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
 from peftlab.specs.metrics import family_of, values_of
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_class
+from peftlab.tasks import Encoded, FindsClasses, FindsSettings, Padding, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
@@ -76,7 +76,8 @@ _NOT_ABOUT_ROWS = {
 class Reading(NamedTuple):
     """How a model's family reads and writes texts.
 
-    Attributes: padding, causal, num_embeddings, decoder_start, hidden_size: see ``TaskParts``. end_ids: the ids that end its texts.
+    Attributes: padding, causal, num_embeddings, token_types, decoder_start, hidden_size: see ``TaskParts``.
+        end_ids: the ids that end its texts.
         target_limit: the longest target in tokens; None for a task without targets.
     """
 
@@ -84,6 +85,7 @@ class Reading(NamedTuple):
     causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    token_types: bool = False
     decoder_start: int | None = None
     target_limit: int | None = None
     hidden_size: int | None = None
@@ -294,6 +296,27 @@ class Assembly:
         return cast(type[FindsClasses], task_class(self.spec)).find_classes(parts, rows)
 
     @property
+    def found(self) -> dict[str, Any]:
+        """The settings that the task finds, or that the run in the recipe's lock has found; empty for a task without any."""
+        if not self.spec.finds_settings:
+            return {}
+        stored = ((self.recipe.lock or {}).get("environment") or {}).get("found")
+        if isinstance(stored, dict):
+            return dict(stored)
+        return self._once("settings", [self._data_key, self._reads_train], self._find_settings)
+
+    def _find_settings(self) -> dict[str, Any]:
+        rows = self.data.labelled
+        parts = self._task_parts(self.reader, classes=None, rows=rows, found={})
+        return cast(type[FindsSettings], task_class(self.spec)).find_settings(parts, rows)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the lock file of a run keeps of the data: names of the classes, and settings."""
+        kept: dict[str, Any] = {"class_names": self.classes} if self.spec.names_classes else {}
+        return kept | ({"found": self.found} if self.found else {})
+
+    @property
     def task(self) -> Task:
         """The task, with reader, columns and classes. Raises: DataError, RecipeError."""
         return self._once("task", self._task_key, self._make_task)
@@ -322,7 +345,13 @@ class Assembly:
         return task_class(self.spec).make(parts)
 
     def _task_parts(
-        self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
+        self,
+        reader: Any,
+        *,
+        classes: list[str] | None,
+        rows: Rows | None,
+        pretrained: Pretrained | None = None,
+        found: dict[str, Any] | None = None,
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
         family = self._reading(pretrained or self.pretrained, reader)
@@ -345,11 +374,13 @@ class Assembly:
             causal=family.causal,
             end_ids=family.end_ids,
             num_embeddings=family.num_embeddings,
+            token_types=family.token_types,
             decoder_start=family.decoder_start,
             max_target_length=self._max_target_length(family),
             hidden_size=family.hidden_size,
             settings=self._settings,
             augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
+            found=self.found if found is None else found,
         )
 
     @property
@@ -401,10 +432,11 @@ class Assembly:
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
         reading = Reading(
-            padding_of(config, self.spec.predicts),
+            padding_of(config, whole_rows=self.spec.reads_whole_rows),
             is_causal(config),
             ends,
             rows,
+            (getattr(config, "type_vocab_size", 0) or 0) > 1,
             hidden_size=getattr(config.get_text_config(), "hidden_size", None),
         )
         if not self.spec.reads_source:
@@ -602,6 +634,8 @@ class Assembly:
             r.data.columns,
             self._settings,
             self.classes,
+            self.found,
+            r.eval.threshold,
             r.run.kernels,
             sentences,
             self._reading(self.pretrained, self.reader),

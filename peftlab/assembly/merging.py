@@ -242,8 +242,8 @@ def _save(model: Any, reference: _Reference, written: Path, target: Target) -> N
     save_plain(model, reference.assembly.task.files, written, extra_file=target.lock)
     if target.lock is None:
         assembly = reference.assembly
-        names = {"class_names": assembly.classes} if assembly.spec.names_classes else {}
-        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=assembly.fingerprints, environment=names)
+        fingerprints, kept = assembly.fingerprints, assembly.kept
+        write_lock(written / LOCK_NAME, assembly.loaded, fingerprints=fingerprints, environment=kept)
 
 
 def _reload(folder: Path, task: Task, device: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from peftlab import formatting
 
 _LABEL_WIDTH = 16
+_LABELS_WIDTH = 36
 # What a record holds besides the answer.
 _ABOUT = ("row", "input", "note")
 
@@ -29,8 +30,10 @@ def whole_answer(record: Record, *, styled: bool) -> str:
         width = max([len(str(row[0])) for row in rows], default=0)
         lines = [f"{label:<{width}}  {100 * p:5.1f} %  {a:>5}-{b:<5}  {text}" for label, text, p, a, b in rows]
         return "\n".join(map(formatting.printable, [_marked(record, spans), *lines]))
+    if "labels" in record:
+        return _labels(record, styled)
     if not _has_label(record):
-        return _as_json(record)
+        return f"{record['score']:.6g}" if styled and record.keys() >= {"score"} else _as_json(record)
     if styled:
         return f"{record['label']}  {100 * record['probability']:.1f} %"
     return f"{record['label']}\t{record['probability']:.6f}"
@@ -43,11 +46,26 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     if (spans := _spans(record)) is not None and styled:
         return formatting.one_line(_marked(record, spans), width - 1)
     if not _has_label(record) or not styled:
-        return whole_answer(record, styled=styled)
+        answer = whole_answer(record, styled=styled)
+        if not styled or not record.keys() & {"labels", "score"}:
+            return answer
+        head = f"{formatting.one_line(answer, _LABELS_WIDTH):<{_LABELS_WIDTH}}  "
+        return head + formatting.one_line(_about(record), width - len(head) - 1)
     label = formatting.one_line(record["label"], _LABEL_WIDTH)
     head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
-    about = record.get("input") or f"row {record['row']:,}"
-    return head + formatting.one_line(about, width - len(head) - 1)
+    return head + formatting.one_line(_about(record), width - len(head) - 1)
+
+
+def _about(record: Record) -> str:
+    return record.get("input") or f"row {record['row']:,}"
+
+
+def _labels(record: Record, styled: bool) -> str:
+    """Several labels with their probabilities; for a program, pairs separated by tabs."""
+    pairs = [(name, record["probabilities"][name]) for name in record["labels"]]
+    if styled:
+        return ", ".join(f"{formatting.one_line(name)} {100 * p:.0f} %" for name, p in pairs) or "(none)"
+    return "\t".join(f"{_escaped(name)}\t{p:.6f}" for name, p in pairs)
 
 
 def _spans(record: Record) -> list[dict[str, Any]] | None:

@@ -13,6 +13,7 @@ from peftlab.data.ledger_text import (
     answers_line,
     finding_line,
     left_out_lines,
+    numbers_text,
     questions_line,
     shared_line,
 )
@@ -42,7 +43,7 @@ def show_check(out: Output, report: Report) -> None:
     out.line(f"data: {train['name']}, {part if report['split'] else held_out['name']} held out")
     if report["format"]:
         out.line(f"format: {formatting.printable(report['format'])}")
-    for line in [] if distill is None else _distill_lines(distill, report["model"]):
+    for line in [*([] if distill is None else _distill_lines(distill, report["model"])), *report["unlabelled"]]:
         out.line(line)
     _show_findings(out, [f for f in report["findings"] if f["level"] == "error"])
     out.line()
@@ -54,6 +55,9 @@ def show_check(out: Output, report: Report) -> None:
         out.line()
         out.line(f"train: {line}")
         out.line(f"held out: {questions_line(held_out)}")
+    for name, title in _TITLES.items():
+        if text := numbers_text(report[name]["numbers"]):
+            out.line(f"{title}: {text}")
     if train["trained"] is not None:
         if train["roles"] or held_out["roles"]:
             out.line()

@@ -41,9 +41,9 @@ def order(metrics: Metrics) -> list[str]:
 
 def class_names(metrics: Metrics) -> list[str]:
     """The classes that have per-class values."""
-    classes = [
-        n.removeprefix(f"{f}_") for n in metrics for f in _PER_CLASS if n.startswith(f"{f}_") and n not in _FIRST
-    ]
+    prefixes = tuple(f"{family}_" for family in _PER_CLASS)
+    own = [n for n in metrics if n.startswith(prefixes) and n not in _FIRST]
+    classes = [n.removeprefix(next(prefix for prefix in prefixes if n.startswith(prefix))) for n in own]
     return list(dict.fromkeys(classes))
 
 

@@ -12,8 +12,8 @@ from peftlab.data.question_ledger import QuestionLedger
 from peftlab.data.questions import Question, Questions
 from peftlab.data.rows import Rows
 from peftlab.data.scores import read_scores
-from peftlab.data.sources import load_rows
-from peftlab.data.split import balanced_rows, split_rows
+from peftlab.data.sources import load_rows, split_per_class
+from peftlab.data.split import balanced_rows, rows_per_class, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
@@ -47,7 +47,9 @@ __all__ = [
     "read_labels",
     "read_scores",
     "require",
+    "rows_per_class",
     "size_text",
+    "split_per_class",
     "split_rows",
     "tokenize",
 ]

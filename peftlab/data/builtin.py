@@ -1,5 +1,5 @@
-"""Built-in data sets: ``sklearn:digits``, and of installed packages ``docstrings:PACKAGE,PACKAGE`` and
-``catalogues:PACKAGE/LANGUAGE``."""
+"""Built-in data sets: ``sklearn:digits``, and of installed packages ``docstrings:PACKAGE,PACKAGE``,
+``docstring-sections:PACKAGE,PACKAGE`` and ``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from peftlab.data.catalogues import catalogue_rows
 from peftlab.data.rows import Origin, Rows
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS, CATALOGUES = "sklearn:digits", "docstrings:", "catalogues:"
+DIGITS, DOCSTRINGS, SECTIONS, CATALOGUES = "sklearn:digits", "docstrings:", "docstring-sections:", "catalogues:"
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -29,6 +29,11 @@ _DOCSTRING = re.compile(
     r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*(?:#[^\n]*)?\n[ \t]+)[rRuU]{0,2}"""(.+?)"""', re.DOTALL
 )
 _FEWEST_WORDS = 5
+# The headings of numpydoc, each underlined with dashes.
+_HEADING = re.compile(
+    r"^[ \t]*(Parameters|Returns|Yields|Raises|Examples|Notes|References|See Also|Attributes)[ \t]*\n[ \t]*-{3,}[ \t]*$",
+    re.MULTILINE,
+)
 # Other ways to write a package's name than its import name.
 _ALIASES = {
     "datasets": (),
@@ -42,7 +47,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS, CATALOGUES))
+    return name.startswith(("sklearn:", DOCSTRINGS, SECTIONS, CATALOGUES))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -55,6 +60,9 @@ def load_builtin(name: str, *, key: str) -> Rows:
     ``catalogues:django/de``: the translated strings of all gettext catalogues of a language in an installed package (not
     imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
 
+    ``docstring-sections:numpy,scipy``: the text of each docstring before its first section, and ``sections``, the list of the
+    sections that follow (those of numpydoc, such as Parameters and Returns); docstrings without sections have an empty list.
+
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
     row's content (of a catalogue, on its source), so a row is on the same side wherever it appears.
 
@@ -62,17 +70,20 @@ def load_builtin(name: str, *, key: str) -> Rows:
     """
     base, part = name, None
     head, _, tail = name.rpartition(":")
-    if tail in _PARTS and head.rstrip(":") != "docstrings":
+    if tail in _PARTS and head.rstrip(":") not in ("docstrings", "docstring-sections"):
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
     elif base.startswith(DOCSTRINGS):
-        rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
+        rows, contents = _docstrings(name, base.removeprefix(DOCSTRINGS), key, _search)
+    elif base.startswith(SECTIONS):
+        rows, contents = _docstrings(name, base.removeprefix(SECTIONS), key, _search_sections)
     elif base.startswith(CATALOGUES):
         rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE or "
+            f"{CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )
@@ -110,8 +121,10 @@ def _catalogues(name: str, parts: list[str], key: str) -> list[tuple[Path, str]]
     return places
 
 
-def _docstrings(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:
-    rows, contents = _search(tuple((package, _folder(package, key)) for package in packages))
+def _docstrings(
+    name: str, packages: str, key: str, search: Callable[[tuple[tuple[str, Path], ...]], tuple[Rows, list[bytes]]]
+) -> tuple[Rows, list[bytes]]:
+    rows, contents = search(tuple((package, _folder(package, key)) for package in packages.split(",")))
     if not contents:
         raise DataError(f"{name!r}: no docstring of {_FEWEST_WORDS} words or more in these packages", key=key)
     return dataclasses.replace(rows, name=name), contents
@@ -125,19 +138,45 @@ def _search(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
     places: dict[str, tuple[str, str, int]] = {}
     elsewhere: set[str] = set()
     for package, folder in folders:
-        for file, line, text in _paragraphs(folder):
+        for file, line, docstring in _docstrings_in(folder):
+            text = " ".join(docstring.split("\n\n")[0].split())
+            if len(text.split()) < _FEWEST_WORDS:
+                continue
             masked = mask(text)
             if places.setdefault(masked, (package, file, line))[0] != package:
                 elsewhere.add(masked)
     texts = [text for text in places if text not in elsewhere]
-    files = {file: i for i, file in enumerate(dict.fromkeys(places[text][1] for text in texts))}
+    return _rows_of(texts, {text: places[text][1:] for text in texts}, "label", [places[text][0] for text in texts])
+
+
+@functools.lru_cache(maxsize=2)
+def _search_sections(folders: tuple[tuple[str, Path], ...]) -> tuple[Rows, list[bytes]]:
+    """The same for ``docstring-sections``."""
+    places: dict[str, tuple[str, int]] = {}
+    sections: dict[str, list[str]] = {}
+    for _, folder in folders:
+        for file, line, docstring in _docstrings_in(folder):
+            headings = list(_HEADING.finditer(docstring))
+            text = " ".join(docstring[: headings[0].start() if headings else None].split())
+            if len(text.split()) >= _FEWEST_WORDS and text not in places:
+                places[text], sections[text] = (file, line), list(dict.fromkeys(h[1] for h in headings))
+    return _rows_of(list(places), places, "sections", list(sections.values()))
+
+
+def _rows_of(
+    texts: list[str], places: Mapping[str, tuple[str, int]], column: str, values: list[Any]
+) -> tuple[Rows, list[bytes]]:
+    """The rows of ``texts``, with the file and line of each, and another column."""
+    files = {file: i for i, file in enumerate(dict.fromkeys(places[text][0] for text in texts))}
+    labels = [value if isinstance(value, str) else ",".join(value) for value in values]
+    content = "\0".join(f"{label}\0{text}" for label, text in zip(labels, texts, strict=True))
     rows = Rows(
         name=DOCSTRINGS,
-        columns={"text": list[Any](texts), "label": [places[text][0] for text in texts]},
-        fingerprint=hashlib.sha256("\0".join(f"{places[t][0]}\0{t}" for t in texts).encode()).hexdigest(),
+        columns={"text": list[Any](texts), column: values},
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         origins=tuple(Origin(file, "line") for file in files),
-        origin_index=np.array([files[places[text][1]] for text in texts]),
-        positions=np.array([places[text][2] for text in texts]),
+        origin_index=np.array([files[places[text][0]] for text in texts], dtype=np.int64),
+        positions=np.array([places[text][1] for text in texts], dtype=np.int64),
     )
     return rows, [text.encode() for text in texts]
 
@@ -158,17 +197,14 @@ def _folder(package: str, key: str, *, what: str = "docstrings") -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _paragraphs(folder: Path) -> Iterator[tuple[str, int, str]]:
-    """``(file, line, text)`` of each docstring's first paragraph."""
+def _docstrings_in(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """``(file, line, text)`` of each docstring."""
     for file in sorted(folder.rglob("*.py")):
         source = file.read_text(encoding="utf-8", errors="replace")
         line, counted = 1, 0
         for match in _DOCSTRING.finditer(source) if '"""' in source else ():
             line, counted = line + source.count("\n", counted, match.start(1)), match.start(1)
-            first = match[1].replace("\\\n", "\n").strip().split("\n\n")[0]
-            text = " ".join(first.split())
-            if len(text.split()) >= _FEWEST_WORDS:
-                yield str(file), line, text
+            yield str(file), line, match[1].replace("\\\n", "\n").strip()
 
 
 def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:

@@ -36,7 +36,11 @@ class Ledger:
             are trained.
         span_labels: the labels that ``add_spans`` counts.
         stop_ids: tokens that can end an answer.
+
+    Attributes: numbers: [N] the number that each row of the data set is to give, for rows with one.
     """
+
+    numbers: npt.NDArray[np.float64] | None = None
 
     def __init__(
         self,
@@ -87,11 +91,14 @@ class Ledger:
         *,
         long: npt.NDArray[np.bool_] | None = None,
         limits: Sequence[tuple[str, int, Indices]] | None = None,
+        use: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """Adds the rows ``first``, ``first + 1``, ...
 
         Args:
-            kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices.
+            kept: [N] tokens of each row that are used; 0: left out.
+            labels: [N] class indices, or [N, C] 0 and 1 for rows with any number of labels.
+            use: [T] bool, the tokens that are used; default: the first ones of each row, see ``keep_last``.
             long: [N] whether a row is longer than the limit; default: its tokens are.
             limits: of rows with several texts, whose ``tokens`` are cut already: the key of each limit, the limit, and [N] tokens
                 of that text before it.
@@ -119,7 +126,7 @@ class Ledger:
             self._sides.setdefault(key, (limit, []))[1].append(whole.astype(np.int32))
         whole = lengths if long is None else np.where(long, self.max_length + 1, 0)
         self._leave_out(tokens, kept, limits or [("data.max_length", self.max_length, whole)], in_row)
-        self._count(tokens, kept, lengths)
+        self._count(tokens, kept, lengths, use)
         self._read_answers(tokens, kept, first)
         bos = self.tokenizer.bos_token_id
         twice = np.flatnonzero(lengths > 1)
@@ -192,10 +199,12 @@ class Ledger:
             if chosen.any():
                 self._left_out.setdefault(reason, []).append(in_row[chosen])
 
-    def _count(self, tokens: Tokens, kept: Indices, lengths: Indices) -> None:
+    def _count(
+        self, tokens: Tokens, kept: Indices, lengths: Indices, chosen: npt.NDArray[np.bool_] | None = None
+    ) -> None:
         position = np.arange(len(tokens.ids)) - np.repeat(tokens.bounds[:-1], lengths)
-        use = position < np.repeat(kept, lengths)
-        if self._keep_last:
+        use = position < np.repeat(kept, lengths) if chosen is None else chosen
+        if self._keep_last and chosen is None:
             cut = np.flatnonzero((kept > 0) & (kept < lengths))
             use[tokens.bounds[:-1][cut] + kept[cut] - 1] = False
             use[tokens.bounds[1:][cut] - 1] = True
@@ -329,6 +338,8 @@ class Ledger:
         if not self._labels or not len(rows):
             return np.zeros(0, dtype=np.int64)
         labels = _joined(self._labels)[rows]
+        if labels.ndim > 1:  # a set of labels counts as one
+            labels = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
         _, text = np.unique(_joined(self._prompt_hashes)[rows], return_inverse=True)
         low = np.full(text.max() + 1, 2**31, dtype=np.int64)
         high = np.full(len(low), -1, dtype=np.int64)
@@ -378,6 +389,7 @@ class Ledger:
                 {"key": key, "limit": limit, **_figures(_joined(parts))} for key, (limit, parts) in self._sides.items()
             ],
             "labels": self.label_counts(),
+            "numbers": self._number_figures(),
             "left_out": [
                 *(
                     {"reason": f"dropped: {reason}", "rows": len(places), "where": list(places[:most_places])}
@@ -392,6 +404,17 @@ class Ledger:
                     for reason, rows in self.left_out.items()
                 ),
             ],
+        }
+
+    def _number_figures(self) -> dict[str, float] | None:
+        """Of the kept rows."""
+        if self.numbers is None or not len(kept := self.numbers[self.kept_rows]):
+            return None
+        return {
+            "min": float(kept.min()),
+            "mean": float(kept.mean()),
+            "max": float(kept.max()),
+            "std": float(kept.std()),
         }
 
     def _special_rows(self) -> list[dict[str, Any]]:
@@ -412,15 +435,16 @@ class Ledger:
 
     @property
     def has_labels(self) -> bool:
-        return bool(self._labels or self._spans)
+        return bool(self._labels or self._spans) or self.numbers is not None
 
     def label_counts(self) -> list[dict[str, Any]] | None:
         """The number of kept rows of each class; None without classes. Of ``add_spans`` also the number of spans."""
         if self._spans:
             return [{"label": name, **counts} for name, counts in self._spans.items()]
-        if not self.has_labels or self.class_names is None:
+        if not self._labels or self.class_names is None:
             return None
-        counts = np.bincount(_joined(self._labels)[_joined(self._kept) > 0], minlength=len(self.class_names)).tolist()
+        labels = _joined(self._labels)[_joined(self._kept) > 0]
+        counts = (labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=len(self.class_names))).tolist()
         return [{"label": name, "rows": count} for name, count in zip(self.class_names, counts, strict=True)]
 
 

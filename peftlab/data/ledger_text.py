@@ -93,13 +93,21 @@ def _label_counts(entries: Sequence[Mapping[str, Any]]) -> str:
     return f"{shown} and {more:,} more" if more > 0 else shown
 
 
+def numbers_text(figures: Mapping[str, float] | None) -> str:
+    """``numbers: 1 to 5, mean 3.2``; empty without any."""
+    if figures is None:
+        return ""
+    return f"numbers: {figures['min']:.4g} to {figures['max']:.4g}, mean {figures['mean']:.4g}, deviation {figures['std']:.4g}"
+
+
 def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
     """The lines that ``train`` prints about a data set; with ``counts`` also figures per role and special token."""
     rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
         labels = _label_counts(report["labels"] or [])
-        about = questions_line(report) or (f"labels: {labels}" if labels else "without labels")
+        known = f"labels: {labels}" if labels else numbers_text(report["numbers"])
+        about = questions_line(report) or known or "without labels"
         lines = [f"{name}: {rows}{tokens}; {about}"]
     else:
         trained = f"{report['trained']:,} trained ({share(report['trained'], report['tokens'])})"

@@ -27,11 +27,10 @@ class HeldOutScores:
         self._num_rows = num_rows
         self._of_class = (headline, *class_metrics(class_names, spec).get(headline, ("", -1)))
         self._vectors = EmbeddingComparison() if spec.predicts == "vectors" else None
-        self._logits = (
-            None
-            if self._vectors
-            else Comparison(num_rows, predicts=spec.predicts, tags=class_names if spec.marks_entities else None)
-        )
+        self._numbers = np.zeros((2, num_rows)) if spec.predicts == "numbers" else None
+        own = self._vectors is not None or self._numbers is not None
+        tags = class_names if spec.marks_entities else None
+        self._logits = None if own else Comparison(num_rows, predicts=spec.predicts, tags=tags)
         self._chosen: dict[int, tuple[int, int]] = {}
         self._any = False
 
@@ -47,6 +46,12 @@ class HeldOutScores:
         self._any = True
         self._logits.add(ours, targets, where, taught)
 
+    def add_numbers(self, rows: Sequence[int], predicted: Sequence[float], right: Sequence[float]) -> None:
+        """One number per row, and the right one."""
+        assert self._numbers is not None
+        self._any = True
+        self._numbers[:, list(rows)] = [predicted, right]
+
     def add_choices(self, rows: Sequence[int], predictions: Sequence[int], references: Sequence[int]) -> None:
         """Answers chosen among eval.choices, one per row, as class indices."""
         for row, predicted, right in zip(rows, predictions, references, strict=True):
@@ -58,6 +63,9 @@ class HeldOutScores:
             return {}
         if self._vectors is not None:
             return self._vectors.estimates()
+        if self._numbers is not None:
+            numbers = dict(zip(("predicted_numbers", "true_numbers"), self._numbers, strict=True))
+            return bootstrap(row_statistics(numbers), self._num_rows, shares=SHARES)
         assert self._logits is not None
         columns = self._logits.columns()
         if self._chosen:

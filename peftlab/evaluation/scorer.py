@@ -15,6 +15,8 @@ from peftlab.errors import DataError, RecipeError
 from peftlab.evaluation.metrics import unknown_metric
 from peftlab.specs.metrics import METRICS, class_slugs, family_of
 
+# Columns whose values are class indices.
+_INDICES = {"predictions", "references"}
 # The result of a task's ``score`` for one batch, by column name: a number, or a list of numbers, texts or other values.
 Columns = Mapping[str, float | int | Sequence[Any]]
 
@@ -69,7 +71,7 @@ class Scorer:
             if len({len(column) for column in needed}) > 1:
                 names = " and ".join(METRICS[family].needs.values())
                 raise ValueError(f"expected equally many {names}, found {', '.join(str(len(c)) for c in needed)}")
-            if METRICS[family].of_classes:
+            if METRICS[family].of_classes and set(METRICS[family].needs.values()) >= _INDICES:
                 self._check_classes(values["predictions"], values["references"])
         for name, column in values.items():
             kept = self._columns[name]

@@ -62,10 +62,10 @@ def keys_of_other_tasks(recipe: Recipe) -> Problems:
     for key in KEYS_OF_TASKS:
         if key not in spec.keys:
             lacks = f", which has no {NEEDS[key]}" if key in NEEDS else ""
-            yield from _no_effect(recipe, [key], f"for task: {recipe.task}{lacks}")
+            yield from _no_effect(recipe, [key], f"for {spec.what}{lacks}")
     for part in recipe.data.columns:
         if part not in spec.columns:
-            yield (f"data.columns.{part}",), f"has no effect for task: {recipe.task}; remove it"
+            yield (f"data.columns.{part}",), f"has no effect for {spec.what}; remove it"
 
 
 def keys_of_other_methods(recipe: Recipe) -> Problems:
@@ -201,7 +201,7 @@ def label_names_name_a_column(recipe: Recipe) -> Problems:
 
 
 def balance_knows_the_classes(recipe: Recipe) -> Problems:
-    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    has_column = recipe.spec.classifies or {"label", "rank"} & set(recipe.data.columns)
     if recipe.data.balance and "data.balance" in recipe.spec.keys and not has_column:
         yield ("data.balance",), "draws rows by their class; set data.columns.label"
     if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
@@ -303,6 +303,9 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
     for loss in distill.losses:
         if loss.compares_layers(spec.predicts):
             yield from _one_live_teacher(distill, loss.kind)
+        elif spec.predicts == "numbers":
+            if loss.kind != "hidden_mse":
+                yield ("distill.losses",), f"{loss.kind} does not compare numbers; use hidden_mse, or leave it out"
         elif spec.predicts == "vectors" and "vectors" not in LOSSES[loss.kind].compares:
             yield (
                 ("distill.losses",),
@@ -314,8 +317,11 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
                 ("distill.losses",),
                 f"{loss.kind} compares vectors, and task: {recipe.task} has none; use forward_kl",
             )
-    if spec.predicts == "vectors" and distill.teachers:
-        yield ("distill.teachers",), "vectors of several teachers cannot be mixed; set distill.teacher"
+    if spec.predicts in ("vectors", "numbers"):
+        if distill.teachers:
+            yield ("distill.teachers",), f"{spec.predicts} of several teachers cannot be mixed; set distill.teacher"
+        if distill.cache is not None and distill.targets.fill != "hidden":
+            yield ("distill.targets",), f"a cache of {spec.predicts} stores them whole; set fill: hidden"
 
 
 def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
@@ -326,6 +332,16 @@ def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
         )
     elif len(distill.all_teachers) > 1:
         yield ("distill.losses",), f"{kind} compares the layers of one teacher; set distill.teacher"
+
+
+def self_training_is_no_distillation(recipe: Recipe) -> Problems:
+    if recipe.distill is not None:
+        yield from _no_effect(recipe, ["train.self_training"], "in a distillation; name the rows in distill.transfer")
+
+
+def thresholds_are_tuned_in_training(recipe: Recipe) -> Problems:
+    if recipe.eval.threshold == "tuned" and recipe.distill is not None:
+        yield ("eval.threshold",), "is tuned by `peftlab train` only; set a number for a distillation"
 
 
 def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
@@ -370,5 +386,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     rounded_operands_have_a_path,
     self_is_a_backbone,
     losses_compare_what_there_is,
+    self_training_is_no_distillation,
+    thresholds_are_tuned_in_training,
     on_policy_knows_its_steps,
 )

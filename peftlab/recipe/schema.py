@@ -141,7 +141,8 @@ class AugmentSection(Section):
 class DataSection(Section):
     train: str = Field(
         description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE, "
-        "catalogues:PACKAGE/LANGUAGE or hub data set; NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
+        "docstring-sections:PACKAGE,PACKAGE, catalogues:PACKAGE/LANGUAGE or hub data set; NAME:SPLIT reads one of its splits, "
+        "NAME#500 samples 500 rows, NAME#8-per-class samples 8 training rows of each class after rows are held out"
     )
     eval: str | None = Field(
         None, description="held-out data, in the same forms as train; default: a part of train is held out"
@@ -184,6 +185,14 @@ class DataSection(Section):
         None,
         description="the lowest and the highest score of the data, such as [0, 5], which become 0 and 1; default: scores are "
         "used as they are",
+    )
+    order: list[str] = Field(
+        default_factory=list, description="the classes of columns.rank, lowest first; default: as numbers (seq_cls)"
+    )
+    separator: str | None = Field(
+        None,
+        min_length=1,
+        description="what stands between the labels of columns.labels in a text, such as ';'; lists need none (seq_cls)",
     )
     seed: int | None = Field(None, ge=0, description="seed of the split and of sampled rows; default: run.seed")
     max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: the model's limit")
@@ -262,6 +271,13 @@ class DataSection(Section):
         lists = {k: v if isinstance(v, list) else [v] for k, v in value.items()}
         return {k: [str(v).lower() if isinstance(v, bool) else str(v) for v in values] for k, values in lists.items()}
 
+    @field_validator("order", mode="before")
+    @classmethod
+    def _order_is_text(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [str(v).lower() if isinstance(v, bool) else str(v) for v in value]
+
     @field_validator("label_names", mode="before")
     @classmethod
     def _label_keys_are_text(cls, value: Any) -> Any:
@@ -281,11 +297,33 @@ class DataSection(Section):
     def _consistent(self) -> Self:
         if self.eval is not None:
             self._reject_unless_default(["eval_fraction", "eval_rows"], "when data.eval is given")
+        if len(set(self.order)) < len(self.order):
+            raise ValueError(f"order: contains {next(c for c in self.order if self.order.count(c) > 1)!r} twice")
+        if self.bins is not None and self.order:
+            raise ValueError("bins have an order of their own; remove order")
         if self.bins is not None and self.label_names:
             raise ValueError("bins name the classes themselves; remove label_names")
         if self.eval_rows is not None and self.eval_fraction != 0.1:
             raise ValueError("set eval_fraction or eval_rows, not both")
         return self
+
+
+class SelfTrainingSection(Section):
+    """Rounds of training: the model of each round labels rows without labels, and the sure ones join the training rows of the
+    next round, which starts again from the base."""
+
+    unlabelled: str = Field(
+        description="rows without labels, in the same forms as data.train; a label column in them is only used to count how "
+        "many of the model's labels are right"
+    )
+    rounds: int = Field(2, ge=1, description="number of times that the model labels these rows and is trained again")
+    confidence: float = Field(
+        0.95, gt=0, lt=1, description="a row joins if the probability of its label is at least this"
+    )
+    per_class: Literal["all", "balanced"] = Field(
+        "all",
+        description="all: every sure row joins; balanced: of each class as many as of the rarest, the surest first",
+    )
 
 
 class TrainSection(Section):
@@ -338,6 +376,10 @@ class TrainSection(Section):
         "[384, 192, 96]",
     )
 
+    self_training: SelfTrainingSection | None = Field(
+        None, description="learn from rows without labels as well (seq_cls, image_cls)"
+    )
+
     @field_validator("matryoshka")
     @classmethod
     def _widths_differ(cls, value: list[int]) -> list[int]:
@@ -359,6 +401,11 @@ class EvalSection(Section):
     before: bool = Field(True, description="evaluate the model before training as well")
     every: int | None = Field(None, ge=1, description="evaluate every N steps; the end of training is always evaluated")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per evaluation batch")
+    threshold: float | Literal["tuned"] | None = Field(
+        None,
+        description="probability from which a row has a label of columns.labels; default 0.5; tuned: for each label the one "
+        "with the best F1 on training rows, found after training (seq_cls)",
+    )
     choices: list[str] | None = Field(
         None, min_length=2, description="the possible completions; adds accuracy and F1 over them (causal_lm)"
     )
@@ -386,6 +433,8 @@ class EvalSection(Section):
     def _consistent(self) -> Self:
         if self.choices is not None and len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices: contains {next(c for c in self.choices if self.choices.count(c) > 1)!r} twice")
+        if isinstance(self.threshold, float) and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a number between 0 and 1, or tuned; found {self.threshold:g}")
         if not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("prompts: one of them is empty; remove it")
         if self.patience is not None and (self.best is None or self.every is None):

@@ -76,6 +76,10 @@ _ANSWERS = {"predictions": "found_answers", "references": "right_answers"}
 _ANSWERABLE = ("answerable", "unanswerable")
 _TAGS = {**_PAIRS, "starts": "row_starts"}
 
+_LABEL_SETS = {"predictions": "predicted_labels", "references": "true_labels"}
+_RANKS = {"predictions": "predicted_ranks", "references": "true_ranks"}
+_NUMBERS = {"predictions": "predicted_numbers", "references": "true_numbers"}
+
 # The columns of a comparison on held-out rows, by the task's prediction; see ``MetricSpec.rows``.
 _POSITIONS = frozenset({"positions", "nll", "agree", "kl"})
 ROWS: dict[str, frozenset[str]] = {
@@ -84,6 +88,7 @@ ROWS: dict[str, frozenset[str]] = {
     "classes": _POSITIONS | {"class_positions", "correct_classes", "brier", *_CLASS_ROWS},
     "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
+    "numbers": frozenset({"predicted_numbers", "true_numbers"}),
 }
 # Additional columns of texts that the model writes.
 ROWS_OF_TEXTS = frozenset({"bleu_counts", "chrf_counts", *ROUGE})
@@ -212,6 +217,43 @@ METRICS: dict[str, MetricSpec] = {
             label="answer F1",
             note="words that the answer shares with a right one, averaged over questions (SQuAD)",
         ),
+        _share("labels_f1", needs=_LABEL_SETS, of_classes=True, averaged=True, label="labels' macro F1"),
+        _share("labels_f1_micro", needs=_LABEL_SETS, label="labels' micro F1"),
+        _share("labels_f1_samples", needs=_LABEL_SETS, label="rows' F1"),
+        _share("labels_precision", needs=_LABEL_SETS, of_classes=True, averaged=True),
+        _share("labels_recall", needs=_LABEL_SETS, of_classes=True, averaged=True),
+        _share("labels_exact_match", needs=_LABEL_SETS, note="share of rows with exactly the right labels"),
+        _share(
+            "average_precision",
+            needs={"probabilities": "label_probabilities", "references": "true_labels"},
+            of_classes=True,
+            averaged=True,
+            note="precision at every recall, without a threshold",
+        ),
+        MetricSpec("rank_mae", needs=_RANKS, better="lower", note="mean distance from the right class, in classes"),
+        MetricSpec("quadratic_kappa", needs=_RANKS, lowest=-1.0, highest=1.0),
+        MetricSpec(
+            "mse",
+            needs=_NUMBERS,
+            rows=("predicted_numbers", "true_numbers"),
+            better="lower",
+            kept_as="times",
+            on_short_card=True,
+            label="MSE",
+            note="mean squared error, in the data's units; lower is better",
+        ),
+        MetricSpec("rmse", needs=_NUMBERS, better="lower"),
+        MetricSpec(
+            "mae",
+            needs=_NUMBERS,
+            rows=("predicted_numbers", "true_numbers"),
+            better="lower",
+            kept_as="times",
+            label="MAE",
+            note="mean absolute error, in the data's units; lower is better",
+        ),
+        MetricSpec("r2", needs=_NUMBERS, lowest=-math.inf, highest=1.0),
+        MetricSpec("pearson", needs=_NUMBERS, lowest=-1.0, highest=1.0),
         MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
         _share("recall_at_1", needs={"ranks": "found_at"}, on_card=False),
         _share("recall_at_10", needs={"ranks": "found_at"}, on_card=False),
@@ -258,12 +300,13 @@ METRICS: dict[str, MetricSpec] = {
         ),
         MetricSpec(
             "spearman",
+            needs=_NUMBERS,
             rows=("vectors",),
             lowest=-1.0,
             highest=1.0,
             on_short_card=True,
             label="Spearman",
-            note="rank correlation with the teacher's similarities of text pairs; 1 is equal",
+            note="rank correlation with the right numbers, or with the teacher's similarities of text pairs; 1 is equal",
         ),
         _share(
             "neighbour_recall",

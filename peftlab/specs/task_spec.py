@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, a position of
-# the row (the start and the end of a span), or a vector per row. Loss, teacher and report card depend on it.
-Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors"]
+# What a model predicts at each scored position: tokens of a vocabulary, a class per token or per decision about a row, one class
+# per row, a position of the row (the start and the end of a span), a vector per row, or a number per row. Loss, teacher and
+# report card depend on it.
+Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors", "numbers"]
 
 # Keys that some tasks use and others do not, but that others read.
 SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
-_NOT_OF_TASKS = (*SCORED, "data.too_long", "data.packing", "data.allow", "data.balance", "eval.prompts")
+_NOT_OF_TASKS = (
+    *SCORED,
+    "data.too_long",
+    "data.packing",
+    "data.allow",
+    "data.balance",
+    "eval.prompts",
+    "train.self_training",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,9 @@ class TaskSpec:
             classification head. ``rows``: the task finds them in its rows (it then implements ``tasks.FindsClasses``).
             ``eval.choices``: that key names them.
         headline: the metric of a distillation's verdict; with classes ``headline_with_classes``.
+        finds_settings: whether the training rows or the trained model give it settings that a run keeps (it then implements
+            ``tasks.FindsSettings``).
+        one_output_per_class: whether each class is a scored position of its own, so that a teacher needs the same order.
         learns_from_labels: False if it can only learn from a teacher.
         generates: whether it writes text (it then implements ``tasks.Generates``). chats: whether it also answers
             conversations (``tasks.Chats``). redraws: whether its examples change on each pass (``tasks.Redraws``).
@@ -62,6 +74,8 @@ class TaskSpec:
     default_metrics: tuple[str, ...] = ()
     classes_from: Literal["label", "rows", "eval.choices"] | None = None
     reader: Literal["tokenizer", "image processor"] = "tokenizer"
+    finds_settings: bool = False
+    one_output_per_class: bool = False
     learns_from_labels: bool = True
     generates: bool = False
     chats: bool = False
@@ -88,6 +102,16 @@ class TaskSpec:
     def classifies(self) -> bool:
         """Whether it has one label per row and a classification head."""
         return self.classes_from == "label"
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether its head reads one position of each row of tokens: the first or the last."""
+        return self.auto_class == "AutoModelForSequenceClassification"
+
+    @property
+    def what(self) -> str:
+        """``task: NAME``, with the role that chooses a variant."""
+        return f"task: {self.name}" + (f" with data.columns.{self.chosen_by[0]}" if self.chosen_by else "")
 
     @property
     def names_classes(self) -> bool:

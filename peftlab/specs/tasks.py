@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from peftlab.specs.task_spec import SCORED, TaskSpec
 
 _TEXT = ("data.max_length", "data.too_long")
-_LABELS = ("data.label_names", "data.balance", "distill.hard_weight", "distill.baseline", *SCORED)
+_TAUGHT = ("distill.hard_weight", "distill.baseline", *SCORED)
+_LABELS = ("data.label_names", "data.balance", *_TAUGHT)
 _CLASSES = ("data.bins", "train.class_weights", *_LABELS)
+_SELF_TRAINING = "train.self_training"
 _SOFTMAX = ("distill.temperature", "distill.scale_by_t2")
 # What a task lacks if it does not use the key.
 NEEDS = dict.fromkeys(("distill.hard_weight", "distill.baseline", *SCORED), "labels") | dict.fromkeys(
@@ -99,8 +102,8 @@ TASKS: dict[str, TaskSpec] = {
             auto_class="AutoModelForSequenceClassification",
             peft_type="SEQ_CLS",
             predicts="classes",
-            columns=("text", "label"),
-            keys=(*_TEXT, *_CLASSES, *_SOFTMAX),
+            columns=("text", "pair", "label"),
+            keys=(*_TEXT, *_CLASSES, *_SOFTMAX, _SELF_TRAINING),
             scores=_PER_ROW,
             classes_from="label",
             headline="accuracy",
@@ -149,7 +152,7 @@ TASKS: dict[str, TaskSpec] = {
             peft_type=None,
             predicts="classes",
             columns=("image", "label"),
-            keys=(*_IMAGES, *_CLASSES, *_SOFTMAX),
+            keys=(*_IMAGES, *_CLASSES, *_SOFTMAX, _SELF_TRAINING),
             scores=_PER_ROW,
             classes_from="label",
             headline="accuracy",
@@ -235,6 +238,46 @@ VARIANTS: tuple[TaskSpec, ...] = (
         scores=_PER_ROW,
         classes_from="rows",
         headline="accuracy",
+    ),
+    replace(
+        TASKS["seq_cls"],
+        summary="any number of labels per text",
+        implementation="seq_cls:MultiLabelClassification",
+        chosen_by=("labels",),
+        columns=("text", "pair", "labels"),
+        predicts="token classes",
+        keys=("data.separator", "data.label_names", "eval.threshold", *_TEXT, *_TAUGHT, *_SOFTMAX),
+        scores=("nll_sum", "num_scored", "predicted_labels", "true_labels", "label_probabilities"),
+        classes_from="rows",
+        finds_settings=True,
+        one_output_per_class=True,
+        headline="loss",
+    ),
+    replace(
+        TASKS["seq_cls"],
+        summary="one of several ordered classes per text",
+        implementation="seq_cls:OrdinalClassification",
+        chosen_by=("rank",),
+        columns=("text", "pair", "rank"),
+        predicts="token classes",
+        keys=("data.order", *_TEXT, *_CLASSES, *_SOFTMAX),
+        scores=(*_PER_ROW, "predicted_ranks", "true_ranks"),
+        classes_from="rows",
+        one_output_per_class=True,
+        headline="loss",
+    ),
+    replace(
+        TASKS["seq_cls"],
+        summary="a number per text",
+        implementation="seq_cls:Regression",
+        chosen_by=("score",),
+        columns=("text", "pair", "score"),
+        predicts="numbers",
+        keys=(*_TEXT, *_TAUGHT),
+        scores=("nll_sum", "num_scored", "predicted_numbers", "true_numbers"),
+        classes_from=None,
+        finds_settings=True,
+        headline="mse",
     ),
 )
 

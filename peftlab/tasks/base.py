@@ -41,10 +41,13 @@ class TaskParts:
         padding: how the family of the model is padded. causal: whether a token of it sees only those before.
         end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
-        hidden_size: width of its hidden states, if its config says so. augmentation: random changes of training images.
+        token_types: whether the model tells two texts apart by ``token_type_ids``. hidden_size: width of its hidden states, if its
+            config says so.
+        augmentation: random changes of training images.
         max_target_length: longest target in tokens. decoder_start: the token before each target of an encoder-decoder; None:
             the last token of the target.
-        settings: values of the recipe keys in ``TaskSpec.settings``, such as ``data.stride``, by key.
+        settings: values of the recipe keys in ``TaskSpec.settings``, such as ``data.stride``, by key. found: see
+            ``FindsSettings``.
     """
 
     reader: Any
@@ -65,11 +68,13 @@ class TaskParts:
     causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    token_types: bool = False
     hidden_size: int | None = None
     augmentation: Augmentation | None = None
     max_target_length: int | None = None
     decoder_start: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -162,6 +167,24 @@ class FindsClasses(Task, Protocol):
     @classmethod
     def find_classes(cls, parts: TaskParts, rows: Rows) -> list[str]:
         """The names in index order. Raises: DataError if there are too few. Args: parts: without classes."""
+
+
+class FindsSettings(Task, Protocol):
+    """A task with settings that come from the training rows (``spec.finds_settings``), such as the scale of the scores, or
+    from the trained model, such as thresholds. A run keeps them."""
+
+    @classmethod
+    def find_settings(cls, parts: TaskParts, rows: Rows) -> dict[str, Any]:
+        """Plain values for ``TaskParts.found``. Raises: DataError. Args: parts: without classes."""
+
+    def before_training(self, model: nn.Module, *, trained_before: bool) -> None:
+        """Prepares ``model``. Args: trained_before: whether its head comes from an earlier training. Raises: RecipeError."""
+
+    def after_training(self, model: nn.Module, examples: Sequence[Example], *, batch_tokens: int) -> dict[str, Any]:
+        """Finishes a model as it was trained, and returns the settings. Args: examples: the training rows."""
+
+    def of_checkpoint(self) -> None:
+        """The model that comes next is of a training that has not ended."""
 
 
 class Generates(Task, Protocol):

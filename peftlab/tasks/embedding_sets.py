@@ -23,7 +23,7 @@ from peftlab.tasks.embedding import Embedding
 from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import NO_SCORE, blank_values
 from peftlab.tasks.outputs import Outputs, weighted_sum
-from peftlab.tasks.ranks import gathered_ranks
+from peftlab.tasks.retrieval import gathered_ranks
 
 _OPTIONS = {"scale": "train.embedding_scale", "margin": "train.margin"}
 

@@ -27,10 +27,17 @@ class Preview:
 
 
 def preview(
-    where: str, tokens: Tokens, tokenizer: Any, *, max_length: int, label: str | None = None, keep_last: bool = False
+    where: str,
+    tokens: Tokens,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    label: str | None = None,
+    keep_last: bool = False,
+    used: np.ndarray | None = None,
 ) -> Preview:
-    """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``."""
-    kept = np.arange(min(max_length, len(tokens.ids)))
+    """The preview of the only row of ``tokens``; see ``Ledger`` for ``keep_last``. Args: used: [T] bool, the tokens to keep."""
+    kept = np.arange(min(max_length, len(tokens.ids))) if used is None else np.flatnonzero(used)
     if keep_last:
         kept[-1] = len(tokens.ids) - 1
     ids, trained, roles = tokens.ids[kept], tokens.trained[kept], tokens.roles[kept]

@@ -133,6 +133,10 @@ def planned_fill(assembly: Assembly, skeleton: Any) -> Fill:
         num_classes = len(task.tokenizer)
     elif assembly.spec.predicts == "spans":  # the positions of a window
         num_classes = width = task.max_length
+    elif assembly.spec.predicts == "numbers":
+        width = 1
+    elif assembly.spec.one_output_per_class:
+        num_classes = width = 2
     elif task.class_names:  # few classes: `hidden` stores the logits themselves
         num_classes = width = len(task.class_names)
     return fill_of(assembly, num_classes=num_classes, hidden_size=width)

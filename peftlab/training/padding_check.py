@@ -103,7 +103,7 @@ def _changed_end(example: Example) -> Example:
 def _outputs(model: nn.Module, task: Task, examples: list[Example], device: Any) -> Tensor:
     """[N, ...] logits or vectors at the scored positions, row by row; 0 for classes that do not exist."""
     outputs = task.outputs(model, task.collate(examples, device))
-    values = (outputs.values if task.spec.predicts == "vectors" else outputs.logits()).float()
+    values = (outputs.values if outputs.vectors else outputs.logits()).float()
     return values.masked_fill(values.isneginf(), 0.0)
 
 
