@@ -19,7 +19,16 @@ from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
-from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.models import (
+    UNLIMITED,
+    end_ids,
+    length_limit,
+    linear_widths,
+    load_config,
+    misreads_nf4,
+    reads_later_tokens,
+    reconciled_ids,
+)
 from peftlab.specs.methods import METHODS
 from peftlab.specs.task_spec import TaskSpec
 
@@ -69,6 +78,17 @@ def model_findings(assembly: Assembly) -> list[Finding]:
     return [*_of_weights(assembly), *texts]
 
 
+def _check_nf4(assembly: Assembly) -> None:
+    """Raises RecipeError if this machine's bitsandbytes would read the quantized weights wrongly."""
+    if assembly.storage != "nf4" or assembly.device != "cpu":
+        return
+    if (width := next((w for w in linear_widths(assembly.skeleton()) if misreads_nf4(w)), None)) is not None:
+        raise RecipeError(
+            f"bitsandbytes reads NF4 weights with {width:,} input features wrongly on a CPU; use model.quantize=int8 or a GPU",
+            key="model.quantize",
+        )
+
+
 def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if (stored := assembly.stored) != "none":
         yield Finding(
@@ -76,6 +96,7 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             f"the weights are stored in {stored} by bitsandbytes; they stay so, and a merge writes their dequantized values",
             "model.name",
         )
+    _check_nf4(assembly)
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name

@@ -22,6 +22,8 @@ def has_no_result(record: Record) -> bool:
 
 def whole_answer(record: Record, *, styled: bool) -> str:
     """The answer to a single input. Args: styled: for a person at a terminal, not for a program."""
+    if "masks" in record:
+        return _whole_masks(record, styled=styled)
     if "text" in record:
         return formatting.printable(record["text"]) if styled else str(record["text"])
     if not _has_label(record):
@@ -41,6 +43,20 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
     about = record.get("input") or f"row {record['row']:,}"
     return head + formatting.one_line(about, width - len(head) - 1)
+
+
+def _whole_masks(record: Record, *, styled: bool) -> str:
+    """The filled text with a line for each mask; for a program, a line for each mask."""
+    if not styled:
+        return "\n".join(
+            "\t".join(f"{_escaped(each['token'])}\t{each['probability']:.6f}" for each in tokens)
+            for tokens in record["masks"]
+        )
+    lines = [formatting.printable(record["text"])]
+    for number, tokens in enumerate(record["masks"], 1):
+        shown = (f"{formatting.printable(each['token'])} {100 * each['probability']:.1f} %" for each in tokens)
+        lines.append(f"  mask {number}: {'  '.join(shown)}")
+    return "\n".join(lines)
 
 
 def _has_label(record: Record) -> bool:

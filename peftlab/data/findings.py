@@ -119,11 +119,14 @@ def _unfit(ledger: Ledger) -> Iterator[Finding]:
     refused = next((rows for reason, rows in ledger.left_out.items() if reason.startswith("refused")), None)
     if refused is not None:
         has = "has" if len(refused) == 1 else "have"
+        ways = "data.too_long=truncate or data.too_long=drop"
+        if ledger.style in ("text", "texts") and not ledger.per_row:
+            ways = "data.too_long=split, which trains all of it in blocks, or truncate or drop"
         yield Finding(
             "too_long",
             f"{_rows(len(refused))} {has} more tokens than the limit of {ledger.max_length:,} (up to "
-            f"{int(ledger.row_lengths[refused].max()):,}); set data.too_long=truncate or data.too_long=drop, or raise "
-            "data.max_length if the model allows it",
+            f"{int(ledger.row_lengths[refused].max()):,}); set {ways}, or raise data.max_length if the "
+            "model allows it",
             "data.too_long",
             refused,
             error=True,

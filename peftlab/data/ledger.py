@@ -27,10 +27,11 @@ class Ledger:
     Args:
         rows: the data set.
         tokenizer: None for rows that are not tokenized.
-        max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
+        max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate``, ``split`` or ``drop``.
         keep_last: a truncated row keeps its last token.
         formatter: how rows became text, for a language model. class_names: for rows with a label.
         style: labels, images or texts, for rows without a formatter.
+        trains_tokens: whether tokens are trained; default: only for rows with a formatter.
         stop_ids: tokens that can end an answer.
     """
 
@@ -46,15 +47,18 @@ class Ledger:
         class_names: Sequence[str] | None = None,
         stop_ids: Collection[int] = (),
         style: str = "labels",
+        trains_tokens: bool = False,
     ) -> None:
         self.rows, self.max_length, self.too_long = rows, max_length, too_long
         self.style = formatter.style if formatter else style
+        self._trains_tokens = trains_tokens or formatter is not None
         self.class_names = list(class_names) if class_names else None
         self.tokenizer, self.formatter, self._keep_last = tokenizer, formatter, keep_last
         self.stop_ids = set(stop_ids)
         self._lengths: list[Indices] = []
         self._kept: list[Indices] = []
-        self._num_trained: list[Indices] = []
+        self._example_lengths: list[Indices] = []
+        self._example_trained: list[Indices] = []
         self._max_ids: list[Indices] = []
         self._hashes: list[Indices] = []
         self._prompt_hashes: list[Indices] = []
@@ -71,15 +75,26 @@ class Ledger:
         self._left_out: dict[str, list[Indices]] = {}
         self._writers: dict[str, None] = {}
 
-    def add(self, first: int, tokens: Tokens, kept: Indices, labels: Indices | None = None) -> None:
+    def add(
+        self,
+        first: int,
+        tokens: Tokens,
+        kept: Indices,
+        labels: Indices | None = None,
+        *,
+        examples: tuple[Indices, Indices] | None = None,
+    ) -> None:
         """Adds the rows ``first``, ``first + 1``, ...
 
-        Args: kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices.
+        Args: kept: [N] tokens of each row that are used; 0: left out. labels: [N] class indices. examples: tokens and trained
+        tokens of each example that the rows become; default: one example per kept row.
         """
         lengths, in_row = tokens.lengths, first + np.arange(len(tokens), dtype=np.int64)
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(kept.astype(np.int32))
-        self._num_trained.append(tokens.num_trained(kept).astype(np.int32))
+        if examples is None:
+            examples = kept[kept > 0], tokens.num_trained(kept)[kept > 0]
+        self._add_examples(*examples)
         highest = np.full(len(tokens), -1, dtype=np.int64)
         if len(tokens.ids):
             highest[lengths > 0] = np.maximum.reduceat(tokens.ids, tokens.bounds[:-1][lengths > 0])
@@ -124,26 +139,31 @@ class Ledger:
         """
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(lengths.astype(np.int32))
-        self._num_trained.append(np.zeros(len(lengths), dtype=np.int32))
+        self._add_examples(lengths[lengths > 0], np.zeros(int((lengths > 0).sum()), dtype=np.int64))
         self._hashes.append(hashes)
         if labels is not None:
             self._labels.append(labels.astype(np.int32))
             self._prompt_hashes.append(hashes)
+
+    def _add_examples(self, lengths: Indices, trained: Indices) -> None:
+        self._example_lengths.append(lengths.astype(np.int32))
+        self._example_trained.append(trained.astype(np.int32))
 
     def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
         long = lengths > self.max_length
         trained = tokens.num_trained(lengths) > 0
         answers = np.bincount(tokens.answer_rows, minlength=len(tokens)) > 0
         untrained = np.bincount(np.array([row for row, _ in tokens.masked], dtype=np.int64), minlength=len(tokens)) > 0
-        masked = (kept == 0) & ~(long & (self.too_long != "truncate"))
+        masked = (kept == 0) & ~(long & (self.too_long not in ("truncate", "split")))
         limit = f"longer than data.max_length ({self.max_length:,} tokens)"
         for reason, chosen in {
-            f"truncated: {limit}": long & (kept > 0),
+            f"truncated: {limit}": long & (kept > 0) & (self.too_long != "split"),
+            f"split into blocks: {limit}": long & (kept > 0) & (self.too_long == "split"),
             f"dropped: {limit}": long & (self.too_long == "drop"),
             f"refused: {limit}": long & (self.too_long == "error"),
             "dropped: no assistant turn in it": masked & ~answers & ~untrained & (self.style == "chat"),
             "dropped: the data masks all assistant turns in it": masked & ~answers & untrained,
-            f"dropped: the {'text' if self.style == 'text' else 'answer'} is empty": masked
+            f"dropped: the {'text' if self.style in ('text', 'texts') else 'answer'} is empty": masked
             & ~trained
             & (answers | (self.style != "chat")),
             f"dropped: truncation leaves no {'whole choice' if self.class_names else 'trained token'}": masked
@@ -221,7 +241,7 @@ class Ledger:
     @property
     def per_row(self) -> bool:
         """Whether a row has one answer, such as a label, instead of trained tokens."""
-        return self.formatter is None
+        return not self._trains_tokens
 
     @property
     def left_out(self) -> dict[str, Indices]:
@@ -235,14 +255,13 @@ class Ledger:
 
     @property
     def lengths(self) -> Indices:
-        """[N] tokens of each kept row, in order, as ``Encoded.lengths``."""
-        kept = _joined(self._kept)
-        return kept[kept > 0]
+        """[N] tokens of each example, in order, as ``Encoded.lengths``."""
+        return _joined(self._example_lengths)
 
     @property
     def trained(self) -> Indices:
-        """[N] trained tokens of each kept row, in order."""
-        return _joined(self._num_trained)[self.kept_rows]
+        """[N] trained tokens of each example, in order."""
+        return _joined(self._example_trained)
 
     @property
     def kept_rows(self) -> Indices:
@@ -308,7 +327,8 @@ class Ledger:
             "name": self.rows.name,
             "style": self.style,
             "rows": len(lengths) + sum(map(len, self.rows.left_out.values())),
-            "kept": len(self.lengths),
+            "kept": len(self.kept_rows),
+            "blocks": len(self.lengths) if self.too_long == "split" else None,
             "tokens": None if self.tokenizer is None else self.num_tokens,
             "trained": None if self.per_row else self.num_trained,
             "max_length": self.max_length,

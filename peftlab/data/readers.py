@@ -39,7 +39,7 @@ ENDINGS = {
     ".md": "text",
     ".py": "text",
 }
-FORMATS = ("csv", "tsv", "json", "jsonl", "text", "parquet", "arrow")
+FORMATS = ("csv", "tsv", "json", "jsonl", "text", "document", "parquet", "arrow")
 _ZIP = b"PK\x03\x04"
 _PACKED = (".gz", ".bz2", ".xz", ".zip")
 _COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
@@ -250,10 +250,20 @@ def _read_text(text: str, path: Path, options: Options) -> Table:
     return Table({"text": ["\n".join(block) for block in paragraphs]}, np.array(lines, dtype=np.int64), "line")
 
 
+def _read_document(text: str, path: Path, options: Options) -> Table:
+    """The whole file as one row, in the column ``text``."""
+    lines = text.split("\n")
+    start = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    body = "\n".join(line.removesuffix("\r") for line in lines[start:]).rstrip()
+    texts = [body] if body else []
+    return Table({"text": texts}, np.full(len(texts), start + 1, dtype=np.int64), "line")
+
+
 _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {
     "csv": read_csv,
     "tsv": read_tsv,
     "json": lambda text, path, options: read_json(text, path, options, lines=False),
     "jsonl": lambda text, path, options: read_json(text, path, options, lines=True),
     "text": _read_text,
+    "document": _read_document,
 }

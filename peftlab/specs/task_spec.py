@@ -32,6 +32,7 @@ class TaskSpec:
         learns_from_labels: False if it can only learn from a teacher.
         generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
             each pass (it then implements ``tasks.Redraws``).
+        splits: whether ``data.too_long: split`` cuts its rows into blocks.
         example_input: an example argument for ``peftlab predict``.
     """
 
@@ -53,6 +54,7 @@ class TaskSpec:
     learns_from_labels: bool = True
     generates: bool = False
     redraws: bool = False
+    splits: bool = False
     example_input: str = '"some text"'
 
     @property

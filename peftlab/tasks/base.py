@@ -38,6 +38,7 @@ class TaskParts:
         pooling: how token vectors become one vector; None: as in the model's files. sentences: returns their settings:
             ``pooling``, ``normalize``, ``max_length`` and ``writer(pooling)``.
         style, control_tokens: see ``data.chat.Formatter``.
+        mask_share: share of the tokens of a row that are masked.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
     """
@@ -56,6 +57,7 @@ class TaskParts:
     sample: Mapping[str, Any] = field(default_factory=dict)
     style: Style | None = None
     control_tokens: ControlRule = "auto"
+    mask_share: float = 0.15
     padding: Padding = "right"
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
@@ -192,4 +194,4 @@ class Redraws(Task, Protocol):
     """A task whose examples change on each pass, such as redrawn masks (``spec.redraws``)."""
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
-        """``example`` for this pass, with the same length; ``rng`` depends on the seed, the step and the row."""
+        """``example`` for this pass, with the same length and weight; ``rng`` depends on the seed, the step and the example."""

@@ -29,6 +29,7 @@ class Example:
         extra: additional inputs of the model by name, such as the ids of a decoder.
         scored: number of scored positions; only if ``trained`` is None.
         reference: what a prediction is compared with, if that is more than ``label``, such as texts or boxes.
+        block: its number among the blocks of a row that is split (data.too_long).
     """
 
     ids: np.ndarray
@@ -40,11 +41,17 @@ class Example:
     extra: Mapping[str, np.ndarray] = field(default_factory=lambda: _NOTHING)
     scored: int = 1
     reference: Any = None
+    block: int = 0
 
     @property
     def num_scored(self) -> int:
         """The number of its positions in ``Outputs``."""
         return self.scored if self.trained is None else int(self.trained.sum())
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The row and the block, which identify it in a data set."""
+        return self.row, self.block
 
     def __len__(self) -> int:
         return len(self.ids) if self.image is None else self.image.length
@@ -65,3 +72,8 @@ class Encoded:
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """[N] int64 tokens of each example."""
     return np.array([len(e) for e in examples], dtype=np.int64)
+
+
+def trained_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] int64 trained tokens of each example."""
+    return np.array([e.num_scored for e in examples], dtype=np.int64)

@@ -34,7 +34,7 @@ class LMHead:
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """[B, T, H] last hidden states, before the head."""
-        base = _base(model)
+        base = base_of(model)
         if id(base) not in self._verified:
             self._verify(model, base, inputs)
             self._verified.add(id(base))
@@ -44,7 +44,7 @@ class LMHead:
         return hidden
 
     def output_head(self, model: nn.Module) -> OutputHead:
-        base = _base(model)
+        base = base_of(model)
         softcap, scale = _logit_transform(base.config)
         return OutputHead(base.get_output_embeddings(), softcap, scale)
 
@@ -79,7 +79,8 @@ class LMHead:
             )
 
 
-def _base(model: nn.Module) -> Any:
+def base_of(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model; any other model itself."""
     return cast(Callable[[], nn.Module], model.get_base_model)() if hasattr(model, "get_base_model") else model
 
 

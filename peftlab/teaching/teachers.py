@@ -193,7 +193,7 @@ class Teachers:
                 transform["softcap"],
                 transform["scale"],
             )
-        return CachedTeacher(split.read, index_of={e.row: i for i, e in enumerate(examples)}, head=head)
+        return CachedTeacher(split.read, index_of={e.place: i for i, e in enumerate(examples)}, head=head)
 
     def _teacher(
         self,

@@ -203,7 +203,7 @@ class CachedTeacher:
     """Cached targets; see ``distill.cache``.
 
     Args:
-        read: example indices -> their targets on the CPU. index_of: row -> index of its example in the cache.
+        read: example indices -> their targets on the CPU. index_of: ``Example.place`` -> index in the cache.
         head: the teacher's head, if hidden states are stored; None: classes or vectors are stored.
     """
 
@@ -211,19 +211,19 @@ class CachedTeacher:
         self,
         read: Callable[[Sequence[int]], SparseTarget | Tensor],
         *,
-        index_of: Mapping[int, int],
+        index_of: Mapping[tuple[int, int], int],
         head: ops.Head | None = None,
     ) -> None:
         self._read, self._index_of, self._head = read, index_of, head
 
     def __call__(self, student: nn.Module, batch: Batch) -> Taught:
-        stored = _to(self._read([self._index_of[e.row] for e in batch.examples]), batch.device)
+        stored = _to(self._read([self._index_of[e.place] for e in batch.examples]), batch.device)
         if self._head is None or not isinstance(stored, Tensor):
             return stored
         return ops.OnlineTeacher(stored.to(self._dtype()), self._head)
 
     def reference(self, student: nn.Module, examples: list[Example], device: Any) -> Tensor | SparseTarget:
-        stored = self._read([self._index_of[e.row] for e in examples])
+        stored = self._read([self._index_of[e.place] for e in examples])
         if self._head is None or not isinstance(stored, Tensor):
             return _to(stored, device)  # type: ignore[return-value]
         return ops.head_logits(stored.to(device, self._dtype()), self._head)
