@@ -131,8 +131,8 @@ class PreviewText:
         body.rstrip()
         if preview["cut"]:
             body.append(f" ... {preview['cut']:,} tokens cut off", "yellow")
-        if preview["follows"]:
-            body.append(f" ... {preview['follows']:,} tokens in further blocks", "yellow")
+        if follows := preview.get("follows", 0):
+            body.append(f" ... {follows:,} tokens in further blocks", "yellow")
         yield Padding(body, (0, 0, 0, 2), expand=False)
 
     def _body(self, coloured: bool, classified: bool) -> Text:

@@ -251,12 +251,11 @@ def _read_text(text: str, path: Path, options: Options) -> Table:
 
 
 def _read_document(text: str, path: Path, options: Options) -> Table:
-    """The whole file as one row, in the column ``text``."""
+    """The whole file as one row, in the column ``text``; an empty file is a row without text, see data.empty."""
     lines = text.split("\n")
-    start = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    start = next((i for i, line in enumerate(lines) if line.strip()), 0)
     body = "\n".join(line.removesuffix("\r") for line in lines[start:]).rstrip()
-    texts = [body] if body else []
-    return Table({"text": texts}, np.full(len(texts), start + 1, dtype=np.int64), "line")
+    return Table({"text": [body]}, np.array([start + 1], dtype=np.int64), "line")
 
 
 _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {

@@ -37,6 +37,8 @@ def padding_of(config: Any, predicts: str) -> Padding:
     """
     if config.model_type in _NO_PADDING:
         return "none"
+    if config.model_type == "funnel" and predicts in ("tokens", "token classes"):
+        return "none"  # it pools pairs of positions, and the last of a row may be paired with padding
     summary = getattr(config, "summary_type", None)
     if config.model_type == "xlnet" and predicts == "classes":
         return {"last": "left", "first": "right"}.get(str(summary), "none")  # type: ignore[return-value]

@@ -151,10 +151,11 @@ def test_documents_are_one_row_per_text_file(tmp_path: Path) -> None:
     assert len(one) == 1
 
 
-def test_document_without_text_is_refused(tmp_path: Path) -> None:
+def test_document_without_text_is_an_empty_row(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n\n")
-    with pytest.raises(DataError, match="no rows"):
-        load_rows(str(tmp_path / "a.txt"), format="document")
+    (tmp_path / "b.txt").write_text("one")
+    rows = load_rows(str(tmp_path), format="document")
+    assert rows.columns["text"] == ["", "one"] and rows.where(0).endswith("a.txt:1")
 
 
 def test_folder_of_texts_gives_one_row_per_paragraph(tmp_path: Path) -> None:
