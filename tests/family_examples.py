@@ -230,20 +230,47 @@ TRANSLATORS: dict[str, dict[str, Any]] = {
         "num_decoder_attention_heads": 4, "max_position_embeddings": 128,
     },
 }  # fmt: skip
-FAMILIES = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES, "seq2seq": TRANSLATORS}
+# Families with a head that fills in masked tokens. BART and mBART read the masked text and write it.
+FILLERS: dict[str, dict[str, Any]] = {
+    f"{name}Config": CLASSIFIERS[f"{name}Config"]
+    for name in (
+        "Bert", "DistilBert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Longformer", "BigBird", "Electra", "Deberta",
+        "DebertaV2", "Albert", "MobileBert", "SqueezeBert", "RoFormer", "ModernBert", "Funnel", "XLM", "Flaubert", "Bart",
+        "MBart", "ConvBert", "FNet", "Yoso", "Nystromformer", "XLMRobertaXL", "Ernie", "RemBert", "Esm", "Reformer",
+    )
+}  # fmt: skip
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart", *(name.removesuffix("Config") for name in TRANSLATORS))
+# One entry per task in each: its auto class, its families, and whether they are published with the task's head.
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
     "seq_cls": "AutoModelForSequenceClassification",
     "image_cls": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-_WRITES = ("causal_lm", "seq2seq")
+FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
+    "causal_lm": WRITERS,
+    "masked_lm": FILLERS,
+    "seq_cls": CLASSIFIERS,
+    "image_cls": READERS_OF_IMAGES,
+    "seq2seq": TRANSLATORS,
+}
+WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq")
+# Sizes that are the input features of linear layers.
+_WIDTHS = {
+    "hidden_size", "n_embd", "d_model", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size", "intra_bottleneck_size",
+    "input_embedding_size", "output_embedding_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+}  # fmt: skip
+
+
+def wide_values(name: str, task: str) -> dict[str, Any]:
+    """Values of a config that make the input features of its linear layers multiples of 64, the block size of NF4."""
+    return {key: 64 for key, value in FAMILIES[task][name].items() if key in _WIDTHS and value < 64}
 
 
 def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
-    """Writes a model as published, with its tokenizer or image processor: a classifier without its head.
+    """Writes a model as published, with its tokenizer or image processor: without a head for classes.
 
     Args: name: of a config class above. values: of the config.
     """
@@ -255,7 +282,7 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
     if name in ("T5Config", "MT5Config") and task != "seq2seq":
         values = {"decoder_start_token_id": 0, **values}
     config = make_config(name, FAMILIES[task], **values)
-    model = make_model(config, AUTO_CLASSES[task] if task in _WRITES else "AutoModel")
+    model = make_model(config, AUTO_CLASSES[task] if task in WITH_HEAD else "AutoModel")
     generator = torch.Generator().manual_seed(1)
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("running_mean"):  # as of a trained model
@@ -267,6 +294,8 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
         processor.save_pretrained(folder)
         return
     tokenizer = tiny_tokenizer()
+    if task == "masked_lm":
+        tokenizer.mask_token = "<|im_start|>"
     if name.removesuffix("Config") in _WITH_END:
         end_every_text(tokenizer)
     tokenizer.save_pretrained(folder)
@@ -284,7 +313,7 @@ def end_every_text(tokenizer: Any) -> None:
 def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **values: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, name)(**families[name], **values)
+    config = getattr(transformers, name)(**{**families[name], **values})
     config.architectures = config.architectures or []  # transformers (5.23) reads it for Funnel
     return config
 

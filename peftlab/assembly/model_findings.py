@@ -26,7 +26,9 @@ from peftlab.models import (
     decoder_start,
     end_ids,
     length_limit,
+    linear_widths,
     load_config,
+    misreads_nf4,
     reads_later_tokens,
     reconciled_ids,
     starts_with_last,
@@ -110,6 +112,17 @@ def model_findings(assembly: Assembly) -> list[Finding]:
     return [*_of_weights(assembly), *texts]
 
 
+def _check_nf4(assembly: Assembly) -> None:
+    """Raises RecipeError if this machine's bitsandbytes would read the quantized weights wrongly."""
+    if assembly.storage != "nf4" or assembly.device != "cpu":
+        return
+    if (width := next((w for w in linear_widths(assembly.skeleton()) if misreads_nf4(w)), None)) is not None:
+        raise RecipeError(
+            f"bitsandbytes reads NF4 weights with {width:,} input features wrongly on a CPU; use model.quantize=int8 or a GPU",
+            key="model.quantize",
+        )
+
+
 def _of_weights(assembly: Assembly) -> Iterator[Finding]:
     if (stored := assembly.stored) != "none":
         yield Finding(
@@ -117,6 +130,7 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             f"the weights are stored in {stored} by bitsandbytes; they stay so, and a merge writes their dequantized values",
             "model.name",
         )
+    _check_nf4(assembly)
     if not assembly.method.adapts:
         return
     adapter, skeleton, method = assembly.recipe.adapter, assembly.skeleton(), assembly.method.name

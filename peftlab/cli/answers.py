@@ -23,6 +23,8 @@ def has_no_result(record: Record) -> bool:
 
 def whole_answer(record: Record, *, styled: bool) -> str:
     """The answer to a single input. Args: styled: for a person at a terminal, not for a program."""
+    if "masks" in record:
+        return _whole_masks(record, styled=styled)
     if "text" in record:
         return formatting.printable(record["text"]) if styled else str(record["text"])
     if (spans := _spans(record)) is not None and styled:
@@ -87,6 +89,20 @@ def _marked(record: Record, spans: Sequence[Mapping[str, Any]]) -> str:
         parts += [text[at : span["start"]], mark]
         at = span["end"]
     return "".join([*parts, text[at:]])
+
+
+def _whole_masks(record: Record, *, styled: bool) -> str:
+    """The filled text with a line for each mask; for a program, a line for each mask."""
+    if not styled:
+        return "\n".join(
+            "\t".join(f"{_escaped(each['token'])}\t{each['probability']:.6f}" for each in tokens)
+            for tokens in record["masks"]
+        )
+    lines = [formatting.printable(record["text"])]
+    for number, tokens in enumerate(record["masks"], 1):
+        shown = (f"{formatting.printable(each['token'])} {100 * each['probability']:.1f} %" for each in tokens)
+        lines.append(f"  mask {number}: {'  '.join(shown)}")
+    return "\n".join(lines)
 
 
 def _has_label(record: Record) -> bool:

@@ -11,6 +11,7 @@ from peftlab.cli.output import Output
 from peftlab.data.ledger_text import (
     PreviewText,
     answers_line,
+    blocks_text,
     finding_line,
     left_out_lines,
     numbers_text,
@@ -65,10 +66,11 @@ def show_check(out: Output, report: Report) -> None:
         if train["special_tokens"] or held_out["special_tokens"]:
             out.line()
             out.show(_count_table("special token", "token", train["special_tokens"], held_out["special_tokens"]))
-        out.line()
-        for name, title in _TITLES.items():
-            if line := answers_line(report[name]):
-                out.line(f"{title}: {line}")
+        answers = [f"{title}: {line}" for name, title in _TITLES.items() if (line := answers_line(report[name]))]
+        if answers:
+            out.line()
+        for line in answers:
+            out.line(line)
     if train["tokens"] is not None:
         out.line()
         for side in train["sides"]:
@@ -132,7 +134,7 @@ def _data_table(report: Report) -> Table:
         table.add_row(
             title,
             f"{data['rows']:,}",
-            f"{data['kept']:,}",
+            f"{data['kept']:,}{blocks_text(data)}",
             "-" if data["tokens"] is None else f"{data['tokens']:,}",
             "-" if trained is None else f"{trained:,}",
             "-" if trained is None else formatting.share(trained, data["tokens"]),

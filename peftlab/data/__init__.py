@@ -2,7 +2,7 @@
 
 from peftlab.data.annotated import Annotated, Annotations
 from peftlab.data.augment import Augmentation, Change
-from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
+from peftlab.data.batching import BatchPlan, block_bounds, eval_batches, fit_lengths
 from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
@@ -32,6 +32,7 @@ __all__ = [
     "Tokens",
     "answered",
     "balanced_rows",
+    "block_bounds",
     "check_ids",
     "class_names",
     "eval_batches",

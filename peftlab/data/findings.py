@@ -153,10 +153,13 @@ def _unfit(ledger: Ledger) -> Iterator[Finding]:
         key, limit, lengths = ledger.limit_of(why)
         what = "target tokens" if key == "data.max_target_length" else "tokens"
         has = "has" if len(refused) == 1 else "have"
+        ways = "data.too_long=truncate or data.too_long=drop"
+        if ledger.style in ("text", "texts") and not ledger.per_row:
+            ways = "data.too_long=split, which trains all of it in blocks, or truncate or drop"
         yield Finding(
             "too_long",
             f"{_rows(len(refused))} {has} more {what} than the limit of {limit:,} (up to {int(lengths[refused].max()):,}); set "
-            f"data.too_long=truncate or data.too_long=drop, or raise {key} if the model allows it",
+            f"{ways}, or raise {key} if the model allows it",
             "data.too_long",
             refused,
             error=True,

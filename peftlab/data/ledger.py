@@ -29,12 +29,13 @@ class Ledger:
     Args:
         rows: the data set.
         tokenizer: None for rows that are not tokenized.
-        max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate`` or ``drop``.
+        max_length: the maximum length of a row in tokens. too_long: ``error``, ``truncate``, ``split`` or ``drop``.
         keep_last: a truncated row keeps its last token.
         formatter: how rows became text, for a language model. class_names: for rows with a label.
         style: labels, images, texts, words or pairs (a source and a target), for rows without a formatter. words: their tokens
             are trained.
         span_labels: the labels that ``add_spans`` counts.
+        trains_tokens: whether tokens are trained; default: for words, pairs and rows with a formatter.
         stop_ids: tokens that can end an answer.
 
     Attributes: numbers: [N] the number that each row of the data set is to give, for rows with one.
@@ -55,15 +56,18 @@ class Ledger:
         stop_ids: Collection[int] = (),
         style: str = "labels",
         span_labels: Sequence[str] = (),
+        trains_tokens: bool = False,
     ) -> None:
         self.rows, self.max_length, self.too_long = rows, max_length, too_long
         self.style = formatter.style if formatter else style
+        self._trains_tokens = trains_tokens or formatter is not None or style in ("words", "pairs")
         self.class_names = list(class_names) if class_names else None
         self.tokenizer, self.formatter, self._keep_last = tokenizer, formatter, keep_last
         self.stop_ids = set(stop_ids)
         self._lengths: list[Indices] = []
         self._kept: list[Indices] = []
-        self._num_trained: list[Indices] = []
+        self._example_lengths: list[Indices] = []
+        self._example_trained: list[Indices] = []
         self._max_ids: list[Indices] = []
         self._hashes: list[Indices] = []
         self._prompt_hashes: list[Indices] = []
@@ -92,6 +96,7 @@ class Ledger:
         long: npt.NDArray[np.bool_] | None = None,
         limits: Sequence[tuple[str, int, Indices]] | None = None,
         use: npt.NDArray[np.bool_] | None = None,
+        examples: tuple[Indices, Indices] | None = None,
     ) -> None:
         """Adds the rows ``first``, ``first + 1``, ...
 
@@ -102,11 +107,14 @@ class Ledger:
             long: [N] whether a row is longer than the limit; default: its tokens are.
             limits: of rows with several texts, whose ``tokens`` are cut already: the key of each limit, the limit, and [N] tokens
                 of that text before it.
+            examples: tokens and trained tokens of each example that the rows become; default: one example per kept row.
         """
         lengths, in_row = tokens.lengths, first + np.arange(len(tokens), dtype=np.int64)
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(kept.astype(np.int32))
-        self._num_trained.append(tokens.num_trained(kept).astype(np.int32))
+        if examples is None:
+            examples = kept[kept > 0], tokens.num_trained(kept)[kept > 0]
+        self._add_examples(*examples)
         highest = np.full(len(tokens), -1, dtype=np.int64)
         if len(tokens.ids):
             highest[lengths > 0] = np.maximum.reduceat(tokens.ids, tokens.bounds[:-1][lengths > 0])
@@ -154,7 +162,7 @@ class Ledger:
         """
         self._lengths.append(lengths.astype(np.int32))
         self._kept.append(lengths.astype(np.int32))
-        self._num_trained.append(np.zeros(len(lengths), dtype=np.int32))
+        self._add_examples(lengths[lengths > 0], np.zeros(int((lengths > 0).sum()), dtype=np.int64))
         self._hashes.append(hashes)
         if labels is not None:
             self._labels.append(labels.astype(np.int32))
@@ -169,6 +177,10 @@ class Ledger:
             for name in names:
                 self._spans[name][what] += 1
 
+    def _add_examples(self, lengths: Indices, trained: Indices) -> None:
+        self._example_lengths.append(lengths.astype(np.int32))
+        self._example_trained.append(trained.astype(np.int32))
+
     def _leave_out(
         self, tokens: Tokens, kept: Indices, limits: Sequence[tuple[str, int, Indices]], in_row: Indices
     ) -> None:
@@ -177,7 +189,8 @@ class Ledger:
         for key, limit, whole in limits:
             beyond, name = whole > limit, f"longer than {key} ({limit:,} tokens)"
             over |= {
-                f"truncated: {name}": beyond & (kept > 0),
+                f"truncated: {name}": beyond & (kept > 0) & (self.too_long != "split"),
+                f"split into blocks: {name}": beyond & (kept > 0) & (self.too_long == "split"),
                 f"dropped: {name}": beyond & (self.too_long == "drop"),
                 f"refused: {name}": beyond & (self.too_long == "error"),
             }
@@ -185,7 +198,7 @@ class Ledger:
         trained = tokens.num_trained(lengths) > 0
         answers = np.bincount(tokens.answer_rows, minlength=len(tokens)) > 0
         untrained = np.bincount(np.array([row for row, _ in tokens.masked], dtype=np.int64), minlength=len(tokens)) > 0
-        masked = (kept == 0) & ~(long & (self.too_long != "truncate"))
+        masked = (kept == 0) & ~(long & (self.too_long not in ("truncate", "split")))
         for reason, chosen in {
             **over,
             "dropped: no assistant turn in it": masked & ~answers & ~untrained & (self.style == "chat"),
@@ -270,7 +283,7 @@ class Ledger:
     @property
     def per_row(self) -> bool:
         """Whether a row has one answer, such as a label, instead of trained tokens."""
-        return self.formatter is None and self.style not in ("words", "pairs")
+        return not self._trains_tokens
 
     def limit_of(self, reason: str) -> tuple[str, int, Indices]:
         """The key of the limit in a reason of ``left_out``, the limit, and [number of rows] lengths before truncation."""
@@ -292,14 +305,13 @@ class Ledger:
 
     @property
     def lengths(self) -> Indices:
-        """[N] tokens of each kept row, in order, as ``Encoded.lengths``."""
-        kept = _joined(self._kept)
-        return kept[kept > 0]
+        """[N] tokens of each example, in order, as ``Encoded.lengths``."""
+        return _joined(self._example_lengths)
 
     @property
     def trained(self) -> Indices:
-        """[N] trained tokens of each kept row, in order."""
-        return _joined(self._num_trained)[self.kept_rows]
+        """[N] trained tokens of each example, in order."""
+        return _joined(self._example_trained)
 
     @property
     def kept_rows(self) -> Indices:
@@ -368,6 +380,7 @@ class Ledger:
             "style": self.style,
             "rows": len(lengths) + sum(map(len, self.rows.left_out.values())),
             "kept": len(self.kept_rows),
+            "blocks": len(self.lengths) if self.too_long == "split" else None,
             "tokens": None if self.tokenizer is None else self.num_tokens,
             "trained": None if self.per_row else self.num_trained,
             "max_length": self.max_length,

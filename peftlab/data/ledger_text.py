@@ -72,6 +72,11 @@ def left_out_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def blocks_text(report: Mapping[str, Any]) -> str:
+    """`` in 1,234 blocks`` for rows that are split; else nothing."""
+    return "" if report["blocks"] is None else f" in {report['blocks']:,} blocks"
+
+
 def finding_line(finding: Mapping[str, Any]) -> str:
     """A finding of ``check`` with its kind and its rows."""
     held_out = f" ({finding['data']})" if finding["data"] != "train" else ""
@@ -103,6 +108,7 @@ def numbers_text(figures: Mapping[str, float] | None) -> str:
 def opening_lines(name: str, report: Mapping[str, Any], *, counts: bool) -> list[str]:
     """The lines that ``train`` prints about a data set; with ``counts`` also figures per role and special token."""
     rows = f"{report['kept']:,} rows" + (f" of {report['rows']:,}" if report["kept"] < report["rows"] else "")
+    rows += blocks_text(report)
     if report["trained"] is None:
         tokens = "" if report["tokens"] is None else f", {report['tokens']:,} tokens"
         labels = _label_counts(report["labels"] or [])
@@ -150,6 +156,8 @@ class PreviewText:
         body.rstrip()
         if preview["cut"]:
             body.append(f" ... {preview['cut']:,} tokens cut off", "yellow")
+        if follows := preview.get("follows", 0):
+            body.append(f" ... {follows:,} tokens in further blocks", "yellow")
         yield Padding(body, (0, 0, 0, 2), expand=False)
 
     def _body(self, coloured: bool, classified: bool) -> Text:

@@ -48,7 +48,7 @@ ENDINGS = {
     ".po": "po",
     ".pot": "po",
 }
-FORMATS = ("csv", "tsv", "json", "jsonl", "text", "conll", "po", "parquet", "arrow")
+FORMATS = ("csv", "tsv", "json", "jsonl", "text", "document", "conll", "po", "parquet", "arrow")
 _ZIP = b"PK\x03\x04"
 _PACKED = (".gz", ".bz2", ".xz", ".zip")
 _COLUMNAR = {b"PAR1": "parquet", b"ARROW1": "arrow", b"FEA1": "arrow", b"\xff\xff\xff\xff": "arrow"}
@@ -267,6 +267,14 @@ def _read_text(text: str, path: Path, options: Options) -> Table:
     return Table({"text": ["\n".join(block) for block in paragraphs]}, np.array(lines, dtype=np.int64), "line")
 
 
+def _read_document(text: str, path: Path, options: Options) -> Table:
+    """The whole file as one row, in the column ``text``; an empty file is a row without text, see data.empty."""
+    lines = text.split("\n")
+    start = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    body = "\n".join(line.removesuffix("\r") for line in lines[start:]).rstrip()
+    return Table({"text": [body]}, np.array([start + 1], dtype=np.int64), "line")
+
+
 _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {
     "csv": read_csv,
     "tsv": read_tsv,
@@ -275,4 +283,5 @@ _TEXT_READERS: dict[str, Callable[[str, Path, Options], Table]] = {
     "text": _read_text,
     "conll": read_conll,
     "po": read_po,
+    "document": _read_document,
 }

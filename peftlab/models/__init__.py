@@ -1,12 +1,13 @@
 """Finds, loads and quantizes backbones."""
 
-from peftlab.models.bnb import import_bitsandbytes
+from peftlab.models.bnb import import_bitsandbytes, misreads_nf4
 from peftlab.models.config import (
     check_stored,
     decoder_start,
     end_ids,
     is_causal,
     label_names,
+    linear_widths,
     load_config,
     load_skeleton,
     reads_later_tokens,
@@ -46,11 +47,13 @@ __all__ = [
     "import_bitsandbytes",
     "label_names",
     "length_limit",
+    "linear_widths",
     "load_config",
     "load_image_reader",
     "load_model",
     "load_skeleton",
     "load_tokenizer",
+    "misreads_nf4",
     "model_max_length",
     "new_weights",
     "num_parameters",

@@ -68,6 +68,16 @@ def load_skeleton(pretrained: Pretrained, *, auto_class: str, **model_kwargs: An
         return getattr(transformers, auto_class).from_config(load_config(pretrained, **model_kwargs), **options)
 
 
+def linear_widths(skeleton: Any) -> list[int]:
+    """The numbers of input features of the linear layers in a model's body, ascending."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    widths = {m.in_features for m in skeleton.base_model.modules() if isinstance(m, nn.Linear)}
+    widths |= {m.nx for m in skeleton.base_model.modules() if isinstance(m, Conv1D)}
+    return sorted(widths)
+
+
 def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids at which the model's generation config ends a text: those that are special or added tokens of ``tokenizer``,
     and the others, which are no ends in its vocabulary, as in a config whose default ids were never set."""

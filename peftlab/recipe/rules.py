@@ -221,6 +221,27 @@ def changed_images_are_not_cached(recipe: Recipe) -> Problems:
         )
 
 
+def only_plain_text_is_split(recipe: Recipe) -> Problems:
+    if recipe.data.too_long != "split":
+        return
+    if not recipe.spec.splits:
+        yield ("data.too_long",), f"split cuts plain text into blocks; task: {recipe.task} takes truncate or drop"
+    elif recipe.distill is not None and recipe.distill.cross_tokenizer is not None:
+        yield (
+            ("data.too_long",),
+            "split needs a teacher with the student's tokenizer, whose blocks would differ otherwise",
+        )
+
+
+def redrawn_rows_have_no_cache(recipe: Recipe) -> Problems:
+    if recipe.spec.redraws and recipe.distill is not None and recipe.distill.cache is not None:
+        yield (
+            ("distill.cache",),
+            f"a cache has the teacher's outputs for one set of masks, and {recipe.task} draws fresh ones in each pass; remove it, "
+            "and the teacher answers while the student trains",
+        )
+
+
 def packed_rows_have_no_groups(recipe: Recipe) -> Problems:
     if recipe.data.packing:
         yield from _no_effect(recipe, ["train.grouping"], "with data.packing")
@@ -380,6 +401,8 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     balance_knows_the_classes,
     adapters_keep_statistics,
     changed_images_are_not_cached,
+    only_plain_text_is_split,
+    redrawn_rows_have_no_cache,
     packed_rows_have_no_groups,
     merge_has_something_to_merge,
     quantized_weights_are_not_trained,

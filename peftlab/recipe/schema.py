@@ -151,8 +151,12 @@ class DataSection(Section):
         0.1, gt=0, lt=1, description="share of the training rows to hold out when data.eval is not set"
     )
     eval_rows: int | None = Field(None, ge=1, description="number of rows to hold out, instead of eval_fraction")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "conll", "po"] = Field(
-        "auto", description="file format; auto uses the content, and the file ending where that leaves a choice"
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "text", "document", "conll", "po"] = (
+        Field(
+            "auto",
+            description="file format; auto uses the content, and the file ending where that leaves a choice; text: a row per "
+            "paragraph of a text file; document: a row per text file",
+        )
     )
     encoding: str = Field("utf-8", description="text encoding of the files")
     delimiter: str | None = Field(
@@ -196,8 +200,10 @@ class DataSection(Section):
     )
     seed: int | None = Field(None, ge=0, description="seed of the split and of sampled rows; default: run.seed")
     max_length: int | None = Field(None, ge=2, description="longest row in tokens; default: the model's limit")
-    too_long: Literal["error", "truncate", "drop"] = Field(
-        "error", description="what to do with rows longer than max_length"
+    too_long: Literal["error", "truncate", "split", "drop"] = Field(
+        "error",
+        description="what to do with rows longer than max_length; split: cut plain text into blocks, so that all of it is "
+        "trained (causal_lm, masked_lm)",
     )
     stride: int | None = Field(
         None,
@@ -357,6 +363,9 @@ class TrainSection(Section):
         "frozen",
         description="running statistics of BatchNorm. frozen: as in the model's files; trained: each micro-batch is normalized "
         "by its own, so the loss depends on train.batch_size, for weights that start at random",
+    )
+    mask_share: float = Field(
+        0.15, gt=0, lt=1, description="share of the tokens of a row that are masked and predicted (masked_lm)"
     )
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
         "none", description="weight of each class in the loss (seq_cls, image_cls)"

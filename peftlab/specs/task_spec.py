@@ -55,6 +55,7 @@ class TaskSpec:
         contrasts: whether the loss of a row may depend on the other rows of its step (it then implements ``tasks.Contrasts``).
         gathers: whether its metrics need all held-out rows together (it then implements ``tasks.Gathers``).
         whole: the role whose equal values stay together when rows are held out; None: rows are split one by one.
+        splits: whether ``data.too_long: split`` cuts its rows into blocks.
         example_input: an example argument for ``peftlab predict``.
     """
 
@@ -86,6 +87,7 @@ class TaskSpec:
     contrasts: bool = False
     gathers: bool = False
     whole: str | None = None
+    splits: bool = False
     example_input: str = '"some text"'
 
     @property

@@ -65,6 +65,7 @@ TASKS: dict[str, TaskSpec] = {
             headline_with_classes="accuracy",
             generates=True,
             chats=True,
+            splits=True,
         ),
         TaskSpec(
             "seq2seq",
@@ -94,6 +95,22 @@ TASKS: dict[str, TaskSpec] = {
             headline="perplexity",
             generates=True,
             reads_source=True,
+        ),
+        TaskSpec(
+            "masked_lm",
+            "an encoder fills in masked tokens of plain text",
+            "masked_lm:MaskedLM",
+            auto_class="AutoModelForMaskedLM",
+            # PEFT has no type of its own; this one adds no head to those that it trains in full.
+            peft_type="FEATURE_EXTRACTION",
+            predicts="tokens",
+            columns=("text",),
+            keys=("train.mask_share", "distill.hard_weight", "distill.baseline", *_TEXT, *SCORED, *_SOFTMAX),
+            scores=("nll_sum", "num_scored", "num_tokens", "num_correct"),
+            headline="perplexity",
+            redraws=True,
+            splits=True,
+            example_input='"Paris is the [MASK] of France."',
         ),
         TaskSpec(
             "seq_cls",

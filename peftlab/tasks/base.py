@@ -240,7 +240,7 @@ class Redraws(Task, Protocol):
     """A task whose examples change on each pass, such as redrawn masks (``spec.redraws``)."""
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
-        """``example`` for this pass, with the same length; ``rng`` depends on the seed, the step and the row."""
+        """``example`` for this pass, with the same length and weight; ``rng`` depends on the seed, the step and the example."""
 
 
 class Contrasts(Task, Protocol):

@@ -29,8 +29,9 @@ class Example:
         image: the image instead of tokens, read when it is batched.
         extra: additional inputs of the model by name, such as the ids of a decoder.
         scored: number of scored positions; only if ``trained`` is None.
-        part: which of the row's examples it is, as the windows of a long context.
+        part: which of the row's examples it is, as the windows of a long context or the blocks of a long text.
         reference: what a prediction is compared with, if that is more than ``label``, such as texts or boxes.
+        block: its number among the blocks of a row that is split (data.too_long).
     """
 
     ids: np.ndarray
@@ -79,3 +80,8 @@ class Encoded:
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """[N] int64 tokens of each example."""
     return np.array([len(e) for e in examples], dtype=np.int64)
+
+
+def trained_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] int64 trained tokens of each example."""
+    return np.array([e.num_scored for e in examples], dtype=np.int64)

@@ -283,7 +283,10 @@ def _cut(example: Example, max_tokens: int) -> Example:
     window = slice(max(0, end - max_tokens), end)
     trained = example.trained[window].copy()
     trained[0] = False  # the first token cannot be predicted
-    return replace(example, ids=example.ids[window], trained=trained, weight=float(trained.sum()))
+    label = example.label
+    if isinstance(label, np.ndarray) and len(label) == len(example):
+        label = label[window]
+    return replace(example, ids=example.ids[window], trained=trained, label=label, weight=float(trained.sum()))
 
 
 @contextlib.contextmanager
