@@ -18,27 +18,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import peftlab
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import Interrupted, PeftlabError
-from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
+from peftlab.models import find_pretrained, linear_widths, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
-from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.family_examples import (
+    AUTO_CLASSES,
+    CLASSIFIERS,
+    FAMILIES,
+    FILLERS,
+    READERS_OF_IMAGES,
+    TRANSLATORS,
+    WITH_HEAD,
+    WRITERS,
+    make_config,
+    wide_values,
+    write_family,
+)
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
-COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
+COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume", "nf4", "int8")
+STORAGES = ("nf4", "int8")
+ADAPTERS = "## Adapters and storages"  # the heading of the other table
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
-# What the default, all-linear, does not reach, by the remedy of its message.
-_SETTINGS = {
-    "ResNetConfig": {"targets": ["convolution"]},
-    "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.3.convolution"]},
-    "EfficientNetConfig": {"targets": ["expand_conv", "project_conv"]},
-}
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
 _CLOSE = 1e-4
@@ -48,7 +57,7 @@ _INTRODUCTION = """\
 Each row is a tiny random model of a family of transformers, trained with the defaults of a recipe
 (LoRA on all linear layers) on a CPU. `python -m tests.family_table` measures all of them and writes
 this page. A test measures each row again and compares it with the page. Families without linear
-layers, of which a note says so, are trained on convolutions that `adapter.targets` names.
+layers, of which a note says so, are trained on their convolutions.
 
 - **train**: the recipe trains.
 - **eval again**: `peftlab eval` in a new process finds the loss that training ended with.
@@ -56,6 +65,8 @@ layers, of which a note says so, are trained on convolutions that `adapter.targe
 - **merge**: the merged folder gives the outputs that were trained.
 - **batch = alone**: a row gives the same outputs in a batch and alone.
 - **resume**: a run that is stopped and resumed ends with the same bytes.
+- **nf4**, **int8**: the recipe with `model.quantize` trains, and a second look at the run finds the
+  loss that training ended with; `-` for a model without linear layers in its body.
 """
 _NOTES = """\
 `peftlab check` says each of these lines when you bring a model of the family. Counts and ids are
@@ -65,8 +76,10 @@ those of the tiny model."""
 def families() -> Iterator[tuple[str, str]]:
     """Config class and task of every row."""
     yield from ((name, "causal_lm") for name in WRITERS)
+    yield from ((name, "masked_lm") for name in FILLERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
+    yield from ((name, "seq2seq") for name in TRANSLATORS)
 
 
 @dataclass
@@ -93,19 +106,15 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     """
     write_family(folder / "model", name, task)
     write_rows(folder)
-    row = Row(_title(name, task), task)
-    adapter = {}
+    row = Row(title(name, task), task)
     try:
         checked = peftlab.check(family_recipe(task), progress=SilentProgress())
     except PeftlabError as error:
         row.notes.append(_line(str(error), folder))
-        if name not in _SETTINGS:
-            row.cells = dict.fromkeys(COLUMNS, "refused")
-            return row
-        adapter = _SETTINGS[name]
-        checked = peftlab.check(family_recipe(task, adapter=adapter), progress=SilentProgress())
+        row.cells = dict.fromkeys(COLUMNS, "refused")
+        return row
     row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
-    run = peftlab.train(family_recipe(task, adapter=adapter), progress=SilentProgress())
+    run = peftlab.train(family_recipe(task), progress=SilentProgress())
     row.cells["train"] = "yes"
     loss = run.summary["after"]["loss"]
     row.cells["eval again"] = _yes(abs(evaluate("run") - loss) < _CLOSE * loss, "other loss")
@@ -114,18 +123,42 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
     row.cells["batch = alone"] = _yes(_difference(opened, examples) < _CLOSE, "other outputs")
     row.cells["merge"] = _yes(peftlab.merge("run", progress=SilentProgress())["verified"], "not verified")
-    document = family_recipe(task, adapter=adapter, run={"dir": "other", "save_every": 2})
+    document = family_recipe(task, run={"dir": "other", "save_every": 2})
     try:
         peftlab.train(document, progress=Stopper(at=3))
     except Interrupted:
         peftlab.train("other", resume=True, progress=SilentProgress())
     same = Path("run/adapter/adapter_model.safetensors").read_bytes()
     row.cells["resume"] = _yes(Path("other/adapter/adapter_model.safetensors").read_bytes() == same, "other bytes")
+    for storage in STORAGES:
+        row.cells[storage] = _quantized(name, task, folder, storage)
     return row
 
 
-def page(rows: Sequence[Row]) -> str:
-    """docs/families.md."""
+def _quantized(name: str, task: str, folder: Path, storage: str) -> str:
+    """The cell of a storage, measured on a model whose sizes bitsandbytes reads rightly on a CPU."""
+    if not linear_widths(make_skeleton(name, task)):
+        return "-"
+    wide = f"wide-{storage}"
+    write_family(folder / wide, name, task, **wide_values(name, task))
+    document = family_recipe(task, model={"name": wide, "quantize": storage}, run={"dir": storage})
+    document["train"]["max_steps"] = 2
+    try:
+        loss = peftlab.train(document, progress=SilentProgress()).summary["after"]["loss"]
+        again = peftlab.evaluate(storage, progress=SilentProgress())["metrics"]["loss"]
+    except PeftlabError as error:
+        return f"**no: {_line(str(error), folder)[:120]}**"
+    return _yes(abs(again - loss) < _CLOSE * loss, "other loss")
+
+
+def make_skeleton(name: str, task: str) -> Any:
+    """The model of a row on the meta device."""
+    with torch.device("meta"):
+        return getattr(transformers, AUTO_CLASSES[task]).from_config(make_config(name, FAMILIES[task]))
+
+
+def page(rows: Sequence[Row], adapters: str) -> str:
+    """docs/families.md. Args: adapters: its section on adapters and storages, of ``adapter_table``."""
     numbers: dict[str, int] = {}
     lines = [row.line(", ".join(str(numbers.setdefault(note, len(numbers) + 1)) for note in row.notes)) for row in rows]
     header = ["family", "task", *COLUMNS, "notes"]
@@ -134,7 +167,7 @@ def page(rows: Sequence[Row]) -> str:
         textwrap.fill(f"{number}. {note}", 100, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
         for note, number in numbers.items()
     ]
-    return "\n".join([_INTRODUCTION, *table, "", "## Notes", "", _NOTES, "", *notes]) + "\n"
+    return "\n".join([_INTRODUCTION, *table, "", adapters, "## Notes", "", _NOTES, "", *notes]) + "\n"
 
 
 def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
@@ -143,21 +176,22 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
     found = re.findall(r"^(\d+)\. (.+(?:\n   .+)*)", text, flags=re.MULTILINE)
     notes = {number: " ".join(note.split()) for number, note in found}
     rows = {}
-    for line in re.findall(r"^\| `.*$", text, flags=re.MULTILINE):
+    for line in re.findall(r"^\| `.*$", text.partition(ADAPTERS)[0], flags=re.MULTILINE):
         family, task, *cells, numbers = (cell.strip(" `") for cell in line.split("|")[1:-1])
         rows[family, task] = (cells, [notes[number] for number in re.findall(r"\d+", numbers)])
     return rows
 
 
-def _title(name: str, task: str) -> str:
-    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
-    return str(make_config(name, tables[task]).model_type)
+def title(name: str, task: str) -> str:
+    return str(make_config(name, FAMILIES[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
+    if task == "seq2seq":
+        data["columns"] = {"source": "text", "target": "label"}
     document: dict[str, Any] = {
         "task": task,
         "model": {"name": "model"},
@@ -188,12 +222,11 @@ def _yes(holds: bool, otherwise: str) -> str:
 
 def _plain_peft(task: str) -> Any:
     """The run in plain transformers and PEFT, with the ids in the config that ``check`` says are needed."""
-    import transformers
     from peft import PeftModel
 
-    options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    options = {} if task in WITH_HEAD else {"num_labels": len(_classes())}
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task == "seq_cls":
+    if task in ("seq_cls", "seq2seq"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
@@ -236,13 +269,15 @@ def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
 
 
 def main() -> None:
+    from tests import adapter_table  # it imports this file
+
     process, rows = Processes(), []
     os.environ["PYTHONPATH"] = str(PAGE.parent.parent)
     for name, task in families():
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure_in(Path(folder), name, task, process))
         print(rows[-1], file=sys.stderr, flush=True)
-    PAGE.write_text(page(rows))
+    PAGE.write_text(page(rows, adapter_table.section(adapter_table.measure_all())))
 
 
 if __name__ == "__main__":

@@ -64,9 +64,14 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether it is a convolution of torch."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
 def is_grouped(module: nn.Module) -> bool:
     """Whether it is a grouped convolution: PEFT adapts it only at a rank that its groups divide, and cannot merge it."""
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1
+    return is_convolution(module) and bool(module.groups != 1)
 
 
 def is_linear(module: nn.Module) -> bool:

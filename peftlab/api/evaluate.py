@@ -10,7 +10,7 @@ from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import RecipeSource, find_target, open_target
 from peftlab.assembly.witness import check_witness
 from peftlab.errors import RecipeError
-from peftlab.evaluation.loop import evaluate_examples
+from peftlab.evaluation.loop import answer_signatures, evaluate_examples
 from peftlab.evaluation.metrics import check_metrics, default_metrics
 from peftlab.training.progress import Progress, make_progress
 
@@ -54,16 +54,17 @@ def evaluate(
             check_witness(opened, progress)
         count = len(held_out.examples)
         progress.stage(f"evaluating on {count:,} row{'' if count == 1 else 's'}")
+        # eval.best chooses among checkpoints, so rows need not allow it here.
+        names = settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices))
         metrics = evaluate_examples(
             opened.model,
             opened.task,
             held_out,
-            # eval.best chooses among checkpoints, so rows need not allow it here.
-            metrics=settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices)),
+            metrics=names,
             batch_tokens=settings.eval.batch_tokens,
             device=opened.device,
             autocast=opened.autocast,
         )
-        return {
-            "target": str(target), "kind": resolved.kind, "rows": count, "metrics": metrics,
-        }  # fmt: skip
+        result = {"target": str(target), "kind": resolved.kind, "rows": count, "metrics": metrics}
+        signatures = answer_signatures(names)
+        return result | ({"signatures": signatures} if signatures else {})

@@ -35,6 +35,7 @@ def predict(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    beams: int | None = None,
     columns: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -45,12 +46,15 @@ def predict(
 
     Args:
         inputs: a path (file with the recipe's columns), a list of texts, or a list of rows (dicts).
-        max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy.
+        max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy. beams: width of the search of an
+            encoder-decoder, instead of eval.beams.
         columns: put the columns of the input before each result; a column named as one of the result is ``input_NAME``.
     Raises: as ``evaluate``; DataError if the inputs lack a column, or none of the first 256 can be read.
     """
     prepare_libraries()
     progress = progress or make_progress()
+    if beams is not None:
+        overrides = [*overrides, f"eval.beams={beams}"]
     resolved = find_target(target, recipe, overrides)
     with located(resolved.loaded), progress:
         for line in resolved.loaded.notes:

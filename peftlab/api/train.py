@@ -61,7 +61,9 @@ def train(
                 checkpoint = checkpoint_to_resume(folder)
         if not loaded.recipe.spec.learns_from_labels:
             raise RecipeError(
-                "sentence embeddings need a teacher's vectors; name the teacher in a section distill and run `peftlab distill`",
+                "rows of one text each have no labels. To learn from pairs, name their columns: data.columns={anchor: COLUMN, "
+                "positive: COLUMN} (and negative), or {sentence1: COLUMN, sentence2: COLUMN, score: COLUMN}. To learn from a "
+                "teacher's vectors, name the teacher in a section distill and run `peftlab distill`",
                 key="task",
             )
         assembly = Assembly(loaded)

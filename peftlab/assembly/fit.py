@@ -26,13 +26,14 @@ from peftlab.assembly.target import find_target, open_target
 from peftlab.assembly.witness import WITNESS_NAME, Witness, read_witness
 from peftlab.data import Rows, packing_figures
 from peftlab.errors import ArtifactError, Interrupted
-from peftlab.evaluation.loop import evaluate_examples
+from peftlab.evaluation.loop import answer_signatures, evaluate_examples
 from peftlab.measuring.memory import release_memory
 from peftlab.models import save_plain
 from peftlab.ops import plans_in_use
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, Run, open_run, write_json
-from peftlab.tasks import FindsSettings, Generates
+from peftlab.specs.metrics import METRICS
+from peftlab.tasks import Chats, FindsSettings, Generates
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.loop import LoopResult, TrainingLoop
@@ -205,13 +206,20 @@ class Fit:
             summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
             release_memory()
 
-    def _evaluate(self) -> dict[str, float | None]:
+    def _evaluate_meanwhile(self) -> dict[str, float | None]:
+        """The metrics in the middle of training: of texts that the model writes only those that the recipe names."""
+        options = self._parts.recipe.eval
+        skipped = {name for name, spec in METRICS.items() if spec.of_answers and name != options.best}
+        quick = [name for name in self._parts.metrics if options.metrics or name not in skipped]
+        return self._evaluate(quick)
+
+    def _evaluate(self, metrics: list[str] | None = None) -> dict[str, float | None]:
         parts = self._parts
         return evaluate_examples(
             parts.model,
             parts.task,
             parts.held_out,
-            metrics=parts.metrics,
+            metrics=parts.metrics if metrics is None else metrics,
             batch_tokens=parts.recipe.eval.batch_tokens,
             device=self._accelerator.device,
             autocast=self._accelerator.autocast,
@@ -262,6 +270,8 @@ class Fit:
         loop.finish(final)
         self._keep_best(result)
         summary["after"] = final if result.best_step in (None, result.steps) else self._evaluate()
+        if signatures := answer_signatures(parts.metrics):
+            summary["signatures"] = signatures
         answers = list(self._answers())
         if not summary["samples"]:
             summary["samples"] = [{"prompt": p} for p, _ in answers]
@@ -292,7 +302,7 @@ class Fit:
             progress=self._progress,
             where=parts.rows.where,
             loss_sum=parts.loss,
-            evaluate=self._evaluate,
+            evaluate=self._evaluate_meanwhile,
             resume_hint=self._resume_hint,
         )
 
@@ -377,8 +387,8 @@ class Fit:
         environment["kernel_plans"] = plans_in_use()
         if parts.task.class_names and parts.assembly.spec.names_classes:
             environment["class_names"] = parts.task.class_names
-        if parts.assembly.spec.generates:
-            environment["style"] = cast(Generates, parts.task).formatter.style
+        if parts.assembly.spec.chats:
+            environment["style"] = cast(Chats, parts.task).formatter.style
         if self._found:
             environment["found"] = self._found
         return environment

@@ -15,7 +15,7 @@ from peftlab.adapters import load_adapter
 from peftlab.adapters.merge import DequantizedWeights
 from peftlab.adapters.merge_check import MergeCheck
 from peftlab.assembly.assembly import Assembly
-from peftlab.assembly.folding import folded, is_tied, untie_if_adapted
+from peftlab.assembly.folding import check_mergeable, folded, is_tied, untie_if_adapted
 from peftlab.assembly.target import Target, check_same_model, find_target, open_target
 from peftlab.assembly.witness import Witness, read_witness
 from peftlab.data import require
@@ -59,6 +59,7 @@ def merge_run(
     assembly: see ``open_target``. target: the resolved ``folder``; default: with the recipe of its run.
     """
     target = target or find_target(folder)
+    check_mergeable(target.loaded.recipe.adapter.methods)
     sources = assembly or target.assembly()
     quantized = sources.storage != "none"
     targets = _targets(sources)

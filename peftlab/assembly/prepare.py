@@ -13,6 +13,7 @@ from peftlab.adapters import (
     adapted_modules,
     head_reason,
     inject,
+    move_statistics,
     owners,
     planned_modules,
     planned_parameters,
@@ -205,6 +206,8 @@ def trainable(
     """
     method, a = assembly.method, assembly.recipe.adapter
     if not method.adapts:
+        if assembly.recipe.train.batch_norm == "trained":
+            move_statistics(model)
         return model, [], train_all(model, freeze=a.freeze)
     # A vector is the mean of token vectors, or one of them: no new pooler has a part in it.
     new = frozenset[str]() if assembly.spec.predicts == "vectors" else new_weights(model)

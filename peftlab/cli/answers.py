@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftlab import formatting
@@ -23,8 +23,15 @@ def has_no_result(record: Record) -> bool:
 
 def whole_answer(record: Record, *, styled: bool) -> str:
     """The answer to a single input. Args: styled: for a person at a terminal, not for a program."""
+    if "masks" in record:
+        return _whole_masks(record, styled=styled)
     if "text" in record:
         return formatting.printable(record["text"]) if styled else str(record["text"])
+    if (spans := _spans(record)) is not None and styled:
+        rows = [(s["label"], s["text"], s["score"], s["start"], s["end"]) for s in spans]
+        width = max([len(str(row[0])) for row in rows], default=0)
+        lines = [f"{label:<{width}}  {100 * p:5.1f} %  {a:>5}-{b:<5}  {text}" for label, text, p, a, b in rows]
+        return "\n".join(map(formatting.printable, [_marked(record, spans), *lines]))
     if "labels" in record:
         return _labels(record, styled)
     if not _has_label(record):
@@ -38,6 +45,8 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     """The answer to one of several inputs, on one line. Args: styled: as above. width: of the terminal."""
     if "text" in record:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
+    if (spans := _spans(record)) is not None and styled:
+        return formatting.one_line(_marked(record, spans), width - 1)
     if not _has_label(record) or not styled:
         answer = whole_answer(record, styled=styled)
         if not styled or not record.keys() & {"labels", "score"}:
@@ -59,6 +68,41 @@ def _labels(record: Record, styled: bool) -> str:
     if styled:
         return ", ".join(f"{formatting.one_line(name)} {100 * p:.0f} %" for name, p in pairs) or "(none)"
     return "\t".join(f"{_escaped(name)}\t{p:.6f}" for name, p in pairs)
+
+
+def _spans(record: Record) -> list[dict[str, Any]] | None:
+    """The labelled parts of the input: entities, or words with a tag."""
+    spans: list[dict[str, Any]] | None = record.get("spans", record.get("words"))
+    return spans
+
+
+def _marked(record: Record, spans: Sequence[Mapping[str, Any]]) -> str:
+    """The input with a label after each span, such as ``[Ann Lee PER] slept``, or ``Ann/PROPN slept/VERB`` for tagged words;
+    only the spans if the input is not in the record."""
+    form = "[{text} {label}]" if "spans" in record else "{text}/{label}"
+    marks = [form.format(**span) for span in spans]
+    text = record.get("input")
+    if not isinstance(text, str):
+        return " ".join(marks) or f"row {record['row']:,}: none"
+    parts, at = [], 0
+    for mark, span in zip(marks, spans, strict=True):
+        parts += [text[at : span["start"]], mark]
+        at = span["end"]
+    return "".join([*parts, text[at:]])
+
+
+def _whole_masks(record: Record, *, styled: bool) -> str:
+    """The filled text with a line for each mask; for a program, a line for each mask."""
+    if not styled:
+        return "\n".join(
+            "\t".join(f"{_escaped(each['token'])}\t{each['probability']:.6f}" for each in tokens)
+            for tokens in record["masks"]
+        )
+    lines = [formatting.printable(record["text"])]
+    for number, tokens in enumerate(record["masks"], 1):
+        shown = (f"{formatting.printable(each['token'])} {100 * each['probability']:.1f} %" for each in tokens)
+        lines.append(f"  mask {number}: {'  '.join(shown)}")
+    return "\n".join(lines)
 
 
 def _has_label(record: Record) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _FIRST = tuple(spec.headline for spec in METRICS.values())
-_PER_CLASS = tuple(name for name, spec in METRICS.items() if spec.averaged)
+_PER_CLASS = tuple(name for name, spec in METRICS.items() if spec.averaged or spec.of_entities)
 _CONFUSION = re.compile(r"confusion_(.+)_as_\1")
 # With more classes only the worst are shown; --json has all.
 _MAX_CLASSES = 20

@@ -38,6 +38,9 @@ def predict(
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    beams: Annotated[
+        int | None, typer.Option("--beams", metavar="N", min=1, help="Width of the beam search (seq2seq).")
+    ] = None,
     replace: Replace = False,
     _json: Json = False,
     _debug: Debug = False,
@@ -57,6 +60,7 @@ def predict(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            beams=beams,
             columns=file is not None and (destination is not None or out.json),
         )
     records = _records(results, inputs, out)

@@ -1,5 +1,5 @@
-"""Built-in data sets, available on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` and
-``docstring-sections:PACKAGE,PACKAGE`` of installed packages."""
+"""Built-in data sets: ``sklearn:digits``, and of installed packages ``docstrings:PACKAGE,PACKAGE``,
+``docstring-sections:PACKAGE,PACKAGE`` and ``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from peftlab.data.catalogues import catalogue_rows
 from peftlab.data.rows import Origin, Rows
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS, SECTIONS = "sklearn:digits", "docstrings:", "docstring-sections:"
+DIGITS, DOCSTRINGS, SECTIONS, CATALOGUES = "sklearn:digits", "docstrings:", "docstring-sections:", "catalogues:"
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -46,7 +47,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS, SECTIONS))
+    return name.startswith(("sklearn:", DOCSTRINGS, SECTIONS, CATALOGUES))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -56,12 +57,14 @@ def load_builtin(name: str, *, key: str) -> Rows:
     ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
     installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
     packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
+    ``catalogues:django/de``: the translated strings of all gettext catalogues of a language in an installed package (not
+    imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
 
     ``docstring-sections:numpy,scipy``: the text of each docstring before its first section, and ``sections``, the list of the
     sections that follow (those of numpydoc, such as Parameters and Returns); docstrings without sections have an empty list.
 
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
-    row's content, so a row is on the same side wherever it appears.
+    row's content (of a catalogue, on its source), so a row is on the same side wherever it appears.
 
     Raises: DataError at ``key`` for an unknown name or a package that is not installed.
     """
@@ -75,9 +78,12 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = _docstrings(name, base.removeprefix(DOCSTRINGS), key, _search)
     elif base.startswith(SECTIONS):
         rows, contents = _docstrings(name, base.removeprefix(SECTIONS), key, _search_sections)
+    elif base.startswith(CATALOGUES):
+        rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE or {SECTIONS}PACKAGE,PACKAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE or "
+            f"{CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )
@@ -102,6 +108,17 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
         positions=np.arange(1, len(labels) + 1),
     )
     return rows, [image.tobytes() for image in images]
+
+
+def _catalogues(name: str, parts: list[str], key: str) -> list[tuple[Path, str]]:
+    """The folder and language of each ``PACKAGE/LANGUAGE``."""
+    places = []
+    for part in parts:
+        package, _, language = part.partition("/")
+        if not re.fullmatch(r"[A-Za-z][\w@.-]*", language):
+            raise DataError(f"{name!r}: expected {CATALOGUES}PACKAGE/LANGUAGE, such as {CATALOGUES}django/de", key=key)
+        places.append((_folder(package, key, what="catalogues"), language))
+    return places
 
 
 def _docstrings(
@@ -164,7 +181,7 @@ def _rows_of(
     return rows, [text.encode() for text in texts]
 
 
-def _folder(package: str, key: str) -> Path:
+def _folder(package: str, key: str, *, what: str = "docstrings") -> Path:
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except (ImportError, ValueError):
@@ -172,8 +189,9 @@ def _folder(package: str, key: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         near = difflib.get_close_matches(package, _ALIASES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        form = f"{DOCSTRINGS}PACKAGE,PACKAGE" if what == "docstrings" else f"{CATALOGUES}PACKAGE/LANGUAGE"
         raise DataError(
-            f"package {package!r} is not installed, so it has no docstrings (expected {DOCSTRINGS}PACKAGE,PACKAGE){hint}",
+            f"package {package!r} is not installed, so it has no {what} (expected {form}){hint}",
             key=key,
         )
     return Path(next(iter(spec.submodule_search_locations)))

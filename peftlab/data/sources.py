@@ -65,11 +65,12 @@ def load_rows(
     and tsv (no quotes) need a header or ``column_names``; their values are text. json and jsonl: an array of objects,
     one object per line, objects one after the other, one list per column, or an object with one of these in it. A
     missing key is None. text: one row per paragraph (a block of lines between blank lines), not per file or line, in
-    the column ``text``. Numbers of a class column whose names the file carries become these names.
+    the column ``text``. document: one row per file. conll: see ``read_conll``. Numbers of a class column whose names the file
+    carries become these names.
 
     Args:
         key: the recipe key that holds ``name``, for the errors.
-        format: csv, tsv, json, jsonl, parquet, arrow or text; ``auto``: by content.
+        format: csv, tsv, json, jsonl, parquet, arrow, text, document, conll or po (gettext catalogues); ``auto``: by content.
         encoding: encoding of text files; a byte order mark is removed, and decides if it names another one.
         column_names: for csv and tsv files without a header, whose first line is data.
         delimiter: field separator of csv files; None: found from the file.

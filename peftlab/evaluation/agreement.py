@@ -92,7 +92,10 @@ def agreement(pairs: Iterable[tuple[Distributions, Tensor]]) -> Agreement:
             part = reference[start : start + _CHUNK]
             log_q = logits[start : start + _CHUNK].double().log_softmax(-1).cpu()
             classes = part.classes.long()
-            terms = part.log_p.exp() * (part.log_p - log_q.gather(-1, classes))
+            # A class that does not exist has no probability in both models: 0 * (-inf - -inf) would be nan.
+            exists = part.log_p > -math.inf
+            ratio = torch.where(exists, part.log_p - log_q.gather(-1, classes), 0.0)
+            terms = part.log_p.exp() * ratio
             tail = torch.where(part.rest > -math.inf, part.rest.exp() * (part.rest - _rest(log_q, classes)), 0.0)
             kl.append(terms.sum(-1) + tail)
             same.append(log_q.gather(-1, classes[:, :1])[:, 0] >= log_q.amax(-1))

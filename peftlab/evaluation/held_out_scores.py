@@ -25,11 +25,12 @@ class HeldOutScores:
         self, spec: TaskSpec, num_rows: int, headline: str, *, class_names: Sequence[str] | None = None
     ) -> None:
         self._num_rows = num_rows
-        self._of_class = (headline, *class_metrics(class_names).get(headline, ("", -1)))
+        self._of_class = (headline, *class_metrics(class_names, spec).get(headline, ("", -1)))
         self._vectors = EmbeddingComparison() if spec.predicts == "vectors" else None
         self._numbers = np.zeros((2, num_rows)) if spec.predicts == "numbers" else None
         own = self._vectors is not None or self._numbers is not None
-        self._logits = None if own else Comparison(num_rows, predicts=spec.predicts)
+        tags = class_names if spec.marks_entities else None
+        self._logits = None if own else Comparison(num_rows, predicts=spec.predicts, tags=tags)
         self._chosen: dict[int, tuple[int, int]] = {}
         self._any = False
 

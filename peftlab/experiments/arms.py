@@ -27,7 +27,7 @@ from peftlab.experiments.written_answers import ROWS_NAME
 from peftlab.measuring.memory import release_memory
 from peftlab.recipe import LoadedRecipe, check_lock, write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, open_run, write_json
-from peftlab.tasks import Generates
+from peftlab.tasks import Chats
 from peftlab.teaching.alignment import check_routes
 from peftlab.teaching.caches import is_stored
 from peftlab.teaching.capture import capture_all, taught_examples
@@ -105,8 +105,8 @@ class Distillation:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         environment = assembly.kept
-        if assembly.spec.generates:
-            environment["style"] = cast(Generates, assembly.task).formatter.style
+        if assembly.spec.chats:
+            environment["style"] = cast(Chats, assembly.task).formatter.style
         try:
             write_lock(folder / LOCK_NAME, assembly.loaded, fingerprints=fingerprints, environment=environment)
         except BaseException:

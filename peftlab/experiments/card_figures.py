@@ -78,7 +78,7 @@ class _Comparer:
         # Classes of different vocabularies cannot be compared one by one.
         self._shares = [] if teachers.translated() else teachers.shares(self._task, None, rows, encoded)
         self._columns = teachers.columns()
-        self._index = {e.row: i for i, e in enumerate(encoded.examples)}
+        self._index = {e.key: i for i, e in enumerate(encoded.examples)}
         room = max(1, student.recipe.eval.batch_tokens // int(encoded.lengths.max()))
         self._timed = encoded.examples[: min(_TIMED_ROWS, room)]
         self.num_tokens = sum(map(len, self._timed))
@@ -125,7 +125,7 @@ class _Comparer:
             batch = self._task.collate([self._encoded.examples[i] for i in part], self._device)
             outputs = {who: self._task.outputs(model, batch) for who, model in models.items()}
             counts = next(iter(outputs.values())).counts
-            where = torch.tensor([self._index[e.row] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
+            where = torch.tensor([self._index[e.key] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
             taught = TaughtLogits(self._shares, first, batch, counts) if self._shares else None
             if self._task.spec.predicts == "numbers":
                 ours = outputs["student"]

@@ -68,6 +68,16 @@ def load_skeleton(pretrained: Pretrained, *, auto_class: str, **model_kwargs: An
         return getattr(transformers, auto_class).from_config(load_config(pretrained, **model_kwargs), **options)
 
 
+def linear_widths(skeleton: Any) -> list[int]:
+    """The numbers of input features of the linear layers in a model's body, ascending."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    widths = {m.in_features for m in skeleton.base_model.modules() if isinstance(m, nn.Linear)}
+    widths |= {m.nx for m in skeleton.base_model.modules() if isinstance(m, Conv1D)}
+    return sorted(widths)
+
+
 def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids at which the model's generation config ends a text: those that are special or added tokens of ``tokenizer``,
     and the others, which are no ends in its vocabulary, as in a config whose default ids were never set."""
@@ -82,6 +92,25 @@ def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int
     listed = [ids] if isinstance(ids, int) else list(ids or [])
     known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return [i for i in listed if i in known], [i for i in listed if i not in known]
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token of models of this config sees only those before it; that is so for decoders."""
+    return not (config.is_encoder_decoder or reads_later_tokens(config))
+
+
+# Their decoder starts with the last token of the target, which is a language.
+_STARTS_WITH_LAST = {"mbart", "plbart"}
+
+
+def decoder_start(config: Any) -> int | None:
+    """The token before each target of an encoder-decoder; None: the last token of the target."""
+    return None if config.model_type in _STARTS_WITH_LAST else getattr(config, "decoder_start_token_id", None)
+
+
+def starts_with_last(config: Any) -> bool:
+    """Whether the decoder starts with the last token of the target."""
+    return config.model_type in _STARTS_WITH_LAST
 
 
 def reads_later_tokens(config: Any) -> bool:

@@ -34,9 +34,10 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(name: str, **kwargs: Any) -> Any:
-    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64) or ``tiny:vit``
-    (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one patch)."""
-    from transformers import BertConfig, LlamaConfig, ViTConfig
+    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64), ``tiny:t5`` (2 + 2
+    layers, hidden 64, tied head) or ``tiny:vit`` (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one
+    patch)."""
+    from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
 
     if name == "tiny:vit":
         # One patch: with smaller ones the model learns digits more slowly, and students in the recipe digits-missing-class
@@ -52,6 +53,20 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             **kwargs,
+        )
+
+    if name == "tiny:t5":
+        return T5Config(
+            vocab_size=260,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=2,
+            **{"decoder_start_token_id": 0, **kwargs},
         )
 
     shared: dict[str, Any] = {

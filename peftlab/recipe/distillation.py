@@ -192,6 +192,11 @@ class DistillSection(Section):
         description="losses against the teacher; default: forward_kl; for task: embedding hidden_cosine, or "
         "similarity_kl if the widths differ",
     )
+    answers: Literal["data", "teacher"] = Field(
+        "data",
+        description="whose answers the student learns from; teacher: the teacher writes them before the training, greedily, "
+        "and they stand in place of those of the data (sequence distillation; causal_lm, seq2seq)",
+    )
     share: float = Field(
         0.5,
         ge=0,

@@ -14,6 +14,7 @@ from peftlab.recipe.method_options import option_problems
 from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS, variant_of
+from peftlab.specs.objectives import OBJECTIVES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.tasks import KEYS_OF_TASKS, NEEDS
 
@@ -174,6 +175,25 @@ def keys_of_other_optimizers(recipe: Recipe) -> Problems:
                 yield from _no_effect(recipe, [f"train.{key}"], f"for train.{kind}: {chosen.name}")
 
 
+def objective_fits_the_columns(recipe: Recipe) -> Problems:
+    spec, given = recipe.spec, recipe.train.objective
+    if not spec.objectives:
+        return
+    if given is not None and given not in spec.objectives:
+        fits = " or ".join(spec.objectives)
+        yield ("train.objective",), f"expected {fits} for rows with {', '.join(spec.columns)}; found {given!r}"
+        return
+    name = recipe.objective
+    assert name is not None
+    chosen = OBJECTIVES[name]
+    for key in dict.fromkeys(key for row in OBJECTIVES.values() for key in row.keys):
+        if key not in chosen.keys and f"train.{key}" in spec.keys:
+            yield from _no_effect(recipe, [f"train.{key}"], f"for train.objective: {name}")
+    if chosen.whole_step and recipe.train.batch_size == 1 and recipe.train.accumulate == 1:
+        text = "one row per step has no other row to be compared with; set train.batch_size to 2 or more, 16 or more is better"
+        yield ("train.batch_size",), text
+
+
 def label_names_name_a_column(recipe: Recipe) -> Problems:
     has_column = recipe.spec.names_classes or "label" in recipe.data.columns
     if recipe.data.label_names and "data.label_names" in recipe.spec.keys and not has_column:
@@ -186,6 +206,40 @@ def balance_knows_the_classes(recipe: Recipe) -> Problems:
         yield ("data.balance",), "draws rows by their class; set data.columns.label"
     if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
         yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
+
+
+def adapters_keep_statistics(recipe: Recipe) -> Problems:
+    if recipe.method.adapts:
+        yield from _no_effect(recipe, ["train.batch_norm"], "with an adapter, whose files have no place for statistics")
+
+
+def changed_images_are_not_cached(recipe: Recipe) -> Problems:
+    if recipe.data.augment is not None and recipe.distill is not None and recipe.distill.cache is not None:
+        yield (
+            ("data.augment",),
+            "the cache stores a teacher's outputs for the images as they are; remove distill.cache, or this key",
+        )
+
+
+def only_plain_text_is_split(recipe: Recipe) -> Problems:
+    if recipe.data.too_long != "split":
+        return
+    if not recipe.spec.splits:
+        yield ("data.too_long",), f"split cuts plain text into blocks; task: {recipe.task} takes truncate or drop"
+    elif recipe.distill is not None and recipe.distill.cross_tokenizer is not None:
+        yield (
+            ("data.too_long",),
+            "split needs a teacher with the student's tokenizer, whose blocks would differ otherwise",
+        )
+
+
+def redrawn_rows_have_no_cache(recipe: Recipe) -> Problems:
+    if recipe.spec.redraws and recipe.distill is not None and recipe.distill.cache is not None:
+        yield (
+            ("distill.cache",),
+            f"a cache has the teacher's outputs for one set of masks, and {recipe.task} draws fresh ones in each pass; remove it, "
+            "and the teacher answers while the student trains",
+        )
 
 
 def packed_rows_have_no_groups(recipe: Recipe) -> Problems:
@@ -342,8 +396,13 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     prompts_stand_before_each_row,
     mixtures_run_the_model_twice,
     keys_of_other_optimizers,
+    objective_fits_the_columns,
     label_names_name_a_column,
     balance_knows_the_classes,
+    adapters_keep_statistics,
+    changed_images_are_not_cached,
+    only_plain_text_is_split,
+    redrawn_rows_have_no_cache,
     packed_rows_have_no_groups,
     merge_has_something_to_merge,
     quantized_weights_are_not_trained,

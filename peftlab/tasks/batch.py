@@ -14,6 +14,19 @@ from peftlab.tasks.example import Example
 
 
 @dataclass(frozen=True)
+class StepShare:
+    """The share of a micro-batch in a loss over all rows of the optimizer step.
+
+    Attributes:
+        loss: [] the weighted losses of its rows, summed. gradients: [N, H] the derivative of the step's sum with respect to its
+            outputs.
+    """
+
+    loss: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """The tensors of a micro-batch.
 
@@ -25,6 +38,8 @@ class Batch:
         weights: [B] float64 weights of the examples, as the divisor of the step sums them.
         examples: the examples in the batch, in order.
         trained: [B, T] bool or None. labels: [B, ...] the labels, or None.
+        texts: number of texts of each example; ``inputs`` has so many rows of each, one after the other.
+        share: the share of the batch in a loss over the whole step; None: its loss is computed from it alone.
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +47,8 @@ class Batch:
     examples: tuple[Example, ...]
     trained: Tensor | None = None
     labels: Tensor | None = None
+    texts: int = 1
+    share: StepShare | None = None
 
     @property
     def input_ids(self) -> Tensor:
@@ -55,9 +72,10 @@ class Batch:
         if self.packed:
             return collate_packed(examples, device=self.device)
         own = list(chosen)
+        inner = [i * self.texts + j for i in own for j in range(self.texts)]
         return replace(
             self,
-            inputs={name: tensor[own] for name, tensor in self.inputs.items()},
+            inputs={name: tensor[inner] for name, tensor in self.inputs.items()},
             weights=self.weights[own],
             examples=examples,
             trained=None if self.trained is None else self.trained[own],
@@ -89,6 +107,19 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: Any, left: bool
         examples=tuple(examples),
         trained=torch.as_tensor(trained).to(device) if examples[0].trained is not None else None,
         labels=stacked_labels(examples, device),
+    )
+
+
+def collate_texts(examples: Sequence[Example], *, pad_id: int, device: Any) -> Batch:
+    """Pads the texts of ``examples``, equally many of each, on the right to the longest of them."""
+    (count,) = {len(e.texts) for e in examples}
+    texts = [Example(ids, e.row, e.weight) for e in examples for ids in e.texts]
+    return replace(
+        collate(texts, pad_id=pad_id, device=device),
+        weights=example_weights(examples, device),
+        examples=tuple(examples),
+        labels=stacked_labels(examples, device),
+        texts=count,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftlab.data import Ledger, Rows, eval_batches, read_images, size_text
+from peftlab.data import Augmentation, Ledger, Rows, eval_batches, read_images, size_text
 from peftlab.specs.tasks import TASKS
 from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, example_weights, stacked_labels
@@ -32,14 +33,18 @@ class ImageClassification:
     max_length = None
     padding: Padding = "right"
 
-    def __init__(self, reader: Any, *, labels: Labels, image_column: str = "image") -> None:
+    def __init__(
+        self, reader: Any, *, labels: Labels, image_column: str = "image", augment: Augmentation | None = None
+    ) -> None:
         self.tokenizer = self.files = reader
         self.class_names = labels.names
-        self._labels, self._image_column = labels, image_column
+        self._labels, self._image_column, self._augment = labels, image_column, augment
 
     @classmethod
     def make(cls, parts: TaskParts) -> ImageClassification:
-        return cls(parts.reader, labels=Labels.make(parts), image_column=parts.column("image"))
+        return cls(
+            parts.reader, labels=Labels.make(parts), image_column=parts.column("image"), augment=parts.augmentation
+        )
 
     @property
     def read_columns(self) -> set[str]:
@@ -74,7 +79,10 @@ class ImageClassification:
         row = rows.select([index])
         ((image, _),) = read_images(row, self._image_column, length=self.tokenizer.length)
         label = self._labels.texts(row)[0] if labelled else None
-        return Preview(rows.where(index), [(size_text(image), "image", False)], label)
+        return Preview(rows.where(index), [(size_text(image) + augmented_text(self._augment), "image", False)], label)
+
+    def redraw(self, example: Example, rng: np.random.Generator) -> Example:
+        return redrawn(example, self._augment, rng)
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         return Batch(
@@ -99,12 +107,13 @@ class ImageClassification:
         return self._labels.losses(outputs)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        return self._labels.outputs(model(**_as(model, batch.inputs)).logits, batch.labels, batch.weights)
+        return self._labels.outputs(model(**as_weights(model, batch.inputs)).logits, batch.labels, batch.weights)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
         """The outputs, with each image prepared separately."""
         pixels = torch.cat([self.tokenizer([self._pixels(e)]) for e in examples]).to(device)
-        return self._labels.reference(model(**_as(model, {"pixel_values": pixels})).logits, examples, device)
+        logits = model(**as_weights(model, {"pixel_values": pixels})).logits
+        return self._labels.reference(logits, examples, device)
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
         assert batch.labels is not None
@@ -132,7 +141,22 @@ class ImageClassification:
             yield from self._labels.results(self.outputs(model, batch))
 
 
-def _as(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def redrawn(example: Example, augment: Augmentation | None, rng: np.random.Generator) -> Example:
+    """``example`` with a newly drawn change of its image."""
+    if augment is None:
+        return example
+    assert example.image is not None
+    return replace(example, image=replace(example.image, change=augment.draw(rng)))
+
+
+def augmented_text(augment: Augmentation | None) -> str:
+    """What a preview says about the changes; empty without any."""
+    if augment is None:
+        return ""
+    return f"; changed on each pass, for example: {augment.draw(np.random.default_rng(0))}"
+
+
+def as_weights(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pixel values in the dtype of the model's weights, which convolutions require."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {name: value.to(dtype) for name, value in inputs.items()}

@@ -39,16 +39,17 @@ class LabelSets:
     @classmethod
     def make(cls, parts: TaskParts) -> LabelSets:
         assert parts.classes is not None
-        fixed = 0.5 if parts.threshold in (None, "tuned") else float(parts.threshold)
-        tuned = parts.found.get("thresholds", {}) if parts.threshold == "tuned" else {}
+        threshold = parts.settings["eval.threshold"]
+        fixed = 0.5 if threshold in (None, "tuned") else float(threshold)
+        tuned = parts.found.get("thresholds", {}) if threshold == "tuned" else {}
         return cls(
             parts.classes,
             parts.column("labels"),
             label_columns(parts.column("labels"), parts.available),
-            parts.separator,
+            parts.settings["data.separator"],
             parts.label_names,
             {name: float(tuned.get(name, fixed)) for name in parts.classes},
-            parts.threshold == "tuned",
+            threshold == "tuned",
         )
 
     @classmethod
@@ -56,7 +57,7 @@ class LabelSets:
         """The labels in the rows, or the names of the columns of 0 and 1. Raises: DataError."""
         column = parts.column("labels")
         columns = label_columns(column, rows.columns)
-        sets = read_label_sets(rows, column, separator=parts.separator, label_names=parts.label_names)
+        sets = read_label_sets(rows, column, separator=parts.settings["data.separator"], label_names=parts.label_names)
         return columns if len(columns) > 1 and not parts.label_names else label_set_names(sets)
 
     @property

@@ -14,7 +14,7 @@ from peftlab.errors import RecipeError
 from peftlab.tasks.outputs import OutputHead
 
 # Their full logits exist twice in float32: for 4,096 tokens over 128,256 classes they would briefly take 8 GB.
-_VERIFIED_TOKENS = 32
+VERIFIED_TOKENS = 32
 
 
 class LMHead:
@@ -34,7 +34,7 @@ class LMHead:
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """[B, T, H] last hidden states, before the head."""
-        base = _base(model)
+        base = base_of(model)
         if id(base) not in self._verified:
             self._verify(model, base, inputs)
             self._verified.add(id(base))
@@ -44,8 +44,8 @@ class LMHead:
         return hidden
 
     def output_head(self, model: nn.Module) -> OutputHead:
-        base = _base(model)
-        softcap, scale = _logit_transform(base.config)
+        base = base_of(model)
+        softcap, scale = logit_transform(base.config)
         return OutputHead(base.get_output_embeddings(), softcap, scale)
 
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
@@ -58,15 +58,19 @@ class LMHead:
         loss = self._head_loss(head.module, hidden, targets, softcap=head.softcap, scale=head.scale)
         return F.cross_entropy(head.logits(hidden), targets, reduction="sum") if loss is None else loss
 
+    def _own_logits(self, base: Any, row: dict[str, Tensor]) -> Tensor:
+        """[T, V] the logits of a batch of one row."""
+        return self.logits(base, _decoder(base)(**row, use_cache=False)[0][0])
+
     @torch.no_grad()
     def _verify(self, model: nn.Module, base: Any, inputs: dict[str, Tensor]) -> None:
-        row = {name: value[:1, :_VERIFIED_TOKENS] for name, value in inputs.items()}
+        row = {name: value[:1, :VERIFIED_TOKENS] for name, value in inputs.items()}
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             with torch.autocast(row["input_ids"].device.type, enabled=False):
                 want = base(**row, use_cache=False).logits[0].float()
-                ours = self.logits(model, _decoder(base)(**row, use_cache=False)[0][0])
+                ours = self._own_logits(base, row)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -79,7 +83,8 @@ class LMHead:
             )
 
 
-def _base(model: nn.Module) -> Any:
+def base_of(model: nn.Module) -> Any:
+    """The transformers model, without an adapter's wrapper."""
     return cast(Callable[[], nn.Module], model.get_base_model)() if hasattr(model, "get_base_model") else model
 
 
@@ -116,7 +121,7 @@ def _decoder(base: Any) -> nn.Module:
     return decoder
 
 
-def _logit_transform(config: Any) -> tuple[float | None, float]:
+def logit_transform(config: Any) -> tuple[float | None, float]:
     """Soft-cap and scale, under the names in transformers' families: Gemma 2, Cohere, Granite."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)

@@ -17,13 +17,14 @@ class Preview:
     Attributes:
         segments: ``(text, role, trained)`` of neighbouring tokens with the same role and ``trained``. label: the label of a
             classification row.
-        cut: number of tokens that truncation removes at its end.
+        cut: number of tokens that truncation removes at its end. follows: number of tokens in its further blocks.
     """
 
     where: str
     segments: list[tuple[str, str, bool]]
     label: str | None = None
     cut: int = 0
+    follows: int = 0
 
 
 def preview(

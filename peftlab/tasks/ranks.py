@@ -42,10 +42,10 @@ class Ranks:
     def find(cls, parts: TaskParts, rows: Rows) -> list[str]:
         """The ranks, lowest first: by data.order, data.bins, data.label_names, or as numbers. Raises: DataError."""
         found = set(read_labels(rows, parts.column("rank"), key=_KEY, label_names=parts.label_names, bins=parts.bins))
-        if parts.order:
-            if unknown := sorted(found - set(parts.order)):
-                raise DataError(f"expected the ranks {listed(parts.order)}, found {listed(unknown)}", key="data.order")
-            names: Sequence[str] = parts.order
+        if order := parts.settings["data.order"]:
+            if unknown := sorted(found - set(order)):
+                raise DataError(f"expected the ranks {listed(order)}, found {listed(unknown)}", key="data.order")
+            names: Sequence[str] = order
         elif parts.bins is not None:
             names = parts.bins[1]
         elif parts.label_names:

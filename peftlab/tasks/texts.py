@@ -1,4 +1,4 @@
-"""Tokenizes rows with one text each, or with two."""
+"""Tokenizes rows of one text, of two that the model reads together, or of several that it reads one by one."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from peftlab.data import Rows, Tokens, pieces, tokenize
 from peftlab.data.chat_template import Part, Rendered
 from peftlab.data.values import NUMBERS, plain_text
 from peftlab.errors import DataError
-from peftlab.tasks.inputs import EMPTY_TEXT, is_blank, unusable_rows
+from peftlab.tasks.inputs import empty_role, is_blank, unusable_rows
 
-_KEY, _PAIR_KEY = "data.columns.text", "data.columns.pair"
+_PAIR_KEY = "data.columns.pair"
 _ROLES = ("tokenizer", "text", "pair")
+# Rows of several texts that are tokenized at once.
+_ROWS = 4096
 
 
 class Texts:
-    """Reads the text column with the tokenizer.
+    """Reads a column of texts with the tokenizer.
 
     Args:
+        role: what the column is for the task.
         pair: column of a second text. The tokenizer writes both as one row; if it puts no token between them, peftlab puts
             a line break there.
         types: whether the model tells the two texts apart by ``token_type_ids``.
     """
 
-    def __init__(self, tokenizer: Any, column: str, *, pair: str | None = None, types: bool = False) -> None:
-        self._tokenizer, self.column, self.pair = tokenizer, column, pair
+    def __init__(
+        self, tokenizer: Any, column: str, role: str = "text", *, pair: str | None = None, types: bool = False
+    ) -> None:
+        self._tokenizer, self.column, self.role, self.pair = tokenizer, column, role, pair
+        self.key = f"data.columns.{role}"
         self._types = types and pair is not None
         self._between = "" if pair is None or _separates(tokenizer) else "\n"
 
@@ -40,18 +46,18 @@ class Texts:
     def pieces(self, rows: Rows) -> Iterator[tuple[int, Tokens]]:
         """``(index of the first row, tokens)`` for a few thousand rows at a time. Raises: DataError for an empty text."""
         for column, key in self._keys().items():
-            rows.column(column, key=key if self.pair is not None else "data.columns")
+            rows.column(column, key=key)
         for first, rendered in pieces(rows, self._rendered):
             tokens = self._tokenize(rendered)
             for i in np.flatnonzero(tokens.lengths == 0).tolist():
-                raise DataError(_empty(rows.where(first + i)), key=_KEY)
+                raise DataError(_empty(rows.where(first + i), self.role), key=self.key)
             yield first, tokens
 
     def unusable(self, rows: Rows) -> dict[int, str]:
         """Why rows cannot be read, by index. Raises: DataError if there is no such column."""
         if self.pair is not None:
             rows.column(self.pair, key=_PAIR_KEY)
-        return unusable_rows(rows, lambda part: list(self.pieces(part)), column=self.column, key=_KEY)
+        return unusable_rows(rows, lambda part: list(self.pieces(part)), column=self.column, key=self.key)
 
     def row(self, rows: Rows, index: int) -> Tokens:
         """Tokens of one row."""
@@ -93,17 +99,17 @@ class Texts:
             yield i, tokens.ids[row][use[row]], extra
 
     def _keys(self) -> dict[str, str]:
-        return {self.column: _KEY} | ({self.pair: _PAIR_KEY} if self.pair is not None else {})
+        return {self.column: self.key} | ({self.pair: _PAIR_KEY} if self.pair is not None else {})
 
     def _rendered(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
         rendered = []
         for row, where in zip(rows, wheres, strict=True):
             text, parts = "", []
             notes: tuple[str, ...] = ()
-            for role, (column, key) in zip(_ROLES[1:], self._keys().items(), strict=False):
+            for role, (column, key) in zip((self.role, "pair"), self._keys().items(), strict=False):
                 value = row.get(column)
                 if is_blank(value):
-                    raise DataError(_empty(where, "second " if role == "pair" else ""), key=key)
+                    raise DataError(_empty(where, role), key=key)
                 if (written := plain_text(value)) is None:
                     raise DataError(f"{where}: expected text, found {value!r}", key=key)
                 notes = notes if written is value else (NUMBERS,)
@@ -160,5 +166,84 @@ def _cut_pair(roles: np.ndarray, kept: int) -> np.ndarray:
     return use
 
 
-def _empty(where: str, which: str = "") -> str:
-    return f"{where}: {EMPTY_TEXT.replace('the ', f'the {which}')}; fill it in, or set data.empty=drop, which leaves such rows out"
+class TextSets:
+    """Reads several columns of texts, each text tokenized alone; a row holds one of each.
+
+    Args: columns: role -> column.
+    """
+
+    def __init__(self, tokenizer: Any, columns: Mapping[str, str]) -> None:
+        self.texts = [Texts(tokenizer, column, role) for role, column in columns.items()]
+
+    @property
+    def columns(self) -> list[str]:
+        return [texts.column for texts in self.texts]
+
+    def present(self, rows: Rows) -> TextSets:
+        """The first column and the others that the rows have."""
+        chosen = TextSets(None, {})
+        chosen.texts = [t for i, t in enumerate(self.texts) if i == 0 or t.column in rows.columns]
+        return chosen
+
+    def pieces(self, rows: Rows) -> Iterator[tuple[int, list[Tokens]]]:
+        """``(index of the first row, tokens of each column)`` for a few thousand rows at a time. Raises: DataError for an empty
+        text."""
+        for texts in self.texts:
+            rows.column(texts.column, key=texts.key)
+        for first in range(0, len(rows), _ROWS):
+            part = rows.select(range(first, min(first + _ROWS, len(rows))))
+            yield first, [stacked([tokens for _, tokens in texts.pieces(part)]) for texts in self.texts]
+
+    def row(self, rows: Rows, index: int) -> list[Tokens]:
+        """Tokens of each text of one row."""
+        return [texts.row(rows, index) for texts in self.texts]
+
+    def unusable(self, rows: Rows) -> dict[int, str]:
+        """Why rows cannot be read, by index. Raises: DataError if there is no first column."""
+        problems: dict[int, str] = {}
+        for texts in self.present(rows).texts:
+            problems = texts.unusable(rows) | problems
+        return dict(sorted(problems.items()))
+
+
+def stacked(parts: Sequence[Tokens]) -> Tokens:
+    """The rows of ``parts``, which have the same roles and no answers, one after the other."""
+    first = np.cumsum([0, *map(len, parts)]).tolist()
+    names = max((part.role_names for part in parts), key=len)
+    return Tokens.untrained(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.roles for part in parts]),
+        names,
+        tuple((row + at, note) for part, at in zip(parts, first, strict=False) for row, note in part.notes),
+    )
+
+
+def cut(tokens: Tokens, kept: np.ndarray) -> Tokens:
+    """Each row with as many tokens as ``kept`` says; one that is cut keeps its last token (see ``fitted``)."""
+    position = np.arange(len(tokens.ids)) - np.repeat(tokens.bounds[:-1], tokens.lengths)
+    use = position < np.repeat(kept, tokens.lengths)
+    shorter = np.flatnonzero((kept > 0) & (kept < tokens.lengths))
+    use[tokens.bounds[:-1][shorter] + kept[shorter] - 1] = False
+    use[tokens.bounds[1:][shorter] - 1] = True
+    lengths = np.minimum(kept, tokens.lengths)
+    return Tokens.untrained(tokens.ids[use], lengths, tokens.roles[use], tokens.role_names, tokens.notes)
+
+
+def side_by_side(parts: Sequence[Tokens]) -> Tokens:
+    """The texts of each row one after the other, as one row; ``parts`` have one text of each row."""
+    names = tuple(dict.fromkeys(name for part in parts for name in part.role_names))
+    number = {name: i for i, name in enumerate(names)}
+    order = np.argsort(np.concatenate([np.repeat(np.arange(len(part)), part.lengths) for part in parts]), kind="stable")
+    roles = [np.array([number[n] for n in part.role_names], dtype=np.int16)[part.roles] for part in parts]
+    return Tokens.untrained(
+        np.concatenate([part.ids for part in parts])[order],
+        np.sum([part.lengths for part in parts], axis=0),
+        np.concatenate(roles)[order],
+        names,
+        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def _empty(where: str, role: str) -> str:
+    return f"{where}: {empty_role(role)}; fill it in, or set data.empty=drop, which leaves such rows out"

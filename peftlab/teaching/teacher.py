@@ -56,10 +56,10 @@ class TeacherModel:
     columns: Columns
     notes: list[str]
 
-    def read(self, rows: Rows) -> dict[int, Example]:
-        """Each row, encoded with the teacher's own tokenizer and truncated to its limit."""
+    def read(self, rows: Rows) -> dict[tuple[int, int], Example]:
+        """The examples by ``Example.key``, encoded with the teacher's own tokenizer and truncated to its limit."""
         encoded = self.task.encode(rows, max_length=self.limit, too_long="truncate", training=False, labelled=False)
-        return {e.row: e for e in encoded.examples}
+        return {e.key: e for e in encoded.examples}
 
 
 class NamedTeacher:

@@ -106,7 +106,7 @@ def test_head_without_soft_cap_or_scale_is_caught(monkeypatch: pytest.MonkeyPatc
     own, taught = small("llama", seed=0), small(teacher, seed=1)
     goal = Objective()
     want = step_loss(own, taught, goal, of_the_model)
-    monkeypatch.setattr(lm_head, "_logit_transform", lambda config: (None, 1.0))
+    monkeypatch.setattr(lm_head, "logit_transform", lambda config: (None, 1.0))
     with pytest.raises(RecipeError, match="differ from the model's own"):
         step_loss(own, taught, goal, of_the_head)
     monkeypatch.setattr(LMHead, "_verify", lambda *_: None)
