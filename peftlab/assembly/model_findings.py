@@ -19,7 +19,7 @@ from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
 from peftlab.errors import RecipeError
-from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
+from peftlab.models import UNLIMITED, end_ids, has_class, length_limit, load_config, reads_later_tokens, reconciled_ids
 from peftlab.specs.methods import METHODS
 from peftlab.specs.task_spec import TaskSpec
 
@@ -44,6 +44,12 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
         raise RecipeError(
             "reformer trains only on rows whose length is a multiple of its chunks, and texts differ in length; use a model "
             "of another family that reads long texts, such as longformer or big_bird",
+            key="model.name",
+        )
+    if not has_class(config, spec.auto_class):
+        raise RecipeError(
+            f"transformers has no {config.model_type} model for task: {spec.name} ({spec.auto_class}); use a model of another "
+            "family",
             key="model.name",
         )
     if spec.classifies and getattr(config, "is_encoder_decoder", False):

@@ -4,6 +4,7 @@ from peftlab.models.bnb import import_bitsandbytes
 from peftlab.models.config import (
     check_stored,
     end_ids,
+    has_class,
     is_causal,
     label_names,
     load_config,
@@ -46,6 +47,7 @@ __all__ = [
     "num_parameters",
     "padding_of",
     "quiet",
+    "has_class",
     "is_causal",
     "reads_later_tokens",
     "reconcile",

@@ -121,7 +121,7 @@ def test_a_fault_is_named_with_its_row(row: dict[str, Any], part: str, message: 
 def test_label_names_are_all_used_and_all_there() -> None:
     row = {"text": TEXT, "spans": [[0, 7, "p"]]}
     assert read(row, names={"p": "PER"}).entities == [(0, 7, "PER")]
-    with pytest.raises(DataError, match="has 'p', which is missing in data.label_names; it has 'q'"):
+    with pytest.raises(DataError, match=r"has 'p', which is missing in data\.label_names; it has 'q'"):
         read(row, names={"q": "PER"})
     with pytest.raises(DataError, match="no row has 'q', found 'p'; remove it"):
         Annotations({}, {"p": "PER", "q": "LOC"}, per_word=False).labels(Rows.from_dicts([row], name="a"))
@@ -133,7 +133,12 @@ def test_columns_of_both_forms_are_refused() -> None:
 
 
 def test_blank_rows_say_what_is_missing() -> None:
-    texts = [{"text": "a", "spans": []}, {"text": " ", "spans": []}, {"text": "b", "spans": None}, {"text": "", "spans": None}]
+    texts = [
+        {"text": "a", "spans": []},
+        {"text": " ", "spans": []},
+        {"text": "b", "spans": None},
+        {"text": "", "spans": None},
+    ]
     annotations = Annotations({}, {}, per_word=False)
     found = annotations.blank_rows(Rows.from_dicts(texts, name="a"), labelled=True)
     assert found == {1: "there are no words", 2: "there are no spans", 3: "there are no words"}

@@ -88,7 +88,11 @@ def test_comparison_columns_are_those_that_rows_name() -> None:
             logits = torch.randn(4, 3)
             comparison.add(logits, torch.tensor([0, 1, 2, 0]), torch.arange(4), logits)
             assert comparison.columns().keys() == wanted
-    assert all(any(set(s.rows) <= columns for columns in (*ROWS.values(), ROWS_OF_ENTITIES)) for s in METRICS.values() if s.rows)
+    assert all(
+        any(set(s.rows) <= columns for columns in (*ROWS.values(), ROWS_OF_ENTITIES))
+        for s in METRICS.values()
+        if s.rows
+    )
     assert {family_of(name).name for name in CARD_ORDER} <= set(METRICS)
 
 

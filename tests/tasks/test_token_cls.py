@@ -95,9 +95,7 @@ def test_the_loss_of_a_step_does_not_depend_on_its_cuts(
     encoded = encode(task, SPANS)
 
     def step(size: int) -> float:
-        plan = BatchPlan(
-            encoded.lengths, batch_size=size, accumulate=99, grouping="step", max_steps=1, split_cost=0
-        )
+        plan = BatchPlan(encoded.lengths, batch_size=size, accumulate=99, grouping="step", max_steps=1, split_cost=0)
         parts = [[encoded.examples[i] for i in part] for part in plan.step(0).micro_batches]
         return float(sum(task.loss_sum(model, task.collate(part, "cpu")) for part in parts))
 
@@ -240,15 +238,17 @@ def test_word_tags_give_a_label_for_each_word(tokenizer: Any) -> None:
 
 def test_inputs_without_a_word_have_no_result(tokenizer: Any) -> None:
     task = task_of(tokenizer)
-    rows = Rows.from_dicts([{"text": "a"}, {"text": " "}, {"text": "\u200b"}, {"text": None}, {"text": 7}], name="input")
+    rows = Rows.from_dicts(
+        [{"text": "a"}, {"text": " "}, {"text": "\u200b"}, {"text": None}, {"text": 7}], name="input"
+    )
     assert list(task.unusable(rows)) == [1, 2, 3]
     with pytest.raises(DataError, match="no column 'text'"):
         task.unusable(Rows.from_dicts([{"x": 1}], name="input"))
 
 
 def test_causal_models_score_the_last_token() -> None:
-    from tests.family_examples import make_config
     from peftlab.models import is_causal
+    from tests.family_examples import make_config
 
     names = {"LlamaConfig": True, "GPT2Config": True, "BertConfig": False, "T5Config": False, "ModernBertConfig": False}
     assert {name: is_causal(make_config(name)) for name in names} == names
