@@ -239,6 +239,9 @@ FILLERS: dict[str, dict[str, Any]] = {
         "MBart", "ConvBert", "FNet", "Yoso", "Nystromformer", "XLMRobertaXL", "Ernie", "RemBert", "Esm", "Reformer",
     )
 }  # fmt: skip
+# Those with a head for a class per token, and one of each kind without it.
+_NO_TAGS = ("GPTJConfig", "Starcoder2Config", "MBartConfig", "ReformerConfig")
+TAGGERS: dict[str, dict[str, Any]] = {name: values for name, values in CLASSIFIERS.items() if name not in _NO_TAGS}
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart", *(name.removesuffix("Config") for name in TRANSLATORS))
 # One entry per task in each: its auto class, its families, and whether they are published with the task's head.
@@ -246,6 +249,7 @@ AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "seq_cls": "AutoModelForSequenceClassification",
+    "token_cls": "AutoModelForTokenClassification",
     "image_cls": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
@@ -253,6 +257,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "causal_lm": WRITERS,
     "masked_lm": FILLERS,
     "seq_cls": CLASSIFIERS,
+    "token_cls": TAGGERS,
     "image_cls": READERS_OF_IMAGES,
     "seq2seq": TRANSLATORS,
 }

@@ -32,6 +32,7 @@ from tests.family_examples import (
     FAMILIES,
     FILLERS,
     READERS_OF_IMAGES,
+    TAGGERS,
     TRANSLATORS,
     WITH_HEAD,
     WRITERS,
@@ -78,6 +79,7 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "causal_lm") for name in WRITERS)
     yield from ((name, "masked_lm") for name in FILLERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
+    yield from ((name, "token_cls") for name in TAGGERS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
     yield from ((name, "seq2seq") for name in TRANSLATORS)
 
@@ -188,6 +190,8 @@ def title(name: str, task: str) -> str:
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
+    if task == "token_cls":
+        data["train"] = "entities.jsonl"
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
     if task == "seq2seq":
@@ -210,6 +214,8 @@ def write_rows(folder: Path) -> None:
         for word, label in _WORDS.items()
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entities = [{"text": row["text"], "spans": [[0, len(row["text"].split()[0]), row["label"]]]} for row in rows]
+    (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entities))
 
 
 def _line(text: str, folder: Path) -> str:
@@ -226,7 +232,7 @@ def _plain_peft(task: str) -> Any:
 
     options = {} if task in WITH_HEAD else {"num_labels": len(_classes())}
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task in ("seq_cls", "seq2seq"):
+    if task in ("seq_cls", "token_cls", "seq2seq"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)

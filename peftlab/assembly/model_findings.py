@@ -25,6 +25,7 @@ from peftlab.models import (
     UNLIMITED,
     decoder_start,
     end_ids,
+    has_class,
     length_limit,
     linear_widths,
     load_config,
@@ -59,6 +60,12 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
         raise RecipeError(
             "reformer trains only on rows whose length is a multiple of its chunks, and texts differ in length; use a model "
             "of another family that reads long texts, such as longformer or big_bird",
+            key="model.name",
+        )
+    if not has_class(config, spec.auto_class):
+        raise RecipeError(
+            f"transformers has no {config.model_type} model for task: {spec.name} ({spec.auto_class}); use a model of another "
+            "family",
             key="model.name",
         )
     if spec.reads_whole_rows and getattr(config, "is_encoder_decoder", False):

@@ -94,6 +94,14 @@ def end_ids(pretrained: Pretrained, tokenizer: Any) -> tuple[list[int], list[int
     return [i for i in listed if i in known], [i for i in listed if i not in known]
 
 
+def has_class(config: Any, auto_class: str) -> bool:
+    """Whether transformers, or the model's own code, has a model of this config for an auto class."""
+    import transformers
+
+    own = getattr(config, "auto_map", None) or {}
+    return auto_class in own or type(config) in getattr(transformers, auto_class)._model_mapping
+
+
 def is_causal(config: Any) -> bool:
     """Whether a token of models of this config sees only those before it; that is so for decoders."""
     return not (config.is_encoder_decoder or reads_later_tokens(config))

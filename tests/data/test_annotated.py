@@ -121,7 +121,7 @@ def test_a_fault_is_named_with_its_row(row: dict[str, Any], part: str, message: 
 def test_label_names_are_all_used_and_all_there() -> None:
     row = {"text": TEXT, "spans": [[0, 7, "p"]]}
     assert read(row, names={"p": "PER"}).entities == [(0, 7, "PER")]
-    with pytest.raises(DataError, match=r"has .p., which is missing in data.label_names; it has 'q'"):
+    with pytest.raises(DataError, match=r"has 'p', which is missing in data\.label_names; it has 'q'"):
         read(row, names={"q": "PER"})
     with pytest.raises(DataError, match="no row has 'q', found 'p'; remove it"):
         Annotations({}, {"p": "PER", "q": "LOC"}, per_word=False).labels(Rows.from_dicts([row], name="a"))

@@ -268,6 +268,7 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
         computed = [spec.name for spec in METRICS.values() if spec.needs]
         assert set(names) >= set(computed), names
         columns = {"predictions": [0, 1], "references": [0, 0], "nll_sum": [1.0], "num_tokens": [2], "num_correct": [1]}
+        columns["starts"] = [1, 1]
         for name in computed:
             spec = METRICS[name]
             arguments = {key: columns[key] for key in spec.needs}
@@ -275,6 +276,8 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
                 arguments = {key: [[0, 1], [1, 1]] for key in spec.needs}
             if spec.averaged or name == "confusion":
                 arguments["class_names"] = ["a", "b"]
+            if spec.of_entities:
+                arguments["class_names"] = ["O", "B-a", "I-a"]
             module = evaluate.load(str(modules / f"{name}.py"), keep_in_memory=True)
             print(name, module.name, module.compute(**arguments))
     """
@@ -292,10 +295,15 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
     assert "confusion confusion {'confusion': [[1, 1], [0, 0]]}" in lines
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name, spec in METRICS.items() if spec.needs and spec.rows not in ((), ("vectors",)) and spec.on_card],
-)
+# Those of entities: test_entity_metrics.py.
+OF_ROWS = [
+    n
+    for n, spec in METRICS.items()
+    if spec.needs and spec.rows not in ((), ("vectors",)) and spec.on_card and not spec.of_entities
+]
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_row_statistics_equal_the_value_of_the_evaluation(name: str) -> None:
     """Compares two implementations: scikit-learn over all rows, and a sum over rows that may be drawn repeatedly."""
     rng = np.random.default_rng(1)
