@@ -87,7 +87,8 @@ CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
     "CamembertConfig": _SIZES,
     "MPNetConfig": _SIZES,
     "LongformerConfig": {**_SIZES, "attention_window": 8},
-    "BigBirdConfig": {**_SIZES, "block_size": 4, "num_random_blocks": 1},
+    # Blocks longer than the texts: the model turns to full attention at the first short one, for good.
+    "BigBirdConfig": {**_SIZES, "block_size": 16, "num_random_blocks": 1},
     "ElectraConfig": {**_SIZES, "embedding_size": 32},
     "DebertaConfig": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "DebertaV2Config": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
@@ -242,6 +243,16 @@ FILLERS: dict[str, dict[str, Any]] = {
 # Those with a head for a class per token, and one of each kind without it.
 _NO_TAGS = ("GPTJConfig", "Starcoder2Config", "MBartConfig", "ReformerConfig")
 TAGGERS: dict[str, dict[str, Any]] = {name: values for name, values in CLASSIFIERS.items() if name not in _NO_TAGS}
+# Classifiers that transformers (5.23) has no question answering for.
+_NO_QUESTIONS = {
+    "GemmaConfig", "Gemma2Config", "Gemma3TextConfig", "PhiConfig", "Phi3Config", "GPTBigCodeConfig", "StableLmConfig",
+    "Starcoder2Config", "EsmConfig",
+}  # fmt: skip
+READERS_OF_QUESTIONS = {n: v for n, v in CLASSIFIERS.items() if n not in _NO_QUESTIONS - {"Gemma2Config"}} | {
+    "SmolLM3Config": WRITERS["SmolLM3Config"],
+    "Qwen2MoeConfig": WRITERS["Qwen2MoeConfig"],
+    "Qwen3MoeConfig": WRITERS["Qwen3MoeConfig"],
+}
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart", *(name.removesuffix("Config") for name in TRANSLATORS))
 # One entry per task in each: its auto class, its families, and whether they are published with the task's head.
@@ -252,12 +263,14 @@ AUTO_CLASSES = {
     "token_cls": "AutoModelForTokenClassification",
     "image_cls": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "extractive_qa": "AutoModelForQuestionAnswering",
 }
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "causal_lm": WRITERS,
     "masked_lm": FILLERS,
     "seq_cls": CLASSIFIERS,
     "token_cls": TAGGERS,
+    "extractive_qa": READERS_OF_QUESTIONS,
     "image_cls": READERS_OF_IMAGES,
     "seq2seq": TRANSLATORS,
 }

@@ -23,6 +23,7 @@ TINY = {
     "token_cls": "tiny:bert",
     "embedding": "tiny:bert",
     "image_cls": "tiny:vit",
+    "extractive_qa": "tiny:bert",
 }
 # What a newcomer types first. None of them is in the data.
 SPAM = [

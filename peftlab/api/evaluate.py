@@ -52,7 +52,7 @@ def evaluate(
         opened = open_target(resolved, progress, assembly=assembly)
         if not any(text.startswith("model.") for text in overrides):
             check_witness(opened, progress)
-        count = len(held_out.examples)
+        count = held_out.num_rows
         progress.stage(f"evaluating on {count:,} row{'' if count == 1 else 's'}")
         # eval.best chooses among checkpoints, so rows need not allow it here.
         names = settings.eval.metrics or default_metrics(settings.spec, bool(settings.eval.choices))

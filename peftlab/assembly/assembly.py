@@ -42,6 +42,7 @@ from peftlab.models import (
     start_rows,
     stored_as,
     target_limit,
+    token_types,
     tokenizer_fingerprint,
     vocabulary_rows,
 )
@@ -85,7 +86,7 @@ class Reading(NamedTuple):
     causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
-    token_types: bool = False
+    token_types: int = 0
     decoder_start: int | None = None
     target_limit: int | None = None
     hidden_size: int | None = None
@@ -436,7 +437,7 @@ class Assembly:
             is_causal(config),
             ends,
             rows,
-            (getattr(config, "type_vocab_size", 0) or 0) > 1,
+            token_types(config, reader),
             hidden_size=getattr(config.get_text_config(), "hidden_size", None),
         )
         if not self.spec.reads_source:

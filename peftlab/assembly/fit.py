@@ -201,7 +201,7 @@ class Fit:
         earlier = open_run(self._folder).summary if self._checkpoint else {}
         summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
         if parts.recipe.eval.before and summary["before"] is None:
-            self._progress.stage(f"evaluating the untrained model on {len(parts.held_out.examples):,} held-out rows")
+            self._progress.stage(f"evaluating the untrained model on {parts.held_out.num_rows:,} held-out rows")
             summary["before"] = self._evaluate()
             summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
             release_memory()

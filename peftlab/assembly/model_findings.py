@@ -48,6 +48,21 @@ _PADDING = {
 
 def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
     """Raises RecipeError if models of this config cannot do the task with this tokenizer, whatever their weights."""
+    if spec.predicts == "spans" and getattr(config, "pad_index", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+        raise RecipeError(
+            f"{config.model_type} takes the id {config.pad_index} for padding, also inside a text, and the padding token of the "
+            f"tokenizer is {tokenizer.pad_token_id}; use the model's own tokenizer",
+            key="model.name",
+        )
+    separator = getattr(config, "sep_token_id", None)
+    if spec.predicts == "spans" and config.model_type == "longformer":
+        found = tokenizer("a", "b", verbose=False)["input_ids"].count(separator)
+        if found != 3:
+            raise RecipeError(
+                f"longformer finds the question by three separators (id {separator}) around it and its context, and the "
+                f"tokenizer writes {found}; use the model's own tokenizer",
+                key="model.name",
+            )
     if spec.reads_source:
         _check_encoder_decoder(config)
     elif spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):

@@ -34,6 +34,8 @@ def whole_answer(record: Record, *, styled: bool) -> str:
         return "\n".join(map(formatting.printable, [_marked(record, spans), *lines]))
     if "labels" in record:
         return _labels(record, styled)
+    if _has_span(record):
+        return _span(record, styled=styled)
     if not _has_label(record):
         return f"{record['score']:.6g}" if styled and record.keys() >= {"score"} else _as_json(record)
     if styled:
@@ -47,6 +49,9 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
     if (spans := _spans(record)) is not None and styled:
         return formatting.one_line(_marked(record, spans), width - 1)
+    if _has_span(record) and styled:
+        about = "" if record.get("input") else f"row {record['row']:,}: "
+        return formatting.one_line(f"{about}{_span(record, styled=True)}", width - 1)
     if not _has_label(record) or not styled:
         answer = whole_answer(record, styled=styled)
         if not styled or not record.keys() & {"labels", "score"}:
@@ -107,6 +112,22 @@ def _whole_masks(record: Record, *, styled: bool) -> str:
 
 def _has_label(record: Record) -> bool:
     return {"label", "probability"} <= record.keys()
+
+
+def _has_span(record: Record) -> bool:
+    return {"answer", "start", "end"} <= record.keys()
+
+
+def _span(record: Record, *, styled: bool) -> str:
+    """The answer, its place in characters, its probability and that of having none; tab-separated for a program."""
+    found, none = record["probability"], record["no_answer_probability"]
+    if styled:
+        if record["start"] is None:
+            return f"(no answer)  {100 * none:.1f} %"
+        answer = formatting.one_line(record["answer"])
+        return f"{answer}  ({record['start']:,} to {record['end']:,})  {100 * found:.1f} %"
+    places = ["" if record[name] is None else str(record[name]) for name in ("start", "end")]
+    return "\t".join([_escaped(record["answer"]).replace("\t", "\\t"), *places, f"{found:.6f}", f"{none:.6f}"])
 
 
 def _as_json(record: Record) -> str:

@@ -121,6 +121,15 @@ def starts_with_last(config: Any) -> bool:
     return config.model_type in _STARTS_WITH_LAST
 
 
+def token_types(config: Any, tokenizer: Any) -> int:
+    """The number of types of tokens, such as those of a question and of its context, that a model of this config reads and its
+    tokenizer writes; 0 if one of them knows none."""
+    if "token_type_ids" not in tokenizer.model_input_names:
+        return 0
+    count = 3 if config.model_type == "xlnet" else getattr(config, "type_vocab_size", None) or 0
+    return count if count > 1 else 0
+
+
 def reads_later_tokens(config: Any) -> bool:
     """Whether the language model of this config is no causal one: an encoder such as BERT without ``is_decoder``."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -140,6 +140,11 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
         return
     if recipe.spec.reader != "tokenizer":
         yield ("adapter.method",), f"{spec.name} puts tokens before a text, and task: {recipe.task} has none; use lora"
+    elif recipe.spec.predicts == "spans":
+        yield (
+            ("adapter.method",),
+            f"{spec.name} puts tokens before a text, and task: {recipe.task} predicts positions of the text; use lora",
+        )
     if recipe.data.packing:
         yield (
             ("data.packing",),
@@ -338,6 +343,11 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
                 ("distill.losses",),
                 f"{loss.kind} compares vectors, and task: {recipe.task} has none; use forward_kl",
             )
+    if spec.predicts == "spans" and distill.targets.fill == "hidden":
+        yield (
+            ("distill.targets.fill",),
+            f"task: {recipe.task} predicts positions of a window, and there are no hidden states to store; use topk",
+        )
     if spec.predicts in ("vectors", "numbers"):
         if distill.teachers:
             yield ("distill.teachers",), f"{spec.predicts} of several teachers cannot be mixed; set distill.teacher"

@@ -41,7 +41,7 @@ class TaskParts:
         padding: how the family of the model is padded. causal: whether a token of it sees only those before.
         end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
-        token_types: whether the model tells two texts apart by ``token_type_ids``. hidden_size: width of its hidden states, if its
+        token_types: number of types of tokens that the model reads; 0: it reads none. hidden_size: width of its hidden states, if its
             config says so.
         augmentation: random changes of training images.
         max_target_length: longest target in tokens. decoder_start: the token before each target of an encoder-decoder; None:
@@ -68,7 +68,7 @@ class TaskParts:
     causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
-    token_types: bool = False
+    token_types: int = 0
     hidden_size: int | None = None
     augmentation: Augmentation | None = None
     max_target_length: int | None = None

@@ -269,9 +269,11 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
         assert set(names) >= set(computed), names
         columns = {"predictions": [0, 1], "references": [0, 0], "nll_sum": [1.0], "num_tokens": [2], "num_correct": [1]}
         columns["starts"] = [1, 1]
+        found = {"row": 0, "text": "a cat", "score": 1.0, "null_score": 0.0}
+        answers = {"predictions": [found], "references": [["cat"]]}
         for name in computed:
             spec = METRICS[name]
-            arguments = {key: columns[key] for key in spec.needs}
+            arguments = answers if spec.parts else {key: columns[key] for key in spec.needs}
             if {"predicted_labels", "true_labels"} & set(spec.needs.values()):
                 arguments = {key: [[0, 1], [1, 1]] for key in spec.needs}
             if spec.averaged or name == "confusion":
@@ -322,11 +324,21 @@ def test_row_statistics_equal_the_value_of_the_evaluation(name: str) -> None:
             "references": true.tolist(),
             "predicted_numbers": nll.tolist(),
             "true_numbers": true.tolist(),
+            "found_answers": [
+                {"row": i, "text": f"a {p}", "score": 1, "null_score": 0} for i, p in enumerate(predicted)
+            ],
+            "right_answers": [[f"{t} 0"] for t in true],
         }
     )
     columns = {"nll": nll, "positions": tokens_, "tokens": tokens_, "correct_tokens": correct}
     columns |= {"predicted_class": predicted, "true_class": true, "correct_classes": predicted == true}
-    columns |= {"class_positions": np.ones(50), "predicted_numbers": nll, "true_numbers": true}
+    columns |= {
+        "answer_exact": np.zeros(50),
+        "class_positions": np.ones(50),
+        "predicted_numbers": nll,
+        "true_numbers": true,
+    }
+    columns |= {"answer_f1": np.where((predicted == true) | (predicted == 0), 2 / 3, 0)}
     statistic = row_statistics({k: v.astype(np.float64) for k, v in columns.items()})[METRICS[name].headline]
     assert statistic(np.ones((1, 50))) == pytest.approx([scorer.compute()[METRICS[name].headline]], abs=1e-12)
     if METRICS[name].of_classes:
