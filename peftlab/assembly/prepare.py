@@ -45,13 +45,13 @@ class Phase:
     """A range of a run's steps, with its own rows.
 
     Attributes:
-        rows: the rows of ``train``. span: the first step, and the one after the last.
+        rows: the rows of ``train``. span: the first step, and the one after the last; None: all steps.
         before: called with the parts right before the first step; None: no call.
     """
 
     rows: Rows
     train: Encoded
-    span: tuple[int, int]
+    span: tuple[int, int] | None = None
     before: Callable[[Parts], None] | None = None
 
 
@@ -136,7 +136,7 @@ def prepare(
     train, held_out = assembly.train if phase is None else phase.train, assembly.held_out
     rows = rows if phase is None else phase.rows
     progress.done()
-    reported = phase is not None and phase.span[0] > 0
+    reported = phase is not None and phase.span is not None and phase.span[0] > 0
     ledger = report_ledger(
         task,
         train.ledger,

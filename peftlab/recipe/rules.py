@@ -295,6 +295,11 @@ def _one_live_teacher(distill: DistillSection, kind: str) -> Problems:
         yield ("distill.losses",), f"{kind} compares the layers of one teacher; set distill.teacher"
 
 
+def answers_are_free_texts(recipe: Recipe) -> Problems:
+    if recipe.distill is not None and recipe.distill.answers == "teacher" and recipe.eval.choices is not None:
+        yield ("distill.answers",), "the teacher writes free text, not one of eval.choices; remove one of the two"
+
+
 def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
     if recipe.distill is None or recipe.distill.on_policy is None:
         return
@@ -318,6 +323,7 @@ def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
 
 
 RULES: tuple[Callable[[Recipe], Problems], ...] = (
+    answers_are_free_texts,
     keys_of_other_tasks,
     keys_of_other_methods,
     options_of_the_method,
