@@ -483,7 +483,7 @@ def test_problems_of_a_dict_have_no_line() -> None:
         (
             "data",
             {"columns": "body"},
-            "expected a mapping with the keys text, prompt, completion, messages, system, tools, label, image, found",
+            "expected a mapping with the keys text, prompt, completion, messages, system, tools, label, source, target, image, found",
         ),
         ("data", {"bins": 5}, "data.bins: expected a section with the keys edges, names, found 5"),
         ("data", {"template": {"prompt": "a"}}, "data.template: set either prompt and completion, or user and"),
