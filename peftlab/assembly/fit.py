@@ -21,7 +21,7 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.checks import check_room
 from peftlab.assembly.merging import merge_run
 from peftlab.assembly.plan import loop_settings, padded_plan
-from peftlab.assembly.prepare import MakeLoss, Parts, prepare
+from peftlab.assembly.prepare import MakeLoss, Parts, Phase, prepare
 from peftlab.assembly.target import find_target, open_target
 from peftlab.assembly.witness import WITNESS_NAME, Witness, read_witness
 from peftlab.data import Rows, packing_figures
@@ -480,13 +480,14 @@ def fit(
     progress: Progress,
     *,
     make_loss: MakeLoss | None = None,
+    phase: Phase | None = None,
     checkpoint: Path | None = None,
     replace: bool = False,
     resume_hint: str = "",
 ) -> Run:
     """Prepares a training and runs it. Arguments and errors: see ``prepare`` and ``Fit``."""
     with run_accelerator(assembly, folder) as accelerator:
-        parts = prepare(assembly, accelerator, progress, make_loss=make_loss)
+        parts = prepare(assembly, accelerator, progress, make_loss=make_loss, phase=phase)
         return Fit(
             parts,
             accelerator,

@@ -375,6 +375,11 @@ def thresholds_are_tuned_in_training(recipe: Recipe) -> Problems:
         yield ("eval.threshold",), "is tuned by `peftlab train` only; set a number for a distillation"
 
 
+def answers_are_free_texts(recipe: Recipe) -> Problems:
+    if recipe.distill is not None and recipe.distill.answers == "teacher" and recipe.eval.choices is not None:
+        yield ("distill.answers",), "the teacher writes free text, not one of eval.choices; remove one of the two"
+
+
 def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
     if recipe.distill is None or recipe.distill.on_policy is None:
         return
@@ -398,6 +403,7 @@ def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
 
 
 RULES: tuple[Callable[[Recipe], Problems], ...] = (
+    answers_are_free_texts,
     keys_of_other_tasks,
     keys_of_other_methods,
     options_of_the_method,

@@ -113,7 +113,7 @@ def test_docstrings_data_equals_the_syntax_tree() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; expected sklearn:digits or docstrings:"),
+        ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; expected sklearn:digits, docstrings:PACKAGE"),
         (
             "docstrings:numpyy",
             {},

@@ -76,7 +76,9 @@ def test_metrics_take_what_their_row_says(name: str) -> None:
     metric = modules.load_metric(name)
     assert modules.takes_class_names(metric) <= METRICS[name].of_classes
     assert set(inspect.signature(metric._compute).parameters) - {"self", "class_names"} == set(METRICS[name].needs)
-    assert any(set(METRICS[name].needs.values()) <= {*t.scores, *t.scores_with_classes} for t in TASK_SPECS)
+    assert any(
+        set(METRICS[name].needs.values()) <= {*t.scores, *t.answer_scores, *t.scores_with_classes} for t in TASK_SPECS
+    )
 
 
 def test_comparison_columns_are_those_that_rows_name() -> None:
