@@ -301,6 +301,8 @@ class Assembly:
             padding=padding,
             end_ids=ends,
             num_embeddings=num_embeddings,
+            min_score=r.eval.min_score,
+            config=load_config(pretrained or self.pretrained) if self.spec.reader != "tokenizer" else None,
             augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
         )
 
@@ -519,6 +521,8 @@ class Assembly:
             self._data_key[:3] if self._reads_data else None,
             r.data.model_dump(include={"columns", "label_names", "bins", "template", "control_tokens", "augment"}),
             r.train.class_weights,
+            r.eval.min_score,
+            self._model_key,
             self.classes,
             r.run.kernels,
             r.model.pooling,

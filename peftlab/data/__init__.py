@@ -2,6 +2,7 @@
 
 from peftlab.data.augment import Augmentation, Change
 from peftlab.data.batching import BatchPlan, eval_batches, fit_lengths
+from peftlab.data.boxes import Objects, read_objects
 from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
@@ -19,6 +20,7 @@ __all__ = [
     "Finding",
     "Image",
     "Ledger",
+    "Objects",
     "Rows",
     "Tokens",
     "answered",
@@ -36,6 +38,7 @@ __all__ = [
     "pieces",
     "read_images",
     "read_labels",
+    "read_objects",
     "require",
     "size_text",
     "split_rows",

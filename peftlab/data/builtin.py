@@ -1,4 +1,5 @@
-"""Built-in data sets, available on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` of installed packages."""
+"""Built-in data sets, available on every machine: ``sklearn:digits``, ``shapes:N``, and ``docstrings:PACKAGE,PACKAGE`` of installed
+packages."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from peftlab.data.rows import Origin, Rows
+from peftlab.data.shapes import draw_shapes
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS = "sklearn:digits", "docstrings:"
+DIGITS, DOCSTRINGS, SHAPES = "sklearn:digits", "docstrings:", "shapes:"
+_MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -40,7 +43,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS))
+    return name.startswith(("sklearn:", DOCSTRINGS, SHAPES))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -50,6 +53,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
     ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
     installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
     packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
+
+    ``shapes:500``: 500 drawn images, see ``draw_shapes``.
 
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
     row's content, so a row is on the same side wherever it appears.
@@ -64,9 +69,11 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = _digits(name)
     elif base.startswith(DOCSTRINGS):
         rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
+    elif base.startswith(SHAPES):
+        rows, contents = _shapes(name, base.removeprefix(SHAPES), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS} or {DOCSTRINGS}PACKAGE,PACKAGE, optionally followed by :train "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500 or {DOCSTRINGS}PACKAGE,PACKAGE, optionally followed by :train "
             "or :test",
             key=key,
         )
@@ -91,6 +98,22 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
         positions=np.arange(1, len(labels) + 1),
     )
     return rows, [image.tobytes() for image in images]
+
+
+def _shapes(name: str, count: str, key: str) -> tuple[Rows, list[bytes]]:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", count) or int(count) > _MOST_SHAPES:
+        raise DataError(f"{name!r}: expected {SHAPES} and a number of images, 1 to {_MOST_SHAPES:,}", key=key)
+    columns = draw_shapes(int(count))
+    contents = columns["image"]
+    rows = Rows(
+        name=name,
+        columns=columns,
+        fingerprint=hashlib.sha256(b"".join(contents)).hexdigest(),
+        origins=(Origin(f"{SHAPES}{count}", "record"),),
+        origin_index=np.zeros(len(contents), dtype=np.int64),
+        positions=np.arange(1, len(contents) + 1),
+    )
+    return rows, contents
 
 
 def _docstrings(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:

@@ -175,7 +175,7 @@ def keys_of_other_optimizers(recipe: Recipe) -> Problems:
 
 
 def label_names_name_a_column(recipe: Recipe) -> Problems:
-    has_column = recipe.spec.classifies or "label" in recipe.data.columns
+    has_column = recipe.spec.names_classes or "label" in recipe.data.columns
     if recipe.data.label_names and "data.label_names" in recipe.spec.keys and not has_column:
         yield ("data.label_names",), "names the values of a label column; set data.columns.label"
 
@@ -186,6 +186,11 @@ def balance_knows_the_classes(recipe: Recipe) -> Problems:
         yield ("data.balance",), "draws rows by their class; set data.columns.label"
     if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
         yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
+
+
+def task_can_be_distilled(recipe: Recipe) -> Problems:
+    if recipe.distill is not None and not recipe.spec.distills:
+        yield ("distill",), f"task: {recipe.task} has no distillation: no order relates the boxes of two models; remove it"
 
 
 def adapters_keep_statistics(recipe: Recipe) -> Problems:
@@ -341,6 +346,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     keys_of_other_optimizers,
     label_names_name_a_column,
     balance_knows_the_classes,
+    task_can_be_distilled,
     adapters_keep_statistics,
     changed_images_are_not_cached,
     packed_rows_have_no_groups,

@@ -310,6 +310,9 @@ class EvalSection(Section):
     prompts: list[str] = Field(
         default_factory=list, description="prompts that the model answers before and after training (causal_lm)"
     )
+    min_score: float = Field(
+        0.5, ge=0, le=1, description="least score of an object that a prediction shows (object_detection)"
+    )
     max_new_tokens: int = Field(64, ge=1, description="longest answer to a prompt, in tokens (causal_lm)")
 
     @model_validator(mode="after")

@@ -71,6 +71,7 @@ ROWS: dict[str, frozenset[str]] = {
     "token classes": _POSITIONS | {"class_positions", "correct_classes"},
     "classes": _POSITIONS | {"class_positions", "correct_classes", "brier", *_CLASS_ROWS},
     "vectors": frozenset({"vectors"}),
+    "boxes": frozenset(),
 }
 # Additional columns of answers chosen from eval.choices.
 ROWS_OF_CHOICES = frozenset({"class_positions", "correct_classes", *_CLASS_ROWS})
@@ -141,6 +142,20 @@ METRICS: dict[str, MetricSpec] = {
             note="F1 averaged over classes, all with equal weight",
         ),
         MetricSpec("confusion", needs=_PAIRS, of_classes=True, better=None, by_default=False),
+        _share(
+            "map",
+            needs={"predictions": "found", "references": "objects"},
+            on_card=False,
+            label="mAP",
+            note="average precision over classes and the overlaps 0.5 to 0.95 (COCO)",
+        ),
+        _share(
+            "map_50",
+            needs={"predictions": "found", "references": "objects"},
+            on_card=False,
+            label="mAP at 0.5",
+            note="average precision over classes, of boxes that overlap by half",
+        ),
         MetricSpec(
             "spearman",
             rows=("vectors",),

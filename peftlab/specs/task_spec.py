@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, or a vector per
-# row. Loss, teacher and report card depend on it.
-Predicts = Literal["tokens", "token classes", "classes", "vectors"]
+# What a model predicts at each scored position: tokens of a vocabulary, a class per token, one class per row, a vector per
+# row, or a box and its classes. Loss, teacher and report card depend on it.
+Predicts = Literal["tokens", "token classes", "classes", "vectors", "boxes"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TaskSpec:
             classification head. ``rows``: the task finds them in its rows (it then implements ``tasks.FindsClasses``).
             ``eval.choices``: that key names them.
         headline: the metric of a distillation's verdict; with classes ``headline_with_classes``.
-        learns_from_labels: False if it can only learn from a teacher.
+        learns_from_labels: False if it can only learn from a teacher. distills: False if it cannot learn from one.
         generates: whether it writes text (it then implements ``tasks.Generates``). redraws: whether its examples change on
             each pass (it then implements ``tasks.Redraws``).
         example_input: an example argument for ``peftlab predict``.
@@ -51,6 +51,7 @@ class TaskSpec:
     classes_from: Literal["label", "rows", "eval.choices"] | None = None
     reader: Literal["tokenizer", "image processor"] = "tokenizer"
     learns_from_labels: bool = True
+    distills: bool = True
     generates: bool = False
     redraws: bool = False
     example_input: str = '"some text"'

@@ -40,7 +40,8 @@ class TaskParts:
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
-        augmentation: random changes of training images.
+        augmentation: random changes of training images. min_score: the least score of an object in a prediction.
+        config: the model's, for an image task whose loss depends on it.
     """
 
     reader: Any
@@ -61,6 +62,8 @@ class TaskParts:
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
     augmentation: Augmentation | None = None
+    min_score: float = 0.5
+    config: Any = None
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
