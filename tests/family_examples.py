@@ -198,12 +198,55 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
         "decoder_hidden_size": 16,
     },
 }
+_BACKBONE = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+_DETR = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_queries": 6,
+}
+_RT_DETR = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 24, 32],
+    "encoder_ffn_dim": 64,
+    "encoder_attention_heads": 4,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "num_queries": 6,
+    "num_denoising": 0,
+}
+FINDERS_OF_OBJECTS: dict[str, dict[str, Any]] = {
+    "YolosConfig": {
+        "image_size": [64, 64],
+        "patch_size": 16,
+        "num_detection_tokens": 6,
+        **{k: v for k, v in _SIZES.items() if k not in ("vocab_size", "max_position_embeddings")},
+    },
+    "DetrConfig": _DETR,
+    "TableTransformerConfig": _DETR,
+    "ConditionalDetrConfig": _DETR,
+    "DeformableDetrConfig": {**_DETR, "num_feature_levels": 2},
+    "RTDetrConfig": _RT_DETR,
+}
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart")
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq_cls": "AutoModelForSequenceClassification",
     "image_cls": "AutoModelForImageClassification",
+    "object_detection": "AutoModelForObjectDetection",
 }
 
 
@@ -219,15 +262,24 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
 
     if name in ("T5Config", "MT5Config"):
         values = {"decoder_start_token_id": 0, **values}
-    families = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}[task]
+    families = {
+        "causal_lm": WRITERS,
+        "seq_cls": CLASSIFIERS,
+        "image_cls": READERS_OF_IMAGES,
+        "object_detection": FINDERS_OF_OBJECTS,
+    }[task]
     model = make_model(
-        make_config(name, families, **values), AUTO_CLASSES[task] if task == "causal_lm" else "AutoModel"
+        make_config(name, families, **values),
+        AUTO_CLASSES[task] if task in ("causal_lm", "object_detection") else "AutoModel",
     )
     generator = torch.Generator().manual_seed(1)
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("running_mean"):  # as of a trained model
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
+    if task == "object_detection":
+        tiny_image_processor(64, 3).save_pretrained(folder)
+        return
     if task == "image_cls":
         processor, size = tiny_image_processor(), getattr(model.config, "image_size", 8)
         processor.size = {"height": size, "width": size}
@@ -251,9 +303,21 @@ def end_every_text(tokenizer: Any) -> None:
 def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **values: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, name)(**families[name], **values)
+    values = families[name] | values
+    if families is FINDERS_OF_OBJECTS and name != "YolosConfig":
+        values = {"backbone_config": _backbone(name), **values}
+    config = getattr(transformers, name)(**values)
     config.architectures = config.architectures or []  # transformers (5.23) reads it for Funnel
     return config
+
+
+def _backbone(name: str) -> Any:
+    import transformers
+
+    if name == "RTDetrConfig":
+        sizes = {"embedding_size": 16, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        return transformers.RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+    return transformers.ResNetConfig(**_BACKBONE, out_features=["stage1", "stage2"])
 
 
 def make_model(config: Any, auto_class: str) -> Any:

@@ -25,7 +25,15 @@ from peftlab.errors import Interrupted, PeftlabError
 from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
-from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.family_examples import (
+    AUTO_CLASSES,
+    CLASSIFIERS,
+    FINDERS_OF_OBJECTS,
+    READERS_OF_IMAGES,
+    WRITERS,
+    make_config,
+    write_family,
+)
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
@@ -61,6 +69,7 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "causal_lm") for name in WRITERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
+    yield from ((name, "object_detection") for name in FINDERS_OF_OBJECTS)
 
 
 @dataclass
@@ -140,12 +149,18 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
 
 
 def _title(name: str, task: str) -> str:
-    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
+    tables = {
+        "causal_lm": WRITERS,
+        "seq_cls": CLASSIFIERS,
+        "image_cls": READERS_OF_IMAGES,
+        "object_detection": FINDERS_OF_OBJECTS,
+    }
     return str(make_config(name, tables[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
-    data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
+    sources = {"image_cls": "sklearn:digits", "object_detection": "shapes:60"}
+    data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
     document: dict[str, Any] = {
@@ -202,15 +217,16 @@ def _classes() -> list[str]:
 def _difference(opened: Any, examples: list[Example], other: Any = None) -> float:
     """The largest difference to the outputs of ``other``, or of the same model in one batch, one row at a time; relative to
     the largest output."""
+
+    def outputs(model: Any, rows: list[Example]) -> torch.Tensor:
+        found = opened.task.outputs(model, opened.task.collate(rows, "cpu"))
+        return found.values if found.vectors else found.logits()
+
     torch.manual_seed(0)
-    alone = [opened.task.outputs(opened.model, opened.task.collate([e], "cpu")).logits() for e in examples]
-    if other is None:
-        torch.manual_seed(0)
-        compared = opened.task.outputs(opened.model, opened.task.collate(examples, "cpu")).logits()
-    else:
-        torch.manual_seed(0)
-        compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
-    wanted = torch.cat(alone)
+    wanted = torch.cat([outputs(opened.model, [e]) for e in examples])
+    torch.manual_seed(0)
+    alone = other is not None
+    compared = torch.cat([outputs(other, [e]) for e in examples]) if alone else outputs(opened.model, examples)
     return float((wanted - compared).abs().max() / wanted.abs().max())
 
 

@@ -24,6 +24,8 @@ def whole_answer(record: Record, *, styled: bool) -> str:
     """The answer to a single input. Args: styled: for a person at a terminal, not for a program."""
     if "text" in record:
         return formatting.printable(record["text"]) if styled else str(record["text"])
+    if styled and "objects" in record:
+        return "\n".join(map(_object_line, record["objects"])) or "nothing found"
     if not _has_label(record):
         return _as_json(record)
     if styled:
@@ -35,12 +37,22 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     """The answer to one of several inputs, on one line. Args: styled: as above. width: of the terminal."""
     if "text" in record:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
+    if styled and "objects" in record:
+        about = record.get("input") or f"row {record['row']:,}"
+        found = "; ".join(map(_object_line, record["objects"])) or "nothing found"
+        return f"{formatting.one_line(about, width // 2)}: {formatting.one_line(found, width)}"
     if not _has_label(record) or not styled:
         return whole_answer(record, styled=styled)
     label = formatting.one_line(record["label"], _LABEL_WIDTH)
     head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
     about = record.get("input") or f"row {record['row']:,}"
     return head + formatting.one_line(about, width - len(head) - 1)
+
+
+def _object_line(found: Mapping[str, Any]) -> str:
+    """``circle  98.2 %  at 12, 20 to 40, 55``: left and top, right and bottom in pixels."""
+    left, top, right, bottom = found["box"]
+    return f"{found['label']}  {100 * found['score']:.1f} %  at {left:g}, {top:g} to {right:g}, {bottom:g}"
 
 
 def _has_label(record: Record) -> bool:

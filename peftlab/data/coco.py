@@ -54,10 +54,14 @@ def read_coco(document: Mapping[str, Any], path: Path, options: Options) -> Tabl
             raise wrong("expected an image_id, a category_id and a bbox", record, "annotations")
         about = f"annotation {annotation.get('id', record)}"
         if annotation.get("image_id") not in images:
-            raise wrong(f"{about} names the image {annotation.get('image_id')!r}, which is not there", record, "annotations")
+            raise wrong(
+                f"{about} names the image {annotation.get('image_id')!r}, which is not there", record, "annotations"
+            )
         if annotation.get("category_id") not in names:
             raise wrong(
-                f"{about} names the category {annotation.get('category_id')!r}, which is not there", record, "annotations"
+                f"{about} names the category {annotation.get('category_id')!r}, which is not there",
+                record,
+                "annotations",
             )
         if annotation.get("iscrowd"):
             crowds += 1

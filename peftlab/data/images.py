@@ -53,7 +53,6 @@ class Image:
                 image = _converted(opened, mode)
         return image if self.change is None else self.change.apply(image)
 
-
     def size(self) -> tuple[int, int]:
         """Width and height in pixels, without the change; the pixels of a file are not decoded."""
         import PIL.Image

@@ -71,7 +71,8 @@ def _cover(kind: int, size: int) -> np.ndarray:
         inside = np.ones((len(fine), len(fine)), dtype=bool)
     else:
         inside = np.abs(x - 0.5) <= y / 2
-    return inside.reshape(size, _SUPERSAMPLED, size, _SUPERSAMPLED).mean((1, 3))
+    cover: np.ndarray = inside.reshape(size, _SUPERSAMPLED, size, _SUPERSAMPLED).mean((1, 3))
+    return cover
 
 
 def _png(pixels: np.ndarray) -> bytes:

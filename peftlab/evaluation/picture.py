@@ -1,4 +1,4 @@
-"""Draws a confusion matrix. matplotlib is imported only when a picture is drawn."""
+"""Draws a confusion matrix, and the objects found in an image. matplotlib is imported only when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from peftlab.measuring.drawing import save_pictures
+from peftlab.measuring.drawing import colours, save_pictures
 from peftlab.specs.metrics import class_slugs
 
 # More classes get no numbers in the cells, and the most get no names either.
 _MOST_NUMBERED, _MOST_NAMED = 20, 60
 _CELL = 0.42
+# Inches of the longer side of an image with boxes.
+_LONGEST = 6.7
 
 
 def draw_confusion(metrics: Mapping[str, Any], class_names: Sequence[str], path: Path) -> None:
@@ -21,6 +23,41 @@ def draw_confusion(metrics: Mapping[str, Any], class_names: Sequence[str], path:
     slugs = class_slugs(class_names)
     counts = np.array([[metrics[f"confusion_{a}_as_{b}"] for b in slugs] for a in slugs])
     save_pictures(lambda: build_confusion(counts, class_names), path)
+
+
+def draw_objects(image: Any, objects: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes a ``PIL.Image`` with the boxes, classes and scores of ``objects``, as ``predict`` returns them."""
+    save_pictures(lambda: build_objects(image, objects), path)
+
+
+def build_objects(image: Any, objects: Sequence[Mapping[str, Any]]) -> Any:
+    """A matplotlib ``Figure``: the longer side of the image has about 1000 pixels, so that small images show their boxes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    scale = _LONGEST / max(image.size)
+    figure = Figure(figsize=(image.width * scale, image.height * scale))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(image, extent=(0, image.width, image.height, 0), interpolation="nearest")
+    axes.set_axis_off()
+    colour_of = colours(sorted({one["label"] for one in objects}))
+    for one in reversed(objects):  # the likeliest on top
+        left, top, right, bottom = one["box"]
+        colour = colour_of[one["label"]]
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=2.5))
+        axes.text(
+            left,
+            top,
+            f" {one['label']} {one['score']:.2f} ",
+            color="white",
+            fontsize=10,
+            ha="left",
+            va="bottom" if top > 0.06 * image.height else "top",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+        )
+    return figure
 
 
 def build_confusion(counts: np.ndarray, class_names: Sequence[str]) -> Any:

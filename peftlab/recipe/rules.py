@@ -190,7 +190,10 @@ def balance_knows_the_classes(recipe: Recipe) -> Problems:
 
 def task_can_be_distilled(recipe: Recipe) -> Problems:
     if recipe.distill is not None and not recipe.spec.distills:
-        yield ("distill",), f"task: {recipe.task} has no distillation: no order relates the boxes of two models; remove it"
+        yield (
+            ("distill",),
+            f"task: {recipe.task} has no distillation: no order relates the boxes of two models; remove it",
+        )
 
 
 def adapters_keep_statistics(recipe: Recipe) -> Problems:

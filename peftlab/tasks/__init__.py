@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks.base import Columns, FindsClasses, Generates, Padding, Redraws, Task, TaskParts
+from peftlab.tasks.base import Columns, FindsClasses, FindsObjects, Generates, Padding, Redraws, Task, TaskParts
 from peftlab.tasks.batch import Batch, collate_packed
 from peftlab.tasks.example import Encoded, Example, lengths_of
 from peftlab.tasks.outputs import OutputHead, Outputs, weighted_sum
@@ -23,6 +23,7 @@ __all__ = [
     "Encoded",
     "Example",
     "FindsClasses",
+    "FindsObjects",
     "Generates",
     "OutputHead",
     "Outputs",

@@ -198,3 +198,10 @@ class Redraws(Task, Protocol):
 
     def redraw(self, example: Example, rng: np.random.Generator) -> Example:
         """``example`` for this pass, with the same length; ``rng`` depends on the seed, the step and the row."""
+
+
+class FindsObjects(Task, Protocol):
+    """A task that finds objects in images (``spec.predicts`` is ``boxes``)."""
+
+    def image_of(self, rows: Rows) -> Any:
+        """The ``PIL.Image`` of the first of ``rows``, for a picture."""

@@ -60,7 +60,9 @@ class DetectionLoss:
         parts: dict[str, Tensor] = {}
         for name in self._parts:
             parts |= criterion.get_loss(name, outputs, wanted, indices, count)
-        return torch.stack([self._weights[name] * value for name, value in parts.items() if name in self._weights]).sum()
+        return torch.stack(
+            [self._weights[name] * value for name, value in parts.items() if name in self._weights]
+        ).sum()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., num_classes] the probability of each class for each query."""

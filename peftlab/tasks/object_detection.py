@@ -17,7 +17,7 @@ from peftlab.tasks.base import Columns, Padding, TaskParts
 from peftlab.tasks.batch import Batch, example_weights, stacked_labels
 from peftlab.tasks.detection_loss import DetectionLoss
 from peftlab.tasks.example import Encoded, Example
-from peftlab.tasks.image_cls import augmented_text, as_weights
+from peftlab.tasks.image_cls import as_weights, augmented_text
 from peftlab.tasks.inputs import NO_IMAGE, blank_values, unusable_rows
 from peftlab.tasks.outputs import Outputs, at_least_float32, weighted_sum
 from peftlab.tasks.preview import Preview
@@ -194,7 +194,9 @@ class ObjectDetection:
         """[N] at each query the loss of its image, whose weight is spread over its queries."""
         assert outputs.targets is not None
         losses = []
-        for values, targets in zip(_of_images(outputs.values, outputs), _of_images(outputs.targets, outputs), strict=True):
+        for values, targets in zip(
+            _of_images(outputs.values, outputs), _of_images(outputs.targets, outputs), strict=True
+        ):
             objects = targets[0][targets[0][:, 0] >= 0]
             loss = self._loss(*self._split(values), objects[:, 0].long(), objects[:, 1:])
             losses.append(loss.expand(len(values)))
@@ -267,6 +269,11 @@ class ObjectDetection:
             scores, classes, corners = (part.double().cpu().numpy() for part in found)
             yield scores, classes, corners
 
+    def image_of(self, rows: Rows) -> Any:
+        """The ``PIL.Image`` of the first of ``rows``."""
+        image, _ = next(read_images(rows, self._image_column, length=self.tokenizer.length))
+        return image.pixels(self.tokenizer.mode)
+
     def row_from_text(self, text: str) -> dict[str, Any]:
         """The row for a path."""
         return {self._image_column: text}
@@ -287,7 +294,9 @@ class ObjectDetection:
         device = next(model.parameters()).device
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             chosen = [examples[i] for i in part]
-            for example, found in zip(chosen, self._found(self.outputs(model, self.collate(chosen, device))), strict=True):
+            for example, found in zip(
+                chosen, self._found(self.outputs(model, self.collate(chosen, device))), strict=True
+            ):
                 assert example.image is not None
                 yield {"objects": self._shown(*found, example.image.size())}
 
@@ -303,7 +312,8 @@ class ObjectDetection:
 
 
 def _of_images(values: Tensor, outputs: Outputs) -> Sequence[Tensor]:
-    return values.split(list(outputs.counts))
+    parts: Sequence[Tensor] = values.split(list(outputs.counts))
+    return parts
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -320,7 +330,8 @@ def _relative(classes: np.ndarray, corners: np.ndarray, width: int, height: int)
 def _corners(label: np.ndarray, width: int, height: int) -> np.ndarray:
     """[M, 4] left, top, right and bottom in pixels, of [M, 5] class and relative box."""
     center, half = label[:, 1:3], label[:, 3:5] / 2
-    return np.concatenate([center - half, center + half], axis=1) * np.array([width, height, width, height])
+    shares = np.concatenate([center - half, center + half], axis=1)
+    return np.asarray(shares * np.array([width, height, width, height]))
 
 
 def _require_coco() -> None:
@@ -328,5 +339,6 @@ def _require_coco() -> None:
         import pycocotools  # noqa: F401
     except ImportError:
         raise RecipeError(
-            "object_detection measures with pycocotools, which is not installed: pip install 'peftlab[detection]'", key="task"
+            "object_detection measures with pycocotools, which is not installed: pip install 'peftlab[detection]'",
+            key="task",
         ) from None
