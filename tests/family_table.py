@@ -196,7 +196,9 @@ def _plain_peft(task: str) -> Any:
     import transformers
     from peft import PeftModel
 
-    options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    options: dict[str, Any] = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    if task == "object_detection":
+        options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
     if task == "seq_cls":
         tokenizer = load_tokenizer(find_pretrained("model"))

@@ -236,14 +236,20 @@ class ObjectDetection:
         )
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
-        """The outputs, with each image prepared and run separately."""
-        values = []
-        for example in examples:
+        """The outputs, with each image prepared separately, and those of one size run together, smallest first: in the order
+        in which ``outputs`` draws dropout masks."""
+        prepared: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        for i, example in enumerate(examples):
             assert example.image is not None
             pixels = self.tokenizer([example.image.pixels(self.tokenizer.mode)]).to(device)
-            found = model(**as_weights(model, {"pixel_values": pixels}))
-            values.append(torch.cat([found.logits, found.pred_boxes], -1).to(_wide(found.logits.dtype)))
-        return self._outputs(torch.cat(values), stacked_labels(examples, device), example_weights(examples, device))
+            prepared.setdefault(tuple(pixels.shape[2:]), {})[i] = pixels
+        values: dict[int, Tensor] = {}
+        for _, group in sorted(prepared.items()):
+            found = model(**as_weights(model, {"pixel_values": torch.cat(list(group.values()))}))
+            joined = torch.cat([found.logits, found.pred_boxes], -1).to(_wide(found.logits.dtype))
+            values |= dict(zip(group, joined, strict=True))
+        stacked = torch.stack([values[i] for i in range(len(examples))])
+        return self._outputs(stacked, stacked_labels(examples, device), example_weights(examples, device))
 
     def score(self, model: nn.Module, batch: Batch) -> Columns:
         outputs = self.outputs(model, batch)

@@ -427,7 +427,7 @@ def test_problems_are_reported_together_in_the_order_of_the_file(write: Write) -
     assert lines[0] == "7 problems in recipe.yaml:"
     assert (
         lines[1]
-        == "  line 1        task: missing; expected one of causal_lm, seq_cls, image_cls, embedding (what the model learns)"
+        == "  line 1        task: missing; expected one of causal_lm, seq_cls, image_cls, object_detection, embedding (what the model learns)"
     )
     assert lines[2].startswith("  line 1        tsk: unknown key; did you mean `task`? (top-level keys: task, model, ")
     assert lines[3] == "  line 3        train.lr: expected a number above 0, found 'fast'"
@@ -483,7 +483,7 @@ def test_problems_of_a_dict_have_no_line() -> None:
         (
             "data",
             {"columns": "body"},
-            "expected a mapping with the keys text, prompt, completion, messages, system, tools, label, image, found",
+            "expected a mapping with the keys text, prompt, completion, messages, system, tools, label, image, objects, found",
         ),
         ("data", {"bins": 5}, "data.bins: expected a section with the keys edges, names, found 5"),
         ("data", {"template": {"prompt": "a"}}, "data.template: set either prompt and completion, or user and"),
