@@ -425,9 +425,9 @@ def test_problems_are_reported_together_in_the_order_of_the_file(write: Write) -
     text = "tsk: a\ntrain:\n  lr: fast\n  lrr: 1\nmodel:\n  quantize: nf5\ndata: {train: a.csv}\n"
     lines = message(write(text), "adapter.rank=0").splitlines()
     assert lines[0] == "7 problems in recipe.yaml:"
-    assert (
-        lines[1]
-        == "  line 1        task: missing; expected one of causal_lm, seq_cls, image_cls, object_detection, embedding (what the model learns)"
+    assert lines[1] == (
+        "  line 1        task: missing; expected one of causal_lm, seq_cls, image_cls, object_detection, embedding "
+        "(what the model learns)"
     )
     assert lines[2].startswith("  line 1        tsk: unknown key; did you mean `task`? (top-level keys: task, model, ")
     assert lines[3] == "  line 3        train.lr: expected a number above 0, found 'fast'"
