@@ -253,6 +253,48 @@ READERS_OF_QUESTIONS = {n: v for n, v in CLASSIFIERS.items() if n not in _NO_QUE
     "Qwen2MoeConfig": WRITERS["Qwen2MoeConfig"],
     "Qwen3MoeConfig": WRITERS["Qwen3MoeConfig"],
 }
+_BACKBONE = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+_DETR = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_queries": 6,
+}
+_RT_DETR = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 24, 32],
+    "encoder_ffn_dim": 64,
+    "encoder_attention_heads": 4,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "num_queries": 6,
+    "num_denoising": 0,
+}
+FINDERS_OF_OBJECTS: dict[str, dict[str, Any]] = {
+    "YolosConfig": {
+        "image_size": [64, 64],
+        "patch_size": 16,
+        "num_detection_tokens": 6,
+        **{k: v for k, v in _SIZES.items() if k not in ("vocab_size", "max_position_embeddings")},
+    },
+    "DetrConfig": _DETR,
+    "TableTransformerConfig": _DETR,
+    "ConditionalDetrConfig": _DETR,
+    "DeformableDetrConfig": {**_DETR, "num_feature_levels": 2},
+    "RTDetrConfig": _RT_DETR,
+}
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart", *(name.removesuffix("Config") for name in TRANSLATORS))
 # One entry per task in each: its auto class, its families, and whether they are published with the task's head.
@@ -264,6 +306,7 @@ AUTO_CLASSES = {
     "image_cls": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "extractive_qa": "AutoModelForQuestionAnswering",
+    "object_detection": "AutoModelForObjectDetection",
 }
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "causal_lm": WRITERS,
@@ -271,10 +314,11 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "seq_cls": CLASSIFIERS,
     "token_cls": TAGGERS,
     "extractive_qa": READERS_OF_QUESTIONS,
+    "object_detection": FINDERS_OF_OBJECTS,
     "image_cls": READERS_OF_IMAGES,
     "seq2seq": TRANSLATORS,
 }
-WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq")
+WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq", "object_detection")
 # Sizes that are the input features of linear layers.
 _WIDTHS = {
     "hidden_size", "n_embd", "d_model", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size", "intra_bottleneck_size",
@@ -306,6 +350,9 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
         if buffer_name.endswith("running_mean"):  # as of a trained model
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
+    if task == "object_detection":
+        tiny_image_processor(64, 3).save_pretrained(folder)
+        return
     if task == "image_cls":
         processor, size = tiny_image_processor(), getattr(model.config, "image_size", 8)
         processor.size = {"height": size, "width": size}
@@ -331,9 +378,21 @@ def end_every_text(tokenizer: Any) -> None:
 def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **values: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, name)(**{**families[name], **values})
+    values = families[name] | values
+    if families is FINDERS_OF_OBJECTS and name != "YolosConfig":
+        values = {"backbone_config": _backbone(name), **values}
+    config = getattr(transformers, name)(**values)
     config.architectures = config.architectures or []  # transformers (5.23) reads it for Funnel
     return config
+
+
+def _backbone(name: str) -> Any:
+    import transformers
+
+    if name == "RTDetrConfig":
+        sizes = {"embedding_size": 16, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        return transformers.RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+    return transformers.ResNetConfig(**_BACKBONE, out_features=["stage1", "stage2"])
 
 
 def make_model(config: Any, auto_class: str) -> Any:

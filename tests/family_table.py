@@ -32,6 +32,7 @@ from tests.family_examples import (
     CLASSIFIERS,
     FAMILIES,
     FILLERS,
+    FINDERS_OF_OBJECTS,
     READERS_OF_IMAGES,
     READERS_OF_QUESTIONS,
     TAGGERS,
@@ -85,6 +86,7 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "extractive_qa") for name in READERS_OF_QUESTIONS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
     yield from ((name, "seq2seq") for name in TRANSLATORS)
+    yield from ((name, "object_detection") for name in FINDERS_OF_OBJECTS)
 
 
 @dataclass
@@ -193,6 +195,7 @@ def title(name: str, task: str) -> str:
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     sources = {"image_cls": "sklearn:digits", "token_cls": "entities.jsonl", "extractive_qa": "questions.jsonl"}
+    sources["object_detection"] = "shapes:60"
     data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
@@ -242,7 +245,10 @@ def _plain_peft(task: str) -> Any:
     """The run in plain transformers and PEFT, with the ids in the config that ``check`` says are needed."""
     from peft import PeftModel
 
-    options = {} if task in (*WITH_HEAD, "extractive_qa") else {"num_labels": len(_classes())}
+    own = task in WITH_HEAD and task != "object_detection"
+    options: dict[str, Any] = {} if own or task == "extractive_qa" else {"num_labels": len(_classes())}
+    if task == "object_detection":
+        options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
     if task in ("seq_cls", "token_cls", "extractive_qa", "seq2seq"):
         tokenizer = load_tokenizer(find_pretrained("model"))
@@ -263,15 +269,16 @@ def _classes() -> list[str]:
 def _difference(opened: Any, examples: list[Example], other: Any = None) -> float:
     """The largest difference to the outputs of ``other``, or of the same model in one batch, one row at a time; relative to
     the largest output."""
+
+    def outputs(model: Any, rows: list[Example]) -> torch.Tensor:
+        found = opened.task.outputs(model, opened.task.collate(rows, "cpu"))
+        return found.values if found.vectors else found.logits()
+
     torch.manual_seed(0)
-    alone = [opened.task.outputs(opened.model, opened.task.collate([e], "cpu")).logits() for e in examples]
-    if other is None:
-        torch.manual_seed(0)
-        compared = opened.task.outputs(opened.model, opened.task.collate(examples, "cpu")).logits()
-    else:
-        torch.manual_seed(0)
-        compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
-    wanted = torch.cat(alone)
+    wanted = torch.cat([outputs(opened.model, [e]) for e in examples])
+    torch.manual_seed(0)
+    alone = other is not None
+    compared = torch.cat([outputs(other, [e]) for e in examples]) if alone else outputs(opened.model, examples)
     exists = wanted > -math.inf
     if not torch.equal(exists, compared > -math.inf):
         return math.inf

@@ -13,10 +13,9 @@ from torch import nn
 from peftlab.adapters.target_modules import (
     check_targets,
     is_adaptable,
-    is_convolution,
-    is_grouped,
     is_linear,
     is_norm,
+    is_plain_convolution,
     match_ending,
 )
 from peftlab.errors import PeftlabError, RecipeError
@@ -273,10 +272,10 @@ def _all_linear(model: Any, seen: Any) -> list[str]:
     if not names:
         everywhere = copy.copy(seen)
         everywhere.target_modules = ".*"  # PEFT's own list has linear layers only
-        names = fitting(everywhere, lambda module: is_convolution(module) and not is_grouped(module))
+        names = fitting(everywhere, is_plain_convolution)
     if not names:
         raise RecipeError(
-            f"all-linear matches nothing: {type(model).__name__} has no linear layer and no ungrouped convolution outside its "
+            f"all-linear matches nothing: {type(model).__name__} has no linear layer, and no convolution that PEFT can merge, outside its "
             "head",
             key="adapter.targets",
         )

@@ -380,6 +380,7 @@ class Assembly:
             max_target_length=self._max_target_length(family),
             hidden_size=family.hidden_size,
             settings=self._settings,
+            config=load_config(pretrained or self.pretrained) if self.spec.reader != "tokenizer" else None,
             augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
             found=self.found if found is None else found,
         )
@@ -634,6 +635,7 @@ class Assembly:
             self._data_key[:3] if self._reads_data else None,
             r.data.columns,
             self._settings,
+            self._model_key if self.spec.reader != "tokenizer" else None,
             self.classes,
             self.found,
             r.eval.threshold,

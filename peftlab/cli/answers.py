@@ -36,6 +36,8 @@ def whole_answer(record: Record, *, styled: bool) -> str:
         return _labels(record, styled)
     if _has_span(record):
         return _span(record, styled=styled)
+    if styled and "objects" in record:
+        return "\n".join(map(_object_line, record["objects"])) or "nothing found"
     if not _has_label(record):
         return f"{record['score']:.6g}" if styled and record.keys() >= {"score"} else _as_json(record)
     if styled:
@@ -52,6 +54,10 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     if _has_span(record) and styled:
         about = "" if record.get("input") else f"row {record['row']:,}: "
         return formatting.one_line(f"{about}{_span(record, styled=True)}", width - 1)
+    if styled and "objects" in record:
+        about = record.get("input") or f"row {record['row']:,}"
+        found = "; ".join(map(_object_line, record["objects"])) or "nothing found"
+        return f"{formatting.one_line(about, width // 2)}: {formatting.one_line(found, width)}"
     if not _has_label(record) or not styled:
         answer = whole_answer(record, styled=styled)
         if not styled or not record.keys() & {"labels", "score"}:
@@ -108,6 +114,12 @@ def _whole_masks(record: Record, *, styled: bool) -> str:
         shown = (f"{formatting.printable(each['token'])} {100 * each['probability']:.1f} %" for each in tokens)
         lines.append(f"  mask {number}: {'  '.join(shown)}")
     return "\n".join(lines)
+
+
+def _object_line(found: Mapping[str, Any]) -> str:
+    """``circle  98.2 %  at 12, 20 to 40, 55``: left and top, right and bottom in pixels."""
+    left, top, right, bottom = found["box"]
+    return f"{found['label']}  {100 * found['score']:.1f} %  at {left:g}, {top:g} to {right:g}, {bottom:g}"
 
 
 def _has_label(record: Record) -> bool:

@@ -3,6 +3,7 @@
 from peftlab.data.annotated import Annotated, Annotations
 from peftlab.data.augment import Augmentation, Change
 from peftlab.data.batching import BatchPlan, block_bounds, eval_batches, fit_lengths
+from peftlab.data.boxes import Objects, read_objects
 from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
@@ -28,6 +29,7 @@ __all__ = [
     "Question",
     "QuestionLedger",
     "Questions",
+    "Objects",
     "Rows",
     "Tokens",
     "answered",
@@ -47,6 +49,7 @@ __all__ = [
     "read_images",
     "read_labels",
     "read_scores",
+    "read_objects",
     "require",
     "rows_per_class",
     "size_text",

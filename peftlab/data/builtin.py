@@ -1,4 +1,4 @@
-"""Built-in data sets: ``sklearn:digits``, and of installed packages ``docstrings:PACKAGE,PACKAGE``,
+"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, and of installed packages ``docstrings:PACKAGE,PACKAGE``,
 ``docstring-sections:PACKAGE,PACKAGE``, ``docstring-questions:PACKAGE,PACKAGE`` and ``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 from peftlab.data.catalogues import catalogue_rows
 from peftlab.data.docstring_questions import parameter_names, rows_of
 from peftlab.data.rows import Origin, Rows
+from peftlab.data.shapes import draw_shapes
 from peftlab.errors import DataError
 
-DIGITS, CATALOGUES = "sklearn:digits", "catalogues:"
+DIGITS, SHAPES, CATALOGUES = "sklearn:digits", "shapes:", "catalogues:"
 DOCSTRINGS, SECTIONS, QUESTIONS = "docstrings:", "docstring-sections:", "docstring-questions:"
+_MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -50,7 +52,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS, SECTIONS, QUESTIONS, CATALOGUES))
+    return name.startswith(("sklearn:", SHAPES, DOCSTRINGS, SECTIONS, QUESTIONS, CATALOGUES))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -69,6 +71,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
     ``docstring-questions:numpy,scipy``: questions about the docstrings with a section Parameters (numpy's format) of up to
     600 characters, made by rules: the default or the type of a parameter, or an exception. Columns ``id``, ``question``,
     ``context`` and ``answers`` as in SQuAD 2; about a third of the questions have no answer in their context.
+
+    ``shapes:500``: 500 drawn images, see ``draw_shapes``.
 
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
     row's content (of a catalogue, on its source; of a question, on its context), so a row is on the same side wherever it
@@ -90,9 +94,11 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = _questions(name, tuple(base.removeprefix(QUESTIONS).split(",")), key)
     elif base.startswith(CATALOGUES):
         rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
+    elif base.startswith(SHAPES):
+        rows, contents = _shapes(name, base.removeprefix(SHAPES), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE, "
             f"{QUESTIONS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
@@ -118,6 +124,22 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
         positions=np.arange(1, len(labels) + 1),
     )
     return rows, [image.tobytes() for image in images]
+
+
+def _shapes(name: str, count: str, key: str) -> tuple[Rows, list[bytes]]:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", count) or int(count) > _MOST_SHAPES:
+        raise DataError(f"{name!r}: expected {SHAPES} and a number of images, 1 to {_MOST_SHAPES:,}", key=key)
+    columns = draw_shapes(int(count))
+    contents = columns["image"]
+    rows = Rows(
+        name=name,
+        columns=columns,
+        fingerprint=hashlib.sha256(b"".join(contents)).hexdigest(),
+        origins=(Origin(f"{SHAPES}{count}", "record"),),
+        origin_index=np.zeros(len(contents), dtype=np.int64),
+        positions=np.arange(1, len(contents) + 1),
+    )
+    return rows, contents
 
 
 def _catalogues(name: str, parts: list[str], key: str) -> list[tuple[Path, str]]:

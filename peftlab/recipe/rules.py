@@ -213,6 +213,14 @@ def balance_knows_the_classes(recipe: Recipe) -> Problems:
         yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
 
 
+def task_can_be_distilled(recipe: Recipe) -> Problems:
+    if recipe.distill is not None and not recipe.spec.distills:
+        yield (
+            ("distill",),
+            f"task: {recipe.task} has no distillation: no order relates the boxes of two models; remove it",
+        )
+
+
 def adapters_keep_statistics(recipe: Recipe) -> Problems:
     if recipe.method.adapts:
         yield from _no_effect(recipe, ["train.batch_norm"], "with an adapter, whose files have no place for statistics")
@@ -415,6 +423,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     objective_fits_the_columns,
     label_names_name_a_column,
     balance_knows_the_classes,
+    task_can_be_distilled,
     adapters_keep_statistics,
     changed_images_are_not_cached,
     only_plain_text_is_split,

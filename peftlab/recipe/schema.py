@@ -437,6 +437,9 @@ class EvalSection(Section):
         description="a question gets no answer if the score of having none exceeds that of the best answer by more than "
         "this; null: every question gets an answer (extractive_qa)",
     )
+    min_score: float = Field(
+        0.5, ge=0, le=1, description="least score of an object that a prediction shows (object_detection)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -89,6 +89,7 @@ ROWS: dict[str, frozenset[str]] = {
     "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
     "numbers": frozenset({"predicted_numbers", "true_numbers"}),
+    "boxes": frozenset(),
 }
 # Additional columns of texts that the model writes.
 ROWS_OF_TEXTS = frozenset({"bleu_counts", "chrf_counts", *ROUGE})
@@ -297,6 +298,20 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             label="recall",
             note="share of the true entities that are found",
+        ),
+        _share(
+            "map",
+            needs={"predictions": "found", "references": "objects"},
+            on_card=False,
+            label="mAP",
+            note="average precision over classes and the overlaps 0.5 to 0.95 (COCO)",
+        ),
+        _share(
+            "map_50",
+            needs={"predictions": "found", "references": "objects"},
+            on_card=False,
+            label="mAP at 0.5",
+            note="average precision over classes, of boxes that overlap by half",
         ),
         MetricSpec(
             "spearman",
