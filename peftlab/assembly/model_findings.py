@@ -46,6 +46,12 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
             "of another family that reads long texts, such as longformer or big_bird",
             key="model.name",
         )
+    if spec.predicts == "vectors" and getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{config.model_type} is an encoder with a decoder, whose states at the tokens of a text are no vectors of it; use an "
+            "encoder, such as bert, or a causal language model with model.pooling: last",
+            key="model.name",
+        )
     if spec.classifies and getattr(config, "is_encoder_decoder", False):
         eos = tokenizer.eos_token_id
         if eos is None or eos not in tokenizer("a", verbose=False)["input_ids"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from peftlab.recipe.adapter import AdapterSection
 from peftlab.recipe.method_options import settings_for
 from peftlab.specs.methods import VARIANTS, variant_of
 from peftlab.specs.protocol import BATCH, LENGTH
-from peftlab.specs.task_spec import Predicts
-from peftlab.tasks import Example
+from peftlab.tasks import Example, Task
 
 # Rows encoded first, doubled until there are enough tokens: a few thousand tokens need not read a million rows.
 _FIRST_ROWS = 256
@@ -151,13 +151,16 @@ def write_texts(file: Path, assembly: Assembly, *, num_tokens: int) -> None:
     np.savez(file, ids=ids, labels=labels.astype(np.int32))
 
 
-def text_examples(file: Path, *, rows: int, length: int, predicts: Predicts) -> list[Example]:
+def text_examples(file: Path, *, rows: int, length: int, task: Task) -> list[Example]:
     """Returns ``rows`` examples of exactly ``length`` tokens. A language model predicts every token but the first of a row; a
-    classifier predicts the label of the text in which the row starts, or of each token."""
+    classifier predicts the label of the text in which the row starts, or of each token; of several texts each is as long."""
     with np.load(file) as stored:
         ids, labels = stored["ids"], stored["labels"]
     at = np.arange(rows * length).reshape(rows, length) % len(ids)
-    return [_MAKE[predicts](ids[places], labels[places], row) for row, places in enumerate(at)]
+    if task.spec.predicts == "vectors":
+        count = len(task.probe(ids[:1]))
+        return [replace(task.probe(ids[places[: max(1, length // count)]]), row=row) for row, places in enumerate(at)]
+    return [_MAKE[task.spec.predicts](ids[places], labels[places], row) for row, places in enumerate(at)]
 
 
 def _of_tokens(ids: np.ndarray, labels: np.ndarray, row: int) -> Example:

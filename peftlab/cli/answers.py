@@ -35,10 +35,13 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     """The answer to one of several inputs, on one line. Args: styled: as above. width: of the terminal."""
     if "text" in record:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
-    if not _has_label(record) or not styled:
+    if not styled or not (_has_label(record) or "cosine" in record):
         return whole_answer(record, styled=styled)
-    label = formatting.one_line(record["label"], _LABEL_WIDTH)
-    head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
+    if "cosine" in record:
+        head = f"cosine {record['cosine']:7.4f}  "
+    else:
+        label = formatting.one_line(record["label"], _LABEL_WIDTH)
+        head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "
     about = record.get("input") or f"row {record['row']:,}"
     return head + formatting.one_line(about, width - len(head) - 1)
 
