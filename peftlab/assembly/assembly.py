@@ -282,7 +282,7 @@ class Assembly:
         self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
-        padding, ends, num_embeddings = self._reading(pretrained or self.pretrained, reader)
+        padding, ends, num_embeddings, token_types = self._reading(pretrained or self.pretrained, reader)
         return TaskParts(
             reader,
             columns=data.columns,
@@ -301,6 +301,8 @@ class Assembly:
             padding=padding,
             end_ids=ends,
             num_embeddings=num_embeddings,
+            token_types=token_types,
+            score_range=data.score_range,
             vectors=self._vectors(pretrained or self.pretrained) if self.spec.objectives else {},
         )
 
@@ -312,7 +314,6 @@ class Assembly:
             "scale": train.embedding_scale,
             "margin": train.margin,
             "widths": train.matryoshka,
-            "score_range": self.recipe.data.score_range,
             "width": getattr(config.get_text_config(), "hidden_size", None),
         }
 
@@ -327,23 +328,24 @@ class Assembly:
             read |= {"label", data.columns["label"]}
         return [name for name in self.data.labelled.columns if name not in read]
 
-    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
-        """How a model's family is padded, the ids that end its texts, and the rows of its input embeddings, if it has a
-        vocabulary. Raises: RecipeError if it cannot do the task."""
+    def _reading(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None, bool]:
+        """How a model's family is padded, the ids that end its texts, the rows of its input embeddings, if it has a
+        vocabulary, and whether it reads types of tokens. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
-            return "right", [], None
+            return "right", [], None, False
         settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
         # The reader is kept too: while it lives, no other one has its id.
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
-    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None]:
+    def _read_family(self, pretrained: Pretrained, reader: Any) -> tuple[Padding, list[int], int | None, bool]:
         config = load_config(pretrained)
         check_family(config, reader, self.spec)
         ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
         rows = vocabulary_rows(config)
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
-        return padding_of(config, self.spec.predicts), ends, rows
+        types = getattr(config, "type_vocab_size", 0) or 0
+        return padding_of(config, whole_rows=self.spec.reads_whole_rows), ends, rows, types > 1
 
     @property
     def num_embeddings(self) -> int | None:

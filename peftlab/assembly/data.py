@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftlab.data import Rows, balanced_rows, class_names, label_text, load_rows, read_labels, split_rows
+from peftlab.data import Rows, balanced_rows, class_names, label_text, load_rows, read_labels, split_groups, split_rows
 from peftlab.errors import DataError, RecipeError, listed
 from peftlab.recipe import Recipe
 
@@ -83,7 +83,11 @@ def load_data(
     labels = read_class_labels(recipe, train) if classifies or "label" in data.columns else None
     if classifies:
         class_names(labels or [])
-    kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
+    if (role := recipe.spec.whole) is not None:
+        groups = [str(v) for v in train.column(data.columns.get(role, role), key=f"data.columns.{role}")]
+        kept, held = split_groups(train, groups, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed)
+    else:
+        kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
     chosen = _chosen(recipe, dataclasses.replace(labelled, left_out=train.left_out))
     parts = DataParts(chosen, train.select(held), fingerprints, labelled)

@@ -52,7 +52,7 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
             "encoder, such as bert, or a causal language model with model.pooling: last",
             key="model.name",
         )
-    if spec.classifies and getattr(config, "is_encoder_decoder", False):
+    if spec.reads_whole_rows and getattr(config, "is_encoder_decoder", False):
         eos = tokenizer.eos_token_id
         if eos is None or eos not in tokenizer("a", verbose=False)["input_ids"]:
             raise RecipeError(
@@ -65,7 +65,7 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
 def reads_ids(config: Any, spec: TaskSpec) -> bool:
     """Whether a model of this config finds positions by ids in its config: the head of a decoder skips the padding id, and
     an encoder-decoder reads at the end of text."""
-    return spec.reader == "tokenizer" and (spec.classifies or bool(getattr(config, "is_encoder_decoder", False)))
+    return spec.reader == "tokenizer" and (spec.reads_whole_rows or bool(getattr(config, "is_encoder_decoder", False)))
 
 
 def model_findings(assembly: Assembly) -> list[Finding]:

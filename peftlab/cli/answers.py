@@ -24,6 +24,8 @@ def whole_answer(record: Record, *, styled: bool) -> str:
     """The answer to a single input. Args: styled: for a person at a terminal, not for a program."""
     if "text" in record:
         return formatting.printable(record["text"]) if styled else str(record["text"])
+    if "rank" in record:
+        return f"{record['rank']}\t{record['score']:.6f}"
     if not _has_label(record):
         return _as_json(record)
     if styled:
@@ -35,10 +37,12 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
     """The answer to one of several inputs, on one line. Args: styled: as above. width: of the terminal."""
     if "text" in record:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
-    if not styled or not (_has_label(record) or "cosine" in record):
+    if not styled or not (_has_label(record) or "cosine" in record or "rank" in record):
         return whole_answer(record, styled=styled)
     if "cosine" in record:
         head = f"cosine {record['cosine']:7.4f}  "
+    elif "rank" in record:
+        head = f"{record['rank']:4}. score {record['score']:6.4f}  "
     else:
         label = formatting.one_line(record["label"], _LABEL_WIDTH)
         head = f"{label:<{_LABEL_WIDTH}} {100 * record['probability']:5.1f} %  "

@@ -9,7 +9,7 @@ from peftlab.data.packing import pack, packing_figures
 from peftlab.data.rows import Rows
 from peftlab.data.scores import read_scores
 from peftlab.data.sources import load_rows
-from peftlab.data.split import balanced_rows, split_rows
+from peftlab.data.split import balanced_rows, split_groups, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "read_scores",
     "require",
     "size_text",
+    "split_groups",
     "split_rows",
     "tokenize",
 ]

@@ -46,6 +46,32 @@ class Tokens:
     masked: tuple[tuple[int, int], ...] = ()
     notes: tuple[tuple[int, str], ...] = ()
 
+    @classmethod
+    def untrained(
+        cls,
+        ids: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int64],
+        roles: npt.NDArray[np.int16],
+        role_names: tuple[str, ...],
+        notes: tuple[tuple[int, str], ...] = (),
+    ) -> Tokens:
+        """Rows of [N] ``lengths`` without answers, for tasks whose answers are no tokens."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls(
+            ids,
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.zeros(len(ids), dtype=bool),
+            roles,
+            role_names,
+            answer_rows=none,
+            answer_starts=none,
+            answer_ends=none,
+            answer_ended=none.astype(bool),
+            answer_flaws=none.astype("U9"),
+            unwritten=(),
+            notes=notes,
+        )
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 

@@ -65,7 +65,10 @@ def keys_of_other_tasks(recipe: Recipe) -> Problems:
             yield from _no_effect(recipe, [key], f"for task: {recipe.task}{lacks}")
     for part in recipe.data.columns:
         if part not in spec.columns:
-            yield (f"data.columns.{part}",), f"has no effect for task: {recipe.task}; remove it"
+            chosen = (
+                f" with {spec.chosen_by[0]}, which has the columns {', '.join(spec.columns)}" if spec.chosen_by else ""
+            )
+            yield (f"data.columns.{part}",), f"has no effect for task: {recipe.task}{chosen}; remove it"
 
 
 def keys_of_other_methods(recipe: Recipe) -> Problems:

@@ -74,6 +74,11 @@ class TaskSpec:
         return self.classes_from == "label"
 
     @property
+    def reads_whole_rows(self) -> bool:
+        """Whether its head reads one position of each row of tokens: the first or the last."""
+        return self.auto_class == "AutoModelForSequenceClassification"
+
+    @property
     def names_classes(self) -> bool:
         """Whether its head has classes whose names come from the data."""
         return self.classes_from in ("label", "rows")

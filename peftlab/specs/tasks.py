@@ -89,6 +89,21 @@ TASKS: dict[str, TaskSpec] = {
             example_input="image.png",
         ),
         TaskSpec(
+            "reranking",
+            "how relevant a document is for a query",
+            "reranking:Reranking",
+            auto_class="AutoModelForSequenceClassification",
+            peft_type="SEQ_CLS",
+            predicts="classes",
+            columns=("query", "document", "score"),
+            keys=("data.score_range", "distill.baseline", *_TEXT, *_SCORED, *_SOFTMAX),
+            scores=(*_PER_ROW, "first_relevant", "gains", "ideal_gains"),
+            headline="accuracy",
+            gathers=True,
+            whole="query",
+            example_input="--file pairs.csv",
+        ),
+        TaskSpec(
             "embedding",
             "a vector per text, learned from a teacher's vectors",
             "embedding:Embedding",
@@ -121,6 +136,7 @@ VARIANTS: tuple[TaskSpec, ...] = (
         objectives=("in_batch", "triplet"),
         contrasts=True,
         gathers=True,
+        whole="anchor",
     ),
     TaskSpec(
         "embedding",
@@ -152,6 +168,7 @@ VARIANTS: tuple[TaskSpec, ...] = (
         objectives=("in_batch",),
         contrasts=True,
         gathers=True,
+        whole="anchor",
     ),
 )
 

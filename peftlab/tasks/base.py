@@ -40,8 +40,10 @@ class TaskParts:
         style, control_tokens: see ``data.chat.Formatter``.
         padding: how the family of the model is padded. end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
-        vectors: how vectors are trained: ``objective``, ``scale``, ``margin``, ``widths``, ``score_range``, and ``width``, that of
-            the model's vectors if its config says so.
+        token_types: whether the model tells two texts apart by ``token_type_ids``.
+        score_range: the lowest and the highest score of the data; None: scores are used as they are.
+        vectors: how vectors are trained: ``objective``, ``scale``, ``margin``, ``widths``, and ``width``, that of the model's
+            vectors if its config says so.
     """
 
     reader: Any
@@ -61,6 +63,8 @@ class TaskParts:
     padding: Padding = "right"
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    token_types: bool = False
+    score_range: tuple[float, float] | None = None
     vectors: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, part: str) -> str:

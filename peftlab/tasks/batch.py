@@ -190,7 +190,8 @@ def of_one_length(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any, left: bool = False) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` [B, T] by transformers' conventions, row by row."""
+    """``input_ids``, ``attention_mask`` and ``token_type_ids``, if rows have them, [B, T] by transformers' conventions, row by
+    row."""
     longest = max(len(e) for e in examples)
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -198,7 +199,13 @@ def padded_inputs(examples: Sequence[Example], *, pad_id: int, device: Any, left
         where = _span(len(example), longest, left)
         ids[row, where] = torch.from_numpy(example.ids.astype(np.int64))
         mask[row, where] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if any("token_type_ids" in example.extra for example in examples):
+        types = inputs["token_type_ids"] = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            own = example.extra["token_type_ids"].astype(np.int64)
+            types[row, _span(len(example), longest, left)] = torch.from_numpy(own)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _span(length: int, longest: int, left: bool) -> slice:

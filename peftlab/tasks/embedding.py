@@ -229,7 +229,7 @@ class Embedding:
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             outputs = self.outputs(model, self.collate([examples[i] for i in part], device))
             for i, vectors in zip(part.tolist(), outputs.values.split(list(outputs.counts)), strict=True):
-                results[i] = self._result(vectors, [t.role for t in texts.texts])
+                results[i] = self._result(vectors, [t.roles[0] for t in texts.texts])
         yield from (results[i] | cut_note(lengths[i], len(examples[i])) for i in range(len(examples)))
 
     def _result(self, vectors: Tensor, roles: Sequence[str]) -> dict[str, Any]:

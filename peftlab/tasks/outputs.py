@@ -39,7 +39,8 @@ class Outputs:
         values: [N, H] hidden states that ``head`` turns into logits; [N, C] logits without a head; or [N, H] vectors.
         head: the head of a language model, whose logits are computed a part at a time.
         vectors: whether the values are the answer themselves, as with sentence embeddings.
-        targets: [N] or [N, ...] correct answers of any type; None if the rows have no labels. weights: [N] factors on the
+        targets: [N] or [N, ...] correct answers of any type; None if the rows have no labels. soft: [N, C] their probabilities
+            where an answer is not one class. weights: [N] factors on the
             losses; None: all 1.
         counts: number of positions of each example in the batch.
     """
@@ -50,6 +51,7 @@ class Outputs:
     vectors: bool = False
     targets: Tensor | None = None
     weights: Tensor | None = None
+    soft: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -64,7 +66,9 @@ class Outputs:
 def cross_entropy(outputs: Outputs) -> Tensor:
     """[N] nats of the target class at each position, float32 (float64 stays)."""
     assert outputs.targets is not None
-    return F.cross_entropy(outputs.logits(), outputs.targets, reduction="none")
+    logits = outputs.logits()
+    targets = outputs.targets if outputs.soft is None else outputs.soft.to(logits.dtype)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:

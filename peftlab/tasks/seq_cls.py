@@ -26,7 +26,7 @@ from peftlab.tasks.example import Encoded, Example
 from peftlab.tasks.inputs import EMPTY_TEXT, NO_LABEL, blank_values, cut_note
 from peftlab.tasks.outputs import Outputs, cross_entropy
 from peftlab.tasks.preview import Preview, preview
-from peftlab.tasks.texts import Texts, fitted
+from peftlab.tasks.texts import Texts
 
 
 class SequenceClassification:
@@ -90,7 +90,7 @@ class SequenceClassification:
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long=too_long)
             ledger.add(first, tokens, kept, None if labels is None else labels[first : first + len(tokens)])
             if keep:
-                for i, ids in fitted(tokens, kept):
+                for i, ids, _ in self._texts.fitted(tokens, kept):
                     label = None if labels is None else int(labels[first + i])
                     examples.append(Example(ids, first + i, 1.0 if label is None else weights[label], label=label))
         return Encoded(examples, ledger)
@@ -159,7 +159,7 @@ class SequenceClassification:
         for first, tokens in self._texts.pieces(rows):
             kept = fit_lengths(tokens.lengths, max_length=max_length, too_long="truncate")
             notes += map(cut_note, tokens.lengths.tolist(), kept.tolist())
-            for i, ids in fitted(tokens, kept):
+            for i, ids, _ in self._texts.fitted(tokens, kept):
                 check_ids(self.tokenizer, ids, self._num_embeddings, rows.where(first + i))
                 examples.append(Example(ids, first + i, 1.0, label=0))
         device = next(model.parameters()).device

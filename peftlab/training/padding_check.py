@@ -102,7 +102,7 @@ def _changed_end(example: Example) -> Example:
 def _outputs(model: nn.Module, task: Task, examples: list[Example], device: Any) -> Tensor:
     """[N, ...] logits or vectors at the scored positions, row by row."""
     outputs = task.outputs(model, task.collate(examples, device))
-    return (outputs.values if task.spec.predicts == "vectors" else outputs.logits()).float()
+    return (outputs.values if outputs.vectors else outputs.logits()).float()
 
 
 def _difference(actual: Tensor, expected: Tensor, size: float) -> float:

@@ -15,7 +15,24 @@ import peftlab
 from peftlab.errors import Interrupted
 from peftlab.training.progress import SilentProgress
 
-WORDS = "sun moon star cloud rain snow wind fire stone tree river bird fish road lamp book".split()
+WORDS = [
+    "sun",
+    "moon",
+    "star",
+    "cloud",
+    "rain",
+    "snow",
+    "wind",
+    "fire",
+    "stone",
+    "tree",
+    "river",
+    "bird",
+    "fish",
+    "road",
+    "lamp",
+    "book",
+]
 COLUMNS = {
     "pairs": {"anchor": "question", "positive": "answer"},
     "triplets": {"anchor": "question", "positive": "answer", "negative": "wrong"},
@@ -90,7 +107,11 @@ def test_merged_folder_opens_in_sentence_transformers(here: Path) -> None:
 
     for pooling in ("mean", "cls", "last"):
         name = f"run-{pooling}"
-        peftlab.train(recipe("pairs", model="tiny:bert", run={"dir": name}) | {"model": {"name": "tiny:bert", "pooling": pooling}}, **quiet())
+        peftlab.train(
+            recipe("pairs", model="tiny:bert", run={"dir": name})
+            | {"model": {"name": "tiny:bert", "pooling": pooling}},
+            **quiet(),
+        )
         peftlab.merge(name, **quiet())
         texts = ["what is the sun", "a stone", "the wind and the rain are here"]
         ours = np.array([r["vector"] for r in peftlab.predict(name, texts, **quiet())])
@@ -132,7 +153,9 @@ def test_loss_of_a_step_does_not_depend_on_the_micro_batches(here: Path) -> None
 
 
 def test_pairs_train_on_quantized_weights_and_in_full(here: Path) -> None:
-    run = peftlab.train(recipe("pairs", model="tiny:bert") | {"model": {"name": "tiny:bert", "quantize": "nf4"}}, **quiet())
+    run = peftlab.train(
+        recipe("pairs", model="tiny:bert") | {"model": {"name": "tiny:bert", "quantize": "nf4"}}, **quiet()
+    )
     assert run.summary["status"] == "finished" and peftlab.merge("run", **quiet())["verified"]
     full = recipe("triplets", run={"dir": "full"}, train={"matryoshka": [64, 16]}) | {"adapter": {"method": "none"}}
     assert peftlab.train(full, **quiet()).summary["status"] == "finished"

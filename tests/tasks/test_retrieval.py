@@ -10,7 +10,7 @@ from sklearn.metrics import ndcg_score
 from torch.nn import functional as F
 
 from peftlab.evaluation.scorer import Scorer
-from peftlab.tasks.ranks import gathered_ranks
+from peftlab.tasks.retrieval import gathered_ranks
 
 RANKED = ["recall_at_1", "recall_at_10", "mrr", "ndcg_at_10"]
 
