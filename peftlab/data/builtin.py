@@ -1,4 +1,5 @@
-"""Built-in data sets, available on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` of installed packages."""
+"""Built-in data sets, available on every machine: ``sklearn:digits``, and ``docstrings:PACKAGE,PACKAGE`` and
+``docstring-pairs:PACKAGE,PACKAGE`` of installed packages."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from peftlab.data.docstring_pairs import docstring_pairs
 from peftlab.data.rows import Origin, Rows
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS = "sklearn:digits", "docstrings:"
+DIGITS, DOCSTRINGS, PAIRS = "sklearn:digits", "docstrings:", "docstring-pairs:"
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -40,7 +42,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS))
+    return name.startswith(("sklearn:", DOCSTRINGS, PAIRS))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -50,6 +52,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
     ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
     installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
     packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
+    ``docstring-pairs:numpy,scipy``: the first paragraph and the rest of each such docstring, columns ``summary`` and ``body``.
 
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
     row's content, so a row is on the same side wherever it appears.
@@ -58,16 +61,21 @@ def load_builtin(name: str, *, key: str) -> Rows:
     """
     base, part = name, None
     head, _, tail = name.rpartition(":")
-    if tail in _PARTS and head.rstrip(":") != "docstrings":
+    if tail in _PARTS and head.rstrip(":") not in ("docstrings", "docstring-pairs"):
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
     elif base.startswith(DOCSTRINGS):
         rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
+    elif base.startswith(PAIRS):
+        folders = [_folder(package, key) for package in base.removeprefix(PAIRS).split(",")]
+        rows, contents = docstring_pairs(name, (found for folder in folders for found in _texts(folder)))
+        if not contents:
+            raise DataError(f"{name!r}: no docstring of two paragraphs in these packages", key=key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS} or {DOCSTRINGS}PACKAGE,PACKAGE, optionally followed by :train "
-            "or :test",
+            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE or {PAIRS}PACKAGE,PACKAGE, "
+            "optionally followed by :train or :test",
             key=key,
         )
     if part is None:
@@ -142,15 +150,20 @@ def _folder(package: str, key: str) -> Path:
 
 def _paragraphs(folder: Path) -> Iterator[tuple[str, int, str]]:
     """``(file, line, text)`` of each docstring's first paragraph."""
+    for file, line, docstring in _texts(folder):
+        text = " ".join(docstring.replace("\\\n", "\n").strip().split("\n\n")[0].split())
+        if len(text.split()) >= _FEWEST_WORDS:
+            yield file, line, text
+
+
+def _texts(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """``(file, line, docstring)`` of each docstring."""
     for file in sorted(folder.rglob("*.py")):
         source = file.read_text(encoding="utf-8", errors="replace")
         line, counted = 1, 0
         for match in _DOCSTRING.finditer(source) if '"""' in source else ():
             line, counted = line + source.count("\n", counted, match.start(1)), match.start(1)
-            first = match[1].replace("\\\n", "\n").strip().split("\n\n")[0]
-            text = " ".join(first.split())
-            if len(text.split()) >= _FEWEST_WORDS:
-                yield str(file), line, text
+            yield str(file), line, match[1]
 
 
 def _masking(packages: tuple[str, ...]) -> Callable[[str], str]:

@@ -22,7 +22,7 @@ from peftlab.tasks.reranking import Reranking
 from peftlab.tasks.retrieval import ranked_groups
 from peftlab.training.progress import SilentProgress
 
-WORDS = "sun moon star cloud rain snow wind fire stone tree river bird".split()
+WORDS = ["sun", "moon", "star", "cloud", "rain", "snow", "wind", "fire", "stone", "tree", "river", "bird"]
 OPTIONS: dict[str, Any] = {"max_length": 64, "too_long": "error", "training": True}
 
 
@@ -133,7 +133,9 @@ def test_long_pairs_lose_the_end_of_the_longer_text() -> None:
     long = Rows.from_dicts([{"query": "ab", "document": "c" * 60, "score": 1}], name="made")
     (example,) = task.encode(long, max_length=20, too_long="truncate", training=True).examples
     assert len(example) == 20 and len(example.extra["token_type_ids"]) == 20
-    assert task.tokenizer.decode(example.ids[example.extra["token_type_ids"] == 0], skip_special_tokens=True).startswith("ab")
+    assert task.tokenizer.decode(
+        example.ids[example.extra["token_type_ids"] == 0], skip_special_tokens=True
+    ).startswith("ab")
 
 
 def test_check_train_evaluate_again_predict_merge_and_resume(here: Path) -> None:
