@@ -121,8 +121,8 @@ class TemplateSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; "
-        "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
+        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE, "
+        "docstring-pairs:PACKAGE,PACKAGE or hub data set; NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
     )
     eval: str | None = Field(
         None, description="held-out data, in the same forms as train; default: a part of train is held out"
