@@ -24,6 +24,7 @@ TINY = {
     "embedding": "tiny:bert",
     "image_cls": "tiny:vit",
     "extractive_qa": "tiny:bert",
+    "reranking": "tiny:bert",
 }
 # What a newcomer types first. None of them is in the data.
 SPAM = [

@@ -77,6 +77,12 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
             "of another family that reads long texts, such as longformer or big_bird",
             key="model.name",
         )
+    if spec.predicts == "vectors" and getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{config.model_type} is an encoder with a decoder, whose states at the tokens of a text are no vectors of it; use an "
+            "encoder, such as bert, or a causal language model with model.pooling: last",
+            key="model.name",
+        )
     if not has_class(config, spec.auto_class):
         raise RecipeError(
             f"transformers has no {config.model_type} model for task: {spec.name} ({spec.auto_class}); use a model of another "

@@ -38,6 +38,8 @@ def whole_answer(record: Record, *, styled: bool) -> str:
         return _span(record, styled=styled)
     if styled and "objects" in record:
         return "\n".join(map(_object_line, record["objects"])) or "nothing found"
+    if "rank" in record:
+        return f"{record['rank']}\t{record['score']:.6f}"
     if not _has_label(record):
         return f"{record['score']:.6g}" if styled and record.keys() >= {"score"} else _as_json(record)
     if styled:
@@ -58,6 +60,12 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
         about = record.get("input") or f"row {record['row']:,}"
         found = "; ".join(map(_object_line, record["objects"])) or "nothing found"
         return f"{formatting.one_line(about, width // 2)}: {formatting.one_line(found, width)}"
+    if styled and "cosine" in record:
+        head = f"cosine {record['cosine']:7.4f}  "
+        return head + formatting.one_line(_about(record), width - len(head) - 1)
+    if styled and "rank" in record:
+        head = f"{record['rank']:4}. score {record['score']:6.4f}  "
+        return head + formatting.one_line(_about(record), width - len(head) - 1)
     if not _has_label(record) or not styled:
         answer = whole_answer(record, styled=styled)
         if not styled or not record.keys() & {"labels", "score"}:

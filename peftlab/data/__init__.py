@@ -14,7 +14,7 @@ from peftlab.data.questions import Question, Questions
 from peftlab.data.rows import Rows
 from peftlab.data.scores import read_scores
 from peftlab.data.sources import load_rows, split_per_class
-from peftlab.data.split import balanced_rows, rows_per_class, split_rows
+from peftlab.data.split import balanced_rows, rows_per_class, split_groups, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "require",
     "rows_per_class",
     "size_text",
+    "split_groups",
     "split_per_class",
     "split_rows",
     "tokenize",

@@ -1,5 +1,5 @@
-"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, and of installed packages ``docstrings:PACKAGE,PACKAGE``,
-``docstring-sections:PACKAGE,PACKAGE``, ``docstring-questions:PACKAGE,PACKAGE`` and ``catalogues:PACKAGE/LANGUAGE``."""
+"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, and of installed packages ``docstrings:PACKAGE,PACKAGE``, the same
+with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and ``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from typing import Any
 import numpy as np
 
 from peftlab.data.catalogues import catalogue_rows
+from peftlab.data.docstring_pairs import docstring_pairs
 from peftlab.data.docstring_questions import parameter_names, rows_of
 from peftlab.data.rows import Origin, Rows
 from peftlab.data.shapes import draw_shapes
 from peftlab.errors import DataError
 
 DIGITS, SHAPES, CATALOGUES = "sklearn:digits", "shapes:", "catalogues:"
-DOCSTRINGS, SECTIONS, QUESTIONS = "docstrings:", "docstring-sections:", "docstring-questions:"
+DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS = (
+    "docstrings:",
+    "docstring-sections:",
+    "docstring-questions:",
+    "docstring-pairs:",
+)
+_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS)
 _MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
@@ -52,7 +59,7 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", SHAPES, DOCSTRINGS, SECTIONS, QUESTIONS, CATALOGUES))
+    return name.startswith(("sklearn:", SHAPES, CATALOGUES, *_OF_DOCSTRINGS))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
@@ -74,6 +81,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
 
     ``shapes:500``: 500 drawn images, see ``draw_shapes``.
 
+    ``docstring-pairs:numpy,scipy``: the first paragraph and the rest of each such docstring, columns ``summary`` and ``body``.
+
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
     row's content (of a catalogue, on its source; of a question, on its context), so a row is on the same side wherever it
     appears.
@@ -82,7 +91,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
     """
     base, part = name, None
     head, _, tail = name.rpartition(":")
-    if tail in _PARTS and f"{head.rstrip(':')}:" not in (DOCSTRINGS, SECTIONS, QUESTIONS):
+    if tail in _PARTS and f"{head.rstrip(':')}:" not in _OF_DOCSTRINGS:
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
@@ -92,6 +101,11 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = _docstrings(name, base.removeprefix(SECTIONS), key, _search_sections)
     elif base.startswith(QUESTIONS):
         rows, contents = _questions(name, tuple(base.removeprefix(QUESTIONS).split(",")), key)
+    elif base.startswith(PAIRS):
+        folders = [_folder(package, key) for package in base.removeprefix(PAIRS).split(",")]
+        rows, contents = docstring_pairs(name, (found for folder in folders for found in _docstrings_in(folder)))
+        if not contents:
+            raise DataError(f"{name!r}: no docstring of two paragraphs in these packages", key=key)
     elif base.startswith(CATALOGUES):
         rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
     elif base.startswith(SHAPES):
@@ -99,7 +113,7 @@ def load_builtin(name: str, *, key: str) -> Rows:
     else:
         raise DataError(
             f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE, "
-            f"{QUESTIONS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            f"{QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )

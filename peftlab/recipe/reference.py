@@ -19,6 +19,7 @@ from peftlab.specs.kernels import KERNEL_MODES
 from peftlab.specs.losses import LOSSES
 from peftlab.specs.methods import METHODS, VARIANTS
 from peftlab.specs.metrics import METRICS, MetricSpec
+from peftlab.specs.objectives import OBJECTIVES
 from peftlab.specs.optimizers import OPTIMIZERS, SCHEDULES
 from peftlab.specs.storages import STORAGES
 from peftlab.specs.task_spec import TaskSpec
@@ -182,6 +183,14 @@ def _names() -> Iterator[str]:
         "Schedules",
         "`train.schedule`. How the learning rate moves after the warm-up.",
         (f"**`{s.name}`**: {s.summary}." for s in SCHEDULES.values()),
+    )
+    yield from _rows(
+        "Objectives",
+        "`train.objective`, for vectors of pairs, triplets and scored pairs.",
+        (
+            f"**`{o.name}`**: {o.summary}." + (f" Keys: {_listed(o.keys)}." if o.keys else "")
+            for o in OBJECTIVES.values()
+        ),
     )
     yield from _rows(
         "Losses",

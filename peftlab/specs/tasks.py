@@ -195,6 +195,21 @@ TASKS: dict[str, TaskSpec] = {
             example_input="image.png",
         ),
         TaskSpec(
+            "reranking",
+            "how relevant a document is for a query",
+            "reranking:Reranking",
+            auto_class="AutoModelForSequenceClassification",
+            peft_type="SEQ_CLS",
+            predicts="classes",
+            columns=("query", "document", "score"),
+            keys=("data.score_range", "distill.baseline", *_TEXT, *SCORED, *_SOFTMAX),
+            scores=(*_PER_ROW, "first_relevant", "gains", "ideal_gains"),
+            headline="accuracy",
+            gathers=True,
+            whole="query",
+            example_input="--file pairs.csv",
+        ),
+        TaskSpec(
             "embedding",
             "a vector per text, learned from a teacher's vectors",
             "embedding:Embedding",
@@ -227,6 +242,7 @@ VARIANTS: tuple[TaskSpec, ...] = (
         objectives=("in_batch", "triplet"),
         contrasts=True,
         gathers=True,
+        whole="anchor",
     ),
     TaskSpec(
         "embedding",
@@ -258,6 +274,7 @@ VARIANTS: tuple[TaskSpec, ...] = (
         objectives=("in_batch",),
         contrasts=True,
         gathers=True,
+        whole="anchor",
     ),
     TaskSpec(
         "token_cls",
