@@ -134,7 +134,7 @@ def reads_later_tokens(config: Any) -> bool:
     """Whether the language model of this config is no causal one: an encoder such as BERT without ``is_decoder``."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if config.model_type == "xlnet":
+    if config.model_type == "xlnet" or (config.model_type == "bert-generation" and not config.is_decoder):
         return True
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_encoder_decoder:
         return False

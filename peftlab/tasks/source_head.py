@@ -21,10 +21,9 @@ class SourceHead(LMHead):
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """[B, T, H] what the head reads at the positions of the decoder. Args: labels: [B, T], to compare their shift."""
         base = base_of(model)
-        if id(base) not in self._verified:
+        if id(base) not in self._is_direct:
             self._verify_shift(base, inputs, labels)
-            self._verify(model, base, inputs)
-            self._verified.add(id(base))
+            self._is_direct[id(base)] = self._verify(model, base, inputs)
         return _read_by_head(model, base, inputs)[:, -inputs["decoder_input_ids"].shape[1] :]
 
     def values(self, model: nn.Module, hidden: Tensor) -> tuple[Tensor, OutputHead | None]:
