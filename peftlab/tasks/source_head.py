@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.errors import RecipeError
-from peftlab.tasks.lm_head import LMHead, base_of
+from peftlab.tasks.lm_head import LMHead, base_of, input_of
 from peftlab.tasks.outputs import OutputHead
 
 
@@ -66,15 +66,6 @@ def _bias(model: nn.Module) -> Tensor | None:
 
 
 def _read_by_head(model: nn.Module, base: Any, inputs: dict[str, Tensor]) -> Tensor:
-    seen: list[Tensor] = []
-
-    def first_position(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0])
-        return (args[0][:, :1],)
-
-    hook = base.get_output_embeddings().register_forward_pre_hook(first_position)
-    try:
+    with input_of(base.get_output_embeddings()) as seen:
         model(**inputs, use_cache=False)
-    finally:
-        hook.remove()
     return seen[-1]

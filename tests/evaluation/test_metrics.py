@@ -268,18 +268,17 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
         names = sorted(p.stem for p in modules.glob("[a-z]*.py"))
         computed = [spec.name for spec in METRICS.values() if spec.needs]
         assert set(names) >= {name.lower() for name in computed}, names
-        columns = {"predictions": [0, 1], "references": [0, 0], "nll_sum": [1.0], "num_tokens": [2], "num_correct": [1]}
-        columns["starts"] = [1, 1]
-        found = {"row": 0, "text": "a cat", "score": 1.0, "null_score": 0.0}
-        answers = {"predictions": [found], "references": [["cat"]]}
+        numbers, sets, boxes = [0, 1], [[0, 1], [1, 1]], [[[0, 0.9, 0, 0, 4, 4]]]
+        columns = {
+            "nll_sum": [1.0], "num_scored": [2], "num_tokens": [2], "num_correct": [1], "row_starts": [1, 1],
+            "predicted_labels": sets, "true_labels": sets, "label_probabilities": [[0.1, 0.9], [0.6, 0.7]],
+            "answers": ["a b", "c"], "reference_texts": ["a b", "d"], "gains": [[1.0]], "ideal_gains": [[1.0]],
+            "found_answers": [{"row": 0, "text": "a cat", "score": 1.0, "null_score": 0.0}], "right_answers": [["cat"]],
+            "found": boxes, "objects": [[[0, 0, 0, 4, 4]]], "found_at": [1, 2], "first_relevant": [1, 2],
+        }
         for name in computed:
             spec = METRICS[name]
-            columns |= {"answers": ["a b", "c"], "reference_texts": ["a b", "d"]}
-            arguments = {key: columns[column if spec.of_answers else key] for key, column in spec.needs.items()}
-            if spec.parts:
-                arguments = answers
-            if {"predicted_labels", "true_labels"} & set(spec.needs.values()):
-                arguments = {key: [[0, 1], [1, 1]] for key in spec.needs}
+            arguments = {key: columns.get(column, numbers) for key, column in spec.needs.items()}
             if spec.averaged or name == "confusion":
                 arguments["class_names"] = ["a", "b"]
             if spec.of_entities:
