@@ -270,7 +270,7 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
         assert set(names) >= {name.lower() for name in computed}, names
         numbers, sets, boxes = [0, 1], [[0, 1], [1, 1]], [[[0, 0.9, 0, 0, 4, 4]]]
         columns = {
-            "nll_sum": [1.0], "num_scored": [2], "num_tokens": [2], "num_correct": [1], "row_starts": [1, 1],
+            "references": [0, 0], "nll_sum": [1.0], "num_scored": [2], "num_tokens": [2], "num_correct": [1], "row_starts": [1, 1],
             "predicted_labels": sets, "true_labels": sets, "label_probabilities": [[0.1, 0.9], [0.6, 0.7]],
             "answers": ["a b", "c"], "reference_texts": ["a b", "d"], "gains": [[1.0]], "ideal_gains": [[1.0]],
             "found_answers": [{"row": 0, "text": "a cat", "score": 1.0, "null_score": 0.0}], "right_answers": [["cat"]],
