@@ -54,6 +54,28 @@ _NOTES = {
         "the chat template does not write the tools of {rows}, such as {details}: the model would not see them",
         "model.chat_template",
     ),
+    "widened": (
+        "entities begin or end inside a word, or inside a token of several words; they are widened to all of it ({rows})",
+        "data.columns.spans",
+    ),
+    "shared_word": (
+        "entities have no word or token of their own, because an earlier one has it; they are left out ({rows})",
+        "data.columns.spans",
+    ),
+    "trimmed": ("entities begin or end with white space, which is cut off ({rows})", "data.columns.spans"),
+    "begins_inside": (
+        "entities begin with I-, as in IOB1 or where a B- is missing; they are read as entities ({rows})",
+        "data.columns.tags",
+    ),
+    "no_prefix": (
+        "the tags have no prefix such as B-, so that neighbouring words with one tag are one entity ({rows}); for a tag per "
+        "word, such as a part of speech, name the column data.columns.word_tags",
+        "data.columns.tags",
+    ),
+    "no_token": (
+        "the tokenizer has no token for some words, such as {details}; they are not scored ({rows})",
+        "model.name",
+    ),
     "control_as_text": (
         "control tokens in the data are encoded as plain text ({rows}); data.control_tokens=keep encodes them as the tokens",
         "data.control_tokens",
@@ -126,14 +148,18 @@ def _located(finding: Finding, ledger: Ledger) -> str:
 
 
 def _unfit(ledger: Ledger) -> Iterator[Finding]:
-    refused = next((rows for reason, rows in ledger.left_out.items() if reason.startswith("refused")), None)
+    why, refused = next(((why, rows) for why, rows in ledger.left_out.items() if why.startswith("refused")), ("", None))
     if refused is not None:
+        key, limit, lengths = ledger.limit_of(why)
+        what = "target tokens" if key == "data.max_target_length" else "tokens"
         has = "has" if len(refused) == 1 else "have"
+        ways = "data.too_long=truncate or data.too_long=drop"
+        if ledger.style in ("text", "texts") and not ledger.per_row:
+            ways = "data.too_long=split, which trains all of it in blocks, or truncate or drop"
         yield Finding(
             "too_long",
-            f"{_rows(len(refused))} {has} more tokens than the limit of {ledger.max_length:,} (up to "
-            f"{int(ledger.row_lengths[refused].max()):,}); set data.too_long=truncate or data.too_long=drop, or raise "
-            "data.max_length if the model allows it",
+            f"{_rows(len(refused))} {has} more {what} than the limit of {limit:,} (up to {int(lengths[refused].max()):,}); set "
+            f"{ways}, or raise {key} if the model allows it",
             "data.too_long",
             refused,
             error=True,
@@ -374,7 +400,11 @@ def _labels(ledger: Ledger) -> Iterator[Finding]:
             "data.columns.label",
             clash,
         )
-    counts = {entry["label"]: entry["rows"] for entry in ledger.label_counts() or []}
+    entries = ledger.label_counts() or []
+    cut, spans = (sum(entry.get(name, 0) for entry in entries) for name in ("cut", "spans"))
+    if cut:
+        yield Finding("spans_cut", f"truncation cuts {cut:,} of {spans:,} entities", "data.too_long")
+    counts = {entry["label"]: entry["rows"] for entry in entries}
     absent = [label for label, count in counts.items() if not count]
     if absent:
         yield Finding("absent_label", f"no row with the label {listed(absent)}", "data.columns.label")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,9 @@ class QuestionLedger(Ledger):
         if question.ambiguous:
             self._mark("note ambiguous_answer", np.array([row]))
 
-    def _leave_out(self, tokens: Tokens, kept: Indices, lengths: Indices, in_row: Indices) -> None:
+    def _leave_out(
+        self, tokens: Tokens, kept: Indices, limits: Sequence[tuple[str, int, Indices]], in_row: Indices
+    ) -> None:
         """No row is left out for its length."""
 
     @property

@@ -109,7 +109,9 @@ def agreement(pairs: Iterable[tuple[Distributions, Tensor]]) -> Agreement:
 
 def as_logits(vectors: Tensor) -> Tensor:
     """Vectors [n, H] as logits: equal vectors give equal logits, and the largest component stays distinct for vectors of texts
-    that are close."""
+    that are close. A number (H = 1) is the logit of one class beside another of 0."""
+    if vectors.shape[-1] == 1:
+        return torch.nn.functional.pad(vectors.float(), (1, 0))
     return torch.nn.functional.normalize(vectors.float(), dim=-1) / _VECTOR_TEMPERATURE
 
 

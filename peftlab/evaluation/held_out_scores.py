@@ -27,9 +27,12 @@ class HeldOutScores:
         self, spec: TaskSpec, num_rows: int, headline: str, *, class_names: Sequence[str] | None = None
     ) -> None:
         self._num_rows = num_rows
-        self._of_class = (headline, *class_metrics(class_names).get(headline, ("", -1)))
+        self._of_class = (headline, *class_metrics(class_names, spec).get(headline, ("", -1)))
         self._vectors = EmbeddingComparison() if spec.predicts == "vectors" else None
-        self._logits = None if self._vectors else Comparison(num_rows, predicts=spec.predicts)
+        self._numbers = np.zeros((2, num_rows)) if spec.predicts == "numbers" else None
+        own = self._vectors is not None or self._numbers is not None
+        tags = class_names if spec.marks_entities else None
+        self._logits = None if own else Comparison(num_rows, predicts=spec.predicts, tags=tags)
         self._chosen: dict[int, tuple[int, int]] = {}
         self._answers: tuple[list[Mapping[str, Any]], list[Sequence[str]]] = ([], [])
         self._any = False
@@ -45,6 +48,12 @@ class HeldOutScores:
         assert self._logits is not None
         self._any = True
         self._logits.add(ours, targets, where, taught)
+
+    def add_numbers(self, rows: Sequence[int], predicted: Sequence[float], right: Sequence[float]) -> None:
+        """One number per row, and the right one."""
+        assert self._numbers is not None
+        self._any = True
+        self._numbers[:, list(rows)] = [predicted, right]
 
     def add_choices(self, rows: Sequence[int], predictions: Sequence[int], references: Sequence[int]) -> None:
         """Answers chosen among eval.choices, one per row, as class indices."""
@@ -62,6 +71,9 @@ class HeldOutScores:
             return {}
         if self._vectors is not None:
             return self._vectors.estimates()
+        if self._numbers is not None:
+            numbers = dict(zip(("predicted_numbers", "true_numbers"), self._numbers, strict=True))
+            return bootstrap(row_statistics(numbers), self._num_rows, shares=SHARES)
         assert self._logits is not None
         columns = self._logits.columns()
         if self._chosen:

@@ -17,6 +17,7 @@ from peftlab.evaluation.held_out_scores import HeldOutScores
 from peftlab.measuring.latency import measure_latency
 from peftlab.measuring.memory import release_memory
 from peftlab.models import num_parameters
+from peftlab.tasks.outputs import numbers_of
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.distill_loss import TaughtLogits
 from peftlab.training.progress import Progress, first_in_full
@@ -126,6 +127,15 @@ class _Comparer:
             counts = next(iter(outputs.values())).counts
             where = torch.tensor([self._index[e.row] for e in batch.examples]).repeat_interleave(torch.tensor(counts))
             taught = TaughtLogits(self._shares, first, batch, counts) if self._shares else None
+            if self._task.spec.predicts == "numbers":
+                ours = outputs["student"]
+                assert ours.targets is not None and ours.unit is not None
+                right = numbers_of(ours.targets, ours.unit)
+                values = {who: of_one.values for who, of_one in outputs.items()}
+                values |= {"teacher": taught.rows(slice(None))} if taught else {}
+                for who, numbers in values.items():
+                    scores[who].add_numbers(where.tolist(), numbers_of(numbers[:, 0], ours.unit), right)
+                continue
             if self._task.spec.predicts == "vectors":
                 for who, of_one in outputs.items():
                     assert taught is not None

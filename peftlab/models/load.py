@@ -132,8 +132,9 @@ def _new_weights(
         )
     inner = "" if model.base_model is model else f"{model.base_model_prefix}."
     writes = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
-    body = (name for name in new if name.startswith(inner) and not name.startswith(heads) and "pooler" not in name)
-    lost = sorted(new if writes else body)
+    other_classes = {name for name, shapes in sizes.items() if _is_class_head(*shapes, model.config.num_labels)}
+    body = (n for n in new if n.startswith(inner) and not n.startswith(heads) and "pooler" not in n)
+    lost = sorted(n for n in (new if writes else body) if n not in other_classes)
     if not lost:
         return frozenset(new)
     if lost[0] in sizes:
@@ -142,6 +143,11 @@ def _new_weights(
     else:
         problem = f"are incomplete: {len(lost)} tensors are missing, such as {lost[0]}"
     raise ArtifactError(f"the weights of {pretrained.source.name!r} {problem}; copy them again", key="model.name")
+
+
+def _is_class_head(stored: tuple[int, ...], wanted: tuple[int, ...], num_labels: int) -> bool:
+    """Whether shapes differ in the number of classes only: some detectors have their heads inside the body."""
+    return stored[1:] == wanted[1:] and wanted[0] in (num_labels, num_labels + 1)
 
 
 def _resize(model: Any, rows: int) -> None:

@@ -18,8 +18,9 @@ class Example:
     """One encoded row.
 
     Attributes:
-        ids: [T] int32 token ids; empty for an image.
-        row: index into the ``Rows`` it came from.
+        ids: [T] int32 token ids; empty for an image. sizes: the number of tokens of each of its texts, which ``ids`` holds one
+            after the other; empty: it is one text.
+        row: index into the ``Rows`` it came from, for messages.
         weight: its contribution to the step's normaliser: the sum of the weights of its scored positions, such as trained
             tokens (causal_lm) or the weight of its class (seq_cls).
         trained: [T] bool, tokens whose prediction is trained; None if a row has one prediction.
@@ -28,8 +29,9 @@ class Example:
         image: the image instead of tokens, read when it is batched.
         extra: additional inputs of the model by name, such as the ids of a decoder.
         scored: number of scored positions; only if ``trained`` is None.
-        part: which of the row's examples it is, as the windows of a long context.
+        part: which of the row's examples it is, as the windows of a long context or the blocks of a long text.
         reference: what a prediction is compared with, if that is more than ``label``, such as texts or boxes.
+        block: its number among the blocks of a row that is split (data.too_long).
     """
 
     ids: np.ndarray
@@ -42,11 +44,17 @@ class Example:
     scored: int = 1
     reference: Any = None
     part: int = 0
+    sizes: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[int, int]:
         """Identifies it among the examples of a data set."""
         return self.row, self.part
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """The token ids of each of its texts."""
+        return np.split(self.ids, np.cumsum(self.sizes)[:-1]) if self.sizes else [self.ids]
 
     @property
     def num_scored(self) -> int:
@@ -77,3 +85,8 @@ class Encoded:
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """[N] int64 tokens of each example."""
     return np.array([len(e) for e in examples], dtype=np.int64)
+
+
+def trained_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] int64 trained tokens of each example."""
+    return np.array([e.num_scored for e in examples], dtype=np.int64)

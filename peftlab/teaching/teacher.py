@@ -102,9 +102,9 @@ class NamedTeacher:
         if (Path(self.name) / LOCK_NAME).is_file():
             target = find_target(self.name)
             theirs = target.loaded.recipe
-            if theirs.task != student.task:
+            if theirs.spec.what != student.spec.what:
                 raise RecipeError(
-                    f"it was trained for task: {theirs.task}, but the student is for task: {student.task}; use a teacher of "
+                    f"it was trained for {theirs.spec.what}, but the student is for {student.spec.what}; use a teacher of "
                     "the student's task"
                 )
             changes: dict[str, Any] = {
@@ -261,6 +261,12 @@ class NamedTeacher:
             raise RecipeError(
                 f"the teacher has other labels: {listed(theirs)}{unnamed}; the student's are {listed(ours)}. Use a teacher "
                 "trained on these labels, or rename the labels in its config",
+                key=f"{self.key}.name",
+            )
+        if ours != theirs and self._assembly.spec.one_output_per_class:
+            raise RecipeError(
+                f"the teacher has the labels in another order: {listed(theirs)}; the student's are {listed(ours)}. Use a teacher "
+                "trained on the same rows",
                 key=f"{self.key}.name",
             )
         return None if ours == theirs else tuple(theirs.index(name) for name in ours)

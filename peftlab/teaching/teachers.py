@@ -274,6 +274,8 @@ class Teachers:
             self._progress.note(f"vocabulary: {count:,} of the student's {width:,} columns are compared")
 
     def _default_loss(self, task: Task, model: Any) -> LossSection:
+        if task.spec.predicts == "numbers":
+            return LossSection(kind="hidden_mse")
         if task.spec.predicts != "vectors":
             return LossSection(kind="forward_kl")
         models = [model] if self._named[0].is_self else [model, self.model(0).model]
