@@ -257,3 +257,14 @@ def make_model(config: Any, auto_class: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, auto_class).from_config(config).eval()
+
+
+def language_tokenizer(family: str) -> Any:
+    """The tokenizer of mbart, mbart50 or nllb with the pieces ``▁``, ``a`` and ``b``."""
+    import transformers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    if family == "nllb":
+        return transformers.NllbTokenizer(vocab={p: i for i, p in enumerate([*special, "▁", "a", "b"])}, merges=[])
+    pieces = [*((p, 0.0) for p in special), ("▁", -1.0), ("a", -2.0), ("b", -2.0)]
+    return {"mbart": transformers.MBartTokenizer, "mbart50": transformers.MBart50Tokenizer}[family](vocab=pieces)
