@@ -17,7 +17,13 @@ from peftlab.data import load_rows
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 
-TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert", "embedding": "tiny:bert", "image_cls": "tiny:vit"}
+TINY = {
+    "causal_lm": "tiny:llama",
+    "seq2seq": "tiny:t5",
+    "seq_cls": "tiny:bert",
+    "embedding": "tiny:bert",
+    "image_cls": "tiny:vit",
+}
 # What a newcomer types first. None of them is in the data.
 SPAM = [
     "URGENT you have won a free cruise, call now",

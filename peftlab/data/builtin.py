@@ -1,4 +1,4 @@
-"""Built-in data sets: ``sklearn:digits``, and of installed packages ``docstrings:PACKAGE,PACKAGE`` and
+"""Built-in data sets: ``sklearn:digits``, ``unicode:hangul``, and of installed packages ``docstrings:PACKAGE,PACKAGE`` and
 ``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peftlab.data.catalogues import catalogue_rows
 from peftlab.data.rows import Origin, Rows
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS, CATALOGUES = "sklearn:digits", "docstrings:", "catalogues:"
+DIGITS, HANGUL, DOCSTRINGS, CATALOGUES = "sklearn:digits", "unicode:hangul", "docstrings:", "catalogues:"
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -42,16 +43,18 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS, CATALOGUES))
+    return name.startswith(("sklearn:", "unicode:", DOCSTRINGS, CATALOGUES))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
     """The rows of a built-in data set.
 
     ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 255) and ``label``
-    ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
-    installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
-    packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
+    ("0" to "9"). ``unicode:hangul``: the 11,172 syllables of the Korean script, columns ``source`` (its two or three letters,
+    one character each) and ``target`` (the Latin letters in its Unicode name: han). ``docstrings:numpy,scipy``: the first
+    paragraph of each docstring in three double quotes in these installed packages (not imported). Texts have five words or
+    more; duplicates are removed, and texts that occur in two packages too. Columns ``text`` and ``label`` (the package).
+    PACKAGE replaces the packages' names in the text.
     ``catalogues:django/de``: the translated strings of all gettext catalogues of a language in an installed package (not
     imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
 
@@ -66,13 +69,15 @@ def load_builtin(name: str, *, key: str) -> Rows:
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
+    elif base == HANGUL:
+        rows, contents = _hangul(name)
     elif base.startswith(DOCSTRINGS):
         rows, contents = _docstrings(name, tuple(base.removeprefix(DOCSTRINGS).split(",")), key)
     elif base.startswith(CATALOGUES):
         rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )
@@ -97,6 +102,21 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
         positions=np.arange(1, len(labels) + 1),
     )
     return rows, [image.tobytes() for image in images]
+
+
+def _hangul(name: str) -> tuple[Rows, list[bytes]]:
+    syllables = [chr(point) for point in range(0xAC00, 0xD7A4)]
+    sources = [unicodedata.normalize("NFD", syllable) for syllable in syllables]
+    targets = [unicodedata.name(syllable).removeprefix("HANGUL SYLLABLE ").lower() for syllable in syllables]
+    rows = Rows(
+        name=name,
+        columns={"source": list[Any](sources), "target": list[Any](targets)},
+        fingerprint=hashlib.sha256("".join(sources + targets).encode()).hexdigest(),
+        origins=(Origin(HANGUL, "record"),),
+        origin_index=np.zeros(len(sources), dtype=np.int64),
+        positions=np.arange(1, len(sources) + 1),
+    )
+    return rows, [source.encode() for source in sources]
 
 
 def _catalogues(name: str, parts: list[str], key: str) -> list[tuple[Path, str]]:

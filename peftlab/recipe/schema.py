@@ -118,7 +118,7 @@ class TemplateSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE, "
+        description="file, folder, package:IMPORT/PATH, sklearn:digits, unicode:hangul, docstrings:PACKAGE,PACKAGE, "
         "catalogues:PACKAGE/LANGUAGE or hub data set; NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
     )
     eval: str | None = Field(
