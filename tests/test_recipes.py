@@ -21,8 +21,11 @@ TINY = {
     "causal_lm": "tiny:llama",
     "seq2seq": "tiny:t5",
     "seq_cls": "tiny:bert",
+    "token_cls": "tiny:bert",
     "embedding": "tiny:bert",
     "image_cls": "tiny:vit",
+    "extractive_qa": "tiny:bert",
+    "reranking": "tiny:bert",
 }
 # What a newcomer types first. None of them is in the data.
 SPAM = [

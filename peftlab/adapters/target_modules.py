@@ -64,9 +64,21 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether it is a convolution of torch."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether it is an ungrouped convolution whose output is linear in its weight: PEFT can merge its adapter. One that
+    standardizes its weight first has a forward of its own."""
+    own = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return is_convolution(module) and not is_grouped(module) and own
+
+
 def is_grouped(module: nn.Module) -> bool:
     """Whether it is a grouped convolution: PEFT adapts it only at a rank that its groups divide, and cannot merge it."""
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1
+    return is_convolution(module) and bool(module.groups != 1)
 
 
 def is_linear(module: nn.Module) -> bool:

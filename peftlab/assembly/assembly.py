@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
+from pydantic import BaseModel
+
 from peftlab.adapters import HeadLoss
 from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
@@ -14,7 +16,7 @@ from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
 from peftlab.assembly.stack import stacked
 from peftlab.assembly.start import Start
-from peftlab.data import Rows, class_names, require
+from peftlab.data import Augmentation, Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.measuring.memory import share_one_heap
@@ -26,6 +28,7 @@ from peftlab.models import (
     decoder_start,
     end_ids,
     find_pretrained,
+    is_causal,
     load_config,
     load_image_reader,
     load_model,
@@ -39,6 +42,7 @@ from peftlab.models import (
     start_rows,
     stored_as,
     target_limit,
+    token_types,
     tokenizer_fingerprint,
     vocabulary_rows,
 )
@@ -46,30 +50,46 @@ from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
 from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
-from peftlab.specs.metrics import class_slugs, family_of
+from peftlab.specs.metrics import family_of, values_of
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks import Encoded, FindsClasses, Padding, Task, TaskParts, task_class
+from peftlab.tasks import Encoded, FindsClasses, FindsSettings, Padding, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
-_TARGETS = {"prefix", "source_language", "target_language", "max_target_length"}
-_NOT_ABOUT_ROWS = {"template", "control_tokens", "max_length", "too_long", "packing", "allow", "seed", *_TARGETS}
-# Those that affect the texts that a row becomes.
-_OF_TEXTS = {"columns", "label_names", "bins", "template", "control_tokens", *_TARGETS}
+_NOT_ABOUT_ROWS = {
+    "template",
+    "control_tokens",
+    "max_length",
+    "max_target_length",
+    "stride",
+    "too_long",
+    "packing",
+    "allow",
+    "augment",
+    "score_range",
+    "prefix",
+    "source_language",
+    "target_language",
+    "seed",
+}
 
 
 class Reading(NamedTuple):
     """How a model's family reads and writes texts.
 
-    Attributes: padding, num_embeddings, decoder_start: see ``TaskParts``. end_ids: the ids that end its texts.
+    Attributes: padding, causal, num_embeddings, token_types, decoder_start, hidden_size: see ``TaskParts``.
+        end_ids: the ids that end its texts.
         target_limit: the longest target in tokens; None for a task without targets.
     """
 
     padding: Padding = "right"
+    causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
+    token_types: int = 0
     decoder_start: int | None = None
     target_limit: int | None = None
+    hidden_size: int | None = None
 
 
 class Assembly:
@@ -277,6 +297,27 @@ class Assembly:
         return cast(type[FindsClasses], task_class(self.spec)).find_classes(parts, rows)
 
     @property
+    def found(self) -> dict[str, Any]:
+        """The settings that the task finds, or that the run in the recipe's lock has found; empty for a task without any."""
+        if not self.spec.finds_settings:
+            return {}
+        stored = ((self.recipe.lock or {}).get("environment") or {}).get("found")
+        if isinstance(stored, dict):
+            return dict(stored)
+        return self._once("settings", [self._data_key, self._reads_train], self._find_settings)
+
+    def _find_settings(self) -> dict[str, Any]:
+        rows = self.data.labelled
+        parts = self._task_parts(self.reader, classes=None, rows=rows, found={})
+        return cast(type[FindsSettings], task_class(self.spec)).find_settings(parts, rows)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the lock file of a run keeps of the data: names of the classes, and settings."""
+        kept: dict[str, Any] = {"class_names": self.classes} if self.spec.names_classes else {}
+        return kept | ({"found": self.found} if self.found else {})
+
+    @property
     def task(self) -> Task:
         """The task, with reader, columns and classes. Raises: DataError, RecipeError."""
         return self._once("task", self._task_key, self._make_task)
@@ -305,7 +346,13 @@ class Assembly:
         return task_class(self.spec).make(parts)
 
     def _task_parts(
-        self, reader: Any, *, classes: list[str] | None, rows: Rows | None, pretrained: Pretrained | None = None
+        self,
+        reader: Any,
+        *,
+        classes: list[str] | None,
+        rows: Rows | None,
+        pretrained: Pretrained | None = None,
+        found: dict[str, Any] | None = None,
     ) -> TaskParts:
         r, data = self.recipe, self.recipe.data
         family = self._reading(pretrained or self.pretrained, reader)
@@ -325,16 +372,28 @@ class Assembly:
             style=((r.lock or {}).get("environment") or {}).get("style"),
             control_tokens=data.control_tokens,
             padding=family.padding,
+            causal=family.causal,
             end_ids=family.end_ids,
             num_embeddings=family.num_embeddings,
-            prefix=data.prefix,
-            source_language=data.source_language,
-            target_language=data.target_language,
-            max_target_length=self._max_target_length(family),
+            token_types=family.token_types,
             decoder_start=family.decoder_start,
-            beams=r.eval.beams,
-            max_new_tokens=r.eval.max_new_tokens,
+            max_target_length=self._max_target_length(family),
+            hidden_size=family.hidden_size,
+            settings=self._settings,
+            config=load_config(pretrained or self.pretrained) if self.spec.reader != "tokenizer" else None,
+            augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
+            found=self.found if found is None else found,
         )
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """See ``TaskParts.settings``."""
+        values: dict[str, Any] = {}
+        for key in self.spec.settings:
+            section, name = key.split(".")
+            value = getattr(getattr(self.recipe, section), name)
+            values[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+        return values
 
     def _max_target_length(self, family: Reading) -> int | None:
         """The longest target in tokens; None for a task without targets. Raises: RecipeError if the model writes less."""
@@ -374,7 +433,14 @@ class Assembly:
         rows = vocabulary_rows(config)
         if self.recipe.adapter.tokens and rows is not None:
             rows = max(rows, len(reader))
-        reading = Reading(padding_of(config, self.spec.predicts), ends, rows)
+        reading = Reading(
+            padding_of(config, whole_rows=self.spec.reads_whole_rows),
+            is_causal(config),
+            ends,
+            rows,
+            token_types(config, reader),
+            hidden_size=getattr(config.get_text_config(), "hidden_size", None),
+        )
         if not self.spec.reads_source:
             return reading
         return reading._replace(decoder_start=decoder_start(config), target_limit=target_limit(pretrained, reader))
@@ -474,13 +540,10 @@ class Assembly:
     def check_class_has_rows(self, metric: str, *, key: str) -> None:
         """Raises RecipeError at ``key`` if ``metric`` is of one class, and no held-out row has that class."""
         classes, family = self.task.class_names, family_of(metric)
-        if classes is None or family is None or not family.averaged:
+        if classes is None or family is None:
             return
-        slugs = [f"{family.name}_{slug}" for slug in class_slugs(classes)]
-        if metric not in slugs:
-            return
-        name = classes[slugs.index(metric)]
-        if name not in self._held_out_classes():
+        name = values_of(family, classes).get(metric)
+        if name is not None and name not in self._held_out_classes():
             raise RecipeError(
                 f"no held-out row has the class {name!r}, so {metric} cannot be measured; name another metric, or give "
                 "data.eval rows of it",
@@ -570,12 +633,13 @@ class Assembly:
             r.task,
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
-            r.data.model_dump(include=_OF_TEXTS),
-            [r.eval.beams, r.eval.max_new_tokens],
-            r.train.class_weights,
+            r.data.columns,
+            self._settings,
+            self._model_key if self.spec.reader != "tokenizer" else None,
             self.classes,
+            self.found,
+            r.eval.threshold,
             r.run.kernels,
-            r.model.pooling,
             sentences,
             self._reading(self.pretrained, self.reader),
         ]

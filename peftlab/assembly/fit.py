@@ -33,7 +33,7 @@ from peftlab.ops import plans_in_use
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, RUN_NAME, Run, open_run, write_json
 from peftlab.specs.metrics import METRICS
-from peftlab.tasks import Chats, Generates
+from peftlab.tasks import Chats, FindsSettings, Generates
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.distill_loss import DistillLoss
 from peftlab.training.loop import LoopResult, TrainingLoop
@@ -81,6 +81,7 @@ class Fit:
         self._resume_hint = resume_hint or resume_command(folder)
         self._summary = parts.summary
         self._noted: set[str] = set()
+        self._found = dict(parts.assembly.found)
 
     def run(self) -> Run:
         """Trains and evaluates, and merges if the recipe asks for it.
@@ -200,7 +201,7 @@ class Fit:
         earlier = open_run(self._folder).summary if self._checkpoint else {}
         summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
         if parts.recipe.eval.before and summary["before"] is None:
-            self._progress.stage(f"evaluating the untrained model on {len(parts.held_out.examples):,} held-out rows")
+            self._progress.stage(f"evaluating the untrained model on {parts.held_out.num_rows:,} held-out rows")
             summary["before"] = self._evaluate()
             summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
             release_memory()
@@ -262,6 +263,7 @@ class Fit:
         if result.steps < parts.plan.total_steps and not result.stopped_early:
             summary["training"] = _figures(result)
             return False
+        self._settle()
         self._save_result()  # now, so that a later failure does not lose the training
         progress.stage("evaluating the trained model")
         final = self._evaluate()
@@ -312,7 +314,20 @@ class Fit:
                 f"keeping step {result.best_step}: best {parts.recipe.eval.best} {result.best_value:.4g}"
             )
             load_state(parts.model, best)
+            self._settle()
             self._save_result()
+
+    def _settle(self) -> None:
+        """Finishes the trained model, and keeps the settings that the task finds in it."""
+        parts = self._parts
+        if not parts.assembly.spec.finds_settings:
+            return
+        with self._accelerator.autocast():
+            self._found |= cast(FindsSettings, parts.task).after_training(
+                parts.model, parts.train.examples, batch_tokens=parts.recipe.eval.batch_tokens
+            )
+        if self._found != parts.assembly.found:
+            self._write_lock()
 
     def _save_result(self) -> None:
         """Saves the adapter, or without one the model as a plain transformers folder."""
@@ -342,10 +357,7 @@ class Fit:
             resume_step = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step-"))
         try:
             if not resumed:
-                fingerprints = self._parts.assembly.fingerprints
-                write_lock(
-                    folder / LOCK_NAME, self._parts.loaded, fingerprints=fingerprints, environment=self._environment()
-                )
+                self._write_lock()
             self._write_status("running", started)
             yield MetricsLog(folder / "metrics.jsonl", resume_step=resume_step)
             if "after" in self._summary:
@@ -363,6 +375,11 @@ class Fit:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
+    def _write_lock(self) -> None:
+        parts = self._parts
+        fingerprints = parts.assembly.fingerprints
+        write_lock(self._folder / LOCK_NAME, parts.loaded, fingerprints=fingerprints, environment=self._environment())
+
     def _environment(self) -> dict[str, Any]:
         parts = self._parts
         name = torch.cuda.get_device_name() if parts.device == "cuda" else "cpu"
@@ -372,6 +389,8 @@ class Fit:
             environment["class_names"] = parts.task.class_names
         if parts.assembly.spec.chats:
             environment["style"] = cast(Chats, parts.task).formatter.style
+        if self._found:
+            environment["found"] = self._found
         return environment
 
     def _write_status(self, status: str, started: float) -> None:

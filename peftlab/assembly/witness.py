@@ -83,6 +83,8 @@ class Witness:
                 arrays["trained"] = example.trained
             if example.scored != 1:
                 arrays["scored"] = np.array(example.scored)
+            if example.sizes:
+                arrays["sizes"] = np.array(example.sizes)
             if example.image is not None:
                 arrays["image"] = np.frombuffer(_image_bytes(example.image), dtype=np.uint8)
                 arrays["length"] = np.array(example.image.length)
@@ -137,6 +139,7 @@ def _example(stored: dict[str, Tensor], index: int) -> Example:
         image=image,
         extra={n.removeprefix("extra."): v for n, v in own.items() if n.startswith("extra.")},
         scored=int(own.get("scored", 1)),
+        sizes=tuple(own["sizes"].tolist()) if "sizes" in own else (),
     )
 
 

@@ -37,7 +37,7 @@ def evaluate_examples(
         return {}
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    scorer = Scorer(metrics, class_names=task.class_names)
+    scorer, parts = Scorer(metrics, class_names=task.class_names), []
     writes = not scorer.columns.isdisjoint(task.spec.answer_scores)
     try:
         for part in eval_batches(encoded.lengths, batch_tokens):
@@ -46,8 +46,13 @@ def evaluate_examples(
                 columns = task.score(model, batch)
                 if writes:
                     columns |= task.score_answers(model, batch)
-            scorer.add(columns)
+            if task.spec.gathers:
+                parts.append(columns)
+            else:
+                scorer.add(columns)
     finally:
         for module, training in modes.items():
             module.training = training
+    if parts:
+        scorer.add(task.gathered(parts))
     return scorer.compute()

@@ -21,6 +21,7 @@ from peftlab.assembly.witness import WITNESS_NAME
 from peftlab.errors import Interrupted
 from peftlab.experiments.card_figures import compare_students, no_baseline
 from peftlab.experiments.distill_checks import check_models
+from peftlab.experiments.linking import link_file
 from peftlab.experiments.phases import phase_notes, train_in_phases
 from peftlab.experiments.student import cut_student
 from peftlab.experiments.taught_answers import answered_examples
@@ -107,7 +108,7 @@ class Distillation:
         if replace and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        environment: dict[str, Any] = {"class_names": assembly.classes} if assembly.spec.names_classes else {}
+        environment = assembly.kept
         if assembly.spec.chats:
             environment["style"] = cast(Chats, assembly.task).formatter.style
         try:
@@ -234,22 +235,14 @@ def _publish_student(arm: Arm, folder: Path) -> None:
         if file.is_file() and file.name != LOCK_NAME:
             target = partial / file.relative_to(arm.model)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _link(file, target)
+            link_file(file, target)
     shutil.copy(folder / LOCK_NAME, partial / LOCK_NAME)
     witness = arm.folder / WITNESS_NAME
     if witness.is_file():
         (folder / WITNESS_NAME).unlink(missing_ok=True)
-        _link(witness, folder / WITNESS_NAME)
+        link_file(witness, folder / WITNESS_NAME)
     shutil.rmtree(folder / "student", ignore_errors=True)
     os.replace(partial, folder / "student")
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-links the file if the disk allows it, else copies: a student may have gigabytes."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _clear_partial(folder: Path) -> None:

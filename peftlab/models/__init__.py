@@ -1,16 +1,20 @@
 """Finds, loads and quantizes backbones."""
 
-from peftlab.models.bnb import import_bitsandbytes
+from peftlab.models.bnb import import_bitsandbytes, misreads_nf4
 from peftlab.models.config import (
     check_stored,
     decoder_start,
     end_ids,
+    has_class,
+    is_causal,
     label_names,
+    linear_widths,
     load_config,
     load_skeleton,
     reads_later_tokens,
     starts_with_last,
     stored_as,
+    token_types,
 )
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.image_reader import ImageReader, load_image_reader
@@ -43,18 +47,23 @@ __all__ = [
     "end_ids",
     "find_pretrained",
     "import_bitsandbytes",
+    "has_head",
     "label_names",
     "length_limit",
+    "linear_widths",
     "load_config",
     "load_image_reader",
     "load_model",
     "load_skeleton",
     "load_tokenizer",
+    "misreads_nf4",
     "model_max_length",
     "new_weights",
     "num_parameters",
     "padding_of",
     "quiet",
+    "has_class",
+    "is_causal",
     "reads_later_tokens",
     "reconcile",
     "reconciled_ids",
@@ -68,6 +77,7 @@ __all__ = [
     "stored_as",
     "token_rows",
     "target_limit",
+    "token_types",
     "tokenizer_fingerprint",
     "vocabulary_rows",
 ]

@@ -72,8 +72,8 @@ class Seq2Seq:
             decoder_start=parts.decoder_start,
             end_ids=parts.end_ids,
             padding=parts.padding,
-            beams=parts.beams,
-            max_new_tokens=parts.max_new_tokens,
+            beams=parts.settings["eval.beams"],
+            max_new_tokens=parts.settings["eval.max_new_tokens"],
             num_embeddings=parts.num_embeddings,
         )
 

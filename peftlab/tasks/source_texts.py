@@ -125,9 +125,9 @@ class SourceTexts:
             parts.reader,
             source=parts.column("source"),
             target=parts.column("target"),
-            prefix=parts.prefix,
-            source_language=parts.source_language,
-            target_language=parts.target_language,
+            prefix=parts.settings["data.prefix"],
+            source_language=parts.settings["data.source_language"],
+            target_language=parts.settings["data.target_language"],
             max_target_length=parts.max_target_length,
         )
 

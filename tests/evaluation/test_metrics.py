@@ -269,12 +269,21 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
         computed = [spec.name for spec in METRICS.values() if spec.needs]
         assert set(names) >= {name.lower() for name in computed}, names
         columns = {"predictions": [0, 1], "references": [0, 0], "nll_sum": [1.0], "num_tokens": [2], "num_correct": [1]}
+        columns["starts"] = [1, 1]
+        found = {"row": 0, "text": "a cat", "score": 1.0, "null_score": 0.0}
+        answers = {"predictions": [found], "references": [["cat"]]}
         for name in computed:
             spec = METRICS[name]
             columns |= {"answers": ["a b", "c"], "reference_texts": ["a b", "d"]}
             arguments = {key: columns[column if spec.of_answers else key] for key, column in spec.needs.items()}
+            if spec.parts:
+                arguments = answers
+            if {"predicted_labels", "true_labels"} & set(spec.needs.values()):
+                arguments = {key: [[0, 1], [1, 1]] for key in spec.needs}
             if spec.averaged or name == "confusion":
                 arguments["class_names"] = ["a", "b"]
+            if spec.of_entities:
+                arguments["class_names"] = ["O", "B-a", "I-a"]
             module = evaluate.load(str(modules / f"{name.lower()}.py"), keep_in_memory=True)
             print(name, module.name, module.compute(**arguments))
     """
@@ -292,7 +301,15 @@ def test_scorer_offline_writes_nothing_and_modules_load_by_path(tmp_path: Path) 
     assert "confusion confusion {'confusion': [[1, 1], [0, 0]]}" in lines
 
 
-@pytest.mark.parametrize("name", [name for name, spec in METRICS.items() if spec.needs and spec.rows and spec.on_card])
+# Those of entities: test_entity_metrics.py.
+OF_ROWS = [
+    n
+    for n, spec in METRICS.items()
+    if spec.needs and spec.rows not in ((), ("vectors",)) and spec.on_card and not spec.of_entities
+]
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_row_statistics_equal_the_value_of_the_evaluation(name: str) -> None:
     """Compares two implementations: scikit-learn over all rows, and a sum over rows that may be drawn repeatedly."""
     rng = np.random.default_rng(1)
@@ -310,13 +327,26 @@ def test_row_statistics_equal_the_value_of_the_evaluation(name: str) -> None:
             "rows": [True] * 50,
             "predictions": predicted.tolist(),
             "references": true.tolist(),
+            "predicted_numbers": nll.tolist(),
+            "true_numbers": true.tolist(),
+            "found_answers": [
+                {"row": i, "text": f"a {p}", "score": 1, "null_score": 0} for i, p in enumerate(predicted)
+            ],
+            "right_answers": [[f"{t} 0"] for t in true],
             "answers": texts,
             "reference_texts": others,
         }
     )
     columns = {"nll": nll, "positions": tokens_, "tokens": tokens_, "correct_tokens": correct}
     columns |= {"predicted_class": predicted, "true_class": true, "correct_classes": predicted == true}
-    columns |= {"class_positions": np.ones(50), **answer_rows(texts, others)}
+    columns |= {
+        "answer_exact": np.zeros(50),
+        "class_positions": np.ones(50),
+        "predicted_numbers": nll,
+        "true_numbers": true,
+    }
+    columns |= {"answer_f1": np.where((predicted == true) | (predicted == 0), 2 / 3, 0)}
+    columns |= answer_rows(texts, others)
     statistic = row_statistics({k: v.astype(np.float64) for k, v in columns.items()})[METRICS[name].headline]
     assert statistic(np.ones((1, 50))) == pytest.approx([scorer.compute()[METRICS[name].headline]], abs=1e-12)
     if METRICS[name].of_classes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from peftlab.models.tiny import tiny_tokenizer
 from peftlab.tasks import TaskParts
 from peftlab.tasks.seq2seq import Seq2Seq
 from tests.family_examples import TRANSLATORS, make_config, make_model
+from tests.task_settings import default_settings
 
 ROWS = Rows.from_dicts(
     [
@@ -39,15 +39,17 @@ def model_of(name: str = "T5Config", *, dtype: torch.dtype = torch.float64) -> A
     return model
 
 
-def task_of(model: Any, **options: Any) -> Seq2Seq:
+def task_of(model: Any, *, max_target_length: int | None = None, start: int | None = None, **settings: Any) -> Seq2Seq:
     parts = TaskParts(
         tiny_tokenizer(),
         columns={},
         available=("source", "target"),
         head_loss=HeadLoss("auto"),
-        decoder_start=decoder_start(model.config),
+        decoder_start=decoder_start(model.config) if start is None else start,
+        max_target_length=max_target_length,
+        settings=default_settings(Seq2Seq.spec, **settings),
     )
-    return Seq2Seq.make(replace(parts, **options))
+    return Seq2Seq.make(parts)
 
 
 def examples_of(task: Seq2Seq, **options: Any) -> list[Any]:
@@ -121,7 +123,7 @@ def test_cut_into_micro_batches_gives_the_same_gradient() -> None:
 
 def test_another_start_of_the_decoder_is_refused() -> None:
     model = model_of("BartConfig")
-    task = task_of(model, decoder_start=5)
+    task = task_of(model, start=5)
     with pytest.raises(RecipeError, match="starts its targets with other tokens"):
         task.loss_sum(model, task.collate(examples_of(task), "cpu"))
 
