@@ -1,5 +1,6 @@
-"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, ``unicode:hangul``, and of installed packages ``docstrings:PACKAGE,PACKAGE``, the same
-with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and ``catalogues:PACKAGE/LANGUAGE``."""
+"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, ``unicode:hangul``, and of installed packages
+``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and
+``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -117,8 +118,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = _shapes(name, base.removeprefix(SHAPES), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE, "
-            f"{QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, "
+            f"{SECTIONS}PACKAGE,PACKAGE, {QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )
