@@ -205,8 +205,10 @@ TRANSLATORS: dict[str, dict[str, Any]] = {
     "MT5Config": {**_T5, "decoder_start_token_id": 0},
     "UMT5Config": {**_T5, "decoder_start_token_id": 0},
     "LongT5Config": {**_T5, "decoder_start_token_id": 0, "local_radius": 127},
-    "SwitchTransformersConfig": {**_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_sparse_encoder_layers": 1,
-                                 "num_sparse_decoder_layers": 1},
+    "SwitchTransformersConfig": {
+        **_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "BartConfig": _BART,
     "MBartConfig": _BART,
     "MarianConfig": {**_BART, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2},
@@ -406,3 +408,14 @@ def make_model(config: Any, auto_class: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, auto_class).from_config(config).eval()
+
+
+def language_tokenizer(family: str) -> Any:
+    """The tokenizer of mbart, mbart50 or nllb with the pieces ``▁``, ``a`` and ``b``."""
+    import transformers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    if family == "nllb":
+        return transformers.NllbTokenizer(vocab={p: i for i, p in enumerate([*special, "▁", "a", "b"])}, merges=[])
+    pieces = [*((p, 0.0) for p in special), ("▁", -1.0), ("a", -2.0), ("b", -2.0)]
+    return {"mbart": transformers.MBartTokenizer, "mbart50": transformers.MBart50Tokenizer}[family](vocab=pieces)

@@ -19,6 +19,7 @@ from peftlab.training.progress import SilentProgress
 
 TINY = {
     "causal_lm": "tiny:llama",
+    "seq2seq": "tiny:t5",
     "seq_cls": "tiny:bert",
     "token_cls": "tiny:bert",
     "embedding": "tiny:bert",

@@ -160,6 +160,7 @@ METRICS: dict[str, MetricSpec] = {
             label="chrF",
             note="matching character n-grams of the texts that it writes, 0 to 100",
         ),
+        _share("placeholders", needs=_TEXTS, of_answers=True, by_default=False, on_card=False),
         *(
             _share(
                 name,
