@@ -147,8 +147,17 @@ def write_texts(file: Path, assembly: Assembly, *, num_tokens: int) -> None:
     if not examples:
         raise DataError(f"no rows of {rows.name} remain to measure with", key="data.train")
     ids = np.concatenate([e.ids for e in examples]).astype(np.int32)
-    labels = np.concatenate([np.broadcast_to(-1 if e.label is None else e.label, len(e)) for e in examples])
+    labels = np.concatenate([_label_of_each_token(e) for e in examples])
     np.savez(file, ids=ids, labels=labels.astype(np.int32))
+
+
+def _label_of_each_token(example: Example) -> np.ndarray:
+    """[T] the row's label, or those of its scored tokens and 0 for the others."""
+    if isinstance(example.label, np.ndarray) and example.trained is not None:
+        labels = np.zeros(len(example), dtype=np.int64)
+        labels[example.trained] = example.label
+        return labels
+    return np.broadcast_to(-1 if example.label is None else example.label, len(example))
 
 
 def text_examples(file: Path, *, rows: int, length: int, predicts: Predicts) -> list[Example]:
