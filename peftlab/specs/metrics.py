@@ -181,7 +181,7 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             on_short_card=True,
             label="accuracy",
-            note="share of rows answered correctly",
+            note="share of answers that are right",
         ),
         _share(
             "precision", needs=_PAIRS, of_classes=True, rows=_CLASS_ROWS, averaged=True, on_card=False, kept_as="share"
