@@ -71,13 +71,13 @@ def test_docstrings_data_reads_first_paragraphs_of_packages(tmp_path: Path, monk
 
 def test_docstrings_data_searches_a_package_once(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[str] = []
-    paragraphs = builtin._paragraphs
+    paragraphs = builtin._docstrings_in
 
     def watched(folder: Path) -> Iterator[tuple[str, int, str]]:
         searched.append(folder.name)
         return paragraphs(folder)
 
-    monkeypatch.setattr(builtin, "_paragraphs", watched)
+    monkeypatch.setattr(builtin, "_docstrings_in", watched)
     builtin._search.cache_clear()
     parts = [
         load_rows(f"docstrings:accelerate{part}", key=key)
