@@ -236,10 +236,6 @@ TRANSLATORS: dict[str, dict[str, Any]] = {
     "MT5Config": {**_T5, "decoder_start_token_id": 0},
     "UMT5Config": {**_T5, "decoder_start_token_id": 0},
     "LongT5Config": {**_T5, "decoder_start_token_id": 0, "local_radius": 127},
-    "SwitchTransformersConfig": {
-        **_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
-        "num_sparse_decoder_layers": 1,
-    },
     "BartConfig": _BART,
     "MBartConfig": _BART,
     "MarianConfig": {**_BART, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2},
