@@ -41,6 +41,9 @@ _XLM = {"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "m
 _DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
 # Decoders as published: most have no padding id.
 DECODERS: dict[str, dict[str, Any]] = {
     "LlamaConfig": _GROUPED,
@@ -78,7 +81,26 @@ WRITERS: dict[str, dict[str, Any]] = DECODERS | {
     "RwkvConfig": {k: v for k, v in _MAMBA.items() if k != "state_size"} | {"context_length": 128},
     "GraniteConfig": _GROUPED,
     "OlmoConfig": _GROUPED,
-}
+    "Olmo3Config": {**_GROUPED, **_SLIDING},
+    "Cohere2Config": {**_GROUPED, **_SLIDING, **_IDS},
+    "Exaone4Config": {**_GROUPED, **_SLIDING, **_IDS},
+    "GlmConfig": {**_GROUPED, **_IDS, "head_dim": 8},
+    "Glm4Config": {**_GROUPED, **_IDS, "head_dim": 8},
+    "NemotronConfig": {**_GROUPED, **_IDS, "head_dim": 8},
+    "Ernie4_5Config": {**_GROUPED, **_IDS, "head_dim": 8},
+    "HunYuanDenseV1Config": {**_GROUPED, **_IDS, "head_dim": 8},
+    "ModernBertDecoderConfig": {**_SIZES, **_IDS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8},
+    "PhimoeConfig": {**_GROUPED, **_IDS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GptOssConfig": {**_GROUPED, **_SLIDING, **_IDS, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Llama4TextConfig": {**_GROUPED, **_IDS, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64},
+    "DeepseekV3Config": {
+        **_SIZES, **_IDS, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
+    },
+    "FalconMambaConfig": {**_MAMBA, **_IDS},
+    "Lfm2Config": {**_GROUPED, **_IDS, "layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
 CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
     "BertConfig": _SIZES,
     "DistilBertConfig": _DISTIL,
@@ -121,6 +143,15 @@ CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
         "lsh_attn_chunk_length": 8, "num_buckets": 2, "is_decoder": False,
         "hash_seed": 0,
     },
+    "MegatronBertConfig": _SIZES,
+    "RoCBertConfig": _SIZES,
+    "RobertaPreLayerNormConfig": {**_SIZES, **_IDS},
+    "Data2VecTextConfig": {**_SIZES, **_IDS},
+    "NomicBertConfig": {**_SIZES, **_IDS},
+    "EuroBertConfig": {**_SIZES, **_IDS, "num_key_value_heads": 4},
+    "CanineConfig": {**{k: v for k, v in _SIZES.items() if k != "vocab_size"}, **_IDS},
+    "OpenAIGPTConfig": _GPT,
+    "CTRLConfig": {**_GPT, "dff": 64},
 }  # fmt: skip
 
 
@@ -205,8 +236,10 @@ TRANSLATORS: dict[str, dict[str, Any]] = {
     "MT5Config": {**_T5, "decoder_start_token_id": 0},
     "UMT5Config": {**_T5, "decoder_start_token_id": 0},
     "LongT5Config": {**_T5, "decoder_start_token_id": 0, "local_radius": 127},
-    "SwitchTransformersConfig": {**_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_sparse_encoder_layers": 1,
-                                 "num_sparse_decoder_layers": 1},
+    "SwitchTransformersConfig": {
+        **_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "BartConfig": _BART,
     "MBartConfig": _BART,
     "MarianConfig": {**_BART, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2},
@@ -238,6 +271,7 @@ FILLERS: dict[str, dict[str, Any]] = {
         "Bert", "DistilBert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Longformer", "BigBird", "Electra", "Deberta",
         "DebertaV2", "Albert", "MobileBert", "SqueezeBert", "RoFormer", "ModernBert", "Funnel", "XLM", "Flaubert", "Bart",
         "MBart", "ConvBert", "FNet", "Yoso", "Nystromformer", "XLMRobertaXL", "Ernie", "RemBert", "Esm", "Reformer",
+        "MegatronBert", "RoCBert", "RobertaPreLayerNorm", "Data2VecText", "NomicBert", "EuroBert",
     )
 }  # fmt: skip
 # Those with a head for a class per token, and one of each kind without it.
@@ -320,16 +354,18 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "seq2seq": TRANSLATORS,
 }
 WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq", "object_detection")
-# Sizes that are the input features of linear layers.
+# Sizes that are, or lead to, the input features of linear layers.
 _WIDTHS = {
     "hidden_size", "n_embd", "d_model", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size", "intra_bottleneck_size",
-    "input_embedding_size", "output_embedding_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "input_embedding_size", "output_embedding_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
+    "d_kv", "d_head", "embed_dim", "hidden_sizes", "q_lora_rank", "kv_lora_rank", "v_head_dim",
 }  # fmt: skip
 
 
 def wide_values(name: str, task: str) -> dict[str, Any]:
     """Values of a config that make the input features of its linear layers multiples of 64, the block size of NF4."""
-    return {key: 64 for key, value in FAMILIES[task][name].items() if key in _WIDTHS and value < 64}
+    widths = {key: value for key, value in FAMILIES[task][name].items() if key in _WIDTHS}
+    return {key: [4 * v for v in value] if isinstance(value, list) else 4 * value for key, value in widths.items()}
 
 
 def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
@@ -406,3 +442,14 @@ def make_model(config: Any, auto_class: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, auto_class).from_config(config).eval()
+
+
+def language_tokenizer(family: str) -> Any:
+    """The tokenizer of mbart, mbart50 or nllb with the pieces ``▁``, ``a`` and ``b``."""
+    import transformers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    if family == "nllb":
+        return transformers.NllbTokenizer(vocab={p: i for i, p in enumerate([*special, "▁", "a", "b"])}, merges=[])
+    pieces = [*((p, 0.0) for p in special), ("▁", -1.0), ("a", -2.0), ("b", -2.0)]
+    return {"mbart": transformers.MBartTokenizer, "mbart50": transformers.MBart50Tokenizer}[family](vocab=pieces)

@@ -218,7 +218,10 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
     plain = reference.assembly.model(quantize="none", dtype="float32")
     if name == "dequantized":
         _replace_weights(plain, reference.dequantized)
-    return plain, load_adapter(plain, target.adapter)
+    assembly, adapted = reference.assembly, load_adapter(plain, target.adapter)
+    # As at the start of training: a model that reads padding is compared row by row.
+    check_padding(adapted, assembly.task, max_length=assembly.model_limit, device=assembly.device)
+    return plain, adapted
 
 
 def _replace_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
-"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, and of installed packages ``docstrings:PACKAGE,PACKAGE``, the same
-with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and ``catalogues:PACKAGE/LANGUAGE``."""
+"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, ``unicode:hangul``, and of installed packages
+``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and
+``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ import numpy as np
 from peftlab.data.catalogues import catalogue_rows
 from peftlab.data.docstring_pairs import docstring_pairs
 from peftlab.data.docstring_questions import parameter_names, rows_of
+from peftlab.data.hangul import hangul
 from peftlab.data.rows import Origin, Rows
 from peftlab.data.shapes import draw_shapes
 from peftlab.errors import DataError
 
-DIGITS, SHAPES, CATALOGUES = "sklearn:digits", "shapes:", "catalogues:"
+DIGITS, SHAPES, HANGUL, CATALOGUES = "sklearn:digits", "shapes:", "unicode:hangul", "catalogues:"
 DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS = (
     "docstrings:",
     "docstring-sections:",
@@ -59,16 +61,18 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", SHAPES, CATALOGUES, *_OF_DOCSTRINGS))
+    return name.startswith(("sklearn:", "unicode:", SHAPES, CATALOGUES, *_OF_DOCSTRINGS))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
     """The rows of a built-in data set.
 
     ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 255) and ``label``
-    ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
-    installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
-    packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
+    ("0" to "9"). ``unicode:hangul``: the 11,172 syllables of the Korean script, columns ``source`` (its two or three letters,
+    one character each) and ``target`` (the Latin letters in its Unicode name: han). ``docstrings:numpy,scipy``: the first
+    paragraph of each docstring in three double quotes in these installed packages (not imported). Texts have five words or
+    more; duplicates are removed, and texts that occur in two packages too. Columns ``text`` and ``label`` (the package).
+    PACKAGE replaces the packages' names in the text.
     ``catalogues:django/de``: the translated strings of all gettext catalogues of a language in an installed package (not
     imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
 
@@ -95,6 +99,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
+    elif base == HANGUL:
+        rows, contents = hangul(name)
     elif base.startswith(DOCSTRINGS):
         rows, contents = _docstrings(name, base.removeprefix(DOCSTRINGS), key, _search)
     elif base.startswith(SECTIONS):
@@ -112,8 +118,8 @@ def load_builtin(name: str, *, key: str) -> Rows:
         rows, contents = _shapes(name, base.removeprefix(SHAPES), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE, "
-            f"{QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, "
+            f"{SECTIONS}PACKAGE,PACKAGE, {QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )

@@ -35,6 +35,7 @@ class HeldOutScores:
         self._logits = None if own else Comparison(num_rows, predicts=spec.predicts, tags=tags)
         self._chosen: dict[int, tuple[int, int]] = {}
         self._answers: tuple[list[Mapping[str, Any]], list[Sequence[str]]] = ([], [])
+        self._texts: dict[int, tuple[str, str]] = {}
         self._any = False
 
     def add_vectors(self, ours: Tensor, taught: Tensor) -> None:
@@ -65,6 +66,10 @@ class HeldOutScores:
         self._answers[0].extend(windows)
         self._answers[1].extend(references)
 
+    def add_texts(self, rows: Sequence[int], written: Sequence[str], references: Sequence[str]) -> None:
+        """Texts that the model wrote, one per row."""
+        self._texts |= zip(rows, zip(written, references, strict=True), strict=True)
+
     def estimates(self) -> dict[str, Estimate]:
         """The metrics with an interval over rows; empty if nothing was added."""
         if not self._any:
@@ -90,6 +95,10 @@ class HeldOutScores:
             scores = scores_by_row(*self._answers)
             for which, name in enumerate(("answer_exact", "answer_f1")):
                 columns[name] = np.array([scores[row][which] for row in range(self._num_rows)])
+        if self._texts:
+            from peftlab.evaluation.text_scores import answer_rows  # slow to import
+
+            columns |= answer_rows(*zip(*(self._texts[row] for row in range(self._num_rows)), strict=True))
         statistics = row_statistics(columns)
         some: dict[str, int] = {}
         headline, family, index = self._of_class

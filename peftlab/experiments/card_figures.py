@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from peftlab.evaluation.held_out_scores import HeldOutScores
 from peftlab.measuring.latency import measure_latency
 from peftlab.measuring.memory import release_memory
 from peftlab.models import num_parameters
+from peftlab.tasks import Generates
 from peftlab.tasks.outputs import numbers_of
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.distill_loss import TaughtLogits
@@ -156,6 +157,11 @@ class _Comparer:
                 for who, model in (*models.items(), *self._teachers.choosers()):
                     columns = self._task.score(model, batch)
                     scores[who].add_choices(rows, columns["predictions"], columns["references"])
+            if self._task.spec.answer_scores:
+                writer, rows = cast(Generates, self._task), where.unique_consecutive().tolist()
+                for who, model in (*models.items(), *self._teachers.choosers()):
+                    written = writer.score_answers(model, batch)
+                    scores[who].add_texts(rows, written["answers"], written["reference_texts"])
             if self._task.spec.predicts == "spans":
                 for who, model in (*models.items(), *self._teachers.choosers()):
                     columns = self._task.score(model, batch)

@@ -145,6 +145,8 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
             ("adapter.method",),
             f"{spec.name} puts tokens before a text, and task: {recipe.task} predicts positions of the text; use lora",
         )
+    elif recipe.spec.peft_type is None:
+        yield ("adapter.method",), f"PEFT has no {spec.name} for task: {recipe.task}; use lora"
     if recipe.data.packing:
         yield (
             ("data.packing",),

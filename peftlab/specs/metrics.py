@@ -160,6 +160,7 @@ METRICS: dict[str, MetricSpec] = {
             label="chrF",
             note="matching character n-grams of the texts that it writes, 0 to 100",
         ),
+        _share("placeholders", needs=_TEXTS, of_answers=True, by_default=False, on_card=False),
         *(
             _share(
                 name,
@@ -180,7 +181,7 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             on_short_card=True,
             label="accuracy",
-            note="share of rows answered correctly",
+            note="share of answers that are right",
         ),
         _share(
             "precision", needs=_PAIRS, of_classes=True, rows=_CLASS_ROWS, averaged=True, on_card=False, kept_as="share"

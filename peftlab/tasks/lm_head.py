@@ -158,7 +158,8 @@ def input_of(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _decoder(base: Any) -> nn.Module:
-    decoder: nn.Module = getattr(base, base.base_model_prefix)
+    # Llama 4's prefix is that of the model with images, which its text model does not have.
+    decoder: nn.Module = getattr(base, base.base_model_prefix, None) or base.model
     return decoder
 
 

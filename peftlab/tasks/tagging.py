@@ -82,7 +82,7 @@ class TokenClassification(ABC):
 
     @property
     def read_columns(self) -> set[str]:
-        return set(self._annotations.columns_of(self._available))
+        return {self._annotations.words_column(self._available), self._annotations.label_column(self._available)}
 
     @classmethod
     def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:

@@ -87,24 +87,18 @@ def test_plain_transformers_and_peft_give_what_was_trained(here: Path, kind: str
     import transformers
     from peft import PeftModel
 
-    train(recipe(kind, run={"merge": "original"}))
+    train(recipe(kind, data={"columns": {kind: kind}}, run={"merge": "original"}))
     opened = open_target(find_target("run"), SilentProgress())
     texts = ["good film", "bad film so so"]
-    own = opened.task.tokenizer(
-        *([texts, ["yes", "no"]] if kind == "labels" else [texts]), padding=True, return_tensors="pt"
-    )
+    inputs = opened.task.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained("run/merged").eval()
     base = transformers.AutoModelForSequenceClassification.from_config(merged.config)
     base.load_state_dict(opened.assembly.model().state_dict())
     adapted = PeftModel.from_pretrained(base, "run/adapter").eval()
-    inputs = {
-        name: own[name] for name in ("input_ids", "attention_mask", *(["token_type_ids"] if kind == "labels" else []))
-    }
     with torch.no_grad():
         first, second = merged(**inputs).logits, adapted(**inputs).logits
     assert torch.allclose(first, second, rtol=1e-5, atol=1e-5)
-    rows: Any = [{"text": a, "pair": b} for a, b in zip(texts, ["yes", "no"], strict=True)]
-    found = list(peftlab.predict("run", rows, progress=SilentProgress()))
+    found = list(peftlab.predict("run", texts, progress=SilentProgress()))
     if kind == "score":
         assert first[:, 0].tolist() == pytest.approx([r["score"] for r in found], rel=1e-5)
         assert merged.config.problem_type == "regression" and 1990 < float(first[0, 0]) < 2020

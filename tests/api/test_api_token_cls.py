@@ -194,3 +194,9 @@ def test_a_family_without_such_a_head_is_refused() -> None:
     message = r"transformers has no bart model for task: token_cls \(AutoModelForTokenClassification\)"
     with pytest.raises(RecipeError, match=message):
         peftlab.check(recipe(model={"name": "bart"}), progress=SilentProgress())
+
+
+def test_prompts_before_the_rows_are_refused() -> None:
+    adapter = {"method": "prompt_tuning", "rank": 8, "alpha": 16, "dropout": 0.0, "num_virtual_tokens": 4}
+    with pytest.raises(RecipeError, match="PEFT has no prompt_tuning for task: token_cls; use lora"):
+        peftlab.check(recipe(adapter=adapter), progress=SilentProgress())

@@ -116,7 +116,7 @@ def test_docstrings_data_equals_the_syntax_tree() -> None:
         (
             "sklearn:digit",
             {},
-            "unknown built-in data 'sklearn:digit'; expected sklearn:digits, shapes:500, docstrings:",
+            "unknown built-in data 'sklearn:digit'; expected sklearn:digits, shapes:500, unicode:hangul, docstrings:",
         ),
         (
             "docstrings:numpyy",
@@ -134,6 +134,17 @@ def test_builtin_data_refuses_bad_names_and_options(name: str, options: dict[str
     with pytest.raises(DataError, match=message) as caught:
         load_rows(name, **options)  # type: ignore[arg-type]
     assert isinstance(caught.value, PeftlabError) and caught.value.key
+
+
+def test_hangul_has_the_letters_of_each_syllable_and_its_name() -> None:
+    rows = load_rows("unicode:hangul")
+    assert len(rows) == 11172
+    at = rows.columns["target"].index("han")
+    assert rows.row(at) == {"source": "\u1112\u1161\u11ab", "target": "han"}  # h, a, n
+    assert len(set(rows.columns["source"])) == len(rows)
+    train, test = (load_rows(f"unicode:hangul:{part}") for part in ("train", "test"))
+    assert len(train) + len(test) == len(rows)
+    assert not {*train.columns["source"]} & {*test.columns["source"]}
 
 
 def test_docstring_pairs_are_a_summary_and_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,8 +189,9 @@ def test_a_model_without_one_head_is_refused() -> None:
         Numbers(0.0, 1.0).begin(torch.nn.Linear(3, 2), trained_before=False)
 
 
-def parts(**options: Any) -> TaskParts:
-    return TaskParts(None, **{"columns": {}, "available": (), **options})
+def parts(order: Any = (), **options: Any) -> TaskParts:
+    settings = {"data.order": order, "data.separator": None, "eval.threshold": None}
+    return TaskParts(None, **{"columns": {}, "available": (), "settings": settings, **options})
 
 
 def test_ranks_have_an_order_of_their_own() -> None:
