@@ -16,6 +16,7 @@ from peftlab.api.distill import distill
 from peftlab.data import load_rows
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
+from tests.docstring_baseline import baseline
 from tests.masked_examples import write_bert
 
 TINY = {
@@ -70,7 +71,7 @@ def small(name: str) -> list[str]:
         overrides += [f"data.train={source}#60"]
         overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
         overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#30"] if recipe.data.eval else []
-        if recipe.task != "image_cls":
+        if "data.too_long" in recipe.spec.keys:
             overrides += ["data.too_long=truncate", "data.max_length=250"]
     return overrides
 
@@ -226,3 +227,15 @@ def test_quickstart_repeats_to_the_byte(tmp_path: Path, monkeypatch: pytest.Monk
     second = peftlab.train(first.folder / "recipe.lock.yaml", progress=SilentProgress())
     name = "adapter/adapter_model.safetensors"
     assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_docstring_questions_beats_its_baseline(tmp_path: Path) -> None:
+    recipe = load_recipe("docstring-questions").recipe
+    assert recipe.data.eval is not None
+    simple = baseline(load_rows(recipe.data.train), load_rows(recipe.data.eval, key="data.eval"))
+    assert simple["none_exact"] == pytest.approx(0.535) and simple["frequent_f1"] == pytest.approx(0.3665, abs=1e-3)
+    summary, _, _ = _measured("docstring-questions", tmp_path)
+    after = summary["after"]
+    assert isinstance(after, dict)
+    assert after["squad_f1"] > max(simple.values())

@@ -47,7 +47,6 @@ __all__ = [
     "end_ids",
     "find_pretrained",
     "import_bitsandbytes",
-    "has_head",
     "label_names",
     "length_limit",
     "linear_widths",

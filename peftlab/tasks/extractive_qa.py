@@ -237,9 +237,8 @@ class ExtractiveQA:
         for group in groups:
             own = [examples[i] for i in group]
             inputs = padded_inputs(own, pad_id=self.tokenizer.pad_token_id, device=device)
-            if self._reads_types:
-                types = [torch.from_numpy(e.extra[_TYPES].astype(np.int64)) for e in own]
-                inputs[_TYPES] = nn.utils.rnn.pad_sequence(types, batch_first=True).to(device)
+            if not self._reads_types:
+                del inputs[_TYPES]
             found = model(**inputs)
             for i, example in enumerate(own):
                 places = torch.from_numpy(example.extra[_ALLOWED].nonzero()[0]).to(device)
