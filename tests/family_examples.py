@@ -41,6 +41,9 @@ _XLM = {"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "m
 _DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
 # Decoders as published: most have no padding id.
 DECODERS: dict[str, dict[str, Any]] = {
     "LlamaConfig": _GROUPED,
@@ -78,7 +81,26 @@ WRITERS: dict[str, dict[str, Any]] = DECODERS | {
     "RwkvConfig": {k: v for k, v in _MAMBA.items() if k != "state_size"} | {"context_length": 128},
     "GraniteConfig": _GROUPED,
     "OlmoConfig": _GROUPED,
-}
+    "Olmo3Config": {**_GROUPED, **_SLIDING},
+    "Cohere2Config": {**_GROUPED, **_SLIDING, **_IDS},
+    "Exaone4Config": {**_GROUPED, **_SLIDING, **_IDS},
+    "GlmConfig": {**_GROUPED, **_IDS, "head_dim": 8},
+    "Glm4Config": {**_GROUPED, **_IDS, "head_dim": 8},
+    "NemotronConfig": {**_GROUPED, **_IDS, "head_dim": 8},
+    "Ernie4_5Config": {**_GROUPED, **_IDS, "head_dim": 8},
+    "HunYuanDenseV1Config": {**_GROUPED, **_IDS, "head_dim": 8},
+    "ModernBertDecoderConfig": {**_SIZES, **_IDS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8},
+    "PhimoeConfig": {**_GROUPED, **_IDS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GptOssConfig": {**_GROUPED, **_SLIDING, **_IDS, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Llama4TextConfig": {**_GROUPED, **_IDS, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64},
+    "DeepseekV3Config": {
+        **_SIZES, **_IDS, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
+    },
+    "FalconMambaConfig": {**_MAMBA, **_IDS},
+    "Lfm2Config": {**_GROUPED, **_IDS, "layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
 CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
     "BertConfig": _SIZES,
     "DistilBertConfig": _DISTIL,
@@ -87,7 +109,8 @@ CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
     "CamembertConfig": _SIZES,
     "MPNetConfig": _SIZES,
     "LongformerConfig": {**_SIZES, "attention_window": 8},
-    "BigBirdConfig": {**_SIZES, "block_size": 4, "num_random_blocks": 1},
+    # Blocks longer than the texts: the model turns to full attention at the first short one, for good.
+    "BigBirdConfig": {**_SIZES, "block_size": 16, "num_random_blocks": 1},
     "ElectraConfig": {**_SIZES, "embedding_size": 32},
     "DebertaConfig": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "DebertaV2Config": {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
@@ -120,6 +143,15 @@ CLASSIFIERS: dict[str, dict[str, Any]] = DECODERS | {
         "lsh_attn_chunk_length": 8, "num_buckets": 2, "is_decoder": False,
         "hash_seed": 0,
     },
+    "MegatronBertConfig": _SIZES,
+    "RoCBertConfig": _SIZES,
+    "RobertaPreLayerNormConfig": {**_SIZES, **_IDS},
+    "Data2VecTextConfig": {**_SIZES, **_IDS},
+    "NomicBertConfig": {**_SIZES, **_IDS},
+    "EuroBertConfig": {**_SIZES, **_IDS, "num_key_value_heads": 4},
+    "CanineConfig": {**{k: v for k, v in _SIZES.items() if k != "vocab_size"}, **_IDS},
+    "OpenAIGPTConfig": _GPT,
+    "CTRLConfig": {**_GPT, "dff": 64},
 }  # fmt: skip
 
 
@@ -204,8 +236,10 @@ TRANSLATORS: dict[str, dict[str, Any]] = {
     "MT5Config": {**_T5, "decoder_start_token_id": 0},
     "UMT5Config": {**_T5, "decoder_start_token_id": 0},
     "LongT5Config": {**_T5, "decoder_start_token_id": 0, "local_radius": 127},
-    "SwitchTransformersConfig": {**_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_sparse_encoder_layers": 1,
-                                 "num_sparse_decoder_layers": 1},
+    "SwitchTransformersConfig": {
+        **_T5, "decoder_start_token_id": 0, "num_experts": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "BartConfig": _BART,
     "MBartConfig": _BART,
     "MarianConfig": {**_BART, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2},
@@ -237,8 +271,65 @@ FILLERS: dict[str, dict[str, Any]] = {
         "Bert", "DistilBert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Longformer", "BigBird", "Electra", "Deberta",
         "DebertaV2", "Albert", "MobileBert", "SqueezeBert", "RoFormer", "ModernBert", "Funnel", "XLM", "Flaubert", "Bart",
         "MBart", "ConvBert", "FNet", "Yoso", "Nystromformer", "XLMRobertaXL", "Ernie", "RemBert", "Esm", "Reformer",
+        "MegatronBert", "RoCBert", "RobertaPreLayerNorm", "Data2VecText", "NomicBert", "EuroBert",
     )
 }  # fmt: skip
+# Those with a head for a class per token, and one of each kind without it.
+_NO_TAGS = ("GPTJConfig", "Starcoder2Config", "MBartConfig", "ReformerConfig")
+TAGGERS: dict[str, dict[str, Any]] = {name: values for name, values in CLASSIFIERS.items() if name not in _NO_TAGS}
+# Classifiers that transformers (5.23) has no question answering for; and Funnel, whose tiny model with its decoder turns the
+# rounding of a merge (1e-5 of the change of a layer) into other answers.
+_NO_QUESTIONS = {
+    "GemmaConfig", "Gemma2Config", "Gemma3TextConfig", "PhiConfig", "Phi3Config", "GPTBigCodeConfig", "StableLmConfig",
+    "Starcoder2Config", "EsmConfig", "FunnelConfig",
+}  # fmt: skip
+READERS_OF_QUESTIONS = {n: v for n, v in CLASSIFIERS.items() if n not in _NO_QUESTIONS - {"Gemma2Config"}} | {
+    "SmolLM3Config": WRITERS["SmolLM3Config"],
+    "Qwen2MoeConfig": WRITERS["Qwen2MoeConfig"],
+    "Qwen3MoeConfig": WRITERS["Qwen3MoeConfig"],
+}
+_BACKBONE = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+_DETR = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_queries": 6,
+}
+_RT_DETR = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 24, 32],
+    "encoder_ffn_dim": 64,
+    "encoder_attention_heads": 4,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "num_queries": 6,
+    "num_denoising": 0,
+}
+FINDERS_OF_OBJECTS: dict[str, dict[str, Any]] = {
+    "YolosConfig": {
+        "image_size": [64, 64],
+        "patch_size": 16,
+        "num_detection_tokens": 6,
+        **{k: v for k, v in _SIZES.items() if k not in ("vocab_size", "max_position_embeddings")},
+    },
+    "DetrConfig": _DETR,
+    "TableTransformerConfig": _DETR,
+    "ConditionalDetrConfig": _DETR,
+    "DeformableDetrConfig": {**_DETR, "num_feature_levels": 2},
+    "RTDetrConfig": _RT_DETR,
+}
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart", *(name.removesuffix("Config") for name in TRANSLATORS))
 # One entry per task in each: its auto class, its families, and whether they are published with the task's head.
@@ -246,27 +337,35 @@ AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "seq_cls": "AutoModelForSequenceClassification",
+    "token_cls": "AutoModelForTokenClassification",
     "image_cls": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "extractive_qa": "AutoModelForQuestionAnswering",
+    "object_detection": "AutoModelForObjectDetection",
 }
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "causal_lm": WRITERS,
     "masked_lm": FILLERS,
     "seq_cls": CLASSIFIERS,
+    "token_cls": TAGGERS,
+    "extractive_qa": READERS_OF_QUESTIONS,
+    "object_detection": FINDERS_OF_OBJECTS,
     "image_cls": READERS_OF_IMAGES,
     "seq2seq": TRANSLATORS,
 }
-WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq")
-# Sizes that are the input features of linear layers.
+WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq", "object_detection")
+# Sizes that are, or lead to, the input features of linear layers.
 _WIDTHS = {
     "hidden_size", "n_embd", "d_model", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size", "intra_bottleneck_size",
-    "input_embedding_size", "output_embedding_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "input_embedding_size", "output_embedding_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
+    "d_kv", "d_head", "embed_dim", "hidden_sizes", "q_lora_rank", "kv_lora_rank", "v_head_dim",
 }  # fmt: skip
 
 
 def wide_values(name: str, task: str) -> dict[str, Any]:
     """Values of a config that make the input features of its linear layers multiples of 64, the block size of NF4."""
-    return {key: 64 for key, value in FAMILIES[task][name].items() if key in _WIDTHS and value < 64}
+    widths = {key: value for key, value in FAMILIES[task][name].items() if key in _WIDTHS}
+    return {key: [4 * v for v in value] if isinstance(value, list) else 4 * value for key, value in widths.items()}
 
 
 def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
@@ -288,6 +387,9 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
         if buffer_name.endswith("running_mean"):  # as of a trained model
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
+    if task == "object_detection":
+        tiny_image_processor(64, 3).save_pretrained(folder)
+        return
     if task == "image_cls":
         processor, size = tiny_image_processor(), getattr(model.config, "image_size", 8)
         processor.size = {"height": size, "width": size}
@@ -313,9 +415,21 @@ def end_every_text(tokenizer: Any) -> None:
 def make_config(name: str, families: dict[str, dict[str, Any]] = CLASSIFIERS, **values: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, name)(**{**families[name], **values})
+    values = families[name] | values
+    if families is FINDERS_OF_OBJECTS and name != "YolosConfig":
+        values = {"backbone_config": _backbone(name), **values}
+    config = getattr(transformers, name)(**values)
     config.architectures = config.architectures or []  # transformers (5.23) reads it for Funnel
     return config
+
+
+def _backbone(name: str) -> Any:
+    import transformers
+
+    if name == "RTDetrConfig":
+        sizes = {"embedding_size": 16, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        return transformers.RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+    return transformers.ResNetConfig(**_BACKBONE, out_features=["stage1", "stage2"])
 
 
 def make_model(config: Any, auto_class: str) -> Any:
@@ -328,3 +442,14 @@ def make_model(config: Any, auto_class: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, auto_class).from_config(config).eval()
+
+
+def language_tokenizer(family: str) -> Any:
+    """The tokenizer of mbart, mbart50 or nllb with the pieces ``▁``, ``a`` and ``b``."""
+    import transformers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    if family == "nllb":
+        return transformers.NllbTokenizer(vocab={p: i for i, p in enumerate([*special, "▁", "a", "b"])}, merges=[])
+    pieces = [*((p, 0.0) for p in special), ("▁", -1.0), ("a", -2.0), ("b", -2.0)]
+    return {"mbart": transformers.MBartTokenizer, "mbart50": transformers.MBart50Tokenizer}[family](vocab=pieces)

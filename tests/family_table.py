@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -31,7 +32,10 @@ from tests.family_examples import (
     CLASSIFIERS,
     FAMILIES,
     FILLERS,
+    FINDERS_OF_OBJECTS,
     READERS_OF_IMAGES,
+    READERS_OF_QUESTIONS,
+    TAGGERS,
     TRANSLATORS,
     WITH_HEAD,
     WRITERS,
@@ -78,8 +82,11 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "causal_lm") for name in WRITERS)
     yield from ((name, "masked_lm") for name in FILLERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
+    yield from ((name, "token_cls") for name in TAGGERS)
+    yield from ((name, "extractive_qa") for name in READERS_OF_QUESTIONS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
     yield from ((name, "seq2seq") for name in TRANSLATORS)
+    yield from ((name, "object_detection") for name in FINDERS_OF_OBJECTS)
 
 
 @dataclass
@@ -187,7 +194,9 @@ def title(name: str, task: str) -> str:
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
-    data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
+    sources = {"image_cls": "sklearn:digits", "token_cls": "entities.jsonl", "extractive_qa": "questions.jsonl"}
+    sources["object_detection"] = "shapes:60"
+    data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
     if task == "seq2seq":
@@ -210,6 +219,18 @@ def write_rows(folder: Path) -> None:
         for word, label in _WORDS.items()
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entities = [{"text": row["text"], "spans": [[0, len(row["text"].split()[0]), row["label"]]]} for row in rows]
+    (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entities))
+    questions = [
+        {
+            "question": f"What is {i}?",
+            "context": f"{word} film {'so ' * (i % 3)}{i}",
+            "answers": [word] if i % 4 else [],
+        }
+        for i in range(8)
+        for word in _WORDS
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
 
 
 def _line(text: str, folder: Path) -> str:
@@ -224,9 +245,12 @@ def _plain_peft(task: str) -> Any:
     """The run in plain transformers and PEFT, with the ids in the config that ``check`` says are needed."""
     from peft import PeftModel
 
-    options = {} if task in WITH_HEAD else {"num_labels": len(_classes())}
+    own = task in WITH_HEAD and task != "object_detection"
+    options: dict[str, Any] = {} if own or task == "extractive_qa" else {"num_labels": len(_classes())}
+    if task == "object_detection":
+        options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task in ("seq_cls", "seq2seq"):
+    if task in ("seq_cls", "token_cls", "extractive_qa", "seq2seq"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
@@ -245,16 +269,20 @@ def _classes() -> list[str]:
 def _difference(opened: Any, examples: list[Example], other: Any = None) -> float:
     """The largest difference to the outputs of ``other``, or of the same model in one batch, one row at a time; relative to
     the largest output."""
+
+    def outputs(model: Any, rows: list[Example]) -> torch.Tensor:
+        found = opened.task.outputs(model, opened.task.collate(rows, "cpu"))
+        return found.values if found.vectors else found.logits()
+
     torch.manual_seed(0)
-    alone = [opened.task.outputs(opened.model, opened.task.collate([e], "cpu")).logits() for e in examples]
-    if other is None:
-        torch.manual_seed(0)
-        compared = opened.task.outputs(opened.model, opened.task.collate(examples, "cpu")).logits()
-    else:
-        torch.manual_seed(0)
-        compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
-    wanted = torch.cat(alone)
-    return float((wanted - compared).abs().max() / wanted.abs().max())
+    wanted = torch.cat([outputs(opened.model, [e]) for e in examples])
+    torch.manual_seed(0)
+    alone = other is not None
+    compared = torch.cat([outputs(other, [e]) for e in examples]) if alone else outputs(opened.model, examples)
+    exists = wanted > -math.inf
+    if not torch.equal(exists, compared > -math.inf):
+        return math.inf
+    return float((wanted - compared)[exists].abs().max() / wanted[exists].abs().max())
 
 
 def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:

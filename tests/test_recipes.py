@@ -16,8 +16,19 @@ from peftlab.api.distill import distill
 from peftlab.data import load_rows
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
+from tests.masked_examples import write_bert
 
-TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert", "embedding": "tiny:bert", "image_cls": "tiny:vit"}
+TINY = {
+    "causal_lm": "tiny:llama",
+    "seq2seq": "tiny:t5",
+    "seq_cls": "tiny:bert",
+    "token_cls": "tiny:bert",
+    "embedding": "tiny:bert",
+    "image_cls": "tiny:vit",
+    "extractive_qa": "tiny:bert",
+    "reranking": "tiny:bert",
+    "masked_lm": "bert",  # a folder that the test writes: the tiny tokenizer has no mask token
+}
 # What a newcomer types first. None of them is in the data.
 SPAM = [
     "URGENT you have won a free cruise, call now",
@@ -53,7 +64,9 @@ def small(name: str) -> list[str]:
     overrides = [f"model.name={TINY[recipe.task]}", "train.epochs=", "train.max_steps=2", "run.dir=run"]
     if recipe.adapter.targets != "all-linear":
         overrides += ["adapter.targets=all-linear"]  # a tiny model has other layers
-    if not source.endswith("smoke.jsonl"):
+    if recipe.data.format == "document":
+        overrides += ["data.too_long=truncate", "data.max_length=250"]
+    elif not source.endswith("smoke.jsonl"):
         overrides += [f"data.train={source}#60"]
         overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
         overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#30"] if recipe.data.eval else []
@@ -66,6 +79,8 @@ def small(name: str) -> list[str]:
 def test_recipe_trains_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name).recipe
+    if recipe.task == "masked_lm":
+        write_bert(tmp_path / "bert", max_position_embeddings=512)
     run = peftlab.train(name, small(name), progress=SilentProgress())
     summary = json.loads((run.folder / "run.json").read_text())
     assert summary["status"] == "finished"

@@ -44,7 +44,7 @@ def write() -> None:
     for name, document in zip(names, pipeline.pipe(texts, disable=["parser", "lemmatizer"]), strict=True):
         # Held-out sentences come second, so that a repeated one stays in the training rows.
         held_out = int(name.partition("_")[0]) % EVERY == 0
-        spans = [[e.start_char, e.end_char, e.label_] for e in document.ents if e.label_ in LABELS]
+        spans = [[*_trimmed(e.text, e.start_char), e.label_] for e in document.ents if e.label_ in LABELS]
         parts[HELD_OUT if held_out else TRAIN].append({"text": document.text, "spans": spans})
     for path, rows in parts.items():
         kept = []
@@ -89,6 +89,12 @@ def baseline() -> dict[str, float]:
         ours = set(found(row["text"], names))
         right, predicted, true = right + len(ours & wanted), predicted + len(ours), true + len(wanted)
     return {"precision": right / predicted, "recall": right / true, "f1": 2 * right / (predicted + true)}
+
+
+def _trimmed(text: str, start: int) -> tuple[int, int]:
+    """The characters of an entity without white space around it."""
+    left = start + len(text) - len(text.lstrip())
+    return left, left + len(text.strip())
 
 
 def _words(text: str) -> list[str]:

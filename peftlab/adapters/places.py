@@ -13,10 +13,9 @@ from torch import nn
 from peftlab.adapters.target_modules import (
     check_targets,
     is_adaptable,
-    is_convolution,
-    is_grouped,
     is_linear,
     is_norm,
+    is_plain_convolution,
     match_ending,
 )
 from peftlab.errors import PeftlabError, RecipeError
@@ -25,6 +24,8 @@ from peftlab.specs.methods import METHODS, TARGET_NAMES
 # PEFT's task type of a sequence classifier: it trains modules with these endings in full.
 _CLASSIFIER = "SEQ_CLS"
 _CLASSIFIER_HEADS = ("classifier", "score")
+# The head of T5ForQuestionAnswering (transformers 5.23), which is its own body.
+_LOOSE_HEAD = "qa_outputs"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -271,10 +272,10 @@ def _all_linear(model: Any, seen: Any) -> list[str]:
     if not names:
         everywhere = copy.copy(seen)
         everywhere.target_modules = ".*"  # PEFT's own list has linear layers only
-        names = fitting(everywhere, lambda module: is_convolution(module) and not is_grouped(module))
+        names = fitting(everywhere, is_plain_convolution)
     if not names:
         raise RecipeError(
-            f"all-linear matches nothing: {type(model).__name__} has no linear layer and no ungrouped convolution outside its "
+            f"all-linear matches nothing: {type(model).__name__} has no linear layer, and no convolution that PEFT can merge, outside its "
             "head",
             key="adapter.targets",
         )
@@ -328,9 +329,8 @@ def _is_inside(name: str, endings: Sequence[str]) -> bool:
 def head_modules(model: Any) -> list[str]:
     """Names of the modules with weights outside the body of a transformers model."""
     body: Any = model.base_model
-    if body is model:
-        return []
-    return [n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())]
+    children = [(n, child) for n, child in model.named_children() if any(True for _ in child.parameters())]
+    return [n for n, child in children if (n == _LOOSE_HEAD if body is model else child is not body)]
 
 
 def _inside(modules: Sequence[str]) -> str | None:

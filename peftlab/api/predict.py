@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.data import uses_labels
@@ -16,9 +16,11 @@ from peftlab.assembly.target import Opened, RecipeSource, find_target, open_targ
 from peftlab.data import Rows, load_rows
 from peftlab.data.ledger_text import places
 from peftlab.errors import DataError, RecipeError
+from peftlab.evaluation.picture import draw_objects
+from peftlab.measuring.drawing import check_picture
 from peftlab.recipe import Recipe
 from peftlab.runs import finite
-from peftlab.tasks import Task
+from peftlab.tasks import FindsObjects, Task
 from peftlab.tasks.inputs import EMPTY_TEXT
 from peftlab.training.progress import Progress, make_progress
 
@@ -37,6 +39,7 @@ def predict(
     top_p: float = 1.0,
     beams: int | None = None,
     columns: bool = False,
+    picture: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields one result per input, in order: a label with probabilities, generated text, or a vector.
@@ -49,6 +52,7 @@ def predict(
         max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy. beams: width of the search of an
             encoder-decoder, instead of eval.beams.
         columns: put the columns of the input before each result; a column named as one of the result is ``input_NAME``.
+        picture: a .png or .svg file to write: the first input, an image, with the objects found in it.
     Raises: as ``evaluate``; DataError if the inputs lack a column, or none of the first 256 can be read.
     """
     prepare_libraries()
@@ -60,6 +64,10 @@ def predict(
         for line in resolved.loaded.notes:
             progress.note(line)
         settings = resolved.loaded.recipe
+        if picture is not None:
+            check_picture(Path(picture))
+            if settings.spec.predicts != "boxes":
+                raise RecipeError(f"task: {settings.task} finds no objects in an image, so there is no picture of them")
         rows = _rows_of_file(inputs, settings, overrides) if isinstance(inputs, Path) else None
         opened = open_target(resolved, progress)
         new_tokens = max_new_tokens or settings.eval.max_new_tokens
@@ -69,12 +77,28 @@ def predict(
         notes = _Notes(rows)
         options = {"max_new_tokens": new_tokens, "temperature": temperature, "top_p": top_p}
         names = _input_names(rows, opened.task) if columns else {}
-        for start in range(0, len(rows), _WINDOW):
-            window = rows.select(range(start, min(start + _WINDOW, len(rows))))
+        for start, end in _windows(rows, opened):
+            window = rows.select(range(start, end))
             for i, result in enumerate(_results(opened, window, notes, start, options)):
+                if picture is not None and start + i == 0 and result["objects"] is not None:
+                    image = cast(FindsObjects, opened.task).image_of(window.select([0]))
+                    draw_objects(image, result["objects"], Path(picture))
                 yield {new: _plain(window.columns[old][i]) for old, new in names.items()} | result
         for line in notes.lines():
             progress.note(line)
+
+
+def _windows(rows: Rows, opened: Opened) -> Iterator[tuple[int, int]]:
+    """Ranges of rows; rows in a row that belong together, such as the documents of a query, are in one."""
+    role, columns = opened.task.spec.whole, opened.assembly.recipe.data.columns
+    groups = rows.columns.get(columns.get(role, role)) if role is not None else None
+    start = 0
+    while start < len(rows):
+        end = min(start + _WINDOW, len(rows))
+        while groups is not None and end < len(rows) and groups[end] == groups[end - 1]:
+            end += 1
+        yield start, end
+        start = end
 
 
 def _results(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel
-
-from peftlab.adapters import HeadLoss
 from peftlab.assembly.adapter import adapter_fingerprints, adapter_options, adapter_places
 from peftlab.assembly.data import DataParts, check_columns, data_seed, load_data, read_class_labels
 from peftlab.assembly.model_findings import check_family, reads_ids
 from peftlab.assembly.process import pick_device
+from peftlab.assembly.reading import Reading, read_family, settings_of, task_parts
 from peftlab.assembly.stack import stacked
 from peftlab.assembly.start import Start
-from peftlab.data import Augmentation, Rows, class_names, require
+from peftlab.data import Rows, class_names, require
 from peftlab.errors import RecipeError, listed
 from peftlab.evaluation.metrics import check_metrics, default_metrics, flat_names
 from peftlab.measuring.memory import share_one_heap
@@ -25,25 +23,19 @@ from peftlab.models import (
     Pretrained,
     add_tokens,
     check_stored,
-    decoder_start,
-    end_ids,
     find_pretrained,
-    is_causal,
     load_config,
     load_image_reader,
     load_model,
     load_skeleton,
     load_tokenizer,
     model_max_length,
-    padding_of,
     reconcile,
     resolve_precision,
     sentence_files,
     start_rows,
     stored_as,
-    target_limit,
     tokenizer_fingerprint,
-    vocabulary_rows,
 )
 from peftlab.recipe import LoadedRecipe, Recipe
 from peftlab.recipe.distillation import DistillSection
@@ -51,7 +43,7 @@ from peftlab.specs.method_spec import MethodSpec
 from peftlab.specs.methods import METHODS
 from peftlab.specs.metrics import family_of, values_of
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks import Encoded, FindsClasses, FindsSettings, Padding, Task, TaskParts, task_class
+from peftlab.tasks import Encoded, FindsClasses, FindsSettings, Task, TaskParts, task_class
 
 T = TypeVar("T")
 # Keys of the section data that affect examples but not rows.
@@ -71,24 +63,6 @@ _NOT_ABOUT_ROWS = {
     "target_language",
     "seed",
 }
-
-
-class Reading(NamedTuple):
-    """How a model's family reads and writes texts.
-
-    Attributes: padding, causal, num_embeddings, token_types, decoder_start, hidden_size: see ``TaskParts``.
-        end_ids: the ids that end its texts.
-        target_limit: the longest target in tokens; None for a task without targets.
-    """
-
-    padding: Padding = "right"
-    causal: bool = False
-    end_ids: Sequence[int] = ()
-    num_embeddings: int | None = None
-    token_types: bool = False
-    decoder_start: int | None = None
-    target_limit: int | None = None
-    hidden_size: int | None = None
 
 
 class Assembly:
@@ -353,57 +327,17 @@ class Assembly:
         pretrained: Pretrained | None = None,
         found: dict[str, Any] | None = None,
     ) -> TaskParts:
-        r, data = self.recipe, self.recipe.data
-        family = self._reading(pretrained or self.pretrained, reader)
-        return TaskParts(
+        model = pretrained or self.pretrained
+        return task_parts(
+            self.recipe,
             reader,
-            columns=data.columns,
-            available=list(rows.columns) if rows else (),
-            sample=rows.sample() if rows else {},
+            self._reading(model, reader),
+            rows=rows,
             classes=classes,
-            label_names=data.label_names,
-            bins=(data.bins.edges, data.bins.names) if data.bins else None,
-            class_weights=r.train.class_weights,
-            template=data.template.model_dump(exclude_none=True) if data.template else None,
-            head_loss=HeadLoss(r.run.kernels),
-            pooling=r.model.pooling,
+            config=load_config(model) if self.spec.reader != "tokenizer" else None,
             sentences=lambda: sentence_files(self.pretrained),
-            style=((r.lock or {}).get("environment") or {}).get("style"),
-            control_tokens=data.control_tokens,
-            padding=family.padding,
-            causal=family.causal,
-            end_ids=family.end_ids,
-            num_embeddings=family.num_embeddings,
-            token_types=family.token_types,
-            decoder_start=family.decoder_start,
-            max_target_length=self._max_target_length(family),
-            hidden_size=family.hidden_size,
-            settings=self._settings,
-            augmentation=Augmentation(**data.augment.model_dump()) if data.augment else None,
             found=self.found if found is None else found,
         )
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """See ``TaskParts.settings``."""
-        values: dict[str, Any] = {}
-        for key in self.spec.settings:
-            section, name = key.split(".")
-            value = getattr(getattr(self.recipe, section), name)
-            values[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
-        return values
-
-    def _max_target_length(self, family: Reading) -> int | None:
-        """The longest target in tokens; None for a task without targets. Raises: RecipeError if the model writes less."""
-        wanted, allowed = self.recipe.data.max_target_length, family.target_limit
-        if allowed is None:
-            return None
-        if wanted is not None and wanted > allowed:
-            raise RecipeError(
-                f"the decoder of {self.recipe.model.name} writes at most {allowed:,} tokens, found {wanted:,}",
-                key="data.max_target_length",
-            )
-        return allowed if wanted is None else wanted
 
     @property
     def unread_columns(self) -> list[str]:
@@ -431,23 +365,8 @@ class Assembly:
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
     def _read_family(self, pretrained: Pretrained, reader: Any) -> Reading:
-        config = load_config(pretrained)
-        check_family(config, reader, self.spec, pairs="pair" in self.recipe.data.columns)
-        ends = end_ids(pretrained, reader)[0] if self.spec.generates else []
-        rows = vocabulary_rows(config)
-        if self.recipe.adapter.tokens and rows is not None:
-            rows = max(rows, len(reader))
-        reading = Reading(
-            padding_of(config, whole_rows=self.spec.reads_whole_rows),
-            is_causal(config),
-            ends,
-            rows,
-            (getattr(config, "type_vocab_size", 0) or 0) > 1,
-            hidden_size=getattr(config.get_text_config(), "hidden_size", None),
-        )
-        if not self.spec.reads_source:
-            return reading
-        return reading._replace(decoder_start=decoder_start(config), target_limit=target_limit(pretrained, reader))
+        check_family(load_config(pretrained), reader, self.spec, pairs="pair" in self.recipe.data.columns)
+        return read_family(pretrained, reader, self.spec, adds_tokens=bool(self.recipe.adapter.tokens))
 
     @property
     def num_embeddings(self) -> int | None:
@@ -638,10 +557,10 @@ class Assembly:
             id(self.reader),
             self._data_key[:3] if self._reads_data else None,
             r.data.columns,
-            self._settings,
+            settings_of(self.recipe),
+            self._model_key if self.spec.reader != "tokenizer" else None,
             self.classes,
             self.found,
-            r.eval.threshold,
             r.run.kernels,
             sentences,
             self._reading(self.pretrained, self.reader),

@@ -17,6 +17,7 @@ from peftlab.data import (
     load_rows,
     read_labels,
     rows_per_class,
+    split_groups,
     split_per_class,
     split_rows,
 )
@@ -94,7 +95,11 @@ def load_data(
     labels = read_class_labels(recipe, train) if class_role(recipe) is not None else None
     if recipe.spec.classifies:
         class_names(labels or [])
-    kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
+    if (role := recipe.spec.whole) is not None:
+        groups = [str(v) for v in train.column(data.columns.get(role, role), key=f"data.columns.{role}")]
+        kept, held = split_groups(train, groups, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed)
+    else:
+        kept, held = split_rows(train, fraction=data.eval_fraction, num_rows=data.eval_rows, seed=seed, labels=labels)
     labelled = train.select(kept)
     chosen = _chosen(recipe, dataclasses.replace(labelled, left_out=train.left_out), per_class)
     parts = DataParts(chosen, train.select(held), fingerprints, labelled)

@@ -21,7 +21,7 @@ from peftlab.assembly.assembly import Assembly
 from peftlab.assembly.checks import check_room
 from peftlab.assembly.merging import merge_run
 from peftlab.assembly.plan import loop_settings, padded_plan
-from peftlab.assembly.prepare import MakeLoss, Parts, prepare
+from peftlab.assembly.prepare import MakeLoss, Parts, Phase, prepare
 from peftlab.assembly.target import find_target, open_target
 from peftlab.assembly.witness import WITNESS_NAME, Witness, read_witness
 from peftlab.data import Rows, packing_figures
@@ -201,7 +201,7 @@ class Fit:
         earlier = open_run(self._folder).summary if self._checkpoint else {}
         summary["before"], summary["samples"] = earlier.get("before"), earlier.get("samples", [])
         if parts.recipe.eval.before and summary["before"] is None:
-            self._progress.stage(f"evaluating the untrained model on {len(parts.held_out.examples):,} held-out rows")
+            self._progress.stage(f"evaluating the untrained model on {parts.held_out.num_rows:,} held-out rows")
             summary["before"] = self._evaluate()
             summary["samples"] = [{"prompt": p, "before": a} for p, a in self._answers()]
             release_memory()
@@ -480,13 +480,14 @@ def fit(
     progress: Progress,
     *,
     make_loss: MakeLoss | None = None,
+    phase: Phase | None = None,
     checkpoint: Path | None = None,
     replace: bool = False,
     resume_hint: str = "",
 ) -> Run:
     """Prepares a training and runs it. Arguments and errors: see ``prepare`` and ``Fit``."""
     with run_accelerator(assembly, folder) as accelerator:
-        parts = prepare(assembly, accelerator, progress, make_loss=make_loss)
+        parts = prepare(assembly, accelerator, progress, make_loss=make_loss, phase=phase)
         return Fit(
             parts,
             accelerator,

@@ -26,6 +26,7 @@ from peftlab.models import ImageReader, find_pretrained, load_image_reader, load
 from peftlab.recipe import write_lock
 from peftlab.runs import LOCK_NAME, write_json
 from peftlab.tasks import Example, Task
+from peftlab.training.padding_check import check_padding
 from peftlab.training.progress import Progress
 
 TARGETS = ("original", "dequantized")
@@ -160,7 +161,10 @@ class _Reference:
         return {"rows": len(self.witness.examples), "of_training": self.of_training}
 
     def compare(self, model: Any) -> Agreement:
-        return self.witness.compare(model, self.assembly.task, **_runs(self.assembly))
+        # As at the start of training: a family that reads padding gave the witness row by row.
+        assembly = self.assembly
+        check_padding(model, assembly.task, max_length=assembly.model_limit, device=assembly.device)
+        return self.witness.compare(model, assembly.task, **_runs(assembly))
 
 
 def _runs(assembly: Assembly) -> dict[str, Any]:
@@ -214,7 +218,10 @@ def _adapted(target: Target, reference: _Reference, name: str) -> tuple[Any, Any
     plain = reference.assembly.model(quantize="none", dtype="float32")
     if name == "dequantized":
         _replace_weights(plain, reference.dequantized)
-    return plain, load_adapter(plain, target.adapter)
+    assembly, adapted = reference.assembly, load_adapter(plain, target.adapter)
+    # As at the start of training: a model that reads padding is compared row by row.
+    check_padding(adapted, assembly.task, max_length=assembly.model_limit, device=assembly.device)
+    return plain, adapted
 
 
 def _replace_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:

@@ -25,6 +25,7 @@ from peftlab.models import (
     UNLIMITED,
     decoder_start,
     end_ids,
+    has_class,
     length_limit,
     linear_widths,
     load_config,
@@ -50,6 +51,21 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec, *, pairs: bool = F
 
     Args: pairs: whether a row has two texts.
     """
+    if spec.predicts == "spans" and getattr(config, "pad_index", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+        raise RecipeError(
+            f"{config.model_type} takes the id {config.pad_index} for padding, also inside a text, and the padding token of the "
+            f"tokenizer is {tokenizer.pad_token_id}; use the model's own tokenizer",
+            key="model.name",
+        )
+    separator = getattr(config, "sep_token_id", None)
+    if spec.predicts == "spans" and config.model_type == "longformer":
+        found = tokenizer("a", "b", verbose=False)["input_ids"].count(separator)
+        if found != 3:
+            raise RecipeError(
+                f"longformer finds the question by three separators (id {separator}) around it and its context, and the "
+                f"tokenizer writes {found}; use the model's own tokenizer",
+                key="model.name",
+            )
     if spec.reads_source:
         _check_encoder_decoder(config)
     elif spec.predicts == "tokens" and spec.generates and reads_later_tokens(config):
@@ -62,6 +78,18 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec, *, pairs: bool = F
         raise RecipeError(
             "reformer trains only on rows whose length is a multiple of its chunks, and texts differ in length; use a model "
             "of another family that reads long texts, such as longformer or big_bird",
+            key="model.name",
+        )
+    if spec.predicts == "vectors" and getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{config.model_type} is an encoder with a decoder, whose states at the tokens of a text are no vectors of it; use an "
+            "encoder, such as bert, or a causal language model with model.pooling: last",
+            key="model.name",
+        )
+    if not has_class(config, spec.auto_class):
+        raise RecipeError(
+            f"transformers has no {config.model_type} model for task: {spec.name} ({spec.auto_class}); use a model of another "
+            "family",
             key="model.name",
         )
     if spec.reads_whole_rows and getattr(config, "is_encoder_decoder", False):

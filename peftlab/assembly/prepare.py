@@ -184,8 +184,8 @@ def prepare(
             ) from error
     summary: dict[str, Any] = {
         "adapter": asdict(trained),
-        "train_rows": len(train.examples),
-        "eval_rows": len(held_out.examples),
+        "train_rows": train.num_rows,
+        "eval_rows": held_out.num_rows,
         "full": not assembly.method.adapts,
         "mergeable": assembly.method.adapts
         and not any(METHODS[n].unmergeable for n in assembly.recipe.adapter.methods),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from peftlab.recipe.adapter import AdapterSection
 from peftlab.recipe.method_options import settings_for
 from peftlab.specs.methods import VARIANTS, variant_of
 from peftlab.specs.protocol import BATCH, LENGTH
-from peftlab.tasks import Example
+from peftlab.tasks import Example, Task
 
 # Rows encoded first, doubled until there are enough tokens: a few thousand tokens need not read a million rows.
 _FIRST_ROWS = 256
@@ -149,9 +149,10 @@ def write_texts(file: Path, assembly: Assembly, *, num_tokens: int) -> None:
     np.savez(file, ids=np.concatenate([e.ids for e in examples]).astype(np.int32))
 
 
-def text_examples(file: Path, *, rows: int, length: int, probe: Callable[[np.ndarray], Example]) -> list[Example]:
-    """Returns ``rows`` examples of exactly ``length`` tokens. Args: probe: makes them, as ``Task.probe``."""
+def text_examples(file: Path, *, rows: int, length: int, task: Task) -> list[Example]:
+    """Returns ``rows`` examples of ``length`` tokens that the task makes; of several texts per row each is a part of it."""
     with np.load(file) as stored:
         ids = stored["ids"]
     at = np.arange(rows * length).reshape(rows, length) % len(ids)
-    return [replace(probe(ids[places]), row=row) for row, places in enumerate(at)]
+    count = len(task.probe(ids[:1])) if task.spec.predicts == "vectors" else 1
+    return [replace(task.probe(ids[places[: max(1, length // count)]]), row=row) for row, places in enumerate(at)]

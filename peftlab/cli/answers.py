@@ -34,6 +34,12 @@ def whole_answer(record: Record, *, styled: bool) -> str:
         return "\n".join(map(formatting.printable, [_marked(record, spans), *lines]))
     if "labels" in record:
         return _labels(record, styled)
+    if _has_span(record):
+        return _span(record, styled=styled)
+    if styled and "objects" in record:
+        return "\n".join(map(_object_line, record["objects"])) or "nothing found"
+    if "rank" in record:
+        return f"{record['rank']}\t{record['score']:.6f}"
     if not _has_label(record):
         return f"{record['score']:.6g}" if styled and record.keys() >= {"score"} else _as_json(record)
     if styled:
@@ -47,6 +53,19 @@ def answer_line(record: Record, *, styled: bool, width: int) -> str:
         return formatting.one_line(record["text"]) if styled else _escaped(record["text"])
     if (spans := _spans(record)) is not None and styled:
         return formatting.one_line(_marked(record, spans), width - 1)
+    if _has_span(record) and styled:
+        about = "" if record.get("input") else f"row {record['row']:,}: "
+        return formatting.one_line(f"{about}{_span(record, styled=True)}", width - 1)
+    if styled and "objects" in record:
+        about = record.get("input") or f"row {record['row']:,}"
+        found = "; ".join(map(_object_line, record["objects"])) or "nothing found"
+        return f"{formatting.one_line(about, width // 2)}: {formatting.one_line(found, width)}"
+    if styled and "cosine" in record:
+        head = f"cosine {record['cosine']:7.4f}  "
+        return head + formatting.one_line(_about(record), width - len(head) - 1)
+    if styled and "rank" in record:
+        head = f"{record['rank']:4}. score {record['score']:6.4f}  "
+        return head + formatting.one_line(_about(record), width - len(head) - 1)
     if not _has_label(record) or not styled:
         answer = whole_answer(record, styled=styled)
         if not styled or not record.keys() & {"labels", "score"}:
@@ -105,8 +124,30 @@ def _whole_masks(record: Record, *, styled: bool) -> str:
     return "\n".join(lines)
 
 
+def _object_line(found: Mapping[str, Any]) -> str:
+    """``circle  98.2 %  at 12, 20 to 40, 55``: left and top, right and bottom in pixels."""
+    left, top, right, bottom = found["box"]
+    return f"{found['label']}  {100 * found['score']:.1f} %  at {left:g}, {top:g} to {right:g}, {bottom:g}"
+
+
 def _has_label(record: Record) -> bool:
     return {"label", "probability"} <= record.keys()
+
+
+def _has_span(record: Record) -> bool:
+    return {"answer", "start", "end"} <= record.keys()
+
+
+def _span(record: Record, *, styled: bool) -> str:
+    """The answer, its place in characters, its probability and that of having none; tab-separated for a program."""
+    found, none = record["probability"], record["no_answer_probability"]
+    if styled:
+        if record["start"] is None:
+            return f"(no answer)  {100 * none:.1f} %"
+        answer = formatting.one_line(record["answer"])
+        return f"{answer}  ({record['start']:,} to {record['end']:,})  {100 * found:.1f} %"
+    places = ["" if record[name] is None else str(record[name]) for name in ("start", "end")]
+    return "\t".join([_escaped(record["answer"]).replace("\t", "\\t"), *places, f"{found:.6f}", f"{none:.6f}"])
 
 
 def _as_json(record: Record) -> str:

@@ -32,6 +32,10 @@ def predict(
     output: Annotated[
         str | None, typer.Option("--output", metavar="F", help="Write the predictions to F, .jsonl or .csv.")
     ] = None,
+    picture: Annotated[
+        str | None,
+        typer.Option("--picture", metavar="FILE", help="Draw the objects found in the (first) image: .png or .svg."),
+    ] = None,
     recipe: RecipeOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum answer length in tokens.")
@@ -61,6 +65,7 @@ def predict(
             temperature=temperature,
             top_p=top_p,
             beams=beams,
+            picture=picture,
             columns=file is not None and (destination is not None or out.json),
         )
     records = _records(results, inputs, out)

@@ -3,6 +3,7 @@
 from peftlab.data.annotated import Annotated, Annotations
 from peftlab.data.augment import Augmentation, Change
 from peftlab.data.batching import BatchPlan, block_bounds, eval_batches, fit_lengths
+from peftlab.data.boxes import Objects, read_objects
 from peftlab.data.findings import Finding, check_ids, find, require
 from peftlab.data.images import Image, read_images, size_text
 from peftlab.data.labels import class_names, label_text, nearest_label, read_labels
@@ -13,7 +14,7 @@ from peftlab.data.questions import Question, Questions
 from peftlab.data.rows import Rows
 from peftlab.data.scores import read_scores
 from peftlab.data.sources import load_rows, split_per_class
-from peftlab.data.split import balanced_rows, rows_per_class, split_rows
+from peftlab.data.split import balanced_rows, rows_per_class, split_groups, split_rows
 from peftlab.data.tokens import Tokens, answered, pieces, tokenize
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Question",
     "QuestionLedger",
     "Questions",
+    "Objects",
     "Rows",
     "Tokens",
     "answered",
@@ -47,9 +49,11 @@ __all__ = [
     "read_images",
     "read_labels",
     "read_scores",
+    "read_objects",
     "require",
     "rows_per_class",
     "size_text",
+    "split_groups",
     "split_per_class",
     "split_rows",
     "tokenize",

@@ -1,5 +1,6 @@
-"""Built-in data sets: ``sklearn:digits``, and of installed packages ``docstrings:PACKAGE,PACKAGE``,
-``docstring-sections:PACKAGE,PACKAGE`` and ``catalogues:PACKAGE/LANGUAGE``."""
+"""Built-in data sets: ``sklearn:digits``, ``shapes:N``, ``unicode:hangul``, and of installed packages
+``docstrings:PACKAGE,PACKAGE``, the same with ``docstring-sections:``, ``docstring-questions:`` or ``docstring-pairs:``, and
+``catalogues:PACKAGE/LANGUAGE``."""
 
 from __future__ import annotations
 
@@ -16,10 +17,22 @@ from typing import Any
 import numpy as np
 
 from peftlab.data.catalogues import catalogue_rows
+from peftlab.data.docstring_pairs import docstring_pairs
+from peftlab.data.docstring_questions import parameter_names, rows_of
+from peftlab.data.hangul import hangul
 from peftlab.data.rows import Origin, Rows
+from peftlab.data.shapes import draw_shapes
 from peftlab.errors import DataError
 
-DIGITS, DOCSTRINGS, SECTIONS, CATALOGUES = "sklearn:digits", "docstrings:", "docstring-sections:", "catalogues:"
+DIGITS, SHAPES, HANGUL, CATALOGUES = "sklearn:digits", "shapes:", "unicode:hangul", "catalogues:"
+DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS = (
+    "docstrings:",
+    "docstring-sections:",
+    "docstring-questions:",
+    "docstring-pairs:",
+)
+_OF_DOCSTRINGS = (DOCSTRINGS, SECTIONS, QUESTIONS, PAIRS)
+_MOST_SHAPES = 100_000
 _PARTS = ("train", "test")
 # A row is a test row if the first byte of its content hash is below this: about a quarter of the rows.
 _TEST_BYTES = 64
@@ -34,6 +47,7 @@ _HEADING = re.compile(
     r"^[ \t]*(Parameters|Returns|Yields|Raises|Examples|Notes|References|See Also|Attributes)[ \t]*\n[ \t]*-{3,}[ \t]*$",
     re.MULTILINE,
 )
+_HAS_PARAMETERS = "Parameters\n"
 # Other ways to write a package's name than its import name.
 _ALIASES = {
     "datasets": (),
@@ -47,43 +61,65 @@ _ALIASES = {
 
 
 def is_builtin(name: str) -> bool:
-    return name.startswith(("sklearn:", DOCSTRINGS, SECTIONS, CATALOGUES))
+    return name.startswith(("sklearn:", "unicode:", SHAPES, CATALOGUES, *_OF_DOCSTRINGS))
 
 
 def load_builtin(name: str, *, key: str) -> Rows:
     """The rows of a built-in data set.
 
     ``sklearn:digits``: 1,797 images of handwritten digits, columns ``image`` (8 lists of 8 integers, 0 to 255) and ``label``
-    ("0" to "9"). ``docstrings:numpy,scipy``: the first paragraph of each docstring in three double quotes in these
-    installed packages (not imported). Texts have five words or more; duplicates are removed, and texts that occur in two
-    packages too. Columns ``text`` and ``label`` (the package). PACKAGE replaces the packages' names in the text.
+    ("0" to "9"). ``unicode:hangul``: the 11,172 syllables of the Korean script, columns ``source`` (its two or three letters,
+    one character each) and ``target`` (the Latin letters in its Unicode name: han). ``docstrings:numpy,scipy``: the first
+    paragraph of each docstring in three double quotes in these installed packages (not imported). Texts have five words or
+    more; duplicates are removed, and texts that occur in two packages too. Columns ``text`` and ``label`` (the package).
+    PACKAGE replaces the packages' names in the text.
     ``catalogues:django/de``: the translated strings of all gettext catalogues of a language in an installed package (not
     imported), each once. Columns ``source``, ``target`` and ``context``; see ``catalogues.read_po``.
 
     ``docstring-sections:numpy,scipy``: the text of each docstring before its first section, and ``sections``, the list of the
     sections that follow (those of numpydoc, such as Parameters and Returns); docstrings without sections have an empty list.
 
+    ``docstring-questions:numpy,scipy``: questions about the docstrings with a section Parameters (numpy's format) of up to
+    600 characters, made by rules: the default or the type of a parameter, or an exception. Columns ``id``, ``question``,
+    ``context`` and ``answers`` as in SQuAD 2; about a third of the questions have no answer in their context.
+
+    ``shapes:500``: 500 drawn images, see ``draw_shapes``.
+
+    ``docstring-pairs:numpy,scipy``: the first paragraph and the rest of each such docstring, columns ``summary`` and ``body``.
+
     The suffixes ``:train`` and ``:test`` select about three quarters and one quarter of the rows. The split depends on a
-    row's content (of a catalogue, on its source), so a row is on the same side wherever it appears.
+    row's content (of a catalogue, on its source; of a question, on its context), so a row is on the same side wherever it
+    appears.
 
     Raises: DataError at ``key`` for an unknown name or a package that is not installed.
     """
     base, part = name, None
     head, _, tail = name.rpartition(":")
-    if tail in _PARTS and head.rstrip(":") not in ("docstrings", "docstring-sections"):
+    if tail in _PARTS and f"{head.rstrip(':')}:" not in _OF_DOCSTRINGS:
         base, part = head, tail
     if base == DIGITS:
         rows, contents = _digits(name)
+    elif base == HANGUL:
+        rows, contents = hangul(name)
     elif base.startswith(DOCSTRINGS):
         rows, contents = _docstrings(name, base.removeprefix(DOCSTRINGS), key, _search)
     elif base.startswith(SECTIONS):
         rows, contents = _docstrings(name, base.removeprefix(SECTIONS), key, _search_sections)
+    elif base.startswith(QUESTIONS):
+        rows, contents = _questions(name, tuple(base.removeprefix(QUESTIONS).split(",")), key)
+    elif base.startswith(PAIRS):
+        folders = [_folder(package, key) for package in base.removeprefix(PAIRS).split(",")]
+        rows, contents = docstring_pairs(name, (found for folder in folders for found in _docstrings_in(folder)))
+        if not contents:
+            raise DataError(f"{name!r}: no docstring of two paragraphs in these packages", key=key)
     elif base.startswith(CATALOGUES):
         rows, contents = catalogue_rows(name, _catalogues(name, base.removeprefix(CATALOGUES).split(","), key), key)
+    elif base.startswith(SHAPES):
+        rows, contents = _shapes(name, base.removeprefix(SHAPES), key)
     else:
         raise DataError(
-            f"unknown built-in data {name!r}; expected {DIGITS}, {DOCSTRINGS}PACKAGE,PACKAGE, {SECTIONS}PACKAGE,PACKAGE or "
-            f"{CATALOGUES}PACKAGE/LANGUAGE, "
+            f"unknown built-in data {name!r}; expected {DIGITS}, {SHAPES}500, {HANGUL}, {DOCSTRINGS}PACKAGE,PACKAGE, "
+            f"{SECTIONS}PACKAGE,PACKAGE, {QUESTIONS}PACKAGE,PACKAGE, {PAIRS}PACKAGE,PACKAGE or {CATALOGUES}PACKAGE/LANGUAGE, "
             "optionally followed by :train or :test",
             key=key,
         )
@@ -108,6 +144,22 @@ def _digits(name: str) -> tuple[Rows, list[bytes]]:
         positions=np.arange(1, len(labels) + 1),
     )
     return rows, [image.tobytes() for image in images]
+
+
+def _shapes(name: str, count: str, key: str) -> tuple[Rows, list[bytes]]:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", count) or int(count) > _MOST_SHAPES:
+        raise DataError(f"{name!r}: expected {SHAPES} and a number of images, 1 to {_MOST_SHAPES:,}", key=key)
+    columns = draw_shapes(int(count))
+    contents = columns["image"]
+    rows = Rows(
+        name=name,
+        columns=columns,
+        fingerprint=hashlib.sha256(b"".join(contents)).hexdigest(),
+        origins=(Origin(f"{SHAPES}{count}", "record"),),
+        origin_index=np.zeros(len(contents), dtype=np.int64),
+        positions=np.arange(1, len(contents) + 1),
+    )
+    return rows, contents
 
 
 def _catalogues(name: str, parts: list[str], key: str) -> list[tuple[Path, str]]:
@@ -179,6 +231,42 @@ def _rows_of(
         positions=np.array([places[text][1] for text in texts], dtype=np.int64),
     )
     return rows, [text.encode() for text in texts]
+
+
+def _questions(name: str, packages: tuple[str, ...], key: str) -> tuple[Rows, list[bytes]]:
+    rows, contents = _ask(tuple(_folder(package, key) for package in packages))
+    if not contents:
+        raise DataError(f"{name!r}: no docstring in numpy's format in these packages", key=key)
+    return dataclasses.replace(rows, name=name), contents
+
+
+@functools.lru_cache(maxsize=4)
+def _ask(folders: tuple[Path, ...]) -> tuple[Rows, list[bytes]]:
+    """Rows in the order of the packages, of their files' paths, and of the lines. A docstring that occurs again is left out."""
+    texts: dict[str, tuple[str, int]] = {}
+    for folder in folders:
+        for file, line, text in _docstrings_in(folder):
+            if _HAS_PARAMETERS in text:
+                texts.setdefault(text, (file, line))
+    named = [parameter_names(text) for text in texts]
+    rows: list[dict[str, Any]] = []
+    places: list[tuple[str, int]] = []
+    for i, (text, place) in enumerate(texts.items()):
+        # Parameters of a docstring nearby: its functions are about similar things.
+        for row in rows_of(text, named[i - 1]):
+            rows.append(row)
+            places.append(place)
+    files = {file: i for i, file in enumerate(dict.fromkeys(file for file, _ in places))}
+    digest = hashlib.sha256("\0".join(f"{row['id']}\0{row['question']}" for row in rows).encode())
+    table = Rows(
+        name=QUESTIONS,
+        columns={name: [row[name] for row in rows] for name in (rows[0] if rows else ())},
+        fingerprint=digest.hexdigest(),
+        origins=tuple(Origin(file, "line") for file in files),
+        origin_index=np.array([files[file] for file, _ in places], dtype=np.int64),
+        positions=np.array([line for _, line in places], dtype=np.int64),
+    )
+    return table, [row["context"].encode() for row in rows]
 
 
 def _folder(package: str, key: str, *, what: str = "docstrings") -> Path:

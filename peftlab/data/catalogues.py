@@ -105,12 +105,8 @@ def catalogue_rows(name: str, places: list[tuple[Path, str]], key: str) -> tuple
         more = f" (and {len(noted) - 1:,} more catalogues)" if len(noted) > 1 else ""
         notes.append(Note("catalogue", f"{noted[0].message}{more}"))
     if repeated:
-        notes.append(
-            Note(
-                "catalogue",
-                f"{name}: {repeated:,} strings that repeat an earlier one with its translation are read once",
-            )
-        )
+        many = f"{repeated:,} strings that repeat" if repeated > 1 else "1 string that repeats"
+        notes.append(Note("catalogue", f"{name}: {many} an earlier one with its translation, read once"))
     digest = hashlib.sha256("\0".join(part for pair in chosen for part in pair).encode())
     rows = Rows(
         name=name,

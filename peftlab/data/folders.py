@@ -59,6 +59,7 @@ def contents_of(folder: Path, options: Options) -> Contents:
     readable = _readable(folder, files, options)
     chosen = set(readable)
     others = [path for path in files if path not in chosen and path.name not in _ABOUT and not is_about(path.stem)]
+    others = [path for path in others if path.suffix.lower() not in IMAGE_ENDINGS]  # the tables name them
     readable, notes, taken = _of_split(folder, readable, lambda path: _split_of_table(folder, path), options)
     return Contents(readable, notes=(*_others_noted(folder, others, options), *notes), split_taken=taken)
 

@@ -22,6 +22,8 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tif
 _KEY = "data.columns.image"
 # Bytes at the end of a JPEG in which its end marker is, unless it was cut off.
 _JPEG_END = 1024
+# The EXIF tag of a camera's orientation, and the first value that exchanges width and height.
+_ORIENTATION, _FIRST_TURNED = 0x0112, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,17 @@ class Image:
             with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
                 image = _converted(opened, mode)
         return image if self.change is None else self.change.apply(image)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, without the change; the pixels of a file are not decoded."""
+        import PIL.Image
+
+        if isinstance(self.source, np.ndarray):
+            return int(self.source.shape[1]), int(self.source.shape[0])
+        raw = _bytes_of(self.source, self.where)
+        with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
+            turned = opened.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
+            return (opened.height, opened.width) if turned else (opened.width, opened.height)
 
 
 def read_images(rows: Rows, column: str, *, length: int) -> Iterator[tuple[Image, int]]:

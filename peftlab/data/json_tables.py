@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from peftlab.data.coco import is_coco, read_coco
 from peftlab.data.rows import IntArray
 from peftlab.data.squad import is_nested, questions_of
 from peftlab.data.table import SPLITS, Options, Table, choose_split
@@ -267,6 +268,8 @@ def _of_document(document: Any, path: Path, options: Options) -> Table:
         return Table(_columns_of(records), positions, "record")
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected an array of objects, found {_kind(document)}", key=options.key)
+    if is_coco(document):
+        return read_coco(document, path, options)
     tables = _tables_in(document, path, options)
     if isinstance(tables, list):
         return _table(_columns_of(tables))

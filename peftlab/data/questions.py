@@ -133,7 +133,8 @@ class Questions:
                 for v in value
             ]
         else:
-            pairs = [(value, row.get(self.column("answer_start")))] if value != "" else []
+            blank = isinstance(value, str) and not value.strip()
+            pairs = [] if blank else [(value, row.get(self.column("answer_start")))]
         read = []
         for text, start in pairs:
             if (written := plain_text(text)) is None or not written.strip():
@@ -154,7 +155,7 @@ def _unquoted(value: Any) -> Any:
         return value
     text = value.strip()
     if not text.startswith(("{", "[")):
-        return text
+        return value
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(text)
@@ -162,7 +163,7 @@ def _unquoted(value: Any) -> Any:
             continue
         if isinstance(found, list | dict):
             return found
-    return text
+    return value
 
 
 def _number(value: Any, where: str) -> int | None:

@@ -13,8 +13,10 @@ from peftlab.specs.metrics import (
     CARD_ORDER,
     METRICS,
     ROWS,
+    ROWS_OF_ANSWERS,
     ROWS_OF_CHOICES,
     ROWS_OF_ENTITIES,
+    ROWS_OF_TEXTS,
     family_of,
     values_of,
 )
@@ -78,4 +80,6 @@ def check_headline(name: str, spec: TaskSpec, class_names: Sequence[str] | None,
 def _verdict_metrics(spec: TaskSpec, has_choices: bool) -> list[str]:
     columns = ROWS[spec.predicts] | (ROWS_OF_CHOICES if has_choices else frozenset())
     columns |= ROWS_OF_ENTITIES if spec.marks_entities else frozenset()
+    columns |= ROWS_OF_ANSWERS if spec.predicts == "spans" else frozenset()
+    columns |= ROWS_OF_TEXTS if spec.answer_scores else frozenset()
     return [s.headline for s in METRICS.values() if s.rows and s.on_card and columns >= set(s.rows)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,7 @@ from peftlab.evaluation.card_metrics import class_metrics
 from peftlab.evaluation.comparison import SHARES, Comparison
 from peftlab.evaluation.embeddings import EmbeddingComparison
 from peftlab.evaluation.modules import class_statistic, row_statistics
+from peftlab.evaluation.squad_scores import scores_by_row
 from peftlab.measuring.intervals import Estimate, bootstrap
 from peftlab.specs.task_spec import TaskSpec
 
@@ -32,6 +34,8 @@ class HeldOutScores:
         tags = class_names if spec.marks_entities else None
         self._logits = None if own else Comparison(num_rows, predicts=spec.predicts, tags=tags)
         self._chosen: dict[int, tuple[int, int]] = {}
+        self._answers: tuple[list[Mapping[str, Any]], list[Sequence[str]]] = ([], [])
+        self._texts: dict[int, tuple[str, str]] = {}
         self._any = False
 
     def add_vectors(self, ours: Tensor, taught: Tensor) -> None:
@@ -57,6 +61,15 @@ class HeldOutScores:
         for row, predicted, right in zip(rows, predictions, references, strict=True):
             self._chosen[row] = (predicted, right)
 
+    def add_answers(self, windows: Sequence[Mapping[str, Any]], references: Sequence[Sequence[str]]) -> None:
+        """Answers to questions, per window, as ``squad_scores`` takes them; ``row`` counts the held-out rows."""
+        self._answers[0].extend(windows)
+        self._answers[1].extend(references)
+
+    def add_texts(self, rows: Sequence[int], written: Sequence[str], references: Sequence[str]) -> None:
+        """Texts that the model wrote, one per row."""
+        self._texts |= zip(rows, zip(written, references, strict=True), strict=True)
+
     def estimates(self) -> dict[str, Estimate]:
         """The metrics with an interval over rows; empty if nothing was added."""
         if not self._any:
@@ -78,6 +91,14 @@ class HeldOutScores:
                 "correct_classes": (predicted == right).astype(np.float64),
                 "class_positions": np.ones(self._num_rows),
             }
+        if self._answers[0]:
+            scores = scores_by_row(*self._answers)
+            for which, name in enumerate(("answer_exact", "answer_f1")):
+                columns[name] = np.array([scores[row][which] for row in range(self._num_rows)])
+        if self._texts:
+            from peftlab.evaluation.text_scores import answer_rows  # slow to import
+
+            columns |= answer_rows(*zip(*(self._texts[row] for row in range(self._num_rows)), strict=True))
         statistics = row_statistics(columns)
         some: dict[str, int] = {}
         headline, family, index = self._of_class

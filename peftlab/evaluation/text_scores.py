@@ -6,6 +6,8 @@ their intervals over drawn rows need no second look at the texts.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,19 @@ from sacrebleu.metrics.chrf import CHRF
 
 from peftlab.measuring.intervals import Floats, Statistic
 from peftlab.specs.metrics import ROUGE
+
+# Of printf (%s, %(name)s, %2$d), str.format ({0}, {name}) and templates ({{ name }}).
+_PLACEHOLDER = re.compile(r"%(?:\(\w+\))?(?:\d+\$)?[-+ #0]*[\d.]*[sdifuxXeEgGcr]|\{\{[^{}]*\}\}|\{[\w.\[\]!:]*\}")
+
+
+def kept_placeholders(answers: Sequence[str], references: Sequence[str]) -> float | None:
+    """The share of rows whose answer has the placeholders of the reference, among those whose reference has any."""
+    pairs = [
+        (Counter(_PLACEHOLDER.findall(a)), Counter(_PLACEHOLDER.findall(r)))
+        for a, r in zip(answers, references, strict=True)
+    ]
+    rows = [found == wanted for found, wanted in pairs if wanted]
+    return sum(rows) / len(rows) if rows else None
 
 
 def bleu() -> Any:

@@ -16,6 +16,7 @@ from peftlab import formatting
 from peftlab.assembly import Assembly
 from peftlab.assembly.fit import fit
 from peftlab.assembly.merging import merge_run
+from peftlab.assembly.prepare import Phase
 from peftlab.assembly.witness import WITNESS_NAME
 from peftlab.errors import Interrupted
 from peftlab.experiments.card_figures import compare_students, no_baseline
@@ -23,6 +24,7 @@ from peftlab.experiments.distill_checks import check_models
 from peftlab.experiments.linking import link_file
 from peftlab.experiments.phases import phase_notes, train_in_phases
 from peftlab.experiments.student import cut_student
+from peftlab.experiments.taught_answers import answered_examples
 from peftlab.experiments.written_answers import ROWS_NAME
 from peftlab.measuring.memory import release_memory
 from peftlab.recipe import LoadedRecipe, check_lock, write_lock
@@ -30,13 +32,15 @@ from peftlab.runs import LOCK_NAME, RUN_NAME, open_run, write_json
 from peftlab.tasks import Chats
 from peftlab.teaching.alignment import check_routes
 from peftlab.teaching.caches import is_stored
-from peftlab.teaching.capture import capture_all, taught_examples
+from peftlab.teaching.capture import TaughtExamples, capture_all, taught_examples
 from peftlab.teaching.teacher import named_teachers
 from peftlab.teaching.teachers import Teachers
 from peftlab.training.checkpoint import list_checkpoints
 from peftlab.training.progress import Progress, first_in_full
 
 STUDENT, BASELINE = "student", "labels"
+# Folder of the teacher's answers in the run folder.
+ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Distillation:
                 f"{distill.cache} is incomplete: caching the missing teacher targets first, as `peftlab teach` does"
             )
             progress.stage("reading data")
-            self._summary["teach"] = capture_all(taught_examples(first), progress)
+            self._summary["teach"] = capture_all(self._taught(first) or taught_examples(first), progress)
         teachers = Teachers(first, progress)
         figures: dict[Arm, dict[str, Any]] = {}
         steps: dict[int, int] = {}
@@ -178,17 +182,25 @@ class Distillation:
             train_in_phases(assembly, arm.folder, self._progress)
         else:
             checkpoints = list_checkpoints(arm.folder / "checkpoints")
+            taught = None if teachers is None else self._taught(assembly)
             fit(
                 assembly,
                 arm.folder,
                 self._progress,
                 make_loss=None if teachers is None else teachers.loss,
+                phase=None if taught is None else Phase(taught.rows, taught.train),
                 checkpoint=checkpoints[-1] if checkpoints else None,
                 replace=not checkpoints,
                 resume_hint=_resume_hint(self._folder),
             )
         self._merge(arm, assembly)
         return open_run(arm.folder).summary
+
+    def _taught(self, student: Assembly) -> TaughtExamples | None:
+        """The training rows with the teacher's answers; None if the student learns from those of the data."""
+        if student.distill.answers == "data":
+            return None
+        return answered_examples(student, self._folder / ANSWERS, self._progress)
 
     def _merge(self, arm: Arm, assembly: Assembly) -> None:
         """Merges the adapter of a training into a plain model, unless that is already done."""
@@ -251,6 +263,7 @@ def _status(loaded: LoadedRecipe, folder: Path, *, resumed: bool) -> Iterator[No
         kept = (
             resumed
             or any(any(folder.glob(f"seed-*/*/{name}")) for name in (LOCK_NAME, ROWS_NAME))
+            or (folder / ANSWERS / ROWS_NAME).is_file()
             or (stopped and (folder / "init").is_dir())
         )
         if not kept:

@@ -5,6 +5,7 @@ from peftlab.models.config import (
     check_stored,
     decoder_start,
     end_ids,
+    has_class,
     is_causal,
     label_names,
     linear_widths,
@@ -13,6 +14,7 @@ from peftlab.models.config import (
     reads_later_tokens,
     starts_with_last,
     stored_as,
+    token_types,
 )
 from peftlab.models.dtypes import resolve_dtype, resolve_precision
 from peftlab.models.image_reader import ImageReader, load_image_reader
@@ -45,6 +47,7 @@ __all__ = [
     "end_ids",
     "find_pretrained",
     "import_bitsandbytes",
+    "has_head",
     "label_names",
     "length_limit",
     "linear_widths",
@@ -59,6 +62,7 @@ __all__ = [
     "num_parameters",
     "padding_of",
     "quiet",
+    "has_class",
     "is_causal",
     "reads_later_tokens",
     "reconcile",
@@ -73,6 +77,7 @@ __all__ = [
     "stored_as",
     "token_rows",
     "target_limit",
+    "token_types",
     "tokenizer_fingerprint",
     "vocabulary_rows",
 ]

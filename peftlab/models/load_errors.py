@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,6 +13,10 @@ from peftlab.errors import ArtifactError, PeftlabError, RecipeError, ResourceErr
 
 if TYPE_CHECKING:
     from peftlab.models.pretrained import Pretrained
+
+_NO_SUCH_HEAD = re.compile(
+    r"Unrecognized configuration class <class '.*\.(\w+)Config'> for this kind of AutoModel: (\w+)"
+)
 
 
 @contextlib.contextmanager
@@ -73,4 +78,10 @@ def load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
                 key="model.name",
             ) from error
         first = str(error).strip().splitlines()[0]
+        if (found := _NO_SUCH_HEAD.search(first)) is not None:
+            raise RecipeError(
+                f"transformers has no {found[2]} for {found[1]} models, so {name!r} cannot do this task; use a model of another "
+                "family, or another task",
+                key="model.name",
+            ) from error
         raise RecipeError(f"the {what} of {name!r} cannot be loaded: {first}", key="model.name") from error

@@ -140,6 +140,13 @@ def prompts_stand_before_each_row(recipe: Recipe) -> Problems:
         return
     if recipe.spec.reader != "tokenizer":
         yield ("adapter.method",), f"{spec.name} puts tokens before a text, and task: {recipe.task} has none; use lora"
+    elif recipe.spec.predicts == "spans":
+        yield (
+            ("adapter.method",),
+            f"{spec.name} puts tokens before a text, and task: {recipe.task} predicts positions of the text; use lora",
+        )
+    elif recipe.spec.peft_type is None:
+        yield ("adapter.method",), f"PEFT has no {spec.name} for task: {recipe.task}; use lora"
     if recipe.data.packing:
         yield (
             ("data.packing",),
@@ -206,6 +213,14 @@ def balance_knows_the_classes(recipe: Recipe) -> Problems:
         yield ("data.balance",), "draws rows by their class; set data.columns.label"
     if recipe.data.balance and recipe.distill is not None and recipe.distill.transfer is not None:
         yield ("data.balance",), "has no effect with distill.transfer, whose rows are trained on; remove it"
+
+
+def task_can_be_distilled(recipe: Recipe) -> Problems:
+    if recipe.distill is not None and not recipe.spec.distills:
+        yield (
+            ("distill",),
+            f"task: {recipe.task} has no distillation: no order relates the boxes of two models; remove it",
+        )
 
 
 def adapters_keep_statistics(recipe: Recipe) -> Problems:
@@ -338,6 +353,11 @@ def losses_compare_what_there_is(recipe: Recipe) -> Problems:
                 ("distill.losses",),
                 f"{loss.kind} compares vectors, and task: {recipe.task} has none; use forward_kl",
             )
+    if spec.predicts == "spans" and distill.targets.fill == "hidden":
+        yield (
+            ("distill.targets.fill",),
+            f"task: {recipe.task} predicts positions of a window, and there are no hidden states to store; use topk",
+        )
     if spec.predicts in ("vectors", "numbers"):
         if distill.teachers:
             yield ("distill.teachers",), f"{spec.predicts} of several teachers cannot be mixed; set distill.teacher"
@@ -365,6 +385,11 @@ def thresholds_are_tuned_in_training(recipe: Recipe) -> Problems:
         yield ("eval.threshold",), "is tuned by `peftlab train` only; set a number for a distillation"
 
 
+def answers_are_free_texts(recipe: Recipe) -> Problems:
+    if recipe.distill is not None and recipe.distill.answers == "teacher" and recipe.eval.choices is not None:
+        yield ("distill.answers",), "the teacher writes free text, not one of eval.choices; remove one of the two"
+
+
 def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
     if recipe.distill is None or recipe.distill.on_policy is None:
         return
@@ -388,6 +413,7 @@ def on_policy_knows_its_steps(recipe: Recipe) -> Problems:
 
 
 RULES: tuple[Callable[[Recipe], Problems], ...] = (
+    answers_are_free_texts,
     keys_of_other_tasks,
     keys_of_other_methods,
     options_of_the_method,
@@ -399,6 +425,7 @@ RULES: tuple[Callable[[Recipe], Problems], ...] = (
     objective_fits_the_columns,
     label_names_name_a_column,
     balance_knows_the_classes,
+    task_can_be_distilled,
     adapters_keep_statistics,
     changed_images_are_not_cached,
     only_plain_text_is_split,

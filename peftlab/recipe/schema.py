@@ -140,9 +140,9 @@ class AugmentSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE, "
-        "docstring-sections:PACKAGE,PACKAGE, catalogues:PACKAGE/LANGUAGE or hub data set; NAME:SPLIT reads one of its splits, "
-        "NAME#500 samples 500 rows, NAME#8-per-class samples 8 training rows of each class after rows are held out"
+        description="file, folder, package:IMPORT/PATH, built-in data such as docstrings:PACKAGE,PACKAGE, or hub data set; "
+        "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows, NAME#8-per-class samples 8 training rows of each class "
+        "after rows are held out"
     )
     eval: str | None = Field(
         None, description="held-out data, in the same forms as train; default: a part of train is held out"
@@ -436,6 +436,9 @@ class EvalSection(Section):
         0.0,
         description="a question gets no answer if the score of having none exceeds that of the best answer by more than "
         "this; null: every question gets an answer (extractive_qa)",
+    )
+    min_score: float = Field(
+        0.5, ge=0, le=1, description="least score of an object that a prediction shows (object_detection)"
     )
 
     @model_validator(mode="after")

@@ -103,7 +103,7 @@ def write_verified(
                 "output": str(folder),
                 "logits": asdict(agreement),
                 "limits": limits,
-                "rows": len(held_out.examples),
+                "rows": held_out.num_rows,
                 "verified": True,
             }
         )

@@ -89,6 +89,7 @@ ROWS: dict[str, frozenset[str]] = {
     "spans": _POSITIONS,
     "vectors": frozenset({"vectors"}),
     "numbers": frozenset({"predicted_numbers", "true_numbers"}),
+    "boxes": frozenset(),
 }
 # Additional columns of texts that the model writes.
 ROWS_OF_TEXTS = frozenset({"bleu_counts", "chrf_counts", *ROUGE})
@@ -159,6 +160,7 @@ METRICS: dict[str, MetricSpec] = {
             label="chrF",
             note="matching character n-grams of the texts that it writes, 0 to 100",
         ),
+        _share("placeholders", needs=_TEXTS, of_answers=True, by_default=False, on_card=False),
         *(
             _share(
                 name,
@@ -179,7 +181,7 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             on_short_card=True,
             label="accuracy",
-            note="share of rows answered correctly",
+            note="share of answers that are right",
         ),
         _share(
             "precision", needs=_PAIRS, of_classes=True, rows=_CLASS_ROWS, averaged=True, on_card=False, kept_as="share"
@@ -297,6 +299,20 @@ METRICS: dict[str, MetricSpec] = {
             kept_as="share",
             label="recall",
             note="share of the true entities that are found",
+        ),
+        _share(
+            "map",
+            needs={"predictions": "found", "references": "objects"},
+            on_card=False,
+            label="mAP",
+            note="average precision over classes and the overlaps 0.5 to 0.95 (COCO)",
+        ),
+        _share(
+            "map_50",
+            needs={"predictions": "found", "references": "objects"},
+            on_card=False,
+            label="mAP at 0.5",
+            note="average precision over classes, of boxes that overlap by half",
         ),
         MetricSpec(
             "spearman",

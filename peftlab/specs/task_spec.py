@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 # What a model predicts at each scored position: tokens of a vocabulary, a class per token or per decision about a row, one class
-# per row, a position of the row (the start and the end of a span), a vector per row, or a number per row. Loss, teacher and
-# report card depend on it.
-Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors", "numbers"]
+# per row, a position of the row (the start and the end of a span), a vector per row, a number per row, or a box and
+# its classes. Loss, teacher and report card depend on it.
+Predicts = Literal["tokens", "token classes", "classes", "spans", "vectors", "numbers", "boxes"]
 
 # Keys that some tasks use and others do not, but that others read.
 SCORED = ("eval.metrics", "eval.before", "eval.every", "eval.best", "eval.patience")
@@ -46,7 +46,7 @@ class TaskSpec:
         finds_settings: whether the training rows or the trained model give it settings that a run keeps (it then implements
             ``tasks.FindsSettings``).
         one_output_per_class: whether each class is a scored position of its own, so that a teacher needs the same order.
-        learns_from_labels: False if it can only learn from a teacher.
+        learns_from_labels: False if it can only learn from a teacher. distills: False if it cannot learn from one.
         generates: whether it writes text (it then implements ``tasks.Generates``). chats: whether it also answers
             conversations (``tasks.Chats``). redraws: whether its examples change on each pass (``tasks.Redraws``).
         reads_source: whether a row has a source, which an encoder reads, and a target, which a decoder writes.
@@ -78,6 +78,7 @@ class TaskSpec:
     finds_settings: bool = False
     one_output_per_class: bool = False
     learns_from_labels: bool = True
+    distills: bool = True
     generates: bool = False
     chats: bool = False
     reads_source: bool = False
@@ -93,7 +94,8 @@ class TaskSpec:
     @property
     def settings(self) -> tuple[str, ...]:
         """The keys that say how its texts, losses and answers are made, which its implementation gets."""
-        return tuple(key for key in self.keys if key not in _NOT_OF_TASKS and not key.startswith("distill."))
+        own = (key for key in self.keys if key not in _NOT_OF_TASKS and not key.startswith("distill."))
+        return tuple(key for key in own if key.count(".") == 1)
 
     @property
     def has_softmax(self) -> bool:

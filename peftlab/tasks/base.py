@@ -41,9 +41,9 @@ class TaskParts:
         padding: how the family of the model is padded. causal: whether a token of it sees only those before.
         end_ids: tokens at which its generation config ends a text.
         num_embeddings: rows of its input embeddings; None: no vocabulary, or unknown.
-        token_types: whether the model tells two texts apart by ``token_type_ids``. hidden_size: width of its hidden states, if its
+        token_types: number of types of tokens that the model reads; 0: it reads none. hidden_size: width of its hidden states, if its
             config says so.
-        augmentation: random changes of training images.
+        augmentation: random changes of training images. config: the model's, for an image task whose loss depends on it.
         max_target_length: longest target in tokens. decoder_start: the token before each target of an encoder-decoder; None:
             the last token of the target.
         settings: values of the recipe keys in ``TaskSpec.settings``, such as ``data.stride``, by key. found: see
@@ -68,13 +68,14 @@ class TaskParts:
     causal: bool = False
     end_ids: Sequence[int] = ()
     num_embeddings: int | None = None
-    token_types: bool = False
+    token_types: int = 0
     hidden_size: int | None = None
     augmentation: Augmentation | None = None
     max_target_length: int | None = None
     decoder_start: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     found: Mapping[str, Any] = field(default_factory=dict)
+    config: Any = None
 
     def column(self, part: str) -> str:
         """Name of the column for ``part``; default: the part's own name."""
@@ -261,3 +262,10 @@ class Gathers(Task, Protocol):
 
     def gathered(self, parts: Sequence[Mapping[str, Any]]) -> Columns:
         """The columns in the spec's ``scores``, from what ``score`` returned for each batch."""
+
+
+class FindsObjects(Task, Protocol):
+    """A task that finds objects in images (``spec.predicts`` is ``boxes``)."""
+
+    def image_of(self, rows: Rows) -> Any:
+        """The ``PIL.Image`` of the first of ``rows``, for a picture."""

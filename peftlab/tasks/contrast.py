@@ -46,8 +46,7 @@ class Objective:
 def in_batch(vectors: Tensor, keys: Tensor, *, scale: float) -> Tensor:
     """[B] cross-entropy of each anchor's own positive among all positives and negatives, by scaled cosine.
 
-    A text that is another right answer is no negative: one with the key of the anchor or of its positive, and the positive of
-    a row with an equal anchor.
+    A text that is another right answer is no negative: the positive of a row with an equal anchor, in any row, and the anchor.
 
     Args: vectors: [B, K, H] anchor, positive, negatives. keys: [B, K] equal for equal texts.
     """
@@ -55,8 +54,11 @@ def in_batch(vectors: Tensor, keys: Tensor, *, scale: float) -> Tensor:
     rows, count = len(unit), unit.shape[1] - 1
     scores = scale * (unit[:, 0] @ unit[:, 1:].transpose(0, 1).flatten(0, 1).T)  # all positives, then all negatives
     candidates = keys[:, 1:].T.flatten()
-    right = (candidates == keys[:, 1, None]) | (candidates == keys[:, 0, None])
-    right[:, :rows] |= keys[:, 0, None] == keys[:, 0]
+    same = keys[:, 0, None] == keys[:, 0]
+    positives = keys[:, 1, None] == candidates
+    if int(same.sum()) > rows:  # of all rows with an equal anchor
+        positives = (same.float() @ positives.float()) > 0
+    right = positives | (candidates == keys[:, 0, None])
     right[torch.arange(rows), torch.arange(rows)] = False
     assert scores.shape == (rows, rows * count)
     return F.cross_entropy(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -129,13 +128,15 @@ class Embedding:
         return Example(ids, row, float(count), label=label, scored=count, sizes=sizes if count > 1 else ())
 
     def preview(self, rows: Rows, index: int, *, max_length: int, labelled: bool = True) -> Preview:
-        parts = self._texts.row(rows, index)
-        kept = [np.minimum(tokens.lengths, max_length) for tokens in parts]
-        shown = side_by_side([cut(tokens, count) for tokens, count in zip(parts, kept, strict=True)])
         targets = self._targets(rows.select([index])) if labelled else None
-        label = None if targets is None else f"{targets[0]:g}"
-        made = preview(rows.where(index), shown, self.tokenizer, max_length=len(shown.ids), label=label)
-        return replace(made, cut=sum(len(tokens.ids) for tokens in parts) - len(shown.ids))
+        segments: list[tuple[str, str, bool]] = []
+        removed = 0
+        for role, tokens in zip(self.roles, self._texts.row(rows, index), strict=True):
+            own = preview(rows.where(index), tokens, self.tokenizer, max_length=max_length, keep_last=True)
+            named = [(f"{role}: ", "tokenizer", False)] if len(self.roles) > 1 else []
+            segments += [*([("\n", "tokenizer", False)] if segments else []), *named, *own.segments]
+            removed += own.cut
+        return Preview(rows.where(index), segments, None if targets is None else f"{targets[0]:g}", removed)
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
         return collate_texts(examples, pad_id=self.tokenizer.pad_token_id, device=device)
@@ -228,7 +229,7 @@ class Embedding:
         for part in eval_batches([len(e) for e in examples], batch_tokens):
             outputs = self.outputs(model, self.collate([examples[i] for i in part], device))
             for i, vectors in zip(part.tolist(), outputs.values.split(list(outputs.counts)), strict=True):
-                results[i] = self._result(vectors, [t.role for t in texts.texts])
+                results[i] = self._result(vectors, [t.roles[0] for t in texts.texts])
         yield from (results[i] | cut_note(lengths[i], len(examples[i])) for i in range(len(examples)))
 
     def _result(self, vectors: Tensor, roles: Sequence[str]) -> dict[str, Any]:

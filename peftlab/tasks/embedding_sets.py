@@ -80,17 +80,15 @@ class _Sets(Embedding):
 
     def encode(self, rows: Rows, **options: Any) -> Encoded:
         encoded = super().encode(rows, **options)
-        if options["training"] and options.get("keep", True):
-            self._check_varied(encoded.examples, rows)
+        if options["training"] and self.objective.name == "in_batch" and len(self.roles) == 2:
+            self._check_varied(rows)
         return encoded
 
-    def _check_varied(self, examples: Sequence[Example], rows: Rows) -> None:
+    def _check_varied(self, rows: Rows) -> None:
         """Raises DataError if no row has a negative."""
-        if self.objective.name != "in_batch" or len(self.roles) > 2 or not examples:
-            return
-        if len({e.texts[1].tobytes() for e in examples}) == 1:
+        if len(rows) and len(set(map(str, rows.column(self._texts.columns[1])))) == 1:
             raise DataError(
-                f"all {len(examples):,} rows of {rows.name} have the same positive, so there are no negatives to tell it from",
+                f"all {len(rows):,} rows of {rows.name} have the same positive, so there are no negatives to tell it from",
                 key="data.columns.positive",
             )
 

@@ -73,6 +73,11 @@ class Encoded:
     ledger: Ledger
 
     @property
+    def num_rows(self) -> int:
+        """The number of rows that have examples."""
+        return len({example.row for example in self.examples})
+
+    @property
     def lengths(self) -> np.ndarray:
         return lengths_of(self.examples)
 

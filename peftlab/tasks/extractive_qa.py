@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ class ExtractiveQA:
     special tokens and of padding have the logit -inf. Both positions of a window have the weight 1, so the loss is
     transformers' mean of the two, averaged over windows.
 
-    Args: window: longest window in tokens. stride, max_answer_tokens, null_threshold: see the recipe.
+    Args: window: longest window in tokens. stride, max_answer_tokens, null_threshold: see the recipe. token_types: see
+        ``TaskParts``.
     """
 
     spec = TASKS["extractive_qa"]
@@ -54,6 +56,7 @@ class ExtractiveQA:
         stride: int | None = None,
         max_answer_tokens: int = 30,
         null_threshold: float | None = 0.0,
+        token_types: int = 0,
         padding: Padding = "right",
         num_embeddings: int | None = None,
     ) -> None:
@@ -64,6 +67,7 @@ class ExtractiveQA:
         self._num_embeddings = num_embeddings
         self._questions = Questions(columns)
         self._windows = WindowTokenizer(tokenizer)
+        self._reads_types = token_types >= self._windows.num_types
 
     @classmethod
     def make(cls, parts: TaskParts) -> ExtractiveQA:
@@ -74,6 +78,7 @@ class ExtractiveQA:
             stride=parts.settings["data.stride"],
             max_answer_tokens=parts.settings["eval.max_answer_tokens"],
             null_threshold=parts.settings["eval.null_threshold"],
+            token_types=parts.token_types,
             padding=parts.padding,
             num_embeddings=parts.num_embeddings,
         )
@@ -173,7 +178,19 @@ class ExtractiveQA:
         return preview(where, tokens, self.tokenizer, max_length=len(shown.ids), label=label)
 
     def collate(self, examples: list[Example], device: Any) -> Batch:
-        return collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+        batch = collate(examples, pad_id=self.tokenizer.pad_token_id, device=device)
+        allowed = batch.inputs.pop(_ALLOWED) != 0
+        return replace(self._with_types(batch), allowed=allowed)
+
+    def _with_types(self, batch: Batch) -> Batch:
+        """The batch as the model reads it; it may be that of another model with the same tokens."""
+        inputs = {name: value for name, value in batch.inputs.items() if name != _TYPES}
+        if self._reads_types:
+            types = torch.zeros_like(batch.input_ids)
+            for i, example in enumerate(batch.examples):
+                types[i, : len(example)] = torch.from_numpy(example.extra[_TYPES].astype(np.int64))
+            inputs[_TYPES] = batch.inputs.get(_TYPES, types)
+        return replace(batch, inputs=inputs)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(self.outputs(model, batch)).sum()
@@ -188,7 +205,9 @@ class ExtractiveQA:
         return cross_entropy(outputs)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        logits = self._logits(model, batch.inputs)
+        assert batch.allowed is not None
+        inputs = self._with_types(batch).inputs
+        logits = self._logits(model, {**inputs, _ALLOWED: batch.allowed})
         targets = None if batch.labels is None else batch.labels.flatten()
         return Outputs(logits.flatten(0, 1), [2] * len(logits), targets=targets)
 
@@ -207,10 +226,9 @@ class ExtractiveQA:
         return torch.cat(parts)[torch.cat(order).argsort()]
 
     def _padded_logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        left_out = {_ALLOWED} if _reads_types(model, self.tokenizer, inputs[_TYPES]) else {_ALLOWED, _TYPES}
-        found = model(**{name: value for name, value in inputs.items() if name not in left_out})
+        found = model(**{name: value for name, value in inputs.items() if name != _ALLOWED})
         logits = at_least_float32(torch.stack([found.start_logits, found.end_logits], 1))
-        logits = logits.masked_fill(inputs[_ALLOWED][:, None] == 0, -math.inf)
+        logits = logits.masked_fill(~inputs[_ALLOWED][:, None], -math.inf)
         return F.pad(logits, (0, self.max_length - logits.shape[-1]), value=-math.inf)
 
     def reference_outputs(self, model: nn.Module, examples: list[Example], device: Any) -> Outputs:
@@ -219,11 +237,9 @@ class ExtractiveQA:
         for group in groups:
             own = [examples[i] for i in group]
             inputs = padded_inputs(own, pad_id=self.tokenizer.pad_token_id, device=device)
-            types = torch.zeros_like(inputs["input_ids"])
-            for i, example in enumerate(own):
-                types[i, : len(example)] = torch.from_numpy(example.extra[_TYPES].astype(np.int64))
-            if _reads_types(model, self.tokenizer, types):
-                inputs[_TYPES] = types
+            if self._reads_types:
+                types = [torch.from_numpy(e.extra[_TYPES].astype(np.int64)) for e in own]
+                inputs[_TYPES] = nn.utils.rnn.pad_sequence(types, batch_first=True).to(device)
             found = model(**inputs)
             for i, example in enumerate(own):
                 places = torch.from_numpy(example.extra[_ALLOWED].nonzero()[0]).to(device)
@@ -310,12 +326,3 @@ class ExtractiveQA:
             for example, span in zip(batch.examples, self._spans(self.outputs(model, batch), batch), strict=True):
                 spans[example.row].append(span)
         yield from (best_of_row(spans[i], self._threshold) for i in range(len(rows)))
-
-
-def _reads_types(model: Any, tokenizer: Any, types: Tensor) -> bool:
-    """Whether a model of this config reads the type of each token, and these are types that it has."""
-    if _TYPES not in tokenizer.model_input_names:
-        return False
-    config = model.config
-    known = 3 if config.model_type == "xlnet" else getattr(config, "type_vocab_size", None) or 0
-    return known > 1 and int(types.max()) < known

@@ -19,7 +19,7 @@ EMPTY_TEXT, NO_LABEL, NO_IMAGE, NO_SCORE = (
 
 def empty_role(role: str) -> str:
     """The reason for a row whose column of this role is empty."""
-    return f"the {role} is empty"
+    return f"the {'second text' if role == 'pair' else role} is empty"
 
 
 def is_blank(value: Any) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.tasks.lm_head import base_of
+from peftlab.tasks.lm_head import base_of, input_of
 from peftlab.tasks.outputs import OutputHead, Outputs
 
 # Positions of the check at the first call: the full logits of more would need much memory.
@@ -42,7 +41,7 @@ class MaskedHead:
         if not self._has_output_layer[id(base)]:
             return model(**inputs).logits[:, -own:][chosen], None
         layer = base.get_output_embeddings()
-        with _input_of(layer) as seen:
+        with input_of(layer) as seen:
             model(**inputs)
         return seen[-1][:, -own:][chosen], OutputHead(layer, None, 1.0)
 
@@ -66,7 +65,7 @@ class MaskedHead:
         try:
             with torch.autocast(row["input_ids"].device.type, enabled=False):
                 want = base(**row).logits.float()
-                with _input_of(layer) as seen:
+                with input_of(layer) as seen:
                     base(**row)
                 ours = OutputHead(layer, None, 1.0).logits(seen[-1]).float() if seen else None
         finally:
@@ -75,19 +74,3 @@ class MaskedHead:
         if ours is None or ours.shape != want.shape:
             return False
         return float((ours - want).abs().max()) <= 0.01 * max(float(want.abs().max()), 1.0)
-
-
-@contextlib.contextmanager
-def _input_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that receives the input [B, T, H] of ``layer``, which then computes a single position."""
-    seen: list[Tensor] = []
-
-    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen.append(args[0])
-        return (args[0][:1, :1], *args[1:])
-
-    hook = layer.register_forward_pre_hook(take)
-    try:
-        yield seen
-    finally:
-        hook.remove()

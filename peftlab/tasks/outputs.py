@@ -40,7 +40,8 @@ class Outputs:
         head: the head of a language model, whose logits are computed a part at a time.
         vectors: whether the values are the answer themselves, as with sentence embeddings and numbers.
         unit: of numbers, [N, 1]: the data's numbers for the values 0 and 1; None: they are no numbers.
-        targets: [N] or [N, ...] correct answers of any type; None if the rows have no labels. weights: [N] factors on the
+        targets: [N] or [N, ...] correct answers of any type; None if the rows have no labels. soft: [N, C] their probabilities
+            where an answer is not one class. weights: [N] factors on the
             losses; None: all 1.
         counts: number of positions of each example in the batch.
     """
@@ -52,6 +53,7 @@ class Outputs:
     unit: tuple[float, float] | None = None
     targets: Tensor | None = None
     weights: Tensor | None = None
+    soft: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -73,7 +75,9 @@ def numbers_of(values: Tensor, unit: tuple[float, float]) -> list[float]:
 def cross_entropy(outputs: Outputs) -> Tensor:
     """[N] nats of the target class at each position, float32 (float64 stays)."""
     assert outputs.targets is not None
-    return F.cross_entropy(outputs.logits(), outputs.targets, reduction="none")
+    logits = outputs.logits()
+    targets = outputs.targets if outputs.soft is None else outputs.soft.to(logits.dtype)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:

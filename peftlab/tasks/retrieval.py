@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,3 +48,29 @@ def ranked(ranks: list[int]) -> dict[str, Any]:
     """The columns for queries with one right answer each, of rank 1 or more."""
     gains = [[float(place == rank) for place in range(1, _FIRST + 1)] for rank in ranks]
     return {"found_at": ranks, "first_relevant": ranks, "gains": gains, "ideal_gains": [[1.0]] * len(ranks)}
+
+
+def ranked_groups(
+    queries: Sequence[int], logits: Sequence[float], scores: Sequence[float], *, relevant: float
+) -> dict[str, Any]:
+    """The columns of ranked documents, one entry for each query.
+
+    Of equal logits the document with the lower score is ranked first. A query whose documents have one score, so that no order
+    is better than another, has no rank (None) and no gains.
+
+    Args: queries: [N] equal for the documents of one query. scores: [N] their relevance, 0 to 1. relevant: the lowest score of
+        a right answer.
+    """
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for query, logit, score in zip(queries, logits, scores, strict=True):
+        groups.setdefault(query, []).append((-logit, score))
+    ranks: list[int | None] = []
+    gains, ideal = list[list[float]](), list[list[float]]()
+    for documents in groups.values():
+        found = [score for _, score in sorted(documents)]
+        varied = len(set(found)) > 1
+        right = [place for place, score in enumerate(found, start=1) if score >= relevant]
+        ranks.append(right[0] if right and varied else None)
+        gains.append(found[:_FIRST] if varied else [])
+        ideal.append(sorted(found, reverse=True)[:_FIRST] if varied else [])
+    return {"first_relevant": ranks, "gains": gains, "ideal_gains": ideal}

@@ -60,7 +60,7 @@ class SequenceClassification:
             pair_column=parts.columns.get("pair"),
             padding=parts.padding,
             num_embeddings=parts.num_embeddings,
-            token_types=parts.token_types,
+            token_types=parts.token_types > 1,
         )
 
     @classmethod

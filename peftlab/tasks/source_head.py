@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.errors import RecipeError
-from peftlab.tasks.lm_head import LMHead, base_of
+from peftlab.tasks.lm_head import LMHead, base_of, input_of
 from peftlab.tasks.outputs import OutputHead
 
 
@@ -21,10 +21,9 @@ class SourceHead(LMHead):
     def hidden_states(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """[B, T, H] what the head reads at the positions of the decoder. Args: labels: [B, T], to compare their shift."""
         base = base_of(model)
-        if id(base) not in self._verified:
+        if id(base) not in self._is_direct:
             self._verify_shift(base, inputs, labels)
-            self._verify(model, base, inputs)
-            self._verified.add(id(base))
+            self._is_direct[id(base)] = self._verify(model, base, inputs)
         return _read_by_head(model, base, inputs)[:, -inputs["decoder_input_ids"].shape[1] :]
 
     def values(self, model: nn.Module, hidden: Tensor) -> tuple[Tensor, OutputHead | None]:
@@ -67,15 +66,6 @@ def _bias(model: nn.Module) -> Tensor | None:
 
 
 def _read_by_head(model: nn.Module, base: Any, inputs: dict[str, Tensor]) -> Tensor:
-    seen: list[Tensor] = []
-
-    def first_position(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0])
-        return (args[0][:, :1],)
-
-    hook = base.get_output_embeddings().register_forward_pre_hook(first_position)
-    try:
+    with input_of(base.get_output_embeddings()) as seen:
         model(**inputs, use_cache=False)
-    finally:
-        hook.remove()
     return seen[-1]

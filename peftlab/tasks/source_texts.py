@@ -142,36 +142,31 @@ class SourceTexts:
                     "data.prefix, as T5 expects them",
                     key=f"data.{key}_language",
                 )
-            if self.language_id(code) is None:
-                codes = _language_codes(tokenizer)
+            if code not in (codes := _language_codes(tokenizer)):
                 near = difflib.get_close_matches(code, codes, n=1, cutoff=0.3)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise RecipeError(
                     f"unknown language {code!r}{hint} The tokenizer has {listed(codes)}", key=f"data.{key}_language"
                 )
             setattr(tokenizer, name, code)
-        if target is None and getattr(tokenizer, "tgt_lang", "") is None and source is not None:
+        if target is None and hasattr(tokenizer, "tgt_lang") and (codes := _language_codes(tokenizer)):
             raise RecipeError(
-                "missing: the tokenizer writes the language before each target", key="data.target_language"
+                f"missing: the tokenizer {type(tokenizer).__name__} writes the language of each target; it has "
+                f"{listed(codes)}",
+                key="data.target_language",
             )
 
-    def language_id(self, code: str) -> int | None:
+    def _language_id(self, code: str) -> int:
         """The token of a language."""
-        lookup = getattr(self.tokenizer, "get_lang_id", None)
-        try:
-            found = lookup(code) if lookup is not None else self.tokenizer.convert_tokens_to_ids(code)
-        except KeyError:
-            return None
-        unknown = found is None or (found == self.tokenizer.unk_token_id and code != self.tokenizer.unk_token)
-        return None if unknown else int(found)
+        lookup = getattr(self.tokenizer, "get_lang_id", None)  # M2M100 writes __de__ for de
+        return int(lookup(code) if lookup is not None else self.tokenizer.convert_tokens_to_ids(code))
 
     def first_of_target(self) -> dict[str, int]:
         """Arguments of ``generate`` for the token of the target language: the first that is written, or where the tokenizer
         puts it after the end of text, the one that starts the decoder."""
         if self._target_language is None:
             return {}
-        token = self.language_id(self._target_language)
-        assert token is not None
+        token = self._language_id(self._target_language)
         return {"decoder_start_token_id" if token in self._suffix else "forced_bos_token_id": token}
 
     def pieces(self, rows: Rows) -> Iterator[tuple[int, Sides]]:

@@ -82,7 +82,7 @@ class TokenClassification(ABC):
 
     @property
     def read_columns(self) -> set[str]:
-        return set(self._annotations.columns_of(self._available))
+        return {self._annotations.words_column(self._available), self._annotations.label_column(self._available)}
 
     @classmethod
     def blank_rows(cls, parts: TaskParts, rows: Rows, *, labelled: bool) -> dict[int, str]:
@@ -332,11 +332,12 @@ def _notes(row: Annotated, found: Positions) -> Iterator[str]:
 
 def _overlaps(row: Annotated, found: Positions, k: int, start: int, end: int) -> bool:
     """Whether position ``k`` stands for characters of ``[start, end)``."""
-    return bool(row.words[found.firsts[k]][0] < end and row.words[found.lasts[k]][1] > start)
+    first, last = int(found.firsts[k]), int(found.lasts[k])
+    return row.words[first][0] < end and row.words[last][1] > start
 
 
 def _ends_texts(tokenizer: Any) -> bool:
     """Whether the tokenizer writes a token after each text."""
     encoded: Any = tokenizer("a", verbose=False).encodings[0]
-    start, end = encoded.offsets[-1]
-    return int(end) <= int(start)
+    offset: tuple[int, int] = encoded.offsets[-1]
+    return offset[1] <= offset[0]

@@ -1,4 +1,4 @@
-"""Tokenizes rows of one text, of two that the model reads together, or of several that it reads one by one."""
+"""Tokenizes rows of one text, of two texts in one sequence, or of several texts each alone."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from peftlab.data.values import NUMBERS, plain_text
 from peftlab.errors import DataError
 from peftlab.tasks.inputs import empty_role, is_blank, unusable_rows
 
-_PAIR_KEY = "data.columns.pair"
-_ROLES = ("tokenizer", "text", "pair")
-# Rows of several texts that are tokenized at once.
 _ROWS = 4096
 
 
 class Texts:
-    """Reads a column of texts with the tokenizer.
+    """Reads the text column with the tokenizer.
 
     Args:
-        role: what the column is for the task.
         pair: column of a second text. The tokenizer writes both as one row; if it puts no token between them, peftlab puts
             a line break there.
         types: whether the model tells the two texts apart by ``token_type_ids``.
+        roles: what the columns are for the task.
     """
 
     def __init__(
-        self, tokenizer: Any, column: str, role: str = "text", *, pair: str | None = None, types: bool = False
+        self,
+        tokenizer: Any,
+        column: str,
+        *,
+        pair: str | None = None,
+        types: bool = False,
+        roles: Sequence[str] = ("text", "pair"),
     ) -> None:
-        self._tokenizer, self.column, self.role, self.pair = tokenizer, column, role, pair
-        self.key = f"data.columns.{role}"
+        self._tokenizer, self.column, self.pair = tokenizer, column, pair
+        self.roles, self.key = tuple(roles), f"data.columns.{roles[0]}"
         self._types = types and pair is not None
         self._between = "" if pair is None or _separates(tokenizer) else "\n"
 
@@ -50,13 +53,13 @@ class Texts:
         for first, rendered in pieces(rows, self._rendered):
             tokens = self._tokenize(rendered)
             for i in np.flatnonzero(tokens.lengths == 0).tolist():
-                raise DataError(_empty(rows.where(first + i), self.role), key=self.key)
+                raise DataError(_empty(rows.where(first + i), self.roles[0]), key=self.key)
             yield first, tokens
 
     def unusable(self, rows: Rows) -> dict[int, str]:
         """Why rows cannot be read, by index. Raises: DataError if there is no such column."""
         if self.pair is not None:
-            rows.column(self.pair, key=_PAIR_KEY)
+            rows.column(self.pair, key=f"data.columns.{self.roles[1]}")
         return unusable_rows(rows, lambda part: list(self.pieces(part)), column=self.column, key=self.key)
 
     def row(self, rows: Rows, index: int) -> Tokens:
@@ -69,21 +72,20 @@ class Texts:
             raise DataError(
                 f"this model reads two texts, found one: {text[:40]!r}; give rows with the columns {self.column!r} and "
                 f"{self.pair!r}, in a file (--file) or as dicts",
-                key=_PAIR_KEY,
+                key=f"data.columns.{self.roles[1]}",
             )
         return {self.column: text}
 
     def used(self, tokens: Tokens, kept: np.ndarray) -> np.ndarray:
         """[T] bool: the tokens that remain of each row of ``kept`` [N] tokens. A truncated row keeps its last token, the
         end separator of encoder models; of two texts the longer one is cut first, at its end."""
-        position = np.arange(len(tokens.ids)) - np.repeat(tokens.bounds[:-1], tokens.lengths)
-        use: np.ndarray = position < np.repeat(kept, tokens.lengths)
+        use = _first_tokens(tokens, kept)
         for i in np.flatnonzero((kept > 0) & (kept < tokens.lengths)).tolist():
             row = tokens.row(i)
             if self.pair is not None:
                 use[row] = _cut_pair(tokens.roles[row], int(kept[i]))
             else:
-                use[row.start + int(kept[i]) - 1], use[row.stop - 1] = False, True
+                _keep_last(use, tokens, i, int(kept[i]))
         return use
 
     def fitted(self, tokens: Tokens, kept: np.ndarray) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
@@ -99,14 +101,15 @@ class Texts:
             yield i, tokens.ids[row][use[row]], extra
 
     def _keys(self) -> dict[str, str]:
-        return {self.column: self.key} | ({self.pair: _PAIR_KEY} if self.pair is not None else {})
+        names = [self.column] if self.pair is None else [self.column, self.pair]
+        return {name: f"data.columns.{role}" for name, role in zip(names, self.roles, strict=False)}
 
     def _rendered(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> list[Rendered]:
         rendered = []
         for row, where in zip(rows, wheres, strict=True):
             text, parts = "", []
             notes: tuple[str, ...] = ()
-            for role, (column, key) in zip((self.role, "pair"), self._keys().items(), strict=False):
+            for role, (column, key) in zip(self.roles, self._keys().items(), strict=False):
                 value = row.get(column)
                 if is_blank(value):
                     raise DataError(_empty(where, role), key=key)
@@ -139,9 +142,22 @@ class Texts:
             ids,
             lengths,
             np.fromiter(owners, dtype=np.int16, count=len(ids)),
-            _ROLES,
+            ("tokenizer", *self.roles),
             notes=tuple((i, note) for i, row in enumerate(rendered) for note in row.notes),
         )
+
+
+def _first_tokens(tokens: Tokens, kept: np.ndarray) -> np.ndarray:
+    """[T] bool: the first ``kept`` [N] tokens of each row."""
+    position = np.arange(len(tokens.ids)) - np.repeat(tokens.bounds[:-1], tokens.lengths)
+    use: np.ndarray = position < np.repeat(kept, tokens.lengths)
+    return use
+
+
+def _keep_last(use: np.ndarray, tokens: Tokens, row: int, kept: int) -> None:
+    """Puts the last token of a row in the place of the last of its first ``kept`` ones."""
+    at = tokens.row(row)
+    use[at.start + kept - 1], use[at.stop - 1] = False, True
 
 
 def _separates(tokenizer: Any) -> bool:
@@ -166,6 +182,10 @@ def _cut_pair(roles: np.ndarray, kept: int) -> np.ndarray:
     return use
 
 
+def _empty(where: str, role: str) -> str:
+    return f"{where}: {empty_role(role)}; fill it in, or set data.empty=drop, which leaves such rows out"
+
+
 class TextSets:
     """Reads several columns of texts, each text tokenized alone; a row holds one of each.
 
@@ -173,7 +193,7 @@ class TextSets:
     """
 
     def __init__(self, tokenizer: Any, columns: Mapping[str, str]) -> None:
-        self.texts = [Texts(tokenizer, column, role) for role, column in columns.items()]
+        self.texts = [Texts(tokenizer, column, roles=[role]) for role, column in columns.items()]
 
     @property
     def columns(self) -> list[str]:
@@ -209,23 +229,20 @@ class TextSets:
 def stacked(parts: Sequence[Tokens]) -> Tokens:
     """The rows of ``parts``, which have the same roles and no answers, one after the other."""
     first = np.cumsum([0, *map(len, parts)]).tolist()
-    names = max((part.role_names for part in parts), key=len)
     return Tokens.untrained(
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.roles for part in parts]),
-        names,
-        tuple((row + at, note) for part, at in zip(parts, first, strict=False) for row, note in part.notes),
+        max((part.role_names for part in parts), key=len),
+        notes=tuple((row + at, note) for part, at in zip(parts, first, strict=False) for row, note in part.notes),
     )
 
 
 def cut(tokens: Tokens, kept: np.ndarray) -> Tokens:
-    """Each row with as many tokens as ``kept`` says; one that is cut keeps its last token (see ``fitted``)."""
-    position = np.arange(len(tokens.ids)) - np.repeat(tokens.bounds[:-1], tokens.lengths)
-    use = position < np.repeat(kept, tokens.lengths)
-    shorter = np.flatnonzero((kept > 0) & (kept < tokens.lengths))
-    use[tokens.bounds[:-1][shorter] + kept[shorter] - 1] = False
-    use[tokens.bounds[1:][shorter] - 1] = True
+    """Each row of one text with as many tokens as ``kept`` says; one that is cut keeps its last token (see ``Texts.used``)."""
+    use = _first_tokens(tokens, kept)
+    for i in np.flatnonzero((kept > 0) & (kept < tokens.lengths)).tolist():
+        _keep_last(use, tokens, i, int(kept[i]))
     lengths = np.minimum(kept, tokens.lengths)
     return Tokens.untrained(tokens.ids[use], lengths, tokens.roles[use], tokens.role_names, tokens.notes)
 
@@ -234,16 +251,13 @@ def side_by_side(parts: Sequence[Tokens]) -> Tokens:
     """The texts of each row one after the other, as one row; ``parts`` have one text of each row."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.role_names))
     number = {name: i for i, name in enumerate(names)}
-    order = np.argsort(np.concatenate([np.repeat(np.arange(len(part)), part.lengths) for part in parts]), kind="stable")
+    rows = np.concatenate([np.repeat(np.arange(len(part)), part.lengths) for part in parts])
+    order = np.argsort(rows, kind="stable")
     roles = [np.array([number[n] for n in part.role_names], dtype=np.int16)[part.roles] for part in parts]
     return Tokens.untrained(
         np.concatenate([part.ids for part in parts])[order],
         np.sum([part.lengths for part in parts], axis=0),
         np.concatenate(roles)[order],
         names,
-        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )
-
-
-def _empty(where: str, role: str) -> str:
-    return f"{where}: {empty_role(role)}; fill it in, or set data.empty=drop, which leaves such rows out"

@@ -94,6 +94,12 @@ class WindowTokenizer:
         return ids, np.full(len(ids), self._question_type, dtype=np.int8)
 
     @property
+    def num_types(self) -> int:
+        """The number of types of tokens that the tokenizer writes."""
+        parts = (self._before, self._between, self._after)
+        return 1 + max(self._question_type, self._context_type, *(int(t.max(initial=0)) for _, t in parts))
+
+    @property
     def num_special(self) -> int:
         """Tokens of a window that are neither of the question nor of the context."""
         return len(self._before[0]) + len(self._between[0]) + len(self._after[0])

@@ -242,6 +242,12 @@ class NamedTeacher:
             if not compared.same:
                 return Columns(), True, [f"teacher and student have different tokenizers: {compared.difference}"]
             return Columns(compared.num_shared_ids), False, list(compared.notes)
+        if spec.predicts == "spans" and not compared.same:
+            raise RecipeError(
+                "teacher and student have different tokenizers, so the positions of their windows are not the same: "
+                f"{compared.difference}. Use a teacher with the student's tokenizer",
+                key=f"{self.key}.name",
+            )
         order = None
         if student.class_names is not None:
             order = self._same_classes(student.class_names, theirs.class_names or [])

@@ -172,7 +172,7 @@ class Teachers:
         return {"teacher": run}
 
     def choosers(self) -> list[tuple[str, Any]]:
-        """The single teacher's model, if it can choose among eval.choices like the student."""
+        """The single teacher's model, if it can answer like the student: with one of eval.choices, or with a span."""
         only = len(self._named) == 1 and not self.model(0).own_texts
         return [("teacher", self.model(0).model)] if only else []
 

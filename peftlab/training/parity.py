@@ -277,8 +277,10 @@ def _cut(example: Example, max_tokens: int) -> Example:
         texts = [ids[: max_tokens // len(example.sizes)] for ids in example.texts]
         return replace(example, ids=np.concatenate(texts), sizes=tuple(map(len, texts)))
     if example.trained is None:
-        per_token = example.extra or isinstance(example.label, np.ndarray)
-        return example if per_token else replace(example, ids=example.ids[:max_tokens])
+        if isinstance(example.label, np.ndarray):
+            return example
+        extra = {n: v[:max_tokens] if len(v) == len(example) else v for n, v in example.extra.items()}
+        return replace(example, ids=example.ids[:max_tokens], extra=extra)
     end = int(example.trained.nonzero()[0][-1]) + 1
     window = slice(max(0, end - max_tokens), end)
     trained = example.trained[window].copy()

@@ -105,7 +105,9 @@ def test_body_without_layers_is_refused() -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.groups = 2
-    with pytest.raises(RecipeError, match="has no linear layer and no ungrouped convolution outside its head") as info:
+    with pytest.raises(
+        RecipeError, match="has no linear layer, and no convolution that PEFT can merge, outside"
+    ) as info:
         planned_modules(model, peft_type=None, targets="all-linear")
     assert info.value.key == "adapter.targets"
 

@@ -12,7 +12,7 @@ import torch
 import peftlab
 from peftlab.errors import Interrupted, PeftlabError, RecipeError
 from peftlab.training.progress import SilentProgress
-from tests.masked_examples import masked_recipe, write_bert, write_texts
+from tests.masked_examples import masked_recipe, masked_tokenizer, write_bert, write_texts
 from tests.run_examples import Stopper
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -174,3 +174,16 @@ def test_command_line_shows_the_masks(here: Path, capsys: pytest.CaptureFixture[
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert run(["predict", "run", "a [MASK] cat", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["predictions"][0]["masks"]
+
+
+def test_family_without_such_a_head_is_one_line_in_check(here: Path) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.save_pretrained(here / "llama")
+    masked_tokenizer().save_pretrained(here / "llama")
+    with pytest.raises(RecipeError, match="transformers has no AutoModelForMaskedLM for Llama models") as error:
+        peftlab.check(masked_recipe(model={"name": "llama"}), progress=SilentProgress())
+    assert error.value.key == "model.name" and "another family" in str(error.value)

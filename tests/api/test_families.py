@@ -20,6 +20,7 @@ QUICK = {
     ("DistilBertConfig", "masked_lm"),
     ("XLNetConfig", "seq_cls"),
     ("ReformerConfig", "seq_cls"),
+    ("BertConfig", "token_cls"),
     ("ResNetConfig", "image_cls"),
 }
 ROWS = [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow, id="-".join(row)) for row in families()]

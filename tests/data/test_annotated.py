@@ -36,6 +36,7 @@ FORMS: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"text": TEXT, "spans": {"entities": [[0, 7, "PER"], [21, 25, "LOC"]]}}, {}),
     ({"text": TEXT, "spans": [{"start": s["start"], "end": s["end"], "type": s["label"]} for s in SPANS]}, {}),
     ({"text": TEXT, "spans": json.dumps(SPANS)}, {}),
+    ({"text": TEXT, "spans": [[0.0, 7.0, "PER"], [21.0, 25.0, "LOC"]]}, {}),
     ({"text": TEXT, "spans": [{**SPANS[0], "text": "Ann Lee"}, SPANS[1]]}, {}),
     ({"tokens": TEXT.split(), "tags": ["B-PER", "I-PER", "O", "O", "O", "B-LOC"]}, {}),
     ({"tokens": TEXT.split(), "ner_tags": ["I-PER", "I-PER", "O", "O", "O", "I-LOC"]}, {}),
@@ -121,10 +122,26 @@ def test_a_fault_is_named_with_its_row(row: dict[str, Any], part: str, message: 
 def test_label_names_are_all_used_and_all_there() -> None:
     row = {"text": TEXT, "spans": [[0, 7, "p"]]}
     assert read(row, names={"p": "PER"}).entities == [(0, 7, "PER")]
-    with pytest.raises(DataError, match=r"has .p., which is missing in data.label_names; it has 'q'"):
+    with pytest.raises(DataError, match=r"has 'p', which is missing in data\.label_names; it has 'q'"):
         read(row, names={"q": "PER"})
     with pytest.raises(DataError, match="no row has 'q', found 'p'; remove it"):
         Annotations({}, {"p": "PER", "q": "LOC"}, per_word=False).labels(Rows.from_dicts([row], name="a"))
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [(["DET", "NOUN"], "word_tags"), ([0, 1], r"name the numbers, such as data\.label_names=\{0: O, 1: B-PER")],
+)
+def test_tags_that_mark_no_entities_are_refused(tags: list[Any], message: str) -> None:
+    rows = Rows.from_dicts([{"tokens": ["the", "cat"], "tags": tags}], name="a")
+    with pytest.raises(DataError, match=f"no tag is 'O' or has a prefix such as B-.*{message}"):
+        Annotations({}, {}, per_word=False).labels(rows)
+
+
+def test_a_column_of_the_recipe_is_read_or_missed() -> None:
+    """Only rows without labels may have the other form."""
+    with pytest.raises(DataError, match="no column 'tokens'"):
+        read({"text": TEXT, "spans": []}, {"tags": "spans"})
 
 
 def test_columns_of_both_forms_are_refused() -> None:

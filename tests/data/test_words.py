@@ -26,6 +26,9 @@ HARD = [
     "[MASK] <s> </s> [SEP]",
     "x" * 300,
 ]
+CHARACTERS = st.one_of(
+    st.sampled_from(" \t\n.,'-aeEX1"), st.sampled_from("".join(HARD)), st.characters(exclude_categories=["Cs"])
+)
 KINDS = ["bert", "roberta", "gpt2", "gpt2 with a space in front", "t5", "albert", "llama"]
 
 

@@ -207,3 +207,9 @@ def test_end_ids_are_those_of_the_generation_config(folder: Callable[..., Any], 
 )
 def test_encoders_are_no_causal_language_models(name: str, values: dict[str, Any], reads: bool) -> None:
     assert reads_later_tokens(make_config(name, **values)) is reads
+
+
+def test_funnel_pairs_positions_with_padding_where_it_predicts_tokens() -> None:
+    config = make_config("FunnelConfig")
+    assert padding_of(config, "tokens") == padding_of(config, "token classes") == "none"
+    assert padding_of(config, "classes") == "right"

@@ -15,14 +15,14 @@ class NdcgAt10(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Normalised discounted cumulative gain of the first ten answers.",
             citation="",
-            inputs_description="gains: of the first ten answers of each query, in order. ideal: its ten largest gains.",
+            inputs_description="gains: of the first ten answers of each query, in order. ideal: its ten largest gains; empty: not ranked.",
             features=datasets.Features({"gains": gains, "ideal": gains}),
         )
 
-    def _compute(self, *, gains: list[list[float]], ideal: list[list[float]]) -> dict[str, float]:
-        """``ndcg_at_10`` in 0..1."""
-        shares = [_discounted(found) / _discounted(best) for found, best in zip(gains, ideal, strict=True)]
-        return {"ndcg_at_10": float(np.mean(shares))}
+    def _compute(self, *, gains: list[list[float]], ideal: list[list[float]]) -> dict[str, float | None]:
+        """``ndcg_at_10`` in 0..1; None if no query has gains."""
+        shares = [_discounted(found) / _discounted(best) for found, best in zip(gains, ideal, strict=True) if any(best)]
+        return {"ndcg_at_10": float(np.mean(shares)) if shares else None}
 
 
 def _discounted(gains: list[float]) -> float:
