@@ -354,12 +354,18 @@ class Assembly:
         """How the model's family reads and writes. Raises: RecipeError if it cannot do the task."""
         if self.spec.reader != "tokenizer":
             return Reading()
-        settings = [pretrained, id(reader), self.recipe.task, bool(self.recipe.adapter.tokens)]
+        settings = [
+            pretrained,
+            id(reader),
+            self.recipe.task,
+            self.recipe.data.columns,
+            bool(self.recipe.adapter.tokens),
+        ]
         # The reader is kept too: while it lives, no other one has its id.
         return self._once("reading", settings, lambda: (self._read_family(pretrained, reader), reader))[0]
 
     def _read_family(self, pretrained: Pretrained, reader: Any) -> Reading:
-        check_family(load_config(pretrained), reader, self.spec)
+        check_family(load_config(pretrained), reader, self.spec, pairs="pair" in self.recipe.data.columns)
         return read_family(pretrained, reader, self.spec, adds_tokens=bool(self.recipe.adapter.tokens))
 
     @property

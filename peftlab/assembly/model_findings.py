@@ -46,8 +46,11 @@ _PADDING = {
 }
 
 
-def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
-    """Raises RecipeError if models of this config cannot do the task with this tokenizer, whatever their weights."""
+def check_family(config: Any, tokenizer: Any, spec: TaskSpec, *, pairs: bool = False) -> None:
+    """Raises RecipeError if models of this config cannot do the task with this tokenizer, whatever their weights.
+
+    Args: pairs: whether a row has two texts.
+    """
     if spec.predicts == "spans" and getattr(config, "pad_index", tokenizer.pad_token_id) != tokenizer.pad_token_id:
         raise RecipeError(
             f"{config.model_type} takes the id {config.pad_index} for padding, also inside a text, and the padding token of the "
@@ -91,10 +94,11 @@ def check_family(config: Any, tokenizer: Any, spec: TaskSpec) -> None:
         )
     if spec.reads_whole_rows and getattr(config, "is_encoder_decoder", False):
         eos = tokenizer.eos_token_id
-        if eos is None or eos not in tokenizer("a", verbose=False)["input_ids"]:
+        row = ("a", "b") if pairs else ("a",)
+        if eos is None or eos not in tokenizer(*row, verbose=False)["input_ids"]:
             raise RecipeError(
                 f"the classification head of {config.model_type} reads the end of text, which the tokenizer does not write "
-                "after a text; use a tokenizer that ends every text with its eos_token",
+                f"after {'two texts' if pairs else 'a text'}; use a tokenizer that ends every text with its eos_token",
                 key="model.name",
             )
 

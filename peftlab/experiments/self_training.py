@@ -110,7 +110,10 @@ class SelfTraining:
         if path.is_file():
             stored: list[list[Any]] = json.loads(path.read_text(encoding="utf-8"))
             return stored
-        opened = open_target(find_target(self._run(number - 1)), self._progress, assembly=self._early, check=False)
+        target = find_target(self._run(number - 1))
+        # A run without an adapter is a whole model, and not the recipe's.
+        own = self._early if target.adapter is not None else None
+        opened = open_target(target, self._progress, assembly=own, check=False)
         rows, recipe = unlabelled.rows, self._assembly.recipe
         self._progress.stage(f"round {number}: labelling {len(rows):,} rows")
         sure: list[list[Any]] = []

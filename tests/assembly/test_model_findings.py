@@ -161,3 +161,18 @@ def test_classifier_scores_the_same_after_training_in_eval_and_merged(
     together = [p["probability"] for p in peftlab.predict("run/merged", texts, progress=SilentProgress())]
     alone = [next(peftlab.predict("run/merged", [t], progress=SilentProgress()))["probability"] for t in texts]
     assert together == pytest.approx(alone, abs=1e-6)
+
+
+def test_two_texts_need_an_end_where_an_encoder_decoder_reads(tokenizer_of: Callable[[str], Any]) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import T5Config
+
+    from peftlab.assembly.model_findings import check_family
+    from peftlab.specs.tasks import spec_of
+
+    tokenizer, spec = tokenizer_of("tiny:bert"), spec_of("seq_cls", ("score", "pair"))
+    end = [("<|im_end|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=end)
+    check_family(T5Config(), tokenizer, spec)
+    with pytest.raises(RecipeError, match="which the tokenizer does not write after two texts"):
+        check_family(T5Config(), tokenizer, spec, pairs=True)

@@ -112,6 +112,16 @@ def test_no_sure_row_keeps_the_model_of_the_round_before(here: Path) -> None:
     assert run.summary["status"] == "finished" and run.summary["merge"]["verified"]
 
 
+def test_a_model_trained_in_full_labels_with_its_own_weights(here: Path) -> None:
+    document = recipe(rounds=1, confidence=0.8)
+    document["adapter"], document["run"] = {"method": "none"}, {"dir": "run"}
+    document["train"]["max_steps"] = 20
+    run = peftlab.train(document, progress=SilentProgress())
+    assert run.summary["self_training"]["rounds"][0]["metrics"]["accuracy"] == 1.0
+    (_, after) = run.summary["self_training"]["rounds"]
+    assert after["accuracy"] == 1.0 and after["rows"] > 30
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

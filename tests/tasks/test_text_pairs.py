@@ -109,7 +109,7 @@ def test_the_ledger_and_the_preview_name_both_texts(tokenizer: Any) -> None:
 def test_a_missing_or_empty_second_text_is_named(tokenizer: Any) -> None:
     task = SequenceClassification(tokenizer(BERT), labels=Labels(["x", "y"]), pair_column="pair")
     options: dict[str, Any] = {"max_length": 99, "too_long": "error", "training": True}
-    with pytest.raises(DataError, match=r"record 2: the pair is empty") as caught:
+    with pytest.raises(DataError, match=r"record 2: the second text is empty") as caught:
         task.encode(rows_of(["a", "b"], ["c", " "]), **options)
     assert caught.value.key == "data.columns.pair"
     with pytest.raises(DataError, match="no column 'pair'"):
