@@ -182,6 +182,17 @@ def test_sms_spam_reaches_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_news_entities_beat_a_list_of_entities(tmp_path: Path) -> None:
+    from bench.studies.silver_entities import baseline
+
+    summary, seconds, _ = _measured("news-entities", tmp_path)
+    after = summary["after"]
+    assert isinstance(after, dict)
+    assert after["entity_f1"] >= max(0.57, baseline()["f1"] + 0.03)
+    assert seconds <= 400
+
+
+@pytest.mark.slow
 def test_film_sentiment_and_dialog_improve(tmp_path: Path) -> None:
     for name, metric in (("film-sentiment", "accuracy"), ("dialog", "loss")):
         folder = tmp_path / name
