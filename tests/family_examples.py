@@ -156,11 +156,21 @@ READERS_OF_IMAGES: dict[str, dict[str, Any]] = {
     },
     "ConvNextConfig": {**_IMAGE, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
 }
+# The families of each task.
+FAMILIES = {
+    "causal_lm": WRITERS,
+    "seq_cls": CLASSIFIERS,
+    "image_cls": READERS_OF_IMAGES,
+    "reranking": CLASSIFIERS,
+    "embedding": CLASSIFIERS,
+}
 # Families whose tokenizers end every text, because their head reads there.
 _WITH_END = ("T5", "MT5", "Bart", "MBart")
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq_cls": "AutoModelForSequenceClassification",
+    "reranking": "AutoModelForSequenceClassification",
+    "embedding": "AutoModel",
     "image_cls": "AutoModelForImageClassification",
 }
 
@@ -177,7 +187,7 @@ def write_family(folder: Path, name: str, task: str, **values: Any) -> None:
 
     if name in ("T5Config", "MT5Config"):
         values = {"decoder_start_token_id": 0, **values}
-    families = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}[task]
+    families = FAMILIES[task]
     model = make_model(
         make_config(name, families, **values), AUTO_CLASSES[task] if task == "causal_lm" else "AutoModel"
     )

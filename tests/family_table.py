@@ -25,7 +25,15 @@ from peftlab.errors import Interrupted, PeftlabError
 from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
-from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, write_family
+from tests.family_examples import (
+    AUTO_CLASSES,
+    CLASSIFIERS,
+    FAMILIES,
+    READERS_OF_IMAGES,
+    WRITERS,
+    make_config,
+    write_family,
+)
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
@@ -33,6 +41,13 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
 COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
+_EMBEDDING_DECODERS = (*_DECODERS, "Qwen3Config", "MistralConfig", "Gemma3TextConfig")
+# The metric that a second evaluation repeats, and the columns of the rows.
+_METRICS = {"embedding": "mrr"}
+_COLUMNS = {
+    "embedding": {"anchor": "text", "positive": "other"},
+    "reranking": {"query": "text", "document": "other", "score": "right"},
+}
 # What the default, all-linear, does not reach, by the remedy of its message.
 _SETTINGS = {
     "ResNetConfig": {"targets": ["convolution"]},
@@ -67,6 +82,8 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "causal_lm") for name in WRITERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
+    yield from ((name, "embedding") for name in CLASSIFIERS if name not in WRITERS or name in _EMBEDDING_DECODERS)
+    yield from ((name, "reranking") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
 
 
 @dataclass
@@ -86,10 +103,10 @@ class Row:
         return "| " + " | ".join([f"`{self.family}`", self.task, *(self.cells[name] for name in COLUMNS), notes]) + " |"
 
 
-def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], float]) -> Row:
+def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str, str], float]) -> Row:
     """Trains the family in ``folder``, the current directory, and fills its row.
 
-    Args: evaluate: returns the loss of the run in another process.
+    Args: evaluate: returns a metric of the run in another process.
     """
     write_family(folder / "model", name, task)
     write_rows(folder)
@@ -107,8 +124,9 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
     run = peftlab.train(family_recipe(task, adapter=adapter), progress=SilentProgress())
     row.cells["train"] = "yes"
-    loss = run.summary["after"]["loss"]
-    row.cells["eval again"] = _yes(abs(evaluate("run") - loss) < _CLOSE * loss, "other loss")
+    metric = _METRICS.get(task, "loss")
+    value = run.summary["after"][metric]
+    row.cells["eval again"] = _yes(abs(evaluate("run", metric) - value) < _CLOSE * value, f"other {metric}")
     opened = open_target(find_target("run"), SilentProgress())
     examples = opened.target.assembly(reads_data=True).held_out.examples[:4]
     row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
@@ -150,14 +168,15 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
 
 
 def _title(name: str, task: str) -> str:
-    tables = {"causal_lm": WRITERS, "seq_cls": CLASSIFIERS, "image_cls": READERS_OF_IMAGES}
-    return str(make_config(name, tables[task]).model_type)
+    return str(make_config(name, FAMILIES[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
+    if task in _COLUMNS:
+        data["columns"] = _COLUMNS[task]
     document: dict[str, Any] = {
         "task": task,
         "model": {"name": "model"},
@@ -171,7 +190,12 @@ def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
 
 def write_rows(folder: Path) -> None:
     rows = [
-        {"text": f"{word} film {'so ' * (i % 3)}{i}", "label": label}
+        {
+            "text": f"{word} film {'so ' * (i % 3)}{i}",
+            "label": label,
+            "other": f"a film {i} that is {word}",
+            "right": int(label == "pos"),
+        }
         for i in range(8)
         for word, label in _WORDS.items()
     ]
@@ -191,9 +215,10 @@ def _plain_peft(task: str) -> Any:
     import transformers
     from peft import PeftModel
 
-    options = {} if task == "causal_lm" else {"num_labels": len(_classes())}
+    options = {"num_labels": len(_classes())} if task in ("seq_cls", "image_cls") else {}
+    options |= {"num_labels": 1} if task == "reranking" else {}
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task == "seq_cls":
+    if task in ("seq_cls", "reranking"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
@@ -213,23 +238,28 @@ def _difference(opened: Any, examples: list[Example], other: Any = None) -> floa
     """The largest difference to the outputs of ``other``, or of the same model in one batch, one row at a time; relative to
     the largest output."""
     torch.manual_seed(0)
-    alone = [opened.task.outputs(opened.model, opened.task.collate([e], "cpu")).logits() for e in examples]
+    alone = [_outputs(opened.task, opened.model, [e]) for e in examples]
+    torch.manual_seed(0)
     if other is None:
-        torch.manual_seed(0)
-        compared = opened.task.outputs(opened.model, opened.task.collate(examples, "cpu")).logits()
+        compared = _outputs(opened.task, opened.model, examples)
     else:
-        torch.manual_seed(0)
-        compared = torch.cat([opened.task.outputs(other, opened.task.collate([e], "cpu")).logits() for e in examples])
+        compared = torch.cat([_outputs(opened.task, other, [e]) for e in examples])
     wanted = torch.cat(alone)
     return float((wanted - compared).abs().max() / wanted.abs().max())
+
+
+def _outputs(task: Any, model: Any, examples: list[Example]) -> torch.Tensor:
+    """[N, ...] logits or vectors."""
+    outputs = task.outputs(model, task.collate(examples, "cpu"))
+    return outputs.values if outputs.vectors else outputs.logits()  # type: ignore[no-any-return]
 
 
 def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
     """``measure`` in an empty folder, with another process for the second evaluation."""
 
-    def evaluate(run: str) -> float:
+    def evaluate(run: str, metric: str) -> float:
         done = process.run(["-m", "peftlab", "eval", run, "--json"], cwd=folder, check=True)
-        return float(json.loads(done.stdout)["metrics"]["loss"])
+        return float(json.loads(done.stdout)["metrics"][metric])
 
     with contextlib.chdir(folder):
         return measure(name, task, folder, evaluate=evaluate)
