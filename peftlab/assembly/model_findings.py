@@ -18,7 +18,7 @@ from peftlab.adapters import (
 from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
-from peftlab.errors import RecipeError
+from peftlab.errors import RecipeError, listed
 from peftlab.models import UNLIMITED, end_ids, length_limit, load_config, reads_later_tokens, reconciled_ids
 from peftlab.specs.methods import METHODS
 from peftlab.specs.task_spec import TaskSpec
@@ -102,6 +102,11 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
         return
     planned = planned_modules(skeleton, method=method, **assembly.adapter_places)
     given = {assembly.method.keys.get(k, k): v for k, v in assembly.adapter_options.items() if v is not None}
+    if assembly.spec.predicts == "vectors" and planned and all("pooler" in name.split(".") for name in planned):
+        raise RecipeError(
+            f"adapter.targets reaches {listed(planned)} only, which has no part in a vector; name other layers",
+            key="adapter.targets",
+        )
     for line in fitting_sizes(skeleton, assembly.method, planned, given)[1]:
         yield Finding("sizes", line, "adapter.method")
     if grouped := [name for name in planned if is_grouped(skeleton.get_submodule(name))]:

@@ -19,6 +19,8 @@ QUICK = {
     ("XLNetConfig", "seq_cls"),
     ("ReformerConfig", "seq_cls"),
     ("ResNetConfig", "image_cls"),
+    ("BertConfig", "embedding"),
+    ("GPT2Config", "reranking"),
 }
 ROWS = [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow, id="-".join(row)) for row in families()]
 
