@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -18,41 +19,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import peftlab
 from peftlab.assembly.target import find_target, open_target
 from peftlab.errors import Interrupted, PeftlabError
-from peftlab.models import find_pretrained, load_tokenizer, reconciled_ids
+from peftlab.models import find_pretrained, linear_widths, load_tokenizer, reconciled_ids
 from peftlab.tasks import Example
 from peftlab.training.progress import SilentProgress
 from tests.family_examples import (
     AUTO_CLASSES,
     CLASSIFIERS,
     FAMILIES,
+    FILLERS,
+    FINDERS_OF_OBJECTS,
     READERS_OF_IMAGES,
+    READERS_OF_QUESTIONS,
+    TAGGERS,
+    TRANSLATORS,
+    WITH_HEAD,
     WRITERS,
     make_config,
+    wide_values,
     write_family,
 )
 from tests.processes import Processes
 from tests.run_examples import Stopper
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
-COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume")
+COLUMNS = ("train", "eval again", "plain PEFT", "merge", "batch = alone", "resume", "nf4", "int8")
+STORAGES = ("nf4", "int8")
+ADAPTERS = "## Adapters and storages"  # the heading of the other table
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
 _EMBEDDING_DECODERS = (*_DECODERS, "Qwen3Config", "MistralConfig", "Gemma3TextConfig")
-# The metric that a second evaluation repeats, and the columns of the rows.
+# The metric that a second evaluation repeats, if it is not the loss, and the columns of the rows.
 _METRICS = {"embedding": "mrr"}
 _COLUMNS = {
+    "seq2seq": {"source": "text", "target": "label"},
     "embedding": {"anchor": "text", "positive": "other"},
     "reranking": {"query": "text", "document": "other", "score": "right"},
-}
-# What the default, all-linear, does not reach, by the remedy of its message.
-_SETTINGS = {
-    "ResNetConfig": {"targets": ["convolution"]},
-    "RegNetConfig": {"targets": ["shortcut.convolution", "layer.0.convolution", "layer.3.convolution"]},
-    "EfficientNetConfig": {"targets": ["expand_conv", "project_conv"]},
 }
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
@@ -63,7 +69,7 @@ _INTRODUCTION = """\
 Each row is a tiny random model of a family of transformers, trained with the defaults of a recipe
 (LoRA on all linear layers) on a CPU. `python -m tests.family_table` measures all of them and writes
 this page. A test measures each row again and compares it with the page. Families without linear
-layers, of which a note says so, are trained on convolutions that `adapter.targets` names.
+layers, of which a note says so, are trained on their convolutions.
 
 - **train**: the recipe trains.
 - **eval again**: `peftlab eval` in a new process finds the loss that training ended with.
@@ -71,6 +77,8 @@ layers, of which a note says so, are trained on convolutions that `adapter.targe
 - **merge**: the merged folder gives the outputs that were trained.
 - **batch = alone**: a row gives the same outputs in a batch and alone.
 - **resume**: a run that is stopped and resumed ends with the same bytes.
+- **nf4**, **int8**: the recipe with `model.quantize` trains, and a second look at the run finds the
+  loss that training ended with; `-` for a model without linear layers in its body.
 """
 _NOTES = """\
 `peftlab check` says each of these lines when you bring a model of the family. Counts and ids are
@@ -80,8 +88,13 @@ those of the tiny model."""
 def families() -> Iterator[tuple[str, str]]:
     """Config class and task of every row."""
     yield from ((name, "causal_lm") for name in WRITERS)
+    yield from ((name, "masked_lm") for name in FILLERS)
     yield from ((name, "seq_cls") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
+    yield from ((name, "token_cls") for name in TAGGERS)
+    yield from ((name, "extractive_qa") for name in READERS_OF_QUESTIONS)
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
+    yield from ((name, "seq2seq") for name in TRANSLATORS)
+    yield from ((name, "object_detection") for name in FINDERS_OF_OBJECTS)
     yield from ((name, "embedding") for name in CLASSIFIERS if name not in WRITERS or name in _EMBEDDING_DECODERS)
     yield from ((name, "reranking") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
 
@@ -110,19 +123,15 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str, str]
     """
     write_family(folder / "model", name, task)
     write_rows(folder)
-    row = Row(_title(name, task), task)
-    adapter = {}
+    row = Row(title(name, task), task)
     try:
         checked = peftlab.check(family_recipe(task), progress=SilentProgress())
     except PeftlabError as error:
         row.notes.append(_line(str(error), folder))
-        if name not in _SETTINGS:
-            row.cells = dict.fromkeys(COLUMNS, "refused")
-            return row
-        adapter = _SETTINGS[name]
-        checked = peftlab.check(family_recipe(task, adapter=adapter), progress=SilentProgress())
+        row.cells = dict.fromkeys(COLUMNS, "refused")
+        return row
     row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
-    run = peftlab.train(family_recipe(task, adapter=adapter), progress=SilentProgress())
+    run = peftlab.train(family_recipe(task), progress=SilentProgress())
     row.cells["train"] = "yes"
     metric = _METRICS.get(task, "loss")
     value = run.summary["after"][metric]
@@ -132,18 +141,43 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str, str]
     row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
     row.cells["batch = alone"] = _yes(_difference(opened, examples) < _CLOSE, "other outputs")
     row.cells["merge"] = _yes(peftlab.merge("run", progress=SilentProgress())["verified"], "not verified")
-    document = family_recipe(task, adapter=adapter, run={"dir": "other", "save_every": 2})
+    document = family_recipe(task, run={"dir": "other", "save_every": 2})
     try:
         peftlab.train(document, progress=Stopper(at=3))
     except Interrupted:
         peftlab.train("other", resume=True, progress=SilentProgress())
     same = Path("run/adapter/adapter_model.safetensors").read_bytes()
     row.cells["resume"] = _yes(Path("other/adapter/adapter_model.safetensors").read_bytes() == same, "other bytes")
+    for storage in STORAGES:
+        row.cells[storage] = _quantized(name, task, folder, storage)
     return row
 
 
-def page(rows: Sequence[Row]) -> str:
-    """docs/families.md."""
+def _quantized(name: str, task: str, folder: Path, storage: str) -> str:
+    """The cell of a storage, measured on a model whose sizes bitsandbytes reads rightly on a CPU."""
+    if not linear_widths(make_skeleton(name, task)):
+        return "-"
+    wide = f"wide-{storage}"
+    write_family(folder / wide, name, task, **wide_values(name, task))
+    document = family_recipe(task, model={"name": wide, "quantize": storage}, run={"dir": storage})
+    document["train"]["max_steps"] = 2
+    metric = _METRICS.get(task, "loss")
+    try:
+        value = peftlab.train(document, progress=SilentProgress()).summary["after"][metric]
+        again = peftlab.evaluate(storage, progress=SilentProgress())["metrics"][metric]
+    except PeftlabError as error:
+        return f"**no: {_line(str(error), folder)[:120]}**"
+    return _yes(abs(again - value) < _CLOSE * value, f"other {metric}")
+
+
+def make_skeleton(name: str, task: str) -> Any:
+    """The model of a row on the meta device."""
+    with torch.device("meta"):
+        return getattr(transformers, AUTO_CLASSES[task]).from_config(make_config(name, FAMILIES[task]))
+
+
+def page(rows: Sequence[Row], adapters: str) -> str:
+    """docs/families.md. Args: adapters: its section on adapters and storages, of ``adapter_table``."""
     numbers: dict[str, int] = {}
     lines = [row.line(", ".join(str(numbers.setdefault(note, len(numbers) + 1)) for note in row.notes)) for row in rows]
     header = ["family", "task", *COLUMNS, "notes"]
@@ -152,7 +186,7 @@ def page(rows: Sequence[Row]) -> str:
         textwrap.fill(f"{number}. {note}", 100, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
         for note, number in numbers.items()
     ]
-    return "\n".join([_INTRODUCTION, *table, "", "## Notes", "", _NOTES, "", *notes]) + "\n"
+    return "\n".join([_INTRODUCTION, *table, "", adapters, "## Notes", "", _NOTES, "", *notes]) + "\n"
 
 
 def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
@@ -161,18 +195,20 @@ def read_page() -> dict[tuple[str, str], tuple[list[str], list[str]]]:
     found = re.findall(r"^(\d+)\. (.+(?:\n   .+)*)", text, flags=re.MULTILINE)
     notes = {number: " ".join(note.split()) for number, note in found}
     rows = {}
-    for line in re.findall(r"^\| `.*$", text, flags=re.MULTILINE):
+    for line in re.findall(r"^\| `.*$", text.partition(ADAPTERS)[0], flags=re.MULTILINE):
         family, task, *cells, numbers = (cell.strip(" `") for cell in line.split("|")[1:-1])
         rows[family, task] = (cells, [notes[number] for number in re.findall(r"\d+", numbers)])
     return rows
 
 
-def _title(name: str, task: str) -> str:
+def title(name: str, task: str) -> str:
     return str(make_config(name, FAMILIES[task]).model_type)
 
 
 def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
-    data: dict[str, Any] = {"train": "sklearn:digits" if task == "image_cls" else "rows.jsonl", "eval_rows": 8}
+    sources = {"image_cls": "sklearn:digits", "token_cls": "entities.jsonl", "extractive_qa": "questions.jsonl"}
+    sources["object_detection"] = "shapes:60"
+    data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
     if task in _COLUMNS:
@@ -200,6 +236,18 @@ def write_rows(folder: Path) -> None:
         for word, label in _WORDS.items()
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entities = [{"text": row["text"], "spans": [[0, len(row["text"].split()[0]), row["label"]]]} for row in rows]
+    (folder / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entities))
+    questions = [
+        {
+            "question": f"What is {i}?",
+            "context": f"{word} film {'so ' * (i % 3)}{i}",
+            "answers": [word] if i % 4 else [],
+        }
+        for i in range(8)
+        for word in _WORDS
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
 
 
 def _line(text: str, folder: Path) -> str:
@@ -212,13 +260,18 @@ def _yes(holds: bool, otherwise: str) -> str:
 
 def _plain_peft(task: str) -> Any:
     """The run in plain transformers and PEFT, with the ids in the config that ``check`` says are needed."""
-    import transformers
     from peft import PeftModel
 
-    options = {"num_labels": len(_classes())} if task in ("seq_cls", "image_cls") else {}
-    options |= {"num_labels": 1} if task == "reranking" else {}
+    classes = task not in ("extractive_qa", "embedding", "reranking") and (
+        task not in WITH_HEAD or task == "object_detection"
+    )
+    options: dict[str, Any] = {"num_labels": len(_classes())} if classes else {}
+    if task == "reranking":
+        options["num_labels"] = 1
+    if task == "object_detection":
+        options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task in ("seq_cls", "reranking"):
+    if task in ("seq_cls", "token_cls", "extractive_qa", "seq2seq", "reranking"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
@@ -237,21 +290,20 @@ def _classes() -> list[str]:
 def _difference(opened: Any, examples: list[Example], other: Any = None) -> float:
     """The largest difference to the outputs of ``other``, or of the same model in one batch, one row at a time; relative to
     the largest output."""
-    torch.manual_seed(0)
-    alone = [_outputs(opened.task, opened.model, [e]) for e in examples]
-    torch.manual_seed(0)
-    if other is None:
-        compared = _outputs(opened.task, opened.model, examples)
-    else:
-        compared = torch.cat([_outputs(opened.task, other, [e]) for e in examples])
-    wanted = torch.cat(alone)
-    return float((wanted - compared).abs().max() / wanted.abs().max())
 
+    def outputs(model: Any, rows: list[Example]) -> torch.Tensor:
+        found = opened.task.outputs(model, opened.task.collate(rows, "cpu"))
+        return found.values if found.vectors else found.logits()
 
-def _outputs(task: Any, model: Any, examples: list[Example]) -> torch.Tensor:
-    """[N, ...] logits or vectors."""
-    outputs = task.outputs(model, task.collate(examples, "cpu"))
-    return outputs.values if outputs.vectors else outputs.logits()  # type: ignore[no-any-return]
+    torch.manual_seed(0)
+    wanted = torch.cat([outputs(opened.model, [e]) for e in examples])
+    torch.manual_seed(0)
+    alone = other is not None
+    compared = torch.cat([outputs(other, [e]) for e in examples]) if alone else outputs(opened.model, examples)
+    exists = wanted > -math.inf
+    if not torch.equal(exists, compared > -math.inf):
+        return math.inf
+    return float((wanted - compared)[exists].abs().max() / wanted[exists].abs().max())
 
 
 def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
@@ -266,13 +318,15 @@ def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
 
 
 def main() -> None:
+    from tests import adapter_table  # it imports this file
+
     process, rows = Processes(), []
     os.environ["PYTHONPATH"] = str(PAGE.parent.parent)
     for name, task in families():
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure_in(Path(folder), name, task, process))
         print(rows[-1], file=sys.stderr, flush=True)
-    PAGE.write_text(page(rows))
+    PAGE.write_text(page(rows, adapter_table.section(adapter_table.measure_all())))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from peftlab.adapters.inject import (
     inject,
     report,
     token_modules,
+    try_injection,
 )
 from peftlab.adapters.parameters import experts_text, owners, planned_parameters
 from peftlab.adapters.patterns import Pattern, rate_factors
@@ -37,8 +38,8 @@ from peftlab.adapters.places import idle_towers, new_modules, planned_modules
 from peftlab.adapters.reach import reach_notes
 from peftlab.adapters.schedule import after_step, penalty
 from peftlab.adapters.sizes import fitting_sizes
-from peftlab.adapters.state import changed_buffers, kept_buffers, method_of, train_mode
-from peftlab.adapters.target_modules import is_grouped
+from peftlab.adapters.state import changed_buffers, kept_buffers, method_of, move_statistics, train_mode
+from peftlab.adapters.target_modules import is_convolution, is_grouped
 
 __all__ = [
     "ADAPTER_FILES",
@@ -68,6 +69,7 @@ __all__ = [
     "head_reason",
     "idle_towers",
     "inject",
+    "is_convolution",
     "is_grouped",
     "kept_buffers",
     "load_adapter",
@@ -75,6 +77,7 @@ __all__ = [
     "load_trained",
     "made_for",
     "method_of",
+    "move_statistics",
     "new_modules",
     "penalty",
     "owners",
@@ -92,4 +95,5 @@ __all__ = [
     "train_all",
     "train_mode",
     "without_adapter",
+    "try_injection",
 ]

@@ -5,18 +5,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from peftlab.adapters.target_modules import check_targets, is_adaptable, is_grouped, is_linear, is_norm, match_ending
+from peftlab.adapters.target_modules import (
+    check_targets,
+    is_adaptable,
+    is_linear,
+    is_norm,
+    is_plain_convolution,
+    match_ending,
+)
 from peftlab.errors import PeftlabError, RecipeError
 from peftlab.specs.methods import METHODS, TARGET_NAMES
 
 # PEFT's task type of a sequence classifier: it trains modules with these endings in full.
 _CLASSIFIER = "SEQ_CLS"
 _CLASSIFIER_HEADS = ("classifier", "score")
+# The head of T5ForQuestionAnswering (transformers 5.23), which is its own body.
+_LOOSE_HEAD = "qa_outputs"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -234,7 +243,8 @@ def _as_peft_matches(model: Any, config: Any) -> Any:
 
 
 def _all_linear(model: Any, seen: Any) -> list[str]:
-    """Full names of the linear layers that run in the body, without those that are trained in full or that PEFT refuses."""
+    """Full names of the linear layers that run in the body, without those that are trained in full or that PEFT refuses. A body
+    without linear layers has its convolutions instead, without grouped ones: PEFT cannot merge those."""
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
 
     def refused(name: str) -> bool:
@@ -247,40 +257,29 @@ def _all_linear(model: Any, seen: Any) -> list[str]:
     towers = tuple(f"{name}." for name in idle_towers(model))
     # Attention of torch itself reads the weight of its output layer without calling the layer.
     inner = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
-    names = [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module)
-        and check_target_module_exists(seen, name)
-        and not name.startswith((*towers, *inner))
-        and not refused(name)
-    ]
+
+    def fitting(where: Any, fits: Callable[[nn.Module], bool]) -> list[str]:
+        return [
+            name
+            for name, module in model.named_modules()
+            if fits(module)
+            and check_target_module_exists(where, name)
+            and not name.startswith((*towers, *inner))
+            and not refused(name)
+        ]
+
+    names = fitting(seen, is_linear)
     if not names:
-        others = _other_endings(model)
-        hint = f"; it has other layers that can have one: adapter.targets=[{', '.join(others[:6])}]" if others else ""
+        everywhere = copy.copy(seen)
+        everywhere.target_modules = ".*"  # PEFT's own list has linear layers only
+        names = fitting(everywhere, is_plain_convolution)
+    if not names:
         raise RecipeError(
-            f"all-linear matches nothing: {type(model).__name__} has no linear layer outside its head{hint}",
+            f"all-linear matches nothing: {type(model).__name__} has no linear layer, and no convolution that PEFT can merge, outside its "
+            "head",
             key="adapter.targets",
         )
     return names
-
-
-def _other_endings(model: nn.Module) -> list[str]:
-    """The shortest endings of names that match layers which can have an adapter that merges, and nothing else."""
-    fits = {
-        name: is_adaptable(module) and not is_linear(module) and not is_grouped(module)
-        for name, module in model.named_modules()
-    }
-    endings = set()
-    for name in (name for name, good in fits.items() if good):
-        parts = name.split(".")
-        for start in range(len(parts) - 1, -1, -1):
-            ending = ".".join(parts[start:])
-            same = [good for n, good in fits.items() if n == ending or n.endswith(f".{ending}")]
-            if all(same) and not parts[start].isdigit():
-                endings.add(ending)
-                break
-    return sorted(endings)
 
 
 def idle_towers(model: Any) -> list[str]:
@@ -330,9 +329,8 @@ def _is_inside(name: str, endings: Sequence[str]) -> bool:
 def head_modules(model: Any) -> list[str]:
     """Names of the modules with weights outside the body of a transformers model."""
     body: Any = model.base_model
-    if body is model:
-        return []
-    return [n for n, child in model.named_children() if child is not body and any(True for _ in child.parameters())]
+    children = [(n, child) for n, child in model.named_children() if any(True for _ in child.parameters())]
+    return [n for n, child in children if (n == _LOOSE_HEAD if body is model else child is not body)]
 
 
 def _inside(modules: Sequence[str]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftlab.adapters.places import head_modules, idle_towers
-from peftlab.adapters.target_modules import is_adaptable, is_linear
+from peftlab.adapters.target_modules import is_adaptable, is_grouped, is_linear
 
 # Share of the weights in layers from which on the adapter does not miss the point of the model.
 _ENOUGH = 0.5
@@ -62,7 +62,8 @@ def reach_notes(
 
 
 def _missed(model: Any, adapted: set[str]) -> list[str]:
-    """A line if ``all-linear`` reaches less than half of the weights in layers, or leaves out linear layers of the body."""
+    """A line if ``all-linear`` adapts convolutions, reaches less than half of the weights in layers, or leaves out linear
+    layers of the body."""
     skipped = tuple(f"{name}." for name in [*head_modules(model), *idle_towers(model)])
     layers = {
         name: module
@@ -73,6 +74,12 @@ def _missed(model: Any, adapted: set[str]) -> list[str]:
         and not f"{name}.".startswith(skipped)
     }
     missed = [name for name in layers if name not in adapted]
+    if adapted and not any(is_linear(layers[name]) for name in layers if name in adapted):
+        grouped = [name for name in layers if is_grouped(layers[name])]
+        left = f"; {_kinds(grouped)} are grouped, which PEFT cannot merge, and are left out" if grouped else ""
+        return [
+            f"the body has no linear layer, so all-linear adapts its convolutions: {_kinds(n for n in layers if n in adapted)}{left}"
+        ]
     sizes = {name: _size(module.weight) for name, module in layers.items()}
     share = sum(sizes[n] for n in missed) / max(sum(sizes.values()), 1)
     if share > _ENOUGH:

@@ -11,14 +11,27 @@ from torch import Tensor, nn
 
 
 def train_mode(model: nn.Module) -> None:
-    """``model.train()``, except that a module whose parameters are frozen keeps its running statistics.
+    """``model.train()``, except that running statistics, such as BatchNorm's, are used as they are unless ``move_statistics``
+    was called.
 
-    Frozen statistics belong to the frozen weights: an adapter's files have no place for them.
+    An adapter's files have no place for other statistics, and those of a micro-batch would make the loss depend on how a
+    batch is cut.
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            module.train(_is_trained(module))
+        if _has_statistics(module):
+            module.train(_is_trained(module) and getattr(module, "moves_statistics", False))
+
+
+def move_statistics(model: nn.Module) -> None:
+    """Lets the trained BatchNorms of ``model`` normalize by each micro-batch, and follow its statistics."""
+    for module in model.modules():
+        if _has_statistics(module):
+            module.moves_statistics = True  # type: ignore[assignment]
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
 
 
 def method_of(config: Any) -> str:

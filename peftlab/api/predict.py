@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peftlab.assembly.checks import check_room_to_answer
 from peftlab.assembly.data import uses_labels
@@ -16,9 +16,11 @@ from peftlab.assembly.target import Opened, RecipeSource, find_target, open_targ
 from peftlab.data import Rows, load_rows
 from peftlab.data.ledger_text import places
 from peftlab.errors import DataError, RecipeError
+from peftlab.evaluation.picture import draw_objects
+from peftlab.measuring.drawing import check_picture
 from peftlab.recipe import Recipe
 from peftlab.runs import finite
-from peftlab.tasks import Task
+from peftlab.tasks import FindsObjects, Task
 from peftlab.tasks.inputs import EMPTY_TEXT
 from peftlab.training.progress import Progress, make_progress
 
@@ -35,7 +37,9 @@ def predict(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    beams: int | None = None,
     columns: bool = False,
+    picture: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields one result per input, in order: a label with probabilities, generated text, or a vector.
@@ -45,17 +49,25 @@ def predict(
 
     Args:
         inputs: a path (file with the recipe's columns), a list of texts, or a list of rows (dicts).
-        max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy.
+        max_new_tokens, temperature, top_p: for generated text; temperature 0 is greedy. beams: width of the search of an
+            encoder-decoder, instead of eval.beams.
         columns: put the columns of the input before each result; a column named as one of the result is ``input_NAME``.
+        picture: a .png or .svg file to write: the first input, an image, with the objects found in it.
     Raises: as ``evaluate``; DataError if the inputs lack a column, or none of the first 256 can be read.
     """
     prepare_libraries()
     progress = progress or make_progress()
+    if beams is not None:
+        overrides = [*overrides, f"eval.beams={beams}"]
     resolved = find_target(target, recipe, overrides)
     with located(resolved.loaded), progress:
         for line in resolved.loaded.notes:
             progress.note(line)
         settings = resolved.loaded.recipe
+        if picture is not None:
+            check_picture(Path(picture))
+            if settings.spec.predicts != "boxes":
+                raise RecipeError(f"task: {settings.task} finds no objects in an image, so there is no picture of them")
         rows = _rows_of_file(inputs, settings, overrides) if isinstance(inputs, Path) else None
         opened = open_target(resolved, progress)
         new_tokens = max_new_tokens or settings.eval.max_new_tokens
@@ -68,6 +80,9 @@ def predict(
         for start, end in _windows(rows, opened):
             window = rows.select(range(start, end))
             for i, result in enumerate(_results(opened, window, notes, start, options)):
+                if picture is not None and start + i == 0 and result["objects"] is not None:
+                    image = cast(FindsObjects, opened.task).image_of(window.select([0]))
+                    draw_objects(image, result["objects"], Path(picture))
                 yield {new: _plain(window.columns[old][i]) for old, new in names.items()} | result
         for line in notes.lines():
             progress.note(line)

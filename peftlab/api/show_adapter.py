@@ -9,7 +9,8 @@ from typing import Any
 
 from peftlab.assembly.process import located, prepare_libraries
 from peftlab.assembly.target import RecipeSource
-from peftlab.reworking.picture import check_picture, draw_adapter
+from peftlab.measuring.drawing import check_picture
+from peftlab.reworking.picture import draw_adapter
 from peftlab.reworking.source import find_adapter
 from peftlab.reworking.spectra import adapter_figures
 from peftlab.training.progress import Progress, make_progress

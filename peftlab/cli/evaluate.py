@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from peftlab.cli.metrics_tables import class_table, confusion_lines, metric_table
@@ -14,6 +16,9 @@ def evaluate(
     target: Target,
     overrides: Overrides = None,
     recipe: RecipeOption = None,
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE", help="Draw the confusion matrix: a .png or .svg file.")
+    ] = None,
     _verbose: Verbose = False,
     _json: Json = False,
     _debug: Debug = False,
@@ -23,7 +28,7 @@ def evaluate(
     with out.working():
         import peftlab
 
-        report = peftlab.evaluate(target, recipe=recipe, overrides=settings)
+        report = peftlab.evaluate(target, recipe=recipe, overrides=settings, picture=picture)
     if out.json:
         out.document(report)
         return
@@ -34,3 +39,5 @@ def evaluate(
     if (table := class_table(report["metrics"])) is not None:
         out.show(table)
     out.show(*confusion_lines(report["metrics"]))
+    if picture is not None:
+        out.line(f"picture  {picture}", style="cyan")

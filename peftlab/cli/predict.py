@@ -32,12 +32,19 @@ def predict(
     output: Annotated[
         str | None, typer.Option("--output", metavar="F", help="Write the predictions to F, .jsonl or .csv.")
     ] = None,
+    picture: Annotated[
+        str | None,
+        typer.Option("--picture", metavar="FILE", help="Draw the objects found in the (first) image: .png or .svg."),
+    ] = None,
     recipe: RecipeOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum answer length in tokens.")
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    beams: Annotated[
+        int | None, typer.Option("--beams", metavar="N", min=1, help="Width of the beam search (seq2seq).")
+    ] = None,
     replace: Replace = False,
     _json: Json = False,
     _debug: Debug = False,
@@ -57,6 +64,8 @@ def predict(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            beams=beams,
+            picture=picture,
             columns=file is not None and (destination is not None or out.json),
         )
     records = _records(results, inputs, out)

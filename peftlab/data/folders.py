@@ -59,6 +59,7 @@ def contents_of(folder: Path, options: Options) -> Contents:
     readable = _readable(folder, files, options)
     chosen = set(readable)
     others = [path for path in files if path not in chosen and path.name not in _ABOUT and not is_about(path.stem)]
+    others = [path for path in others if path.suffix.lower() not in IMAGE_ENDINGS]  # the tables name them
     readable, notes, taken = _of_split(folder, readable, lambda path: _split_of_table(folder, path), options)
     return Contents(readable, notes=(*_others_noted(folder, others, options), *notes), split_taken=taken)
 
@@ -165,7 +166,8 @@ def _readable(folder: Path, files: list[Path], options: Options) -> list[Path]:
         if any(map(_is_table, readable)):
             readable = [path for path in readable if _is_table(path) or not is_about(path.stem)]
     else:
-        readable = [path for path in files if format_of(path.name) == options.format] or files
+        wanted = "text" if options.format == "document" else options.format
+        readable = [path for path in files if format_of(path.name) == wanted] or files
     if not readable:
         raise DataError(f"the folder {folder} has no file with a known ending: {', '.join(ENDINGS)}", key=options.key)
     return readable

@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from peftlab.data.augment import Change
 from peftlab.data.rows import Rows
 from peftlab.errors import DataError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _KEY = "data.columns.image"
+# Bytes at the end of a JPEG in which its end marker is, unless it was cut off.
+_JPEG_END = 1024
+# The EXIF tag of a camera's orientation, and the first value that exchanges width and height.
+_ORIENTATION, _FIRST_TURNED = 0x0112, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +33,36 @@ class Image:
     Attributes:
         source: a file, the bytes of one, or pixels [H, W] or [H, W, 3] uint8.
         where: its place in the data, for messages. length: number of positions it takes in the model.
+        change: a random change in training; None: the image as it is.
     """
 
     source: Path | bytes | npt.NDArray[np.uint8]
     where: str
     length: int
+    change: Change | None = None
 
     def pixels(self, mode: str) -> Any:
-        """The decoded ``PIL.Image`` in PIL's ``mode``, such as RGB or L. Raises: DataError for a damaged file."""
+        """The decoded ``PIL.Image`` in PIL's ``mode``, RGB or L, after the change. Raises: DataError for a damaged file."""
         import PIL.Image
 
         if isinstance(self.source, np.ndarray):
-            return PIL.Image.fromarray(self.source).convert(mode)
+            image = PIL.Image.fromarray(self.source).convert(mode)
+        else:
+            raw = _bytes_of(self.source, self.where)
+            with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
+                image = _converted(opened, mode)
+        return image if self.change is None else self.change.apply(image)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, without the change; the pixels of a file are not decoded."""
+        import PIL.Image
+
+        if isinstance(self.source, np.ndarray):
+            return int(self.source.shape[1]), int(self.source.shape[0])
         raw = _bytes_of(self.source, self.where)
         with _damaged(self.source, self.where), PIL.Image.open(io.BytesIO(raw)) as opened:
-            return opened.convert(mode)
+            turned = opened.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
+            return (opened.height, opened.width) if turned else (opened.width, opened.height)
 
 
 def read_images(rows: Rows, column: str, *, length: int) -> Iterator[tuple[Image, int]]:
@@ -118,23 +138,59 @@ def _bytes_of(source: Path | bytes, where: str) -> bytes:
         raise DataError(f"{where}: the image {source} cannot be read: {error.strerror}", key=_KEY) from None
 
 
+def _converted(opened: Any, mode: str) -> Any:
+    """The first frame of an opened file in ``mode``, upright as its camera says. Pixels of 16 bits keep their upper 8, and
+    transparent ones show white: Pillow alone would make the former white and the latter whatever is beneath."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    opened.load()
+    image = PIL.ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are fractions; store it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
 def _check(content: bytes, source: Path | bytes, where: str) -> None:
-    """Checks the header and, if the format has them, checksums. Decoding would take ten times as long."""
+    """Checks that the file is complete: by the checksums of a PNG or the end of a JPEG, which is ten times faster than
+    decoding it."""
     import PIL.Image
 
+    if not content:
+        raise DataError(f"{where}: expected an image, found an empty file{_named(source)}", key=_KEY)
     with _damaged(source, where), PIL.Image.open(io.BytesIO(content)) as opened:
-        opened.verify()
+        if opened.format == "PNG":
+            opened.verify()
+        elif opened.format != "JPEG" or b"\xff\xd9" not in content[-_JPEG_END:]:
+            opened.load()
+
+
+def _named(source: Path | bytes) -> str:
+    return f": {source}" if isinstance(source, Path) else ""
 
 
 @contextlib.contextmanager
 def _damaged(source: Path | bytes, where: str) -> Iterator[None]:
     """Turns Pillow's errors for an unreadable file into a DataError."""
-    import PIL
+    import PIL.Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which changes no pixel
             yield
+    except PIL.Image.DecompressionBombError as error:
+        size = str(error).removeprefix("Image size ").partition(" pixels")[0].strip("(")
+        raise DataError(
+            f"{where}: the image has {size} pixels, more than Pillow opens; make it smaller{_named(source)}", key=_KEY
+        ) from error
     # Its plugins raise many types: an unknown format or a truncated file is an OSError, other faults are not.
     except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
         name = str(source) if isinstance(source, Path) else f"{len(source):,} bytes"

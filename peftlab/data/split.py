@@ -86,6 +86,20 @@ def balanced_rows(labels: Sequence[str], *, shares: Mapping[str, float] | None =
     return np.sort(np.concatenate([rng.permutation(rows)[:n] for rows, n in zip(members, counts, strict=True)]))
 
 
+def rows_per_class(labels: Sequence[str], count: int, *, seed: int = 0) -> IntArray:
+    """Ascending indices of ``count`` rows of each class; the same arguments draw the same. Args: labels: [N] their classes.
+
+    Raises: DataError if a class has fewer.
+    """
+    members, names = _members(labels), sorted(set(labels))
+    few = {name: len(rows) for name, rows in zip(names, members, strict=True) if len(rows) < count}
+    if few:
+        found = ", ".join(f"{rows:,} of {name!r}" for name, rows in list(few.items())[:8])
+        raise DataError(f"expected {count:,} training rows of each class, found {found}; draw fewer")
+    rng = np.random.default_rng(seed)
+    return np.sort(np.concatenate([rng.permutation(rows)[:count] for rows in members]))
+
+
 def _members(labels: Sequence[str]) -> list[IntArray]:
     """The rows of each class, in the order of the classes' names."""
     # Not a numpy text array: that would pad each label to the longest one.

@@ -1,4 +1,4 @@
-"""Shared code of the pictures: placing labels without overlap, and writing the files."""
+"""Shared code of the pictures: checking their names, placing labels without overlap, and writing the files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftlab.errors import RecipeError
+
+FORMATS = (".png", ".svg")
 # Candidate offsets of a label from its point, in points, best first.
 _PLACES = [(9, 5), (9, -11), (-9, 5), (-9, -11), (0, 11), (0, -17), (17, -3), (-17, -3), (20, 12), (-20, 12)]
 _PLACES += [
@@ -28,6 +31,14 @@ _PLACES += [
 # Okabe and Ito (2008): safe for colour-blind readers.
 _PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 _MARKS = "os^DvPX*"
+
+
+def check_picture(path: Path) -> None:
+    """Raises RecipeError for a file that cannot be drawn."""
+    if path.suffix.lower() not in FORMATS:
+        raise RecipeError(f"expected a picture that ends in .png or .svg, found {path.name!r}")
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"{path.absolute().parent} is no folder; make it first")
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:

@@ -54,9 +54,11 @@ def load_image_reader(pretrained: Pretrained) -> ImageReader:
     patch = patch if isinstance(patch, int) else max(patch)
     channels = getattr(config, "num_channels", 3)
     if pretrained.source.kind == "tiny":
-        if config.model_type != "vit":
+        if getattr(config, "image_size", None) is None:
             raise RecipeError(f"{pretrained.source.name} reads texts; tiny:vit reads images", key="model.name")
-        return ImageReader(tiny_image_processor(), channels=channels, patch=patch)
+        size = config.image_size
+        side = size if isinstance(size, int) else size[0]
+        return ImageReader(tiny_image_processor(side, channels), channels=channels, patch=patch)
     from transformers import AutoImageProcessor
 
     with quiet(), load_errors(pretrained, "image processor"):
@@ -64,9 +66,10 @@ def load_image_reader(pretrained: Pretrained) -> ImageReader:
         return ImageReader(processor, channels=channels, patch=patch)
 
 
-def tiny_image_processor() -> Any:
-    """The image processor of ``tiny:vit``: 8 x 8 pixels, from -1 to 1."""
+def tiny_image_processor(side: int = 8, channels: int = 1) -> Any:
+    """The image processor of ``tiny:vit``: 8 x 8 pixels, or of ``tiny:yolos`` with 64 x 64, from -1 to 1."""
     with quiet():
         from transformers import ViTImageProcessor
 
-        return ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+        half = [0.5] * channels
+        return ViTImageProcessor(size={"height": side, "width": side}, image_mean=half, image_std=half)

@@ -37,6 +37,8 @@ def padding_of(config: Any, *, whole_rows: bool) -> Padding:
     """
     if config.model_type in _NO_PADDING:
         return "none"
+    if config.model_type == "funnel" and not whole_rows:
+        return "none"  # it pools pairs of positions, and the last of a row may be paired with padding
     summary = getattr(config, "summary_type", None)
     if config.model_type == "xlnet" and whole_rows:
         return {"last": "left", "first": "right"}.get(str(summary), "none")  # type: ignore[return-value]

@@ -34,9 +34,10 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(name: str, **kwargs: Any) -> Any:
-    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64) or ``tiny:vit``
-    (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one patch)."""
-    from transformers import BertConfig, LlamaConfig, ViTConfig
+    """Config of ``tiny:llama`` (2 layers, hidden 64, tied head), ``tiny:bert`` (2 layers, hidden 64), ``tiny:t5`` (2 + 2
+    layers, hidden 64, tied head), ``tiny:vit`` (2 layers, hidden 128, images of 8 x 8 pixels and one channel, in one
+    patch) or ``tiny:yolos`` (4 layers, hidden 96, images of 64 x 64 pixels in 64 patches, 10 queries)."""
+    from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig, YolosConfig
 
     if name == "tiny:vit":
         # One patch: with smaller ones the model learns digits more slowly, and students in the recipe digits-missing-class
@@ -49,6 +50,34 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
             intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **kwargs,
+        )
+
+    if name == "tiny:t5":
+        return T5Config(
+            vocab_size=260,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=2,
+            **{"decoder_start_token_id": 0, **kwargs},
+        )
+    if name == "tiny:yolos":
+        return YolosConfig(
+            image_size=[64, 64],
+            patch_size=8,
+            num_detection_tokens=10,
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            use_mid_position_embeddings=False,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             **kwargs,

@@ -206,7 +206,7 @@ def _names() -> Iterator[str]:
     yield from _rows(
         "Metrics",
         "`eval.metrics`, `eval.best` and `distill.headline`. A metric over classes gives `NAME_macro` and one `NAME_CLASS` "
-        "for each class, such as `f1_spam`.",
+        "for each class, such as `f1_spam`; one over entity labels gives `NAME` and one `NAME_LABEL` for each label.",
         (_metric(m) for m in METRICS.values()),
     )
 
@@ -219,7 +219,7 @@ def _metric(spec: MetricSpec) -> str:
         if spec.needs and set(spec.needs.values()) <= {*task.scores, *task.scores_with_classes}
     ]
     where = f"Tasks: {_listed(tasks)}." if tasks else "On the report card of `peftlab distill` only."
-    over = " One value per class." if spec.averaged else ""
+    over = " One value per class." if spec.averaged else " One value per label." if spec.of_entities else ""
     return f"**`{spec.name}`**: {order}{over} {where}"
 
 

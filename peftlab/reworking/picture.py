@@ -10,21 +10,12 @@ from typing import Any
 from peftlab.errors import RecipeError
 from peftlab.measuring.drawing import save_pictures
 
-FORMATS = (".png", ".svg")
 _CELL_WIDTH, _CELL_HEIGHT = 0.62, 0.34
 # Numbers in the cells, as long as they fit.
 _MOST_NUMBERED = 400
 _MOST_CHARACTERS = 50
 # A module that changes several times more than the others would make all of them look alike.
 _OUTLIER = 2.0
-
-
-def check_picture(path: Path) -> None:
-    """Raises RecipeError for a file that cannot be drawn."""
-    if path.suffix.lower() not in FORMATS:
-        raise RecipeError(f"expected a picture that ends in .png or .svg, found {path.name!r}")
-    if not path.absolute().parent.is_dir():
-        raise RecipeError(f"{path.absolute().parent} is no folder; make it first")
 
 
 def draw_adapter(figures: Mapping[str, Any], path: Path) -> None:

@@ -3,7 +3,20 @@
 from importlib import import_module
 
 from peftlab.specs.task_spec import TaskSpec
-from peftlab.tasks.base import Columns, Contrasts, FindsClasses, Gathers, Generates, Padding, Redraws, Task, TaskParts
+from peftlab.tasks.base import (
+    Chats,
+    Columns,
+    Contrasts,
+    FindsClasses,
+    FindsObjects,
+    FindsSettings,
+    Gathers,
+    Generates,
+    Padding,
+    Redraws,
+    Task,
+    TaskParts,
+)
 from peftlab.tasks.batch import Batch, collate_packed
 from peftlab.tasks.contrast import step_shares
 from peftlab.tasks.example import Encoded, Example, lengths_of
@@ -20,12 +33,15 @@ def task_class(spec: TaskSpec) -> type[Task]:
 
 __all__ = [
     "Batch",
+    "Chats",
     "Columns",
     "Contrasts",
     "Encoded",
     "Example",
     "FindsClasses",
     "Gathers",
+    "FindsSettings",
+    "FindsObjects",
     "Generates",
     "OutputHead",
     "Outputs",

@@ -37,7 +37,8 @@ class Batch:
             these, without a mask and a cache.
         weights: [B] float64 weights of the examples, as the divisor of the step sums them.
         examples: the examples in the batch, in order.
-        trained: [B, T] bool or None. labels: [B, ...] the labels, or None.
+        trained: [B, T] bool or None. allowed: [B, T] bool, the positions that can be predicted; None: it is not positions that
+            are predicted. labels: [B, ...] the labels, or None.
         texts: number of texts of each example; ``inputs`` has so many rows of each, one after the other.
         share: the share of the batch in a loss over the whole step; None: its loss is computed from it alone.
     """
@@ -46,6 +47,7 @@ class Batch:
     weights: Tensor
     examples: tuple[Example, ...]
     trained: Tensor | None = None
+    allowed: Tensor | None = None
     labels: Tensor | None = None
     texts: int = 1
     share: StepShare | None = None
@@ -79,6 +81,7 @@ class Batch:
             weights=self.weights[own],
             examples=examples,
             trained=None if self.trained is None else self.trained[own],
+            allowed=None if self.allowed is None else self.allowed[own],
             labels=None if self.labels is None else self.labels[own],
         )
 

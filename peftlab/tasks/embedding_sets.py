@@ -25,6 +25,8 @@ from peftlab.tasks.inputs import NO_SCORE, blank_values
 from peftlab.tasks.outputs import Outputs, weighted_sum
 from peftlab.tasks.retrieval import gathered_ranks
 
+_OPTIONS = {"scale": "train.embedding_scale", "margin": "train.margin"}
+
 
 class _Sets(Embedding):
     """Rows of several texts. Args: objective: the loss. score_range: the lowest and the highest score of the data."""
@@ -43,14 +45,15 @@ class _Sets(Embedding):
 
     @classmethod
     def _options(cls, parts: TaskParts) -> dict[str, Any]:
-        settings = parts.vectors
-        width, widths = settings["width"], settings["widths"]
+        settings = parts.settings
+        width, widths = parts.hidden_size, settings["train.matryoshka"]
         if width is not None and widths and max(widths) > width:
             raise RecipeError(
                 f"the model's vectors have {width:,} numbers, found the width {max(widths):,}", key="train.matryoshka"
             )
-        objective = Objective(settings["objective"], settings["scale"], settings["margin"], widths)
-        return {"objective": objective, "score_range": parts.score_range}
+        name = settings["train.objective"] or cls.spec.objectives[0]
+        options = {o: settings[key] for o, key in _OPTIONS.items() if key in settings}
+        return {"objective": Objective(name, widths=widths, **options), "score_range": settings.get("data.score_range")}
 
     @property
     def whole_step(self) -> bool:

@@ -68,10 +68,10 @@ class Reranking:
         return cls(
             parts.reader,
             columns=parts.columns,
-            score_range=parts.score_range,
+            score_range=parts.settings["data.score_range"],
             padding=parts.padding,
             num_embeddings=parts.num_embeddings,
-            token_types=parts.token_types,
+            token_types=parts.token_types > 1,
         )
 
     @property

@@ -262,7 +262,7 @@ class TrainingLoop:
         example = self._train[index]
         if not self._task.spec.redraws:
             return example
-        rng = np.random.default_rng([self._plan.seed, self._step, example.row])
+        rng = np.random.default_rng([self._plan.seed, self._step, index])
         return cast(Redraws, self._task).redraw(example, rng)
 
     def _accumulate(self, rows: list[list[Any]], weight: float) -> tuple[float, int | None]:

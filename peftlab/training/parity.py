@@ -277,13 +277,18 @@ def _cut(example: Example, max_tokens: int) -> Example:
         texts = [ids[: max_tokens // len(example.sizes)] for ids in example.texts]
         return replace(example, ids=np.concatenate(texts), sizes=tuple(map(len, texts)))
     if example.trained is None:
+        if isinstance(example.label, np.ndarray):
+            return example
         extra = {n: v[:max_tokens] if len(v) == len(example) else v for n, v in example.extra.items()}
         return replace(example, ids=example.ids[:max_tokens], extra=extra)
     end = int(example.trained.nonzero()[0][-1]) + 1
     window = slice(max(0, end - max_tokens), end)
     trained = example.trained[window].copy()
     trained[0] = False  # the first token cannot be predicted
-    return replace(example, ids=example.ids[window], trained=trained, weight=float(trained.sum()))
+    label = example.label
+    if isinstance(label, np.ndarray) and len(label) == len(example):
+        label = label[window]
+    return replace(example, ids=example.ids[window], trained=trained, label=label, weight=float(trained.sum()))
 
 
 @contextlib.contextmanager

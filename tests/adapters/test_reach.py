@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from torch import nn
 
 from peftlab.adapters import idle_towers, inject, new_modules, planned_modules, reach_notes
 from peftlab.adapters.merge import fold
+from peftlab.adapters.places import head_modules
 from peftlab.errors import RecipeError
 from tests.family_examples import AUTO_CLASSES, CLASSIFIERS, READERS_OF_IMAGES, WRITERS, make_config, make_model
 
@@ -86,16 +86,30 @@ def test_encoders_that_text_does_not_reach_are_left_out_or_named() -> None:
     assert note == "1 of the 3 adapted modules are in model.vision_tower, which this task's text does not reach"
 
 
-@pytest.mark.parametrize("name", ["ResNetConfig", "EfficientNetConfig"])
-def test_all_linear_without_linear_layers_names_others_that_work(name: str) -> None:
-    with pytest.raises(RecipeError, match="no linear layer outside its head") as info:
-        notes(name, "image_cls")
-    assert info.value.key == "adapter.targets"
-    offered = re.search(r"adapter\.targets=\[(.*)\]", str(info.value))
-    assert offered
+@pytest.mark.parametrize("name", ["ResNetConfig", "RegNetConfig", "EfficientNetConfig"])
+def test_body_without_linear_layers_has_its_ungrouped_convolutions_adapted(name: str) -> None:
+    (note,) = notes(name, "image_cls")
+    assert note.startswith("the body has no linear layer, so all-linear adapts its convolutions: ")
     model = family(name, "image_cls")
-    adapted = inject(model, "lora", peft_type=None, targets=offered[1].split(", "), rank=4)
-    assert fold(adapted) is not None
+    head = head_modules(model)
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n.split(".")[0] not in head}
+    planned = planned_modules(model, peft_type=None, targets="all-linear")
+    assert planned == [n for n, m in convolutions.items() if m.groups == 1]
+    grouped = len(convolutions) - len(planned)
+    assert (f"x{grouped} are grouped" in note) == (grouped > 0) == (name != "ResNetConfig")
+    assert fold(inject(model, "lora", peft_type=None, targets="all-linear", rank=4)) is not None
+
+
+def test_body_without_layers_is_refused() -> None:
+    model = family("ResNetConfig", "image_cls")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.groups = 2
+    with pytest.raises(
+        RecipeError, match="has no linear layer, and no convolution that PEFT can merge, outside"
+    ) as info:
+        planned_modules(model, peft_type=None, targets="all-linear")
+    assert info.value.key == "adapter.targets"
 
 
 def test_new_modules_are_the_largest_that_are_new() -> None:

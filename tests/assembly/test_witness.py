@@ -142,18 +142,25 @@ def test_frozen_statistics_stay(here: Path) -> None:
     assert statistics and all(torch.equal(merged[f"resnet.{n}"], base[n]) for n in statistics)
 
 
-def test_statistics_of_a_trained_model_resume_exactly(here: Path) -> None:
-    whole = train("ResNetConfig", adapter={"method": "none"}, run={"save_every": 2})
-    document = recipe("ResNetConfig", adapter={"method": "none"}, run={"save_every": 2, "dir": "other"})
+@pytest.mark.parametrize("batch_norm", ["frozen", "trained"])
+def test_statistics_of_a_trained_model_resume_exactly(here: Path, batch_norm: str) -> None:
+    sections: dict[str, Any] = {
+        "adapter": {"method": "none"},
+        "train": {"max_steps": 4, "batch_size": 4, "batch_norm": batch_norm},
+    }
+    whole = train("ResNetConfig", **sections, run={"save_every": 2})
+    document = recipe("ResNetConfig", **sections, run={"save_every": 2, "dir": "other"})
     with pytest.raises(Interrupted):
         peftlab.train(document, progress=Stopper(at=3))
     peftlab.train("other", resume=True, progress=SilentProgress())
     one, two = (load_file(f"{folder}/model/model.safetensors") for folder in ("run", "other"))
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
-    moved = [n for n in one if n.endswith("running_mean")]
+    statistics = [n for n in one if n.endswith("running_mean")]
     base = load_file("model/model.safetensors")
-    assert not any(torch.equal(one[n], base[n.removeprefix("resnet.")]) for n in moved)
+    same = [torch.equal(one[n], base[n.removeprefix("resnet.")]) for n in statistics]
+    assert all(same) if batch_norm == "frozen" else not any(same)
     assert whole.summary["reopened"]["kl_max"] < 1e-9
+    assert scores() == [pytest.approx(whole.summary["after"]["loss"], rel=1e-6)] * 2
 
 
 def test_buffers_that_an_adapter_cannot_contain_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

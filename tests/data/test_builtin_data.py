@@ -113,7 +113,11 @@ def test_docstrings_data_equals_the_syntax_tree() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sklearn:digit", {}, "unknown built-in data 'sklearn:digit'; expected sklearn:digits, docstrings:"),
+        (
+            "sklearn:digit",
+            {},
+            "unknown built-in data 'sklearn:digit'; expected sklearn:digits, shapes:500, docstrings:",
+        ),
         (
             "docstrings:numpyy",
             {},

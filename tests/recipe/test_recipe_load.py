@@ -17,7 +17,7 @@ from peftlab.recipe import load_recipe
 from peftlab.recipe import shipped as catalog
 from peftlab.recipe.keys import _FOREIGN_NAMES, known_keys, nearest_keys, spec_at
 from peftlab.recipe.yaml_lines import dump_yaml
-from peftlab.specs.tasks import TASKS
+from peftlab.specs.tasks import COLUMNS, TASKS
 
 GOOD = """\
 # A recipe.
@@ -481,7 +481,7 @@ def test_problems_of_a_dict_have_no_line() -> None:
         (
             "data",
             {"columns": "body"},
-            "expected a mapping with the keys text, prompt, completion, messages, system, tools, label, image",
+            f"expected a mapping with the keys {', '.join(COLUMNS)}, found",
         ),
         ("data", {"bins": 5}, "data.bins: expected a section with the keys edges, names, found 5"),
         ("data", {"template": {"prompt": "a"}}, "data.template: set either prompt and completion, or user and"),

@@ -17,7 +17,7 @@ from peftlab.api.check import check
 from peftlab.api.evaluate import evaluate
 from peftlab.api.predict import predict
 from peftlab.api.train import train
-from peftlab.data import Rows, load_rows, read_images
+from peftlab.data import Augmentation, Rows, load_rows, read_images
 from peftlab.errors import DataError, RecipeError
 from peftlab.models import find_pretrained, load_image_reader, load_model
 from peftlab.tasks.classification import Labels
@@ -238,3 +238,76 @@ def test_check_of_a_recipe_with_images(tmp_path: Path) -> None:
 def test_settings_without_effect_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         check(digits(tmp_path, **change), progress=SilentProgress())
+
+
+# Random changes
+
+
+AUGMENT = {"flip": 0.5, "crop": [0.6, 1.0], "rotate": 15, "color": 0.3}
+
+
+def changed_digits(folder: Path, **more: Any) -> dict[str, Any]:
+    document = digits(folder, adapter={"method": "none"}, **more)
+    document["data"] = document["data"] | {"augment": AUGMENT}
+    return document
+
+
+def test_only_training_images_change_and_differ_on_each_pass() -> None:
+    _, plain = vit()
+    task = ImageClassification(plain.tokenizer, labels=Labels(NAMES), augment=Augmentation(crop=(0.5, 0.8)))
+    (example,) = task.encode(load_rows("sklearn:digits#1"), **OPTIONS).examples
+    passes = [task.redraw(example, np.random.default_rng([0, step, 0])) for step in (0, 1, 0)]
+    first, second, again = (task.collate([e], "cpu").inputs["pixel_values"] for e in passes)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert example.image is not None and example.image.change is None
+    assert plain.redraw(example, np.random.default_rng(0)) is example
+
+
+def test_changed_images_resume_to_the_byte(tmp_path: Path) -> None:
+    from peftlab.errors import Interrupted
+    from tests.run_examples import Stopper
+
+    run = {"device": "cpu", "save_every": 2}
+    train(
+        changed_digits(tmp_path, run=run | {"dir": str(tmp_path / "whole")}, train={"max_steps": 5}),
+        progress=SilentProgress(),
+    )
+    with pytest.raises(Interrupted):
+        train(
+            changed_digits(tmp_path, run=run | {"dir": str(tmp_path / "cut")}, train={"max_steps": 5}),
+            progress=Stopper(at=3),
+        )
+    train(tmp_path / "cut", resume=True, progress=SilentProgress())
+    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    document = digits(
+        tmp_path, adapter={"method": "none"}, run=run | {"dir": str(tmp_path / "plain")}, train={"max_steps": 5}
+    )
+    train(document, progress=SilentProgress())
+    assert (tmp_path / "plain/model/model.safetensors").read_bytes() != weights[0]
+
+
+def test_check_shows_the_changes(tmp_path: Path) -> None:
+    report = check(changed_digits(tmp_path), progress=SilentProgress())
+    assert "changed on each pass, for example: cropped to" in report["preview"][0]["segments"][0][0]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"train": "sklearn:digits", "augment": {"crop": [0.9, 0.5]}}}, "expected two shares of the area"),
+        ({"data": {"train": "sklearn:digits", "augment": {}}}, "changes nothing"),
+        ({"data": {"train": "sklearn:digits", "augment": {"mirror": 0.5}}}, "mirror"),
+        ({"data": {"train": "sklearn:digits"}, "train": {"batch_norm": "trained"}}, "has no effect with an adapter"),
+        (
+            {
+                "data": {"train": "sklearn:digits", "augment": {"flip": 0.5}},
+                "distill": {"teacher": "tiny:vit", "cache": "c"},
+            },
+            "the cache stores a teacher's outputs for the images as they are",
+        ),
+    ],
+)
+def test_settings_that_contradict_are_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check(digits(tmp_path, **sections), progress=SilentProgress())
