@@ -375,7 +375,9 @@ def end_every_text(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+        single="$A <|im_end|>",
+        pair="$A <|im_end|> $B <|im_end|>",
+        special_tokens=[("<|im_end|>", tokenizer.eos_token_id)],
     )
 
 
