@@ -334,6 +334,8 @@ AUTO_CLASSES = {
     "masked_lm": "AutoModelForMaskedLM",
     "seq_cls": "AutoModelForSequenceClassification",
     "token_cls": "AutoModelForTokenClassification",
+    "reranking": "AutoModelForSequenceClassification",
+    "embedding": "AutoModel",
     "image_cls": "AutoModelForImageClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "extractive_qa": "AutoModelForQuestionAnswering",
@@ -348,6 +350,8 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "object_detection": FINDERS_OF_OBJECTS,
     "image_cls": READERS_OF_IMAGES,
     "seq2seq": TRANSLATORS,
+    "reranking": CLASSIFIERS,
+    "embedding": CLASSIFIERS,
 }
 WITH_HEAD = ("causal_lm", "masked_lm", "seq2seq", "object_detection")
 # Sizes that are, or lead to, the input features of linear layers.
@@ -404,7 +408,9 @@ def end_every_text(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+        single="$A <|im_end|>",
+        pair="$A <|im_end|> $B <|im_end|>",
+        special_tokens=[("<|im_end|>", tokenizer.eos_token_id)],
     )
 
 

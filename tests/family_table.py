@@ -52,6 +52,14 @@ STORAGES = ("nf4", "int8")
 ADAPTERS = "## Adapters and storages"  # the heading of the other table
 # Decoders with a head for classes; the others differ from these only in their body.
 _DECODERS = ("LlamaConfig", "Qwen2Config", "GPT2Config")
+_EMBEDDING_DECODERS = (*_DECODERS, "Qwen3Config", "MistralConfig", "Gemma3TextConfig")
+# The metric that a second evaluation repeats, if it is not the loss, and the columns of the rows.
+_METRICS = {"embedding": "mrr"}
+_COLUMNS = {
+    "seq2seq": {"source": "text", "target": "label"},
+    "embedding": {"anchor": "text", "positive": "other"},
+    "reranking": {"query": "text", "document": "other", "score": "right"},
+}
 _NOTED = ("reach", "padding", "padding_token", "config_ids")
 _WORDS = {"good": "pos", "fine": "pos", "bad": "neg", "poor": "neg"}
 _CLOSE = 1e-4
@@ -87,6 +95,8 @@ def families() -> Iterator[tuple[str, str]]:
     yield from ((name, "image_cls") for name in READERS_OF_IMAGES)
     yield from ((name, "seq2seq") for name in TRANSLATORS)
     yield from ((name, "object_detection") for name in FINDERS_OF_OBJECTS)
+    yield from ((name, "embedding") for name in CLASSIFIERS if name not in WRITERS or name in _EMBEDDING_DECODERS)
+    yield from ((name, "reranking") for name in CLASSIFIERS if name not in WRITERS or name in _DECODERS)
 
 
 @dataclass
@@ -106,10 +116,10 @@ class Row:
         return "| " + " | ".join([f"`{self.family}`", self.task, *(self.cells[name] for name in COLUMNS), notes]) + " |"
 
 
-def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], float]) -> Row:
+def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str, str], float]) -> Row:
     """Trains the family in ``folder``, the current directory, and fills its row.
 
-    Args: evaluate: returns the loss of the run in another process.
+    Args: evaluate: returns a metric of the run in another process.
     """
     write_family(folder / "model", name, task)
     write_rows(folder)
@@ -123,8 +133,9 @@ def measure(name: str, task: str, folder: Path, *, evaluate: Callable[[str], flo
     row.notes += [_line(f["message"], folder) for f in checked["findings"] if f["kind"] in _NOTED]
     run = peftlab.train(family_recipe(task), progress=SilentProgress())
     row.cells["train"] = "yes"
-    loss = run.summary["after"]["loss"]
-    row.cells["eval again"] = _yes(abs(evaluate("run") - loss) < _CLOSE * loss, "other loss")
+    metric = _METRICS.get(task, "loss")
+    value = run.summary["after"][metric]
+    row.cells["eval again"] = _yes(abs(evaluate("run", metric) - value) < _CLOSE * value, f"other {metric}")
     opened = open_target(find_target("run"), SilentProgress())
     examples = opened.target.assembly(reads_data=True).held_out.examples[:4]
     row.cells["plain PEFT"] = _yes(_difference(opened, examples, _plain_peft(task)) < _CLOSE, "other outputs")
@@ -150,12 +161,13 @@ def _quantized(name: str, task: str, folder: Path, storage: str) -> str:
     write_family(folder / wide, name, task, **wide_values(name, task))
     document = family_recipe(task, model={"name": wide, "quantize": storage}, run={"dir": storage})
     document["train"]["max_steps"] = 2
+    metric = _METRICS.get(task, "loss")
     try:
-        loss = peftlab.train(document, progress=SilentProgress()).summary["after"]["loss"]
-        again = peftlab.evaluate(storage, progress=SilentProgress())["metrics"]["loss"]
+        value = peftlab.train(document, progress=SilentProgress()).summary["after"][metric]
+        again = peftlab.evaluate(storage, progress=SilentProgress())["metrics"][metric]
     except PeftlabError as error:
         return f"**no: {_line(str(error), folder)[:120]}**"
-    return _yes(abs(again - loss) < _CLOSE * loss, "other loss")
+    return _yes(abs(again - value) < _CLOSE * value, f"other {metric}")
 
 
 def make_skeleton(name: str, task: str) -> Any:
@@ -199,8 +211,8 @@ def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
     data: dict[str, Any] = {"train": sources.get(task, "rows.jsonl"), "eval_rows": 8}
     if task == "causal_lm":
         data["template"] = {"user": "{text}", "assistant": "{label}"}
-    if task == "seq2seq":
-        data["columns"] = {"source": "text", "target": "label"}
+    if task in _COLUMNS:
+        data["columns"] = _COLUMNS[task]
     document: dict[str, Any] = {
         "task": task,
         "model": {"name": "model"},
@@ -214,7 +226,12 @@ def family_recipe(task: str, **sections: Any) -> dict[str, Any]:
 
 def write_rows(folder: Path) -> None:
     rows = [
-        {"text": f"{word} film {'so ' * (i % 3)}{i}", "label": label}
+        {
+            "text": f"{word} film {'so ' * (i % 3)}{i}",
+            "label": label,
+            "other": f"a film {i} that is {word}",
+            "right": int(label == "pos"),
+        }
         for i in range(8)
         for word, label in _WORDS.items()
     ]
@@ -245,12 +262,16 @@ def _plain_peft(task: str) -> Any:
     """The run in plain transformers and PEFT, with the ids in the config that ``check`` says are needed."""
     from peft import PeftModel
 
-    own = task in WITH_HEAD and task != "object_detection"
-    options: dict[str, Any] = {} if own or task == "extractive_qa" else {"num_labels": len(_classes())}
+    classes = task not in ("extractive_qa", "embedding", "reranking") and (
+        task not in WITH_HEAD or task == "object_detection"
+    )
+    options: dict[str, Any] = {"num_labels": len(_classes())} if classes else {}
+    if task == "reranking":
+        options["num_labels"] = 1
     if task == "object_detection":
         options["ignore_mismatched_sizes"] = True  # its head is for other categories
     base = getattr(transformers, AUTO_CLASSES[task]).from_pretrained("model", dtype="float32", **options)
-    if task in ("seq_cls", "token_cls", "extractive_qa", "seq2seq"):
+    if task in ("seq_cls", "token_cls", "extractive_qa", "seq2seq", "reranking"):
         tokenizer = load_tokenizer(find_pretrained("model"))
         for name, (_, wanted) in reconciled_ids(base.config, tokenizer).items():
             setattr(base.config, name, wanted)
@@ -288,9 +309,9 @@ def _difference(opened: Any, examples: list[Example], other: Any = None) -> floa
 def measure_in(folder: Path, name: str, task: str, process: Processes) -> Row:
     """``measure`` in an empty folder, with another process for the second evaluation."""
 
-    def evaluate(run: str) -> float:
+    def evaluate(run: str, metric: str) -> float:
         done = process.run(["-m", "peftlab", "eval", run, "--json"], cwd=folder, check=True)
-        return float(json.loads(done.stdout)["metrics"]["loss"])
+        return float(json.loads(done.stdout)["metrics"][metric])
 
     with contextlib.chdir(folder):
         return measure(name, task, folder, evaluate=evaluate)

@@ -20,7 +20,7 @@ from peftlab.adapters import (
 from peftlab.assembly.adapter import mixed_of
 from peftlab.assembly.mixed import check_mixed
 from peftlab.data import Finding
-from peftlab.errors import RecipeError
+from peftlab.errors import RecipeError, listed
 from peftlab.models import (
     UNLIMITED,
     decoder_start,
@@ -199,6 +199,11 @@ def _of_weights(assembly: Assembly) -> Iterator[Finding]:
             key="adapter.targets",
         )
     given = {assembly.method.keys.get(k, k): v for k, v in assembly.adapter_options.items() if v is not None}
+    if assembly.spec.predicts == "vectors" and planned and all("pooler" in name.split(".") for name in planned):
+        raise RecipeError(
+            f"adapter.targets reaches {listed(planned)} only, which has no part in a vector; name other layers",
+            key="adapter.targets",
+        )
     for line in fitting_sizes(skeleton, assembly.method, planned, given)[1]:
         yield Finding("sizes", line, "adapter.method")
     if grouped := [name for name in planned if is_grouped(skeleton.get_submodule(name))]:

@@ -22,6 +22,8 @@ QUICK = {
     ("ReformerConfig", "seq_cls"),
     ("BertConfig", "token_cls"),
     ("ResNetConfig", "image_cls"),
+    ("BertConfig", "embedding"),
+    ("GPT2Config", "reranking"),
 }
 ROWS = [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow, id="-".join(row)) for row in families()]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftlab.data import Rows, balanced_rows, split_rows
+from peftlab.data import Rows, balanced_rows, split_groups, split_rows
 from peftlab.data.rows import Origin
 from peftlab.errors import DataError
 from tests.processes import Processes
@@ -143,3 +143,22 @@ def test_balanced_rows_draws_as_many_of_each_class_as_the_rarest_has() -> None:
     assert list(kept) == sorted(set(kept.tolist()))
     assert set(range(20, 25)) <= set(kept.tolist())
     assert kept.tolist() == balanced_rows(labels, seed=1).tolist() != balanced_rows(labels, seed=2).tolist()
+
+
+@pytest.mark.parametrize(("num_rows", "most"), [(None, 4), (6, 6), (1, 3)])
+def test_rows_of_one_group_are_on_one_side(num_rows: int | None, most: int) -> None:
+    groups = [f"q{i // 3}" for i in range(36)]
+    rows = Rows.from_dicts([{"query": group} for group in groups], name="made")
+    kept, held = split_groups(rows, groups, num_rows=num_rows, seed=1)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(36))
+    assert not {groups[i] for i in kept} & {groups[i] for i in held} and 0 < len(held) <= most
+    again = split_groups(rows, groups, num_rows=num_rows, seed=1)[1]
+    assert again.tolist() == held.tolist()
+    others = [split_groups(rows, groups, num_rows=num_rows, seed=seed)[1].tolist() for seed in range(2, 6)]
+    assert any(other != held.tolist() for other in others)
+
+
+def test_one_group_cannot_be_split() -> None:
+    rows = Rows.from_dicts([{"query": "a"}] * 4, name="made")
+    with pytest.raises(DataError, match="belong together"):
+        split_groups(rows, ["a"] * 4)
