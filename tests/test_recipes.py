@@ -17,7 +17,13 @@ from peftlab.data import load_rows
 from peftlab.recipe import load_recipe, recipe_names, recipe_text
 from peftlab.training.progress import SilentProgress
 
-TINY = {"causal_lm": "tiny:llama", "seq_cls": "tiny:bert", "embedding": "tiny:bert", "image_cls": "tiny:vit"}
+TINY = {
+    "causal_lm": "tiny:llama",
+    "seq_cls": "tiny:bert",
+    "embedding": "tiny:bert",
+    "image_cls": "tiny:vit",
+    "object_detection": "tiny:detr",
+}
 # What a newcomer types first. None of them is in the data.
 SPAM = [
     "URGENT you have won a free cruise, call now",
@@ -57,7 +63,7 @@ def small(name: str) -> list[str]:
         overrides += [f"data.train={source}#60"]
         overrides += ["data.eval_rows=12"] if recipe.data.eval_rows else []
         overrides += [f"data.eval={recipe.data.eval.partition('#')[0]}#30"] if recipe.data.eval else []
-        if recipe.task != "image_cls":
+        if recipe.spec.reader == "tokenizer":
             overrides += ["data.too_long=truncate", "data.max_length=250"]
     return overrides
 

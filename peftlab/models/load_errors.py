@@ -72,5 +72,9 @@ def load_errors(pretrained: Pretrained, what: str) -> Iterator[None]:
                 f"{name!r} has no safetensors weights; pickled weights can run code when loaded and are refused",
                 key="model.name",
             ) from error
+        if isinstance(error, ImportError) and "timm" in str(error):
+            raise RecipeError(
+                f"{name!r} is a model of timm, which is not installed: pip install timm torchvision", key="model.name"
+            ) from error
         first = str(error).strip().splitlines()[0]
         raise RecipeError(f"the {what} of {name!r} cannot be loaded: {first}", key="model.name") from error

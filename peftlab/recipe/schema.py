@@ -36,7 +36,8 @@ DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "sp
 
 class ModelSection(Section):
     name: str = Field(
-        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit, or "
+        description="hub id, local folder, .gguf file, package:IMPORT/PATH, tiny:llama | tiny:bert | tiny:vit | tiny:yolos | "
+        "tiny:detr, or "
         "shape:NAME (random weights of a known size, such as shape:llama-3-8b, for benchmarks)"
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
@@ -137,7 +138,7 @@ class AugmentSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="file, folder, package:IMPORT/PATH, sklearn:digits, docstrings:PACKAGE,PACKAGE or hub data set; "
+        description="file, folder, package:IMPORT/PATH, sklearn:digits, shapes:2000, docstrings:PACKAGE,PACKAGE or hub data set; "
         "NAME:SPLIT reads one of its splits, NAME#500 samples 500 rows"
     )
     eval: str | None = Field(
