@@ -73,18 +73,18 @@ def tiny_config(name: str, **kwargs: Any) -> Any:
 
     if name == "tiny:detr":
         # Of the families, Deformable DETR learns boxes from random weights in the fewest steps: minutes, not hours.
-        backbone = ResNetConfig(
-            embedding_size=32,
-            hidden_sizes=[32, 48, 64],
-            depths=[1, 1, 1],
-            layer_type="basic",
-            out_features=["stage2", "stage3"],
-        )
+        stages: dict[str, Any] = {
+            "embedding_size": 32,
+            "hidden_sizes": [32, 48, 64],
+            "depths": [1, 1, 1],
+            "layer_type": "basic",
+            "out_features": ["stage2", "stage3"],
+        }
         values: dict[str, Any] = {
             "use_timm_backbone": False,
             "use_pretrained_backbone": False,
             "backbone": None,
-            "backbone_config": backbone,
+            "backbone_config": ResNetConfig(**stages),
             "image_size": 64,
             "num_feature_levels": 2,
             "d_model": 64,

@@ -315,6 +315,9 @@ def test_coco_folder_is_trained_and_evaluated(tmp_path: Path) -> None:
         name: str(tmp_path / f"annotations/instances_{part}.json")
         for name, part in (("train", "train2017"), ("eval", "val2017"))
     }
+    both = load_rows(str(tmp_path))
+    assert len(both) == 16 and "holds 'train', 'val'; data.train reads 'train'" in both.notes[0].message
+    assert len(load_rows(f"{tmp_path}:val")) == 8
     run = peftlab.train(recipe(tmp_path, data=data), progress=SilentProgress())
     assert run.summary["train_rows"] == 16 and run.summary["eval_rows"] == 8
 
